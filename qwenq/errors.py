@@ -1,0 +1,51 @@
+"""Every failure a user can cause or meet.
+
+    QwenqError            exit code 1: one line, and a hint
+    |-- CheckpointError   a model directory, its config, index or tensors are not usable
+    |-- CalibrationError  calibration or evaluation text is not usable
+    |-- HubError          a model cannot be had from the hub
+    |-- PlanError         a rig, context or scheme cannot be planned with
+    |-- JobError          an output directory or a resumed job is not usable
+    `-- HonestNo          exit code 3: the answer is no (does not fit, drift over the limit)
+
+A message says what, where, got and wanted in one line; `hint` says what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class QwenqError(Exception):
+    """One clear line for the user, with an optional hint; the command line exits with `exit_code`."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class CheckpointError(QwenqError):
+    """A model directory, its config, index or tensors are not usable."""
+
+
+class CalibrationError(QwenqError):
+    """Calibration or evaluation text is not usable."""
+
+
+class HubError(QwenqError):
+    """A model cannot be had from the hub."""
+
+
+class PlanError(QwenqError):
+    """A rig, context or scheme cannot be planned with."""
+
+
+class JobError(QwenqError):
+    """An output directory or a resumed job is not usable."""
+
+
+class HonestNo(QwenqError):
+    """The work was done and the answer is no: it does not fit, or the drift is over the limit."""
+
+    exit_code = 3

@@ -1,0 +1,238 @@
+"""What a decoder-only model is made of, read from its config alone: shapes, names, counts. No tensors, no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from typing import Any
+
+from qwenq.errors import CheckpointError
+
+SUPPORTED_MODEL_TYPES = ("qwen2", "qwen3", "llama")
+
+# Linears of one unit read the same input and are fused by engines, so they share bits, group size and Hessian.
+UNITS: dict[str, tuple[str, ...]] = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor as a checkpoint stores it: name, safetensors dtype (`F16`, `BF16`, `F32`, `I32`, `U8`, ...), shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return tensor_bytes(self.dtype, self.shape)
+
+
+DTYPE_BYTES = {
+    "F64": 8, "I64": 8, "U64": 8,
+    "F32": 4, "I32": 4, "U32": 4,
+    "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+}  # fmt: skip
+
+
+def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a dense tensor of safetensors dtype `dtype`."""
+    size = DTYPE_BYTES[dtype]
+    for dim in shape:
+        size *= dim
+    return size
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """One linear of a decoder layer: `weight` is [out_features, in_features]."""
+
+    name: str  # model.layers.3.mlp.down_proj
+    unit: str  # one of UNITS
+    layer: int
+    in_features: int
+    out_features: int
+    bias: bool
+
+    @property
+    def kind(self) -> str:
+        """`q_proj`, `down_proj`, ..."""
+        return self.name.rsplit(".", 1)[1]
+
+    @property
+    def parameters(self) -> int:
+        return self.in_features * self.out_features
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Shapes of a Qwen2, Qwen2.5, Qwen3 (dense) or Llama model, under Hugging Face's names."""
+
+    model_type: str
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+    extended_context: int  # the longest context the model's card allows, YaRN included
+    name: str = ""
+    attention_bias: bool = False  # q, k, v (Qwen2; Llama when its config says so)
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    official_quantized_intermediate_size: int | None = None  # padded width of the publisher's own GPTQ and AWQ files
+
+    @property
+    def q_size(self) -> int:
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_key_value_heads * self.head_dim
+
+    def layer_linears(self, layer: int) -> tuple[LinearSpec, ...]:
+        """The seven linears of decoder layer `layer`, in the order they run."""
+        h, i, q, kv = self.hidden_size, self.intermediate_size, self.q_size, self.kv_size
+        shape = {
+            "q_proj": (h, q, self.attention_bias),
+            "k_proj": (h, kv, self.attention_bias),
+            "v_proj": (h, kv, self.attention_bias),
+            "o_proj": (q, h, self.o_bias),
+            "gate_proj": (h, i, self.mlp_bias),
+            "up_proj": (h, i, self.mlp_bias),
+            "down_proj": (i, h, self.mlp_bias),
+        }
+        return tuple(
+            LinearSpec(f"model.layers.{layer}.{path}", unit, layer, *shape[path.rsplit(".", 1)[1]])
+            for unit, paths in UNITS.items()
+            for path in paths
+        )
+
+    @cached_property
+    def linears(self) -> tuple[LinearSpec, ...]:
+        """Every quantizable linear, layer by layer."""
+        return tuple(lin for layer in range(self.num_hidden_layers) for lin in self.layer_linears(layer))
+
+    def layer_tensors(self, layer: int, dtype: str = "BF16") -> Iterator[TensorSpec]:
+        """Tensors of one 16-bit decoder layer."""
+        prefix = f"model.layers.{layer}."
+        yield TensorSpec(prefix + "input_layernorm.weight", dtype, (self.hidden_size,))
+        for lin in self.layer_linears(layer):
+            yield TensorSpec(lin.name + ".weight", dtype, (lin.out_features, lin.in_features))
+            if lin.bias:
+                yield TensorSpec(lin.name + ".bias", dtype, (lin.out_features,))
+        if self.qk_norm:
+            yield TensorSpec(prefix + "self_attn.q_norm.weight", dtype, (self.head_dim,))
+            yield TensorSpec(prefix + "self_attn.k_norm.weight", dtype, (self.head_dim,))
+        yield TensorSpec(prefix + "post_attention_layernorm.weight", dtype, (self.hidden_size,))
+
+    def outer_tensors(self, dtype: str = "BF16") -> Iterator[TensorSpec]:
+        """Tensors outside the decoder layers: embedding, final norm and, when untied, head."""
+        yield TensorSpec("model.embed_tokens.weight", dtype, (self.vocab_size, self.hidden_size))
+        yield TensorSpec("model.norm.weight", dtype, (self.hidden_size,))
+        if not self.tie_word_embeddings:
+            yield TensorSpec("lm_head.weight", dtype, (self.vocab_size, self.hidden_size))
+
+    def tensors(self, dtype: str = "BF16") -> Iterator[TensorSpec]:
+        """Every tensor of the 16-bit checkpoint."""
+        yield from self.outer_tensors(dtype)
+        for layer in range(self.num_hidden_layers):
+            yield from self.layer_tensors(layer, dtype)
+
+    @cached_property
+    def parameters(self) -> int:
+        """Stored parameters; a tied head counts once."""
+        return sum(t.nbytes for t in self.tensors("I8"))
+
+    @property
+    def linear_parameters(self) -> int:
+        """Parameters of the quantizable linears' weights."""
+        return self.num_hidden_layers * sum(lin.parameters for lin in self.layer_linears(0))
+
+    def kv_bytes_per_token(self, bytes_per_value: float = 2.0) -> float:
+        """Bytes of key and value cache one token takes over all layers (16 bit: 2 bytes a value)."""
+        return 2 * self.num_hidden_layers * self.kv_size * bytes_per_value
+
+
+def _whole(config: Mapping[str, Any], key: str, where: str, default: Any = None) -> int:
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise CheckpointError(f"{where}: {key} is {value!r}, wanted a positive whole number")
+    return value
+
+
+def spec_from_config(config: Mapping[str, Any], where: str = "config.json", name: str = "") -> ModelSpec:
+    """Read a Hugging Face `config.json`; raises CheckpointError for what is unsupported or contradicts itself."""
+    model_type = config.get("model_type")
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        raise CheckpointError(
+            f"{where}: model_type {model_type!r} is not supported (wanted one of {', '.join(SUPPORTED_MODEL_TYPES)})",
+            hint="mixture-of-experts and vision models are outside this tool",
+        )
+    heads = _whole(config, "num_attention_heads", where)
+    hidden = _whole(config, "hidden_size", where)
+    kv_heads = _whole(config, "num_key_value_heads", where, default=heads)
+    if config.get("head_dim") is None and hidden % heads:
+        raise CheckpointError(f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+    head_dim = hidden // heads if config.get("head_dim") is None else _whole(config, "head_dim", where)
+    if heads % kv_heads:
+        raise CheckpointError(f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+    max_position = _whole(config, "max_position_embeddings", where)
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        raise CheckpointError(f"{where}: rope_scaling is {type(rope).__name__}, wanted an object")
+    extended = max_position
+    if rope.get("rope_type", rope.get("type")) == "yarn":
+        factor, original = rope.get("factor", 1), rope.get("original_max_position_embeddings", max_position)
+        if not isinstance(factor, int | float) or not isinstance(original, int) or factor <= 0:
+            raise CheckpointError(f"{where}: rope_scaling has factor {factor!r} and original length {original!r}")
+        extended = max(extended, round(factor * original))
+    llama_bias = model_type == "llama" and bool(config.get("attention_bias", False))
+    qwen3_bias = model_type == "qwen3" and bool(config.get("attention_bias", False))
+    return ModelSpec(
+        model_type=model_type,
+        hidden_size=hidden,
+        intermediate_size=_whole(config, "intermediate_size", where),
+        num_hidden_layers=_whole(config, "num_hidden_layers", where),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=_whole(config, "vocab_size", where),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        max_position_embeddings=max_position,
+        extended_context=int(config.get("extended_context", extended)),
+        name=name,
+        attention_bias=model_type == "qwen2" or llama_bias or qwen3_bias,
+        o_bias=llama_bias or qwen3_bias,
+        mlp_bias=model_type == "llama" and bool(config.get("mlp_bias", False)),
+        qk_norm=model_type == "qwen3",
+        official_quantized_intermediate_size=config.get("official_quantized_intermediate_size"),
+    )
+
+
+def family_configs() -> dict[str, dict[str, Any]]:
+    """Shipped configurations by family name (`Qwen2.5-72B`), each with the source of its figures."""
+    text = resources.files("qwenq").joinpath("data/families.json").read_text(encoding="utf-8")
+    configs: dict[str, dict[str, Any]] = json.loads(text)
+    return configs
+
+
+def family_spec(name: str) -> ModelSpec | None:
+    """The shipped model called `name`, or None. Case, a `Qwen/` owner and an `-Instruct` ending do not matter."""
+    wanted = name.removeprefix("Qwen/").lower().removesuffix("-instruct")
+    for family, config in family_configs().items():
+        if family.lower().removesuffix("-instruct") == wanted or family.lower().replace("-instruct", "") == wanted:
+            return spec_from_config(config, where=f"family {family}", name=family)
+    return None
