@@ -1,0 +1,342 @@
+"""GPTQ (Frantar et al. 2023): round a weight column by column, each rounding error made good by later columns.
+
+The form used here is the one of QuIP (Chee et al. 2023, theorem 6), which gives the same codes from one triangular
+factor of the Hessian and needs no inverse: with H = L L' (L lower triangular) and columns taken from the last to the
+first, the value to round for column k is  w_k + sum over j > k of (w_j - q_j) L[j, k] / L[k, k].
+
+Shapes: I input columns, O output rows, K columns of one group, T tokens, G groups. Work tensors are transposed,
+[I, O], so that a column of the weight is contiguous; weights of one unit lie side by side along O.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qwenq.errors import QwenqError
+from qwenq.quant.grid import absmax_grid, round_to_grid, search_grid
+from qwenq.scheme import Scheme
+
+DAMP_PERCENT = 0.01  # of the mean of the Hessian's diagonal, as a fraction: the field's name for it
+DAMP_TRIES = 4  # each ten times the last
+FACTOR_BLOCK = 1024
+SPAN = 128  # columns whose corrections from all earlier columns are fetched in one product
+LEAF = 16  # columns corrected one by one
+ROWS_AT_ONCE = 4096  # on a CPU: what a core's cache holds
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """One quantized linear, unpacked; `scales_OG` may be negative, symmetric `zeros_OG` is scheme.zero everywhere."""
+
+    codes_OI: Tensor  # uint8 [out, in]
+    scales_OG: Tensor  # float16 [out, groups]
+    zeros_OG: Tensor  # uint8 [out, groups]
+    scheme: Scheme
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[out, in]: scale * (code - zero), computed in float32, then rounded to `dtype`."""
+        rows, columns = self.codes_OI.shape
+        groups = self.scales_OG.shape[1]
+        w_OGK = self.codes_OI.view(rows, groups, columns // groups).float()
+        w_OGK.sub_(self.zeros_OG[:, :, None]).mul_(self.scales_OG.float()[:, :, None])
+        return w_OGK.view(rows, columns).to(dtype)
+
+
+@dataclass(frozen=True)
+class SolveStats:
+    """What one linear lost. dB figures are 10 log10 of error over signal; -inf when nothing was lost."""
+
+    error_db: float  # tr(E H E') / tr(W H W'): of the outputs on the calibration inputs; nan without a Hessian
+    weight_error_db: float
+    damp_percent: float  # the damping that worked
+    fallback: str = ""  # why the factorization was given up and weights were only rounded, or ""
+
+
+def decibel(error: float, signal: float) -> float:
+    """10 log10(error / signal), with -inf for no error."""
+    if error <= 0:
+        return -math.inf
+    return 10 * math.log10(error / signal) if signal > 0 else math.inf
+
+
+def add_to_hessian(h_II: Tensor, x_TI: Tensor) -> None:
+    """Add x' x to the upper triangle of `h_II` (float32, in place); what lies below the diagonal means nothing.
+
+    The triangle is added in block rows, which saves almost half of the work. `solve_unit` reads the upper triangle.
+    """
+    width = h_II.shape[0]
+    x_TI = x_TI.reshape(-1, width).float()
+    step = max(256, -(-width // 16))
+    for start in range(0, width, step):
+        h_II[start : start + step, start:].addmm_(x_TI[:, start : start + step].T, x_TI[:, start:])
+
+
+def mirror_upper(h_II: Tensor) -> None:
+    """Make `h_II` symmetric by copying its upper triangle below the diagonal, in place."""
+    width = h_II.shape[0]
+    for start in range(0, width, FACTOR_BLOCK):
+        stop = min(start + FACTOR_BLOCK, width)
+        h_II[start:stop, :start] = h_II[:start, start:stop].T
+        corner = h_II[start:stop, start:stop]
+        corner.copy_(corner.triu() + corner.triu(1).T)
+
+
+def permute_symmetric(h_II: Tensor, order_I: Tensor) -> None:
+    """h[order][:, order], in place, with one strip of extra memory."""
+    width = h_II.shape[0]
+    for start in range(0, width, FACTOR_BLOCK):
+        h_II[start : start + FACTOR_BLOCK] = h_II[start : start + FACTOR_BLOCK, order_I]
+    for start in range(0, width, FACTOR_BLOCK):
+        h_II[:, start : start + FACTOR_BLOCK] = h_II[order_I, start : start + FACTOR_BLOCK]
+
+
+def factor_lower(h_II: Tensor, damp: float) -> bool:
+    """Cholesky factor of h + damp * identity into the lower triangle of `h_II`, diagonal included, in place.
+
+    Above the diagonal `h_II` stays as it was. False when the matrix is not positive definite (lower triangle then
+    undefined).
+    """
+    width = h_II.shape[0]
+    for start in range(0, width, FACTOR_BLOCK):
+        stop = min(start + FACTOR_BLOCK, width)
+        done_KI = h_II[start:stop, :start]
+        corner_KK = h_II[start:stop, start:stop] - done_KI @ done_KI.T
+        corner_KK.diagonal().add_(damp)
+        corner_KK, info = torch.linalg.cholesky_ex(corner_KK)
+        if int(info) != 0 or not bool(corner_KK.isfinite().all()):
+            return False
+        target_KK = h_II[start:stop, start:stop]
+        target_KK.copy_(target_KK.triu(1) + corner_KK)
+        if stop < width:
+            below_IK = h_II[stop:, start:stop]
+            below_IK.addmm_(h_II[stop:, :start], done_KI.T, alpha=-1)
+            below_IK.copy_(torch.linalg.solve_triangular(corner_KK.T, below_IK, upper=True, left=False))
+    return True
+
+
+def processing_order(diagonal_I: Tensor, scheme: Scheme) -> Tensor:
+    """Column order in which the most active column comes last and groups stay whole: `g_idx` remains trivial."""
+    width = scheme.group_width(diagonal_I.numel())
+    diagonal_GK = diagonal_I.view(-1, width)
+    first_G1 = width * torch.arange(diagonal_GK.shape[0], device=diagonal_I.device)[:, None]
+    order_GK = diagonal_GK.argsort(dim=1, stable=True) + first_G1
+    return order_GK[diagonal_GK.sum(1).argsort(stable=True)].reshape(-1)
+
+
+def _solve_columns(
+    t_KO: Tensor,
+    e_KO: Tensor,
+    codes_KO: Tensor,
+    r_KK: Tensor,
+    inverse_O: Tensor,
+    scale_O: Tensor,
+    zero_O: Tensor,
+    top: int,
+) -> None:
+    """Round columns from the last to the first, halving recursively so that most corrections are matrix products.
+
+    In: `e_KO` the weights, `t_KO` the weights plus the corrections from columns outside this range.
+    Out: `e_KO` weights minus rounded weights, `t_KO` the values that were rounded, `codes_KO` codes in float32.
+    """
+    columns = t_KO.shape[0]
+    if columns > LEAF:
+        half = columns // 2
+        _solve_columns(t_KO[half:], e_KO[half:], codes_KO[half:], r_KK[half:, half:], inverse_O, scale_O, zero_O, top)
+        t_KO[:half].addmm_(r_KK[half:, :half].T, e_KO[half:])
+        _solve_columns(t_KO[:half], e_KO[:half], codes_KO[:half], r_KK[:half, :half], inverse_O, scale_O, zero_O, top)
+        return
+    for k in range(columns - 1, -1, -1):
+        value_O, code_O = t_KO[k], codes_KO[k]
+        if k + 1 < columns:
+            value_O.addmv_(e_KO[k + 1 :].T, r_KK[k + 1 :, k])
+        torch.addcmul(zero_O, value_O, inverse_O, out=code_O)
+        code_O.round_().clamp_(0, top)
+        e_KO[k].addcmul_(code_O - zero_O, scale_O, value=-1)
+
+
+def _solve_gptq(e_IO: Tensor, h_II: Tensor, weight_I: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes uint8 [I, O], scales and zeros float32 [G, O], loss [O] = diagonal of E (H + damp) E'.
+
+    `h_II` holds L below and on the diagonal. `e_IO` comes in as the weights and leaves as weights - rounded weights.
+    """
+    columns, rows = e_IO.shape
+    width = scheme.group_width(columns)
+    span = max(width, SPAN // width * width)
+    at_once = ROWS_AT_ONCE if e_IO.device.type == "cpu" else rows
+    pivots_I = h_II.diagonal().clone()
+    codes_IO = torch.empty(columns, rows, dtype=torch.uint8, device=e_IO.device)
+    scales_GO, zeros_GO = (torch.empty(columns // width, rows, device=e_IO.device) for _ in range(2))
+    loss_O = torch.zeros(rows, device=e_IO.device)
+    for start in range((columns - 1) // span * span, -1, -span):
+        stop = min(start + span, columns)
+        r_SS = h_II[start:stop, start:stop].tril() / pivots_I[start:stop]
+        p_SO = h_II[stop:, start:stop].T @ e_IO[stop:]  # corrections from all columns already rounded
+        p_SO.div_(pivots_I[start:stop, None])
+        for first in range(0, rows, at_once):
+            part = slice(first, first + at_once)
+            for low in range(stop - start - width, -1, -width):
+                group = slice(low, low + width)
+                r_KK = r_SS[group, group]
+                w_KO = e_IO[start + low : start + low + width, part]
+                # the weights as they stand when this group's turn comes, were the group itself not rounded
+                moved_KO = torch.linalg.solve_triangular(r_KK.T, p_SO[group, part], upper=True, unitriangular=True)
+                e_KO = w_KO + moved_KO
+                scale_O, zero_O = search_grid(e_KO, weight_I[start + low : start + low + width], scheme)
+                t_KO, q_KO = e_KO.clone(), torch.empty_like(e_KO)
+                _solve_columns(t_KO, e_KO, q_KO, r_KK, 1 / scale_O, scale_O, zero_O, scheme.levels - 1)
+                codes_IO[start + low : start + low + width, part] = q_KO
+                index = (start + low) // width
+                scales_GO[index, part], zeros_GO[index, part] = scale_O, zero_O
+                t_KO.sub_(q_KO.sub_(zero_O).mul_(scale_O))
+                loss_O[part] += pivots_I[start + low : start + low + width].square() @ t_KO.square_()
+                w_KO.copy_(e_KO.sub_(moved_KO))
+                if low:
+                    p_SO[:low, part].addmm_(r_SS[group, :low].T, w_KO)
+    return codes_IO, scales_GO, zeros_GO, loss_O
+
+
+def _solve_rounding(e_IO: Tensor, weight_I: Tensor | None, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and zeros by rounding to nearest: absmax scales, or searched ones when weights are given."""
+    columns, rows = e_IO.shape
+    width = scheme.group_width(columns)
+    codes_IO = torch.empty(columns, rows, dtype=torch.uint8, device=e_IO.device)
+    scales_GO, zeros_GO = (torch.empty(columns // width, rows, device=e_IO.device) for _ in range(2))
+    for index in range(columns // width):
+        group = slice(index * width, (index + 1) * width)
+        w_KO = e_IO[group]
+        grid = absmax_grid(w_KO, scheme) if weight_I is None else search_grid(w_KO, weight_I[group], scheme)
+        scales_GO[index], zeros_GO[index] = grid
+        q_KO = round_to_grid(w_KO, *grid, scheme)
+        codes_IO[group] = q_KO
+        w_KO.sub_(q_KO.sub_(grid[1]).mul_(grid[0]))
+    return codes_IO, scales_GO, zeros_GO
+
+
+def _factor(h_II: Tensor, diagonal_I: Tensor, damp_percent: float) -> tuple[float, str]:
+    """Factor `h_II` in place with the least damping that works; what it was, and why none did (h_II restored) or ""."""
+    mean, tried = float(diagonal_I.mean()), damp_percent
+    if mean <= 0:
+        return tried, "no calibration input reached it: rounded to nearest"
+    for attempt in range(DAMP_TRIES):
+        tried = damp_percent * 10**attempt
+        if factor_lower(h_II, tried * mean):
+            return tried, ""
+        h_II.diagonal().copy_(diagonal_I)
+        mirror_upper(h_II)
+    return tried, f"no Cholesky factor up to a damping of {tried:g}: rounded to nearest"
+
+
+def _quadratic(x_IO: Tensor, h_II: Tensor) -> Tensor:
+    """Diagonal [O] of x' h x for a symmetric h of which only the upper triangle is read."""
+    out_O = torch.zeros(x_IO.shape[1], device=x_IO.device)
+    for start in range(0, h_II.shape[0], FACTOR_BLOCK):
+        stop = min(start + FACTOR_BLOCK, h_II.shape[0])
+        corner_KK = h_II[start:stop, start:stop]
+        y_KO = (corner_KK.triu() + corner_KK.triu(1).T) @ x_IO[start:stop]
+        y_KO.addmm_(h_II[start:stop, stop:], x_IO[stop:], alpha=2)
+        out_O += y_KO.mul_(x_IO[start:stop]).sum(0)
+    return out_O
+
+
+def _check_finite(weights: Mapping[str, Tensor], h_II: Tensor | None) -> None:
+    for name, w_OI in weights.items():
+        if not math.isfinite(float(w_OI.abs().max())):
+            bad = int((~w_OI.isfinite()).sum())
+            raise QwenqError(
+                f"{name}: {bad} of {w_OI.numel()} weights are not finite",
+                hint="the checkpoint is damaged or was converted to a dtype too small for it",
+            )
+    if h_II is not None:
+        for start in range(0, h_II.shape[0], FACTOR_BLOCK):
+            if not math.isfinite(float(h_II[start : start + FACTOR_BLOCK, start:].abs().max())):
+                raise QwenqError(
+                    f"{', '.join(weights)}: the Hessian of their inputs is not finite",
+                    hint="activations overflowed: compute in bfloat16 or float32",
+                )
+
+
+def solve_unit(
+    weights: Mapping[str, Tensor],
+    h_II: Tensor | None,
+    scheme: Scheme,
+    *,
+    damp_percent: float = DAMP_PERCENT,
+    method: str = "gptq",
+) -> dict[str, tuple[QTensor, SolveStats]]:
+    """Quantize linears [out, in] that read the same input, sharing one factorization.
+
+    `h_II` (float32 [in, in]) is the sum of x x' over calibration tokens, not normalised; its upper triangle is read
+    and **it is overwritten**. `damp_percent` is a fraction of the mean diagonal, raised tenfold while the factor does
+    not exist; after DAMP_TRIES weights are rounded to the nearest value of a searched grid and `fallback` says so.
+    `method` "rtn" rounds to nearest with absmax scales and takes the Hessian, if any, for the statistics alone.
+    Raises QwenqError, naming tensors, for non-finite or ill-fitting input.
+    """
+    columns = next(iter(weights.values())).shape[1]
+    width = scheme.group_width(columns)
+    for name, w_OI in weights.items():
+        if w_OI.shape[1] != columns or columns % width or (h_II is not None and h_II.shape != (columns, columns)):
+            raise QwenqError(
+                f"{name}: shape {list(w_OI.shape)} does not fit {columns} columns in groups of {width} and a Hessian "
+                f"of shape {None if h_II is None else list(h_II.shape)}"
+            )
+    if method not in ("gptq", "rtn") or (h_II is None and method == "gptq"):
+        raise QwenqError(f"{', '.join(weights)}: method {method!r} with{'out' if h_II is None else ''} a Hessian")
+    _check_finite(weights, h_II)
+
+    device = next(iter(weights.values())).device
+    sizes = [w_OI.shape[0] for w_OI in weights.values()]
+    e_IO = torch.empty(columns, sum(sizes), device=device)
+    for part_IO, w_OI in zip(e_IO.split(sizes, dim=1), weights.values(), strict=True):
+        part_IO.copy_(w_OI.T)
+    weight_norm_O = e_IO.square().sum(0)
+
+    fallback, tried = "", 0.0
+    order_I = torch.arange(columns, device=device)
+    signal_O = error_O = torch.full((sum(sizes),), math.nan, device=device)
+    if h_II is not None:
+        mirror_upper(h_II)
+        signal_O = _quadratic(e_IO, h_II)
+    if h_II is None or method == "rtn":
+        codes_IO, scales_GO, zeros_GO = _solve_rounding(e_IO, None, scheme)
+    else:
+        diagonal_I = h_II.diagonal().clone()
+        order_I = processing_order(diagonal_I, scheme)
+        permute_symmetric(h_II, order_I)
+        e_IO, diagonal_I = e_IO[order_I], diagonal_I[order_I]
+        tried, fallback = _factor(h_II, diagonal_I, damp_percent)
+        damp = tried * float(diagonal_I.mean())
+        if fallback:
+            weight_I = diagonal_I.clamp(min=0) + max(1e-3 * float(diagonal_I.mean()), 1e-12)
+            codes_IO, scales_GO, zeros_GO = _solve_rounding(e_IO, weight_I, scheme)
+        else:
+            codes_IO, scales_GO, zeros_GO, loss_O = _solve_gptq(e_IO, h_II, diagonal_I + damp, scheme)
+            error_O = (loss_O - damp * e_IO.square().sum(0)).clamp_(min=0)
+    if h_II is not None and (fallback or method == "rtn"):
+        error_O = _quadratic(e_IO, h_II)
+    groups_G = order_I.view(-1, width)[:, 0].div(width, rounding_mode="floor").argsort()
+    codes_IO, scales_GO, zeros_GO = codes_IO[order_I.argsort()], scales_GO[groups_G], zeros_GO[groups_G]
+    weight_error_O = e_IO.square().sum(0)
+
+    out: dict[str, tuple[QTensor, SolveStats]] = {}
+    at = 0
+    for name, size in zip(weights, sizes, strict=True):
+        part = slice(at, at + size)
+        at += size
+        tensor = QTensor(
+            codes_IO[:, part].T.contiguous(),
+            scales_GO[:, part].T.half().contiguous(),
+            zeros_GO[:, part].T.to(torch.uint8).contiguous(),
+            scheme,
+        )
+        error, signal = float(error_O[part].double().sum()), float(signal_O[part].double().sum())
+        lost, norm = float(weight_error_O[part].double().sum()), float(weight_norm_O[part].double().sum())
+        out[name] = (
+            tensor,
+            SolveStats(math.nan if h_II is None else decibel(error, signal), decibel(lost, norm), tried, fallback),
+        )
+    return out

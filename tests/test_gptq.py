@@ -1,0 +1,250 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwenq.errors import QwenqError
+from qwenq.quant import gptq
+from qwenq.quant.gptq import add_to_hessian, factor_lower, mirror_upper, permute_symmetric, processing_order, solve_unit
+from qwenq.quant.grid import round_to_grid, search_grid
+from qwenq.scheme import Scheme
+
+SCHEMES = [Scheme(4, 32), Scheme(4, 64), Scheme(4, 128), Scheme(4, -1), Scheme(8, 64), Scheme(4, 64, sym=False)]
+
+
+def correlated(columns, tokens=1500, seed=0):
+    """Calibration inputs with strong correlations and a few large channels, as in a trained model."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=generator) / columns**0.5
+    return (torch.randn(tokens, columns, generator=generator) * torch.rand(columns, generator=generator) * 3) @ mix
+
+
+def problem(columns=256, rows=24, seed=0):
+    x_TI = correlated(columns, seed=seed)
+    w_OI = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed + 1))
+    return w_OI, x_TI.T @ x_TI
+
+
+def scalar_gptq(w_OI, h_II, scheme, damp_percent):
+    """The paper's algorithm as it stands there: factor of the inverse, one row and one column at a time."""
+    columns, width = w_OI.shape[1], scheme.group_width(w_OI.shape[1])
+    h = h_II.double().clone()
+    diagonal = h.diagonal().clone()
+    damp = damp_percent * diagonal.mean()
+    order = processing_order(diagonal, scheme).flip(0)
+    h = h[order][:, order]
+    h.diagonal().add_(damp)
+    u = torch.linalg.cholesky(torch.linalg.inv(h), upper=True).tolist()
+    weight_I = (diagonal + damp)[order].float()
+    out = torch.zeros_like(w_OI)
+    for o in range(w_OI.shape[0]):
+        w = w_OI[o, order].double().tolist()
+        done = []
+        for i in range(columns):
+            if i % width == 0:
+                group_KO = torch.tensor(w[i : i + width]).float()[:, None]
+                scale, zero = (x.item() for x in search_grid(group_KO, weight_I[i : i + width], scheme))
+            code = min(max(round(w[i] / scale + zero), 0), scheme.levels - 1)
+            done.append(scale * (code - zero))
+            step = (w[i] - done[-1]) / u[i][i]
+            for j in range(i, columns):
+                w[j] -= step * u[i][j]
+        out[o, order] = torch.tensor(done)
+    return out
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.label)
+def test_equals_a_plain_loop(scheme):
+    w_OI, h_II = problem(rows=6)
+    wanted = scalar_gptq(w_OI, h_II, scheme, 0.01)
+    q, stats = solve_unit({"w": w_OI}, h_II.clone(), scheme, damp_percent=0.01)["w"]
+    found = q.dequantize()
+    if scheme.bits == 4:
+        assert (found != wanted).float().mean() < 0.005  # a tie in the last bit may fall either way
+    assert (found - wanted).abs().mean() < 1e-3
+    error, signal = w_OI - found, w_OI
+    lost, norm = ((e @ h_II * e).sum() for e in (error, signal))
+    assert stats.error_db == pytest.approx(10 * math.log10(lost / norm), abs=0.05)
+    assert stats.weight_error_db == pytest.approx(10 * math.log10(error.square().sum() / w_OI.square().sum()), abs=1e-3)
+    assert (stats.damp_percent, stats.fallback) == (0.01, "")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.label)
+def test_beats_rounding(scheme):
+    w_OI, h_II = problem()
+    solved = solve_unit({"w": w_OI}, h_II.clone(), scheme)["w"][1]
+    rounded = solve_unit({"w": w_OI}, h_II.clone(), scheme, method="rtn")["w"][1]
+    assert solved.error_db < rounded.error_db - 3
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.label)
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=5, deadline=None)
+def test_diagonal_hessian_means_rounding(scheme, seed):
+    generator = torch.Generator().manual_seed(seed)
+    w_OI = torch.randn(16, 128, generator=generator)
+    diagonal_I = torch.rand(128, generator=generator) + 0.1
+    q, _ = solve_unit({"w": w_OI}, torch.diag(diagonal_I), scheme, damp_percent=0.0)["w"]
+    width = scheme.group_width(128)
+    for g in range(128 // width):
+        part = slice(g * width, (g + 1) * width)
+        order_K = diagonal_I[part].argsort()  # sums in the search are taken in this order
+        w_KO = w_OI.T[part][order_K].contiguous()
+        scale_O, zero_O = search_grid(w_KO, diagonal_I[part][order_K], scheme)
+        assert torch.equal(q.scales_OG[:, g].float(), scale_O)
+        assert torch.equal(q.zeros_OG[:, g].float(), zero_O)
+        assert (q.codes_OI.T[part][order_K] != round_to_grid(w_KO, scale_O, zero_O, scheme)).float().mean() < 0.002
+
+
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=10, deadline=None)
+def test_rows_are_independent(seed):
+    w_OI, h_II = problem(columns=128, rows=16, seed=seed)
+    scheme = Scheme(4, 32)
+    whole = solve_unit({"w": w_OI}, h_II.clone(), scheme)["w"][0].dequantize()
+    rows = torch.randperm(16, generator=torch.Generator().manual_seed(seed))
+    mixed = solve_unit({"w": w_OI[rows]}, h_II.clone(), scheme)["w"][0].dequantize()
+    assert (mixed != whole[rows]).float().mean() < 0.01
+    parts = solve_unit({"a": w_OI[:5], "b": w_OI[5:]}, h_II.clone(), scheme)
+    joined = torch.cat([parts["a"][0].dequantize(), parts["b"][0].dequantize()])
+    assert (joined != whole).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.label)
+def test_shapes_dtypes_and_float16_scales(scheme):
+    w_OI, h_II = problem(rows=16)
+    q, _ = solve_unit({"w": w_OI.bfloat16()}, h_II, scheme)["w"]
+    groups = scheme.groups(256)
+    assert (q.codes_OI.dtype, q.codes_OI.shape) == (torch.uint8, (16, 256))
+    assert (q.scales_OG.dtype, q.scales_OG.shape) == (torch.float16, (16, groups))
+    assert (q.zeros_OG.dtype, q.zeros_OG.shape) == (torch.uint8, (16, groups))
+    assert int(q.codes_OI.max()) <= scheme.levels - 1
+    if scheme.sym:
+        assert (q.zeros_OG == scheme.zero).all()
+
+
+def test_small_pieces_equal_one_piece(monkeypatch):
+    """Blocks of the factor, of columns and of rows are a matter of speed."""
+    w_OI, h_II = problem(columns=256, rows=40)
+    scheme = Scheme(4, 32)
+    whole = solve_unit({"w": w_OI}, h_II.clone(), scheme)["w"][0].dequantize()
+    for name, value in (("FACTOR_BLOCK", 48), ("SPAN", 64), ("LEAF", 3), ("ROWS_AT_ONCE", 7)):
+        monkeypatch.setattr(gptq, name, value)
+        pieces = solve_unit({"w": w_OI}, h_II.clone(), scheme)["w"][0].dequantize()
+        assert (pieces != whole).float().mean() < 0.01, name
+
+
+def test_hessian_accumulates_its_upper_triangle():
+    x_TI = correlated(600, tokens=64)
+    h_II = torch.zeros(600, 600)
+    add_to_hessian(h_II, x_TI[:40])
+    add_to_hessian(h_II, x_TI[40:].reshape(2, 12, 600))
+    wanted = x_TI.double().T @ x_TI.double()
+    torch.testing.assert_close(h_II.triu(), wanted.triu().float(), rtol=1e-4, atol=1e-3)
+    mirror_upper(h_II)
+    torch.testing.assert_close(h_II, wanted.float(), rtol=1e-4, atol=1e-3)
+    half = torch.zeros(600, 600)
+    add_to_hessian(half, x_TI.bfloat16())
+    torch.testing.assert_close(half.triu(), wanted.triu().float(), rtol=2e-2, atol=0.5)
+
+
+def test_factor_and_permutation_in_place(monkeypatch):
+    monkeypatch.setattr(gptq, "FACTOR_BLOCK", 40)
+    _, h_II = problem(columns=130)
+    original = h_II.clone()
+    order = torch.randperm(130, generator=torch.Generator().manual_seed(3))
+    permute_symmetric(h_II, order)
+    assert torch.equal(h_II, original[order][:, order])
+    kept = h_II.clone()
+    assert factor_lower(h_II, 2.0)
+    assert torch.equal(h_II.triu(1), kept.triu(1))
+    lower = h_II.tril().double()
+    kept.diagonal().add_(2.0)
+    torch.testing.assert_close(lower @ lower.T, kept.double(), rtol=1e-4, atol=1e-2)
+    assert not factor_lower(torch.diag(torch.tensor([1.0, -1.0])), 0.0)
+
+
+def test_order_keeps_groups_whole_and_ends_with_the_most_active():
+    diagonal = torch.tensor([1.0, 9, 2, 3, 50, 4, 5, 5, 0, 0, 0, 1])
+    order = processing_order(diagonal, Scheme(4, 4))
+    assert order.tolist() == [8, 9, 10, 11, 0, 2, 3, 1, 5, 6, 7, 4]
+
+
+def test_dead_columns_are_rounded_and_spoil_nothing():
+    w_OI, h_II = problem(columns=128)
+    h_II[5], h_II[:, 5], h_II[64:128], h_II[:, 64:128] = 0, 0, 0, 0
+    q, stats = solve_unit({"w": w_OI}, h_II, Scheme(4, 64))["w"]
+    found = q.dequantize()
+    assert found.isfinite().all() and stats.fallback == ""
+    assert (found - w_OI)[:, 64:].abs().max() < 0.5  # still rounded to a sensible grid: real inputs may be non-zero
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_non_finite_input_is_named(method):
+    w_OI, h_II = problem(columns=64)
+    bad = w_OI.clone()
+    bad[2, 7] = math.inf
+    with pytest.raises(QwenqError, match=r"layers\.3\.up: 1 of 1536 weights are not finite"):
+        solve_unit({"layers.3.gate": w_OI, "layers.3.up": bad}, h_II.clone(), Scheme(4, 64), method=method)
+    h_II[3, 9] = math.nan
+    with pytest.raises(QwenqError, match=r"layers\.3\.gate, layers\.3\.up: the Hessian of their inputs is not finite"):
+        solve_unit({"layers.3.gate": w_OI, "layers.3.up": w_OI}, h_II, Scheme(4, 64), method=method)
+
+
+def test_ill_fitting_input_is_named():
+    w_OI, h_II = problem(columns=96)
+    with pytest.raises(QwenqError, match=r"a\.b: shape \[24, 96\] does not fit 96 columns in groups of 64"):
+        solve_unit({"a.b": w_OI}, h_II, Scheme(4, 64))
+    with pytest.raises(QwenqError, match=r"c: shape \[24, 64\]"):
+        solve_unit({"a.b": w_OI, "c": w_OI[:, :64]}, h_II, Scheme(4, 32))
+    with pytest.raises(QwenqError, match="method 'awq'"):
+        solve_unit({"a.b": w_OI}, h_II, Scheme(4, 32), method="awq")
+    with pytest.raises(QwenqError, match="without a Hessian"):
+        solve_unit({"a.b": w_OI}, None, Scheme(4, 32))
+
+
+def test_damping_escalates_and_is_recorded():
+    """A matrix with an eigenvalue of -0.05 of its mean diagonal needs the second step, 0.1."""
+    w_OI, _ = problem(columns=64)
+    basis = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))[0]
+    values = torch.linspace(0.5, 2.0, 64)
+    values[0] = 0
+    h_II = (basis * values) @ basis.T
+    h_II = h_II - 0.05 * float(h_II.diagonal().mean()) * basis[:, :1] @ basis[:, :1].T
+    _, stats = solve_unit({"w": w_OI}, h_II, Scheme(4, 64), damp_percent=0.01)["w"]
+    assert stats.damp_percent == pytest.approx(0.1)
+    assert stats.fallback == ""
+
+
+def test_fallback_is_recorded_and_rounds_with_searched_scales():
+    w_OI, _ = problem(columns=64)
+    h_II = torch.eye(64)
+    h_II[0, 63] = h_II[63, 0] = 1e6
+    q, stats = solve_unit({"w": w_OI}, h_II, Scheme(4, 64), damp_percent=0.01)["w"]
+    assert stats.fallback == "no Cholesky factor up to a damping of 10: rounded to nearest"
+    weight_I = torch.ones(64)
+    scale_O, _ = search_grid(w_OI.T.contiguous(), weight_I, Scheme(4, 64))
+    assert torch.equal(q.scales_OG[:, 0].float(), scale_O)
+    _, stats = solve_unit({"w": w_OI}, torch.zeros(64, 64), Scheme(4, 64))["w"]
+    assert stats.fallback == "no calibration input reached it: rounded to nearest"
+
+
+def test_rounding_without_a_hessian():
+    w_OI, h_II = problem(columns=64)
+    scheme = Scheme(8, 32)
+    q, stats = solve_unit({"w": w_OI}, None, scheme, method="rtn")["w"]
+    assert math.isnan(stats.error_db) and stats.weight_error_db < -35
+    assert (q.dequantize() - w_OI).abs().max() <= 0.51 * q.scales_OG.max()
+    same, with_h = solve_unit({"w": w_OI}, h_II, scheme, method="rtn")["w"]
+    assert torch.equal(same.codes_OI, q.codes_OI) and with_h.error_db < -30
+
+
+def test_exact_weights_lose_nothing():
+    _, h_II = problem(columns=64)
+    codes = torch.randint(-8, 8, (8, 64), generator=torch.Generator().manual_seed(0)).float()
+    codes[:, 0] = -8
+    q, stats = solve_unit({"w": codes * 0.25}, h_II, Scheme(4, 64))["w"]
+    assert torch.equal(q.dequantize(), codes * 0.25)
+    assert stats.error_db == stats.weight_error_db == -math.inf
