@@ -1,0 +1,79 @@
+"""Temporary memory of one forward pass: which tensors are alive together at the worst moment, in bytes, per GPU.
+
+Counted from transformers' modelling code (Qwen2Model, Qwen2DecoderLayer, Qwen2MLP, Qwen2FlashAttention2; the same
+variables live in 4.38 to 5.x, in Qwen3 and Llama). Symbols: n rows (batch x tokens of the chunk), H hidden size,
+I intermediate size, Q query width, K key width, d head size, V vocabulary, c cached tokens. 2 bytes a value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qwenq.engines import Engine, Kernel
+from qwenq.spec import ModelSpec
+from qwenq.weights import Weights
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes alive at one moment besides weights and KV cache, and which moment that is."""
+
+    n_bytes: int
+    moment: str
+
+
+def prefill_peak(
+    spec: ModelSpec, weights: Weights, engine: Engine, kernel: Kernel, rows: int, cached: int, first: bool
+) -> Peak:
+    """Worst moment inside a decoder layer: `rows` rows in flight, `cached` tokens x batch in the cache (with them).
+
+    Alive throughout: the model's input embeddings (first GPU only), the layer's input, and inside the layer the
+    residual and the normed input of the block that runs, with the rotary cosine and sine.
+    """
+    h, i, q, k = spec.hidden_size, weights.intermediate_size, spec.q_size, spec.kv_size
+    outside = (h if first else 0) + h + (0 if engine.rotary_per_layer else 2 * spec.head_dim)
+    dequantize = rows >= kernel.min_rows
+    before = int(kernel.peak * weights.widest_linear) if dequantize else 0  # temporaries before the output exists
+    during = int(kernel.hold * weights.widest_linear) if dequantize else 0
+
+    inside_mlp = (outside + 2 * h) * rows * 2  # residual, normed input
+    mlp = {
+        "gate times up in the MLP": 3 * i * rows * 2,  # silu(gate), up, product
+        "up_proj": i * rows * 2 + max(before, during + i * rows * 2),
+    }
+    # In attention the layer's input is the residual itself.
+    inside_attention = (outside + h) * rows * 2
+    attention = {
+        "rotary embedding": (4 * q + 2 * k) * rows * 2,  # q, q cos, rotated q sin, sum; k, v
+        "q_proj": max(before, during + q * rows * 2),
+    }
+    if spec.qk_norm:
+        attention["query norm"] = 5 * q * rows * 2  # q, float32 copy, float32 square or product
+    if engine.repeats_kv and k != q:
+        attention["repeated keys and values"] = 2 * q * rows * 2 + 2 * q * cached * 2
+    moments = {name: inside_mlp + extra for name, extra in mlp.items()}
+    moments |= {name: inside_attention + extra for name, extra in attention.items()}
+    moments["norm in float32"] = (outside + h + 4 * h) * rows * 2  # residual, float32 copy, square or product
+    worst = max(moments, key=lambda name: moments[name])
+    return Peak(moments[worst], worst)
+
+
+def logits_peak(spec: ModelSpec, engine: Engine, rows: int, batch: int, *, first: bool, last: bool, gpus: int) -> Peak:
+    """Logits after a prompt of `rows` rows: all positions in old transformers, the last one of each sequence now."""
+    v = spec.vocab_size
+    if not engine.full_logits:
+        return Peak(batch * v * (2 + 4 + 4 + 4) if last else 0, "logits of the last position, float32, probabilities")
+    if last:
+        return Peak(rows * (v * (2 + 4) + spec.hidden_size * 2), "logits of every position and their float32 copy")
+    # accelerate brings the output back to the device of the input (AlignDevicesHook, io_same_device)
+    return Peak(rows * v * 4 if first and gpus > 1 else 0, "float32 logits of every position, brought back")
+
+
+def decode_peak(spec: ModelSpec, engine: Engine, cached: int, batch: int, last: bool, kv_bytes: float) -> Peak:
+    """One new token a sequence with `cached` tokens x batch in the cache: growing one layer's keys, expanding them."""
+    grown = int(cached * spec.kv_size * kv_bytes)  # torch.cat: old and new keys of a layer side by side
+    repeated = 4 * spec.q_size * cached if engine.repeats_kv and spec.kv_size != spec.q_size else 0
+    logits = batch * spec.vocab_size * (2 + 4 + 4 + 4) if last else 0
+    worst = max(grown, repeated, logits)
+    moment = "keys and values repeated to all heads" if worst == repeated else "a layer's keys while they grow"
+    return Peak(worst, "sampling" if worst == logits else moment)

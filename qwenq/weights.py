@@ -1,0 +1,228 @@
+"""Where a model's weight bytes sit: embedding, layers, norm, head; from a recipe, a published format or headers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from qwenq.errors import CheckpointError, PlanError
+from qwenq.scheme import Recipe, Scheme
+from qwenq.spec import UNITS, LinearSpec, ModelSpec, TensorSpec, tensor_bytes
+
+MIB = 1 << 20
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensor sizes in bytes by place, as stored. A tied head is stored once, with the embedding."""
+
+    label: str  # 4-bit g128
+    method: str  # none, gptq, awq, fp8, gguf
+    bits: int  # of most linears; 16 when not quantized
+    group_size: int  # the largest group in use, 0 without groups, -1 for one group a row
+    embed: tuple[int, ...]
+    norm: tuple[int, ...]
+    head: tuple[int, ...]  # empty when tied
+    layers: tuple[tuple[int, ...], ...]
+    widest_linear: int  # most weights in one linear; 0 when none is quantized
+    intermediate_size: int  # as stored, padding included
+    source: str
+
+    @cached_property
+    def layer_bytes(self) -> tuple[int, ...]:
+        return tuple(sum(layer) for layer in self.layers)
+
+    @cached_property
+    def total_bytes(self) -> int:
+        return sum(self.embed) + sum(self.norm) + sum(self.head) + sum(self.layer_bytes)
+
+
+def allocator_excess(n_bytes: int) -> int:
+    """Bytes that torch's CUDA allocator hands out beyond `n_bytes`, for a tensor that is never freed.
+
+    Up to 1 MiB: blocks of 512 bytes. From 10 MiB: segments of whole 2 MiB, and a rest of at most 1 MiB is not split off
+    (c10/cuda/CUDACachingAllocator.cpp: kMinBlockSize, kRoundLarge, should_split). Between, tensors share 20 MiB
+    segments, counted here as without waste.
+    """
+    if n_bytes <= MIB:
+        return -n_bytes % 512
+    rest = -n_bytes % (2 * MIB) if n_bytes >= 10 * MIB else 0
+    return rest if rest <= MIB else 0
+
+
+def recipe_weights(spec: ModelSpec, recipe: Recipe, label: str = "", dtype: str = "BF16") -> Weights:
+    """Weights stored by `recipe` in the GPTQ format (linears it leaves out stay in 16 bit)."""
+    schemes = [scheme for lin in spec.linears if (scheme := recipe.scheme_of(lin)) is not None]
+    if not recipe.overrides:
+        schemes = schemes[:1]
+        first = tuple(t.nbytes for t in recipe.layer_tensors(spec, 0, dtype))
+        layers = (first,) * spec.num_hidden_layers
+    else:
+        layers = tuple(
+            tuple(t.nbytes for t in recipe.layer_tensors(spec, layer, dtype)) for layer in range(spec.num_hidden_layers)
+        )
+    bits = [scheme.bits for scheme in schemes]
+    groups = {scheme.group_size for scheme in schemes}
+    return Weights(
+        label=label or _recipe_label(recipe),
+        method="gptq" if schemes else "none",
+        bits=max(set(bits), key=bits.count) if bits else 16,
+        group_size=max(groups) if groups else 0,
+        layers=layers,
+        widest_linear=max(lin.parameters for lin in spec.layer_linears(0)) if schemes else 0,
+        intermediate_size=spec.intermediate_size,
+        source="every tensor of the scheme, byte for byte",
+        **_outer(spec, dtype),
+    )
+
+
+def sized_recipe(spec: ModelSpec, target_bytes: int, group_size: int = 128) -> Recipe:
+    """A stand-in for a mixed checkpoint of at most `target_bytes`: 4 bits, with as many 8-bit units as fit.
+
+    Which units deserve 8 bits is for the quantizer to measure; for planning only their bytes count, so they are spread
+    evenly over the layers, unit by unit. PlanError when even uniform 4 bits is larger, with the reachable range.
+    """
+    low, high = Scheme(4, group_size), Scheme(8, group_size)
+    base, top = Recipe(low).tensor_bytes(spec), Recipe(high).tensor_bytes(spec)
+    if not base <= target_bytes <= top:
+        raise PlanError(
+            f"a 4-bit to 8-bit g{group_size} checkpoint cannot have {target_bytes / 1e9:.2f} GB",
+            hint=f"reachable: {base / 1e9:.2f} to {top / 1e9:.2f} GB",
+        )
+    left, overrides = target_bytes - base, list[tuple[str, Scheme | None]]()
+    for unit in ("down", "qkv", "o", "gate_up"):
+        chosen = [lin for lin in spec.layer_linears(0) if lin.unit == unit]
+        extra = sum(_stored(high, lin) - _stored(low, lin) for lin in chosen)
+        count = min(spec.num_hidden_layers, left // extra)
+        left -= count * extra
+        for layer in _spread(spec.num_hidden_layers, count):
+            overrides += [(f"model.layers.{layer}.{path}", high) for path in UNITS[unit]]
+    return Recipe(low, tuple(overrides))
+
+
+def published_weights(spec: ModelSpec, quant: str) -> Weights:
+    """Weights of the publisher's own files: `BF16`, `GPTQ-Int4`, `GPTQ-Int8`, `AWQ`, `FP8` (group 128)."""
+    name = quant.upper().replace("_", "-")
+    if name in ("BF16", "FP16", "F16"):
+        return recipe_weights(spec, Recipe(None), label=quant)
+    if spec.official_quantized_intermediate_size:
+        spec = replace(spec, intermediate_size=spec.official_quantized_intermediate_size)
+    if name in ("GPTQ-INT4", "GPTQ-INT8"):
+        return recipe_weights(spec, Recipe(Scheme(int(name[-1]), 128)), label=quant, dtype="F16")
+    if name in ("AWQ", "AWQ-INT4"):
+        return _built(spec, quant, "awq", 4, _awq_linear, dtype="F16")
+    if name == "FP8":
+        return _built(spec, quant, "fp8", 8, _fp8_linear, dtype="BF16")
+    raise PlanError(f"unknown quantization {quant!r}", hint="one of BF16, GPTQ-Int4, GPTQ-Int8, AWQ, FP8")
+
+
+def header_weights(spec: ModelSpec, tensors: Mapping[str, TensorSpec], config: Mapping[str, object]) -> Weights:
+    """Weights of a real checkpoint from its headers; CheckpointError when they are not this model's."""
+    layers: list[list[int]] = [[] for _ in range(spec.num_hidden_layers)]
+    outer: dict[str, list[int]] = {"embed": [], "norm": [], "head": []}
+    for tensor in tensors.values():
+        match = _LAYER.search(tensor.name)
+        if match:
+            if int(match[1]) >= len(layers):
+                raise CheckpointError(f"{tensor.name}: config.json has only {len(layers)} layers")
+            layers[int(match[1])].append(tensor.nbytes)
+        elif "lm_head" in tensor.name:
+            if not spec.tie_word_embeddings:
+                outer["head"].append(tensor.nbytes)
+        else:
+            outer["embed" if "embed" in tensor.name else "norm"].append(tensor.nbytes)
+    for layer, sizes in enumerate(layers):
+        if not sizes:
+            raise CheckpointError(f"no tensor of layer {layer}, config.json has {len(layers)} layers")
+    method, bits, group = _declared(config)
+    return Weights(
+        label=f"checkpoint, {sum(t.nbytes for t in tensors.values()) / 1e9:.2f} GB",
+        method=method,
+        bits=bits,
+        group_size=group,
+        embed=tuple(outer["embed"]),
+        norm=tuple(outer["norm"]),
+        head=tuple(outer["head"]),
+        layers=tuple(map(tuple, layers)),
+        widest_linear=0 if method == "none" else max(lin.parameters for lin in spec.layer_linears(0)),
+        intermediate_size=spec.intermediate_size,
+        source="the checkpoint's own headers",
+    )
+
+
+def _declared(config: Mapping[str, object]) -> tuple[str, int, int]:
+    """(method, bits, group size) of `quantization_config`; ('none', 16, 0) without one."""
+    found = config.get("quantization_config")
+    if not isinstance(found, Mapping):
+        return "none", 16, 0
+    method, bits, group = str(found.get("quant_method", "gptq")), found.get("bits"), found.get("group_size")
+    if method == "compressed-tensors":
+        groups = found.get("config_groups")
+        first = next(iter(groups.values()), {}) if isinstance(groups, Mapping) else {}
+        weights = first.get("weights") if isinstance(first, Mapping) else None
+        if isinstance(weights, Mapping):
+            bits, group = weights.get("num_bits"), weights.get("group_size")
+    elif method == "bitsandbytes":
+        bits = 4 if found.get("load_in_4bit") else 8
+    return method, bits if isinstance(bits, int) else 16, group if isinstance(group, int) else 0
+
+
+def _outer(spec: ModelSpec, dtype: str) -> dict[str, tuple[int, ...]]:
+    outer: dict[str, tuple[int, ...]] = {"embed": (), "norm": (), "head": ()}
+    for tensor in spec.outer_tensors(dtype):
+        key = "head" if "lm_head" in tensor.name else "embed" if "embed" in tensor.name else "norm"
+        outer[key] += (tensor.nbytes,)
+    return outer
+
+
+def _built(
+    spec: ModelSpec, label: str, method: str, bits: int, linear: Callable[[LinearSpec], Iterator[int]], dtype: str
+) -> Weights:
+    sizes = [t.nbytes for t in spec.layer_tensors(0, dtype) if not _is_linear_weight(spec, t.name)]
+    for lin in spec.layer_linears(0):
+        sizes += linear(lin)
+    return Weights(
+        label=label,
+        method=method,
+        bits=bits,
+        group_size=128,
+        layers=(tuple(sizes),) * spec.num_hidden_layers,
+        widest_linear=max(lin.parameters for lin in spec.layer_linears(0)),
+        intermediate_size=spec.intermediate_size,
+        source="every tensor of the format, byte for byte",
+        **_outer(spec, dtype),
+    )
+
+
+def _is_linear_weight(spec: ModelSpec, name: str) -> bool:
+    return name.endswith(".weight") and any(name == lin.name + ".weight" for lin in spec.layer_linears(0))
+
+
+def _awq_linear(lin: LinearSpec) -> Iterator[int]:
+    groups = lin.in_features // 128
+    yield tensor_bytes("I32", (lin.in_features, lin.out_features // 8))
+    yield tensor_bytes("I32", (groups, lin.out_features // 8))
+    yield tensor_bytes("F16", (groups, lin.out_features))
+
+
+def _fp8_linear(lin: LinearSpec) -> Iterator[int]:
+    yield lin.parameters
+    yield tensor_bytes("F32", (-(-lin.out_features // 128), -(-lin.in_features // 128)))
+
+
+def _stored(scheme: Scheme, lin: LinearSpec) -> int:
+    return sum(t.nbytes for t in scheme.gptq_tensors(lin))
+
+
+def _spread(layers: int, count: int) -> Iterable[int]:
+    return (layer * layers // count for layer in range(count)) if count else ()
+
+
+def _recipe_label(recipe: Recipe) -> str:
+    if recipe.default is None:
+        return "16-bit"
+    raised = sum(1 for _, scheme in recipe.overrides if scheme and scheme.bits > recipe.default.bits)
+    return recipe.default.label + (f", {raised} linears in 8 bits" if raised else "")
