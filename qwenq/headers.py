@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,27 @@ def read_header(path: Path) -> dict[str, TensorLocation]:
     if base + expected != size:
         raise CheckpointError(f"{where}: {size - base - expected} bytes after the last tensor belong to no tensor")
     return locations
+
+
+def encode_header(tensors: Mapping[str, TensorSpec]) -> tuple[bytes, list[str]]:
+    """Header bytes, length field included, and the order in which the tensors' bytes follow.
+
+    Ordered by element size, then name, so that every tensor is aligned to its elements.
+    """
+    order = sorted(tensors, key=lambda name: (-DTYPE_BYTES[tensors[name].dtype], name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in order:
+        end = offset + tensors[name].nbytes
+        header[name] = {
+            "dtype": tensors[name].dtype,
+            "shape": list(tensors[name].shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, order
 
 
 def read_object(path: Path, limit: int = 10_000_000) -> dict[str, Any]:

@@ -10,6 +10,8 @@ import typer
 from typer.core import TyperGroup
 
 from qwenq import __version__
+from qwenq.cli.evaluate import evaluate
+from qwenq.cli.quantize import quantize
 from qwenq.errors import QwenqError
 
 
@@ -53,6 +55,10 @@ def _options(
     ] = False,
 ) -> None:
     pass
+
+
+app.command("quantize")(quantize)
+app.command("eval")(evaluate)
 
 
 def main() -> None:

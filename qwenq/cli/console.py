@@ -1,0 +1,117 @@
+"""What the commands share: tables to stdout, progress to stderr, one JSON serializer."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from qwenq.results import BlockResult, DriftReport
+from qwenq.units import format_seconds
+
+out = Console(highlight=False, soft_wrap=False)
+err = Console(stderr=True, highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """JSON to stdout; figures that are not finite become null."""
+    print(json.dumps(_finite(value), indent=2, ensure_ascii=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value
+
+
+def warn(line: str) -> None:
+    err.print(f"[yellow]warning:[/] {line}", markup=True)
+
+
+class LayerProgress:
+    """A live bar on a terminal, one plain line a layer elsewhere; both to stderr."""
+
+    def __init__(self, total: int, *, quiet: bool = False) -> None:
+        self.total, self.quiet, self.done = total, quiet, 0
+        self.started = time.perf_counter()
+        self.live = sys.stderr.isatty() and not quiet
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=err,
+        )
+        self.task = self.bar.add_task("starting", total=total)
+
+    def __enter__(self) -> LayerProgress:
+        if self.live:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        if self.live:
+            self.bar.stop()
+
+    def say(self, line: str) -> None:
+        """A step that is not a layer."""
+        if self.live:
+            self.bar.update(self.task, description=line)
+        elif not self.quiet:
+            print(line, file=sys.stderr, flush=True)
+
+    def layer(self, result: BlockResult) -> None:
+        """A finished layer: its worst linear's error, seconds, time left."""
+        self.done += 1
+        worst = result.worst if result.linears else None
+        errors = f"worst {worst.error_db:.1f} dB ({worst.name.rsplit('.', 1)[1]})" if worst else "kept in 16 bit"
+        for linear in result.linears:
+            if linear.fallback:
+                warn(f"{linear.name}: rounded to nearest ({linear.fallback})")
+        if self.live:
+            self.bar.update(self.task, completed=result.layer + 1, description=f"layer {result.layer} {errors}")
+        elif not self.quiet:
+            left = (self.total - result.layer - 1) * (time.perf_counter() - self.started) / self.done
+            stream = f", stream {result.stream_error_db:.1f} dB" if result.stream_error_db is not None else ""
+            print(
+                f"layer {result.layer + 1}/{self.total}  {errors}{stream}  {format_seconds(result.seconds)}  "
+                f"left {format_seconds(left)}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def step(self, layer: int) -> None:
+        """A finished layer without figures."""
+        if self.live:
+            self.bar.update(self.task, completed=layer + 1, description="evaluating")
+
+
+def drift_table(drift: DriftReport) -> Table:
+    """The drift report as a table of one figure a row."""
+    table = Table(title=f"drift on {drift.text} ({drift.windows} x {drift.window_tokens} tokens, {drift.compute_dtype})")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    table.add_column("95 % interval", justify="right")
+    ppl, kl, top = drift.perplexity_increase_percent, drift.kl, drift.top1_agreement
+    table.add_row("mean KL (nats/token)", f"{kl.mean:.5f}", f"{kl.low:.5f} to {kl.high:.5f}")
+    table.add_row("median KL, 99th percentile", f"{drift.kl_median:.5f}, {drift.kl_p99:.4f}", "")
+    table.add_row("top-1 agreement", f"{100 * top.mean:.2f} %", f"{100 * top.low:.2f} to {100 * top.high:.2f} %")
+    table.add_row("perplexity, 16-bit", f"{drift.reference_perplexity:.3f}", f"SE {drift.reference_perplexity_se:.3f}")
+    table.add_row("perplexity, quantized", f"{drift.perplexity:.3f}", f"SE {drift.perplexity_se:.3f}")
+    table.add_row("perplexity increase (paired)", f"{ppl.mean:+.2f} %", f"{ppl.low:+.2f} to {ppl.high:+.2f} %")
+    table.add_row("noise floor (KL)", f"{drift.noise_floor_kl:.2g}", "")
+    if drift.non_finite:
+        table.add_row("logit rows not finite", f"{drift.non_finite} of {drift.tokens}", "")
+    return table

@@ -1,0 +1,81 @@
+"""Arguments that several commands take, and how a MODEL argument becomes a directory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qwenq.errors import PlanError
+from qwenq.spec import ModelSpec, family_spec, spec_from_config
+
+Model = Annotated[str, typer.Argument(help="A checkpoint directory, or a hub name such as Qwen/Qwen2.5-7B-Instruct.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+ComputeDtype = Annotated[
+    str, typer.Option("--compute-dtype", help="float32 or bfloat16; auto: float32 on a CPU, bfloat16 on a GPU.")
+]
+StoredDtype = Annotated[
+    str, typer.Option(help="Convert tensors that are not quantized: float16 or bfloat16; auto keeps their bytes.")
+]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+
+
+def resolve_model(model: str) -> Path:
+    """A local directory for MODEL, downloaded from the hub when it is a hub name."""
+    path = Path(model)
+    if path.is_dir():
+        return path
+    from qwenq.hub import fetch_model, is_hub_name
+
+    if is_hub_name(model):
+        return fetch_model(model)
+    raise PlanError(
+        f"{model}: neither a directory nor a hub name (owner/name)",
+        hint="for sizes alone a family name works: qwenq quantize Qwen2.5-72B --bits 4 --dry-run",
+    )
+
+
+def stored_dtypes(model: str) -> tuple[ModelSpec, Callable[[str], str]]:
+    """Shapes of MODEL and the dtype each of its tensors is stored in, from headers alone (a family: BF16)."""
+    spec = None if Path(model).is_dir() else family_spec(model)
+    if spec is not None:
+        return spec, lambda name: "BF16"
+    from qwenq.hub import fetch_config, fetch_headers, is_hub_name
+
+    if not Path(model).is_dir() and is_hub_name(model):
+        from qwenq.headers import read_object
+
+        spec = spec_from_config(read_object(fetch_config(model) / "config.json"), where=model, name=model)
+        headers = fetch_headers(model)
+        return spec, lambda name: headers[name].spec.dtype
+    from qwenq.checkpoint import open_source
+
+    source = open_source(resolve_model(model))
+    return source.spec, source.dtype_of
+
+
+def pick_device(device: str) -> str:
+    """`auto` becomes cuda where there is one, else cpu."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device != "cpu" and not device.startswith("cuda"):
+        raise PlanError(f"--device {device}: wanted auto, cpu, cuda or cuda:N")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise PlanError(f"--device {device}: no CUDA GPU is visible to torch", hint="--device cpu")
+    return device
+
+
+def pick_compute_dtype(compute_dtype: str, device: str) -> str:
+    """The dtype activations are computed in; float16 is refused: Qwen2.5 overflows it, and CPUs crawl in it."""
+    if compute_dtype == "auto":
+        return "float32" if device == "cpu" else "bfloat16"
+    if compute_dtype not in ("float32", "bfloat16"):
+        raise PlanError(
+            f"--compute-dtype {compute_dtype}: wanted float32, bfloat16 or auto",
+            hint="float16 overflows in Qwen2.5's activations and is very slow on CPUs",
+        )
+    return compute_dtype

@@ -1,0 +1,177 @@
+"""`qwenq quantize`: the main job."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qwenq.cli.console import LayerProgress, drift_table, out, print_json, warn
+from qwenq.cli.models import ComputeDtype, Device, JsonFlag, Model, StoredDtype
+from qwenq.errors import PlanError
+from qwenq.scheme import Recipe, Scheme
+from qwenq.units import format_gb, format_seconds
+
+DEFAULT_WINDOWS = 128  # at most, when --num-samples is not given
+DEFAULT_EVALUATION_WINDOWS = 20
+
+
+def quantize(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to make.")] = Path(),
+    bits: Annotated[int, typer.Option(help="4 or 8.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Columns that share a scale: 128, 64, 32, or -1 for the row.")] = 128,
+    calibration: Annotated[str, typer.Option(help="A set's name, or a .txt, .jsonl, .parquet or .npy file.")] = "builtin",
+    num_samples: Annotated[
+        int | None, typer.Option("--num-samples", "-n", min=1, help="Calibration windows. Default: all, at most 128.")
+    ] = None,
+    sequence_length: Annotated[int, typer.Option("--sequence-length", min=2, help="Tokens a window.")] = 512,
+    seed: Annotated[int, typer.Option(help="Decides which calibration windows are drawn.")] = 0,
+    eval_text: Annotated[str, typer.Option(help="Held-out text for the drift: a set's name or a file.")] = "heldout",
+    eval_samples: Annotated[
+        int | None, typer.Option(min=1, help="Held-out windows. Default: all, at most 20.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="gptq, or rtn: round to nearest, the baseline.")] = "gptq",
+    damp_percent: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Damping, as a share of the mean Hessian diagonal (0.01 = 1 %).")
+    ] = 0.01,
+    device: Device = "auto",
+    dtype: StoredDtype = "auto",
+    compute_dtype: ComputeDtype = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read headers only; print sizes, memory and disk.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a stopped job: same command, plus this.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Turn a 16-bit checkpoint into a 4-bit or 8-bit one, layer by layer, and measure what was lost.
+
+    MODEL is a directory or a hub name; peak memory is one layer, not the model. The result is in GPTQ format, which
+    transformers, vLLM, SGLang, GPTQModel and ExLlama load.
+    """
+    if method not in ("gptq", "rtn"):
+        raise PlanError(f"--method {method}: wanted gptq or rtn")
+    recipe = Recipe(Scheme(bits, group_size))
+    if dry_run:
+        _dry_run(model, recipe, output, num_samples, sequence_length, eval_samples, device, dtype, compute_dtype, json)
+        return
+    if output == Path():
+        raise PlanError("no output directory", hint="give one with -o DIR")
+
+    from qwenq.block import SolverOptions
+    from qwenq.calibration import load_windows, overlap
+    from qwenq.checkpoint import open_source
+    from qwenq.cli.models import pick_compute_dtype, pick_device, resolve_model
+    from qwenq.quantize import QuantizeJob, partial_directory
+    from qwenq.quantize import quantize as run
+    from qwenq.tokens import ModelTokenizer
+
+    source = open_source(resolve_model(model))
+    recipe.check(source.spec)
+    tokenizer = ModelTokenizer(source.directory)
+    picked = pick_device(device)
+    windows = load_windows(
+        calibration, tokenizer, source.spec, length=sequence_length, count=num_samples, seed=seed, up_to=DEFAULT_WINDOWS
+    )
+    held_out = load_windows(
+        eval_text,
+        tokenizer,
+        source.spec,
+        length=windows.ids.shape[1],
+        count=eval_samples,
+        seed=None,
+        up_to=DEFAULT_EVALUATION_WINDOWS,
+    )
+    tokens_only = calibration.endswith(".npy") or eval_text.endswith(".npy")
+    job = QuantizeJob(
+        source=source,
+        out=output,
+        recipe=recipe,
+        calibration=windows,
+        evaluation=held_out,
+        options=SolverOptions(method=method, damp_percent=damp_percent),
+        device=picked,
+        compute_dtype=pick_compute_dtype(compute_dtype, picked),
+        dtype=dtype,
+        seed=seed,
+        overlap=None if tokens_only else overlap(calibration, eval_text),
+    )
+    for name in source.ignored:
+        warn(f"{name} is stored but not used by the model: left out")
+    with LayerProgress(source.spec.num_hidden_layers, quiet=json) as progress:
+        try:
+            result = run(
+                job, resume=resume, listen=lambda e: progress.say(e) if isinstance(e, str) else progress.layer(e)
+            )
+        except KeyboardInterrupt:
+            again = [a for a in sys.argv[1:] if a != "--resume"]
+            print(f"\nstopped; {partial_directory(output)} keeps what is done. Go on with:", file=sys.stderr)
+            print(f"  qwenq {shlex.join(again)} --resume", file=sys.stderr)
+            raise typer.Exit(130) from None
+    if json:
+        print_json(result.to_json())
+        return
+    for line in result.warnings:
+        warn(line)
+    out.print(drift_table(result.drift))
+    out.print(
+        f"{result.out}: {recipe.default.label if recipe.default else '16-bit'}, {format_gb(result.file_bytes)} "
+        f"({result.bits_per_linear_weight:.2f} bits per linear weight), {format_seconds(result.seconds)}, "
+        f"peak {format_gb(result.peak_rss_bytes)} of memory",
+        soft_wrap=True,
+    )
+
+
+def _dry_run(
+    model: str,
+    recipe: Recipe,
+    output: Path,
+    num_samples: int | None,
+    sequence_length: int,
+    eval_samples: int | None,
+    device: str,
+    dtype: str,
+    compute_dtype: str,
+    json: bool,
+) -> None:
+    from qwenq.cli.models import stored_dtypes
+    from qwenq.preflight import Tokens, preflight
+
+    spec, source_dtype_of = stored_dtypes(model)
+    names = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+    on_gpu = device.startswith("cuda")
+    narrow = compute_dtype == "bfloat16" or (compute_dtype == "auto" and on_gpu)
+    check = preflight(
+        spec,
+        recipe,
+        Tokens(num_samples or DEFAULT_WINDOWS, eval_samples or DEFAULT_EVALUATION_WINDOWS, sequence_length),
+        compute_bytes=2 if narrow else 4,
+        on_gpu=on_gpu,
+        out=output if output != Path() else Path.cwd() / "out",
+        dtype_of=source_dtype_of if dtype == "auto" else lambda name: names[dtype],
+        source_dtype_of=source_dtype_of,
+    )
+    if json:
+        print_json(check.to_json())
+        return
+    from rich.table import Table
+
+    table = Table(title=f"dry run: {check.model} to {check.scheme}")
+    table.add_column("what")
+    table.add_column("", justify="right")
+    for unit, label in check.units.items():
+        table.add_row(f"{unit}: {label}", format_gb(check.unit_bytes[unit]))
+    table.add_row("all tensors", f"{format_gb(check.tensor_bytes)} ({check.tensor_bytes} bytes)")
+    table.add_row("files", f"{format_gb(check.file_bytes)} ({check.file_bytes} bytes)")
+    table.add_row("source tensors", format_gb(check.source_tensor_bytes))
+    table.add_row("bits per linear weight", f"{check.bits_per_linear_weight:.3f}")
+    table.add_row("peak memory, predicted", format_gb(check.peak_ram_bytes))
+    if check.peak_vram_bytes:
+        table.add_row("peak GPU memory, predicted", format_gb(check.peak_vram_bytes))
+    table.add_row("disk needed (hidden states included)", format_gb(check.disk_needed_bytes))
+    table.add_row("disk free", format_gb(check.disk_free_bytes or 0))
+    for ranks, reason in check.tensor_parallel.items():
+        table.add_row(f"tensor parallel {ranks}", reason or "yes")
+    out.print(table)
+    check.check_disk(output if output != Path() else Path.cwd())

@@ -1,0 +1,102 @@
+"""Drift of a checkpoint against a reference, both streamed layer by layer, so that neither has to fit."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from qwenq.block import run_layer
+from qwenq.checkpoint import Checkpoint, non_finite
+from qwenq.errors import CheckpointError, HonestNo
+from qwenq.head import HeadWeights, measure_drift
+from qwenq.results import DriftReport
+from qwenq.stream import Network
+from qwenq.streams import embed, new_streams
+from qwenq.tokens import ModelTokenizer, TokenWindows
+
+
+@torch.inference_mode()
+def evaluate(
+    checkpoint: Checkpoint,
+    reference: Checkpoint,
+    evaluation: TokenWindows,
+    *,
+    compute_dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    listen: Callable[[int], None] = lambda layer: None,
+) -> DriftReport:
+    """Run both checkpoints over the evaluation windows; `listen` is told each finished layer."""
+    check_comparable(checkpoint, reference)
+    network = Network(reference.config, reference.spec, dtype=compute_dtype, device=device)
+    other = Network(checkpoint.config, checkpoint.spec, dtype=compute_dtype, device=device)
+    wide = Network(reference.config, reference.spec, dtype=torch.float32, device=device)
+    with tempfile.TemporaryDirectory(prefix="qwenq-eval-") as spill:
+        streams = new_streams(reference, None, evaluation.ids, dtype=compute_dtype, spill_directory=Path(spill))
+        states = streams.states
+        embed(checkpoint, {"quantized": (states["quantized"], evaluation.ids)})
+        for layer in range(reference.spec.num_hidden_layers):
+            state = _finite(reference, layer)
+            if "float32" in states:
+                wide.fill(state)
+                run_layer(wide, states["float32"])
+                wide.release()
+            network.fill(state)
+            run_layer(network, states["reference"])
+            network.release()
+            other.fill(_finite(checkpoint, layer))
+            run_layer(other, states["quantized"])
+            other.release()
+            listen(layer)
+        return measure_drift(network, HeadWeights(reference), HeadWeights(checkpoint), states, evaluation)
+
+
+def _finite(checkpoint: Checkpoint, layer: int) -> dict[str, torch.Tensor]:
+    state = checkpoint.layer_state(layer)
+    if (bad := non_finite(state.items())) is not None:
+        raise CheckpointError(
+            f"{checkpoint.directory}: model.layers.{layer}.{bad} holds a NaN or an infinity",
+            hint="the checkpoint may be damaged",
+        )
+    return state
+
+
+def check_comparable(checkpoint: Checkpoint, reference: Checkpoint) -> None:
+    """Raise CheckpointError unless both are the same architecture and read the same token ids.
+
+    A vocabulary padded further (151,936 against 152,064) is no difference.
+    """
+    same = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+    for field in same:
+        ours, theirs = getattr(checkpoint.spec, field), getattr(reference.spec, field)
+        if ours != theirs:
+            raise CheckpointError(
+                f"{checkpoint.directory} and {reference.directory} differ in {field}: {ours} and {theirs}",
+                hint="the reference is the 16-bit checkpoint that the other was made from",
+            )
+    if _rope(checkpoint) != _rope(reference):
+        raise CheckpointError(f"{checkpoint.directory} and {reference.directory} differ in rope_scaling")
+    tokenizers = [ModelTokenizer(c.directory) for c in (checkpoint, reference)]
+    if tokenizers[0].sha256 != tokenizers[1].sha256 and tokenizers[0].vocabulary != tokenizers[1].vocabulary:
+        raise CheckpointError(
+            f"{checkpoint.directory} and {reference.directory} have different tokenizers",
+            hint="drift can only be measured between models that read the same tokens",
+        )
+
+
+def _rope(checkpoint: Checkpoint) -> tuple[object, object]:
+    config = checkpoint.config
+    return config.get("rope_scaling"), config.get("rope_theta")
+
+
+def check_limits(drift: DriftReport, max_kl: float | None, max_increase_percent: float | None) -> None:
+    """Raise HonestNo when the drift is over a limit, or is not a number."""
+    if drift.non_finite:
+        raise HonestNo(f"{drift.non_finite} of {drift.tokens} logit rows are not finite")
+    if max_kl is not None and not drift.kl.mean <= max_kl:
+        raise HonestNo(f"mean KL is {drift.kl.mean:.4f}, the limit {max_kl:g}")
+    increase = drift.perplexity_increase_percent.mean
+    if max_increase_percent is not None and not increase <= max_increase_percent:
+        raise HonestNo(f"perplexity rose by {increase:.2f} %, the limit is {max_increase_percent:g} %")

@@ -1,0 +1,125 @@
+"""The journal of a long job: one JSON line for the job, then one for each finished layer, each line synced.
+
+A line counts once it is whole; a torn last line is dropped. Lines name files by SHA-256, so a damaged file is seen.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qwenq.errors import JobError
+
+JOURNAL_NAME = "qwenq-journal.jsonl"
+_LOCK_NAME = ".qwenq-lock"
+
+
+class Journal:
+    """Rows of `qwenq-journal.jsonl`, kept in step with the file."""
+
+    def __init__(self, path: Path, rows: list[dict[str, Any]]) -> None:
+        self.path = path
+        self.rows = rows
+
+    @staticmethod
+    def create(directory: Path, job: Mapping[str, Any]) -> Journal:
+        journal = Journal(directory / JOURNAL_NAME, [])
+        journal.append({"job": dict(job)})
+        return journal
+
+    @staticmethod
+    def load(directory: Path) -> Journal:
+        """Read the journal; raises JobError when there is none to resume from."""
+        path = directory / JOURNAL_NAME
+        if not path.is_file():
+            raise JobError(f"{directory}: no {JOURNAL_NAME} in it, so nothing to resume", hint="delete it, start anew")
+        rows = []
+        for line in path.read_bytes().split(b"\n"):
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                break  # a torn line: the process died while writing it
+        if not rows or "job" not in rows[0]:
+            raise JobError(f"{path}: its first line is damaged", hint=f"delete {directory} and start anew")
+        return Journal(path, rows)
+
+    @property
+    def job(self) -> dict[str, Any]:
+        job: dict[str, Any] = self.rows[0]["job"]
+        return job
+
+    @property
+    def layers(self) -> list[dict[str, Any]]:
+        """Rows of finished layers, in order."""
+        return [row for row in self.rows if "layer" in row]
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add a row and sync it."""
+        with open(self.path, "ab") as file:
+            file.write(json.dumps(row, separators=(",", ":"), ensure_ascii=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.rows.append(dict(row))
+
+    def keep_layers(self, count: int) -> None:
+        """Drop all rows after the first `count` layers: what follows is done again."""
+        kept, layers = [], 0
+        for row in self.rows:
+            if "layer" in row and (layers := layers + 1) > count:
+                break
+            kept.append(row)
+        self.rows = kept
+        text = b"".join(json.dumps(r, separators=(",", ":"), ensure_ascii=False).encode() + b"\n" for r in kept)
+        beside = self.path.with_suffix(".tmp")
+        with open(beside, "wb") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, self.path)
+
+
+def refuse_changes(old: Mapping[str, Any], new: Mapping[str, Any], directory: Path) -> None:
+    """Raise JobError naming every argument or input that differs between the journal and this run."""
+    changes = [f"{where} was {a!r}, now {b!r}" for where, a, b in _differences(old, new, "")]
+    if changes:
+        more = f" (and {len(changes) - 3} more)" if len(changes) > 3 else ""
+        raise JobError(
+            f"{directory}: cannot resume, {'; '.join(changes[:3])}{more}",
+            hint="resume with the same command and inputs, or delete the directory and start anew",
+        )
+
+
+def _differences(old: Any, new: Any, where: str) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in sorted({*old, *new}):
+            yield from _differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+    elif old != new:
+        yield where, old, new
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold the directory against a second run; the system lets go of the lock when the process ends, however it ends."""
+    path = directory / _LOCK_NAME
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise JobError(
+                f"{directory}: in use by {holder}", hint="wait for it, or stop that process; then try again"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,201 @@
+"""What a quantization will write and need, from shapes alone: files byte for byte, disk, peak memory. No torch."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qwenq.errors import JobError
+from qwenq.headers import encode_header
+from qwenq.scheme import Recipe
+from qwenq.spec import LinearSpec, ModelSpec, TensorSpec, tensor_bytes
+from qwenq.units import format_gb
+
+BASE_BYTES = 560_000_000  # interpreter, torch, transformers and thread pools; measured on Linux with torch 2.13
+SPILL_BYTES = 6 << 30  # token buffers beyond this live in a memory-mapped file
+_SLACK_BYTES = 1 << 20  # config, tokenizer copies are added exactly; journal and model card are not
+
+
+def output_files(spec: ModelSpec, recipe: Recipe, dtype_of: Callable[[str], str]) -> dict[str, list[TensorSpec]]:
+    """Shard files of the quantized checkpoint and their tensors: embedding, one a layer, then norm and head.
+
+    dtype_of gives the stored dtype of each tensor that is not quantized.
+    """
+    total = spec.num_hidden_layers + 2
+
+    def stored(tensors: Any) -> list[TensorSpec]:
+        keep = (".qweight", ".qzeros", ".scales", ".g_idx")
+        return [t if t.name.endswith(keep) else TensorSpec(t.name, dtype_of(t.name), t.shape) for t in tensors]
+
+    outer = stored(spec.outer_tensors())
+    parts = [outer[:1], *(stored(recipe.layer_tensors(spec, k)) for k in range(spec.num_hidden_layers)), outer[1:]]
+    return {f"model-{k:05d}-of-{total:05d}.safetensors": part for k, part in enumerate(parts, 1)}
+
+
+def shard_file_bytes(tensors: list[TensorSpec]) -> int:
+    """Size of the safetensors file that holds these tensors, as this project writes it."""
+    return len(encode_header({t.name: t for t in tensors})[0]) + sum(t.nbytes for t in tensors)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Calibration and evaluation windows of a job: counts only."""
+
+    calibration_windows: int
+    evaluation_windows: int
+    length: int
+
+    @property
+    def calibration(self) -> int:
+        return self.calibration_windows * self.length
+
+    @property
+    def evaluation(self) -> int:
+        return self.evaluation_windows * self.length
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """The dry run's answer. Bytes; GPU figures are 0 for a job on the CPU."""
+
+    model: str
+    parameters: int
+    scheme: str
+    bits_per_linear_weight: float
+    tensor_bytes: int
+    file_bytes: int
+    source_tensor_bytes: int
+    units: dict[str, str]  # unit -> scheme labels met in it
+    unit_bytes: dict[str, int]
+    peak_ram_bytes: int
+    peak_vram_bytes: int
+    state_bytes: int  # hidden states kept on disk to resume from, both copies
+    spill_bytes: int  # token buffers in a memory-mapped file
+    disk_needed_bytes: int
+    disk_free_bytes: int | None
+    tensor_parallel: dict[str, str]  # "1", "2", "4", "8" -> "" or why not
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def check_disk(self, where: Path) -> None:
+        """Raise JobError when the disk cannot hold what will be written."""
+        if self.disk_free_bytes is not None and self.disk_needed_bytes > self.disk_free_bytes:
+            raise JobError(
+                f"{where}: needs {format_gb(self.disk_needed_bytes)} of disk, {format_gb(self.disk_free_bytes)} are free",
+                hint="choose an --output on another disk, or free some space",
+            )
+
+
+def preflight(
+    spec: ModelSpec,
+    recipe: Recipe,
+    tokens: Tokens,
+    *,
+    compute_bytes: int,
+    on_gpu: bool,
+    out: Path | None,
+    dtype_of: Callable[[str], str] = lambda name: "BF16",
+    source_dtype_of: Callable[[str], str] = lambda name: "BF16",
+) -> Preflight:
+    """Exact sizes and predicted peaks of quantizing `spec` by `recipe`; raises PlanError where groups do not divide."""
+    recipe.check(spec)
+    files = output_files(spec, recipe, dtype_of)
+    tensor_total = sum(t.nbytes for tensors in files.values() for t in tensors)
+    file_total = sum(shard_file_bytes(tensors) for tensors in files.values())
+    source_total = sum(tensor_bytes(source_dtype_of(t.name), t.shape) for t in spec.tensors())
+    host, device = peak_bytes(spec, tokens, compute_bytes, on_gpu)
+    streams = (tokens.calibration + 2 * tokens.evaluation) * spec.hidden_size * compute_bytes
+    buffers = token_buffer_bytes(spec, tokens, compute_bytes)
+    spill = buffers if buffers > SPILL_BYTES else 0
+    units: dict[str, set[str]] = {}
+    unit_bytes: dict[str, int] = {}
+    for lin in spec.linears:
+        scheme = recipe.scheme_of(lin)
+        units.setdefault(lin.unit, set()).add(scheme.label if scheme else "16-bit")
+        size = sum(t.nbytes for t in scheme.gptq_tensors(lin)) if scheme else 2 * lin.parameters
+        unit_bytes[lin.unit] = unit_bytes.get(lin.unit, 0) + size
+    return Preflight(
+        model=spec.name,
+        parameters=spec.parameters,
+        scheme=recipe.default.label if recipe.default else "16-bit",
+        bits_per_linear_weight=recipe.bits_per_linear_weight(spec),
+        tensor_bytes=tensor_total,
+        file_bytes=file_total,
+        source_tensor_bytes=source_total,
+        units={unit: ", ".join(sorted(labels)) for unit, labels in units.items()},
+        unit_bytes=unit_bytes,
+        peak_ram_bytes=host,
+        peak_vram_bytes=device,
+        state_bytes=2 * streams,
+        spill_bytes=spill,
+        disk_needed_bytes=file_total + 2 * streams + spill + _SLACK_BYTES,
+        disk_free_bytes=free_disk(out) if out else None,
+        tensor_parallel={str(n): tensor_parallel_reason(spec, recipe, n) for n in (1, 2, 4, 8)},
+    )
+
+
+def token_buffer_bytes(spec: ModelSpec, tokens: Tokens, compute_bytes: int) -> int:
+    """Hidden states of all streams, and the scratch for the widest linear's input."""
+    streams = (tokens.calibration + 2 * tokens.evaluation) * spec.hidden_size
+    scratch = tokens.calibration * max(spec.q_size, spec.intermediate_size)
+    return (streams + scratch) * compute_bytes
+
+
+def peak_bytes(spec: ModelSpec, tokens: Tokens, compute_bytes: int, on_gpu: bool) -> tuple[int, int]:
+    """Predicted peak (host, GPU) in bytes; the layer count is not in it, because one layer is held at a time."""
+    layer = spec.layer_linears(0)
+    widest = max(lin.in_features for lin in layer)
+    parameters = sum(lin.parameters for lin in layer)
+    block = parameters * compute_bytes
+    solving = max(_solving(unit) for unit in _units(layer))
+    head = 3 * min(1 << 28, 4096 * 4 * spec.vocab_size) + (1 << 26)
+    buffers = token_buffer_bytes(spec, tokens, compute_bytes)
+    loading = 2 * parameters  # the 16-bit tensors while they are converted
+    work = block + max(2 * 4 * widest * widest + solving, loading)
+    if on_gpu:
+        return BASE_BYTES + buffers + loading, max(work, head)
+    return BASE_BYTES + buffers + max(work, head), 0
+
+
+def _units(layer: tuple[LinearSpec, ...]) -> list[list[LinearSpec]]:
+    return [[lin for lin in layer if lin.unit == unit] for unit in dict.fromkeys(lin.unit for lin in layer)]
+
+
+def _solving(unit: list[LinearSpec]) -> int:
+    """Working copies of one unit's weights: float32 original, error-updated and stacked, and uint8 codes."""
+    return 13 * sum(lin.parameters for lin in unit)
+
+
+def free_disk(out: Path) -> int:
+    """Bytes free on the disk that `out` is or will be on."""
+    existing = out.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
+
+
+def tensor_parallel_reason(spec: ModelSpec, recipe: Recipe, ranks: int) -> str:
+    """Empty when the checkpoint splits over `ranks` GPUs by tensor parallelism, else the first reason why not.
+
+    Column-parallel linears split by output (heads, FFN), row-parallel ones (o, down) by input, where no quantization
+    group may straddle two ranks; an input that is one group cannot be split.
+    """
+    if spec.num_attention_heads % ranks:
+        return f"{spec.num_attention_heads} attention heads do not divide by {ranks}"
+    if spec.num_key_value_heads % ranks and ranks % spec.num_key_value_heads:
+        return f"{spec.num_key_value_heads} key-value heads neither divide by {ranks} nor it by them"
+    if spec.vocab_size % ranks:
+        return f"vocabulary {spec.vocab_size} does not divide by {ranks}"
+    if spec.intermediate_size % ranks:
+        return f"intermediate size {spec.intermediate_size} does not divide by {ranks}"
+    for lin in spec.linears:
+        scheme = recipe.scheme_of(lin)
+        if scheme is not None and lin.unit in ("o", "down") and scheme.group_size != -1:
+            part = lin.in_features // ranks
+            if part % scheme.group_size:
+                return f"{lin.in_features} / {ranks} = {part} inputs of {lin.kind} split a group of {scheme.group_size}"
+    return ""

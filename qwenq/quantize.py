@@ -1,0 +1,425 @@
+"""The main job: 16-bit shards in, quantized shards out, one decoder layer at a time, journalled and resumable.
+
+    source --> layer i --> reference stream            (16-bit layer, evaluation tokens)
+                      \--> calibration stream, solve --> shard i, journal line i
+                      \--> quantized stream            (quantized layer, evaluation tokens)
+    final norm, head --> DriftReport
+
+Work happens in OUT.partial, which becomes OUT by one rename when everything in it is whole.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwenq import __version__
+from qwenq.block import SolverOptions, StageClock, quantize_block, run_layer
+from qwenq.checkpoint import Checkpoint, non_finite
+from qwenq.errors import CheckpointError, JobError
+from qwenq.formats.gptq import gptq_config, read_gptq_config
+from qwenq.head import HeadWeights, measure_drift
+from qwenq.headers import INDEX_NAME, read_header
+from qwenq.journal import JOURNAL_NAME, Journal, locked, refuse_changes
+from qwenq.preflight import Tokens, output_files, preflight
+from qwenq.results import BlockResult, DriftReport
+from qwenq.scheme import Recipe
+from qwenq.shards import DTYPE_NAMES, encode_index, file_sha256, write_json, write_shard
+from qwenq.stream import Network
+from qwenq.streams import Streams, new_streams
+from qwenq.tokens import TOKENIZER_FILES, TokenWindows
+
+MANIFEST_NAME = "qwenq-manifest.json"
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
+_STATE_INTERVAL_S = 30.0  # hidden states are saved to disk this often; layers done since are replayed on resume
+
+
+@dataclass(frozen=True)
+class QuantizeJob:
+    """One quantization, entirely described: equal jobs on equal machines give equal bytes."""
+
+    source: Checkpoint
+    out: Path
+    recipe: Recipe
+    calibration: TokenWindows
+    evaluation: TokenWindows
+    options: SolverOptions = SolverOptions()
+    device: str = "cpu"
+    compute_dtype: str = "float32"
+    dtype: str = "auto"  # of tensors that are not quantized; auto keeps the source's bytes
+    seed: int = 0
+    overlap: float | None = None  # share of the evaluation text that is also in the calibration text
+
+    def stored_dtype(self, name: str) -> str:
+        """safetensors dtype in which tensor `name` is written when it is not quantized."""
+        return self.source.dtype_of(name) if self.dtype == "auto" else DTYPE_NAMES[DTYPES[self.dtype]]
+
+    def convert(self, tensor: torch.Tensor) -> torch.Tensor:
+        """An unquantized tensor as it is written; raises CheckpointError when a value does not fit the dtype."""
+        if self.dtype == "auto" or tensor.dtype == DTYPES[self.dtype]:
+            return tensor
+        converted = tensor.to(DTYPES[self.dtype])
+        if bool(torch.isfinite(tensor).all()) and not bool(torch.isfinite(converted).all()):
+            raise CheckpointError(
+                f"a value of {float(tensor.abs().max()):.6g} does not fit {self.dtype}",
+                hint="--dtype bfloat16 holds it",
+            )
+        return converted
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that decides the output, for the journal and the manifest."""
+        return {
+            "qwenq": __version__,
+            "model": self.source.spec.name,
+            "scheme": asdict(self.recipe.default) if self.recipe.default else None,
+            "overrides": {name: asdict(s) if s else None for name, s in self.recipe.overrides},
+            "options": asdict(self.options),
+            "device": self.device,
+            "compute_dtype": self.compute_dtype,
+            "dtype": self.dtype,
+            "seed": self.seed,
+            "calibration": self.calibration.to_json(),
+            "evaluation": self.evaluation.to_json(),
+            "overlap": self.overlap,
+        }
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """What a finished job made."""
+
+    out: Path
+    drift: DriftReport
+    layers: tuple[BlockResult, ...]
+    tensor_bytes: int
+    file_bytes: int
+    bits_per_linear_weight: float
+    seconds: float
+    peak_rss_bytes: int
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"out": str(self.out)}
+
+
+Listener = Callable[[BlockResult | str], None]
+
+
+def quantize(job: QuantizeJob, *, resume: bool = False, listen: Listener = lambda event: None) -> QuantizeResult:
+    """Run or resume a job. `listen` gets a line of text at each step and a BlockResult for each layer."""
+    started = time.perf_counter()
+    work = partial_directory(job.out)
+    _check_places(job, work, resume)
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(work):
+            return _Run(job, work, resume, listen).run(started)
+    finally:
+        if work.exists() and not (work / JOURNAL_NAME).exists():
+            shutil.rmtree(work)  # nothing was begun: leave nothing behind
+
+
+def partial_directory(out: Path) -> Path:
+    """Where a job works until it is whole."""
+    return out.with_name(out.name + ".partial")
+
+
+def _check_places(job: QuantizeJob, work: Path, resume: bool) -> None:
+    out, source = job.out.absolute().resolve(), job.source.directory.resolve()
+    if out == source or source in out.parents:
+        raise JobError(f"{job.out}: the output may not be the model's own directory or inside it", hint="choose another")
+    if job.out.exists():
+        raise JobError(f"{job.out}: exists already", hint="choose another --output, or delete it")
+    if work.exists() and not resume:
+        raise JobError(f"{work}: an unfinished job is there", hint="go on with --resume, or delete it")
+    if resume and not work.exists():
+        raise JobError(f"{work}: no unfinished job there to resume", hint="leave --resume out")
+    check = preflight(
+        job.source.spec,
+        job.recipe,
+        Tokens(job.calibration.ids.shape[0], job.evaluation.ids.shape[0], job.calibration.ids.shape[1]),
+        compute_bytes=DTYPES[job.compute_dtype].itemsize,
+        on_gpu=job.device != "cpu",
+        out=job.out,
+        dtype_of=job.stored_dtype,
+        source_dtype_of=job.source.dtype_of,
+    )
+    written = sum(p.stat().st_size for p in work.rglob("*") if p.is_file()) if work.exists() else 0
+    replace(check, disk_needed_bytes=max(check.disk_needed_bytes - written, 0)).check_disk(job.out)
+
+
+class _Run:
+    """One run of a job over its working directory."""
+
+    def __init__(self, job: QuantizeJob, work: Path, resume: bool, listen: Listener) -> None:
+        self.job, self.work, self.listen = job, work, listen
+        self.spec = job.source.spec
+        self.dtype = DTYPES[job.compute_dtype]
+        self.files = list(output_files(self.spec, job.recipe, job.stored_dtype))
+        self.config = dict(job.source.config) | {
+            "quantization_config": gptq_config(
+                job.recipe, damp_percent=job.options.damp_percent, method=job.options.method
+            )
+        }
+        if job.dtype != "auto":
+            self.config.pop("torch_dtype", None)
+            self.config["dtype"] = job.dtype
+        self.network = Network(job.source.config, self.spec, dtype=self.dtype, device=job.device)
+        self.float32 = (
+            Network(job.source.config, self.spec, dtype=torch.float32, device=job.device)
+            if self.dtype != torch.float32
+            else None
+        )
+        self.resume = resume
+
+    # -------------------------------------------------------------- the whole
+
+    @torch.inference_mode()
+    def run(self, started: float) -> QuantizeResult:
+        described = self.job.describe() | {"source": self._source_identity()}
+        if self.resume:
+            journal = Journal.load(self.work)
+            refuse_changes(journal.job, described, self.work)
+        else:
+            self.listen(f"writing the embedding, {self.files[0]}")
+            journal = Journal.create(self.work, described)
+        streams = new_streams(
+            self.job.source,
+            self.job.calibration.ids,
+            self.job.evaluation.ids,
+            dtype=self.dtype,
+            spill_directory=self.work,
+        )
+        first = self._recover(journal, streams) if self.resume else 0
+        outer = {"embedding": self._write_outer(0, ["model.embed_tokens.weight"])}
+        saved = time.perf_counter()
+        for layer in range(first, self.spec.num_hidden_layers):
+            row = self._layer(layer, streams)
+            if time.perf_counter() - saved > _STATE_INTERVAL_S:
+                row["state"] = self._save_state(layer, streams)
+                saved = time.perf_counter()
+            journal.append(row)
+            self.listen(BlockResult.from_json(row["result"]))
+        last = ["model.norm.weight", *([] if self.spec.tie_word_embeddings else ["lm_head.weight"])]
+        outer["head"] = self._write_outer(len(self.files) - 1, last)
+        self.listen("measuring drift at the head")
+        drift = self._drift(streams)
+        return self._finish(journal, outer, drift, started)
+
+    # -------------------------------------------------------------- one layer
+
+    def _layer(self, layer: int, streams: Streams) -> dict[str, Any]:
+        start = time.perf_counter()
+        clock = StageClock()
+        with clock.time("load"):
+            state = self._load(layer)
+        with clock.time("evaluate"):
+            self._reference(streams, state)
+        packed, results = quantize_block(
+            self.network,
+            self.spec,
+            layer,
+            self.job.recipe,
+            streams.states["calibration"],
+            streams.scratch,
+            self.job.options,
+            clock,
+        )
+        with clock.time("evaluate"):
+            run_layer(self.network, streams.states["quantized"])
+            error_db = _error_db(streams.states["reference"], streams.states["quantized"])
+        with clock.time("write"):
+            prefix = f"model.layers.{layer}."
+            tensors = dict(packed)
+            for name, tensor in state.items():
+                module, _, part = (prefix + name).rpartition(".")
+                if not (part == "weight" and f"{module}.qweight" in packed):
+                    tensors[prefix + name] = self.job.convert(tensor)
+            sha256 = write_shard(self.work / self.files[layer + 1], tensors)
+        result = BlockResult(layer, tuple(results), error_db, time.perf_counter() - start, clock.seconds)
+        return {"layer": layer, "file": self.files[layer + 1], "sha256": sha256, "result": result.to_json()}
+
+    def _load(self, layer: int) -> dict[str, torch.Tensor]:
+        state = self.job.source.layer_state(layer)
+        if (bad := non_finite(state.items())) is not None:
+            name = f"model.layers.{layer}.{bad}"
+            raise CheckpointError(
+                f"{self.job.source.tensors[name].file.name}: {name} holds a NaN or an infinity",
+                hint="the download may be damaged: compare its SHA-256 with the repository's",
+            )
+        return state
+
+    def _reference(self, streams: Streams, state: dict[str, torch.Tensor]) -> None:
+        """Send the reference streams through the 16-bit layer, and leave it in the network."""
+        if self.float32 is not None:
+            self.float32.fill(state)
+            run_layer(self.float32, streams.states["float32"])
+            self.float32.release()
+        self.network.fill(state)
+        run_layer(self.network, streams.states["reference"])
+
+    # -------------------------------------------------------------- resuming
+
+    def _source_identity(self) -> dict[str, Any]:
+        self.listen("hashing the source")
+        paths = [*self.job.source.files, self.job.source.directory / "config.json"]
+        paths += [p for name in _COPIED_FILES if (p := self.job.source.directory / name).is_file()]
+        return {path.name: file_sha256(path) for path in paths}
+
+    def _recover(self, journal: Journal, streams: Streams) -> int:
+        """Bring the streams to the first layer that is not done and whole; returns that layer."""
+        rows = journal.layers
+        good = 0
+        for row in rows:
+            path = self.work / row["file"]
+            if not path.is_file() or file_sha256(path) != row["sha256"]:
+                self.listen(f"layer {row['layer']}: its file is missing or damaged, it and what follows is done again")
+                break
+            good += 1
+        journal.keep_layers(good)
+        known = next(
+            (k for k in range(good, 0, -1) if (s := rows[k - 1].get("state"))
+             and streams.restore(self.work / s["file"], s["sha256"])), 0
+        )  # fmt: skip
+        for layer in range(known, good):
+            self.listen(f"layer {layer}: replaying")
+            self._reference(streams, self._load(layer))
+            self.network.fill(self._written_layer(layer))
+            run_layer(self.network, streams.states["calibration"])
+            run_layer(self.network, streams.states["quantized"])
+        return good
+
+    def _written_layer(self, layer: int) -> dict[str, torch.Tensor]:
+        tensors = read_header(self.work / self.files[layer + 1])
+        written = read_gptq_config(self.config["quantization_config"], "quantization_config")
+        return Checkpoint(self.work, self.config, self.spec, tensors, written, ()).layer_state(layer)
+
+    def _save_state(self, layer: int, streams: Streams) -> dict[str, str]:
+        """Save hidden states, in turn to one of two files, so that one whole copy always exists."""
+        file = f".qwenq-state-{layer % 2}.safetensors"
+        return {"file": file, "sha256": streams.save(self.work / file)}
+
+    # -------------------------------------------------------------- head, and the end
+
+    def _write_outer(self, number: int, names: list[str]) -> str:
+        tensors = {}
+        for name in names:
+            tensor = self.job.source.read(name)
+            if non_finite([(name, tensor)]):
+                file = self.job.source.tensors[name].file.name
+                raise CheckpointError(f"{file}: {name} holds a NaN or an infinity", hint="download it again")
+            tensors[name] = self.job.convert(tensor)
+        return write_shard(self.work / self.files[number], tensors)
+
+    def _drift(self, streams: Streams) -> DriftReport:
+        reference = HeadWeights(self.job.source)
+        quantized = HeadWeights(self.job.source, self.job.convert) if self.job.dtype != "auto" else reference
+        return measure_drift(self.network, reference, quantized, streams.states, self.job.evaluation)
+
+    def _finish(
+        self, journal: Journal, outer: dict[str, str], drift: DriftReport, started: float
+    ) -> QuantizeResult:
+        layers = tuple(BlockResult.from_json(row["result"]) for row in journal.layers)
+        files = output_files(self.spec, self.job.recipe, self.job.stored_dtype)
+        hashes = {self.files[0]: outer["embedding"], self.files[-1]: outer["head"]}
+        hashes |= {row["file"]: row["sha256"] for row in journal.layers}
+        for name in _COPIED_FILES:
+            path = self.job.source.directory / name
+            if path.is_file():
+                shutil.copyfile(path, self.work / name)
+                hashes[name] = file_sha256(self.work / name)
+        hashes[INDEX_NAME] = write_json(self.work / INDEX_NAME, encode_index(files))
+        hashes["config.json"] = write_json(self.work / "config.json", self.config)
+        hashes["quantize_config.json"] = write_json(
+            self.work / "quantize_config.json", self.config["quantization_config"]
+        )
+        file_bytes = sum((self.work / name).stat().st_size for name in self.files)
+        tensor_bytes = sum(t.nbytes for tensors in files.values() for t in tensors)
+        warnings = job_warnings(layers, drift, self.job.overlap)
+        result = QuantizeResult(
+            out=self.job.out,
+            drift=drift,
+            layers=layers,
+            tensor_bytes=tensor_bytes,
+            file_bytes=file_bytes,
+            bits_per_linear_weight=self.job.recipe.bits_per_linear_weight(self.spec),
+            seconds=time.perf_counter() - started,
+            peak_rss_bytes=peak_rss_bytes(),
+            warnings=warnings,
+        )
+        write_json(self.work / MANIFEST_NAME, self._manifest(journal, result, hashes))
+        for leftover in self.work.glob(".qwenq-*"):
+            leftover.unlink()
+        os.replace(self.work, self.job.out)
+        return result
+
+    def _manifest(self, journal: Journal, result: QuantizeResult, hashes: dict[str, str]) -> dict[str, Any]:
+        """What was made from what; times and host facts are in `run` alone."""
+        layers = [{"layer": b.layer, "linears": [asdict(r) for r in b.linears], "stream_error_db": b.stream_error_db}
+                  for b in result.layers]  # fmt: skip
+        return {
+            "job": journal.job,
+            "parameters": self.spec.parameters,
+            "tensor_bytes": result.tensor_bytes,
+            "file_bytes": result.file_bytes,
+            "bits_per_linear_weight": result.bits_per_linear_weight,
+            "drift": result.drift.to_json(),
+            "warnings": list(result.warnings),
+            "layers": layers,
+            "files": dict(sorted(hashes.items())),
+            "run": {
+                "seconds": result.seconds,
+                "resumed": self.resume,
+                "peak_rss_bytes": result.peak_rss_bytes,
+                "layer_seconds": [b.seconds for b in result.layers],
+                "stages_s": _sum_stages(result.layers),
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+                "machine": platform.machine(),
+                "system": platform.platform(),
+                "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            },
+        }
+
+
+def _error_db(reference: torch.Tensor, other: torch.Tensor) -> float | None:
+    signal = float(reference.float().square().sum())
+    error = float((reference.float() - other.float()).square().sum())
+    return 10 * float(torch.tensor(error / signal).log10()) if signal > 0 and error > 0 else None
+
+
+def _sum_stages(layers: tuple[BlockResult, ...]) -> dict[str, float]:
+    totals: dict[str, float] = {}
+    for block in layers:
+        for stage, seconds in block.stages_s.items():
+            totals[stage] = totals.get(stage, 0.0) + seconds
+    return totals
+
+
+def job_warnings(layers: tuple[BlockResult, ...], drift: DriftReport, overlap: float | None) -> tuple[str, ...]:
+    """What a reader must not miss, fallbacks first."""
+    lines = [f"{r.name}: fell back to rounding to nearest ({r.fallback})" for b in layers for r in b.linears if r.fallback]
+    if drift.non_finite:
+        lines.append(f"{drift.non_finite} of {drift.tokens} logit rows are not finite")
+    if overlap:
+        lines.append(f"{100 * overlap:.1f} % of the evaluation text also occurs in the calibration text")
+    return tuple(lines)
+
+
+def peak_rss_bytes() -> int:
+    """The process's peak resident memory (VmHWM), file pages included; 0 where the system does not tell."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")), 0)

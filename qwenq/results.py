@@ -1,0 +1,77 @@
+"""What a run has to say: one object for the progress line, the journal row, the report and the plot."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """One quantized linear."""
+
+    name: str
+    scheme: str  # Scheme.label
+    error_db: float  # 10 log10 of output error energy over output energy, on the calibration inputs
+    weight_error_db: float
+    damp_percent: float
+    fallback: str = ""  # why GPTQ was given up for rounding to nearest, else ""
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """One decoder layer: its linears, what reached its output, and the time by stage."""
+
+    layer: int
+    linears: tuple[LayerResult, ...]
+    stream_error_db: float | None  # quantized against reference hidden states after this layer, on evaluation tokens
+    seconds: float
+    stages_s: dict[str, float]
+
+    @property
+    def worst(self) -> LayerResult:
+        return max(self.linears, key=lambda r: r.error_db)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(row: dict[str, Any]) -> BlockResult:
+        linears = tuple(LayerResult(**r) for r in row["linears"])
+        return BlockResult(row["layer"], linears, row["stream_error_db"], row["seconds"], row["stages_s"])
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95 % interval (percentiles of a bootstrap over windows of text)."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class DriftReport:
+    """A checkpoint against its 16-bit reference on one text; perplexities are exp of the mean loss in nats."""
+
+    reference_perplexity: float
+    reference_perplexity_se: float
+    perplexity: float
+    perplexity_se: float
+    perplexity_increase_percent: Interval  # paired: both read the same windows
+    kl: Interval  # KL(reference || checkpoint), nats per token
+    kl_median: float
+    kl_p99: float
+    top1_agreement: Interval  # share of positions with the same most likely token
+    noise_floor_kl: float  # reference in the compute dtype against the reference in float32
+    non_finite: int  # logit rows with a NaN or infinity, in either stream
+    tokens: int  # predicted tokens
+    windows: int
+    window_tokens: int
+    text: str
+    text_sha256: str
+    compute_dtype: str
+    metrics_version: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,101 @@
+"""Hidden states of every token stream of a job: calibration, reference, quantized; spilled, saved and restored.
+
+`reference` runs through the 16-bit layers and `quantized` through the quantized ones, on the same evaluation tokens.
+`float32` (only when computing in a narrower type) is the reference again in float32, for the noise floor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qwenq.checkpoint import Checkpoint
+from qwenq.errors import CheckpointError
+from qwenq.headers import read_header
+from qwenq.preflight import SPILL_BYTES
+from qwenq.shards import file_sha256, write_shard
+
+NOISE_WINDOWS = 2  # evaluation windows that are also run in float32
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Hidden states entering the next layer, each [windows, tokens, hidden]; `scratch` is flat working space."""
+
+    states: dict[str, torch.Tensor]
+    scratch: torch.Tensor
+
+    def save(self, path: Path) -> str:
+        """Write all states at `path`; returns the file's SHA-256."""
+        return write_shard(path, self.states)
+
+    def restore(self, path: Path, sha256: str) -> bool:
+        """Read states that `save` wrote; False, with nothing changed, when the file is missing or damaged."""
+        if not path.is_file() or file_sha256(path) != sha256:
+            return False
+        locations = read_header(path)
+        if {n: t.shape for n, t in self.states.items()} != {n: loc.spec.shape for n, loc in locations.items()}:
+            return False
+        with open(path, "rb") as file:
+            for name, location in locations.items():
+                file.seek(location.start)
+                data = bytearray(file.read(location.end - location.start))
+                target = self.states[name]
+                target.copy_(torch.frombuffer(data, dtype=target.dtype).view(target.shape))
+        return True
+
+
+def new_streams(
+    source: Checkpoint,
+    calibration_NT: torch.Tensor | None,
+    evaluation_NT: torch.Tensor,
+    *,
+    dtype: torch.dtype,
+    spill_directory: Path,
+    spill_bytes: int = SPILL_BYTES,
+) -> Streams:
+    """Embed the tokens. Without calibration tokens there is no calibration stream (evaluation of two checkpoints)."""
+    spec = source.spec
+    wanted: dict[str, tuple[torch.Tensor, torch.dtype]] = {}
+    if calibration_NT is not None:
+        wanted["calibration"] = (calibration_NT, dtype)
+    wanted["reference"] = (evaluation_NT, dtype)
+    wanted["quantized"] = (evaluation_NT, dtype)
+    if dtype != torch.float32:
+        wanted["float32"] = (evaluation_NT[:NOISE_WINDOWS], torch.float32)
+    widest = max(spec.q_size, spec.intermediate_size)
+    scratch = 0 if calibration_NT is None else calibration_NT.numel() * widest
+    total = sum(ids.numel() * spec.hidden_size * kind.itemsize for ids, kind in wanted.values())
+    spill = total + scratch * dtype.itemsize > spill_bytes
+    states = {
+        name: _allocate((*ids.shape, spec.hidden_size), kind, spill_directory / f".qwenq-{name}" if spill else None)
+        for name, (ids, kind) in wanted.items()
+    }
+    embed(source, {name: (states[name], ids) for name, (ids, _) in wanted.items()})
+    return Streams(states, _allocate((scratch,), dtype, spill_directory / ".qwenq-scratch" if spill else None))
+
+
+def embed(source: Checkpoint, targets: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Fill each (states, ids) pair with the embeddings of its tokens; raises CheckpointError for non-finite rows."""
+    for states, ids in targets.values():
+        for window, row in zip(states, ids, strict=True):
+            window.copy_(source.read_rows("model.embed_tokens.weight", row))
+        if not bool(torch.isfinite(states).all()):
+            raise CheckpointError(
+                f"{source.tensors['model.embed_tokens.weight'].file.name}: model.embed_tokens.weight holds a NaN or "
+                "an infinity",
+                hint="the download may be damaged: compare its SHA-256 with the repository's",
+            )
+
+
+def _allocate(shape: Sequence[int], dtype: torch.dtype, spill: Path | None) -> torch.Tensor:
+    size = 1
+    for dim in shape:
+        size *= dim
+    if spill is None or size == 0:
+        return torch.empty(*shape, dtype=dtype)
+    spill.unlink(missing_ok=True)
+    return torch.from_file(str(spill), shared=True, size=size, dtype=dtype).view(*shape)
