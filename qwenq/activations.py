@@ -20,6 +20,7 @@ class Peak:
 
     n_bytes: int
     moment: str
+    dequantization: int = 0  # the part of `n_bytes` that is dequantized weights
 
 
 def prefill_peak(
@@ -36,26 +37,20 @@ def prefill_peak(
     before = int(kernel.peak * weights.widest_linear) if dequantize else 0  # temporaries before the output exists
     during = int(kernel.hold * weights.widest_linear) if dequantize else 0
 
-    inside_mlp = (outside + 2 * h) * rows * 2  # residual, normed input
-    mlp = {
-        "gate times up in the MLP": 3 * i * rows * 2,  # silu(gate), up, product
-        "up_proj": i * rows * 2 + max(before, during + i * rows * 2),
-    }
-    # In attention the layer's input is the residual itself.
-    inside_attention = (outside + h) * rows * 2
-    attention = {
-        "rotary embedding": (4 * q + 2 * k) * rows * 2,  # q, q cos, rotated q sin, sum; k, v
-        "q_proj": max(before, during + q * rows * 2),
-    }
+    in_mlp = (outside + 2 * h) * rows * 2  # and the residual and the normed input
+    in_attention = (outside + h) * rows * 2  # there the layer's input is the residual itself
+    moments = [
+        Peak(in_mlp + 3 * i * rows * 2, "gate times up in the MLP"),  # silu(gate), up, product
+        Peak(in_mlp + i * rows * 2 + before, "dequantizing up_proj", before),
+        Peak(in_mlp + 2 * i * rows * 2 + during, "up_proj", during),
+        Peak(in_attention + (4 * q + 2 * k) * rows * 2, "rotary embedding"),  # q, q cos, rotated q sin, sum; k, v
+        Peak((outside + 5 * h) * rows * 2, "norm in float32"),  # residual, float32 copy, its square or product
+    ]
     if spec.qk_norm:
-        attention["query norm"] = 5 * q * rows * 2  # q, float32 copy, float32 square or product
+        moments.append(Peak(in_attention + 5 * q * rows * 2, "query norm"))  # q, float32 copy, its square or product
     if engine.repeats_kv and k != q:
-        attention["repeated keys and values"] = 2 * q * rows * 2 + 2 * q * cached * 2
-    moments = {name: inside_mlp + extra for name, extra in mlp.items()}
-    moments |= {name: inside_attention + extra for name, extra in attention.items()}
-    moments["norm in float32"] = (outside + h + 4 * h) * rows * 2  # residual, float32 copy, square or product
-    worst = max(moments, key=lambda name: moments[name])
-    return Peak(moments[worst], worst)
+        moments.append(Peak(in_attention + 2 * q * rows * 2 + 2 * q * cached * 2, "repeated keys and values"))
+    return max(moments, key=lambda peak: peak.n_bytes)
 
 
 def logits_peak(spec: ModelSpec, engine: Engine, rows: int, batch: int, *, first: bool, last: bool, gpus: int) -> Peak:

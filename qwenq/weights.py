@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from qwenq.allocator import allocated_blocks
 from qwenq.errors import CheckpointError, PlanError
 from qwenq.scheme import Recipe, Scheme
 from qwenq.spec import UNITS, LinearSpec, ModelSpec, TensorSpec, tensor_bytes
 
-MIB = 1 << 20
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
@@ -36,21 +36,20 @@ class Weights:
         return tuple(sum(layer) for layer in self.layers)
 
     @cached_property
+    def allocated(self) -> tuple[int, tuple[int, ...], int]:
+        """Embedding, each layer, norm with head, as torch's allocator counts them when loaded in this order."""
+        sizes = [*self.embed, *(size for layer in self.layers for size in layer), *self.norm, *self.head]
+        blocks = list(allocated_blocks(sizes))
+        counts = [len(self.embed), *map(len, self.layers), len(self.norm) + len(self.head)]
+        sums, start = [], 0
+        for count in counts:
+            sums.append(sum(blocks[start : start + count]))
+            start += count
+        return sums[0], tuple(sums[1:-1]), sums[-1]
+
+    @cached_property
     def total_bytes(self) -> int:
         return sum(self.embed) + sum(self.norm) + sum(self.head) + sum(self.layer_bytes)
-
-
-def allocator_excess(n_bytes: int) -> int:
-    """Bytes that torch's CUDA allocator hands out beyond `n_bytes`, for a tensor that is never freed.
-
-    Up to 1 MiB: blocks of 512 bytes. From 10 MiB: segments of whole 2 MiB, and a rest of at most 1 MiB is not split off
-    (c10/cuda/CUDACachingAllocator.cpp: kMinBlockSize, kRoundLarge, should_split). Between, tensors share 20 MiB
-    segments, counted here as without waste.
-    """
-    if n_bytes <= MIB:
-        return -n_bytes % 512
-    rest = -n_bytes % (2 * MIB) if n_bytes >= 10 * MIB else 0
-    return rest if rest <= MIB else 0
 
 
 def recipe_weights(spec: ModelSpec, recipe: Recipe, label: str = "", dtype: str = "BF16") -> Weights:

@@ -1,0 +1,158 @@
+"""From what a user calls a model to its shapes and its weights: a family name, a directory or a hub name."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwenq.errors import CheckpointError, HubError, PlanError
+from qwenq.ggufsize import BITS_TO_TYPE, gguf_weights
+from qwenq.headers import INDEX_NAME, checkpoint_tensors, inside, read_object, shown
+from qwenq.scheme import Recipe, Scheme
+from qwenq.spec import ModelSpec, TensorSpec, family_configs, family_spec, spec_from_config
+from qwenq.weights import Weights, header_weights, published_weights, recipe_weights, sized_recipe
+
+_PUBLISHED = re.compile(r"(.*?)-(GPTQ-Int[48]|AWQ|FP8)", re.IGNORECASE)
+_STATED_KEYS = ("num_parameters", "total_parameters", "n_params", "parameters")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model's shapes, and where they came from; `directory` holds its headers when it is on disk."""
+
+    spec: ModelSpec
+    config: Mapping[str, Any]
+    directory: Path | None = None
+    published: str = ""  # GPTQ-Int4, GPTQ-Int8, AWQ, FP8 when the name says so
+
+
+def load_spec(model: str) -> ModelSpec:
+    """Shapes of a family name, a directory with a config.json, or a hub name."""
+    return load_model(model).spec
+
+
+def load_model(model: str, expect_parameters: float | None = None) -> Model:
+    """A model by family name, directory or hub name, its stated totals checked against its shapes."""
+    found = _find(model)
+    _audit(found, expect_parameters)
+    return found
+
+
+def model_weights(
+    model: Model,
+    engine: str,
+    *,
+    bits: int | None = None,
+    group_size: int = 128,
+    target_bytes: int | None = None,
+    checkpoint: Path | None = None,
+) -> Weights:
+    """The weights asked for: a real checkpoint's, a byte target's, a scheme's, or what the model's name says.
+
+    Without any of these a directory's own headers count, else 4 bits in groups of 128. `bits` 16 means not quantized.
+    llama.cpp reads GGUF, so there 4, 8 and 16 bits mean Q4_K_M, Q8_0 and F16.
+    """
+    spec = model.spec
+    if checkpoint is not None:
+        return _checkpoint_weights(spec, checkpoint, read_object(inside(checkpoint, "config.json")))
+    if target_bytes is not None:
+        if engine == "llama.cpp":
+            raise PlanError("--target-size is for GPTQ checkpoints, llama.cpp reads GGUF", hint="use --bits 4, 8 or 16")
+        return recipe_weights(spec, sized_recipe(spec, target_bytes, group_size))
+    if bits is None and model.published and engine != "llama.cpp":
+        return published_weights(spec, model.published)
+    if bits is None and model.directory is not None and engine != "llama.cpp" and _has_tensors(model.directory):
+        return _checkpoint_weights(spec, model.directory, model.config)
+    bits = 4 if bits is None else bits
+    if engine == "llama.cpp":
+        if bits not in BITS_TO_TYPE:
+            raise PlanError(f"bits is {bits}, wanted 4, 8 or 16")
+        return gguf_weights(spec, BITS_TO_TYPE[bits])
+    recipe = Recipe(None if bits == 16 else Scheme(bits, group_size))
+    recipe.check(spec)
+    return recipe_weights(spec, recipe)
+
+
+def _find(model: str) -> Model:
+    path = Path(model)
+    if (path / "config.json").is_file():
+        config = read_object(inside(path, "config.json"))
+        spec = spec_from_config(config, where=shown(str(path / "config.json")), name=path.resolve().name)
+        return Model(spec, config, directory=path)
+    match = _PUBLISHED.fullmatch(model)
+    for name, published in ((model, ""), (match[1], match[2]) if match else ("", "")):
+        spec_found = family_spec(name) if name else None
+        if spec_found is not None:
+            return Model(spec_found, {}, published=published)
+    if path.is_dir():
+        raise CheckpointError(f"{shown(model)}: no config.json", hint="give the folder of a Hugging Face checkpoint")
+    if path.exists() or model.startswith(("/", ".", "~")) or model.count("/") != 1:
+        raise CheckpointError(
+            f"{shown(model)}: neither a directory nor a shipped model",
+            hint=f"shipped: {', '.join(family_configs())}; or a hub name such as Qwen/Qwen2.5-72B",
+        )
+    return _from_hub(model)
+
+
+def _from_hub(model: str) -> Model:
+    if importlib.util.find_spec("qwenq.hub") is None:
+        raise HubError(f"{shown(model)}: not shipped, and this build reads no hub", hint="give a directory")
+    config = importlib.import_module("qwenq.hub").resolve_config(model)
+    return Model(spec_from_config(config, where=f"{model} config.json", name=model.split("/")[1]), config)
+
+
+def _has_tensors(directory: Path) -> bool:
+    return (directory / INDEX_NAME).exists() or any(directory.glob("*.safetensors"))
+
+
+def _checkpoint_weights(spec: ModelSpec, directory: Path, config: Mapping[str, Any]) -> Weights:
+    tensors = {name: location.spec for name, location in checkpoint_tensors(directory).items()}
+    _check_shapes(spec, tensors, directory)
+    return header_weights(spec, tensors, config)
+
+
+def _check_shapes(spec: ModelSpec, tensors: Mapping[str, TensorSpec], directory: Path) -> None:
+    """Embedding and first norm against the config: enough to see that they are not of one model."""
+    wanted = {
+        "model.embed_tokens.weight": (spec.vocab_size, spec.hidden_size),
+        "model.layers.0.input_layernorm.weight": (spec.hidden_size,),
+    }
+    for name, shape in wanted.items():
+        if name not in tensors:
+            raise CheckpointError(f"{shown(str(directory))}: no tensor {name}", hint="is it a checkpoint of this model?")
+        if tensors[name].shape != shape:
+            raise CheckpointError(
+                f"{shown(str(directory))}: {name} is {list(tensors[name].shape)}, the config says {list(shape)}",
+                hint="config.json and weights are not of one model",
+            )
+
+
+def _audit(model: Model, expect_parameters: float | None) -> None:
+    """CheckpointError when a stated total, or the family's name, contradicts the shapes."""
+    spec, config = model.spec, model.config
+    stated = [(key, config[key]) for key in _STATED_KEYS if isinstance(config.get(key), int | float)]
+    if expect_parameters is not None:
+        stated.append(("--expect-params", expect_parameters))
+    for key, value in stated:
+        if abs(spec.parameters - value) > 0.02 * spec.parameters:
+            raise _contradiction(spec, f"{key} says {value / 1e9:.1f} B parameters")
+    names = [str(config.get("_name_or_path", "")), spec.name] if config else []
+    for name in names:
+        family = family_spec(name) if name else None
+        if family is not None:
+            for key in ("hidden_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads"):
+                if getattr(family, key) != getattr(spec, key):
+                    raise _contradiction(spec, f"{family.name} has {key} {getattr(family, key)}")
+
+
+def _contradiction(spec: ModelSpec, other: str) -> CheckpointError:
+    return CheckpointError(
+        f"the config contradicts itself: hidden_size {spec.hidden_size}, {spec.num_attention_heads} heads, "
+        f"{spec.num_hidden_layers} layers make {spec.parameters / 1e9:.1f} B parameters, but {other}",
+        hint="Qwen2.5-72B, for one, is hidden 8192 with 64 heads; take config.json from the model's own repository",
+    )

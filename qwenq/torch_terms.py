@@ -1,0 +1,69 @@
+"""Memory of transformers, and of this project's own engine built on its modules: torch tensors, layer by layer."""
+
+from __future__ import annotations
+
+from qwenq.activations import decode_peak, logits_peak, prefill_peak
+from qwenq.engines import QWENQ_PREFILL_CHUNK, Engine, kernel_for, kv_bytes_per_value
+from qwenq.spec import ModelSpec
+from qwenq.terms import Share, Term, Workload, context_term, merged, ranged, slack_term
+from qwenq.weights import Weights
+
+CUBLAS_WORKSPACE = 8_519_680  # discuss.pytorch.org/t/178671; 32 MiB on Hopper (pytorch#120925)
+CUBLAS_WORKSPACE_HOPPER = 32 << 20
+
+
+def torch_terms(
+    spec: ModelSpec, weights: Weights, engine: Engine, work: Workload, share: Share, gpu: str
+) -> tuple[tuple[Term, ...], str]:
+    """Terms of one GPU at its worst moment, and the name of that moment."""
+    kernel = kernel_for(engine, weights.method, weights.bits)
+    value = kv_bytes_per_value(engine, work.kv_dtype)
+    n_layers = len(share.layers)
+    per_token = 2 * n_layers * spec.kv_size * value * work.batch
+    prompt = work.prompt_tokens
+    chunk = work.prefill_chunk or (QWENQ_PREFILL_CHUNK if engine.name == "qwenq" else prompt)
+    rows, cached = min(chunk, prompt) * work.batch, prompt * work.batch
+    held = held_bytes(weights, share)
+    static = int(kernel.static * weights.widest_linear) if n_layers else 0
+    tables = 4 * n_layers * spec.max_position_embeddings * spec.head_dim if engine.rotary_per_layer else 0
+
+    kv_prompt, kv_end = int(per_token * prompt), int(per_token * work.context)
+    moments: list[tuple[int, int, int, int, str]] = []  # kv, activations, logits, dequantization, moment
+    if n_layers:
+        layer = prefill_peak(spec, weights, engine, kernel, rows, cached, first=share.embed)
+        moments.append((kv_prompt, layer.n_bytes - layer.dequantization, 0, layer.dequantization, layer.moment))
+        step = decode_peak(spec, engine, work.context * work.batch, work.batch, share.head, value)
+        moments.append((kv_end * (2 if engine.copies_cache else 1), step.n_bytes, 0, 0, f"decoding: {step.moment}"))
+    logits = logits_peak(spec, engine, rows, work.batch, first=share.embed, last=share.head, gpus=share.gpus)
+    moments.append((kv_prompt, 0, logits.n_bytes, 0, logits.moment))
+    if weights.method == "awq" and engine.name == "transformers" and spec.tie_word_embeddings and share.embed:
+        moments.append((0, sum(weights.embed), 0, 0, "loading: the tied head before it is tied"))
+    kv, activations, head, dequantized, moment = max(moments, key=lambda m: sum(m[:4]))
+
+    workspace = CUBLAS_WORKSPACE_HOPPER if any(part in gpu for part in ("H100", "H200")) else CUBLAS_WORKSPACE
+    terms = [
+        Term("weights", held + tables, "exact", _weights_source(weights, tables)),
+        Term("kv_cache", kv, "exact", _kv_source(engine, work)),
+        ranged("activations", activations, "fitted", f"tensors alive: {moment}", 0.98, 1.03),
+        ranged("logits", head, "fitted", logits.moment, 0.98, 1.02),
+        ranged("dequantization", static + dequantized, "fitted", f"{kernel.name}: {kernel.source}", 0.9, 1.0),
+        Term("non_torch", workspace, "reported", "cuBLAS workspace, pytorch forum 178671 and pytorch#120925"),
+        context_term(gpu, share.gpus),
+        slack_term(kv + activations + head + dequantized),
+    ]
+    return merged(terms), moment
+
+
+def held_bytes(weights: Weights, share: Share) -> int:
+    """Bytes of the share's weights on the GPU, with what the allocator adds to each tensor."""
+    embed, layers, head = weights.allocated
+    return (embed if share.embed else 0) + sum(layers[layer] for layer in share.layers) + (head if share.head else 0)
+
+
+def _weights_source(weights: Weights, tables: int) -> str:
+    return weights.source + "; torch's allocator rounding" + ("; rotary tables of each layer" if tables else "")
+
+
+def _kv_source(engine: Engine, work: Workload) -> str:
+    text = f"2 x layers x KV width x tokens, {work.kv_dtype}"
+    return text + ("; twice at the end of a step" if engine.copies_cache else "")

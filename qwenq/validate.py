@@ -1,0 +1,117 @@
+"""Predicted against published memory: reads a table like Qwen's speed benchmark and says how far off every row is."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from qwenq.engines import get_engine, parse_environment
+from qwenq.errors import PlanError, QwenqError
+from qwenq.memory import estimate, even_shares
+from qwenq.models import load_spec
+from qwenq.rig import Rig, find_gpu
+from qwenq.terms import Workload
+from qwenq.units import GIB
+from qwenq.spec import ModelSpec
+from qwenq.weights import Weights, published_weights
+
+GENERATED_TOKENS = 2048  # Qwen's benchmark generates that many after the prompt
+COLUMNS = ("model", "quant", "input_len", "mem_gib")
+
+
+@dataclass(frozen=True)
+class ValidatedRow:
+    """One published measurement beside the prediction: the sum over GPUs of torch's allocator peak, in GiB."""
+
+    model: str
+    quant: str
+    input_len: int
+    predicted_gib: float
+    mem_gib: float
+
+    @property
+    def error_percent(self) -> float:
+        return 100 * (self.predicted_gib / self.mem_gib - 1)
+
+
+def read_rows(path: Path) -> tuple[list[ValidatedRow], list[str]]:
+    """Every row of a CSV file, predicted, and why rows were left out (a model or format nobody here knows).
+
+    PlanError names the line that cannot be read, and is raised when no row is left.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise PlanError(f"{path}: {reason}", hint="wanted a CSV file with a header line") from None
+    reader = csv.DictReader(text.splitlines())
+    missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+    if missing:
+        raise PlanError(f"{path}: no column {', '.join(missing)}", hint=f"wanted at least {', '.join(COLUMNS)}")
+    rows: list[ValidatedRow] = []
+    skipped: list[str] = []
+    for row in reader:
+        where = f"{path} line {reader.line_num}"
+        try:
+            spec = load_spec((row["model"] or "").strip())
+            weights = published_weights(spec, (row["quant"] or "").strip())
+        except QwenqError as error:
+            skipped.append(f"{where} left out: {error.message}")
+            continue
+        try:
+            rows.append(_predicted(row, spec, weights))
+        except ValueError as error:
+            raise PlanError(f"{where}: {error}", hint="numbers are written as 6144 or 39.91") from None
+        except PlanError as error:
+            raise PlanError(f"{where}: {error.message}", hint=error.hint) from None
+    if not rows:
+        raise PlanError(f"{path}: no row that can be predicted", hint=skipped[0] if skipped else "")
+    return rows, skipped
+
+
+def summary(rows: Sequence[ValidatedRow]) -> dict[str, Any]:
+    """The JSON of `qwenq vram validate`."""
+    mean, largest = errors(rows)
+    return {
+        "rows": [
+            {
+                "model": row.model,
+                "quant": row.quant,
+                "input_len": row.input_len,
+                "predicted_gib": round(row.predicted_gib, 4),
+                "mem_gib": row.mem_gib,
+            }
+            for row in rows
+        ],
+        "mean_abs_error_percent": mean,
+        "max_abs_error_percent": largest,
+    }
+
+
+def errors(rows: Sequence[ValidatedRow]) -> tuple[float, float]:
+    """Mean and largest absolute error in percent."""
+    sizes = [abs(row.error_percent) for row in rows]
+    return round(sum(sizes) / len(sizes), 4), round(max(sizes), 4)
+
+
+def _predicted(row: dict[str, str], spec: ModelSpec, weights: Weights) -> ValidatedRow:
+    environment = parse_environment(row.get("env") or "")
+    engine_name = (row.get("engine") or "transformers").strip().lower()
+    if engine_name != "transformers":
+        raise PlanError(f"engine is {engine_name!r}; only transformers rows state an allocator peak")
+    libraries = {name: text for name, text in environment.items() if name not in ("transformers", "vllm")}
+    engine = get_engine("transformers", environment.get("transformers", ""), libraries)
+    prompt, measured = int(row["input_len"]), float(row["mem_gib"])
+    if not 0 < measured < float("inf"):
+        raise PlanError(f"mem_gib is {row['mem_gib']!r}, wanted a positive number")
+    gpus = int(row.get("gpu_num") or 1)
+    if not 1 <= gpus <= spec.num_hidden_layers:
+        raise PlanError(f"gpu_num is {gpus}, wanted 1 to {spec.num_hidden_layers}")
+    work = Workload(context=prompt + GENERATED_TOKENS, prompt=prompt)
+    spec = replace(spec, extended_context=max(spec.extended_context, work.context))  # the run was made, limit or not
+    card = "H100 SXM5 80GB" if "H100" in (row.get("env") or "") else "A100 SXM4 80GB"
+    found = estimate(spec, weights, engine, work, Rig((find_gpu(card),) * gpus), even_shares(spec, gpus))
+    return ValidatedRow(row["model"], row["quant"], prompt, found.allocated_bytes / GIB, measured)
