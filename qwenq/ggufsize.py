@@ -1,4 +1,5 @@
-"""Sizes of llama.cpp's GGUF quantizations, tensor by tensor, by the rules of llama_tensor_get_type (src/llama-quant.cpp).
+"""Sizes of llama.cpp's GGUF quantizations, tensor by tensor, by the rules of llama_tensor_get_type
+(src/llama-quant.cpp).
 
 Checked against published files of Qwen2.5 (tests/test_weights.py). Which tensors get more bits is llama.cpp's choice.
 """

@@ -52,4 +52,4 @@ def compute_buffer(spec: ModelSpec, weights: Weights, ubatch: int, last: bool) -
         n_bytes = 4 * ubatch * (spec.vocab_size + spec.hidden_size)
         return Term("activations", n_bytes, "fitted", "4 bytes x ubatch x (vocabulary + hidden), ollama#5913")
     mlp = 4 * ubatch * (2 * weights.intermediate_size + 2 * spec.hidden_size)
-    return Term("activations", mlp, "reported", "gate, up and two hidden states in float32; not measured", mlp // 2, 2 * mlp)
+    return Term("activations", mlp, "reported", "gate, up, two hidden states, float32; not measured", mlp // 2, 2 * mlp)

@@ -124,7 +124,9 @@ def _check_shapes(spec: ModelSpec, tensors: Mapping[str, TensorSpec], directory:
     }
     for name, shape in wanted.items():
         if name not in tensors:
-            raise CheckpointError(f"{shown(str(directory))}: no tensor {name}", hint="is it a checkpoint of this model?")
+            raise CheckpointError(
+                f"{shown(str(directory))}: no tensor {name}", hint="is it a checkpoint of this model?"
+            )
         if tensors[name].shape != shape:
             raise CheckpointError(
                 f"{shown(str(directory))}: {name} is {list(tensors[name].shape)}, the config says {list(shape)}",

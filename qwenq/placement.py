@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qwenq.engines import Engine, kv_bytes_per_value
-from qwenq.errors import PlanError
+from qwenq.errors import HonestNo, PlanError
 from qwenq.memory import MemoryEstimate, check_context, estimate, gpu_terms
 from qwenq.rig import Rig
 from qwenq.spec import ModelSpec
@@ -73,7 +73,7 @@ def place(
     """The split that leaves the most room on the fullest GPU; the least bad one when nothing fits.
 
     With `offload`, a model that does not fit keeps as many layers on the GPUs as they hold, the rest in host memory;
-    HonestNo is left to the caller. Raises PlanError for vLLM, whose ranks are not free to choose.
+    HonestNo when they hold not even none. Raises PlanError for vLLM, whose ranks are not free to choose.
     """
     check_context(spec, work)
     if not engine.layered:
@@ -87,35 +87,38 @@ def place(
     if not offload:
         return split.placement(split.widest(layers), layers, "does not fit; this split exceeds the limits the least")
     kept = split.most_layers()
-    if kept < 0:
-        raise PlanError(
+    filled = split.fill(kept, 0) if kept >= 0 else None
+    if filled is None:
+        raise HonestNo(
             f"{rig.label}: not even the embedding and head of {spec.name or 'the model'} fit beside the working memory",
             hint="a larger first GPU, a smaller --prefill-chunk or a shorter context",
         )
     reason = f"{kept} of {layers} layers fit on the GPUs, {layers - kept} stay in host memory"
-    filled = split.fill(kept, 0)
-    assert filled is not None
     return split.placement(filled, kept, reason)
 
 
 def largest_context(spec: ModelSpec, weights: Weights, rig: Rig, engine: Engine, work: Workload) -> int:
     """Most tokens a sequence can have with every layer on the GPUs, at most the model's own limit; 0 when none."""
 
-    def holds(context: int) -> bool:
-        asked = replace(work, context=context, prompt=0)
-        return _Splitter(spec, weights, rig, engine, asked).fill(spec.num_hidden_layers, 0) is not None
+    def fits(context: int) -> bool:
+        return holds(spec, weights, rig, engine, replace(work, context=context, prompt=0))
 
-    return search_context(holds, spec.extended_context)
+    return search_context(fits, spec.extended_context)
 
 
-def search_context(holds: Callable[[int], bool], limit: int) -> int:
-    """Largest context in 1..limit that `holds`, which is true below and false above it; 0 when it never is."""
+def holds(spec: ModelSpec, weights: Weights, rig: Rig, engine: Engine, work: Workload) -> bool:
+    """Whether some split keeps every layer on the GPUs."""
+    return _Splitter(spec, weights, rig, engine, work).fill(spec.num_hidden_layers, 0) is not None
+
+
+def search_context(fits: Callable[[int], bool], limit: int) -> int:
+    """Largest context in 1..limit that `fits`, which is true below and false above it; 0 when it never is."""
     low, high = 0, limit
-    if holds(limit):
+    if fits(limit):
         return limit
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
+        low, high = (middle, high) if fits(middle) else (low, middle)
     return low
 
 

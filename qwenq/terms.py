@@ -162,7 +162,7 @@ def context_term(name: str, gpus: int) -> Term:
     """CUDA context and loaded kernels of one process on a GPU."""
     if any(part in name for part in ("H100", "H200", "B200", "PRO 6000")):
         return Term(
-            "context", round(0.51 * GIB), "reported", "0.51 GiB on H100 (llm-d-planner logs, total minus free at start)",
+            "context", round(0.51 * GIB), "reported", "0.51 GiB on H100 (llm-d-planner logs, total minus free)",
             round(0.4 * GIB), round(0.75 * GIB),
         )  # fmt: skip
     return Term(

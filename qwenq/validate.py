@@ -13,9 +13,9 @@ from qwenq.errors import PlanError, QwenqError
 from qwenq.memory import estimate, even_shares
 from qwenq.models import load_spec
 from qwenq.rig import Rig, find_gpu
+from qwenq.spec import ModelSpec
 from qwenq.terms import Workload
 from qwenq.units import GIB
-from qwenq.spec import ModelSpec
 from qwenq.weights import Weights, published_weights
 
 GENERATED_TOKENS = 2048  # Qwen's benchmark generates that many after the prompt

@@ -48,7 +48,9 @@ def token_bytes(spec: ModelSpec, engine: Engine, work: Workload, share: Share) -
     return int(2 * len(share.layers) * heads * spec.head_dim * kv_bytes_per_value(engine, work.kv_dtype))
 
 
-def kv_tokens(spec: ModelSpec, engine: Engine, work: Workload, share: Share, terms: tuple[Term, ...], total: int) -> int:
+def kv_tokens(
+    spec: ModelSpec, engine: Engine, work: Workload, share: Share, terms: tuple[Term, ...], total: int
+) -> int:
     """Tokens the cache of a rank with `total` bytes of memory will hold, in whole blocks; 0 when nothing is left."""
     left = total * work.gpu_memory_utilization - profiled_bytes(terms)
     per_block = VLLM_BLOCK_TOKENS * token_bytes(spec, engine, work, share)

@@ -160,7 +160,7 @@ def _declared(config: Mapping[str, object]) -> tuple[str, int, int]:
     method, bits, group = str(found.get("quant_method", "gptq")), found.get("bits"), found.get("group_size")
     if method == "compressed-tensors":
         groups = found.get("config_groups")
-        first = next(iter(groups.values()), {}) if isinstance(groups, Mapping) else {}
+        first: object = next(iter(groups.values()), None) if isinstance(groups, Mapping) else None
         weights = first.get("weights") if isinstance(first, Mapping) else None
         if isinstance(weights, Mapping):
             bits, group = weights.get("num_bits"), weights.get("group_size")

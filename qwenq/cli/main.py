@@ -11,7 +11,9 @@ from typer.core import TyperGroup
 
 from qwenq import __version__
 from qwenq.cli.evaluate import evaluate
+from qwenq.cli.plan import plan
 from qwenq.cli.quantize import quantize
+from qwenq.cli.vram import vram_app
 from qwenq.errors import QwenqError
 
 
@@ -59,6 +61,8 @@ def _options(
 
 app.command("quantize")(quantize)
 app.command("eval")(evaluate)
+app.add_typer(vram_app, name="vram")
+app.command("plan")(plan)
 
 
 def main() -> None:

@@ -1,0 +1,234 @@
+"""A question as a user puts it, in words and numbers, made into a model, weights, engine and rig; and its answers.
+
+The command line and the page ask through here, so they say the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwenq.chart import memory_chart
+from qwenq.engines import Engine, get_engine, kv_bytes_per_value
+from qwenq.errors import PlanError
+from qwenq.memory import MemoryEstimate, check_context, estimate, rank_shares
+from qwenq.models import Model, load_model, model_weights
+from qwenq.parallel import ParallelOption, best_option, parallel_options, tensor_parallel_reasons
+from qwenq.placement import place
+from qwenq.rig import Rig, parse_rig
+from qwenq.spec import ModelSpec
+from qwenq.terms import TERM_NAMES, Workload
+from qwenq.units import GIB, format_gb, format_tokens, parse_size, parse_tokens
+from qwenq.weights import Weights
+
+DEFAULT_CONTEXTS = (1024, 8192, 32768, 131072)
+MAX_CONTEXTS = 64
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A question whose words are all understood; the context is still open."""
+
+    model: Model
+    weights: Weights
+    engine: Engine
+    rig: Rig | None
+    template: Workload
+    tensor_parallel: int  # 0: what the rig allows
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.model.spec
+
+    def at(self, context: int) -> Workload:
+        """The workload at one context."""
+        t = self.template
+        return Workload(context, t.batch, 0, t.kv_dtype, t.prefill_chunk, t.max_num_seqs, t.gpu_memory_utilization)
+
+
+@dataclass(frozen=True)
+class Question:
+    """Options as typed."""
+
+    model: str
+    bits: int | None = None
+    group_size: int = 128
+    target_size: str | None = None
+    checkpoint: Path | None = None
+    kv_cache_dtype: str = "auto"
+    batch_size: int = 1
+    engine: str = "qwenq"
+    engine_version: str = ""
+    prefill_chunk: int = 0
+    gpu: str | None = None
+    reserve: str = ""
+    tensor_parallel_size: int = 0
+    max_num_seqs: int = 0
+    gpu_memory_utilization: float = 0.9
+    expect_params: str | None = None
+    rig: Rig | None = None  # already known, from --detect
+
+    def resolve(self) -> Resolved:
+        """Everything looked up and checked; a QwenqError for what is unknown or contradictory."""
+        ways = [self.bits is not None, self.target_size is not None, self.checkpoint is not None]
+        if sum(ways) > 1:
+            raise PlanError("--bits, --target-size and --checkpoint exclude each other", hint="give one of them")
+        engine = get_engine(self.engine, self.engine_version)
+        kv_bytes_per_value(engine, self.kv_cache_dtype)
+        model = load_model(self.model, parse_parameters(self.expect_params) if self.expect_params else None)
+        weights = model_weights(
+            model,
+            engine.name,
+            bits=self.bits,
+            group_size=self.group_size,
+            target_bytes=parse_size(self.target_size) if self.target_size else None,
+            checkpoint=self.checkpoint,
+        )
+        template = Workload(
+            1,
+            self.batch_size,
+            kv_dtype=self.kv_cache_dtype,
+            prefill_chunk=self.prefill_chunk,
+            max_num_seqs=self.max_num_seqs,
+            gpu_memory_utilization=self.gpu_memory_utilization,
+        )
+        rig = self.rig or (parse_rig(self.gpu) if self.gpu else None)
+        if rig and self.reserve:
+            rig = Rig(rig.gpus, rig.free_bytes, parse_size(self.reserve))
+        if self.tensor_parallel_size < 0:
+            raise PlanError(f"tensor parallel size is {self.tensor_parallel_size}, wanted at least 1")
+        if self.tensor_parallel_size and engine.layered:
+            raise PlanError(f"{engine.name} has no tensor parallelism here", hint="--engine vllm has")
+        return Resolved(model, weights, engine, rig, template, self.tensor_parallel_size)
+
+
+def parse_parameters(text: str) -> float:
+    """72.7e9 of `72.7B`; PlanError otherwise."""
+    number, unit = (text[:-1], text[-1].upper()) if text and text[-1].isalpha() else (text, "")
+    factors = {"": 1.0, "M": 1e6, "B": 1e9, "T": 1e12}
+    try:
+        value = float(number) * factors[unit]
+    except (ValueError, KeyError):
+        value = 0.0
+    if not 0 < value < 1e15:
+        raise PlanError(f"not a number of parameters: {text[:40]!r}", hint="write for instance 72.7B")
+    return value
+
+
+def contexts_of(question: Resolved, text: str) -> list[int]:
+    """Contexts asked for, checked against the model; without a list 1k, 8k, 32k and 128k as far as the model goes."""
+    spec = question.spec
+    if not text:
+        return [c for c in DEFAULT_CONTEXTS if c <= spec.extended_context] or [spec.extended_context]
+    contexts = list(dict.fromkeys(parse_tokens(part) for part in text.split(",")))
+    if len(contexts) > MAX_CONTEXTS:
+        raise PlanError(f"{len(contexts)} contexts, wanted at most {MAX_CONTEXTS}")
+    for context in contexts:
+        check_context(spec, question.at(context))
+    return contexts
+
+
+def estimate_at(question: Resolved, context: int) -> MemoryEstimate:
+    """The estimate at one context: on the rig's best split, or on one notional GPU without a rig."""
+    spec, weights, engine, rig, work = (
+        question.spec, question.weights, question.engine, question.rig, question.at(context),
+    )  # fmt: skip
+    if not engine.layered:
+        ranks, stages = _vllm_layout(question, work)
+        return estimate(spec, weights, engine, work, rig, rank_shares(spec, ranks, stages))
+    if rig is None:
+        return estimate(spec, weights, engine, work)
+    return place(spec, weights, rig, engine, work).memory
+
+
+def _vllm_layout(question: Resolved, work: Workload) -> tuple[int, int]:
+    """(tensor, pipeline) ranks: as asked, else the best the rig and the shapes allow; PlanError when none is."""
+    spec, weights, rig, asked = question.spec, question.weights, question.rig, question.tensor_parallel
+    count = len(rig.gpus) if rig else asked or 1
+    if asked:
+        reasons = tensor_parallel_reasons(spec, weights, asked)
+        if count % asked:
+            reasons.append(f"{count} GPUs are not divisible by {asked}")
+        if reasons:
+            raise PlanError(f"tensor parallel size {asked} is not possible: {reasons[0]}")
+        return asked, count // asked
+    if rig is None:
+        return 1, 1
+    option: ParallelOption | None = best_option(parallel_options(spec, weights, question.engine, work, rig))
+    if option is None:
+        raise PlanError(f"vLLM cannot use {rig.label}", hint="`qwenq plan` says why for every layout")
+    return option.tensor, option.pipeline
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Estimates of one question over several contexts."""
+
+    question: Resolved
+    estimates: tuple[MemoryEstimate, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        q = self.question
+        return {
+            "model": q.spec.name,
+            "engine": q.engine.label,
+            "weights": {"label": q.weights.label, "bytes": q.weights.total_bytes, "source": q.weights.source},
+            "rig": q.rig.label if q.rig else None,
+            "estimates": [found.to_json() for found in self.estimates],
+        }
+
+    def csv_rows(self) -> Iterator[list[Any]]:
+        for found in self.estimates:
+            for index, gpu in enumerate(found.gpus):
+                for t in gpu.terms:
+                    yield [
+                        found.work.context, index, gpu.name, t.name, t.n_bytes, t.low_bytes, t.high_bytes,
+                        t.provenance, t.source,
+                    ]  # fmt: skip
+
+    def text(self, colour: bool = False) -> list[str]:
+        """Heading, a table per GPU kind, where each term comes from, and the chart."""
+        q, first = self.question, self.estimates[0]
+        lines = [
+            f"{q.spec.name}: {q.weights.label}, {format_gb(q.weights.total_bytes)} of weights; {q.engine.label}; "
+            f"KV {q.template.kv_dtype}, {first.kv_bytes_per_token:,.0f} bytes a token; batch {q.template.batch}",
+            "",
+        ]
+        lines += self._table()
+        lines += ["", *memory_chart(self.estimates, colour=colour), "", "Where the figures come from:"]
+        sources = {t.name: t for found in self.estimates for gpu in found.gpus for t in gpu.terms}
+        lines += [f"  {TERM_NAMES[name]:<15} {t.provenance:<9} {t.source}" for name, t in sources.items()]
+        if q.rig:
+            kinds = {gpu.name: gpu for gpu in q.rig.gpus}
+            lines += [f"  limit of {gpu.name}: {gpu.limit_source}" for gpu in kinds.values() if not q.rig.free_bytes]
+            lines += [f"  {gpu.name}: memory is shared with the system" for gpu in kinds.values() if gpu.unified]
+        return lines
+
+    def _table(self) -> list[str]:
+        names = [n for n in TERM_NAMES if any(g.term(n) for found in self.estimates for g in found.gpus)]
+        short = {"activations": "activ.", "dequantization": "dequant.", "non_torch": "other", "context": "CUDA"}
+        head = [short.get(name, TERM_NAMES[name]) for name in names]
+        lines = [
+            f"{'GiB per GPU':<26}{'context':>8}"
+            + "".join(f"{h:>10}" for h in head)
+            + f"{'total':>9}  {'range':<15} fits"
+        ]
+        for found in self.estimates:
+            for index, gpu in enumerate(found.gpus):
+                cells = "".join(f"{gpu.term(name) / GIB:>10.2f}" for name in names)
+                span = f"{gpu.low_bytes / GIB:.2f}-{gpu.high_bytes / GIB:.2f}"
+                fits = {None: "", True: "yes", False: "no"}[gpu.fits]
+                lines.append(
+                    f"{f'{index} {gpu.name}':<26}{format_tokens(found.work.context):>8}{cells}"
+                    f"{gpu.total_bytes / GIB:>9.2f}  {span:<15} {fits}"
+                )
+            if found.kv_capacity_tokens is not None:
+                lines.append(f"{'':<26}{'':>8}  vLLM's KV cache holds {found.kv_capacity_tokens} tokens")
+        return lines
+
+
+def spread(question: Resolved, contexts: Sequence[int]) -> Spread:
+    """The question answered at each context."""
+    return Spread(question, tuple(estimate_at(question, context) for context in contexts))

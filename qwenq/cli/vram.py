@@ -1,0 +1,162 @@
+"""`qwenq vram`: what a model needs on a rig, term by term, against context; and how right that is."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from qwenq.asking import Question, contexts_of, spread
+from qwenq.errors import PlanError
+
+
+class _ModelOrSubcommand(TyperGroup):
+    """`qwenq vram MODEL ...` is `qwenq vram estimate MODEL ...`: what is no subcommand is a model or its options."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ("--help", "-h"):
+            args = ["estimate", *args]
+        return super().parse_args(ctx, args)
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(self.commands)
+
+
+vram_app = typer.Typer(
+    cls=_ModelOrSubcommand,
+    no_args_is_help=True,
+    help="Memory a model needs on a rig. `qwenq vram MODEL` is short for `qwenq vram estimate MODEL`.",
+)
+
+Bits = Annotated[int | None, typer.Option("--bits", help="4, 8, or 16 for not quantized. Default 4.")]
+GroupSize = Annotated[int, typer.Option("--group-size", help="Weights per scale: 128, 64, 32, or -1 for a row.")]
+TargetSize = Annotated[str | None, typer.Option("--target-size", help="Mixed 4 and 8 bits of this size, e.g. 47GB.")]
+Checkpoint = Annotated[
+    Path | None, typer.Option("--checkpoint", help="Directory of a real checkpoint; only its headers are read.")
+]
+KvDtype = Annotated[str, typer.Option("--kv-cache-dtype", help="auto, fp16, bf16, fp8; llama.cpp: q8_0, q4_0.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", help="Sequences at once.")]
+EngineName = Annotated[str, typer.Option("--engine", help="qwenq, transformers, vllm or llama.cpp.")]
+EngineVersion = Annotated[str, typer.Option("--engine-version", help="Version of the engine, e.g. 4.46.0.")]
+PrefillChunk = Annotated[int, typer.Option("--prefill-chunk", help="Prompt tokens at once. 0: the engine's own.")]
+GpuRig = Annotated[str | None, typer.Option("--gpu", help='The rig: "2x RTX 3090", "RTX 4090 + 2x RTX 3060 12GB".')]
+Reserve = Annotated[str, typer.Option("--reserve", help="Kept free on every GPU, e.g. 1GiB for a desktop.")]
+MaxNumSeqs = Annotated[int, typer.Option("--max-num-seqs", help="vLLM's limit. 0: its default for the GPU.")]
+Utilization = Annotated[float, typer.Option("--gpu-memory-utilization", help="vLLM's share of each GPU.")]
+ExpectParams = Annotated[
+    str | None, typer.Option("--expect-params", help="Stated parameters, e.g. 72.7B; refused if the shapes disagree.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable.")]
+
+
+@vram_app.command("estimate")
+def estimate_command(
+    model: Annotated[str, typer.Argument(help="Family name (Qwen2.5-72B), directory or hub name.")],
+    max_model_len: Annotated[str, typer.Option("--max-model-len", "-c", help="Contexts, e.g. 1k,8k,32k,128k.")] = "",
+    bits: Bits = None,
+    group_size: GroupSize = 128,
+    target_size: TargetSize = None,
+    checkpoint: Checkpoint = None,
+    kv_cache_dtype: KvDtype = "auto",
+    batch_size: BatchSize = 1,
+    engine: EngineName = "qwenq",
+    engine_version: EngineVersion = "",
+    prefill_chunk: PrefillChunk = 0,
+    gpu: GpuRig = None,
+    reserve: Reserve = "",
+    tensor_parallel_size: Annotated[
+        int, typer.Option("--tensor-parallel-size", help="vLLM ranks. 0: what the rig allows.")
+    ] = 0,
+    max_num_seqs: MaxNumSeqs = 0,
+    gpu_memory_utilization: Utilization = 0.9,
+    expect_params: ExpectParams = None,
+    as_json: Json = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="One line a GPU and term.")] = False,
+) -> None:
+    """Memory of MODEL against context, per GPU, each term with its provenance."""
+    if as_json and as_csv:
+        raise PlanError("--json and --csv exclude each other")
+    question = Question(
+        model=model,
+        bits=bits,
+        group_size=group_size,
+        target_size=target_size,
+        checkpoint=checkpoint,
+        kv_cache_dtype=kv_cache_dtype,
+        batch_size=batch_size,
+        engine=engine,
+        engine_version=engine_version,
+        prefill_chunk=prefill_chunk,
+        gpu=gpu,
+        reserve=reserve,
+        tensor_parallel_size=tensor_parallel_size,
+        max_num_seqs=max_num_seqs,
+        gpu_memory_utilization=gpu_memory_utilization,
+        expect_params=expect_params,
+    ).resolve()
+    answer = spread(question, contexts_of(question, max_model_len))
+    if as_json:
+        print(json.dumps(answer.to_json(), indent=2))
+    elif as_csv:
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(["context", "gpu", "name", "term", "bytes", "low_bytes", "high_bytes", "provenance", "source"])
+        writer.writerows(answer.csv_rows())
+    else:
+        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+        print("\n".join(answer.text(colour)))
+
+
+@vram_app.command("validate")
+def validate_command(
+    file: Annotated[Path, typer.Argument(help="CSV with model, quant, input_len, gpu_num, mem_gib and env.")],
+    as_json: Json = False,
+) -> None:
+    """Predicted against published memory of transformers runs, row by row."""
+    from qwenq.validate import errors, read_rows, summary
+
+    rows, skipped = read_rows(file)
+    for line in skipped:
+        print(f"warning: {line}", file=sys.stderr)
+    if as_json:
+        print(json.dumps(summary(rows), indent=2))
+        return
+    for row in rows:
+        print(
+            f"{row.model:<24} {row.quant:<10} {row.input_len:>7} tokens  predicted {row.predicted_gib:7.2f} GiB  "
+            f"published {row.mem_gib:7.2f} GiB  {row.error_percent:+6.2f} %"
+        )
+    parts = {
+        "all rows": rows,
+        "prompts of 6,144 tokens and more": [row for row in rows if row.input_len >= 6144],
+        "one-token prompts": [row for row in rows if row.input_len == 1],
+    }
+    for name, part in parts.items():
+        if part:
+            mean, largest = errors(part)
+            print(f"{name}: {len(part)}, mean error {mean:.2f} %, largest {largest:.2f} %")
+
+
+@vram_app.command("gpus")
+def gpus_command(as_json: Json = False) -> None:
+    """The GPU catalogue, with the source of each row; `?` is unknown."""
+    from dataclasses import asdict
+
+    from qwenq.rig import catalogue
+
+    if as_json:
+        print(json.dumps([asdict(gpu) for gpu in catalogue()], indent=2))
+        return
+    print(f"{'GPU':<24}{'GiB':>6}{'usable':>8}{'GB/s':>7}{'TFLOPS':>8}{'W':>5}{'USD':>7}  source")
+    for gpu in catalogue():
+        cells = [gpu.usable_gib, gpu.bandwidth_gb_s, gpu.tensor_tflops, gpu.power_w, gpu.price_usd]
+        shown = [f"{cell:g}" if cell is not None else "?" for cell in cells]
+        print(
+            f"{gpu.name:<24}{gpu.memory_gib:>6g}{shown[0]:>8}{shown[1]:>7}{shown[2]:>8}{shown[3]:>5}{shown[4]:>7}  "
+            f"{gpu.source}"
+        )

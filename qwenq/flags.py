@@ -1,0 +1,98 @@
+"""Ready-to-paste flags for vLLM, transformers and llama.cpp that carry out a plan."""
+
+from __future__ import annotations
+
+import json
+
+from qwenq.engines import get_engine
+from qwenq.ggufsize import gguf_weights
+from qwenq.placement import Placement, place
+from qwenq.plan import Plan
+from qwenq.terms import Workload
+from qwenq.units import GIB
+
+
+def vllm_flags(plan: Plan) -> str:
+    """`vllm serve ...`, or why vLLM cannot use these weights on this rig."""
+    option = plan.chosen
+    if option is None:
+        return "# vLLM: no option, " + plan.options[0].verdict
+    words = ["vllm", "serve", "CHECKPOINT"]
+    words += ["--tensor-parallel-size", str(option.tensor), "--pipeline-parallel-size", str(option.pipeline)]
+    words += ["--max-model-len", str(plan.work.context)]
+    words += ["--gpu-memory-utilization", f"{plan.work.gpu_memory_utilization:g}"]
+    if plan.work.kv_dtype in ("fp8", "q8_0", "q4_0"):
+        words += ["--kv-cache-dtype", "fp8"]
+    if plan.work.max_num_seqs:
+        words += ["--max-num-seqs", str(plan.work.max_num_seqs)]
+    if plan.work.context > plan.spec.max_position_embeddings:
+        words += ["--hf-overrides", "'" + json.dumps({"rope_scaling": _yarn(plan)}) + "'"]
+    command = " ".join(words)
+    return command if option.works else f"{command}  # {option.verdict}"
+
+
+def transformers_code(plan: Plan) -> str:
+    """`max_memory` and `device_map` as Python, for `AutoModelForCausalLM.from_pretrained`."""
+    placement = plan.offload or plan.placement
+    if placement is None:
+        placement = place(plan.spec, plan.weights, plan.rig, get_engine("transformers"), _layered(plan.work))
+    memory: dict[int | str, str] = {
+        index: f"{limit * 0.97 / GIB:.1f}GiB" for index, limit in enumerate(plan.rig.limits)
+    }
+    if placement.offloaded_bytes:
+        memory["cpu"] = f"{placement.offloaded_bytes / GIB + 4:.0f}GiB"
+    return f"max_memory = {memory}\ndevice_map = {_compact(placement)}"
+
+
+def llamacpp_flags(plan: Plan) -> str:
+    """`llama-server ...` for the nearest GGUF type: Q4_K_M, Q8_0 or F16."""
+    file_type = "F16" if plan.weights.bits == 16 else "Q8_0" if plan.weights.bits == 8 else "Q4_K_M"
+    weights = gguf_weights(plan.spec, file_type)
+    work = plan.work
+    kv = "q8_0" if work.kv_dtype in ("fp8", "q8_0") else "q4_0" if work.kv_dtype == "q4_0" else "auto"
+    asked = Workload(work.context, work.batch, kv_dtype=kv)
+    placement = place(plan.spec, weights, plan.rig, get_engine("llama.cpp"), asked)
+    note = f"GGUF {file_type}, {weights.total_bytes / 1e9:.1f} GB"
+    layers = 99
+    if not placement.fits:
+        placement = place(plan.spec, weights, plan.rig, get_engine("llama.cpp"), asked, offload=True)
+        layers = placement.gpu_layers
+        out = plan.spec.num_hidden_layers - layers
+        note += f"; {out} layer{'s' if out > 1 else ''} on the CPU"
+    words = ["llama-server", "-m", "MODEL.gguf", "-ngl", str(layers), "-c", str(work.context * work.batch), "-fa", "on"]
+    if len(plan.rig.gpus) > 1:
+        words += ["-sm", "layer", "-ts", ",".join(str(len(share.layers)) for share in placement.shares)]
+    if kv != "auto":
+        words += ["--cache-type-k", kv, "--cache-type-v", kv]
+    return " ".join(words) + f"  # {note}"
+
+
+def _compact(placement: Placement) -> str:
+    parts = []
+    last: int | str = "cpu"
+    for index, share in enumerate(placement.shares):
+        if share.embed:
+            parts += [f'"model.embed_tokens": {index}', f'"model.rotary_emb": {index}']
+        if share.layers:
+            parts.append(_layer_range(share.layers.start, share.layers.stop, str(index)))
+        if share.head:
+            last = index
+    total = len(placement.memory.weights.layers)
+    if placement.gpu_layers < total:
+        parts.append(_layer_range(placement.gpu_layers, total, '"cpu"'))
+    shown = f'"{last}"' if isinstance(last, str) else str(last)
+    return "{" + ", ".join([*parts, f'"model.norm": {shown}', f'"lm_head": {shown}']) + "}"
+
+
+def _layer_range(start: int, stop: int, device: str) -> str:
+    return f'**{{f"model.layers.{{i}}": {device} for i in range({start}, {stop})}}'
+
+
+def _layered(work: Workload) -> Workload:
+    return Workload(work.context, work.batch, prefill_chunk=work.prefill_chunk)
+
+
+def _yarn(plan: Plan) -> dict[str, object]:
+    original = plan.spec.max_position_embeddings
+    factor = -(-plan.work.context // original)
+    return {"rope_type": "yarn", "factor": float(factor), "original_max_position_embeddings": original}

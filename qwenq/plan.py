@@ -1,0 +1,226 @@
+"""The plan: does a model fit a rig, with what split, how fast, what would fit instead, and the flags to paste."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qwenq.engines import Engine, get_engine
+from qwenq.errors import HonestNo, PlanError
+from qwenq.memory import MemoryEstimate, estimate, rank_shares
+from qwenq.parallel import ParallelOption, best_option, padded_width, parallel_options, tensor_parallel_reasons
+from qwenq.placement import Placement, holds, largest_context, place, search_context
+from qwenq.rig import Gpu, Rig, catalogue, rig_of
+from qwenq.scheme import Recipe, Scheme
+from qwenq.spec import ModelSpec
+from qwenq.speed import Speed, estimate_speed
+from qwenq.terms import Share, Workload
+from qwenq.units import GIB, format_gb, format_gib, format_tokens
+from qwenq.weights import Weights, recipe_weights
+
+MAX_RECOMMENDED = 8  # GPUs of one kind
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer for one model, rig, engine and workload. `placement` is None for vLLM, which has `options`."""
+
+    spec: ModelSpec
+    weights: Weights
+    rig: Rig
+    engine: Engine
+    work: Workload
+    fits: bool
+    memory: MemoryEstimate
+    shares: tuple[Share, ...]
+    placement: Placement | None
+    options: tuple[ParallelOption, ...]
+    chosen: ParallelOption | None
+    largest_context: int
+    offload: Placement | None  # what stays in host memory when nothing else fits
+    speed: Speed
+    offload_speed: Speed | None
+    instead: tuple[str, ...]  # what would fit, when this does not
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "model": self.spec.name,
+            "rig": self.rig.label,
+            "engine": self.engine.label,
+            "context": self.work.context,
+            "batch_size": self.work.batch,
+            "fits": self.fits,
+            "certainty": self.memory.certainty,
+            "largest_context": self.largest_context,
+            "weights": {"label": self.weights.label, "bytes": self.weights.total_bytes},
+            "gpus": [
+                {**gpu.to_json(), "free_bytes": gpu.free_bytes, "limit_source": kind.limit_source}
+                for gpu, kind in zip(self.memory.gpus, self.rig.gpus, strict=True)
+            ],
+            "placement": self.placement.to_json() if self.placement else None,
+            "parallel": [option.to_json() for option in self.options],
+            "offload": self.offload.to_json() if self.offload else None,
+            "speed": self.speed.to_json(),
+            "offload_speed": self.offload_speed.to_json() if self.offload_speed else None,
+            "instead": list(self.instead),
+        }
+
+
+def make_plan(spec: ModelSpec, weights: Weights, rig: Rig, engine: Engine, work: Workload) -> Plan:
+    """Plan `weights` of `spec` on `rig`; says what fits instead when they do not."""
+    vllm = engine if engine.name == "vllm" else get_engine("vllm")
+    vllm_work = work if engine.name == "vllm" else replace(work, kv_dtype=_vllm_kv(work.kv_dtype), prefill_chunk=0)
+    options = parallel_options(spec, weights, vllm, vllm_work, rig)
+    chosen = best_option(options)
+    offload = None
+    if engine.layered:
+        placement = place(spec, weights, rig, engine, work)
+        memory, shares, fits = placement.memory, placement.shares, placement.fits
+        longest = largest_context(spec, weights, rig, engine, work)
+        if not fits:
+            with suppress(HonestNo):  # then not even offloading helps, and the plan has none
+                offload = place(spec, weights, rig, engine, work, offload=True)
+    else:
+        placement = None
+        shares = rank_shares(spec, chosen.tensor, chosen.pipeline) if chosen else rank_shares(spec, 1, len(rig.gpus))
+        memory = estimate(spec, weights, engine, work, rig, shares)
+        fits = chosen is not None and chosen.works
+        longest = _largest_vllm(spec, weights, engine, work, rig, chosen) if chosen else 0
+    speed = estimate_speed(spec, weights, engine, work, rig.gpus, shares)
+    slow = None
+    if offload is not None:
+        slow = estimate_speed(spec, weights, engine, work, rig.gpus, offload.shares, offload.offloaded_bytes)
+    for gpu in rig.gpus:
+        if not runs_on(engine, gpu):
+            raise PlanError(f"{engine.name} does not run on {gpu.name}", hint="--engine llama.cpp does")
+    instead = () if fits else tuple(_instead(spec, weights, rig, engine, work, longest))
+    return Plan(
+        spec, weights, rig, engine, work, fits, memory, shares, placement, options, chosen, longest, offload, speed,
+        slow, instead,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """A rig of equal GPUs that holds the model, with its price when one is known."""
+
+    gpu: Gpu
+    count: int
+    largest_context: int
+    how: str
+
+    @property
+    def price_usd(self) -> float | None:
+        return None if self.gpu.price_usd is None else self.gpu.price_usd * self.count
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "gpu": self.gpu.name,
+            "count": self.count,
+            "price_usd": self.price_usd,
+            "price_basis": self.gpu.price_basis or None,
+            "largest_context": self.largest_context,
+            "how": self.how,
+        }
+
+
+def recommend(spec: ModelSpec, weights: Weights, engine: Engine, work: Workload) -> tuple[Recommendation, ...]:
+    """Rigs of up to 8 equal GPUs that hold the model at the asked context: fewest, then cheapest; unpriced last."""
+    found = []
+    for gpu in catalogue():
+        if not runs_on(engine, gpu):
+            continue
+        for count in range(1, MAX_RECOMMENDED + 1):
+            rig = rig_of([gpu] * count)
+            how = _holds(spec, weights, rig, engine, work)
+            if how:
+                if engine.layered:
+                    longest = largest_context(spec, weights, rig, engine, work)
+                else:
+                    option = best_option(parallel_options(spec, weights, engine, work, rig))
+                    longest = _largest_vllm(spec, weights, engine, work, rig, option) if option else 0
+                found.append(Recommendation(gpu, count, longest, how))
+                break
+    return tuple(sorted(found, key=lambda r: (r.price_usd is None, r.count, r.price_usd or 0, r.gpu.name)))
+
+
+def runs_on(engine: Engine, gpu: Gpu) -> bool:
+    """Whether the engine runs on such a GPU at all: CUDA and ROCm for the torch engines, anything for llama.cpp."""
+    return engine.name == "llama.cpp" or gpu.vendor in ("nvidia", "amd")
+
+
+def _holds(spec: ModelSpec, weights: Weights, rig: Rig, engine: Engine, work: Workload) -> str:
+    """How the rig holds the model, or nothing."""
+    if engine.layered:
+        return "layers split" if holds(spec, weights, rig, engine, work) else ""
+    option = best_option(parallel_options(spec, weights, engine, work, rig))
+    return f"TP {option.tensor} x PP {option.pipeline}" if option and option.works else ""
+
+
+def _largest_vllm(
+    spec: ModelSpec, weights: Weights, engine: Engine, work: Workload, rig: Rig, option: ParallelOption
+) -> int:
+    shares = rank_shares(spec, option.tensor, option.pipeline)
+
+    def fits(context: int) -> bool:
+        return bool(estimate(spec, weights, engine, replace(work, context=context, prompt=0), rig, shares).fits)
+
+    return search_context(fits, spec.extended_context)
+
+
+def _instead(spec: ModelSpec, weights: Weights, rig: Rig, engine: Engine, work: Workload, longest: int) -> list[str]:
+    """What would fit on this rig, nearest first."""
+    found = []
+    if longest:
+        found.append(f"a context of {format_tokens(longest)} with these weights")
+    if work.kv_dtype in ("auto", "fp16", "bf16"):
+        smaller = {"llama.cpp": "q8_0"}.get(engine.name, "fp8")
+        if engine.name != "transformers":
+            asked = replace(work, kv_dtype=smaller)
+            if _holds(spec, weights, rig, engine, asked):
+                found.append(f"--kv-cache-dtype {smaller} at {format_tokens(work.context)}")
+    if engine.name == "transformers" and not work.prefill_chunk:
+        asked = replace(work, prefill_chunk=1024)
+        if _holds(spec, weights, rig, engine, asked):
+            found.append("--prefill-chunk 1024 (the prompt in pieces)")
+    uniform = recipe_weights(spec, Recipe(Scheme(4, 128))) if _divides(spec, 128) else None
+    lighter = uniform and engine.name != "llama.cpp" and uniform.total_bytes < weights.total_bytes
+    if uniform and lighter and _holds(spec, uniform, rig, engine, work):
+        found.append(f"uniform 4-bit g128, {format_gb(uniform.total_bytes)}, at {format_tokens(work.context)}")
+    found += _tensor_parallel_hint(spec, weights, rig, engine)
+    return found
+
+
+def _tensor_parallel_hint(spec: ModelSpec, weights: Weights, rig: Rig, engine: Engine) -> list[str]:
+    ranks, group = len(rig.gpus), weights.group_size
+    if engine.name != "vllm" or group <= 0 or not tensor_parallel_reasons(spec, weights, ranks):
+        return []
+    width = padded_width(weights.intermediate_size, group, ranks)
+    padded = replace(weights, intermediate_size=width)
+    if tensor_parallel_reasons(spec, padded, ranks):
+        return []
+    return [f"FFN padded from {weights.intermediate_size} to {width}: then TP {ranks} divides"]
+
+
+def _divides(spec: ModelSpec, group: int) -> bool:
+    return all(lin.in_features % group == 0 for lin in spec.layer_linears(0))
+
+
+def _vllm_kv(kv_dtype: str) -> str:
+    return kv_dtype if kv_dtype in ("auto", "fp16", "bf16", "fp8") else "fp8"
+
+
+def describe_gpu(plan: Plan, index: int) -> str:
+    """`GPU 0 RTX 3090: 21.85 of 23.58 GiB, 1.73 GiB free, layers 0-39, embedding`."""
+    gpu, share = plan.memory.gpus[index], plan.shares[index]
+    if not share.used:
+        return f"GPU {index} {gpu.name}: not used"
+    limit, free = gpu.limit_bytes or 0, gpu.free_bytes or 0
+    room = f"{format_gib(free)} free" if free >= 0 else f"{format_gib(-free)} too much"
+    parts = [f"layers {share.layers.start}-{share.layers.stop - 1}"] if share.layers else []
+    parts += (["embedding"] if share.embed else []) + (["head"] if share.head else [])
+    return (
+        f"GPU {index} {gpu.name}: {gpu.total_bytes / GIB:.2f} of {limit / GIB:.2f} GiB "
+        f"({gpu.low_bytes / GIB:.2f} to {gpu.high_bytes / GIB:.2f}), {room}; {', '.join(parts)}"
+    )

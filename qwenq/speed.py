@@ -1,0 +1,164 @@
+"""Decode and prefill speed as a range, from bandwidth, compute and a per-layer overhead fitted to published runs.
+
+Fitted to Qwen's A100-80GB table (batch 1, prompt plus 2,048 tokens; transformers 4.46, vLLM 0.6.3): seconds a token
+    = overhead x layers + traffic x weight bytes / (ranks x bandwidth) + KV bytes / (ranks x bandwidth) + prefill / 2048
+(transformers before 4.48 also moves its repeated keys and values, 3.9 times). The fit, and the error of every group of
+rows, is in reports/estimator-validation.md; a range covers the worst row of its group.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qwenq.engines import Engine, kv_bytes_per_value
+from qwenq.rig import Gpu
+from qwenq.spec import ModelSpec
+from qwenq.terms import Share, Workload
+from qwenq.weights import Weights
+
+REPEATED_KV_TRAFFIC = 3.9
+MATRIX_RATE = 0.4  # of the dense tensor rate, in prefill; fitted 0.37 to 0.47 in vLLM
+_PCIE_LANE_GB_S = {3: 0.985, 4: 1.969, 5: 3.938}  # one direction
+
+
+@dataclass(frozen=True)
+class SpeedFit:
+    """Seconds of overhead a layer (and more with several ranks), traffic per weight byte, and the worst ratios seen."""
+
+    layer_s: float
+    rank_layer_s: float
+    traffic: float
+    low: float  # predicted time / published time, smallest and largest
+    high: float
+    source: str
+
+
+_TRANSFORMERS = "Qwen2.5 A100 runs, transformers 4.46"
+_VLLM = "Qwen2.5 A100 runs, vLLM 0.6.3"
+FITS = {
+    ("transformers", "none", 16): SpeedFit(0.63e-3, 0, 1.0, 0.75, 1.20, _TRANSFORMERS),
+    ("transformers", "gptq", 8): SpeedFit(0.94e-3, 0, 1.0, 0.81, 1.19, _TRANSFORMERS),
+    ("transformers", "gptq", 4): SpeedFit(0.68e-3, 0, 1.37, 0.85, 1.14, _TRANSFORMERS),
+    ("transformers", "awq", 4): SpeedFit(0.92e-3, 0, 1.0, 0.83, 1.19, _TRANSFORMERS),
+    ("vllm", "none", 16): SpeedFit(0.112e-3, 0.030e-3, 1.17, 0.92, 1.09, _VLLM),
+    ("vllm", "gptq", 8): SpeedFit(0.146e-3, 0.015e-3, 1.05, 0.88, 1.11, _VLLM),
+    ("vllm", "gptq", 4): SpeedFit(0.144e-3, 0.0, 1.05, 0.90, 1.11, _VLLM),
+    ("vllm", "awq", 4): SpeedFit(0.148e-3, 0.007e-3, 1.05, 0.90, 1.10, _VLLM),
+}
+# No published run: transformers' overhead for our engine; llama.cpp reads the weights at 50 to 90 % of the bandwidth.
+UNMEASURED = {
+    "qwenq": SpeedFit(0.68e-3, 0, 1.37, 0.6, 1.6, "transformers' GPTQ runs; this engine is not measured yet"),
+    "transformers": SpeedFit(0.8e-3, 0, 1.2, 0.7, 1.4, "between transformers' measured formats"),
+    "vllm": SpeedFit(0.15e-3, 0.01e-3, 1.1, 0.8, 1.2, "between vLLM's measured formats"),
+    "llama.cpp": SpeedFit(0.0, 0, 1.5, 0.75, 1.35, "assumed: weights read at 50 to 90 % of the bandwidth"),
+}
+OTHER_CARD = 1.3  # the fit is of one card and host; elsewhere the range widens by this
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens a second, low and high; None where a GPU's figure is unknown."""
+
+    decode: tuple[float, float] | None
+    prefill: tuple[float, float] | None
+    basis: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "decode_tokens_per_s": _rounded(self.decode),
+            "prefill_tokens_per_s": _rounded(self.prefill),
+            "basis": self.basis,
+        }
+
+
+def speed_fit(engine: Engine, weights: Weights) -> SpeedFit:
+    """The fit for an engine and a format, or the stand-in when nobody published one."""
+    return FITS.get((engine.name, weights.method, weights.bits), UNMEASURED[engine.name])
+
+
+def decode_seconds(
+    spec: ModelSpec, weights: Weights, engine: Engine, work: Workload, gpus: Sequence[Gpu], shares: Sequence[Share]
+) -> float | None:
+    """Fitted seconds a token at the full context; None when a bandwidth is unknown. Ranks of a stage run together."""
+    fit = speed_fit(engine, weights)
+    value = kv_bytes_per_value(engine, work.kv_dtype)
+    seconds = 0.0
+    for gpu, share in zip(gpus, shares, strict=True):
+        if not share.used:
+            continue
+        if gpu.bandwidth_gb_s is None:
+            return None
+        layers = len(share.layers)
+        read = sum(weights.layer_bytes[layer] for layer in share.layers) * fit.traffic
+        if share.head:
+            read += sum(weights.head or weights.embed) * fit.traffic
+        read += 2 * layers * spec.kv_size * value * work.context * work.batch
+        if engine.repeats_kv:
+            read += REPEATED_KV_TRAFFIC * 4 * layers * spec.q_size * work.context * work.batch
+        overhead = (fit.layer_s + (fit.rank_layer_s if share.ranks > 1 else 0)) * layers
+        seconds += (overhead + read / share.ranks / (gpu.bandwidth_gb_s * 1e9)) / share.ranks
+    return seconds
+
+
+def prefill_seconds(spec: ModelSpec, work: Workload, gpus: Sequence[Gpu], shares: Sequence[Share]) -> float | None:
+    """Seconds to read a prompt of the whole context at MATRIX_RATE; None when a tensor rate is unknown."""
+    n, layers = work.prompt_tokens, spec.num_hidden_layers
+    flops_layer = (2 * spec.linear_parameters / layers * n + 2 * n * n * spec.q_size) * work.batch
+    seconds = 0.0
+    for gpu, share in zip(gpus, shares, strict=True):
+        if not share.layers:
+            continue
+        if gpu.tensor_tflops is None:
+            return None
+        seconds += flops_layer * len(share.layers) / share.ranks**2 / (gpu.tensor_tflops * 1e12 * MATRIX_RATE)
+    return seconds
+
+
+def estimate_speed(
+    spec: ModelSpec,
+    weights: Weights,
+    engine: Engine,
+    work: Workload,
+    gpus: Sequence[Gpu],
+    shares: Sequence[Share],
+    offloaded_bytes: int = 0,
+) -> Speed:
+    """Decode and prefill ranges; weights in host memory cross the bus once a token and once a prefill chunk."""
+    fit = speed_fit(engine, weights)
+    wide = 1.0 if all("A100" in gpu.name for gpu in gpus) else OTHER_CARD
+    decode = decode_seconds(spec, weights, engine, work, gpus, shares)
+    prefill = prefill_seconds(spec, work, gpus, shares)
+    basis = fit.source
+    bus = bus_gb_s(gpus[0])
+    slow = fast = 0.0
+    if offloaded_bytes:
+        if bus is None:
+            return Speed(None, None, basis + "; the bus to host memory is unknown")
+        fast, slow = offloaded_bytes / (0.8e9 * bus), offloaded_bytes / (0.3e9 * bus)
+        basis += f"; {offloaded_bytes / 1e9:.1f} GB cross the bus for each token, at 30 to 80 % of {bus:.0f} GB/s"
+    chunks = -(-work.prompt_tokens // (work.prefill_chunk or work.prompt_tokens))
+    return Speed(
+        decode=None
+        if decode is None
+        else (work.batch / (decode / fit.low * wide + slow), work.batch / (decode / fit.high / wide + fast)),
+        prefill=None
+        if prefill is None
+        else (
+            work.prompt_tokens * work.batch / (prefill * 1.6 * wide + slow * chunks),
+            work.prompt_tokens * work.batch / (prefill / 1.25 / wide + fast * chunks),
+        ),
+        basis=basis,
+    )
+
+
+def bus_gb_s(gpu: Gpu) -> float | None:
+    """Bandwidth of the card's PCIe link in one direction, GB/s, as built; None when it is not PCIe."""
+    match = re.fullmatch(r"PCIe (\d)\.0 x(\d+)", gpu.bus)
+    return _PCIE_LANE_GB_S[int(match[1])] * int(match[2]) if match and int(match[1]) in _PCIE_LANE_GB_S else None
+
+
+def _rounded(pair: tuple[float, float] | None) -> list[float] | None:
+    return None if pair is None else [round(pair[0], 2), round(pair[1], 2)]
