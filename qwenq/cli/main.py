@@ -10,7 +10,9 @@ import typer
 from typer.core import TyperGroup
 
 from qwenq import __version__
+from qwenq.cli.demo import demo
 from qwenq.cli.evaluate import evaluate
+from qwenq.cli.inspect import inspect
 from qwenq.cli.plan import plan
 from qwenq.cli.quantize import quantize
 from qwenq.cli.vram import vram_app
@@ -61,6 +63,8 @@ def _options(
 
 app.command("quantize")(quantize)
 app.command("eval")(evaluate)
+app.command("inspect")(inspect)
+app.command("demo")(demo)
 app.add_typer(vram_app, name="vram")
 app.command("plan")(plan)
 

@@ -1,0 +1,35 @@
+# Two commands on a fresh machine with Python, make and a package index: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: demo test test-slow lint interop bench fuzz clean
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+demo: $(STAMP)            ## a real model to 8 and 4 bits, drift measured, report under reports/
+	$(BIN)/qwenq demo
+
+test: $(STAMP)            ## everything that fits in ten minutes on two cores
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: $(STAMP)       ## the slower checks: kill and resume at random points, memory growth
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+interop: $(STAMP)         ## GPTQModel, and transformers through optimum, load what this project writes
+	VENV=$(VENV) bash interop/run.sh
+
+bench: $(STAMP)           ## this project and GPTQModel on one model, one calibration, one evaluation text
+	VENV=$(VENV) bash benchmarks/run.sh
+
+clean:
+	rm -rf $(VENV) .interop out build dist *.egg-info

@@ -1,0 +1,123 @@
+"""What a model is made of, and whether its config, its tensors' headers and its stated totals agree."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qwenq.formats.gptq import read_gptq_config
+from qwenq.headers import INDEX_NAME, read_object
+from qwenq.preflight import tensor_parallel_reason
+from qwenq.scheme import Recipe
+from qwenq.spec import ModelSpec, TensorSpec
+
+_TOLERANCE = 0.005  # stated totals are rounded: 72.7B
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the model: parameters, and bytes as stored (or as 16 bit would take, without tensors)."""
+
+    name: str
+    parameters: int
+    stored_bytes: int
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The answer of `qwenq inspect`."""
+
+    spec: ModelSpec
+    scheme: str
+    parameters: int
+    parts: tuple[Part, ...]
+    tensors_read: bool  # stored bytes are from headers, not from shapes
+    kv_bytes_per_token: float  # 16-bit keys and values
+    tensor_parallel: dict[str, str]
+    disagreements: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def audit(
+    spec: ModelSpec,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, TensorSpec] | None,
+    *,
+    expect_parameters: float | None = None,
+    index_total_bytes: int | None = None,
+) -> Audit:
+    """Compare shapes from the config with `tensors` (from headers; None without any) and with stated totals."""
+    quantization = config.get("quantization_config")
+    recipe, scheme = Recipe(None), "16-bit"
+    problems: list[str] = []
+    readable = True
+    if quantization:
+        scheme = str(quantization.get("quant_method"))
+        if scheme == "gptq":
+            recipe = read_gptq_config(quantization, "config.json").recipe(spec)
+            scheme = recipe.default.label if recipe.default else "16-bit"
+        else:
+            readable = False
+    if tensors is not None and readable:
+        problems += _compare(recipe, spec, tensors)
+    if expect_parameters is not None and abs(spec.parameters - expect_parameters) > _TOLERANCE * expect_parameters:
+        problems.append(
+            f"parameters: {expect_parameters / 1e9:.2f} B expected, the shapes make {spec.parameters / 1e9:.2f} B"
+        )
+    stored = sum(t.nbytes for t in tensors.values()) if tensors is not None else None
+    if index_total_bytes is not None and stored is not None and index_total_bytes != stored:
+        problems.append(f"total_size: the index says {index_total_bytes} bytes, the headers sum to {stored}")
+    return Audit(
+        spec=spec,
+        scheme=scheme,
+        parameters=spec.parameters,
+        parts=_parts(spec, tensors),
+        tensors_read=tensors is not None,
+        kv_bytes_per_token=spec.kv_bytes_per_token(),
+        tensor_parallel={str(n): tensor_parallel_reason(spec, recipe, n) for n in (1, 2, 4, 8)},
+        disagreements=tuple(problems),
+    )
+
+
+def index_total(directory: Path) -> int | None:
+    """`total_size` as the index of a sharded checkpoint states it."""
+    if not (directory / INDEX_NAME).is_file():
+        return None
+    metadata = read_object(directory / INDEX_NAME, limit=100_000_000).get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, Mapping) else None
+    return int(total) if isinstance(total, int | float) else None
+
+
+def _compare(recipe: Recipe, spec: ModelSpec, tensors: Mapping[str, TensorSpec]) -> list[str]:
+    problems = []
+    needed = {t.name: t for t in recipe.tensors(spec)}
+    for name, want in needed.items():
+        if name not in tensors:
+            problems.append(f"{name}: the config needs it, no shard has it")
+        elif tensors[name].shape != want.shape:
+            problems.append(f"{name}: shape {list(tensors[name].shape)}, the config says {list(want.shape)}")
+    problems += [f"{name}: stored, but the config has no place for it" for name in tensors if name not in needed]
+    return problems
+
+
+def _parts(spec: ModelSpec, tensors: Mapping[str, TensorSpec] | None) -> tuple[Part, ...]:
+    def part_of(name: str) -> str:
+        if name.startswith("model.embed_tokens"):
+            return "embedding (and head)" if spec.tie_word_embeddings else "embedding"
+        if name.startswith("lm_head"):
+            return "head"
+        if "norm" in name.rsplit(".", 2)[-2]:
+            return "norms"
+        return "attention" if ".self_attn." in name else "mlp" if ".mlp." in name else "other"
+
+    parameters: dict[str, int] = {}
+    for tensor in spec.tensors("I8"):
+        parameters[part_of(tensor.name)] = parameters.get(part_of(tensor.name), 0) + tensor.nbytes
+    stored: dict[str, int] = {}
+    for tensor in tensors.values() if tensors is not None else spec.tensors("BF16"):
+        stored[part_of(tensor.name)] = stored.get(part_of(tensor.name), 0) + tensor.nbytes
+    return tuple(Part(n, parameters.get(n, 0), stored.get(n, 0)) for n in {**parameters, **stored})

@@ -1,0 +1,89 @@
+"""`qwenq inspect`: what a model is made of, and whether its files agree."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from qwenq.cli.console import out, print_json
+from qwenq.cli.models import JsonFlag
+from qwenq.errors import HonestNo, PlanError
+from qwenq.units import format_gb
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help="A directory, a hub name, or a family name such as Qwen2.5-72B.")],
+    expect_params: Annotated[
+        str | None, typer.Option(metavar="COUNT", help="Total the model card states, for instance 72.7B.")
+    ] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Print shapes, parameters, bytes by part and KV bytes a token; audit config against headers and stated totals.
+
+    Reads headers only, no weights. Exits with 3 when something disagrees.
+    """
+    expected = _count(expect_params)
+
+    from qwenq.audit import audit, index_total
+    from qwenq.headers import checkpoint_tensors
+    from qwenq.hub import fetch_headers
+    from qwenq.models import load_model
+
+    found = load_model(model)
+    tensors = total = None
+    if found.directory is not None:
+        tensors = {name: location.spec for name, location in checkpoint_tensors(found.directory).items()}
+        total = index_total(found.directory)
+    elif found.config and not found.published:
+        tensors = {name: location.spec for name, location in fetch_headers(model).items()}
+    result = audit(found.spec, found.config, tensors, expect_parameters=expected, index_total_bytes=total)
+    if json:
+        print_json(result.to_json())
+    else:
+        spec = result.spec
+        shape = Table(title=f"{spec.name or model}: {spec.model_type}, {result.scheme}")
+        shape.add_column("shape")
+        shape.add_column("", justify="right")
+        for label, value in (
+            ("layers", spec.num_hidden_layers),
+            ("hidden size", spec.hidden_size),
+            ("attention heads (query, key-value)", f"{spec.num_attention_heads}, {spec.num_key_value_heads}"),
+            ("head size", spec.head_dim),
+            ("FFN size", spec.intermediate_size),
+            ("vocabulary", spec.vocab_size),
+            ("head tied to the embedding", "yes" if spec.tie_word_embeddings else "no"),
+            ("positions, extended by YaRN", f"{spec.max_position_embeddings}, {spec.extended_context}"),
+            ("KV cache a token (16-bit)", f"{result.kv_bytes_per_token:.0f} bytes"),
+        ):
+            shape.add_row(label, str(value))
+        for ranks, reason in result.tensor_parallel.items():
+            shape.add_row(f"tensor parallel {ranks}", reason or "yes")
+        out.print(shape)
+        parts = Table(title="parameters and bytes" + ("" if result.tensors_read else " (as BF16; no tensors read)"))
+        parts.add_column("part")
+        parts.add_column("parameters", justify="right")
+        parts.add_column("bytes", justify="right")
+        for part in result.parts:
+            parts.add_row(part.name, f"{part.parameters:,}", format_gb(part.stored_bytes))
+        parts.add_row("total", f"{result.parameters:,}", format_gb(sum(p.stored_bytes for p in result.parts)))
+        out.print(parts)
+        for line in result.disagreements[:20]:
+            out.print(f"disagrees: {line}", soft_wrap=True)
+    if result.disagreements:
+        more = f", and {len(result.disagreements) - 1} more" if len(result.disagreements) > 1 else ""
+        raise HonestNo(f"{model}: {result.disagreements[0]}{more}", hint="take config and weights from one repository")
+
+
+def _count(text: str | None) -> float | None:
+    if text is None:
+        return None
+    scale = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(text.strip()[-1:].upper())
+    try:
+        value = float(text.strip()[:-1]) * scale if scale else float(text)
+    except ValueError:
+        value = 0.0
+    if value <= 0:
+        raise PlanError(f"--expect-params {text}: not a count", hint="for instance 72.7B")
+    return value
