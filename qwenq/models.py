@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwenq.errors import CheckpointError, HubError, PlanError
+from qwenq.errors import CheckpointError, PlanError
 from qwenq.ggufsize import BITS_TO_TYPE, gguf_weights
 from qwenq.headers import INDEX_NAME, checkpoint_tensors, inside, read_object, shown
 from qwenq.scheme import Recipe, Scheme
@@ -28,6 +26,7 @@ class Model:
     spec: ModelSpec
     config: Mapping[str, Any]
     directory: Path | None = None
+    hub: str = ""  # its hub name, when config.json came from there
     published: str = ""  # GPTQ-Int4, GPTQ-Int8, AWQ, FP8 when the name says so
 
 
@@ -54,7 +53,8 @@ def model_weights(
 ) -> Weights:
     """The weights asked for: a real checkpoint's, a byte target's, a scheme's, or what the model's name says.
 
-    Without any of these a directory's own headers count, else 4 bits in groups of 128. `bits` 16 means not quantized.
+    Without any of these the own headers of a directory or hub model count, else 4 bits in groups of 128. `bits` 16
+    means not quantized.
     llama.cpp reads GGUF, so there 4, 8 and 16 bits mean Q4_K_M, Q8_0 and F16.
     """
     spec = model.spec
@@ -68,6 +68,11 @@ def model_weights(
         return published_weights(spec, model.published)
     if bits is None and model.directory is not None and engine != "llama.cpp" and _has_tensors(model.directory):
         return _checkpoint_weights(spec, model.directory, model.config)
+    if bits is None and model.hub and engine != "llama.cpp":
+        from qwenq.hub import fetch_headers
+
+        tensors = {name: location.spec for name, location in fetch_headers(model.hub).items()}
+        return _of_headers(spec, tensors, model.config, model.hub)
     bits = 4 if bits is None else bits
     if engine == "llama.cpp":
         if bits not in BITS_TO_TYPE:
@@ -100,10 +105,11 @@ def _find(model: str) -> Model:
 
 
 def _from_hub(model: str) -> Model:
-    if importlib.util.find_spec("qwenq.hub") is None:
-        raise HubError(f"{shown(model)}: not shipped, and this build reads no hub", hint="give a directory")
-    config = importlib.import_module("qwenq.hub").resolve_config(model)
-    return Model(spec_from_config(config, where=f"{model} config.json", name=model.split("/")[1]), config)
+    from qwenq.hub import fetch_config  # asks the network, so only when a name is the hub's
+
+    config = read_object(fetch_config(model))
+    spec = spec_from_config(config, where=f"{shown(model)} config.json", name=model.split("/")[1])
+    return Model(spec, config, hub=model)
 
 
 def _has_tensors(directory: Path) -> bool:
@@ -112,11 +118,15 @@ def _has_tensors(directory: Path) -> bool:
 
 def _checkpoint_weights(spec: ModelSpec, directory: Path, config: Mapping[str, Any]) -> Weights:
     tensors = {name: location.spec for name, location in checkpoint_tensors(directory).items()}
-    _check_shapes(spec, tensors, directory)
+    return _of_headers(spec, tensors, config, str(directory))
+
+
+def _of_headers(spec: ModelSpec, tensors: Mapping[str, TensorSpec], config: Mapping[str, Any], where: str) -> Weights:
+    _check_shapes(spec, tensors, shown(where))
     return header_weights(spec, tensors, config)
 
 
-def _check_shapes(spec: ModelSpec, tensors: Mapping[str, TensorSpec], directory: Path) -> None:
+def _check_shapes(spec: ModelSpec, tensors: Mapping[str, TensorSpec], where: str) -> None:
     """Embedding and first norm against the config: enough to see that they are not of one model."""
     wanted = {
         "model.embed_tokens.weight": (spec.vocab_size, spec.hidden_size),
@@ -124,12 +134,10 @@ def _check_shapes(spec: ModelSpec, tensors: Mapping[str, TensorSpec], directory:
     }
     for name, shape in wanted.items():
         if name not in tensors:
-            raise CheckpointError(
-                f"{shown(str(directory))}: no tensor {name}", hint="is it a checkpoint of this model?"
-            )
+            raise CheckpointError(f"{where}: no tensor {name}", hint="is it a checkpoint of this model?")
         if tensors[name].shape != shape:
             raise CheckpointError(
-                f"{shown(str(directory))}: {name} is {list(tensors[name].shape)}, the config says {list(shape)}",
+                f"{where}: {name} is {list(tensors[name].shape)}, the config says {list(shape)}",
                 hint="config.json and weights are not of one model",
             )
 

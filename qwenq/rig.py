@@ -99,6 +99,8 @@ def find_gpu(name: str) -> Gpu:
     if wanted in by_key:
         return by_key[wanted]
     parts = [gpu for key, gpu in by_key.items() if wanted and set(wanted.split()) <= set(key.split())]
+    if len(parts) > 1 and "pcie" in name.lower():
+        parts = [gpu for gpu in parts if "PCIe" in gpu.name]
     if len(parts) == 1:
         return parts[0]
     if parts:
@@ -111,7 +113,7 @@ def find_gpu(name: str) -> Gpu:
 
 
 _PART = re.compile(
-    r"\s*(?:(?P<before>\d{1,4})\s*[x×*]\s*)?(?P<name>.*?)(?:(?:\s+[x×]\s*|\s*\*\s*)(?P<after>\d{1,4}))?\s*", re.I
+    r"\s*(?:(?P<before>\d{1,3})\s*[x×*]\s*)?(?P<name>.*?)(?:(?:\s+[x×]\s*|\s*\*\s*)(?P<after>\d{1,3}))?\s*", re.I
 )
 
 

@@ -124,7 +124,8 @@ def _text(found: Plan) -> list[str]:
         answer = "does not fit"
     lines = [
         f"{found.spec.name}, {found.weights.label} ({format_gb(found.weights.total_bytes)}), "
-        f"{format_tokens(work.context)} context, batch {work.batch}, {found.engine.label}, on {found.rig.label}: {answer}"
+        f"{format_tokens(work.context)} context, batch {work.batch}, {found.engine.label}, on {found.rig.label}: "
+        + answer
     ]
     lines += ["  " + describe_gpu(found, index) for index in range(len(found.rig.gpus))]
     if found.placement is not None:
@@ -163,9 +164,11 @@ def _recommended(asked: Resolved, rigs: tuple[Recommendation, ...], context: int
     ]
     for found in rigs:
         price = "price unknown" if found.price_usd is None else f"${found.price_usd:,.0f} ({found.gpu.price_basis})"
+        shared = "; memory shared with the system" if found.gpu.unified else ""
         lines.append(
-            f"  {found.count}x {found.gpu.name:<24} {price:<28} up to {format_tokens(found.largest_context)}; {found.how}"
-            + ("; memory shared with the system" if found.gpu.unified else "")
+            f"  {found.count}x {found.gpu.name:<24} {price:<28} up to {format_tokens(found.largest_context)}; "
+            + found.how
+            + shared
         )
     if not rigs:
         lines.append("  none of up to 8 equal GPUs")

@@ -1,0 +1,244 @@
+"""`qwenq vram` and `qwenq plan` from the outside: exact output, exit codes, and what they may not import."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from qwenq.asking import Question, estimate_at
+from qwenq.cli.main import app
+
+DATA = Path(__file__).parent / "data"
+TABLE = DATA / "published" / "qwen25_transformers_memory.csv"
+
+
+def run(*args: str) -> Result:
+    return CliRunner().invoke(app, args)
+
+
+def test_json_says_what_the_library_says() -> None:
+    result = run("vram", "Qwen2.5-72B", "--gpu", "2x RTX 3090", "-c", "8k,32k", "--json")
+    assert result.exit_code == 0 and result.stderr == ""
+    answer = json.loads(result.stdout)
+    question = Question(model="Qwen2.5-72B", gpu="2x RTX 3090").resolve()
+    assert [e["context"] for e in answer["estimates"]] == [8192, 32768]
+    for found in answer["estimates"]:
+        assert found == estimate_at(question, found["context"]).to_json()
+    first = answer["estimates"][0]
+    assert first["kv_bytes_per_token"] == 327_680 and first["fits"] is True and answer["estimates"][1]["fits"] is False
+    assert first["weights"]["bytes"] == 41_489_965_056
+    provenances = {term["name"]: term["provenance"] for term in first["gpus"][0]["terms"]}
+    assert provenances["weights"] == provenances["kv_cache"] == "exact"
+    assert provenances["activations"] == "fitted" and provenances["context"] == "reported"
+
+
+def test_estimate_is_the_default_command() -> None:
+    plain, named = run("vram", "Qwen2.5-7B", "--json"), run("vram", "estimate", "Qwen2.5-7B", "--json")
+    options_first = run("vram", "--json", "Qwen2.5-7B")
+    assert plain.stdout == named.stdout == options_first.stdout and plain.exit_code == 0
+    assert "validate" in run("vram", "--help").stdout and "--max-model-len" in run("vram", "estimate", "--help").stdout
+
+
+def test_csv_has_a_line_a_term() -> None:
+    result = run("vram", "Qwen2.5-7B", "--gpu", "RTX 3090", "-c", "4k", "--csv")
+    rows = list(csv.DictReader(io.StringIO(result.stdout)))
+    assert {row["term"] for row in rows} >= {"weights", "kv_cache", "activations", "context", "slack"}
+    assert next(row for row in rows if row["term"] == "kv_cache")["bytes"] == str(4096 * 57_344)
+    assert list(rows[0]) == [
+        "context", "gpu", "name", "term", "bytes", "low_bytes", "high_bytes", "provenance", "source",
+    ]  # fmt: skip
+
+
+def test_text_with_table_and_chart() -> None:
+    result = run("vram", "Qwen2.5-72B", "--gpu", "2x RTX 3090", "-c", "8k,32k")
+    assert result.exit_code == 0
+    assert result.stdout == (DATA / "vram_72b_2x3090.txt").read_text()
+    assert "\x1b" not in result.stdout  # no colour outside a terminal
+
+
+def test_contexts_stop_at_the_models_limit() -> None:
+    answer = json.loads(run("vram", "Qwen2.5-0.5B", "--json").stdout)
+    assert [e["context"] for e in answer["estimates"]] == [1024, 8192, 32768]
+
+
+def test_checkpoint_directory() -> None:
+    by_option = json.loads(run("vram", str(DATA / "tiny-qwen2"), "-c", "64", "--json").stdout)
+    assert by_option["weights"]["source"] == "the checkpoint's own headers"
+    files = sum(p.stat().st_size for p in (DATA / "tiny-qwen2").glob("*.safetensors"))
+    assert 0 < files - by_option["weights"]["bytes"] < 20_000  # the headers
+
+
+@pytest.mark.parametrize("engine", ["qwenq", "transformers", "vllm", "llama.cpp"])
+def test_every_engine(engine: str) -> None:
+    result = run("vram", "Qwen2.5-7B", "--engine", engine, "--gpu", "2x RTX 3090", "-c", "8k", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["estimates"][0]["fits"] is True
+
+
+def test_engine_version_counts() -> None:
+    def total(version: str) -> int:
+        args = ("--engine", "transformers", "--engine-version", version, "--bits", "16", "-c", "16k", "--json")
+        return int(json.loads(run("vram", "Qwen2-7B", *args).stdout)["estimates"][0]["total_bytes"])
+
+    assert total("4.38.2") - total("4.46.0") > 12 * 2**30  # float32 logits of 16k positions
+
+
+BAD = [
+    (["vram", "Qwen2.5-72B", "--gpu", "RTX 3091"], "error: unknown GPU 'RTX 3091'", "hint: near: RTX 3090"),
+    (["vram", "Qwen2.5-72B", "-c", "-5"], "error: not a context length: '-5'", "hint: write tokens"),
+    (["vram", "Qwen2.5-72B", "-c", "0"], "error: not a context length: '0'", "hint: write tokens"),
+    (
+        ["vram", "Qwen2.5-72B", "-c", "256k"],
+        "error: context is 262144 tokens, Qwen2.5-72B allows 131072",
+        "hint: ask for",
+    ),
+    (["vram", "Qwen2.5-72C"], "error: Qwen2.5-72C: neither a directory nor a shipped model", "hint: shipped: Qwen2.5"),
+    (["vram", "Qwen2.5-72B", "--bits", "3"], "error: bits is 3, wanted 4 or 8", ""),
+    (
+        ["vram", "Qwen2.5-72B", "--group-size", "7"],
+        "error: model.layers.0.self_attn.q_proj: group size 7",
+        "hint: sizes",
+    ),
+    (["vram", "Qwen2.5-72B", "--engine", "tgi"], "error: unknown engine 'tgi'", "hint: one of qwenq"),
+    (["vram", "Qwen2.5-72B", "--kv-cache-dtype", "int3"], "error: qwenq has no 'int3' KV cache", "hint: one of auto"),
+    (["vram", "Qwen2.5-72B", "--batch-size", "0"], "error: batch size is 0", ""),
+    (["vram", "Qwen2.5-72B", "--json", "--csv"], "error: --json and --csv exclude each other", ""),
+    (["vram", "Qwen2.5-72B", "--bits", "4", "--target-size", "47GB"], "error: --bits, --target-size and", "hint: give"),
+    (["vram", "Qwen2.5-72B", "--target-size", "900GB"], "error: a 4-bit to 8-bit g128 checkpoint", "hint: reachable"),
+    (["vram", "Qwen2.5-72B", "--expect-params", "130B"], "error: the config contradicts itself", "hint: Qwen2.5-72B"),
+    (["vram", "Qwen2.5-72B", "--expect-params", "many"], "error: not a number of parameters: 'many'", "hint: write"),
+    (
+        ["vram", "Qwen2.5-72B", "--engine", "vllm", "--gpu", "2x 3090", "--tensor-parallel-size", "2"],
+        "error: tensor parallel size 2 is not possible: FFN width 29568 / 2 = 14784",
+        "",
+    ),
+    (["vram", "validate", "nowhere.csv"], "error: nowhere.csv: No such file or directory", "hint: wanted a CSV"),
+    (["plan", "Qwen2.5-72B"], "error: give one of --gpu, --detect and --recommend", "hint: for instance"),
+    (["plan", "Qwen2.5-72B", "--gpu", "3090", "-c", "1k,2k"], "error: one context, please", "hint: `qwenq vram`"),
+    (["plan", "Qwen2.5-72B", "--gpu", "M2 Ultra"], "error: qwenq does not run on Apple M2 Ultra", "hint: --engine"),
+]
+
+
+@pytest.mark.parametrize(("args", "error", "hint"), BAD, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+def test_bad_input_is_one_line_and_a_hint(args: list[str], error: str, hint: str) -> None:
+    result = run(*args)
+    assert (result.exit_code, result.stdout) == (1, "")
+    lines = result.stderr.splitlines()
+    assert lines[0].startswith(error) and len(lines) == (2 if hint else 1)
+    assert not hint or lines[1].startswith(hint)
+
+
+def test_directories_that_are_no_checkpoint(tmp_path: Path) -> None:
+    result = run("vram", str(tmp_path))
+    assert result.exit_code == 1 and result.stderr.splitlines()[0] == f"error: {tmp_path}: no config.json"
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2", "hidden_size": 12288}')
+    result = run("vram", str(tmp_path))
+    assert result.exit_code == 1 and "num_attention_heads is None" in result.stderr
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_moe"}')
+    assert "model_type 'qwen2_moe' is not supported" in run("vram", str(tmp_path)).stderr
+
+
+def test_validate_json_shape() -> None:
+    result = run("vram", "validate", str(TABLE), "--json")
+    assert result.exit_code == 0 and result.stderr == ""
+    answer = json.loads(result.stdout)
+    assert set(answer) == {"rows", "mean_abs_error_percent", "max_abs_error_percent"} and len(answer["rows"]) == 60
+    assert set(answer["rows"][0]) == {"model", "quant", "input_len", "predicted_gib", "mem_gib"}
+    assert answer["rows"][0]["model"] == "Qwen2.5-0.5B-Instruct" and answer["rows"][0]["mem_gib"] == 0.97
+    mean = sum(abs(r["predicted_gib"] / r["mem_gib"] - 1) for r in answer["rows"]) / 60 * 100
+    assert answer["mean_abs_error_percent"] == pytest.approx(mean, abs=0.01) and mean < 0.3
+
+
+def test_validate_text() -> None:
+    lines = run("vram", "validate", str(TABLE)).stdout.splitlines()
+    assert len(lines) == 63 and lines[0].startswith("Qwen2.5-0.5B-Instruct    BF16             1 tokens  predicted")
+    assert lines[-2].startswith("prompts of 6,144 tokens and more: 44, mean error 0.")
+
+
+def test_validate_bad_tables(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+
+    def said(text: str) -> str:
+        table.write_text(text)
+        result = run("vram", "validate", str(table))
+        assert result.exit_code == 1 and "Traceback" not in result.stderr
+        return result.stderr
+
+    assert "no column input_len, mem_gib" in said("model,quant\n")
+    assert "no row that can be predicted" in said("model,quant,input_len,mem_gib\n")
+    assert "line 2: invalid literal for int()" in said("model,quant,input_len,mem_gib\nQwen2.5-7B,AWQ,x,5\n")
+    assert "line 2: mem_gib is '0'" in said("model,quant,input_len,mem_gib\nQwen2.5-7B,AWQ,1,0\n")
+    table.write_text("model,quant,input_len,mem_gib\nQwen2.5-7B,AWQ,1,5.39\nGPT-5,AWQ,1,5\n")
+    result = run("vram", "validate", str(table))
+    assert result.exit_code == 0 and "warning:" in result.stderr and "line 3 left out: GPT-5" in result.stderr
+
+
+def test_gpus_lists_the_catalogue() -> None:
+    assert "RTX 3090" in run("vram", "gpus").stdout
+    assert len(json.loads(run("vram", "gpus", "--json").stdout)) >= 35
+
+
+def test_plan_exit_codes_and_text() -> None:
+    fits = run("plan", "Qwen2.5-72B", "--gpu", "2x RTX 3090", "--context", "8k")
+    assert fits.exit_code == 0 and fits.stderr == ""
+    assert fits.stdout.splitlines()[0] == (
+        "Qwen2.5-72B, 4-bit g128 (41.49 GB), 8k context, batch 1, qwenq, on 2x RTX 3090: fits"
+    )
+    assert "vllm serve CHECKPOINT" in fits.stdout and "device_map = {" in fits.stdout and "llama-server" in fits.stdout
+    short = run("plan", "Qwen2.5-72B", "--gpu", "2x RTX 3090", "--context", "8k", "--target-size", "47GB")
+    assert short.exit_code == 3 and "does not fit" in short.stdout and "would fit here:" in short.stdout
+    assert "stay in host memory" in short.stdout
+
+
+def test_plan_json() -> None:
+    result = run("plan", "Qwen2.5-72B", "--gpu", "RTX 4090 + 2x RTX 3060 12GB", "--json")
+    answer = json.loads(result.stdout)
+    assert result.exit_code == 0 and answer["fits"] is True and len(answer["placement"]["gpus"]) == 3
+    assert set(answer["flags"]) == {"vllm", "transformers", "llama.cpp"}
+
+
+def test_recommend() -> None:
+    text = run("plan", "Qwen2.5-72B", "--recommend", "-c", "16k").stdout
+    assert "2x RTX 3090" in text and "$2,998 (launch price)" in text and "price unknown" in text
+    assert text.index("price unknown") > text.rindex("$")
+    rigs = json.loads(run("plan", "Qwen2.5-72B", "--recommend", "--json").stdout)["rigs"]
+    assert rigs[0]["count"] == 1 and rigs[0]["price_usd"] is not None
+    none = run("plan", "Qwen2.5-72B", "--recommend", "--bits", "16", "-c", "128k", "--batch-size", "64")
+    assert none.exit_code == 3 and "none of up to 8 equal GPUs" in none.stdout
+
+
+def test_detect_without_a_driver() -> None:
+    pynvml = pytest.importorskip("pynvml")
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        result = run("plan", "Qwen2.5-72B", "--detect")
+        assert result.exit_code == 1 and result.stderr.startswith("error: no NVIDIA driver answers")
+    else:
+        pynvml.nvmlShutdown()
+        pytest.skip("this machine has an NVIDIA driver")
+
+
+def test_planning_never_imports_torch() -> None:
+    code = """
+import sys
+from typer.testing import CliRunner
+from qwenq.cli.main import app
+for args in (
+    ["vram", "Qwen2.5-72B", "--gpu", "2x RTX 3090"],
+    ["vram", "validate", sys.argv[1]],
+    ["plan", "Qwen2.5-72B", "--gpu", "2x RTX 3090"],
+    ["plan", "Qwen2.5-72B", "--recommend"],
+):
+    assert CliRunner().invoke(app, args).exit_code == 0, args
+heavy = {"torch", "transformers", "numpy", "safetensors", "huggingface_hub", "plotly", "fastapi"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", code, str(TABLE)], check=True)

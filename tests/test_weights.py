@@ -1,0 +1,166 @@
+"""Weight bytes of recipes, published formats, GGUF and real headers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qwenq.errors import CheckpointError, PlanError
+from qwenq.ggufsize import gguf_weights
+from qwenq.models import load_model, load_spec, model_weights
+from qwenq.scheme import Recipe, Scheme
+from qwenq.spec import ModelSpec, family_spec
+from qwenq.weights import header_weights, published_weights, recipe_weights, sized_recipe
+
+TINY = Path(__file__).parent / "data" / "tiny-qwen2"
+
+
+def model(name: str) -> ModelSpec:
+    spec = family_spec(name)
+    assert spec is not None
+    return spec
+
+
+# Computed from the published configs; AWQ of the 72B is published with 41.57 GB of shards, GPTQ-Int4 with 41.65.
+@pytest.mark.parametrize(
+    ("name", "quant", "n_bytes"),
+    [
+        ("Qwen2.5-0.5B", "BF16", 988_065_536),
+        ("Qwen2.5-0.5B", "GPTQ-Int4", 459_297_536),
+        ("Qwen2.5-7B", "AWQ", 5_570_747_392),
+        ("Qwen2.5-14B", "GPTQ-Int8", 16_646_219_776),
+        ("Qwen2.5-72B", "BF16", 145_412_407_296),
+        ("Qwen2.5-72B", "GPTQ-Int8", 77_128_155_136),
+        ("Qwen2.5-72B", "GPTQ-Int4", 41_620_750_336),
+        ("Qwen2.5-72B", "AWQ", 41_595_518_976),
+    ],
+)
+def test_published_formats(name: str, quant: str, n_bytes: int) -> None:
+    assert published_weights(model(name), quant).total_bytes == n_bytes
+
+
+def test_official_72b_files_are_padded() -> None:
+    spec = model("Qwen2.5-72B")
+    assert published_weights(spec, "GPTQ-Int4").intermediate_size == 29_696
+    assert published_weights(spec, "AWQ").intermediate_size == 29_696
+    assert published_weights(spec, "BF16").intermediate_size == 29_568
+    assert recipe_weights(spec, Recipe(Scheme(4, 128))).intermediate_size == 29_568
+
+
+# Published file sizes in GB (bartowski, mradermacher, lmstudio-community on Hugging Face); files add a header of MBs.
+@pytest.mark.parametrize(
+    ("name", "file_type", "gb"),
+    [
+        ("Qwen2.5-72B", "Q4_K_M", 47.42),
+        ("Qwen2.5-72B", "Q5_K_M", 54.45),
+        ("Qwen2.5-72B", "Q6_K", 64.35),
+        ("Qwen2.5-72B", "Q8_0", 77.26),
+        ("Qwen2.5-32B", "Q4_K_M", 19.9),
+        ("Qwen2.5-7B", "Q4_K_M", 4.68),
+        ("Qwen2.5-7B", "Q4_0", 4.44),
+        ("Qwen2.5-3B", "Q8_0", 3.29),
+    ],
+)
+def test_gguf_sizes(name: str, file_type: str, gb: float) -> None:
+    assert gguf_weights(model(name), file_type).total_bytes / 1e9 == pytest.approx(gb, rel=0.004)
+
+
+def test_gguf_type_must_be_known() -> None:
+    with pytest.raises(PlanError, match="unknown GGUF type 'Q9'"):
+        gguf_weights(model("Qwen2.5-7B"), "Q9")
+
+
+@pytest.mark.parametrize("target", [42 * 10**9, 47 * 10**9, 60 * 10**9])
+def test_sized_recipe_lands_below_its_target(target: int) -> None:
+    spec = model("Qwen2.5-72B")
+    weights = recipe_weights(spec, sized_recipe(spec, target))
+    assert 0.995 * target <= weights.total_bytes <= target
+    assert len(weights.layer_bytes) == 80 and max(weights.layer_bytes) < 2 * min(weights.layer_bytes)
+
+
+@pytest.mark.parametrize("target", [1, 41 * 10**9, 78 * 10**9])
+def test_sized_recipe_says_what_is_reachable(target: int) -> None:
+    with pytest.raises(PlanError, match="cannot have") as caught:
+        sized_recipe(model("Qwen2.5-72B"), target)
+    assert caught.value.hint == "reachable: 41.49 to 76.87 GB"
+
+
+def test_headers_of_a_real_directory() -> None:
+    found = load_model(str(TINY))
+    weights = model_weights(found, "qwenq")
+    assert weights.method == "none" and weights.source == "the checkpoint's own headers"
+    assert len(weights.layers) == found.spec.num_hidden_layers
+    stored = sum(weights.embed) + sum(weights.norm) + sum(weights.head) + sum(weights.layer_bytes)
+    assert weights.total_bytes == stored
+
+
+def test_headers_of_another_model_are_refused() -> None:
+    found = load_model("Qwen2.5-72B")
+    with pytest.raises(CheckpointError, match=r"model.embed_tokens.weight is .*, the config says \[152064, 8192\]"):
+        model_weights(found, "qwenq", checkpoint=TINY)
+
+
+def test_missing_layer_is_named() -> None:
+    spec = model("Qwen2.5-0.5B")
+    tensors = {t.name: t for t in spec.tensors() if ".layers.7." not in t.name}
+    with pytest.raises(CheckpointError, match="no tensor of layer 7"):
+        header_weights(spec, tensors, {})
+
+
+def test_quantized_headers_tell_their_scheme() -> None:
+    spec, recipe = model("Qwen2.5-0.5B"), Recipe(Scheme(8, 64))
+    tensors = {t.name: t for t in recipe.tensors(spec)}
+    config = {"quantization_config": {"quant_method": "gptq", "bits": 8, "group_size": 64}}
+    weights = header_weights(spec, tensors, config)
+    assert (weights.method, weights.bits, weights.group_size) == ("gptq", 8, 64)
+    assert weights.total_bytes == recipe_weights(spec, recipe).total_bytes
+
+
+def test_names_people_use() -> None:
+    assert load_spec("Qwen/Qwen2.5-72B-Instruct").name == "Qwen2.5-72B"
+    published = load_model("Qwen/Qwen2.5-72B-Instruct-GPTQ-Int4")
+    assert model_weights(published, "transformers").intermediate_size == 29_696
+    assert model_weights(published, "llama.cpp").label == "GGUF Q4_K_M"
+    assert model_weights(load_model("qwen2.5-7b"), "qwenq", bits=16).method == "none"
+
+
+def _config(**changes: object) -> dict[str, object]:
+    config: dict[str, object] = {
+        "model_type": "qwen2",
+        "hidden_size": 12288,
+        "intermediate_size": 29568,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 8,
+        "vocab_size": 152064,
+        "max_position_embeddings": 32768,
+    }
+    return config | changes
+
+
+def test_spec_sheet_that_contradicts_itself(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(_config(num_parameters=72.7e9)))
+    with pytest.raises(
+        CheckpointError, match=r"contradicts itself: hidden_size 12288, 128 heads, 80 layers make .* B"
+    ) as c:
+        load_model(str(tmp_path))
+    assert "num_parameters says 72.7 B" in c.value.message and "8192 with 64 heads" in c.value.hint
+    (tmp_path / "config.json").write_text(json.dumps(_config()))
+    with pytest.raises(CheckpointError, match=r"--expect-params says 72.7 B"):
+        load_model(str(tmp_path), expect_parameters=72.7e9)
+    (tmp_path / "config.json").write_text(json.dumps(_config(_name_or_path="Qwen/Qwen2.5-72B")))
+    with pytest.raises(CheckpointError, match=r"Qwen2\.5-72B has hidden_size 8192"):
+        load_model(str(tmp_path))
+    assert load_model("Qwen2.5-72B", expect_parameters=72.7e9).spec.parameters == 72_706_203_648
+
+
+def test_models_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        load_model(str(tmp_path))
+    with pytest.raises(CheckpointError, match="neither a directory nor a shipped model") as caught:
+        load_model("Qwen9-1B")
+    assert "Qwen2.5-72B" in caught.value.hint
+    with pytest.raises(CheckpointError, match="neither a directory"):
+        load_model("./nowhere/at/all")
