@@ -39,14 +39,14 @@ class SpeedFit:
 _TRANSFORMERS = "Qwen2.5 A100 runs, transformers 4.46"
 _VLLM = "Qwen2.5 A100 runs, vLLM 0.6.3"
 FITS = {
-    ("transformers", "none", 16): SpeedFit(0.63e-3, 0, 1.0, 0.75, 1.20, _TRANSFORMERS),
-    ("transformers", "gptq", 8): SpeedFit(0.94e-3, 0, 1.0, 0.81, 1.19, _TRANSFORMERS),
-    ("transformers", "gptq", 4): SpeedFit(0.68e-3, 0, 1.37, 0.85, 1.14, _TRANSFORMERS),
-    ("transformers", "awq", 4): SpeedFit(0.92e-3, 0, 1.0, 0.83, 1.19, _TRANSFORMERS),
-    ("vllm", "none", 16): SpeedFit(0.112e-3, 0.030e-3, 1.17, 0.92, 1.09, _VLLM),
-    ("vllm", "gptq", 8): SpeedFit(0.146e-3, 0.015e-3, 1.05, 0.88, 1.11, _VLLM),
-    ("vllm", "gptq", 4): SpeedFit(0.144e-3, 0.0, 1.05, 0.90, 1.11, _VLLM),
-    ("vllm", "awq", 4): SpeedFit(0.148e-3, 0.007e-3, 1.05, 0.90, 1.10, _VLLM),
+    ("transformers", "none", 16): SpeedFit(0.63e-3, 0, 1.0, 0.75, 1.21, _TRANSFORMERS),
+    ("transformers", "gptq", 8): SpeedFit(0.94e-3, 0, 1.0, 0.81, 1.20, _TRANSFORMERS),
+    ("transformers", "gptq", 4): SpeedFit(0.68e-3, 0, 1.37, 0.84, 1.10, _TRANSFORMERS),
+    ("transformers", "awq", 4): SpeedFit(0.92e-3, 0, 1.0, 0.83, 1.24, _TRANSFORMERS),
+    ("vllm", "none", 16): SpeedFit(0.112e-3, 0.030e-3, 1.17, 0.95, 1.13, _VLLM),
+    ("vllm", "gptq", 8): SpeedFit(0.146e-3, 0.015e-3, 1.05, 0.94, 1.16, _VLLM),
+    ("vllm", "gptq", 4): SpeedFit(0.144e-3, 0.0, 1.05, 0.94, 1.20, _VLLM),
+    ("vllm", "awq", 4): SpeedFit(0.148e-3, 0.007e-3, 1.05, 0.96, 1.17, _VLLM),
 }
 # No published run: transformers' overhead for our engine; llama.cpp reads the weights at 50 to 90 % of the bandwidth.
 UNMEASURED = {

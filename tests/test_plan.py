@@ -20,7 +20,7 @@ from qwenq.plan import make_plan, recommend
 from qwenq.rig import find_gpu, parse_rig, rig_of
 from qwenq.scheme import Recipe, Scheme
 from qwenq.spec import ModelSpec, family_spec
-from qwenq.speed import bus_gb_s, decode_seconds, estimate_speed, prefill_seconds
+from qwenq.speed import bus_gb_s, decode_seconds, estimate_speed, prefill_seconds, speed_fit
 from qwenq.terms import Workload
 from qwenq.units import GIB
 from qwenq.weights import Weights, published_weights, recipe_weights, sized_recipe
@@ -234,7 +234,10 @@ def test_speed_against_published_runs() -> None:
         decode = decode_seconds(spec, weights, engine, Workload(min(prompt + 1024, 131072)), gpus, shares)
         prefill = prefill_seconds(spec, Workload(max(prompt, 1)), gpus, shares)
         assert decode is not None and prefill is not None
-        errors.append(abs((decode + prefill / 2048) * float(row["tokens_per_s"]) - 1))
+        ratio = (decode + prefill / 2048) * float(row["tokens_per_s"])
+        fit = speed_fit(engine, weights)
+        assert fit.low - 0.006 <= ratio <= fit.high + 0.006
+        errors.append(abs(ratio - 1))
     assert len(errors) > 130 and max(errors) < 0.3 and sum(errors) / len(errors) < 0.1
 
 
