@@ -1,0 +1,97 @@
+#!/usr/bin/env python3
+"""Quantize a model with GPTQModel on given calibration tokens and print what it cost.
+
+    gptqmodel_quantize.py MODEL OUT --tokens TOKENS.npy --bits 4 --group-size 64 [--mse 2.4]
+
+Runs inside the environment of interop/requirements-gptqmodel.txt. TOKENS.npy is int64
+[num_samples, seq_len]; the ids go to GPTQModel as they are, one sample a batch, in the order
+given, so that it neither tokenizes, pads, sorts nor drops anything. Everything not named on
+the command line is GPTQModel's default (symmetric, group-aware reordering, act-order off).
+One JSON line on stdout; GPTQModel's own log goes to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # read when gptqmodel is imported
+
+from foreign_run import (
+    check_paths,
+    check_vocabulary,
+    copy_tokenizer,
+    directory_bytes,
+    peak_rss_bytes,
+    process_age_s,
+    read_tokens,
+    versions,
+)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path, help="16-bit model directory")
+    parser.add_argument("out", type=Path, help="directory for the GPTQ checkpoint; new or empty")
+    parser.add_argument("--tokens", type=Path, required=True, help="int64 [num_samples, seq_len], .npy")
+    parser.add_argument("--bits", type=int, choices=(2, 3, 4, 8), default=4)
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--mse", type=float, default=0.0, help="power of GPTQModel's clipping search; 0 turns it off")
+    parser.add_argument("--dtype", default="auto", help="auto: GPTQModel's choice, bfloat16 on a CPU, the model's own on a GPU")
+    parser.add_argument("--device", default="cpu")
+    return parser.parse_args()
+
+
+def quantize(args: argparse.Namespace) -> dict[str, object]:
+    """Quantize and save; the figures of the JSON line."""
+    check_paths(args.model, args.out)
+    tokens = read_tokens(args.tokens)  # [N, T]
+    check_vocabulary(tokens, args.model)
+
+    from gptqmodel import GPTQModel, QuantizeConfig
+
+    config = QuantizeConfig(bits=args.bits, group_size=args.group_size, mse=args.mse)
+    model = GPTQModel.load(str(args.model), config, device=args.device, dtype=args.dtype)
+    samples = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in tokens]
+    batches = model.prepare_dataset(samples, batch_size=1, calibration_data_min_length=0)
+    used = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    if used != tokens.size:
+        raise RuntimeError(f"GPTQModel would calibrate on {used} tokens of {tokens.size}")
+
+    start_s = time.perf_counter()
+    model.quantize(samples, batch_size=1, calibration_sort=None, calibration_data_min_length=0)
+    quantize_s = time.perf_counter() - start_s
+    model.save(str(args.out))
+    copy_tokenizer(args.model, args.out)
+    return {
+        "tool": "gptqmodel",
+        "model": args.model.name,
+        "bits": args.bits,
+        "group_size": args.group_size,
+        "mse": args.mse,
+        "damp_percent": config.damp_percent,
+        "act_group_aware": config.act_group_aware,
+        "dtype": str(next(model.model.parameters()).dtype).removeprefix("torch."),
+        "calibration": list(tokens.shape),
+        "quantize_s": round(quantize_s, 2),
+        "process_s": round(process_age_s(), 2),
+        "peak_rss_bytes": peak_rss_bytes(),
+        "safetensors_bytes": directory_bytes(args.out, ".safetensors"),
+        "versions": versions("gptqmodel", "torch", "transformers", "numpy"),
+    }
+
+
+def main() -> None:
+    args = parse_args()
+    with contextlib.redirect_stdout(sys.stderr):
+        figures = quantize(args)
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

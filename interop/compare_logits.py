@@ -1,0 +1,89 @@
+"""How far two sets of logits may lie apart before a loader is said to read a file differently.
+
+Shared by the check_*.py scripts, which run inside other tools' environments: numpy and the
+standard library only.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+# Largest allowed RMS difference of the logits, as a share of the RMS of the reference logits, by
+# the dtype the loader computes in.
+TOLERANCE = {"float32": 2e-3, "float16": 1e-2, "bfloat16": 5e-2}
+# Smallest allowed share of positions whose most likely token is the same.
+MIN_TOP1 = {"float32": 0.995, "float16": 0.98, "bfloat16": 0.93}
+
+
+def fail(message: str) -> NoReturn:
+    """End the script with one line on stderr and exit code 1."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(1)
+
+
+def read_reference(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """`input_ids` [B, T] int64 and `logits` [B, T, V] float32 of a reference file."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            input_ids, logits = archive["input_ids"], archive["logits"]
+    except (OSError, ValueError, KeyError) as err:
+        fail(f"cannot read input_ids and logits from {path}: {err}")
+    if input_ids.dtype != np.int64 or input_ids.ndim != 2:
+        fail(f"{path}: input_ids is {input_ids.dtype} {list(input_ids.shape)}, wanted int64 [B, T]")
+    if logits.dtype != np.float32 or logits.shape[:2] != input_ids.shape or logits.ndim != 3:
+        fail(f"{path}: logits is {logits.dtype} {list(logits.shape)}, wanted float32 [B, T, V] for ids {list(input_ids.shape)}")
+    return input_ids, logits
+
+
+def compare(rows: Sequence[np.ndarray], reference: np.ndarray, dtype: str) -> dict[str, Any]:
+    """Differences of `rows` (B arrays [T, V]) from `reference` [B, T, V], and whether they pass.
+
+    `rms_relative` is RMS(difference) / RMS(reference); `top1_agreement` the share of positions
+    with the same argmax; `kl_mean` the mean KL(reference || loader) in nats per token. A logit
+    that is not finite fails the comparison.
+    """
+    max_abs = squared = squared_reference = kl = 0.0
+    same = positions = 0
+    for got, wanted in zip(rows, reference, strict=True):
+        if got.shape != wanted.shape:
+            fail(f"the loader gives logits {list(got.shape)} a sample, the reference {list(wanted.shape)}")
+        if not np.isfinite(got).all():
+            fail("the loader gives logits that are not finite")
+        difference = got.astype(np.float64) - wanted
+        max_abs = max(max_abs, float(np.abs(difference).max()))
+        squared += float((difference**2).sum())
+        squared_reference += float((wanted.astype(np.float64) ** 2).sum())
+        log_p, log_q = log_softmax(wanted), log_softmax(got)
+        kl += float((np.exp(log_p) * (log_p - log_q)).sum())
+        same += int((got.argmax(-1) == wanted.argmax(-1)).sum())
+        positions += len(got)
+    rms_relative = (squared / squared_reference) ** 0.5
+    top1 = same / positions
+    return {
+        "positions": positions,
+        "max_abs": max_abs,
+        "max_abs_reference": float(np.abs(reference).max()),
+        "rms_relative": rms_relative,
+        "top1_agreement": top1,
+        "kl_mean": kl / positions,
+        "tolerance": {"rms_relative": TOLERANCE[dtype], "top1_agreement": MIN_TOP1[dtype]},
+        "passed": rms_relative <= TOLERANCE[dtype] and top1 >= MIN_TOP1[dtype],
+    }
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Log probabilities along the last axis, in float64."""
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Installed version of each package, and Python's own."""
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
