@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -75,3 +76,14 @@ class DriftReport:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def finite_json(value: Any) -> Any:
+    """`value` with figures that are not finite as None: JSON knows no NaN or infinity."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {k: finite_json(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_json(v) for v in value]
+    return value

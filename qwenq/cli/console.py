@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from qwenq.results import BlockResult, DriftReport
+from qwenq.results import BlockResult, DriftReport, finite_json
 from qwenq.units import format_seconds
 
 out = Console(highlight=False, soft_wrap=False)
@@ -21,21 +21,12 @@ err = Console(stderr=True, highlight=False)
 
 def print_json(value: Any) -> None:
     """JSON to stdout; figures that are not finite become null."""
-    print(json.dumps(_finite(value), indent=2, ensure_ascii=False))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return value
+    print(json.dumps(finite_json(value), indent=2, ensure_ascii=False))
 
 
 def warn(line: str) -> None:
-    err.print(f"[yellow]warning:[/] {line}", markup=True)
+    """One line to stderr, however long."""
+    err.print(f"[yellow]warning:[/] {escape(line)}", soft_wrap=True)
 
 
 class LayerProgress:
@@ -100,7 +91,8 @@ class LayerProgress:
 
 def drift_table(drift: DriftReport) -> Table:
     """The drift report as a table of one figure a row."""
-    table = Table(title=f"drift on {drift.text} ({drift.windows} x {drift.window_tokens} tokens, {drift.compute_dtype})")
+    size = f"{drift.windows} x {drift.window_tokens} tokens, {drift.compute_dtype}"
+    table = Table(title=f"drift on {escape(drift.text)} ({size})")
     table.add_column("figure")
     table.add_column("value", justify="right")
     table.add_column("95 % interval", justify="right")
