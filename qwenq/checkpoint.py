@@ -142,8 +142,9 @@ def open_checkpoint(directory: Path) -> Checkpoint:
 def open_source(directory: Path) -> Checkpoint:
     """Like `open_checkpoint`, for a source to quantize: 16- or 32-bit floats only."""
     config = read_config(directory)
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown method")
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        method = method or "unknown method"
         raise CheckpointError(
             f"{directory}: already quantized ({method})", hint="quantize from the original 16-bit checkpoint"
         )

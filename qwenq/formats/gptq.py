@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwenq import __version__
-from qwenq.errors import CheckpointError
+from qwenq.errors import CheckpointError, PlanError
 from qwenq.scheme import Recipe, Scheme
 from qwenq.spec import LinearSpec, ModelSpec
 
@@ -70,8 +70,10 @@ class GptqFormat:
         return tuple(f"{lin.name}.{part}" for part in ("qweight", "qzeros", "scales", "g_idx"))
 
 
-def read_gptq_config(config: Mapping[str, Any], where: str) -> GptqFormat:
+def read_gptq_config(config: Any, where: str) -> GptqFormat:
     """Parse a `quantization_config`; raises CheckpointError for what is not 4- or 8-bit GPTQ in int32 words."""
+    if not isinstance(config, Mapping):
+        raise CheckpointError(f"{where}: quantization_config is {type(config).__name__}, wanted an object")
     if config.get("quant_method") != "gptq":
         raise CheckpointError(
             f"{where}: quant_method is {config.get('quant_method')!r}, wanted 'gptq'",
@@ -93,12 +95,18 @@ def read_gptq_config(config: Mapping[str, Any], where: str) -> GptqFormat:
             pattern = re.compile(key.removeprefix("-:").removeprefix("+:"))
         except re.error as error:
             raise CheckpointError(f"{where}: dynamic has a bad pattern {key!r} ({error})") from None
-        dynamic.append((excluded, pattern, default if excluded else _scheme(override or {}, default, where)))
+        override = {} if excluded or override is None else override
+        if not isinstance(override, Mapping):
+            raise CheckpointError(f"{where}: dynamic {key!r} is {type(override).__name__}, wanted an object")
+        dynamic.append((excluded, pattern, _scheme(override, default, where)))
     return GptqFormat(default, checkpoint_format, tuple(dynamic))
 
 
 def _scheme(config: Mapping[str, Any], default: Scheme, where: str) -> Scheme:
     bits, group_size = config.get("bits", default.bits), config.get("group_size", default.group_size)
-    if not isinstance(bits, int) or not isinstance(group_size, int):
+    if type(bits) is not int or type(group_size) is not int:
         raise CheckpointError(f"{where}: bits is {bits!r} and group_size {group_size!r}, wanted whole numbers")
-    return Scheme(bits, group_size, bool(config.get("sym", default.sym)))
+    try:
+        return Scheme(bits, group_size, bool(config.get("sym", default.sym)))
+    except PlanError as error:
+        raise CheckpointError(f"{where}: {error.message}") from None
