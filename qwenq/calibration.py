@@ -24,7 +24,7 @@ import torch
 
 from qwenq.errors import CalibrationError
 from qwenq.spec import ModelSpec
-from qwenq.tokens import ModelTokenizer, TokenWindows, check_windows, pack_windows
+from qwenq.tokens import ModelTokenizer, TokenWindows, check_length, check_windows, pack_windows
 
 PYTHON_SHARE = 0.25  # of the built-in set's characters; the rest is written for this project
 _PYTHON_MODULES = ("argparse", "textwrap", "statistics", "fractions", "heapq", "json.decoder", "csv", "shlex")
@@ -60,8 +60,12 @@ def load_windows(
     """
     if name.endswith(".npy"):
         ids = _token_file(Path(name))
+        if count is not None and count > len(ids):
+            raise CalibrationError(f"{name}: {len(ids)} windows, {count} asked for", hint=f"--num-samples {len(ids)}")
+        ids = ids[: count or up_to]
         check_windows(ids, spec.vocab_size, spec.extended_context, name)
         return TokenWindows(ids, Path(name).name, {"kind": "token ids"})
+    check_length(length, spec.extended_context, name)
     documents, provenance = _documents(name)
     if not any(d.text.strip() or d.messages for d in documents):
         raise CalibrationError(f"{name}: no text in it", hint="an empty set calibrates nothing")
@@ -87,7 +91,7 @@ def overlap(calibration: str, evaluation: str) -> float:
     """Share of the evaluation text's 13-word shingles that also occur in the calibration text."""
 
     def shingles(name: str) -> set[tuple[str, ...]]:
-        found = set()
+        found: set[tuple[str, ...]] = set()
         for document in _documents(name)[0]:
             text = document.text or " ".join(m["content"] for m in document.messages)
             words = text.split()
@@ -140,12 +144,12 @@ def _plain(path: Path) -> Iterator[Document]:
 
 
 def _jsonl(path: Path) -> Iterator[Document]:
-    with open(path, encoding="utf-8") as lines:
+    with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 try:
-                    row = json.loads(line)
-                except ValueError as error:
+                    row = json.loads(line.decode("utf-8"))
+                except (ValueError, RecursionError) as error:
                     raise CalibrationError(f"{path}, line {number}: not JSON ({error})") from None
                 yield _row(row, f"{path}, line {number}")
 
@@ -168,7 +172,11 @@ def _parquet(path: Path) -> Iterator[Document]:
         raise CalibrationError(
             f"{path}: reading Parquet needs pyarrow", hint="pip install 'qwenq[parquet]'"
         ) from None
-    for number, row in enumerate(parquet.read_table(path).to_pylist(), 1):
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (OSError, ValueError) as error:  # pyarrow's own errors are children of these
+        raise CalibrationError(f"{path}: not a Parquet file ({str(error).splitlines()[0]})") from None
+    for number, row in enumerate(rows, 1):
         yield _row(row, f"{path}, row {number}")
 
 

@@ -117,13 +117,17 @@ class TokenWindows:
         }
 
 
+def check_length(length: int, limit: int, where: str) -> None:
+    """Raise CalibrationError for windows longer than the model reads."""
+    if length > limit:
+        raise CalibrationError(
+            f"{where}: windows of {length} tokens, the model reads {limit}", hint=f"--sequence-length {limit} or less"
+        )
+
+
 def check_windows(ids: torch.Tensor, vocab_size: int, limit: int, where: str) -> None:
     """Raise CalibrationError for ids outside the vocabulary or windows longer than the model reads."""
-    if ids.shape[1] > limit:
-        raise CalibrationError(
-            f"{where}: windows of {ids.shape[1]} tokens, the model reads {limit}",
-            hint=f"--sequence-length {limit} or less",
-        )
+    check_length(ids.shape[1], limit, where)
     if ids.shape[1] < 2:
         raise CalibrationError(f"{where}: windows of {ids.shape[1]} token, wanted at least 2")
     low, high = int(ids.min()), int(ids.max())
@@ -135,7 +139,13 @@ def check_windows(ids: torch.Tensor, vocab_size: int, limit: int, where: str) ->
 
 
 def pack_windows(
-    documents: Sequence[Sequence[int]], separator: int, length: int, count: int | None, *, spread: int | None, where: str
+    documents: Sequence[Sequence[int]],
+    separator: int,
+    length: int,
+    count: int | None,
+    *,
+    spread: int | None,
+    where: str,
 ) -> torch.Tensor:
     """Join documents with `separator` between them and cut full windows [count, length], without padding.
 
