@@ -1,7 +1,7 @@
-"""Final norm and head for two streams at once: chunks of tokens by slices of vocabulary, logits in float32.
+"""Final norm and head for two streams at once: slices of vocabulary by chunks of tokens, logits in float32.
 
-The head is read slice by slice from its file, so neither a vocabulary of 152,064 nor an 8,192-wide head is ever held
-whole in float32.
+The head is read from its file once, slice by slice: neither a vocabulary of 152,064 nor an 8,192-wide head in float32
+makes a spike in memory.
 """
 
 from __future__ import annotations
@@ -13,29 +13,30 @@ import torch
 
 from qwenq.checkpoint import Checkpoint
 from qwenq.errors import CheckpointError
-from qwenq.metrics import DriftMeter, compare_logits
+from qwenq.metrics import LogitComparison, TokenDrift, summarise
 from qwenq.results import DriftReport
 from qwenq.stream import Network
 from qwenq.tokens import TokenWindows
 
-_LOGIT_BYTES = 1 << 28  # of one stream's chunk
-_SLICE_BYTES = 1 << 26  # of the head in float32
+_SLICE_ROWS = 4096  # of the vocabulary
+_CHUNK_TOKENS = 1024
 
 
 @dataclass(frozen=True)
 class HeadWeights:
-    """Where a stream's final norm and head come from; `convert` is what the writer does to stored tensors."""
+    """Where a stream's final norm and head come from; `convert` is what the writer does to a stored tensor, by name."""
 
     checkpoint: Checkpoint
-    convert: Callable[[torch.Tensor], torch.Tensor] = lambda t: t
+    convert: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor
 
     @property
     def norm(self) -> torch.Tensor:
-        return self.convert(self.checkpoint.read("model.norm.weight"))
+        return self.convert("model.norm.weight", self.checkpoint.read("model.norm.weight"))
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """Head rows start to stop, float32 [rows, hidden]."""
-        return self.convert(self.checkpoint.read_slice(self.checkpoint.head_name, start, stop)).float()
+        name = self.checkpoint.head_name
+        return self.convert(name, self.checkpoint.read_slice(name, start, stop)).float()
 
 
 def measure_drift(
@@ -50,12 +51,9 @@ def measure_drift(
     if "float32" in states:
         few = states["float32"].shape[0]
         pair = (reference, states["float32"]), (reference, states["reference"][:few])
-        parts = compare_streams(network, *pair, evaluation.ids[:few]).parts
-        floor = float(torch.cat([p.kl for p in parts]).double().mean())
-    meter = compare_streams(
-        network, (reference, states["reference"]), (quantized, states["quantized"]), evaluation.ids
-    )
-    return meter.report(
+        floor = float(compare_streams(network, *pair, evaluation.ids[:few]).kl.mean())
+    return summarise(
+        compare_streams(network, (reference, states["reference"]), (quantized, states["quantized"]), evaluation.ids),
         evaluation.ids.shape[0],
         noise_floor_kl=floor,
         text=evaluation.text,
@@ -70,7 +68,7 @@ def compare_streams(
     reference: tuple[HeadWeights, torch.Tensor],
     quantized: tuple[HeadWeights, torch.Tensor],
     ids_NT: torch.Tensor,
-) -> DriftMeter:
+) -> TokenDrift:
     """Drift of `quantized` from `reference`: each stream its head and its last hidden states [windows, tokens, hidden].
 
     Vocabularies may differ by padding only; the common part is compared.
@@ -79,22 +77,17 @@ def compare_streams(
     if int(ids_NT.max()) >= vocab:
         raise CheckpointError(f"token id {int(ids_NT.max())} is outside the common vocabulary of {vocab}")
     targets = ids_NT[:, 1:].reshape(-1).to(network.device)
-    states = [_predicting(network, weights, h) for weights, h in (reference, quantized)]
+    x_ref, x_q = (_predicting(network, weights, h) for weights, h in (reference, quantized))
     shared = reference[0] == quantized[0]
-    chunk = max(16, min(4096, _LOGIT_BYTES // (4 * vocab)))
-    step = max(256, _SLICE_BYTES // (4 * network.spec.hidden_size))
-    meter = DriftMeter()
-    for start in range(0, len(targets), chunk):
-        part = slice(start, min(start + chunk, len(targets)))
-        logits = [torch.empty(part.stop - start, vocab, dtype=torch.float32, device=network.device) for _ in states]
-        for row in range(0, vocab, step):
-            end = min(row + step, vocab)
-            w_ref = reference[0].rows(row, end).to(network.device)
-            w_q = w_ref if shared else quantized[0].rows(row, end).to(network.device)
-            for out, x, w_VH in zip(logits, states, (w_ref, w_q), strict=True):
-                torch.matmul(x[part], w_VH.T, out=out[:, row:end])
-        meter.add(compare_logits(logits[0], logits[1], targets[part]))
-    return meter
+    comparison = LogitComparison(targets)
+    for start in range(0, vocab, _SLICE_ROWS):
+        end = min(start + _SLICE_ROWS, vocab)
+        w_ref = reference[0].rows(start, end).to(network.device)
+        w_q = w_ref if shared else quantized[0].rows(start, end).to(network.device)
+        for first in range(0, len(targets), _CHUNK_TOKENS):
+            part = slice(first, min(first + _CHUNK_TOKENS, len(targets)))
+            comparison.add(part, start, x_ref[part] @ w_ref.T, x_q[part] @ w_q.T)
+    return comparison.result()
 
 
 def _predicting(network: Network, weights: HeadWeights, h_NTH: torch.Tensor) -> torch.Tensor:

@@ -29,8 +29,9 @@ class Journal:
 
     @staticmethod
     def create(directory: Path, job: Mapping[str, Any]) -> Journal:
-        journal = Journal(directory / JOURNAL_NAME, [])
-        journal.append({"job": dict(job)})
+        """Begin a journal; its first line is there whole or not at all."""
+        journal = Journal(directory / JOURNAL_NAME, [{"job": dict(job)}])
+        journal.keep_layers(0)
         return journal
 
     @staticmethod
@@ -38,14 +39,14 @@ class Journal:
         """Read the journal; raises JobError when there is none to resume from."""
         path = directory / JOURNAL_NAME
         if not path.is_file():
-            raise JobError(f"{directory}: no {JOURNAL_NAME} in it, so nothing to resume", hint="delete it, start anew")
+            raise JobError(f"{directory}: no {JOURNAL_NAME} in it, so nothing to resume", hint="leave --resume out")
         rows = []
         for line in path.read_bytes().split(b"\n"):
             try:
                 rows.append(json.loads(line))
             except ValueError:
                 break  # a torn line: the process died while writing it
-        if not rows or "job" not in rows[0]:
+        if not rows or not all(isinstance(row, dict) for row in rows) or "job" not in rows[0]:
             raise JobError(f"{path}: its first line is damaged", hint=f"delete {directory} and start anew")
         return Journal(path, rows)
 
@@ -84,6 +85,11 @@ class Journal:
         os.replace(beside, self.path)
 
 
+def never_begun(directory: Path) -> bool:
+    """True when a run was stopped before the journal's first line: nothing there but the lock and scraps."""
+    return {path.name for path in directory.iterdir()} <= {_LOCK_NAME, Path(JOURNAL_NAME).with_suffix(".tmp").name}
+
+
 def refuse_changes(old: Mapping[str, Any], new: Mapping[str, Any], directory: Path) -> None:
     """Raise JobError naming every argument or input that differs between the journal and this run."""
     changes = [f"{where} was {a!r}, now {b!r}" for where, a, b in _differences(old, new, "")]
@@ -105,7 +111,7 @@ def _differences(old: Any, new: Any, where: str) -> Iterator[tuple[str, Any, Any
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Hold the directory against a second run; the system lets go of the lock when the process ends, however it ends."""
+    """Hold the directory against a second run; the lock goes with the process, however that ends."""
     path = directory / _LOCK_NAME
     with open(path, "a+", encoding="utf-8") as file:
         try:

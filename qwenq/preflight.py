@@ -16,6 +16,7 @@ from qwenq.units import format_gb
 
 BASE_BYTES = 560_000_000  # interpreter, torch, transformers and thread pools; measured on Linux with torch 2.13
 SPILL_BYTES = 6 << 30  # token buffers beyond this live in a memory-mapped file
+NOISE_WINDOWS = 2  # evaluation windows that are also run in float32, when computing in a narrower type
 _SLACK_BYTES = 1 << 20  # config, tokenizer copies are added exactly; journal and model card are not
 
 
@@ -85,7 +86,8 @@ class Preflight:
         """Raise JobError when the disk cannot hold what will be written."""
         if self.disk_free_bytes is not None and self.disk_needed_bytes > self.disk_free_bytes:
             raise JobError(
-                f"{where}: needs {format_gb(self.disk_needed_bytes)} of disk, {format_gb(self.disk_free_bytes)} are free",
+                f"{where}: needs {format_gb(self.disk_needed_bytes)} of disk, "
+                f"{format_gb(self.disk_free_bytes)} are free",
                 hint="choose an --output on another disk, or free some space",
             )
 
@@ -108,7 +110,7 @@ def preflight(
     file_total = sum(shard_file_bytes(tensors) for tensors in files.values())
     source_total = sum(tensor_bytes(source_dtype_of(t.name), t.shape) for t in spec.tensors())
     host, device = peak_bytes(spec, tokens, compute_bytes, on_gpu)
-    streams = (tokens.calibration + 2 * tokens.evaluation) * spec.hidden_size * compute_bytes
+    streams = stream_bytes(spec, tokens, compute_bytes)
     buffers = token_buffer_bytes(spec, tokens, compute_bytes)
     spill = buffers if buffers > SPILL_BYTES else 0
     units: dict[str, set[str]] = {}
@@ -138,11 +140,16 @@ def preflight(
     )
 
 
+def stream_bytes(spec: ModelSpec, tokens: Tokens, compute_bytes: int) -> int:
+    """Hidden states of all streams, the float32 one for the noise floor included."""
+    noise = min(NOISE_WINDOWS, tokens.evaluation_windows) * tokens.length * 4 if compute_bytes < 4 else 0
+    return ((tokens.calibration + 2 * tokens.evaluation) * compute_bytes + noise) * spec.hidden_size
+
+
 def token_buffer_bytes(spec: ModelSpec, tokens: Tokens, compute_bytes: int) -> int:
     """Hidden states of all streams, and the scratch for the widest linear's input."""
-    streams = (tokens.calibration + 2 * tokens.evaluation) * spec.hidden_size
-    scratch = tokens.calibration * max(spec.q_size, spec.intermediate_size)
-    return (streams + scratch) * compute_bytes
+    scratch = tokens.calibration * max(spec.q_size, spec.intermediate_size) * compute_bytes
+    return stream_bytes(spec, tokens, compute_bytes) + scratch
 
 
 def peak_bytes(spec: ModelSpec, tokens: Tokens, compute_bytes: int, on_gpu: bool) -> tuple[int, int]:
@@ -152,7 +159,7 @@ def peak_bytes(spec: ModelSpec, tokens: Tokens, compute_bytes: int, on_gpu: bool
     parameters = sum(lin.parameters for lin in layer)
     block = parameters * compute_bytes
     solving = max(_solving(unit) for unit in _units(layer))
-    head = 3 * min(1 << 28, 4096 * 4 * spec.vocab_size) + (1 << 26)
+    head = 6 * 4 * 1024 * 4096 + 8 * 4096 * spec.hidden_size + 8 * tokens.evaluation * spec.hidden_size
     buffers = token_buffer_bytes(spec, tokens, compute_bytes)
     loading = 2 * parameters  # the 16-bit tensors while they are converted
     work = block + max(2 * 4 * widest * widest + solving, loading)

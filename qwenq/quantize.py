@@ -1,4 +1,4 @@
-"""The main job: 16-bit shards in, quantized shards out, one decoder layer at a time, journalled and resumable.
+r"""The main job: 16-bit shards in, quantized shards out, one decoder layer at a time, journalled and resumable.
 
     source --> layer i --> reference stream            (16-bit layer, evaluation tokens)
                       \--> calibration stream, solve --> shard i, journal line i
@@ -15,7 +15,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,9 @@ from qwenq.errors import CheckpointError, JobError
 from qwenq.formats.gptq import gptq_config, read_gptq_config
 from qwenq.head import HeadWeights, measure_drift
 from qwenq.headers import INDEX_NAME, read_header
-from qwenq.journal import JOURNAL_NAME, Journal, locked, refuse_changes
+from qwenq.journal import Journal, locked, never_begun, refuse_changes
 from qwenq.preflight import Tokens, output_files, preflight
-from qwenq.results import BlockResult, DriftReport
+from qwenq.results import BlockResult, DriftReport, finite_json
 from qwenq.scheme import Recipe
 from qwenq.shards import DTYPE_NAMES, encode_index, file_sha256, write_json, write_shard
 from qwenq.stream import Network
@@ -40,6 +40,7 @@ from qwenq.tokens import TOKENIZER_FILES, TokenWindows
 MANIFEST_NAME = "qwenq-manifest.json"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
+_STATE_FILES = (".qwenq-state-0.safetensors", ".qwenq-state-1.safetensors")
 _STATE_INTERVAL_S = 30.0  # hidden states are saved to disk this often; layers done since are replayed on resume
 
 
@@ -52,7 +53,7 @@ class QuantizeJob:
     recipe: Recipe
     calibration: TokenWindows
     evaluation: TokenWindows
-    options: SolverOptions = SolverOptions()
+    options: SolverOptions = field(default_factory=SolverOptions)
     device: str = "cpu"
     compute_dtype: str = "float32"
     dtype: str = "auto"  # of tensors that are not quantized; auto keeps the source's bytes
@@ -63,14 +64,15 @@ class QuantizeJob:
         """safetensors dtype in which tensor `name` is written when it is not quantized."""
         return self.source.dtype_of(name) if self.dtype == "auto" else DTYPE_NAMES[DTYPES[self.dtype]]
 
-    def convert(self, tensor: torch.Tensor) -> torch.Tensor:
-        """An unquantized tensor as it is written; raises CheckpointError when a value does not fit the dtype."""
+    def convert(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Unquantized tensor `name`, or rows of it, as written; CheckpointError when a value does not fit the dtype."""
         if self.dtype == "auto" or tensor.dtype == DTYPES[self.dtype]:
             return tensor
         converted = tensor.to(DTYPES[self.dtype])
         if bool(torch.isfinite(tensor).all()) and not bool(torch.isfinite(converted).all()):
             raise CheckpointError(
-                f"a value of {float(tensor.abs().max()):.6g} does not fit {self.dtype}",
+                f"{self.source.tensors[name].file.name}: {name} holds a value of {float(tensor.abs().max()):.6g}, "
+                f"which does not fit {self.dtype}",
                 hint="--dtype bfloat16 holds it",
             )
         return converted
@@ -119,13 +121,22 @@ def quantize(job: QuantizeJob, *, resume: bool = False, listen: Listener = lambd
     started = time.perf_counter()
     work = partial_directory(job.out)
     _check_places(job, work, resume)
-    work.mkdir(parents=True, exist_ok=True)
     try:
-        with locked(work):
+        work.mkdir(parents=True, exist_ok=resume)
+    except FileExistsError:
+        raise _unfinished(work) from None
+    except OSError as error:
+        raise JobError(f"{work}: {error.strerror}", hint="choose another --output") from None
+    with locked(work):
+        try:
             return _Run(job, work, resume, listen).run(started)
-    finally:
-        if work.exists() and not (work / JOURNAL_NAME).exists():
-            shutil.rmtree(work)  # nothing was begun: leave nothing behind
+        except OSError as error:
+            raise JobError(
+                f"{error.filename or work}: {error.strerror or error}", hint="put that right, then go on with --resume"
+            ) from error
+        finally:
+            if not resume and work.exists() and never_begun(work):
+                shutil.rmtree(work)  # leave nothing behind
 
 
 def partial_directory(out: Path) -> Path:
@@ -136,11 +147,13 @@ def partial_directory(out: Path) -> Path:
 def _check_places(job: QuantizeJob, work: Path, resume: bool) -> None:
     out, source = job.out.absolute().resolve(), job.source.directory.resolve()
     if out == source or source in out.parents:
-        raise JobError(f"{job.out}: the output may not be the model's own directory or inside it", hint="choose another")
-    if job.out.exists():
+        raise JobError(
+            f"{job.out}: the output may not be the model's own directory or inside it", hint="choose another --output"
+        )
+    if os.path.lexists(job.out):
         raise JobError(f"{job.out}: exists already", hint="choose another --output, or delete it")
     if work.exists() and not resume:
-        raise JobError(f"{work}: an unfinished job is there", hint="go on with --resume, or delete it")
+        raise _unfinished(work)
     if resume and not work.exists():
         raise JobError(f"{work}: no unfinished job there to resume", hint="leave --resume out")
     check = preflight(
@@ -155,6 +168,10 @@ def _check_places(job: QuantizeJob, work: Path, resume: bool) -> None:
     )
     written = sum(p.stat().st_size for p in work.rglob("*") if p.is_file()) if work.exists() else 0
     replace(check, disk_needed_bytes=max(check.disk_needed_bytes - written, 0)).check_disk(job.out)
+
+
+def _unfinished(work: Path) -> JobError:
+    return JobError(f"{work}: an unfinished job is there", hint="go on with --resume, or delete it")
 
 
 class _Run:
@@ -186,11 +203,10 @@ class _Run:
     @torch.inference_mode()
     def run(self, started: float) -> QuantizeResult:
         described = self.job.describe() | {"source": self._source_identity()}
-        if self.resume:
+        if self.resume and not never_begun(self.work):
             journal = Journal.load(self.work)
             refuse_changes(journal.job, described, self.work)
         else:
-            self.listen(f"writing the embedding, {self.files[0]}")
             journal = Journal.create(self.work, described)
         streams = new_streams(
             self.job.source,
@@ -198,19 +214,23 @@ class _Run:
             self.job.evaluation.ids,
             dtype=self.dtype,
             spill_directory=self.work,
+            convert=self.job.convert,
         )
-        first = self._recover(journal, streams) if self.resume else 0
-        outer = {"embedding": self._write_outer(0, ["model.embed_tokens.weight"])}
+        self.listen("writing the embedding, the last norm and the head")
+        last = ["model.norm.weight", *([] if self.spec.tie_word_embeddings else ["lm_head.weight"])]
+        outer = {
+            "embedding": self._write_outer(0, ["model.embed_tokens.weight"]),
+            "head": self._write_outer(len(self.files) - 1, last),
+        }
+        first = self._recover(journal, streams)
         saved = time.perf_counter()
         for layer in range(first, self.spec.num_hidden_layers):
             row = self._layer(layer, streams)
             if time.perf_counter() - saved > _STATE_INTERVAL_S:
-                row["state"] = self._save_state(layer, streams)
+                row["state"] = self._save_state(journal, streams)
                 saved = time.perf_counter()
             journal.append(row)
             self.listen(BlockResult.from_json(row["result"]))
-        last = ["model.norm.weight", *([] if self.spec.tie_word_embeddings else ["lm_head.weight"])]
-        outer["head"] = self._write_outer(len(self.files) - 1, last)
         self.listen("measuring drift at the head")
         drift = self._drift(streams)
         return self._finish(journal, outer, drift, started)
@@ -224,6 +244,9 @@ class _Run:
             state = self._load(layer)
         with clock.time("evaluate"):
             self._reference(streams, state)
+        kept = self._kept(layer, state)
+        for name, tensor in kept.items():
+            self.network.set_parameter(name, tensor)
         packed, results = quantize_block(
             self.network,
             self.spec,
@@ -238,12 +261,7 @@ class _Run:
             run_layer(self.network, streams.states["quantized"])
             error_db = _error_db(streams.states["reference"], streams.states["quantized"])
         with clock.time("write"):
-            prefix = f"model.layers.{layer}."
-            tensors = dict(packed)
-            for name, tensor in state.items():
-                module, _, part = (prefix + name).rpartition(".")
-                if not (part == "weight" and f"{module}.qweight" in packed):
-                    tensors[prefix + name] = self.job.convert(tensor)
+            tensors = packed | {f"model.layers.{layer}.{name}": tensor for name, tensor in kept.items()}
             sha256 = write_shard(self.work / self.files[layer + 1], tensors)
         result = BlockResult(layer, tuple(results), error_db, time.perf_counter() - start, clock.seconds)
         return {"layer": layer, "file": self.files[layer + 1], "sha256": sha256, "result": result.to_json()}
@@ -257,6 +275,16 @@ class _Run:
                 hint="the download may be damaged: compare its SHA-256 with the repository's",
             )
         return state
+
+    def _kept(self, layer: int, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What is not quantized of a layer, as it is written; the quantized model computes with these values."""
+        prefix = f"model.layers.{layer}."
+        quantized = {
+            lin.name.removeprefix(prefix) + ".weight"
+            for lin in self.spec.layer_linears(layer)
+            if self.job.recipe.scheme_of(lin) is not None
+        }
+        return {name: self.job.convert(prefix + name, t) for name, t in state.items() if name not in quantized}
 
     def _reference(self, streams: Streams, state: dict[str, torch.Tensor]) -> None:
         """Send the reference streams through the 16-bit layer, and leave it in the network."""
@@ -303,9 +331,11 @@ class _Run:
         written = read_gptq_config(self.config["quantization_config"], "quantization_config")
         return Checkpoint(self.work, self.config, self.spec, tensors, written, ()).layer_state(layer)
 
-    def _save_state(self, layer: int, streams: Streams) -> dict[str, str]:
-        """Save hidden states, in turn to one of two files, so that one whole copy always exists."""
-        file = f".qwenq-state-{layer % 2}.safetensors"
+    def _save_state(self, journal: Journal, streams: Streams) -> dict[str, str]:
+        """Save hidden states to the one of two files that the journal did not name last: one whole copy stays."""
+        last = next((row["state"]["file"] for row in reversed(journal.layers) if "state" in row), None)
+        file = _STATE_FILES[0] if last != _STATE_FILES[0] else _STATE_FILES[1]
+        (self.work / file).unlink(missing_ok=True)  # two copies on disk, not three
         return {"file": file, "sha256": streams.save(self.work / file)}
 
     # -------------------------------------------------------------- head, and the end
@@ -317,7 +347,7 @@ class _Run:
             if non_finite([(name, tensor)]):
                 file = self.job.source.tensors[name].file.name
                 raise CheckpointError(f"{file}: {name} holds a NaN or an infinity", hint="download it again")
-            tensors[name] = self.job.convert(tensor)
+            tensors[name] = self.job.convert(name, tensor)
         return write_shard(self.work / self.files[number], tensors)
 
     def _drift(self, streams: Streams) -> DriftReport:
@@ -356,7 +386,7 @@ class _Run:
             peak_rss_bytes=peak_rss_bytes(),
             warnings=warnings,
         )
-        write_json(self.work / MANIFEST_NAME, self._manifest(journal, result, hashes))
+        write_json(self.work / MANIFEST_NAME, finite_json(self._manifest(journal, result, hashes)))
         for leftover in self.work.glob(".qwenq-*"):
             leftover.unlink()
         os.replace(self.work, self.job.out)
@@ -408,7 +438,8 @@ def _sum_stages(layers: tuple[BlockResult, ...]) -> dict[str, float]:
 
 def job_warnings(layers: tuple[BlockResult, ...], drift: DriftReport, overlap: float | None) -> tuple[str, ...]:
     """What a reader must not miss, fallbacks first."""
-    lines = [f"{r.name}: fell back to rounding to nearest ({r.fallback})" for b in layers for r in b.linears if r.fallback]
+    fallen = [result for block in layers for result in block.linears if result.fallback]
+    lines = [f"{result.name}: fell back to rounding to nearest ({result.fallback})" for result in fallen]
     if drift.non_finite:
         lines.append(f"{drift.non_finite} of {drift.tokens} logit rows are not finite")
     if overlap:

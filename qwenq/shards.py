@@ -34,7 +34,7 @@ def spec_of(name: str, tensor: torch.Tensor) -> TensorSpec:
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """The tensor's own bytes, without a copy when it is contiguous and on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
@@ -55,15 +55,19 @@ def write_synced(path: Path, produce: Callable[[Callable[[Any], None]], None]) -
     """Write a file through `produce(put)` beside `path`, sync it, rename it into place; returns its SHA-256."""
     beside = path.with_name(path.name + ".tmp")
     digest = hashlib.sha256()
-    with open(beside, "wb") as file:
+    try:
+        with open(beside, "wb") as file:
 
-        def put(data: Any) -> None:
-            file.write(data)
-            digest.update(data)
+            def put(data: Any) -> None:
+                file.write(data)
+                digest.update(data)
 
-        produce(put)
-        file.flush()
-        os.fsync(file.fileno())
+            produce(put)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        beside.unlink(missing_ok=True)  # a full disk is not helped by half a shard
+        raise
     os.replace(beside, path)
     sync_directory(path.parent)
     return digest.hexdigest()

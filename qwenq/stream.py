@@ -1,7 +1,7 @@
 """The network, one decoder layer at a time: transformers' own modules on the meta device, filled from shards.
 
-A layer is used in two ways that give the same numbers: whole (`forward`), and stage by stage (`attend`, `add_attention`,
-`mlp_input`, `gate`, `add_mlp`), so that each linear can be replaced before what follows it runs.
+A layer is used in two ways that give the same numbers: whole (`forward`), and stage by stage (`attend`,
+`add_attention`, `mlp_input`, `gate`, `add_mlp`), so that each linear can be replaced before what follows it runs.
 Shapes: h, x [B, T, hidden]; a [B, T, q_size]; m [B, T, intermediate].
 """
 
@@ -24,6 +24,14 @@ _MODULES = {
 }
 
 
+def model_config(config: Mapping[str, Any], spec: ModelSpec) -> Any:
+    """transformers' configuration object of a config.json, without its quantization."""
+    package, prefix = _MODULES[spec.model_type]
+    configuration = importlib.import_module(f"{package}.configuration_{spec.model_type}")
+    plain = {k: v for k, v in config.items() if k not in ("quantization_config", "torch_dtype", "dtype")}
+    return getattr(configuration, prefix + "Config").from_dict(plain)
+
+
 class Network:
     """One decoder layer at a time of the model that `config` (a config.json) describes."""
 
@@ -31,10 +39,8 @@ class Network:
         self, config: Mapping[str, Any], spec: ModelSpec, *, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
         package, prefix = _MODULES[spec.model_type]
-        configuration = importlib.import_module(f"{package}.configuration_{spec.model_type}")
         modeling = importlib.import_module(f"{package}.modeling_{spec.model_type}")
-        plain = {k: v for k, v in config.items() if k not in ("quantization_config", "torch_dtype", "dtype")}
-        self.config = getattr(configuration, prefix + "Config").from_dict(plain)
+        self.config = model_config(config, spec)
         self.config._attn_implementation = "sdpa"
         self.spec = spec
         self.dtype = dtype
@@ -89,7 +95,7 @@ class Network:
 
     def attention_input(self, h: torch.Tensor) -> torch.Tensor:
         """h -> input of q, k and v."""
-        return self._layer.input_layernorm(h)  # type: ignore[no-any-return]
+        return self._layer.input_layernorm(h)
 
     def attend(self, x: torch.Tensor) -> torch.Tensor:
         """Input of q, k and v -> input of o_proj."""
@@ -107,27 +113,25 @@ class Network:
 
     def add_attention(self, h: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         """h and the input of o_proj -> h after attention."""
-        return h + self._o_proj(a)  # type: ignore[no-any-return]
+        return h + self._o_proj(a)
 
     def mlp_input(self, h: torch.Tensor) -> torch.Tensor:
         """h after attention -> input of gate and up."""
-        return self._layer.post_attention_layernorm(h)  # type: ignore[no-any-return]
+        return self._layer.post_attention_layernorm(h)
 
     def gate(self, x: torch.Tensor) -> torch.Tensor:
         """Input of gate and up -> input of down."""
         mlp = self._layer.mlp
-        return mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)  # type: ignore[no-any-return]
+        return mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
 
     def add_mlp(self, h: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
         """h after attention and the input of down -> h after this layer."""
-        return h + self._layer.mlp.down_proj(m)  # type: ignore[no-any-return]
+        return h + self._layer.mlp.down_proj(m)
 
     # ------------------------------------------------------------------ after the last layer
 
     def final_norm(self, h: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """The model's last normalisation with `weight` [hidden]."""
-        self._norm.load_state_dict(
-            {"weight": weight.to(device=self.device, dtype=self.dtype)}, strict=True, assign=True
-        )
+        """The model's last normalisation with `weight` [hidden], in the dtype of h."""
+        self._norm.load_state_dict({"weight": weight.to(device=self.device, dtype=h.dtype)}, strict=True, assign=True)
         self._norm.requires_grad_(False)
-        return self._norm(h)  # type: ignore[no-any-return]
+        return self._norm(h)

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +15,11 @@ import torch
 from qwenq.checkpoint import Checkpoint
 from qwenq.errors import CheckpointError
 from qwenq.headers import read_header
-from qwenq.preflight import SPILL_BYTES
+from qwenq.preflight import NOISE_WINDOWS, SPILL_BYTES
 from qwenq.shards import file_sha256, write_shard
 
-NOISE_WINDOWS = 2  # evaluation windows that are also run in float32
+Convert = Callable[[str, torch.Tensor], torch.Tensor]
+_EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,12 @@ def new_streams(
     dtype: torch.dtype,
     spill_directory: Path,
     spill_bytes: int = SPILL_BYTES,
+    convert: Convert = lambda name, tensor: tensor,
 ) -> Streams:
-    """Embed the tokens. Without calibration tokens there is no calibration stream (evaluation of two checkpoints)."""
+    """Embed the tokens. Without calibration tokens there is no calibration stream (evaluation of two checkpoints).
+
+    convert: what the writer does to the stored embedding, which the calibration and quantized streams read.
+    """
     spec = source.spec
     wanted: dict[str, tuple[torch.Tensor, torch.dtype]] = {}
     if calibration_NT is not None:
@@ -74,19 +79,25 @@ def new_streams(
         name: _allocate((*ids.shape, spec.hidden_size), kind, spill_directory / f".qwenq-{name}" if spill else None)
         for name, (ids, kind) in wanted.items()
     }
-    embed(source, {name: (states[name], ids) for name, (ids, _) in wanted.items()})
+    pairs = {name: (states[name], ids) for name, (ids, _) in wanted.items()}
+    written = [name for name in pairs if name in ("calibration", "quantized")]
+    embed(source, {name: pair for name, pair in pairs.items() if name not in written})
+    embed(source, {name: pairs[name] for name in written}, convert)
     return Streams(states, _allocate((scratch,), dtype, spill_directory / ".qwenq-scratch" if spill else None))
 
 
-def embed(source: Checkpoint, targets: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+def embed(
+    source: Checkpoint,
+    targets: dict[str, tuple[torch.Tensor, torch.Tensor]],
+    convert: Convert = lambda name, tensor: tensor,
+) -> None:
     """Fill each (states, ids) pair with the embeddings of its tokens; raises CheckpointError for non-finite rows."""
     for states, ids in targets.values():
         for window, row in zip(states, ids, strict=True):
-            window.copy_(source.read_rows("model.embed_tokens.weight", row))
+            window.copy_(convert(_EMBEDDING, source.read_rows(_EMBEDDING, row)))
         if not bool(torch.isfinite(states).all()):
             raise CheckpointError(
-                f"{source.tensors['model.embed_tokens.weight'].file.name}: model.embed_tokens.weight holds a NaN or "
-                "an infinity",
+                f"{source.tensors[_EMBEDDING].file.name}: {_EMBEDDING} holds a NaN or an infinity",
                 hint="the download may be damaged: compare its SHA-256 with the repository's",
             )
 
