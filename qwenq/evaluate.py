@@ -13,9 +13,9 @@ from qwenq.checkpoint import Checkpoint, non_finite
 from qwenq.errors import CheckpointError, HonestNo
 from qwenq.head import HeadWeights, measure_drift
 from qwenq.results import DriftReport
-from qwenq.stream import Network
+from qwenq.stream import Network, model_config
 from qwenq.streams import embed, new_streams
-from qwenq.tokens import ModelTokenizer, TokenWindows
+from qwenq.tokens import ModelTokenizer, TokenWindows, check_windows
 
 
 @torch.inference_mode()
@@ -30,6 +30,8 @@ def evaluate(
 ) -> DriftReport:
     """Run both checkpoints over the evaluation windows; `listen` is told each finished layer."""
     check_comparable(checkpoint, reference)
+    vocab = min(checkpoint.spec.vocab_size, reference.spec.vocab_size)
+    check_windows(evaluation.ids, vocab, reference.spec.extended_context, evaluation.text)
     network = Network(reference.config, reference.spec, dtype=compute_dtype, device=device)
     other = Network(checkpoint.config, checkpoint.spec, dtype=compute_dtype, device=device)
     wide = Network(reference.config, reference.spec, dtype=torch.float32, device=device)
@@ -77,7 +79,7 @@ def check_comparable(checkpoint: Checkpoint, reference: Checkpoint) -> None:
                 hint="the reference is the 16-bit checkpoint that the other was made from",
             )
     if _rope(checkpoint) != _rope(reference):
-        raise CheckpointError(f"{checkpoint.directory} and {reference.directory} differ in rope_scaling")
+        raise CheckpointError(f"{checkpoint.directory} and {reference.directory} differ in rotary parameters")
     tokenizers = [ModelTokenizer(c.directory) for c in (checkpoint, reference)]
     if tokenizers[0].sha256 != tokenizers[1].sha256 and tokenizers[0].vocabulary != tokenizers[1].vocabulary:
         raise CheckpointError(
@@ -86,9 +88,9 @@ def check_comparable(checkpoint: Checkpoint, reference: Checkpoint) -> None:
         )
 
 
-def _rope(checkpoint: Checkpoint) -> tuple[object, object]:
-    config = checkpoint.config
-    return config.get("rope_scaling"), config.get("rope_theta")
+def _rope(checkpoint: Checkpoint) -> object:
+    """Rotary parameters as transformers reads them: configs spell them in several ways."""
+    return model_config(checkpoint.config, checkpoint.spec).rope_parameters
 
 
 def check_limits(drift: DriftReport, max_kl: float | None, max_increase_percent: float | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ _RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class TokenDrift:
-    """Per predicted token, float32 [tokens]: loss under reference and checkpoint (nats), KL (nats), same top token."""
+    """Per predicted token: loss under reference and checkpoint (nats), KL (nats), float64; same top token, bool."""
 
     reference_nll: torch.Tensor
     nll: torch.Tensor
@@ -24,88 +24,111 @@ class TokenDrift:
     non_finite: int
 
 
-def compare_logits(reference_TV: torch.Tensor, logits_TV: torch.Tensor, targets_T: torch.Tensor) -> TokenDrift:
-    """Compare two float32 logit matrices [tokens, vocabulary]; both are overwritten.
+class LogitComparison:
+    """Compares two streams' logits slice by slice of the vocabulary, so that no row is ever held whole.
 
-    KL(p || q) = sum_v p_v (log p_v - log q_v), with p the reference.
+    With logits a (reference) and b, normalisers A = sum_v exp a_v and B = sum_v exp b_v, and p_v = exp(a_v) / A:
+    KL(p || q) = sum_v p_v (a_v - b_v) - log A + log B. Sums are kept relative to the largest logit so far.
     """
-    finite = torch.isfinite(reference_TV).all(-1) & torch.isfinite(logits_TV).all(-1)
-    log_p = _log_softmax_(reference_TV)
-    log_q = _log_softmax_(logits_TV)
-    rows = targets_T[:, None]
-    reference_nll = -log_p.gather(1, rows)[:, 0]
-    nll = -log_q.gather(1, rows)[:, 0]
-    same = (log_p.argmax(-1) == log_q.argmax(-1)).float()
-    log_q.neg_().add_(log_p)  # log p - log q
-    kl = log_q.mul_(log_p.exp_()).sum(-1).clamp_min_(0.0)
-    return TokenDrift(reference_nll, nll, kl, same, int((~finite).sum()))
 
+    def __init__(self, targets_T: torch.Tensor) -> None:
+        rows = len(targets_T)
 
-def _log_softmax_(logits_TV: torch.Tensor) -> torch.Tensor:
-    return logits_TV.sub_(torch.logsumexp(logits_TV, dim=-1, keepdim=True))
+        def column(value: float) -> torch.Tensor:
+            return torch.full((rows,), value, dtype=torch.float64, device=targets_T.device)
 
+        self.targets_T = targets_T  # int64
+        self.top = [column(-torch.inf), column(-torch.inf)]
+        self.top_token = [torch.zeros_like(targets_T), torch.zeros_like(targets_T)]
+        self.normaliser = [column(0.0), column(0.0)]
+        self.target_logit = [column(torch.nan), column(torch.nan)]
+        self.weighted = column(0.0)  # sum of exp(a - top) (a - b)
+        self.finite = torch.ones(rows, dtype=torch.bool, device=targets_T.device)
 
-@dataclass
-class DriftMeter:
-    """Collects TokenDrift chunk by chunk, in the order of the text's windows."""
+    def add(self, rows: slice, start: int, a_TV: torch.Tensor, b_TV: torch.Tensor) -> None:
+        """Take in float32 logits of tokens `rows` for the vocabulary slice that begins at `start`."""
+        targets = self.targets_T[rows]
+        inside = (targets >= start) & (targets < start + a_TV.shape[1])
+        local = (targets - start).clamp(0, a_TV.shape[1] - 1)[:, None]
+        exponentials = []
+        for k, logits in enumerate((a_TV, b_TV)):
+            self.finite[rows] &= torch.isfinite(logits.sum(-1))
+            top, token = logits.max(-1)
+            better = top > self.top[k][rows]
+            self.top_token[k][rows] = torch.where(better, token + start, self.top_token[k][rows])
+            new_top = torch.where(better, top.double(), self.top[k][rows])
+            rescale = torch.exp(self.top[k][rows] - new_top)
+            self.top[k][rows] = new_top
+            exponential = torch.exp(logits - new_top.float()[:, None])
+            self.normaliser[k][rows] = self.normaliser[k][rows] * rescale + exponential.sum(-1).double()
+            found = logits.gather(1, local)[:, 0].double()
+            self.target_logit[k][rows] = torch.where(inside, found, self.target_logit[k][rows])
+            exponentials.append((exponential, rescale))
+        exponential, rescale = exponentials[0]
+        self.weighted[rows] = self.weighted[rows] * rescale + exponential.mul_(a_TV - b_TV).sum(-1).double()
 
-    parts: list[TokenDrift] = field(default_factory=list)
-
-    def add(self, part: TokenDrift) -> None:
-        self.parts.append(part)
-
-    def report(
-        self,
-        windows: int,
-        *,
-        noise_floor_kl: float,
-        text: str,
-        text_sha256: str,
-        compute_dtype: str,
-        window_tokens: int,
-        seed: int = 0,
-    ) -> DriftReport:
-        """Summarise; the tokens of each window are resampled together, since they are not independent."""
-
-        def per_window(name: str) -> np.ndarray:
-            joined = torch.cat([getattr(p, name).cpu() for p in self.parts]).double().numpy()
-            return joined.reshape(windows, -1)
-
-        ref_nll, nll, kl, same = (per_window(n) for n in ("reference_nll", "nll", "kl", "same_top1"))
-        picks = np.random.default_rng(seed).integers(0, windows, (_RESAMPLES, windows))
-        delta = (nll - ref_nll).mean(1)
-
-        def interval(values: np.ndarray, point: float) -> Interval:
-            low, high = np.nanpercentile(values, [2.5, 97.5])
-            return Interval(float(point), float(low), float(high))
-
-        def perplexity(losses: np.ndarray) -> tuple[float, float]:
-            means = losses.mean(1)
-            ppl = float(np.exp(means.mean()))
-            se = float(means.std(ddof=1) / np.sqrt(windows)) * ppl if windows > 1 else float("nan")
-            return ppl, se
-
-        ref_ppl, ref_se = perplexity(ref_nll)
-        ppl, se = perplexity(nll)
-        return DriftReport(
-            reference_perplexity=ref_ppl,
-            reference_perplexity_se=ref_se,
-            perplexity=ppl,
-            perplexity_se=se,
-            perplexity_increase_percent=interval(
-                100 * np.expm1(delta[picks].mean(1)), 100 * float(np.expm1(delta.mean()))
-            ),
-            kl=interval(kl.mean(1)[picks].mean(1), kl.mean()),
-            kl_median=float(np.median(kl)),
-            kl_p99=float(np.percentile(kl, 99)),
-            top1_agreement=interval(same.mean(1)[picks].mean(1), same.mean()),
-            noise_floor_kl=noise_floor_kl,
-            non_finite=sum(p.non_finite for p in self.parts),
-            tokens=int(kl.size),
-            windows=windows,
-            window_tokens=window_tokens,
-            text=text,
-            text_sha256=text_sha256,
-            compute_dtype=compute_dtype,
-            metrics_version=METRICS_VERSION,
+    def result(self) -> TokenDrift:
+        """Once every slice was taken in."""
+        log_a, log_b = (top + total.log() for top, total in zip(self.top, self.normaliser, strict=True))
+        kl = (self.weighted / self.normaliser[0] - log_a + log_b).clamp_min(0.0)
+        same = self.top_token[0] == self.top_token[1]
+        return TokenDrift(
+            log_a - self.target_logit[0], log_b - self.target_logit[1], kl, same, int((~self.finite).sum())
         )
+
+
+def summarise(
+    tokens: TokenDrift,
+    windows: int,
+    *,
+    noise_floor_kl: float,
+    text: str,
+    text_sha256: str,
+    compute_dtype: str,
+    window_tokens: int,
+    seed: int = 0,
+) -> DriftReport:
+    """Summarise; the tokens of each window are resampled together, since they are not independent."""
+
+    def per_window(name: str) -> np.ndarray:
+        values: torch.Tensor = getattr(tokens, name)
+        return values.double().cpu().numpy().reshape(windows, -1)
+
+    ref_nll, nll, kl, same = (per_window(n) for n in ("reference_nll", "nll", "kl", "same_top1"))
+    picks = np.random.default_rng(seed).integers(0, windows, (_RESAMPLES, windows))
+    delta = (nll - ref_nll).mean(1)
+
+    def interval(values: np.ndarray, point: float) -> Interval:
+        low, high = np.percentile(values, [2.5, 97.5])  # NaN when any is: a mean that is no number has no interval
+        return Interval(float(point), float(low), float(high))
+
+    def perplexity(losses: np.ndarray) -> tuple[float, float]:
+        means = losses.mean(1)
+        ppl = float(np.exp(means.mean()))
+        se = float(means.std(ddof=1) / np.sqrt(windows)) * ppl if windows > 1 else float("nan")
+        return ppl, se
+
+    ref_ppl, ref_se = perplexity(ref_nll)
+    ppl, se = perplexity(nll)
+    return DriftReport(
+        reference_perplexity=ref_ppl,
+        reference_perplexity_se=ref_se,
+        perplexity=ppl,
+        perplexity_se=se,
+        perplexity_increase_percent=interval(
+            100 * np.expm1(delta[picks].mean(1)), 100 * float(np.expm1(delta.mean()))
+        ),
+        kl=interval(kl.mean(1)[picks].mean(1), kl.mean()),
+        kl_median=float(np.median(kl)),
+        kl_p99=float(np.percentile(kl, 99)),
+        top1_agreement=interval(same.mean(1)[picks].mean(1), same.mean()),
+        noise_floor_kl=noise_floor_kl,
+        non_finite=tokens.non_finite,
+        tokens=int(kl.size),
+        windows=windows,
+        window_tokens=window_tokens,
+        text=text,
+        text_sha256=text_sha256,
+        compute_dtype=compute_dtype,
+        metrics_version=METRICS_VERSION,
+    )
