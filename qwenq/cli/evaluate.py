@@ -14,7 +14,9 @@ from qwenq.errors import PlanError
 def evaluate(
     model: Model,
     reference: Annotated[str, typer.Option(help="The 16-bit checkpoint: a directory or a hub name.")],
-    text: Annotated[str, typer.Option(help="Held-out text: a set's name, or a .txt, .jsonl, .parquet or .npy file.")] = "heldout",
+    text: Annotated[
+        str, typer.Option(help="Held-out text: a set's name, or a .txt, .jsonl, .parquet or .npy file.")
+    ] = "heldout",
     num_samples: Annotated[
         int | None, typer.Option("--num-samples", "-n", min=1, help="Windows. Default: all, at most 20.")
     ] = None,

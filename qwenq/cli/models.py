@@ -69,6 +69,12 @@ def pick_device(device: str) -> str:
     return device
 
 
+def check_stored_dtype(dtype: str) -> None:
+    """Raise PlanError for a --dtype that is not offered."""
+    if dtype not in ("auto", "float16", "bfloat16"):
+        raise PlanError(f"--dtype {dtype}: wanted auto, float16 or bfloat16")
+
+
 def pick_compute_dtype(compute_dtype: str, device: str) -> str:
     """The dtype activations are computed in; float16 is refused: Qwen2.5 overflows it, and CPUs crawl in it."""
     if compute_dtype == "auto":

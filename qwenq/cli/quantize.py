@@ -10,7 +10,15 @@ from typing import Annotated
 import typer
 
 from qwenq.cli.console import LayerProgress, drift_table, out, print_json, warn
-from qwenq.cli.models import ComputeDtype, Device, JsonFlag, Model, StoredDtype
+from qwenq.cli.models import (
+    ComputeDtype,
+    Device,
+    JsonFlag,
+    Model,
+    StoredDtype,
+    check_stored_dtype,
+    pick_compute_dtype,
+)
 from qwenq.errors import PlanError
 from qwenq.scheme import Recipe, Scheme
 from qwenq.units import format_gb, format_seconds
@@ -24,7 +32,9 @@ def quantize(
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to make.")] = Path(),
     bits: Annotated[int, typer.Option(help="4 or 8.")] = 4,
     group_size: Annotated[int, typer.Option(help="Columns that share a scale: 128, 64, 32, or -1 for the row.")] = 128,
-    calibration: Annotated[str, typer.Option(help="A set's name, or a .txt, .jsonl, .parquet or .npy file.")] = "builtin",
+    calibration: Annotated[
+        str, typer.Option(help="A set's name, or a .txt, .jsonl, .parquet or .npy file.")
+    ] = "builtin",
     num_samples: Annotated[
         int | None, typer.Option("--num-samples", "-n", min=1, help="Calibration windows. Default: all, at most 128.")
     ] = None,
@@ -41,8 +51,12 @@ def quantize(
     device: Device = "auto",
     dtype: StoredDtype = "auto",
     compute_dtype: ComputeDtype = "auto",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read headers only; print sizes, memory and disk.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a stopped job: same command, plus this.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Read headers only; print sizes, memory and disk.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a stopped job: same command, plus this.")
+    ] = False,
     json: JsonFlag = False,
 ) -> None:
     """Turn a 16-bit checkpoint into a 4-bit or 8-bit one, layer by layer, and measure what was lost.
@@ -52,6 +66,8 @@ def quantize(
     """
     if method not in ("gptq", "rtn"):
         raise PlanError(f"--method {method}: wanted gptq or rtn")
+    check_stored_dtype(dtype)
+    pick_compute_dtype(compute_dtype, device)
     recipe = Recipe(Scheme(bits, group_size))
     if dry_run:
         _dry_run(model, recipe, output, num_samples, sequence_length, eval_samples, device, dtype, compute_dtype, json)
@@ -62,7 +78,7 @@ def quantize(
     from qwenq.block import SolverOptions
     from qwenq.calibration import load_windows, overlap
     from qwenq.checkpoint import open_source
-    from qwenq.cli.models import pick_compute_dtype, pick_device, resolve_model
+    from qwenq.cli.models import pick_device, resolve_model
     from qwenq.quantize import QuantizeJob, partial_directory
     from qwenq.quantize import quantize as run
     from qwenq.tokens import ModelTokenizer
@@ -106,7 +122,11 @@ def quantize(
             )
         except KeyboardInterrupt:
             again = [a for a in sys.argv[1:] if a != "--resume"]
-            print(f"\nstopped; {partial_directory(output)} keeps what is done. Go on with:", file=sys.stderr)
+            partial = partial_directory(output)
+            if not partial.exists():
+                print("\nstopped; nothing was begun", file=sys.stderr)
+                raise typer.Exit(130) from None
+            print(f"\nstopped; {partial} keeps what is done. Go on with:", file=sys.stderr)
             print(f"  qwenq {shlex.join(again)} --resume", file=sys.stderr)
             raise typer.Exit(130) from None
     if json:
@@ -120,6 +140,7 @@ def quantize(
         f"({result.bits_per_linear_weight:.2f} bits per linear weight), {format_seconds(result.seconds)}, "
         f"peak {format_gb(result.peak_rss_bytes)} of memory",
         soft_wrap=True,
+        markup=False,
     )
 
 
@@ -139,7 +160,7 @@ def _dry_run(
     from qwenq.preflight import Tokens, preflight
 
     spec, source_dtype_of = stored_dtypes(model)
-    names = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+    names = {"float16": "F16", "bfloat16": "BF16"}
     on_gpu = device.startswith("cuda")
     narrow = compute_dtype == "bfloat16" or (compute_dtype == "auto" and on_gpu)
     check = preflight(
@@ -155,9 +176,10 @@ def _dry_run(
     if json:
         print_json(check.to_json())
         return
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=f"dry run: {check.model} to {check.scheme}")
+    table = Table(title=f"dry run: {escape(check.model)} to {check.scheme}")
     table.add_column("what")
     table.add_column("", justify="right")
     for unit, label in check.units.items():
