@@ -208,7 +208,7 @@ class Spread:
 
     def _table(self) -> list[str]:
         names = [n for n in TERM_NAMES if any(g.term(n) for found in self.estimates for g in found.gpus)]
-        short = {"activations": "activ.", "dequantization": "dequant.", "non_torch": "other", "context": "CUDA"}
+        short = {"activations": "activ.", "dequantization": "dequant.", "non_torch": "libs", "context": "CUDA"}
         head = [short.get(name, TERM_NAMES[name]) for name in names]
         lines = [
             f"{'GiB per GPU':<26}{'context':>8}"

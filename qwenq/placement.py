@@ -127,6 +127,7 @@ class _Splitter:
 
     def __init__(self, spec: ModelSpec, weights: Weights, rig: Rig, engine: Engine, work: Workload) -> None:
         self.spec, self.weights, self.rig, self.engine, self.work = spec, weights, rig, engine, work
+        self.costs: dict[tuple[Share, str], int] = {}
         self.tied_first = spec.tie_word_embeddings and engine.name != "llama.cpp"
 
     def fill(self, layers: int, room: float) -> tuple[Share, ...] | None:
@@ -192,8 +193,11 @@ class _Splitter:
         return Placement(shares, gpu_layers, memory, out, reason)
 
     def _cost(self, share: Share, index: int) -> int:
-        terms, _ = gpu_terms(self.spec, self.weights, self.engine, self.work, share, self.rig.gpus[index].name)
-        return sum(term.n_bytes for term in terms)
+        key = share, self.rig.gpus[index].name
+        if key not in self.costs:
+            terms, _ = gpu_terms(self.spec, self.weights, self.engine, self.work, *key)
+            self.costs[key] = sum(term.n_bytes for term in terms)
+        return self.costs[key]
 
     def _offload_bytes(self, gpu_layers: int) -> int:
         """What layers in host memory still take on the first GPU: their KV cache, and one layer while it runs."""

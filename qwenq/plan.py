@@ -86,7 +86,7 @@ def make_plan(spec: ModelSpec, weights: Weights, rig: Rig, engine: Engine, work:
         shares = rank_shares(spec, chosen.tensor, chosen.pipeline) if chosen else rank_shares(spec, 1, len(rig.gpus))
         memory = estimate(spec, weights, engine, work, rig, shares)
         fits = chosen is not None and chosen.works
-        longest = _largest_vllm(spec, weights, engine, work, rig, chosen) if chosen else 0
+        longest = largest_vllm_context(spec, weights, engine, work, rig, chosen) if chosen else 0
     speed = estimate_speed(spec, weights, engine, work, rig.gpus, shares)
     slow = None
     if offload is not None:
@@ -139,7 +139,9 @@ def recommend(spec: ModelSpec, weights: Weights, engine: Engine, work: Workload)
                     longest = largest_context(spec, weights, rig, engine, work)
                 else:
                     option = best_option(parallel_options(spec, weights, engine, work, rig))
-                    longest = _largest_vllm(spec, weights, engine, work, rig, option) if option else 0
+                    longest = largest_vllm_context(spec, weights, engine, work, rig, option) if option else 0
+                how += "; ROCm, not tried" if gpu.vendor == "amd" and engine.name != "llama.cpp" else ""
+                how += "; memory shared with the system" if gpu.unified else ""
                 found.append(Recommendation(gpu, count, longest, how))
                 break
     return tuple(sorted(found, key=lambda r: (r.price_usd is None, r.count, r.price_usd or 0, r.gpu.name)))
@@ -158,9 +160,10 @@ def _holds(spec: ModelSpec, weights: Weights, rig: Rig, engine: Engine, work: Wo
     return f"TP {option.tensor} x PP {option.pipeline}" if option and option.works else ""
 
 
-def _largest_vllm(
+def largest_vllm_context(
     spec: ModelSpec, weights: Weights, engine: Engine, work: Workload, rig: Rig, option: ParallelOption
 ) -> int:
+    """Most tokens a sequence can have in one vLLM layout; 0 when none."""
     shares = rank_shares(spec, option.tensor, option.pipeline)
 
     def fits(context: int) -> bool:

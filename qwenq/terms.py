@@ -20,7 +20,7 @@ TERM_NAMES = {
     "logits": "logits",
     "dequantization": "dequantization",
     "graphs": "CUDA graphs",
-    "non_torch": "NCCL and other",
+    "non_torch": "libraries",
     "context": "CUDA context",
     "slack": "slack",
 }

@@ -72,9 +72,9 @@ def transformers_section(rows: Sequence[ValidatedRow]) -> list[str]:
         "table: the terms are the tensors alive at the worst moment (counted in transformers' sources), the kernels' "
         "buffers (AutoGPTQ, AutoAWQ sources) and what torch's allocator hands out for the loaded tensors (its rounding "
         "rules). So there is nothing to refit, and leaving a model size out changes no figure. The table was in view "
-        "while the tensors were counted: repeated keys and values, the rounding, and the first GPU's extra hidden state "
-        "were found in what a plain count left over, then confirmed in the sources. One term is inferred, not read: "
-        "AutoAWQ holding a tied head twice while it loads, which decides its one-token rows of tied models.",
+        "while the tensors were counted: repeated keys and values, the rounding, and the first GPU's further hidden "
+        "state were found in what a plain count left over, then confirmed in the sources. One term is inferred, not "
+        "read: AutoAWQ holding a tied head twice while it loads, which decides its one-token rows of tied models.",
         table(("rows", "count", "mean error", "largest", "bar (%)"), summary),
         table(("model", "quant", "prompt", "predicted GiB", "published GiB", "error"), lines),
     ]

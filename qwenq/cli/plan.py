@@ -164,11 +164,9 @@ def _recommended(asked: Resolved, rigs: tuple[Recommendation, ...], context: int
     ]
     for found in rigs:
         price = "price unknown" if found.price_usd is None else f"${found.price_usd:,.0f} ({found.gpu.price_basis})"
-        shared = "; memory shared with the system" if found.gpu.unified else ""
         lines.append(
             f"  {found.count}x {found.gpu.name:<24} {price:<28} up to {format_tokens(found.largest_context)}; "
             + found.how
-            + shared
         )
     if not rigs:
         lines.append("  none of up to 8 equal GPUs")

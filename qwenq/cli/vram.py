@@ -160,3 +160,72 @@ def gpus_command(as_json: Json = False) -> None:
             f"{gpu.name:<24}{gpu.memory_gib:>6g}{shown[0]:>8}{shown[1]:>7}{shown[2]:>8}{shown[3]:>5}{shown[4]:>7}  "
             f"{gpu.source}"
         )
+
+
+@vram_app.command("serve")
+def serve_command(
+    host: Annotated[str, typer.Option("--host", help="Address to listen on; loopback unless told otherwise.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any free one.")] = 8321,
+) -> None:
+    """Open the page: sliders, charts and a rig builder over the same numbers."""
+    try:
+        from qwenq.page.app import listen, run_page
+    except ImportError as error:
+        raise PlanError(f"the page needs {error.name}", hint="pip install 'qwenq[page]'") from None
+    try:
+        bound = listen(host, port)
+    except OSError as error:
+        raise PlanError(
+            f"cannot listen on {host} port {port}: {error.strerror or error}", hint="choose another with --port"
+        ) from None
+    with bound:
+        print(f"http://{host if host != '0.0.0.0' else 'localhost'}:{bound.getsockname()[1]}/", flush=True)
+        print("Ctrl-C ends it", file=sys.stderr)
+        run_page(bound, host)
+
+
+@vram_app.command("export")
+def export_command(
+    models: Annotated[list[str], typer.Argument(help="Models to compare.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.")],
+    max_model_len: Annotated[str, typer.Option("--max-model-len", "-c", help="Contexts, e.g. 1k,8k,32k.")] = "",
+    bits: Annotated[str, typer.Option("--bits", help="Compared, e.g. 4,8,16.")] = "4",
+    kv_cache_dtype: Annotated[str, typer.Option("--kv-cache-dtype", help="Compared, e.g. auto,fp8.")] = "auto",
+    group_size: GroupSize = 128,
+    batch_size: BatchSize = 1,
+    engine: EngineName = "qwenq",
+    prefill_chunk: PrefillChunk = 0,
+    gpu: GpuRig = None,
+) -> None:
+    """Write one comparison as a self-contained HTML file: every model with every bits and KV type."""
+    from qwenq.page.export import comparison_html
+
+    if output.exists():
+        raise PlanError(f"{output}: exists", hint="choose another name with -o")
+    variants = []
+    for model in models:
+        for width in bits.split(","):
+            for kind in kv_cache_dtype.split(","):
+                if not width.strip().isdigit():
+                    raise PlanError(f"bits is {width!r}, wanted numbers such as 4,8,16")
+                question = Question(
+                    model=model,
+                    bits=int(width),
+                    group_size=group_size,
+                    kv_cache_dtype=kind.strip(),
+                    batch_size=batch_size,
+                    engine=engine,
+                    prefill_chunk=prefill_chunk,
+                    gpu=gpu,
+                ).resolve()
+                variants.append(spread(question, contexts_of(question, max_model_len)))
+    title = f"VRAM of {', '.join(models)}" + (
+        f" on {variants[0].question.rig.label}" if variants[0].question.rig else ""
+    )
+    try:
+        output.write_text(comparison_html(variants, title), encoding="utf-8")
+    except OSError as error:
+        raise PlanError(f"{output}: {error.strerror}", hint="choose another name with -o") from None
+    print(output)

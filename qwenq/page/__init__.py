@@ -1,0 +1,1 @@
+"""The local page: the command line's estimates, with sliders."""
