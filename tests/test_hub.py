@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import socket
@@ -303,7 +304,8 @@ def test_headers_cost_no_weights(stand_in: StandIn, ranges: bool) -> None:
 def test_headers_that_lie_are_refused(stand_in: StandIn) -> None:
     repo = stand_in.repos["org/tiny"]
     repo[SHARDS[1]] += b"tail"
-    assert f"{SHARDS[1]}: 4 bytes after the last tensor" in failure_message(fetch_headers, "org/tiny")
+    for call in (fetch_headers, fetch_model):  # a repository at fault is no download at fault, and refused as well
+        assert f"{SHARDS[1]}: 4 bytes after the last tensor" in failure_message(call, "org/tiny")
     repo[SHARDS[1]] = repo[SHARDS[0]]
     assert "index.json puts it in" in failure_message(fetch_headers, "org/tiny")
     repo[SHARDS[1]] = (1 << 40).to_bytes(8, "little") + bytes(100)
@@ -354,20 +356,25 @@ def test_repository_not_found(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
     assert "HF_TOKEN is not accepted" in error.message and "hf_" not in error.message + error.hint
 
 
+def refusing(part: str, status: int, code: str = "") -> Callable[[str], tuple[int, dict[str, str]] | None]:
+    return lambda path: (status, {"X-Error-Code": code}) if part in path else None
+
+
 def test_gated(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hub lists a gated repository to everyone, and refuses its files."""
-    stand_in.refuse = lambda path: (401, {"X-Error-Code": "GatedRepo"}) if "/resolve/" in path else None
+    stand_in.refuse = refusing("/resolve/", 401, "GatedRepo")
     for call in (fetch_config, fetch_headers, fetch_model):
         error = failure(call, "org/tiny")
         assert "gated (401)" in error.message
         assert f"{stand_in.url}/org/tiny" in error.hint and "accept the licence" in error.hint
         assert "then set HF_TOKEN" in error.hint
     monkeypatch.setenv("HF_TOKEN", "hf_thisIsASecret")
-    stand_in.refuse = lambda path: (403, {"X-Error-Code": "GatedRepo"}) if "/resolve/" in path else None
+    stand_in.refuse = refusing("/resolve/", 403, "GatedRepo")
     error = failure(fetch_model, "org/tiny")
     assert "gated (403)" in error.message and "account" in error.hint and "hf_" not in error.hint
-    stand_in.refuse = lambda path: (403, {})
-    assert "access refused (403)" in failure(fetch_model, "org/tiny").message
+    for part in ("/api/", "/resolve/"):
+        stand_in.refuse = refusing(part, 403)
+        assert "access refused (403)" in failure(fetch_model, "org/tiny").message
 
 
 def test_revision_not_found(stand_in: StandIn) -> None:
@@ -424,12 +431,17 @@ def test_offline_with_and_without_a_copy(stand_in: StandIn, monkeypatch: pytest.
 
 
 def test_a_cut_connection_is_taken_up_again(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[logging.LogRecord] = []
+    collector = logging.Handler()
+    monkeypatch.setattr(collector, "emit", said.append)
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "handlers", [collector])
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100)
     stand_in.cut[SHARDS[0]] = [1000]
     directory = fetch_model("org/tiny")
     assert (directory / SHARDS[0]).read_bytes() == stand_in.repos["org/tiny"][SHARDS[0]]
     again = [r for r in stand_in.requests if r.method == "GET" and r.path.endswith(SHARDS[0])]
     assert [r.headers.get("range") for r in again] == [None, "bytes=1000-"]
+    assert not said  # huggingface_hub would tell addresses, signatures included
 
 
 def test_a_connection_that_stays_cut_leaves_no_file(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -453,6 +465,7 @@ def test_a_stalled_hub_is_given_up(stand_in: StandIn, monkeypatch: pytest.Monkey
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.3)
     stand_in.stall.clear()
     assert "broke or stalled" in failure(fetch_config, "org/tiny").message
+    assert len(stand_in.requests) == 1
 
 
 def test_an_endpoint_that_serves_a_file_cut_short(stand_in: StandIn) -> None:
