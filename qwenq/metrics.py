@@ -68,13 +68,13 @@ class LogitComparison:
         self.weighted[rows] = self.weighted[rows] * rescale + exponential.mul_(a_TV - b_TV).sum(-1).double()
 
     def result(self) -> TokenDrift:
-        """Once every slice was taken in."""
+        """Once every slice was taken in; a row with a logit that is not finite has NaN for every figure."""
         log_a, log_b = (top + total.log() for top, total in zip(self.top, self.normaliser, strict=True))
         kl = (self.weighted / self.normaliser[0] - log_a + log_b).clamp_min(0.0)
         same = self.top_token[0] == self.top_token[1]
-        return TokenDrift(
-            log_a - self.target_logit[0], log_b - self.target_logit[1], kl, same, int((~self.finite).sum())
-        )
+        figures = log_a - self.target_logit[0], log_b - self.target_logit[1], kl
+        reference_nll, nll, kl = (torch.where(self.finite, figure, torch.nan) for figure in figures)
+        return TokenDrift(reference_nll, nll, kl, same, int((~self.finite).sum()))
 
 
 def summarise(
@@ -115,9 +115,7 @@ def summarise(
         reference_perplexity_se=ref_se,
         perplexity=ppl,
         perplexity_se=se,
-        perplexity_increase_percent=interval(
-            100 * np.expm1(delta[picks].mean(1)), 100 * float(np.expm1(delta.mean()))
-        ),
+        perplexity_increase_percent=interval(100 * np.expm1(delta[picks].mean(1)), 100 * float(np.expm1(delta.mean()))),
         kl=interval(kl.mean(1)[picks].mean(1), kl.mean()),
         kl_median=float(np.median(kl)),
         kl_p99=float(np.percentile(kl, 99)),
