@@ -1,0 +1,119 @@
+"""The journal of a long job: torn lines, refusals by name, one process at a time."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+
+from qwenq.errors import JobError
+from qwenq.journal import JOURNAL_NAME, Journal, locked, never_begun, refuse_changes
+
+JOB = {"seed": 0, "scheme": {"bits": 4, "group_size": 128}}
+
+
+def started(directory: Path, layers: int) -> Journal:
+    journal = Journal.create(directory, JOB)
+    for layer in range(layers):
+        journal.append({"layer": layer, "file": f"{layer}", "name": "é"})
+    return journal
+
+
+def test_literal_lines(tmp_path: Path) -> None:
+    started(tmp_path, 1)
+    assert (tmp_path / JOURNAL_NAME).read_text(encoding="utf-8") == (
+        '{"job":{"seed":0,"scheme":{"bits":4,"group_size":128}}}\n{"layer":0,"file":"0","name":"é"}\n'
+    )
+
+
+def test_loading_gives_what_was_written(tmp_path: Path) -> None:
+    written = started(tmp_path, 3)
+    loaded = Journal.load(tmp_path)
+    assert loaded.rows == written.rows
+    assert loaded.job == JOB and [row["layer"] for row in loaded.layers] == [0, 1, 2]
+
+
+def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
+    started(tmp_path, 3)
+    whole = (tmp_path / JOURNAL_NAME).read_bytes()
+    last = whole.rindex(b"\n", 0, -1) + 1
+    for cut in range(last + 1, len(whole) - 1):  # without its newline a line is whole: nothing is missing from it
+        (tmp_path / JOURNAL_NAME).write_bytes(whole[:cut])
+        assert len(Journal.load(tmp_path).layers) == 2, cut
+
+
+def test_going_on_after_a_torn_line_does_not_glue_lines_together(tmp_path: Path) -> None:
+    started(tmp_path, 2)
+    with open(tmp_path / JOURNAL_NAME, "ab") as file:
+        file.write(b'{"layer":2,"fi')
+    journal = Journal.load(tmp_path)
+    journal.keep_layers(2)
+    journal.append({"layer": 2, "file": "2"})
+    assert [row["layer"] for row in Journal.load(tmp_path).layers] == [0, 1, 2]
+
+
+def test_keep_layers_drops_what_follows(tmp_path: Path) -> None:
+    journal = started(tmp_path, 4)
+    journal.keep_layers(2)
+    assert [row["layer"] for row in journal.layers] == [0, 1]
+    assert Journal.load(tmp_path).rows == journal.rows
+    assert [p.name for p in tmp_path.iterdir()] == [JOURNAL_NAME]
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[1]\n", b'{"layer":0}\n', b"\x80\n"])
+def test_a_damaged_first_line_is_refused(damage: bytes, tmp_path: Path) -> None:
+    (tmp_path / JOURNAL_NAME).write_bytes(damage)
+    with pytest.raises(JobError, match="its first line is damaged"):
+        Journal.load(tmp_path)
+
+
+def test_nothing_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match=f"no {JOURNAL_NAME} in it, so nothing to resume"):
+        Journal.load(tmp_path)
+    assert never_begun(tmp_path)
+    (tmp_path / "notes.txt").touch()
+    assert not never_begun(tmp_path)
+
+
+def test_changes_are_named_with_old_and_new_value(tmp_path: Path) -> None:
+    refuse_changes(JOB, {"scheme": {"group_size": 128, "bits": 4}, "seed": 0}, tmp_path)
+    with pytest.raises(JobError) as caught:
+        refuse_changes(JOB, {"seed": 3, "scheme": {"bits": 8, "group_size": 128}, "dtype": "auto"}, tmp_path)
+    assert caught.value.message == (
+        f"{tmp_path}: cannot resume, dtype was None, now 'auto'; scheme.bits was 4, now 8; seed was 0, now 3"
+    )
+    with pytest.raises(JobError, match=r"a was 1, now 2; b was 1, now 2; c was 1, now 2 \(and 1 more\)$"):
+        refuse_changes(dict.fromkeys("abcd", 1), dict.fromkeys("abcd", 2), tmp_path)
+    with pytest.raises(JobError, match=r"scheme was .*, now None"):
+        refuse_changes(JOB, {"seed": 0, "scheme": None}, tmp_path)
+
+
+def hold(directory: str, ready) -> None:
+    with locked(Path(directory)):
+        ready.send(os.getpid())
+        signal.pause()
+
+
+def test_the_lock_names_its_holder_and_goes_with_it(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    holder = context.Process(target=hold, args=(str(tmp_path), theirs))
+    holder.start()
+    assert ours.poll(60) and ours.recv() == holder.pid
+    with pytest.raises(JobError) as caught, locked(tmp_path):
+        pass
+    assert caught.value.message == f"{tmp_path}: in use by process {holder.pid} on {socket.gethostname()}"
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.join()
+    with locked(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lock_holds_within_one_process_too(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(JobError, match=f"in use by process {os.getpid()}"), locked(tmp_path):
+        pass
