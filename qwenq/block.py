@@ -1,7 +1,7 @@
 """Quantize one decoder layer in one pass: each token goes through each linear once, after that linear is quantized.
 
-    h -> norm -> [q k v] -> attention -> [o] -> + -> norm -> [gate up] -> act * -> [down] -> +
-         collect, solve               collect, solve    collect, solve          collect, solve
+h -> norm -> [q k v] -> attention -> [o] -> + -> norm -> [gate up] -> act * -> [down] -> +
+     collect, solve               collect, solve    collect, solve          collect, solve
 """
 
 from __future__ import annotations

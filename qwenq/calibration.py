@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import json
 import platform
+import re
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from qwenq.tokens import ModelTokenizer, TokenWindows, check_length, check_windo
 PYTHON_SHARE = 0.25  # of the built-in set's characters; the rest is written for this project
 _PYTHON_MODULES = ("argparse", "textwrap", "statistics", "fractions", "heapq", "json.decoder", "csv", "shlex")
 _SHINGLE_WORDS = 13
+_WORD = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]|[^\s\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]+")
 _ENOUGH = 4  # documents are read until they hold this many times the characters that are likely to be needed
 
 
@@ -88,13 +90,16 @@ def load_windows(
 
 
 def overlap(calibration: str, evaluation: str) -> float:
-    """Share of the evaluation text's 13-word shingles that also occur in the calibration text."""
+    """Share of the evaluation text's 13-word shingles that also occur in the calibration text.
+
+    Scripts written without spaces count every character as a word.
+    """
 
     def shingles(name: str) -> set[tuple[str, ...]]:
         found: set[tuple[str, ...]] = set()
         for document in _documents(name)[0]:
             text = document.text or " ".join(m["content"] for m in document.messages)
-            words = text.split()
+            words = _WORD.findall(text)
             found.update(tuple(words[i : i + _SHINGLE_WORDS]) for i in range(len(words) - _SHINGLE_WORDS + 1))
         return found
 
@@ -169,9 +174,7 @@ def _parquet(path: Path) -> Iterator[Document]:
     try:
         import pyarrow.parquet as parquet
     except ModuleNotFoundError:
-        raise CalibrationError(
-            f"{path}: reading Parquet needs pyarrow", hint="pip install 'qwenq[parquet]'"
-        ) from None
+        raise CalibrationError(f"{path}: reading Parquet needs pyarrow", hint="pip install 'qwenq[parquet]'") from None
     try:
         rows = parquet.read_table(path).to_pylist()
     except (OSError, ValueError) as error:  # pyarrow's own errors are children of these
@@ -183,28 +186,32 @@ def _parquet(path: Path) -> Iterator[Document]:
 def _hub_documents(recipe: Path) -> tuple[list[Document], dict[str, Any]]:
     wanted = tomllib.loads(recipe.read_text(encoding="utf-8"))
     try:
+        dataset, split, rows, columns = (wanted[key] for key in ("dataset", "split", "rows", "columns"))
+    except KeyError as error:
+        raise CalibrationError(f"{recipe}: no {error} in it", hint="wanted dataset, split, rows and columns") from None
+    try:
         import datasets
     except ModuleNotFoundError:
         raise CalibrationError(
-            f"calibration set {recipe.stem} comes from the hub ({wanted['dataset']}), which needs the datasets package",
+            f"calibration set {recipe.stem} comes from the hub ({dataset}), which needs the datasets package",
             hint="pip install 'qwenq[hub]', or --calibration builtin",
         ) from None
     try:
-        rows = datasets.load_dataset(
-            wanted["dataset"], wanted.get("subset"), split=wanted["split"], revision=wanted.get("revision"),
-            streaming=True,
-        )  # fmt: skip
-        documents = [_row({k: row.get(v) for k, v in wanted["columns"].items()}, recipe.stem)
-                     for row in rows.take(wanted["rows"])]  # fmt: skip
-    except CalibrationError:
-        raise
-    except Exception as error:
+        stream = datasets.load_dataset(
+            dataset, wanted.get("subset"), split=split, revision=wanted.get("revision"), streaming=True
+        )
+        taken = [{key: row.get(column) for key, column in columns.items()} for row in stream.take(rows)]
+    except Exception as error:  # the library raises what its many backends raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CalibrationError(
-            f"calibration set {recipe.stem}: {wanted['dataset']} could not be read ({reason})",
+            f"calibration set {recipe.stem}: {dataset} could not be read ({reason})",
             hint="check the network and HF_ENDPOINT, or --calibration builtin",
         ) from None
-    return documents, {"kind": "hub", "dataset": wanted["dataset"], "split": wanted["split"]}
+    documents = [_row(row, recipe.stem) for row in taken]
+    if wanted.get("join") is not None:  # rows are lines of longer texts: put them together again
+        documents = [Document(str(wanted["join"]).join(d.text for d in documents))]
+    known = {key: wanted[key] for key in ("dataset", "subset", "split", "revision", "rows") if key in wanted}
+    return documents, {"kind": "hub", **known}
 
 
 def _python_documents(characters: int) -> tuple[list[Document], dict[str, Any]]:

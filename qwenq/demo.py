@@ -60,9 +60,7 @@ def make_demo_model(out: Path, *, seed: int = 0, gguf_file: Path | None = None) 
     with tempfile.TemporaryDirectory(prefix="qwenq-demo-") as scratch:
         reader = gguf.GGUFReader(gguf_file or _fetch_gguf(Path(scratch)))
         fields = {name: field.contents() for name, field in reader.fields.items()}
-        weights = {
-            _hf_name(t.name): gguf.dequantize(t.data, t.tensor_type).astype(np.float32) for t in reader.tensors
-        }
+        weights = {_hf_name(t.name): gguf.dequantize(t.data, t.tensor_type).astype(np.float32) for t in reader.tensors}
     heads, kv_heads = fields["llama.attention.head_count"], fields["llama.attention.head_count_kv"]
     for name in weights:
         if name.endswith(("q_proj.weight", "k_proj.weight")):

@@ -39,7 +39,7 @@ from qwenq.tokens import TOKENIZER_FILES, TokenWindows
 
 MANIFEST_NAME = "qwenq-manifest.json"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-_COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
+_COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json", "LICENSE")
 _STATE_FILES = (".qwenq-state-0.safetensors", ".qwenq-state-1.safetensors")
 _STATE_INTERVAL_S = 30.0  # hidden states are saved to disk this often; layers done since are replayed on resume
 
@@ -355,9 +355,7 @@ class _Run:
         quantized = HeadWeights(self.job.source, self.job.convert) if self.job.dtype != "auto" else reference
         return measure_drift(self.network, reference, quantized, streams.states, self.job.evaluation)
 
-    def _finish(
-        self, journal: Journal, outer: dict[str, str], drift: DriftReport, started: float
-    ) -> QuantizeResult:
+    def _finish(self, journal: Journal, outer: dict[str, str], drift: DriftReport, started: float) -> QuantizeResult:
         layers = tuple(BlockResult.from_json(row["result"]) for row in journal.layers)
         files = output_files(self.spec, self.job.recipe, self.job.stored_dtype)
         hashes = {self.files[0]: outer["embedding"], self.files[-1]: outer["head"]}

@@ -68,7 +68,9 @@ def _ratios(runs: Mapping[str, Manifest]) -> list[str]:
             methods = (run["job"]["options"]["method"], baseline["job"]["options"]["method"])
             if same and methods == ("gptq", "rtn"):
                 ratio = baseline["drift"]["kl"]["mean"] / run["drift"]["kl"]["mean"]
-                lines.append(f"`{name}` has {1 / ratio:.2f} of the KL of rounding to nearest (`{other}`), {ratio:.1f} times less.")
+                lines.append(
+                    f"`{name}` has {1 / ratio:.2f} of the KL of rounding to nearest (`{other}`), {ratio:.1f} times less."
+                )
     return [*lines, ""] if lines else []
 
 
@@ -78,7 +80,9 @@ def _kinds(runs: Mapping[str, Manifest]) -> list[str]:
         for layer in run["layers"]:
             for linear in layer["linears"]:
                 if linear["error_db"] is not None:
-                    kinds.setdefault(linear["name"].rsplit(".", 1)[1], {}).setdefault(name, []).append(linear["error_db"])
+                    kinds.setdefault(linear["name"].rsplit(".", 1)[1], {}).setdefault(name, []).append(
+                        linear["error_db"]
+                    )
     lines = [f"| linear | {' | '.join(runs)} |", "|---|" + "---:|" * len(runs)]
     for kind, figures in kinds.items():
         cells = [f"{sum(v) / len(v):.1f}" if (v := figures.get(name)) else "" for name in runs]

@@ -188,7 +188,9 @@ def spec_from_config(config: Mapping[str, Any], where: str = "config.json", name
         raise CheckpointError(f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
     head_dim = hidden // heads if config.get("head_dim") is None else _whole(config, "head_dim", where)
     if heads % kv_heads:
-        raise CheckpointError(f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+        raise CheckpointError(
+            f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+        )
     max_position = _whole(config, "max_position_embeddings", where)
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, Mapping):

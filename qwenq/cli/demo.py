@@ -33,7 +33,9 @@ _NOTES = (
 
 
 def demo(
-    directory: Annotated[Path, typer.Option("--output", "-o", help="Where the model and its variants go.")] = Path("out/demo"),
+    directory: Annotated[Path, typer.Option("--output", "-o", help="Where the model and its variants go.")] = Path(
+        "out/demo"
+    ),
     report: Annotated[Path, typer.Option(help="The Markdown report to write.")] = Path("reports/demo.md"),
 ) -> None:
     """Fetch a real 135M model, quantize it to 8 and 4 bits, measure the drift, write a report.
@@ -79,7 +81,9 @@ def demo(
                     listen=lambda e, p=progress: p.say(e) if isinstance(e, str) else p.layer(e),  # type: ignore[misc]
                 )
             out.print(drift_table(result.drift))
-            out.print(f"{target}: {format_gb(result.file_bytes)}, from {format_gb(sum(t.spec.nbytes for t in source.tensors.values()))}")
+            out.print(
+                f"{target}: {format_gb(result.file_bytes)}, from {format_gb(sum(t.spec.nbytes for t in source.tensors.values()))}"
+            )
         path = target / MANIFEST_NAME
         if not path.is_file():
             raise JobError(f"{target}: holds no {MANIFEST_NAME}", hint=f"delete {target} and run the demo again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -30,7 +31,7 @@ def resolve_model(model: str) -> Path:
     from qwenq.hub import fetch_model, is_hub_name
 
     if is_hub_name(model):
-        return fetch_model(model)
+        return fetch_model(model, listen=lambda line: print(line, file=sys.stderr, flush=True))
     raise PlanError(
         f"{model}: neither a directory nor a hub name (owner/name)",
         hint="for sizes alone a family name works: qwenq quantize Qwen2.5-72B --bits 4 --dry-run",

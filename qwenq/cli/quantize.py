@@ -41,9 +41,7 @@ def quantize(
     sequence_length: Annotated[int, typer.Option("--sequence-length", min=2, help="Tokens a window.")] = 512,
     seed: Annotated[int, typer.Option(help="Decides which calibration windows are drawn.")] = 0,
     eval_text: Annotated[str, typer.Option(help="Held-out text for the drift: a set's name or a file.")] = "heldout",
-    eval_samples: Annotated[
-        int | None, typer.Option(min=1, help="Held-out windows. Default: all, at most 20.")
-    ] = None,
+    eval_samples: Annotated[int | None, typer.Option(min=1, help="Held-out windows. Default: all, at most 20.")] = None,
     method: Annotated[str, typer.Option(help="gptq, or rtn: round to nearest, the baseline.")] = "gptq",
     damp_percent: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Damping, as a share of the mean Hessian diagonal (0.01 = 1 %).")
