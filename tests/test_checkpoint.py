@@ -1,0 +1,284 @@
+"""Checkpoints as they are read: against the safetensors library, against the format's own words, and every refusal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qwenq.checkpoint import non_finite, open_checkpoint, open_source
+from qwenq.errors import CheckpointError
+
+Edit = Callable[..., dict[str, Any]]
+Make = Callable[..., Path]
+
+
+def all_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: t for file in sorted(directory.glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
+    """Put all tensors, changed, into one file without an index."""
+    tensors = all_tensors(directory)
+    change(tensors)
+    for file in directory.glob("model*safetensors*"):
+        file.unlink()
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def refusal(directory: Path, opener: Callable[[Path], Any] = open_checkpoint) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        opener(directory)
+    assert "\n" not in caught.value.message
+    return caught.value.message
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_reading_equals_the_reference_library(dtype: torch.dtype, random_model: Make) -> None:
+    path = random_model(dtype=dtype)
+    checkpoint = open_checkpoint(path)
+    wanted = all_tensors(path)
+    assert set(checkpoint.tensors) == set(wanted) and len(checkpoint.files) > 2
+    for name, tensor in wanted.items():
+        read = checkpoint.read(name)
+        assert read.dtype == dtype and torch.equal(read, tensor), name
+
+
+def test_read_is_a_private_copy(tiny: Path) -> None:
+    checkpoint = open_checkpoint(tiny)
+    checkpoint.read("model.norm.weight").zero_()
+    assert checkpoint.read("model.norm.weight").any()
+
+
+def test_rows_and_slices(tiny: Path) -> None:
+    checkpoint, tensors = open_checkpoint(tiny), all_tensors(tiny)
+    table = tensors["model.embed_tokens.weight"]
+    rows = torch.tensor([5, 0, 1023, 5, 5, 17])
+    assert torch.equal(checkpoint.read_rows("model.embed_tokens.weight", rows), table[rows])
+    for start, stop in ((0, 1), (3, 900), (1000, 1024), (7, 7)):
+        assert torch.equal(checkpoint.read_slice("lm_head.weight", start, stop), tensors["lm_head.weight"][start:stop])
+
+
+def test_layer_state_has_the_layers_own_names(tiny: Path) -> None:
+    checkpoint, tensors = open_checkpoint(tiny), all_tensors(tiny)
+    state = checkpoint.layer_state(2)
+    prefix = "model.layers.2."
+    assert set(state) == {name.removeprefix(prefix) for name in tensors if name.startswith(prefix)}
+    assert "self_attn.q_proj.bias" in state
+    assert all(torch.equal(value, tensors[prefix + name]) for name, value in state.items())
+
+
+def test_head_of_tied_and_untied(random_model: Make) -> None:
+    assert open_checkpoint(random_model("a")).head_name == "lm_head.weight"
+    assert open_checkpoint(random_model("b", tie_word_embeddings=True)).head_name == "model.embed_tokens.weight"
+
+
+# ---------------------------------------------------------------------- packed weights
+
+
+def plain_dequantization(
+    qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor, bits: int, minus_one: bool
+) -> torch.Tensor:
+    """W[o, i] = scales[g_idx[i], o] * (code[i, o] - zero[g_idx[i], o]), read off word by word; float64 [out, in]."""
+    per_word, mask = 32 // bits, (1 << bits) - 1
+    columns, rows = qweight.shape[0] * per_word, qweight.shape[1]
+    words, zero_words = qweight.tolist(), qzeros.tolist()
+    weight = torch.zeros(rows, columns, dtype=torch.float64)
+    for i in range(columns):
+        group = int(g_idx[i])
+        for o in range(rows):
+            code = (words[i // per_word][o] >> (bits * (i % per_word))) & mask
+            zero = (zero_words[group][o // per_word] >> (bits * (o % per_word))) & mask
+            zero = (zero + 1) & mask if minus_one else zero
+            weight[o, i] = float(scales[group, o]) * (code - zero)
+    return weight
+
+
+def pack_by_hand(path: Path, edit_json: Edit, bits: int, group: int, version: str, shuffled: bool) -> Path:
+    """Turn the linears of a checkpoint into random words; asymmetric zero points, and g_idx out of order if asked."""
+    generator = torch.Generator().manual_seed(bits)
+
+    def words(*shape: int) -> torch.Tensor:
+        return torch.randint(-(2**31), 2**31 - 1, shape, generator=generator, dtype=torch.int64).to(torch.int32)
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [n for n in tensors if n.endswith("_proj.weight")]:
+            rows, columns = tensors.pop(name).shape
+            module = name.removesuffix(".weight")
+            index = torch.arange(columns, dtype=torch.int32) // group
+            tensors[module + ".qweight"] = words(columns * bits // 32, rows)
+            tensors[module + ".qzeros"] = words(columns // group, rows * bits // 32)
+            tensors[module + ".scales"] = (torch.rand(columns // group, rows, generator=generator) + 0.1).half()
+            tensors[module + ".g_idx"] = index[torch.randperm(columns, generator=generator)] if shuffled else index
+
+    config = {"quant_method": "gptq", "bits": bits, "group_size": group, "checkpoint_format": version, "sym": False}
+    edit_json(path / "config.json", quantization_config=config)
+    return rewrite(path, change)
+
+
+@pytest.mark.parametrize(
+    ("bits", "version", "shuffled"),
+    [(4, "gptq", False), (8, "gptq", False), (4, "gptq_v2", True), (8, "gptq_v2", True)],
+)
+def test_packed_linears_mean_what_the_format_says(
+    bits: int, version: str, shuffled: bool, random_model: Make, edit_json: Edit
+) -> None:
+    path = pack_by_hand(random_model(num_hidden_layers=1), edit_json, bits, 32, version, shuffled)
+    checkpoint, tensors = open_checkpoint(path), all_tensors(path)
+    state = checkpoint.layer_state(0)
+    for lin in checkpoint.spec.layer_linears(0):
+        parts = [tensors[f"{lin.name}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx")]
+        wanted = plain_dequantization(*parts, bits, version == "gptq")
+        got = state[lin.name.removeprefix("model.layers.0.") + ".weight"]
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-6, atol=0)
+    assert torch.equal(state["self_attn.v_proj.bias"], tensors["model.layers.0.self_attn.v_proj.bias"])
+
+
+def test_a_module_excluded_by_the_config_is_read_as_stored(random_model: Make, edit_json: Edit) -> None:
+    path = random_model(num_hidden_layers=1)
+    plain = all_tensors(path)["model.layers.0.mlp.up_proj.weight"]
+    pack_by_hand(path, edit_json, 4, 32, "gptq", False)
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for part in ("qweight", "qzeros", "scales", "g_idx"):
+            del tensors[f"model.layers.0.mlp.up_proj.{part}"]
+        tensors["model.layers.0.mlp.up_proj.weight"] = plain
+
+    rewrite(path, change)
+    config = json.loads((path / "config.json").read_text())["quantization_config"]
+    assert "model.layers.0.mlp.up_proj" in refusal(path)
+    edit_json(path / "config.json", quantization_config=config | {"dynamic": {r"-:.*\.up_proj$": {}}})
+    assert torch.equal(open_checkpoint(path).layer_state(0)["mlp.up_proj.weight"], plain)
+
+
+# ---------------------------------------------------------------------- refusals
+
+
+def test_missing_tensor(random_model: Make) -> None:
+    path = rewrite(random_model(), lambda t: t.pop("model.layers.1.self_attn.k_proj.bias"))
+    assert refusal(path) == f"{path}: tensor model.layers.1.self_attn.k_proj.bias is in no shard"
+    rewrite(path, lambda t: t.pop("lm_head.weight"))
+    assert refusal(path) == f"{path}: tensor lm_head.weight and 1 more is in no shard"
+
+
+def test_wrong_shape(random_model: Make, edit_json: Edit) -> None:
+    path = random_model()
+    edit_json(path / "config.json", intermediate_size=128)
+    message = refusal(path)
+    assert "model.layers.0.mlp.gate_proj.weight has shape [96, 64], config.json wants [128, 64]" in message
+    assert message.startswith("model-0000")
+
+
+def test_integer_source(random_model: Make) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    path = rewrite(random_model(), lambda t: t.update({name: t[name].to(torch.int8)}))
+    assert refusal(path) == f"model.safetensors: {name} has dtype I8, wanted F16 or BF16 or F32"
+
+
+def test_float8_source(random_model: Make) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    path = rewrite(random_model(), lambda t: t.update({name: t[name].to(torch.float8_e4m3fn)}))
+    assert refusal(path) == f"model.safetensors: {name} has dtype F8_E4M3, wanted F16 or BF16 or F32"
+
+
+def test_extra_tensors(random_model: Make) -> None:
+    path = rewrite(random_model(), lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
+    assert open_checkpoint(path).ignored == ("model.layers.0.self_attn.rotary_emb.inv_freq",)
+    rewrite(path, lambda t: t.update({"score.weight": torch.ones(1, 64)}))
+    assert refusal(path) == "model.safetensors: tensor score.weight has no place in a qwen2 model"
+
+
+def test_more_layers_than_the_config_says(random_model: Make, edit_json: Edit) -> None:
+    path = random_model()
+    edit_json(path / "config.json", num_hidden_layers=2)
+    assert "tensor model.layers.2." in refusal(path) and "has no place in a qwen2 model" in refusal(path)
+
+
+def test_a_tied_model_may_store_its_head(random_model: Make) -> None:
+    path = random_model(tie_word_embeddings=True)
+    rewrite(path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    assert open_checkpoint(path).ignored == ("lm_head.weight",)
+
+
+def test_pickled_only(random_model: Make) -> None:
+    path = random_model()
+    for file in path.glob("model*safetensors*"):
+        file.unlink()
+    torch.save({}, path / "pytorch_model.bin")
+    assert refusal(path) == f"{path}: only pickled weights (pytorch_model.bin), which can run code: refused"
+
+
+def test_truncated_shard(random_model: Make) -> None:
+    path = random_model()
+    shard = sorted(path.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    message = refusal(path)
+    assert message.startswith(f"{shard.name}: tensor ") and "ends at byte" in message
+    shard.write_bytes(b"")
+    assert refusal(path) == f"{shard.name}: 0 bytes, too short for a safetensors file"
+
+
+def test_missing_shard(random_model: Make) -> None:
+    path = random_model()
+    shard = sorted(path.glob("*.safetensors"))[1]
+    shard.unlink()
+    assert refusal(path) == f"model.safetensors.index.json names {shard.name}, which is not there"
+
+
+def test_index_naming_an_absent_tensor(random_model: Make) -> None:
+    path = random_model()
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    file = next(iter(index["weight_map"].values()))
+    index["weight_map"]["model.layers.9.nothing"] = file
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert f"{file}: tensor model.layers.9.nothing is missing" in refusal(path)
+
+
+def test_already_quantized(random_model: Make, edit_json: Edit) -> None:
+    path = random_model()
+    for method, shown in (("awq", "awq"), ("gptq", "gptq"), (None, "unknown method")):
+        edit_json(path / "config.json", quantization_config={"quant_method": method, "bits": 4})
+        assert refusal(path, open_source) == f"{path}: already quantized ({shown})"
+    edit_json(path / "config.json", quantization_config="fp8")
+    assert refusal(path, open_source) == f"{path}: already quantized (unknown method)"
+    assert "quantization_config is str" in refusal(path)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "qwen2_5_vl", "qwen3_next", None])
+def test_unsupported_architecture(model_type: str | None, random_model: Make, edit_json: Edit) -> None:
+    path = random_model()
+    edit_json(path / "config.json", model_type=model_type)
+    assert refusal(path) == (
+        f"{path / 'config.json'}: model_type {model_type!r} is not supported (wanted one of qwen2, qwen3, llama)"
+    )
+
+
+def test_sliding_window(random_model: Make, edit_json: Edit) -> None:
+    path = random_model()
+    edit_json(path / "config.json", use_sliding_window=True, sliding_window=64)
+    assert refusal(path) == (
+        f"{path / 'config.json'}: use_sliding_window with a window of 64 tokens is not supported"
+    )
+    edit_json(path / "config.json", use_sliding_window=False)
+    open_checkpoint(path)
+
+
+def test_no_directory_and_no_config(tmp_path: Path) -> None:
+    assert refusal(tmp_path / "none") == f"{tmp_path / 'none'}: no such directory"
+    assert refusal(tmp_path) == "config.json: No such file or directory"
+    (tmp_path / "config.json").write_text("{")
+    assert "config.json: not JSON" in refusal(tmp_path)
+
+
+def test_non_finite_names_the_first() -> None:
+    good, bad = torch.ones(3), torch.tensor([1.0, float("nan")])
+    assert non_finite([("a", good), ("i", torch.ones(2, dtype=torch.int32)), ("b", bad), ("c", bad)]) == "b"
+    assert non_finite([("a", good)]) is None
+    assert non_finite([("a", torch.tensor([float("-inf")]))]) == "a"

@@ -1,0 +1,174 @@
+"""Sizes and refusals before anything is read: exact bytes of the 72B, tensor parallelism, disk."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwenq.errors import JobError, PlanError
+from qwenq.preflight import (
+    Preflight,
+    Tokens,
+    free_disk,
+    output_files,
+    peak_bytes,
+    preflight,
+    stream_bytes,
+    tensor_parallel_reason,
+)
+from qwenq.scheme import Recipe, Scheme
+from qwenq.spec import ModelSpec, family_spec, spec_from_config
+
+TOKENS = Tokens(128, 20, 512)
+
+
+def spec_of(**config: object) -> ModelSpec:
+    shape = {
+        "model_type": "qwen2", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 100, "max_position_embeddings": 64,
+    }  # fmt: skip
+    return spec_from_config(shape | config, name="small")
+
+
+@pytest.fixture(scope="module")
+def qwen72() -> ModelSpec:
+    spec = family_spec("Qwen2.5-72B")
+    assert spec is not None
+    return spec
+
+
+def dry_run(spec: ModelSpec, recipe: Recipe) -> Preflight:
+    return preflight(spec, recipe, TOKENS, compute_bytes=4, on_gpu=False, out=None)
+
+
+@pytest.mark.parametrize(("scheme", "wanted"), [(Scheme(4, 128), 41_489_965_056), (Scheme(8, 128), 76_870_557_696)])
+def test_72b_tensor_bytes(scheme: Scheme, wanted: int, qwen72: ModelSpec) -> None:
+    check = dry_run(qwen72, Recipe(scheme))
+    assert check.tensor_bytes == wanted
+    assert 0 < check.file_bytes - wanted < 2_000_000  # headers
+    assert check.source_tensor_bytes == 145_412_407_296
+    assert check.parameters == 72_706_203_648
+    assert check.units == dict.fromkeys(("qkv", "o", "gate_up", "down"), scheme.label)
+    json.dumps(check.to_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize(("group", "gb"), [(128, 41.5), (64, 42.9), (32, 45.6)])
+def test_72b_sizes_by_group(group: int, gb: float, qwen72: ModelSpec) -> None:
+    assert dry_run(qwen72, Recipe(Scheme(4, group))).tensor_bytes / 1e9 == pytest.approx(gb, abs=0.05)
+
+
+def test_bytes_by_hand() -> None:
+    """One layer, hidden 64, FFN 96, 4 heads of 16, 2 key-value heads, g32, 4 bits, BF16 elsewhere."""
+    spec = spec_of(num_hidden_layers=1)
+    shapes = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 96), (64, 96), (96, 64)]  # (in, out): q k v o gate up down
+    packed = 0
+    for columns, rows in shapes:
+        groups = columns // 32
+        packed += columns * rows // 2 + groups * rows // 2 + groups * rows * 2 + columns * 4
+    biases, norms = 2 * (64 + 32 + 32), 2 * 2 * 64
+    outer = 2 * (100 * 64 + 64 + 100 * 64)
+    check = dry_run(spec, Recipe(Scheme(4, 32)))
+    assert check.tensor_bytes == packed + biases + norms + outer
+    assert sum(check.unit_bytes.values()) == packed + biases
+    linears = sum(columns * rows for columns, rows in shapes)
+    assert sum(dry_run(spec, Recipe(None)).unit_bytes.values()) == 2 * linears + biases
+
+
+def test_bits_per_weight_by_hand() -> None:
+    """4 bits, a 16-bit scale and a 4-bit zero point for each group of 64: 4 + 20 / 64."""
+    spec = spec_of(hidden_size=128, intermediate_size=256)
+    assert dry_run(spec, Recipe(Scheme(4, 64))).bits_per_linear_weight == 4 + 20 / 64
+    assert dry_run(spec, Recipe(Scheme(8, 128))).bits_per_linear_weight == 8 + 24 / 128
+
+
+@pytest.mark.parametrize(
+    ("group", "allowed", "reason"),
+    [
+        (128, {1}, "29568 / 2 = 14784 inputs of down_proj split a group of 128"),
+        (64, {1, 2}, "29568 / 4 = 7392 inputs of down_proj split a group of 64"),
+        (32, {1, 2, 4}, "29568 / 8 = 3696 inputs of down_proj split a group of 32"),
+        (-1, {1, 2, 4, 8}, ""),
+    ],
+)
+def test_tensor_parallel_of_72b(group: int, allowed: set[int], reason: str, qwen72: ModelSpec) -> None:
+    found = {n: tensor_parallel_reason(qwen72, Recipe(Scheme(4, group)), n) for n in (1, 2, 4, 8)}
+    assert {n for n, why in found.items() if not why} == allowed
+    refused = [why for why in found.values() if why]
+    assert (refused[0] if refused else "") == reason
+
+
+@pytest.mark.parametrize(
+    ("config", "ranks", "reason"),
+    [
+        ({}, 8, "4 attention heads do not divide by 8"),
+        ({"num_attention_heads": 12, "num_key_value_heads": 3, "hidden_size": 96}, 2, "3 key-value heads neither"),
+        ({"vocab_size": 101}, 2, "vocabulary 101 does not divide by 2"),
+        ({"intermediate_size": 99}, 2, "intermediate size 99 does not divide by 2"),
+        ({"num_key_value_heads": 1}, 2, ""),  # key-value heads may be copied
+    ],
+)
+def test_tensor_parallel_reasons(config: dict, ranks: int, reason: str) -> None:
+    assert tensor_parallel_reason(spec_of(**config), Recipe(None), ranks).startswith(reason)
+    assert bool(tensor_parallel_reason(spec_of(**config), Recipe(None), ranks)) == bool(reason)
+
+
+def test_files_hold_every_tensor_once() -> None:
+    for tied in (False, True):
+        spec = spec_of(tie_word_embeddings=tied)
+        recipe = Recipe(Scheme(4, 32), (("model.layers.1.mlp.down_proj", None),))
+        files = output_files(spec, recipe, lambda name: "F16")
+        assert list(files) == [f"model-{k:05d}-of-00005.safetensors" for k in range(1, 6)]
+        names = [t.name for tensors in files.values() for t in tensors]
+        assert sorted(names) == sorted(t.name for t in recipe.tensors(spec)) and len(names) == len(set(names))
+        kept = {t.name: t.dtype for tensors in files.values() for t in tensors if t.dtype != "I32"}
+        assert set(kept.values()) == {"F16"} and "model.layers.1.mlp.down_proj.weight" in kept
+
+
+def test_a_group_that_divides_nothing_names_tensor_and_sizes() -> None:
+    with pytest.raises(PlanError) as caught:
+        dry_run(spec_of(), Recipe(Scheme(4, 64)))
+    assert caught.value.message == (
+        "model.layers.0.mlp.down_proj: group size 64 does not divide its 96 input features"
+    )
+    assert caught.value.hint == "sizes that divide it: 32, -1 (-1: one group per row)"
+    with pytest.raises(PlanError, match="does not pack into int32 words of 8 codes"):
+        dry_run(spec_of(intermediate_size=92), Recipe(Scheme(4, -1)))
+
+
+def test_a_disk_too_small_is_refused(tmp_path: Path, qwen72: ModelSpec) -> None:
+    check = dry_run(qwen72, Recipe(Scheme(4)))
+    check.check_disk(tmp_path)  # unknown free space refuses nothing
+    small = Preflight(**{**check.to_json(), "disk_free_bytes": 10_000_000_000})
+    with pytest.raises(JobError) as caught:
+        small.check_disk(tmp_path / "out")
+    needed = check.disk_needed_bytes / 1e9
+    assert caught.value.message == f"{tmp_path / 'out'}: needs {needed:.2f} GB of disk, 10.00 GB are free"
+    assert check.disk_needed_bytes > check.file_bytes + check.state_bytes
+
+
+def test_free_disk_of_a_directory_to_be_made(tmp_path: Path) -> None:
+    assert free_disk(tmp_path / "a" / "b" / "c") == pytest.approx(free_disk(tmp_path), abs=1 << 28)
+
+
+def test_hidden_states_by_hand() -> None:
+    """Three calibration and two evaluation windows of ten tokens, 64 values a token; and the noise floor's."""
+    spec = spec_of()
+    assert stream_bytes(spec, Tokens(3, 2, 10), 4) == (3 + 2 + 2) * 10 * 64 * 4
+    assert stream_bytes(spec, Tokens(3, 2, 10), 2) == (3 + 2 + 2) * 10 * 64 * 2 + 2 * 10 * 64 * 4
+    assert stream_bytes(spec, Tokens(3, 1, 10), 2) == (3 + 1 + 1) * 10 * 64 * 2 + 1 * 10 * 64 * 4
+
+
+def test_predicted_peaks_do_not_know_the_number_of_layers() -> None:
+    few, many = (peak_bytes(spec_of(num_hidden_layers=n), TOKENS, 4, False) for n in (8, 80))
+    assert few == many
+    host, gpu = peak_bytes(spec_of(), TOKENS, 2, True)
+    assert host > 0 and gpu > 0
+
+
+def test_planning_needs_no_torch() -> None:
+    code = "import sys, qwenq.preflight; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
