@@ -118,7 +118,8 @@ def preflight(
     for lin in spec.linears:
         scheme = recipe.scheme_of(lin)
         units.setdefault(lin.unit, set()).add(scheme.label if scheme else "16-bit")
-        size = sum(t.nbytes for t in scheme.gptq_tensors(lin)) if scheme else 2 * (lin.parameters + lin.bias * lin.out_features)
+        plain = 2 * (lin.parameters + lin.bias * lin.out_features)
+        size = sum(t.nbytes for t in scheme.gptq_tensors(lin)) if scheme else plain
         unit_bytes[lin.unit] = unit_bytes.get(lin.unit, 0) + size
     return Preflight(
         model=spec.name,

@@ -75,7 +75,14 @@ class ModelTokenizer:
     def render_chat(self, messages: list[dict[str, str]]) -> str:
         """A conversation as the model's chat template writes it; ChatML when the checkpoint has no template."""
         if self._chat is not None:
-            return str(self._chat.apply_chat_template(messages, tokenize=False))
+            try:
+                return str(self._chat.apply_chat_template(messages, tokenize=False))
+            except Exception as error:  # whatever the template's own code raises
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise CalibrationError(
+                    f"{self.directory}: its chat template refused a conversation ({reason})",
+                    hint="plain `text` needs no template",
+                ) from None
         return "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
 
     @property
