@@ -42,7 +42,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--bits", type=int, choices=(2, 3, 4, 8), default=4)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--mse", type=float, default=0.0, help="power of GPTQModel's clipping search; 0 turns it off")
-    parser.add_argument("--dtype", default="auto", help="auto: GPTQModel's choice, bfloat16 on a CPU, the model's own on a GPU")
+    parser.add_argument("--dtype", default="auto", help="auto: bfloat16 on a CPU, the model's own on a GPU")
     parser.add_argument("--device", default="cpu")
     return parser.parse_args()
 

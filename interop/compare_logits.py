@@ -16,10 +16,12 @@ from typing import Any, NoReturn
 import numpy as np
 
 # Largest allowed RMS difference of the logits, as a share of the RMS of the reference logits, by
-# the dtype the loader computes in.
-TOLERANCE = {"float32": 2e-3, "float16": 1e-2, "bfloat16": 5e-2}
+# the dtype the loader computes in. Measured on a 30-layer 135M model: float32 1.3e-6 and float16
+# 2.7e-3 for a right reading; 0.048 when one linear of 210 takes its zero points off by one. bfloat16
+# is a guess from its eight times coarser rounding.
+TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 # Smallest allowed share of positions whose most likely token is the same.
-MIN_TOP1 = {"float32": 0.995, "float16": 0.98, "bfloat16": 0.93}
+MIN_TOP1 = {"float32": 0.999, "float16": 0.98, "bfloat16": 0.93}
 
 
 def fail(message: str) -> NoReturn:
@@ -38,7 +40,8 @@ def read_reference(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if input_ids.dtype != np.int64 or input_ids.ndim != 2:
         fail(f"{path}: input_ids is {input_ids.dtype} {list(input_ids.shape)}, wanted int64 [B, T]")
     if logits.dtype != np.float32 or logits.shape[:2] != input_ids.shape or logits.ndim != 3:
-        fail(f"{path}: logits is {logits.dtype} {list(logits.shape)}, wanted float32 [B, T, V] for ids {list(input_ids.shape)}")
+        found = f"{logits.dtype} {list(logits.shape)}"
+        fail(f"{path}: logits is {found}, wanted float32 [B, T, V] for ids {list(input_ids.shape)}")
     return input_ids, logits
 
 

@@ -1,0 +1,110 @@
+#!/usr/bin/env python3
+"""Quantize a model with llm-compressor's GPTQ on given calibration tokens and print what it cost.
+
+    llmcompressor_quantize.py MODEL OUT --tokens TOKENS.npy --bits 4 --group-size 64 [--observer imatrix_mse]
+
+Runs inside the environment of interop/requirements-llmcompressor.txt. TOKENS.npy is int64
+[num_samples, seq_len]; the windows go in as they are, in the order given, one sample a batch.
+Writes a compressed-tensors checkpoint (pack-quantized, symmetric groups). Everything not named
+on the command line is llm-compressor's default. One JSON line on stdout; the tool's own log goes
+to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from pathlib import Path
+
+from foreign_run import (
+    check_paths,
+    check_vocabulary,
+    copy_tokenizer,
+    directory_bytes,
+    peak_rss_bytes,
+    process_age_s,
+    read_tokens,
+    versions,
+)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path, help="16-bit model directory")
+    parser.add_argument("out", type=Path, help="directory for the checkpoint; new or empty")
+    parser.add_argument("--tokens", type=Path, required=True, help="int64 [num_samples, seq_len], .npy")
+    parser.add_argument("--bits", type=int, choices=(4, 8), default=4)
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--observer", default="imatrix_mse", help="how scales are chosen: minmax, mse or imatrix_mse")
+    parser.add_argument("--dtype", default="bfloat16", help="dtype the model is calibrated and saved in")
+    return parser.parse_args()
+
+
+def quantize(args: argparse.Namespace) -> dict[str, object]:
+    """Quantize and save; the figures of the JSON line."""
+    check_paths(args.model, args.out)
+    tokens = read_tokens(args.tokens)  # [N, T]
+    check_vocabulary(tokens, args.model)
+
+    import torch
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from torch.utils.data import DataLoader
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
+    weights = {
+        "num_bits": args.bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": args.group_size,
+        "observer": args.observer,
+    }
+    modifier = GPTQModifier(config_groups={"group_0": {"targets": ["Linear"], "weights": weights}}, ignore=["lm_head"])
+    ids = torch.from_numpy(tokens)
+    samples = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids]
+
+    start_s = time.perf_counter()
+    oneshot(
+        model=model,
+        tokenizer=PreTrainedTokenizerFast.from_pretrained(args.model),
+        dataset=DataLoader(samples, batch_size=1, shuffle=False),
+        recipe=modifier,
+        num_calibration_samples=len(tokens),
+        max_seq_length=tokens.shape[1],
+        shuffle_calibration_samples=False,
+    )
+    quantize_s = time.perf_counter() - start_s
+    model.save_pretrained(args.out, save_compressed=True)
+    copy_tokenizer(args.model, args.out)
+    return {
+        "tool": "llmcompressor",
+        "model": args.model.name,
+        "bits": args.bits,
+        "group_size": args.group_size,
+        "observer": args.observer,
+        "dampening_frac": modifier.dampening_frac,
+        "actorder": str(modifier.actorder),
+        "dtype": args.dtype,
+        "calibration": list(tokens.shape),
+        "quantize_s": round(quantize_s, 2),
+        "process_s": round(process_age_s(), 2),
+        "peak_rss_bytes": peak_rss_bytes(),
+        "safetensors_bytes": directory_bytes(args.out, ".safetensors"),
+        "versions": versions("llmcompressor", "compressed-tensors", "torch", "transformers", "numpy"),
+    }
+
+
+def main() -> None:
+    args = parse_args()
+    with contextlib.redirect_stdout(sys.stderr):
+        figures = quantize(args)
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
