@@ -1,7 +1,7 @@
 """Facts about inference engines that decide memory, by version: what they keep, copy, round and dequantize.
 
-Read from the sources of transformers 4.38.2, 4.41.2, 4.42.4, 4.43.4, 4.44.2, 4.45.2, 4.46.0, 4.48.3, 4.51.3 and of
-AutoGPTQ 0.7.1 and AutoAWQ 0.2.6, and from vLLM 0.19 start-up logs; each fact says which.
+Read from the sources of transformers 4.38.2, 4.41.2, 4.42.4, 4.43.4, 4.44.2, 4.45.2, 4.46.0, 4.48.3, 4.51.3
+and 5.23.0 and of AutoGPTQ and AutoAWQ, and from vLLM 0.19 start-up logs; each fact says which.
 """
 
 from __future__ import annotations
@@ -118,18 +118,20 @@ class Kernel:
 
 
 DENSE = Kernel("16-bit matrix product", source="no dequantization")
-EXLLAMA_V1 = Kernel("ExLlama v1", static=2, source="AutoGPTQ 0.7.1 autogptq_post_init: temp_dq, fp16")
+EXLLAMA_V1 = Kernel("ExLlama v1", static=2, source="AutoGPTQ autogptq_post_init: temp_dq, fp16")
 CUDA_OLD = Kernel(
     "AutoGPTQ cuda_old",
     peak=6,  # int32 shift (4) and its int16 copy (2), then int16, difference, fp16 product (2 + 2 + 2)
     hold=2,
     min_rows=128,
-    source="AutoGPTQ 0.7.1 qlinear_cuda_old.py, kernel_switch_threshold 128",
+    source="AutoGPTQ qlinear_cuda_old.py, from kernel_switch_threshold = 128 rows on",
 )
-AWQ_GEMM = Kernel("AutoAWQ gemm", peak=2, hold=2, min_rows=1024, source="AutoAWQ 0.2.6 WQLinearMMFunction")
+AWQ_GEMM = Kernel(
+    "AutoAWQ gemm", peak=2, hold=2, min_rows=1024, source="AutoAWQ WQLinearMMFunction, from 1,024 rows on"
+)
 MARLIN = Kernel("Marlin", source="repacked weights, workspace of a few KB")
 LLAMA_CPP = Kernel("llama.cpp MMQ", source="int8 products, no 16-bit copy")
-QWENQ = Kernel("dequantize per linear", peak=2, hold=2, source="one linear in 16 bit at a time, its upper bound")
+PER_LINEAR = Kernel("dequantize per linear", peak=2, hold=2, source="one linear in 16 bit at a time, its upper bound")
 
 
 def kernel_for(engine: Engine, method: str, bits: int) -> Kernel:
@@ -139,11 +141,13 @@ def kernel_for(engine: Engine, method: str, bits: int) -> Kernel:
     if method in ("none", "fp8"):
         return DENSE
     if engine.name == "qwenq":
-        return QWENQ
+        return PER_LINEAR
     if engine.name == "vllm":
         return MARLIN
     if method == "awq":
         return AWQ_GEMM
+    if method in ("bitsandbytes", "compressed-tensors"):
+        return PER_LINEAR
     if engine.library("autogptq") is not None:
         return EXLLAMA_V1 if bits == 4 else CUDA_OLD
     return MARLIN  # GPTQModel on Ampere and later

@@ -18,8 +18,8 @@ def llamacpp_terms(
     spec: ModelSpec, weights: Weights, engine: Engine, work: Workload, share: Share
 ) -> tuple[tuple[Term, ...], str]:
     """Terms of one device; the embedding stays in host memory, a tied head is a second copy on the device."""
-    ubatch = work.prefill_chunk or UBATCH
     tokens = -(-work.context // 256) * 256 * work.batch
+    ubatch = min(work.prefill_chunk or UBATCH, tokens)
     held = sum(weights.layer_bytes[layer] for layer in share.layers)
     if share.head:
         held += sum(weights.norm) + sum(weights.head or weights.embed)

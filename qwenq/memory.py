@@ -65,6 +65,11 @@ class MemoryEstimate:
             return "fits"
         return "does not fit" if any(gpu.low_bytes > limit for gpu, limit in pairs) else "tight"
 
+    @property
+    def tightest(self) -> GpuMemory:
+        """The GPU with the least room; without limits the fullest."""
+        return min(self.gpus, key=lambda gpu: (gpu.limit_bytes or 0) - gpu.total_bytes if gpu.terms else 1 << 62)
+
     def term(self, name: str) -> int:
         """Bytes of one term over all GPUs."""
         return sum(gpu.term(name) for gpu in self.gpus)

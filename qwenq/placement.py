@@ -161,8 +161,11 @@ class _Splitter:
 
     def widest(self, layers: int) -> tuple[Share, ...]:
         """The split with the most room on the fullest GPU (a negative room when it does not fit)."""
-        low, high = -float(2 * self.weights.total_bytes + (1 << 45)), float(max(self.rig.limits))
-        best = self.fill(layers, low)
+        gpus = len(self.rig.gpus)
+        everything = Share(range(layers), embed=True, head=True, gpus=gpus)
+        most = max(self._cost(everything, index) for index in range(gpus)) + self._offload_bytes(layers)
+        low, high = float(min(self.rig.limits) - most), float(max(self.rig.limits))
+        best = self.fill(layers, low)  # with that little room any one GPU could hold everything
         assert best is not None
         while high - low > 1 << 20:
             middle = (low + high) / 2

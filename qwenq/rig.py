@@ -79,11 +79,6 @@ class Rig:
                 runs.append((gpu.name, 1))
         return " + ".join(f"{count}x {name}" if count > 1 else name for name, count in runs)
 
-    @property
-    def even(self) -> bool:
-        """All GPUs of one kind."""
-        return len({gpu.name for gpu in self.gpus}) == 1
-
 
 @cache
 def catalogue() -> tuple[Gpu, ...]:

@@ -74,7 +74,6 @@ class Workload:
     prefill_chunk: int = 0
     max_num_seqs: int = 0  # vLLM; 0: its default for the GPU
     gpu_memory_utilization: float = 0.9  # vLLM
-    util_given: bool = False
 
     def __post_init__(self) -> None:
         for name, value, least in (
@@ -158,7 +157,7 @@ class GpuMemory:
         }
 
 
-def context_term(name: str, gpus: int) -> Term:
+def context_term(name: str) -> Term:
     """CUDA context and loaded kernels of one process on a GPU."""
     if any(part in name for part in ("H100", "H200", "B200", "PRO 6000")):
         return Term(

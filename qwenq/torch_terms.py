@@ -48,7 +48,7 @@ def torch_terms(
         ranged("logits", head, "fitted", logits.moment, 0.98, 1.02),
         ranged("dequantization", static + dequantized, "fitted", f"{kernel.name}: {kernel.source}", 0.9, 1.0),
         Term("non_torch", workspace, "reported", "cuBLAS workspace, pytorch forum 178671 and pytorch#120925"),
-        context_term(gpu, share.gpus),
+        context_term(gpu),
         slack_term(kv + activations + head + dequantized),
     ]
     return merged(terms), moment

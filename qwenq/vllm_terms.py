@@ -121,7 +121,7 @@ def _non_torch(share: Share, gpu: str) -> Term:
 
 def _start(share: Share, gpu: str) -> Term:
     """What a rank holds before it loads: the CUDA context, and NCCL's own when there are several ranks."""
-    base = context_term(gpu, share.gpus)
+    base = context_term(gpu)
     if share.gpus == 1:
         return base
     extra = round(1.02 * GIB) if "H100" in gpu or "H200" in gpu else round(0.3 * GIB)

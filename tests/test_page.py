@@ -106,26 +106,8 @@ def test_limits(client: TestClient) -> None:
 
 def random_body(rng: random.Random) -> bytes:
     """Anything from noise to a valid state with one field spoiled."""
-    odd: list[Any] = [
-        None,
-        True,
-        -1,
-        0,
-        1,
-        3,
-        2**31,
-        2**70,
-        1.5,
-        1e300,
-        "",
-        "auto",
-        "fp8",
-        "4",
-        "é\u0000",
-        [],
-        {},
-        [[]],
-    ]
+    odd: list[Any] = [None, True, -1, 0, 1, 3, 2**31, 2**70, 1.5, 1e300, "", "fp8", "4", "é\u0000", [], {}, [[]]]
+    gpus = ["RTX 3090", "Arc B580", "M2 Ultra", "RTX 3060", "P40"] * 2 + ["A100"]
     kind = rng.randrange(6)
     if kind == 0:
         return rng.randbytes(rng.randrange(200))
@@ -138,13 +120,7 @@ def random_body(rng: random.Random) -> bytes:
         "context": rng.choice([1, 17, 4096, 32768, 131073, 0, rng.randrange(131072)]),
         "batch_size": rng.choice([1, 2, 256] * 4 + [257]),
         "prefill_chunk": rng.choice([0, 1, 512, 131072]),
-        "rig": [
-            {
-                "gpu": rng.choice(["RTX 3090", "Arc B580", "M2 Ultra", "RTX 3060", "P40"] * 2 + ["A100"]),
-                "count": rng.choice([1, 2, 3, 5, 16]),
-            }
-            for _ in range(rng.randrange(3))
-        ],
+        "rig": [{"gpu": rng.choice(gpus), "count": rng.choice([1, 2, 3, 5, 16])} for _ in range(rng.randrange(3))],
     }
     if kind in (1, 2):
         state[rng.choice(list(state))] = rng.choice(odd)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from qwenq.engines import get_engine
 from qwenq.errors import HonestNo, PlanError
 from qwenq.flags import llamacpp_flags, transformers_code, vllm_flags
+from qwenq.ggufsize import gguf_weights
 from qwenq.memory import even_shares, rank_shares
 from qwenq.parallel import padded_width, parallel_options, tensor_parallel_reasons
 from qwenq.placement import Placement, largest_context, place
@@ -137,6 +138,16 @@ def test_any_placement_is_whole(kinds: list[str], name: str, context: int, engin
     assert found.fits == (longest >= context)
     for gpu in found.memory.gpus:
         assert not found.fits or gpu.total_bytes <= (gpu.limit_bytes or 0)
+
+
+def test_absurd_loads_still_have_a_split() -> None:
+    """Found by random requests: working memory beyond any bound one would guess."""
+    spec = model("Qwen3-8B")
+    weights = gguf_weights(spec, "Q8_0")
+    work = Workload(40960, batch=256, kv_dtype="q8_0", prefill_chunk=131072)
+    found = place(spec, weights, parse_rig("3x Arc B580 + 2x RTX 3060"), get_engine("llama.cpp"), work)
+    _check(found, spec.num_hidden_layers)
+    assert not found.fits and found.memory.certainty == "does not fit"
 
 
 def test_vllm_does_not_place() -> None:

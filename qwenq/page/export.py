@@ -31,7 +31,7 @@ svg { width: 100%; height: auto; } svg text { fill: var(--ink); font: 13px syste
 
 
 def comparison_html(variants: Sequence[Spread], title: str) -> str:
-    """The document. Every number in it is the command line's; bars are the fullest GPU's."""
+    """The document. Every number in it is the command line's; bars are those of the GPU with the least room."""
     top = max(_scale(variant) for variant in variants)
     parts = [_section(variant, top) for variant in variants]
     names = [n for n in TERM_NAMES if any(gpu.term(n) for v in variants for e in v.estimates for gpu in e.gpus)]
@@ -40,7 +40,7 @@ def comparison_html(variants: Sequence[Spread], title: str) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><h1>{escape(title)}</h1>\n"
-        f"<p>GiB on the fullest GPU; the dashed line is what it offers.</p><p>{keys}</p>\n"
+        f"<p>GiB on the GPU with the least room; the dashed line is what it offers.</p><p>{keys}</p>\n"
         + "\n".join(parts)
         + "\n</body></html>\n"
     )
@@ -56,14 +56,14 @@ def _section(variant: Spread, top: int) -> str:
     where = f"{q.engine.label}, batch {q.template.batch}" + (f", on {q.rig.label}" if q.rig else "")
     rows = []
     for found in variant.estimates:
-        gpu = max(found.gpus, key=lambda g: g.total_bytes)
+        gpu = found.tightest
         fits = {None: "", True: "fits", False: '<span class="no">does not fit</span>'}[found.fits]
         rows.append(
             f"<tr><td>{format_tokens(found.work.context)}</td><td>{found.total_bytes / GIB:.2f}</td>"
             f"<td>{found.low_bytes / GIB:.2f} to {found.high_bytes / GIB:.2f}</td><td>{gpu.total_bytes / GIB:.2f}</td>"
             f"<td>{fits}</td></tr>"
         )
-    head = "<tr><th>context</th><th>all GPUs</th><th>range</th><th>fullest GPU</th><th></th></tr>"
+    head = "<tr><th>context</th><th>all GPUs</th><th>range</th><th>tightest GPU</th><th></th></tr>"
     return (
         f"<h2>{escape(heading)}</h2><p>{escape(where)}</p>{_bars(variant, top)}"
         f'<div class="scroll"><table>{head}{"".join(rows)}</table></div>'
@@ -73,10 +73,10 @@ def _section(variant: Spread, top: int) -> str:
 def _bars(variant: Spread, top: int) -> str:
     """An SVG of horizontal bars, one a context; 600 units wide for `top` bytes."""
     height = 30 * len(variant.estimates)
-    label = f"Memory of the fullest GPU at {len(variant.estimates)} contexts"
+    label = f"Memory of the tightest GPU at {len(variant.estimates)} contexts"
     shapes = []
     for index, found in enumerate(variant.estimates):
-        gpu = max(found.gpus, key=lambda g: g.total_bytes)
+        gpu = found.tightest
         x, y = 70.0, 30 * index + 4
         shapes.append(f'<text x="62" y="{y + 16}" text-anchor="end">{format_tokens(found.work.context)}</text>')
         for term in gpu.terms:
@@ -86,8 +86,8 @@ def _bars(variant: Spread, top: int) -> str:
                 f"<title>{TERM_NAMES[term.name]}: {term.n_bytes / GIB:.2f} GiB</title></rect>"
             )
             x += wide
-        shapes.append(f'<text x="{x + 6:.1f}" y="{y + 16}">{gpu.total_bytes / GIB:.2f}</text>')
+        at = 70 + 600 * (gpu.limit_bytes or 0) / top
+        shapes.append(f'<text x="{max(x, at) + 6:.1f}" y="{y + 16}">{gpu.total_bytes / GIB:.2f}</text>')
         if gpu.limit_bytes is not None:
-            at = 70 + 600 * gpu.limit_bytes / top
             shapes.append(f'<line class="limit" x1="{at:.1f}" x2="{at:.1f}" y1="{y - 4}" y2="{y + 26}"/>')
     return f'<svg viewBox="0 0 740 {height}" role="img" aria-label="{escape(label)}">{"".join(shapes)}</svg>'

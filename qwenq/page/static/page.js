@@ -237,8 +237,8 @@ function showCharts(answer) {
     const ticks = [1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072].filter((tick) => tick <= x[x.length - 1]);
     const narrow = holder.clientWidth < 520;
     Plotly.react(holder.children[index], traces, {
-      title: { text: title, font: { size: 15 }, x: 0.02, xanchor: "left" }, height: narrow ? 400 : 340, hovermode: "x unified", shapes, annotations,
-      margin: { l: 52, r: 16, t: 44, b: narrow ? 130 : 48 }, paper_bgcolor: panel, plot_bgcolor: panel, font: { color: ink },
+      title: { text: title, font: { size: 15 }, x: 0.02, xanchor: "left" }, height: narrow ? 400 : 352, hovermode: "x unified", shapes, annotations,
+      margin: { l: 52, r: 16, t: 44, b: narrow ? 130 : 60 }, paper_bgcolor: panel, plot_bgcolor: panel, font: { color: ink },
       xaxis: { type: "log", title: { text: "context, tokens" }, tickvals: ticks, ticktext: ticks.map((tick) => `${tick / 1024}k`), gridcolor: line },
       yaxis: { title: { text: "GiB" }, range: [0, top], gridcolor: line },
       legend: narrow ? { orientation: "h", y: -0.32 } : {}, hoverlabel: { bgcolor: panel, font: { color: ink } },
