@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+
+from qwenq.block import SolverOptions
+from qwenq.calibration import load_windows
+from qwenq.checkpoint import open_source
+from qwenq.quantize import QuantizeJob, QuantizeResult, quantize
+from qwenq.scheme import Recipe, Scheme
+from qwenq.tokens import ModelTokenizer, TokenWindows
 
 torch.set_num_threads(1)  # also makes sums the same on every machine with the same instructions
 
@@ -90,3 +98,38 @@ def edit_json() -> Callable[..., dict[str, Any]]:
         return content
 
     return edit
+
+
+def small_job(source: Path | str, out: Path | str, **changes: Any) -> QuantizeJob:
+    """4 bits g32 of a random tiny checkpoint on 6 calibration and 3 evaluation windows of 32 random tokens."""
+    generator = torch.Generator().manual_seed(7)
+    draws = {"calibration": (6, 32), "evaluation": (3, 32)}
+    tokens = {
+        name: TokenWindows(torch.randint(0, 1000, shape, generator=generator), name, {"kind": "random"})
+        for name, shape in draws.items()
+    }
+    return QuantizeJob(
+        **({"source": open_source(Path(source)), "out": Path(out), "recipe": Recipe(Scheme(4, 32))} | tokens | changes)
+    )
+
+
+def text_windows(text: Path, source: Path, length: int, count: int | None = None) -> TokenWindows:
+    """The first windows of a text."""
+    spec = open_source(source).spec
+    return load_windows(str(text), ModelTokenizer(source), spec, length=length, count=count, seed=None)
+
+
+@pytest.fixture(scope="session")
+def tiny_result(tiny: Path, calib: Path, heldout: Path, tmp_path_factory: pytest.TempPathFactory):
+    """result(bits, method): the trained model quantized in groups of 32, once a session; drift on text not seen."""
+    calibration, evaluation = text_windows(calib, tiny, 128), text_windows(heldout, tiny, 128, 20)
+
+    @cache
+    def make(bits: int, method: str) -> QuantizeResult:
+        out = tmp_path_factory.mktemp("tiny") / f"{bits}-{method}"
+        job = QuantizeJob(
+            open_source(tiny), out, Recipe(Scheme(bits, 32)), calibration, evaluation, SolverOptions(method=method)
+        )
+        return quantize(job)
+
+    return make

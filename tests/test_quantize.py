@@ -1,0 +1,624 @@
+"""The whole job on small models: what is written, what it costs, and every way to stop and go on."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import threading
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import small_job
+from safetensors.torch import load_file, save_file
+
+import qwenq.quantize
+from qwenq.block import SolverOptions
+from qwenq.checkpoint import open_checkpoint, open_source
+from qwenq.errors import CheckpointError, JobError, PlanError, QwenqError
+from qwenq.evaluate import evaluate
+from qwenq.journal import JOURNAL_NAME
+from qwenq.preflight import Tokens, preflight
+from qwenq.quantize import MANIFEST_NAME, QuantizeJob, partial_directory, quantize
+from qwenq.scheme import Recipe, Scheme
+from qwenq.streams import new_streams
+from qwenq.tokens import TokenWindows
+
+Make = Callable[..., Path]
+MIXED = Recipe(
+    Scheme(4, 32),
+    (
+        ("model.layers.0.mlp.down_proj", Scheme(8, 32)),
+        ("model.layers.1.self_attn.o_proj", None),
+        ("model.layers.2.mlp.gate_proj", Scheme(8, -1)),
+        ("model.layers.2.mlp.up_proj", Scheme(8, -1)),
+    ),
+)
+
+
+def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: t for file in sorted(directory.glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+def manifest(out: Path) -> dict[str, Any]:
+    """The manifest without the facts of this one run."""
+    found: dict[str, Any] = json.loads((out / MANIFEST_NAME).read_text())
+    assert "seconds" in found.pop("run")
+    return found
+
+
+def assert_same(a: Path, b: Path) -> None:
+    """Byte for byte, but for times in the manifest and the journal."""
+    names = sorted(p.name for p in a.iterdir())
+    assert names == sorted(p.name for p in b.iterdir())
+    for name in names:
+        if name not in (JOURNAL_NAME, MANIFEST_NAME):
+            assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    assert manifest(a) == manifest(b)
+
+
+# ---------------------------------------------------------------------- what is written
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("recipe", [Recipe(Scheme(4, 32)), Recipe(Scheme(8, -1)), MIXED], ids=["4", "8", "mixed"])
+def test_predicted_bytes_are_written_bytes(recipe: Recipe, tied: bool, random_model: Make, tmp_path: Path) -> None:
+    source = random_model(tie_word_embeddings=tied)
+    job = small_job(source, tmp_path / "out", recipe=recipe)
+    check = preflight(
+        job.source.spec, recipe, Tokens(6, 3, 32), compute_bytes=4, on_gpu=False, out=tmp_path,
+        dtype_of=job.stored_dtype, source_dtype_of=job.source.dtype_of,
+    )  # fmt: skip
+    result = quantize(job)
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert check.file_bytes == result.file_bytes == sum(f.stat().st_size for f in files)
+    stored = sum(t.numel() * t.element_size() for t in tensors_of(tmp_path / "out").values())
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert check.tensor_bytes == result.tensor_bytes == stored == index["metadata"]["total_size"]
+    whole = sum(f.stat().st_size for f in (tmp_path / "out").iterdir())
+    assert whole <= check.disk_needed_bytes
+    assert index["weight_map"] == {name: f.name for f in files for name in load_file(f)}
+    assert open_checkpoint(tmp_path / "out").recipe == recipe
+
+
+def test_what_is_not_quantized_is_the_sources_bytes(random_model: Make, tmp_path: Path) -> None:
+    source = random_model(dtype=torch.bfloat16)
+    (source / "generation_config.json").write_text('{"odd":   "spacing"}')
+    quantize(small_job(source, tmp_path / "out"))
+    before, after = tensors_of(source), tensors_of(tmp_path / "out")
+    kept = [name for name in after if name in before]
+    for name in kept:
+        assert after[name].dtype == before[name].dtype
+        assert torch.equal(after[name].view(torch.int16), before[name].view(torch.int16)), name
+    gone = {name for name in before if name not in after}
+    assert gone == {name for name in before if name.endswith("_proj.weight")}
+    for layer in range(3):
+        assert {f"model.layers.{layer}.self_attn.{x}_proj.bias" for x in "qkv"} <= set(kept)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_the_format_as_loaders_read_it(random_model: Make, tmp_path: Path) -> None:
+    source = random_model()
+    quantize(small_job(source, tmp_path / "out"))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"] == json.loads((tmp_path / "out" / "quantize_config.json").read_text())
+    assert config.items() >= json.loads((source / "config.json").read_text()).items()
+    tensors = tensors_of(tmp_path / "out")
+    name = "model.layers.1.mlp.down_proj"  # [64, 96]
+    found = {part: (tensors[f"{name}.{part}"].dtype, list(tensors[f"{name}.{part}"].shape))
+             for part in ("qweight", "qzeros", "scales", "g_idx")}  # fmt: skip
+    assert found == {
+        "qweight": (torch.int32, [12, 64]), "qzeros": (torch.int32, [3, 8]),
+        "scales": (torch.float16, [3, 64]), "g_idx": (torch.int32, [96]),
+    }  # fmt: skip
+    assert bool((tensors[f"{name}.qzeros"] == 0x77777777).all())
+    assert tensors[f"{name}.g_idx"].tolist() == [i // 32 for i in range(96)]
+
+
+def test_manifest_is_strict_json_and_its_hashes_hold(random_model: Make, tmp_path: Path) -> None:
+    from qwenq.headers import read_object
+    from qwenq.shards import file_sha256
+
+    job = small_job(random_model(), tmp_path / "out")
+    one = TokenWindows(job.evaluation.ids[:1], "one window", {})  # a standard error of one window is not a number
+    quantize(small_job(job.source.directory, job.out, evaluation=one, overlap=0.25))
+    found = read_object(tmp_path / "out" / MANIFEST_NAME)
+    assert found["drift"]["perplexity_se"] is None
+    assert found["warnings"] == ["25.0 % of the evaluation text also occurs in the calibration text"]
+    for name, digest in found["files"].items():
+        assert file_sha256(tmp_path / "out" / name) == digest
+    assert set(found["files"]) == {p.name for p in job.out.iterdir()} - {JOURNAL_NAME, MANIFEST_NAME}
+    assert [row["layer"] for row in found["layers"]] == [0, 1, 2]
+    assert found["job"]["scheme"] == {"bits": 4, "group_size": 32, "sym": True}
+
+
+def test_events(random_model: Make, tmp_path: Path) -> None:
+    events: list[Any] = []
+    result = quantize(small_job(random_model(), tmp_path / "out"), listen=events.append)
+    assert [e.layer for e in events if not isinstance(e, str)] == [0, 1, 2]
+    assert result.layers == tuple(e for e in events if not isinstance(e, str))
+    assert {r.name.rsplit(".", 1)[1] for r in result.layers[0].linears} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
+    assert all(r.error_db < -5 and not r.fallback for block in result.layers for r in block.linears)
+
+
+def test_a_fallback_is_recorded_and_shown(random_model: Make, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("qwenq.quant.gptq.factor_lower", lambda h, damp: False)
+    result = quantize(small_job(random_model(num_hidden_layers=1), tmp_path / "out"))
+    assert all("rounded to nearest" in r.fallback for r in result.layers[0].linears)
+    assert len(result.warnings) == 7
+    assert "model.layers.0.self_attn.q_proj: fell back to rounding to nearest (no Cholesky" in result.warnings[0]
+    assert manifest(tmp_path / "out")["warnings"] == list(result.warnings)
+
+
+def test_spilled_hidden_states_change_nothing(random_model: Make, tmp_path: Path, monkeypatch: Any) -> None:
+    source = random_model()
+    quantize(small_job(source, tmp_path / "a"))
+    monkeypatch.setattr(qwenq.quantize, "new_streams", partial(new_streams, spill_bytes=0))
+    quantize(small_job(source, tmp_path / "b"))
+    assert_same(tmp_path / "a", tmp_path / "b")
+
+
+# ---------------------------------------------------------------------- --dtype
+
+
+@pytest.mark.parametrize(
+    ("stored", "target"), [("float32", "bfloat16"), ("bfloat16", "float16"), ("float16", "bfloat16")]
+)
+def test_conversion_of_what_is_not_quantized(stored: str, target: str, random_model: Make, tmp_path: Path) -> None:
+    source = random_model(dtype=getattr(torch, stored))
+    job = small_job(source, tmp_path / "out", dtype=target, recipe=MIXED)
+    result = quantize(job)
+    before, after = tensors_of(source), tensors_of(tmp_path / "out")
+    for name in set(before) & set(after):
+        assert torch.equal(after[name], before[name].to(getattr(torch, target))), name
+        assert after[name].dtype == getattr(torch, target)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == target and "torch_dtype" not in config
+    assert result.drift == evaluate(open_checkpoint(job.out), job.source, job.evaluation)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.layers.1.self_attn.k_proj.bias", "model.norm.weight", "lm_head.weight"]
+)
+def test_an_overflow_is_named(name: str, random_model: Make, tmp_path: Path) -> None:
+    source = random_model(dtype=torch.bfloat16)
+    change_tensor(source, name, 70000.0)
+    with pytest.raises(CheckpointError) as caught:
+        quantize(small_job(source, tmp_path / "out", dtype="float16"))
+    assert f": {name} holds a value of 70144, which does not fit float16" in caught.value.message
+    assert caught.value.message.startswith("model-0000") and caught.value.hint == "--dtype bfloat16 holds it"
+    assert_nothing_looks_whole(tmp_path / "out")
+
+
+# ---------------------------------------------------------------------- drift
+
+
+def test_quantize_and_eval_agree_exactly(tiny: Path, tiny_result: Any, random_model: Make, tmp_path: Path) -> None:
+    job = small_job(random_model("qwen3", "qwen3", head_dim=32), tmp_path / "out", recipe=MIXED)
+    assert quantize(job).drift == evaluate(open_checkpoint(job.out), job.source, job.evaluation)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_drift_is_that_of_transformers_full_models(bits: int, tiny: Path, heldout: Path, tiny_result: Any) -> None:
+    """The oracle: both models whole, the quantized one with weights dequantized, logits in float32, sums in float64."""
+    from conftest import text_windows
+    from transformers import Qwen2ForCausalLM
+
+    result = tiny_result(bits, "gptq")
+    ids = text_windows(heldout, tiny, 128, 20).ids
+    reference = Qwen2ForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+    checkpoint = open_checkpoint(result.out)
+    state = {f"model.layers.{k}.{name}": t.float() for k in range(4) for name, t in checkpoint.layer_state(k).items()}
+    for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
+        state[name] = checkpoint.read(name).float()
+    quantized = Qwen2ForCausalLM(reference.config).eval()
+    quantized.load_state_dict(state, strict=True)
+    with torch.no_grad():
+        log_p, log_q = (m(ids).logits[:, :-1].double().log_softmax(-1) for m in (reference, quantized))
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    nll_p, nll_q = (-x.gather(2, ids[:, 1:, None])[..., 0] for x in (log_p, log_q))
+    drift = result.drift
+    assert drift.kl.mean == pytest.approx(float(kl.mean()), rel=1e-3)
+    assert drift.kl_median == pytest.approx(float(kl.quantile(0.5)), rel=1e-2)
+    assert drift.reference_perplexity == pytest.approx(float(nll_p.mean().exp()), rel=1e-5)
+    assert drift.perplexity == pytest.approx(float(nll_q.mean().exp()), rel=1e-5)
+    assert drift.perplexity_increase_percent.mean == pytest.approx(
+        100 * float((nll_q.mean() - nll_p.mean()).expm1()), abs=1e-3
+    )
+    same = (log_p.argmax(-1) == log_q.argmax(-1)).double().mean()
+    assert drift.top1_agreement.mean == pytest.approx(float(same), abs=1e-3)
+    assert (drift.tokens, drift.windows, drift.non_finite) == (20 * 127, 20, 0)
+
+
+def test_quality_on_text_not_calibrated_on(tiny_result: Any) -> None:
+    """8 bits lose almost nothing, 4 bits by GPTQ clearly less than by rounding."""
+    eight, four, rounded = (tiny_result(*kind).drift for kind in ((8, "gptq"), (4, "gptq"), (4, "rtn")))
+    assert eight.kl.mean < 1e-4 < four.kl.mean < 0.02
+    assert rounded.kl.mean > 2 * four.kl.mean
+    assert eight.top1_agreement.mean > four.top1_agreement.mean > rounded.top1_agreement.mean
+    assert eight.noise_floor_kl == 0.0
+
+
+def test_bfloat16_compute_reports_its_noise_floor(random_model: Make, tmp_path: Path) -> None:
+    job = small_job(random_model(), tmp_path / "out", compute_dtype="bfloat16", recipe=Recipe(Scheme(8, 32)))
+    drift = quantize(job).drift
+    assert 0 < drift.noise_floor_kl < 0.01 and drift.compute_dtype == "bfloat16"
+    assert drift == evaluate(open_checkpoint(job.out), job.source, job.evaluation, compute_dtype=torch.bfloat16)
+
+
+# ---------------------------------------------------------------------- stopped and resumed
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch", "qwenq.quantize", "transformers.models.qwen2.modeling_qwen2"])
+
+
+def run_until(source: str, out: str, step: int, interval: float, resume: bool, changes: dict[str, Any]) -> None:
+    """Run a job; SIGKILL this process at its `step`-th fsync or rename, before it happens."""
+    torch.set_num_threads(1)
+    qwenq.quantize._STATE_INTERVAL_S = interval
+    steps = 0
+
+    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **options: Any) -> Any:
+            nonlocal steps
+            if steps == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            steps += 1
+            return call(*args, **options)
+
+        return wrapper
+
+    os.fsync, os.replace = counted(os.fsync), counted(os.replace)
+    quantize(small_job(source, out, **changes), resume=resume)
+
+
+def killed_at(step: int, job: QuantizeJob, interval: float, resume: bool = False, **changes: Any) -> bool:
+    """False when the job was done before."""
+    arguments = (str(job.source.directory), str(job.out), step, interval, resume, changes)
+    child = FORKS.Process(target=run_until, args=arguments)
+    child.start()
+    child.join()
+    assert child.exitcode in (0, -signal.SIGKILL), child.exitcode
+    return child.exitcode != 0
+
+
+@pytest.mark.parametrize(
+    ("interval", "stride", "changes"),
+    [
+        (0.0, 2, {}),  # hidden states saved after every layer
+        (1e9, 4, {"dtype": "bfloat16"}),  # never saved: layers are replayed, from tensors as they were written
+        (0.0, 9, {"compute_dtype": "bfloat16"}),
+        (1e9, 9, {"compute_dtype": "bfloat16", "recipe": MIXED}),
+    ],
+    ids=["states", "replay", "bfloat16 states", "bfloat16 replay"],
+)
+def test_killed_anywhere_and_resumed_is_the_same(
+    interval: float, stride: int, changes: dict[str, Any], random_model: Make, tmp_path: Path, monkeypatch: Any
+) -> None:
+    source = random_model()
+    quantize(small_job(source, tmp_path / "whole", **changes))
+    monkeypatch.setattr(qwenq.quantize, "_STATE_INTERVAL_S", interval)
+    step, replays = 0, []
+    while True:
+        job = small_job(source, tmp_path / "out", **changes)
+        if not killed_at(step, job, interval, **changes):
+            break
+        assert not job.out.exists(), step
+        said: list[Any] = []
+        quantize(job, resume=True, listen=said.append)
+        assert_same(tmp_path / "whole", job.out)
+        replays.append(any("replaying" in line for line in said if isinstance(line, str)))
+        shutil.rmtree(job.out)
+        step += stride
+    assert step > 30
+    # with saved states only a kill between their removal and the last rename leaves layers to replay
+    assert any(replays) if interval else not any(replays[:-1])
+
+
+def test_killed_again_and_again(random_model: Make, tmp_path: Path, monkeypatch: Any) -> None:
+    source = random_model()
+    quantize(small_job(source, tmp_path / "whole"))
+    job = small_job(source, tmp_path / "out")
+    monkeypatch.setattr(qwenq.quantize, "_STATE_INTERVAL_S", 0.0)
+    assert all(killed_at(14, job, 0.0, resume=attempt > 0) for attempt in range(2))
+    quantize(job, resume=True)
+    assert_same(tmp_path / "whole", job.out)
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_after(layer: int) -> Callable[[Any], None]:
+    def listen(event: Any) -> None:
+        if not isinstance(event, str) and event.layer == layer:
+            raise Stop
+
+    return listen
+
+
+@pytest.fixture
+def stopped(random_model: Make, tmp_path: Path, monkeypatch: Any) -> QuantizeJob:
+    """A job stopped after layer 1 of 3, its hidden states saved after each layer; `whole` beside it is finished."""
+    source = random_model()
+    quantize(small_job(source, tmp_path / "whole"))
+    monkeypatch.setattr(qwenq.quantize, "_STATE_INTERVAL_S", 0.0)
+    job = small_job(source, tmp_path / "out")
+    with pytest.raises(Stop):
+        quantize(job, listen=stop_after(1))
+    return job
+
+
+def resumed(job: QuantizeJob) -> list[str]:
+    said: list[Any] = []
+    quantize(job, resume=True, listen=said.append)
+    assert_same(job.out.parent / "whole", job.out)
+    return [line for line in said if isinstance(line, str)]
+
+
+def test_a_damaged_finished_shard_is_done_again(stopped: QuantizeJob) -> None:
+    shard = partial_directory(stopped.out) / "model-00002-of-00005.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    assert "layer 0: its file is missing or damaged, it and what follows is done again" in resumed(stopped)
+
+
+def test_a_missing_finished_shard_is_done_again(stopped: QuantizeJob) -> None:
+    (partial_directory(stopped.out) / "model-00003-of-00005.safetensors").unlink()
+    said = resumed(stopped)
+    assert "layer 1: its file is missing or damaged, it and what follows is done again" in said
+    assert "layer 0: replaying" not in said  # its states were saved
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_damaged_states_fall_back_to_older_ones_then_to_replaying(damage: str, stopped: QuantizeJob) -> None:
+    work = partial_directory(stopped.out)
+    rows = [json.loads(line) for line in (work / JOURNAL_NAME).read_text().splitlines()]
+    newest, oldest = (work / rows[k]["state"]["file"] for k in (2, 1))
+    assert newest != oldest
+
+    def harm(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data if damage == "flip" else data[:-10])
+        if damage == "remove":
+            path.unlink()
+
+    saved = shutil.copytree(work, work.with_name("saved"))
+    harm(newest)
+    said = resumed(stopped)
+    assert "layer 1: replaying" in said and "layer 0: replaying" not in said
+    shutil.rmtree(stopped.out)
+    saved.rename(work)
+    harm(newest)
+    harm(oldest)
+    said = resumed(stopped)
+    assert "layer 0: replaying" in said and "layer 1: replaying" in said
+
+
+def test_two_copies_of_states_never_three(random_model: Make, tmp_path: Path, monkeypatch: Any) -> None:
+    """Every second layer saved: the last saved copy must not be the one that is written over."""
+    ticks = iter(range(0, 10_000, 20))
+    monkeypatch.setattr("qwenq.quantize.time.perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(qwenq.quantize, "_STATE_INTERVAL_S", 30.0)
+    job = small_job(random_model(num_hidden_layers=6), tmp_path / "out")
+    with pytest.raises(Stop):
+        quantize(job, listen=stop_after(5))
+    work = partial_directory(job.out)
+    rows = [json.loads(line) for line in (work / JOURNAL_NAME).read_text().splitlines()]
+    files = [row["state"]["file"] for row in rows if "state" in row]
+    assert len(files) >= 2 and all(a != b for a, b in pairwise(files))
+    assert len(list(work.glob(".qwenq-state*"))) == 2
+
+
+def test_changes_are_refused_by_name(stopped: QuantizeJob) -> None:
+    source, out = stopped.source.directory, stopped.out
+    other = TokenWindows(stopped.calibration.ids + 1, "other.txt", {"kind": "random"})
+    changes: dict[str, tuple[dict[str, Any], str]] = {
+        "seed": ({"seed": 3}, "seed was 0, now 3"),
+        "bits": ({"recipe": Recipe(Scheme(8, 32))}, "scheme.bits was 4, now 8"),
+        "damping": ({"options": SolverOptions(damp_percent=0.05)}, "options.damp_percent was 0.01, now 0.05"),
+        "method": ({"options": SolverOptions(method="rtn")}, "options.method was 'gptq', now 'rtn'"),
+        "dtype": ({"dtype": "bfloat16"}, "dtype was 'auto', now 'bfloat16'"),
+        "compute dtype": ({"compute_dtype": "bfloat16"}, "compute_dtype was 'float32', now 'bfloat16'"),
+        "calibration": ({"calibration": other}, "calibration.text was 'calibration', now 'other.txt'"),
+    }
+    for kind, (change, message) in changes.items():
+        with pytest.raises(JobError) as caught:
+            quantize(small_job(source, out, **change), resume=True)
+        assert message in caught.value.message, kind
+        assert caught.value.message.startswith(f"{partial_directory(out)}: cannot resume, ")
+    resumed(stopped)
+
+
+def test_a_changed_source_is_refused_by_name(stopped: QuantizeJob) -> None:
+    change_tensor(stopped.source.directory, "model.layers.2.mlp.up_proj.weight", 0.5)
+    with pytest.raises(JobError) as caught:
+        quantize(small_job(stopped.source.directory, stopped.out), resume=True)
+    digest = r"'[0-9a-f]{64}'"
+    assert re.search(rf"source\.model-\d+-of-\d+\.safetensors was {digest}, now {digest}$", caught.value.message)
+
+
+def test_a_full_disk_is_one_line_and_can_be_resumed(random_model: Make, tmp_path: Path, monkeypatch: Any) -> None:
+    source = random_model()
+    quantize(small_job(source, tmp_path / "whole"))
+    real = qwenq.quantize.write_shard
+
+    def full(path: Path, tensors: Any) -> str:
+        if path.name.startswith("model-00003"):
+            raise OSError(28, "No space left on device", str(path))
+        return real(path, tensors)
+
+    monkeypatch.setattr(qwenq.quantize, "write_shard", full)
+    job = small_job(source, tmp_path / "out")
+    with pytest.raises(JobError) as caught:
+        quantize(job)
+    assert caught.value.message.endswith("model-00003-of-00005.safetensors: No space left on device")
+    assert "--resume" in caught.value.hint
+    assert_nothing_looks_whole(job.out)
+    monkeypatch.setattr(qwenq.quantize, "write_shard", real)
+    resumed(job)
+
+
+# ---------------------------------------------------------------------- places
+
+
+def assert_nothing_looks_whole(out: Path) -> None:
+    assert not out.exists()
+    work = partial_directory(out)
+    assert not work.exists() or not (work / "config.json").exists()
+
+
+def refused(job: QuantizeJob, **options: Any) -> str:
+    before = sorted(job.out.parent.rglob("*"))
+    with pytest.raises(QwenqError) as caught:
+        quantize(job, **options)
+    assert sorted(job.out.parent.rglob("*")) == before, "something was left behind"
+    assert "\n" not in caught.value.message and caught.value.hint
+    return caught.value.message
+
+
+def test_where_out_may_be(random_model: Make, tmp_path: Path) -> None:
+    source = random_model()
+    assert "may not be the model's own directory or inside it" in refused(small_job(source, source))
+    assert "may not be the model's own directory or inside it" in refused(small_job(source, source / "out"))
+    (tmp_path / "link").symlink_to(source)
+    assert "may not be the model's own" in refused(small_job(source, tmp_path / "link" / "out"))
+    (tmp_path / "there").mkdir()
+    assert refused(small_job(source, tmp_path / "there")) == f"{tmp_path / 'there'}: exists already"
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    assert refused(small_job(source, tmp_path / "dangling")) == f"{tmp_path / 'dangling'}: exists already"
+    (tmp_path / "file").touch()
+    assert "Not a directory" in refused(small_job(source, tmp_path / "file" / "out"))
+
+
+def test_unfinished_jobs(random_model: Make, tmp_path: Path) -> None:
+    source = random_model()
+    job = small_job(source, tmp_path / "out")
+    work = partial_directory(job.out)
+    assert refused(job, resume=True) == f"{work}: no unfinished job there to resume"
+    work.mkdir()
+    (work / "thesis.txt").write_text("somebody's own")
+    assert refused(job) == f"{work}: an unfinished job is there"
+    assert "no qwenq-journal.jsonl in it, so nothing to resume" in refused_keeping_the_lock(job)
+    assert (work / "thesis.txt").read_text() == "somebody's own"
+
+
+def refused_keeping_the_lock(job: QuantizeJob) -> str:
+    with pytest.raises(JobError) as caught:
+        quantize(job, resume=True)
+    return caught.value.message
+
+
+def test_disk_too_small(random_model: Make, tmp_path: Path, monkeypatch: Any) -> None:
+    job = small_job(random_model(), tmp_path / "out")
+    monkeypatch.setattr("qwenq.preflight.free_disk", lambda out: 100_000)
+    assert "MB of disk, 0.1 MB are free" in refused(job)
+
+
+def test_a_group_that_divides_nothing(random_model: Make, tmp_path: Path) -> None:
+    job = small_job(random_model(), tmp_path / "out", recipe=Recipe(Scheme(4, 64)))
+    with pytest.raises(PlanError) as caught:
+        quantize(job)
+    assert caught.value.message.startswith("model.layers.0.mlp.down_proj: group size 64 does not divide its 96")
+    assert "32, -1" in caught.value.hint
+    assert_nothing_looks_whole(job.out)
+
+
+def test_one_directory_one_run(random_model: Make, tmp_path: Path) -> None:
+    """A second run, resumed or not, while the first still hashes its source: refused, and the first goes on."""
+    source = random_model()
+    job = small_job(source, tmp_path / "out")
+    begun, go_on = threading.Event(), threading.Event()
+
+    def listen(event: Any) -> None:
+        begun.set()
+        assert go_on.wait(60)
+
+    first = threading.Thread(target=quantize, args=(job,), kwargs={"listen": listen})
+    first.start()
+    assert begun.wait(60)
+    assert refused(job) == f"{partial_directory(job.out)}: an unfinished job is there"
+    assert f"in use by process {os.getpid()} on" in refused(job, resume=True)
+    go_on.set()
+    first.join()
+    quantize(small_job(source, tmp_path / "whole"))
+    assert_same(tmp_path / "whole", job.out)
+
+
+def test_threads_racing_for_one_directory(random_model: Make, tmp_path: Path) -> None:
+    source = random_model()
+    outcomes: list[Any] = []
+    gate = threading.Barrier(3)
+
+    def run() -> None:
+        job = small_job(source, tmp_path / "out")
+        gate.wait()
+        try:
+            outcomes.append(quantize(job).out)
+        except JobError as error:
+            outcomes.append(error.message)
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert outcomes.count(tmp_path / "out") == 1
+    assert all("unfinished job" in o or "exists already" in o for o in outcomes if isinstance(o, str))
+    quantize(small_job(source, tmp_path / "whole"))
+    assert_same(tmp_path / "whole", tmp_path / "out")
+
+
+# ---------------------------------------------------------------------- numbers that are none
+
+
+def change_tensor(source: Path, name: str, value: float) -> Path:
+    """Put `value` into one element of a stored tensor."""
+    file = open_source(source).tensors[name].file
+    tensors = load_file(file)
+    tensors[name].view(-1)[3] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+    return file
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.1.mlp.up_proj.weight",
+        "model.layers.2.self_attn.v_proj.bias",
+        "model.layers.0.input_layernorm.weight",
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    ],
+)
+def test_weights_that_are_not_finite_are_named(name: str, value: float, random_model: Make, tmp_path: Path) -> None:
+    source = random_model()
+    file = change_tensor(source, name, value)
+    with pytest.raises(CheckpointError) as caught:
+        quantize(small_job(source, tmp_path / "out"))
+    assert caught.value.message == f"{file.name}: {name} holds a NaN or an infinity"
+    assert_nothing_looks_whole(tmp_path / "out")
+
+
+def test_activations_that_are_not_finite_are_named(random_model: Make, tmp_path: Path) -> None:
+    source = random_model(dtype=torch.bfloat16)
+    change_tensor(source, "model.layers.1.post_attention_layernorm.weight", 3e38)
+    with pytest.raises(CheckpointError) as caught:
+        quantize(small_job(source, tmp_path / "out"))
+    assert caught.value.message == "layer 1: the activations entering gate_proj, up_proj are not finite"
+    assert_nothing_looks_whole(tmp_path / "out")
