@@ -17,7 +17,8 @@ from qwenq.memory import MemoryEstimate, check_context, estimate, rank_shares
 from qwenq.models import Model, load_model, model_weights
 from qwenq.parallel import ParallelOption, best_option, parallel_options, tensor_parallel_reasons
 from qwenq.placement import place
-from qwenq.rig import Rig, parse_rig
+from qwenq.plan import runs_on
+from qwenq.rig import Gpu, Rig, parse_rig
 from qwenq.spec import ModelSpec
 from qwenq.terms import TERM_NAMES, Workload
 from qwenq.units import GIB, format_gb, format_tokens, parse_size, parse_tokens
@@ -41,6 +42,12 @@ class Resolved:
     @property
     def spec(self) -> ModelSpec:
         return self.model.spec
+
+    @property
+    def misfits(self) -> list[Gpu]:
+        """Kinds of GPU of the rig on which the engine does not run at all."""
+        kinds = {gpu.name: gpu for gpu in self.rig.gpus} if self.rig else {}
+        return [gpu for gpu in kinds.values() if not runs_on(self.engine, gpu)]
 
     def at(self, context: int) -> Workload:
         """The workload at one context."""

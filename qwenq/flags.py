@@ -33,6 +33,8 @@ def vllm_flags(plan: Plan) -> str:
 
 def transformers_code(plan: Plan) -> str:
     """`max_memory` and `device_map` as Python, for `AutoModelForCausalLM.from_pretrained`."""
+    if plan.weights.method == "gguf":
+        return "# transformers reads GPTQ and 16-bit checkpoints, not GGUF: plan with --engine transformers"
     placement = plan.offload or plan.placement
     if placement is None:
         placement = place(plan.spec, plan.weights, plan.rig, get_engine("transformers"), _layered(plan.work))

@@ -68,7 +68,13 @@ class Plan:
 
 
 def make_plan(spec: ModelSpec, weights: Weights, rig: Rig, engine: Engine, work: Workload) -> Plan:
-    """Plan `weights` of `spec` on `rig`; says what fits instead when they do not."""
+    """Plan `weights` of `spec` on `rig`; says what fits instead when they do not.
+
+    Raises PlanError for a GPU the engine does not run on.
+    """
+    for gpu in rig.gpus:
+        if not runs_on(engine, gpu):
+            raise PlanError(f"{engine.name} does not run on {gpu.name}", hint="--engine llama.cpp does")
     vllm = engine if engine.name == "vllm" else get_engine("vllm")
     vllm_work = work if engine.name == "vllm" else replace(work, kv_dtype=_vllm_kv(work.kv_dtype), prefill_chunk=0)
     options = parallel_options(spec, weights, vllm, vllm_work, rig)
@@ -91,9 +97,6 @@ def make_plan(spec: ModelSpec, weights: Weights, rig: Rig, engine: Engine, work:
     slow = None
     if offload is not None:
         slow = estimate_speed(spec, weights, engine, work, rig.gpus, offload.shares, offload.offloaded_bytes)
-    for gpu in rig.gpus:
-        if not runs_on(engine, gpu):
-            raise PlanError(f"{engine.name} does not run on {gpu.name}", hint="--engine llama.cpp does")
     instead = () if fits else tuple(_instead(spec, weights, rig, engine, work, longest))
     return Plan(
         spec, weights, rig, engine, work, fits, memory, shares, placement, options, chosen, longest, offload, speed,

@@ -82,6 +82,12 @@ def test_every_engine(engine: str) -> None:
     assert json.loads(result.stdout)["estimates"][0]["fits"] is True
 
 
+def test_a_gpu_the_engine_cannot_use_is_warned_of() -> None:
+    result = run("vram", "Qwen2.5-7B", "--gpu", "M2 Ultra", "-c", "4k", "--json")
+    assert result.exit_code == 0 and json.loads(result.stdout)["rig"] == "Apple M2 Ultra"
+    assert result.stderr == "warning: qwenq does not run on Apple M2 Ultra\n"
+
+
 def test_engine_version_counts() -> None:
     def total(version: str) -> int:
         args = ("--engine", "transformers", "--engine-version", version, "--bits", "16", "-c", "16k", "--json")

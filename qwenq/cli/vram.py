@@ -101,6 +101,8 @@ def estimate_command(
         expect_params=expect_params,
     ).resolve()
     answer = spread(question, contexts_of(question, max_model_len))
+    for misfit in question.misfits:
+        print(f"warning: {question.engine.name} does not run on {misfit.name}", file=sys.stderr)
     if as_json:
         print(json.dumps(answer.to_json(), indent=2))
     elif as_csv:

@@ -13,7 +13,7 @@ from qwenq.engines import ENGINES, KV_DTYPES
 from qwenq.errors import PlanError
 from qwenq.parallel import best_option, parallel_options
 from qwenq.placement import largest_context
-from qwenq.plan import largest_vllm_context, recommend, runs_on
+from qwenq.plan import largest_vllm_context, recommend
 from qwenq.rig import Rig, catalogue, find_gpu
 from qwenq.spec import family_configs, family_spec
 from qwenq.terms import TERM_NAMES
@@ -81,7 +81,7 @@ def answer(ask: Ask) -> dict[str, Any]:
         "rig": rig.label if rig else None,
         "context_limit": min(spec.extended_context, MAX_PAGE_CONTEXT),
         "largest_context": _largest(question, ask.context) if rig else None,
-        "notes": [f"{ask.engine} does not run on {gpu.name}" for gpu in _misfits(question)],
+        "notes": [f"{ask.engine} does not run on {gpu.name}" for gpu in question.misfits],
         "command": command(ask, question),
     }
 
@@ -147,8 +147,3 @@ def _largest(question: Resolved, context: int) -> int:
     if option is None:
         return 0
     return largest_vllm_context(question.spec, question.weights, question.engine, work, question.rig, option)
-
-
-def _misfits(question: Resolved) -> list[Any]:
-    kinds = {gpu.name: gpu for gpu in question.rig.gpus} if question.rig else {}
-    return [gpu for gpu in kinds.values() if not runs_on(question.engine, gpu)]
