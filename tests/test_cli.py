@@ -1,0 +1,333 @@
+"""`qwenq quantize` and `qwenq eval` from the outside: output, errors in one line, exit codes, frozen options."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from click.testing import Result
+from typer.testing import CliRunner
+
+from qwenq.cli.main import app
+
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "120", "TERM": "dumb"}
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner(env=ENVIRONMENT).invoke(app, [str(a) for a in arguments])
+
+
+def options_of(command: str) -> set[str]:
+    parameters = typer.main.get_command(app).commands[command].params
+    return {option for p in parameters if p.param_type_name == "option" for option in (*p.opts, *p.secondary_opts)}
+
+
+# ---------------------------------------------------------------------- what users type
+
+
+def test_the_options_are_frozen() -> None:
+    """Scripts rely on these: add with care, remove never without a word in the changelog."""
+    assert options_of("quantize") == {
+        "--output", "-o", "--bits", "--group-size", "--calibration", "--num-samples", "-n", "--sequence-length",
+        "--seed", "--eval-text", "--eval-samples", "--method", "--damp-percent", "--device", "--dtype",
+        "--compute-dtype", "--dry-run", "--resume", "--json",
+    }  # fmt: skip
+    assert options_of("eval") == {
+        "--reference", "--text", "--num-samples", "-n", "--sequence-length", "--max-kl", "--max-ppl-increase",
+        "--device", "--compute-dtype", "--json",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["quantize"],
+        ["quantize", "m", "-o", "x", "--bits", "four"],
+        ["quantize", "m", "-o", "x", "--num-samples", "0"],
+        ["quantize", "m", "-o", "x", "--damp-percent", "2"],
+        ["quantize", "m", "--no-such-option"],
+        ["eval", "m"],
+        ["eval", "m", "--reference", "r", "--max-kl", "-1"],
+        ["nonsense"],
+    ],
+    ids=" ".join,
+)
+def test_usage_errors_exit_with_2(arguments: list[str]) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2 and result.stdout == "" and "Usage:" in result.stderr
+
+
+# ---------------------------------------------------------------------- dry run
+
+
+@pytest.mark.parametrize(("bits", "wanted"), [(4, 41_489_965_056), (8, 76_870_557_696)])
+def test_dry_run_of_a_family(bits: int, wanted: int) -> None:
+    result = run("quantize", "Qwen2.5-72B", "--bits", bits, "--dry-run", "--json")
+    assert result.exit_code == 0 and result.stderr == ""
+    found = json.loads(result.stdout)
+    assert found["tensor_bytes"] == wanted
+    assert set(found) == {
+        "model", "parameters", "scheme", "bits_per_linear_weight", "tensor_bytes", "file_bytes", "source_tensor_bytes",
+        "units", "unit_bytes", "peak_ram_bytes", "peak_vram_bytes", "state_bytes", "spill_bytes", "disk_needed_bytes",
+        "disk_free_bytes", "tensor_parallel",
+    }  # fmt: skip
+    assert found["tensor_parallel"]["1"] == "" and "split a group of 128" in found["tensor_parallel"]["2"]
+
+
+def test_dry_run_in_words(tmp_path: Path, tiny: Path) -> None:
+    result = run("quantize", tiny, "--bits", 4, "--group-size", 32, "--dry-run", "-o", tmp_path / "out")
+    assert result.exit_code == 0 and not (tmp_path / "out").exists() and list(tmp_path.iterdir()) == []
+    assert "dry run: tiny-qwen2 to 4-bit g32" in result.stdout
+    assert re.search(r"qkv: 4-bit g32 .* MB", result.stdout) and re.search(r"peak memory, predicted", result.stdout)
+
+
+def test_dry_run_answers_without_torch() -> None:
+    code = (
+        "import sys; sys.argv = ['qwenq', 'quantize', 'Qwen2.5-72B', '--dry-run']\n"
+        "from qwenq.cli.main import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_dry_run_of_a_disk_too_small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("qwenq.preflight.free_disk", lambda out: 5_000_000_000)
+    result = run("quantize", "Qwen2.5-72B", "--dry-run", "-o", tmp_path / "out")
+    assert result.exit_code == 1
+    assert re.fullmatch(
+        r"error: .*/out: needs \d+\.\d\d GB of disk, 5\.00 GB are free\n"
+        r"hint: choose an --output on another disk, or free some space\n",
+        result.stderr,
+    )
+
+
+# ---------------------------------------------------------------------- errors in one line
+
+
+@pytest.fixture
+def command(tiny: Path, calib: Path, heldout: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """A quantize command on the tiny model that works, with options replaced or added."""
+
+    def make(model: object = tiny, /, **options: object) -> list[str]:
+        settings: dict[str, object] = {
+            "output": tmp_path / "out", "bits": 4, "group_size": 32, "calibration": calib, "eval_text": heldout,
+            "sequence_length": 128, "num_samples": 8, "eval_samples": 4,
+        } | options  # fmt: skip
+        words = ["quantize", str(model)]
+        for name, value in settings.items():
+            if value is not None:
+                words += ["--" + name.replace("_", "-")] + ([] if value is True else [str(value)])
+        return words
+
+    return make
+
+
+def refusal(result: Result, message: str, hint: str | None = None) -> None:
+    """Exit code 1, nothing on stdout, `error: ...` and `hint: ...` as the only lines of stderr."""
+    assert result.exit_code == 1, (result.output, result.exception)
+    assert isinstance(result.exception, SystemExit) and result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert lines[0] == f"error: {message}"
+    assert lines[1:] == ([f"hint: {hint}"] if hint else [])
+
+
+def test_errors_of_quantize(command: Callable[..., list[str]], tiny: Path, tmp_path: Path, heldout: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "short.txt").write_text("a few words")
+    (tmp_path / "bare").mkdir()
+    cases: list[tuple[list[str], str, str | None]] = [
+        (command(output=None), "no output directory", "give one with -o DIR"),
+        (command(bits=5), "bits is 5, wanted 4 or 8", None),
+        (command(method="awq"), "--method awq: wanted gptq or rtn", None),
+        (command(dtype="float64"), "--dtype float64: wanted auto, float16 or bfloat16", None),
+        (
+            command(compute_dtype="float16"),
+            "--compute-dtype float16: wanted float32, bfloat16 or auto",
+            "float16 overflows in Qwen2.5's activations and is very slow on CPUs",
+        ),
+        (command(device="tpu"), "--device tpu: wanted auto, cpu, cuda or cuda:N", None),
+        (
+            command(group_size=256),
+            "model.layers.0.self_attn.q_proj: group size 256 does not divide its 128 input features",
+            "sizes that divide it: 128, 64, 32, -1 (-1: one group per row)",
+        ),
+        (
+            command(output=tmp_path / "there"),
+            f"{tmp_path}/there: exists already",
+            "choose another --output, or delete it",
+        ),
+        (
+            command(output=tiny / "out"),
+            f"{tiny}/out: the output may not be the model's own directory or inside it",
+            "choose another --output",
+        ),
+        (
+            command(resume=True),
+            f"{tmp_path}/out.partial: no unfinished job there to resume",
+            "leave --resume out",
+        ),
+        (
+            command(calibration=tmp_path / "empty.txt"),
+            f"{tmp_path}/empty.txt: no text in it",
+            "an empty set calibrates nothing",
+        ),
+        (
+            command(sequence_length=1024),
+            f"{tiny.parent}/calib.txt: windows of 1024 tokens, the model reads 512",
+            "--sequence-length 512 or less",
+        ),
+        (command(tmp_path / "bare"), "config.json: No such file or directory", None),
+    ]
+    for arguments, message, hint in cases:
+        refusal(run(*arguments), message, hint)
+    short = run(*command(eval_text=tmp_path / "short.txt"))
+    assert short.exit_code == 1
+    assert re.fullmatch(
+        r"error: .*/short\.txt: \d+ tokens, shorter than one window of 128\n"
+        r"hint: --sequence-length \d+ or less, or more text\n",
+        short.stderr,
+    )
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_errors_of_sources(
+    command: Callable[..., list[str]], random_model: Callable[..., Path], edit_json: Callable[..., Any]
+) -> None:
+    path = random_model()
+    config = json.loads((path / "config.json").read_text())
+    edit_json(path / "config.json", quantization_config={"quant_method": "awq"})
+    refusal(
+        run(*command(path)), f"{path}: already quantized (awq)", "quantize from the original 16-bit checkpoint"
+    )
+    edit_json(path / "config.json", quantization_config=None, model_type="qwen2_moe")
+    refusal(
+        run(*command(path)),
+        f"{path}/config.json: model_type 'qwen2_moe' is not supported (wanted one of qwen2, qwen3, llama)",
+        "mixture-of-experts and vision models are outside this tool",
+    )
+    (path / "config.json").write_text(json.dumps(config))
+    shard = sorted(path.glob("*.safetensors"))[0]
+    shard.rename(path / "elsewhere")
+    refusal(
+        run(*command(path)),
+        f"model.safetensors.index.json names {shard.name}, which is not there",
+        "finish the download, then try again",
+    )
+    for file in path.glob("model*"):
+        file.unlink()
+    (path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    result = run(*command(path))
+    assert result.exit_code == 1 and "only pickled weights (pytorch_model.bin), which can run code" in result.stderr
+
+
+def test_errors_of_eval(tiny: Path, random_model: Callable[..., Path]) -> None:
+    other = random_model()
+    refusal(
+        run("eval", tiny, "--reference", other),
+        f"{tiny} and {other} differ in hidden_size: 128 and 64",
+        "the reference is the 16-bit checkpoint that the other was made from",
+    )
+    refusal(
+        run("eval", tiny, "--reference", tiny, "--max-ppl-increase", "much"),
+        "--max-ppl-increase much: not a percentage",
+        "for instance 2%",
+    )
+
+
+# ---------------------------------------------------------------------- the work itself
+
+
+def test_quantize_in_words(command: Callable[..., list[str]], tmp_path: Path) -> None:
+    result = run(*command())
+    assert result.exit_code == 0, result.output
+    assert "drift on heldout.txt (4 x 128 tokens, float32)" in result.stdout
+    last = result.stdout.splitlines()[-1]
+    assert re.fullmatch(
+        rf"{tmp_path}/out: 4-bit g32, 1\.0 MB \(4\.62 bits per linear weight\), [\d.]+s, peak [\d.]+ [MG]B of memory",
+        last,
+    )
+    layers = [line for line in result.stderr.splitlines() if line.startswith("layer ")]
+    pattern = r"layer %d/4  worst -[\d.]+ dB \(\w+_proj\), stream -[\d.]+ dB  [\d.]+s  left [\dhms.]+"
+    assert len(layers) == 4
+    assert all(re.fullmatch(pattern % (k + 1), line) for k, line in enumerate(layers))
+
+
+def test_quantize_and_eval_in_json(
+    command: Callable[..., list[str]], tiny: Path, heldout: Path, tmp_path: Path
+) -> None:
+    result = run(*command(json=True))
+    assert result.exit_code == 0 and result.stderr == ""
+    made = json.loads(result.stdout)
+    assert set(made) == {
+        "out", "drift", "layers", "tensor_bytes", "file_bytes", "bits_per_linear_weight", "seconds", "peak_rss_bytes",
+        "warnings",
+    }  # fmt: skip
+    assert made["out"] == str(tmp_path / "out") and len(made["layers"]) == 4
+    measure = ["eval", tmp_path / "out", "--reference", tiny, "--text", heldout, "--sequence-length", 128, "-n", 4]
+    result = run(*measure, "--json", "--max-kl", "0.1", "--max-ppl-increase", "50%")
+    assert result.exit_code == 0 and result.stderr == ""
+    drift = json.loads(result.stdout)
+    assert drift == made["drift"]
+    assert set(drift) == {
+        "reference_perplexity", "reference_perplexity_se", "perplexity", "perplexity_se",
+        "perplexity_increase_percent", "kl", "kl_median", "kl_p99", "top1_agreement", "noise_floor_kl", "non_finite",
+        "tokens", "windows", "window_tokens", "text", "text_sha256", "compute_dtype", "metrics_version",
+    }  # fmt: skip
+    # an honest no: the figures are printed all the same, the reason goes to stderr, the exit code is 3
+    result = run(*measure, "--json", "--max-kl", "1e-6")
+    assert result.exit_code == 3 and json.loads(result.stdout) == drift
+    assert result.stderr == f"error: mean KL is {drift['kl']['mean']:.4f}, the limit 1e-06\n"
+    result = run(*measure, "--max-ppl-increase", "-60")
+    assert result.exit_code == 3 and "mean KL (nats/token)" in result.stdout
+    assert re.fullmatch(r"error: perplexity rose by -?[\d.]+ %, the limit is -60 %\n", result.stderr)
+    refusal(
+        run(*command(tmp_path / "out", output=tmp_path / "again")),
+        f"{tmp_path}/out: already quantized (gptq)",
+        "quantize from the original 16-bit checkpoint",
+    )
+
+
+def test_warnings_stay_one_line_and_keep_brackets(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qwenq.cli import console
+
+    app = typer.Typer()
+    line = "a [red]name[/red] and [128, 64] " + "long " * 60 + "end"
+
+    @app.command()
+    def say() -> None:
+        console.warn(line)
+
+    assert CliRunner(env=ENVIRONMENT).invoke(app, []).stderr == f"warning: {line}\n"
+
+
+def test_ctrl_c_prints_the_command_that_goes_on(command: Callable[..., list[str]], tmp_path: Path) -> None:
+    arguments = command(num_samples=60, sequence_length=128, output=tmp_path / "my out")
+    start = [sys.executable, "-m", "qwenq"]
+    job = subprocess.Popen([*start, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert job.stderr is not None
+    for line in job.stderr:
+        if line.startswith("layer 1/4"):
+            break
+    job.send_signal(signal.SIGINT)
+    out, err = job.communicate(timeout=60)
+    assert job.returncode == 130 and out == "" and "Traceback" not in err
+    said = err.splitlines()
+    assert f"stopped; {tmp_path / 'my out'}.partial keeps what is done. Go on with:" in said
+    printed = shlex.split(said[-1])
+    assert printed == ["qwenq", *arguments, "--resume"]
+    assert not (tmp_path / "my out").exists()
+    resumed = run(*printed[1:])
+    assert resumed.exit_code == 0 and (tmp_path / "my out" / "config.json").exists()
+    assert "layer 1/4  worst" not in resumed.stderr and "layer 4/4  worst" in resumed.stderr

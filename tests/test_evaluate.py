@@ -1,0 +1,149 @@
+"""Drift between two checkpoints: what may differ, what may not, and limits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import small_job
+from safetensors.torch import load_file, save_file
+
+from qwenq.checkpoint import open_checkpoint
+from qwenq.errors import CalibrationError, HonestNo, QwenqError
+from qwenq.evaluate import check_limits, evaluate
+from qwenq.quantize import quantize
+from qwenq.results import DriftReport
+from qwenq.tokens import TokenWindows
+
+Make = Callable[..., Path]
+
+
+def windows(count: int = 3, tokens: int = 32, top: int = 1000) -> TokenWindows:
+    return TokenWindows(torch.randint(0, top, (count, tokens), generator=torch.Generator().manual_seed(3)), "ids", {})
+
+
+def one_file(path: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
+    tensors = {name: t for file in path.glob("*.safetensors") for name, t in load_file(file).items()}
+    change(tensors)
+    for file in path.glob("model*"):
+        file.unlink()
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+def refusal(checkpoint: Path, reference: Path, ids: TokenWindows | None = None) -> str:
+    with pytest.raises(QwenqError) as caught:
+        evaluate(open_checkpoint(checkpoint), open_checkpoint(reference), ids or windows())
+    assert "\n" not in caught.value.message
+    return caught.value.message
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_against_itself(tied: bool, random_model: Make) -> None:
+    a = open_checkpoint(random_model("a", tie_word_embeddings=tied))
+    b = open_checkpoint(random_model("b", tie_word_embeddings=tied))
+    drift = evaluate(a, b, windows())
+    assert drift.kl.mean == 0 and drift.top1_agreement.mean == 1 and drift.perplexity == drift.reference_perplexity
+
+
+def test_every_part_of_the_model_counts(random_model: Make) -> None:
+    """Change one tensor at a time: whatever it is, the drift sees it."""
+    reference = open_checkpoint(random_model("a"))
+    parts = [
+        "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight", "model.layers.0.input_layernorm.weight",
+        "model.layers.1.post_attention_layernorm.weight", "model.layers.2.self_attn.k_proj.weight",
+        "model.layers.0.self_attn.q_proj.bias", "model.layers.1.self_attn.v_proj.bias",
+        "model.layers.2.mlp.up_proj.weight",
+    ]  # fmt: skip
+    for k, name in enumerate(parts):
+        path = one_file(random_model(f"b{k}"), lambda t, n=name: t[n].mul_(1.5))
+        assert evaluate(open_checkpoint(path), reference, windows()).kl.mean > 1e-4, name
+
+
+def test_padding_of_the_vocabulary_is_no_difference(random_model: Make, edit_json: Callable[..., Any]) -> None:
+    """151,936 against 152,064: rows of zeros below the embedding and the head."""
+    plain, padded = random_model("a"), random_model("b")
+
+    def pad(tensors: dict[str, torch.Tensor]) -> None:
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[name] = torch.cat([tensors[name], torch.full((128, 64), 9.0).half()])
+
+    one_file(padded, pad)
+    edit_json(padded / "config.json", vocab_size=1152)
+    for a, b in ((plain, padded), (padded, plain)):
+        drift = evaluate(open_checkpoint(a), open_checkpoint(b), windows())
+        assert drift.kl.mean == 0 and drift.perplexity == drift.reference_perplexity
+    assert refusal(plain, padded, windows(top=1152)).endswith("is outside the vocabulary of 1024")
+
+
+def test_what_may_not_differ(random_model: Make, edit_json: Callable[..., Any]) -> None:
+    a = random_model("a")
+    assert "differ in num_hidden_layers: 2 and 3" in refusal(random_model("b", num_hidden_layers=2), a)
+    assert "differ in model_type: llama and qwen2" in refusal(random_model("c", "llama"), a)
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
+    assert "differ in rotary parameters" in refusal(random_model("e", rope_parameters=rope), a)
+    other = random_model("f")
+    text = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(text.replace("<|im_start|>", "<|im_begin|>"))
+    assert "have different tokenizers" in refusal(other, a)
+    (other / "tokenizer.json").write_text(json.dumps(json.loads(text)))  # the same, written differently
+    evaluate(open_checkpoint(other), open_checkpoint(a), windows())
+
+
+def test_bad_numbers_are_named(random_model: Make) -> None:
+    a = random_model("a")
+    name = "model.layers.1.mlp.down_proj.weight"
+    bad = one_file(random_model("b"), lambda t: t[name].view(-1)[:1].fill_(float("nan")))
+    assert refusal(bad, a) == f"{bad}: {name} holds a NaN or an infinity"
+    head = one_file(random_model("c"), lambda t: t["lm_head.weight"][5].fill_(float("inf")))
+    drift = evaluate(open_checkpoint(head), open_checkpoint(a), windows())
+    assert drift.non_finite == drift.tokens
+    with pytest.raises(HonestNo, match="93 of 93 logit rows are not finite"):
+        check_limits(drift, None, None)
+
+
+def test_windows_longer_than_the_model(random_model: Make) -> None:
+    a = random_model("a")
+    assert "windows of 300 tokens, the model reads 256" in refusal(a, a, windows(1, 300))
+
+
+def test_a_quantized_reference_will_do(random_model: Make, tmp_path: Path) -> None:
+    source = random_model()
+    quantize(small_job(source, tmp_path / "q"))
+    q = open_checkpoint(tmp_path / "q")
+    forward, back = evaluate(q, open_checkpoint(source), windows()), evaluate(open_checkpoint(source), q, windows())
+    assert forward.perplexity == back.reference_perplexity and forward.kl.mean != back.kl.mean
+
+
+def test_limits() -> None:
+    from qwenq.metrics import TokenDrift, summarise
+
+    nll = torch.linspace(1, 2, 20)
+    drift: DriftReport = summarise(
+        TokenDrift(nll, nll + 0.01, torch.full((20,), 0.005), torch.ones(20), 0), 4,
+        noise_floor_kl=0.0, text="t", text_sha256="", compute_dtype="float32", window_tokens=6,
+    )  # fmt: skip
+    check_limits(drift, None, None)
+    check_limits(drift, 0.0051, 1.1)
+    with pytest.raises(HonestNo, match=r"^mean KL is 0\.0050, the limit 0\.004$") as caught:
+        check_limits(drift, 0.004, None)
+    assert caught.value.exit_code == 3
+    with pytest.raises(HonestNo, match=r"^perplexity rose by 1\.01 %, the limit is 1 %$"):
+        check_limits(drift, None, 1.0)
+    nan = replace(drift, kl=replace(drift.kl, mean=float("nan")))
+    with pytest.raises(HonestNo):  # not a number is never under a limit
+        check_limits(nan, 1.0, None)
+
+
+def test_layers_are_told(tiny: Path) -> None:
+    done: list[int] = []
+    checkpoint = open_checkpoint(tiny)
+    evaluate(checkpoint, checkpoint, windows(), listen=done.append)
+    assert done == [0, 1, 2, 3]
+    with pytest.raises(CalibrationError, match="outside the vocabulary of 1024"):
+        evaluate(checkpoint, checkpoint, windows(top=10**6))

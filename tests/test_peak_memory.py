@@ -1,0 +1,52 @@
+"""Peak memory (VmHWM, file pages included) does not grow with the number of layers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+SHAPE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4}
+
+JOB = """
+import json, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[3])
+from conftest import small_job
+from qwenq.preflight import Tokens, peak_bytes
+from qwenq.quantize import quantize
+job = small_job(sys.argv[1], sys.argv[2])
+result = quantize(job)
+predicted, _ = peak_bytes(job.source.spec, Tokens(6, 3, 32), 4, False)
+print(json.dumps({"peak": result.peak_rss_bytes, "predicted": predicted}))
+"""
+
+
+def peaks(source: Path, out: Path) -> dict[str, int]:
+    words = [sys.executable, "-c", JOB, str(source), str(out), str(Path(__file__).parent)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    done = subprocess.run(words, check=True, capture_output=True, text=True, env=environment)
+    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_8_and_32_layers_need_the_same_memory(random_model: Callable[..., Path], tmp_path: Path) -> None:
+    found = {}
+    for layers in (8, 32):
+        source = random_model(f"m{layers}", dtype=torch.float16, num_hidden_layers=layers, **SHAPE)
+        found[layers] = peaks(source, tmp_path / f"out{layers}")
+    block = 4 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 768)  # bytes of a layer's linears in float32: 3 MB
+    grown = found[32]["peak"] - found[8]["peak"]
+    assert grown <= 0.03 * found[8]["peak"], found
+    assert grown < 24 * block / 4, found  # 24 more layers, of which not even a quarter may stay
+    assert found[8]["peak"] < found[8]["predicted"] * 1.05, found
