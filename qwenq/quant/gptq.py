@@ -4,12 +4,16 @@ The form used here is the one of QuIP (Chee et al. 2023, theorem 6), which gives
 factor of the Hessian and needs no inverse: with H = L L' (L lower triangular) and columns taken from the last to the
 first, the value to round for column k is  w_k + sum over j > k of (w_j - q_j) L[j, k] / L[k, k].
 
+What is solved first is then improved by coordinate descent on tr(E (H + damp) E'): in turn each group's scale is
+fitted to its codes, and each column rounded again with all others as they stand.
+
 Shapes: I input columns, O output rows, K columns of one group, T tokens, G groups. Work tensors are transposed,
 [I, O], so that a column of the weight is contiguous; weights of one unit lie side by side along O.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,14 +22,16 @@ import torch
 from torch import Tensor
 
 from qwenq.errors import QwenqError
-from qwenq.quant.grid import absmax_grid, round_to_grid, search_grid
+from qwenq.quant.grid import absmax_grid, float16_scale, round_to_grid, search_grid
 from qwenq.scheme import Scheme
 
-DAMP_PERCENT = 0.01  # of the mean of the Hessian's diagonal, as a fraction: the field's name for it
+DAMP_PERCENT = 0.02  # of the mean of the Hessian's diagonal, as a fraction: the field's name for it
 DAMP_TRIES = 4  # each ten times the last
 FACTOR_BLOCK = 1024
 SPAN = 128  # columns whose corrections from all earlier columns are fetched in one product
 LEAF = 16  # columns corrected one by one
+SWEEPS = 2  # of coordinate descent
+STAT_ROWS = 1024  # rows of a weight from which its output error is estimated, evenly spaced
 ROWS_AT_ONCE = 4096  # on a CPU: what a core's cache holds
 
 
@@ -51,7 +57,7 @@ class QTensor:
 class SolveStats:
     """What one linear lost. dB figures are 10 log10 of error over signal; -inf when nothing was lost."""
 
-    error_db: float  # tr(E H E') / tr(W H W'): of the outputs on the calibration inputs; nan without a Hessian
+    error_db: float  # tr(E H E') / tr(W H W') over STAT_ROWS rows: of outputs on calibration inputs; nan without H
     weight_error_db: float
     damp_percent: float  # the damping that worked
     fallback: str = ""  # why the factorization was given up and weights were only rounded, or ""
@@ -64,13 +70,16 @@ def decibel(error: float, signal: float) -> float:
     return 10 * math.log10(error / signal) if signal > 0 else math.inf
 
 
-def add_to_hessian(h_II: Tensor, x_TI: Tensor) -> None:
+def add_to_hessian(h_II: Tensor, x_TI: Tensor, weight_T: Tensor | None = None) -> None:
     """Add x' x to the upper triangle of `h_II` (float32, in place); what lies below the diagonal means nothing.
 
     The triangle is added in block rows, which saves almost half of the work. `solve_unit` reads the upper triangle.
+    `weight_T`: how much each token counts, 1 when left out.
     """
     width = h_II.shape[0]
     x_TI = x_TI.reshape(-1, width).float()
+    if weight_T is not None:
+        x_TI = x_TI * weight_T.reshape(-1, 1).sqrt()
     step = max(256, -(-width // 16))
     for start in range(0, width, step):
         h_II[start : start + step, start:].addmm_(x_TI[:, start : start + step].T, x_TI[:, start:])
@@ -159,10 +168,11 @@ def _solve_columns(
         e_KO[k].addcmul_(code_O - zero_O, scale_O, value=-1)
 
 
-def _solve_gptq(e_IO: Tensor, h_II: Tensor, weight_I: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes uint8 [I, O], scales and zeros float32 [G, O], loss [O] = diagonal of E (H + damp) E'.
+def _solve_gptq(e_IO: Tensor, h_II: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes uint8 [I, O], scales and zeros float32 [G, O].
 
     `h_II` holds L below and on the diagonal. `e_IO` comes in as the weights and leaves as weights - rounded weights.
+    With all corrections made, an error e of column k costs (L[k, k] e)**2: the weight of the scale search.
     """
     columns, rows = e_IO.shape
     width = scheme.group_width(columns)
@@ -171,7 +181,6 @@ def _solve_gptq(e_IO: Tensor, h_II: Tensor, weight_I: Tensor, scheme: Scheme) ->
     pivots_I = h_II.diagonal().clone()
     codes_IO = torch.empty(columns, rows, dtype=torch.uint8, device=e_IO.device)
     scales_GO, zeros_GO = (torch.empty(columns // width, rows, device=e_IO.device) for _ in range(2))
-    loss_O = torch.zeros(rows, device=e_IO.device)
     for start in range((columns - 1) // span * span, -1, -span):
         stop = min(start + span, columns)
         r_SS = h_II[start:stop, start:stop].tril() / pivots_I[start:stop]
@@ -181,23 +190,86 @@ def _solve_gptq(e_IO: Tensor, h_II: Tensor, weight_I: Tensor, scheme: Scheme) ->
             part = slice(first, first + at_once)
             for low in range(stop - start - width, -1, -width):
                 group = slice(low, low + width)
-                r_KK = r_SS[group, group]
-                w_KO = e_IO[start + low : start + low + width, part]
+                whole = slice(start + low, start + low + width)
+                r_KK, w_KO = r_SS[group, group], e_IO[whole, part]
                 # the weights as they stand when this group's turn comes, were the group itself not rounded
                 moved_KO = torch.linalg.solve_triangular(r_KK.T, p_SO[group, part], upper=True, unitriangular=True)
                 e_KO = w_KO + moved_KO
-                scale_O, zero_O = search_grid(e_KO, weight_I[start + low : start + low + width], scheme)
-                t_KO, q_KO = e_KO.clone(), torch.empty_like(e_KO)
-                _solve_columns(t_KO, e_KO, q_KO, r_KK, 1 / scale_O, scale_O, zero_O, scheme.levels - 1)
-                codes_IO[start + low : start + low + width, part] = q_KO
+                scale_O, zero_O = search_grid(e_KO, pivots_I[whole].square(), scheme)
+                q_KO = torch.empty_like(e_KO)
+                _solve_columns(e_KO.clone(), e_KO, q_KO, r_KK, 1 / scale_O, scale_O, zero_O, scheme.levels - 1)
+                codes_IO[whole, part] = q_KO
                 index = (start + low) // width
                 scales_GO[index, part], zeros_GO[index, part] = scale_O, zero_O
-                t_KO.sub_(q_KO.sub_(zero_O).mul_(scale_O))
-                loss_O[part] += pivots_I[start + low : start + low + width].square() @ t_KO.square_()
                 w_KO.copy_(e_KO.sub_(moved_KO))
                 if low:
                     p_SO[:low, part].addmm_(r_SS[group, :low].T, w_KO)
-    return codes_IO, scales_GO, zeros_GO, loss_O
+    return codes_IO, scales_GO, zeros_GO
+
+
+def _descend(
+    e_IO: Tensor,
+    codes_IO: Tensor,
+    scales_GO: Tensor,
+    zeros_GO: Tensor,
+    h_II: Tensor,
+    diagonal_I: Tensor,
+    damp: float,
+    scheme: Scheme,
+) -> None:
+    """One sweep of descent on tr(E (H + damp) E') over scales and codes, all in place.
+
+    `h_II` holds H above its diagonal, which is `diagonal_I`. For column k, all else fixed, the best value to round is
+    q_k + (H E)_k / H_kk. A scale keeps its sign.
+    """
+    columns, rows = e_IO.shape
+    width = scheme.group_width(columns)
+    at_once = ROWS_AT_ONCE if e_IO.device.type == "cpu" else rows
+    for index in range(columns // width - 1, -1, -1):
+        start, stop = index * width, (index + 1) * width
+        group = slice(start, stop)
+        corner_KK = h_II[group, group].triu(1)
+        corner_KK += corner_KK.T.clone()
+        corner_KK.diagonal().copy_(diagonal_I[group] + damp)
+        pull_KO = corner_KK @ e_IO[group]
+        pull_KO.addmm_(h_II[:start, group].T, e_IO[:start]).addmm_(h_II[group, stop:], e_IO[stop:])
+        r_KK = corner_KK / corner_KK.diagonal()
+        for first in range(0, rows, at_once):
+            part = slice(first, first + at_once)
+            zero_O, scale_O, e_KO = zeros_GO[index, part], scales_GO[index, part], e_IO[group, part]
+            code_KO = codes_IO[group, part].float()
+            unit_KO = code_KO - zero_O
+            spread_KO = corner_KK @ unit_KO
+            step_O = (unit_KO * pull_KO[:, part]).sum(0) / (unit_KO * spread_KO).sum(0)
+            fitted_O = float16_scale(scale_O + step_O.nan_to_num_(0.0, 0.0, 0.0))
+            fitted_O = torch.where((fitted_O < 0) == (scale_O < 0), fitted_O, scale_O)
+            change_O = scale_O - fitted_O
+            e_KO.addcmul_(unit_KO, change_O)
+            pull_KO[:, part].addcmul_(spread_KO, change_O)
+            scale_O.copy_(fitted_O)
+            moved_KO = unit_KO.mul_(fitted_O)  # in: the rounded weights; out: how much they fell
+            t_KO = moved_KO + pull_KO[:, part] / corner_KK.diagonal()[:, None]
+            _solve_columns(t_KO, moved_KO, code_KO, r_KK, 1 / fitted_O, fitted_O, zero_O, scheme.levels - 1)
+            e_KO.add_(moved_KO)
+            codes_IO[group, part] = code_KO
+
+
+def _solve_damped(b_IO: Tensor, h_II: Tensor) -> Tensor:
+    """(L L')^-1 b, in place, for the factor below and on the diagonal of `h_II`."""
+    columns = h_II.shape[0]
+    starts = range(0, columns, FACTOR_BLOCK)
+    for start in starts:
+        part_KO, corner_KK = b_IO[start : start + FACTOR_BLOCK], h_II[start : start + FACTOR_BLOCK][:, start:]
+        corner_KK = corner_KK[:, :FACTOR_BLOCK]
+        part_KO.addmm_(h_II[start : start + FACTOR_BLOCK, :start], b_IO[:start], alpha=-1)
+        part_KO.copy_(torch.linalg.solve_triangular(corner_KK.tril(), part_KO, upper=False))
+    for start in reversed(starts):
+        stop = min(start + FACTOR_BLOCK, columns)
+        part_KO = b_IO[start:stop]
+        part_KO.addmm_(h_II[stop:, start:stop].T, b_IO[stop:], alpha=-1)
+        corner_KK = h_II[start:stop, start:stop].tril()
+        part_KO.copy_(torch.linalg.solve_triangular(corner_KK.T, part_KO, upper=True))
+    return b_IO
 
 
 def _solve_rounding(e_IO: Tensor, weight_I: Tensor | None, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
@@ -231,16 +303,15 @@ def _factor(h_II: Tensor, diagonal_I: Tensor, damp_percent: float) -> tuple[floa
     return tried, f"no Cholesky factor up to a damping of {tried:g}: rounded to nearest"
 
 
-def _quadratic(x_IO: Tensor, h_II: Tensor) -> Tensor:
-    """Diagonal [O] of x' h x for a symmetric h of which only the upper triangle is read."""
-    out_O = torch.zeros(x_IO.shape[1], device=x_IO.device)
+def _quadratic(x_IO: Tensor, h_II: Tensor, diagonal_I: Tensor) -> float:
+    """Trace of x' h x for a symmetric h with diagonal `diagonal_I`, read above its diagonal alone."""
+    total = float((x_IO.square().sum(1) * diagonal_I).sum())
     for start in range(0, h_II.shape[0], FACTOR_BLOCK):
         stop = min(start + FACTOR_BLOCK, h_II.shape[0])
-        corner_KK = h_II[start:stop, start:stop]
-        y_KO = (corner_KK.triu() + corner_KK.triu(1).T) @ x_IO[start:stop]
-        y_KO.addmm_(h_II[start:stop, stop:], x_IO[stop:], alpha=2)
-        out_O += y_KO.mul_(x_IO[start:stop]).sum(0)
-    return out_O
+        y_KO = h_II[start:stop, start:stop].triu(1) @ x_IO[start:stop]
+        y_KO.addmm_(h_II[start:stop, stop:], x_IO[stop:])
+        total += 2 * float(y_KO.mul_(x_IO[start:stop]).sum())
+    return total
 
 
 def _check_finite(weights: Mapping[str, Tensor], h_II: Tensor | None) -> None:
@@ -267,12 +338,17 @@ def solve_unit(
     *,
     damp_percent: float = DAMP_PERCENT,
     method: str = "gptq",
+    sweeps: int = SWEEPS,
+    pulls: Mapping[str, Tensor] | None = None,
 ) -> dict[str, tuple[QTensor, SolveStats]]:
     """Quantize linears [out, in] that read the same input, sharing one factorization.
 
     `h_II` (float32 [in, in]) is the sum of x x' over calibration tokens, not normalised; its upper triangle is read
     and **it is overwritten**. `damp_percent` is a fraction of the mean diagonal, raised tenfold while the factor does
     not exist; after DAMP_TRIES weights are rounded to the nearest value of a searched grid and `fallback` says so.
+    `pulls` (float32 [in, out] by name, overwritten): sums of x t' over the same tokens, where t is what should be
+    added to the outputs of the unrounded weights; weights are first moved by (H + damp)^-1 times that, and error
+    figures count from there.
     `method` "rtn" rounds to nearest with absmax scales and takes the Hessian, if any, for the statistics alone.
     Raises QwenqError, naming tensors, for non-finite or ill-fitting input.
     """
@@ -293,50 +369,49 @@ def solve_unit(
     e_IO = torch.empty(columns, sum(sizes), device=device)
     for part_IO, w_OI in zip(e_IO.split(sizes, dim=1), weights.values(), strict=True):
         part_IO.copy_(w_OI.T)
-    weight_norm_O = e_IO.square().sum(0)
-
-    fallback, tried = "", 0.0
+    diagonal_I = torch.zeros(columns, device=device) if h_II is None else h_II.diagonal().clone()
     order_I = torch.arange(columns, device=device)
-    signal_O = error_O = torch.full((sum(sizes),), math.nan, device=device)
     if h_II is not None:
         mirror_upper(h_II)
-        signal_O = _quadratic(e_IO, h_II)
-    if h_II is None or method == "rtn":
-        codes_IO, scales_GO, zeros_GO = _solve_rounding(e_IO, None, scheme)
-    else:
-        diagonal_I = h_II.diagonal().clone()
         order_I = processing_order(diagonal_I, scheme)
         permute_symmetric(h_II, order_I)
         e_IO, diagonal_I = e_IO[order_I], diagonal_I[order_I]
+    parts = [slice(stop - size, stop) for stop, size in zip(itertools.accumulate(sizes), sizes, strict=True)]
+    samples = [slice(p.start, p.stop, -(-(p.stop - p.start) // STAT_ROWS)) for p in parts]
+    signals = [math.nan if h_II is None else _quadratic(e_IO[:, rows], h_II, diagonal_I) for rows in samples]
+    weight_norm_O = e_IO.square().sum(0)
+
+    tried, fallback = 0.0, ""
+    if h_II is None or method == "rtn":
+        codes_IO, scales_GO, zeros_GO = _solve_rounding(e_IO, None, scheme)
+    else:
         tried, fallback = _factor(h_II, diagonal_I, damp_percent)
         damp = tried * float(diagonal_I.mean())
         if fallback:
             weight_I = diagonal_I.clamp(min=0) + max(1e-3 * float(diagonal_I.mean()), 1e-12)
             codes_IO, scales_GO, zeros_GO = _solve_rounding(e_IO, weight_I, scheme)
         else:
-            codes_IO, scales_GO, zeros_GO, loss_O = _solve_gptq(e_IO, h_II, diagonal_I + damp, scheme)
-            error_O = (loss_O - damp * e_IO.square().sum(0)).clamp_(min=0)
-    if h_II is not None and (fallback or method == "rtn"):
-        error_O = _quadratic(e_IO, h_II)
+            if pulls is not None:
+                for part_IO, name in zip(e_IO.split(sizes, dim=1), weights, strict=True):
+                    if name in pulls:
+                        part_IO.add_(_solve_damped(pulls[name][order_I], h_II))
+            codes_IO, scales_GO, zeros_GO = _solve_gptq(e_IO, h_II, scheme)
+            for _ in range(sweeps):
+                _descend(e_IO, codes_IO, scales_GO, zeros_GO, h_II, diagonal_I, damp, scheme)
+    errors = [math.nan if h_II is None else _quadratic(e_IO[:, rows], h_II, diagonal_I) for rows in samples]
+    weight_error_O = e_IO.square().sum(0)
     groups_G = order_I.view(-1, width)[:, 0].div(width, rounding_mode="floor").argsort()
     codes_IO, scales_GO, zeros_GO = codes_IO[order_I.argsort()], scales_GO[groups_G], zeros_GO[groups_G]
-    weight_error_O = e_IO.square().sum(0)
 
     out: dict[str, tuple[QTensor, SolveStats]] = {}
-    at = 0
-    for name, size in zip(weights, sizes, strict=True):
-        part = slice(at, at + size)
-        at += size
+    for name, part, error, signal in zip(weights, parts, errors, signals, strict=True):
         tensor = QTensor(
             codes_IO[:, part].T.contiguous(),
             scales_GO[:, part].T.half().contiguous(),
             zeros_GO[:, part].T.to(torch.uint8).contiguous(),
             scheme,
         )
-        error, signal = float(error_O[part].double().sum()), float(signal_O[part].double().sum())
-        lost, norm = float(weight_error_O[part].double().sum()), float(weight_norm_O[part].double().sum())
-        out[name] = (
-            tensor,
-            SolveStats(math.nan if h_II is None else decibel(error, signal), decibel(lost, norm), tried, fallback),
-        )
+        error_db = math.nan if h_II is None else decibel(error, signal)
+        weight_db = decibel(float(weight_error_O[part].double().sum()), float(weight_norm_O[part].double().sum()))
+        out[name] = (tensor, SolveStats(error_db, weight_db, tried, fallback))
     return out
