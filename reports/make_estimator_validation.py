@@ -12,16 +12,16 @@ from pathlib import Path
 import numpy as np
 
 from qwenq import __version__
-from qwenq.engines import get_engine
-from qwenq.memory import estimate, even_shares, rank_shares
-from qwenq.rig import Rig, find_gpu
+from qwenq.planning.engines import get_engine
+from qwenq.planning.memory import estimate, even_shares, rank_shares
+from qwenq.planning.rig import Rig, find_gpu
+from qwenq.planning.speed import FITS, decode_seconds, prefill_seconds
+from qwenq.planning.terms import Workload
+from qwenq.planning.validate import ValidatedRow, errors, read_rows
+from qwenq.planning.vllm_terms import profiled_bytes
+from qwenq.planning.weights import published_weights
 from qwenq.spec import ModelSpec, family_spec
-from qwenq.speed import FITS, decode_seconds, prefill_seconds
-from qwenq.terms import Workload
 from qwenq.units import GIB
-from qwenq.validate import ValidatedRow, errors, read_rows
-from qwenq.vllm_terms import profiled_bytes
-from qwenq.weights import published_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "tests" / "data" / "published"
@@ -224,7 +224,7 @@ def speed_section() -> list[str]:
         "2048, prefill at 40 % of the tensor rate; transformers before 4.48 moves its repeated keys and values 3.9 "
         "times. Least squares on relative errors with non-negative overheads and a traffic of at least 1 (1.05 in "
         "vLLM), per engine and format, rounded; then one prefill rate for all. The constants, and these ranges, are in "
-        "`qwenq/speed.py`. Other cards and hosts get a range 1.3 times as wide. "
+        "`qwenq/planning/speed.py`. Other cards and hosts get a range 1.3 times as wide. "
         f"{left_out} rows are left out: vLLM 0.6.2 runs at 129,024 tokens (another sampling set-up) and the 72B "
         "GPTQ-Int4 on one GPU in vLLM, 2.8 times slower than on two.",
         table(("engine", "format", "rows", "ms a layer + with TP", "traffic", "mean error", "ratios"), lines),
@@ -233,12 +233,12 @@ def speed_section() -> list[str]:
 
 def known_section() -> list[str]:
     """Facts and rigs that must come out right."""
-    from qwenq.ggufsize import gguf_weights
-    from qwenq.llamacpp_terms import compute_buffer
-    from qwenq.placement import largest_context, place
-    from qwenq.rig import parse_rig
+    from qwenq.planning.ggufsize import gguf_weights
+    from qwenq.planning.llamacpp_terms import compute_buffer
+    from qwenq.planning.placement import largest_context, place
+    from qwenq.planning.rig import parse_rig
+    from qwenq.planning.weights import recipe_weights, sized_recipe
     from qwenq.scheme import Recipe, Scheme
-    from qwenq.weights import recipe_weights, sized_recipe
 
     spec, rig = model("Qwen2.5-72B"), parse_rig("2x RTX 3090")
     uniform = recipe_weights(spec, Recipe(Scheme(4, 128)))

@@ -263,9 +263,7 @@ def test_unsupported_architecture(model_type: str | None, random_model: Make, ed
 def test_sliding_window(random_model: Make, edit_json: Edit) -> None:
     path = random_model()
     edit_json(path / "config.json", use_sliding_window=True, sliding_window=64)
-    assert refusal(path) == (
-        f"{path / 'config.json'}: use_sliding_window with a window of 64 tokens is not supported"
-    )
+    assert refusal(path) == (f"{path / 'config.json'}: use_sliding_window with a window of 64 tokens is not supported")
     edit_json(path / "config.json", use_sliding_window=False)
     open_checkpoint(path)
 

@@ -208,9 +208,7 @@ def test_errors_of_sources(
     path = random_model()
     config = json.loads((path / "config.json").read_text())
     edit_json(path / "config.json", quantization_config={"quant_method": "awq"})
-    refusal(
-        run(*command(path)), f"{path}: already quantized (awq)", "quantize from the original 16-bit checkpoint"
-    )
+    refusal(run(*command(path)), f"{path}: already quantized (awq)", "quantize from the original 16-bit checkpoint")
     edit_json(path / "config.json", quantization_config=None, model_type="qwen2_moe")
     refusal(
         run(*command(path)),

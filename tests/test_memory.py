@@ -10,21 +10,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwenq.activations import decode_peak, logits_peak, prefill_peak
-from qwenq.allocator import MIB, allocated_bytes
-from qwenq.engines import ENGINES, EXLLAMA_V1, KV_DTYPES, get_engine, kernel_for, parse_environment
 from qwenq.errors import PlanError
-from qwenq.ggufsize import gguf_weights
-from qwenq.llamacpp_terms import compute_buffer
-from qwenq.memory import check_context, estimate, even_shares, rank_shares
-from qwenq.rig import Rig, find_gpu
+from qwenq.planning.activations import decode_peak, logits_peak, prefill_peak
+from qwenq.planning.allocator import MIB, allocated_bytes
+from qwenq.planning.engines import ENGINES, EXLLAMA_V1, KV_DTYPES, get_engine, kernel_for, parse_environment
+from qwenq.planning.ggufsize import gguf_weights
+from qwenq.planning.llamacpp_terms import compute_buffer
+from qwenq.planning.memory import check_context, estimate, even_shares, rank_shares
+from qwenq.planning.rig import Rig, find_gpu
+from qwenq.planning.terms import GpuMemory, Term, Workload
+from qwenq.planning.validate import errors, read_rows
+from qwenq.planning.vllm_terms import profiled_bytes
+from qwenq.planning.weights import Weights, published_weights, recipe_weights
 from qwenq.scheme import Recipe, Scheme
 from qwenq.spec import ModelSpec, family_configs, family_spec
-from qwenq.terms import GpuMemory, Term, Workload
 from qwenq.units import GIB
-from qwenq.validate import errors, read_rows
-from qwenq.vllm_terms import profiled_bytes
-from qwenq.weights import Weights, published_weights, recipe_weights
 
 PUBLISHED = Path(__file__).parent / "data" / "published"
 

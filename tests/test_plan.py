@@ -10,21 +10,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwenq.engines import get_engine
 from qwenq.errors import HonestNo, PlanError
-from qwenq.flags import llamacpp_flags, transformers_code, vllm_flags
-from qwenq.ggufsize import gguf_weights
-from qwenq.memory import even_shares, rank_shares
-from qwenq.parallel import padded_width, parallel_options, tensor_parallel_reasons
-from qwenq.placement import Placement, largest_context, place
-from qwenq.plan import make_plan, recommend
-from qwenq.rig import find_gpu, parse_rig, rig_of
+from qwenq.planning.engines import get_engine
+from qwenq.planning.flags import llamacpp_flags, transformers_code, vllm_flags
+from qwenq.planning.ggufsize import gguf_weights
+from qwenq.planning.memory import even_shares, rank_shares
+from qwenq.planning.parallel import padded_width, parallel_options, tensor_parallel_reasons
+from qwenq.planning.placement import Placement, largest_context, place
+from qwenq.planning.plan import make_plan, recommend
+from qwenq.planning.rig import find_gpu, parse_rig, rig_of
+from qwenq.planning.speed import bus_gb_s, decode_seconds, estimate_speed, prefill_seconds, speed_fit
+from qwenq.planning.terms import Workload
+from qwenq.planning.weights import Weights, published_weights, recipe_weights, sized_recipe
 from qwenq.scheme import Recipe, Scheme
 from qwenq.spec import ModelSpec, family_spec
-from qwenq.speed import bus_gb_s, decode_seconds, estimate_speed, prefill_seconds, speed_fit
-from qwenq.terms import Workload
 from qwenq.units import GIB
-from qwenq.weights import Weights, published_weights, recipe_weights, sized_recipe
 
 PUBLISHED = Path(__file__).parent / "data" / "published"
 

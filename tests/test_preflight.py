@@ -131,9 +131,7 @@ def test_files_hold_every_tensor_once() -> None:
 def test_a_group_that_divides_nothing_names_tensor_and_sizes() -> None:
     with pytest.raises(PlanError) as caught:
         dry_run(spec_of(), Recipe(Scheme(4, 64)))
-    assert caught.value.message == (
-        "model.layers.0.mlp.down_proj: group size 64 does not divide its 96 input features"
-    )
+    assert caught.value.message == ("model.layers.0.mlp.down_proj: group size 64 does not divide its 96 input features")
     assert caught.value.hint == "sizes that divide it: 32, -1 (-1: one group per row)"
     with pytest.raises(PlanError, match="does not pack into int32 words of 8 codes"):
         dry_run(spec_of(intermediate_size=92), Recipe(Scheme(4, -1)))

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwenq.errors import PlanError
-from qwenq.rig import Gpu, Rig, catalogue, find_gpu, parse_rig
+from qwenq.planning.rig import Gpu, Rig, catalogue, find_gpu, parse_rig
 from qwenq.units import GIB
 
 

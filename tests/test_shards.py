@@ -44,7 +44,7 @@ def test_literal_bytes(tmp_path: Path) -> None:
         b'"c":{"dtype":"U8","shape":[3],"data_offsets":[14,17]}}'
     )
     padding = b"     "
-    data = bytes.fromhex("01000000" "ffffffff" "003c" "00c0" "803f" "070809")
+    data = bytes.fromhex("01000000ffffffff003c00c0803f070809")
     wanted = bytes([0x00, 0x01, 0, 0, 0, 0, 0, 0]) + header + padding + data
     digest = write_shard(tmp_path / "x.safetensors", tensors)
     assert (tmp_path / "x.safetensors").read_bytes() == wanted

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from qwenq.asking import Question, estimate_at
 from qwenq.cli.main import app
+from qwenq.planning.asking import Question, estimate_at
 
 DATA = Path(__file__).parent / "data"
 TABLE = DATA / "published" / "qwen25_transformers_memory.csv"

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from qwenq.errors import CheckpointError, PlanError
-from qwenq.ggufsize import gguf_weights
-from qwenq.models import load_model, load_spec, model_weights
+from qwenq.planning.ggufsize import gguf_weights
+from qwenq.planning.models import load_model, load_spec, model_weights
+from qwenq.planning.weights import header_weights, published_weights, recipe_weights, sized_recipe
 from qwenq.scheme import Recipe, Scheme
 from qwenq.spec import ModelSpec, family_spec
-from qwenq.weights import header_weights, published_weights, recipe_weights, sized_recipe
 
 TINY = Path(__file__).parent / "data" / "tiny-qwen2"
 

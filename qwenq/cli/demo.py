@@ -81,9 +81,8 @@ def demo(
                     listen=lambda e, p=progress: p.say(e) if isinstance(e, str) else p.layer(e),  # type: ignore[misc]
                 )
             out.print(drift_table(result.drift))
-            out.print(
-                f"{target}: {format_gb(result.file_bytes)}, from {format_gb(sum(t.spec.nbytes for t in source.tensors.values()))}"
-            )
+            stored = sum(location.spec.nbytes for location in source.tensors.values())
+            out.print(f"{target}: {format_gb(result.file_bytes)}, from {format_gb(stored)}")
         path = target / MANIFEST_NAME
         if not path.is_file():
             raise JobError(f"{target}: holds no {MANIFEST_NAME}", hint=f"delete {target} and run the demo again")

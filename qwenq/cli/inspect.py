@@ -29,7 +29,7 @@ def inspect(
     from qwenq.audit import audit, index_total
     from qwenq.headers import checkpoint_tensors
     from qwenq.hub import fetch_headers
-    from qwenq.models import load_model
+    from qwenq.planning.models import load_model
 
     found = load_model(model)
     tensors = total = None

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from qwenq.asking import Question, Resolved, contexts_of
 from qwenq.cli.vram import (
     BatchSize,
     Bits,
@@ -26,8 +25,9 @@ from qwenq.cli.vram import (
     Utilization,
 )
 from qwenq.errors import PlanError
-from qwenq.plan import Plan, Recommendation, describe_gpu, make_plan, recommend
-from qwenq.speed import Speed
+from qwenq.planning.asking import Question, Resolved, contexts_of
+from qwenq.planning.plan import Plan, Recommendation, describe_gpu, make_plan, recommend
+from qwenq.planning.speed import Speed
 from qwenq.units import GIB, format_gb, format_tokens
 
 NOT_FITTING = 3  # exit code of an honest no
@@ -61,7 +61,7 @@ def plan(
         raise PlanError("give one of --gpu, --detect and --recommend", hint='for instance --gpu "2x RTX 3090"')
     rig = None
     if detect:
-        from qwenq.detect import detect_rig
+        from qwenq.planning.detect import detect_rig
 
         rig = detect_rig()
     asked = Question(
@@ -106,7 +106,7 @@ def plan(
 
 
 def _flags(found: Plan) -> dict[str, str]:
-    from qwenq.flags import llamacpp_flags, transformers_code, vllm_flags
+    from qwenq.planning.flags import llamacpp_flags, transformers_code, vllm_flags
 
     return {
         "vllm": vllm_flags(found),

@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from qwenq.asking import Question, contexts_of, spread
 from qwenq.errors import PlanError
+from qwenq.planning.asking import Question, contexts_of, spread
 
 
 class _ModelOrSubcommand(TyperGroup):
@@ -120,7 +120,7 @@ def validate_command(
     as_json: Json = False,
 ) -> None:
     """Predicted against published memory of transformers runs, row by row."""
-    from qwenq.validate import errors, read_rows, summary
+    from qwenq.planning.validate import errors, read_rows, summary
 
     rows, skipped = read_rows(file)
     for line in skipped:
@@ -149,7 +149,7 @@ def gpus_command(as_json: Json = False) -> None:
     """The GPU catalogue, with the source of each row; `?` is unknown."""
     from dataclasses import asdict
 
-    from qwenq.rig import catalogue
+    from qwenq.planning.rig import catalogue
 
     if as_json:
         print(json.dumps([asdict(gpu) for gpu in catalogue()], indent=2))

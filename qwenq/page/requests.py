@@ -8,15 +8,15 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from qwenq.asking import Question, Resolved, contexts_of, spread
-from qwenq.engines import ENGINES, KV_DTYPES
 from qwenq.errors import PlanError
-from qwenq.parallel import best_option, parallel_options
-from qwenq.placement import largest_context
-from qwenq.plan import largest_vllm_context, recommend
-from qwenq.rig import Rig, catalogue, find_gpu
+from qwenq.planning.asking import Question, Resolved, contexts_of, spread
+from qwenq.planning.engines import ENGINES, KV_DTYPES
+from qwenq.planning.parallel import best_option, parallel_options
+from qwenq.planning.placement import largest_context
+from qwenq.planning.plan import largest_vllm_context, recommend
+from qwenq.planning.rig import Rig, catalogue, find_gpu
+from qwenq.planning.terms import TERM_NAMES
 from qwenq.spec import family_configs, family_spec
-from qwenq.terms import TERM_NAMES
 
 MAX_PAGE_GPUS = 16
 CHART_CONTEXTS = (1024, 2048, 4096, 8192, 16384, 24576, 32768, 49152, 65536, 98304, 131072)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from qwenq.errors import CheckpointError, PlanError
-from qwenq.ggufsize import BITS_TO_TYPE, gguf_weights
 from qwenq.headers import INDEX_NAME, checkpoint_tensors, inside, read_object, shown
+from qwenq.planning.ggufsize import BITS_TO_TYPE, gguf_weights
+from qwenq.planning.weights import Weights, header_weights, published_weights, recipe_weights, sized_recipe
 from qwenq.scheme import Recipe, Scheme
 from qwenq.spec import ModelSpec, TensorSpec, family_configs, family_spec, spec_from_config
-from qwenq.weights import Weights, header_weights, published_weights, recipe_weights, sized_recipe
 
 _PUBLISHED = re.compile(r"(.*?)-(GPTQ-Int[48]|AWQ|FP8)", re.IGNORECASE)
 _STATED_KEYS = ("num_parameters", "total_parameters", "n_params", "parameters")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 
-from qwenq.engines import get_engine
-from qwenq.ggufsize import gguf_weights
-from qwenq.placement import Placement, place
-from qwenq.plan import Plan
-from qwenq.terms import Workload
+from qwenq.planning.engines import get_engine
+from qwenq.planning.ggufsize import gguf_weights
+from qwenq.planning.placement import Placement, place
+from qwenq.planning.plan import Plan
+from qwenq.planning.terms import Workload
 from qwenq.units import GIB
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from qwenq.errors import PlanError
+from qwenq.planning.weights import Weights
 from qwenq.spec import ModelSpec
-from qwenq.weights import Weights
 
 # (bytes, values) of a block
 BLOCKS = {

@@ -10,19 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwenq.chart import memory_chart
-from qwenq.engines import Engine, get_engine, kv_bytes_per_value
 from qwenq.errors import PlanError
-from qwenq.memory import MemoryEstimate, check_context, estimate, rank_shares
-from qwenq.models import Model, load_model, model_weights
-from qwenq.parallel import ParallelOption, best_option, parallel_options, tensor_parallel_reasons
-from qwenq.placement import place
-from qwenq.plan import runs_on
-from qwenq.rig import Gpu, Rig, parse_rig
+from qwenq.planning.chart import memory_chart
+from qwenq.planning.engines import Engine, get_engine, kv_bytes_per_value
+from qwenq.planning.memory import MemoryEstimate, check_context, estimate, rank_shares
+from qwenq.planning.models import Model, load_model, model_weights
+from qwenq.planning.parallel import ParallelOption, best_option, parallel_options, tensor_parallel_reasons
+from qwenq.planning.placement import place
+from qwenq.planning.plan import runs_on
+from qwenq.planning.rig import Gpu, Rig, parse_rig
+from qwenq.planning.terms import TERM_NAMES, Workload
+from qwenq.planning.weights import Weights
 from qwenq.spec import ModelSpec
-from qwenq.terms import TERM_NAMES, Workload
 from qwenq.units import GIB, format_gb, format_tokens, parse_size, parse_tokens
-from qwenq.weights import Weights
 
 DEFAULT_CONTEXTS = (1024, 8192, 32768, 131072)
 MAX_CONTEXTS = 64

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from qwenq.allocator import allocated_blocks
 from qwenq.errors import CheckpointError, PlanError
+from qwenq.planning.allocator import allocated_blocks
 from qwenq.scheme import Recipe, Scheme
 from qwenq.spec import UNITS, LinearSpec, ModelSpec, TensorSpec, tensor_bytes
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qwenq.errors import PlanError
-from qwenq.rig import Gpu, Rig, find_gpu
+from qwenq.planning.rig import Gpu, Rig, find_gpu
 from qwenq.units import GIB
 
 

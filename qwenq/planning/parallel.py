@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qwenq.engines import Engine
-from qwenq.memory import MemoryEstimate, estimate, rank_shares
-from qwenq.rig import Rig
+from qwenq.planning.engines import Engine
+from qwenq.planning.memory import MemoryEstimate, estimate, rank_shares
+from qwenq.planning.rig import Rig
+from qwenq.planning.terms import Workload
+from qwenq.planning.weights import Weights
 from qwenq.spec import ModelSpec
-from qwenq.terms import Workload
-from qwenq.weights import Weights
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qwenq.engines import get_engine, parse_environment
 from qwenq.errors import PlanError, QwenqError
-from qwenq.memory import estimate, even_shares
-from qwenq.models import load_spec
-from qwenq.rig import Rig, find_gpu
+from qwenq.planning.engines import get_engine, parse_environment
+from qwenq.planning.memory import estimate, even_shares
+from qwenq.planning.models import load_spec
+from qwenq.planning.rig import Rig, find_gpu
+from qwenq.planning.terms import Workload
+from qwenq.planning.weights import Weights, published_weights
 from qwenq.spec import ModelSpec
-from qwenq.terms import Workload
 from qwenq.units import GIB
-from qwenq.weights import Weights, published_weights
 
 GENERATED_TOKENS = 2048  # Qwen's benchmark generates that many after the prompt
 COLUMNS = ("model", "quant", "input_len", "mem_gib")

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qwenq.engines import Engine, kv_bytes_per_value
 from qwenq.errors import HonestNo, PlanError
-from qwenq.memory import MemoryEstimate, check_context, estimate, gpu_terms
-from qwenq.rig import Rig
+from qwenq.planning.engines import Engine, kv_bytes_per_value
+from qwenq.planning.memory import MemoryEstimate, check_context, estimate, gpu_terms
+from qwenq.planning.rig import Rig
+from qwenq.planning.terms import GpuMemory, Share, Term, Workload
+from qwenq.planning.weights import Weights
 from qwenq.spec import ModelSpec
-from qwenq.terms import GpuMemory, Share, Term, Workload
-from qwenq.weights import Weights
 
 
 @dataclass(frozen=True)

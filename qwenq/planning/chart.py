@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qwenq.memory import MemoryEstimate
-from qwenq.terms import TERM_NAMES, GpuMemory
+from qwenq.planning.memory import MemoryEstimate
+from qwenq.planning.terms import TERM_NAMES, GpuMemory
 from qwenq.units import GIB, format_tokens
 
 # ASCII letter and ANSI colour of each term

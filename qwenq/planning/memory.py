@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qwenq.engines import Engine, kv_bytes_per_value
 from qwenq.errors import PlanError
-from qwenq.llamacpp_terms import llamacpp_terms
-from qwenq.rig import Rig
+from qwenq.planning.engines import Engine, kv_bytes_per_value
+from qwenq.planning.llamacpp_terms import llamacpp_terms
+from qwenq.planning.rig import Rig
+from qwenq.planning.terms import GpuMemory, Share, Term, Workload
+from qwenq.planning.torch_terms import torch_terms
+from qwenq.planning.vllm_terms import budget_bytes, kv_tokens, vllm_terms
+from qwenq.planning.weights import Weights
 from qwenq.spec import ModelSpec
-from qwenq.terms import GpuMemory, Share, Term, Workload
-from qwenq.torch_terms import torch_terms
-from qwenq.vllm_terms import budget_bytes, kv_tokens, vllm_terms
-from qwenq.weights import Weights
 
 NOT_ALLOCATED = ("context", "slack")  # what torch.cuda.max_memory_allocated does not see
 

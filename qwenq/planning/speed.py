@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qwenq.engines import Engine, kv_bytes_per_value
-from qwenq.rig import Gpu
+from qwenq.planning.engines import Engine, kv_bytes_per_value
+from qwenq.planning.rig import Gpu
+from qwenq.planning.terms import Share, Workload
+from qwenq.planning.weights import Weights
 from qwenq.spec import ModelSpec
-from qwenq.terms import Share, Workload
-from qwenq.weights import Weights
 
 REPEATED_KV_TRAFFIC = 3.9
 MATRIX_RATE = 0.4  # of the dense tensor rate, in prefill; fitted 0.37 to 0.47 in vLLM

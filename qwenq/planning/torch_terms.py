@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from qwenq.activations import decode_peak, logits_peak, prefill_peak
-from qwenq.engines import QWENQ_PREFILL_CHUNK, Engine, kernel_for, kv_bytes_per_value
+from qwenq.planning.activations import decode_peak, logits_peak, prefill_peak
+from qwenq.planning.engines import QWENQ_PREFILL_CHUNK, Engine, kernel_for, kv_bytes_per_value
+from qwenq.planning.terms import Share, Term, Workload, context_term, merged, ranged, slack_term
+from qwenq.planning.weights import Weights
 from qwenq.spec import ModelSpec
-from qwenq.terms import Share, Term, Workload, context_term, merged, ranged, slack_term
-from qwenq.weights import Weights
 
 CUBLAS_WORKSPACE = 8_519_680  # discuss.pytorch.org/t/178671; 32 MiB on Hopper (pytorch#120925)
 CUBLAS_WORKSPACE_HOPPER = 32 << 20

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qwenq.engines import Engine, Kernel
+from qwenq.planning.engines import Engine, Kernel
+from qwenq.planning.weights import Weights
 from qwenq.spec import ModelSpec
-from qwenq.weights import Weights
 
 
 @dataclass(frozen=True)

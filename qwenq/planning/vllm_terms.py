@@ -8,12 +8,12 @@ loading come on top. Constants fitted to 0.19 start-up logs on H100 (llm-d-plann
 
 from __future__ import annotations
 
-from qwenq.allocator import allocated_bytes
-from qwenq.engines import VLLM_BLOCK_TOKENS, Engine, kv_bytes_per_value
+from qwenq.planning.allocator import allocated_bytes
+from qwenq.planning.engines import VLLM_BLOCK_TOKENS, Engine, kv_bytes_per_value
+from qwenq.planning.terms import Share, Term, Workload, context_term, merged, ranged
+from qwenq.planning.weights import Weights
 from qwenq.spec import ModelSpec
-from qwenq.terms import Share, Term, Workload, context_term, merged, ranged
 from qwenq.units import GIB
-from qwenq.weights import Weights
 
 _LOGS = "fitted to vLLM 0.19 logs on H100 (llm-d-planner)"
 

@@ -6,18 +6,18 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qwenq.engines import Engine, get_engine
 from qwenq.errors import HonestNo, PlanError
-from qwenq.memory import MemoryEstimate, estimate, rank_shares
-from qwenq.parallel import ParallelOption, best_option, padded_width, parallel_options, tensor_parallel_reasons
-from qwenq.placement import Placement, holds, largest_context, place, search_context
-from qwenq.rig import Gpu, Rig, catalogue, rig_of
+from qwenq.planning.engines import Engine, get_engine
+from qwenq.planning.memory import MemoryEstimate, estimate, rank_shares
+from qwenq.planning.parallel import ParallelOption, best_option, padded_width, parallel_options, tensor_parallel_reasons
+from qwenq.planning.placement import Placement, holds, largest_context, place, search_context
+from qwenq.planning.rig import Gpu, Rig, catalogue, rig_of
+from qwenq.planning.speed import Speed, estimate_speed
+from qwenq.planning.terms import Share, Workload
+from qwenq.planning.weights import Weights, recipe_weights
 from qwenq.scheme import Recipe, Scheme
 from qwenq.spec import ModelSpec
-from qwenq.speed import Speed, estimate_speed
-from qwenq.terms import Share, Workload
 from qwenq.units import GIB, format_gb, format_gib, format_tokens
-from qwenq.weights import Weights, recipe_weights
 
 MAX_RECOMMENDED = 8  # GPUs of one kind
 
