@@ -68,7 +68,7 @@ def _ratios(runs: Mapping[str, Manifest]) -> list[str]:
             methods = (run["job"]["options"]["method"], baseline["job"]["options"]["method"])
             if same and methods == ("gptq", "rtn"):
                 ratio = run["drift"]["kl"]["mean"] / baseline["drift"]["kl"]["mean"]
-                lines.append(f"`{name}` has {ratio:.2f} of the KL of rounding to nearest (`{other}`)")
+                lines.append(f"`{name}` has {ratio:.2f} of the KL of rounding to nearest (`{other}`).")
     return [*lines, ""] if lines else []
 
 

@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# `make interop`: quantize the small test model in every scheme, then let GPTQModel, and transformers through optimum
+# and GPTQModel, load each and compare logits with this project's own dequantization.
+#
+#   VENV            this project's environment (.venv)
+#   INTEROP_ENVS    where the other tools' environments are made and kept (.interop)
+#   AUTOGPTQ_PYTHON set to a Python 3.9 to 3.11 to try the real AutoGPTQ 0.7.1 as well
+# Results go to reports/interop.jsonl, one JSON object a check.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv=${VENV:-.venv}
+envs=${INTEROP_ENVS:-.interop}
+out=out/interop
+results=reports/interop.jsonl
+model=tests/data/tiny-qwen2
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
+
+make_env() { # name python
+    if [ ! -e "$envs/$1/.installed" ]; then
+        "$2" -m venv "$envs/$1"
+        "$envs/$1/bin/pip" install --quiet -r "interop/requirements-$1.txt"
+        touch "$envs/$1/.installed"
+    fi
+}
+
+failed=0
+check() { # label command...
+    local label=$1
+    shift
+    if line=$("$@" 2>"$out/$label.log"); then
+        echo "$label: equal"
+    else
+        echo "$label: FAILED, see $out/$label.log"
+        failed=1
+    fi
+    "$venv/bin/python" -c 'import json, sys; print(json.dumps({"check": sys.argv[1]} | json.loads(sys.argv[2] or "{}")))' \
+        "$label" "$line" >>"$results.new"
+}
+
+rm -rf "$out" "$results.new"
+mkdir -p "$out"
+make_env gptqmodel "${PYTHON:-python3}"
+[ -z "${AUTOGPTQ_PYTHON:-}" ] || make_env autogptq "$AUTOGPTQ_PYTHON"
+
+for scheme in 4:128 4:64 4:32 4:-1 8:128 8:64 8:32 8:-1; do
+    bits=${scheme%:*} group=${scheme#*:} name=${scheme/:/-bit-g}
+    "$venv/bin/qwenq" quantize "$model" -o "$out/$name" --bits "$bits" --group-size "$group" --sequence-length 256 \
+        --calibration tests/data/calib.txt --eval-text tests/data/heldout.txt --json >"$out/$name.json" 2>"$out/$name.log"
+    "$venv/bin/python" interop/reference_logits.py "$out/$name" "$out/$name.npz"
+    check "gptqmodel-$name" "$envs/gptqmodel/bin/python" interop/check_gptqmodel.py "$out/$name" --logits "$out/$name.npz"
+    if [ "$scheme" = 4:64 ] || [ "$scheme" = 8:64 ]; then
+        check "transformers-$name" "$envs/gptqmodel/bin/python" interop/check_gptqmodel.py "$out/$name" \
+            --logits "$out/$name.npz" --loader transformers
+        [ -z "${AUTOGPTQ_PYTHON:-}" ] || check "autogptq-$name" "$envs/autogptq/bin/python" interop/check_autogptq.py \
+            "$out/$name" --logits "$out/$name.npz"
+    fi
+done
+mv "$results.new" "$results"
+exit $failed
