@@ -210,8 +210,8 @@ def _hub_documents(recipe: Path) -> tuple[list[Document], dict[str, Any]]:
     documents = [_row(row, recipe.stem) for row in taken]
     if wanted.get("join") is not None:  # rows are lines of longer texts: put them together again
         documents = [Document(str(wanted["join"]).join(d.text for d in documents))]
-    known: dict[str, Any] = {key: wanted[key] for key in ("dataset", "subset", "split", "revision", "rows") if key in wanted}
-    return documents, {"kind": "hub", **known}
+    known = ("dataset", "subset", "split", "revision", "rows")
+    return documents, {"kind": "hub"} | {key: wanted[key] for key in known if key in wanted}
 
 
 def _python_documents(characters: int) -> tuple[list[Document], dict[str, Any]]:
