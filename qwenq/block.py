@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from qwenq.errors import CheckpointError
-from qwenq.quant.gptq import QTensor, add_to_hessian, solve_unit
+from qwenq.quant.gptq import DAMP_PERCENT, add_to_hessian, solve_unit
 from qwenq.quant.pack import pack_gptq
 from qwenq.results import LayerResult
 from qwenq.scheme import Recipe, Scheme
@@ -26,8 +26,8 @@ from qwenq.stream import Network
 class SolverOptions:
     """What the solver is asked to do, the same for every layer."""
 
-    method: str = "gptq"  # gptq, or rtn: round to nearest with absmax scales, the baseline
-    damp_percent: float = 0.01  # share of the mean Hessian diagonal added to the diagonal
+    method: str = "gptq"  # gptq, or rtn: round to nearest with absmax scales, the baseline, without calibration
+    damp_percent: float = DAMP_PERCENT  # share of the mean Hessian diagonal added to the diagonal
 
 
 @dataclass
@@ -74,7 +74,6 @@ def quantize_block(
     the quantized layer. scratch: flat buffer of the same dtype, at least windows * tokens * the widest linear input.
     Afterwards the network holds the dequantized weights.
     """
-    linears = {lin.name.rsplit(".", 2)[-2] + "." + lin.kind: lin for lin in spec.layer_linears(layer)}
     windows, tokens, _ = h_NTH.shape
     packed: dict[str, torch.Tensor] = {}
     results: list[LayerResult] = []
@@ -86,18 +85,14 @@ def quantize_block(
         return batches(windows, tokens)
 
     def solve(unit: str, produce: Callable[[slice], torch.Tensor]) -> None:
-        members = {path: linears[path] for path in UNITS[unit]}
+        members = _members(spec, layer, unit)
         with clock.time("forward"):
             hessian = _collect(produce, parts(), next(iter(members.values())).in_features, network, clock)
         with clock.time(f"solve {unit}"):
-            for scheme, group in _by_scheme(members, recipe).items():
-                last = scheme == list(_by_scheme(members, recipe))[-1]
-                solved = _solve(network, group, hessian if last else hessian.clone(), scheme, options, layer)
-                for path, (qtensor, result) in solved.items():
-                    results.append(result)
-                    network.set_parameter(path + ".weight", qtensor.dequantize())
-                    for part, tensor in pack_gptq(qtensor).items():
-                        packed[f"{members[path].name}.{part}"] = tensor.cpu()
+            schemes = _by_scheme(members, recipe)
+            for scheme, group in schemes.items():
+                own = hessian if scheme == list(schemes)[-1] else hessian.clone()
+                _solve(network, group, own, scheme, options, packed, results)
 
     def on_device(part: slice) -> torch.Tensor:
         return h_NTH[part].to(network.device)
@@ -132,6 +127,24 @@ def quantize_block(
     return packed, results
 
 
+def round_block(
+    network: Network, spec: ModelSpec, layer: int, recipe: Recipe, options: SolverOptions
+) -> tuple[dict[str, torch.Tensor], list[LayerResult]]:
+    """Round the layer that `network` holds to nearest, without calibration; returns what `quantize_block` does."""
+    packed: dict[str, torch.Tensor] = {}
+    results: list[LayerResult] = []
+    for unit in UNITS:
+        for scheme, group in _by_scheme(_members(spec, layer, unit), recipe).items():
+            _solve(network, group, None, scheme, options, packed, results)
+    return packed, results
+
+
+def _members(spec: ModelSpec, layer: int, unit: str) -> dict[str, LinearSpec]:
+    """Linears of one unit, by their name within the layer."""
+    prefix = f"model.layers.{layer}."
+    return {lin.name.removeprefix(prefix): lin for lin in spec.layer_linears(layer) if lin.unit == unit}
+
+
 def _by_scheme(members: Mapping[str, LinearSpec], recipe: Recipe) -> dict[Scheme, list[tuple[str, LinearSpec]]]:
     """Members of a unit grouped by scheme; those that stay in 16 bit are left out."""
     groups: dict[Scheme, list[tuple[str, LinearSpec]]] = {}
@@ -157,24 +170,27 @@ def _collect(
 def _solve(
     network: Network,
     group: list[tuple[str, LinearSpec]],
-    hessian: torch.Tensor,
+    hessian: torch.Tensor | None,
     scheme: Scheme,
     options: SolverOptions,
-    layer: int,
-) -> dict[str, tuple[QTensor, LayerResult]]:
-    if not bool(torch.isfinite(hessian.diagonal()).all()):
+    packed: dict[str, torch.Tensor],
+    results: list[LayerResult],
+) -> None:
+    """Solve linears of one scheme, put the dequantized weights into the network, and add to `packed` and `results`."""
+    if hessian is not None and not bool(torch.isfinite(hessian.diagonal()).all()):
         names = ", ".join(lin.kind for _, lin in group)
         raise CheckpointError(
-            f"layer {layer}: the activations entering {names} are not finite",
+            f"layer {group[0][1].layer}: the activations entering {names} are not finite",
             hint="compute in bfloat16 or float32 (--compute-dtype), and check the source's weights",
         )
     weights = {lin.name: network.weight(path).float() for path, lin in group}
     solved = solve_unit(weights, hessian, scheme, damp_percent=options.damp_percent, method=options.method)
-    outcome = {}
     for path, lin in group:
         qtensor, stats = solved[lin.name]
-        result = LayerResult(
-            lin.name, scheme.label, stats.error_db, stats.weight_error_db, stats.damp_percent, stats.fallback
+        error_db = None if hessian is None else stats.error_db
+        results.append(
+            LayerResult(lin.name, scheme.label, error_db, stats.weight_error_db, stats.damp_percent, stats.fallback)
         )
-        outcome[path] = (qtensor, result)
-    return outcome
+        network.set_parameter(path + ".weight", qtensor.dequantize())
+        for part, tensor in pack_gptq(qtensor).items():
+            packed[f"{lin.name}.{part}"] = tensor.cpu()

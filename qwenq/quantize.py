@@ -15,102 +15,30 @@ import platform
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qwenq import __version__
-from qwenq.block import SolverOptions, StageClock, quantize_block, run_layer
+from qwenq.block import StageClock, quantize_block, round_block, run_layer
 from qwenq.checkpoint import Checkpoint, non_finite
 from qwenq.errors import CheckpointError, JobError
 from qwenq.formats.gptq import gptq_config, read_gptq_config
 from qwenq.head import HeadWeights, measure_drift
 from qwenq.headers import INDEX_NAME, read_header
+from qwenq.job import DTYPES, MANIFEST_NAME, QuantizeJob, QuantizeResult, partial_directory
 from qwenq.journal import Journal, locked, never_begun, refuse_changes
 from qwenq.preflight import Tokens, output_files, preflight
 from qwenq.results import BlockResult, DriftReport, finite_json
-from qwenq.scheme import Recipe
-from qwenq.shards import DTYPE_NAMES, encode_index, file_sha256, write_json, write_shard
+from qwenq.shards import encode_index, file_sha256, write_json, write_shard
 from qwenq.stream import Network
 from qwenq.streams import Streams, new_streams
-from qwenq.tokens import TOKENIZER_FILES, TokenWindows
+from qwenq.tokens import TOKENIZER_FILES
 
-MANIFEST_NAME = "qwenq-manifest.json"
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json", "LICENSE")
 _STATE_FILES = (".qwenq-state-0.safetensors", ".qwenq-state-1.safetensors")
 _STATE_INTERVAL_S = 30.0  # hidden states are saved to disk this often; layers done since are replayed on resume
-
-
-@dataclass(frozen=True)
-class QuantizeJob:
-    """One quantization, entirely described: equal jobs on equal machines give equal bytes."""
-
-    source: Checkpoint
-    out: Path
-    recipe: Recipe
-    calibration: TokenWindows
-    evaluation: TokenWindows
-    options: SolverOptions = field(default_factory=SolverOptions)
-    device: str = "cpu"
-    compute_dtype: str = "float32"
-    dtype: str = "auto"  # of tensors that are not quantized; auto keeps the source's bytes
-    seed: int = 0
-    overlap: float | None = None  # share of the evaluation text that is also in the calibration text
-
-    def stored_dtype(self, name: str) -> str:
-        """safetensors dtype in which tensor `name` is written when it is not quantized."""
-        return self.source.dtype_of(name) if self.dtype == "auto" else DTYPE_NAMES[DTYPES[self.dtype]]
-
-    def convert(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Unquantized tensor `name`, or rows of it, as written; CheckpointError when a value does not fit the dtype."""
-        if self.dtype == "auto" or tensor.dtype == DTYPES[self.dtype]:
-            return tensor
-        converted = tensor.to(DTYPES[self.dtype])
-        if bool(torch.isfinite(tensor).all()) and not bool(torch.isfinite(converted).all()):
-            raise CheckpointError(
-                f"{self.source.tensors[name].file.name}: {name} holds a value of {float(tensor.abs().max()):.6g}, "
-                f"which does not fit {self.dtype}",
-                hint="--dtype bfloat16 holds it",
-            )
-        return converted
-
-    def describe(self) -> dict[str, Any]:
-        """Everything that decides the output, for the journal and the manifest."""
-        return {
-            "qwenq": __version__,
-            "model": self.source.spec.name,
-            "scheme": asdict(self.recipe.default) if self.recipe.default else None,
-            "overrides": {name: asdict(s) if s else None for name, s in self.recipe.overrides},
-            "options": asdict(self.options),
-            "device": self.device,
-            "compute_dtype": self.compute_dtype,
-            "dtype": self.dtype,
-            "seed": self.seed,
-            "calibration": self.calibration.to_json(),
-            "evaluation": self.evaluation.to_json(),
-            "overlap": self.overlap,
-        }
-
-
-@dataclass(frozen=True)
-class QuantizeResult:
-    """What a finished job made."""
-
-    out: Path
-    drift: DriftReport
-    layers: tuple[BlockResult, ...]
-    tensor_bytes: int
-    file_bytes: int
-    bits_per_linear_weight: float
-    seconds: float
-    peak_rss_bytes: int
-    warnings: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"out": str(self.out)}
 
 
 Listener = Callable[[BlockResult | str], None]
@@ -139,11 +67,6 @@ def quantize(job: QuantizeJob, *, resume: bool = False, listen: Listener = lambd
                 shutil.rmtree(work)  # leave nothing behind
 
 
-def partial_directory(out: Path) -> Path:
-    """Where a job works until it is whole."""
-    return out.with_name(out.name + ".partial")
-
-
 def _check_places(job: QuantizeJob, work: Path, resume: bool) -> None:
     out, source = job.out.absolute().resolve(), job.source.directory.resolve()
     if out == source or source in out.parents:
@@ -159,7 +82,11 @@ def _check_places(job: QuantizeJob, work: Path, resume: bool) -> None:
     check = preflight(
         job.source.spec,
         job.recipe,
-        Tokens(job.calibration.ids.shape[0], job.evaluation.ids.shape[0], job.calibration.ids.shape[1]),
+        Tokens(
+            job.calibration.ids.shape[0] if job.calibration else 0,
+            job.evaluation.ids.shape[0],
+            job.evaluation.ids.shape[1],
+        ),
         compute_bytes=DTYPES[job.compute_dtype].itemsize,
         on_gpu=job.device != "cpu",
         out=job.out,
@@ -210,7 +137,7 @@ class _Run:
             journal = Journal.create(self.work, described)
         streams = new_streams(
             self.job.source,
-            self.job.calibration.ids,
+            self.job.calibration.ids if self.job.calibration else None,
             self.job.evaluation.ids,
             dtype=self.dtype,
             spill_directory=self.work,
@@ -247,16 +174,13 @@ class _Run:
         kept = self._kept(layer, state)
         for name, tensor in kept.items():
             self.network.set_parameter(name, tensor)
-        packed, results = quantize_block(
-            self.network,
-            self.spec,
-            layer,
-            self.job.recipe,
-            streams.states["calibration"],
-            streams.scratch,
-            self.job.options,
-            clock,
-        )
+        where = (self.network, self.spec, layer, self.job.recipe)
+        if self.job.calibration is None:
+            with clock.time("round"):
+                packed, results = round_block(*where, self.job.options)
+        else:
+            calibration = streams.states["calibration"]
+            packed, results = quantize_block(*where, calibration, streams.scratch, self.job.options, clock)
         with clock.time("evaluate"):
             run_layer(self.network, streams.states["quantized"])
             error_db = _error_db(streams.states["reference"], streams.states["quantized"])
@@ -322,8 +246,8 @@ class _Run:
             self.listen(f"layer {layer}: replaying")
             self._reference(streams, self._load(layer))
             self.network.fill(self._written_layer(layer))
-            run_layer(self.network, streams.states["calibration"])
-            run_layer(self.network, streams.states["quantized"])
+            for name in streams.states.keys() & {"calibration", "quantized"}:
+                run_layer(self.network, streams.states[name])
         return good
 
     def _written_layer(self, layer: int) -> dict[str, torch.Tensor]:

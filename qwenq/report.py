@@ -92,12 +92,17 @@ def _provenance(run: Manifest, command: str) -> list[str]:
     job, host = run["job"], run["run"]
     calibration, evaluation = job["calibration"], job["evaluation"]
     overlap = job["overlap"]
+    read = (
+        f"`{calibration['text']}`, {calibration['windows']} x {calibration['window_tokens']} tokens, "
+        f"seed {job['seed']}, tokens SHA-256 `{calibration['tokens_sha256']}`"
+        if calibration
+        else "none"
+    )
     lines = [
         f"- Command: `{command}`" if command else "",
         f"- qwenq {job['qwenq']}, torch {host['torch']}, Python {host['python']}, {host['system']}, "
         f"{host['threads']} threads, finished {host['finished']}",
-        f"- Calibration: `{calibration['text']}`, {calibration['windows']} x {calibration['window_tokens']} tokens, "
-        f"seed {job['seed']}, tokens SHA-256 `{calibration['tokens_sha256']}`",
+        f"- Calibration: {read}",
         f"- Evaluation: `{evaluation['text']}`, tokens SHA-256 `{evaluation['tokens_sha256']}`"
         + ("" if overlap is None else f"; {100 * overlap:.1f} % of it also in the calibration text"),
         "- Source, SHA-256:",

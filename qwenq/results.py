@@ -13,10 +13,15 @@ class LayerResult:
 
     name: str
     scheme: str  # Scheme.label
-    error_db: float  # 10 log10 of output error energy over output energy, on the calibration inputs
-    weight_error_db: float
+    error_db: float | None  # 10 log10 of output error over output energy, on the calibration inputs; None without any
+    weight_error_db: float  # the same of the weights themselves
     damp_percent: float
     fallback: str = ""  # why GPTQ was given up for rounding to nearest, else ""
+
+    @property
+    def shown_db(self) -> float:
+        """The output error where there is one, else the weight error."""
+        return self.weight_error_db if self.error_db is None else self.error_db
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,8 @@ class BlockResult:
 
     @property
     def worst(self) -> LayerResult:
-        return max(self.linears, key=lambda r: r.error_db)
+        """The linear with the largest shown error."""
+        return max(self.linears, key=lambda r: r.shown_db)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -19,7 +19,8 @@ import torch
 from qwenq.block import SolverOptions
 from qwenq.calibration import load_windows
 from qwenq.checkpoint import open_source
-from qwenq.quantize import QuantizeJob, QuantizeResult, quantize
+from qwenq.job import QuantizeJob, QuantizeResult
+from qwenq.quantize import quantize
 from qwenq.scheme import Recipe, Scheme
 from qwenq.tokens import ModelTokenizer, TokenWindows
 

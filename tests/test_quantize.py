@@ -25,9 +25,10 @@ from qwenq.block import SolverOptions
 from qwenq.checkpoint import open_checkpoint, open_source
 from qwenq.errors import CheckpointError, JobError, PlanError, QwenqError
 from qwenq.evaluate import evaluate
+from qwenq.job import MANIFEST_NAME, QuantizeJob, partial_directory
 from qwenq.journal import JOURNAL_NAME
 from qwenq.preflight import Tokens, preflight
-from qwenq.quantize import MANIFEST_NAME, QuantizeJob, partial_directory, quantize
+from qwenq.quantize import quantize
 from qwenq.scheme import Recipe, Scheme
 from qwenq.streams import new_streams
 from qwenq.tokens import TokenWindows

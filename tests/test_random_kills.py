@@ -18,7 +18,8 @@ from conftest import small_job, text_windows
 from test_quantize import FORKS, assert_same
 
 import qwenq.quantize
-from qwenq.quantize import QuantizeJob, quantize
+from qwenq.job import QuantizeJob
+from qwenq.quantize import quantize
 from qwenq.scheme import Recipe, Scheme
 
 KILLS = 30

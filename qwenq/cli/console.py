@@ -67,7 +67,7 @@ class LayerProgress:
         """A finished layer: its worst linear's error, seconds, time left."""
         self.done += 1
         worst = result.worst if result.linears else None
-        errors = f"worst {worst.error_db:.1f} dB ({worst.name.rsplit('.', 1)[1]})" if worst else "kept in 16 bit"
+        errors = f"worst {worst.shown_db:.1f} dB ({worst.name.rsplit('.', 1)[1]})" if worst else "kept in 16 bit"
         for linear in result.linears:
             if linear.fallback:
                 warn(f"{linear.name}: rounded to nearest ({linear.fallback})")

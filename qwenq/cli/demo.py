@@ -46,7 +46,7 @@ def demo(
     from qwenq.calibration import load_windows, overlap
     from qwenq.checkpoint import open_source
     from qwenq.demo import make_demo_model
-    from qwenq.quantize import MANIFEST_NAME, QuantizeJob, partial_directory
+    from qwenq.job import MANIFEST_NAME, QuantizeJob, partial_directory
     from qwenq.quantize import quantize as run
     from qwenq.report import markdown_report
     from qwenq.tokens import ModelTokenizer
@@ -57,7 +57,7 @@ def demo(
         make_demo_model(model)
     source = open_source(model)
     tokenizer = ModelTokenizer(source.directory)
-    calibration = load_windows("builtin", tokenizer, source.spec, length=512, count=None, seed=0, up_to=128)
+    calibration = load_windows("builtin", tokenizer, source.spec, length=512, count=64, seed=0)
     evaluation = load_windows("heldout", tokenizer, source.spec, length=512, count=None, seed=None, up_to=20)
     shared = overlap("builtin", "heldout")
     manifests = {}
@@ -69,10 +69,10 @@ def demo(
                 source=source,
                 out=target,
                 recipe=Recipe(scheme),
-                calibration=calibration,
+                calibration=None if method == "rtn" else calibration,
                 evaluation=evaluation,
                 options=SolverOptions(method=method),
-                overlap=shared,
+                overlap=None if method == "rtn" else shared,
             )
             with LayerProgress(source.spec.num_hidden_layers) as progress:
                 result = run(

@@ -40,7 +40,7 @@ def evaluate(
     from qwenq.cli.models import pick_compute_dtype, pick_device, resolve_model
     from qwenq.evaluate import check_comparable, check_limits
     from qwenq.evaluate import evaluate as run
-    from qwenq.quantize import DTYPES
+    from qwenq.job import DTYPES
     from qwenq.tokens import ModelTokenizer
 
     checkpoint, base = open_checkpoint(resolve_model(model)), open_checkpoint(resolve_model(reference))

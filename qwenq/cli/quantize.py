@@ -42,10 +42,13 @@ def quantize(
     seed: Annotated[int, typer.Option(help="Decides which calibration windows are drawn.")] = 0,
     eval_text: Annotated[str, typer.Option(help="Held-out text for the drift: a set's name or a file.")] = "heldout",
     eval_samples: Annotated[int | None, typer.Option(min=1, help="Held-out windows. Default: all, at most 20.")] = None,
-    method: Annotated[str, typer.Option(help="gptq, or rtn: round to nearest, the baseline.")] = "gptq",
+    method: Annotated[
+        str, typer.Option(help="gptq, or rtn: round to nearest, the baseline, which reads no calibration text.")
+    ] = "gptq",
     damp_percent: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Damping, as a share of the mean Hessian diagonal (0.01 = 1 %).")
-    ] = 0.01,
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Damping, as a share of the mean Hessian diagonal. Default: 0.02 (2 %)."),
+    ] = None,
     device: Device = "auto",
     dtype: StoredDtype = "auto",
     compute_dtype: ComputeDtype = "auto",
@@ -77,7 +80,8 @@ def quantize(
     from qwenq.calibration import load_windows, overlap
     from qwenq.checkpoint import open_source
     from qwenq.cli.models import pick_device, resolve_model
-    from qwenq.quantize import QuantizeJob, partial_directory
+    from qwenq.job import QuantizeJob, partial_directory
+    from qwenq.quant.gptq import DAMP_PERCENT
     from qwenq.quantize import quantize as run
     from qwenq.tokens import ModelTokenizer
 
@@ -85,31 +89,39 @@ def quantize(
     recipe.check(source.spec)
     tokenizer = ModelTokenizer(source.directory)
     picked = pick_device(device)
-    windows = load_windows(
-        calibration, tokenizer, source.spec, length=sequence_length, count=num_samples, seed=seed, up_to=DEFAULT_WINDOWS
-    )
+    windows = None
+    if method == "gptq":  # rounding to nearest reads no calibration text
+        windows = load_windows(
+            calibration,
+            tokenizer,
+            source.spec,
+            length=sequence_length,
+            count=num_samples,
+            seed=seed,
+            up_to=DEFAULT_WINDOWS,
+        )
     held_out = load_windows(
         eval_text,
         tokenizer,
         source.spec,
-        length=windows.ids.shape[1],
+        length=windows.ids.shape[1] if windows else sequence_length,
         count=eval_samples,
         seed=None,
         up_to=DEFAULT_EVALUATION_WINDOWS,
     )
-    tokens_only = calibration.endswith(".npy") or eval_text.endswith(".npy")
+    compared = windows is not None and not calibration.endswith(".npy") and not eval_text.endswith(".npy")
     job = QuantizeJob(
         source=source,
         out=output,
         recipe=recipe,
         calibration=windows,
         evaluation=held_out,
-        options=SolverOptions(method=method, damp_percent=damp_percent),
+        options=SolverOptions(method=method, damp_percent=DAMP_PERCENT if damp_percent is None else damp_percent),
         device=picked,
         compute_dtype=pick_compute_dtype(compute_dtype, picked),
         dtype=dtype,
         seed=seed,
-        overlap=None if tokens_only else overlap(calibration, eval_text),
+        overlap=overlap(calibration, eval_text) if compared else None,
     )
     for name in source.ignored:
         warn(f"{name} is stored but not used by the model: left out")

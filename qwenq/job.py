@@ -1,0 +1,95 @@
+"""One quantization, entirely described, and what it made."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwenq import __version__
+from qwenq.block import SolverOptions
+from qwenq.checkpoint import Checkpoint
+from qwenq.errors import CheckpointError
+from qwenq.results import BlockResult, DriftReport
+from qwenq.scheme import Recipe
+from qwenq.shards import DTYPE_NAMES
+from qwenq.tokens import TokenWindows
+
+MANIFEST_NAME = "qwenq-manifest.json"
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def partial_directory(out: Path) -> Path:
+    """Where a job works until it is whole."""
+    return out.with_name(out.name + ".partial")
+
+
+@dataclass(frozen=True)
+class QuantizeJob:
+    """One quantization, entirely described: equal jobs on equal machines give equal bytes."""
+
+    source: Checkpoint
+    out: Path
+    recipe: Recipe
+    calibration: TokenWindows | None  # None for rounding to nearest, which reads none
+    evaluation: TokenWindows
+    options: SolverOptions = field(default_factory=SolverOptions)
+    device: str = "cpu"
+    compute_dtype: str = "float32"
+    dtype: str = "auto"  # of tensors that are not quantized; auto keeps the source's bytes
+    seed: int = 0
+    overlap: float | None = None  # share of the evaluation text that is also in the calibration text
+
+    def stored_dtype(self, name: str) -> str:
+        """safetensors dtype in which tensor `name` is written when it is not quantized."""
+        return self.source.dtype_of(name) if self.dtype == "auto" else DTYPE_NAMES[DTYPES[self.dtype]]
+
+    def convert(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Unquantized tensor `name`, or rows of it, as written; CheckpointError when a value does not fit the dtype."""
+        if self.dtype == "auto" or tensor.dtype == DTYPES[self.dtype]:
+            return tensor
+        converted = tensor.to(DTYPES[self.dtype])
+        if bool(torch.isfinite(tensor).all()) and not bool(torch.isfinite(converted).all()):
+            raise CheckpointError(
+                f"{self.source.tensors[name].file.name}: {name} holds a value of {float(tensor.abs().max()):.6g}, "
+                f"which does not fit {self.dtype}",
+                hint="--dtype bfloat16 holds it",
+            )
+        return converted
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that decides the output, for the journal and the manifest."""
+        return {
+            "qwenq": __version__,
+            "model": self.source.spec.name,
+            "scheme": asdict(self.recipe.default) if self.recipe.default else None,
+            "overrides": {name: asdict(s) if s else None for name, s in self.recipe.overrides},
+            "options": asdict(self.options),
+            "device": self.device,
+            "compute_dtype": self.compute_dtype,
+            "dtype": self.dtype,
+            "seed": self.seed,
+            "calibration": self.calibration.to_json() if self.calibration else None,
+            "evaluation": self.evaluation.to_json(),
+            "overlap": self.overlap,
+        }
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """What a finished job made."""
+
+    out: Path
+    drift: DriftReport
+    layers: tuple[BlockResult, ...]
+    tensor_bytes: int
+    file_bytes: int
+    bits_per_linear_weight: float
+    seconds: float
+    peak_rss_bytes: int
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"out": str(self.out)}
