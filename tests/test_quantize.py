@@ -430,7 +430,7 @@ def test_changes_are_refused_by_name(stopped: QuantizeJob) -> None:
     changes: dict[str, tuple[dict[str, Any], str]] = {
         "seed": ({"seed": 3}, "seed was 0, now 3"),
         "bits": ({"recipe": Recipe(Scheme(8, 32))}, "scheme.bits was 4, now 8"),
-        "damping": ({"options": SolverOptions(damp_percent=0.05)}, "options.damp_percent was 0.02, now 0.05"),
+        "damping": ({"options": SolverOptions(damp_percent=0.05)}, f"options.damp_percent was {SolverOptions().damp_percent}, now 0.05"),
         "method": ({"options": SolverOptions(method="rtn")}, "options.method was 'gptq', now 'rtn'"),
         "dtype": ({"dtype": "bfloat16"}, "dtype was 'auto', now 'bfloat16'"),
         "compute dtype": ({"compute_dtype": "bfloat16"}, "compute_dtype was 'float32', now 'bfloat16'"),
