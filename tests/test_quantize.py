@@ -301,8 +301,9 @@ def killed_at(step: int, job: QuantizeJob, interval: float, resume: bool = False
         (1e9, 4, {"dtype": "bfloat16"}),  # never saved: layers are replayed, from tensors as they were written
         (0.0, 9, {"compute_dtype": "bfloat16"}),
         (1e9, 9, {"compute_dtype": "bfloat16", "recipe": MIXED}),
+        (1e9, 9, {"options": SolverOptions(method="rtn"), "calibration": None}),
     ],
-    ids=["states", "replay", "bfloat16 states", "bfloat16 replay"],
+    ids=["states", "replay", "bfloat16 states", "bfloat16 replay", "rounding"],
 )
 def test_killed_anywhere_and_resumed_is_the_same(
     interval: float, stride: int, changes: dict[str, Any], random_model: Make, tmp_path: Path, monkeypatch: Any
@@ -426,11 +427,13 @@ def test_two_copies_of_states_never_three(random_model: Make, tmp_path: Path, mo
 
 def test_changes_are_refused_by_name(stopped: QuantizeJob) -> None:
     source, out = stopped.source.directory, stopped.out
+    assert stopped.calibration is not None
     other = TokenWindows(stopped.calibration.ids + 1, "other.txt", {"kind": "random"})
+    damping = stopped.options.damp_percent
     changes: dict[str, tuple[dict[str, Any], str]] = {
         "seed": ({"seed": 3}, "seed was 0, now 3"),
         "bits": ({"recipe": Recipe(Scheme(8, 32))}, "scheme.bits was 4, now 8"),
-        "damping": ({"options": SolverOptions(damp_percent=0.05)}, f"options.damp_percent was {SolverOptions().damp_percent}, now 0.05"),
+        "damping": ({"options": SolverOptions(damp_percent=0.05)}, f"options.damp_percent was {damping}, now 0.05"),
         "method": ({"options": SolverOptions(method="rtn")}, "options.method was 'gptq', now 'rtn'"),
         "dtype": ({"dtype": "bfloat16"}, "dtype was 'auto', now 'bfloat16'"),
         "compute dtype": ({"compute_dtype": "bfloat16"}, "compute_dtype was 'float32', now 'bfloat16'"),
