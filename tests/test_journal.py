@@ -101,7 +101,7 @@ def hold(directory: str, ready) -> None:
 def test_the_lock_names_its_holder_and_goes_with_it(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    holder = context.Process(target=hold, args=(str(tmp_path), theirs))
+    holder = context.Process(target=hold, args=(str(tmp_path), theirs), daemon=True)
     holder.start()
     assert ours.poll(60) and ours.recv() == holder.pid
     with pytest.raises(JobError) as caught, locked(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -240,6 +241,39 @@ def test_drift_is_that_of_transformers_full_models(bits: int, tiny: Path, heldou
     same = (log_p.argmax(-1) == log_q.argmax(-1)).double().mean()
     assert drift.top1_agreement.mean == pytest.approx(float(same), abs=1e-3)
     assert (drift.tokens, drift.windows, drift.non_finite) == (20 * 127, 20, 0)
+
+
+def test_reported_errors_are_those_of_the_outputs(random_model: Make, tmp_path: Path) -> None:
+    """The oracle: transformers' quantized model on the calibration tokens; each linear sees there what it was solved
+    for, inputs that went through every linear quantized before it. E = ||X (W - Q)'||^2 / ||X W'||^2.
+    """
+    from transformers import Qwen2ForCausalLM
+
+    source = random_model()
+    job = small_job(source, tmp_path / "out", recipe=MIXED)
+    result = quantize(job)
+    assert job.calibration is not None
+    checkpoint = open_checkpoint(job.out)
+    model = Qwen2ForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    state = {f"model.layers.{k}.{name}": t.float() for k in range(3) for name, t in checkpoint.layer_state(k).items()}
+    model.load_state_dict(state, strict=False)
+    inputs: dict[str, torch.Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda module, arguments: inputs.update({name: arguments[0].reshape(-1, arguments[0].shape[-1])})
+
+    for name, module in model.named_modules():
+        if name.endswith("_proj"):
+            module.register_forward_pre_hook(keep(name))
+    with torch.no_grad():
+        model(job.calibration.ids)
+    told = {r.name: r.error_db for block in result.layers for r in block.linears}
+    assert len(told) == 3 * 7 - 1
+    for name, error_db in told.items():
+        x, w = inputs[name].double(), job.source.read(name + ".weight").double()
+        q = state[name + ".weight"].double()
+        wanted = 10 * math.log10(float((x @ (w - q).T).square().sum() / (x @ w.T).square().sum()))
+        assert error_db == pytest.approx(wanted, abs=0.02), name
 
 
 def test_quality_on_text_not_calibrated_on(tiny_result: Any) -> None:
