@@ -190,7 +190,7 @@ def tensor_parallel_reason(spec: ModelSpec, recipe: Recipe, ranks: int) -> str:
     """Empty when the checkpoint splits over `ranks` GPUs by tensor parallelism, else the first reason why not.
 
     Column-parallel linears split by output (heads, FFN), row-parallel ones (o, down) by input, where no quantization
-    group may straddle two ranks; an input that is one group cannot be split.
+    group may straddle two ranks. With one scale a row (group size -1) every rank keeps all scales, so any split works.
     """
     if spec.num_attention_heads % ranks:
         return f"{spec.num_attention_heads} attention heads do not divide by {ranks}"

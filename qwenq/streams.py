@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from qwenq.checkpoint import Checkpoint
 from qwenq.errors import CheckpointError
 from qwenq.headers import read_header
 from qwenq.preflight import NOISE_WINDOWS, SPILL_BYTES
-from qwenq.shards import file_sha256, write_shard
+from qwenq.shards import file_sha256, raw_bytes, write_shard
 
 Convert = Callable[[str, torch.Tensor], torch.Tensor]
 _EMBEDDING = "model.embed_tokens.weight"
@@ -43,9 +44,7 @@ class Streams:
         with open(path, "rb") as file:
             for name, location in locations.items():
                 file.seek(location.start)
-                data = bytearray(file.read(location.end - location.start))
-                target = self.states[name]
-                target.copy_(torch.frombuffer(data, dtype=target.dtype).view(target.shape))
+                file.readinto(raw_bytes(self.states[name]))
         return True
 
 
@@ -109,4 +108,6 @@ def _allocate(shape: Sequence[int], dtype: torch.dtype, spill: Path | None) -> t
     if spill is None or size == 0:
         return torch.empty(*shape, dtype=dtype)
     spill.unlink(missing_ok=True)
+    with open(spill, "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)  # a full disk is an error here, not a crash later
     return torch.from_file(str(spill), shared=True, size=size, dtype=dtype).view(*shape)

@@ -39,7 +39,6 @@ HEAVY = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "nu
 PLANNING = LAYERS[0][1] | LAYERS[1][1] | {"journal", "formats", "formats.gptq", "audit", "cli.vram", "cli.plan"}
 
 LONG = {
-    "quantize": "one job from places to manifest; what it describes could become a room of its own",
     "hub": "a directory for a hub name: downloads, their resumption and their errors belong together",
     "quant.gptq": "one algorithm; what it needs of a Hessian is of no use elsewhere",
 }
