@@ -15,6 +15,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ Listener = Callable[[BlockResult | str], None]
 def quantize(job: QuantizeJob, *, resume: bool = False, listen: Listener = lambda event: None) -> QuantizeResult:
     """Run or resume a job. `listen` gets a line of text at each step and a BlockResult for each layer."""
     started = time.perf_counter()
+    forget_peak_rss()
     work = partial_directory(job.out)
     _check_places(job, work, resume)
     try:
@@ -367,6 +369,12 @@ def job_warnings(layers: tuple[BlockResult, ...], drift: DriftReport, overlap: f
     if overlap:
         lines.append(f"{100 * overlap:.1f} % of the evaluation text also occurs in the calibration text")
     return tuple(lines)
+
+
+def forget_peak_rss() -> None:
+    """Count the process's peak memory from here on, where the system lets a process say so (Linux, proc(5))."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_rss_bytes() -> int:
