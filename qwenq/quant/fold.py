@@ -7,6 +7,8 @@ c = (E[x**2] / mean(w**2))**(1/4). GPTQ lets other columns answer for an error, 
 much less about what its error costs, and its best exponent is a quarter of that: measured on two models, held-out
 error against MOMENT_EXPONENT is least near 1/16 and worse than without folding at 1/4.
 
+The pipeline does not fold yet: reports/LOG.md says what it is worth and what the pipeline has to collect for it.
+
 Sources: the norm before q, k, v and before gate, up; up for down. v for o would be one too (one scale for all query
 heads that share a v channel), but gained nothing. q, k and gate are none: rotary embedding and activation follow them.
 """
