@@ -206,4 +206,5 @@ def _dry_run(
     for ranks, reason in check.tensor_parallel.items():
         table.add_row(f"tensor parallel {ranks}", reason or "yes")
     out.print(table)
-    check.check_disk(output if output != Path() else Path.cwd())
+    if output != Path():  # without an output directory only the sizes were asked for
+        check.check_disk(output)
