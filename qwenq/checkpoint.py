@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import mmap
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -192,8 +191,3 @@ def _audit(directory: Path, needed: dict[str, TensorSpec], stored: dict[str, Ten
 def non_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
     """Name of the first tensor holding a NaN or an infinity."""
     return next((name for name, t in tensors if t.is_floating_point() and not bool(torch.isfinite(t).all())), None)
-
-
-def json_text(value: Any) -> str:
-    """Canonical JSON, for digests."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)

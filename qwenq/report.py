@@ -21,7 +21,7 @@ def markdown_report(title: str, runs: Mapping[str, Manifest], *, notes: Sequence
     lines += [
         f"Against the 16-bit model, on `{drift['text']}`: {drift['windows']} windows of {drift['window_tokens']} "
         f"tokens, computed in {drift['compute_dtype']}. Intervals are 95 %, from a bootstrap over windows. 16-bit "
-        f"perplexity {drift['reference_perplexity']:.3f}; noise floor of KL {drift['noise_floor_kl']:.2g}.",
+        f"perplexity {drift['reference_perplexity']:.3f}; {_floor(drift)}.",
         "",
         "| run | scheme | bits per linear weight | files | mean KL | top-1 agreement | perplexity | increase |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
@@ -41,6 +41,13 @@ def markdown_report(title: str, runs: Mapping[str, Manifest], *, notes: Sequence
         lines.append(f"| {name} | {seconds} | {peak} | {stages} |")
     lines += ["", "## Provenance", "", *_provenance(first, command)]
     return "\n".join(lines) + "\n"
+
+
+def _floor(drift: Mapping[str, Any]) -> str:
+    """The noise floor as measured; computing in float32 is what the floor is measured against, so it has none."""
+    if drift["compute_dtype"] == "float32":
+        return "no noise floor, since float32 is what a narrower type is compared with"
+    return f"noise floor of KL {drift['noise_floor_kl']:.2g}"
 
 
 def _row(name: str, run: Manifest) -> str:
