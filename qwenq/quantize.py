@@ -11,12 +11,10 @@ Work happens in OUT.partial, which becomes OUT by one rename when everything in 
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +25,24 @@ from qwenq.checkpoint import Checkpoint, non_finite
 from qwenq.errors import CheckpointError, JobError
 from qwenq.formats.gptq import gptq_config, read_gptq_config
 from qwenq.head import HeadWeights, measure_drift
-from qwenq.headers import INDEX_NAME, read_header
-from qwenq.job import DTYPES, MANIFEST_NAME, QuantizeJob, QuantizeResult, partial_directory
+from qwenq.headers import read_header
+from qwenq.host import forget_peak_rss, peak_rss_bytes
+from qwenq.job import DTYPES, QuantizeJob, QuantizeResult, partial_directory
 from qwenq.journal import Journal, locked, never_begun, refuse_changes
+from qwenq.manifest import (
+    COPIED_FILES,
+    SCRATCH_PREFIX,
+    describe_result,
+    job_warnings,
+    write_manifest,
+    write_small_files,
+)
 from qwenq.preflight import Tokens, output_files, preflight
-from qwenq.results import BlockResult, DriftReport, finite_json
-from qwenq.shards import encode_index, file_sha256, write_json, write_shard
+from qwenq.results import BlockResult, DriftReport
+from qwenq.shards import file_sha256, write_shard
 from qwenq.stream import Network
 from qwenq.streams import Streams, new_streams
-from qwenq.tokens import TOKENIZER_FILES
 
-_COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json", "LICENSE")
 _STATE_FILES = (".qwenq-state-0.safetensors", ".qwenq-state-1.safetensors")
 _STATE_INTERVAL_S = 30.0  # hidden states are saved to disk this often; layers done since are replayed on resume
 
@@ -226,7 +231,7 @@ class _Run:
     def _source_identity(self) -> dict[str, Any]:
         self.listen("hashing the source")
         paths = [*self.job.source.files, self.job.source.directory / "config.json"]
-        paths += [p for name in _COPIED_FILES if (p := self.job.source.directory / name).is_file()]
+        paths += [p for name in COPIED_FILES if (p := self.job.source.directory / name).is_file()]
         return {path.name: file_sha256(path) for path in paths}
 
     def _recover(self, journal: Journal, streams: Streams) -> int:
@@ -282,105 +287,32 @@ class _Run:
         return measure_drift(self.network, reference, quantized, streams.states, self.job.evaluation)
 
     def _finish(self, journal: Journal, outer: dict[str, str], drift: DriftReport, started: float) -> QuantizeResult:
+        """Write what is not a shard, the manifest last, and give the directory its name."""
         layers = tuple(BlockResult.from_json(row["result"]) for row in journal.layers)
         files = output_files(self.spec, self.job.recipe, self.job.stored_dtype)
         hashes = {self.files[0]: outer["embedding"], self.files[-1]: outer["head"]}
         hashes |= {row["file"]: row["sha256"] for row in journal.layers}
-        for name in _COPIED_FILES:
-            path = self.job.source.directory / name
-            if path.is_file():
-                shutil.copyfile(path, self.work / name)
-                hashes[name] = file_sha256(self.work / name)
-        hashes[INDEX_NAME] = write_json(self.work / INDEX_NAME, encode_index(files))
-        hashes["config.json"] = write_json(self.work / "config.json", self.config)
-        hashes["quantize_config.json"] = write_json(
-            self.work / "quantize_config.json", self.config["quantization_config"]
-        )
-        file_bytes = sum((self.work / name).stat().st_size for name in self.files)
-        tensor_bytes = sum(t.nbytes for tensors in files.values() for t in tensors)
-        warnings = job_warnings(layers, drift, self.job.overlap)
+        write_small_files(self.job, self.work, self.config)
         result = QuantizeResult(
             out=self.job.out,
             drift=drift,
             layers=layers,
-            tensor_bytes=tensor_bytes,
-            file_bytes=file_bytes,
+            tensor_bytes=sum(t.nbytes for tensors in files.values() for t in tensors),
+            file_bytes=sum((self.work / name).stat().st_size for name in self.files),
             bits_per_linear_weight=self.job.recipe.bits_per_linear_weight(self.spec),
             seconds=time.perf_counter() - started,
             peak_rss_bytes=peak_rss_bytes(),
-            warnings=warnings,
+            warnings=job_warnings(layers, drift, self.job.overlap),
         )
-        write_json(self.work / MANIFEST_NAME, finite_json(self._manifest(journal, result, hashes)))
-        for leftover in self.work.glob(".qwenq-*"):
+        described = describe_result(journal.job, self.spec.parameters, result, resumed=self.resume)
+        write_manifest(self.work, described, hashes)  # hashes whatever lies there: write other files before this
+        for leftover in self.work.glob(SCRATCH_PREFIX + "*"):
             leftover.unlink()
         os.replace(self.work, self.job.out)
         return result
-
-    def _manifest(self, journal: Journal, result: QuantizeResult, hashes: dict[str, str]) -> dict[str, Any]:
-        """What was made from what; times and host facts are in `run` alone."""
-        layers = [{"layer": b.layer, "linears": [asdict(r) for r in b.linears], "stream_error_db": b.stream_error_db}
-                  for b in result.layers]  # fmt: skip
-        return {
-            "job": journal.job,
-            "parameters": self.spec.parameters,
-            "tensor_bytes": result.tensor_bytes,
-            "file_bytes": result.file_bytes,
-            "bits_per_linear_weight": result.bits_per_linear_weight,
-            "drift": result.drift.to_json(),
-            "warnings": list(result.warnings),
-            "layers": layers,
-            "files": dict(sorted(hashes.items())),
-            "run": {
-                "seconds": result.seconds,
-                "resumed": self.resume,
-                "peak_rss_bytes": result.peak_rss_bytes,
-                "layer_seconds": [b.seconds for b in result.layers],
-                "stages_s": _sum_stages(result.layers),
-                "threads": torch.get_num_threads(),
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-                "machine": platform.machine(),
-                "system": platform.platform(),
-                "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            },
-        }
 
 
 def _error_db(reference: torch.Tensor, other: torch.Tensor) -> float | None:
     signal = float(reference.float().square().sum())
     error = float((reference.float() - other.float()).square().sum())
     return 10 * float(torch.tensor(error / signal).log10()) if signal > 0 and error > 0 else None
-
-
-def _sum_stages(layers: tuple[BlockResult, ...]) -> dict[str, float]:
-    totals: dict[str, float] = {}
-    for block in layers:
-        for stage, seconds in block.stages_s.items():
-            totals[stage] = totals.get(stage, 0.0) + seconds
-    return totals
-
-
-def job_warnings(layers: tuple[BlockResult, ...], drift: DriftReport, overlap: float | None) -> tuple[str, ...]:
-    """What a reader must not miss, fallbacks first."""
-    fallen = [result for block in layers for result in block.linears if result.fallback]
-    lines = [f"{result.name}: fell back to rounding to nearest ({result.fallback})" for result in fallen]
-    if drift.non_finite:
-        lines.append(f"{drift.non_finite} of {drift.tokens} logit rows are not finite")
-    if overlap:
-        lines.append(f"{100 * overlap:.1f} % of the evaluation text also occurs in the calibration text")
-    return tuple(lines)
-
-
-def forget_peak_rss() -> None:
-    """Count the process's peak memory from here on, where the system lets a process say so (Linux, proc(5))."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_rss_bytes() -> int:
-    """The process's peak resident memory (VmHWM), file pages included; 0 where the system does not tell."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")), 0)

@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
         ("tensor maths", "quant quant.* metrics"),
         ("disk", "shards journal formats formats.* tokens calibration checkpoint audit"),
         ("network", "stream"),
-        ("work", "streams block head job quantize evaluate demo"),
+        ("work", "streams block head job host manifest quantize evaluate demo"),
         ("telling", "report page page.*"),
         ("door", "cli cli.* __main__"),
     )
