@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import torch
 
 from qwenq.errors import CheckpointError
+from qwenq.formats.storage import pack_linear
 from qwenq.quant.gptq import DAMP_PERCENT, add_to_hessian, solve_unit
-from qwenq.quant.pack import pack_gptq
 from qwenq.results import LayerResult
 from qwenq.scheme import Recipe, Scheme
 from qwenq.spec import UNITS, LinearSpec, ModelSpec
@@ -92,7 +92,7 @@ def quantize_block(
             schemes = _by_scheme(members, recipe)
             for scheme, group in schemes.items():
                 own = hessian if scheme == list(schemes)[-1] else hessian.clone()
-                _solve(network, group, own, scheme, options, packed, results)
+                _solve(network, group, own, recipe, scheme, options, packed, results)
 
     def on_device(part: slice) -> torch.Tensor:
         return h_NTH[part].to(network.device)
@@ -135,7 +135,7 @@ def round_block(
     results: list[LayerResult] = []
     for unit in UNITS:
         for scheme, group in _by_scheme(_members(spec, layer, unit), recipe).items():
-            _solve(network, group, None, scheme, options, packed, results)
+            _solve(network, group, None, recipe, scheme, options, packed, results)
     return packed, results
 
 
@@ -171,6 +171,7 @@ def _solve(
     network: Network,
     group: list[tuple[str, LinearSpec]],
     hessian: torch.Tensor | None,
+    recipe: Recipe,
     scheme: Scheme,
     options: SolverOptions,
     packed: dict[str, torch.Tensor],
@@ -192,5 +193,5 @@ def _solve(
             LayerResult(lin.name, scheme.label, error_db, stats.weight_error_db, stats.damp_percent, stats.fallback)
         )
         network.set_parameter(path + ".weight", qtensor.dequantize())
-        for part, tensor in pack_gptq(qtensor).items():
+        for part, tensor in pack_linear(recipe, qtensor).items():
             packed[f"{lin.name}.{part}"] = tensor.cpu()

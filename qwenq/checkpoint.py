@@ -12,9 +12,12 @@ from typing import Any
 import torch
 
 from qwenq.errors import CheckpointError
-from qwenq.formats.gptq import GptqFormat, read_gptq_config
+from qwenq.formats.config import read_quantization_config
+from qwenq.formats.quantization import Quantization
+from qwenq.formats.storage import unpack_linear
 from qwenq.headers import TensorLocation, checkpoint_tensors, read_object
-from qwenq.quant.pack import dequantize_gptq
+from qwenq.layout import NF4_STATE, linear_tensors
+from qwenq.quant.gptq import QTensor
 from qwenq.scheme import Recipe
 from qwenq.shards import TORCH_DTYPES
 from qwenq.spec import LinearSpec, ModelSpec, TensorSpec, spec_from_config
@@ -33,7 +36,7 @@ class Checkpoint:
     config: dict[str, Any]
     spec: ModelSpec
     tensors: dict[str, TensorLocation]
-    quantized: GptqFormat | None
+    quantized: Quantization | None
     ignored: tuple[str, ...]  # stored tensors that the model does not use
 
     @property
@@ -86,12 +89,25 @@ class Checkpoint:
         )
         return Checkpoint(self.directory, self.config, self.spec, {name: part}, None, ()).read(name)
 
-    def linear_weight(self, lin: LinearSpec) -> torch.Tensor:
-        """Weight [out, in] of one linear: as stored when it is 16-bit, dequantized to float32 when packed."""
+    def linear(self, lin: LinearSpec) -> QTensor | torch.Tensor:
+        """One linear as stored: codes, scales and zero points where it is quantized on a grid, else its weight.
+
+        A weight [out, in] comes as stored from a 16-bit linear, in float32 from GPTQ with groups out of order, and in
+        the dtype it was quantized from for NF4. The bias is read by its name.
+        """
         if self.quantized is None or (scheme := self.quantized.scheme_of(lin.name)) is None:
             return self.read(lin.name + ".weight")
-        packed = {name.rsplit(".", 1)[1]: self.read(name) for name in self.quantized.tensor_names(lin)}
-        return dequantize_gptq(packed, scheme, self.quantized.checkpoint_format)
+        names = [t.name for t in linear_tensors(self.quantized.format, scheme, lin) if t.name != lin.name + ".bias"]
+        packed = {name.removeprefix(lin.name + "."): self.read(name) for name in names}
+        return unpack_linear(self.quantized, scheme, lin, packed)
+
+    def linear_weight(self, lin: LinearSpec) -> torch.Tensor:
+        """Weight [out, in] of one linear: as stored when it is 16-bit, dequantized to float32 when packed."""
+        found = self.linear(lin)
+        if isinstance(found, QTensor):
+            return found.dequantize()
+        packed = self.quantized is not None and self.quantized.scheme_of(lin.name) is not None
+        return found.float() if packed else found
 
     def layer_state(self, layer: int) -> dict[str, torch.Tensor]:
         """Parameters of decoder layer `layer`, under names relative to it, packed linears dequantized."""
@@ -122,7 +138,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     stored = checkpoint_tensors(directory)
     quantized = None
     if config.get("quantization_config"):
-        quantized = read_gptq_config(config["quantization_config"], str(directory / "config.json"))
+        quantized = read_quantization_config(config["quantization_config"], str(directory / "config.json"))
     recipe = quantized.recipe(spec) if quantized else Recipe(None)
     recipe.check(spec)
     needed = {t.name: t for t in recipe.tensors(spec)}
@@ -175,12 +191,12 @@ def _audit(directory: Path, needed: dict[str, TensorSpec], stored: dict[str, Ten
         )
     for name, want in needed.items():
         have = stored[name].spec
-        if have.shape != want.shape:
+        if have.shape != want.shape and not (name.endswith(NF4_STATE) and len(have.shape) == 1):  # JSON of any length
             raise CheckpointError(
                 f"{stored[name].file.name}: {name} has shape {list(have.shape)}, config.json wants {list(want.shape)}",
                 hint="`qwenq inspect` compares config and tensors",
             )
-        wanted = ("I32",) if want.dtype == "I32" else FLOAT_DTYPES
+        wanted = FLOAT_DTYPES if want.dtype in FLOAT_DTYPES else (want.dtype,)
         if have.dtype not in wanted:
             raise CheckpointError(
                 f"{stored[name].file.name}: {name} has dtype {have.dtype}, wanted {' or '.join(wanted)}",

@@ -65,6 +65,7 @@ class QuantizeJob:
             "qwenq": __version__,
             "model": self.source.spec.name,
             "scheme": asdict(self.recipe.default) if self.recipe.default else None,
+            "format": self.recipe.format,
             "overrides": {name: asdict(s) if s else None for name, s in self.recipe.overrides},
             "options": asdict(self.options),
             "device": self.device,

@@ -32,7 +32,8 @@ def write_small_files(job: QuantizeJob, work: Path, config: Mapping[str, Any]) -
             shutil.copyfile(path, work / name)
     write_json(work / INDEX_NAME, encode_index(output_files(job.source.spec, job.recipe, job.stored_dtype)))
     write_json(work / "config.json", config)
-    write_json(work / "quantize_config.json", config["quantization_config"])
+    if job.recipe.format == "gptq":  # GPTQModel and AutoGPTQ look here first
+        write_json(work / "quantize_config.json", config["quantization_config"])
 
 
 def describe_result(

@@ -26,13 +26,9 @@ def output_files(spec: ModelSpec, recipe: Recipe, dtype_of: Callable[[str], str]
     dtype_of gives the stored dtype of each tensor that is not quantized.
     """
     total = spec.num_hidden_layers + 2
-
-    def stored(tensors: Any) -> list[TensorSpec]:
-        keep = (".qweight", ".qzeros", ".scales", ".g_idx")
-        return [t if t.name.endswith(keep) else TensorSpec(t.name, dtype_of(t.name), t.shape) for t in tensors]
-
-    outer = stored(spec.outer_tensors())
-    parts = [outer[:1], *(stored(recipe.layer_tensors(spec, k)) for k in range(spec.num_hidden_layers)), outer[1:]]
+    outer = [TensorSpec(t.name, dtype_of(t.name), t.shape) for t in spec.outer_tensors()]
+    layers = (list(recipe.layer_tensors(spec, k, dtype_of)) for k in range(spec.num_hidden_layers))
+    parts = [outer[:1], *layers, outer[1:]]
     return {f"model-{k:05d}-of-{total:05d}.safetensors": part for k, part in enumerate(parts, 1)}
 
 
@@ -118,8 +114,7 @@ def preflight(
     for lin in spec.linears:
         scheme = recipe.scheme_of(lin)
         units.setdefault(lin.unit, set()).add(scheme.label if scheme else "16-bit")
-        plain = 2 * (lin.parameters + lin.bias * lin.out_features)
-        size = sum(t.nbytes for t in scheme.gptq_tensors(lin)) if scheme else plain
+        size = sum(t.nbytes for t in recipe.linear_tensors(lin, dtype_of))
         unit_bytes[lin.unit] = unit_bytes.get(lin.unit, 0) + size
     return Preflight(
         model=spec.name,

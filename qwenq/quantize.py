@@ -23,7 +23,7 @@ import torch
 from qwenq.block import StageClock, quantize_block, round_block, run_layer
 from qwenq.checkpoint import Checkpoint, non_finite
 from qwenq.errors import CheckpointError, JobError
-from qwenq.formats.gptq import gptq_config, read_gptq_config
+from qwenq.formats.config import quantization_config, read_quantization_config
 from qwenq.head import HeadWeights, measure_drift
 from qwenq.headers import read_header
 from qwenq.host import forget_peak_rss, peak_rss_bytes
@@ -117,8 +117,8 @@ class _Run:
         self.dtype = DTYPES[job.compute_dtype]
         self.files = list(output_files(self.spec, job.recipe, job.stored_dtype))
         self.config = dict(job.source.config) | {
-            "quantization_config": gptq_config(
-                job.recipe, damp_percent=job.options.damp_percent, method=job.options.method
+            "quantization_config": quantization_config(
+                job.recipe, self.spec, damp_percent=job.options.damp_percent, method=job.options.method
             )
         }
         if job.dtype != "auto":
@@ -259,7 +259,7 @@ class _Run:
 
     def _written_layer(self, layer: int) -> dict[str, torch.Tensor]:
         tensors = read_header(self.work / self.files[layer + 1])
-        written = read_gptq_config(self.config["quantization_config"], "quantization_config")
+        written = read_quantization_config(self.config["quantization_config"], "quantization_config")
         return Checkpoint(self.work, self.config, self.spec, tensors, written, ()).layer_state(layer)
 
     def _save_state(self, journal: Journal, streams: Streams) -> dict[str, str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from qwenq.errors import PlanError
+from qwenq.layout import FORMATS, check_linear, check_together, is_description, linear_tensors
 from qwenq.spec import LinearSpec, ModelSpec, TensorSpec
 
 GROUP_SIZES = (128, 64, 32)
@@ -17,15 +18,20 @@ class Scheme:
 
     weight[o, i] = scale[i // group_size, o] * (code[o, i] - zero[i // group_size, o]); symmetric: zero = 2**(bits-1).
     `group_size` -1 means one group over the whole input dimension.
+    `codes` says what a code means: `int` the above; `nf4` an entry of bitsandbytes' table of 16 values, times the
+    largest absolute weight of a block of the flattened matrix; `nf4-nested` the same with these in 8 bits.
     """
 
     bits: int
     group_size: int = 128
     sym: bool = True
+    codes: str = "int"
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
             raise PlanError(f"bits is {self.bits}, wanted 4 or 8")
+        if self.codes not in ("int", "nf4", "nf4-nested"):
+            raise PlanError(f"codes is {self.codes!r}, wanted int, nf4 or nf4-nested")
         if self.group_size != -1 and self.group_size < 1:
             raise PlanError(f"group size is {self.group_size}, wanted {', '.join(map(str, GROUP_SIZES))} or -1")
 
@@ -41,7 +47,9 @@ class Scheme:
 
     @property
     def label(self) -> str:
-        """`4-bit g128`, `8-bit per channel`, `4-bit g32 asym`."""
+        """`4-bit g128`, `8-bit per channel`, `4-bit g32 asym`, `NF4 g64`."""
+        if self.codes != "int":
+            return f"NF4 g{self.group_size}" + (" nested" if self.codes == "nf4-nested" else "")
         group = "per channel" if self.group_size == -1 else f"g{self.group_size}"
         return f"{self.bits}-bit {group}" + ("" if self.sym else " asym")
 
@@ -67,63 +75,67 @@ class Scheme:
                 f"{per_word} codes"
             )
 
-    def gptq_tensors(self, lin: LinearSpec, scale_dtype: str = "F16", bias_dtype: str = "BF16") -> Iterator[TensorSpec]:
-        """Tensors of `lin` in the GPTQ v1 format (g_idx trivial), in the order they are written."""
-        groups, per_word = self.groups(lin.in_features), 32 // self.bits
-        yield TensorSpec(lin.name + ".qweight", "I32", (lin.in_features // per_word, lin.out_features))
-        yield TensorSpec(lin.name + ".qzeros", "I32", (groups, lin.out_features // per_word))
-        yield TensorSpec(lin.name + ".scales", scale_dtype, (groups, lin.out_features))
-        yield TensorSpec(lin.name + ".g_idx", "I32", (lin.in_features,))
-        if lin.bias:
-            yield TensorSpec(lin.name + ".bias", bias_dtype, (lin.out_features,))
+
+NF4 = Scheme(4, 64, codes="nf4")
+INT8_ROWS = Scheme(8, -1)  # LLM.int8: one scale a row
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Which scheme each linear gets: `default`, unless `overrides` names the linear (None keeps it in 16 bit)."""
+    """Which scheme each linear gets: `default`, unless `overrides` names the linear (None keeps it in 16 bit).
+
+    `format` is one of layout.FORMATS: how the checkpoint stores them.
+    """
 
     default: Scheme | None
     overrides: tuple[tuple[str, Scheme | None], ...] = ()
+    format: str = "gptq"
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise PlanError(f"format is {self.format!r}, wanted one of {', '.join(FORMATS)}")
 
     def scheme_of(self, lin: LinearSpec) -> Scheme | None:
         return dict(self.overrides).get(lin.name, self.default) if self.overrides else self.default
 
     def check(self, spec: ModelSpec) -> None:
         """Raise PlanError, naming the tensor, when some linear cannot be stored as asked."""
-        for lin in spec.linears:
-            scheme = self.scheme_of(lin)
-            if scheme is not None:
-                scheme.check(lin)
+        schemes = {lin: scheme for lin in spec.linears if (scheme := self.scheme_of(lin)) is not None}
+        for lin, scheme in schemes.items():
+            check_linear(self.format, scheme, lin)
+        check_together(self.format, schemes.values())
 
-    def tensors(self, spec: ModelSpec, dtype: str = "BF16") -> Iterator[TensorSpec]:
-        """Every tensor of the quantized checkpoint; what is not quantized stays in `dtype`."""
-        yield from spec.outer_tensors(dtype)
+    def tensors(self, spec: ModelSpec, dtype: str | Callable[[str], str] = "BF16") -> Iterator[TensorSpec]:
+        """Every tensor of the quantized checkpoint; what is not quantized is stored in `dtype`, one or one a name."""
+        dtype_of = (lambda name: dtype) if isinstance(dtype, str) else dtype
+        for tensor in spec.outer_tensors():
+            yield TensorSpec(tensor.name, dtype_of(tensor.name), tensor.shape)
         for layer in range(spec.num_hidden_layers):
             yield from self.layer_tensors(spec, layer, dtype)
 
-    def layer_tensors(self, spec: ModelSpec, layer: int, dtype: str = "BF16") -> Iterator[TensorSpec]:
+    def layer_tensors(
+        self, spec: ModelSpec, layer: int, dtype: str | Callable[[str], str] = "BF16"
+    ) -> Iterator[TensorSpec]:
         """Tensors of one decoder layer of the quantized checkpoint."""
+        dtype_of = (lambda name: dtype) if isinstance(dtype, str) else dtype
         schemes = {lin.name: (lin, self.scheme_of(lin)) for lin in spec.layer_linears(layer)}
-        for tensor in spec.layer_tensors(layer, dtype):
+        for tensor in spec.layer_tensors(layer):
             module, _, part = tensor.name.rpartition(".")
             lin, scheme = schemes.get(module, (None, None))
             if lin is None or scheme is None:
-                yield tensor
+                yield TensorSpec(tensor.name, dtype_of(tensor.name), tensor.shape)
             elif part == "weight":
-                yield from scheme.gptq_tensors(lin, bias_dtype=dtype)
+                yield from linear_tensors(self.format, scheme, lin, dtype_of)
+
+    def linear_tensors(self, lin: LinearSpec, dtype_of: Callable[[str], str] = lambda name: "BF16") -> list[TensorSpec]:
+        """Tensors of one linear, quantized or not, bias last."""
+        return list(linear_tensors(self.format, self.scheme_of(lin), lin, dtype_of))
 
     def tensor_bytes(self, spec: ModelSpec) -> int:
         """Bytes of all tensors, headers not counted."""
         return sum(t.nbytes for t in self.tensors(spec))
 
     def bits_per_linear_weight(self, spec: ModelSpec) -> float:
-        """Stored bits per weight of the quantizable linears: codes, scales and zero points, without g_idx and bias."""
-        total = 0
-        for lin in spec.linears:
-            scheme = self.scheme_of(lin)
-            if scheme is None:
-                total += 16 * lin.parameters
-            else:
-                stored = [t for t in scheme.gptq_tensors(lin) if not t.name.endswith((".g_idx", ".bias"))]
-                total += 8 * sum(t.nbytes for t in stored)
-        return total / spec.linear_parameters
+        """Stored bits per weight of the quantizable linears: codes, scales and zero points, nothing beside them."""
+        stored = (t for lin in spec.linears for t in self.linear_tensors(lin) if not is_description(t.name))
+        return 8 * sum(t.nbytes for t in stored) / spec.linear_parameters

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parent.parent / "qwenq"
 LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
     (name, frozenset(rooms.split()))
     for name, rooms in (
-        ("words", "__init__ errors units spec scheme results"),
+        ("words", "__init__ errors units spec layout scheme results"),
         (
             "arithmetic, and what it reads: headers and configurations",
             "headers hub preflight planning planning.allocator planning.activations planning.engines "
@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
 )
 
 HEAVY = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
-PLANNING = LAYERS[0][1] | LAYERS[1][1] | {"journal", "formats", "formats.gptq", "audit", "cli.vram", "cli.plan"}
+PLANNING = LAYERS[0][1] | LAYERS[1][1] | {"journal", "formats", "formats.config", "audit", "cli.vram", "cli.plan"}
 
 LONG = {
     "hub": "a directory for a hub name: downloads, their resumption and their errors belong together",

@@ -10,6 +10,7 @@ import pytest
 
 from qwenq import __version__
 from qwenq.errors import CheckpointError
+from qwenq.formats.config import read_quantization_config
 from qwenq.formats.gptq import gptq_config, read_gptq_config
 from qwenq.scheme import Recipe, Scheme
 from qwenq.spec import spec_from_config
@@ -46,7 +47,7 @@ def test_written_config() -> None:
 def test_uniform_recipes_round_trip(scheme: Scheme) -> None:
     written = json.loads(json.dumps(gptq_config(Recipe(scheme), damp_percent=0.01, method="rtn")))
     read = read_gptq_config(written, "config.json")
-    assert (read.default, read.checkpoint_format, read.dynamic) == (scheme, "gptq", ())
+    assert (read.default, read.version, read.rules) == (scheme, "gptq" if scheme.sym else "gptq_v2", ())
     assert read.recipe(SPEC) == Recipe(scheme)
 
 
@@ -94,14 +95,14 @@ def test_patterns_as_other_tools_write_them() -> None:
 def test_old_and_second_versions() -> None:
     auto_gptq = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True, "sym": False}
     assert read_gptq_config(auto_gptq, "x").default == Scheme(4, 128, sym=False)
-    assert read_gptq_config(auto_gptq, "x").checkpoint_format == "gptq"
-    assert read_gptq_config(BASE | {"checkpoint_format": None, "dynamic": None}, "x").checkpoint_format == "gptq"
-    assert read_gptq_config(BASE | {"checkpoint_format": "gptq_v2"}, "x").checkpoint_format == "gptq_v2"
+    assert read_gptq_config(auto_gptq, "x").version == "gptq"
+    assert read_gptq_config(BASE | {"checkpoint_format": None, "dynamic": None}, "x").version == "gptq"
+    assert read_gptq_config(BASE | {"checkpoint_format": "gptq_v2"}, "x").version == "gptq_v2"
 
 
 BAD: dict[str, tuple[Any, str]] = {
-    "another method": (BASE | {"quant_method": "awq"}, "quant_method is 'awq', wanted 'gptq'"),
-    "no method": ({"bits": 4}, "quant_method is None, wanted 'gptq'"),
+    "another method": (BASE | {"quant_method": "hqq"}, "quant_method is 'hqq', wanted one of gptq, awq, compr"),
+    "no method": ({"bits": 4}, "quant_method is 'None', wanted one of gptq"),
     "pack dtype": (BASE | {"pack_dtype": "int8"}, "pack_dtype is 'int8', wanted 'int32'"),
     "marlin": (BASE | {"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin', wanted 'gptq' or 'gptq_v2'"),
     "three bits": (BASE | {"bits": 3}, "bits is 3, wanted 4 or 8"),
@@ -111,7 +112,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "group size zero": (BASE | {"group_size": 0}, "group size is 0, wanted 128, 64, 32 or -1"),
     "override": (BASE | {"dynamic": {"x": {"bits": 5}}}, "bits is 5, wanted 4 or 8"),
     "override is a number": (BASE | {"dynamic": {"x": 8}}, "dynamic 'x' is int, wanted an object"),
-    "bad pattern": (BASE | {"dynamic": {"+:(": {}}}, "dynamic has a bad pattern '+:(' "),
+    "bad pattern": (BASE | {"dynamic": {"+:(": {}}}, "dynamic has a bad pattern '(' "),
     "dynamic list": (BASE | {"dynamic": ["x"]}, "dynamic is list, wanted an object"),
     "not an object": ("gptq", "quantization_config is str, wanted an object"),
 }
@@ -121,5 +122,5 @@ BAD: dict[str, tuple[Any, str]] = {
 def test_bad_configs_are_named(kind: str) -> None:
     config, message = BAD[kind]
     with pytest.raises(CheckpointError, match="^dir/config.json: " + re.escape(message)) as caught:
-        read_gptq_config(config, "dir/config.json")
+        read_quantization_config(config, "dir/config.json")
     assert "\n" not in caught.value.message

@@ -140,7 +140,7 @@ def test_manifest_is_strict_json_and_its_hashes_hold(random_model: Make, tmp_pat
         assert file_sha256(tmp_path / "out" / name) == digest
     assert set(found["files"]) == {p.name for p in job.out.iterdir()} - {JOURNAL_NAME, MANIFEST_NAME}
     assert [row["layer"] for row in found["layers"]] == [0, 1, 2]
-    assert found["job"]["scheme"] == {"bits": 4, "group_size": 32, "sym": True}
+    assert found["job"]["scheme"] == {"bits": 4, "group_size": 32, "sym": True, "codes": "int"}
 
 
 def test_events(random_model: Make, tmp_path: Path) -> None:

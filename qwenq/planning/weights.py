@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from qwenq.errors import CheckpointError, PlanError
+from qwenq.layout import linear_tensors
 from qwenq.planning.allocator import allocated_blocks
 from qwenq.scheme import Recipe, Scheme
 from qwenq.spec import UNITS, LinearSpec, ModelSpec, TensorSpec, tensor_bytes
@@ -213,7 +214,7 @@ def _fp8_linear(lin: LinearSpec) -> Iterator[int]:
 
 
 def _stored(scheme: Scheme, lin: LinearSpec) -> int:
-    return sum(t.nbytes for t in scheme.gptq_tensors(lin))
+    return sum(t.nbytes for t in linear_tensors("gptq", scheme, lin))
 
 
 def _spread(layers: int, count: int) -> Iterable[int]:

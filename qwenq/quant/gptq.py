@@ -40,7 +40,7 @@ class QTensor:
     """One quantized linear, unpacked; `scales_OG` may be negative, symmetric `zeros_OG` is scheme.zero everywhere."""
 
     codes_OI: Tensor  # uint8 [out, in]
-    scales_OG: Tensor  # float16 [out, groups]
+    scales_OG: Tensor  # float16 [out, groups]; float32 or bfloat16 when read from a checkpoint that stores them so
     zeros_OG: Tensor  # uint8 [out, groups]
     scheme: Scheme
 

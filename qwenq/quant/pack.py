@@ -1,4 +1,4 @@
-"""The GPTQ format's integer words: codes of a linear packed into int32 and back.
+"""Codes of a linear packed into int32 words and back: the words all formats share, and GPTQ's tensors of them.
 
 `qweight` [in * bits / 32, out] holds codes along the input, least significant first; `qzeros` [groups, out * bits /
 32] zero points along the output, stored minus one ("gptq") or as they are ("gptq_v2"); `scales` [groups, out];
@@ -35,11 +35,12 @@ def unpack_words(words_NM: Tensor, bits: int) -> Tensor:
     return codes_NM
 
 
-def pack_gptq(q: QTensor) -> dict[str, Tensor]:
-    """qweight, qzeros, scales and g_idx of the format's version 1, contiguous, on the codes' device."""
+def pack_gptq(q: QTensor, checkpoint_format: str = "gptq") -> dict[str, Tensor]:
+    """qweight, qzeros, scales and g_idx, contiguous, on the codes' device."""
     columns = q.codes_OI.shape[1]
     bits, width = q.scheme.bits, q.scheme.group_width(columns)
-    stored_OG = (q.zeros_OG - 1) & (q.scheme.levels - 1)  # a zero point of 0 wraps, as every reader expects
+    # in version 1 a zero point of 0 wraps; not every reader undoes that (see formats.gptq.gptq_version)
+    stored_OG = (q.zeros_OG - 1) & (q.scheme.levels - 1) if checkpoint_format == "gptq" else q.zeros_OG
     return {
         "qweight": pack_words(q.codes_OI.T, bits),
         "qzeros": pack_words(stored_OG, bits).T.contiguous(),
@@ -77,15 +78,13 @@ def _unpack(
 
 def unpack_gptq(
     tensors: Mapping[str, Tensor], scheme: Scheme, checkpoint_format: str = "gptq", name: str = "linear"
-) -> QTensor:
-    """The QTensor packed in `tensors`; CheckpointError when groups are not consecutive (see `dequantize_gptq`)."""
+) -> QTensor | None:
+    """The QTensor packed in `tensors`, None when groups are not consecutive columns (act-order: `dequantize_gptq`)."""
     codes_IO, scales_GO, zeros_GO, index_I = _unpack(tensors, scheme.bits, checkpoint_format, name)
     trivial_I = torch.arange(index_I.numel(), device=index_I.device) // scheme.group_width(index_I.numel())
     if not torch.equal(index_I, trivial_I):
-        raise CheckpointError(
-            f"{name}: g_idx is not i // {scheme.group_width(index_I.numel())}", hint="act-order groups"
-        )
-    return QTensor(codes_IO.T.contiguous(), scales_GO.T.half().contiguous(), zeros_GO.T.contiguous(), scheme)
+        return None
+    return QTensor(codes_IO.T.contiguous(), scales_GO.T.contiguous(), zeros_GO.T.contiguous(), scheme)
 
 
 def dequantize_gptq(
