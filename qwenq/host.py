@@ -1,14 +1,35 @@
-"""The machine a job runs on: its peak memory, and the facts that a manifest keeps apart in `run`."""
+"""The machine a job runs on: what of it decides the bytes, its peak memory, and facts that decide nothing."""
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from qwenq import __version__
+
+
+def numerics(device: str) -> dict[str, Any]:
+    """What decides in which order sums are taken, and so the last bits: a resumed job needs the same."""
+    on_gpu = device != "cpu"
+    return {
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.cuda.get_device_name(device) if on_gpu else torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """This program and the libraries it stands on."""
+    libraries = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "huggingface-hub")
+    return {"qwenq": __version__, "python": platform.python_version()} | {name: version(name) for name in libraries}
 
 
 def host_facts() -> dict[str, Any]:
@@ -18,6 +39,10 @@ def host_facts() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_bytes": _memory_bytes(),
+        "gpus": [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())],
         "system": platform.platform(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -31,8 +56,22 @@ def forget_peak_rss() -> None:
 
 def peak_rss_bytes() -> int:
     """The process's peak resident memory (VmHWM), file pages included; 0 where the system does not tell."""
+    lines = _lines("/proc/self/status")
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
+
+
+def _processor() -> str:
+    named = (line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name"))
+    return next(named, platform.processor())
+
+
+def _memory_bytes() -> int:
+    lines = _lines("/proc/meminfo")
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal")), 0)
+
+
+def _lines(path: str) -> list[str]:
     try:
-        status = Path("/proc/self/status").read_text()
+        return Path(path).read_text().splitlines()
     except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")), 0)
+        return []

@@ -12,12 +12,13 @@ from qwenq import __version__
 from qwenq.block import SolverOptions
 from qwenq.checkpoint import Checkpoint
 from qwenq.errors import CheckpointError
+from qwenq.host import numerics
+from qwenq.manifest import MANIFEST_NAME as MANIFEST_NAME
 from qwenq.results import BlockResult, DriftReport
 from qwenq.scheme import Recipe
 from qwenq.shards import DTYPE_NAMES
 from qwenq.tokens import TokenWindows
 
-MANIFEST_NAME = "qwenq-manifest.json"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -75,6 +76,7 @@ class QuantizeJob:
             "calibration": self.calibration.to_json() if self.calibration else None,
             "evaluation": self.evaluation.to_json(),
             "overlap": self.overlap,
+            "numerics": numerics(self.device),
         }
 
 

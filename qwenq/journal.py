@@ -10,14 +10,15 @@ import json
 import os
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from qwenq.errors import JobError
+from qwenq.files import TORN_ENDING, write_bytes
 
 JOURNAL_NAME = "qwenq-journal.jsonl"
-_LOCK_NAME = ".qwenq-lock"
+LOCK_NAME = ".qwenq-lock"
 
 
 class Journal:
@@ -77,28 +78,29 @@ class Journal:
             kept.append(row)
         self.rows = kept
         text = b"".join(json.dumps(r, separators=(",", ":"), ensure_ascii=False).encode() + b"\n" for r in kept)
-        beside = self.path.with_suffix(".tmp")
-        with open(beside, "wb") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, self.path)
+        write_bytes(self.path, text)
 
 
 def never_begun(directory: Path) -> bool:
     """True when a run was stopped before the journal's first line: nothing there but the lock and scraps."""
-    return {path.name for path in directory.iterdir()} <= {_LOCK_NAME, Path(JOURNAL_NAME).with_suffix(".tmp").name}
+    return {path.name for path in directory.iterdir()} <= {LOCK_NAME, JOURNAL_NAME + TORN_ENDING}
 
 
 def refuse_changes(old: Mapping[str, Any], new: Mapping[str, Any], directory: Path) -> None:
     """Raise JobError naming every argument or input that differs between the journal and this run."""
-    changes = [f"{where} was {a!r}, now {b!r}" for where, a, b in _differences(old, new, "")]
-    if changes:
-        more = f" (and {len(changes) - 3} more)" if len(changes) > 3 else ""
-        raise JobError(
-            f"{directory}: cannot resume, {'; '.join(changes[:3])}{more}",
-            hint="resume with the same command and inputs, or delete the directory and start anew",
-        )
+    differences = list(_differences(old, new, ""))
+    if not differences:
+        return
+    changes = [f"{where} was {a!r}, now {b!r}" for where, a, b in differences]
+    more = f" (and {len(changes) - 3} more)" if len(changes) > 3 else ""
+    threads = next((was for where, was, _ in differences if where == "numerics.threads"), None)
+    same = "resume with the same command and inputs"
+    if threads is not None and len(differences) == 1:
+        same = f"sums over another number of threads end in other bits: set OMP_NUM_THREADS={threads}"
+    raise JobError(
+        f"{directory}: cannot resume, {'; '.join(changes[:3])}{more}",
+        hint=f"{same}, or delete the directory and start anew",
+    )
 
 
 def _differences(old: Any, new: Any, where: str) -> Iterator[tuple[str, Any, Any]]:
@@ -110,22 +112,55 @@ def _differences(old: Any, new: Any, where: str) -> Iterator[tuple[str, Any, Any
 
 
 @contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Hold the directory against a second run; the lock goes with the process, however that ends."""
-    path = directory / _LOCK_NAME
-    with open(path, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise JobError(
-                f"{directory}: in use by {holder}", hint="wait for it, or stop that process; then try again"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+def locked(directory: Path) -> Iterator[str]:
+    """Hold the directory against a second run, also while it is renamed; yields who left a lock behind, or "".
+
+    The lock is the system's (flock), so it goes with the process, however that ends; its file only says whose it is.
+    Over a network not every file system carries it: a lock left by another machine is refused until it is deleted.
+    """
+    path = directory / LOCK_NAME
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        with open(path, "a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                gone = not path.exists() or not os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+            except BlockingIOError:
+                gone = False
+                raise JobError(
+                    f"{directory}: in use by {_holder(file)[0] or 'another process'}",
+                    hint="wait for it, or stop that process; then try again",
+                ) from None
+            if gone:  # its holder ended between our opening and our locking it
+                raise JobError(f"{directory}: another run was just ending there", hint="try again")
+            left, machine = _holder(file)
+            if machine and not machine & {socket.gethostname(), _boot()}:
+                raise JobError(
+                    f"{directory}: locked by {left}, another machine, which cannot be asked from here",
+                    hint=f"when that run has ended, delete {path} and go on",
+                )
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n{_boot()}")
+            file.flush()
+            try:
+                yield left
+            finally:
+                with suppress(FileNotFoundError):
+                    os.unlink(LOCK_NAME, dir_fd=handle)  # the directory may have another name by now
+    finally:
+        os.close(handle)
+
+
+def _holder(file: IO[str]) -> tuple[str, set[str]]:
+    """Who wrote a lock file, and what identifies that machine: its name, and this start of its system."""
+    file.seek(0)
+    first, _, boot = file.read(1000).partition("\n")
+    return first, {text for text in (first.rpartition(" on ")[2], boot) if text}
+
+
+def _boot() -> str:
+    """One start of the system, the same in all its containers; empty where the system does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""

@@ -1,100 +1,129 @@
-"""The end of a job: the small files of the checkpoint, then `qwenq-manifest.json`, which hashes all of them.
+"""`qwenq-manifest.json`: what was made from what. Written and read here, and compared with the files beside it.
 
-What was made from what is the same in every run of one command; times and host facts are in `run` alone.
+The document is JSON, indented by two. `digest` is the SHA-256 of its canonical form (keys sorted, no spaces, UTF-8)
+without `digest` and `run`: two runs of one command have the same. `run` holds the times, facts of the host, the
+journal's hash, and a digest of its own. A byte that is not as it was written, a space even, is seen.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping
-from dataclasses import asdict
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwenq.headers import INDEX_NAME
-from qwenq.host import host_facts
-from qwenq.job import MANIFEST_NAME, QuantizeJob, QuantizeResult
-from qwenq.journal import JOURNAL_NAME
-from qwenq.preflight import output_files
-from qwenq.results import BlockResult, DriftReport, finite_json
-from qwenq.shards import encode_index, file_sha256, write_json
-from qwenq.tokens import TOKENIZER_FILES
+from qwenq.errors import CheckpointError
+from qwenq.files import TORN_ENDING, file_sha256, write_bytes
+from qwenq.headers import inside, parse_object, shown
+from qwenq.journal import JOURNAL_NAME, LOCK_NAME
 
-COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json", "LICENSE")
+MANIFEST_NAME = "qwenq-manifest.json"
 SCRATCH_PREFIX = ".qwenq-"  # states, spilled buffers and the lock: gone before the directory gets its name
+_VERSION = 1
+_MAX_BYTES = 100_000_000
 
 
-def write_small_files(job: QuantizeJob, work: Path, config: Mapping[str, Any]) -> None:
-    """Tokenizer and licence as the source has them, the index, and the configuration."""
-    for name in COPIED_FILES:
-        path = job.source.directory / name
-        if path.is_file():
-            shutil.copyfile(path, work / name)
-    write_json(work / INDEX_NAME, encode_index(output_files(job.source.spec, job.recipe, job.stored_dtype)))
-    write_json(work / "config.json", config)
-    if job.recipe.format == "gptq":  # GPTQModel and AutoGPTQ look here first
-        write_json(work / "quantize_config.json", config["quantization_config"])
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is not as the manifest says."""
+
+    file: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.problem}"
 
 
-def describe_result(
-    job: Mapping[str, Any], parameters: int, result: QuantizeResult, *, resumed: bool
-) -> dict[str, Any]:
-    """The manifest but for the files' hashes: what the model card is written from. `job` is the journal's."""
-    layers = [{"layer": b.layer, "linears": [asdict(r) for r in b.linears], "stream_error_db": b.stream_error_db}
-              for b in result.layers]  # fmt: skip
-    described: dict[str, Any] = finite_json(
-        {
-            "job": job,
-            "parameters": parameters,
-            "tensor_bytes": result.tensor_bytes,
-            "file_bytes": result.file_bytes,
-            "bits_per_linear_weight": result.bits_per_linear_weight,
-            "drift": result.drift.to_json(),
-            "warnings": list(result.warnings),
-            "layers": layers,
-            "run": {
-                "seconds": result.seconds,
-                "resumed": resumed,
-                "peak_rss_bytes": result.peak_rss_bytes,
-                "layer_seconds": [b.seconds for b in result.layers],
-                "stages_s": _sum_stages(result.layers),
-                **host_facts(),
-            },
-        }
-    )
-    return described
+def canonical(value: Any) -> bytes:
+    """JSON with sorted keys and no spaces, UTF-8: equal values have equal bytes."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode()
+
+
+def digest_of(section: Mapping[str, Any]) -> str:
+    """SHA-256 of a section's canonical form, its `digest` and `run` left out."""
+    kept = {key: value for key, value in section.items() if key not in ("digest", "run")}
+    return hashlib.sha256(canonical(kept)).hexdigest()
+
+
+def encode_manifest(content: Mapping[str, Any], run: Mapping[str, Any]) -> bytes:
+    """The file's bytes for what was made (`content`) and how this run went (`run`)."""
+    document = {"manifest": _VERSION, **content}
+    document |= {"digest": digest_of(document), "run": {**run, "digest": digest_of(run)}}
+    return _encode(document)
 
 
 def write_manifest(work: Path, described: Mapping[str, Any], known: Mapping[str, str]) -> None:
     """Hash every file of the checkpoint and write the manifest: the last file to be written.
 
-    Whatever lies in `work` belongs to the checkpoint, but for the journal, scratch files and the manifest itself.
-    known: SHA-256 of files hashed while they were written.
+    Whatever lies in `work` belongs to the checkpoint, but for scratch files and the manifest itself; the journal's
+    hash goes into `run`, for it holds times. known: SHA-256 of files hashed while they were written.
     """
-    for torn in work.glob("*.tmp"):
+    for torn in work.glob("*" + TORN_ENDING):
         torn.unlink()  # a killed run was writing it
-    names = sorted(path.name for path in work.iterdir())
-    own = [n for n in names if n not in (JOURNAL_NAME, MANIFEST_NAME) and not n.startswith(SCRATCH_PREFIX)]
-    files = {name: known.get(name) or file_sha256(work / name) for name in own}
-    run = described["run"]
-    content = {key: value for key, value in described.items() if key != "run"}
-    write_json(work / MANIFEST_NAME, content | {"files": files, "run": run})
+    names = sorted(p.name for p in work.iterdir() if not p.name.startswith(SCRATCH_PREFIX))
+    hashes = {name: known.get(name) or file_sha256(work / name) for name in names if name != MANIFEST_NAME}
+    journal = {JOURNAL_NAME: hashes.pop(JOURNAL_NAME)} if JOURNAL_NAME in hashes else {}
+    content = {key: value for key, value in described.items() if key != "run"} | {"files": hashes}
+    write_bytes(work / MANIFEST_NAME, encode_manifest(content, {**described["run"], "files": journal}))
 
 
-def job_warnings(layers: tuple[BlockResult, ...], drift: DriftReport, overlap: float | None) -> tuple[str, ...]:
-    """What a reader must not miss, fallbacks first."""
-    fallen = [result for block in layers for result in block.linears if result.fallback]
-    lines = [f"{result.name}: fell back to rounding to nearest ({result.fallback})" for result in fallen]
-    if drift.non_finite:
-        lines.append(f"{drift.non_finite} of {drift.tokens} logit rows are not finite")
-    if overlap:
-        lines.append(f"{100 * overlap:.1f} % of the evaluation text also occurs in the calibration text")
-    return tuple(lines)
+def read_manifest(directory: Path) -> tuple[dict[str, Any], list[Finding]]:
+    """The manifest of a checkpoint directory, and what is wrong with its own bytes.
+
+    Raises CheckpointError when there is none, or nothing in it can be relied on.
+    """
+    path = inside(directory, MANIFEST_NAME)
+    if not path.is_file():
+        raise CheckpointError(
+            f"{shown(str(directory))}: no {MANIFEST_NAME} in it",
+            hint="`qwenq quantize` writes one; checkpoints of other tools have none",
+        )
+    if path.stat().st_size > _MAX_BYTES:
+        raise CheckpointError(f"{MANIFEST_NAME}: {path.stat().st_size} bytes, more than such a file can need")
+    data = path.read_bytes()
+    document = parse_object(data, MANIFEST_NAME)
+    if document.get("manifest") != _VERSION:
+        raise CheckpointError(
+            f"{MANIFEST_NAME}: version {shown(repr(document.get('manifest')), 40)}, wanted {_VERSION}",
+            hint="another version of qwenq wrote it",
+        )
+    run = document.get("run")
+    run = run if isinstance(run, dict) else {}
+    for where, files in (("files", document.get("files")), ("run.files", run.get("files"))):
+        if not isinstance(files, dict) or not all(isinstance(digest, str) for digest in files.values()):
+            raise CheckpointError(f"{MANIFEST_NAME}: {where} is not an object of hashes")
+    findings = []
+    if document.get("digest") != digest_of(document):
+        findings.append(Finding(MANIFEST_NAME, "changed: its digest is not that of its content"))
+    if run.get("digest") != digest_of(run):
+        findings.append(Finding(MANIFEST_NAME, "changed: the digest of `run` is not that of its content"))
+    if not findings and _encode(document) != data:
+        findings.append(Finding(MANIFEST_NAME, "changed: the same values, written otherwise"))
+    return document, findings
 
 
-def _sum_stages(layers: tuple[BlockResult, ...]) -> dict[str, float]:
-    totals: dict[str, float] = {}
-    for block in layers:
-        for stage, seconds in block.stages_s.items():
-            totals[stage] = totals.get(stage, 0.0) + seconds
-    return totals
+def check_files(directory: Path, manifest: Mapping[str, Any]) -> Iterator[Finding]:
+    """Every file that is missing, changed, or there without being in the manifest."""
+    wanted: dict[str, str] = manifest["files"] | manifest["run"]["files"]
+    for name, digest in wanted.items():
+        try:
+            path = inside(directory, name)
+        except CheckpointError as error:
+            yield Finding(shown(name), error.message)
+            continue
+        if not path.exists():
+            yield Finding(name, "missing")
+        elif not path.is_file():
+            yield Finding(name, "changed: not a regular file")
+        elif (found := file_sha256(path)) != digest:
+            yield Finding(name, f"changed: SHA-256 {found}, the manifest has {shown(digest, 64)}")
+    for path in sorted(directory.iterdir()):
+        if path.name not in wanted and path.name not in (MANIFEST_NAME, LOCK_NAME):
+            yield Finding(shown(path.name), "extra: the manifest does not name it")
+
+
+def _encode(document: Mapping[str, Any]) -> bytes:
+    return (json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()

@@ -23,23 +23,19 @@ import torch
 from qwenq.block import StageClock, quantize_block, round_block, run_layer
 from qwenq.checkpoint import Checkpoint, non_finite
 from qwenq.errors import CheckpointError, JobError
+from qwenq.files import file_sha256, make_directory
+from qwenq.finish import COPIED_FILES, describe_result, finished_before, give_name, job_warnings, write_small_files
 from qwenq.formats.config import quantization_config, read_quantization_config
 from qwenq.head import HeadWeights, measure_drift
 from qwenq.headers import read_header
 from qwenq.host import forget_peak_rss, peak_rss_bytes
 from qwenq.job import DTYPES, QuantizeJob, QuantizeResult, partial_directory
 from qwenq.journal import Journal, locked, never_begun, refuse_changes
-from qwenq.manifest import (
-    COPIED_FILES,
-    SCRATCH_PREFIX,
-    describe_result,
-    job_warnings,
-    write_manifest,
-    write_small_files,
-)
+from qwenq.manifest import write_manifest
 from qwenq.preflight import Tokens, output_files, preflight
+from qwenq.provenance import SourceFiles
 from qwenq.results import BlockResult, DriftReport
-from qwenq.shards import file_sha256, write_shard
+from qwenq.shards import write_shard
 from qwenq.stream import Network
 from qwenq.streams import Streams, new_streams
 
@@ -57,21 +53,24 @@ def quantize(job: QuantizeJob, *, resume: bool = False, listen: Listener = lambd
     work = partial_directory(job.out)
     _check_places(job, work, resume)
     try:
-        work.mkdir(parents=True, exist_ok=resume)
+        make_directory(work, exist_ok=resume)
     except FileExistsError:
         raise _unfinished(work) from None
     except OSError as error:
         raise JobError(f"{work}: {error.strerror}", hint="choose another --output") from None
-    with locked(work):
-        try:
-            return _Run(job, work, resume, listen).run(started)
-        except OSError as error:
-            raise JobError(
-                f"{error.filename or work}: {error.strerror or error}", hint="put that right, then go on with --resume"
-            ) from error
-        finally:
-            if not resume and work.exists() and never_begun(work):
-                shutil.rmtree(work)  # leave nothing behind
+    try:
+        with locked(work) as left:
+            if left:
+                listen(f"{left} left the job unfinished: going on")
+            try:
+                return _Run(job, work, resume, listen).run(started)
+            finally:
+                if not resume and work.exists() and never_begun(work):
+                    shutil.rmtree(work)  # leave nothing behind
+    except OSError as error:
+        raise JobError(
+            f"{error.filename or work}: {error.strerror or error}", hint="put that right, then go on with --resume"
+        ) from error
 
 
 def _check_places(job: QuantizeJob, work: Path, resume: bool) -> None:
@@ -136,10 +135,16 @@ class _Run:
 
     @torch.inference_mode()
     def run(self, started: float) -> QuantizeResult:
-        described = self.job.describe() | {"source": self._source_identity()}
+        self.listen("hashing the source")
+        names = [*(path.name for path in self.job.source.files), "config.json", *COPIED_FILES]
+        read = SourceFiles.read(self.job.source.directory, names)
+        described = self.job.describe() | {"source": read.hashes}
         if self.resume and not never_begun(self.work):
             journal = Journal.load(self.work)
             refuse_changes(journal.job, described, self.work)
+            if (result := finished_before(self.work, self.job.out, journal)) is not None:
+                give_name(self.work, self.job.out)
+                return result
         else:
             journal = Journal.create(self.work, described)
         streams = new_streams(
@@ -167,6 +172,7 @@ class _Run:
             self.listen(BlockResult.from_json(row["result"]))
         self.listen("measuring drift at the head")
         drift = self._drift(streams)
+        read.refuse_replaced()
         return self._finish(journal, outer, drift, started)
 
     # -------------------------------------------------------------- one layer
@@ -228,12 +234,6 @@ class _Run:
 
     # -------------------------------------------------------------- resuming
 
-    def _source_identity(self) -> dict[str, Any]:
-        self.listen("hashing the source")
-        paths = [*self.job.source.files, self.job.source.directory / "config.json"]
-        paths += [p for name in COPIED_FILES if (p := self.job.source.directory / name).is_file()]
-        return {path.name: file_sha256(path) for path in paths}
-
     def _recover(self, journal: Journal, streams: Streams) -> int:
         """Bring the streams to the first layer that is not done and whole; returns that layer."""
         rows = journal.layers
@@ -292,7 +292,7 @@ class _Run:
         files = output_files(self.spec, self.job.recipe, self.job.stored_dtype)
         hashes = {self.files[0]: outer["embedding"], self.files[-1]: outer["head"]}
         hashes |= {row["file"]: row["sha256"] for row in journal.layers}
-        write_small_files(self.job, self.work, self.config)
+        write_small_files(self.job, self.work, self.config, journal.job["source"])
         result = QuantizeResult(
             out=self.job.out,
             drift=drift,
@@ -306,9 +306,7 @@ class _Run:
         )
         described = describe_result(journal.job, self.spec.parameters, result, resumed=self.resume)
         write_manifest(self.work, described, hashes)  # hashes whatever lies there: write other files before this
-        for leftover in self.work.glob(SCRATCH_PREFIX + "*"):
-            leftover.unlink()
-        os.replace(self.work, self.job.out)
+        give_name(self.work, self.job.out)
         return result
 
 

@@ -83,6 +83,17 @@ class DriftReport:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    @staticmethod
+    def from_json(row: dict[str, Any]) -> DriftReport:
+        """Read what `finite_json` of `to_json` gave: null is a figure that was not finite."""
+
+        def figure(value: Any) -> Any:
+            if isinstance(value, dict):
+                return Interval(**{key: figure(part) for key, part in value.items()})
+            return math.nan if value is None else value
+
+        return DriftReport(**{key: figure(value) for key, value in row.items()})
+
 
 def finite_json(value: Any) -> Any:
     """`value` with figures that are not finite as None: JSON knows no NaN or infinity."""

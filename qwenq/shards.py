@@ -1,4 +1,4 @@
-"""Writing safetensors files: beside the target first, synced, then renamed; bytes in, never a second copy of a tensor.
+"""Writing safetensors files: the tensors' own bytes, never a second copy of a tensor.
 
 Layout (safetensors specification): 8-byte little-endian header length, JSON header padded with spaces to a multiple
 of 8, tensors back to back. Tensors are ordered by element size, then name, so every tensor is aligned to its elements.
@@ -6,15 +6,13 @@ of 8, tensors back to back. Tensors are ordered by element size, then name, so e
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qwenq.files import write_synced
 from qwenq.headers import encode_header
 from qwenq.spec import TensorSpec, tensor_bytes
 
@@ -49,53 +47,6 @@ def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
                 put(data[start : start + _CHUNK])
 
     return write_synced(path, chunks)
-
-
-def write_synced(path: Path, produce: Callable[[Callable[[Any], None]], None]) -> str:
-    """Write a file through `produce(put)` beside `path`, sync it, rename it into place; returns its SHA-256."""
-    beside = path.with_name(path.name + ".tmp")
-    digest = hashlib.sha256()
-    try:
-        with open(beside, "wb") as file:
-
-            def put(data: Any) -> None:
-                file.write(data)
-                digest.update(data)
-
-            produce(put)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        beside.unlink(missing_ok=True)  # a full disk is not helped by half a shard
-        raise
-    os.replace(beside, path)
-    sync_directory(path.parent)
-    return digest.hexdigest()
-
-
-def write_bytes(path: Path, data: bytes) -> str:
-    """Write `data` at `path`, synced and renamed into place; returns its SHA-256."""
-    return write_synced(path, lambda put: put(data))
-
-
-def write_json(path: Path, value: Any) -> str:
-    """Write JSON, indented by two, at `path`; returns its SHA-256."""
-    return write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def sync_directory(directory: Path) -> None:
-    """Make renames in `directory` last through a power cut."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, read in chunks."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def encode_index(files: Mapping[str, list[TensorSpec]]) -> dict[str, Any]:

@@ -15,9 +15,10 @@ import torch
 
 from qwenq.checkpoint import Checkpoint
 from qwenq.errors import CheckpointError
+from qwenq.files import file_sha256
 from qwenq.headers import read_header
 from qwenq.preflight import NOISE_WINDOWS, SPILL_BYTES
-from qwenq.shards import file_sha256, raw_bytes, write_shard
+from qwenq.shards import raw_bytes, write_shard
 
 Convert = Callable[[str, torch.Tensor], torch.Tensor]
 _EMBEDDING = "model.embed_tokens.weight"

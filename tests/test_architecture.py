@@ -27,9 +27,9 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
             "planning.detect planning.chart planning.asking",
         ),
         ("tensor maths", "quant quant.* metrics"),
-        ("disk", "shards journal formats formats.* tokens calibration checkpoint audit"),
+        ("disk", "files manifest provenance shards journal formats formats.* tokens calibration checkpoint audit"),
         ("network", "stream"),
-        ("work", "streams block head job host manifest quantize evaluate demo"),
+        ("work", "streams block head job host finish quantize verify evaluate demo"),
         ("telling", "report page page.*"),
         ("door", "cli cli.* __main__"),
     )
@@ -37,6 +37,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
 
 HEAVY = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
 PLANNING = LAYERS[0][1] | LAYERS[1][1] | {"journal", "formats", "formats.config", "audit", "cli.vram", "cli.plan"}
+PLANNING |= {"files", "manifest", "verify", "cli.verify"}  # hashing needs no torch either
 
 LONG = {
     "hub": "a directory for a hub name: downloads, their resumption and their errors belong together",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qwenq.errors import JobError
-from qwenq.journal import JOURNAL_NAME, Journal, locked, never_begun, refuse_changes
+from qwenq.journal import JOURNAL_NAME, LOCK_NAME, Journal, locked, never_begun, refuse_changes
 
 JOB = {"seed": 0, "scheme": {"bits": 4, "group_size": 128}}
 
@@ -112,6 +112,48 @@ def test_the_lock_names_its_holder_and_goes_with_it(tmp_path: Path) -> None:
     with locked(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_left_behind_is_explained(tmp_path: Path) -> None:
+    """A killed run's lock is taken over and its owner told; another machine's cannot be judged: refused."""
+    lock = tmp_path / LOCK_NAME
+    lock.write_text(f"process 123 on {socket.gethostname()}\n")
+    with locked(tmp_path) as left:
+        assert left == f"process 123 on {socket.gethostname()}"
+    with locked(tmp_path) as left:
+        assert left == ""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    if boot.is_file():  # a container that was started again has another name, but the same system
+        lock.write_text(f"process 1 on 0123456789ab\n{boot.read_text().strip()}")
+        with locked(tmp_path) as left:
+            assert left == "process 1 on 0123456789ab"
+    lock.write_text("process 123 on elsewhere\n00000000-0000-0000-0000-000000000000")
+    with (
+        pytest.raises(JobError, match="locked by process 123 on elsewhere, another machine") as caught,
+        locked(tmp_path),
+    ):
+        pass
+    assert caught.value.hint == f"when that run has ended, delete {lock} and go on"
+    assert lock.is_file()
+
+
+def test_the_lock_follows_the_directory_when_it_is_renamed(tmp_path: Path) -> None:
+    work, out = tmp_path / "work", tmp_path / "out"
+    work.mkdir()
+    with locked(work):
+        work.rename(out)
+        with pytest.raises(JobError, match="in use by"), locked(out):
+            pass
+    assert list(out.iterdir()) == []
+
+
+def test_another_number_of_threads_is_refused_with_what_to_set(tmp_path: Path) -> None:
+    old = {"seed": 0, "numerics": {"torch": "2.13", "threads": 8}}
+    with pytest.raises(JobError, match=r"numerics.threads was 8, now 4$") as caught:
+        refuse_changes(old, {"seed": 0, "numerics": {"torch": "2.13", "threads": 4}}, tmp_path)
+    assert "set OMP_NUM_THREADS=8, or delete the directory" in caught.value.hint
+    with pytest.raises(JobError, match=r"numerics.torch was '2.13', now '2.14'$"):
+        refuse_changes(old, {"seed": 0, "numerics": {"torch": "2.14", "threads": 8}}, tmp_path)
 
 
 def test_the_lock_holds_within_one_process_too(tmp_path: Path) -> None:

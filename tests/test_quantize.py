@@ -26,8 +26,9 @@ from qwenq.block import SolverOptions
 from qwenq.checkpoint import open_checkpoint, open_source
 from qwenq.errors import CheckpointError, JobError, PlanError, QwenqError
 from qwenq.evaluate import evaluate
-from qwenq.job import MANIFEST_NAME, QuantizeJob, partial_directory
-from qwenq.journal import JOURNAL_NAME
+from qwenq.job import QuantizeJob, partial_directory
+from qwenq.journal import JOURNAL_NAME, LOCK_NAME
+from qwenq.manifest import MANIFEST_NAME
 from qwenq.preflight import Tokens, preflight
 from qwenq.quantize import quantize
 from qwenq.scheme import Recipe, Scheme
@@ -127,8 +128,8 @@ def test_the_format_as_loaders_read_it(random_model: Make, tmp_path: Path) -> No
 
 
 def test_manifest_is_strict_json_and_its_hashes_hold(random_model: Make, tmp_path: Path) -> None:
+    from qwenq.files import file_sha256
     from qwenq.headers import read_object
-    from qwenq.shards import file_sha256
 
     job = small_job(random_model(), tmp_path / "out")
     one = TokenWindows(job.evaluation.ids[:1], "one window", {})  # a standard error of one window is not a number
@@ -350,7 +351,10 @@ def test_killed_anywhere_and_resumed_is_the_same(
         job = small_job(source, tmp_path / "out", **changes)
         if not killed_at(step, job, interval, **changes):
             break
-        assert not job.out.exists(), step
+        if job.out.exists():  # killed between the last rename and the end: all that is left is the lock's file
+            (job.out / LOCK_NAME).unlink()
+            assert_same(tmp_path / "whole", job.out)
+            break
         said: list[Any] = []
         quantize(job, resume=True, listen=said.append)
         assert_same(tmp_path / "whole", job.out)
@@ -358,8 +362,7 @@ def test_killed_anywhere_and_resumed_is_the_same(
         shutil.rmtree(job.out)
         step += stride
     assert step > 30
-    # with saved states only a kill between their removal and the last rename leaves layers to replay
-    assert any(replays) if interval else not any(replays[:-1])
+    assert any(replays) if interval else not any(replays)
 
 
 def test_killed_again_and_again(random_model: Make, tmp_path: Path, monkeypatch: Any) -> None:

@@ -13,17 +13,14 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from qwenq.files import file_sha256, write_bytes, write_json, write_synced
 from qwenq.preflight import shard_file_bytes
 from qwenq.shards import (
     TORCH_DTYPES,
     encode_index,
-    file_sha256,
     raw_bytes,
     spec_of,
-    write_bytes,
-    write_json,
     write_shard,
-    write_synced,
 )
 from qwenq.spec import TensorSpec
 
