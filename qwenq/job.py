@@ -42,6 +42,7 @@ class QuantizeJob:
     dtype: str = "auto"  # of tensors that are not quantized; auto keeps the source's bytes
     seed: int = 0
     overlap: float | None = None  # share of the evaluation text that is also in the calibration text
+    beside: tuple[tuple[str, bytes], ...] = ()  # files put into the checkpoint as they are: the recipe it follows
 
     def stored_dtype(self, name: str) -> str:
         """safetensors dtype in which tensor `name` is written when it is not quantized."""

@@ -119,7 +119,7 @@ def preflight(
     return Preflight(
         model=spec.name,
         parameters=spec.parameters,
-        scheme=recipe.default.label if recipe.default else "16-bit",
+        scheme=recipe.label,
         bits_per_linear_weight=recipe.bits_per_linear_weight(spec),
         tensor_bytes=tensor_total,
         file_bytes=file_total,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from qwenq.errors import PlanError
 from qwenq.layout import FORMATS, check_linear, check_together, is_description, linear_tensors
 from qwenq.spec import LinearSpec, ModelSpec, TensorSpec
 
 GROUP_SIZES = (128, 64, 32)
+_LABEL = re.compile(r"(?P<bits>\d+)-bit(?: (?P<row>per channel)| g(?P<group>\d+))(?P<asym> asym)?")
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,24 @@ NF4 = Scheme(4, 64, codes="nf4")
 INT8_ROWS = Scheme(8, -1)  # LLM.int8: one scale a row
 
 
+def parse_scheme(label: str) -> Scheme | None:
+    """The scheme that a label means, None for `16-bit`; PlanError for anything else."""
+    text = " ".join(label.split())
+    if text == "16-bit":
+        return None
+    match = _LABEL.fullmatch(text)
+    if not match or match["bits"] not in ("4", "8"):
+        raise PlanError(
+            f"{label[:40]!r} is no scheme", hint="for instance 4-bit g128, 8-bit g32, 4-bit per channel or 16-bit"
+        )
+    return Scheme(int(match["bits"]), -1 if match["row"] else int(match["group"]), sym=not match["asym"])
+
+
+def label_of(scheme: Scheme | None) -> str:
+    """`4-bit g128`; `16-bit` for what is not quantized."""
+    return scheme.label if scheme else "16-bit"
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Which scheme each linear gets: `default`, unless `overrides` names the linear (None keeps it in 16 bit).
@@ -95,8 +116,17 @@ class Recipe:
         if self.format not in FORMATS:
             raise PlanError(f"format is {self.format!r}, wanted one of {', '.join(FORMATS)}")
 
+    @cached_property
+    def _by_name(self) -> dict[str, Scheme | None]:
+        return dict(self.overrides)
+
     def scheme_of(self, lin: LinearSpec) -> Scheme | None:
-        return dict(self.overrides).get(lin.name, self.default) if self.overrides else self.default
+        return self._by_name.get(lin.name, self.default)
+
+    @property
+    def label(self) -> str:
+        """`4-bit g128`, `16-bit`, or `mixed, mostly 4-bit g128`."""
+        return ("mixed, mostly " if self.overrides else "") + label_of(self.default)
 
     def check(self, spec: ModelSpec) -> None:
         """Raise PlanError, naming the tensor, when some linear cannot be stored as asked."""

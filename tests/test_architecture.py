@@ -20,11 +20,12 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
         ("words", "__init__ errors units spec layout scheme results"),
         (
             "arithmetic, and what it reads: headers and configurations",
-            "headers hub preflight planning planning.allocator planning.activations planning.engines "
+            "headers fingerprint hub preflight planning planning.allocator planning.activations planning.engines "
             "planning.rig planning.weights planning.terms planning.torch_terms planning.vllm_terms "
             "planning.llamacpp_terms planning.memory planning.placement planning.parallel planning.plan "
             "planning.speed planning.flags planning.ggufsize planning.models planning.validate "
-            "planning.detect planning.chart planning.asking",
+            "planning.detect planning.chart planning.asking planning.knapsack planning.sensitivity planning.budget "
+            "planning.recipefile planning.fitting",
         ),
         ("tensor maths", "quant quant.* metrics"),
         ("disk", "files manifest provenance shards journal formats formats.* tokens calibration checkpoint audit"),
@@ -36,7 +37,8 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
 )
 
 HEAVY = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
-PLANNING = LAYERS[0][1] | LAYERS[1][1] | {"journal", "formats", "formats.config", "audit", "cli.vram", "cli.plan"}
+PLANNING = LAYERS[0][1] | LAYERS[1][1] | {"journal", "formats", "formats.config", "audit"}
+PLANNING |= {"cli.vram", "cli.plan", "cli.recipe"}
 PLANNING |= {"files", "manifest", "verify", "cli.verify"}  # hashing needs no torch either
 
 LONG = {

@@ -39,7 +39,8 @@ def test_the_options_are_frozen() -> None:
     assert options_of("quantize") == {
         "--output", "-o", "--bits", "--group-size", "--calibration", "--num-samples", "-n", "--sequence-length",
         "--seed", "--eval-text", "--eval-samples", "--method", "--damp-percent", "--device", "--dtype",
-        "--compute-dtype", "--dry-run", "--resume", "--json",
+        "--compute-dtype", "--dry-run", "--resume", "--json", "--target-size", "--bpw", "--fit", "--context", "-c",
+        "--engine", "--recipe", "--sensitivity", "--save-recipe",
     }  # fmt: skip
     assert options_of("eval") == {
         "--reference", "--text", "--num-samples", "-n", "--sequence-length", "--max-kl", "--max-ppl-increase",
@@ -55,6 +56,12 @@ def test_the_options_are_frozen() -> None:
         ["quantize", "m", "-o", "x", "--num-samples", "0"],
         ["quantize", "m", "-o", "x", "--damp-percent", "2"],
         ["quantize", "m", "--no-such-option"],
+        ["quantize", "m", "-o", "x", "--bits", "4", "--target-size", "47GB"],
+        ["quantize", "m", "-o", "x", "--group-size", "64", "--bpw", "5"],
+        ["quantize", "m", "-o", "x", "--target-size", "47GB", "--recipe", "r.toml"],
+        ["quantize", "m", "-o", "x", "--context", "16k"],
+        ["quantize", "m", "-o", "x", "--sensitivity", "s.json"],
+        ["quantize", "m", "-o", "x", "--target-size", "47GB", "--save-recipe", "r.toml"],
         ["eval", "m"],
         ["eval", "m", "--reference", "r", "--max-kl", "-1"],
         ["nonsense"],

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from qwenq.cli.console import LayerProgress, drift_table, out, print_json, warn
+from qwenq.cli.console import LayerProgress, drift_table, err, out, print_json, warn
 from qwenq.cli.models import (
     ComputeDtype,
     Device,
@@ -19,19 +19,43 @@ from qwenq.cli.models import (
     check_stored_dtype,
     pick_compute_dtype,
 )
+from qwenq.cli.recipe import (
+    BitsPerWeight,
+    Context,
+    Fit,
+    FitEngine,
+    RecipeFile,
+    SaveRecipe,
+    SensitivityFile,
+    TargetSize,
+    Wanted,
+    prediction_line,
+    recipe_json,
+    recipe_table,
+)
 from qwenq.errors import PlanError
-from qwenq.scheme import Recipe, Scheme
 from qwenq.units import format_gb, format_seconds
 
 DEFAULT_WINDOWS = 128  # at most, when --num-samples is not given
 DEFAULT_EVALUATION_WINDOWS = 20
+_STORED = {"float16": "F16", "bfloat16": "BF16"}
 
 
 def quantize(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to make.")] = Path(),
-    bits: Annotated[int, typer.Option(help="4 or 8.")] = 4,
-    group_size: Annotated[int, typer.Option(help="Columns that share a scale: 128, 64, 32, or -1 for the row.")] = 128,
+    bits: Annotated[int | None, typer.Option(help="4 or 8, for every linear. Default 4.")] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="Columns that share a scale: 128, 64, 32, or -1 for the row. Default 128.")
+    ] = None,
+    target_size: TargetSize = None,
+    bpw: BitsPerWeight = None,
+    fit: Fit = None,
+    context: Context = None,
+    engine: FitEngine = None,
+    recipe_file: RecipeFile = None,
+    sensitivity: SensitivityFile = None,
+    save_recipe: SaveRecipe = None,
     calibration: Annotated[
         str, typer.Option(help="A set's name, or a .txt, .jsonl, .parquet or .npy file.")
     ] = "builtin",
@@ -60,7 +84,7 @@ def quantize(
     ] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Turn a 16-bit checkpoint into a 4-bit or 8-bit one, layer by layer, and measure what was lost.
+    """Turn a 16-bit checkpoint into a 4-bit, 8-bit or mixed one, layer by layer, and measure what was lost.
 
     MODEL is a directory or a hub name; peak memory is one layer, not the model. The result is in GPTQ format, which
     transformers, vLLM, SGLang, GPTQModel and ExLlama load.
@@ -69,9 +93,12 @@ def quantize(
         raise PlanError(f"--method {method}: wanted gptq or rtn")
     check_stored_dtype(dtype)
     pick_compute_dtype(compute_dtype, device)
-    recipe = Recipe(Scheme(bits, group_size))
+    wanted = Wanted(
+        bits, group_size, target_size, bpw, fit, context, engine, recipe_file, sensitivity, save_recipe
+    )  # fmt: skip
+    wanted.check(dry_run)
     if dry_run:
-        _dry_run(model, recipe, output, num_samples, sequence_length, eval_samples, device, dtype, compute_dtype, json)
+        _dry_run(model, wanted, output, num_samples, sequence_length, eval_samples, device, dtype, compute_dtype, json)
         return
     if output == Path():
         raise PlanError("no output directory", hint="give one with -o DIR")
@@ -80,12 +107,22 @@ def quantize(
     from qwenq.calibration import load_windows, overlap
     from qwenq.checkpoint import open_source
     from qwenq.cli.models import pick_device, resolve_model
+    from qwenq.fingerprint import fingerprint
     from qwenq.job import QuantizeJob, partial_directory
+    from qwenq.planning.recipefile import RECIPE_NAME, encode_recipe
     from qwenq.quant.gptq import DAMP_PERCENT
     from qwenq.quantize import quantize as run
     from qwenq.tokens import ModelTokenizer
 
     source = open_source(resolve_model(model))
+    stored = source.dtype_of if dtype == "auto" else lambda name: _STORED[dtype]
+    chosen = None
+    if wanted.mixed:
+        chosen = wanted.choose(source.spec, wanted.table(source.spec, fingerprint(source.directory)), stored)
+        if not json:
+            err.print(recipe_table(source.spec, chosen))
+            err.print(prediction_line(chosen), soft_wrap=True)
+    recipe = chosen.recipe if chosen else wanted.uniform()
     recipe.check(source.spec)
     tokenizer = ModelTokenizer(source.directory)
     picked = pick_device(device)
@@ -122,6 +159,7 @@ def quantize(
         dtype=dtype,
         seed=seed,
         overlap=overlap(calibration, eval_text) if compared else None,
+        beside=((RECIPE_NAME, encode_recipe(source.spec, chosen).encode()),) if chosen else (),
     )
     for name in source.ignored:
         warn(f"{name} is stored but not used by the model: left out")
@@ -146,7 +184,7 @@ def quantize(
         warn(line)
     out.print(drift_table(result.drift))
     out.print(
-        f"{result.out}: {recipe.default.label if recipe.default else '16-bit'}, {format_gb(result.file_bytes)} "
+        f"{result.out}: {recipe.label}, {format_gb(result.file_bytes)} "
         f"({result.bits_per_linear_weight:.2f} bits per linear weight), {format_seconds(result.seconds)}, "
         f"peak {format_gb(result.peak_rss_bytes)} of memory",
         soft_wrap=True,
@@ -156,7 +194,7 @@ def quantize(
 
 def _dry_run(
     model: str,
-    recipe: Recipe,
+    wanted: Wanted,
     output: Path,
     num_samples: int | None,
     sequence_length: int,
@@ -167,10 +205,16 @@ def _dry_run(
     json: bool,
 ) -> None:
     from qwenq.cli.models import stored_dtypes
+    from qwenq.fingerprint import fingerprint
     from qwenq.preflight import Tokens, preflight
 
     spec, source_dtype_of = stored_dtypes(model)
-    names = {"float16": "F16", "bfloat16": "BF16"}
+    dtype_of = source_dtype_of if dtype == "auto" else lambda name: _STORED[dtype]
+    chosen = None
+    if wanted.mixed:
+        identity = fingerprint(Path(model)) if Path(model).is_dir() else ""
+        chosen = wanted.choose(spec, wanted.table(spec, identity), dtype_of)
+    recipe = chosen.recipe if chosen else wanted.uniform()
     on_gpu = device.startswith("cuda")
     narrow = compute_dtype == "bfloat16" or (compute_dtype == "auto" and on_gpu)
     check = preflight(
@@ -180,11 +224,15 @@ def _dry_run(
         compute_bytes=2 if narrow else 4,
         on_gpu=on_gpu,
         out=output if output != Path() else Path.cwd() / "out",
-        dtype_of=source_dtype_of if dtype == "auto" else lambda name: names[dtype],
+        dtype_of=dtype_of,
         source_dtype_of=source_dtype_of,
     )
+    if chosen and wanted.save_recipe is not None:
+        from qwenq.planning.recipefile import save_recipe
+
+        save_recipe(wanted.save_recipe, spec, chosen)
     if json:
-        print_json(check.to_json())
+        print_json(check.to_json() | ({"recipe": recipe_json(chosen)} if chosen else {}))
         return
     from rich.markup import escape
     from rich.table import Table
@@ -206,5 +254,8 @@ def _dry_run(
     for ranks, reason in check.tensor_parallel.items():
         table.add_row(f"tensor parallel {ranks}", reason or "yes")
     out.print(table)
+    if chosen:
+        out.print(recipe_table(spec, chosen))
+        out.print(prediction_line(chosen), soft_wrap=True)
     if output != Path():  # without an output directory only the sizes were asked for
         check.check_disk(output)

@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qwenq import __version__
 from qwenq.errors import CheckpointError
 from qwenq.formats.quantization import Quantization, read_pattern, read_scheme
 from qwenq.scheme import Recipe, Scheme
+from qwenq.spec import UNITS
 
 
 def gptq_config(recipe: Recipe, *, damp_percent: float, method: str) -> dict[str, Any]:
@@ -30,12 +30,7 @@ def gptq_config(recipe: Recipe, *, damp_percent: float, method: str) -> dict[str
         "pack_dtype": "int32",
     }
     if recipe.overrides:
-        config["dynamic"] = {
-            (f"-:^{re.escape(name)}$" if scheme is None else f"+:^{re.escape(name)}$"): (
-                {} if scheme is None else {"bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.sym}
-            )
-            for name, scheme in recipe.overrides
-        }
+        config["dynamic"] = dynamic_overrides(recipe)
     config["meta"] = {
         "quantizer": [f"qwenq:{__version__}"],
         "damp_percent": damp_percent,
@@ -43,6 +38,53 @@ def gptq_config(recipe: Recipe, *, damp_percent: float, method: str) -> dict[str
         "true_sequential": True,
     }
     return config
+
+
+def dynamic_overrides(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """`dynamic` of a mixed checkpoint: one pattern for each scheme of each unit, with its layers.
+
+    A unit whose linears agree is matched under its fused name too (`qkv_proj`, `gate_up_proj`): vLLM and SGLang fuse
+    them, and look up only that name.
+    """
+    schemes = dict(recipe.overrides)
+    layers: dict[tuple[str, tuple[str, ...], Scheme | None], list[int]] = {}
+    for layer, paths in _units_named(schemes):
+        found = {schemes.get(f"model.layers.{layer}.{path}", recipe.default) for path in paths}
+        fused = _FUSED.get(paths)
+        parts = [(*paths, fused) if fused else paths] if len(found) == 1 else [(path,) for path in paths]
+        for part in parts:
+            name = f"model.layers.{layer}.{part[0]}"
+            if name in schemes:
+                block = part[0].rpartition(".")[0]
+                linears = tuple(path.rpartition(".")[2] for path in part)
+                layers.setdefault((block, linears, schemes[name]), []).append(layer)
+    dynamic: dict[str, dict[str, Any]] = {}
+    for (block, linears, scheme), where in layers.items():
+        pattern = rf"^model\.layers\.{_either(where)}\.{block}\.{_either(linears)}$"
+        if scheme is None:
+            dynamic["-:" + pattern] = {}
+        else:
+            dynamic["+:" + pattern] = {"bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.sym}
+    return dynamic
+
+
+_FUSED = {UNITS["qkv"]: "self_attn.qkv_proj", UNITS["gate_up"]: "mlp.gate_up_proj"}
+
+
+def _units_named(schemes: Mapping[str, Scheme | None]) -> list[tuple[int, tuple[str, ...]]]:
+    """Layer and linears of every unit that has an override, in order."""
+    layers = sorted({int(name.split(".")[2]) for name in schemes})
+    return [
+        (layer, paths)
+        for layer in layers
+        for paths in UNITS.values()
+        if any(f"model.layers.{layer}.{path}" in schemes for path in paths)
+    ]
+
+
+def _either(words: Sequence[object]) -> str:
+    """A pattern for any of some numbers or names."""
+    return str(words[0]) if len(words) == 1 else "(?:" + "|".join(map(str, words)) + ")"
 
 
 def gptq_version(recipe: Recipe) -> str:

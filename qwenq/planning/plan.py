@@ -136,7 +136,7 @@ def recommend(spec: ModelSpec, weights: Weights, engine: Engine, work: Workload)
             continue
         for count in range(1, MAX_RECOMMENDED + 1):
             rig = rig_of([gpu] * count)
-            how = _holds(spec, weights, rig, engine, work)
+            how = how_held(spec, weights, rig, engine, work)
             if how:
                 if engine.layered:
                     longest = largest_context(spec, weights, rig, engine, work)
@@ -155,8 +155,8 @@ def runs_on(engine: Engine, gpu: Gpu) -> bool:
     return engine.name == "llama.cpp" or gpu.vendor in ("nvidia", "amd")
 
 
-def _holds(spec: ModelSpec, weights: Weights, rig: Rig, engine: Engine, work: Workload) -> str:
-    """How the rig holds the model, or nothing."""
+def how_held(spec: ModelSpec, weights: Weights, rig: Rig, engine: Engine, work: Workload) -> str:
+    """How the rig holds the model: `layers split`, `TP 2 x PP 1`; empty when it does not."""
     if engine.layered:
         return "layers split" if holds(spec, weights, rig, engine, work) else ""
     option = best_option(parallel_options(spec, weights, engine, work, rig))
@@ -184,15 +184,15 @@ def _instead(spec: ModelSpec, weights: Weights, rig: Rig, engine: Engine, work: 
         smaller = {"llama.cpp": "q8_0"}.get(engine.name, "fp8")
         if engine.name != "transformers":
             asked = replace(work, kv_dtype=smaller)
-            if _holds(spec, weights, rig, engine, asked):
+            if how_held(spec, weights, rig, engine, asked):
                 found.append(f"--kv-cache-dtype {smaller} at {format_tokens(work.context)}")
     if engine.name == "transformers" and not work.prefill_chunk:
         asked = replace(work, prefill_chunk=1024)
-        if _holds(spec, weights, rig, engine, asked):
+        if how_held(spec, weights, rig, engine, asked):
             found.append("--prefill-chunk 1024 (the prompt in pieces)")
     uniform = recipe_weights(spec, Recipe(Scheme(4, 128))) if _divides(spec, 128) else None
     lighter = uniform and engine.name != "llama.cpp" and uniform.total_bytes < weights.total_bytes
-    if uniform and lighter and _holds(spec, uniform, rig, engine, work):
+    if uniform and lighter and how_held(spec, uniform, rig, engine, work):
         found.append(f"uniform 4-bit g128, {format_gb(uniform.total_bytes)}, at {format_tokens(work.context)}")
     found += _tensor_parallel_hint(spec, weights, rig, engine)
     return found

@@ -1,0 +1,183 @@
+"""Options that decide which bits each unit gets, and recipes on screen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from qwenq.errors import PlanError
+from qwenq.planning.budget import Budgeted, choose_for_bits, choose_for_bytes, describe_choice
+from qwenq.planning.sensitivity import Sensitivity, prior, read_sensitivity
+from qwenq.scheme import Recipe, Scheme, label_of
+from qwenq.spec import UNITS, ModelSpec
+from qwenq.units import format_gb, parse_size, parse_tokens
+
+TargetSize = Annotated[
+    str | None,
+    typer.Option("--target-size", help="Best mixed bits whose shard files are at most so large, e.g. 47GB."),
+]
+BitsPerWeight = Annotated[
+    str | None, typer.Option("--bpw", help="Best mixed bits of at most so many stored bits per linear weight, e.g. 5.")
+]
+Fit = Annotated[
+    str | None, typer.Option("--fit", help='Best mixed bits that fit a rig with --context, e.g. "2x RTX 3090".')
+]
+Context = Annotated[str | None, typer.Option("--context", "-c", help="Tokens --fit leaves room for. Default 8k.")]
+FitEngine = Annotated[
+    str | None, typer.Option("--engine", help="Engine that --fit plans for: qwenq, transformers or vllm.")
+]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A recipe file, perhaps edited.")]
+SensitivityFile = Annotated[
+    Path | None, typer.Option("--sensitivity", help="A table that `qwenq sensitivity` wrote for this model.")
+]
+SaveRecipe = Annotated[
+    Path | None, typer.Option("--save-recipe", help="With --dry-run: write the recipe there, to edit and give back.")
+]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Bits as asked for on the command line: one scheme, a budget, or a recipe file."""
+
+    bits: int | None = None
+    group_size: int | None = None
+    target_size: str | None = None
+    bpw: str | None = None
+    fit: str | None = None
+    context: str | None = None
+    engine: str | None = None
+    recipe: Path | None = None
+    sensitivity: Path | None = None
+    save_recipe: Path | None = None
+
+    def check(self, dry_run: bool) -> None:
+        """Usage errors (exit code 2) for options that contradict each other; PlanError for what means nothing."""
+        ways = {
+            "--target-size": self.target_size, "--bpw": self.bpw, "--fit": self.fit, "--recipe": self.recipe,
+        }  # fmt: skip
+        given = [name for name, value in ways.items() if value is not None]
+        for name, number in (("--bits", self.bits), ("--group-size", self.group_size)):
+            if number is not None and given:
+                raise typer.BadParameter(f"{name} and {given[0]} exclude each other: one scheme, or the best mixture")
+        if len(given) > 1:
+            raise typer.BadParameter(f"{' and '.join(given)} exclude each other")
+        for name, value in (("--context", self.context), ("--engine", self.engine)):
+            if value is not None and self.fit is None:
+                raise typer.BadParameter(f"{name} goes with --fit")
+        if self.sensitivity is not None and not given:
+            raise typer.BadParameter("--sensitivity goes with --target-size, --bpw, --fit or --recipe")
+        if self.save_recipe is not None and not (dry_run and self.mixed):
+            raise typer.BadParameter("--save-recipe goes with --dry-run and --target-size, --bpw, --fit or --recipe")
+        if self.target_size is not None:
+            parse_size(self.target_size)
+        if self.bpw is not None:
+            _bits(self.bpw)
+        if self.fit is not None:
+            parse_tokens(self.context or "8k")
+        if not self.mixed:
+            self.uniform()
+
+    @property
+    def mixed(self) -> bool:
+        return any(value is not None for value in (self.target_size, self.bpw, self.fit, self.recipe))
+
+    @property
+    def budgeted(self) -> bool:
+        """A budget to optimize for, which needs sensitivities; a recipe file needs none."""
+        return self.mixed and self.recipe is None
+
+    def uniform(self) -> Recipe:
+        """One scheme for all linears: 4-bit g128 unless said otherwise."""
+        group_size = 128 if self.group_size is None else self.group_size
+        return Recipe(Scheme(4 if self.bits is None else self.bits, group_size))
+
+    def table(self, spec: ModelSpec, fingerprint: str) -> Sensitivity | None:
+        """The table given, checked to be this model's; None without one. An unknown fingerprint is empty."""
+        if self.sensitivity is None:
+            return None
+        found = read_sensitivity(self.sensitivity)
+        try:
+            found.check(spec, fingerprint)
+        except PlanError as error:
+            raise PlanError(f"{self.sensitivity}: {error.message}", hint=error.hint) from None
+        return found
+
+    def choose(self, spec: ModelSpec, table: Sensitivity | None, dtype_of: Callable[[str], str]) -> Budgeted:
+        """The recipe asked for; sensitivities are the prior's when there is no table."""
+        table = table or prior(spec)
+        if self.recipe is not None:
+            from qwenq.planning.recipefile import read_recipe
+
+            choice = read_recipe(self.recipe, spec)
+            return describe_choice(spec, table.covering(spec, choice), choice, dtype_of)
+        if self.target_size is not None:
+            return choose_for_bytes(spec, table, parse_size(self.target_size), dtype_of)
+        if self.bpw is not None:
+            return choose_for_bits(spec, table, _bits(self.bpw), dtype_of)
+        from qwenq.planning.engines import get_engine
+        from qwenq.planning.fitting import choose_for_rig
+        from qwenq.planning.rig import parse_rig
+        from qwenq.planning.terms import Workload
+
+        assert self.fit is not None
+        engine = get_engine(self.engine or "qwenq")
+        if engine.name == "llama.cpp":
+            raise PlanError("--engine llama.cpp reads GGUF, not what this writes", hint="qwenq, transformers or vllm")
+        work = Workload(parse_tokens(self.context or "8k"), 1)
+        return choose_for_rig(spec, table, parse_rig(self.fit), engine, work, dtype_of)
+
+
+def _bits(text: str) -> Fraction:
+    try:
+        return Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise PlanError(f"--bpw {text[:40]}: not a number of bits", hint="for instance 5.0") from None
+
+
+def recipe_table(spec: ModelSpec, found: Budgeted) -> Table:
+    """One line for each run of layers with equal schemes."""
+    title = f"recipe: {format_gb(found.file_bytes)}, {found.bits_per_linear_weight:.3f} bits per linear weight"
+    table = Table(title=title)
+    table.add_column("layers")
+    for unit in UNITS:
+        table.add_column(unit)
+    rows = [tuple(label_of(found.choice[layer, unit]) for unit in UNITS) for layer in range(spec.num_hidden_layers)]
+    start = 0
+    for layer, row in enumerate(rows):
+        if layer + 1 == len(rows) or rows[layer + 1] != row:
+            table.add_row(str(start) if start == layer else f"{start}-{layer}", *row)
+            start = layer + 1
+    return table
+
+
+def recipe_json(found: Budgeted) -> dict[str, Any]:
+    """The recipe, its prediction and its bound."""
+    return {
+        "target": found.target,
+        "predicted_kl": found.predicted_kl,
+        "bound_kl": found.bound_kl,
+        "sensitivity": found.sensitivity,
+        "file_bytes": found.file_bytes,
+        "bits_per_linear_weight": found.bits_per_linear_weight,
+        "layers": [
+            {unit: label_of(found.choice[layer, unit]) for unit in UNITS}
+            for layer in range(len(found.choice) // len(UNITS))
+        ],
+    }
+
+
+def prediction_line(found: Budgeted) -> str:
+    """What the recipe is expected to lose, and how that is known."""
+    proof = ""
+    if found.bound_kl is not None:
+        gap = found.predicted_kl - found.bound_kl
+        proof = "; no recipe of this size is predicted to lose less"
+        if gap > 1e-9 * found.predicted_kl:
+            proof = f"; no recipe of this size is predicted to lose less than {found.bound_kl:.5f}"
+    return f"predicted KL {found.predicted_kl:.5f} nats a token (sensitivities: {found.sensitivity}){proof}"

@@ -1,0 +1,218 @@
+"""Bits to a byte budget: the recipe with the least predicted KL whose checkpoint is at most so large, exactly."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+from qwenq.errors import HonestNo
+from qwenq.layout import is_description, linear_tensors
+from qwenq.planning.knapsack import approximate, solve
+from qwenq.planning.sensitivity import Sensitivity, Unit, members_of, schemes_for, units_of
+from qwenq.preflight import output_files, shard_file_bytes
+from qwenq.scheme import Recipe, Scheme
+from qwenq.spec import ModelSpec
+from qwenq.units import format_gb
+
+MIXED_FORMATS = ("gptq", "compressed-tensors")  # that hold more than one scheme
+DtypeOf = Callable[[str], str]
+Choice = Mapping[Unit, Scheme | None]
+
+
+@dataclass(frozen=True)
+class Budgeted:
+    """The optimum, and what is known of it."""
+
+    recipe: Recipe
+    choice: Choice
+    predicted_kl: float  # the sum of its units' own
+    file_bytes: int  # of the shards, headers included
+    bits_per_linear_weight: float
+    bound_kl: float | None  # no recipe within the budget is predicted to lose less; None for a recipe as given
+    sensitivity: str  # where the prediction comes from
+    target: str
+
+
+def choose_for_bytes(
+    spec: ModelSpec,
+    table: Sensitivity,
+    target_bytes: int,
+    dtype_of: DtypeOf,
+    format: str = "gptq",
+    *,
+    exact: bool = True,
+) -> Budgeted:
+    """Least predicted KL among recipes whose shard files, every byte counted, are at most `target_bytes`.
+
+    Sizes of headers are counted from above, by a few bytes a layer. HonestNo, with the range, for a target out of it.
+    exact False: a quick good recipe instead of the best one, for trying many targets.
+    """
+    fixed = fixed_bytes(spec, dtype_of)
+    costs = {unit: unit_costs(spec, table, unit, dtype_of, format) for unit in units_of(spec)}
+    smallest, whole = reachable_bytes(spec, table, dtype_of, format)
+    reach = f"reachable: {format_gb(smallest)} to below {format_gb(whole)} ({smallest} to {whole - 1} bytes)"
+    if target_bytes < smallest:
+        raise HonestNo(
+            f"{spec.name}: the smallest recipe takes {format_gb(smallest)}, the target is {format_gb(target_bytes)}",
+            hint=reach,
+        )
+    if target_bytes >= whole:
+        raise HonestNo(
+            f"{spec.name}: in 16 bit it takes {format_gb(whole)}, no more than the target of "
+            f"{format_gb(target_bytes)}: there is nothing to quantize",
+            hint=reach,
+        )
+    found = _choose(spec, table, costs, target_bytes - fixed, dtype_of, format, format_gb(target_bytes), exact)
+    assert found is not None and found.file_bytes <= target_bytes
+    return found
+
+
+def reachable_bytes(spec: ModelSpec, table: Sensitivity, dtype_of: DtypeOf, format: str = "gptq") -> tuple[int, int]:
+    """The least target there is a recipe for, and the bytes in 16 bit, which a target must be below."""
+    costs = (unit_costs(spec, table, unit, dtype_of, format) for unit in units_of(spec))
+    smallest = fixed_bytes(spec, dtype_of) + sum(min(options.values()) for options in costs)
+    return smallest, file_bytes(spec, Recipe(None), dtype_of)
+
+
+def choose_for_bits(
+    spec: ModelSpec, table: Sensitivity, bits: Fraction, dtype_of: DtypeOf, format: str = "gptq"
+) -> Budgeted:
+    """Least predicted KL among recipes of at most `bits` stored bits per linear weight (codes, scales, zero points)."""
+    costs = {
+        unit: {scheme: _stored_bits(spec, unit, scheme, format) for scheme in _held(spec, table, unit, format)}
+        for unit in units_of(spec)
+    }
+    weights = spec.linear_parameters
+    smallest = sum(min(options.values()) for options in costs.values()) / weights
+    if not smallest <= bits < 16:
+        raise HonestNo(
+            f"{spec.name}: {float(bits):g} bits per linear weight are out of reach",
+            hint=f"reachable: {smallest:.4f} to below 16",
+        )
+    found = _choose(
+        spec, table, costs, bits * weights // 1, dtype_of, format, f"{float(bits):g} bits per linear weight", True
+    )
+    assert found is not None and found.bits_per_linear_weight <= bits
+    return found
+
+
+def describe_choice(
+    spec: ModelSpec,
+    table: Sensitivity,
+    choice: Choice,
+    dtype_of: DtypeOf,
+    format: str = "gptq",
+    *,
+    target: str = "as written",
+) -> Budgeted:
+    """A choice that is already made, with its size and the sum of its units' own KL."""
+    recipe = recipe_of(spec, choice, format)
+    return Budgeted(
+        recipe=recipe,
+        choice=choice,
+        predicted_kl=sum(table.loss(unit, choice[unit]) for unit in units_of(spec)),
+        file_bytes=file_bytes(spec, recipe, dtype_of),
+        bits_per_linear_weight=recipe.bits_per_linear_weight(spec),
+        bound_kl=None,
+        sensitivity=table.source,
+        target=target,
+    )
+
+
+def recipe_of(spec: ModelSpec, choice: Choice, format: str = "gptq") -> Recipe:
+    """The recipe of a choice: its most frequent scheme by linears is the default, the rest are overrides."""
+    counts = Counter(scheme for unit, scheme in choice.items() if scheme for _ in members_of(spec, unit))
+    default = counts.most_common(1)[0][0] if counts else None
+    return Recipe(
+        default,
+        tuple(
+            (lin.name, choice[unit])
+            for unit in units_of(spec)
+            if choice[unit] != default
+            for lin in members_of(spec, unit)
+        ),
+        format,
+    )
+
+
+def choice_of(spec: ModelSpec, recipe: Recipe) -> dict[Unit, Scheme | None]:
+    """What each unit gets: the scheme of its first linear, which the others share."""
+    return {unit: recipe.scheme_of(members_of(spec, unit)[0]) for unit in units_of(spec)}
+
+
+def file_bytes(spec: ModelSpec, recipe: Recipe, dtype_of: DtypeOf) -> int:
+    """Bytes of all shard files, headers included."""
+    return sum(shard_file_bytes(tensors) for tensors in output_files(spec, recipe, dtype_of).values())
+
+
+def unit_costs(
+    spec: ModelSpec, table: Sensitivity, unit: Unit, dtype_of: DtypeOf, format: str = "gptq"
+) -> dict[Scheme | None, int]:
+    """Bytes of a unit's tensors and of their entries in the header, by scheme; never too few.
+
+    Entries are counted as the last layer's, whose names are longest: so that equal shapes cost the same in all layers.
+    """
+    whole = sum(t.nbytes for t in spec.layer_tensors(unit[0], "F32"))
+    longer = len(str(spec.num_hidden_layers - 1)) - len(str(unit[0]))
+    costs: dict[Scheme | None, int] = {}
+    for scheme in _held(spec, table, unit, format):
+        total = 0
+        for tensor in (t for lin in members_of(spec, unit) for t in linear_tensors(format, scheme, lin, dtype_of)):
+            entry = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [whole, whole]}
+            total += tensor.nbytes + len(json.dumps({tensor.name: entry}, separators=(",", ":"))) - 1 + longer
+        costs[scheme] = total
+    return costs
+
+
+def fixed_bytes(spec: ModelSpec, dtype_of: DtypeOf) -> int:
+    """Bytes that no choice changes: embedding, norms, head, and headers without the linears' entries; never too few.
+
+    A layer's file is counted as if its norms alone were in it, with offsets of the longest kind.
+    """
+    files = list(output_files(spec, Recipe(None), dtype_of).values())
+    total = shard_file_bytes(files[0]) + shard_file_bytes(files[-1])
+    for layer in range(spec.num_hidden_layers):
+        owned = {lin.name for lin in spec.layer_linears(layer)}
+        rest = [t for t in files[layer + 1] if t.name.rpartition(".")[0] not in owned]
+        digits = len(str(sum(t.nbytes for t in spec.layer_tensors(layer, "F32"))))
+        total += shard_file_bytes(rest) + 2 * digits * len(rest) + 7
+    return total
+
+
+def _held(spec: ModelSpec, table: Sensitivity, unit: Unit, format: str) -> list[Scheme | None]:
+    """What a unit may be: the table's schemes that the format and its engines read, and 16 bit.
+
+    vLLM reads asymmetric GPTQ for no mixed checkpoint; compressed-tensors carries zero points.
+    """
+    offered = set(schemes_for(spec, unit[1], asymmetric=format == "compressed-tensors"))
+    return [*(scheme for scheme in table.kl[unit] if scheme in offered), None]
+
+
+def _stored_bits(spec: ModelSpec, unit: Unit, scheme: Scheme | None, format: str) -> int:
+    """Bits of a unit's codes, scales and zero points, as `Recipe.bits_per_linear_weight` counts them."""
+    stored = (t for lin in members_of(spec, unit) for t in linear_tensors(format, scheme, lin))
+    return 8 * sum(t.nbytes for t in stored if not is_description(t.name))
+
+
+def _choose(
+    spec: ModelSpec,
+    table: Sensitivity,
+    costs: Mapping[Unit, Mapping[Scheme | None, int]],
+    budget: int,
+    dtype_of: DtypeOf,
+    format: str,
+    target: str,
+    exact: bool,
+) -> Budgeted | None:
+    units = list(units_of(spec))
+    options: list[Sequence[tuple[int, float]]] = [
+        [(cost, table.loss(unit, scheme)) for scheme, cost in costs[unit].items()] for unit in units
+    ]
+    solution = (solve if exact else approximate)(options, budget)
+    if solution is None:
+        return None
+    choice = {unit: list(costs[unit])[k] for unit, k in zip(units, solution.chosen, strict=True)}
+    return replace(describe_choice(spec, table, choice, dtype_of, format, target=target), bound_kl=solution.bound)

@@ -1,0 +1,121 @@
+"""Recipes as files: TOML, one line a layer, made to be read and edited."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from qwenq.errors import PlanError
+from qwenq.planning.budget import Budgeted, Choice
+from qwenq.planning.sensitivity import Unit, members_of
+from qwenq.scheme import GROUP_SIZES, Scheme, label_of, parse_scheme
+from qwenq.spec import UNITS, ModelSpec
+
+VERSION = 1
+RECIPE_NAME = "qwenq-recipe.toml"
+_WIDTH = 18  # of a quoted scheme and its comma
+
+
+def encode_recipe(spec: ModelSpec, found: Budgeted) -> str:
+    """The recipe as a file's text."""
+    lines = [
+        "# A qwenq recipe: the scheme of each unit. q, k and v share one (qkv), and so do gate and up (gate_up).",
+        "# Edit the schemes, then: qwenq quantize MODEL -o OUT --recipe THIS_FILE",
+        "# Schemes: 4-bit g128, 4-bit g64, 4-bit g32, 8-bit g128, 8-bit g64, 8-bit g32, 16-bit.",
+        f"version = {VERSION}",
+        f"model = {_quoted(spec.name)}",
+        f"target = {_quoted(found.target)}",
+        f"file_bytes = {found.file_bytes}",
+        f"bits_per_linear_weight = {found.bits_per_linear_weight:.4f}",
+        f"predicted_kl = {found.predicted_kl:.6g}  # nats a token; sensitivities: {found.sensitivity}",
+        "",
+        "[layer]",
+    ]
+    for layer in range(spec.num_hidden_layers):
+        cells = []
+        for unit in UNITS:
+            label = f'"{label_of(found.choice[layer, unit])}"' + ("," if unit != "down" else "")
+            cells.append(f"{unit} = {label:<{_WIDTH if unit != 'down' else 0}}")
+        lines.append(f"{layer:<3}= {{ {''.join(cells)} }}")
+    return "\n".join(lines) + "\n"
+
+
+def save_recipe(path: Path, spec: ModelSpec, found: Budgeted) -> None:
+    """Write a recipe file; PlanError when something is there already or it cannot be written."""
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(encode_recipe(spec, found))
+    except OSError as error:
+        raise PlanError(f"{path}: {error.strerror}", hint="choose another name") from None
+
+
+def read_recipe(path: Path, spec: ModelSpec) -> Choice:
+    """A recipe file for `spec`; PlanError naming line, layer and unit for what cannot be."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = tomllib.loads(text)
+    except OSError as error:
+        raise PlanError(f"{path}: {error.strerror}", hint="qwenq quantize MODEL --target-size 47GB --dry-run "
+                        "--save-recipe FILE writes one") from None  # fmt: skip
+    except UnicodeDecodeError:
+        raise PlanError(f"{path}: not UTF-8 text") from None
+    except tomllib.TOMLDecodeError as error:
+        raise PlanError(f"{path}: {error}", hint="the file is TOML; one line a layer under [layer]") from None
+    if found.get("version") != VERSION:
+        raise PlanError(f"{path}: version is {found.get('version')!r}, wanted {VERSION}")
+    layers = found.get("layer")
+    if not isinstance(layers, dict):
+        raise PlanError(f"{path}: no [layer] table", hint="one line a layer, e.g. " + _EXAMPLE)
+    wanted = [str(layer) for layer in range(spec.num_hidden_layers)]
+    for key in layers:
+        if key not in wanted:
+            raise PlanError(
+                f"{path}{_line(text, key)}: layer {key!r}, {spec.name or 'the model'} has {len(wanted)} layers "
+                f"(0 to {len(wanted) - 1})"
+            )
+    choice: dict[Unit, Scheme | None] = {}
+    for layer, key in enumerate(wanted):
+        where = f"{path}{_line(text, key)}, layer {key}"
+        row = layers.get(key)
+        if not isinstance(row, dict) or set(row) != set(UNITS):
+            got = "missing" if row is None else f"has {', '.join(row)}" if isinstance(row, dict) else "is no table"
+            raise PlanError(f"{where}: {got}, wanted {', '.join(UNITS)}", hint="e.g. " + _EXAMPLE)
+        for unit in UNITS:
+            choice[layer, unit] = _scheme(spec, (layer, unit), row[unit], f"{where}, {unit}")
+    if not any(choice.values()):
+        raise PlanError(f"{path}: every unit stays in 16 bit, so there is nothing to quantize")
+    return choice
+
+
+_EXAMPLE = '0 = { qkv = "8-bit g32", o = "4-bit g64", gate_up = "4-bit g128", down = "16-bit" }'
+
+
+def _scheme(spec: ModelSpec, unit: Unit, label: Any, where: str) -> Scheme | None:
+    try:
+        if not isinstance(label, str):
+            raise PlanError(f"{label!r} is no scheme", hint="schemes are text, for instance '4-bit g128'")
+        scheme = parse_scheme(label)
+        if scheme is not None:
+            if scheme.group_size not in (-1, *GROUP_SIZES) or not scheme.sym:
+                raise PlanError(
+                    f"{scheme.label} is not offered in mixed checkpoints",
+                    hint="symmetric, in groups of 128, 64 or 32, or per channel: what vLLM loads",
+                )
+            for lin in members_of(spec, unit):
+                scheme.check(lin)
+    except PlanError as error:
+        raise PlanError(f"{where}: {error.message}", hint=error.hint) from None
+    return scheme
+
+
+def _line(text: str, key: str) -> str:
+    """`, line 14` of a layer's row, or nothing when it is written in another way."""
+    pattern = re.compile(rf"""\s*["']?{re.escape(key)}["']?\s*=""")
+    rows = [n for n, line in enumerate(text.splitlines(), 1) if pattern.match(line)]
+    return f", line {rows[0]}" if rows else ""
+
+
+def _quoted(text: str) -> str:
+    return '"' + re.sub(r'["\\\x00-\x1f\x7f]', "_", text) + '"'

@@ -1,0 +1,192 @@
+"""What each unit loses by each scheme, in KL: a measured table as it is saved, and the prior used without one."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qwenq.errors import PlanError
+from qwenq.headers import read_object
+from qwenq.scheme import GROUP_SIZES, Scheme, label_of, parse_scheme
+from qwenq.spec import UNITS, LinearSpec, ModelSpec
+
+VERSION = 1
+Unit = tuple[int, str]  # layer, one of UNITS
+
+# Prior: KL in nats a token when one unit alone is 4-bit g128, for a model of PRIOR_LAYERS layers, and what the ends of
+# the network add. Rounded from tables measured on two small models (reports/budget.md); a large model loses less, but
+# for choosing only proportions matter.
+PRIOR_KL = {"qkv": 1.0e-3, "o": 0.8e-3, "gate_up": 2.0e-3, "down": 1.5e-3}
+PRIOR_LAYERS = 30
+PRIOR_ENDS = {"first": 2.0, "last": 1.0}
+PRIOR_GROUP = {128: 1.0, 64: 0.85, 32: 0.70, -1: 1.6}
+PRIOR_8_BIT = (15 / 255) ** 2  # the error's energy falls with the square of the step
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """KL (nats a token) that each unit causes alone, by scheme; what stays in 16 bit causes none."""
+
+    model: str
+    fingerprint: str  # of the source's files; empty for a prior, which is of no model in particular
+    kl: Mapping[Unit, Mapping[Scheme | None, float]]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def measured(self) -> bool:
+        return bool(self.fingerprint)
+
+    @property
+    def source(self) -> str:
+        """For a reader: where the predicted figures come from."""
+        return "measured" if self.measured else "a prior by kind and depth, not measured on this model"
+
+    def loss(self, unit: Unit, scheme: Scheme | None) -> float:
+        """KL of one unit under a scheme; PlanError when the table lacks it."""
+        if scheme is None:
+            return 0.0
+        try:
+            return self.kl[unit][scheme]
+        except KeyError:
+            raise PlanError(
+                f"the sensitivity table has no {scheme.label} for layer {unit[0]}, {unit[1]}",
+                hint="measure it again: qwenq sensitivity MODEL",
+            ) from None
+
+    def covering(self, spec: ModelSpec, choice: Mapping[Unit, Scheme | None]) -> Sensitivity:
+        """The same table with schemes of `choice` that it lacks filled in, by the prior's proportions to those it has.
+
+        For predicting an edited recipe only: one group a row, or asymmetric grids.
+        """
+        kl = {unit: dict(row) for unit, row in self.kl.items()}
+        for unit, scheme in choice.items():
+            if scheme is not None and scheme not in kl[unit]:
+                known, value = next(iter(kl[unit].items()))
+                assert known is not None
+                kl[unit][scheme] = value * prior_noise(scheme) / prior_noise(known)
+        return Sensitivity(self.model, self.fingerprint, kl, self.provenance)
+
+    def check(self, spec: ModelSpec, fingerprint: str = "") -> None:
+        """PlanError unless the table is of this model: of these files when their fingerprint is known."""
+        if self.measured and fingerprint and fingerprint != self.fingerprint:
+            raise PlanError(
+                f"the sensitivity table was measured on {self.model or 'another model'} "
+                f"(fingerprint {self.fingerprint[:12]}), this model is {spec.name} ({fingerprint[:12]})",
+                hint="measure this one: qwenq sensitivity MODEL",
+            )
+        wanted = set(units_of(spec))
+        if set(self.kl) != wanted:
+            layers = len({layer for layer, _ in self.kl})
+            raise PlanError(
+                f"the sensitivity table is of {self.model or 'another model'} with {layers} layers, "
+                f"{spec.name or 'this model'} has {spec.num_hidden_layers}",
+                hint="measure this one: qwenq sensitivity MODEL",
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        rows = {
+            f"{layer}.{unit}": {label_of(scheme): kl for scheme, kl in by_scheme.items()}
+            for (layer, unit), by_scheme in self.kl.items()
+        }
+        return {
+            "kind": "qwenq sensitivity",
+            "version": VERSION,
+            "model": self.model,
+            "fingerprint": self.fingerprint,
+            "provenance": dict(self.provenance),
+            "kl_nats_per_token": rows,
+        }
+
+
+def units_of(spec: ModelSpec) -> Iterator[Unit]:
+    """Every unit, layer by layer, in the order they run."""
+    for layer in range(spec.num_hidden_layers):
+        for unit in UNITS:
+            yield layer, unit
+
+
+def members_of(spec: ModelSpec, unit: Unit) -> tuple[LinearSpec, ...]:
+    """The linears of one unit."""
+    return tuple(lin for lin in spec.layer_linears(unit[0]) if lin.unit == unit[1])
+
+
+def schemes_for(spec: ModelSpec, unit: str, *, asymmetric: bool = False) -> tuple[Scheme, ...]:
+    """4-bit and 8-bit schemes of every group size that divides the unit's input and packs; 4-bit asymmetric if asked.
+
+    Symmetric, equal over the unit, group in {32, 64, 128}: what vLLM's fused linears accept.
+    """
+    found = []
+    for bits, sym in ((4, True), (8, True), (4, False)):
+        if sym or asymmetric:
+            for group in GROUP_SIZES:
+                scheme = Scheme(bits, group, sym)
+                try:
+                    for lin in members_of(spec, (0, unit)):
+                        scheme.check(lin)
+                except PlanError:
+                    continue
+                found.append(scheme)
+    return tuple(found)
+
+
+def prior_noise(scheme: Scheme) -> float:
+    """Energy of the rounding error relative to 4-bit g128, as a rule of thumb."""
+    wide = PRIOR_GROUP.get(scheme.group_size, 1.0)
+    return wide * (PRIOR_8_BIT if scheme.bits == 8 else 1.0) * (1.0 if scheme.sym else 0.95)
+
+
+def prior(spec: ModelSpec, *, asymmetric: bool = False) -> Sensitivity:
+    """Sensitivities guessed from kind and depth, for planning without weights."""
+    kl: dict[Unit, dict[Scheme | None, float]] = {}
+    layers = spec.num_hidden_layers
+    for layer, unit in units_of(spec):
+        depth = layer / max(layers - 1, 1)
+        ends = PRIOR_ENDS["first"] * math.exp(-layer / 2) + PRIOR_ENDS["last"] * math.exp((depth - 1) * 10)
+        base = PRIOR_KL[unit] * PRIOR_LAYERS / layers * (1 + round(ends, 1))
+        schemes = schemes_for(spec, unit, asymmetric=asymmetric)
+        kl[layer, unit] = {scheme: base * prior_noise(scheme) for scheme in schemes}
+    return Sensitivity(spec.name, "", kl)
+
+
+def read_sensitivity(path: Path) -> Sensitivity:
+    """A table that `qwenq sensitivity` wrote; PlanError naming the entry that is not right."""
+    if not path.is_file():
+        raise PlanError(f"{path}: no such file", hint="write one with qwenq sensitivity MODEL -o FILE")
+    found = read_object(path, limit=100_000_000)
+    if found.get("kind") != "qwenq sensitivity" or found.get("version") != VERSION:
+        raise PlanError(
+            f"{path}: kind {str(found.get('kind'))[:40]!r}, version {str(found.get('version'))[:20]}, "
+            f"wanted 'qwenq sensitivity', version {VERSION}",
+            hint="write one with qwenq sensitivity MODEL -o FILE",
+        )
+    rows, fingerprint = found.get("kl_nats_per_token"), found.get("fingerprint")
+    if not isinstance(rows, Mapping) or not isinstance(fingerprint, str) or not fingerprint:
+        raise PlanError(f"{path}: it lacks kl_nats_per_token or fingerprint", hint="the file is damaged")
+    kl: dict[Unit, dict[Scheme | None, float]] = {}
+    for key, row in rows.items():
+        layer, _, unit = key.partition(".")
+        if not layer.isascii() or not layer.isdigit() or unit not in UNITS or not isinstance(row, Mapping):
+            raise PlanError(f"{path}: {key[:40]!r} is no unit", hint="the file is damaged")
+        entries: dict[Scheme | None, float] = {}
+        for label, value in row.items():
+            good = isinstance(value, int | float) and not isinstance(value, bool)
+            if not good or not 0 <= value < math.inf:
+                raise PlanError(f"{path}: {key}, {label[:40]}: {str(value)[:40]} is no KL", hint="the file is damaged")
+            entries[parse_scheme(label)] = float(value)
+        kl[int(layer), unit] = entries
+    provenance = found.get("provenance")
+    model = str(found.get("model", ""))[:200]
+    return Sensitivity(model, fingerprint, kl, provenance if isinstance(provenance, Mapping) else {})
+
+
+def encode_sensitivity(table: Sensitivity) -> bytes:
+    """The file's bytes: one unit a line."""
+    shown = table.to_json()
+    rows = shown.pop("kl_nats_per_token")
+    head = json.dumps(shown, indent=2, ensure_ascii=False)
+    lines = ",\n".join(f"    {json.dumps(key)}: {json.dumps(row)}" for key, row in rows.items())
+    return f'{head[:-2]},\n  "kl_nats_per_token": {{\n{lines}\n  }}\n}}\n'.encode()

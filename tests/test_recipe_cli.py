@@ -1,0 +1,95 @@
+"""`qwenq quantize` with a budget or a recipe, from the outside."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from qwenq.cli.main import app
+from qwenq.planning.recipefile import RECIPE_NAME
+
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "120", "TERM": "dumb"}
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner(env=ENVIRONMENT).invoke(app, [str(a) for a in arguments])
+
+
+def test_the_47_gb_variant(tmp_path: Path) -> None:
+    saved = tmp_path / "r.toml"
+    result = run("quantize", "Qwen2.5-72B", "--target-size", "47GB", "--dry-run", "--json", "--save-recipe", saved)
+    assert result.exit_code == 0 and result.stderr == ""
+    found = json.loads(result.stdout)
+    assert 46_700_000_000 <= found["file_bytes"] <= 47_000_000_000
+    assert found["recipe"]["file_bytes"] == found["file_bytes"]
+    assert found["recipe"]["predicted_kl"] > 0 and "not measured" in found["recipe"]["sensitivity"]
+    assert len(found["recipe"]["layers"]) == 80
+    again = run("quantize", "Qwen2.5-72B", "--recipe", saved, "--dry-run", "--json")
+    assert again.exit_code == 0
+    kept = json.loads(again.stdout)
+    assert kept["file_bytes"] == found["file_bytes"] and kept["recipe"]["layers"] == found["recipe"]["layers"]
+    assert kept["recipe"]["predicted_kl"] == pytest.approx(found["recipe"]["predicted_kl"])
+    assert run("quantize", "Qwen2.5-72B", "--recipe", saved, "--dry-run", "--save-recipe", saved).exit_code == 1
+
+
+def test_a_dry_run_prints_recipe_and_prediction() -> None:
+    result = run("quantize", "Qwen2.5-7B", "--bpw", "5.0", "--dry-run")
+    assert result.exit_code == 0
+    assert re.search(r"recipe: \d\.\d\d GB, (4\.99\d|5\.000) bits per linear weight", result.stdout)
+    assert "predicted KL 0." in result.stdout
+    assert "a prior by kind and depth, not measured on this model" in result.stdout
+    assert re.search(r"│ \d+(-\d+)? *│ \S+-bit", result.stdout)
+
+
+def test_a_rig_is_a_budget() -> None:
+    result = run("quantize", "Qwen2.5-7B", "--fit", "RTX 3060 12GB", "--context", "16k", "--dry-run", "--json")
+    assert result.exit_code == 0 and 5e9 < json.loads(result.stdout)["file_bytes"] < 12.9e9
+    for model, rig in (("Qwen2.5-72B", "RTX 3060 12GB"), ("Qwen2.5-7B", "2x RTX 3090")):
+        refused = run("quantize", model, "--fit", rig, "--dry-run")
+        assert refused.exit_code == 3 and refused.stdout == "" and refused.stderr.count("\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "code"),
+    [("--target-size", "41GB", 3), ("--target-size", "200GB", 3), ("--bpw", "4.1", 3), ("--bpw", "16", 3),
+     ("--bpw", "many", 1), ("--target-size", "47 apples", 1), ("--recipe", "none.toml", 1)],
+)  # fmt: skip
+def test_impossible_targets(option: str, value: str, code: int) -> None:
+    result = run("quantize", "Qwen2.5-72B", option, value, "--dry-run")
+    assert result.exit_code == code and result.stdout == ""
+    assert re.fullmatch(r"error: .*\nhint: .*\n", result.stderr)
+    if code == 3:
+        assert "reachable: " in result.stderr
+
+
+def test_a_recipe_is_followed_and_kept(tmp_path: Path, tiny: Path, calib: Path, heldout: Path) -> None:
+    """Dry run, edited recipe, quantization: sizes agree to the byte, and the checkpoint says what it was made by."""
+    recipe, out = tmp_path / "r.toml", tmp_path / "out"
+    dry = run("quantize", tiny, "--bpw", "5", "--dry-run", "--json", "--save-recipe", recipe)
+    assert dry.exit_code == 0
+    lines = recipe.read_text().splitlines()
+    row = next(n for n, line in enumerate(lines) if line.startswith("1 "))
+    lines[row] = '1 = { qkv = "16-bit", o = "8-bit g32", gate_up = "4-bit per channel", down = "4-bit g64" }'
+    recipe.write_text("\n".join(lines) + "\n")
+    edited = json.loads(run("quantize", tiny, "--recipe", recipe, "--dry-run", "--json").stdout)
+    result = run("quantize", tiny, "-o", out, "--recipe", recipe, "--calibration", calib, "--eval-text", heldout,
+                 "-n", 4, "--eval-samples", 2, "--sequence-length", 64, "--json")  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    made = json.loads(result.stdout)
+    assert made["file_bytes"] == edited["file_bytes"] == sum(p.stat().st_size for p in out.glob("*.safetensors"))
+    assert made["bits_per_linear_weight"] == edited["bits_per_linear_weight"]
+    schemes = {r["name"]: r["scheme"] for block in made["layers"] for r in block["linears"]}
+    assert schemes["model.layers.1.mlp.up_proj"] == "4-bit per channel"
+    assert "model.layers.1.self_attn.q_proj" not in schemes
+    kept = tomllib.loads((out / RECIPE_NAME).read_text())
+    written = {"qkv": "16-bit", "o": "8-bit g32", "gate_up": "4-bit per channel", "down": "4-bit g64"}
+    assert kept["layer"]["1"] == written
+    assert RECIPE_NAME in json.loads((out / "qwenq-manifest.json").read_text())["files"]
+    checked = run("eval", out, "--reference", tiny, "--text", heldout, "-n", 2, "--sequence-length", 64, "--json")
+    assert json.loads(checked.stdout)["kl"]["mean"] == pytest.approx(made["drift"]["kl"]["mean"], rel=1e-3)
