@@ -6,6 +6,7 @@
     |-- HubError          a model cannot be had from the hub
     |-- PlanError         a rig, context or scheme cannot be planned with
     |-- JobError          an output directory or a resumed job is not usable
+    |-- RunError          a model cannot be loaded, run or served on this machine
     `-- HonestNo          exit code 3: the answer is no (does not fit, drift over the limit)
 
 A message says what, where, got and wanted in one line; `hint` says what to do about it.
@@ -43,6 +44,10 @@ class PlanError(QwenqError):
 
 class JobError(QwenqError):
     """An output directory or a resumed job is not usable."""
+
+
+class RunError(QwenqError):
+    """A model cannot be loaded, run or served on this machine."""
 
 
 class HonestNo(QwenqError):

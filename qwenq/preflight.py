@@ -61,7 +61,6 @@ class Preflight:
     model: str
     parameters: int
     scheme: str
-    format: str
     bits_per_linear_weight: float
     tensor_bytes: int
     file_bytes: int
@@ -121,7 +120,6 @@ def preflight(
         model=spec.name,
         parameters=spec.parameters,
         scheme=recipe.label,
-        format=recipe.format,
         bits_per_linear_weight=recipe.bits_per_linear_weight(spec),
         tensor_bytes=tensor_total,
         file_bytes=file_total,

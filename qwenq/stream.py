@@ -17,7 +17,7 @@ from torch import nn
 from qwenq.spec import ModelSpec
 
 # model_type -> (module of transformers, class prefix)
-_MODULES = {
+MODULES = {
     "qwen2": ("transformers.models.qwen2", "Qwen2"),
     "qwen3": ("transformers.models.qwen3", "Qwen3"),
     "llama": ("transformers.models.llama", "Llama"),
@@ -26,7 +26,7 @@ _MODULES = {
 
 def model_config(config: Mapping[str, Any], spec: ModelSpec) -> Any:
     """transformers' configuration object of a config.json, without its quantization."""
-    package, prefix = _MODULES[spec.model_type]
+    package, prefix = MODULES[spec.model_type]
     configuration = importlib.import_module(f"{package}.configuration_{spec.model_type}")
     plain = {k: v for k, v in config.items() if k not in ("quantization_config", "torch_dtype", "dtype")}
     return getattr(configuration, prefix + "Config").from_dict(plain)
@@ -38,7 +38,7 @@ class Network:
     def __init__(
         self, config: Mapping[str, Any], spec: ModelSpec, *, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
-        package, prefix = _MODULES[spec.model_type]
+        package, prefix = MODULES[spec.model_type]
         modeling = importlib.import_module(f"{package}.modeling_{spec.model_type}")
         self.config = model_config(config, spec)
         self.config._attn_implementation = "sdpa"

@@ -72,18 +72,32 @@ class ModelTokenizer:
         self._tokenizer.no_truncation()
         return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
-    def render_chat(self, messages: list[dict[str, str]]) -> str:
-        """A conversation as the model's chat template writes it; ChatML when the checkpoint has no template."""
+    def id_of(self, token: str) -> int | None:
+        """The id of a token by its text."""
+        found: int | None = self._tokenizer.token_to_id(token)
+        return found
+
+    def step(self, decoder: Any, token: int) -> str | None:
+        """Feed one id to a DecodeStream of the tokenizers library: new whole characters, or None."""
+        text: str | None = decoder.step(self._tokenizer, token)
+        return text
+
+    def render_chat(self, messages: list[dict[str, str]], *, answer: bool = False) -> str:
+        """A conversation as the model's chat template writes it; ChatML when the checkpoint has no template.
+
+        With `answer`, up to where the model's answer begins.
+        """
         if self._chat is not None:
             try:
-                return str(self._chat.apply_chat_template(messages, tokenize=False))
+                return str(self._chat.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer))
             except Exception as error:  # whatever the template's own code raises
                 reason = " ".join(str(error).split()) or type(error).__name__
                 raise CalibrationError(
                     f"{self.directory}: its chat template refused a conversation ({reason})",
                     hint="plain `text` needs no template",
                 ) from None
-        return "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
+        turns = [f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages]
+        return "".join(turns) + ("<|im_start|>assistant\n" if answer else "")
 
     @property
     def has_chat_template(self) -> bool:

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parent.parent / "qwenq"
 LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
     (name, frozenset(rooms.split()))
     for name, rooms in (
-        ("words", "__init__ errors units spec layout scheme results markdown"),
+        ("words", "__init__ errors units spec layout scheme results"),
         (
             "arithmetic, and what it reads: headers and configurations",
             "headers fingerprint hub preflight planning planning.allocator planning.activations planning.engines "
@@ -25,13 +25,13 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
             "planning.llamacpp_terms planning.memory planning.placement planning.parallel planning.plan "
             "planning.speed planning.flags planning.ggufsize planning.models planning.validate "
             "planning.detect planning.chart planning.asking planning.knapsack planning.sensitivity planning.budget "
-            "planning.recipefile planning.fitting",
+            "planning.recipefile planning.fitting planning.offload",
         ),
         ("tensor maths", "quant quant.* metrics"),
         ("disk", "files manifest provenance shards journal formats formats.* tokens calibration checkpoint audit"),
         ("network", "stream"),
-        ("work", "streams block bnb head job host finish quantize verify evaluate demo"),
-        ("telling", "report report.* page page.*"),
+        ("work", "runtime runtime.* streams block head job host finish quantize verify evaluate demo"),
+        ("telling", "report page page.*"),
         ("door", "cli cli.* __main__"),
     )
 )
@@ -39,7 +39,6 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
 HEAVY = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
 PLANNING = LAYERS[0][1] | LAYERS[1][1] | {"journal", "formats", "formats.config", "audit"}
 PLANNING |= {"cli.vram", "cli.plan", "cli.recipe"}
-PLANNING |= {"report.compose", "cli.report"}
 PLANNING |= {"files", "manifest", "verify", "cli.verify"}  # hashing needs no torch either
 
 LONG = {

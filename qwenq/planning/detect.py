@@ -24,7 +24,7 @@ def detect_rig() -> Rig:
         for index in range(pynvml.nvmlDeviceGetCount()):
             handle = pynvml.nvmlDeviceGetHandleByIndex(index)
             memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-            gpus.append(_known(str(pynvml.nvmlDeviceGetName(handle)), int(memory.total)))
+            gpus.append(known_gpu(str(pynvml.nvmlDeviceGetName(handle)), int(memory.total)))
             free.append(int(memory.free))
     except pynvml.NVMLError as error:
         raise PlanError(f"the NVIDIA driver failed: {error}") from None
@@ -35,7 +35,7 @@ def detect_rig() -> Rig:
     return Rig(tuple(gpus), free_bytes=tuple(free))
 
 
-def _known(name: str, total: int) -> Gpu:
+def known_gpu(name: str, total: int) -> Gpu:
     """The catalogue's GPU of this name, else one whose figures are unknown but for its memory."""
     try:
         return find_gpu(name)

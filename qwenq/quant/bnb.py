@@ -38,12 +38,21 @@ def round_int8(weight_OI: Tensor) -> dict[str, Tensor]:
 
 def dequantize_nf4(tensors: Mapping[str, Tensor], shape: tuple[int, int], name: str = "linear") -> Tensor:
     """The weight [out, in] in the dtype it was quantized from, which is how bitsandbytes computes with it."""
-    functional = _functional()
-    state = _state(tensors, shape, name)
-    stats = {key.removeprefix("weight."): value for key, value in tensors.items() if key.startswith("weight.")}
-    stats[_STATE] = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
-    loaded = functional.QuantState.from_dict(stats, device=tensors["weight"].device)
-    return functional.dequantize_4bit(tensors["weight"], loaded, quant_type="nf4")
+    return _functional().dequantize_4bit(tensors["weight"], _loaded(tensors, shape, name), quant_type="nf4")
+
+
+def nf4_blocks(
+    tensors: Mapping[str, Tensor], shape: tuple[int, int], name: str = "linear"
+) -> tuple[Tensor, Tensor, Tensor, torch.dtype]:
+    """Codes two a byte (the first one high), the 16 values they mean, each block's absolute maximum in float32, dtype.
+
+    The dtype is the one the weight was quantized from, to which bitsandbytes rounds what it reads.
+    """
+    loaded = _loaded(tensors, shape, name)
+    absmax = loaded.absmax
+    if loaded.nested:
+        absmax = _functional().dequantize_blockwise(absmax, loaded.state2) + loaded.offset
+    return tensors["weight"].view(torch.uint8).reshape(-1), loaded.code.float(), absmax.float(), loaded.dtype
 
 
 def unpack_int8(tensors: Mapping[str, Tensor], scheme: Scheme, name: str = "linear") -> QTensor:
@@ -53,6 +62,14 @@ def unpack_int8(tensors: Mapping[str, Tensor], scheme: Scheme, name: str = "line
     codes_OI = (tensors["weight"].to(torch.int16) + scheme.zero).to(torch.uint8)
     scales_O1 = tensors["SCB"].float()[:, None] * 7.874015718698502e-3  # 1 / 127, in bitsandbytes' own digits
     return QTensor(codes_OI, scales_O1, torch.full(scales_O1.shape, scheme.zero, dtype=torch.uint8), scheme)
+
+
+def _loaded(tensors: Mapping[str, Tensor], shape: tuple[int, int], name: str) -> Any:
+    """bitsandbytes' own QuantState of a stored weight, checked."""
+    state = _state(tensors, shape, name)
+    stats = {key.removeprefix("weight."): value for key, value in tensors.items() if key.startswith("weight.")}
+    stats[_STATE] = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+    return _functional().QuantState.from_dict(stats, device=tensors["weight"].device)
 
 
 def _state(tensors: Mapping[str, Tensor], shape: tuple[int, int], name: str) -> dict[str, Any]:

@@ -87,6 +87,25 @@ def unpack_gptq(
     return QTensor(codes_IO.T.contiguous(), scales_GO.T.contiguous(), zeros_GO.T.contiguous(), scheme)
 
 
+def unpack_sorted(
+    tensors: Mapping[str, Tensor], scheme: Scheme, checkpoint_format: str = "gptq", name: str = "linear"
+) -> tuple[QTensor, Tensor | None]:
+    """The QTensor with its columns sorted by group, and that order, int64 [in] (None when they are sorted already).
+
+    So act-order checkpoints run on kernels that know consecutive groups only: sort the input's columns alike.
+    CheckpointError when the groups are not all of one size.
+    """
+    codes_IO, scales_GO, zeros_GO, index_I = _unpack(tensors, scheme.bits, checkpoint_format, name)
+    sizes = torch.bincount(index_I, minlength=scales_GO.shape[0])
+    if not bool((sizes == sizes[0]).all()):
+        raise CheckpointError(f"{name}: g_idx makes groups of {int(sizes.min())} to {int(sizes.max())} columns")
+    order_I: Tensor | None = None
+    if not bool((index_I[1:] >= index_I[:-1]).all()):
+        order_I = torch.argsort(index_I, stable=True)
+        codes_IO = codes_IO[order_I]
+    return QTensor(codes_IO.T.contiguous(), scales_GO.T.contiguous(), zeros_GO.T.contiguous(), scheme), order_I
+
+
 def dequantize_gptq(
     tensors: Mapping[str, Tensor], scheme: Scheme, checkpoint_format: str = "gptq", name: str = "linear"
 ) -> Tensor:

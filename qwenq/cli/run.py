@@ -1,0 +1,243 @@
+"""`qwenq run`: load a checkpoint across this machine's devices and talk to it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qwenq.cli.console import print_json, warn
+from qwenq.cli.models import JsonFlag, Model, resolve_model
+from qwenq.units import format_gb, parse_size, parse_tokens
+
+if TYPE_CHECKING:
+    from qwenq.runtime.chat import Chat
+    from qwenq.runtime.generate import Sampling, Session
+    from qwenq.runtime.load import Loaded, LoadOptions
+
+MaxModelLen = Annotated[
+    str, typer.Option("--max-model-len", "-c", help="Context in tokens, prompt and answer, e.g. 16k. Default 4k.")
+]
+PrefillChunk = Annotated[int, typer.Option("--prefill-chunk", min=1, help="Prompt tokens computed at once.")]
+GpuMemory = Annotated[
+    str, typer.Option("--gpu-memory", help="Limit per GPU, e.g. 20GiB, or 20GiB,10GiB. Default: what is free.")
+]
+CpuMemory = Annotated[
+    str,
+    typer.Option("--cpu-memory", help="Limit of host memory; what is over goes to disk. Default: free."),
+]
+OffloadDir = Annotated[Path | None, typer.Option("--offload-dir", help="Where layers on disk are kept while it runs.")]
+KvDtype = Annotated[str, typer.Option("--kv-cache-dtype", help="auto, bf16, fp16 or fp8.")]
+ComputeDtype = Annotated[
+    str,
+    typer.Option("--compute-dtype", help="bfloat16 (packed kernels) or float32 (exact, slower); auto: bfloat16."),
+]
+MaxNewTokens = Annotated[
+    int | None, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens of an answer. Default: at most 512.")
+]
+Temperature = Annotated[
+    float | None, typer.Option("--temperature", help="0: always the likeliest token. Default: the model's own setting.")
+]
+EngineName = Annotated[
+    str, typer.Option("--engine", help="qwenq; or gptqmodel or vllm, where installed.")
+]  # fmt: skip
+
+
+def load_options(
+    max_model_len: str,
+    prefill_chunk: int,
+    gpu_memory: str,
+    cpu_memory: str,
+    offload_dir: Path | None,
+    kv_cache_dtype: str,
+    compute_dtype: str,
+) -> LoadOptions:
+    """Options as typed, understood; a QwenqError for what is not."""
+    from qwenq.errors import RunError
+    from qwenq.runtime.generate import KV_DTYPES
+    from qwenq.runtime.load import LoadOptions
+
+    if kv_cache_dtype not in KV_DTYPES:
+        raise RunError(f"--kv-cache-dtype {kv_cache_dtype}: wanted {', '.join(KV_DTYPES)}")
+    if compute_dtype not in ("auto", "bfloat16", "float32"):
+        raise RunError(
+            f"--compute-dtype {compute_dtype}: wanted bfloat16, float32 or auto",
+            hint="float16 overflows in Qwen2.5's activations",
+        )
+    if offload_dir is not None and not offload_dir.is_dir():
+        raise RunError(f"--offload-dir {offload_dir}: no such directory")
+    return LoadOptions(
+        max_model_len=parse_tokens(max_model_len) if max_model_len else 0,
+        prefill_chunk=prefill_chunk,
+        kv_dtype=kv_cache_dtype,
+        compute_dtype=compute_dtype,
+        gpu_memory=tuple(parse_size(part) for part in gpu_memory.split(",")) if gpu_memory else (),
+        cpu_memory=parse_size(cpu_memory) if cpu_memory else 0,
+        offload_directory=offload_dir,
+    )
+
+
+def run(
+    model: Model,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="One question; without it a chat.")] = None,
+    system: Annotated[str, typer.Option("--system", help="System message of the chat.")] = "",
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without a template.")] = False,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_p: Annotated[float | None, typer.Option("--top-p", help="Draw from the likeliest of this share.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the draws.")] = 0,
+    max_model_len: MaxModelLen = "",
+    prefill_chunk: PrefillChunk = 2048,
+    gpu_memory: GpuMemory = "",
+    cpu_memory: CpuMemory = "",
+    offload_dir: OffloadDir = None,
+    kv_cache_dtype: KvDtype = "auto",
+    compute_dtype: ComputeDtype = "auto",
+    engine: EngineName = "qwenq",
+    json: JsonFlag = False,
+) -> None:
+    """Run a checkpoint, weights packed, over the GPUs, host memory and disk of this machine, and talk to it.
+
+    Ends with tokens a second and each device's peak memory beside what was predicted.
+    """
+    from qwenq.checkpoint import open_checkpoint
+    from qwenq.errors import RunError
+    from qwenq.runtime.chat import Chat
+    from qwenq.runtime.engines import check_engine
+    from qwenq.runtime.generate import Session
+    from qwenq.runtime.load import describe, loaded
+
+    check_engine(engine)
+    options = load_options(
+        max_model_len, prefill_chunk, gpu_memory, cpu_memory, offload_dir, kv_cache_dtype, compute_dtype
+    )
+    if json and prompt is None:
+        raise RunError("--json answers one question", hint="give it with --prompt")
+    directory = resolve_model(model)
+    checkpoint = open_checkpoint(directory)
+    chat = Chat(directory, checkpoint.spec.vocab_size)
+    sampling = chat.sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    if not raw and not chat.has_template:
+        warn("the checkpoint has no chat template: the text is continued as it stands")
+        raw = True
+    ids = _ids(chat, prompt, system, raw) if prompt is not None else None
+    if engine != "qwenq":
+        _foreign(engine, directory, chat, ids, sampling, options, json)
+        return
+    with loaded(checkpoint, options) as found:
+        if not json:
+            for line in describe(found):
+                print(line, file=sys.stderr)
+        session = Session(found.model, found.work.context, options.prefill_chunk, options.kv_dtype, chat.stop_ids)
+        if ids is not None:
+            _answer(found, session, chat, ids, sampling, json)
+        else:
+            _talk(found, session, chat, sampling, system, raw)
+
+
+def _ids(chat: Chat, prompt: str, system: str, raw: bool) -> list[int]:
+    if raw:
+        return chat.text_ids(prompt)
+    first = [{"role": "system", "content": system}] if system else []
+    return chat.prompt_ids([*first, {"role": "user", "content": prompt}])
+
+
+def _answer(found: Loaded, session: Session, chat: Chat, ids: list[int], sampling: Sampling, json: bool) -> str:
+    from qwenq.runtime.generate import Timing
+    from qwenq.runtime.memory import forget_peaks, read_peaks
+
+    devices = found.model.devices
+    forget_peaks(devices)
+    timing, tokens = Timing(), []
+
+    def noted() -> Any:
+        for token in session.generate(ids, sampling, timing):
+            tokens.append(token)
+            yield token
+
+    text = ""
+    for part in chat.stream(noted()):
+        text += part
+        if not json:
+            print(part, end="", flush=True)
+    rows = found.beside_prediction(read_peaks(devices, found.base_rss))
+    if json:
+        print_json(
+            {
+                "text": text,
+                "token_ids": tokens,
+                "timing": timing.to_json(),
+                "peaks": rows,
+                "plan": found.plan.to_json(),
+                "kernels": found.model.kernels(),
+                "fallbacks": found.model.fallbacks(),
+                "compute_dtype": str(found.model.dtype)[6:],
+                "load_seconds": round(found.seconds, 3),
+            }
+        )
+        return text
+    print(flush=True)
+    print(
+        f"prompt {timing.prompt_tokens} tokens, {timing.prefill_speed:.1f} tokens/s; "
+        f"answer {timing.new_tokens} tokens, {timing.decode_speed:.2f} tokens/s",
+        file=sys.stderr,
+    )
+    for row in rows:
+        error = f" ({row['error_percent']:+.1f} %)" if row["error_percent"] is not None else ""
+        print(
+            f"{row['device']}: peak {format_gb(row['allocated_bytes'])}, predicted "
+            f"{format_gb(row['predicted_bytes'])}{error}",
+            file=sys.stderr,
+        )
+    return text
+
+
+def _talk(found: Loaded, session: Session, chat: Chat, sampling: Sampling, system: str, raw: bool) -> None:
+    """Turn after turn from stdin; an empty line is skipped, end of input or /exit ends."""
+    messages = [{"role": "system", "content": system}] if system else []
+    if sys.stdin.isatty():
+        print("a line is a turn; /exit or Ctrl-D ends", file=sys.stderr)
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line or line.strip() == "/exit":
+            return
+        if not line.strip():
+            continue
+        if raw:
+            _answer(found, session, chat, chat.text_ids(line.rstrip("\n")), sampling, False)
+            continue
+        messages.append({"role": "user", "content": line.strip()})
+        text = _answer(found, session, chat, chat.prompt_ids(messages), sampling, False)
+        messages.append({"role": "assistant", "content": text})
+
+
+def _foreign(
+    engine: str,
+    directory: Path,
+    chat: Chat,
+    ids: list[int] | None,
+    sampling: Sampling,
+    options: LoadOptions,
+    json: bool,
+) -> None:
+    from qwenq.errors import RunError
+    from qwenq.runtime.engines import GptqModelEngine, VllmEngine
+    from qwenq.runtime.generate import Timing
+
+    if ids is None:
+        raise RunError(f"--engine {engine} answers one question", hint="give it with --prompt, or use `qwenq serve`")
+    length = {"max_model_len": options.max_model_len} if options.max_model_len else {}
+    loaded: Any = GptqModelEngine(directory) if engine == "gptqmodel" else VllmEngine(directory, **length)
+    timing = Timing()
+    tokens = list(loaded.generate(ids, sampling, chat.stop_ids, timing))
+    text = "".join(chat.stream(tokens))
+    if json:
+        print_json({"text": text, "token_ids": tokens, "timing": timing.to_json(), "engine": engine})
+        return
+    print(text)
+    speed = timing.new_tokens / timing.decode_seconds if timing.decode_seconds else 0.0
+    print(f"{engine}: {timing.new_tokens} tokens, {speed:.2f} tokens/s with the prompt", file=sys.stderr)

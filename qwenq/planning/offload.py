@@ -1,0 +1,60 @@
+"""Layers that are not on a GPU: which stay in host memory, which go to disk, and what a run on a CPU needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from qwenq.planning.engines import get_engine
+from qwenq.planning.memory import NOT_ALLOCATED, whole
+from qwenq.planning.terms import Term, Workload
+from qwenq.planning.torch_terms import torch_terms
+from qwenq.planning.weights import Weights
+from qwenq.spec import ModelSpec
+
+NOT_ON_A_CPU = (*NOT_ALLOCATED, "non_torch")
+
+DeviceMap = dict[str, int | str]
+
+
+@dataclass(frozen=True)
+class HostNeed:
+    """Bytes a run takes in host memory beyond the empty process."""
+
+    terms: tuple[Term, ...]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(term.n_bytes for term in self.terms)
+
+
+def host_map(spec: ModelSpec) -> DeviceMap:
+    """Everything on the CPU, under transformers' module names."""
+    layers = {f"model.layers.{layer}": "cpu" for layer in range(spec.num_hidden_layers)}
+    return {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", **layers, "model.norm": "cpu", "lm_head": "cpu"}
+
+
+def spill_to_disk(devices: DeviceMap, weights: Weights, room_bytes: int) -> DeviceMap:
+    """The same map with the last of the CPU's layers on `disk`, so that the others take at most `room_bytes`."""
+    found, taken, full = dict(devices), 0, False
+    for layer, n_bytes in enumerate(weights.layer_bytes):
+        name = f"model.layers.{layer}"
+        if devices[name] == "cpu":
+            taken += n_bytes
+            full = full or taken > room_bytes
+            if full:
+                found[name] = "disk"
+    return found
+
+
+def host_need(spec: ModelSpec, weights: Weights, work: Workload, value_bytes: int = 2) -> HostNeed:
+    """Weights, cache and working memory of a run on a CPU whose activations take `value_bytes` a value."""
+    terms, _ = torch_terms(spec, weights, get_engine("qwenq"), work, whole(spec), "CPU")
+    fixed = {"weights", "dequantization"} | ({"kv_cache"} if work.kv_dtype == "fp8" else set())
+    scaled = []
+    for term in terms:
+        if term.name not in NOT_ON_A_CPU:
+            # stored bytes of weights: what a CUDA allocator adds to them does not happen here
+            n_bytes = weights.total_bytes if term.name == "weights" else term.n_bytes
+            n_bytes = n_bytes if term.name in fixed else n_bytes * value_bytes // 2
+            scaled.append(replace(term, n_bytes=n_bytes, low_bytes=n_bytes, high_bytes=n_bytes))
+    return HostNeed(tuple(scaled))

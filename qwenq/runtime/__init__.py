@@ -1,0 +1,1 @@
+"""Running a checkpoint where the user is: packed weights on torch's own kernels, placed as planned."""

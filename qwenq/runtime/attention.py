@@ -1,0 +1,79 @@
+"""Attention over a key-value cache that is allocated once, without ever building a mask.
+
+Shapes: query [B, H, T, D]; key and value [B, N, S, D], N heads of keys each serving H / N heads of queries.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+ATTENTION = "qwenq"
+FP8 = torch.float8_e4m3fn
+
+
+def attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float, **unused: Any
+) -> tuple[Tensor, None]:
+    """Causal attention of the last T of S positions, as transformers' attention interface wants it: [B, T, H, D]."""
+    batch, heads, tokens, width = query.shape
+    if tokens == 1:  # the heads that share keys become rows of one product
+        rows = query.view(batch, key.shape[1], heads // key.shape[1], width)
+        out = F.scaled_dot_product_attention(rows, key, value, scale=scaling).view(batch, heads, 1, width)
+    elif tokens == key.shape[2]:
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+    else:
+        bias = causal_lower_right(tokens, key.shape[2])
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def register() -> None:
+    """Make `attend` known to transformers; an implementation without a mask function gets no mask."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, attend)
+
+
+class KvCache:
+    """Keys and values of one sequence, `capacity` tokens a layer, on the device its layer computes on.
+
+    `dtype` None keeps the activations' own; float8 is stored clamped to its range, without scales, and read back in
+    the activations' dtype. Dropping tokens (`crop`) costs nothing.
+    """
+
+    def __init__(self, layers: int, capacity: int, dtype: torch.dtype | None = None) -> None:
+        self.capacity, self.dtype = capacity, dtype
+        self._stored: list[tuple[Tensor, Tensor] | None] = [None] * layers
+        self._lengths = [0] * layers
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *unused: Any, **more: Any) -> tuple[Tensor, Tensor]:
+        """Append key and value [B, N, T, D] of a layer and return all there are."""
+        start = self._lengths[layer]
+        stop = start + key.shape[2]
+        if stop > self.capacity:
+            raise ValueError(f"{stop} tokens in a cache of {self.capacity}")
+        stored = self._stored[layer]
+        if stored is None:
+            shape = (*key.shape[:2], self.capacity, key.shape[3])
+            stored = tuple(torch.empty(shape, dtype=self.dtype or key.dtype, device=key.device) for _ in "kv")  # type: ignore[assignment]
+            assert stored is not None
+            self._stored[layer] = stored
+        for kept, new in zip(stored, (key, value), strict=True):
+            limit = torch.finfo(FP8).max
+            kept[:, :, start:stop] = new.clamp(-limit, limit) if kept.dtype == FP8 else new
+        self._lengths[layer] = stop
+        keys, values = (kept[:, :, :stop] for kept in stored)
+        return (keys, values) if keys.dtype == key.dtype else (keys.to(key.dtype), values.to(key.dtype))
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        """Tokens in the cache; transformers asks for it by this name."""
+        return self._lengths[layer]
+
+    def crop(self, tokens: int) -> None:
+        """Keep the first `tokens` tokens."""
+        self._lengths = [min(tokens, length) for length in self._lengths]

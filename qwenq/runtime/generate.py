@@ -1,0 +1,221 @@
+"""Tokens out of a running model: the prompt in chunks into the cache, then one token at a time, sampled or greedy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwenq.errors import RunError
+from qwenq.planning.engines import QWENQ_PREFILL_CHUNK
+from qwenq.runtime.attention import FP8, KvCache
+from qwenq.runtime.memory import memory_errors
+from qwenq.runtime.model import RunningModel
+
+DEFAULT_NEW_TOKENS = 512
+KV_DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": FP8}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. `temperature` 0 takes the most likely one; `top_k` 0 and `top_p` 1 keep all.
+
+    `max_new_tokens` 0: what the context leaves after the prompt, at most DEFAULT_NEW_TOKENS.
+    """
+
+    max_new_tokens: int = 0
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 0, "0 or more"),
+            ("temperature", self.temperature, 0 <= self.temperature < float("inf"), "0 or more"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "more than 0, at most 1"),
+            ("top_k", self.top_k, self.top_k >= 0, "0 or more"),
+            ("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < float("inf"), "more than 0"),
+        )
+        for name, value, good, wanted in checks:
+            if not good:
+                raise RunError(f"{name} is {value}, wanted {wanted}")
+
+
+@dataclass
+class Timing:
+    """What a generation took; filled while it runs."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt, kept from the turn before
+    new_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0  # of the tokens after the first
+    stopped: str = ""  # stop, length
+
+    @property
+    def prefill_speed(self) -> float:
+        """Prompt tokens a second, cached ones not counted."""
+        return (self.prompt_tokens - self.cached_tokens) / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_speed(self) -> float:
+        """Tokens a second after the first."""
+        return (self.new_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
+            "new_tokens": self.new_tokens,
+            "prefill_seconds": round(self.prefill_seconds, 4),
+            "decode_seconds": round(self.decode_seconds, 4),
+            "prefill_tokens_per_second": round(self.prefill_speed, 3),
+            "decode_tokens_per_second": round(self.decode_speed, 3),
+            "stopped": self.stopped,
+        }
+
+
+@dataclass
+class Session:
+    """One sequence at a time on a model: its cache is kept, so a prompt that begins like the last one is cheap."""
+
+    model: RunningModel
+    max_model_len: int
+    prefill_chunk: int = QWENQ_PREFILL_CHUNK
+    kv_dtype: str = "auto"
+    stop_ids: frozenset[int] = frozenset()
+    _cache: KvCache | None = field(default=None, repr=False)
+    _ids: list[int] = field(default_factory=list, repr=False)  # what the cache holds
+
+    def __post_init__(self) -> None:
+        if self.max_model_len > self.model.spec.extended_context:
+            raise RunError(
+                f"--max-model-len {self.max_model_len}: the model reads {self.model.spec.extended_context} tokens",
+                hint=f"ask for at most {self.model.spec.extended_context}",
+            )
+        if self.prefill_chunk < 1:
+            raise RunError(f"--prefill-chunk {self.prefill_chunk}: wanted at least 1")
+
+    def new_tokens(self, prompt: int, asked: int) -> int:
+        """How many tokens may follow a prompt; RunError when it and its answer do not fit the context."""
+        if prompt < 1:
+            raise RunError("the prompt is empty", hint="give it at least one token")
+        new = asked or max(1, min(DEFAULT_NEW_TOKENS, self.max_model_len - prompt))
+        if prompt + new > self.max_model_len:
+            over = prompt + new - self.max_model_len
+            raise RunError(
+                f"prompt of {prompt} tokens and {new} new ones: {prompt + new} in a context of {self.max_model_len}, "
+                f"{over} too many",
+                hint=f"--max-new-tokens {new - over}" if over < new else "a shorter prompt or a larger --max-model-len",
+            )
+        return new
+
+    def generate(
+        self,
+        ids: Sequence[int],
+        sampling: Sampling,
+        timing: Timing | None = None,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> Iterator[int]:
+        """Yield new token ids until a stop token (not yielded), the limit, or `stopped()`.
+
+        RunError for what does not fit the context or the memory of a device.
+        """
+        timing = timing if timing is not None else Timing()
+        limit = self.new_tokens(len(ids), sampling.max_new_tokens)
+        generator = torch.Generator().manual_seed(sampling.seed)
+        seen = list(ids)
+        clock = time.perf_counter()
+        logits = self.prefill(ids, timing, stopped)
+        timing.prefill_seconds = time.perf_counter() - clock
+        if logits is None:
+            return
+        clock = time.perf_counter()
+        for count in range(limit):
+            token = next_token(logits, seen, sampling, generator)
+            if token in self.stop_ids:
+                timing.stopped = "stop"
+                return
+            seen.append(token)
+            timing.new_tokens += 1
+            timing.decode_seconds = time.perf_counter() - clock
+            yield token
+            if stopped():
+                return
+            if count + 1 < limit:
+                if count == 0:
+                    clock = time.perf_counter()
+                logits = self.forward([token])
+        timing.stopped = "length"
+
+    def prefill(self, ids: Sequence[int], timing: Timing, stopped: Callable[[], bool] = lambda: False) -> Tensor | None:
+        """Bring the cache to `ids` and return the last position's logits [vocabulary]; None when `stopped()`."""
+        kept = self._common(ids)
+        timing.prompt_tokens, timing.cached_tokens = len(ids), kept
+        logits = None
+        for start in range(kept, len(ids), self.prefill_chunk):
+            if stopped():
+                return None
+            logits = self.forward(ids[start : start + self.prefill_chunk])
+        assert logits is not None
+        return logits
+
+    @torch.inference_mode()
+    def forward(self, ids: Sequence[int]) -> Tensor:
+        """Append tokens to the cache; the last one's logits, float32 [vocabulary] on the CPU."""
+        cache = self._cache
+        assert cache is not None
+        device, spec = self.model.device, self.model.spec
+        need = len(ids) * 2 * (3 * spec.intermediate_size + 5 * spec.hidden_size)
+        hint = "a smaller --prefill-chunk or --max-model-len"
+        with memory_errors(f"computing {len(ids)} tokens", device, need, hint):
+            input_ids = torch.tensor([list(ids)], device=device)
+            out = self.model.network(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            logits: Tensor = out.logits[0, -1].float().cpu()
+        self._ids += ids
+        return logits
+
+    def release(self) -> None:
+        """Let go of the cache."""
+        self._cache, self._ids = None, []
+
+    def _common(self, ids: Sequence[int]) -> int:
+        """Cut the cache to the longest common beginning with `ids`, leaving at least one token to compute."""
+        if self._cache is None:
+            layers = self.model.spec.num_hidden_layers
+            self._cache = KvCache(layers, self.max_model_len, KV_DTYPES[self.kv_dtype])
+            self._ids = []
+        kept = 0
+        for old, new in zip(self._ids, ids[:-1], strict=False):
+            if old != new:
+                break
+            kept += 1
+        self._cache.crop(kept)
+        self._ids = self._ids[:kept]
+        return kept
+
+
+def next_token(logits_V: Tensor, seen: Sequence[int], sampling: Sampling, generator: torch.Generator) -> int:
+    """The next token id from float32 logits; RunError when they are not numbers."""
+    if not bool(logits_V.isfinite().all()):
+        raise RunError("the model's logits are not finite", hint="the checkpoint may be damaged: `qwenq eval` tells")
+    if sampling.repetition_penalty != 1.0:
+        ids = torch.tensor(sorted(set(seen)))
+        chosen = logits_V[ids]
+        factor = sampling.repetition_penalty
+        logits_V = logits_V.index_put((ids,), torch.where(chosen > 0, chosen / factor, chosen * factor))
+    if sampling.temperature == 0:
+        return int(logits_V.argmax())
+    scores_V, order_V = torch.sort(logits_V / sampling.temperature, descending=True, stable=True)
+    if sampling.top_k:
+        scores_V, order_V = scores_V[: sampling.top_k], order_V[: sampling.top_k]
+    p_V = torch.softmax(scores_V, 0)
+    if sampling.top_p < 1:
+        p_V = torch.where(p_V.cumsum(0) - p_V < sampling.top_p, p_V, 0.0)
+    return int(order_V[torch.multinomial(p_V, 1, generator=generator)])

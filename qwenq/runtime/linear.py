@@ -1,0 +1,365 @@
+"""Linears that stay packed while they multiply, on the kernels torch itself ships.
+
+Which one a linear becomes depends on its bits, groups, shape, activation dtype and device; `choose` says so, with the
+reason where it is not a kernel. Shapes: x [..., in]; M rows of x; O outputs, I inputs, G groups of K columns.
+
+- Int4Linear: 4-bit codes in the layout of `_weight_int4pack_mm_for_cpu` or of tinygemm (`_weight_int4pack_mm`). Both
+  take (scale, offset) pairs in the activations' dtype: w = (code - 8) * scale + offset. 8-bit codes in groups run there
+  as two halves side by side, code = 16 * high + low. From DENSE_ROWS rows on, one strip of outputs at a time is
+  written out and multiplied densely, which is faster for prompts.
+- Int8Linear: `_weight_int8pack_mm`, one scale a row, kept in float32 and applied to the product.
+- Nf4Linear: bitsandbytes' table of 16 values, likewise strip by strip.
+- TiledLinear: any bits, group and dtype; strips of outputs are dequantized in float32 for every call.
+- StoredLinear: 16-bit weights kept as stored where activations have another dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qwenq.quant.gptq import QTensor
+from qwenq.runtime.layout import is_identity, nibbles, tile_order
+
+KERNEL_GROUPS = (256, 128, 64, 32)
+DENSE_ROWS = 48  # measured on AVX-512: below it the kernel's own product is faster than writing weights out
+_STRIP = 1 << 20  # weights written out at a time on a CPU; their float32 fits the last-level cache
+_STRIP_CUDA = 1 << 24
+_PACK_ROWS = 1024  # outputs packed at a time: int32 codes of a whole linear would be 8 times its packed size
+
+Kind = Literal["int4", "int4 halves", "int8", "tiled", "nf4"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel of a linear, and why it is not torch's own (empty when it is)."""
+
+    kind: Kind
+    reason: str = ""
+
+
+def choose(
+    bits: int, group: int, out_features: int, in_features: int, sym: bool, dtype: torch.dtype, device: torch.device
+) -> Choice:
+    """The kernel for codes of `bits` bits in groups of `group` columns, activations in `dtype`."""
+    if dtype != torch.bfloat16:
+        return Choice("tiled", f"{str(dtype)[6:]} activations: torch's packed kernels are fast in bfloat16 only")
+    if device.type not in ("cpu", "cuda"):
+        return Choice("tiled", f"no packed kernel on {device.type}")
+    if bits == 8 and group == in_features and sym and in_features % 16 == 0:  # else it reads beyond its rows
+        return Choice("int8")
+    if kernel_group(group) == 0:
+        return Choice("tiled", f"groups of {group} columns: the kernel takes {', '.join(map(str, KERNEL_GROUPS))}")
+    outputs, inputs = (16, 2) if device.type == "cpu" else (8, 32)
+    if out_features % outputs:
+        return Choice("tiled", f"{out_features} outputs: the kernel wants a multiple of {outputs}")
+    if in_features % inputs:
+        return Choice("tiled", f"{in_features} inputs: the kernel wants a multiple of {inputs}")
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return Choice("tiled", "tinygemm needs compute capability 8.0")
+    return Choice("int4" if bits == 4 else "int4 halves")
+
+
+def kernel_group(group: int) -> int:
+    """The kernel's group size that a group of `group` columns can be cut into; 0 when there is none."""
+    return next((size for size in KERNEL_GROUPS if group % size == 0), 0)
+
+
+def packed_linear(
+    q: QTensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device, order_I: Tensor | None = None
+) -> tuple[nn.Module, Choice]:
+    """The module that multiplies with `q`; `order_I` is the order its columns were sorted into (act-order)."""
+    rows, columns = q.codes_OI.shape
+    group = columns // q.scales_OG.shape[1]
+    choice = choose(q.scheme.bits, group, rows, columns, _symmetric(q), dtype, device)
+    module: nn.Module
+    if choice.kind == "int8":
+        module = Int8Linear(q, bias, dtype, device, order_I)
+    elif choice.kind == "tiled":
+        module = TiledLinear(q, bias, dtype, device, order_I)
+    else:
+        module = Int4Linear(q, bias, dtype, device, order_I)
+    return module.requires_grad_(False), choice
+
+
+def _symmetric(q: QTensor) -> bool:
+    return bool((q.zeros_OG == q.scheme.zero).all())
+
+
+def _parameter(value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value, requires_grad=False)
+
+
+class _Linear(nn.Module):
+    """What the packed linears share: sizes, bias, and columns sorted by group."""
+
+    def __init__(self, q: QTensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device, order: Tensor | None):
+        super().__init__()
+        self.out_features, self.in_features = q.codes_OI.shape
+        self.bias = None if bias is None else _parameter(bias.to(device=device, dtype=dtype))
+        self.order = None if order is None else _parameter(order.to(device))
+
+    def rows_of(self, x: Tensor) -> Tensor:
+        """x as [M, in], columns in the order of the groups."""
+        x_MI = x.reshape(-1, self.in_features)
+        return x_MI if self.order is None else x_MI.index_select(1, self.order)
+
+    def finish(self, y_MO: Tensor, x: Tensor) -> Tensor:
+        if self.bias is not None:
+            y_MO = y_MO.add_(self.bias)
+        return y_MO.view(*x.shape[:-1], self.out_features)
+
+
+class Int4Linear(_Linear):
+    """4-bit codes, or 8-bit ones as high and low halves, in the layout of torch's 4-bit kernel; bfloat16."""
+
+    def __init__(self, q: QTensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device, order: Tensor | None):
+        super().__init__(q, bias, dtype, device, order)
+        wide = self.in_features // q.scales_OG.shape[1]
+        self.group = kernel_group(wide)
+        self.halves = 2 if q.scheme.bits == 8 else 1
+        self.cuda_packed = device.type == "cuda"
+        self.packed = _parameter(pack_int4(q.codes_OI.to(device), self.halves))
+        # Pairs per kernel group: a wider group repeats its own.
+        scale_GO = q.scales_OG.float().to(device).T.repeat_interleave(wide // self.group, 0)
+        shift_GO = (q.scheme.zero - q.zeros_OG.float()).to(device).T.repeat_interleave(wide // self.group, 0)
+        scale_GO = scale_GO.to(dtype).float()  # rounded first, so that halves and offsets are whole multiples of it
+        offset_GO = scale_GO * shift_GO
+        if self.halves == 2:  # 16 s (high - 8) + s (low - 8) + 8 s + s shift = s (code - 128 + shift)
+            offset_GO = torch.cat((torch.zeros_like(offset_GO), offset_GO + 8 * scale_GO))
+            scale_GO = torch.cat((16 * scale_GO, scale_GO))
+        self.pairs = _parameter(torch.stack((scale_GO, offset_GO), -1).to(dtype).contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_MI = self.rows_of(x)
+        if x_MI.shape[0] >= DENSE_ROWS and (y := self._dense(x_MI)) is not None:
+            return self.finish(y, x)
+        if self.halves == 2:
+            x_MI = torch.cat((x_MI, x_MI), 1)
+        if self.cuda_packed:
+            y = torch.ops.aten._weight_int4pack_mm(x_MI.contiguous(), self.packed, self.group, self.pairs)
+        else:
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(x_MI.contiguous(), self.packed, self.group, self.pairs)
+        return self.finish(y, x)
+
+    def weight_strip(self, start: int, stop: int) -> Tensor | None:
+        """The weight's outputs start to stop, transposed, float32 [in, stop - start]; None in an unknown layout."""
+        codes_KR = unpack_int4(self.packed, start, stop, self.out_features, self.halves * self.in_features)
+        if codes_KR is None:
+            return None
+        pairs = self.pairs[:, start:stop].float()  # [G, R, 2]
+        w_GKR = codes_KR.float().sub_(8).view(pairs.shape[0], self.group, stop - start)
+        w_KR = w_GKR.mul_(pairs[:, None, :, 0]).add_(pairs[:, None, :, 1]).view(-1, stop - start)
+        return w_KR[: self.in_features] + w_KR[self.in_features :] if self.halves == 2 else w_KR
+
+    def _dense(self, x_MI: Tensor) -> Tensor | None:
+        y_MO = torch.empty(x_MI.shape[0], self.out_features, dtype=x_MI.dtype, device=x_MI.device)
+        step = strip_rows(self.in_features * self.halves, x_MI.device)
+        for start in range(0, self.out_features, step):
+            stop = min(start + step, self.out_features)
+            w_IR = self.weight_strip(start, stop)
+            if w_IR is None:
+                return None
+            torch.mm(x_MI, w_IR.to(x_MI.dtype), out=y_MO[:, start:stop])
+        return y_MO
+
+
+class Int8Linear(_Linear):
+    """8-bit codes with one scale a row: `_weight_int8pack_mm`, the float32 scale applied to its product; bfloat16."""
+
+    def __init__(self, q: QTensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device, order: Tensor | None):
+        super().__init__(q, bias, dtype, device, order)
+        self.codes = _parameter((q.codes_OI.to(device) ^ 128).view(torch.int8).contiguous())  # code - 128
+        self.scale = _parameter(q.scales_OG[:, 0].float().to(device))
+        self.ones = _parameter(torch.ones(self.out_features, dtype=dtype, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_MI = self.rows_of(x).contiguous()
+        if x_MI.shape[0] < DENSE_ROWS:
+            y_MO = torch.ops.aten._weight_int8pack_mm(x_MI, self.codes, self.ones)
+        else:
+            y_MO = torch.empty(x_MI.shape[0], self.out_features, dtype=x.dtype, device=x.device)
+            step = strip_rows(self.in_features, x.device)
+            for start in range(0, self.out_features, step):
+                w_RI = self.codes[start : start + step].to(x.dtype)  # whole numbers to 128 are exact
+                torch.mm(x_MI, w_RI.T, out=y_MO[:, start : start + step])
+        return self.finish((y_MO.float() * self.scale).to(x.dtype), x)
+
+
+class TiledLinear(_Linear):
+    """Codes as they are (4-bit ones two a byte), dequantized in float32 strip by strip for every call."""
+
+    def __init__(self, q: QTensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device, order: Tensor | None):
+        super().__init__(q, bias, dtype, device, order)
+        codes_OI = q.codes_OI.to(device)
+        self.bits = q.scheme.bits
+        self.columns = self.in_features + self.in_features % 2
+        if self.bits == 4:  # a byte holds a column of the left half and one of the right half
+            if self.columns != self.in_features:
+                codes_OI = F.pad(codes_OI, (0, 1))
+            codes_OI = codes_OI[:, : self.columns // 2] | (codes_OI[:, self.columns // 2 :] << 4)
+        self.codes = _parameter(codes_OI.contiguous())
+        self.scales = _parameter(q.scales_OG.to(device).contiguous())
+        self.zeros = None if _symmetric(q) else _parameter(q.zeros_OG.to(device).contiguous())
+        self.zero = q.scheme.zero
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_MI = self.rows_of(x)
+        y_MO = torch.empty(x_MI.shape[0], self.out_features, dtype=x.dtype, device=x.device)
+        step = strip_rows(self.in_features, x.device)
+        for start in range(0, self.out_features, step):
+            stop = min(start + step, self.out_features)
+            y_MO[:, start:stop] = F.linear(x_MI, self.weight_strip(start, stop).to(x.dtype))
+        return self.finish(y_MO, x)
+
+    def weight_strip(self, start: int, stop: int) -> Tensor:
+        """The weight's outputs start to stop, float32 [stop - start, in]."""
+        codes_RI, scales_RG = self.codes[start:stop], self.scales[start:stop].float()
+        if self.bits == 4:
+            codes_RI = torch.cat((codes_RI & 15, codes_RI >> 4), 1)[:, : self.in_features]
+        w_RGK = codes_RI.float().view(stop - start, scales_RG.shape[1], -1)
+        w_RGK = w_RGK.sub_(self.zero if self.zeros is None else self.zeros[start:stop, :, None])
+        return w_RGK.mul_(scales_RG[:, :, None]).view(stop - start, self.in_features)
+
+
+class Nf4Linear(nn.Module):
+    """bitsandbytes' NF4 with blocks inside rows, looked up in float32 strip by strip for every call.
+
+    `codes` uint8 [out, in / 2], the first of two columns in the high half; `absmax` float32 [out, in / 64]. Weights are
+    rounded to the dtype they came from, as bitsandbytes does.
+    """
+
+    def __init__(
+        self,
+        blocks: tuple[Tensor, Tensor, Tensor, torch.dtype],
+        shape: tuple[int, int],
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        codes, table, absmax, self.stored_dtype = blocks
+        self.out_features, self.in_features = shape
+        self.codes = _parameter(codes.to(device).view(shape[0], -1))
+        self.table = _parameter(torch.stack((table.repeat_interleave(16), table.repeat(16)), 1).to(device))  # by byte
+        self.absmax = _parameter(absmax.to(device).view(shape[0], -1))
+        self.bias = None if bias is None else _parameter(bias.to(device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_MI = x.reshape(-1, self.in_features)
+        y_MO = torch.empty(x_MI.shape[0], self.out_features, dtype=x.dtype, device=x.device)
+        step = strip_rows(self.in_features, x.device)
+        for start in range(0, self.out_features, step):
+            w_RI = self.weight_strip(start, start + step).to(x.dtype)
+            y_MO[:, start : start + step] = F.linear(x_MI, w_RI)
+        y = y_MO if self.bias is None else y_MO.add_(self.bias)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def weight_strip(self, start: int, stop: int) -> Tensor:
+        """The weight's outputs start to stop, in the dtype it was quantized from."""
+        absmax = self.absmax[start:stop]
+        w = F.embedding(self.codes[start:stop].int(), self.table).view(*absmax.shape, -1)
+        return w.mul_(absmax[:, :, None]).view(absmax.shape[0], self.in_features).to(self.stored_dtype)
+
+
+class StoredLinear(nn.Module):
+    """A 16-bit weight kept as stored; for activations of another dtype it is converted strip by strip.
+
+    A float16 head takes bfloat16 input in float16 instead: its products are finer and twice as fast on a CPU, and
+    what comes out of the last norm cannot overflow. The inputs of other linears can.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, is_head: bool = False) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight = _parameter(weight)
+        self.bias = None if bias is None else _parameter(bias.to(device=weight.device, dtype=dtype))
+        self.is_head = is_head
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.dtype == x.dtype:
+            return F.linear(x, self.weight, self.bias)
+        if self.is_head and self.weight.dtype == torch.float16 and x.dtype == torch.bfloat16:
+            return F.linear(x.half(), self.weight).float()
+        y = torch.empty(*x.shape[:-1], self.out_features, dtype=x.dtype, device=x.device)
+        step = strip_rows(self.in_features, x.device)
+        for start in range(0, self.out_features, step):
+            y[..., start : start + step] = F.linear(x, self.weight[start : start + step].to(x.dtype))
+        return y if self.bias is None else y.add_(self.bias)
+
+
+def strip_rows(columns: int, device: torch.device) -> int:
+    """Outputs of a strip: a multiple of 64, so that strips begin where the packer's blocks do."""
+    budget = _STRIP_CUDA if device.type == "cuda" else _STRIP
+    return max(64, budget // columns // 64 * 64)
+
+
+# ---------------------------------------------------------------------- torch's 4-bit layouts
+
+
+def pack_int4(codes_OI: Tensor, halves: int) -> Tensor:
+    """Codes [out, in] in the kernel's layout; with two halves 8-bit codes as [high codes, low codes] side by side."""
+    parts = []
+    for start in range(0, codes_OI.shape[0], _PACK_ROWS):
+        part = codes_OI[start : start + _PACK_ROWS]
+        parts.append(_pack(torch.cat((part >> 4, part & 15), 1) if halves == 2 else part))
+    return torch.cat(parts)
+
+
+def _pack(codes_OI: Tensor) -> Tensor:
+    if codes_OI.device.type == "cuda":  # two columns a byte, the first one in the high half
+        pairs = (codes_OI[:, 0::2] << 4) | codes_OI[:, 1::2]
+        return torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), _inner_tiles(codes_OI.shape[1]))
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes_OI.int().contiguous(), 1)
+
+
+def _inner_tiles(columns: int) -> int:
+    return next(tiles for tiles in (8, 4, 2) if columns % (16 * tiles) == 0)
+
+
+_ORDERS: dict[tuple[str, int, int], Tensor | None] = {}
+
+
+def _order(rows: int, columns: int, device: torch.device) -> Tensor | None:
+    """`tile_order` of this device's packer, found once a process; an identity as an empty tensor."""
+    key = device.type, rows, columns
+    if key not in _ORDERS:
+        found = tile_order(_pack_column if device.type == "cpu" else _pack, rows, columns, device)
+        _ORDERS[key] = found[:0] if found is not None and is_identity(found) else found
+    order = _ORDERS[key]
+    return None if order is None else order.to(device)
+
+
+def _pack_column(codes_R1: Tensor) -> Tensor:
+    """How a CPU packs one column; cut short, so that no order is found, when equal columns do not look alike."""
+    columns = _pack(codes_R1.expand(-1, 32)).reshape(32, -1)
+    return columns[0] if bool((columns == columns[0]).all()) else columns[0, :-1]
+
+
+def unpack_int4(packed: Tensor, start: int, stop: int, out_features: int, columns: int) -> Tensor | None:
+    """Codes of outputs start to stop, transposed, uint8 [columns, stop - start]; None when the layout is unknown.
+
+    `start` is a multiple of 64. A CPU packs 64 outputs (the last ones: what is left) one column after the other;
+    tinygemm 8 outputs, in tiles of 32 to 128 columns.
+    """
+    block, width = (8, 16 * _inner_tiles(columns)) if packed.device.type == "cuda" else (64, 1)
+    flat = packed.reshape(out_features, -1)
+    parts = []
+    whole = stop - (stop - start) % block
+    for first, last, rows in ((start, whole, block), (whole, stop, stop - whole)):
+        if first == last:
+            continue
+        order = _order(rows, width, packed.device)
+        if order is None:
+            return None
+        blocks, tiles = (last - first) // rows, columns // width
+        codes = nibbles(flat[first:last], blocks * tiles)
+        if order.numel():
+            codes = codes.index_select(1, order)
+        codes = codes.view(blocks, tiles, rows, width).permute(1, 3, 0, 2)  # tile, column, block, row
+        parts.append(codes.reshape(columns, last - first))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

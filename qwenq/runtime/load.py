@@ -1,0 +1,215 @@
+"""From a checkpoint directory to a model that runs: the plan for this machine's memory, then the weights."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwenq.checkpoint import Checkpoint
+from qwenq.errors import HonestNo, RunError
+from qwenq.planning.engines import QWENQ_PREFILL_CHUNK, get_engine
+from qwenq.planning.memory import NOT_ALLOCATED, check_context
+from qwenq.planning.offload import DeviceMap, host_map, host_need, spill_to_disk
+from qwenq.planning.placement import place
+from qwenq.planning.rig import Rig
+from qwenq.planning.terms import Workload
+from qwenq.planning.weights import Weights as WeightBytes
+from qwenq.planning.weights import header_weights
+from qwenq.runtime.memory import Peak, available_ram, device_name, resident_bytes, shortage, visible_rig
+from qwenq.runtime.model import DISK, CheckpointWeights, RunningModel, Weights, build_model, pick_dtype
+from qwenq.spec import ModelSpec
+from qwenq.units import format_gb, format_gib
+
+DEFAULT_CONTEXT = 4096
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What a user may ask of a load. Limits in bytes; an empty `gpu_memory` takes what is free, 0 host memory too."""
+
+    max_model_len: int = 0  # 0: DEFAULT_CONTEXT, or the model's own limit when that is less
+    prefill_chunk: int = QWENQ_PREFILL_CHUNK
+    kv_dtype: str = "auto"
+    compute_dtype: str = "auto"
+    gpu_memory: tuple[int, ...] = ()
+    cpu_memory: int = 0
+    offload_directory: Path | None = None  # where layers that go to disk are written; default the system's
+
+    def work(self, spec: ModelSpec) -> Workload:
+        context = self.max_model_len or min(DEFAULT_CONTEXT, spec.extended_context)
+        work = Workload(context, kv_dtype=self.kv_dtype, prefill_chunk=self.prefill_chunk)
+        check_context(spec, work)
+        return work
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """Where every module goes, and what each device that computes will hold at most, as its allocator counts it."""
+
+    device_map: DeviceMap
+    predicted: dict[str, int]  # bytes by device name
+    reason: str
+    disk_bytes: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "device_map": self.device_map,
+            "predicted_bytes": self.predicted,
+            "reason": self.reason,
+            "disk_bytes": self.disk_bytes,
+        }
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in memory, with the plan it was loaded by."""
+
+    model: RunningModel
+    plan: LoadPlan
+    work: Workload
+    seconds: float
+    base_rss: int  # resident memory before the weights
+
+    def beside_prediction(self, peaks: Sequence[Peak]) -> list[dict[str, Any]]:
+        """Each device's peak with what was predicted and the error in percent."""
+        rows = []
+        for peak in peaks:
+            predicted = self.plan.predicted.get(peak.device, 0)
+            error = 100 * (predicted / peak.allocated_bytes - 1) if peak.allocated_bytes and predicted else None
+            rows.append(peak.to_json() | {"predicted_bytes": predicted, "error_percent": error})
+        return rows
+
+
+def plan_load(
+    spec: ModelSpec, weights: WeightBytes, rig: Rig | None, work: Workload, dtype: torch.dtype, cpu_room: int
+) -> LoadPlan:
+    """Place a model on GPUs, host memory and disk; RunError, naming device and shortfall, when it cannot be.
+
+    `cpu_room`: bytes of host memory to use at most.
+    """
+    return (
+        _plan_host(spec, weights, work, dtype, cpu_room)
+        if rig is None
+        else _plan_rig(spec, weights, rig, work, cpu_room)
+    )
+
+
+def _plan_host(spec: ModelSpec, weights: WeightBytes, work: Workload, dtype: torch.dtype, room: int) -> LoadPlan:
+    need = host_need(spec, weights, work, dtype.itemsize).total_bytes
+    devices = host_map(spec)
+    if need <= room:
+        return LoadPlan(devices, {"CPU": need}, f"{format_gb(need)} in host memory")
+    layers = sum(weights.layer_bytes)
+    outside, one = need - layers, max(weights.layer_bytes)
+    if outside + one > room:
+        raise shortage("CPU", outside + one, room, "a shorter --max-model-len, or a smaller --prefill-chunk")
+    devices = spill_to_disk(devices, weights, room - outside - one)
+    return _with_disk(devices, weights, {"CPU": 0}, lambda disk: {"CPU": need - disk + one})
+
+
+def _plan_rig(spec: ModelSpec, weights: WeightBytes, rig: Rig, work: Workload, room: int) -> LoadPlan:
+    engine = get_engine("qwenq")
+    placement = place(spec, weights, rig, engine, work)
+    if not placement.fits:
+        whole = placement
+        try:
+            placement = place(spec, weights, rig, engine, work, offload=True)
+        except HonestNo as error:
+            tight = whole.memory.tightest
+            have = tight.limit_bytes or 0
+            index = whole.memory.gpus.index(tight)
+            taken = max(0, rig.gpus[index].limit_bytes - have)
+            raise shortage(f"GPU {index} {tight.name}", tight.total_bytes, have, error.hint, taken) from None
+    predicted = {
+        f"GPU {index} {gpu.name}": sum(term.n_bytes for term in gpu.terms if term.name not in NOT_ALLOCATED)
+        for index, gpu in enumerate(placement.memory.gpus)
+        if gpu.terms
+    }
+    devices = placement.device_map()
+    if placement.offloaded_bytes <= room:
+        return LoadPlan(devices, predicted, placement.reason)
+    spilled = spill_to_disk(devices, weights, room)
+    plan = _with_disk(spilled, weights, predicted, lambda disk: predicted)
+    return replace(plan, reason=f"{placement.reason}; {plan.reason}")
+
+
+def _with_disk(
+    devices: DeviceMap, weights: WeightBytes, predicted: dict[str, int], known: Callable[[int], dict[str, int]]
+) -> LoadPlan:
+    spilled = [layer for layer in range(len(weights.layers)) if devices[f"model.layers.{layer}"] == DISK]
+    disk = sum(weights.layer_bytes[layer] for layer in spilled)
+    reason = f"{len(spilled)} layers on disk ({format_gb(disk)}), read again for every token"
+    return LoadPlan(devices, known(disk) or predicted, reason, disk)
+
+
+@contextmanager
+def loaded(
+    checkpoint: Checkpoint, options: LoadOptions, listen: Callable[[int], None] = lambda layer: None
+) -> Iterator[Loaded]:
+    """Load a checkpoint for as long as the context lasts."""
+    sizes = header_weights(
+        checkpoint.spec, {name: place.spec for name, place in checkpoint.tensors.items()}, checkpoint.config
+    )
+    source = CheckpointWeights(checkpoint)
+    with load_from(source, sizes, checkpoint.config, checkpoint.spec, options, listen) as found:
+        yield found
+
+
+@contextmanager
+def load_from(
+    source: Weights,
+    sizes: WeightBytes,
+    config: dict[str, Any],
+    spec: ModelSpec,
+    options: LoadOptions,
+    listen: Callable[[int], None] = lambda layer: None,
+) -> Iterator[Loaded]:
+    """Load weights of any source; layers on disk are deleted at the end."""
+    import transformers  # noqa: F401  so that its memory is not counted as the model's
+
+    work = options.work(spec)
+    rig = visible_rig(options.gpu_memory)
+    dtype = pick_dtype(torch.device("cuda" if rig else "cpu"), options.compute_dtype)
+    ram = available_ram()
+    room = min(ram, options.cpu_memory) if options.cpu_memory else ram
+    plan = plan_load(spec, sizes, rig, work, dtype, room)
+    base, clock = resident_bytes(), time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="qwenq-offload-", dir=options.offload_directory) as directory:
+        if plan.disk_bytes:
+            check_disk(Path(directory), plan.disk_bytes)
+        model = build_model(
+            source, config, spec, plan.device_map, dtype=dtype, offload_directory=Path(directory), listen=listen
+        )
+        yield Loaded(model, plan, work, time.perf_counter() - clock, base)
+
+
+def check_disk(directory: Path, need: int) -> None:
+    """RunError when the disk cannot take the layers that do not fit into memory."""
+    free = shutil.disk_usage(directory).free
+    if free < need:
+        raise RunError(
+            f"{directory}: needs {format_gib(need)} for layers on disk, {format_gib(free)} are free: "
+            f"{format_gib(need - free)} short",
+            hint="--offload-dir on a larger disk",
+        )
+
+
+def describe(found: Loaded) -> list[str]:
+    """What was loaded, in lines for people."""
+    model = found.model
+    kinds = ", ".join(f"{count} {kind}" for kind, count in model.kernels().items()) or "16-bit linears"
+    where = ", ".join(device_name(device) for device in model.devices)
+    lines = [
+        f"loaded in {found.seconds:.1f}s on {where}: {kinds}; {str(model.dtype)[6:]} activations; "
+        f"context {found.work.context}; {found.plan.reason}"
+    ]
+    lines += [f"{count} linears are not on a packed kernel: {why}" for why, count in model.fallbacks().items()]
+    return lines

@@ -1,0 +1,267 @@
+"""transformers' model without weights, its linears replaced by packed ones, one tensor after another from the shards.
+
+Weights go straight to the device they stay on: a GPU load needs host memory for one tensor at a time, a CPU load the
+packed bytes and one linear unpacked. Nothing is ever decompressed to 16 bit as a whole.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qwenq.checkpoint import Checkpoint
+from qwenq.errors import CheckpointError
+from qwenq.formats.storage import unpack_linear
+from qwenq.host import return_freed_memory
+from qwenq.layout import linear_tensors
+from qwenq.quant.bnb import nf4_blocks
+from qwenq.quant.gptq import QTensor
+from qwenq.quant.pack import unpack_sorted
+from qwenq.runtime.attention import ATTENTION, register
+from qwenq.runtime.linear import Choice, Nf4Linear, StoredLinear, packed_linear
+from qwenq.runtime.memory import memory_errors
+from qwenq.spec import LinearSpec, ModelSpec
+from qwenq.stream import MODULES, model_config
+
+DISK = "disk"
+
+
+@dataclass(frozen=True)
+class RunningModel:
+    """A model ready to compute: input ids on `device` to logits, weights where `device_map` says."""
+
+    network: Any  # transformers' ...ForCausalLM
+    spec: ModelSpec
+    dtype: torch.dtype
+    device_map: Mapping[str, int | str]
+    choices: Mapping[str, Choice]  # by linear name; 16-bit linears have none
+
+    @property
+    def device(self) -> torch.device:
+        """Where the input goes."""
+        return compute_device(self.device_map["model.embed_tokens"], self.device_map)
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """Every device that computes, in order."""
+        found = {compute_device(place, self.device_map): None for place in self.device_map.values()}
+        return tuple(found)
+
+    def kernels(self) -> dict[str, int]:
+        """How many linears each kind of kernel has."""
+        kinds = [choice.kind for choice in self.choices.values()]
+        return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
+
+    def fallbacks(self) -> dict[str, int]:
+        """Why linears are not on torch's packed kernels, and how many each reason concerns."""
+        reasons = [choice.reason for choice in self.choices.values() if choice.reason]
+        return {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}
+
+
+class StoredEmbedding(nn.Module):
+    """The embedding table as stored; rows are converted to the activations' dtype."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.dtype = dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight).to(self.dtype)
+
+
+def compute_device(place: int | str, device_map: Mapping[str, int | str]) -> torch.device:
+    """Where a module at `place` computes: host memory and disk feed the first GPU, or the CPU where there is none."""
+    if isinstance(place, int):
+        return torch.device("cuda", place)
+    first = next((other for other in device_map.values() if isinstance(other, int)), None)
+    return torch.device("cpu") if first is None else torch.device("cuda", first)
+
+
+def pick_dtype(device: torch.device, asked: str = "auto") -> torch.dtype:
+    """The activations' dtype: bfloat16 where it is fast, float32 on CPUs without it."""
+    if asked != "auto":
+        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[asked]
+    fast = device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.bfloat16 if fast else torch.float32
+
+
+class Weights(Protocol):
+    """Where weights come from: shards, or thin air (`synthetic`)."""
+
+    def tensor(self, name: str, device: torch.device) -> Tensor: ...
+
+    def linear(self, lin: LinearSpec, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Choice | None]: ...
+
+
+class CheckpointWeights:
+    """Weights read from shards, one tensor at a time."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+
+    def tensor(self, name: str, device: torch.device) -> Tensor:
+        value = self.checkpoint.read(name).to(device)
+        if value.is_floating_point() and value.ndim == 1 and not bool(value.isfinite().all()):
+            raise CheckpointError(f"{name} holds a NaN or an infinity", hint="the checkpoint may be damaged")
+        return value
+
+    def linear(self, lin: LinearSpec, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Choice | None]:
+        """The module of one linear; no choice where it is stored in 16 bit."""
+        bias = self.tensor(lin.name + ".bias", device) if lin.bias else None
+        stored = self.checkpoint.quantized
+        scheme = stored.scheme_of(lin.name) if stored is not None else None
+        if stored is None or scheme is None:
+            weight = self.tensor(lin.name + ".weight", device)
+            # in the activations' dtype when that is 16 bit too
+            return StoredLinear(weight if dtype == torch.float32 else weight.to(dtype), bias, dtype), None
+        names = [t.name for t in linear_tensors(stored.format, scheme, lin) if t.name != lin.name + ".bias"]
+        packed = {name.removeprefix(lin.name + "."): self.tensor(name, device) for name in names}
+        if stored.format == "gptq":
+            q, order = unpack_sorted(packed, scheme, stored.version, lin.name)
+            return packed_linear(q, bias, dtype, device, order)
+        if stored.format == "bnb-nf4":
+            return self._nf4(lin, packed, bias, dtype, device)
+        found = unpack_linear(stored, scheme, lin, packed)
+        assert isinstance(found, QTensor)
+        return packed_linear(found, bias, dtype, device)
+
+    def _nf4(
+        self, lin: LinearSpec, packed: dict[str, Tensor], bias: Tensor | None, dtype: torch.dtype, device: torch.device
+    ) -> tuple[nn.Module, Choice]:
+        shape = lin.out_features, lin.in_features
+        if lin.in_features % 64:
+            raise CheckpointError(
+                f"{lin.name}: NF4 blocks of 64 run over the ends of its {lin.in_features} inputs",
+                hint="`qwenq convert` it to another format",
+            )
+        blocks = nf4_blocks(packed, shape, lin.name)
+        return Nf4Linear(blocks, shape, bias, dtype, device), Choice("nf4", "NF4: torch ships no kernel for its table")
+
+
+def build_model(
+    weights: Weights,
+    config: Mapping[str, Any],
+    spec: ModelSpec,
+    device_map: Mapping[str, int | str],
+    *,
+    dtype: torch.dtype,
+    offload_directory: Path | None = None,
+    listen: Callable[[int], None] = lambda layer: None,
+) -> RunningModel:
+    """Fill transformers' model from `weights` dispatched by accelerate as `device_map` says.
+
+    `offload_directory` takes the layers that live on disk. `listen` is told each finished layer. RunError, naming the
+    device, when memory does not suffice.
+    """
+    network = _empty_network(config, spec, dtype)
+    choices: dict[str, Choice] = {}
+    shared: dict[torch.device, Tensor] = {}  # a tied table, once a device
+    disk_index: dict[str, Any] = {}
+
+    def place(module: str) -> tuple[int | str, torch.device]:
+        return device_map[module], compute_device(device_map[module], device_map)
+
+    def keep(name: str, module: nn.Module, where: int | str) -> None:
+        network.set_submodule(name, _moved(module, name, where, offload_directory, disk_index))
+
+    where, device = place("model.embed_tokens")
+    with memory_errors("loading the embedding", device, 2 * spec.vocab_size * spec.hidden_size, _SMALLER):
+        table = weights.tensor("model.embed_tokens.weight", device)
+        keep("model.embed_tokens", StoredEmbedding(table, dtype), where)
+        shared[device] = table
+    for layer in range(spec.num_hidden_layers):
+        where, device = place(f"model.layers.{layer}")
+        linears = {lin.name: lin for lin in spec.layer_linears(layer)}
+        need = max(lin.parameters for lin in linears.values()) * 5  # codes, and their packing in int32 strips
+        with memory_errors(f"loading layer {layer}", device, need, _SMALLER):
+            for lin in linears.values():
+                module, choice = weights.linear(lin, dtype, device)
+                if choice is not None:
+                    choices[lin.name] = choice
+                keep(lin.name, module, where)
+            for tensor in spec.layer_tensors(layer):
+                owner = tensor.name.rpartition(".")[0]
+                if owner not in linears:
+                    norm = network.get_submodule(owner)
+                    norm.weight = nn.Parameter(weights.tensor(tensor.name, device).to(dtype), requires_grad=False)
+                    keep(owner, norm, where)
+        listen(layer)
+    where, device = place("model.norm")
+    norm = network.get_submodule("model.norm")
+    norm.weight = nn.Parameter(weights.tensor("model.norm.weight", device).to(dtype), requires_grad=False)
+    where, device = place("lm_head")
+    with memory_errors("loading the head", device, 2 * spec.vocab_size * spec.hidden_size, _SMALLER):
+        if not spec.tie_word_embeddings:
+            head = weights.tensor("lm_head.weight", device)
+        else:
+            head = shared[device] if device in shared else shared.setdefault(device, table.to(device))
+        keep("lm_head", StoredLinear(head, None, dtype, is_head=True), where)
+    network.eval().requires_grad_(False)
+    _dispatch(network, device_map, offload_directory, disk_index)
+    return_freed_memory()  # what unpacking needed
+    return RunningModel(network, spec, dtype, dict(device_map), choices)
+
+
+_SMALLER = "lower --gpu-memory or --max-model-len so that more stays in host memory, or end what else uses the device"
+
+
+def _empty_network(config: Mapping[str, Any], spec: ModelSpec, dtype: torch.dtype) -> Any:
+    from accelerate import init_empty_weights
+
+    register()
+    package, prefix = MODULES[spec.model_type]
+    modeling = importlib.import_module(f"{package}.modeling_{spec.model_type}")
+    settings = model_config(config, spec)
+    settings._attn_implementation = ATTENTION
+    settings.tie_word_embeddings = False  # a tied head is put in place below
+    settings.dtype = dtype
+    with init_empty_weights():
+        return getattr(modeling, prefix + "ForCausalLM")(settings)
+
+
+def _moved(
+    module: nn.Module, name: str, where: int | str, offload_directory: Path | None, index: dict[str, Any]
+) -> nn.Module:
+    """The module with its tensors where they stay: on their device, in host memory, or in a file and on `meta`."""
+    if isinstance(where, int):
+        return module
+    if where != DISK:
+        return module.to("cpu")
+    from accelerate.utils import offload_weight
+
+    assert offload_directory is not None
+    for path, parameter in list(module.named_parameters()):
+        offload_weight(parameter.detach().cpu(), f"{name}.{path}", str(offload_directory), index)
+        owner, _, last = path.rpartition(".")
+        empty = torch.empty_like(parameter, device="meta")
+        setattr(module.get_submodule(owner), last, nn.Parameter(empty, requires_grad=False))
+    return module
+
+
+def _dispatch(
+    network: Any, device_map: Mapping[str, int | str], offload_directory: Path | None, index: dict[str, Any]
+) -> None:
+    """Hand the placement to accelerate, whose hooks move hidden states, and fetch what is not where it computes."""
+    from accelerate import dispatch_model
+    from accelerate.utils import save_offload_index
+
+    places = set(device_map.values())
+    if places == {"cpu"}:
+        return
+    if index:
+        save_offload_index(index, str(offload_directory))
+    dispatch_model(
+        network,
+        device_map=dict(device_map),
+        offload_dir=str(offload_directory) if index else None,
+        skip_keys=["past_key_values"],
+        force_hooks=True,
+    )
