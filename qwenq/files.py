@@ -61,13 +61,19 @@ def copy_synced(source: Path, target: Path) -> str:
 
 
 def make_directory(path: Path, *, exist_ok: bool) -> None:
-    """Make a directory and those above it, so that they last."""
+    """Make a directory and those above it, so that they last; on a failure it is not there."""
     missing = [path]
     while not missing[-1].parent.exists():
         missing.append(missing[-1].parent)
+    new = not path.exists()
     path.mkdir(parents=True, exist_ok=exist_ok)
-    for made in missing:
-        sync_directory(made.parent)
+    try:
+        for made in missing:
+            sync_directory(made.parent)
+    except OSError:
+        if new:
+            path.rmdir()
+        raise
 
 
 def sync_directory(directory: Path) -> None:

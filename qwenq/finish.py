@@ -74,7 +74,13 @@ def give_name(work: Path, out: Path) -> None:
             leftover.unlink()
     sync_directory(work)
     os.replace(work, out)
-    sync_directory(out.parent)
+    try:
+        sync_directory(out.parent)
+    except OSError as error:
+        raise JobError(
+            f"{out}: finished, but the disk could not confirm its name ({error.strerror})",
+            hint="look after the disk, then `qwenq verify` it",
+        ) from error
 
 
 def finished_before(work: Path, out: Path, journal: Journal) -> QuantizeResult | None:

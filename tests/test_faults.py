@@ -1,0 +1,273 @@
+"""Everything that can go wrong in a long run, for every output format: it recovers to the same bytes, or says why not.
+
+Kills at any moment are in test_quantize.py and test_random_kills.py.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import small_job
+from faulty_disk import Cut, FailingWrites, PowerCut
+from test_quantize import Stop, assert_same, change_tensor, stop_after
+
+import qwenq.quantize
+from qwenq.errors import JobError, QwenqError
+from qwenq.job import QuantizeJob, partial_directory
+from qwenq.journal import JOURNAL_NAME
+from qwenq.quantize import quantize
+from qwenq.scheme import Recipe, Scheme
+
+Make = Callable[..., Path]
+
+# A new output format is one more line here.
+FORMATS = {
+    "gptq": Recipe(Scheme(4, 32)),
+    "awq": Recipe(Scheme(4, 32, sym=False), format="awq"),
+    "compressed-tensors": Recipe(Scheme(4, 32), format="compressed-tensors"),
+    "bnb-int8": Recipe(Scheme(8, -1), format="bnb-int8"),
+}
+
+
+class Case:
+    """One format: a source, the checkpoint an undisturbed run makes of it, and jobs for an output of their own."""
+
+    def __init__(self, recipe: Recipe, source: Path, root: Path) -> None:
+        self.recipe, self.source, self.root = recipe, source, root
+        self.whole, self.place = root / "whole", root / "place"
+        quantize(self.job(self.whole))
+
+    def job(self, out: Path | None = None) -> QuantizeJob:
+        return small_job(self.source, out or self.place / "out", recipe=self.recipe)
+
+    def fresh(self) -> QuantizeJob:
+        """A job in an empty directory."""
+        shutil.rmtree(self.place, ignore_errors=True)
+        self.place.mkdir()
+        return self.job()
+
+    def stopped(self) -> QuantizeJob:
+        """A job stopped after two of three layers."""
+        job = self.fresh()
+        with pytest.raises(Stop):
+            quantize(job, listen=stop_after(1))
+        return job
+
+    def resumed(self) -> list[str]:
+        """Go on, from nothing if nothing is there; the bytes must be those of the undisturbed run."""
+        job = self.job()
+        said: list[Any] = []
+        quantize(job, resume=partial_directory(job.out).exists(), listen=said.append)
+        assert_same(self.whole, job.out)
+        assert [path.name for path in self.place.iterdir()] == ["out"]
+        return [line for line in said if isinstance(line, str)]
+
+
+@pytest.fixture(params=FORMATS)
+def case(request: Any, random_model: Make, tmp_path: Path, monkeypatch: Any) -> Case:
+    monkeypatch.setattr(qwenq.quantize, "_STATE_INTERVAL_S", 0.0)  # hidden states are saved after every layer
+    return Case(FORMATS[request.param], random_model(), tmp_path)
+
+
+def one_line(error: QwenqError) -> str:
+    assert "\n" not in error.message and error.hint
+    return error.message
+
+
+# ---------------------------------------------------------------------- the disk
+
+
+def steps_of(disk: Any, job: QuantizeJob) -> int:
+    with disk.watching():
+        quantize(job)
+    return int(disk.steps)
+
+
+def tried(steps: int, case: Case) -> range:
+    """Every third step for the first format, fewer for the others: they differ in what lies in a shard."""
+    return range(0, steps, 3 if case.recipe.format == "gptq" else 13)
+
+
+def test_power_cut_at_any_moment(case: Case) -> None:
+    """Whatever was not synced is gone: with its name, or with the name left behind. Either way the job goes on."""
+    for step in tried(steps_of(PowerCut(case.place, -1), case.fresh()), case):
+        for names_kept in (False, True):
+            disk = PowerCut(case.place, step)
+            job = case.fresh()
+            with pytest.raises(Cut), disk.watching():
+                quantize(job)
+            disk.restore(names_kept=names_kept)
+            if job.out.exists():  # nothing but the last sync was missing
+                lock = job.out / ".qwenq-lock"
+                lock.unlink(missing_ok=True)
+                assert_same(case.whole, job.out)
+            else:
+                assert not any("missing or damaged" in line for line in case.resumed()), "what the journal has, lasts"
+
+
+def test_the_power_cut_does_lose_what_is_not_synced(tmp_path: Path) -> None:
+    """The layer's own test: a renamed file without a directory sync, and one whose bytes were not synced."""
+    for names_kept, wanted in ((False, {"a": b"kept"}), (True, {"a": b"kept", "b": b"synced", "c": b""})):
+        root = tmp_path / str(names_kept)
+        root.mkdir()
+        disk = PowerCut(root, 4)
+        with pytest.raises(Cut), disk.watching():
+            for name, data in (("a", b"kept"), ("b", b"synced")):
+                with open(root / f"{name}.tmp", "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(root / f"{name}.tmp", root / name)
+                if name == "a":
+                    handle = os.open(root, os.O_RDONLY)
+                    os.fsync(handle)
+                    os.close(handle)
+                    disk.step += 1
+            (root / "c").write_bytes(b"never synced")
+            os.replace(root / "c", root / "c")
+        disk.restore(names_kept=names_kept)
+        assert {p.name: p.read_bytes() for p in root.iterdir()} == wanted
+
+
+def test_full_disk_at_any_file(case: Case) -> None:
+    """The first and the last write of each: one line naming it or the directory, then --resume goes on to the same."""
+    counting = FailingWrites(case.place, -1)
+    assert steps_of(counting, case.fresh()) > 100
+    first = {name: step for step, name in reversed([*enumerate(counting.touched)])}
+    last = {name: step for step, name in enumerate(counting.touched)}
+    assert {".qwenq-lock", JOURNAL_NAME, "config.json.tmp", "qwenq-manifest.json.tmp"} <= set(first)
+    chosen = sorted({*first.values(), *last.values()})
+    for step in chosen[:: 1 if case.recipe.format == "gptq" else 5]:
+        disk = FailingWrites(case.place, step)
+        job = case.fresh()
+        with pytest.raises(JobError) as caught, disk.watching():
+            quantize(job)
+        if job.out.exists():  # the last sync of all
+            assert one_line(caught.value).startswith(f"{job.out}: finished, but the disk could not confirm its name")
+            assert_same(case.whole, job.out)
+            continue
+        assert one_line(caught.value).endswith("No space left on device")
+        work = partial_directory(job.out)
+        assert str(work) in caught.value.message
+        assert "--resume" in caught.value.hint or not work.exists()
+        case.resumed()
+
+
+def test_read_only_directory(case: Case, monkeypatch: Any) -> None:
+    job = case.fresh()
+
+    def refuse(path: Path, *arguments: Any, **options: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", refuse)
+        with pytest.raises(JobError) as caught:
+            quantize(job)
+    assert one_line(caught.value) == f"{partial_directory(job.out)}: Read-only file system"
+    assert list(case.place.iterdir()) == []
+    case.stopped()  # and one that becomes read-only while the job is stopped
+    disk = FailingWrites(case.place, 0, errno.EROFS)
+    with pytest.raises(JobError) as caught, disk.watching():
+        quantize(job, resume=True)
+    assert one_line(caught.value).endswith("Read-only file system")
+    case.resumed()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_directory_without_permission(random_model: Make, tmp_path: Path) -> None:
+    job = small_job(random_model(), tmp_path / "locked" / "out")
+    job.out.parent.mkdir(mode=0o555)
+    with pytest.raises(JobError, match="Permission denied"):
+        quantize(job)
+
+
+# ---------------------------------------------------------------------- the source
+
+
+@pytest.mark.parametrize("file", ["weights", "config.json", "tokenizer.json", "generation_config.json"])
+def test_a_source_replaced_between_kill_and_resume(file: str, case: Case) -> None:
+    job = case.stopped()
+    if file == "weights":
+        path = change_tensor(case.source, "model.layers.0.mlp.up_proj.weight", 0.5)
+    else:
+        path = case.source / file
+        path.write_bytes((path.read_bytes() if path.exists() else b"{}") + b"\n")
+    with pytest.raises(JobError) as caught:
+        quantize(case.job(), resume=True)
+    assert f"source.{path.name} was " in one_line(caught.value)
+    assert partial_directory(job.out).is_dir()
+
+
+@pytest.mark.parametrize("file", ["weights", "tokenizer.json"])
+def test_a_source_replaced_during_the_run(file: str, case: Case) -> None:
+    """Put back, the job goes on; a checkpoint of half one source and half another never gets its name."""
+    job = case.fresh()
+    path = job.source.files[0] if file == "weights" else case.source / file
+    kept = path.read_bytes()
+
+    def replace_after_layer_1(event: Any) -> None:
+        if not isinstance(event, str) and event.layer == 1:
+            beside = path.with_name("beside")
+            beside.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+            os.replace(beside, path)
+
+    with pytest.raises(JobError) as caught:
+        quantize(job, listen=replace_after_layer_1)
+    assert one_line(caught.value) == f"{path}: changed while it was being quantized"
+    assert not job.out.exists()
+    path.write_bytes(kept)
+    case.resumed()
+
+
+# ---------------------------------------------------------------------- what is there already
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "gone"])
+@pytest.mark.parametrize("block", [0, 1, 2])
+def test_a_damaged_block_is_done_again(block: int, damage: str, case: Case) -> None:
+    """Block 0 is the embedding, 1 and 2 are layers."""
+    job = case.stopped()
+    path = partial_directory(job.out) / f"model-{block + 1:05d}-of-00005.safetensors"
+    data = path.read_bytes()
+    middle = len(data) // 2
+    damaged = {"flip": data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :], "cut": data[:-1], "empty": b""}
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(damaged[damage])
+    said = case.resumed()
+    told = f"layer {block - 1}: its file is missing or damaged, it and what follows is done again"
+    assert (told in said) == (block > 0)
+
+
+def test_two_runs_cannot_meet(case: Case) -> None:
+    job = case.fresh()
+    begun, go_on = threading.Event(), threading.Event()
+
+    def listen(event: Any) -> None:
+        begun.set()
+        assert go_on.wait(60)
+
+    first = threading.Thread(target=quantize, args=(job,), kwargs={"listen": listen})
+    first.start()
+    assert begun.wait(60)
+    for resume, told in ((False, "an unfinished job is there"), (True, f"in use by process {os.getpid()} on")):
+        with pytest.raises(JobError) as caught:
+            quantize(case.job(), resume=resume)
+        assert told in one_line(caught.value)
+    go_on.set()
+    first.join()
+    assert_same(case.whole, job.out)
+
+
+def test_a_stale_lock_is_explained(case: Case) -> None:
+    job = case.stopped()
+    (partial_directory(job.out) / ".qwenq-lock").write_text(f"process 4711 on {os.uname().nodename}\n")
+    assert f"process 4711 on {os.uname().nodename} left the job unfinished: going on" in case.resumed()
