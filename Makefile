@@ -12,7 +12,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
 
-demo: $(STAMP)            ## a real model to 8 and 4 bits, drift measured, report under reports/
+demo: $(STAMP)            ## a real model to 8 and 4 bits, drift measured, reports/demo.html
 	$(BIN)/qwenq demo
 
 test: $(STAMP)            ## everything that fits in ten minutes on two cores

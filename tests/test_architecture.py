@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parent.parent / "qwenq"
 LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
     (name, frozenset(rooms.split()))
     for name, rooms in (
-        ("words", "__init__ errors units spec layout scheme results"),
+        ("words", "__init__ errors units spec layout scheme results markdown"),
         (
             "arithmetic, and what it reads: headers and configurations",
             "headers fingerprint hub preflight planning planning.allocator planning.activations planning.engines "
@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
         ("disk", "files manifest provenance shards journal formats formats.* tokens calibration checkpoint audit"),
         ("network", "stream"),
         ("work", "runtime runtime.* streams block head job host finish quantize verify evaluate demo"),
-        ("telling", "report page page.*"),
+        ("telling", "report report.* page page.*"),
         ("door", "cli cli.* __main__"),
     )
 )
@@ -39,6 +39,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
 HEAVY = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
 PLANNING = LAYERS[0][1] | LAYERS[1][1] | {"journal", "formats", "formats.config", "audit"}
 PLANNING |= {"cli.vram", "cli.plan", "cli.recipe"}
+PLANNING |= {"report.compose", "cli.report"}
 PLANNING |= {"files", "manifest", "verify", "cli.verify"}  # hashing needs no torch either
 
 LONG = {

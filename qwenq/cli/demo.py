@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -36,19 +35,25 @@ def demo(
     directory: Annotated[Path, typer.Option("--output", "-o", help="Where the model and its variants go.")] = Path(
         "out/demo"
     ),
-    report: Annotated[Path, typer.Option(help="The Markdown report to write.")] = Path("reports/demo.md"),
+    report: Annotated[
+        Path, typer.Option(help="The Markdown report to write; the page goes beside it, ending in .html.")
+    ] = Path("reports/demo.md"),
 ) -> None:
-    """Fetch a real 135M model, quantize it to 8 and 4 bits, measure the drift, write a report.
+    """Fetch a real 135M model, quantize it to 8 and 4 bits, measure the drift, write the report as page and Markdown.
 
-    Finished variants are kept: a second call goes on where the first stopped.
+    Finished variants are kept: a second call goes on where the first stopped. Other tools' results are drawn beside
+    them where a benchmarks.jsonl lies beside the report.
     """
     from qwenq.block import SolverOptions
     from qwenq.calibration import load_windows, overlap
     from qwenq.checkpoint import open_source
     from qwenq.demo import make_demo_model
-    from qwenq.job import MANIFEST_NAME, QuantizeJob, partial_directory
+    from qwenq.job import QuantizeJob, partial_directory
+    from qwenq.manifest import MANIFEST_NAME
     from qwenq.quantize import quantize as run
-    from qwenq.report import markdown_report
+    from qwenq.report.benchmarks import read_benchmarks
+    from qwenq.report.compose import Extras, compose, write_report
+    from qwenq.report.runs import load_runs
     from qwenq.tokens import ModelTokenizer
 
     model = directory / "model"
@@ -60,7 +65,6 @@ def demo(
     calibration = load_windows("builtin", tokenizer, source.spec, length=512, count=64, seed=0)
     evaluation = load_windows("heldout", tokenizer, source.spec, length=512, count=None, seed=None, up_to=20)
     shared = overlap("builtin", "heldout")
-    manifests = {}
     for name, scheme, method in _RUNS:
         target = directory / name
         if not target.exists():
@@ -83,13 +87,15 @@ def demo(
             out.print(drift_table(result.drift))
             stored = sum(location.spec.nbytes for location in source.tensors.values())
             out.print(f"{target}: {format_gb(result.file_bytes)}, from {format_gb(stored)}")
-        path = target / MANIFEST_NAME
-        if not path.is_file():
+        if not (target / MANIFEST_NAME).is_file():
             raise JobError(f"{target}: holds no {MANIFEST_NAME}", hint=f"delete {target} and run the demo again")
-        manifests[name] = json.loads(path.read_text(encoding="utf-8"))
-    report.parent.mkdir(parents=True, exist_ok=True)
-    text = markdown_report(
-        "Demo: SmolLM2-135M to 8 and 4 bits", manifests, notes=_NOTES, command="make demo (qwenq demo)"
+    benchmarks = report.with_name("benchmarks.jsonl")
+    extras = Extras(
+        title="Demo: SmolLM2-135M to 8 and 4 bits",
+        command="make demo (qwenq demo)",
+        notes=_NOTES,
+        benchmarks=read_benchmarks(benchmarks) if benchmarks.is_file() else (),
     )
-    report.write_text(text, encoding="utf-8")
-    out.print(f"report: {report}", soft_wrap=True)
+    page = report.with_suffix(".html")
+    write_report(compose(load_runs([directory / name for name, _, _ in _RUNS]), extras), page, report)
+    out.print(f"report: {page}, {report}", soft_wrap=True, markup=False)

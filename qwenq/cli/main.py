@@ -15,6 +15,7 @@ from qwenq.cli.evaluate import evaluate
 from qwenq.cli.inspect import inspect
 from qwenq.cli.plan import plan
 from qwenq.cli.quantize import quantize
+from qwenq.cli.report import report
 from qwenq.cli.run import run
 from qwenq.cli.verify import verify
 from qwenq.cli.vram import vram_app
@@ -68,6 +69,7 @@ app.command("eval")(evaluate)
 app.command("run")(run)
 app.command("inspect")(inspect)
 app.command("verify")(verify)
+app.command("report")(report)
 app.command("demo")(demo)
 app.add_typer(vram_app, name="vram")
 app.command("plan")(plan)

@@ -1,0 +1,52 @@
+"""`qwenq report`: finished runs as one page and as Markdown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qwenq.cli.console import out, print_json
+from qwenq.cli.models import JsonFlag
+
+
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN", help="Checkpoints of `qwenq quantize`, variants of one model.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for report.html and report.md.")],
+    title: Annotated[str, typer.Option(help="Heading. Default: the model and the number of variants.")] = "",
+    benchmarks: Annotated[
+        Path | None, typer.Option(help="Other tools' results, JSON lines, drawn beside the runs.")
+    ] = None,
+    measured: Annotated[Path | None, typer.Option(help="Measured memory against context, JSON lines.")] = None,
+    gpu: Annotated[
+        list[str] | None, typer.Option("--gpu", help="A rig, as in `qwenq plan`, repeatable. Default: common ones.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="Whose memory is estimated: qwenq, transformers or vllm.")] = "qwenq",
+    json: JsonFlag = False,
+) -> None:
+    """Write report.html, one file that needs no network, and report.md, from the manifests of finished runs.
+
+    Warnings and fallbacks come first; then what was lost, KL against size, errors by layer, which rigs hold it,
+    memory against context, engines and tensor parallelism, and the provenance.
+    """
+    from qwenq.report.benchmarks import read_benchmarks
+    from qwenq.report.compose import Extras, compose, write_report
+    from qwenq.report.measurements import read_measurements
+    from qwenq.report.runs import load_runs
+
+    extras = Extras(
+        title=title,
+        benchmarks=read_benchmarks(benchmarks) if benchmarks else (),
+        measurements=read_measurements(measured) if measured else (),
+        rigs=tuple(gpu or ()),
+        engine=engine,
+    )
+    page, markdown = output / "report.html", output / "report.md"
+    write_report(compose(load_runs(runs), extras), page, markdown)
+    if json:
+        print_json({"html": str(page), "markdown": str(markdown)})
+    else:
+        out.print(f"report: {page}, {markdown}", soft_wrap=True, markup=False)

@@ -1,0 +1,81 @@
+"""Results of other tools on the same model, one JSON object a line, for the plot of KL against size.
+
+Fields: `tool`, `version`, `setting`, `text` (what the drift was read on), `kl` with `kl_low` and `kl_high` (nats a
+token, 95 %), and where known `bits_per_linear_weight`, `bytes` (of the checkpoint's files), `perplexity`, `top1` (a
+share from 0 to 1), `seconds`, `peak_rss_bytes`, `date`. What is unknown is null or left out; further fields are
+ignored.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwenq.errors import CheckpointError
+from qwenq.headers import parse_object, shown
+from qwenq.report.fields import Fields
+from qwenq.results import Interval
+
+MAX_BYTES = 5_000_000
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One tool's result; NaN or an empty text for what is not known."""
+
+    tool: str
+    version: str
+    setting: str
+    text: str
+    kl: Interval
+    bits_per_linear_weight: float
+    n_bytes: float
+    perplexity: float
+    top1: float
+    seconds: float
+    peak_rss_bytes: float
+    date: str
+
+    @property
+    def label(self) -> str:
+        return f"{self.tool} {self.setting}".strip()
+
+
+def read_benchmarks(file: Path) -> tuple[Benchmark, ...]:
+    """The results in a file; CheckpointError names the line that is not one."""
+    try:
+        if file.stat().st_size > MAX_BYTES:
+            raise CheckpointError(f"{shown(file.name)}: more than the {MAX_BYTES} bytes such a file can need")
+        lines = file.read_bytes().splitlines()
+    except OSError as error:
+        raise CheckpointError(f"{shown(str(file))}: {error.strerror}", hint="--benchmarks takes JSON lines") from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            where = f"{shown(file.name)} line {number}"
+            found.append(_benchmark(Fields(parse_object(line, where), where, "")))
+    return tuple(found)
+
+
+def _benchmark(fields: Fields) -> Benchmark:
+    def number(key: str) -> float:
+        return fields.number(key) if key in fields.value else math.nan
+
+    def text(key: str) -> str:
+        return fields.text(key) if fields.value.get(key) is not None else ""
+
+    return Benchmark(
+        tool=fields.text("tool"),
+        version=text("version"),
+        setting=text("setting"),
+        text=fields.text("text"),
+        kl=Interval(fields.number("kl"), number("kl_low"), number("kl_high")),
+        bits_per_linear_weight=number("bits_per_linear_weight"),
+        n_bytes=number("bytes"),
+        perplexity=number("perplexity"),
+        top1=number("top1"),
+        seconds=number("seconds"),
+        peak_rss_bytes=number("peak_rss_bytes"),
+        date=text("date"),
+    )

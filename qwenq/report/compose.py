@@ -1,0 +1,102 @@
+"""From runs to a document, and from a document to files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwenq import __version__
+from qwenq.errors import PlanError
+from qwenq.files import write_bytes
+from qwenq.headers import shown
+from qwenq.report.benchmarks import Benchmark
+from qwenq.report.document import Code, Document
+from qwenq.report.fit import engine_named, load, rigs_named
+from qwenq.report.html import to_html
+from qwenq.report.losses import layers_section, size_section, summary_section, warnings_section
+from qwenq.report.machines import loaders_section, memory_section, rigs_section
+from qwenq.report.measurements import Measurement
+from qwenq.report.provenance import cost_section, notes_section, provenance_section
+from qwenq.report.runs import Run
+from qwenq.report.writing import to_markdown
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a report has beside its runs."""
+
+    title: str = ""
+    command: str = ""  # that made the runs
+    notes: tuple[str, ...] = ()
+    benchmarks: tuple[Benchmark, ...] = ()
+    measurements: tuple[Measurement, ...] = ()
+    rigs: tuple[str, ...] = ()  # none: common ones
+    engine: str = "qwenq"
+
+
+def compose(runs: Sequence[Run], extras: Extras) -> Document:
+    """The report of these runs, in the order given; PlanError for a rig or an engine that nobody knows."""
+    engine, rigs = engine_named(extras.engine), rigs_named(extras.rigs)
+    found = [load(run, extras.engine) for run in runs]
+    loaded = [one for one in found if not isinstance(one, str)]
+    missing = [one for one in found if isinstance(one, str)]
+    models = list(dict.fromkeys(run.model for run in runs))
+    count = "1 variant" if len(runs) == 1 else f"{len(runs)} variants"
+    sections = [warnings_section(runs), summary_section(runs)]
+    if extras.notes:
+        sections.append(notes_section(extras.notes))
+    sections += [
+        size_section(runs, extras.benchmarks),
+        layers_section(runs),
+        rigs_section(loaded, missing, rigs, engine),
+        memory_section(loaded, engine, extras.measurements),
+        loaders_section(loaded, missing),
+        cost_section(runs),
+        provenance_section(runs, extras.command),
+    ]
+    return Document(
+        title=shown(extras.title, 200) or f"{', '.join(models)}, quantized: {count}",
+        subtitle=("Written by qwenq ", __version__, " from the runs’ own ", Code("qwenq-manifest.json"), "."),
+        sections=tuple(sections),
+        data={"qwenq": __version__, "runs": [_figures(run) for run in runs]},
+    )
+
+
+def write_report(document: Document, page: Path, markdown: Path) -> None:
+    """Write both files, each whole or not at all; PlanError when that fails."""
+    for path, text in ((page, to_html(document)), (markdown, to_markdown(document))):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(path, text.encode())
+        except OSError as error:
+            raise PlanError(f"{path}: {error.strerror}", hint="choose another place for the report") from None
+
+
+def _figures(run: Run) -> dict[str, Any]:
+    """A run's figures for programs; null where there is no number."""
+
+    def finite(value: float | None) -> float | None:
+        return value if value is not None and math.isfinite(value) else None
+
+    drift = run.drift
+    intervals = {"kl": drift.kl, "top1_agreement": drift.top1, "perplexity_increase_percent": drift.increase_percent}
+    kinds = dict.fromkeys(kind for layer in run.layers for kind in layer.error_db)
+    return {
+        "name": run.name,
+        "scheme": run.scheme,
+        "method": run.method,
+        "file_bytes": run.file_bytes,
+        "bits_per_linear_weight": finite(run.bits_per_linear_weight),
+        **{k: [finite(v.mean), finite(v.low), finite(v.high)] for k, v in intervals.items()},
+        "perplexity": finite(drift.perplexity),
+        "reference_perplexity": finite(drift.reference_perplexity),
+        "error_db": {kind: [_tenth(layer.error_db.get(kind)) for layer in run.layers] for kind in kinds},
+        "stream_error_db": [_tenth(layer.stream_error_db) for layer in run.layers],
+    }
+
+
+def _tenth(value: float | None) -> float | None:
+    return round(value, 2) if value is not None and math.isfinite(value) else None

@@ -1,0 +1,181 @@
+"""Sections on machines: which rigs hold the checkpoints, memory against context, which engines load them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from qwenq.planning.engines import Engine
+from qwenq.planning.memory import MemoryEstimate
+from qwenq.planning.rig import Rig, find_gpu
+from qwenq.planning.terms import TERM_NAMES
+from qwenq.report.document import Block, Code, Figure, Items, Paragraph, Section, Small, Table, Text
+from qwenq.report.figures import MISSING
+from qwenq.report.fit import REFERENCE_GPUS, Loaded, longest_context, memory_by_context
+from qwenq.report.loaders import Loader, loaders_of
+from qwenq.report.measurements import Measurement
+from qwenq.report.plots import MemoryCurve, draw_memory
+from qwenq.units import GIB, format_gib, format_tokens
+
+TABLE_CONTEXTS = 6
+
+
+def rigs_section(loaded: Sequence[Loaded], missing: Sequence[str], rigs: Sequence[Rig], engine: Engine) -> Section:
+    """The longest context of one sequence on each rig, everything on the GPUs."""
+    blocks: list[Block] = []
+    if loaded:
+        limit = max(one.spec.extended_context for one in loaded)
+        found = [(rig, [longest_context(one, rig, engine) for one in loaded]) for rig in rigs]
+        where = f"Estimated for {engine.label}, one sequence, a 16-bit KV cache, every layer on the GPUs"
+        if all(longest == limit for _, row in found for longest in row):
+            fewest = min(found, key=lambda pair: sum(pair[0].limits))[0]
+            text = f"{where}: every rig asked for holds every variant at the model's whole context of {limit:,} tokens"
+            blocks.append(Paragraph(f"{text}, the smallest being {fewest.label}."))
+        else:
+            blocks.append(Paragraph(f"{where}. The model's own limit is {limit:,} tokens."))
+            rows: list[tuple[Text, ...]] = [
+                (rig.label, format_gib(sum(rig.limits)), *(_context(longest) for longest in row)) for rig, row in found
+            ]
+            head = ("rig", "usable", *(one.run.label for one in loaded))
+            blocks.append(Table.of("Longest context in tokens; no: not even a short one", head, rows))
+    blocks += _left_out(missing)
+    return Section("rigs", "Which rigs hold it", tuple(blocks))
+
+
+def _context(longest: int | None) -> str:
+    if longest is None:
+        return "no such engine there"
+    return f"{longest:,}" if longest else "no"
+
+
+def _left_out(missing: Sequence[str]) -> list[Block]:
+    return [Items(tuple(f"not computed for {line}" for line in missing))] if missing else []
+
+
+def memory_section(loaded: Sequence[Loaded], engine: Engine, measurements: Sequence[Measurement]) -> Section:
+    """Memory against context, estimated with its range, and measured where somebody did."""
+    if not loaded:
+        return Section("memory", "Memory against context", (Paragraph("Not computed: no tensors beside a manifest."),))
+    estimates = {one.run.name: memory_by_context(one, engine) for one in loaded}
+    highest = max(found[-1].high_bytes for found in estimates.values())
+    lowest = min(found[0].total_bytes for found in estimates.values())
+    cards = [(gpu.name, gpu.limit_bytes / GIB) for gpu in map(find_gpu, REFERENCE_GPUS)]
+    limits = [(name, value) for name, value in cards if value * GIB > lowest]
+    measured = {one.run.name: [m for m in measurements if m.checkpoint == one.run.name] for one in loaded}
+    curves = [
+        MemoryCurve(
+            one.run.label,
+            [(e.work.context, e.low_bytes / GIB, e.total_bytes / GIB, e.high_bytes / GIB)
+             for e in estimates[one.run.name]],
+            [(m.context, m.peak_bytes / GIB) for m in measured[one.run.name]],
+            k,
+        )
+        for k, one in enumerate(loaded)
+    ]  # fmt: skip
+    smallest = min(cards, key=lambda pair: pair[1])
+    text = f"Estimated for {engine.label}, one sequence on one GPU, the whole context filled; the band is the range. "
+    if any(measured.values()):
+        text += "Crosses are measurements. "
+    else:
+        text += "Nothing was measured here: no measurement was given. "
+    if highest < smallest[1] * GIB:
+        text += f"Everything stays below the smallest card listed ({smallest[0]}, {smallest[1]:.2f} GiB usable)."
+    else:
+        text += "Dotted lines are what single cards offer a program."
+    blocks: list[Block] = [
+        Figure(
+            "memory-context",
+            "",
+            text,
+            lambda w, i: draw_memory(curves, limits, "GPU memory, GiB", w, i),
+            _memory_table(loaded, estimates, measured),
+        )
+    ]
+    first = loaded[0]
+    blocks.append(_terms_table(first, estimates[first.run.name]))
+    return Section("memory", "Memory against context", tuple(blocks))
+
+
+def _some(estimates: Sequence[MemoryEstimate]) -> list[MemoryEstimate]:
+    last = len(estimates) - 1
+    picked = sorted({round(k * last / (TABLE_CONTEXTS - 1)) for k in range(TABLE_CONTEXTS)})
+    return [estimates[k] for k in picked]
+
+
+def _memory_table(
+    loaded: Sequence[Loaded],
+    estimates: Mapping[str, Sequence[MemoryEstimate]],
+    measured: Mapping[str, Sequence[Measurement]],
+) -> Table:
+    first = estimates[loaded[0].run.name]
+    contexts = sorted({e.work.context for e in _some(first)} | {m.context for row in measured.values() for m in row})
+    rows: list[tuple[Text, ...]] = []
+    for context in contexts:
+        cells: list[Text] = []
+        for one in loaded:
+            estimate = next((e for e in estimates[one.run.name] if e.work.context == context), None)
+            peak = next((m.peak_bytes for m in measured[one.run.name] if m.context == context), None)
+            shown = f"{estimate.total_bytes / GIB:.2f}" if estimate else MISSING
+            notes = [f"{estimate.low_bytes / GIB:.2f} to {estimate.high_bytes / GIB:.2f}"] if estimate else []
+            notes += [f"measured {peak / GIB:.2f}"] if peak is not None else []
+            cells.append((shown, Small("; ".join(notes))) if notes else shown)
+        rows.append((format_tokens(context), *cells))
+    return Table.of("GPU memory in GiB", ("context", *(one.run.label for one in loaded)), rows)
+
+
+def _terms_table(one: Loaded, estimates: Sequence[MemoryEstimate]) -> Table:
+    """Where the estimate comes from, for the first variant."""
+    picked = _some(estimates)
+    names = [name for name in TERM_NAMES if any(e.term(name) for e in picked)]
+    kinds = {term.name: term.provenance for e in picked for gpu in e.gpus for term in gpu.terms}
+    rows: list[tuple[Text, ...]] = [
+        (TERM_NAMES[name], kinds[name], *(f"{e.term(name) / GIB:.3f}" for e in picked)) for name in names
+    ]
+    rows.append(("total", "", *(f"{e.total_bytes / GIB:.3f}" for e in picked)))
+    head = ("term", "provenance", *(format_tokens(e.work.context) for e in picked))
+    return Table.of(f"Terms of the estimate in GiB, {one.run.name}", head, rows, "ll" + "r" * len(picked))
+
+
+def loaders_section(loaded: Sequence[Loaded], missing: Sequence[str]) -> Section:
+    """Engines by variant: whether they read it, and over how many GPUs they can cut it."""
+    blocks: list[Block] = []
+    if loaded:
+        loaders = [loaders_of(one.quantization, one.weights.bits, one.weights.group_size, one.mixed) for one in loaded]
+        names = list(dict.fromkeys(loader.name for row in loaders for loader in row))
+        rows: list[tuple[Text, ...]] = []
+        for name in names:
+            found = [next((loader for loader in row if loader.name == name), None) for row in loaders]
+            cells = [_cell(loader, one) if loader else "no" for loader, one in zip(found, loaded, strict=True)]
+            rows.append((name, *cells, next(loader.tried for loader in found if loader)))
+        head = ("engine", *(one.run.label for one in loaded), "tried here")
+        blocks.append(Table.of("Engines, and the tensor-parallel sizes the shapes allow", head, rows, "l" * len(head)))
+        if reasons := _reasons(loaded):
+            blocks.append(Items(tuple(reasons)))
+        text = (
+            "TP n is tensor parallelism: every layer cut over n GPUs. “By layers” is whole layers on GPU after GPU, "
+            "which any shape allows. “Tried here” says what this project’s tests and ", Code("make interop"), " have "
+            "really run on such checkpoints of small models, not what the engines’ authors state.",
+        )  # fmt: skip
+        blocks.append(Paragraph(text))
+    blocks += _left_out(missing)
+    return Section("loaders", "Engines and tensor parallelism", tuple(blocks))
+
+
+def _cell(loader: Loader, one: Loaded) -> Text:
+    if loader.reason:
+        return "no", Small(loader.reason)
+    if not loader.tensor_parallel:
+        return "by layers"
+    return "TP " + ", ".join(str(n) for n, reason in one.tensor_parallel.items() if not reason)
+
+
+def _reasons(loaded: Sequence[Loaded]) -> list[Text]:
+    """Why not the other tensor-parallel sizes, said once for all variants it holds for."""
+    found: dict[tuple[int, str], list[str]] = {}
+    for one in loaded:
+        for ranks, reason in one.tensor_parallel.items():
+            if reason:
+                found.setdefault((ranks, reason), []).append(one.run.label)
+    return [
+        f"No TP {ranks} for {'any' if len(names) == len(loaded) else ', '.join(names)}: {reason}."
+        for (ranks, reason), names in found.items()
+    ]

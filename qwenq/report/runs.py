@@ -1,0 +1,185 @@
+"""Finished runs, read from their manifests as untrusted input: every type is checked, every text made plain."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from qwenq.errors import CheckpointError
+from qwenq.headers import shown
+from qwenq.manifest import MANIFEST_NAME, read_manifest
+from qwenq.report.fields import Fields
+from qwenq.results import Interval
+
+MAX_LAYERS = 1000
+_LONG_NAME = 13  # longer ones become letters, so that plots can carry them
+
+
+@dataclass(frozen=True)
+class Drift:
+    """What was lost, as measured; NaN for what was not a number."""
+
+    reference_perplexity: float
+    reference_perplexity_se: float
+    perplexity: float
+    perplexity_se: float
+    increase_percent: Interval
+    kl: Interval
+    kl_median: float
+    kl_p99: float
+    top1: Interval
+    noise_floor_kl: float
+    non_finite: int
+    tokens: int
+    windows: int
+    window_tokens: int
+    text: str
+    text_sha256: str
+    compute_dtype: str
+    metrics_version: int
+
+
+@dataclass(frozen=True)
+class LayerErrors:
+    """One decoder layer: output error in dB by kind of linear (None without calibration), and of the stream."""
+
+    layer: int
+    error_db: Mapping[str, float | None]
+    schemes: tuple[str, ...]
+    fallbacks: tuple[str, ...]  # names of linears that were rounded instead
+    stream_error_db: float | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished quantization. `job` and `host` are the manifest's own, for provenance."""
+
+    name: str
+    label: str  # short, for plots
+    directory: Path
+    model: str
+    method: str
+    drift: Drift
+    layers: tuple[LayerErrors, ...]
+    parameters: int
+    tensor_bytes: int
+    file_bytes: int
+    bits_per_linear_weight: float
+    warnings: tuple[str, ...]
+    job: Mapping[str, Any]
+    host: Mapping[str, Any]
+
+    @property
+    def scheme_counts(self) -> dict[str, int]:
+        """Linears by scheme, the most frequent first."""
+        counts: dict[str, int] = {}
+        for layer in self.layers:
+            for scheme in layer.schemes:
+                counts[scheme] = counts.get(scheme, 0) + 1
+        return {name: counts[name] for name in sorted(counts, key=lambda name: -counts[name])}
+
+    @property
+    def scheme(self) -> str:
+        """`4-bit g64`, or `mixed`."""
+        counts = self.scheme_counts
+        return "mixed" if len(counts) > 1 else next(iter(counts), "16-bit")
+
+    @property
+    def fallbacks(self) -> tuple[str, ...]:
+        return tuple(name for layer in self.layers for name in layer.fallbacks)
+
+
+def load_runs(directories: Sequence[Path]) -> tuple[Run, ...]:
+    """The runs in these checkpoint directories, in this order, by names that tell them apart; CheckpointError else."""
+    resolved = [path.resolve() for path in directories]
+    if len(set(resolved)) < len(resolved):
+        raise CheckpointError("the same directory was given twice", hint="name each run once")
+    names = [path.name for path in resolved]
+    if len(set(names)) < len(names):
+        names = [f"{path.parent.name}/{path.name}" for path in resolved]
+    runs = [_load_run(path, shown(name, 60)) for path, name in zip(directories, names, strict=True)]
+    return label_runs(runs)
+
+
+def label_runs(runs: Sequence[Run]) -> tuple[Run, ...]:
+    """Runs with short labels: their names, or these without a common beginning, where all are short; else letters."""
+    names = [run.name for run in runs]
+    same = len(list(takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))))
+    cut = max(names[0].rfind(mark, 0, same) for mark in "-_. ") + 1 if len(names) > 1 else 0
+    for labels in (names, [name[cut:] for name in names]):
+        if all(0 < len(label) <= _LONG_NAME for label in labels):
+            return tuple(replace(run, label=label) for run, label in zip(runs, labels, strict=True))
+    return tuple(replace(run, label=_letter(k)) for k, run in enumerate(runs))
+
+
+def _letter(k: int) -> str:
+    return chr(65 + k) if k < 26 else _letter(k // 26 - 1) + chr(65 + k % 26)
+
+
+def _load_run(directory: Path, name: str) -> Run:
+    if not directory.is_dir():
+        raise CheckpointError(f"{shown(str(directory))}: no such directory", hint="give what `qwenq quantize` made")
+    manifest, findings = read_manifest(directory)
+    run = read_run(manifest, name, directory)
+    return replace(run, warnings=(*map(str, findings), *run.warnings))
+
+
+def read_run(manifest: Mapping[str, Any], name: str, directory: Path) -> Run:
+    """A manifest's figures, checked; CheckpointError names the first one of a wrong type."""
+    fields = Fields(manifest, f"{name}: {MANIFEST_NAME}", "")
+    job, host = fields.sub("job"), fields.sub("run")
+    layers = fields.objects("layers", MAX_LAYERS)
+    options = job.sub("options")
+    return Run(
+        name=name,
+        label=name,
+        directory=directory,
+        model=job.text("model"),
+        method=options.text("method"),
+        drift=_drift(fields.sub("drift")),
+        layers=tuple(_layer(layer) for layer in layers),
+        parameters=fields.whole("parameters"),
+        tensor_bytes=fields.whole("tensor_bytes"),
+        file_bytes=fields.whole("file_bytes"),
+        bits_per_linear_weight=fields.number("bits_per_linear_weight"),
+        warnings=tuple(fields.texts("warnings")),
+        job=job.value,
+        host=host.value,
+    )
+
+
+def _drift(fields: Fields) -> Drift:
+    return Drift(
+        reference_perplexity=fields.number("reference_perplexity"),
+        reference_perplexity_se=fields.number("reference_perplexity_se"),
+        perplexity=fields.number("perplexity"),
+        perplexity_se=fields.number("perplexity_se"),
+        increase_percent=fields.interval("perplexity_increase_percent"),
+        kl=fields.interval("kl"),
+        kl_median=fields.number("kl_median"),
+        kl_p99=fields.number("kl_p99"),
+        top1=fields.interval("top1_agreement"),
+        noise_floor_kl=fields.number("noise_floor_kl"),
+        non_finite=fields.whole("non_finite"),
+        tokens=fields.whole("tokens"),
+        windows=fields.whole("windows"),
+        window_tokens=fields.whole("window_tokens"),
+        text=fields.text("text"),
+        text_sha256=fields.text("text_sha256"),
+        compute_dtype=fields.text("compute_dtype"),
+        metrics_version=fields.whole("metrics_version"),
+    )
+
+
+def _layer(fields: Fields) -> LayerErrors:
+    linears = fields.objects("linears", 100)
+    return LayerErrors(
+        layer=fields.whole("layer"),
+        error_db={lin.text("name").rsplit(".", 1)[-1]: lin.optional_number("error_db") for lin in linears},
+        schemes=tuple(lin.text("scheme") for lin in linears),
+        fallbacks=tuple(lin.text("name") for lin in linears if lin.text("fallback")),
+        stream_error_db=fields.optional_number("stream_error_db"),
+    )

@@ -1,0 +1,61 @@
+"""Scales, ticks and labels of the report's plots."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwenq.report.drawing import Scale, overlaps, place_labels, spread_labels, text_width, tick_text
+
+
+def test_scales_by_hand() -> None:
+    linear = Scale(0, 10, 100, 200)
+    assert [linear(v) for v in (0, 5, 10)] == [100, 150, 200]
+    assert linear.ticks(5) == [0, 2, 4, 6, 8, 10]
+    log = Scale(0.001, 10, 300, 100, log=True)
+    assert [round(log(v), 9) for v in (0.001, 0.1, 10)] == [300, 200, 100]
+    assert log.ticks(5) == pytest.approx([0.001, 0.01, 0.1, 1, 10])
+    assert Scale(0.002, 0.2, 0, 1, log=True).ticks(5) == pytest.approx([0.003, 0.01, 0.03, 0.1])
+    assert [tick_text(v) for v in (0.05, -20.0, 1e-5, 1000000)] == ["0.05", "−20", "1e−5", "1e6"]
+
+
+@given(st.floats(-100, 100), st.floats(1e-3, 1e6), st.integers(2, 9))
+def test_ticks_lie_inside_and_are_round(offset: float, span: float, about: int) -> None:
+    low = offset * span
+    scale = Scale(low, low + span, 0, 1)
+    ticks = scale.ticks(about)
+    assert 2 <= len(ticks) <= about + 2
+    assert all(low - 1e-6 * span <= t <= low + span + 1e-6 * span for t in ticks)
+    steps = {f"{(b - a) / 10 ** math.floor(math.log10(b - a) + 1e-6):.3g}" for a, b in itertools.pairwise(ticks)}
+    assert steps <= {"1", "2", "5"}
+
+
+@given(st.lists(st.floats(0, 300), min_size=1, max_size=8))
+def test_labels_at_line_ends_keep_their_distance(wanted: list[float]) -> None:
+    found = spread_labels(wanted, 17, 0, 300)
+    heights = sorted(found)
+    assert all(b - a >= 17 - 1e-6 for a, b in itertools.pairwise(heights))
+    assert heights[0] >= -1e-6 and heights[-1] <= 300 + 1e-6
+    for (a, at_a), (b, at_b) in itertools.combinations(zip(wanted, found, strict=True), 2):
+        assert a == b or (a < b) == (at_a < at_b)
+    if all(abs(a - b) >= 17 for a, b in itertools.combinations(wanted, 2)):
+        assert found == pytest.approx(wanted)
+
+
+def test_labels_that_collide_share_the_move() -> None:
+    assert spread_labels([100, 100], 17, 0, 300) == [91.5, 108.5]
+    assert spread_labels([299, 299], 17, 0, 300) == [283, 300]
+
+
+@given(st.lists(st.tuples(st.floats(60, 600), st.floats(60, 300)), min_size=1, max_size=8))
+def test_point_labels_do_not_overlap(spots: list[tuple[float, float]]) -> None:
+    names = [(x, y, f"label {k}") for k, (x, y) in enumerate(spots)]
+    boxes = []
+    for (x, y, name), (at_x, at_y, far) in zip(names, place_labels(names, (50, 20, 900, 400), []), strict=True):
+        boxes.append((at_x, at_y - 12, at_x + text_width(name), at_y + 3))
+        assert far or math.hypot(at_x - x, at_y - y) < 90
+    assert not any(overlaps(a, b) for a, b in itertools.combinations(boxes, 2))
