@@ -57,9 +57,10 @@ def check_linear(format: str, scheme: Scheme, lin: LinearSpec) -> None:
 def check_scheme(format: str, scheme: Scheme) -> None:
     """Raise PlanError unless `format` can hold linears of `scheme`."""
     wanted, hint = {
-        "gptq": (scheme.codes == "int", ""),
-        "awq": (scheme.codes == "int" and scheme.bits == 4, "AWQ is 4-bit; --format gptq or compressed-tensors"),
-        "compressed-tensors": (scheme.codes == "int", ""),
+        "gptq": (scheme.codes == "int", "NF4 goes into --format bnb-nf4"),
+        "awq": (scheme.codes == "int" and scheme.bits == 4 and not scheme.sym,
+                "AWQ is 4-bit with zero points; gptq and compressed-tensors hold this"),
+        "compressed-tensors": (scheme.codes == "int", "NF4 goes into --format bnb-nf4"),
         "bnb-nf4": (scheme.codes in ("nf4", "nf4-nested"), "NF4 has its own 16 values in blocks of 64"),
         "bnb-int8": (scheme.codes == "int" and (scheme.bits, scheme.group_size, scheme.sym) == (8, -1, True),
                      "LLM.int8 is symmetric, with one scale a row"),

@@ -61,6 +61,7 @@ class Preflight:
     model: str
     parameters: int
     scheme: str
+    format: str
     bits_per_linear_weight: float
     tensor_bytes: int
     file_bytes: int
@@ -120,6 +121,7 @@ def preflight(
         model=spec.name,
         parameters=spec.parameters,
         scheme=recipe.label,
+        format=recipe.format,
         bits_per_linear_weight=recipe.bits_per_linear_weight(spec),
         tensor_bytes=tensor_total,
         file_bytes=file_total,

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from qwenq.block import StageClock, quantize_block, round_block, run_layer
+from qwenq.bnb import round_bnb_layer
 from qwenq.checkpoint import Checkpoint, non_finite
 from qwenq.errors import CheckpointError, JobError
 from qwenq.files import file_sha256, make_directory
@@ -31,6 +32,7 @@ from qwenq.headers import read_header
 from qwenq.host import forget_peak_rss, peak_rss_bytes
 from qwenq.job import DTYPES, QuantizeJob, QuantizeResult, partial_directory
 from qwenq.journal import Journal, locked, never_begun, refuse_changes
+from qwenq.layout import BNB_FORMATS
 from qwenq.manifest import write_manifest
 from qwenq.preflight import Tokens, output_files, preflight
 from qwenq.provenance import SourceFiles
@@ -188,7 +190,12 @@ class _Run:
         for name, tensor in kept.items():
             self.network.set_parameter(name, tensor)
         where = (self.network, self.spec, layer, self.job.recipe)
-        if self.job.calibration is None:
+        if self.job.recipe.format in BNB_FORMATS:
+            with clock.time("round"):
+                prefix = f"model.layers.{layer}."
+                stored = {name: self.job.convert(prefix + name, tensor) for name, tensor in state.items()}
+                packed, results = round_bnb_layer(*where, stored)
+        elif self.job.calibration is None:
             with clock.time("round"):
                 packed, results = round_block(*where, self.job.options)
         else:

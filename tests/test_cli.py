@@ -37,10 +37,10 @@ def options_of(command: str) -> set[str]:
 def test_the_options_are_frozen() -> None:
     """Scripts rely on these: add with care, remove never without a word in the changelog."""
     assert options_of("quantize") == {
-        "--output", "-o", "--bits", "--group-size", "--calibration", "--num-samples", "-n", "--sequence-length",
-        "--seed", "--eval-text", "--eval-samples", "--method", "--damp-percent", "--device", "--dtype",
-        "--compute-dtype", "--dry-run", "--resume", "--json", "--target-size", "--bpw", "--fit", "--context", "-c",
-        "--engine", "--recipe", "--sensitivity", "--save-recipe",
+        "--output", "-o", "--bits", "--group-size", "--format", "--asymmetric", "--symmetric", "--calibration",
+        "--num-samples", "-n", "--sequence-length", "--seed", "--eval-text", "--eval-samples", "--method",
+        "--damp-percent", "--device", "--dtype", "--compute-dtype", "--dry-run", "--resume", "--json",
+        "--target-size", "--bpw", "--fit", "--context", "-c", "--engine", "--recipe", "--sensitivity", "--save-recipe",
     }  # fmt: skip
     assert options_of("eval") == {
         "--reference", "--text", "--num-samples", "-n", "--sequence-length", "--max-kl", "--max-ppl-increase",
@@ -83,7 +83,8 @@ def test_dry_run_of_a_family(bits: int, wanted: int) -> None:
     found = json.loads(result.stdout)
     assert found["tensor_bytes"] == wanted
     assert set(found) == {
-        "model", "parameters", "scheme", "bits_per_linear_weight", "tensor_bytes", "file_bytes", "source_tensor_bytes",
+        "model", "parameters", "scheme", "format", "bits_per_linear_weight", "tensor_bytes", "file_bytes",
+        "source_tensor_bytes",
         "units", "unit_bytes", "peak_ram_bytes", "peak_vram_bytes", "state_bytes", "spill_bytes", "disk_needed_bytes",
         "disk_free_bytes", "tensor_parallel",
     }  # fmt: skip
@@ -93,7 +94,7 @@ def test_dry_run_of_a_family(bits: int, wanted: int) -> None:
 def test_dry_run_in_words(tmp_path: Path, tiny: Path) -> None:
     result = run("quantize", tiny, "--bits", 4, "--group-size", 32, "--dry-run", "-o", tmp_path / "out")
     assert result.exit_code == 0 and not (tmp_path / "out").exists() and list(tmp_path.iterdir()) == []
-    assert "dry run: tiny-qwen2 to 4-bit g32" in result.stdout
+    assert "dry run: tiny-qwen2 to 4-bit g32 (gptq)" in result.stdout
     assert re.search(r"qkv: 4-bit g32 .* MB", result.stdout) and re.search(r"peak memory, predicted", result.stdout)
 
 
@@ -158,6 +159,17 @@ def test_errors_of_quantize(command: Callable[..., list[str]], tiny: Path, tmp_p
         (command(output=None), "no output directory", "give one with -o DIR"),
         (command(bits=5), "bits is 5, wanted 4 or 8", None),
         (command(method="awq"), "--method awq: wanted gptq or rtn", None),
+        (
+            command(format="gguf"),
+            "--format gguf: wanted one of gptq, awq, compressed-tensors, bnb-nf4, bnb-int8",
+            None,
+        ),
+        (
+            command(format="awq", bits=8),
+            "format awq cannot hold 8-bit g32 asym",
+            "AWQ is 4-bit with zero points; gptq and compressed-tensors hold this",
+        ),
+        (command(format="bnb-nf4"), "--format bnb-nf4 is NF4 g64: --group-size is no choice", "leave it out"),
         (command(dtype="float64"), "--dtype float64: wanted auto, float16 or bfloat16", None),
         (
             command(compute_dtype="float16"),

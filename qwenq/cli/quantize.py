@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from qwenq.cli.console import LayerProgress, drift_table, err, out, print_json, warn
+from qwenq.cli.format import Asymmetric, Format, pick_method
 from qwenq.cli.models import (
     ComputeDtype,
     Device,
@@ -56,6 +57,8 @@ def quantize(
     recipe_file: RecipeFile = None,
     sensitivity: SensitivityFile = None,
     save_recipe: SaveRecipe = None,
+    format: Format = "gptq",
+    asymmetric: Asymmetric = None,
     calibration: Annotated[
         str, typer.Option(help="A set's name, or a .txt, .jsonl, .parquet or .npy file.")
     ] = "builtin",
@@ -67,8 +70,8 @@ def quantize(
     eval_text: Annotated[str, typer.Option(help="Held-out text for the drift: a set's name or a file.")] = "heldout",
     eval_samples: Annotated[int | None, typer.Option(min=1, help="Held-out windows. Default: all, at most 20.")] = None,
     method: Annotated[
-        str, typer.Option(help="gptq, or rtn: round to nearest, the baseline, which reads no calibration text.")
-    ] = "gptq",
+        str | None, typer.Option(help="gptq (default), or rtn: round to nearest, the baseline, without calibration.")
+    ] = None,
     damp_percent: Annotated[
         float | None,
         typer.Option(min=0.0, max=1.0, help="Damping, as a share of the mean Hessian diagonal. Default: 0.02 (2 %)."),
@@ -87,14 +90,14 @@ def quantize(
     """Turn a 16-bit checkpoint into a 4-bit, 8-bit or mixed one, layer by layer, and measure what was lost.
 
     MODEL is a directory or a hub name; peak memory is one layer, not the model. The result is in GPTQ format, which
-    transformers, vLLM, SGLang, GPTQModel and ExLlama load.
+    transformers, vLLM, SGLang, GPTQModel and ExLlama load, or in another --format.
     """
-    if method not in ("gptq", "rtn"):
-        raise PlanError(f"--method {method}: wanted gptq or rtn")
+    method = pick_method(format, method)
     check_stored_dtype(dtype)
     pick_compute_dtype(compute_dtype, device)
     wanted = Wanted(
-        bits, group_size, target_size, bpw, fit, context, engine, recipe_file, sensitivity, save_recipe
+        bits, group_size, target_size, bpw, fit, context, engine, recipe_file, sensitivity, save_recipe,
+        format, asymmetric,
     )  # fmt: skip
     wanted.check(dry_run)
     if dry_run:
@@ -237,7 +240,7 @@ def _dry_run(
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=f"dry run: {escape(check.model)} to {check.scheme}")
+    table = Table(title=f"dry run: {escape(check.model)} to {check.scheme} ({check.format})")
     table.add_column("what")
     table.add_column("", justify="right")
     for unit, label in check.units.items():

@@ -11,10 +11,11 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from qwenq.cli.format import check_format, uniform_recipe
 from qwenq.errors import PlanError
-from qwenq.planning.budget import Budgeted, choose_for_bits, choose_for_bytes, describe_choice
+from qwenq.planning.budget import MIXED_FORMATS, Budgeted, choose_for_bits, choose_for_bytes, describe_choice
 from qwenq.planning.sensitivity import Sensitivity, prior, read_sensitivity
-from qwenq.scheme import Recipe, Scheme, label_of
+from qwenq.scheme import Recipe, label_of
 from qwenq.spec import UNITS, ModelSpec
 from qwenq.units import format_gb, parse_size, parse_tokens
 
@@ -55,6 +56,8 @@ class Wanted:
     recipe: Path | None = None
     sensitivity: Path | None = None
     save_recipe: Path | None = None
+    format: str = "gptq"
+    asymmetric: bool | None = None
 
     def check(self, dry_run: bool) -> None:
         """Usage errors (exit code 2) for options that contradict each other; PlanError for what means nothing."""
@@ -67,6 +70,10 @@ class Wanted:
                 raise typer.BadParameter(f"{name} and {given[0]} exclude each other: one scheme, or the best mixture")
         if len(given) > 1:
             raise typer.BadParameter(f"{' and '.join(given)} exclude each other")
+        if self.asymmetric is not None and given:
+            raise typer.BadParameter(f"--asymmetric and {given[0]} exclude each other: one scheme, or the best mixture")
+        if given and check_format(self.format) not in MIXED_FORMATS:
+            raise typer.BadParameter(f"{given[0]} wants a --format that mixes bits: {' or '.join(MIXED_FORMATS)}")
         for name, value in (("--context", self.context), ("--engine", self.engine)):
             if value is not None and self.fit is None:
                 raise typer.BadParameter(f"{name} goes with --fit")
@@ -93,9 +100,8 @@ class Wanted:
         return self.mixed and self.recipe is None
 
     def uniform(self) -> Recipe:
-        """One scheme for all linears: 4-bit g128 unless said otherwise."""
-        group_size = 128 if self.group_size is None else self.group_size
-        return Recipe(Scheme(4 if self.bits is None else self.bits, group_size))
+        """One scheme for all linears: 4-bit g128 unless said otherwise, or the format's own."""
+        return uniform_recipe(self.format, self.bits, self.group_size, self.asymmetric)
 
     def table(self, spec: ModelSpec, fingerprint: str) -> Sensitivity | None:
         """The table given, checked to be this model's; None without one. An unknown fingerprint is empty."""
@@ -115,11 +121,11 @@ class Wanted:
             from qwenq.planning.recipefile import read_recipe
 
             choice = read_recipe(self.recipe, spec)
-            return describe_choice(spec, table.covering(spec, choice), choice, dtype_of)
+            return describe_choice(spec, table.covering(spec, choice), choice, dtype_of, self.format)
         if self.target_size is not None:
-            return choose_for_bytes(spec, table, parse_size(self.target_size), dtype_of)
+            return choose_for_bytes(spec, table, parse_size(self.target_size), dtype_of, self.format)
         if self.bpw is not None:
-            return choose_for_bits(spec, table, _bits(self.bpw), dtype_of)
+            return choose_for_bits(spec, table, _bits(self.bpw), dtype_of, self.format)
         from qwenq.planning.engines import get_engine
         from qwenq.planning.fitting import choose_for_rig
         from qwenq.planning.rig import parse_rig
@@ -130,7 +136,7 @@ class Wanted:
         if engine.name == "llama.cpp":
             raise PlanError("--engine llama.cpp reads GGUF, not what this writes", hint="qwenq, transformers or vllm")
         work = Workload(parse_tokens(self.context or "8k"), 1)
-        return choose_for_rig(spec, table, parse_rig(self.fit), engine, work, dtype_of)
+        return choose_for_rig(spec, table, parse_rig(self.fit), engine, work, dtype_of, self.format)
 
 
 def _bits(text: str) -> Fraction:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from qwenq.errors import CheckpointError, PlanError
-from qwenq.layout import linear_tensors
+from qwenq.layout import BNB_FORMATS, linear_tensors
 from qwenq.planning.allocator import allocated_blocks
 from qwenq.scheme import Recipe, Scheme
 from qwenq.spec import UNITS, LinearSpec, ModelSpec, TensorSpec, tensor_bytes
@@ -54,7 +54,7 @@ class Weights:
 
 
 def recipe_weights(spec: ModelSpec, recipe: Recipe, label: str = "", dtype: str = "BF16") -> Weights:
-    """Weights stored by `recipe` in the GPTQ format (linears it leaves out stay in 16 bit)."""
+    """Weights stored by `recipe` (linears it leaves out stay in 16 bit)."""
     schemes = [scheme for lin in spec.linears if (scheme := recipe.scheme_of(lin)) is not None]
     if not recipe.overrides:
         schemes = schemes[:1]
@@ -68,7 +68,7 @@ def recipe_weights(spec: ModelSpec, recipe: Recipe, label: str = "", dtype: str 
     groups = {scheme.group_size for scheme in schemes}
     return Weights(
         label=label or _recipe_label(recipe),
-        method="gptq" if schemes else "none",
+        method=("bitsandbytes" if recipe.format in BNB_FORMATS else recipe.format) if schemes else "none",
         bits=max(set(bits), key=bits.count) if bits else 16,
         group_size=max(groups) if groups else 0,
         layers=layers,
@@ -113,7 +113,7 @@ def published_weights(spec: ModelSpec, quant: str) -> Weights:
     if name in ("GPTQ-INT4", "GPTQ-INT8"):
         return recipe_weights(spec, Recipe(Scheme(int(name[-1]), 128)), label=quant, dtype="F16")
     if name in ("AWQ", "AWQ-INT4"):
-        return _built(spec, quant, "awq", 4, _awq_linear, dtype="F16")
+        return recipe_weights(spec, Recipe(Scheme(4, 128, sym=False), format="awq"), label=quant, dtype="F16")
     if name == "FP8":
         return _built(spec, quant, "fp8", 8, _fp8_linear, dtype="BF16")
     raise PlanError(f"unknown quantization {quant!r}", hint="one of BF16, GPTQ-Int4, GPTQ-Int8, AWQ, FP8")
@@ -199,13 +199,6 @@ def _built(
 
 def _is_linear_weight(spec: ModelSpec, name: str) -> bool:
     return name.endswith(".weight") and any(name == lin.name + ".weight" for lin in spec.layer_linears(0))
-
-
-def _awq_linear(lin: LinearSpec) -> Iterator[int]:
-    groups = lin.in_features // 128
-    yield tensor_bytes("I32", (lin.in_features, lin.out_features // 8))
-    yield tensor_bytes("I32", (groups, lin.out_features // 8))
-    yield tensor_bytes("F16", (groups, lin.out_features))
 
 
 def _fp8_linear(lin: LinearSpec) -> Iterator[int]:
