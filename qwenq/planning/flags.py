@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 
+from qwenq.errors import HonestNo
 from qwenq.planning.engines import get_engine
 from qwenq.planning.ggufsize import gguf_weights
+from qwenq.planning.parallel import ParallelOption
 from qwenq.planning.placement import Placement, place
 from qwenq.planning.plan import Plan
 from qwenq.planning.terms import Workload
@@ -17,7 +20,42 @@ def vllm_flags(plan: Plan) -> str:
     option = plan.chosen
     if option is None:
         return "# vLLM: no option, " + plan.options[0].verdict
-    words = ["vllm", "serve", "CHECKPOINT"]
+    command = shlex.join(_words(plan, option, "CHECKPOINT"))
+    return command if option.works else f"{command}  # {option.verdict}"
+
+
+def vllm_words(plan: Plan, checkpoint: str, hosts: int = 1) -> list[str]:
+    """The words of `vllm serve CHECKPOINT ...` for a plan that works; HonestNo, with the reason, for one that does not.
+
+    On several hosts tensor parallelism stays inside a host, whose GPUs are the rig's first 1/`hosts`.
+    """
+    inside = len(plan.rig.gpus) // hosts
+    options = [option for option in plan.options if option.works and inside % option.tensor == 0]
+    if not options:
+        raise HonestNo(
+            f"vLLM cannot serve {plan.weights.label} at a context of {plan.work.context} on {plan.rig.label}: "
+            + (plan.chosen or plan.options[0]).verdict,
+            hint="`qwenq plan --engine vllm` shows every layout; --engine qwenq places layers freely",
+        )
+    chosen = plan.chosen if plan.chosen in options else max(options, key=lambda option: option.tensor)
+    assert chosen is not None
+    return _words(plan, chosen, checkpoint)
+
+
+def ray_commands(words: list[str], hosts: list[str]) -> list[str]:
+    """vLLM over several hosts: Ray started on each, the first one leading, then the server on the first."""
+    head, *others = hosts
+    lines = [f"# on {head}", "ray start --head --port=6379"]
+    for other in others:
+        lines += [f"# on {other}", f"ray start --address={head}:6379"]
+    return [*lines, f"# on {head}, when `ray status` shows every host", shlex.join([*words, *_RAY])]
+
+
+_RAY = ("--distributed-executor-backend", "ray")
+
+
+def _words(plan: Plan, option: ParallelOption, checkpoint: str) -> list[str]:
+    words = ["vllm", "serve", checkpoint]
     words += ["--tensor-parallel-size", str(option.tensor), "--pipeline-parallel-size", str(option.pipeline)]
     words += ["--max-model-len", str(plan.work.context)]
     words += ["--gpu-memory-utilization", f"{plan.work.gpu_memory_utilization:g}"]
@@ -26,9 +64,8 @@ def vllm_flags(plan: Plan) -> str:
     if plan.work.max_num_seqs:
         words += ["--max-num-seqs", str(plan.work.max_num_seqs)]
     if plan.work.context > plan.spec.max_position_embeddings:
-        words += ["--hf-overrides", "'" + json.dumps({"rope_scaling": _yarn(plan)}) + "'"]
-    command = " ".join(words)
-    return command if option.works else f"{command}  # {option.verdict}"
+        words += ["--hf-overrides", json.dumps({"rope_scaling": _yarn(plan)})]
+    return words
 
 
 def transformers_code(plan: Plan) -> str:

@@ -15,6 +15,7 @@ import torch
 
 from qwenq.checkpoint import Checkpoint
 from qwenq.errors import HonestNo, RunError
+from qwenq.host import return_freed_memory
 from qwenq.planning.engines import QWENQ_PREFILL_CHUNK, get_engine
 from qwenq.planning.memory import NOT_ALLOCATED, check_context
 from qwenq.planning.offload import DeviceMap, host_map, host_need, spill_to_disk
@@ -181,6 +182,7 @@ def load_from(
     ram = available_ram()
     room = min(ram, options.cpu_memory) if options.cpu_memory else ram
     plan = plan_load(spec, sizes, rig, work, dtype, room)
+    return_freed_memory()
     base, clock = resident_bytes(), time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="qwenq-offload-", dir=options.offload_directory) as directory:
         if plan.disk_bytes:

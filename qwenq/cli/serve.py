@@ -1,0 +1,157 @@
+"""`qwenq serve`: an OpenAI-compatible server, by vLLM where it is installed, else by what `run` loads."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qwenq.cli.models import Model, resolve_model
+from qwenq.cli.run import (
+    ComputeDtype,
+    CpuMemory,
+    GpuMemory,
+    KvDtype,
+    MaxModelLen,
+    OffloadDir,
+    PrefillChunk,
+    load_options,
+)
+from qwenq.errors import RunError
+
+if TYPE_CHECKING:
+    from qwenq.runtime.load import LoadOptions
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on; loopback unless told otherwise.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any free one.")] = 8000,
+    served_model_name: Annotated[
+        str, typer.Option("--served-model-name", help="What clients call the model. Default: the directory's name.")
+    ] = "",
+    api_key: Annotated[
+        str, typer.Option("--api-key", envvar="QWENQ_API_KEY", help="What clients must send.", show_envvar=True)
+    ] = "",
+    max_queue: Annotated[int, typer.Option("--max-queue", min=0, help="Requests that may wait.")] = 16,
+    max_model_len: MaxModelLen = "",
+    prefill_chunk: PrefillChunk = 2048,
+    gpu_memory: GpuMemory = "",
+    cpu_memory: CpuMemory = "",
+    offload_dir: OffloadDir = None,
+    kv_cache_dtype: KvDtype = "auto",
+    compute_dtype: ComputeDtype = "auto",
+    engine: Annotated[
+        str, typer.Option("--engine", help="vllm or qwenq; auto: vLLM where it is installed and there is a GPU.")
+    ] = "auto",
+    gpu: Annotated[
+        str, typer.Option("--gpu", help='vLLM: the rig of one host, "2x RTX 3090". Default: this machine\'s.')
+    ] = "",
+    hosts: Annotated[
+        str, typer.Option("--hosts", help="vLLM over several equal hosts, the first one leading: a,b,c.")
+    ] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="vLLM: print the commands and end.")] = False,
+) -> None:
+    """Serve a checkpoint on OpenAI's API: /v1/models, /v1/chat/completions, /v1/completions, with streaming.
+
+    With several hosts vLLM's own Ray commands are printed, to be typed on each of them.
+    """
+    if engine not in ("auto", "vllm", "qwenq"):
+        raise RunError(f"unknown engine {engine!r}", hint="auto, vllm or qwenq")
+    installed = importlib.util.find_spec("vllm") is not None
+    options = load_options(
+        max_model_len, prefill_chunk, gpu_memory, cpu_memory, offload_dir, kv_cache_dtype, compute_dtype
+    )
+    directory = resolve_model(model)
+    name = served_model_name or directory.resolve().name
+    wanted = engine == "vllm" or bool(hosts) or (engine == "auto" and installed and _has_gpu())
+    if not wanted:
+        _serve_here(directory, name, options, host, port, api_key, max_queue)
+        return
+    lines = vllm_commands(directory, name, options, gpu, [h.strip() for h in hosts.split(",") if h.strip()], host, port)
+    if dry_run or len(lines) > 1:
+        print("\n".join(lines))
+        return
+    if not installed:
+        raise RunError("--engine vllm: it is not installed", hint="pip install 'qwenq[vllm]', or --engine qwenq")
+    print(lines[0], file=sys.stderr, flush=True)
+    environment = os.environ | ({"VLLM_API_KEY": api_key} if api_key else {})
+    words = shlex.split(lines[0])
+    os.execvpe(words[0], words, environment)
+
+
+def vllm_commands(
+    directory: Path, name: str, options: LoadOptions, gpu: str, hosts: list[str], host: str, port: int
+) -> list[str]:
+    """`vllm serve ...` with the plan's flags; for several hosts Ray's commands before it. HonestNo if nothing fits."""
+    from qwenq.planning.asking import Question
+    from qwenq.planning.detect import detect_rig
+    from qwenq.planning.flags import ray_commands, vllm_words
+    from qwenq.planning.plan import make_plan
+    from qwenq.planning.rig import Rig, parse_rig
+
+    one = parse_rig(gpu) if gpu else detect_rig()
+    count = max(1, len(hosts))
+    rig = Rig(one.gpus * count, one.free_bytes * count)
+    asked = Question(str(directory), engine="vllm", kv_cache_dtype=options.kv_dtype, rig=rig).resolve()
+    work = asked.at(options.max_model_len or min(4096, asked.spec.max_position_embeddings))
+    plan = make_plan(asked.spec, asked.weights, rig, asked.engine, work)
+    words = vllm_words(plan, str(directory), hosts=count)
+    words += ["--served-model-name", name, "--host", host, "--port", str(port)]
+    return ray_commands(words, hosts) if count > 1 else [shlex.join(words)]
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _serve_here(
+    directory: Path, name: str, options: LoadOptions, host: str, port: int, api_key: str, max_queue: int
+) -> None:
+    try:
+        import uvicorn
+
+        from qwenq.page.app import listen
+        from qwenq.runtime.server import Line, Service, make_app
+    except ImportError as error:
+        raise RunError(f"the server needs {error.name}", hint="pip install 'qwenq[page]'") from None
+    from qwenq.checkpoint import open_checkpoint
+    from qwenq.runtime.chat import Chat
+    from qwenq.runtime.generate import Session
+    from qwenq.runtime.load import describe, loaded
+
+    checkpoint = open_checkpoint(directory)
+    chat = Chat(directory, checkpoint.spec.vocab_size)
+    try:
+        bound = listen(host, port)
+    except OSError as error:
+        raise RunError(
+            f"cannot listen on {host} port {port}: {error.strerror or error}", hint="choose another with --port"
+        ) from None
+    with bound, loaded(checkpoint, options) as found:
+        for line in describe(found):
+            print(line, file=sys.stderr)
+        session = Session(found.model, found.work.context, options.prefill_chunk, options.kv_dtype, chat.stop_ids)
+        service = Service(session, chat, name, Line(max_queue), api_key)
+        app = make_app(service) if host in LOOPBACK else make_app(service, ("*",))
+
+        class Server(uvicorn.Server):
+            def handle_exit(self, sig: int, frame: object) -> None:
+                service.closing.set()  # answers end at their next token
+                super().handle_exit(sig, frame)  # type: ignore[arg-type]
+
+        print(f"http://{host}:{bound.getsockname()[1]}/v1", flush=True)
+        print("Ctrl-C ends it", file=sys.stderr)
+        config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=10)
+        Server(config).run(sockets=[bound])

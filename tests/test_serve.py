@@ -1,0 +1,270 @@
+"""The server as its clients see it: the openai library, limits, several at once, clients that leave, shutdown."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+import uvicorn
+from typer.testing import CliRunner
+
+from qwenq.checkpoint import open_checkpoint
+from qwenq.cli.main import app as cli
+from qwenq.page.app import listen
+from qwenq.planning.offload import host_map
+from qwenq.runtime.chat import Chat
+from qwenq.runtime.generate import Sampling, Session
+from qwenq.runtime.model import CheckpointWeights, build_model
+from qwenq.runtime.server import Line, Service, make_app
+
+ASK = [{"role": "user", "content": "Tell me about the sea."}]
+
+
+@pytest.fixture(scope="module")
+def service(tiny: Path) -> Service:
+    checkpoint = open_checkpoint(tiny)
+    model = build_model(
+        CheckpointWeights(checkpoint), checkpoint.config, checkpoint.spec, host_map(checkpoint.spec),
+        dtype=torch.float32,
+    )  # fmt: skip
+    chat = Chat(tiny, checkpoint.spec.vocab_size)
+    return Service(Session(model, 400, stop_ids=chat.stop_ids), chat, "tiny", Line(1))
+
+
+@pytest.fixture(scope="module")
+def address(service: Service) -> Iterator[str]:
+    with listen("127.0.0.1", 0) as bound:
+        server = uvicorn.Server(uvicorn.Config(make_app(service), log_level="warning"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+        server.should_exit = True
+        thread.join(20)
+
+
+@pytest.fixture
+def client(address: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=address + "/v1", api_key="none", max_retries=0, timeout=60) as found:
+        yield found
+
+
+def direct(service: Service, ids: list[int], new: int) -> str:
+    session = service.session
+    return "".join(service.chat.stream(session.generate(ids, Sampling(max_new_tokens=new))))
+
+
+def test_the_openai_client(client: openai.OpenAI, service: Service) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    ids = service.chat.prompt_ids(ASK)
+    answer = client.chat.completions.create(model="tiny", messages=ASK, temperature=0, max_tokens=12)  # type: ignore[arg-type]
+    wanted = direct(service, ids, 12)
+    assert answer.choices[0].message.content == wanted and answer.choices[0].message.role == "assistant"
+    assert answer.usage is not None and answer.usage.prompt_tokens == len(ids)
+    assert answer.choices[0].finish_reason in ("length", "stop")
+    text = client.completions.create(model="tiny", prompt="The sea", temperature=0, max_tokens=8)
+    assert text.choices[0].text == direct(service, service.chat.text_ids("The sea"), 8)
+
+
+def test_streaming(client: openai.OpenAI, service: Service) -> None:
+    stream = client.chat.completions.create(
+        model="tiny", messages=ASK, temperature=0, max_tokens=12, stream=True,  # type: ignore[arg-type]
+        stream_options={"include_usage": True},
+    )  # fmt: skip
+    parts = list(stream)
+    text = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
+    assert text == direct(service, service.chat.prompt_ids(ASK), 12)
+    assert len([part for part in parts if part.choices]) > 4  # it really came in pieces
+    assert parts[-2].choices[0].finish_reason in ("length", "stop")
+    assert parts[-1].usage is not None and parts[-1].usage.completion_tokens <= 12
+
+
+def test_draws_repeat_with_a_seed(client: openai.OpenAI) -> None:
+    def drawn(seed: int) -> str:
+        return (
+            client.completions.create(model="tiny", prompt="A", temperature=1.5, max_tokens=12, seed=seed)
+            .choices[0]
+            .text
+        )
+
+    assert drawn(1) == drawn(1) and len({drawn(seed) for seed in range(4)}) > 1
+
+
+def test_stop_texts_never_show(client: openai.OpenAI, service: Service) -> None:
+    whole = direct(service, service.chat.text_ids("The sea"), 30)
+    stop = whole[9:14]
+    asked = {"model": "tiny", "prompt": "The sea", "temperature": 0, "max_tokens": 30, "stop": ["@@@@", stop]}
+    assert client.completions.create(**asked).choices[0].text == whole[: whole.index(stop)]
+    pieces = [part.choices[0].text for part in client.completions.create(**asked, stream=True)]
+    assert "".join(pieces) == whole[: whole.index(stop)]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ({"messages": []}, 400, "messages: List should have at least 1 item"),
+        ({"messages": ASK, "max_tokens": 0}, 400, "max_tokens: Input should be greater than or equal to 1"),
+        ({"messages": ASK, "max_tokens": 1000}, 400, "in a context of 400"),
+        ({"messages": ASK, "model": "gpt-4"}, 404, "the model here is 'tiny'"),
+        ({"messages": ASK, "n": 2}, 400, "n is not supported"),
+        ({"messages": ASK, "tools": [{}]}, 400, "tools is not supported"),
+        ({"messages": ASK, "stop": [""]}, 400, "stop: wanted up to 4 texts"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "reads text only"),
+        ({"messages": [{"role": "user", "content": "x" * (5 << 20)}]}, 413, "larger than 4194304 bytes"),
+        ("{", 400, "Invalid JSON"),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else str(value)[:30],
+)
+def test_refusals(body: Any, status: int, message: str, address: str) -> None:
+    content = body if isinstance(body, str) else json.dumps(body)
+    found = httpx.post(address + "/v1/chat/completions", content=content, timeout=60)
+    assert found.status_code == status and message in found.json()["error"]["message"]
+    too_long = httpx.post(address + "/v1/completions", json={"prompt": [1] * 500}, timeout=60).json()["error"]
+    assert too_long["code"] == "context_length_exceeded"
+
+
+def test_other_host_names_and_keys(address: str, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert httpx.get(address + "/v1/models", headers={"Host": "evil.example"}).status_code == 400
+    monkeypatch.setattr(service, "api_key", "secret")
+    assert httpx.get(address + "/v1/models").status_code == 401
+    assert httpx.get(address + "/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
+    assert httpx.post(address + "/v1/completions", json={"prompt": "x"}).status_code == 401
+
+
+def test_one_at_a_time_the_rest_in_line(address: str, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model answers one request, one waits, a third is told to come later; then all is free again."""
+    inside, overlap = [], []
+    hold = threading.Event()
+    forward = Session.forward
+
+    def slow(session: Session, ids: Any) -> Any:
+        inside.append(1)
+        overlap.append(len(inside))
+        hold.wait(20)
+        inside.pop()
+        return forward(session, ids)
+
+    monkeypatch.setattr(Session, "forward", slow)
+    asked = {"prompt": "The sea", "max_tokens": 2, "temperature": 0}
+    found: list[int] = []
+
+    def ask() -> None:
+        found.append(httpx.post(address + "/v1/completions", json=asked, timeout=60).status_code)
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    threads[0].start()
+    until(lambda: len(inside) == 1)
+    threads[1].start()
+    until(lambda: service.line.waiting == 1)
+    busy = httpx.post(address + "/v1/completions", json=asked, timeout=60)
+    assert busy.status_code == 429 and busy.json()["error"]["code"] == "queue_full"
+    hold.set()
+    for thread in threads:
+        thread.join(30)
+    assert found == [200, 200] and max(overlap) == 1
+    until(lambda: httpx.get(address + "/health").json() == {"status": "ok", "waiting": 0})
+
+
+def until(true: Callable[[], bool], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.01)
+
+
+def test_a_client_that_leaves_frees_the_model(address: str, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = Session.forward
+
+    def slow(session: Session, ids: Any) -> Any:
+        time.sleep(0.02)
+        return forward(session, ids)
+
+    monkeypatch.setattr(Session, "forward", slow)
+    monkeypatch.setattr(service.session, "stop_ids", frozenset())
+    asked = {"prompt": "The sea", "max_tokens": 390, "temperature": 0, "stream": True}
+    clock = time.monotonic()
+    with httpx.stream("POST", address + "/v1/completions", json=asked, timeout=60) as response:
+        next(response.iter_lines())
+    after = httpx.post(address + "/v1/completions", json={"prompt": "x", "max_tokens": 1}, timeout=60)
+    assert after.status_code == 200 and time.monotonic() - clock < 6  # not the 390 x 20 ms of the first answer
+
+
+def test_a_failure_in_the_middle_is_said(
+    client: openai.OpenAI, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*unused: object, **more: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(service.session.model.network.model), "forward", fail)
+        with pytest.raises(openai.InternalServerError, match="out of memory while computing"):
+            client.completions.create(model="tiny", prompt="The sea", max_tokens=2)
+        with pytest.raises(openai.APIError, match="out of memory while computing"):
+            list(client.completions.create(model="tiny", prompt="The sea", max_tokens=2, stream=True))
+    assert client.completions.create(model="tiny", prompt="The sea", max_tokens=2).choices[0].text
+
+
+def test_the_command_ends_cleanly(tiny: Path) -> None:
+    """Ctrl-C while an answer is being made: the answer ends, the process too, without a traceback."""
+    words = [sys.executable, "-m", "qwenq", "serve", str(tiny), "--port", "0", "--engine", "qwenq"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        url = process.stdout.readline().strip()
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/v1", url)
+        with httpx.stream("POST", url + "/completions", json={"prompt": "The", "stream": True}, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGINT)
+            assert "data: [DONE]" in list(lines)
+        assert process.wait(30) in (0, -signal.SIGINT, 130)
+        assert "Traceback" not in process.stderr.read()
+
+
+def test_what_vllm_would_be_told(tiny: Path) -> None:
+    def lines(*options: str) -> list[str]:
+        words = ["serve", str(tiny), "--dry-run", "--engine", "vllm", "--gpu", "2x RTX 3090", *options]
+        result = CliRunner(env={"COLUMNS": "120", "TERM": "dumb"}).invoke(cli, words)
+        assert result.exit_code == 0, result.stderr
+        return result.stdout.splitlines()
+
+    (single,) = lines("-c", "256", "--kv-cache-dtype", "fp8", "--port", "9")
+    assert single.startswith(f"vllm serve {tiny} --tensor-parallel-size ")
+    for part in ("--max-model-len 256", "--kv-cache-dtype fp8", "--gpu-memory-utilization 0.9", "--port 9"):
+        assert part in single
+    several = lines("--hosts", "alpha, beta")
+    assert several[:4] == ["# on alpha", "ray start --head --port=6379", "# on beta", "ray start --address=alpha:6379"]
+    assert "--distributed-executor-backend ray" in several[-1]
+    tensor = int(re.search(r"--tensor-parallel-size (\d+)", several[-1])[1])  # type: ignore[index]
+    pipeline = int(re.search(r"--pipeline-parallel-size (\d+)", several[-1])[1])  # type: ignore[index]
+    assert tensor * pipeline == 4 and tensor in (1, 2)  # tensor parallelism stays inside a host
+
+
+def test_errors_of_the_command(tiny: Path) -> None:
+    def refused(*options: str) -> str:
+        result = CliRunner(env={"COLUMNS": "120", "TERM": "dumb"}).invoke(cli, ["serve", str(tiny), *options])
+        assert result.exit_code in (1, 3) and result.stdout == "", result.output
+        return result.stderr
+
+    assert "error: unknown engine 'tgi'" in refused("--engine", "tgi")
+    assert "error: vLLM cannot serve" in refused(
+        "--engine", "vllm", "--gpu", "RTX 3090", "-c", "512", "--hosts", "a,b,c,d,e"
+    )
+    with listen("127.0.0.1", 0) as taken:
+        port = str(taken.getsockname()[1])
+        assert f"error: cannot listen on 127.0.0.1 port {port}" in refused("--port", port, "--engine", "qwenq")
+    if os.environ.get("CUDA_VISIBLE_DEVICES") is None and not torch.cuda.is_available():
+        assert "error: " in refused("--engine", "vllm")
