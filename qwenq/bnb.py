@@ -14,16 +14,15 @@ from qwenq.quant.gptq import QTensor, decibel
 from qwenq.results import LayerResult
 from qwenq.scheme import Recipe
 from qwenq.spec import ModelSpec
-from qwenq.stream import Network
 
 
 def round_bnb_layer(
-    network: Network, spec: ModelSpec, layer: int, recipe: Recipe, state: Mapping[str, torch.Tensor]
+    spec: ModelSpec, layer: int, recipe: Recipe, state: Mapping[str, torch.Tensor], device: str
 ) -> tuple[dict[str, torch.Tensor], list[LayerResult]]:
-    """Quantize the layer that `network` holds; returns its packed tensors by full name, and one result a linear.
+    """Quantize a layer's linears; returns their packed tensors by full name, and one result a linear.
 
     state: the layer's weights in the dtype they would be stored in, under names relative to the layer: bitsandbytes
-    keeps that dtype and computes in it. Afterwards the network holds what bitsandbytes makes of the packed weights.
+    keeps that dtype and computes in it.
     """
     packed: dict[str, torch.Tensor] = {}
     results: list[LayerResult] = []
@@ -33,7 +32,7 @@ def round_bnb_layer(
         if scheme is None:
             continue
         path = lin.name.removeprefix(prefix) + ".weight"
-        weight = state[path].to(network.device)
+        weight = state[path].to(device)
         if recipe.format == "bnb-int8" and not bool(torch.isfinite(weight.half()).all()):
             raise CheckpointError(
                 f"{lin.name}: a weight of {float(weight.abs().max()):.6g} does not fit float16, which LLM.int8 needs",
@@ -45,6 +44,5 @@ def round_bnb_layer(
         error = float((weight.float() - dequantized).square().sum(dtype=torch.float64))
         error_db = decibel(error, float(weight.float().square().sum(dtype=torch.float64)))
         results.append(LayerResult(lin.name, scheme.label, None, error_db, 0.0))
-        network.set_parameter(path, dequantized)
         packed |= {f"{lin.name}.{part}": tensor.cpu().contiguous() for part, tensor in tensors.items()}
     return packed, results

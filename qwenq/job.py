@@ -38,7 +38,8 @@ class QuantizeJob:
     evaluation: TokenWindows
     options: SolverOptions = field(default_factory=SolverOptions)
     device: str = "cpu"
-    compute_dtype: str = "float32"
+    compute_dtype: str = "float32"  # of evaluation streams
+    calibration_dtype: str = "float32"  # of calibration streams; Hessians and solving are always in float32
     dtype: str = "auto"  # of tensors that are not quantized; auto keeps the source's bytes
     seed: int = 0
     overlap: float | None = None  # share of the evaluation text that is also in the calibration text
@@ -72,6 +73,7 @@ class QuantizeJob:
             "options": asdict(self.options),
             "device": self.device,
             "compute_dtype": self.compute_dtype,
+            "calibration_dtype": self.calibration_dtype,
             "dtype": self.dtype,
             "seed": self.seed,
             "calibration": self.calibration.to_json() if self.calibration else None,

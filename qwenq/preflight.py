@@ -16,6 +16,7 @@ from qwenq.units import format_gb
 
 BASE_BYTES = 560_000_000  # interpreter, torch, transformers and thread pools; measured on Linux with torch 2.13
 SPILL_BYTES = 6 << 30  # token buffers beyond this live in a memory-mapped file
+_PART_TOKENS = 2048  # that go through a layer together
 NOISE_WINDOWS = 2  # evaluation windows that are also run in float32, when computing in a narrower type
 _SLACK_BYTES = 1 << 20  # config, tokenizer copies are added exactly; journal and model card are not
 
@@ -39,11 +40,12 @@ def shard_file_bytes(tensors: list[TensorSpec]) -> int:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Calibration and evaluation windows of a job: counts only."""
+    """Calibration and evaluation windows of a job: counts and widths only."""
 
     calibration_windows: int
     evaluation_windows: int
     length: int
+    calibration_bytes: int = 4  # of a value in the calibration streams
 
     @property
     def calibration(self) -> int:
@@ -138,32 +140,39 @@ def preflight(
     )
 
 
+def scratch_width(spec: ModelSpec) -> int:
+    """Values a calibration token needs beside its states: inputs of o and 16-bit states, later inputs of down."""
+    return max(spec.q_size + spec.hidden_size, spec.intermediate_size)
+
+
 def stream_bytes(spec: ModelSpec, tokens: Tokens, compute_bytes: int) -> int:
     """Hidden states of all streams, the float32 one for the noise floor included."""
     noise = min(NOISE_WINDOWS, tokens.evaluation_windows) * tokens.length * 4 if compute_bytes < 4 else 0
-    return ((tokens.calibration + 2 * tokens.evaluation) * compute_bytes + noise) * spec.hidden_size
+    calibration = 2 * tokens.calibration * tokens.calibration_bytes
+    return (calibration + 2 * tokens.evaluation * compute_bytes + noise) * spec.hidden_size
 
 
 def token_buffer_bytes(spec: ModelSpec, tokens: Tokens, compute_bytes: int) -> int:
-    """Hidden states of all streams, and the scratch for the widest linear's input."""
-    scratch = tokens.calibration * max(spec.q_size, spec.intermediate_size) * compute_bytes
+    """Hidden states of all streams, and the scratch of the calibration streams."""
+    scratch = tokens.calibration * scratch_width(spec) * tokens.calibration_bytes
     return stream_bytes(spec, tokens, compute_bytes) + scratch
 
 
 def peak_bytes(spec: ModelSpec, tokens: Tokens, compute_bytes: int, on_gpu: bool) -> tuple[int, int]:
     """Predicted peak (host, GPU) in bytes; the layer count is not in it, because one layer is held at a time."""
     layer = spec.layer_linears(0)
-    widest = max(lin.in_features for lin in layer)
     parameters = sum(lin.parameters for lin in layer)
-    block = parameters * compute_bytes
-    solving = max(_solving(unit) for unit in _units(layer))
+    source = 2 * parameters
+    part = min(_PART_TOKENS, tokens.calibration + tokens.evaluation) * spec.intermediate_size
+    solving = tokens.calibration_bytes * parameters + max(_solving(unit) for unit in _units(layer))
+    calibrating = tokens.calibration_bytes * (parameters + 4 * part)
+    evaluating = compute_bytes * (parameters + 4 * part)
     head = 6 * 4 * 1024 * 4096 + 8 * 4096 * spec.hidden_size + 8 * tokens.evaluation * spec.hidden_size
+    work = max(solving, calibrating, evaluating)
     buffers = token_buffer_bytes(spec, tokens, compute_bytes)
-    loading = 2 * parameters  # the 16-bit tensors while they are converted
-    work = block + max(2 * 4 * widest * widest + solving, loading)
     if on_gpu:
-        return BASE_BYTES + buffers + loading, max(work, head)
-    return BASE_BYTES + buffers + max(work, head), 0
+        return BASE_BYTES + buffers + source, max(work, head)
+    return BASE_BYTES + buffers + max(source + work, head), 0
 
 
 def _units(layer: tuple[LinearSpec, ...]) -> list[list[LinearSpec]]:
@@ -171,8 +180,10 @@ def _units(layer: tuple[LinearSpec, ...]) -> list[list[LinearSpec]]:
 
 
 def _solving(unit: list[LinearSpec]) -> int:
-    """Working copies of one unit's weights: float32 original, error-updated and stacked, and uint8 codes."""
-    return 13 * sum(lin.parameters for lin in unit)
+    """The Hessian; float32 weights, their errors twice while they are permuted, uint8 codes; targets of o and down."""
+    parameters = sum(lin.parameters for lin in unit)
+    targets = 4 * parameters if len(unit) == 1 else 0
+    return 4 * unit[0].in_features ** 2 + 13 * parameters + targets
 
 
 def free_disk(out: Path) -> int:

@@ -1,8 +1,9 @@
 r"""The main job: 16-bit shards in, quantized shards out, one decoder layer at a time, journalled and resumable.
 
-    source --> layer i --> reference stream            (16-bit layer, evaluation tokens)
+    source --> layer i --> reference stream             (16-bit layer, evaluation tokens)
+                      \--> original stream              (16-bit layer, calibration tokens)
                       \--> calibration stream, solve --> shard i, journal line i
-                      \--> quantized stream            (quantized layer, evaluation tokens)
+    shard i ----------------> quantized stream           (the layer as written, evaluation tokens)
     final norm, head --> DriftReport
 
 Work happens in OUT.partial, which becomes OUT by one rename when everything in it is whole.
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from qwenq.block import StageClock, quantize_block, round_block, run_layer
+from qwenq.block import BlockSolver, CalibrationStreams, StageClock, round_block, run_layer
 from qwenq.bnb import round_bnb_layer
 from qwenq.checkpoint import Checkpoint, non_finite
 from qwenq.errors import CheckpointError, JobError
@@ -36,6 +37,7 @@ from qwenq.layout import BNB_FORMATS
 from qwenq.manifest import write_manifest
 from qwenq.preflight import Tokens, output_files, preflight
 from qwenq.provenance import SourceFiles
+from qwenq.quant.fold import FoldedLayer
 from qwenq.results import BlockResult, DriftReport
 from qwenq.shards import write_shard
 from qwenq.stream import Network
@@ -94,6 +96,7 @@ def _check_places(job: QuantizeJob, work: Path, resume: bool) -> None:
             job.calibration.ids.shape[0] if job.calibration else 0,
             job.evaluation.ids.shape[0],
             job.evaluation.ids.shape[1],
+            DTYPES[job.calibration_dtype].itemsize,
         ),
         compute_bytes=DTYPES[job.compute_dtype].itemsize,
         on_gpu=job.device != "cpu",
@@ -131,6 +134,7 @@ class _Run:
             if self.dtype != torch.float32
             else None
         )
+        self.calibrator = Network(job.source.config, self.spec, dtype=DTYPES[job.calibration_dtype], device=job.device)
         self.resume = resume
 
     # -------------------------------------------------------------- the whole
@@ -154,6 +158,8 @@ class _Run:
             self.job.calibration.ids if self.job.calibration else None,
             self.job.evaluation.ids,
             dtype=self.dtype,
+            calibration_dtype=self.calibrator.dtype,
+            with_original=self.job.options.pull > 0,
             spill_directory=self.work,
             convert=self.job.convert,
         )
@@ -186,27 +192,38 @@ class _Run:
             state = self._load(layer)
         with clock.time("evaluate"):
             self._reference(streams, state)
-        kept = self._kept(layer, state)
-        for name, tensor in kept.items():
-            self.network.set_parameter(name, tensor)
-        where = (self.network, self.spec, layer, self.job.recipe)
+        folded = FoldedLayer(state, self._kept(layer, state), self.job.device)
         if self.job.recipe.format in BNB_FORMATS:
             with clock.time("round"):
                 prefix = f"model.layers.{layer}."
                 stored = {name: self.job.convert(prefix + name, tensor) for name, tensor in state.items()}
-                packed, results = round_bnb_layer(*where, stored)
+                packed, results = round_bnb_layer(self.spec, layer, self.job.recipe, stored, self.job.device)
         elif self.job.calibration is None:
             with clock.time("round"):
-                packed, results = round_block(*where, self.job.options)
+                packed, results = round_block(self.spec, layer, self.job.recipe, folded, self.job.options)
         else:
-            calibration = streams.states["calibration"]
-            packed, results = quantize_block(*where, calibration, streams.scratch, self.job.options, clock)
-        with clock.time("evaluate"):
-            run_layer(self.network, streams.states["quantized"])
-            error_db = _error_db(streams.states["reference"], streams.states["quantized"])
+            self.calibrator.fill(state)
+            del state  # the solver lets go of each weight when it is done
+            solver = BlockSolver(
+                self.calibrator,
+                self.spec,
+                layer,
+                self.job.recipe,
+                folded,
+                CalibrationStreams(streams.states["calibration"], streams.states.get("original"), streams.scratch),
+                self.job.options,
+                clock,
+            )
+            packed, results = solver.run()
+            self.calibrator.release()
         with clock.time("write"):
-            tensors = packed | {f"model.layers.{layer}.{name}": tensor for name, tensor in kept.items()}
-            sha256 = write_shard(self.work / self.files[layer + 1], tensors)
+            kept = {f"model.layers.{layer}.{name}": tensor.cpu() for name, tensor in folded.kept.items()}
+            sha256 = write_shard(self.work / self.files[layer + 1], packed | kept)
+        with clock.time("evaluate"):
+            self.network.fill(self._written_layer(layer))
+            run_layer(self.network, streams.states["quantized"])
+            self.network.release()
+            error_db = _error_db(streams.states["reference"], streams.states["quantized"])
         result = BlockResult(layer, tuple(results), error_db, time.perf_counter() - start, clock.seconds)
         return {"layer": layer, "file": self.files[layer + 1], "sha256": sha256, "result": result.to_json()}
 
@@ -221,7 +238,7 @@ class _Run:
         return state
 
     def _kept(self, layer: int, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What is not quantized of a layer, as it is written; the quantized model computes with these values."""
+        """What is not quantized of a layer, as it is written."""
         prefix = f"model.layers.{layer}."
         quantized = {
             lin.name.removeprefix(prefix) + ".weight"
@@ -231,13 +248,14 @@ class _Run:
         return {name: self.job.convert(prefix + name, t) for name, t in state.items() if name not in quantized}
 
     def _reference(self, streams: Streams, state: dict[str, torch.Tensor]) -> None:
-        """Send the reference streams through the 16-bit layer, and leave it in the network."""
+        """Send the reference streams through the 16-bit layer."""
         if self.float32 is not None:
             self.float32.fill(state)
             run_layer(self.float32, streams.states["float32"])
             self.float32.release()
         self.network.fill(state)
         run_layer(self.network, streams.states["reference"])
+        self.network.release()
 
     # -------------------------------------------------------------- resuming
 
@@ -258,10 +276,17 @@ class _Run:
         )  # fmt: skip
         for layer in range(known, good):
             self.listen(f"layer {layer}: replaying")
-            self._reference(streams, self._load(layer))
-            self.network.fill(self._written_layer(layer))
-            for name in streams.states.keys() & {"calibration", "quantized"}:
-                run_layer(self.network, streams.states[name])
+            state, written = self._load(layer), self._written_layer(layer)
+            self._reference(streams, state)
+            for network, layer_state, name in (
+                (self.calibrator, state, "original"),
+                (self.calibrator, written, "calibration"),
+                (self.network, written, "quantized"),
+            ):
+                if name in streams.states:
+                    network.fill(layer_state)
+                    run_layer(network, streams.states[name])
+                    network.release()
         return good
 
     def _written_layer(self, layer: int) -> dict[str, torch.Tensor]:

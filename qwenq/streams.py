@@ -1,6 +1,7 @@
-"""Hidden states of every token stream of a job: calibration, reference, quantized; spilled, saved and restored.
+"""Hidden states of every token stream of a job, spilled, saved and restored.
 
-`reference` runs through the 16-bit layers and `quantized` through the quantized ones, on the same evaluation tokens.
+`calibration` runs through the quantized layers and `original` through the 16-bit ones, on the calibration tokens.
+`reference` runs through the 16-bit layers and `quantized` through the quantized ones, on the evaluation tokens.
 `float32` (only when computing in a narrower type) is the reference again in float32, for the noise floor.
 """
 
@@ -17,7 +18,7 @@ from qwenq.checkpoint import Checkpoint
 from qwenq.errors import CheckpointError
 from qwenq.files import file_sha256
 from qwenq.headers import read_header
-from qwenq.preflight import NOISE_WINDOWS, SPILL_BYTES
+from qwenq.preflight import NOISE_WINDOWS, SPILL_BYTES, scratch_width
 from qwenq.shards import raw_bytes, write_shard
 
 Convert = Callable[[str, torch.Tensor], torch.Tensor]
@@ -55,6 +56,8 @@ def new_streams(
     evaluation_NT: torch.Tensor,
     *,
     dtype: torch.dtype,
+    calibration_dtype: torch.dtype = torch.float32,
+    with_original: bool = False,
     spill_directory: Path,
     spill_bytes: int = SPILL_BYTES,
     convert: Convert = lambda name, tensor: tensor,
@@ -66,15 +69,16 @@ def new_streams(
     spec = source.spec
     wanted: dict[str, tuple[torch.Tensor, torch.dtype]] = {}
     if calibration_NT is not None:
-        wanted["calibration"] = (calibration_NT, dtype)
+        wanted["calibration"] = (calibration_NT, calibration_dtype)
+        if with_original:
+            wanted["original"] = (calibration_NT, calibration_dtype)
     wanted["reference"] = (evaluation_NT, dtype)
     wanted["quantized"] = (evaluation_NT, dtype)
     if dtype != torch.float32:
         wanted["float32"] = (evaluation_NT[:NOISE_WINDOWS], torch.float32)
-    widest = max(spec.q_size, spec.intermediate_size)
-    scratch = 0 if calibration_NT is None else calibration_NT.numel() * widest
+    scratch = 0 if calibration_NT is None else calibration_NT.numel() * scratch_width(spec)
     total = sum(ids.numel() * spec.hidden_size * kind.itemsize for ids, kind in wanted.values())
-    spill = total + scratch * dtype.itemsize > spill_bytes
+    spill = total + scratch * calibration_dtype.itemsize > spill_bytes
     states = {
         name: _allocate((*ids.shape, spec.hidden_size), kind, spill_directory / f".qwenq-{name}" if spill else None)
         for name, (ids, kind) in wanted.items()
@@ -83,7 +87,8 @@ def new_streams(
     written = [name for name in pairs if name in ("calibration", "quantized")]
     embed(source, {name: pair for name, pair in pairs.items() if name not in written})
     embed(source, {name: pairs[name] for name in written}, convert)
-    return Streams(states, _allocate((scratch,), dtype, spill_directory / ".qwenq-scratch" if spill else None))
+    space = _allocate((scratch,), calibration_dtype, spill_directory / ".qwenq-scratch" if spill else None)
+    return Streams(states, space)
 
 
 def embed(

@@ -41,6 +41,7 @@ def test_the_options_are_frozen() -> None:
         "--num-samples", "-n", "--sequence-length", "--seed", "--eval-text", "--eval-samples", "--method",
         "--damp-percent", "--device", "--dtype", "--compute-dtype", "--dry-run", "--resume", "--json",
         "--target-size", "--bpw", "--fit", "--context", "-c", "--engine", "--recipe", "--sensitivity", "--save-recipe",
+        "--fold", "--no-fold", "--pull", "--calibration-dtype",
     }  # fmt: skip
     assert options_of("eval") == {
         "--reference", "--text", "--num-samples", "-n", "--sequence-length", "--max-kl", "--max-ppl-increase",

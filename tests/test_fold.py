@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from qwenq.quant.fold import FOLDED_UNITS, LIMIT, channel_scales, fold_layer
+from qwenq.quant.fold import LIMIT, NORMS, FoldedLayer, channel_scales
 from qwenq.spec import spec_from_config
 
 CONFIG = {
@@ -21,6 +21,24 @@ def random_state(dtype=torch.float32):
         state[norm] = torch.rand(48, generator=generator) * 4 + 0.1
         state[norm][::5] *= 20  # outlier channels
     return {name: tensor.to(dtype) for name, tensor in state.items()}
+
+
+UNITS = ("down", "qkv", "gate_up")
+
+
+def fold(state, moments, units=UNITS, dtype=None):
+    """All tensors of the layer after folding, weights in float32."""
+    kept = {n: t if dtype is None else t.to(dtype) for n, t in state.items() if "proj.weight" not in n}
+    layer = FoldedLayer(state, kept)
+    for unit in units:
+        if unit == "down":
+            layer.fold_down(moments[unit])
+        else:
+            scales_I = layer.fold_norm(unit, moments[unit])
+            ratio_I = state[NORMS[unit]].float() / layer.kept[NORMS[unit]].float()
+            torch.testing.assert_close(scales_I, ratio_I.nan_to_num(1.0))  # what its inputs are divided by
+    weights = {n: layer.weight(n.removesuffix(".weight")) for n in state if "proj.weight" in n}
+    return weights | layer.kept
 
 
 def run_layer(state, h_TH):
@@ -47,36 +65,39 @@ def run_layer(state, h_TH):
     return h + linear("mlp.down_proj", m), {unit: t.square().mean(0) for unit, t in inputs.items()}
 
 
-@pytest.mark.parametrize("units", [FOLDED_UNITS, ("qkv",), ("down",), ("gate_up", "down")])
+@pytest.mark.parametrize("units", [UNITS, ("qkv",), ("down",), ("down", "gate_up")])
 def test_the_function_stays(units):
     h_TH = torch.randn(20, 48, generator=torch.Generator().manual_seed(1))
     state = random_state()
     before, moments = run_layer(state, h_TH)
-    new = fold_layer(state, moments, units)
-    assert all(not torch.equal(new[name], state[name]) for name in new)
-    after, _ = run_layer(state | new, h_TH)
+    after, _ = run_layer(fold(state, moments, units), h_TH)
     assert (after - before).abs().max() < 1e-5 * before.abs().max()
 
 
 def test_what_changes():
     state = random_state(torch.bfloat16)
     _, moments = run_layer(state, torch.randn(20, 48))
-    attention = {f"self_attn.{p}_proj.weight" for p in "qkv"} | {"input_layernorm.weight"}
-    assert set(fold_layer(state, moments, ["qkv"])) == attention
-    assert set(fold_layer(state, moments, ["down"])) == {"mlp.up_proj.weight", "mlp.down_proj.weight"}
-    new = fold_layer(state, moments)
+
+    def changed(units):
+        new = fold(state, moments, units)
+        return {name for name in state if not torch.equal(new[name].float(), state[name].float())}
+
+    assert changed(["qkv"]) == {f"self_attn.{p}_proj.weight" for p in "qkv"} | {"input_layernorm.weight"}
+    assert changed(["down"]) == {"mlp.up_proj.weight", "mlp.down_proj.weight"}
     untouched = {f"self_attn.{p}_proj.bias" for p in "qkv"} | {"self_attn.o_proj.weight"}
-    assert set(state) - set(new) == untouched
+    assert set(state) - changed(UNITS) == untouched
+    new = fold(state, moments, dtype=torch.float16)
     for name, tensor in new.items():
-        assert tensor.dtype == (torch.float32 if "proj.weight" in name else torch.bfloat16), name
-        assert tensor.shape == state[name].shape
+        wanted = torch.float32 if "proj.weight" in name else torch.float16
+        assert tensor.dtype == wanted and tensor.shape == state[name].shape, name
 
 
-def test_rounding_of_a_stored_norm_is_made_good():
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_rounding_of_a_stored_norm_is_made_good(dtype):
     """In bfloat16 a scaled norm moves by up to 0.4 %; the product with the weights behind it does not."""
     state = random_state(torch.bfloat16)
     _, moments = run_layer(state, torch.randn(20, 48))
-    new = fold_layer(state, moments, ["qkv", "gate_up"])
+    new = fold(state, moments, ["qkv", "gate_up"], dtype)
     for norm, path in (("input_layernorm", "self_attn.k_proj"), ("post_attention_layernorm", "mlp.up_proj")):
         before = state[f"{norm}.weight"].float() * state[f"{path}.weight"].float()
         after = new[f"{norm}.weight"].float() * new[f"{path}.weight"]
@@ -87,7 +108,7 @@ def test_zero_norm_channels_stay():
     state = random_state(torch.float16)
     state["input_layernorm.weight"][3] = 0
     _, moments = run_layer(state, torch.randn(20, 48))
-    new = fold_layer(state, moments, ["qkv"])
+    new = fold(state, moments, ["qkv"])
     assert new["input_layernorm.weight"][3] == 0
     assert all(t.isfinite().all() for t in new.values())
     assert torch.equal(new["self_attn.q_proj.weight"][:, 3], state["self_attn.q_proj.weight"][:, 3].float())
@@ -97,9 +118,9 @@ def test_up_bias_is_scaled():
     state = random_state() | {"mlp.up_proj.bias": torch.randn(64)}
     h_TH = torch.randn(20, 48)
     before, moments = run_layer(state, h_TH)
-    new = fold_layer(state, moments, ["down"])
+    new = fold(state, moments, ["down"])
     assert not torch.equal(new["mlp.up_proj.bias"], state["mlp.up_proj.bias"])
-    after, _ = run_layer(state | new, h_TH)
+    after, _ = run_layer(new, h_TH)
     assert (after - before).abs().max() < 1e-5 * before.abs().max()
 
 

@@ -118,21 +118,23 @@ def test_each_sweep_lowers_the_error(scheme):
     assert errors[2] < errors[0] - 0.1
 
 
-def test_pulls_move_the_outputs():
-    """What is asked to be added to the outputs is added, as far as inputs can tell, before rounding."""
+def test_targets_move_the_outputs():
+    """Outputs go the asked share of the way to the target, as far as inputs can tell, before rounding."""
     x_TI = correlated(64, tokens=600)
     h_II = x_TI.T @ x_TI
     generator = torch.Generator().manual_seed(5)
     weights = {name: torch.randn(16, 64, generator=generator) for name in "ab"}
     shift_OI = 0.1 * torch.randn(16, 64, generator=generator)
-    pulls = {"b": x_TI.T @ (x_TI @ shift_OI.T)}
-    solved = solve_unit(weights, h_II.clone(), Scheme(8, 32), damp_percent=1e-6, pulls=pulls)
-    found = solved["b"][0].dequantize()
-    missed_TO, asked_TO = x_TI @ (found - weights["b"] - shift_OI).T, x_TI @ shift_OI.T
-    assert missed_TO.square().mean() < 0.01 * asked_TO.square().mean()
-    alone = solve_unit({"a": weights["a"]}, h_II.clone(), Scheme(8, 32), damp_percent=1e-6)
+    asked_TO = x_TI @ shift_OI.T
+    options = {"damp_percent": 1e-6}
+    for pull in (1.0, 0.5):
+        targets = {"b": x_TI.T @ (x_TI @ weights["b"].T + asked_TO)}
+        solved = solve_unit(weights, h_II.clone(), Scheme(8, 32), **options, targets=targets, pull=pull)
+        moved_TO = x_TI @ (solved["b"][0].dequantize() - weights["b"]).T
+        assert (moved_TO - pull * asked_TO).square().mean() < 0.01 * asked_TO.square().mean()
+        assert solved["b"][1].error_db < -40
+    alone = solve_unit({"a": weights["a"]}, h_II.clone(), Scheme(8, 32), **options)
     assert (solved["a"][0].codes_OI != alone["a"][0].codes_OI).float().mean() < 0.1
-    assert solved["b"][1].error_db < -40
 
 
 def test_damped_solution(monkeypatch):
@@ -223,10 +225,6 @@ def test_hessian_accumulates_its_upper_triangle():
     torch.testing.assert_close(h_II, wanted.float(), rtol=1e-4, atol=1e-3)
     half = torch.zeros(600, 600)
     add_to_hessian(half, x_TI.bfloat16())
-    counted = torch.zeros(600, 600)
-    add_to_hessian(counted, x_TI, torch.arange(64.0))
-    wanted_counted = (x_TI.double().T * torch.arange(64.0).double()) @ x_TI.double()
-    torch.testing.assert_close(counted.triu(), wanted_counted.triu().float(), rtol=1e-4, atol=1e-2)
     torch.testing.assert_close(half.triu(), wanted.triu().float(), rtol=2e-2, atol=0.5)
 
 

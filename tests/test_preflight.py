@@ -153,11 +153,14 @@ def test_free_disk_of_a_directory_to_be_made(tmp_path: Path) -> None:
 
 
 def test_hidden_states_by_hand() -> None:
-    """Three calibration and two evaluation windows of ten tokens, 64 values a token; and the noise floor's."""
+    """Three calibration and two evaluation windows of ten tokens, 64 values a token, each through two models; and the
+    noise floor's.
+    """
     spec = spec_of()
-    assert stream_bytes(spec, Tokens(3, 2, 10), 4) == (3 + 2 + 2) * 10 * 64 * 4
-    assert stream_bytes(spec, Tokens(3, 2, 10), 2) == (3 + 2 + 2) * 10 * 64 * 2 + 2 * 10 * 64 * 4
-    assert stream_bytes(spec, Tokens(3, 1, 10), 2) == (3 + 1 + 1) * 10 * 64 * 2 + 1 * 10 * 64 * 4
+    assert stream_bytes(spec, Tokens(3, 2, 10), 4) == (3 + 3 + 2 + 2) * 10 * 64 * 4
+    assert stream_bytes(spec, Tokens(3, 2, 10, 2), 4) == (3 + 3) * 10 * 64 * 2 + (2 + 2) * 10 * 64 * 4
+    assert stream_bytes(spec, Tokens(3, 2, 10, 2), 2) == (3 + 3 + 2 + 2) * 10 * 64 * 2 + 2 * 10 * 64 * 4
+    assert stream_bytes(spec, Tokens(3, 1, 10, 2), 2) == (3 + 3 + 1 + 1) * 10 * 64 * 2 + 1 * 10 * 64 * 4
 
 
 def test_predicted_peaks_do_not_know_the_number_of_layers() -> None:

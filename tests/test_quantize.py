@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import small_job
+from conftest import small_job, text_windows
 from safetensors.torch import load_file, save_file
 
 import qwenq.quantize
@@ -36,6 +36,7 @@ from qwenq.streams import new_streams
 from qwenq.tokens import TokenWindows
 
 Make = Callable[..., Path]
+UNFOLDED = SolverOptions(fold=False, pull=0.0)
 MIXED = Recipe(
     Scheme(4, 32),
     (
@@ -95,7 +96,7 @@ def test_predicted_bytes_are_written_bytes(recipe: Recipe, tied: bool, random_mo
 def test_what_is_not_quantized_is_the_sources_bytes(random_model: Make, tmp_path: Path) -> None:
     source = random_model(dtype=torch.bfloat16)
     (source / "generation_config.json").write_text('{"odd":   "spacing"}')
-    quantize(small_job(source, tmp_path / "out"))
+    quantize(small_job(source, tmp_path / "out", options=UNFOLDED))
     before, after = tensors_of(source), tensors_of(tmp_path / "out")
     kept = [name for name in after if name in before]
     for name in kept:
@@ -107,6 +108,39 @@ def test_what_is_not_quantized_is_the_sources_bytes(random_model: Make, tmp_path
         assert {f"model.layers.{layer}.self_attn.{x}_proj.bias" for x in "qkv"} <= set(kept)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_folding_changes_norms_alone(random_model: Make, tmp_path: Path) -> None:
+    """And only those before units that are quantized whole; the function stays, as the drift at 8 bits shows."""
+    source = random_model(dtype=torch.bfloat16)
+    plain = quantize(small_job(source, tmp_path / "plain", recipe=Recipe(Scheme(8, 32)), options=UNFOLDED))
+    folded = quantize(small_job(source, tmp_path / "folded", recipe=Recipe(Scheme(8, 32))))
+    assert folded.drift.kl.mean < 2 * plain.drift.kl.mean < 1e-3
+    quantize(small_job(source, tmp_path / "out", recipe=MIXED))
+    before, after = tensors_of(source), tensors_of(tmp_path / "out")
+    changed = {name for name in set(before) & set(after) if not torch.equal(before[name], after[name])}
+    norms = {f"model.layers.{k}.{x}_layernorm.weight" for k in range(3) for x in ("input", "post_attention")}
+    assert changed == norms
+    assert all(after[name].dtype == torch.bfloat16 for name in norms)
+    in_16_bit = ("self_attn.k_proj", "mlp.up_proj")
+    some = Recipe(Scheme(4, 32), tuple((f"model.layers.1.{path}", None) for path in in_16_bit))
+    quantize(small_job(source, tmp_path / "some", recipe=some))
+    after = tensors_of(tmp_path / "some")
+    changed = {name for name in set(before) & set(after) if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in norms if ".1." not in name}
+
+
+def test_folding_and_pulling_each_lose_less(tiny: Path, calib: Path, heldout: Path, tmp_path: Path) -> None:
+    kl = {}
+    for fold, pull in ((False, 0.0), (True, 0.0), (True, 0.5)):
+        options = SolverOptions(fold=fold, pull=pull)
+        job = small_job(
+            tiny, tmp_path / f"{fold}-{pull}", options=options, recipe=Recipe(Scheme(4, 64)),
+            calibration=text_windows(calib, tiny, 128, 64), evaluation=text_windows(heldout, tiny, 128, 24),
+        )  # fmt: skip
+        kl[fold, pull] = quantize(job).drift.kl.mean
+    assert kl[True, 0.0] < 0.97 * kl[False, 0.0]
+    assert kl[True, 0.5] < 0.85 * kl[True, 0.0]
 
 
 def test_the_format_as_loaders_read_it(random_model: Make, tmp_path: Path) -> None:
@@ -180,7 +214,7 @@ def test_spilled_hidden_states_change_nothing(random_model: Make, tmp_path: Path
 )
 def test_conversion_of_what_is_not_quantized(stored: str, target: str, random_model: Make, tmp_path: Path) -> None:
     source = random_model(dtype=getattr(torch, stored))
-    job = small_job(source, tmp_path / "out", dtype=target, recipe=MIXED)
+    job = small_job(source, tmp_path / "out", dtype=target, recipe=MIXED, options=UNFOLDED)
     result = quantize(job)
     before, after = tensors_of(source), tensors_of(tmp_path / "out")
     for name in set(before) & set(after):
@@ -215,7 +249,6 @@ def test_quantize_and_eval_agree_exactly(tiny: Path, tiny_result: Any, random_mo
 @pytest.mark.parametrize("bits", [4, 8])
 def test_drift_is_that_of_transformers_full_models(bits: int, tiny: Path, heldout: Path, tiny_result: Any) -> None:
     """The oracle: both models whole, the quantized one with weights dequantized, logits in float32, sums in float64."""
-    from conftest import text_windows
     from transformers import Qwen2ForCausalLM
 
     result = tiny_result(bits, "gptq")
@@ -246,12 +279,13 @@ def test_drift_is_that_of_transformers_full_models(bits: int, tiny: Path, heldou
 
 def test_reported_errors_are_those_of_the_outputs(random_model: Make, tmp_path: Path) -> None:
     """The oracle: transformers' quantized model on the calibration tokens; each linear sees there what it was solved
-    for, inputs that went through every linear quantized before it. E = ||X (W - Q)'||^2 / ||X W'||^2.
+    for, inputs that went through every linear quantized before it. E = ||X (W - Q)'||^2 / ||X W'||^2, where tokens of
+    o and down count by the inverse mean square of the states they are added to.
     """
     from transformers import Qwen2ForCausalLM
 
     source = random_model()
-    job = small_job(source, tmp_path / "out", recipe=MIXED)
+    job = small_job(source, tmp_path / "out", recipe=MIXED, options=UNFOLDED)
     result = quantize(job)
     assert job.calibration is not None
     checkpoint = open_checkpoint(job.out)
@@ -264,14 +298,18 @@ def test_reported_errors_are_those_of_the_outputs(random_model: Make, tmp_path: 
         return lambda module, arguments: inputs.update({name: arguments[0].reshape(-1, arguments[0].shape[-1])})
 
     for name, module in model.named_modules():
-        if name.endswith("_proj"):
+        if name.endswith(("_proj", "layernorm")):
             module.register_forward_pre_hook(keep(name))
     with torch.no_grad():
         model(job.calibration.ids)
     told = {r.name: r.error_db for block in result.layers for r in block.linears}
     assert len(told) == 3 * 7 - 1
     for name, error_db in told.items():
-        x, w = inputs[name].double(), job.source.read(name + ".weight").double()
+        added_to = {"o_proj": "input_layernorm", "down_proj": "post_attention_layernorm"}.get(name.rsplit(".", 1)[1])
+        x = inputs[name].double()
+        if added_to is not None:
+            x = x * inputs[f"{name.rsplit('.', 2)[0]}.{added_to}"].double().square().mean(-1, keepdim=True).rsqrt()
+        w = job.source.read(name + ".weight").double()
         q = state[name + ".weight"].double()
         wanted = 10 * math.log10(float((x @ (w - q).T).square().sum() / (x @ w.T).square().sum()))
         assert error_db == pytest.approx(wanted, abs=0.02), name

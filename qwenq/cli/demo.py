@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from qwenq.cli.console import LayerProgress, drift_table, err, out
+from qwenq.cli.models import pick_calibration_dtype
 from qwenq.errors import JobError
 from qwenq.scheme import Recipe, Scheme
 from qwenq.units import format_gb
@@ -76,6 +77,7 @@ def demo(
                 calibration=None if method == "rtn" else calibration,
                 evaluation=evaluation,
                 options=SolverOptions(method=method),
+                calibration_dtype=pick_calibration_dtype("auto", "cpu"),
                 overlap=None if method == "rtn" else shared,
             )
             with LayerProgress(source.spec.num_hidden_layers) as progress:

@@ -17,6 +17,13 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 ComputeDtype = Annotated[
     str, typer.Option("--compute-dtype", help="float32 or bfloat16; auto: float32 on a CPU, bfloat16 on a GPU.")
 ]
+CalibrationDtype = Annotated[
+    str,
+    typer.Option(
+        "--calibration-dtype",
+        help="float32 or bfloat16, of calibration activations; auto: bfloat16 where it is computed natively.",
+    ),
+]
 StoredDtype = Annotated[
     str, typer.Option(help="Convert tensors that are not quantized: float16 or bfloat16; auto keeps their bytes.")
 ]
@@ -86,3 +93,20 @@ def pick_compute_dtype(compute_dtype: str, device: str) -> str:
             hint="float16 overflows in Qwen2.5's activations and is very slow on CPUs",
         )
     return compute_dtype
+
+
+def pick_calibration_dtype(calibration_dtype: str, device: str) -> str:
+    """The dtype calibration activations are computed in; auto: bfloat16, unless this CPU has no instructions for it."""
+    if calibration_dtype not in ("auto", "float32", "bfloat16"):
+        raise PlanError(f"--calibration-dtype {calibration_dtype}: wanted float32, bfloat16 or auto")
+    if calibration_dtype != "auto":
+        return calibration_dtype
+    return "bfloat16" if device.startswith("cuda") or _cpu_has_bfloat16() else "float32"
+
+
+def _cpu_has_bfloat16() -> bool:
+    try:
+        words = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return False
+    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})

@@ -7,26 +7,23 @@ c = (E[x**2] / mean(w**2))**(1/4). GPTQ lets other columns answer for an error, 
 much less about what its error costs, and its best exponent is a quarter of that: measured on two models, held-out
 error against MOMENT_EXPONENT is least near 1/16 and worse than without folding at 1/4.
 
-The pipeline does not fold yet: reports/LOG.md says what it is worth and what the pipeline has to collect for it.
-
 Sources: the norm before q, k, v and before gate, up; up for down. v for o would be one too (one scale for all query
 heads that share a v channel), but gained nothing. q, k and gate are none: rotary embedding and activation follow them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from qwenq.spec import UNITS
 
-FOLDED_UNITS = ("qkv", "gate_up", "down")
 MOMENT_EXPONENT = 1 / 16
 POWER_EXPONENT = 1 / 4
 LIMIT = 32.0  # of a channel's scale, either way
-_NORMS = {"qkv": "input_layernorm.weight", "gate_up": "post_attention_layernorm.weight"}
+NORMS = {"qkv": "input_layernorm.weight", "gate_up": "post_attention_layernorm.weight"}
 _UP, _DOWN = "mlp.up_proj", "mlp.down_proj"
 
 
@@ -42,42 +39,66 @@ def channel_scales(power_I: Tensor, moment_I: Tensor) -> Tensor:
     return (log_I - log_I.mean()).exp().clamp(1 / LIMIT, LIMIT)
 
 
-def fold_layer(
-    state: Mapping[str, Tensor], moments: Mapping[str, Tensor], units: Collection[str] = FOLDED_UNITS
-) -> dict[str, Tensor]:
-    """Tensors of one decoder layer that folding changes, by relative name; the layer's function stays what it was.
+class FoldedLayer:
+    """A decoder layer's 16-bit tensors by relative name, and the scales folded into them so far.
 
-    state: the layer's tensors (`self_attn.q_proj.weight`, `input_layernorm.weight`, ...).
-    moments: for each unit of `units`, the mean (or sum) of x**2 over calibration tokens, [in], of its inputs in the
-    unfolded layer. Leave a unit out of `units` when it stays unquantized, and `down` when up does.
-
-    Changed: for qkv and gate_up their weights and the norm before them; for down its weight and up's weight and bias.
-    Weights come back in float32, to be rounded once, by the quantizer; norms and biases in their own dtype, as they
-    will be stored: a norm's rounding is made good in the weights behind it.
+    `fold_down` before `fold_norm("gate_up")`: up's rows decide the scales of its columns. Weights are scaled when they
+    are asked for, in float32, to be rounded once, by the quantizer. `kept` holds what is not quantized as it will be
+    stored; folding changes norms and biases there. What a norm loses by being stored in 16 bit is made good in the
+    weights behind it.
     """
-    new: dict[str, Tensor] = {}
 
-    def latest(name: str) -> Tensor:
-        return new[name] if name in new else state[name].float()
+    def __init__(
+        self, state: Mapping[str, Tensor], kept: Mapping[str, Tensor], device: torch.device | str = "cpu"
+    ) -> None:
+        self.state = dict(state)
+        self.kept = dict(kept)
+        self.device = device
+        self._columns: dict[str, Tensor] = {}
+        self._rows: dict[str, Tensor] = {}
 
-    def scales_of(unit: str) -> Tensor:
-        power_I = torch.cat([latest(f"{path}.weight") for path in UNITS[unit]]).square().mean(0)
-        return channel_scales(power_I, moments[unit])
+    def weight(self, path: str) -> Tensor:
+        """The weight [out, in] of linear `path` (`mlp.down_proj`) with its scales, float32."""
+        w_OI = self._tensor(f"{path}.weight")
+        if path in self._columns:
+            w_OI = w_OI * self._columns[path]
+        if path in self._rows:
+            w_OI = w_OI * self._rows[path][:, None]
+        return w_OI
 
-    if "down" in units:
-        scales_I = scales_of("down")
-        new[f"{_DOWN}.weight"] = latest(f"{_DOWN}.weight") * scales_I
-        new[f"{_UP}.weight"] = latest(f"{_UP}.weight") / scales_I[:, None]
-        if (bias := f"{_UP}.bias") in state:
-            new[bias] = (state[bias].float() / scales_I).to(state[bias].dtype)
-    for unit, norm in _NORMS.items():
-        if unit not in units:
-            continue
-        old_I = state[norm].float()
-        stored_I = (old_I / scales_of(unit)).to(state[norm].dtype)
+    def release(self, path: str) -> None:
+        """Let go of a weight that is not needed any more."""
+        del self.state[f"{path}.weight"]
+
+    def fold_down(self, moment_I: Tensor) -> None:
+        """Fold scales between up and down. `moment_I`: mean or sum of squares of down's inputs, unfolded."""
+        scales_I = self._scales([_DOWN], moment_I)
+        self._columns[_DOWN] = scales_I
+        self._rows[_UP] = 1 / scales_I
+        if (name := f"{_UP}.bias") in self.state:
+            self.kept[name] = self._as_stored(name, self._tensor(name) / scales_I)
+
+    def fold_norm(self, unit: str, moment_I: Tensor) -> Tensor:
+        """Fold scales between a unit (`qkv` or `gate_up`) and the norm before it; returns them [I].
+
+        `moment_I`: mean or sum of squares of the unit's inputs, unfolded. Inputs are divided by what is returned.
+        """
+        name = NORMS[unit]
+        old_I = self._tensor(name)
+        stored_I = self._as_stored(name, old_I / self._scales(list(UNITS[unit]), moment_I))
         usable_I = (stored_I != 0) & stored_I.isfinite()
-        new[norm] = torch.where(usable_I, stored_I, state[norm])
+        self.kept[name] = torch.where(usable_I, stored_I, self._as_stored(name, old_I))
         scales_I = torch.where(usable_I, old_I / stored_I.float(), 1.0)
-        for path in UNITS[unit]:
-            new[f"{path}.weight"] = latest(f"{path}.weight") * scales_I
-    return new
+        self._columns |= dict.fromkeys(UNITS[unit], scales_I)
+        return scales_I
+
+    def _scales(self, paths: list[str], moment_I: Tensor) -> Tensor:
+        weights = [self.weight(path) for path in paths]
+        power_I = torch.stack([w_OI.square().sum(0) for w_OI in weights]).sum(0)
+        return channel_scales(power_I / sum(len(w_OI) for w_OI in weights), moment_I)
+
+    def _tensor(self, name: str) -> Tensor:
+        return self.state[name].to(device=self.device, dtype=torch.float32)
+
+    def _as_stored(self, name: str, value: Tensor) -> Tensor:
+        return value.to(self.kept[name].dtype)

@@ -70,16 +70,13 @@ def decibel(error: float, signal: float) -> float:
     return 10 * math.log10(error / signal) if signal > 0 else math.inf
 
 
-def add_to_hessian(h_II: Tensor, x_TI: Tensor, weight_T: Tensor | None = None) -> None:
+def add_to_hessian(h_II: Tensor, x_TI: Tensor) -> None:
     """Add x' x to the upper triangle of `h_II` (float32, in place); what lies below the diagonal means nothing.
 
     The triangle is added in block rows, which saves almost half of the work. `solve_unit` reads the upper triangle.
-    `weight_T`: how much each token counts, 1 when left out.
     """
     width = h_II.shape[0]
     x_TI = x_TI.reshape(-1, width).float()
-    if weight_T is not None:
-        x_TI = x_TI * weight_T.reshape(-1, 1).sqrt()
     step = max(256, -(-width // 16))
     for start in range(0, width, step):
         h_II[start : start + step, start:].addmm_(x_TI[:, start : start + step].T, x_TI[:, start:])
@@ -339,16 +336,17 @@ def solve_unit(
     damp_percent: float = DAMP_PERCENT,
     method: str = "gptq",
     sweeps: int = SWEEPS,
-    pulls: Mapping[str, Tensor] | None = None,
+    targets: Mapping[str, Tensor] | None = None,
+    pull: float = 0.0,
 ) -> dict[str, tuple[QTensor, SolveStats]]:
     """Quantize linears [out, in] that read the same input, sharing one factorization.
 
     `h_II` (float32 [in, in]) is the sum of x x' over calibration tokens, not normalised; its upper triangle is read
     and **it is overwritten**. `damp_percent` is a fraction of the mean diagonal, raised tenfold while the factor does
     not exist; after DAMP_TRIES weights are rounded to the nearest value of a searched grid and `fallback` says so.
-    `pulls` (float32 [in, out] by name, overwritten): sums of x t' over the same tokens, where t is what should be
-    added to the outputs of the unrounded weights; weights are first moved by (H + damp)^-1 times that, and error
-    figures count from there.
+    `targets` (float32 [in, out] by name, overwritten): sums of x y' over the same tokens, where y is what the outputs
+    should be. Unrounded weights are first moved by the share `pull` of the way to the damped least-squares fit,
+    W' + pull (H + damp)^-1 (targets - H W'), and error figures count from there.
     `method` "rtn" rounds to nearest with absmax scales and takes the Hessian, if any, for the statistics alone.
     Raises QwenqError, naming tensors, for non-finite or ill-fitting input.
     """
@@ -381,6 +379,9 @@ def solve_unit(
     signals = [math.nan if h_II is None else _quadratic(e_IO[:, rows], h_II, diagonal_I) for rows in samples]
     weight_norm_O = e_IO.square().sum(0)
 
+    for part_IO, name in zip(e_IO.split(sizes, dim=1), weights, strict=True):
+        if targets is not None and h_II is not None and name in targets:
+            targets[name].copy_(targets[name][order_I]).addmm_(h_II, part_IO, alpha=-1)
     tried, fallback = 0.0, ""
     if h_II is None or method == "rtn":
         codes_IO, scales_GO, zeros_GO = _solve_rounding(e_IO, None, scheme)
@@ -391,10 +392,9 @@ def solve_unit(
             weight_I = diagonal_I.clamp(min=0) + max(1e-3 * float(diagonal_I.mean()), 1e-12)
             codes_IO, scales_GO, zeros_GO = _solve_rounding(e_IO, weight_I, scheme)
         else:
-            if pulls is not None:
-                for part_IO, name in zip(e_IO.split(sizes, dim=1), weights, strict=True):
-                    if name in pulls:
-                        part_IO.add_(_solve_damped(pulls[name][order_I], h_II))
+            for part_IO, name in zip(e_IO.split(sizes, dim=1), weights, strict=True):
+                if targets is not None and name in targets:
+                    part_IO.add_(_solve_damped(targets[name], h_II), alpha=pull)
             codes_IO, scales_GO, zeros_GO = _solve_gptq(e_IO, h_II, scheme)
             for _ in range(sweeps):
                 _descend(e_IO, codes_IO, scales_GO, zeros_GO, h_II, diagonal_I, damp, scheme)
