@@ -15,7 +15,7 @@ from qwenq.errors import CheckpointError
 from qwenq.formats.config import read_quantization_config
 from qwenq.formats.quantization import Quantization
 from qwenq.formats.storage import unpack_linear
-from qwenq.headers import TensorLocation, checkpoint_tensors, read_object
+from qwenq.headers import TensorLocation, checkpoint_tensors, model_name, read_object
 from qwenq.layout import NF4_STATE, linear_tensors
 from qwenq.quant.gptq import QTensor
 from qwenq.scheme import Recipe
@@ -133,7 +133,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     """Read config and headers of a checkpoint and check every needed tensor; raises CheckpointError in one line."""
     directory = Path(directory)
     config = read_config(directory)
-    spec = spec_from_config(config, where=str(directory / "config.json"), name=directory.name)
+    spec = spec_from_config(config, where=str(directory / "config.json"), name=model_name(directory))
     _refuse_sparse(config, directory)
     stored = checkpoint_tensors(directory)
     quantized = None

@@ -181,6 +181,15 @@ def inside(directory: Path, name: str) -> Path:
     return path
 
 
+def model_name(directory: Path) -> str:
+    """`owner/name` for a snapshot in the hub's cache, else the directory's own name."""
+    place = directory.absolute()
+    repository = place.parent.parent.name
+    if place.parent.name == "snapshots" and repository.startswith("models--") and repository.count("--") == 2:
+        return repository.removeprefix("models--").replace("--", "/")
+    return place.name
+
+
 def shown(text: str, limit: int = 120) -> str:
     """Text from outside as one printable line of at most `limit` characters."""
     clean = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text[: limit + 1])

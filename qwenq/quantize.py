@@ -23,9 +23,10 @@ import torch
 
 from qwenq.block import BlockSolver, CalibrationStreams, StageClock, round_block, run_layer
 from qwenq.bnb import round_bnb_layer
+from qwenq.card import CARD_NAME, model_card
 from qwenq.checkpoint import Checkpoint, non_finite
 from qwenq.errors import CheckpointError, JobError
-from qwenq.files import file_sha256, make_directory
+from qwenq.files import file_sha256, make_directory, write_bytes
 from qwenq.finish import COPIED_FILES, describe_result, finished_before, give_name, job_warnings, write_small_files
 from qwenq.formats.config import quantization_config, read_quantization_config
 from qwenq.head import HeadWeights, measure_drift
@@ -142,7 +143,7 @@ class _Run:
     @torch.inference_mode()
     def run(self, started: float) -> QuantizeResult:
         self.listen("hashing the source")
-        names = [*(path.name for path in self.job.source.files), "config.json", *COPIED_FILES]
+        names = [*(path.name for path in self.job.source.files), "config.json", CARD_NAME, *COPIED_FILES]
         read = SourceFiles.read(self.job.source.directory, names)
         described = self.job.describe() | {"source": read.hashes}
         if self.resume and not never_begun(self.work):
@@ -337,6 +338,8 @@ class _Run:
             warnings=job_warnings(layers, drift, self.job.overlap),
         )
         described = describe_result(journal.job, self.spec.parameters, result, resumed=self.resume)
+        card = model_card(described, self.job.source.directory, self.spec, self.job.recipe)
+        write_bytes(self.work / CARD_NAME, card.encode())
         write_manifest(self.work, described, hashes)  # hashes whatever lies there: write other files before this
         give_name(self.work, self.job.out)
         return result

@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
             "planning.recipefile planning.fitting planning.offload",
         ),
         ("tensor maths", "quant quant.* metrics"),
-        ("disk", "files manifest provenance shards journal formats formats.* tokens calibration checkpoint audit"),
+        ("disk", "files manifest provenance card shards journal formats formats.* tokens calibration checkpoint audit"),
         ("network", "stream"),
         ("work", "runtime runtime.* streams block bnb head job host finish quantize verify evaluate demo"),
         ("telling", "report report.* page page.*"),

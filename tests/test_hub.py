@@ -31,7 +31,7 @@ from qwenq.spec import TensorSpec
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-EXTRAS = ["README.md", "modeling_tiny.py", "pytorch_model.bin", "onnx/model.safetensors", "consolidated.safetensors"]
+EXTRAS = ["tf_model.h5", "modeling_tiny.py", "pytorch_model.bin", "onnx/model.safetensors", "consolidated.safetensors"]
 
 
 def shard(tensors: dict[str, TensorSpec]) -> bytes:

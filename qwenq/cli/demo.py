@@ -57,7 +57,7 @@ def demo(
     from qwenq.report.runs import load_runs
     from qwenq.tokens import ModelTokenizer
 
-    model = directory / "model"
+    model = directory / "SmolLM2-135M"
     if not (model / "config.json").is_file():
         err.print(f"making the model: {model}")
         make_demo_model(model)

@@ -1,0 +1,84 @@
+"""`qwenq demo` on a stand-in for the real model: what it makes, that it goes on where it stopped, and its report."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+import qwenq.demo
+from qwenq.calibration import load_windows
+from qwenq.cli.main import app
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch, tiny: Path) -> list[Path]:
+    """The tiny model in place of the real one, and few short windows; holds where models were made."""
+    calls: list[Path] = []
+
+    def make(out: Path) -> Path:
+        calls.append(out)
+        shutil.copytree(tiny, out)
+        return out
+
+    def few(*arguments: object, **options: object) -> object:
+        short = {"length": 64, "count": 4 if options["count"] else None, "up_to": 3}
+        return load_windows(*arguments, **{**options, **short})  # type: ignore[arg-type]
+
+    monkeypatch.setattr(qwenq.demo, "make_demo_model", make)
+    monkeypatch.setattr("qwenq.calibration.load_windows", few)
+    return calls
+
+
+def demo(directory: Path, report: Path) -> Result:
+    arguments = ["demo", "-o", str(directory), "--report", str(report)]
+    return CliRunner(env={"COLUMNS": "120", "TERM": "dumb"}).invoke(app, arguments)
+
+
+def test_the_demo_ends_with_a_report(made: list[Path], tmp_path: Path) -> None:
+    out, report = tmp_path / "demo", tmp_path / "reports" / "demo.md"
+    report.parent.mkdir()
+    benchmark = {"tool": "Another tool", "text": "heldout", "kl": 0.5, "bytes": 1_000_000}
+    (report.parent / "benchmarks.jsonl").write_text(json.dumps(benchmark))
+    result = demo(out, report)
+    assert result.exit_code == 0, result.output
+    assert made == [out / "SmolLM2-135M"]
+    assert {p.name for p in out.iterdir()} == {"SmolLM2-135M", "8-bit", "4-bit", "4-bit-rtn"}
+    text, page = report.read_text(), report.with_suffix(".html").read_text()
+    assert text.startswith("# Demo: SmolLM2-135M to 8 and 4 bits\n")
+    kl = {n: json.loads((out / n / "qwenq-manifest.json").read_text())["drift"]["kl"]["mean"]
+          for n in ("8-bit", "4-bit", "4-bit-rtn")}  # fmt: skip
+    assert kl["8-bit"] < kl["4-bit"] < kl["4-bit-rtn"]
+    assert f"4-bit has {kl['4-bit'] / kl['4-bit-rtn']:.2f} of the KL of rounding to nearest, 4-bit-rtn." in text
+    assert "| Another tool |" in text and ">Another tool</text>" in page
+    assert "Command: `make demo (qwenq demo)`." in text and "Q4\\_1" not in text
+    assert page.startswith("<!doctype html>") and "warnings" in page
+    assert str(tmp_path) not in text + page
+
+
+def test_a_second_call_makes_only_what_is_missing(made: list[Path], tmp_path: Path) -> None:
+    out, report = tmp_path / "demo", tmp_path / "demo.md"
+    assert demo(out, report).exit_code == 0
+    before = {n: (out / n / "qwenq-manifest.json").stat().st_mtime_ns for n in ("8-bit", "4-bit-rtn")}
+    first = report.read_text()
+    shutil.rmtree(out / "4-bit")
+    report.unlink()
+    result = demo(out, report)
+    assert result.exit_code == 0 and len(made) == 1
+    assert before == {n: (out / n / "qwenq-manifest.json").stat().st_mtime_ns for n in before}
+
+    def steady(text: str) -> str:
+        return text.split("## Time and memory")[0]
+
+    assert steady(report.read_text()) == steady(first)
+    (out / "8-bit" / "qwenq-manifest.json").unlink()
+    result = demo(out, report)
+    assert result.exit_code == 1
+    assert re.fullmatch(
+        r"error: .*/8-bit: holds no qwenq-manifest.json\nhint: delete .*/8-bit and run the demo again\n", result.stderr
+    )
