@@ -13,6 +13,7 @@ from qwenq import __version__
 from qwenq.cli.demo import demo
 from qwenq.cli.evaluate import evaluate
 from qwenq.cli.inspect import inspect
+from qwenq.cli.measure import measure
 from qwenq.cli.plan import plan
 from qwenq.cli.quantize import quantize
 from qwenq.cli.report import report
@@ -73,6 +74,7 @@ app.command("inspect")(inspect)
 app.command("verify")(verify)
 app.command("report")(report)
 app.command("demo")(demo)
+vram_app.command("measure")(measure)
 app.add_typer(vram_app, name="vram")
 app.command("plan")(plan)
 

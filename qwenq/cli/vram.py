@@ -52,6 +52,9 @@ Utilization = Annotated[float, typer.Option("--gpu-memory-utilization", help="vL
 ExpectParams = Annotated[
     str | None, typer.Option("--expect-params", help="Stated parameters, e.g. 72.7B; refused if the shapes disagree.")
 ]
+ProfileFile = Annotated[
+    Path | None, typer.Option("--profile", help="Measured on the rig by `qwenq vram measure -o FILE`.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable.")]
 
 
@@ -76,6 +79,7 @@ def estimate_command(
     max_num_seqs: MaxNumSeqs = 0,
     gpu_memory_utilization: Utilization = 0.9,
     expect_params: ExpectParams = None,
+    profile: ProfileFile = None,
     as_json: Json = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="One line a GPU and term.")] = False,
 ) -> None:
@@ -99,6 +103,7 @@ def estimate_command(
         max_num_seqs=max_num_seqs,
         gpu_memory_utilization=gpu_memory_utilization,
         expect_params=expect_params,
+        profile=profile,
     ).resolve()
     answer = spread(question, contexts_of(question, max_model_len))
     for misfit in question.misfits:

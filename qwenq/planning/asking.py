@@ -6,7 +6,7 @@ The command line and the page ask through here, so they say the same.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from qwenq.planning.models import Model, load_model, model_weights
 from qwenq.planning.parallel import ParallelOption, best_option, parallel_options, tensor_parallel_reasons
 from qwenq.planning.placement import place
 from qwenq.planning.plan import runs_on
+from qwenq.planning.profile import read_profile
 from qwenq.planning.rig import Gpu, Rig, parse_rig
 from qwenq.planning.terms import TERM_NAMES, Workload
 from qwenq.planning.weights import Weights
@@ -76,6 +77,7 @@ class Question:
     gpu_memory_utilization: float = 0.9
     expect_params: str | None = None
     rig: Rig | None = None  # already known, from --detect
+    profile: Path | None = None  # measured by `qwenq vram measure`
 
     def resolve(self) -> Resolved:
         """Everything looked up and checked; a QwenqError for what is unknown or contradictory."""
@@ -83,6 +85,10 @@ class Question:
         if sum(ways) > 1:
             raise PlanError("--bits, --target-size and --checkpoint exclude each other", hint="give one of them")
         engine = get_engine(self.engine, self.engine_version)
+        if self.profile is not None:
+            if engine.name != "qwenq":
+                raise PlanError(f"--profile corrects this project's own engine, not {engine.name}")
+            engine = replace(engine, profile=read_profile(self.profile))
         kv_bytes_per_value(engine, self.kv_cache_dtype)
         model = load_model(self.model, parse_parameters(self.expect_params) if self.expect_params else None)
         weights = model_weights(

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, field
 
 from qwenq.errors import PlanError
+from qwenq.planning.profile import Profile
 
 ENGINES = ("qwenq", "transformers", "vllm", "llama.cpp")
 KV_BYTES = {  # bytes a cached value, scales included; llama.cpp's q8_0 is 34 bytes per 32 values, q4_0 18
@@ -47,6 +48,7 @@ class Engine:
     name: str
     version: Version
     libraries: tuple[tuple[str, Version], ...] = field(default=())
+    profile: Profile | None = None  # what was measured on the rig, for the torch engines
 
     @property
     def label(self) -> str:

@@ -46,9 +46,11 @@ def spill_to_disk(devices: DeviceMap, weights: Weights, room_bytes: int) -> Devi
     return found
 
 
-def host_need(spec: ModelSpec, weights: Weights, work: Workload, value_bytes: int = 2) -> HostNeed:
+def host_need(
+    spec: ModelSpec, weights: Weights, work: Workload, value_bytes: int = 2, phase: str = ""
+) -> HostNeed:
     """Weights, cache and working memory of a run on a CPU whose activations take `value_bytes` a value."""
-    terms, _ = torch_terms(spec, weights, get_engine("qwenq"), work, whole(spec), "CPU")
+    terms, _ = torch_terms(spec, weights, get_engine("qwenq"), work, whole(spec), "CPU", phase)
     fixed = {"weights", "dequantization"} | ({"kv_cache"} if work.kv_dtype == "fp8" else set())
     scaled = []
     for term in terms:

@@ -13,9 +13,9 @@ CUBLAS_WORKSPACE_HOPPER = 32 << 20
 
 
 def torch_terms(
-    spec: ModelSpec, weights: Weights, engine: Engine, work: Workload, share: Share, gpu: str
+    spec: ModelSpec, weights: Weights, engine: Engine, work: Workload, share: Share, gpu: str, phase: str = ""
 ) -> tuple[tuple[Term, ...], str]:
-    """Terms of one GPU at its worst moment, and the name of that moment."""
+    """Terms of one GPU at its worst moment, and the name of that moment; with `phase`, of `prefill` or `decode`."""
     kernel = kernel_for(engine, weights.method, weights.bits)
     value = kv_bytes_per_value(engine, work.kv_dtype)
     n_layers = len(share.layers)
@@ -38,7 +38,8 @@ def torch_terms(
     moments.append((kv_prompt, 0, logits.n_bytes, 0, logits.moment))
     if weights.method == "awq" and engine.name == "transformers" and spec.tie_word_embeddings and share.embed:
         moments.append((0, sum(weights.embed), 0, 0, "loading: the tied head before it is tied"))
-    kv, activations, head, dequantized, moment = max(moments, key=lambda m: sum(m[:4]))
+    asked = [m for m in moments if not phase or m[4].startswith("decoding") == (phase == "decode")]
+    kv, activations, head, dequantized, moment = max(asked or [(kv_end, 0, 0, 0, phase)], key=lambda m: sum(m[:4]))
 
     workspace = CUBLAS_WORKSPACE_HOPPER if any(part in gpu for part in ("H100", "H200")) else CUBLAS_WORKSPACE
     terms = [
@@ -51,7 +52,7 @@ def torch_terms(
         context_term(gpu),
         slack_term(kv + activations + head + dequantized),
     ]
-    return merged(terms), moment
+    return merged(engine.profile.corrected(gpu, terms) if engine.profile else terms), moment
 
 
 def held_bytes(weights: Weights, share: Share) -> int:

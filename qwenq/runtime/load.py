@@ -151,16 +151,19 @@ def _with_disk(
     return LoadPlan(devices, known(disk) or predicted, reason, disk)
 
 
+def stored_sizes(checkpoint: Checkpoint) -> WeightBytes:
+    """Bytes of a checkpoint's tensors by place."""
+    tensors = {name: location.spec for name, location in checkpoint.tensors.items()}
+    return header_weights(checkpoint.spec, tensors, checkpoint.config)
+
+
 @contextmanager
 def loaded(
     checkpoint: Checkpoint, options: LoadOptions, listen: Callable[[int], None] = lambda layer: None
 ) -> Iterator[Loaded]:
     """Load a checkpoint for as long as the context lasts."""
-    sizes = header_weights(
-        checkpoint.spec, {name: place.spec for name, place in checkpoint.tensors.items()}, checkpoint.config
-    )
     source = CheckpointWeights(checkpoint)
-    with load_from(source, sizes, checkpoint.config, checkpoint.spec, options, listen) as found:
+    with load_from(source, stored_sizes(checkpoint), checkpoint.config, checkpoint.spec, options, listen) as found:
         yield found
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from qwenq.errors import QwenqError, RunError
-from qwenq.host import forget_peak_rss, peak_rss_bytes
+from qwenq.host import forget_peak_rss, peak_rss_bytes, return_freed_memory
 from qwenq.planning.detect import known_gpu
 from qwenq.planning.rig import Rig
 from qwenq.units import format_gib
@@ -91,6 +91,7 @@ def device_name(device: int | str | torch.device) -> str:
 
 def forget_peaks(devices: Sequence[torch.device]) -> None:
     """Begin a new measurement."""
+    return_freed_memory()  # else what was freed before still counts as resident
     forget_peak_rss()
     for device in devices:
         if device.type == "cuda":

@@ -1,0 +1,144 @@
+"""`qwenq vram measure`: real peak memory against context on this machine, beside the estimate."""
+
+from __future__ import annotations
+
+import json as encoding
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qwenq import __version__
+from qwenq.cli.console import print_json
+from qwenq.cli.models import JsonFlag, resolve_model
+from qwenq.cli.run import ComputeDtype, CpuMemory, GpuMemory, KvDtype, OffloadDir, PrefillChunk, load_options
+from qwenq.errors import HonestNo, PlanError
+from qwenq.units import GIB, format_tokens, parse_tokens
+
+
+def measure(
+    checkpoint: Annotated[str | None, typer.Argument(help="A checkpoint directory, or a hub name.")] = None,
+    synthetic: Annotated[
+        str, typer.Option("--synthetic", help="Random weights of this model's shapes instead: Qwen2.5-72B.")
+    ] = "",
+    bits: Annotated[int, typer.Option("--bits", help="Of the random weights: 4, 8, or 16.")] = 4,
+    group_size: Annotated[int, typer.Option("--group-size", help="Of the random weights.")] = 128,
+    max_model_len: Annotated[str, typer.Option("--max-model-len", "-c", help="Contexts, e.g. 1k,8k,32k.")] = "1k,4k",
+    prefill_chunk: PrefillChunk = 2048,
+    gpu_memory: GpuMemory = "",
+    cpu_memory: CpuMemory = "",
+    offload_dir: OffloadDir = None,
+    kv_cache_dtype: KvDtype = "auto",
+    compute_dtype: ComputeDtype = "auto",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Keep the rows for `qwenq vram --profile FILE`.")
+    ] = None,
+    json: JsonFlag = False,
+) -> None:
+    """Run a model at each context and print its real peaks beside the estimate.
+
+    On GPUs torch's allocator peak and reserve and the driver's figure, on a CPU resident memory. With --synthetic
+    nothing is downloaded: random packed weights of the exact shapes are made on the devices. Exit code 3 when memory
+    ran out at some context.
+    """
+    from qwenq.runtime.load import describe
+    from qwenq.runtime.measure import measure as run
+
+    if (checkpoint is None) == (not synthetic):
+        raise PlanError("give a checkpoint or --synthetic MODEL, one of them")
+    if output is not None and output.exists():
+        raise PlanError(f"{output}: exists", hint="choose another name with -o")
+    contexts = sorted({parse_tokens(part) for part in max_model_len.split(",")})
+    options = load_options(
+        str(max(contexts)), prefill_chunk, gpu_memory, cpu_memory, offload_dir, kv_cache_dtype, compute_dtype
+    )
+    opened = _synthetic(synthetic, bits, group_size, options) if synthetic else _stored(str(checkpoint), options)
+    weights, context = opened
+    with context as found:
+        for line in describe(found):
+            print(line, file=sys.stderr)
+        rows, ended = run(found, weights, contexts, lambda line: print(line, file=sys.stderr))
+        facts = _facts(found, weights, synthetic or str(checkpoint))
+    from qwenq.planning.profile import profile_json
+
+    result = profile_json(rows, facts | {"ended": ended})
+    if output is not None and rows:
+        output.write_text(encoding.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if json:
+        print_json(result)
+    else:
+        print("\n".join(_table(result)))
+    if ended:
+        raise HonestNo(f"memory ran out, {ended}", hint="the contexts before it are above")
+
+
+def _stored(checkpoint: str, options: Any) -> tuple[Any, Any]:
+    from qwenq.checkpoint import open_checkpoint
+    from qwenq.runtime.load import loaded, stored_sizes
+
+    opened = open_checkpoint(resolve_model(checkpoint))
+    return stored_sizes(opened), loaded(opened, options)
+
+
+def _synthetic(model: str, bits: int, group_size: int, options: Any) -> tuple[Any, Any]:
+    from qwenq.planning.models import load_spec
+    from qwenq.planning.weights import recipe_weights
+    from qwenq.runtime.load import load_from
+    from qwenq.runtime.synthetic import SyntheticWeights, synthetic_config
+    from qwenq.scheme import Recipe, Scheme
+
+    spec = load_spec(model)
+    recipe = Recipe(None if bits == 16 else Scheme(bits, group_size))
+    recipe.check(spec)
+    weights = recipe_weights(spec, recipe)
+    source = SyntheticWeights(spec, recipe)
+    return weights, load_from(source, weights, synthetic_config(spec), spec, options)
+
+
+def _facts(found: Any, weights: Any, model: str) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    return {
+        "model": model,
+        "weights": weights.label,
+        "weight_bytes": weights.total_bytes,
+        "compute_dtype": str(found.model.dtype).removeprefix("torch."),
+        "kernels": found.model.kernels(),
+        "kv_cache_dtype": found.work.kv_dtype,
+        "prefill_chunk": found.work.prefill_chunk,
+        "device_map": dict(found.model.device_map),
+        "versions": {
+            "qwenq": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
+def _table(result: dict[str, Any]) -> list[str]:
+    def gib(n_bytes: int) -> str:
+        return f"{n_bytes / GIB:>10.3f}" if n_bytes else f"{'-':>10}"
+
+    lines = [
+        f"{'GiB':<24}{'context':>8}  {'phase':<8}{'peak':>10}{'predicted':>10}{'error':>9}"
+        f"{'reserved':>10}{'driver':>10}"
+    ]
+    for row in result["rows"]:
+        error = f"{row['error_percent']:>+8.1f}%" if row["error_percent"] is not None else f"{'-':>9}"
+        lines.append(
+            f"{row['device'][:23]:<24}{format_tokens(row['context']):>8}  {row['phase']:<8}"
+            f"{gib(row['allocated_bytes'])}{gib(row['predicted_bytes'])}{error}"
+            f"{gib(row['reserved_bytes'])}{gib(row['driver_bytes'])}"
+        )
+    for fit in result["fits"]:
+        lines.append(
+            f"{fit['kind']}: working memory x {fit['scale']:.3f} + {fit['constant_bytes'] / 1e6:.1f} MB fits these "
+            f"rows within {fit['worst_error_percent']:.2f} %"
+        )
+    return lines

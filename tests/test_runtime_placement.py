@@ -1,0 +1,150 @@
+"""Placement handed to accelerate, without GPUs: uneven rigs, every tensor once, no device over its limit, shortages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from qwenq.checkpoint import open_checkpoint
+from qwenq.errors import HonestNo, QwenqError, RunError
+from qwenq.planning.engines import get_engine
+from qwenq.planning.offload import host_map
+from qwenq.planning.placement import place
+from qwenq.planning.rig import Rig, find_gpu, parse_rig
+from qwenq.planning.terms import Workload
+from qwenq.planning.weights import Weights, recipe_weights
+from qwenq.runtime import memory, model
+from qwenq.runtime.load import LoadPlan, plan_load
+from qwenq.runtime.model import CheckpointWeights, build_model, compute_device
+from qwenq.scheme import Recipe, Scheme
+from qwenq.spec import ModelSpec, family_spec
+from qwenq.units import GIB
+
+BF16 = torch.bfloat16
+RIGS = ["2x RTX 3090", "RTX 4090 + 2x RTX 3060 12GB", "RTX 3060 12GB + RTX 4090", "RTX 3060 12GB", "4x RTX 3090"]
+
+
+def of(name: str) -> ModelSpec:
+    found = family_spec(name)
+    assert found is not None
+    return found
+
+
+def planned(spec: ModelSpec, rig: Rig, context: int, room: int = 1 << 40) -> tuple[LoadPlan, Weights]:
+    weights = recipe_weights(spec, Recipe(Scheme(4, 128)))
+    return plan_load(spec, weights, rig, Workload(context, prefill_chunk=1024), BF16, room), weights
+
+
+@pytest.mark.parametrize("rig", RIGS)
+@pytest.mark.parametrize("name", ["Qwen2.5-72B", "Qwen2.5-32B", "Qwen2.5-3B"])  # the last one's head is tied
+def test_every_module_has_one_place_and_no_gpu_is_over_its_limit(name: str, rig: str) -> None:
+    spec, gpus = of(name), parse_rig(rig)
+    plan, weights = planned(spec, gpus, 4096)
+    assert set(plan.device_map) == set(host_map(spec))
+    with torch.device("meta"):  # accelerate's own check: every tensor is under exactly one key
+        network = model._empty_network(_config(spec), spec, BF16)
+    names = [n for n, _ in network.named_parameters()]
+    for tensor in names:
+        assert sum(tensor.startswith(key + ".") for key in plan.device_map) == 1, tensor
+    used = [0] * len(gpus.gpus)
+    for layer, n_bytes in enumerate(weights.layer_bytes):
+        where = plan.device_map[f"model.layers.{layer}"]
+        if isinstance(where, int):
+            used[where] += n_bytes
+    for index, (n_bytes, limit) in enumerate(zip(used, gpus.limits, strict=True)):
+        assert n_bytes < limit
+        predicted = [value for device, value in plan.predicted.items() if device.startswith(f"GPU {index} ")]
+        assert all(n_bytes <= value <= limit for value in predicted)
+    places = [plan.device_map[f"model.layers.{layer}"] for layer in range(spec.num_hidden_layers)]
+    order = {**{index: index for index in range(9)}, "cpu": 10, "disk": 11}
+    assert [order[place] for place in places] == sorted(order[place] for place in places)  # GPU after GPU, then host
+
+
+def _config(spec: ModelSpec) -> dict[str, Any]:
+    from qwenq.runtime.synthetic import synthetic_config
+
+    return synthetic_config(spec)
+
+
+def test_the_map_is_the_planners_own() -> None:
+    spec, rig = of("Qwen2.5-32B"), parse_rig("RTX 4090 + RTX 3060 12GB")
+    plan, weights = planned(spec, rig, 4096)
+    work = Workload(4096, prefill_chunk=1024)
+    assert plan.device_map == place(spec, weights, rig, get_engine("qwenq"), work).device_map()
+
+
+def test_what_host_memory_cannot_take_goes_to_disk() -> None:
+    spec, rig = of("Qwen2.5-72B"), parse_rig("RTX 3090")
+    plan, weights = planned(spec, rig, 4096)
+    assert plan.disk_bytes == 0 and "stay in host memory" in plan.reason
+    tight, _ = planned(spec, rig, 4096, room=10 * GIB)
+    inside = [k for k in range(80) if tight.device_map[f"model.layers.{k}"] == "cpu"]
+    assert 0 < len(inside) < 80 and sum(weights.layer_bytes[k] for k in inside) <= 10 * GIB
+    assert tight.disk_bytes > 0 and "layers on disk" in tight.reason
+    on_gpus = {k: v for k, v in plan.device_map.items() if isinstance(v, int)}
+    assert {k: v for k, v in tight.device_map.items() if isinstance(v, int)} == on_gpus
+
+
+def test_memory_that_others_hold_is_named() -> None:
+    spec, gpu = of("Qwen2.5-72B"), find_gpu("RTX 3090")
+    rig = Rig((gpu,), free_bytes=(3 * GIB,))
+    with pytest.raises(QwenqError) as caught:
+        planned(spec, rig, 4096)
+    text = caught.value.message
+    assert text.startswith("GPU 0 RTX 3090: needs ") and "3.00 GiB are free" in text and text.endswith(" short")
+    assert "are taken by other processes" in text and caught.value.hint
+    assert not isinstance(caught.value, HonestNo)
+
+
+def test_visible_gpus_and_their_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = [(20 * GIB, 24 * GIB), (11 * GIB, 12 * GIB)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: free[index])
+    names = ["NVIDIA GeForce RTX 3090", "Unheard-of 9000"]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: names[index])
+    rig = memory.visible_rig()
+    assert rig is not None and rig.label == "RTX 3090 + Unheard-of 9000" and rig.limits == (20 * GIB, 11 * GIB)
+    limited = memory.visible_rig([15 * GIB])
+    assert limited is not None and limited.limits == (15 * GIB, 11 * GIB)
+    each = memory.visible_rig([30 * GIB, 5 * GIB])
+    assert each is not None and each.limits == (20 * GIB, 5 * GIB)
+    with pytest.raises(RunError, match="3 limits for 2 GPUs"):
+        memory.visible_rig([1, 2, 3])
+
+
+def test_where_modules_compute() -> None:
+    places: dict[str, int | str] = {"a": 1, "b": "cpu", "c": "disk"}
+    assert compute_device("cpu", places) == torch.device("cuda", 1) == compute_device("disk", places)
+    assert compute_device("cpu", {"a": "cpu"}) == torch.device("cpu")
+
+
+def test_weights_go_straight_to_their_device(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two devices played by `meta`: each tensor is read once and asked for on the device of its module."""
+    checkpoint = open_checkpoint(tiny)
+    places: dict[str, int | str] = host_map(checkpoint.spec) | {
+        "model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0, "model.layers.1": 1,
+    }  # fmt: skip
+    asked: list[tuple[str, torch.device]] = []
+    handed: list[dict[str, int | str]] = []
+
+    class Watched(CheckpointWeights):
+        def tensor(self, name: str, device: torch.device) -> torch.Tensor:
+            asked.append((name, device))
+            return super().tensor(name, torch.device("cpu"))
+
+    def moved(module: nn.Module, *unused: object) -> nn.Module:
+        return module
+
+    monkeypatch.setattr(model, "_moved", moved)
+    monkeypatch.setattr(model, "_dispatch", lambda network, devices, *unused: handed.append(dict(devices)))
+    build_model(Watched(checkpoint), checkpoint.config, checkpoint.spec, places, dtype=torch.float32)
+    assert handed == [places]
+    assert sorted(name for name, _ in asked) == sorted(checkpoint.tensors)
+    for name, device in asked:
+        key = next(key for key in places if name.startswith(key + "."))
+        assert device == compute_device(places[key], places), name
