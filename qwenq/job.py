@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from qwenq import __version__
 from qwenq.block import SolverOptions
 from qwenq.checkpoint import Checkpoint
-from qwenq.errors import CheckpointError
+from qwenq.errors import CheckpointError, JobError
 from qwenq.host import numerics
 from qwenq.manifest import MANIFEST_NAME as MANIFEST_NAME
 from qwenq.results import BlockResult, DriftReport
@@ -25,6 +26,17 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 def partial_directory(out: Path) -> Path:
     """Where a job works until it is whole."""
     return out.with_name(out.name + ".partial")
+
+
+def refuse_place(out: Path, source: Path) -> None:
+    """Raise JobError when `out` is there already, or is the directory `source` or inside it."""
+    resolved, source = out.absolute().resolve(), source.resolve()
+    if resolved == source or source in resolved.parents:
+        raise JobError(
+            f"{out}: the output may not be the model's own directory or inside it", hint="choose another --output"
+        )
+    if os.path.lexists(out):
+        raise JobError(f"{out}: exists already", hint="choose another --output, or delete it")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ Work happens in OUT.partial, which becomes OUT by one rename when everything in 
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -32,7 +31,7 @@ from qwenq.formats.config import quantization_config, read_quantization_config
 from qwenq.head import HeadWeights, measure_drift
 from qwenq.headers import read_header
 from qwenq.host import forget_peak_rss, peak_rss_bytes
-from qwenq.job import DTYPES, QuantizeJob, QuantizeResult, partial_directory
+from qwenq.job import DTYPES, QuantizeJob, QuantizeResult, partial_directory, refuse_place
 from qwenq.journal import Journal, locked, never_begun, refuse_changes
 from qwenq.layout import BNB_FORMATS
 from qwenq.manifest import write_manifest
@@ -79,13 +78,7 @@ def quantize(job: QuantizeJob, *, resume: bool = False, listen: Listener = lambd
 
 
 def _check_places(job: QuantizeJob, work: Path, resume: bool) -> None:
-    out, source = job.out.absolute().resolve(), job.source.directory.resolve()
-    if out == source or source in out.parents:
-        raise JobError(
-            f"{job.out}: the output may not be the model's own directory or inside it", hint="choose another --output"
-        )
-    if os.path.lexists(job.out):
-        raise JobError(f"{job.out}: exists already", hint="choose another --output, or delete it")
+    refuse_place(job.out, job.source.directory)
     if work.exists() and not resume:
         raise _unfinished(work)
     if resume and not work.exists():

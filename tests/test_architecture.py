@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
         ("tensor maths", "quant quant.* metrics"),
         ("disk", "files manifest provenance card shards journal formats formats.* tokens calibration checkpoint audit"),
         ("network", "stream"),
-        ("work", "runtime runtime.* streams block bnb head job host finish quantize verify evaluate demo"),
+        ("work", "runtime runtime.* streams block bnb head job host finish quantize convert verify evaluate demo"),
         ("telling", "report report.* page page.*"),
         ("door", "cli cli.* __main__"),
     )

@@ -23,7 +23,7 @@ from qwenq.errors import JobError, QwenqError
 from qwenq.job import QuantizeJob, partial_directory
 from qwenq.journal import JOURNAL_NAME
 from qwenq.quantize import quantize
-from qwenq.scheme import Recipe, Scheme
+from qwenq.scheme import NF4, Recipe, Scheme
 
 Make = Callable[..., Path]
 
@@ -32,6 +32,7 @@ FORMATS = {
     "gptq": Recipe(Scheme(4, 32)),
     "awq": Recipe(Scheme(4, 32, sym=False), format="awq"),
     "compressed-tensors": Recipe(Scheme(4, 32), format="compressed-tensors"),
+    "bnb-nf4": Recipe(NF4, format="bnb-nf4"),
     "bnb-int8": Recipe(Scheme(8, -1), format="bnb-int8"),
 }
 

@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from qwenq import __version__
+from qwenq.cli.convert import convert
 from qwenq.cli.demo import demo
 from qwenq.cli.evaluate import evaluate
 from qwenq.cli.inspect import inspect
@@ -71,6 +72,7 @@ app.command("eval")(evaluate)
 app.command("run")(run)
 app.command("serve")(serve)
 app.command("inspect")(inspect)
+app.command("convert")(convert)
 app.command("verify")(verify)
 app.command("report")(report)
 app.command("demo")(demo)

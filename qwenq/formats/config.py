@@ -22,8 +22,10 @@ _READERS = {
 }
 
 
-def quantization_config(recipe: Recipe, spec: ModelSpec, *, damp_percent: float, method: str) -> dict[str, Any]:
-    """What config.json says of a checkpoint by `recipe`; how it was solved is recorded where the format has a place."""
+def quantization_config(
+    recipe: Recipe, spec: ModelSpec, *, damp_percent: float | None = None, method: str | None = None
+) -> dict[str, Any]:
+    """What config.json says of a checkpoint by `recipe`; how it was solved, if known, goes where there is a place."""
     if recipe.format == "awq":
         return awq_config(recipe)
     if recipe.format == "compressed-tensors":

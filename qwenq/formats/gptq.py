@@ -15,8 +15,11 @@ from qwenq.scheme import Recipe, Scheme
 from qwenq.spec import UNITS
 
 
-def gptq_config(recipe: Recipe, *, damp_percent: float, method: str) -> dict[str, Any]:
-    """The `quantization_config` of a checkpoint written by this project. The recipe has a default scheme."""
+def gptq_config(recipe: Recipe, *, damp_percent: float | None = None, method: str | None = None) -> dict[str, Any]:
+    """The `quantization_config` of a checkpoint written by this project. The recipe has a default scheme.
+
+    method None: converted from another format, so that how it was solved is not known here.
+    """
     default = recipe.default
     assert default is not None
     config: dict[str, Any] = {
@@ -31,12 +34,9 @@ def gptq_config(recipe: Recipe, *, damp_percent: float, method: str) -> dict[str
     }
     if recipe.overrides:
         config["dynamic"] = dynamic_overrides(recipe)
-    config["meta"] = {
-        "quantizer": [f"qwenq:{__version__}"],
-        "damp_percent": damp_percent,
-        "method": method,
-        "true_sequential": True,
-    }
+    config["meta"] = {"quantizer": [f"qwenq:{__version__}"]}
+    if method is not None:
+        config["meta"] |= {"damp_percent": damp_percent, "method": method, "true_sequential": True}
     return config
 
 

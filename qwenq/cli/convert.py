@@ -1,0 +1,41 @@
+"""`qwenq convert`: the same codes in another format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qwenq.cli.console import out as stdout
+from qwenq.cli.console import print_json
+from qwenq.cli.format import check_format
+from qwenq.cli.models import JsonFlag
+from qwenq.units import format_gb, format_seconds
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="A quantized checkpoint, ours or another tool's.")],
+    out: Annotated[Path, typer.Argument(help="Directory to make.")],
+    format: Annotated[str, typer.Option("--format", help="gptq, awq or compressed-tensors.")],
+    json: JsonFlag = False,
+) -> None:
+    """Store a quantized checkpoint's codes in another format, bit for bit, without solving or rounding anything.
+
+    Between gptq, awq and compressed-tensors; refused when the format cannot hold the codes (awq: one 4-bit scheme).
+    """
+    check_format(format)
+
+    from qwenq.checkpoint import open_checkpoint
+    from qwenq.convert import convert as run
+
+    made = run(open_checkpoint(source), out, format)
+    if json:
+        print_json(made.to_json())
+        return
+    stdout.print(
+        f"{made.out}: {made.scheme}, {made.source_format} to {made.format}, {format_gb(made.file_bytes)}, "
+        f"{format_seconds(made.seconds)}, peak {format_gb(made.peak_rss_bytes)} of memory",
+        soft_wrap=True,
+        markup=False,
+    )

@@ -1,0 +1,189 @@
+"""Conversions keep codes, scales and zero points bit for bit, there and back; the rest is refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import small_job
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from qwenq.checkpoint import Checkpoint, open_checkpoint
+from qwenq.cli.main import app
+from qwenq.convert import convert
+from qwenq.errors import CheckpointError, JobError, PlanError, QwenqError
+from qwenq.layout import FORMATS
+from qwenq.quant.gptq import QTensor
+from qwenq.quantize import quantize
+from qwenq.scheme import NF4, Recipe, Scheme
+from qwenq.verify import verify
+
+Make = Callable[..., Path]
+MIXED = Recipe(
+    Scheme(4, 32),
+    (
+        ("model.layers.0.mlp.down_proj", Scheme(8, 32)),
+        ("model.layers.1.self_attn.o_proj", None),
+        ("model.layers.2.mlp.gate_proj", Scheme(8, -1)),
+        ("model.layers.2.mlp.up_proj", Scheme(8, -1)),
+    ),
+)
+ASYMMETRIC = Recipe(Scheme(4, 32, sym=False), (("model.layers.1.self_attn.o_proj", None),))
+
+
+def grids(checkpoint: Checkpoint) -> dict[str, QTensor | torch.Tensor]:
+    return {lin.name: checkpoint.linear(lin) for lin in checkpoint.spec.linears}
+
+
+def assert_same_codes(a: Path, b: Path) -> None:
+    """Also what is not quantized, and so the logits: every weight is the same to the bit."""
+    one, two = open_checkpoint(a), open_checkpoint(b)
+    for name, found in grids(one).items():
+        other = grids(two)[name]
+        if isinstance(found, torch.Tensor):
+            assert isinstance(other, torch.Tensor) and torch.equal(found, other), name
+        else:
+            assert isinstance(other, QTensor) and torch.equal(found.codes_OI, other.codes_OI), name
+            assert torch.equal(found.scales_OG, other.scales_OG) and torch.equal(found.zeros_OG, other.zeros_OG), name
+    for layer in range(one.spec.num_hidden_layers):
+        theirs = two.layer_state(layer)
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in one.layer_state(layer).items())
+    for tensor in one.spec.outer_tensors():
+        assert torch.equal(one.read(tensor.name), two.read(tensor.name))
+
+
+def assert_same_files(a: Path, b: Path) -> None:
+    for name in sorted(p.name for p in a.iterdir() if "qwenq" not in p.name and p.name != "quantize_config.json"):
+        if name == "config.json":
+            one, two = (json.loads((d / name).read_text()) for d in (a, b))
+            one["quantization_config"].pop("meta", None), two["quantization_config"].pop("meta", None)
+            assert one == two
+        else:
+            assert (a / name).read_bytes() == (b / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("recipe", "ways"),
+    [
+        (MIXED, ["compressed-tensors", "gptq"]),
+        (Recipe(Scheme(8, 32)), ["compressed-tensors", "gptq"]),
+        (ASYMMETRIC, ["awq", "compressed-tensors", "gptq"]),
+        (ASYMMETRIC, ["compressed-tensors", "awq", "gptq"]),
+        (Recipe(Scheme(4, 32), (), "compressed-tensors"), ["gptq", "compressed-tensors"]),
+    ],
+)
+def test_round_trips_end_where_they_began(recipe: Recipe, ways: list[str], random_model: Make, tmp_path: Path) -> None:
+    source = random_model(dtype=torch.bfloat16)
+    quantize(small_job(source, tmp_path / "0", recipe=recipe))
+    for k, format in enumerate(ways):
+        made = convert(open_checkpoint(tmp_path / str(k)), tmp_path / str(k + 1), format)
+        shards = list((tmp_path / str(k + 1)).glob("*.safetensors"))
+        assert made.file_bytes == sum(f.stat().st_size for f in shards)
+        assert open_checkpoint(tmp_path / str(k + 1)).recipe == replace(recipe, format=format)
+        assert_same_codes(tmp_path / "0", tmp_path / str(k + 1))
+    assert_same_files(tmp_path / "0", tmp_path / str(len(ways)))
+
+
+def test_a_symmetric_grid_as_awq(random_model: Make, tmp_path: Path) -> None:
+    """Zero points of 8 everywhere; scales of both signs stay."""
+    quantize(small_job(random_model(), tmp_path / "a"))
+    made = convert(open_checkpoint(tmp_path / "a"), tmp_path / "b", "awq")
+    assert_same_codes(tmp_path / "a", tmp_path / "b")
+    found = [q for q in grids(open_checkpoint(tmp_path / "b")).values() if isinstance(q, QTensor)]
+    assert made.scheme == "4-bit g32 asym" and all(bool((q.zeros_OG == 8).all()) for q in found)
+    assert any(bool((q.scales_OG < 0).any()) for q in found)
+
+
+def test_the_manifest_says_what_it_was_made_from(random_model: Make, tmp_path: Path) -> None:
+    quantize(small_job(random_model(), tmp_path / "a"))
+    convert(open_checkpoint(tmp_path / "a"), tmp_path / "b", "compressed-tensors")
+    assert not verify(tmp_path / "b", tmp_path / "a").findings
+    first, second = (json.loads((tmp_path / d / "qwenq-manifest.json").read_text()) for d in "ab")
+    assert second["job"]["convert"] == {"from": "gptq", "to": "compressed-tensors"}
+    assert second["made_from"]["digest"] == first["digest"] and second["made_from"]["drift"] == first["drift"]
+    assert not (tmp_path / "b" / "quantize_config.json").exists()
+    (tmp_path / "a" / "config.json").write_text("{}")
+    assert [f.problem[:12] for f in verify(tmp_path / "b", tmp_path / "a").findings] == ["another file"]
+
+
+def refusal(source: Path, out: Path, format: str, kind: type[QwenqError] = PlanError) -> str:
+    with pytest.raises(kind) as caught:
+        convert(open_checkpoint(source), out, format)
+    assert "\n" not in caught.value.message
+    assert not out.exists() and not out.with_name(out.name + ".partial").exists()
+    return caught.value.message
+
+
+def test_what_cannot_be_held_is_refused(random_model: Make, tmp_path: Path) -> None:
+    source, out = random_model(), tmp_path / "out"
+    assert refusal(source, out, "awq") == f"{source}: not quantized"
+    quantize(small_job(source, tmp_path / "4"))
+    quantize(small_job(source, tmp_path / "8", recipe=Recipe(Scheme(8, 32))))
+    quantize(small_job(source, tmp_path / "mixed", recipe=MIXED))
+    assert refusal(tmp_path / "4", out, "gptq") == f"{tmp_path / '4'}: is gptq already"
+    assert refusal(tmp_path / "8", out, "awq") == "format awq cannot hold 8-bit g32 asym"
+    assert "format awq cannot hold 8-bit" in refusal(tmp_path / "mixed", out, "awq")
+    assert refusal(tmp_path / "4", out, "bnb-nf4").startswith("gptq to bnb-nf4: bnb-nf4 stores other values")
+    nf4 = small_job(source, tmp_path / "nf4", recipe=Recipe(NF4, (), "bnb-nf4"), calibration=None)
+    quantize(nf4)
+    assert refusal(tmp_path / "nf4", out, "gptq").startswith("bnb-nf4 to gptq: bnb-nf4 stores other values")
+
+
+def test_places(random_model: Make, tmp_path: Path) -> None:
+    quantize(small_job(random_model(), tmp_path / "a"))
+    (tmp_path / "there").mkdir()
+    for out, message in ((tmp_path / "there", "exists already"), (tmp_path / "a" / "b", "inside it")):
+        with pytest.raises(JobError, match=message):
+            convert(open_checkpoint(tmp_path / "a"), out, "awq")
+    (tmp_path / "b.partial").mkdir()
+    with pytest.raises(JobError, match="left by an unfinished job"):
+        convert(open_checkpoint(tmp_path / "a"), tmp_path / "b", "awq")
+
+
+def edited(source: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    for file in source.glob("*.safetensors"):
+        tensors = load_file(file)
+        if name in tensors:
+            tensors[name] = change(tensors[name]).contiguous()
+            save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_what_another_tool_wrote(random_model: Make, tmp_path: Path) -> None:
+    """Groups out of order, and scales that float16 does not hold, are refused naming the linear; bfloat16 ones fit."""
+    quantize(small_job(random_model(), tmp_path / "a"))
+    name = "model.layers.1.mlp.up_proj"
+    edited(tmp_path / "a", name + ".scales", lambda t: (t.float() + 0.01).bfloat16())
+    convert(open_checkpoint(tmp_path / "a"), tmp_path / "b", "compressed-tensors")
+    one, two = (grids(open_checkpoint(tmp_path / d))[name] for d in "ab")
+    assert isinstance(one, QTensor) and isinstance(two, QTensor)
+    assert one.scales_OG.dtype == torch.bfloat16 and torch.equal(one.scales_OG.float(), two.scales_OG.float())
+    edited(tmp_path / "a", name + ".scales", lambda t: t.float() * 1.0001)
+    message = refusal(tmp_path / "a", tmp_path / "c", "awq", CheckpointError)
+    assert message == f"{name}: its scales are torch.float32, and float16 does not hold them"
+    edited(tmp_path / "a", name + ".scales", lambda t: t.half())
+    edited(tmp_path / "a", name + ".g_idx", lambda t: t.flip(0))
+    assert f"{name}: its groups are out of order" in refusal(tmp_path / "a", tmp_path / "c", "awq", CheckpointError)
+    edited(tmp_path / "a", name + ".g_idx", lambda t: t.flip(0))
+    edited(tmp_path / "a", name + ".qzeros", lambda t: t + 1)
+    message = refusal(tmp_path / "a", tmp_path / "c", "compressed-tensors", CheckpointError)
+    assert message == f"{name}: the config says symmetric, its zero points are not all 8"
+
+
+def test_the_command(random_model: Make, tmp_path: Path) -> None:
+    def run(*words: object) -> Any:
+        return CliRunner(env={"COLUMNS": "200"}).invoke(app, ["convert", *(str(word) for word in words)])
+
+    quantize(small_job(random_model(), tmp_path / "a"))
+    result = run(tmp_path / "a", tmp_path / "b", "--format", "awq", "--json")
+    assert result.exit_code == 0 and json.loads(result.stdout)["source_format"] == "gptq"
+    result = run(tmp_path / "a", tmp_path / "c", "--format", "compressed-tensors")
+    assert result.exit_code == 0 and "4-bit g32, gptq to compressed-tensors, 0." in result.stdout
+    result = run(tmp_path / "a", tmp_path / "d", "--format", "gguf")
+    assert result.exit_code == 1
+    assert result.stderr == f"error: --format gguf: wanted one of {', '.join(FORMATS)}\n"
