@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Load a GPTQ checkpoint with other people's code and compare its logits with ours.
+"""Load a GPTQ or AWQ checkpoint with other people's code and compare its logits with ours.
 
     check_gptqmodel.py CHECKPOINT --logits REF.npz [--loader gptqmodel|transformers]
 
@@ -46,13 +46,19 @@ def load_model(checkpoint: Path, loader: str, dtype_name: str) -> Any:
     import torch
 
     dtype = getattr(torch, dtype_name)
+    stored = json.loads((checkpoint / "config.json").read_text())["quantization_config"]
     if loader == "gptqmodel":
         from gptqmodel import BACKEND, GPTQModel
 
-        return GPTQModel.load(str(checkpoint), device="cpu", backend=BACKEND.GPTQ_TORCH, dtype=dtype).model
-    from transformers import AutoModelForCausalLM, GPTQConfig
+        kernel = BACKEND.AWQ_TORCH if stored["quant_method"] == "awq" else BACKEND.GPTQ_TORCH
+        return GPTQModel.load(str(checkpoint), device="cpu", backend=kernel, dtype=dtype).model
+    from transformers import AutoModelForCausalLM, AwqConfig, GPTQConfig
 
-    stored = json.loads((checkpoint / "config.json").read_text())["quantization_config"]
+    if stored["quant_method"] == "awq":
+        kernel = AwqConfig(bits=stored["bits"], group_size=stored["group_size"], backend="torch_awq")
+        return AutoModelForCausalLM.from_pretrained(
+            checkpoint, device_map="cpu", dtype=dtype, quantization_config=kernel
+        )
     kernel = GPTQConfig(bits=stored["bits"], backend="gptq_torch")  # all else comes from the checkpoint
     return AutoModelForCausalLM.from_pretrained(checkpoint, device_map="cpu", dtype=dtype, quantization_config=kernel)
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# `make interop`: quantize the small test model in every scheme, then let GPTQModel, and transformers through optimum
-# and GPTQModel, load each and compare logits with this project's own dequantization.
+# `make interop`: quantize the small test model in every scheme that GPTQModel reads, then let GPTQModel, and
+# transformers through it, load each and compare logits with this project's own dequantization.
 #
 #   VENV            this project's environment (.venv)
 #   INTEROP_ENVS    where the other tools' environments are made and kept (.interop)
@@ -42,18 +42,39 @@ mkdir -p "$out"
 make_env gptqmodel "${PYTHON:-python3}"
 [ -z "${AUTOGPTQ_PYTHON:-}" ] || make_env autogptq "$AUTOGPTQ_PYTHON"
 
+make_checkpoint() { # name quantize-options...
+    local name=$1
+    shift
+    "$venv/bin/qwenq" quantize "$model" -o "$out/$name" --sequence-length 256 --calibration tests/data/calib.txt \
+        --eval-text tests/data/heldout.txt --json "$@" >"$out/$name.json" 2>"$out/$name.log"
+    "$venv/bin/python" interop/reference_logits.py "$out/$name" "$out/$name.npz"
+}
+
+gptqmodel() { # name [check options]
+    local name=$1
+    shift
+    "$envs/gptqmodel/bin/python" interop/check_gptqmodel.py "$out/$name" --logits "$out/$name.npz" "$@"
+}
+
 for scheme in 4:128 4:64 4:32 4:-1 8:128 8:64 8:32 8:-1; do
     bits=${scheme%:*} group=${scheme#*:} name=${scheme/:/-bit-g}
-    "$venv/bin/qwenq" quantize "$model" -o "$out/$name" --bits "$bits" --group-size "$group" --sequence-length 256 \
-        --calibration tests/data/calib.txt --eval-text tests/data/heldout.txt --json >"$out/$name.json" 2>"$out/$name.log"
-    "$venv/bin/python" interop/reference_logits.py "$out/$name" "$out/$name.npz"
-    check "gptqmodel-$name" "$envs/gptqmodel/bin/python" interop/check_gptqmodel.py "$out/$name" --logits "$out/$name.npz"
+    make_checkpoint "$name" --bits "$bits" --group-size "$group"
+    check "gptqmodel-$name" gptqmodel "$name"
     if [ "$scheme" = 4:64 ] || [ "$scheme" = 8:64 ]; then
-        check "transformers-$name" "$envs/gptqmodel/bin/python" interop/check_gptqmodel.py "$out/$name" \
-            --logits "$out/$name.npz" --loader transformers
+        check "transformers-$name" gptqmodel "$name" --loader transformers
         [ -z "${AUTOGPTQ_PYTHON:-}" ] || check "autogptq-$name" "$envs/autogptq/bin/python" interop/check_autogptq.py \
             "$out/$name" --logits "$out/$name.npz"
     fi
 done
+make_checkpoint asymmetric-g64 --asymmetric --group-size 64
+check gptqmodel-asymmetric-g64 gptqmodel asymmetric-g64
+make_checkpoint mixed --bpw 5
+check gptqmodel-mixed gptqmodel mixed
+make_checkpoint awq-g64 --format awq --group-size 64
+check gptqmodel-awq-g64 gptqmodel awq-g64
+check transformers-awq-g64 gptqmodel awq-g64 --loader transformers
+"$venv/bin/qwenq" convert "$out/awq-g64" "$out/awq-g64-as-gptq" --format gptq
+cp "$out/awq-g64.npz" "$out/awq-g64-as-gptq.npz"
+check gptqmodel-awq-g64-as-gptq gptqmodel awq-g64-as-gptq
 mv "$results.new" "$results"
 exit $failed

@@ -1,4 +1,4 @@
-"""`quantization_config` of awq, compressed-tensors and bitsandbytes, both ways, other tools' spellings, and refusals."""
+"""`quantization_config` of awq, compressed-tensors and bitsandbytes: both ways, others' spellings, refusals."""
 
 from __future__ import annotations
 
