@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint interop clean
+.PHONY: demo test test-slow lint interop bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,9 @@ lint: $(STAMP)
 
 interop: $(STAMP)         ## GPTQModel, and transformers through optimum, load what this project writes
 	VENV=$(VENV) bash interop/run.sh
+
+bench: $(STAMP)           ## this project and GPTQModel side by side: KL, perplexity, top-1, bits, time, memory
+	VENV=$(VENV) bash benchmarks/run.sh
 
 clean:
 	rm -rf $(VENV) .interop out build dist *.egg-info

@@ -17,6 +17,7 @@ import contextlib
 import json
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -88,6 +89,8 @@ def quantize(args: argparse.Namespace) -> dict[str, object]:
 
 def main() -> None:
     args = parse_args()
+    args.model, args.out, args.tokens = args.model.resolve(), args.out.resolve(), args.tokens.resolve()
+    os.chdir(tempfile.mkdtemp(prefix="gptqmodel-"))  # it keeps its log where it runs
     with contextlib.redirect_stdout(sys.stderr):
         figures = quantize(args)
     print(json.dumps(figures))

@@ -165,6 +165,8 @@ class BlockSolver:
     ) -> None:
         """Solve a unit that reads a norm: q, k, v or gate, up."""
         members = _members(self.spec, self.layer, unit)
+        if not _by_scheme(members, self.recipe):
+            return self._produce(produce)
         width = self.spec.hidden_size
         hessian = torch.zeros(width, width, dtype=torch.float32, device=self.network.device)
         with self.clock.time("forward"):
@@ -189,6 +191,8 @@ class BlockSolver:
         Tokens count by the inverse of their states' mean square: what the next norm makes of an error.
         """
         ((path, lin),) = _members(self.spec, self.layer, unit).items()
+        if self.recipe.scheme_of(lin) is None:
+            return self._produce(produce)
         width, device = lin.in_features, self.network.device
         hessian = torch.zeros(width, width, dtype=torch.float32, device=device)
         target = None if wanted_NTH is None else torch.zeros(width, lin.out_features, device=device)
@@ -199,15 +203,22 @@ class BlockSolver:
                     h = self._on_device(self.h_NTH, part).float().flatten(0, 1)
                     wanted = h if wanted_NTH is None else self._on_device(wanted_NTH, part).float().flatten(0, 1)
                     root_T1 = (wanted.square().mean(-1, keepdim=True) + 1e-8).rsqrt()
-                    x_TI = x.flatten(0, 1).float().mul_(root_T1)
+                    x_TI = x.flatten(0, 1).float() * root_T1
                     add_to_hessian(hessian, x_TI)
-                    if target is not None:
+                if target is not None:
+                    with self.clock.time("pull"):
                         missing = wanted - h
                         if lin.bias:
                             missing -= self.folded.state[f"{path}.bias"].to(missing)
                         target.addmm_(x_TI.T, missing.mul_(root_T1))
         with self.clock.time(f"solve {unit}"):
             self._solve({path: lin}, hessian, None if target is None else {lin.name: target})
+
+    def _produce(self, produce: Callable[[slice], torch.Tensor]) -> None:
+        """Only what later stages need of a unit that stays in 16 bit."""
+        with self.clock.time("forward"):
+            for part in self._parts():
+                produce(part)
 
     def _solve(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -120,6 +121,17 @@ class Checkpoint:
             value = self.linear_weight(linears[module]) if is_weight else self.read(tensor.name)
             state[tensor.name.removeprefix(prefix)] = value
         return state
+
+    def prefetch(self, layer: int) -> None:
+        """Ask the system to read a layer's bytes into its page cache meanwhile; nothing where it cannot be asked."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        prefix = f"model.layers.{layer}."
+        ranges = [(t.file, t.start, t.end - t.start) for name, t in self.tensors.items() if name.startswith(prefix)]
+        for path in {path for path, _, _ in ranges}:
+            with open(path, "rb") as file:
+                for _, start, size in (each for each in ranges if each[0] == path):
+                    os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_WILLNEED)
 
     def dtype_of(self, name: str) -> str:
         return self.tensors[name].spec.dtype

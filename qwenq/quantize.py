@@ -184,6 +184,7 @@ class _Run:
         clock = StageClock()
         with clock.time("load"):
             state = self._load(layer)
+            self.job.source.prefetch(layer + 1)
         with clock.time("evaluate"):
             self._reference(streams, state)
         folded = FoldedLayer(state, self._kept(layer, state), self.job.device)

@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# `make bench`: this project and GPTQModel (default, and with its scale search) on the same model, calibration tokens and
+# held-out texts, one after the other in one run; then ratios with paired bootstrap intervals.
+#
+#   VENV             this project's environment (.venv)
+#   INTEROP_ENVS     where GPTQModel's environment is made and kept (.interop)
+#   BENCH_MODEL      a 16-bit checkpoint (made: the demo's model)
+#   BENCH_CALIB      calibration text, .txt or .jsonl (calibration/builtin)
+#   BENCH_TEXTS      held-out texts, each NAME=FILE (heldout=calibration/heldout)
+#   BENCH_SAMPLES    calibration windows of 512 tokens (64)
+#   BENCH_BITS, BENCH_GROUP_SIZE   4, 64
+#   BENCH_TOOLS      qwenq, gptqmodel, gptqmodel-mse: which to run ("qwenq gptqmodel gptqmodel-mse")
+#   BENCH_OUT        out/bench
+# Results: reports/benchmarks.jsonl gets one object a tool and text; BENCH_OUT keeps checkpoints and logs.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv=$(realpath "${VENV:-.venv}")
+envs=${INTEROP_ENVS:-.interop}
+out=${BENCH_OUT:-out/bench}
+bits=${BENCH_BITS:-4} group=${BENCH_GROUP_SIZE:-64} samples=${BENCH_SAMPLES:-64}
+tools=${BENCH_TOOLS:-qwenq gptqmodel gptqmodel-mse}
+model=${BENCH_MODEL:-$out/model}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)} TOKENIZERS_PARALLELISM=false
+mkdir -p "$out"
+
+if [ ! -e "$model/config.json" ]; then
+    "$venv/bin/python" -c 'import sys, pathlib; from qwenq.demo import make_demo_model; make_demo_model(pathlib.Path(sys.argv[1]))' "$model"
+fi
+if [ ! -e "$envs/gptqmodel/.installed" ]; then
+    "${PYTHON:-python3}" -m venv "$envs/gptqmodel"
+    "$envs/gptqmodel/bin/pip" install --quiet -r interop/requirements-gptqmodel.txt
+    touch "$envs/gptqmodel/.installed"
+fi
+foreign=$(realpath "$envs/gptqmodel")/bin/python
+
+tokens() { # text out.npy windows
+    [ -e "$2" ] || "$venv/bin/python" benchmarks/make_tokens.py "$model" "$1" "$2" --num-samples "$3" --sequence-length 512
+}
+cat calibration/builtin/*.jsonl >"$out/builtin.jsonl"
+cat calibration/heldout/*.jsonl >"$out/heldout.jsonl"
+tokens "${BENCH_CALIB:-$out/builtin.jsonl}" "$out/calibration-$samples.npy" "$samples"
+texts=${BENCH_TEXTS:-heldout=$out/heldout.jsonl}
+first=""
+for text in $texts; do
+    tokens "${text#*=}" "$out/${text%%=*}.npy" 20
+    first=${first:-$out/${text%%=*}.npy}
+done
+
+for tool in $tools; do
+    name=$tool-$bits-bit-g$group
+    [ ! -e "$out/$name.json" ] || continue
+    rm -rf "${out:?}/$name" "$out/$name.partial"
+    echo "$name" >&2
+    case $tool in
+    qwenq)
+        started=$(date +%s%N)
+        "$venv/bin/qwenq" quantize "$model" -o "$out/$name" --bits "$bits" --group-size "$group" \
+            --calibration "$out/calibration-$samples.npy" --eval-text "$first" --json >"$out/$name.part" 2>"$out/$name.log"
+        echo "{\"process_s\": $(( ($(date +%s%N) - started) / 10000000 ))e-2}" >"$out/$name.time"
+        ;;
+    gptqmodel | gptqmodel-mse)
+        mse=0
+        [ "$tool" = gptqmodel ] || mse=2.4
+        "$foreign" benchmarks/gptqmodel_quantize.py "$model" "$out/$name" --tokens "$out/calibration-$samples.npy" \
+            --bits "$bits" --group-size "$group" --mse "$mse" >"$out/$name.part" 2>"$out/$name.log"
+        ;;
+    *)
+        echo "unknown tool $tool: qwenq, gptqmodel or gptqmodel-mse" >&2
+        exit 2
+        ;;
+    esac
+    mv "$out/$name.part" "$out/$name.json"
+done
+
+for text in $texts; do
+    label=${text%%=*}
+    # shellcheck disable=SC2086
+    "$venv/bin/python" benchmarks/compare.py "$model" "$out" --text "$label" --bits "$bits" --group-size "$group" \
+        --tools $tools
+done
