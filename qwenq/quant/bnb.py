@@ -14,19 +14,20 @@ import torch
 from torch import Tensor
 
 from qwenq.errors import CheckpointError, PlanError
-from qwenq.layout import NF4_STATE
+from qwenq.layout import NESTED_BLOCK, NF4_BLOCK, NF4_STATE
 from qwenq.quant.gptq import QTensor
 from qwenq.scheme import Scheme
 
 _STATE = NF4_STATE.removeprefix(".weight.")
+_MAX_STATE = 4096  # bytes; some 170 are needed
 
 
 def round_nf4(weight_OI: Tensor) -> dict[str, Tensor]:
-    """Tensors of a weight in float16, bfloat16 or float32, by their names after the linear's; float32 results keep it.
+    """Tensors of a weight in float16, bfloat16 or float32, by their names after the linear's.
 
-    What bitsandbytes makes of the weight when read depends on its dtype, which is stored with it.
+    The dtype is stored with them: reading gives the weight back in it.
     """
-    packed, state = _functional().quantize_4bit(weight_OI.contiguous(), blocksize=64, quant_type="nf4")
+    packed, state = _functional().quantize_4bit(weight_OI.contiguous(), blocksize=NF4_BLOCK, quant_type="nf4")
     return {"weight": packed} | {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
 
 
@@ -73,15 +74,30 @@ def _loaded(tensors: Mapping[str, Tensor], shape: tuple[int, int], name: str) ->
 
 
 def _state(tensors: Mapping[str, Tensor], shape: tuple[int, int], name: str) -> dict[str, Any]:
-    """The JSON beside an NF4 weight, checked: it names shape, block and dtype."""
+    """The JSON beside an NF4 weight, checked key by key: type, block, dtype, shape, and those of nested values."""
+    stored = tensors["weight." + _STATE]
+    wrong = f"{name}: quant_state.bitsandbytes__nf4"
+    if stored.numel() > _MAX_STATE:
+        raise CheckpointError(f"{wrong} has {stored.numel()} bytes, more than it can need")
     try:
-        state = json.loads(bytes(tensors["weight." + _STATE].tolist()))
-        found = state["quant_type"], state["blocksize"], tuple(state["shape"])
-        dtype = state["dtype"]
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError):
-        raise CheckpointError(f"{name}: quant_state.bitsandbytes__nf4 is not what bitsandbytes writes") from None
-    if found != ("nf4", 64, tuple(shape)) or dtype not in ("float16", "bfloat16", "float32"):
-        raise CheckpointError(f"{name}: quant_state says {(*found, dtype)}, wanted nf4 in blocks of 64 of {shape}")
+        state = json.loads(bytes(stored.tolist()))
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{wrong} is not JSON") from None
+    wanted: dict[str, Any] = {"quant_type": "nf4", "blocksize": NF4_BLOCK, "shape": list(shape)}
+    free = {"dtype": ("float16", "bfloat16", "float32")}
+    if "weight.nested_absmax" in tensors:
+        wanted |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"}
+        free["nested_offset"] = ()
+    if not isinstance(state, dict) or set(state) != set(wanted) | set(free):
+        raise CheckpointError(f"{wrong}: wanted exactly {', '.join([*wanted, *free])}")
+    for key, value in wanted.items():
+        if state[key] != value:
+            raise CheckpointError(f"{wrong}: {key} is {str(state[key])[:40]!r}, wanted {value!r}")
+    if state["dtype"] not in free["dtype"]:
+        known = ", ".join(free["dtype"])
+        raise CheckpointError(f"{wrong}: dtype is {str(state['dtype'])[:40]!r}, wanted one of {known}")
+    if not isinstance(state.get("nested_offset", 0.0), float | int):
+        raise CheckpointError(f"{wrong}: nested_offset is {str(state['nested_offset'])[:40]!r}, wanted a number")
     return state
 
 
