@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -231,9 +232,10 @@ def _foreign(
     if ids is None:
         raise RunError(f"--engine {engine} answers one question", hint="give it with --prompt, or use `qwenq serve`")
     length = {"max_model_len": options.max_model_len} if options.max_model_len else {}
-    loaded: Any = GptqModelEngine(directory) if engine == "gptqmodel" else VllmEngine(directory, **length)
     timing = Timing()
-    tokens = list(loaded.generate(ids, sampling, chat.stop_ids, timing))
+    with redirect_stdout(sys.stderr):  # both log to stdout
+        loaded: Any = GptqModelEngine(directory) if engine == "gptqmodel" else VllmEngine(directory, **length)
+        tokens = list(loaded.generate(ids, sampling, chat.stop_ids, timing))
     text = "".join(chat.stream(tokens))
     if json:
         print_json({"text": text, "token_ids": tokens, "timing": timing.to_json(), "engine": engine})

@@ -281,15 +281,20 @@ class StoredLinear(nn.Module):
         self.is_head = is_head
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight.dtype == x.dtype:
-            return F.linear(x, self.weight, self.bias)
-        if self.is_head and self.weight.dtype == torch.float16 and x.dtype == torch.bfloat16:
-            return F.linear(x.half(), self.weight).float()
-        y = torch.empty(*x.shape[:-1], self.out_features, dtype=x.dtype, device=x.device)
-        step = strip_rows(self.in_features, x.device)
+        # contiguous: for a slice of rows torch's bfloat16 product on a CPU copies the whole weight
+        x_MI = x.reshape(-1, self.in_features).contiguous()
+        return self._product(x_MI).view(*x.shape[:-1], self.out_features)
+
+    def _product(self, x_MI: Tensor) -> Tensor:
+        if self.weight.dtype == x_MI.dtype:
+            return F.linear(x_MI, self.weight, self.bias)
+        if self.is_head and self.weight.dtype == torch.float16 and x_MI.dtype == torch.bfloat16:
+            return F.linear(x_MI.half(), self.weight).float()
+        y_MO = torch.empty(x_MI.shape[0], self.out_features, dtype=x_MI.dtype, device=x_MI.device)
+        step = strip_rows(self.in_features, x_MI.device)
         for start in range(0, self.out_features, step):
-            y[..., start : start + step] = F.linear(x, self.weight[start : start + step].to(x.dtype))
-        return y if self.bias is None else y.add_(self.bias)
+            y_MO[:, start : start + step] = F.linear(x_MI, self.weight[start : start + step].to(x_MI.dtype))
+        return y_MO if self.bias is None else y_MO.add_(self.bias)
 
 
 def strip_rows(columns: int, device: torch.device) -> int:

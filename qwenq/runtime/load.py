@@ -25,7 +25,7 @@ from qwenq.planning.terms import Workload
 from qwenq.planning.weights import Weights as WeightBytes
 from qwenq.planning.weights import header_weights
 from qwenq.runtime.memory import Peak, available_ram, device_name, resident_bytes, shortage, visible_rig
-from qwenq.runtime.model import DISK, CheckpointWeights, RunningModel, Weights, build_model, pick_dtype
+from qwenq.runtime.model import DISK, CheckpointWeights, RunningModel, Weights, build_model, modeling_code, pick_dtype
 from qwenq.spec import ModelSpec
 from qwenq.units import format_gb, format_gib
 
@@ -177,14 +177,13 @@ def load_from(
     listen: Callable[[int], None] = lambda layer: None,
 ) -> Iterator[Loaded]:
     """Load weights of any source; layers on disk are deleted at the end."""
-    import transformers  # noqa: F401  so that its memory is not counted as the model's
-
     work = options.work(spec)
     rig = visible_rig(options.gpu_memory)
     dtype = pick_dtype(torch.device("cuda" if rig else "cpu"), options.compute_dtype)
     ram = available_ram()
     room = min(ram, options.cpu_memory) if options.cpu_memory else ram
     plan = plan_load(spec, sizes, rig, work, dtype, room)
+    modeling_code(spec)
     return_freed_memory()
     base, clock = resident_bytes(), time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="qwenq-offload-", dir=options.offload_directory) as directory:

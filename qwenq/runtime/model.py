@@ -213,12 +213,18 @@ def build_model(
 _SMALLER = "lower --gpu-memory or --max-model-len so that more stays in host memory, or end what else uses the device"
 
 
+def modeling_code(spec: ModelSpec) -> Any:
+    """transformers' module of the architecture; asked for early, its memory is not counted as the model's."""
+    import accelerate  # noqa: F401
+
+    register()
+    return importlib.import_module(f"{MODULES[spec.model_type][0]}.modeling_{spec.model_type}")
+
+
 def _empty_network(config: Mapping[str, Any], spec: ModelSpec, dtype: torch.dtype) -> Any:
     from accelerate import init_empty_weights
 
-    register()
-    package, prefix = MODULES[spec.model_type]
-    modeling = importlib.import_module(f"{package}.modeling_{spec.model_type}")
+    modeling, prefix = modeling_code(spec), MODULES[spec.model_type][1]
     settings = model_config(config, spec)
     settings._attn_implementation = ATTENTION
     settings.tie_word_embeddings = False  # a tied head is put in place below
