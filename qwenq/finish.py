@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenq.errors import JobError, QwenqError
-from qwenq.files import copy_synced, sync_directory, write_bytes, write_json
+from qwenq.files import copy_synced, sync_directory, write_json
 from qwenq.headers import INDEX_NAME, inside
 from qwenq.host import host_facts, versions
 from qwenq.job import QuantizeJob, QuantizeResult
@@ -24,13 +24,11 @@ COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json", "LICENSE")
 
 
 def write_small_files(job: QuantizeJob, work: Path, config: Mapping[str, Any], source: Mapping[str, str]) -> None:
-    """Tokenizer and licence as the source has them (`source`: their SHA-256), recipe, index and configuration."""
+    """Tokenizer and licence as the source has them (`source`: their SHA-256), the index, and the configuration."""
     for name in COPIED_FILES:
         path = inside(job.source.directory, name)
         if path.is_file() and copy_synced(path, work / name) != source.get(name):
             raise JobError(f"{path}: changed while it was being quantized", hint="put the file back, then --resume")
-    for name, content in job.beside:
-        write_bytes(work / name, content)
     write_json(work / INDEX_NAME, encode_index(output_files(job.source.spec, job.recipe, job.stored_dtype)))
     write_json(work / "config.json", config)
     if job.recipe.format == "gptq":  # GPTQModel and AutoGPTQ look here first

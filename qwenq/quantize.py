@@ -55,7 +55,7 @@ def quantize(job: QuantizeJob, *, resume: bool = False, listen: Listener = lambd
     started = time.perf_counter()
     forget_peak_rss()
     work = partial_directory(job.out)
-    _check_places(job, work, resume)
+    check_places(job, resume)
     try:
         make_directory(work, exist_ok=resume)
     except FileExistsError:
@@ -77,7 +77,9 @@ def quantize(job: QuantizeJob, *, resume: bool = False, listen: Listener = lambd
         ) from error
 
 
-def _check_places(job: QuantizeJob, work: Path, resume: bool) -> None:
+def check_places(job: QuantizeJob, resume: bool) -> None:
+    """Raise JobError when the output, an unfinished job or a disk too small is in the way."""
+    work = partial_directory(job.out)
     refuse_place(job.out, job.source.directory)
     if work.exists() and not resume:
         raise _unfinished(work)
@@ -147,6 +149,8 @@ class _Run:
                 return result
         else:
             journal = Journal.create(self.work, described)
+        for name, content in self.job.beside:
+            write_bytes(self.work / name, content)
         streams = new_streams(
             self.job.source,
             self.job.calibration.ids if self.job.calibration else None,

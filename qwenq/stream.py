@@ -8,7 +8,8 @@ Shapes: h, x [B, T, hidden]; a [B, T, q_size]; m [B, T, intermediate].
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -90,6 +91,24 @@ class Network:
             h, attention_mask=None, position_embeddings=self._position_embeddings(h.shape[1])
         )
         return out
+
+    @contextmanager
+    def recorded(self, paths: Iterable[str]) -> Iterator[dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+        """Input and output of the linears `paths`, by path, of the forward pass made inside the block."""
+        found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+        def keep(path: str) -> Any:
+            def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+                found[path] = (inputs[0], output)
+
+            return self._layer.get_submodule(path).register_forward_hook(hook)
+
+        handles = [keep(path) for path in paths]
+        try:
+            yield found
+        finally:
+            for handle in handles:
+                handle.remove()
 
     # ------------------------------------------------------------------ stage by stage
 

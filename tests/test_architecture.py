@@ -30,7 +30,11 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
         ("tensor maths", "quant quant.* metrics"),
         ("disk", "files manifest provenance card shards journal formats formats.* tokens calibration checkpoint audit"),
         ("network", "stream"),
-        ("work", "runtime runtime.* streams block bnb head job host finish quantize convert verify evaluate demo"),
+        (
+            "work",
+            "runtime runtime.* streams block bnb head fisher sensitivity job host finish quantize convert verify "
+            "evaluate demo",
+        ),
         ("telling", "report report.* page page.*"),
         ("door", "cli cli.* __main__"),
     )
@@ -38,7 +42,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
 
 HEAVY = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
 PLANNING = LAYERS[0][1] | LAYERS[1][1] | {"journal", "formats", "formats.config", "audit"}
-PLANNING |= {"cli.vram", "cli.plan", "cli.recipe"}
+PLANNING |= {"cli.vram", "cli.plan", "cli.recipe", "cli.sensitivity"}
 PLANNING |= {"report.compose", "cli.report"}
 PLANNING |= {"files", "manifest", "verify", "cli.verify"}  # hashing needs no torch either
 

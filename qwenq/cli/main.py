@@ -19,6 +19,7 @@ from qwenq.cli.plan import plan
 from qwenq.cli.quantize import quantize
 from qwenq.cli.report import report
 from qwenq.cli.run import run
+from qwenq.cli.sensitivity import sensitivity
 from qwenq.cli.serve import serve
 from qwenq.cli.verify import verify
 from qwenq.cli.vram import vram_app
@@ -70,6 +71,7 @@ def _options(
 app.command("quantize")(quantize)
 app.command("eval")(evaluate)
 app.command("run")(run)
+app.command("sensitivity")(sensitivity)
 app.command("serve")(serve)
 app.command("inspect")(inspect)
 app.command("convert")(convert)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -36,7 +37,9 @@ from qwenq.cli.recipe import (
     recipe_json,
     recipe_table,
 )
+from qwenq.cli.sensitivity import measure
 from qwenq.errors import PlanError
+from qwenq.planning.sensitivity import SENSITIVITY_NAME, encode_sensitivity
 from qwenq.units import format_gb, format_seconds
 
 DEFAULT_WINDOWS = 128  # at most, when --num-samples is not given
@@ -147,17 +150,16 @@ def quantize(
     from qwenq.job import QuantizeJob, partial_directory
     from qwenq.planning.recipefile import RECIPE_NAME, encode_recipe
     from qwenq.quant.gptq import DAMP_PERCENT
+    from qwenq.quantize import check_places
     from qwenq.quantize import quantize as run
     from qwenq.tokens import ModelTokenizer
 
     source = open_source(resolve_model(model))
     stored = source.dtype_of if dtype == "auto" else lambda name: _STORED[dtype]
-    chosen = None
-    if wanted.mixed:
-        chosen = wanted.choose(source.spec, wanted.table(source.spec, fingerprint(source.directory)), stored)
-        if not json:
-            err.print(recipe_table(source.spec, chosen))
-            err.print(prediction_line(chosen), soft_wrap=True)
+    table = wanted.table(source.spec, fingerprint(source.directory), partial_directory(output) if resume else None)
+    if table is None and wanted.budgeted and method == "rtn":
+        raise PlanError("--method rtn measures no sensitivities", hint="give them with --sensitivity FILE")
+    chosen = wanted.choose(source.spec, table, stored) if wanted.mixed else None  # a prior's, until there is a table
     recipe = chosen.recipe if chosen else wanted.uniform()
     recipe.check(source.spec)
     tokenizer = ModelTokenizer(source.directory)
@@ -201,12 +203,24 @@ def quantize(
         dtype=dtype,
         seed=seed,
         overlap=overlap(calibration, eval_text) if compared else None,
-        beside=((RECIPE_NAME, encode_recipe(source.spec, chosen).encode()),) if chosen else (),
     )
     for name in source.ignored:
         warn(f"{name} is stored but not used by the model: left out")
     with LayerProgress(source.spec.num_hidden_layers, quiet=json) as progress:
         try:
+            if table is None and wanted.budgeted and windows is not None:
+                check_places(job, resume)
+                scratch = output.absolute().parent
+                scratch.mkdir(parents=True, exist_ok=True)
+                table = measure(source, windows, seed, picked, job.compute_dtype, scratch, progress)
+                chosen = wanted.choose(source.spec, table, stored)
+            if chosen:
+                files = {RECIPE_NAME: encode_recipe(source.spec, chosen).encode()}
+                files |= {SENSITIVITY_NAME: encode_sensitivity(table)} if table else {}
+                job = replace(job, recipe=chosen.recipe, beside=tuple(files.items()))
+                if not json:
+                    err.print(recipe_table(source.spec, chosen))
+                    err.print(prediction_line(chosen), soft_wrap=True)
             result = run(
                 job, resume=resume, listen=lambda e: progress.say(e) if isinstance(e, str) else progress.layer(e)
             )
@@ -226,7 +240,7 @@ def quantize(
         warn(line)
     out.print(drift_table(result.drift))
     out.print(
-        f"{result.out}: {recipe.label}, {format_gb(result.file_bytes)} "
+        f"{result.out}: {job.recipe.label}, {format_gb(result.file_bytes)} "
         f"({result.bits_per_linear_weight:.2f} bits per linear weight), {format_seconds(result.seconds)}, "
         f"peak {format_gb(result.peak_rss_bytes)} of memory",
         soft_wrap=True,

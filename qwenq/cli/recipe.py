@@ -14,7 +14,7 @@ from rich.table import Table
 from qwenq.cli.format import check_format, uniform_recipe
 from qwenq.errors import PlanError
 from qwenq.planning.budget import MIXED_FORMATS, Budgeted, choose_for_bits, choose_for_bytes, describe_choice
-from qwenq.planning.sensitivity import Sensitivity, prior, read_sensitivity
+from qwenq.planning.sensitivity import SENSITIVITY_NAME, Sensitivity, prior, read_sensitivity
 from qwenq.scheme import Recipe, label_of
 from qwenq.spec import UNITS, ModelSpec
 from qwenq.units import format_gb, parse_size, parse_tokens
@@ -103,15 +103,21 @@ class Wanted:
         """One scheme for all linears: 4-bit g128 unless said otherwise, or the format's own."""
         return uniform_recipe(self.format, self.bits, self.group_size, self.asymmetric)
 
-    def table(self, spec: ModelSpec, fingerprint: str) -> Sensitivity | None:
-        """The table given, checked to be this model's; None without one. An unknown fingerprint is empty."""
-        if self.sensitivity is None:
+    def table(self, spec: ModelSpec, fingerprint: str, unfinished: Path | None = None) -> Sensitivity | None:
+        """The table given, or the one that an unfinished job measured; checked to be this model's. None without one.
+
+        An unknown fingerprint is empty.
+        """
+        path = self.sensitivity
+        if path is None and unfinished is not None and self.mixed and (unfinished / SENSITIVITY_NAME).is_file():
+            path = unfinished / SENSITIVITY_NAME
+        if path is None:
             return None
-        found = read_sensitivity(self.sensitivity)
+        found = read_sensitivity(path)
         try:
             found.check(spec, fingerprint)
         except PlanError as error:
-            raise PlanError(f"{self.sensitivity}: {error.message}", hint=error.hint) from None
+            raise PlanError(f"{path}: {error.message}", hint=error.hint) from None
         return found
 
     def choose(self, spec: ModelSpec, table: Sensitivity | None, dtype_of: Callable[[str], str]) -> Budgeted:

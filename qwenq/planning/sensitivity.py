@@ -15,6 +15,7 @@ from qwenq.scheme import GROUP_SIZES, Scheme, label_of, parse_scheme
 from qwenq.spec import UNITS, LinearSpec, ModelSpec
 
 VERSION = 1
+SENSITIVITY_NAME = "qwenq-sensitivity.json"  # in a checkpoint: the table its recipe was chosen by
 Unit = tuple[int, str]  # layer, one of UNITS
 
 # Prior: KL in nats a token when one unit alone is 4-bit g128, for a model of PRIOR_LAYERS layers, and what the ends of

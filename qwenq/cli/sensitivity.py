@@ -1,0 +1,112 @@
+"""`qwenq sensitivity`: what each unit would lose by each scheme, measured once for any later budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from qwenq.cli.console import LayerProgress, out, print_json
+from qwenq.cli.models import ComputeDtype, Device, JsonFlag, Model, pick_compute_dtype
+from qwenq.errors import JobError
+from qwenq.planning.sensitivity import Sensitivity, encode_sensitivity
+from qwenq.spec import UNITS
+
+if TYPE_CHECKING:
+    from qwenq.checkpoint import Checkpoint
+    from qwenq.tokens import TokenWindows
+
+CALIBRATION_WINDOWS = 128  # at most; a part of them is used
+
+
+def sensitivity(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = Path("sensitivity.json"),
+    calibration: Annotated[
+        str, typer.Option(help="A set's name, or a .txt, .jsonl, .parquet or .npy file.")
+    ] = "builtin",
+    num_samples: Annotated[
+        int | None, typer.Option("--num-samples", "-n", min=2, help="Calibration windows. Default: all, at most 128.")
+    ] = None,
+    sequence_length: Annotated[int, typer.Option("--sequence-length", min=2, help="Tokens a window.")] = 512,
+    seed: Annotated[int, typer.Option(help="Decides windows and sampled labels.")] = 0,
+    device: Device = "auto",
+    compute_dtype: ComputeDtype = "auto",
+    json: JsonFlag = False,
+) -> None:
+    """Measure how much KL each unit of MODEL costs at each scheme; `qwenq quantize --sensitivity FILE` reads it.
+
+    Two streamed passes over the layers, forward and backward, one layer in memory at a time. The effect is read on
+    calibration windows that the errors were not solved on.
+    """
+    pick_compute_dtype(compute_dtype, device)
+    check_output(output)
+
+    from qwenq.calibration import load_windows
+    from qwenq.checkpoint import open_source
+    from qwenq.cli.models import pick_device, resolve_model
+    from qwenq.files import write_bytes
+    from qwenq.tokens import ModelTokenizer
+
+    source = open_source(resolve_model(model))
+    windows = load_windows(
+        calibration, ModelTokenizer(source.directory), source.spec, length=sequence_length, count=num_samples,
+        seed=seed, up_to=CALIBRATION_WINDOWS,
+    )  # fmt: skip
+    picked = pick_device(device)
+    with LayerProgress(source.spec.num_hidden_layers, quiet=json) as progress:
+        kind = pick_compute_dtype(compute_dtype, picked)
+        found = measure(source, windows, seed, picked, kind, output.absolute().parent, progress)
+    write_bytes(output, encode_sensitivity(found))
+    if json:
+        print_json(found.to_json())
+        return
+    out.print(sensitivity_table(found))
+    out.print(f"{output}: serves any budget of this model", soft_wrap=True, markup=False)
+
+
+def measure(
+    source: Checkpoint,
+    windows: TokenWindows,
+    seed: int,
+    device: str,
+    compute_dtype: str,
+    scratch: Path,
+    progress: LayerProgress,
+) -> Sensitivity:
+    """Measure with progress shown; hidden states lie under `scratch` meanwhile."""
+    from qwenq.job import DTYPES
+    from qwenq.sensitivity import measure_sensitivity, split_windows
+
+    return measure_sensitivity(
+        source,
+        split_windows(windows, seed=seed),
+        compute_dtype=DTYPES[compute_dtype],
+        device=device,
+        scratch=scratch,
+        listen=progress.say,
+    )
+
+
+def check_output(path: Path) -> None:
+    """Raise JobError before the work when the file cannot be made."""
+    if path.exists():
+        raise JobError(f"{path}: exists already", hint="choose another --output, or delete it")
+    if not path.absolute().parent.is_dir():
+        raise JobError(f"{path.absolute().parent}: no such directory", hint="make it, or choose another --output")
+
+
+def sensitivity_table(found: Sensitivity) -> Table:
+    """KL of each unit at its coarsest 4-bit scheme, layer by layer."""
+    table = Table(title=f"KL (millinats a token) of one unit alone at 4 bits, {found.model}")
+    table.add_column("layer", justify="right")
+    for unit in UNITS:
+        first = next(scheme for scheme in found.kl[0, unit] if scheme is not None)
+        table.add_column(f"{unit} g{first.group_size}", justify="right")
+    layers = sorted({layer for layer, _ in found.kl})
+    for layer in layers:
+        cells = (next(iter(found.kl[layer, unit].values())) for unit in UNITS)
+        table.add_row(str(layer), *(f"{1000 * value:.4f}" for value in cells))
+    return table

@@ -1,0 +1,253 @@
+r"""What each unit of a model would lose by each scheme, as KL at the head: two streamed passes over the layers.
+
+    forward:   tokens --> layer 0 --> ... --> layer n-1 --> head: gradients of log p(y), y ~ p   (states kept on disk)
+    backward:  layer n-1 --> ... --> layer 0: gradients at each linear's output; GPTQ's error E of each unit and scheme
+
+A weight error E changes the log likelihood of a window's labels by s = sum over its tokens of dY . (E x), and the KL a
+token is E[s**2] / (2 tokens) to second order (see qwenq.fisher). All schemes of all units share the two passes, so the
+cost is linear in the number of layers. Tokens that E is solved on and tokens that s is read on are not the same.
+
+Few samples make a scheme's own figure noisy, and its rounding luck is not that of a later run. So schemes of a unit
+share one factor: KL = factor * relative output error of the scheme, the factor fitted over all of the unit's schemes.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwenq.block import batches
+from qwenq.checkpoint import Checkpoint, non_finite
+from qwenq.errors import CalibrationError, CheckpointError, JobError
+from qwenq.fingerprint import fingerprint
+from qwenq.fisher import sampled_gradients
+from qwenq.head import HeadWeights
+from qwenq.host import versions
+from qwenq.planning.sensitivity import Sensitivity, Unit, schemes_for, units_of
+from qwenq.quant.gptq import DAMP_PERCENT, add_to_hessian, solve_unit
+from qwenq.scheme import Scheme
+from qwenq.shards import raw_bytes
+from qwenq.spec import UNITS, ModelSpec
+from qwenq.stream import Network
+from qwenq.streams import embed
+from qwenq.tokens import TokenWindows
+
+SOLVER_WINDOWS = 16  # at most, for the Hessians that errors are solved with
+PROBE_WINDOWS = 32
+PROBE_TOKENS = 128  # a window
+SAMPLES = 4  # labels a position
+EIGHT_BIT = (15 / 255) ** 2  # KL of 8 bits to that of 4 bits in the same groups: the step's square (reports/budget.md)
+_BATCH_TOKENS = 1024
+_STORED = torch.bfloat16  # of hidden states kept on disk between the passes
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How to measure: tokens to solve on, tokens to read the effect on, labels a position and their seed."""
+
+    solver_NT: torch.Tensor
+    probe_NT: torch.Tensor
+    calibration: Mapping[str, Any]
+    samples: int = SAMPLES
+    seed: int = 0
+
+
+def split_windows(windows: TokenWindows, samples: int = SAMPLES, seed: int = 0) -> Probe:
+    """Part calibration windows: the first for the solver, pieces of the others, evenly spread, for the effect."""
+    ids_NT = windows.ids
+    solver = min(SOLVER_WINDOWS, len(ids_NT) // 2)
+    if solver == 0:
+        raise CalibrationError(
+            f"{windows.text}: one window, sensitivities need at least two (to solve on, and to read the effect on)",
+            hint="more text, or a smaller --sequence-length",
+        )
+    length = min(PROBE_TOKENS, ids_NT.shape[1])
+    pieces_NT = ids_NT[solver:, : ids_NT.shape[1] // length * length].reshape(-1, length)
+    count = min(PROBE_WINDOWS, len(pieces_NT))
+    picked = torch.arange(count) * len(pieces_NT) // count
+    return Probe(ids_NT[:solver], pieces_NT[picked], windows.to_json(), samples, seed)
+
+
+@torch.no_grad()
+def measure_sensitivity(
+    source: Checkpoint,
+    probe: Probe,
+    *,
+    compute_dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    scratch: Path,
+    damp_percent: float = DAMP_PERCENT,
+    listen: Callable[[str], None] = lambda line: None,
+) -> Sensitivity:
+    """Measure every unit under every symmetric scheme. Hidden states of both token sets are kept under `scratch`."""
+    spec = source.spec
+    network = Network(source.config, spec, dtype=compute_dtype, device=device)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".qwenq-sensitivity-", dir=scratch) as directory:
+            states = _States(Path(directory), spec)
+            last_NTH = _forward(source, network, probe, states, listen)
+            listen("sensitivity: gradients at the head")
+            gradient = sampled_gradients(network, HeadWeights(source), last_NTH, probe.samples, probe.seed)
+            scores: dict[Unit, dict[Scheme, torch.Tensor]] = {}
+            noise: dict[Unit, dict[Scheme, float]] = {}
+            for layer in reversed(range(spec.num_hidden_layers)):
+                network.fill(_finite(source, layer))
+                errors, lost = _errors(network, spec, states.read("solver", layer), damp_percent)
+                found, gradient = _backward(network, errors, states.read("probe", layer), gradient)
+                scores |= {(layer, unit): by_scheme for unit, by_scheme in found.items()}
+                noise |= {(layer, unit): by_scheme for unit, by_scheme in lost.items()}
+                network.release()
+                listen(f"sensitivity: layer {layer} measured, {layer} to go")
+    except OSError as error:
+        raise JobError(
+            f"{error.filename or scratch}: {error.strerror or error}", hint="free some space, then try again"
+        ) from error
+    tokens = probe.probe_NT.shape[1]
+    kl: dict[Unit, dict[Scheme | None, float]] = {}
+    for unit, by_scheme in scores.items():
+        squares = sum(float(s.double().square().mean()) for s in by_scheme.values())
+        factor = squares / (2 * tokens) / max(sum(noise[unit].values()), 1e-30)
+        by_group = {scheme.group_size: factor * lost for scheme, lost in noise[unit].items()}
+        kl[unit] = {
+            scheme: by_group[scheme.group_size] * (EIGHT_BIT if scheme.bits == 8 else 1.0)
+            for scheme in schemes_for(spec, unit[1])
+        }
+    kl = {unit: kl[unit] for unit in units_of(spec)}
+    provenance = {
+        "calibration": dict(probe.calibration),
+        "solver_windows": list(probe.solver_NT.shape),
+        "probe_windows": list(probe.probe_NT.shape),
+        "samples": probe.samples,
+        "seed": probe.seed,
+        "damp_percent": damp_percent,
+        "compute_dtype": str(compute_dtype).removeprefix("torch."),
+        "eight_bit": f"{EIGHT_BIT:.6f} of 4 bits in the same groups",
+        "versions": versions(),
+    }
+    return Sensitivity(spec.name, fingerprint(source.directory), kl, provenance)
+
+
+class _States:
+    """Hidden states entering each layer, in files."""
+
+    def __init__(self, directory: Path, spec: ModelSpec) -> None:
+        self.directory, self.hidden = directory, spec.hidden_size
+        self.shapes: dict[str, torch.Size] = {}
+
+    def write(self, name: str, layer: int, h_NTH: torch.Tensor) -> None:
+        self.shapes[name] = h_NTH.shape
+        with open(self.directory / f"{name}-{layer}", "wb") as file:
+            file.write(raw_bytes(h_NTH.to(_STORED)))
+
+    def read(self, name: str, layer: int) -> torch.Tensor:
+        """What was written, which is deleted."""
+        h_NTH = torch.empty(self.shapes[name], dtype=_STORED)
+        path = self.directory / f"{name}-{layer}"
+        with open(path, "rb") as file:
+            file.readinto(raw_bytes(h_NTH))
+        path.unlink()
+        return h_NTH
+
+
+def _finite(source: Checkpoint, layer: int) -> dict[str, torch.Tensor]:
+    state = source.layer_state(layer)
+    if (bad := non_finite(state.items())) is not None:
+        raise CheckpointError(
+            f"{source.directory}: model.layers.{layer}.{bad} holds a NaN or an infinity",
+            hint="the checkpoint may be damaged",
+        )
+    return state
+
+
+def _forward(
+    source: Checkpoint, network: Network, probe: Probe, states: _States, listen: Callable[[str], None]
+) -> torch.Tensor:
+    """Keep what enters each layer; returns what leaves the last one, for the probe's windows."""
+    spec = source.spec
+    streams = {
+        name: (torch.empty(*ids.shape, spec.hidden_size, dtype=network.dtype), ids)
+        for name, ids in (("solver", probe.solver_NT), ("probe", probe.probe_NT))
+    }
+    embed(source, streams)
+    for layer in range(spec.num_hidden_layers):
+        network.fill(_finite(source, layer))
+        for name, (h_NTH, _) in streams.items():
+            states.write(name, layer, h_NTH)
+            for part in batches(*h_NTH.shape[:2]):
+                h_NTH[part] = network.forward(h_NTH[part].to(network.device)).to(h_NTH.device)
+        network.release()
+        listen(f"sensitivity: layer {layer} read, of {spec.num_hidden_layers}")
+    return streams["probe"][0]
+
+
+def _errors(
+    network: Network, spec: ModelSpec, h_NTH: torch.Tensor, damp_percent: float
+) -> tuple[dict[str, dict[Scheme, dict[str, torch.Tensor]]], dict[str, dict[Scheme, float]]]:
+    """GPTQ's weight errors [out, in] of each linear, by unit, 4-bit scheme and path in the layer, in the compute dtype;
+
+    and by unit and scheme the energy of the output errors relative to the outputs, summed over the unit's linears.
+    """
+    widths = {"qkv": spec.hidden_size, "o": spec.q_size, "gate_up": spec.hidden_size, "down": spec.intermediate_size}
+    hessians = {unit: torch.zeros(n, n, device=network.device) for unit, n in widths.items()}
+    for part in batches(*h_NTH.shape[:2]):
+        h = h_NTH[part].to(device=network.device, dtype=network.dtype)
+        inputs = {"qkv": network.attention_input(h)}
+        inputs["o"] = network.attend(inputs["qkv"])
+        inputs["gate_up"] = network.mlp_input(network.add_attention(h, inputs["o"]))
+        inputs["down"] = network.gate(inputs["gate_up"])
+        for unit, x in inputs.items():
+            add_to_hessian(hessians[unit], x.reshape(-1, widths[unit]))
+    errors: dict[str, dict[Scheme, dict[str, torch.Tensor]]] = {}
+    lost: dict[str, dict[Scheme, float]] = {}
+    for unit, paths in UNITS.items():
+        weights = {path: network.weight(path).float() for path in paths}
+        errors[unit], lost[unit] = {}, {}
+        for scheme in schemes_for(spec, unit):
+            if scheme.bits == 4:
+                solved = solve_unit(weights, hessians[unit].clone(), scheme, damp_percent=damp_percent, sweeps=0)
+                errors[unit][scheme] = {
+                    path: (qtensor.dequantize() - weights[path]).to(network.dtype)
+                    for path, (qtensor, _) in solved.items()
+                }
+                lost[unit][scheme] = sum(10 ** (stats.error_db / 10) for _, stats in solved.values())
+        del hessians[unit]
+    return errors, lost
+
+
+def _backward(
+    network: Network,
+    errors: Mapping[str, Mapping[Scheme, Mapping[str, torch.Tensor]]],
+    h_NTH: torch.Tensor,
+    gradient_SNTH: torch.Tensor,
+) -> tuple[dict[str, dict[Scheme, torch.Tensor]], torch.Tensor]:
+    """Scores [samples, windows] of each unit and scheme, and the gradients at the layer's input."""
+    samples, windows = gradient_SNTH.shape[:2]
+    scores = {
+        unit: {scheme: torch.zeros(samples, windows) for scheme in by_scheme} for unit, by_scheme in errors.items()
+    }
+    before_SNTH = torch.empty_like(gradient_SNTH)
+    paths = [path for unit in UNITS.values() for path in unit]
+    for part in batches(h_NTH.shape[0], h_NTH.shape[1], _BATCH_TOKENS):
+        with torch.enable_grad(), network.recorded(paths) as recorded:
+            h = h_NTH[part].to(device=network.device, dtype=network.dtype).requires_grad_(True)
+            leaving = network.forward(h)
+        wanted = [h, *(recorded[path][1] for path in paths)]
+        changes = {
+            (unit, scheme, path): recorded[path][0].detach() @ error.T
+            for unit, by_scheme in errors.items()
+            for scheme, by_path in by_scheme.items()
+            for path, error in by_path.items()
+        }
+        for s in range(samples):
+            g = gradient_SNTH[s, part].to(network.dtype)
+            entering, *outputs = torch.autograd.grad(leaving, wanted, g, retain_graph=s + 1 < samples)
+            before_SNTH[s, part] = entering.float()
+            at = dict(zip(paths, outputs, strict=True))
+            for (unit, scheme, path), change in changes.items():
+                scores[unit][scheme][s, part] += (at[path] * change).sum((1, 2), dtype=torch.float32).cpu()
+    return scores, before_SNTH

@@ -1,0 +1,215 @@
+"""Sensitivities against what they predict: the KL of the model itself when one unit, or a recipe, is quantized."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import Result
+from typer.testing import CliRunner
+
+from qwenq.checkpoint import open_source
+from qwenq.cli.main import app
+from qwenq.errors import CalibrationError, PlanError
+from qwenq.fingerprint import fingerprint
+from qwenq.fisher import sampled_gradients
+from qwenq.head import HeadWeights
+from qwenq.job import QuantizeJob
+from qwenq.planning.budget import recipe_of
+from qwenq.planning.sensitivity import SENSITIVITY_NAME, Sensitivity, encode_sensitivity, read_sensitivity, units_of
+from qwenq.quantize import quantize
+from qwenq.scheme import Scheme
+from qwenq.sensitivity import measure_sensitivity, split_windows
+from qwenq.stream import Network
+from qwenq.tokens import TokenWindows
+from tests.conftest import text_windows
+
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "120", "TERM": "dumb"}
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner(env=ENVIRONMENT).invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def table(tiny: Path, calib: Path, tmp_path_factory: pytest.TempPathFactory) -> Sensitivity:
+    scratch = tmp_path_factory.mktemp("scratch")
+    found = measure_sensitivity(open_source(tiny), split_windows(text_windows(calib, tiny, 256)), scratch=scratch)
+    assert list(scratch.iterdir()) == []
+    return found
+
+
+@pytest.fixture(scope="module")
+def measured_kl(
+    tiny: Path, calib: Path, heldout: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[dict], float]:
+    """KL of a choice on text that neither solver nor table has seen, by the pipeline."""
+    calibration, evaluation = text_windows(calib, tiny, 256), text_windows(heldout, tiny, 128, 20)
+
+    def measure(choice: dict) -> float:
+        source = open_source(tiny)
+        out = tmp_path_factory.mktemp("recipe") / "out"
+        return quantize(QuantizeJob(source, out, recipe_of(source.spec, choice), calibration, evaluation)).drift.kl.mean
+
+    return measure
+
+
+def rank_correlation(a: list[float], b: list[float]) -> float:
+    ranks = [torch.tensor(values).argsort().argsort().double() for values in (a, b)]
+    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
+
+
+@pytest.mark.parametrize(
+    ("unit", "scheme"),
+    [((0, "qkv"), Scheme(4, 64)), ((1, "o"), Scheme(4, 128)), ((3, "gate_up"), Scheme(4, 32)),
+     ((2, "down"), Scheme(4, 128)), ((0, "down"), Scheme(4, 32))],
+)  # fmt: skip
+def test_one_unit_alone_costs_what_the_table_says(
+    unit: tuple[int, str], scheme: Scheme, table: Sensitivity, measured_kl: Callable, tiny: Path
+) -> None:
+    choice = dict.fromkeys(units_of(open_source(tiny).spec))
+    found = measured_kl(choice | {unit: scheme})
+    assert 0.6 < table.loss(unit, scheme) / found < 1.6
+
+
+def test_eight_bits_cost_the_square_of_the_step(table: Sensitivity, measured_kl: Callable, tiny: Path) -> None:
+    """All units in 8 bits: far below what any one costs in 4, and predicted within a factor of two."""
+    choice = dict.fromkeys(units_of(open_source(tiny).spec), Scheme(8, 64))
+    predicted = sum(table.loss(unit, scheme) for unit, scheme in choice.items())
+    assert 0.5 < predicted / measured_kl(choice) < 2
+
+
+@pytest.mark.slow
+def test_ten_random_recipes_are_ranked_rightly(table: Sensitivity, measured_kl: Callable, tiny: Path) -> None:
+    rng = random.Random(1)
+    predicted, found = [], []
+    for _ in range(10):
+        share = rng.random()
+        choice: dict = {}
+        for unit, row in table.kl.items():
+            narrow = [scheme for scheme in row if scheme and scheme.bits == 4]
+            wide = [None, *(scheme for scheme in row if scheme and scheme.bits == 8)]
+            choice[unit] = rng.choice(narrow if rng.random() < share else wide)
+        predicted.append(sum(table.loss(unit, scheme) for unit, scheme in choice.items()))
+        found.append(measured_kl(choice))
+    assert rank_correlation(predicted, found) >= 0.9
+    assert all(0.6 < p / f < 1.6 for p, f in zip(predicted, found, strict=True))
+
+
+@torch.no_grad()
+def test_sampled_gradients_tell_the_kl_of_a_small_change(random_model: Callable[..., Path]) -> None:
+    """Mean of (g . d)**2 over labels is twice the KL of logits at h and at h + d, for a d small enough."""
+    source = open_source(random_model(dtype=torch.float32, num_hidden_layers=1))
+    network = Network(source.config, source.spec, dtype=torch.float32)
+    head = HeadWeights(source)
+    h = torch.randn(3, 4, 64, generator=torch.Generator().manual_seed(1))
+    change = 0.02 * torch.randn(3, 4, 64, generator=torch.Generator().manual_seed(2))
+    logs = [
+        (network.final_norm(x.reshape(-1, 64), head.norm) @ head.rows(0, 1024).T).double().log_softmax(1)
+        for x in (h, h + change)
+    ]
+    kl = (logs[0].exp() * (logs[0] - logs[1])).sum(1)
+    g = sampled_gradients(network, head, h, 3000, seed=0).double()
+    assert g.shape == (3000, 3, 4, 64)
+    squares = (g * change).sum(-1).square().mean(0).reshape(-1) / 2
+    assert torch.allclose(squares, kl, rtol=0.15)  # 3,000 labels: a standard error of about 3 %
+    assert float(g.mean(0).norm() / g.norm(dim=-1).mean() / 12**0.5) < 0.05, "labels of the model itself: no mean"
+    windows = (g * change).sum((2, 3)).square().mean(0) / 2  # positions are independent
+    assert torch.allclose(windows, kl.reshape(3, 4).sum(1), rtol=0.2)
+
+
+def test_tokens_to_solve_on_and_to_read_on_are_apart() -> None:
+    ids = torch.arange(20 * 300).reshape(20, 300)
+    probe = split_windows(TokenWindows(ids, "numbers", {}))
+    assert probe.solver_NT.shape == (10, 300) and probe.probe_NT.shape == (20, 128)
+    assert not set(probe.solver_NT.flatten().tolist()) & set(probe.probe_NT.flatten().tolist())
+    assert len(set(probe.probe_NT.flatten().tolist())) == 20 * 128
+    many = split_windows(TokenWindows(torch.arange(100 * 512).reshape(100, 512), "numbers", {}))
+    assert many.solver_NT.shape == (16, 512) and many.probe_NT.shape == (32, 128)
+    assert int(many.probe_NT[-1, 0]) > 95 * 512, "spread over all that is left"
+    with pytest.raises(CalibrationError, match="one window"):
+        split_windows(TokenWindows(ids[:1], "numbers", {}))
+
+
+def test_a_fingerprint_tells_models_apart(random_model: Callable[..., Path]) -> None:
+    first, same, other = random_model("a"), random_model("b"), random_model("c", seed=1)
+    assert fingerprint(first) == fingerprint(same) != fingerprint(other)
+
+
+# ---------------------------------------------------------------------- the commands
+
+
+def test_a_table_serves_any_budget(tmp_path: Path, tiny: Path, calib: Path, random_model: Callable[..., Path]) -> None:
+    path = tmp_path / "s.json"
+    made = run("sensitivity", tiny, "-o", path, "--calibration", calib, "--sequence-length", 64, "-n", 6, "--json")
+    assert made.exit_code == 0, made.stderr
+    assert json.loads(made.stdout) == json.loads(path.read_text())
+    assert [p.name for p in tmp_path.iterdir()] == ["s.json"]
+    again = tmp_path / "again.json"
+    run("sensitivity", tiny, "-o", again, "--calibration", calib, "--sequence-length", 64, "-n", 6)
+    assert path.read_bytes() == again.read_bytes()
+    for bits in ("4.5", "6"):
+        dry = run("quantize", tiny, "--bpw", bits, "--sensitivity", path, "--dry-run", "--json")
+        assert dry.exit_code == 0 and json.loads(dry.stdout)["recipe"]["sensitivity"] == "measured"
+    refused = run("sensitivity", tiny, "-o", path, "--calibration", calib)
+    assert refused.exit_code == 1 and "exists already" in refused.stderr
+    other = random_model(num_hidden_layers=4, hidden_size=128, intermediate_size=384)
+    refused = run("quantize", other, "--bpw", "5", "--sensitivity", path, "--dry-run")
+    assert refused.exit_code == 1
+    assert re.match(r"error: .*s\.json: the sensitivity table was measured on tiny-qwen2 .* is model", refused.stderr)
+    with pytest.raises(PlanError, match="kind 'other'"):
+        path.write_text(path.read_text().replace("qwenq sensitivity", "other", 1))
+        read_sensitivity(path)
+
+
+@pytest.fixture
+def command(tiny: Path, calib: Path, heldout: Path) -> list[object]:
+    return ["quantize", tiny, "--calibration", calib, "--eval-text", heldout, "-n", 6, "--eval-samples", 2,
+            "--sequence-length", 64]  # fmt: skip
+
+
+def test_a_budget_measures_by_itself(command: list[object], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = run(*command, "-o", out, "--bpw", "5")
+    assert result.exit_code == 0, result.stderr
+    assert "sensitivity: layer 3 measured" in result.stderr and "(sensitivities: measured)" in result.stderr
+    kept = read_sensitivity(out / SENSITIVITY_NAME)
+    assert kept.measured and sorted(tmp_path.iterdir()) == [out]
+    assert SENSITIVITY_NAME in json.loads((out / "qwenq-manifest.json").read_text())["files"]
+    impossible = run(*command, "-o", tmp_path / "x", "--bpw", "4.01")
+    assert impossible.exit_code == 3 and "sensitivity:" not in impossible.stderr, "said before anything is measured"
+    taken = run(*command, "-o", out, "--bpw", "5")
+    assert taken.exit_code == 1 and "exists already" in taken.stderr and "sensitivity:" not in taken.stderr
+    rounding = run(*command, "-o", tmp_path / "x", "--bpw", "5", "--method", "rtn")
+    assert rounding.exit_code == 1 and "give them with --sensitivity" in rounding.stderr
+
+
+def test_a_stopped_job_goes_on_with_the_table_it_measured(
+    command: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert run(*command, "-o", whole, "--bpw", "5").exit_code == 0
+
+    def stop(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("qwenq.quantize.run_layer", stop)
+        assert run(*command, "-o", out, "--bpw", "5").exit_code == 130
+    assert (tmp_path / "out.partial" / SENSITIVITY_NAME).is_file()
+    changed = run(*command, "-o", out, "--bpw", "6", "--resume")
+    assert changed.exit_code == 1 and "cannot resume" in changed.stderr and "measured," not in changed.stderr
+    result = run(*command, "-o", out, "--bpw", "5", "--resume")
+    assert result.exit_code == 0 and "sensitivity: layer" not in result.stderr
+    for name in ("qwenq-recipe.toml", SENSITIVITY_NAME, "config.json", "model-00002-of-00006.safetensors"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_the_table_is_one_unit_a_line(table: Sensitivity) -> None:
+    lines = encode_sensitivity(table).decode().splitlines()
+    assert sum(1 for line in lines if re.match(r'    "\d+\.(qkv|o|gate_up|down)": \{', line)) == 16
