@@ -23,7 +23,7 @@ from qwenq.errors import CheckpointError
 from qwenq.report.benchmarks import read_benchmarks
 from qwenq.report.compose import Extras, compose
 from qwenq.report.html import to_html
-from qwenq.report.measurements import read_measurements
+from qwenq.report.measurements import gpu_peaks, read_measurements
 from qwenq.report.runs import load_runs, read_run
 from qwenq.report.writing import to_markdown
 from qwenq.scheme import Scheme
@@ -247,12 +247,32 @@ def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- the planner's part
 
 
+def measured(phase: str, **changes: Any) -> dict[str, Any]:
+    """A row as `qwenq vram measure` saves it."""
+    driver = 45 << 30 if phase == "prefill" else 42 << 30
+    row = {"context": 8192, "phase": phase, "device": "GPU 0", "kind": "A100 PCIe 80GB", "reserved_bytes": 0}
+    return row | {"allocated_bytes": 40 << 30, "driver_bytes": driver, "predicted_bytes": 44 << 30} | changes
+
+
+def test_measurements_add_up_over_gpus_and_leave_the_cpu_out(tmp_path: Path) -> None:
+    file = tmp_path / "m.json"
+    rows = [measured("prefill"), measured("prefill", device="GPU 1", driver_bytes=0), measured("decode")]
+    rows.append(measured("decode", device="CPU", kind="CPU", driver_bytes=0))
+    file.write_text(json.dumps({"model": "somewhere/else", "rows": rows}))
+    found = read_measurements(file)
+    assert gpu_peaks(found) == {8192: 85 << 30} and {m.checkpoint for m in found} == {"else"}
+    directory = write_72b(tmp_path / "4-bit", manifest(layers=80), Scheme(4, 128))
+    _, text = texts([directory], measurements=found)
+    assert "A measurement of else was given, which is none of these runs." in text
+    assert "No measurement on a GPU was given." in text
+
+
 def test_rigs_engines_and_memory_of_a_72b(tmp_path: Path) -> None:
     """The planner's own figures (checked elsewhere against measurements) reach the page."""
     plain = write_72b(tmp_path / "4-bit", manifest(layers=80), Scheme(4, 128))
     fine = write_72b(tmp_path / "4-bit-g32", manifest(layers=80, scheme="4-bit g32"), Scheme(4, 32))
-    file = tmp_path / "measured.jsonl"
-    file.write_text(json.dumps({"checkpoint": str(plain), "context": 8192, "peak_bytes": 45 << 30}))
+    file = tmp_path / "measured.json"
+    file.write_text(json.dumps({"model": str(plain), "rows": [measured(phase) for phase in ("prefill", "decode")]}))
     page, text = texts([plain, fine], rigs=("2x RTX 3090", "RTX 5090"), measurements=read_measurements(file))
     assert "| 2x RTX 3090 | 47.16 GiB | 19,192 | 6,908 |" in text  # as `qwenq plan` says
     assert "| RTX 5090 | 31.35 GiB | no | no |" in text
@@ -260,7 +280,8 @@ def test_rigs_engines_and_memory_of_a_72b(tmp_path: Path) -> None:
     assert "| vLLM | TP 1 | TP 1, 2, 4 | untried |" in text
     assert "| llama.cpp | no (GGUF only) | no (GGUF only) | untried |" in text
     assert "- No TP 8 for 4-bit-g32: FFN width 29568 / 8 = 3696 is not a multiple of the group size 32" in text
-    assert "Crosses are measurements." in text and "Crosses are measurements." in Page(page).text
+    assert "Crosses are measurements" in text and "Crosses are measurements" in Page(page).text
+    assert "| 8,192 | GPU 0 | prefill | 40.000 | 45.000 | 44.000 | +10.0 % |" in text
     memory = re.search(r'<svg[^>]*aria-labelledby="memory-context-w-t.*?</svg>', page, re.S)[0]  # type: ignore[index]
     assert "A100 PCIe 80GB</text>" in memory and "RTX 5090</text>" not in memory  # below every curve
     assert memory.count('class="stroke s0"') == 2  # one cross
@@ -364,6 +385,7 @@ def test_errors_of_report(tmp_path: Path) -> None:
     (run,) = runs_of(tmp_path, a=manifest())
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.jsonl").write_text('{"tool": "x", "text": "y", "kl": 1}\n{"tool": 3}\n')
+    (tmp_path / "bad.json").write_text('{"rows": []}')
     (tmp_path / "file").touch()
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn/qwenq-manifest.json").write_text('{"job": {')
@@ -376,7 +398,7 @@ def test_errors_of_report(tmp_path: Path) -> None:
         ([run, "--engine", "magic"], "unknown engine 'magic'"),
         ([run, "--benchmarks", tmp_path / "bad.jsonl"], "bad.jsonl line 2: tool is 3, wanted a text"),
         ([run, "--benchmarks", tmp_path / "no.jsonl"], "no.jsonl: No such file or directory"),
-        ([run, "--measured", tmp_path / "bad.jsonl"], "bad.jsonl line 1: checkpoint is None, wanted a text"),
+        ([run, "--measured", tmp_path / "bad.json"], "bad.json: model is None, wanted a text"),
     ]
     for arguments, said in cases:
         result = command("report", *arguments, "-o", tmp_path / "out")

@@ -20,7 +20,9 @@ def report(
     benchmarks: Annotated[
         Path | None, typer.Option(help="Other tools' results, JSON lines, drawn beside the runs.")
     ] = None,
-    measured: Annotated[Path | None, typer.Option(help="Measured memory against context, JSON lines.")] = None,
+    measured: Annotated[
+        list[Path] | None, typer.Option(help="What `qwenq vram measure` saved, a file a checkpoint; repeatable.")
+    ] = None,
     gpu: Annotated[
         list[str] | None, typer.Option("--gpu", help="A rig, as in `qwenq plan`, repeatable. Default: common ones.")
     ] = None,
@@ -40,7 +42,7 @@ def report(
     extras = Extras(
         title=title,
         benchmarks=read_benchmarks(benchmarks) if benchmarks else (),
-        measurements=read_measurements(measured) if measured else (),
+        measurements=tuple(m for file in measured or () for m in read_measurements(file)),
         rigs=tuple(gpu or ()),
         engine=engine,
     )

@@ -41,7 +41,7 @@ def loaders_of(method: str, bits: int, group_size: int, mixed: bool) -> list[Loa
     if method == "gptq_v2":  # zero points stored as they are: asymmetric
         return [
             engine("qwenq", tried="CPU: in the tests"),
-            engine("GPTQModel"),
+            engine("GPTQModel", tried=_CPU),
             engine("transformers (optimum, GPTQModel)", reason="mixed bits" if mixed else ""),
             engine("AutoGPTQ 0.7.1", reason="gptq_v2"),
             *(engine(name, parallel=True, reason="asymmetric") for name in ("vLLM", "SGLang")),
@@ -49,17 +49,26 @@ def loaders_of(method: str, bits: int, group_size: int, mixed: bool) -> list[Loa
         ]
     if method == "compressed-tensors":
         return [
-            engine("transformers (compressed-tensors)"),
+            engine("qwenq", tried="CPU: in the tests"),
+            engine("transformers (compressed-tensors)", tried=_CPU),
             *vllm,
             engine("llama.cpp", reason="GGUF only"),
         ]
     if method == "awq":
         four = "4 bits only" if bits != 4 else ""
         return [
-            engine("transformers", reason=four),
+            engine("qwenq", tried="CPU: in the tests"),
+            engine("GPTQModel", tried=_CPU, reason=four),
+            engine("transformers (optimum, GPTQModel)", tried=_CPU, reason=four),
             *(engine(name, parallel=True, reason=four or group_reason) for name in ("vLLM", "SGLang")),
             engine("llama.cpp", reason="GGUF only"),
         ]
     if method == "bitsandbytes":
-        return [engine("transformers (bitsandbytes)"), engine("vLLM"), engine("llama.cpp", reason="GGUF only")]
+        own = engine("qwenq", tried="CPU: in the tests")
+        return [
+            own,
+            engine("transformers (bitsandbytes)", tried="CPU: weights equal"),
+            engine("vLLM"),
+            engine("llama.cpp", reason="GGUF only"),
+        ]
     return [engine("transformers"), *(engine(name, parallel=True) for name in ("vLLM", "SGLang"))]

@@ -14,6 +14,7 @@ from qwenq.report.runs import Run
 from qwenq.units import GB, format_gb
 
 MAX_LINES = 20  # of warnings a run
+OWN_TOOL = "qwenq"  # as benchmarks name it
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -133,7 +134,7 @@ def ratios(runs: Sequence[Run]) -> list[Text]:
 def size_section(runs: Sequence[Run], benchmarks: Sequence[Benchmark]) -> Section:
     """KL against size, one figure for each text that a drift was read on."""
     texts = list(dict.fromkeys([*(run.drift.text for run in runs), *(b.text for b in benchmarks)]))
-    tools = list(dict.fromkeys(b.tool for b in benchmarks))
+    tools = list(dict.fromkeys(b.tool for b in benchmarks if b.tool != OWN_TOOL))
     blocks: list[Block] = []
     for k, text in enumerate(texts):
         ours = [run for run in runs if run.drift.text == text]
@@ -156,7 +157,7 @@ def _size_figure(
     points += [
         Point(
             b.label, b.n_bytes / GB if by_bytes else b.bits_per_linear_weight, b.kl.mean, b.kl.low, b.kl.high,
-            2 + tools.index(b.tool) % (len(MARKERS) - 2), False,
+            _series(b.tool, tools), b.tool == OWN_TOOL,
         )
         for b in benchmarks
     ]  # fmt: skip
@@ -192,6 +193,11 @@ def _size_figure(
     return Figure(
         f"kl-size-{k}", f"Read on {text}" if named else "", caption, lambda w, i: draw_kl_size(drawn, unit, w, i), table
     )
+
+
+def _series(tool: str, tools: Sequence[str]) -> int:
+    """Marker and colour of a benchmarked tool; this project's solver keeps its own."""
+    return 0 if tool == OWN_TOOL else 2 + tools.index(tool) % (len(MARKERS) - 2)
 
 
 def layers_section(runs: Sequence[Run]) -> Section:

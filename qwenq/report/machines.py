@@ -9,10 +9,10 @@ from qwenq.planning.memory import MemoryEstimate
 from qwenq.planning.rig import Rig, find_gpu
 from qwenq.planning.terms import TERM_NAMES
 from qwenq.report.document import Block, Code, Figure, Items, Paragraph, Section, Small, Table, Text
-from qwenq.report.figures import MISSING
+from qwenq.report.figures import MISSING, number
 from qwenq.report.fit import REFERENCE_GPUS, Loaded, longest_context, memory_by_context
 from qwenq.report.loaders import Loader, loaders_of
-from qwenq.report.measurements import Measurement
+from qwenq.report.measurements import Measurement, gpu_peaks
 from qwenq.report.plots import MemoryCurve, draw_memory
 from qwenq.units import GIB, format_gib, format_tokens
 
@@ -28,7 +28,7 @@ def rigs_section(loaded: Sequence[Loaded], missing: Sequence[str], rigs: Sequenc
         where = f"Estimated for {engine.label}, one sequence, a 16-bit KV cache, every layer on the GPUs"
         if all(longest == limit for _, row in found for longest in row):
             fewest = min(found, key=lambda pair: sum(pair[0].limits))[0]
-            text = f"{where}: every rig asked for holds every variant at the model's whole context of {limit:,} tokens"
+            text = f"{where}: every rig tried holds every variant at the model's whole context of {limit:,} tokens"
             blocks.append(Paragraph(f"{text}, the smallest being {fewest.label}."))
         else:
             blocks.append(Paragraph(f"{where}. The model's own limit is {limit:,} tokens."))
@@ -60,13 +60,17 @@ def memory_section(loaded: Sequence[Loaded], engine: Engine, measurements: Seque
     lowest = min(found[0].total_bytes for found in estimates.values())
     cards = [(gpu.name, gpu.limit_bytes / GIB) for gpu in map(find_gpu, REFERENCE_GPUS)]
     limits = [(name, value) for name, value in cards if value * GIB > lowest]
-    measured = {one.run.name: [m for m in measurements if m.checkpoint == one.run.name] for one in loaded}
+    own = {
+        one.run.name: tuple(m for m in measurements if m.checkpoint == one.run.directory.resolve().name)
+        for one in loaded
+    }
+    measured = {name: gpu_peaks(found) for name, found in own.items()}
     curves = [
         MemoryCurve(
             one.run.label,
             [(e.work.context, e.low_bytes / GIB, e.total_bytes / GIB, e.high_bytes / GIB)
              for e in estimates[one.run.name]],
-            [(m.context, m.peak_bytes / GIB) for m in measured[one.run.name]],
+            [(context, peak / GIB) for context, peak in measured[one.run.name].items()],
             k,
         )
         for k, one in enumerate(loaded)
@@ -74,9 +78,9 @@ def memory_section(loaded: Sequence[Loaded], engine: Engine, measurements: Seque
     smallest = min(cards, key=lambda pair: pair[1])
     text = f"Estimated for {engine.label}, one sequence on one GPU, the whole context filled; the band is the range. "
     if any(measured.values()):
-        text += "Crosses are measurements. "
+        text += "Crosses are measurements, all GPUs together. "
     else:
-        text += "Nothing was measured here: no measurement was given. "
+        text += "No measurement on a GPU was given. "
     if highest < smallest[1] * GIB:
         text += f"Everything stays below the smallest card listed ({smallest[0]}, {smallest[1]:.2f} GiB usable)."
     else:
@@ -92,6 +96,10 @@ def memory_section(loaded: Sequence[Loaded], engine: Engine, measurements: Seque
     ]
     first = loaded[0]
     blocks.append(_terms_table(first, estimates[first.run.name]))
+    blocks += [_measured_table(one.run.label, own[one.run.name]) for one in loaded if own[one.run.name]]
+    known = {m for found in own.values() for m in found}
+    strays = dict.fromkeys(m.checkpoint for m in measurements if m not in known)
+    blocks += [Paragraph(f"A measurement of {name} was given, which is none of these runs.") for name in strays]
     return Section("memory", "Memory against context", tuple(blocks))
 
 
@@ -104,22 +112,36 @@ def _some(estimates: Sequence[MemoryEstimate]) -> list[MemoryEstimate]:
 def _memory_table(
     loaded: Sequence[Loaded],
     estimates: Mapping[str, Sequence[MemoryEstimate]],
-    measured: Mapping[str, Sequence[Measurement]],
+    measured: Mapping[str, Mapping[int, int]],
 ) -> Table:
     first = estimates[loaded[0].run.name]
-    contexts = sorted({e.work.context for e in _some(first)} | {m.context for row in measured.values() for m in row})
+    contexts = sorted(
+        {e.work.context for e in _some(first)} | {context for row in measured.values() for context in row}
+    )
     rows: list[tuple[Text, ...]] = []
     for context in contexts:
         cells: list[Text] = []
         for one in loaded:
             estimate = next((e for e in estimates[one.run.name] if e.work.context == context), None)
-            peak = next((m.peak_bytes for m in measured[one.run.name] if m.context == context), None)
+            peak = measured[one.run.name].get(context)
             shown = f"{estimate.total_bytes / GIB:.2f}" if estimate else MISSING
             notes = [f"{estimate.low_bytes / GIB:.2f} to {estimate.high_bytes / GIB:.2f}"] if estimate else []
             notes += [f"measured {peak / GIB:.2f}"] if peak is not None else []
             cells.append((shown, Small("; ".join(notes))) if notes else shown)
         rows.append((format_tokens(context), *cells))
     return Table.of("GPU memory in GiB", ("context", *(one.run.label for one in loaded)), rows)
+
+
+def _measured_table(label: str, measurements: Sequence[Measurement]) -> Table:
+    """Every measured peak beside what was predicted of it: the allocator's figure on a GPU, resident bytes on a CPU."""
+    rows: list[tuple[Text, ...]] = []
+    for m in sorted(measurements, key=lambda m: (m.context, m.device, m.phase)):
+        error = number(100 * (m.predicted_bytes / m.allocated_bytes - 1), "+.1f", "%") if m.allocated_bytes else MISSING
+        driver = f"{m.driver_bytes / GIB:.3f}" if m.driver_bytes else MISSING
+        figures = f"{m.allocated_bytes / GIB:.3f}", driver, f"{m.predicted_bytes / GIB:.3f}", error
+        rows.append((f"{m.context:,}", m.device, m.phase, *figures))
+    head = ("context", "device", "phase", "allocated", "driver", "predicted", "error")
+    return Table.of(f"Measured peaks in GiB, {label}", head, rows, "lllrrrr")
 
 
 def _terms_table(one: Loaded, estimates: Sequence[MemoryEstimate]) -> Table:

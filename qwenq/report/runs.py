@@ -15,7 +15,7 @@ from qwenq.report.fields import Fields
 from qwenq.results import Interval
 
 MAX_LAYERS = 1000
-_LONG_NAME = 13  # longer ones become letters, so that plots can carry them
+_LONG_NAME = 16  # longer ones become letters, so that plots can carry them
 
 
 @dataclass(frozen=True)
