@@ -26,7 +26,7 @@ from qwenq.quant.gptq import QTensor
 from qwenq.runtime.layout import is_identity, nibbles, tile_order
 
 KERNEL_GROUPS = (256, 128, 64, 32)
-DENSE_ROWS = 48  # measured on AVX-512: below it the kernel's own product is faster than writing weights out
+DENSE_ROWS = 112  # measured on AVX-512: below it the kernel is faster than writing weights out and a dense product
 _STRIP = 1 << 20  # weights written out at a time on a CPU; their float32 fits the last-level cache
 _STRIP_CUDA = 1 << 24
 _PACK_ROWS = 1024  # outputs packed at a time: int32 codes of a whole linear would be 8 times its packed size
@@ -123,6 +123,7 @@ class Int4Linear(_Linear):
         self.group = kernel_group(wide)
         self.halves = 2 if q.scheme.bits == 8 else 1
         self.cuda_packed = device.type == "cuda"
+        self.centred = _symmetric(q)
         self.packed = _parameter(pack_int4(q.codes_OI.to(device), self.halves))
         # Pairs per kernel group: a wider group repeats its own.
         scale_GO = q.scales_OG.float().to(device).T.repeat_interleave(wide // self.group, 0)
@@ -152,9 +153,15 @@ class Int4Linear(_Linear):
         if codes_KR is None:
             return None
         pairs = self.pairs[:, start:stop].float()  # [G, R, 2]
-        w_GKR = codes_KR.float().sub_(8).view(pairs.shape[0], self.group, stop - start)
-        w_KR = w_GKR.mul_(pairs[:, None, :, 0]).add_(pairs[:, None, :, 1]).view(-1, stop - start)
-        return w_KR[: self.in_features] + w_KR[self.in_features :] if self.halves == 2 else w_KR
+        zero = 8
+        if self.halves == 2:  # the second half of the pairs is that of the low codes, whose scale is the code's own
+            codes_KR = (codes_KR[: self.in_features] << 4) | codes_KR[self.in_features :]
+            pairs, zero = pairs[pairs.shape[0] // 2 :], 128
+        scales_G1R, shift_G1R = pairs[:, None, :, 0], pairs[:, None, :, 1]
+        w_GKR = codes_KR.float().sub_(zero).view(pairs.shape[0], self.group, stop - start).mul_(scales_G1R)
+        if not self.centred:
+            w_GKR.add_(shift_G1R - 8 * scales_G1R if self.halves == 2 else shift_G1R)
+        return w_GKR.view(-1, stop - start)
 
     def _dense(self, x_MI: Tensor) -> Tensor | None:
         y_MO = torch.empty(x_MI.shape[0], self.out_features, dtype=x_MI.dtype, device=x_MI.device)
