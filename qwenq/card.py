@@ -37,13 +37,17 @@ _INSTALL = {
 }
 
 
-def model_card(described: Mapping[str, Any], source: Path, spec: ModelSpec, recipe: Recipe) -> str:
+def model_card(
+    described: Mapping[str, Any], source: Path, spec: ModelSpec, recipe: Recipe, *, converted_from: str = ""
+) -> str:
     """The card of the checkpoint that `described` (the manifest but for the files' hashes) tells of.
 
-    source: the 16-bit model's directory, whose licence is kept.
+    source: the 16-bit model's directory, whose licence is kept. converted_from: the format it was quantized in, where
+    that is another.
     """
     job = described["job"]
     name = shown(str(job["model"]))
+    converted = [f"- Quantized in the {escape(converted_from)} format, then converted bit for bit."]
     lines = ["---", *_metadata(job, source, recipe), "---", ""]
     lines += [f"# {escape(name)}, {escape(recipe.label)}", ""]
     lines += [
@@ -66,6 +70,7 @@ def model_card(described: Mapping[str, Any], source: Path, spec: ModelSpec, reci
         "## How it was made",
         "",
         *_provenance(job, described, spec, recipe),
+        *(converted if converted_from else ()),
         "",
         "## Limits",
         "",
@@ -165,15 +170,23 @@ def _drift(drift: Mapping[str, Any]) -> Iterator[str]:
 
 def _loading(spec: ModelSpec, recipe: Recipe) -> Iterator[str]:
     """For each engine the commands, run in this directory; transformers only where it reads the recipe."""
+    schemes = {scheme for lin in spec.linears if (scheme := recipe.scheme_of(lin)) is not None}
+    dense = recipe.format == "compressed-tensors" and not all(scheme.sym for scheme in schemes)
     if recipe.format == "gptq" and recipe.overrides:
         yield "transformers does not read mixed bits in this format; GPTQModel does."
+    elif dense and len(schemes) > 1:
+        yield "transformers (5.23, compressed-tensors 0.20.0) does not read mixed bits with zero points; vLLM may."
     else:
         yield f"transformers, after `pip install {_INSTALL[recipe.format]}`:"
         yield ""
         yield "```python"
-        yield "from transformers import AutoModelForCausalLM, AutoTokenizer"
+        more = ", CompressedTensorsConfig" if dense else ""
+        yield f"from transformers import AutoModelForCausalLM, AutoTokenizer{more}"
         yield ""
-        yield 'model = AutoModelForCausalLM.from_pretrained(".", device_map="auto")'
+        if dense:  # packed, compressed-tensors 0.20.0 takes zero points only unpacked
+            yield "how = CompressedTensorsConfig(dequantize=True)"
+        how = ", quantization_config=how" if dense else ""
+        yield f'model = AutoModelForCausalLM.from_pretrained(".", device_map="auto"{how})'
         yield 'tokenizer = AutoTokenizer.from_pretrained(".")'
         yield "```"
     reasons = {ranks: tensor_parallel_reason(spec, recipe, ranks) for ranks in RANKS}

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
+from qwenq.card import CARD_NAME, model_card
 from qwenq.checkpoint import Checkpoint
 from qwenq.errors import CheckpointError, JobError, PlanError, QwenqError
-from qwenq.files import copy_synced, make_directory, write_json
+from qwenq.files import copy_synced, make_directory, write_bytes, write_json
 from qwenq.finish import COPIED_FILES, give_name
 from qwenq.formats.config import quantization_config
 from qwenq.formats.storage import pack_linear
@@ -169,7 +170,8 @@ def _finish(
     write_json(work / "config.json", config)
     if recipe.format == "gptq":
         write_json(work / "quantize_config.json", config["quantization_config"])
-    described = {
+    origin = _origin(source.directory)
+    described: dict[str, Any] = {
         "job": {
             "convert": {"from": made.source_format, "to": made.format},
             "model": source.spec.name,
@@ -183,19 +185,30 @@ def _finish(
         "tensor_bytes": made.tensor_bytes,
         "file_bytes": made.file_bytes,
         "bits_per_linear_weight": recipe.bits_per_linear_weight(source.spec),
-        "made_from": _own_manifest(source.directory),
+        "made_from": origin,
         "run": {"seconds": made.seconds, "peak_rss_bytes": made.peak_rss_bytes, **host_facts()},
     }
+    if origin is not None:
+        sizes = {key: described[key] for key in ("parameters", "file_bytes", "bits_per_linear_weight")}
+        quantized_as = origin["job"]["format"]
+        other = quantized_as if quantized_as != recipe.format else ""
+        card = model_card(origin | sizes, source.directory, source.spec, recipe, converted_from=other)
+        write_bytes(work / CARD_NAME, card.encode())
     write_manifest(work, finite_json(described), hashes)
 
 
-def _own_manifest(directory: Path) -> dict[str, Any] | None:
-    """What the source's own manifest says of its making, and its drift: the codes are the same. None without one."""
+def _origin(directory: Path) -> dict[str, Any] | None:
+    """What the manifest of the checkpoint that was quantized says of its making, and its drift: the codes are the same.
+
+    A converted checkpoint hands on what it was made from. None without a manifest that is as it was written.
+    """
     try:
         manifest, findings = read_manifest(directory)
     except QwenqError:
         return None
     if findings:
         return None
-    kept = ("digest", "job", "drift", "warnings")
-    return {key: manifest[key] for key in kept if key in manifest}
+    if "made_from" in manifest:
+        handed_on: dict[str, Any] | None = manifest["made_from"]
+        return handed_on
+    return {key: manifest[key] for key in ("digest", "job", "drift", "warnings")}

@@ -34,6 +34,7 @@ MIXED = Recipe(
         ("model.layers.2.mlp.up_proj", Scheme(8, -1)),
     ),
 )
+DIFFER = ("quantize_config.json", "README.md")
 ASYMMETRIC = Recipe(Scheme(4, 32, sym=False), (("model.layers.1.self_attn.o_proj", None),))
 
 
@@ -59,7 +60,7 @@ def assert_same_codes(a: Path, b: Path) -> None:
 
 
 def assert_same_files(a: Path, b: Path) -> None:
-    for name in sorted(p.name for p in a.iterdir() if "qwenq" not in p.name and p.name != "quantize_config.json"):
+    for name in sorted(p.name for p in a.iterdir() if "qwenq" not in p.name and p.name not in DIFFER):
         if name == "config.json":
             one, two = (json.loads((d / name).read_text()) for d in (a, b))
             one["quantization_config"].pop("meta", None), two["quantization_config"].pop("meta", None)
@@ -108,6 +109,10 @@ def test_the_manifest_says_what_it_was_made_from(random_model: Make, tmp_path: P
     assert second["job"]["convert"] == {"from": "gptq", "to": "compressed-tensors"}
     assert second["made_from"]["digest"] == first["digest"] and second["made_from"]["drift"] == first["drift"]
     assert not (tmp_path / "b" / "quantize_config.json").exists()
+    card = (tmp_path / "b" / "README.md").read_text()
+    assert "Quantized in the gptq format, then converted bit for bit." in card and "compressed-tensors" in card
+    convert(open_checkpoint(tmp_path / "b"), tmp_path / "c", "awq")
+    assert json.loads((tmp_path / "c" / "qwenq-manifest.json").read_text())["made_from"] == second["made_from"]
     (tmp_path / "a" / "config.json").write_text("{}")
     assert [f.problem[:12] for f in verify(tmp_path / "b", tmp_path / "a").findings] == ["another file"]
 

@@ -84,7 +84,7 @@ def _state(tensors: Mapping[str, Tensor], shape: tuple[int, int], name: str) -> 
     except (ValueError, RecursionError):
         raise CheckpointError(f"{wrong} is not JSON") from None
     wanted: dict[str, Any] = {"quant_type": "nf4", "blocksize": NF4_BLOCK, "shape": list(shape)}
-    free = {"dtype": ("float16", "bfloat16", "float32")}
+    free: dict[str, tuple[str, ...]] = {"dtype": ("float16", "bfloat16", "float32")}
     if "weight.nested_absmax" in tensors:
         wanted |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"}
         free["nested_offset"] = ()
