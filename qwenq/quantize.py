@@ -20,8 +20,7 @@ from typing import Any
 
 import torch
 
-from qwenq.block import BlockSolver, CalibrationStreams, StageClock, round_block, run_layer
-from qwenq.bnb import round_bnb_layer
+from qwenq.block import StageClock, run_layer
 from qwenq.card import CARD_NAME, model_card
 from qwenq.checkpoint import Checkpoint, non_finite
 from qwenq.errors import CheckpointError, JobError
@@ -33,11 +32,10 @@ from qwenq.headers import read_header
 from qwenq.host import forget_peak_rss, peak_rss_bytes
 from qwenq.job import DTYPES, QuantizeJob, QuantizeResult, partial_directory, refuse_place
 from qwenq.journal import Journal, locked, never_begun, refuse_changes
-from qwenq.layout import BNB_FORMATS
+from qwenq.layer import load_layer, make_layer
 from qwenq.manifest import write_manifest
 from qwenq.preflight import Tokens, output_files, preflight
 from qwenq.provenance import SourceFiles
-from qwenq.quant.fold import FoldedLayer
 from qwenq.results import BlockResult, DriftReport
 from qwenq.shards import write_shard
 from qwenq.stream import Network
@@ -187,37 +185,13 @@ class _Run:
         start = time.perf_counter()
         clock = StageClock()
         with clock.time("load"):
-            state = self._load(layer)
+            state = load_layer(self.job.source, layer)
             self.job.source.prefetch(layer + 1)
         with clock.time("evaluate"):
             self._reference(streams, state)
-        folded = FoldedLayer(state, self._kept(layer, state), self.job.device)
-        if self.job.recipe.format in BNB_FORMATS:
-            with clock.time("round"):
-                prefix = f"model.layers.{layer}."
-                stored = {name: self.job.convert(prefix + name, tensor) for name, tensor in state.items()}
-                packed, results = round_bnb_layer(self.spec, layer, self.job.recipe, stored, self.job.device)
-        elif self.job.calibration is None:
-            with clock.time("round"):
-                packed, results = round_block(self.spec, layer, self.job.recipe, folded, self.job.options)
-        else:
-            self.calibrator.fill(state)
-            del state  # the solver lets go of each weight when it is done
-            solver = BlockSolver(
-                self.calibrator,
-                self.spec,
-                layer,
-                self.job.recipe,
-                folded,
-                CalibrationStreams(streams.states["calibration"], streams.states.get("original"), streams.scratch),
-                self.job.options,
-                clock,
-            )
-            packed, results = solver.run()
-            self.calibrator.release()
+        tensors, results = make_layer(self.job, self.calibrator, layer, state, streams, clock)
         with clock.time("write"):
-            kept = {f"model.layers.{layer}.{name}": tensor.cpu() for name, tensor in folded.kept.items()}
-            sha256 = write_shard(self.work / self.files[layer + 1], packed | kept)
+            sha256 = write_shard(self.work / self.files[layer + 1], tensors)
         with clock.time("evaluate"):
             self.network.fill(self._written_layer(layer))
             run_layer(self.network, streams.states["quantized"])
@@ -225,26 +199,6 @@ class _Run:
             error_db = _error_db(streams.states["reference"], streams.states["quantized"])
         result = BlockResult(layer, tuple(results), error_db, time.perf_counter() - start, clock.seconds)
         return {"layer": layer, "file": self.files[layer + 1], "sha256": sha256, "result": result.to_json()}
-
-    def _load(self, layer: int) -> dict[str, torch.Tensor]:
-        state = self.job.source.layer_state(layer)
-        if (bad := non_finite(state.items())) is not None:
-            name = f"model.layers.{layer}.{bad}"
-            raise CheckpointError(
-                f"{self.job.source.tensors[name].file.name}: {name} holds a NaN or an infinity",
-                hint="the download may be damaged: compare its SHA-256 with the repository's",
-            )
-        return state
-
-    def _kept(self, layer: int, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What is not quantized of a layer, as it is written."""
-        prefix = f"model.layers.{layer}."
-        quantized = {
-            lin.name.removeprefix(prefix) + ".weight"
-            for lin in self.spec.layer_linears(layer)
-            if self.job.recipe.scheme_of(lin) is not None
-        }
-        return {name: self.job.convert(prefix + name, t) for name, t in state.items() if name not in quantized}
 
     def _reference(self, streams: Streams, state: dict[str, torch.Tensor]) -> None:
         """Send the reference streams through the 16-bit layer."""
@@ -275,7 +229,7 @@ class _Run:
         )  # fmt: skip
         for layer in range(known, good):
             self.listen(f"layer {layer}: replaying")
-            state, written = self._load(layer), self._written_layer(layer)
+            state, written = load_layer(self.job.source, layer), self._written_layer(layer)
             self._reference(streams, state)
             for network, layer_state, name in (
                 (self.calibrator, state, "original"),

@@ -21,6 +21,7 @@ class Verification:
     files: int
     source_files: int  # 0 without a source
     findings: tuple[Finding, ...]
+    layers_made_again: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {"ok": not self.findings} | asdict(self)

@@ -32,8 +32,11 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
         ("network", "stream"),
         (
             "work",
-            "runtime runtime.* streams block bnb head fisher sensitivity job host finish quantize convert verify "
-            "evaluate demo",
+        (
+            "work",
+            "runtime runtime.* streams block bnb head fisher sensitivity job host finish quantize convert "
+            "verify evaluate demo layer rederive",
+        ),
         ),
         ("telling", "report report.* page page.*"),
         ("door", "cli cli.* __main__"),

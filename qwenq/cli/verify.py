@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +11,7 @@ import typer
 
 from qwenq.cli.console import out, print_json
 from qwenq.cli.models import JsonFlag
+from qwenq.errors import PlanError
 
 
 def verify(
@@ -16,15 +19,35 @@ def verify(
     source: Annotated[
         Path | None, typer.Option(help="The 16-bit checkpoint it was made from: hash its files too.")
     ] = None,
+    layers: Annotated[
+        str, typer.Option(help="With --source: layers to make again and compare, e.g. 0,5; `none`. Default: three.")
+    ] = "",
+    all_layers: Annotated[bool, typer.Option("--all-layers", help="With --source: make every layer again.")] = False,
+    calibration: Annotated[
+        str | None, typer.Option(help="The calibration file, when the manifest names one that is not a set.")
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
     """Check every file of a checkpoint against its manifest: missing, changed or extra ones are named, one a line.
 
+    With --source, hash the source's files too and make some layers again from them, which must give the same bytes.
     Exits with 1 when anything is found. A manifest is no signature: it shows damage and mix-ups, not who wrote it.
     """
     from qwenq.verify import verify as run
 
     result = run(directory, source)
+    again: tuple[int, ...] = ()
+    if source is not None and layers != "none" and not result.findings:
+        from qwenq.manifest import read_manifest
+        from qwenq.rederive import rederive
+
+        manifest, _ = read_manifest(directory)
+        chosen = range(len(manifest["layers"])) if all_layers else _numbers(layers)
+        again, findings = rederive(
+            directory, source, manifest, chosen, calibration=calibration,
+            listen=lambda line: None if json else print(line, file=sys.stderr, flush=True),
+        )  # fmt: skip
+        result = replace(result, layers_made_again=again, findings=tuple(findings))
     if json:
         print_json(result.to_json())
     else:
@@ -32,7 +55,17 @@ def verify(
             out.print(str(finding), soft_wrap=True, markup=False)
         if not result.findings:
             read = f", {result.source_files} files of the source" if source else ""
+            read += f", layers {', '.join(map(str, again))} made again" if again else ""
             out.print(f"{directory}: {result.files} files{read}, all as in its manifest", soft_wrap=True, markup=False)
             out.print(f"digest {result.digest}", soft_wrap=True, markup=False)
     if result.findings:
         raise typer.Exit(1)
+
+
+def _numbers(text: str) -> list[int] | None:
+    if not text:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise PlanError(f"--layers {text}: not layers", hint="numbers from 0 on, for instance 0,5") from None

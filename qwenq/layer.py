@@ -1,0 +1,71 @@
+"""One decoder layer of a job: its 16-bit tensors read, and what is written in their place."""
+
+from __future__ import annotations
+
+import torch
+
+from qwenq.block import BlockSolver, CalibrationStreams, StageClock, round_block
+from qwenq.bnb import round_bnb_layer
+from qwenq.checkpoint import Checkpoint, non_finite
+from qwenq.errors import CheckpointError
+from qwenq.job import QuantizeJob
+from qwenq.layout import BNB_FORMATS
+from qwenq.quant.fold import FoldedLayer
+from qwenq.results import LayerResult
+from qwenq.stream import Network
+from qwenq.streams import Streams
+
+
+def load_layer(source: Checkpoint, layer: int) -> dict[str, torch.Tensor]:
+    """Tensors of a decoder layer, by their names within it; CheckpointError for one that is not finite."""
+    state = source.layer_state(layer)
+    if (bad := non_finite(state.items())) is not None:
+        name = f"model.layers.{layer}.{bad}"
+        raise CheckpointError(
+            f"{source.tensors[name].file.name}: {name} holds a NaN or an infinity",
+            hint="the download may be damaged: compare its SHA-256 with the repository's",
+        )
+    return state
+
+
+def make_layer(
+    job: QuantizeJob,
+    calibrator: Network,
+    layer: int,
+    state: dict[str, torch.Tensor],
+    streams: Streams,
+    clock: StageClock,
+) -> tuple[dict[str, torch.Tensor], list[LayerResult]]:
+    """Quantize a layer as the job says: tensors to be written, by full name, and one result a linear.
+
+    state: what `load_layer` gave, emptied on the way. The streams of the calibration tokens, if the job reads any,
+    are advanced from entering the layer to leaving it.
+    """
+    prefix = f"model.layers.{layer}."
+    folded = FoldedLayer(state, _kept(job, layer, state), job.device)
+    if job.recipe.format in BNB_FORMATS:
+        with clock.time("round"):
+            stored = {name: job.convert(prefix + name, tensor) for name, tensor in state.items()}
+            packed, results = round_bnb_layer(job.source.spec, layer, job.recipe, stored, job.device)
+    elif job.calibration is None:
+        with clock.time("round"):
+            packed, results = round_block(job.source.spec, layer, job.recipe, folded, job.options)
+    else:
+        calibrator.fill(state)
+        state.clear()  # the solver lets go of each weight when it is done
+        calibration = CalibrationStreams(streams.states["calibration"], streams.states.get("original"), streams.scratch)
+        solver = BlockSolver(calibrator, job.source.spec, layer, job.recipe, folded, calibration, job.options, clock)
+        packed, results = solver.run()
+        calibrator.release()
+    return packed | {prefix + name: tensor.cpu() for name, tensor in folded.kept.items()}, results
+
+
+def _kept(job: QuantizeJob, layer: int, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What is not quantized of a layer, as it is written."""
+    prefix = f"model.layers.{layer}."
+    quantized = {
+        lin.name.removeprefix(prefix) + ".weight"
+        for lin in job.source.spec.layer_linears(layer)
+        if job.recipe.scheme_of(lin) is not None
+    }
+    return {name: job.convert(prefix + name, t) for name, t in state.items() if name not in quantized}

@@ -1,0 +1,123 @@
+"""`qwenq verify --source`: layers made again from the source have the written bytes, and a wrong one is named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import small_job, text_windows
+from safetensors.torch import load_file
+from test_faults import FORMATS
+from typer.testing import CliRunner
+
+from qwenq.block import SolverOptions
+from qwenq.cli.main import app
+from qwenq.errors import CalibrationError, CheckpointError, JobError
+from qwenq.manifest import MANIFEST_NAME, encode_manifest, read_manifest
+from qwenq.quantize import quantize
+from qwenq.rederive import rederive, sample
+from qwenq.shards import write_shard
+from qwenq.verify import verify
+
+Make = Callable[..., Path]
+
+
+def made_again(out: Path, source: Path, **options: Any) -> Any:
+    return rederive(out, source, read_manifest(out)[0], **options)
+
+
+def calibrated(source: Path, out: Path, calib: Path, **changes: Any) -> Path:
+    quantize(small_job(source, out, calibration=text_windows(calib, source, 32, 6), **changes))
+    return out
+
+
+def test_sample() -> None:
+    assert [sample(n) for n in (1, 2, 3, 80)] == [(0,), (0, 1), (0, 1, 2), (0, 40, 79)]
+
+
+@pytest.mark.parametrize("kind", [*FORMATS, "rtn"])
+def test_layers_made_again_are_the_written_ones(kind: str, tiny: Path, calib: Path, tmp_path: Path) -> None:
+    from qwenq.calibration import load_windows
+    from qwenq.checkpoint import open_source
+    from qwenq.tokens import ModelTokenizer
+
+    changes: dict[str, Any] = {"recipe": FORMATS[kind]} if kind in FORMATS else {}
+    if kind == "rtn":
+        changes = {"options": SolverOptions(method="rtn"), "calibration": None}
+    elif not kind.startswith("bnb"):
+        spec = open_source(tiny).spec
+        changes["calibration"] = load_windows(
+            str(calib), ModelTokenizer(tiny), spec, length=32, count=6, seed=0, up_to=None
+        )
+    else:
+        changes["calibration"] = None
+    quantize(small_job(tiny, tmp_path / "out", **changes))
+    assert made_again(tmp_path / "out", tiny, calibration=str(calib)) == ((0, 2, 3), [])
+
+
+def test_a_forged_layer_is_named(tiny: Path, tmp_path: Path) -> None:
+    """One code of layer 1 changed, and every hash of the manifest made right again: only making it again shows it."""
+    out = tmp_path / "out"
+    quantize(small_job(tiny, out, options=SolverOptions(method="rtn"), calibration=None))
+    name = "model-00003-of-00006.safetensors"
+    tensors = load_file(out / name)
+    tensors["model.layers.1.mlp.up_proj.qweight"][3, 5] ^= 1
+    digest = write_shard(out / name, tensors)
+    document = json.loads((out / MANIFEST_NAME).read_text())
+    run = document.pop("run")
+    document["files"][name] = digest
+    del document["digest"], document["manifest"], run["digest"]
+    (out / MANIFEST_NAME).write_bytes(encode_manifest(document, run))
+    assert verify(out, tiny).findings == ()
+    assert made_again(out, tiny, layers=[0, 2])[1] == []
+    (finding,) = made_again(out, tiny, layers=range(4))[1]
+    assert finding.file == name
+    assert finding.problem.startswith("layer 1, made again, differs in 1 of ")
+    assert finding.problem.endswith(" bytes, first in model.layers.1.mlp.up_proj.qweight")
+
+
+def test_what_cannot_be_made_again_says_why(tiny: Path, calib: Path, heldout: Path, tmp_path: Path) -> None:
+    out = calibrated(tiny, tmp_path / "out", calib)
+    with pytest.raises(CalibrationError, match=r"calibrated on 'calib.txt', a file whose place is not known") as caught:
+        made_again(out, tiny)
+    assert caught.value.hint == "name it: --calibration FILE"
+    with pytest.raises(CalibrationError, match="gives other tokens than those that were calibrated on"):
+        made_again(out, tiny, calibration=str(heldout))
+    with pytest.raises(JobError, match="the model has layers 0 to 3"):
+        made_again(out, tiny, layers=[4])
+    manifest = read_manifest(out)[0]
+    for key, value in {
+        "scheme": {"bits": 3},
+        "options": {"x": 1},
+        "overrides": 3,
+        "dtype": "float8",
+        "seed": "0",
+    }.items():
+        with pytest.raises(CheckpointError, match="its job cannot be read"):
+            rederive(out, tiny, manifest | {"job": manifest["job"] | {key: value}})
+
+
+def test_threads_are_set_as_they_were(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    quantize(small_job(tiny, out, options=SolverOptions(method="rtn"), calibration=None))
+    manifest = read_manifest(out)[0]
+    manifest["job"]["numerics"]["threads"] = 2
+    seen: list[int] = []
+    rederive(out, tiny, manifest, [0], listen=lambda line: seen.append(torch.get_num_threads()))
+    assert seen == [2] and torch.get_num_threads() == 1
+
+
+def test_the_command(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    quantize(small_job(tiny, out, options=SolverOptions(method="rtn"), calibration=None))
+    words = ["verify", str(out), "--source", str(tiny)]
+    good = CliRunner().invoke(app, [*words, "--layers", "1"])
+    assert good.exit_code == 0 and "layers 1 made again, all as in its manifest" in good.stdout
+    assert CliRunner().invoke(app, [*words, "--layers", "x"]).exit_code == 1
+    asked = json.loads(CliRunner().invoke(app, [*words, "--all-layers", "--json"]).stdout)
+    assert asked["ok"] and asked["layers_made_again"] == [0, 1, 2, 3]
+    assert json.loads(CliRunner().invoke(app, [*words, "--layers", "none", "--json"]).stdout)["layers_made_again"] == []
