@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint interop bench clean
+.PHONY: demo test test-slow lint fuzz interop bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,9 @@ test-slow: $(STAMP)       ## the slower checks: kill and resume at random points
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+fuzz: $(STAMP)            ## hostile input for every reader, 100,000 cases; counts and findings in reports/fuzz.json
+	cd tests && PYTHONPATH=. ../$(BIN)/python -m fuzz --cases 100000 --json ../reports/fuzz.json
 
 interop: $(STAMP)         ## GPTQModel, and transformers through optimum, load what this project writes
 	VENV=$(VENV) bash interop/run.sh

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenq.formats.config import is_readable, read_quantization_config
-from qwenq.headers import INDEX_NAME, read_object
+from qwenq.headers import INDEX_NAME, inside, read_object
 from qwenq.layout import NF4_STATE
 from qwenq.preflight import tensor_parallel_reason
 from qwenq.scheme import Recipe
@@ -88,7 +88,7 @@ def index_total(directory: Path) -> int | None:
     """`total_size` as the index of a sharded checkpoint states it."""
     if not (directory / INDEX_NAME).is_file():
         return None
-    metadata = read_object(directory / INDEX_NAME, limit=100_000_000).get("metadata")
+    metadata = read_object(inside(directory, INDEX_NAME), limit=100_000_000).get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, Mapping) else None
     return int(total) if isinstance(total, int | float) else None
 

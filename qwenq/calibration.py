@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from qwenq.errors import CalibrationError
+from qwenq.headers import shown
 from qwenq.spec import ModelSpec
 from qwenq.tokens import ModelTokenizer, TokenWindows, check_length, check_windows, pack_windows
 
@@ -164,10 +165,21 @@ def _row(row: Any, where: str) -> Document:
         messages = row["messages"]
         if not all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages):
             raise CalibrationError(f"{where}: messages want role and content, both text")
-        return Document("", tuple({"role": str(m["role"]), "content": m["content"]} for m in messages))
+        turns = tuple(
+            {"role": _unicode(str(m["role"]), where), "content": _unicode(m["content"], where)} for m in messages
+        )
+        return Document("", turns)
     if isinstance(row, dict) and isinstance(row.get("text"), str):
-        return Document(row["text"])
+        return Document(_unicode(row["text"], where))
     raise CalibrationError(f"{where}: neither `text` nor `messages` in it")
+
+
+def _unicode(text: str, where: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise CalibrationError(f"{where}: half of a surrogate pair in it, which is no text") from None
+    return text
 
 
 def _parquet(path: Path) -> Iterator[Document]:
@@ -257,9 +269,13 @@ def _first(documents: Sequence[Document], characters: int) -> list[Document]:
 
 def _token_file(path: Path) -> torch.Tensor:
     try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise CalibrationError(f"{path}: not a NumPy array ({error})") from None
+        array = np.load(
+            path, mmap_mode="r", allow_pickle=False
+        )  # mapped: a header that lies about the size allocates nothing
+    except Exception as error:  # its header is Python text, and what reading that raises is of many kinds
+        raise CalibrationError(f"{path}: not a NumPy array ({shown(str(error))})") from None
+    if not isinstance(array, np.ndarray):
+        raise CalibrationError(f"{path}: an archive, wanted one NumPy array")
     if array.ndim != 2 or array.dtype.kind not in "iu" or not array.size:
         raise CalibrationError(f"{path}: {array.dtype} {list(array.shape)}, wanted whole numbers [windows, tokens]")
     return torch.from_numpy(array.astype(np.int64))

@@ -16,7 +16,7 @@ from qwenq.errors import CheckpointError
 from qwenq.formats.config import read_quantization_config
 from qwenq.formats.quantization import Quantization
 from qwenq.formats.storage import unpack_linear
-from qwenq.headers import TensorLocation, checkpoint_tensors, model_name, read_object
+from qwenq.headers import TensorLocation, checkpoint_tensors, inside, model_name, read_object, shown
 from qwenq.layout import NF4_STATE, linear_tensors
 from qwenq.quant.gptq import QTensor
 from qwenq.scheme import Recipe
@@ -182,14 +182,17 @@ def read_config(directory: Path) -> dict[str, Any]:
     """`config.json` of a checkpoint directory."""
     if not Path(directory).is_dir():
         raise CheckpointError(f"{directory}: no such directory", hint="give a checkpoint directory or a hub name")
-    return read_object(Path(directory) / "config.json")
+    return read_object(inside(Path(directory), "config.json"))
 
 
 def _refuse_sparse(config: dict[str, Any], directory: Path) -> None:
     window = config.get("sliding_window")
-    if config.get("use_sliding_window") and window and window < config.get("max_position_embeddings", 0):
+    longest = config.get("max_position_embeddings")
+    whole = isinstance(window, int) and isinstance(longest, int)
+    if config.get("use_sliding_window") and window and not (whole and window >= longest):
         raise CheckpointError(
-            f"{directory / 'config.json'}: use_sliding_window with a window of {window} tokens is not supported",
+            f"{directory / 'config.json'}: use_sliding_window with a window of {shown(str(window), 40)} tokens is not "
+            "supported",
             hint="set use_sliding_window to false (as all published Qwen2.5 models have it)",
         )
 

@@ -21,9 +21,13 @@ class QwenqError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message, self.hint = printable(message), printable(hint)
+        super().__init__(self.message)
+
+
+def printable(text: str) -> str:
+    """Text as one printable line: what a hostile file put into a message cannot move the cursor or add lines."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
 class CheckpointError(QwenqError):

@@ -7,6 +7,7 @@ shape and `data_offsets`, relative to the data; `__metadata__` maps text to text
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 from collections.abc import Iterator, Mapping
@@ -14,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwenq.errors import CheckpointError
+from qwenq.errors import CheckpointError, printable
 from qwenq.spec import DTYPE_BYTES, TensorSpec, tensor_bytes
 
 MAX_HEADER_BYTES = 100_000_000  # the reference reader's own limit
 MAX_DIMENSIONS = 16
+_MAX_NAME_BYTES = 255  # what file systems take
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 PICKLED_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -143,7 +145,7 @@ def parse_object(text: bytes, where: str) -> dict[str, Any]:
     """Parse a JSON object strictly: UTF-8, no repeated keys, no NaN or infinity, no absurd nesting."""
 
     def refuse_constant(token: str) -> Any:
-        raise CheckpointError(f"{where}: JSON holds {token}, which is not JSON")
+        raise CheckpointError(f"{where}: JSON holds {token}, which is no number of JSON's")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -153,12 +155,22 @@ def parse_object(text: bytes, where: str) -> dict[str, Any]:
             found[key] = value
         return found
 
+    def finite(number: str) -> float:
+        value = float(number)
+        return value if math.isfinite(value) else refuse_constant(shown(number, 40))
+
+    hooks: dict[str, Any] = {"object_pairs_hook": unique, "parse_constant": refuse_constant, "parse_float": finite}
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse_constant)
+        value = json.loads(text.decode("utf-8"), **hooks)
     except RecursionError:
         raise CheckpointError(f"{where}: JSON nested too deep") from None
     except (UnicodeDecodeError, ValueError) as error:
         raise CheckpointError(f"{where}: not JSON ({error})") from None
+    if rb"\ud" in text.lower():  # half of a surrogate pair can be written in JSON, and nowhere else
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise CheckpointError(f"{where}: JSON holds half of a surrogate pair, which is no text") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{where}: JSON is a {type(value).__name__}, wanted an object")
     return value
@@ -171,6 +183,8 @@ def inside(directory: Path, name: str) -> Path:
     """
     if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise CheckpointError(f"file name {shown(name)} leads out of the checkpoint's directory: refused")
+    if len(name.encode("utf-8", "surrogatepass")) > _MAX_NAME_BYTES:
+        raise CheckpointError(f"file name {shown(name)} is too long: refused")
     path, root = directory / name, directory.resolve()
     target = path.resolve()
     allowed = [root]
@@ -192,7 +206,7 @@ def model_name(directory: Path) -> str:
 
 def shown(text: str, limit: int = 120) -> str:
     """Text from outside as one printable line of at most `limit` characters."""
-    clean = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text[: limit + 1])
+    clean = printable(text[: limit + 1])
     return clean if len(clean) <= limit else clean[: limit - 3] + "..."
 
 

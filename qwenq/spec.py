@@ -166,10 +166,18 @@ class ModelSpec:
         return 2 * self.num_hidden_layers * self.kv_size * bytes_per_value
 
 
+# More than any model has, and little enough that no list by layer and no product of two shapes is a danger.
+_LARGEST = {"num_hidden_layers": 1000, "vocab_size": 1 << 24, "hidden_size": 1 << 18, "intermediate_size": 1 << 20,
+            "head_dim": 1 << 14, "num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12}  # fmt: skip
+_LONGEST_CONTEXT = 1 << 40
+
+
 def _whole(config: Mapping[str, Any], key: str, where: str, default: Any = None) -> int:
-    value = config.get(key, default)
+    value, most = config.get(key, default), _LARGEST.get(key, _LONGEST_CONTEXT)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise CheckpointError(f"{where}: {key} is {value!r}, wanted a positive whole number")
+        raise CheckpointError(f"{where}: {key} is {repr(value)[:40]}, wanted a positive whole number")
+    if value > most:
+        raise CheckpointError(f"{where}: {key} is {value:.6g}, more than any model has ({most})")
     return value
 
 
@@ -178,7 +186,8 @@ def spec_from_config(config: Mapping[str, Any], where: str = "config.json", name
     model_type = config.get("model_type")
     if model_type not in SUPPORTED_MODEL_TYPES:
         raise CheckpointError(
-            f"{where}: model_type {model_type!r} is not supported (wanted one of {', '.join(SUPPORTED_MODEL_TYPES)})",
+            f"{where}: model_type {repr(model_type)[:40]} is not supported "
+            f"(wanted one of {', '.join(SUPPORTED_MODEL_TYPES)})",
             hint="mixture-of-experts and vision models are outside this tool",
         )
     heads = _whole(config, "num_attention_heads", where)
@@ -198,8 +207,11 @@ def spec_from_config(config: Mapping[str, Any], where: str = "config.json", name
     extended = max_position
     if rope.get("rope_type", rope.get("type")) == "yarn":
         factor, original = rope.get("factor", 1), rope.get("original_max_position_embeddings", max_position)
-        if not isinstance(factor, int | float) or not isinstance(original, int) or factor <= 0:
-            raise CheckpointError(f"{where}: rope_scaling has factor {factor!r} and original length {original!r}")
+        numbers = isinstance(factor, int | float) and isinstance(original, int)
+        if not numbers or not 0 < factor <= 1 << 20 or not 0 < original <= _LONGEST_CONTEXT:
+            raise CheckpointError(
+                f"{where}: rope_scaling has factor {repr(factor)[:40]} and original length {repr(original)[:40]}"
+            )
         extended = max(extended, round(factor * original))
     llama_bias = model_type == "llama" and bool(config.get("attention_bias", False))
     qwen3_bias = model_type == "qwen3" and bool(config.get("attention_bias", False))
@@ -214,7 +226,7 @@ def spec_from_config(config: Mapping[str, Any], where: str = "config.json", name
         vocab_size=_whole(config, "vocab_size", where),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         max_position_embeddings=max_position,
-        extended_context=int(config.get("extended_context", extended)),
+        extended_context=_whole(config, "extended_context", where, default=extended),
         name=name,
         attention_bias=model_type == "qwen2" or llama_bias or qwen3_bias,
         o_bias=llama_bias or qwen3_bias,

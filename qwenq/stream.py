@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from qwenq.errors import CheckpointError
+from qwenq.headers import shown
 from qwenq.spec import ModelSpec
 
 # model_type -> (module of transformers, class prefix)
@@ -30,7 +32,20 @@ def model_config(config: Mapping[str, Any], spec: ModelSpec) -> Any:
     package, prefix = MODULES[spec.model_type]
     configuration = importlib.import_module(f"{package}.configuration_{spec.model_type}")
     plain = {k: v for k, v in config.items() if k not in ("quantization_config", "torch_dtype", "dtype")}
-    return getattr(configuration, prefix + "Config").from_dict(plain)
+    with _refused_by_transformers():
+        return getattr(configuration, prefix + "Config").from_dict(plain)
+
+
+@contextmanager
+def _refused_by_transformers() -> Iterator[None]:
+    """A value of config.json that transformers does not expect is the checkpoint's fault, whatever is raised."""
+    try:
+        yield
+    except Exception as error:
+        reason = shown(" ".join(str(error).split()) or type(error).__name__, 200)
+        raise CheckpointError(
+            f"config.json: transformers makes no layer of it ({reason})", hint="compare it with the publisher's own"
+        ) from error
 
 
 class Network:
@@ -46,14 +61,16 @@ class Network:
         self.spec = spec
         self.dtype = dtype
         self.device = torch.device(device)
-        with torch.device("meta"):
+        with _refused_by_transformers(), torch.device("meta"):
             self._layer = getattr(modeling, prefix + "DecoderLayer")(self.config, 0)
             self._norm = getattr(modeling, prefix + "RMSNorm")(spec.hidden_size, eps=self.config.rms_norm_eps)
+        with _refused_by_transformers():
+            rotary = getattr(modeling, prefix + "RotaryEmbedding")(config=self.config)
         self._layer.eval().requires_grad_(False)
         self._norm.eval().requires_grad_(False)
         self._identity = nn.Identity()
         self._o_proj = self._layer.self_attn.o_proj
-        self._rotary = getattr(modeling, prefix + "RotaryEmbedding")(config=self.config).to(self.device)
+        self._rotary = rotary.to(self.device)
         self._positions: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def _position_embeddings(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

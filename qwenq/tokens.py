@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer
 
 from qwenq.errors import CalibrationError, CheckpointError
-from qwenq.headers import inside, read_object
+from qwenq.headers import inside, read_object, shown
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
@@ -43,13 +43,15 @@ class ModelTokenizer:
             raise CheckpointError(f"{path}: {path.stat().st_size} bytes is too large for a tokenizer")
         try:
             return Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        except Exception as error:  # the library raises bare Exception for malformed files
-            raise CheckpointError(f"{path}: not a tokenizer ({error})") from None
+        except BaseException as error:  # the library raises bare Exception for malformed files, and panics on some
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            raise CheckpointError(f"{path}: not a tokenizer ({shown(str(error))})") from None
 
     @cached_property
     def sha256(self) -> str:
         """Digest of `tokenizer.json`."""
-        return hashlib.sha256((self.directory / "tokenizer.json").read_bytes()).hexdigest()
+        return hashlib.sha256(inside(self.directory, "tokenizer.json").read_bytes()).hexdigest()
 
     @property
     def vocabulary(self) -> dict[str, int]:
@@ -61,7 +63,7 @@ class ModelTokenizer:
         for text in _SEPARATORS:
             if (token := self._tokenizer.token_to_id(text)) is not None:
                 return int(token)
-        eos = read_object(self.directory / "config.json").get("eos_token_id")
+        eos = read_object(inside(self.directory, "config.json")).get("eos_token_id")
         eos = eos[0] if isinstance(eos, list) and eos else eos
         if not isinstance(eos, int):
             raise CheckpointError(f"{self.directory}: no end-of-text token in tokenizer.json or config.json")
@@ -69,8 +71,14 @@ class ModelTokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without added special tokens."""
-        self._tokenizer.no_truncation()
-        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        try:
+            self._tokenizer.no_truncation()
+            return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            reason = shown(str(error))
+            raise CheckpointError(f"{self.directory}: its tokenizer.json cannot encode ({reason})") from None
 
     def id_of(self, token: str) -> int | None:
         """The id of a token by its text."""
@@ -105,13 +113,19 @@ class ModelTokenizer:
 
     @cached_property
     def _chat(self) -> Any:
+        for name in TOKENIZER_FILES:
+            inside(self.directory, name)  # transformers follows links anywhere
         config = self.directory / "tokenizer_config.json"
         jinja = self.directory / "chat_template.jinja"
         if not jinja.is_file() and not (config.is_file() and read_object(config).get("chat_template")):
             return None
         from transformers import PreTrainedTokenizerFast
 
-        return PreTrainedTokenizerFast.from_pretrained(str(self.directory), local_files_only=True)
+        try:
+            return PreTrainedTokenizerFast.from_pretrained(str(self.directory), local_files_only=True)
+        except Exception as error:  # whatever a malformed tokenizer_config.json makes transformers raise
+            reason = shown(" ".join(str(error).split()) or type(error).__name__)
+            raise CheckpointError(f"{config}: not a tokenizer's configuration ({reason})") from None
 
 
 @dataclass(frozen=True)

@@ -32,11 +32,8 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
         ("network", "stream"),
         (
             "work",
-        (
-            "work",
-            "runtime runtime.* streams block bnb head fisher sensitivity job host finish quantize convert "
-            "verify evaluate demo layer rederive",
-        ),
+            "runtime runtime.* streams block bnb head fisher sensitivity job host finish layer rederive quantize "
+            "convert verify evaluate demo",
         ),
         ("telling", "report report.* page page.*"),
         ("door", "cli cli.* __main__"),

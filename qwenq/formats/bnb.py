@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from qwenq.errors import CheckpointError
-from qwenq.formats.quantization import Quantization, read_names, read_pattern
+from qwenq.formats.patterns import read_pattern
+from qwenq.formats.quantization import Quantization, read_names
 from qwenq.layout import BNB_FORMATS
 from qwenq.scheme import INT8_ROWS, NF4, Recipe, Scheme
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from qwenq import __version__
 from qwenq.errors import CheckpointError
-from qwenq.formats.quantization import Quantization, read_names, read_pattern, read_scheme
+from qwenq.formats.patterns import read_pattern
+from qwenq.formats.quantization import Quantization, read_names, read_scheme
 from qwenq.scheme import Recipe, Scheme
 from qwenq.spec import ModelSpec
 

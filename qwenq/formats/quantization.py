@@ -44,14 +44,6 @@ def read_scheme(bits: Any, group_size: Any, sym: Any, where: str) -> Scheme:
         raise CheckpointError(f"{where}: {error.message}") from None
 
 
-def read_pattern(pattern: Any, where: str) -> re.Pattern[str]:
-    """A regular expression from a config, to be matched from the start of a module's name."""
-    try:
-        return re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise CheckpointError(f"{where} has a bad pattern {pattern!r} ({error})") from None
-
-
 def read_names(value: Any, where: str) -> list[str]:
     """A list of texts from a config; None is an empty one."""
     if value is None:

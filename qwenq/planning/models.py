@@ -107,7 +107,7 @@ def _find(model: str) -> Model:
 def _from_hub(model: str) -> Model:
     from qwenq.hub import fetch_config  # asks the network, so only when a name is the hub's
 
-    config = read_object(fetch_config(model))
+    config = read_object(inside(fetch_config(model), "config.json"))
     spec = spec_from_config(config, where=f"{shown(model)} config.json", name=model.split("/")[1])
     return Model(spec, config, hub=model)
 

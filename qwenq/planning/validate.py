@@ -104,7 +104,7 @@ def _predicted(row: dict[str, str], spec: ModelSpec, weights: Weights) -> Valida
         raise PlanError(f"engine is {engine_name!r}; only transformers rows state an allocator peak")
     libraries = {name: text for name, text in environment.items() if name not in ("transformers", "vllm")}
     engine = get_engine("transformers", environment.get("transformers", ""), libraries)
-    prompt, measured = int(row["input_len"]), float(row["mem_gib"])
+    prompt, measured = int(row["input_len"] or ""), float(row["mem_gib"] or "")
     if not 0 < measured < float("inf"):
         raise PlanError(f"mem_gib is {row['mem_gib']!r}, wanted a positive number")
     gpus = int(row.get("gpu_num") or 1)

@@ -7,7 +7,10 @@ of 16 values. LLM.int8: each row stores its largest absolute value (SCB) and cod
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -103,7 +106,28 @@ def _state(tensors: Mapping[str, Tensor], shape: tuple[int, int], name: str) -> 
 
 def _functional() -> Any:
     try:
-        import bitsandbytes.functional as functional
+        with _without_kernels():
+            import bitsandbytes.functional as functional
     except ImportError as error:
         raise PlanError(f"bitsandbytes is not installed ({error})", hint="pip install 'qwenq[bnb]'") from None
     return functional
+
+
+@contextmanager
+def _without_kernels() -> Iterator[None]:
+    """On some CPUs the library's import fetches compiled code from the hub by the package `kernels`: not here."""
+    if "bitsandbytes" in sys.modules:
+        yield
+        return
+    modules: dict[str, Any] = sys.modules
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    known, level = modules.get("kernels"), logger.level
+    modules["kernels"] = None  # importing it raises ImportError, which the library foresees, and says aloud
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        del modules["kernels"]
+        if known is not None:
+            modules["kernels"] = known

@@ -1,0 +1,138 @@
+"""Run many damaged inputs through the readers: `python -m fuzz --cases 100000 --seed 0 [--report FILE]`.
+
+Every case must be read or refused by a QwenqError, of one line, within TIME_S seconds, and within MEMORY_BYTES of
+address space more than the program takes before the first case. Case k of a target depends on (seed, target, k) alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from pathlib import Path
+from random import Random
+from typing import Any
+
+TESTS = Path(__file__).parent.parent
+if str(TESTS) not in sys.path:
+    sys.path.insert(0, str(TESTS))
+
+from conftest import small_job  # noqa: E402
+
+from fuzz.targets import Target, Workplace, make_workplace  # noqa: E402
+from qwenq.errors import QwenqError  # noqa: E402
+from qwenq.scheme import Recipe, Scheme  # noqa: E402
+
+TIME_S = 5.0
+MEMORY_BYTES = 1 << 30
+RECIPES = {
+    "gptq": Recipe(Scheme(4, 32)),
+    "awq": Recipe(Scheme(4, 32, sym=False), format="awq"),
+    "compressed-tensors": Recipe(Scheme(4, 32), format="compressed-tensors"),
+    "bnb-nf4": Recipe(Scheme(4, 64, codes="nf4"), format="bnb-nf4"),
+    "bnb-int8": Recipe(Scheme(8, -1), format="bnb-int8"),
+}
+
+
+class TooSlow(BaseException):
+    """A case ran past its time; no reader catches this."""
+
+
+def workplace(root: Path) -> Workplace:
+    tiny = TESTS / "data" / "tiny-qwen2"
+    return make_workplace(root / "cases", tiny, {n: small_job(tiny, root / n, recipe=r) for n, r in RECIPES.items()})
+
+
+def run(place: Workplace, cases: int, seed: int, only: str = "") -> dict[str, Any]:
+    """Spread `cases` over the targets; returns counts and every finding (an escape, a hang, a message of two lines)."""
+    targets = [t for t in place.targets() if only in t.name]
+    total = sum(t.share for t in targets)
+    findings: list[dict[str, Any]] = []
+    outcomes: dict[str, Counter[str]] = {}
+    slowest: dict[str, float] = {}
+    started = time.perf_counter()
+    for target in targets:
+        outcomes[target.name], slowest[target.name] = Counter(), 0.0
+        for number in range(round(cases * target.share / total)):
+            begun = time.perf_counter()
+            problem = _one(target, Random(f"{seed} {target.name} {number}"), outcomes[target.name])
+            slowest[target.name] = max(slowest[target.name], time.perf_counter() - begun)
+            if problem:
+                findings.append({"target": target.name, "case": number, "problem": problem})
+                print(f"{target.name} {number}: {problem}", flush=True)
+        print(f"{target.name}: {dict(outcomes[target.name])}, slowest {slowest[target.name]:.2f} s", flush=True)
+    return {
+        "cases": sum(sum(counts.values()) for counts in outcomes.values()),
+        "seconds": time.perf_counter() - started,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "outcomes": {name: dict(counts) for name, counts in outcomes.items()},
+        "slowest_s": slowest,
+        "findings": findings,
+    }
+
+
+def _one(target: Target, draw: Random, counts: Counter[str]) -> str:
+    def expire(*_: object) -> None:
+        raise TooSlow
+
+    signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, TIME_S)
+    try:
+        target.case(draw)
+    except QwenqError as error:
+        counts["refused"] += 1
+        message = f"{error.message}{error.hint}"
+        return "" if message.isprintable() else f"not one printable line: {message[:200]!r}"
+    except TooSlow:
+        counts["hung"] += 1
+        return f"still running after {TIME_S:g} s"
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        counts["escaped"] += 1
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        ours = [f for f in traceback.extract_tb(error.__traceback__) if "/qwenq/" in f.filename]
+        at = ours[-1] if ours else frame
+        return f"{type(error).__name__}: {str(error)[:200]!r} at {Path(at.filename).name}:{at.lineno}"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    counts["read"] += 1
+    return ""
+
+
+def limit_memory() -> None:
+    """No case may take more address space than MEMORY_BYTES beyond what is taken now: a MemoryError is an escape."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * os.sysconf("SC_PAGE_SIZE") + MEMORY_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def main() -> int:
+    asked = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    asked.add_argument("--cases", type=int, default=100_000)
+    asked.add_argument("--seed", type=int, default=0)
+    asked.add_argument("--only", default="", help="targets with this in their name")
+    asked.add_argument("--json", type=Path, help="write counts and findings here")
+    options = asked.parse_args()
+    warnings.simplefilter("error")
+    scratch = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="qwenq-fuzz-", dir=scratch) as folder:
+        place = workplace(Path(folder))
+        limit_memory()
+        result = run(place, options.cases, options.seed, options.only)
+    print(f"{result['cases']} cases in {result['seconds']:.0f} s, {len(result['findings'])} findings")
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 1 if result["findings"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,225 @@
+"""The readers of untrusted input, each with valid input to damage: a case is read, or refused by a QwenqError."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+
+from fuzz.mutate import encode, mutate_bytes, mutate_json, mutate_value
+from qwenq.audit import audit, index_total
+from qwenq.calibration import load_windows
+from qwenq.checkpoint import open_checkpoint, read_config
+from qwenq.formats.config import read_quantization_config
+from qwenq.headers import INDEX_NAME, checkpoint_tensors, read_header, read_object
+from qwenq.journal import JOURNAL_NAME, Journal
+from qwenq.manifest import MANIFEST_NAME, encode_manifest
+from qwenq.planning.recipefile import read_recipe
+from qwenq.planning.validate import read_rows
+from qwenq.quantize import quantize
+from qwenq.report.compose import Extras, compose, write_report
+from qwenq.report.runs import load_runs
+from qwenq.spec import ModelSpec, spec_from_config
+from qwenq.stream import Network
+from qwenq.tokens import ModelTokenizer
+from qwenq.verify import verify
+
+Case = Callable[[Random], Any]
+
+
+@dataclass
+class Target:
+    """One reader. `case(draw)` writes a damaged input and reads it."""
+
+    name: str
+    case: Case
+    share: float = 1.0  # of the cases, relative
+
+
+class Workplace:
+    """Valid inputs, made once, and a directory in which each case is written."""
+
+    def __init__(self, root: Path, tiny: Path, finished: dict[str, Path]) -> None:
+        self.root, self.tiny, self.finished = root, tiny, finished
+        self.spec: ModelSpec = spec_from_config(read_config(tiny))
+        self.config = json.loads((tiny / "config.json").read_bytes())
+        self.index = json.loads((tiny / INDEX_NAME).read_bytes())
+        self.shard = min(tiny.glob("*.safetensors"), key=lambda path: path.stat().st_size).read_bytes()
+        self.configs = [json.loads((p / "config.json").read_bytes()) for p in finished.values()]
+
+    def targets(self) -> list[Target]:
+        return [
+            Target("safetensors header", self.header, 4),
+            Target("index", self.shard_index, 3),
+            Target("config.json", self.model_config, 3),
+            Target("quantization_config", self.quantization, 3),
+            Target("network of a config", self.network, 0.5),
+            Target("16-bit checkpoint", self.checkpoint, 0.5),
+            Target("packed tensors", self.packed, 0.4),
+            Target("tokenizer.json", self.tokenizer, 0.4),
+            Target("token file", self.npy, 2),
+            Target("calibration text", self.jsonl, 2),
+            Target("manifest", self.manifest, 2),
+            Target("report of a manifest", self.report, 0.5),
+            Target("journal", self.journal, 2),
+            Target("recipe file", self.recipe, 2),
+            Target("measurements", self.measurements, 2),
+        ]
+
+    def write(self, name: str, data: bytes) -> Path:
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        return path
+
+    def header(self, draw: Random) -> Any:
+        return read_header(self.write("model.safetensors", self.damaged_shard(draw, self.shard)))
+
+    def damaged_shard(self, draw: Random, data: bytes) -> bytes:
+        length = int.from_bytes(data[:8], "little")
+        if draw.random() < 0.2:
+            return mutate_bytes(draw, data[: 8 + length]) + data[8 + length :]
+        text = mutate_json(draw, json.loads(data[8 : 8 + length]))
+        size = len(text) if draw.random() < 0.9 else draw.choice((0, 1, len(text) - 1, len(text) + 1, 10**8, 2**63))
+        return size.to_bytes(8, "little") + text + data[8 + length :]
+
+    def shard_index(self, draw: Random) -> Any:
+        folder = self.root / "indexed"
+        if not folder.exists():
+            shutil.copytree(self.tiny, folder)
+        (folder / INDEX_NAME).write_bytes(mutate_json(draw, self.index))
+        return checkpoint_tensors(folder), index_total(folder)
+
+    def model_config(self, draw: Random) -> Any:
+        path = self.write("config/config.json", mutate_json(draw, self.config))
+        config = read_object(path)
+        spec = spec_from_config(config)
+        return spec.parameters, audit(spec, config, None)
+
+    def quantization(self, draw: Random) -> Any:
+        config = json.loads(json.dumps(draw.choice(self.configs)["quantization_config"]))
+        return read_quantization_config(mutate_value(draw, config, 2), "config.json").recipe(self.spec)
+
+    def network(self, draw: Random) -> Any:
+        import torch
+
+        config = mutate_value(draw, self.config, 2)
+        if not isinstance(config, dict):
+            return None  # read_object lets nothing else through
+        return Network(config, spec_from_config(config), dtype=torch.float32)
+
+    def checkpoint(self, draw: Random) -> Any:
+        return self.damaged_checkpoint(draw, self.tiny)
+
+    def packed(self, draw: Random) -> Any:
+        name = draw.choice(list(self.finished))
+        found = self.damaged_checkpoint(draw, self.finished[name])
+        return found.layer_state(0)
+
+    def damaged_checkpoint(self, draw: Random, source: Path) -> Any:
+        folder = self.root / "checkpoint"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(source, folder)
+        if draw.random() < 0.4:
+            path = folder / "config.json"
+            path.write_bytes(mutate_json(draw, json.loads(path.read_bytes())))
+        else:
+            path = draw.choice(sorted(folder.glob("*.safetensors")))
+            data = path.read_bytes()
+            if draw.random() < 0.5:
+                path.write_bytes(self.damaged_shard(draw, data))
+            else:  # tensors: any codes, scales and group indices
+                start = 8 + int.from_bytes(data[:8], "little")
+                noise = bytes(draw.randrange(256) for _ in range(64))
+                at = draw.randrange(start, len(data))
+                path.write_bytes(data[:at] + noise[: len(data) - at] + data[at + 64 :])
+        return open_checkpoint(folder)
+
+    def tokenizer(self, draw: Random) -> Any:
+        folder = self.root / "tokenizer"
+        if not folder.exists():
+            shutil.copytree(self.tiny, folder)
+        data = json.loads((self.tiny / "tokenizer.json").read_bytes())
+        settings = json.loads((self.tiny / "tokenizer_config.json").read_bytes())
+        if draw.random() < 0.7:
+            (folder / "tokenizer.json").write_bytes(mutate_json(draw, data))
+            (folder / "tokenizer_config.json").write_bytes(encode(settings))
+        else:
+            (folder / "tokenizer.json").write_bytes(encode(data))
+            (folder / "tokenizer_config.json").write_bytes(mutate_json(draw, settings))
+        found = ModelTokenizer(folder)
+        return found.encode(["one two", ""]), found.separator, found.render_chat([{"role": "user", "content": "x"}])
+
+    def npy(self, draw: Random) -> Any:
+        buffer = io.BytesIO()
+        np.save(buffer, np.arange(64, dtype=np.int64).reshape(4, 16))
+        path = self.write("tokens.npy", mutate_bytes(draw, buffer.getvalue()))
+        return self.windows(path)
+
+    def jsonl(self, draw: Random) -> Any:
+        rows = [{"text": "one two three " * 20}, {"messages": [{"role": "user", "content": "four five " * 20}]}]
+        lines = [mutate_json(draw, draw.choice(rows)) for _ in range(draw.choice((1, 2)))]
+        return self.windows(self.write("text.jsonl", b"\n".join([encode(rows[0]), *lines])))
+
+    def windows(self, path: Path) -> Any:
+        return load_windows(str(path), ModelTokenizer(self.tiny), self.spec, length=16, count=None, seed=None)
+
+    def manifest(self, draw: Random) -> Any:
+        return verify(self.run_with_manifest(draw), self.tiny)
+
+    def report(self, draw: Random) -> Any:
+        """A manifest whose digests are right again: whoever can change the values can do that too."""
+        document = json.loads((self.finished["gptq"] / MANIFEST_NAME).read_bytes())
+        run = document.pop("run")
+        document, run = mutate_value(draw, document), mutate_value(draw, run) if draw.random() < 0.3 else run
+        if not isinstance(document, dict) or not isinstance(run, dict) or "\\ud800" in json.dumps([document, run]):
+            return None
+        for section in (document, run):
+            section.pop("digest", None)
+        document.pop("manifest", None)
+        self.write("run/" + MANIFEST_NAME, encode_manifest(document, run))
+        write_report(
+            compose(load_runs([self.root / "run"]), Extras()), self.root / "report.html", self.root / "report.md"
+        )
+        return None
+
+    def run_with_manifest(self, draw: Random) -> Path:
+        folder = self.root / "run"
+        document = json.loads((self.finished["gptq"] / MANIFEST_NAME).read_bytes())
+        self.write("run/" + MANIFEST_NAME, mutate_json(draw, document))
+        return folder
+
+    def journal(self, draw: Random) -> Any:
+        lines = (self.finished["gptq"] / JOURNAL_NAME).read_bytes().splitlines()
+        at = draw.randrange(len(lines))
+        lines[at] = mutate_json(draw, json.loads(lines[at]))
+        self.write("journal/" + JOURNAL_NAME, b"\n".join(lines))
+        return Journal.load(self.root / "journal").layers
+
+    def recipe(self, draw: Random) -> Any:
+        rows = "".join(
+            f'{k} = {{ qkv = "8-bit g32", o = "4-bit g64", gate_up = "4-bit g128", down = "16-bit" }}\n'
+            for k in range(self.spec.num_hidden_layers)
+        )
+        data = f'version = 1\nmodel = "tiny"\n[layer]\n{rows}'.encode()
+        return read_recipe(self.write("recipe.toml", mutate_bytes(draw, data)), self.spec)
+
+    def measurements(self, draw: Random) -> Any:
+        data = b"model,quant,input_len,mem_gib\nQwen2.5-7B-Instruct,GPTQ-Int4,6144,7.23\nQwen2.5-7B,BF16,1,14.92\n"
+        return read_rows(self.write("runs.csv", mutate_bytes(draw, data)))
+
+
+def make_workplace(root: Path, tiny: Path, jobs: dict[str, Any]) -> Workplace:
+    """Quantize the tiny model once for each format in `jobs`, then damage what came out."""
+    finished = {}
+    for name, job in jobs.items():
+        quantize(job)
+        finished[name] = job.out
+    return Workplace(root, tiny, finished)

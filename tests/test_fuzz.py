@@ -1,0 +1,18 @@
+"""A short run of `make fuzz`: fifteen hundred damaged inputs, none of which may escape, hang or print two lines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fuzz.__main__ import run, workplace
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_short_fuzz_run(tmp_path: Path) -> None:
+    result = run(workplace(tmp_path), cases=1500, seed=2026)
+    assert result["findings"] == []
+    assert 1490 < result["cases"] < 1510
+    for name, counts in result["outcomes"].items():  # the damage is neither nil nor hopeless
+        assert name == "manifest" or counts.get("refused", 0) > 0, name  # verify tells what it finds
+    assert sum(counts.get("read", 0) for counts in result["outcomes"].values()) > 100
