@@ -85,6 +85,11 @@ def read_job(manifest: Mapping[str, Any], source: Checkpoint, out: Path, calibra
     """The job that a manifest describes; CheckpointError for a description that makes none."""
     try:
         job = manifest["job"]
+        if "convert" in job:
+            raise JobError(
+                "converted from another format: no layer was solved here",
+                hint="`qwenq convert` keeps codes bit for bit: verify what it was made from, and this with --layers none",
+            )
         overrides = tuple((name, Scheme(**s) if s else None) for name, s in job["overrides"].items())
         recipe = Recipe(Scheme(**job["scheme"]) if job["scheme"] else None, overrides, job["format"])
         options = SolverOptions(**job["options"])
@@ -92,6 +97,8 @@ def read_job(manifest: Mapping[str, Any], source: Checkpoint, out: Path, calibra
         dtypes = {name: job[name] for name in ("compute_dtype", "calibration_dtype", "dtype")}
         if any(dtype not in (*DTYPES, "auto") for dtype in dtypes.values()) or type(seed) is not int:
             raise ValueError("a dtype or the seed is not one")
+    except JobError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError, QwenqError) as error:
         raise CheckpointError(
             f"{MANIFEST_NAME}: its job cannot be read ({type(error).__name__}: {error})",
