@@ -88,7 +88,7 @@ def read_job(manifest: Mapping[str, Any], source: Checkpoint, out: Path, calibra
         if "convert" in job:
             raise JobError(
                 "converted from another format: no layer was solved here",
-                hint="`qwenq convert` keeps codes bit for bit: verify what it was made from, and this with --layers none",
+                hint="convert keeps codes bit for bit: verify what it was made from, and this with --layers none",
             )
         overrides = tuple((name, Scheme(**s) if s else None) for name, s in job["overrides"].items())
         recipe = Recipe(Scheme(**job["scheme"]) if job["scheme"] else None, overrides, job["format"])
