@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import small_job
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from report_runs import changed, manifest
@@ -114,6 +114,9 @@ def test_a_readme_that_is_no_text_or_endless(tmp_path: Path) -> None:
 
 
 @given(st.text())
+@example("\\")
+@example('a" b\\n')
+@example("\x00\x7f\x85\u2028\ufeff\U0001f600")
 def test_any_text_is_one_yaml_scalar(text: str) -> None:
     """The oracle is PyYAML, which refuses lone surrogates as UTF-8 does."""
     line = yaml_text(text)
