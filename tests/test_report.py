@@ -207,6 +207,8 @@ def test_points_stand_where_their_values_are(tmp_path: Path) -> None:
     assert svg.count('class="hollow s2"') == 1 and ">GPTQModel default</text>" in svg
     assert svg.count('class="stroke s') == 9  # three bars with two ends each
     assert "log scale" in svg and "size of all files, MB" in svg
+    caption = "circles: this project's solver, squares: rounding to nearest, hollow marks: other tools."
+    assert caption in Page(page).text and "squares" not in texts(directories[:1])[1]
 
 
 def test_other_texts_get_a_figure_of_their_own(tmp_path: Path) -> None:

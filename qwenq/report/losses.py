@@ -186,10 +186,11 @@ def _size_figure(
     unit = ("size of all files, GB" if gb else "size of all files, MB") if by_bytes else "stored bits per linear weight"
     if not gb:
         drawn = [Point(p.label, p.size * 1000, p.kl, p.low, p.high, p.series, p.ours) for p in drawn]
-    caption: Text = (
-        "Read on ", Code(text), ". Down and left is better. Bars are 95 % intervals. Circles: this project's solver; "
-        "squares: rounding to nearest" + ("; hollow marks: other tools." if benchmarks else "."),
-    )  # fmt: skip
+    marks = ["circles: this project's solver"] if any(p.series == 0 for p in drawn) else []
+    marks += ["squares: rounding to nearest"] if any(p.series == 1 for p in drawn) else []
+    marks += ["hollow marks: other tools"] if any(not p.ours for p in drawn) else []
+    said = f". Down and left is better. Bars are 95 % intervals; {', '.join(marks)}."
+    caption: Text = ("Read on ", Code(text), said)
     return Figure(
         f"kl-size-{k}", f"Read on {text}" if named else "", caption, lambda w, i: draw_kl_size(drawn, unit, w, i), table
     )

@@ -101,6 +101,8 @@ def _flat(value: Mapping[str, Any], without: Sequence[str], prefix: str = "") ->
             found[name] = "yes" if item else "no"
         elif isinstance(item, float):
             found[name] = f"{item:.6g}"
+        elif isinstance(item, list):
+            found[name] = shown(", ".join(map(str, item[:20])), 200) or MISSING
         else:
             found[name] = MISSING if item is None else shown(str(item), 200)
     return found
