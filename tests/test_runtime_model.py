@@ -23,7 +23,7 @@ from qwenq.runtime.attention import FP8, KvCache
 from qwenq.runtime.generate import Sampling, Session, Timing, next_token
 from qwenq.runtime.load import LoadOptions, loaded, plan_load
 from qwenq.runtime.model import CheckpointWeights, RunningModel, build_model
-from qwenq.scheme import Recipe, Scheme
+from qwenq.scheme import INT8_ROWS, NF4, Recipe, Scheme
 from qwenq.stream import model_config
 
 Make = Callable[..., Path]
@@ -101,6 +101,29 @@ def test_logits_are_those_of_the_dequantized_weights(recipe: Recipe, random_mode
     assert sum(packed.kernels().values()) == 21 - ("mixed" in str(recipe) or recipe is MIXED)
     assert not packed.fallbacks()
     assert close(logits(packed), wanted, 0.03)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kernel"),
+    [
+        (Recipe(Scheme(4, 32, sym=False), format="awq"), "int4"),
+        (Recipe(Scheme(4, 64), MIXED.overrides[-2:], "compressed-tensors"), "int4"),
+        (Recipe(Scheme(8, 64), format="compressed-tensors"), "int4 halves"),
+        (Recipe(NF4, (), "bnb-nf4"), "nf4"),
+        (Recipe(INT8_ROWS, (), "bnb-int8"), "int8"),
+    ],
+    ids=lambda value: value.format if isinstance(value, Recipe) else value,
+)
+def test_other_formats_stay_packed_too(recipe: Recipe, kernel: str, random_model: Make, tmp_path: Path) -> None:
+    source = random_model(hidden_size=128, intermediate_size=256)
+    checkpoint = quantized(source, tmp_path / "out", recipe)
+    wanted = reference(checkpoint)
+    assert close(logits(build(checkpoint)), wanted, 1e-5)
+    packed = build(checkpoint, BF16)
+    assert packed.kernels()[kernel] >= 19 and bool(packed.fallbacks()) == (kernel == "nf4")
+    assert close(logits(packed), wanted, 0.03)
+    weights = sum(p.numel() * p.element_size() for p in packed.network.model.layers[0].mlp.up_proj.parameters())
+    assert weights < 2 * 128 * 256 * (0.45 if kernel in ("int4", "nf4") else 0.75)  # against 16 bit
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
