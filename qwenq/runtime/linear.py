@@ -137,7 +137,7 @@ class Int4Linear(_Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         x_MI = self.rows_of(x)
-        if x_MI.shape[0] >= DENSE_ROWS and (y := self._dense(x_MI)) is not None:
+        if x_MI.shape[0] >= DENSE_ROWS // self.halves and (y := self._dense(x_MI)) is not None:
             return self.finish(y, x)
         if self.halves == 2:
             x_MI = torch.cat((x_MI, x_MI), 1)

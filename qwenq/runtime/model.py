@@ -7,6 +7,7 @@ packed bytes and one linear unpacked. Nothing is ever decompressed to 16 bit as 
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -264,6 +265,8 @@ def _dispatch(
         return
     if index:
         save_offload_index(index, str(offload_directory))
+    # it would log that some parameters are on `meta`, which is the point
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
     dispatch_model(
         network,
         device_map=dict(device_map),
