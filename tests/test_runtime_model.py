@@ -293,6 +293,8 @@ def test_contexts_too_long(tiny: Path) -> None:
         list(session.generate([1] * 10, Sampling(max_new_tokens=8)))
     assert caught.value.message == "prompt of 10 tokens and 8 new ones: 18 in a context of 16, 2 too many"
     assert caught.value.hint == "--max-new-tokens 6"
+    with pytest.raises(RunError, match="token id 1024 is outside the vocabulary of 1024"):
+        list(session.generate([1, 1024], Sampling()))
     with pytest.raises(RunError, match="the prompt is empty"):
         list(session.generate([], Sampling()))
 

@@ -117,6 +117,32 @@ def test_visible_gpus_and_their_limits(monkeypatch: pytest.MonkeyPatch) -> None:
         memory.visible_rig([1, 2, 3])
 
 
+def test_devices_are_called_as_the_plan_calls_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA GeForce RTX 3090")
+    properties = type("Properties", (), {"total_memory": 24 * GIB})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    plan, _ = planned(of("Qwen2.5-32B"), parse_rig("2x RTX 3090"), 4096)
+    assert [memory.device_name(torch.device("cuda", index)) for index in (0, 1)] == list(plan.predicted)
+    assert memory.device_name("cpu") == "CPU"
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (GIB, 24 * GIB))
+    text = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 1 has a total capacity of 23.58 GiB of which ..."
+    with pytest.raises(RunError) as caught, memory.memory_errors("computing", torch.device("cuda", 0), 7, "less"):
+        raise torch.OutOfMemoryError(text)
+    assert caught.value.message == (
+        "GPU 1 RTX 3090: out of memory while computing: needs 2.50 GiB more, 1.00 GiB are free: 1.50 GiB short"
+    )
+
+
+def test_layers_in_host_memory_compute_where_their_cache_is(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import accelerate
+
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(accelerate, "dispatch_model", lambda network, **options: told.update(options))
+    places: dict[str, int | str] = {"model.embed_tokens": 1, "model.layers.0": 0, "model.layers.1": "cpu"}
+    model._dispatch(None, places, None, {})
+    assert told["device_map"] == places and told["main_device"] == compute_device("cpu", places)
+
+
 def test_where_modules_compute() -> None:
     places: dict[str, int | str] = {"a": 1, "b": "cpu", "c": "disk"}
     assert compute_device("cpu", places) == torch.device("cuda", 1) == compute_device("disk", places)

@@ -129,6 +129,11 @@ class Session:
         """
         timing = timing if timing is not None else Timing()
         limit = self.new_tokens(len(ids), sampling.max_new_tokens)
+        if max(ids) >= self.model.spec.vocab_size:
+            raise RunError(
+                f"token id {max(ids)} is outside the vocabulary of {self.model.spec.vocab_size}",
+                hint="the tokenizer belongs to another model",
+            )
         generator = torch.Generator().manual_seed(sampling.seed)
         seen = list(ids)
         clock = time.perf_counter()

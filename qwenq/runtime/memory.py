@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from qwenq.planning.detect import known_gpu
 from qwenq.planning.rig import Rig
 from qwenq.units import format_gib
 
+_TORCH_OOM = re.compile(r"Tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)\. GPU (\d+)")
+_UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 
@@ -86,7 +89,12 @@ def device_name(device: int | str | torch.device) -> str:
     if place.type != "cuda":
         return place.type.upper()
     index = place.index or 0
-    return f"GPU {index} {torch.cuda.get_device_name(index)}"
+    return f"GPU {index} {gpu_kind(index)}"
+
+
+def gpu_kind(index: int) -> str:
+    """A GPU's name as the catalogue has it, which is how plans and profiles call it."""
+    return known_gpu(torch.cuda.get_device_name(index), torch.cuda.get_device_properties(index).total_memory).name
 
 
 def forget_peaks(devices: Sequence[torch.device]) -> None:
@@ -160,6 +168,8 @@ def memory_errors(doing: str, device: torch.device, need: int, hint: str) -> Ite
         said = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if not (said or any(words in str(error) for words in ("can't allocate memory", "out of memory"))):
             raise
+        if found := _TORCH_OOM.search(str(error)):  # torch knows better which GPU and how much
+            device, need = torch.device("cuda", int(found[3])), round(float(found[1]) * _UNITS[found[2]])
         have = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_ram()
         short = f"{format_gib(need - have)} short" if need > have else "memory is in pieces, or others took it"
         raise RunError(

@@ -265,11 +265,13 @@ def _dispatch(
         return
     if index:
         save_offload_index(index, str(offload_directory))
+    main = compute_device("cpu", device_map)
     # it would log that some parameters are on `meta`, which is the point
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
     dispatch_model(
         network,
         device_map=dict(device_map),
+        main_device=main if main.type == "cuda" else "cpu",  # where layers in host memory compute
         offload_dir=str(offload_directory) if index else None,
         skip_keys=["past_key_values"],
         force_hooks=True,
