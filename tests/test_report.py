@@ -345,6 +345,13 @@ def test_a_hostile_manifest_stays_text_in_markdown(tmp_path: Path) -> None:
     assert cells["table_open"] >= 8 and cells["heading_open"] == 1 + 10 + 4  # title, sections, figures
 
 
+def test_a_converted_checkpoint_has_no_drift_of_its_own() -> None:
+    converted = {key: value for key, value in manifest().items() if key not in ("drift", "layers")}
+    with pytest.raises(CheckpointError) as error:
+        read_run(converted, "run", Path("run"))
+    assert error.value.message == "run: qwenq-manifest.json: no drift in it" and "converted" in str(error.value.hint)
+
+
 @pytest.mark.parametrize(
     ("path", "value", "said"),
     [
@@ -398,6 +405,7 @@ def test_errors_of_report(tmp_path: Path) -> None:
         ([run, run], "the same directory was given twice"),
         ([run, "--gpu", "RTX 9999"], "unknown GPU 'RTX 9999'"),
         ([run, "--engine", "magic"], "unknown engine 'magic'"),
+        ([run, "--engine", "llama.cpp"], "llama.cpp reads GGUF, not these checkpoints"),
         ([run, "--benchmarks", tmp_path / "bad.jsonl"], "bad.jsonl line 2: tool is 3, wanted a text"),
         ([run, "--benchmarks", tmp_path / "no.jsonl"], "no.jsonl: No such file or directory"),
         ([run, "--measured", tmp_path / "bad.json"], "bad.json: model is None, wanted a text"),

@@ -130,6 +130,11 @@ def _load_run(directory: Path, name: str) -> Run:
 def read_run(manifest: Mapping[str, Any], name: str, directory: Path) -> Run:
     """A manifest's figures, checked; CheckpointError names the first one of a wrong type."""
     fields = Fields(manifest, f"{name}: {MANIFEST_NAME}", "")
+    if "drift" not in manifest:
+        raise CheckpointError(
+            f"{fields.file}: no drift in it",
+            hint="a converted checkpoint holds the codes of the one it was made from: report that one",
+        )
     job, host = fields.sub("job"), fields.sub("run")
     layers = fields.objects("layers", MAX_LAYERS)
     options = job.sub("options")
