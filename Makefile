@@ -26,7 +26,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 fuzz: $(STAMP)            ## hostile input for every reader, 100,000 cases; counts and findings in reports/fuzz.json
-	cd tests && PYTHONPATH=. ../$(BIN)/python -m fuzz --cases 100000 --json ../reports/fuzz.json
+	PYTHONPATH=tests $(BIN)/python -m fuzz --cases 100000 --json reports/fuzz.json
 
 interop: $(STAMP)         ## GPTQModel, and transformers through optimum, load what this project writes
 	VENV=$(VENV) bash interop/run.sh

@@ -1,1 +1,1 @@
-"""Hostile input for every reader: `make fuzz`, or `python -m fuzz` from the tests' folder."""
+"""Hostile input for every reader: `make fuzz`, or `PYTHONPATH=tests python -m fuzz`."""

@@ -1,4 +1,4 @@
-"""Run many damaged inputs through the readers: `python -m fuzz --cases 100000 --seed 0 [--report FILE]`.
+"""Run many damaged inputs through the readers: `PYTHONPATH=tests python -m fuzz --cases 100000 [--json FILE]`.
 
 Every case must be read or refused by a QwenqError, of one line, within TIME_S seconds, and within MEMORY_BYTES of
 address space more than the program takes before the first case. Case k of a target depends on (seed, target, k) alone.
