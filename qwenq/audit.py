@@ -10,7 +10,7 @@ from typing import Any
 from qwenq.formats.config import is_readable, read_quantization_config
 from qwenq.headers import INDEX_NAME, inside, read_object
 from qwenq.layout import NF4_STATE
-from qwenq.preflight import tensor_parallel_reason
+from qwenq.planning.tensor_parallel import row_groups, tensor_parallel_sizes
 from qwenq.scheme import Recipe
 from qwenq.spec import ModelSpec, TensorSpec
 
@@ -79,7 +79,7 @@ def audit(
         parts=_parts(spec, tensors),
         tensors_read=tensors is not None,
         kv_bytes_per_token=spec.kv_bytes_per_token(),
-        tensor_parallel={str(n): tensor_parallel_reason(spec, recipe, n) for n in (1, 2, 4, 8)},
+        tensor_parallel=tensor_parallel_sizes(spec, row_groups(spec, recipe)),
         disagreements=tuple(problems),
     )
 

@@ -14,13 +14,12 @@ from typing import Any
 from qwenq.headers import inside, shown
 from qwenq.layout import BNB_FORMATS
 from qwenq.markdown import code, escape, table
-from qwenq.preflight import tensor_parallel_reason
+from qwenq.planning.tensor_parallel import row_groups, tensor_parallel_sizes
 from qwenq.scheme import Recipe, label_of
 from qwenq.spec import ModelSpec
 from qwenq.units import format_gb
 
 CARD_NAME = "README.md"
-RANKS = (1, 2, 4, 8)
 _README_BYTES = 1 << 16  # metadata comes first
 _MAX_WARNINGS = 50
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
@@ -189,8 +188,8 @@ def _loading(spec: ModelSpec, recipe: Recipe) -> Iterator[str]:
         yield f'model = AutoModelForCausalLM.from_pretrained(".", device_map="auto"{how})'
         yield 'tokenizer = AutoTokenizer.from_pretrained(".")'
         yield "```"
-    reasons = {ranks: tensor_parallel_reason(spec, recipe, ranks) for ranks in RANKS}
-    allowed = ", ".join(str(ranks) for ranks, reason in reasons.items() if not reason)
+    reasons = tensor_parallel_sizes(spec, row_groups(spec, recipe))
+    allowed = ", ".join(ranks for ranks, reason in reasons.items() if not reason)
     yield ""
     yield "vLLM, and qwenq itself:"
     yield ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -119,8 +119,19 @@ class Checkpoint:
             module, _, part = tensor.name.rpartition(".")
             is_weight = module in linears and part == "weight"
             value = self.linear_weight(linears[module]) if is_weight else self.read(tensor.name)
-            state[tensor.name.removeprefix(prefix)] = value
+            state[tensor.name.removeprefix(prefix)] = _zero_padded(value, tensor.shape)
         return state
+
+    def padded(self, intermediate_size: int) -> Checkpoint:
+        """The same function with a wider FFN: rows added to gate and up, and columns to down, are zero.
+
+        `layer_state` fills them in; files and `read` are as they were.
+        """
+        return replace(
+            self,
+            spec=replace(self.spec, intermediate_size=intermediate_size),
+            config=self.config | {"intermediate_size": intermediate_size},
+        )
 
     def prefetch(self, layer: int) -> None:
         """Ask the system to read a layer's bytes into its page cache meanwhile; nothing where it cannot be asked."""
@@ -217,6 +228,15 @@ def _audit(directory: Path, needed: dict[str, TensorSpec], stored: dict[str, Ten
                 f"{stored[name].file.name}: {name} has dtype {have.dtype}, wanted {' or '.join(wanted)}",
                 hint="FP8 and integer sources are not 16-bit sources",
             )
+
+
+def _zero_padded(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """`tensor` in the corner of zeros of `shape`; itself when that is its shape."""
+    if tensor.shape == shape:
+        return tensor
+    wide = tensor.new_zeros(shape)
+    wide[tuple(slice(size) for size in tensor.shape)] = tensor
+    return wide
 
 
 def non_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:

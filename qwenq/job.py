@@ -79,6 +79,7 @@ class QuantizeJob:
         return {
             "qwenq": __version__,
             "model": self.source.spec.name,
+            "intermediate_size": self.source.spec.intermediate_size,  # the source's, or padded
             "scheme": asdict(self.recipe.default) if self.recipe.default else None,
             "format": self.recipe.format,
             "overrides": {name: asdict(s) if s else None for name, s in self.recipe.overrides},

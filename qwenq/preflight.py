@@ -10,6 +10,7 @@ from typing import Any
 
 from qwenq.errors import JobError
 from qwenq.headers import encode_header
+from qwenq.planning.tensor_parallel import row_groups, tensor_parallel_sizes
 from qwenq.scheme import Recipe
 from qwenq.spec import LinearSpec, ModelSpec, TensorSpec, tensor_bytes
 from qwenq.units import format_gb
@@ -101,13 +102,14 @@ def preflight(
     out: Path | None,
     dtype_of: Callable[[str], str] = lambda name: "BF16",
     source_dtype_of: Callable[[str], str] = lambda name: "BF16",
+    source_spec: ModelSpec | None = None,
 ) -> Preflight:
     """Exact sizes and predicted peaks of quantizing `spec` by `recipe`; raises PlanError where groups do not divide."""
     recipe.check(spec)
     files = output_files(spec, recipe, dtype_of)
     tensor_total = sum(t.nbytes for tensors in files.values() for t in tensors)
     file_total = sum(shard_file_bytes(tensors) for tensors in files.values())
-    source_total = sum(tensor_bytes(source_dtype_of(t.name), t.shape) for t in spec.tensors())
+    source_total = sum(tensor_bytes(source_dtype_of(t.name), t.shape) for t in (source_spec or spec).tensors())
     host, device = peak_bytes(spec, tokens, compute_bytes, on_gpu)
     streams = stream_bytes(spec, tokens, compute_bytes)
     buffers = token_buffer_bytes(spec, tokens, compute_bytes)
@@ -136,7 +138,7 @@ def preflight(
         spill_bytes=spill,
         disk_needed_bytes=file_total + 2 * streams + spill + _SLACK_BYTES,
         disk_free_bytes=free_disk(out) if out else None,
-        tensor_parallel={str(n): tensor_parallel_reason(spec, recipe, n) for n in (1, 2, 4, 8)},
+        tensor_parallel=tensor_parallel_sizes(spec, row_groups(spec, recipe)),
     )
 
 
@@ -192,26 +194,3 @@ def free_disk(out: Path) -> int:
     while not existing.exists():
         existing = existing.parent
     return shutil.disk_usage(existing).free
-
-
-def tensor_parallel_reason(spec: ModelSpec, recipe: Recipe, ranks: int) -> str:
-    """Empty when the checkpoint splits over `ranks` GPUs by tensor parallelism, else the first reason why not.
-
-    Column-parallel linears split by output (heads, FFN), row-parallel ones (o, down) by input, where no quantization
-    group may straddle two ranks. With one scale a row (group size -1) every rank keeps all scales, so any split works.
-    """
-    if spec.num_attention_heads % ranks:
-        return f"{spec.num_attention_heads} attention heads do not divide by {ranks}"
-    if spec.num_key_value_heads % ranks and ranks % spec.num_key_value_heads:
-        return f"{spec.num_key_value_heads} key-value heads neither divide by {ranks} nor it by them"
-    if spec.vocab_size % ranks:
-        return f"vocabulary {spec.vocab_size} does not divide by {ranks}"
-    if spec.intermediate_size % ranks:
-        return f"intermediate size {spec.intermediate_size} does not divide by {ranks}"
-    for lin in spec.linears:
-        scheme = recipe.scheme_of(lin)
-        if scheme is not None and lin.unit in ("o", "down") and scheme.group_size != -1:
-            part = lin.in_features // ranks
-            if part % scheme.group_size:
-                return f"{lin.in_features} / {ranks} = {part} inputs of {lin.kind} split a group of {scheme.group_size}"
-    return ""

@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
             "planning.llamacpp_terms planning.memory planning.placement planning.parallel planning.plan "
             "planning.speed planning.flags planning.ggufsize planning.models planning.validate "
             "planning.detect planning.chart planning.asking planning.knapsack planning.sensitivity planning.budget "
-            "planning.recipefile planning.fitting planning.offload planning.profile",
+            "planning.recipefile planning.fitting planning.tensor_parallel planning.offload planning.profile",
         ),
         ("tensor maths", "quant quant.* metrics"),
         ("disk", "files manifest provenance card shards journal formats formats.* tokens calibration checkpoint audit"),

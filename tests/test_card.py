@@ -62,7 +62,8 @@ def test_the_card_of_a_run(tmp_path: Path) -> None:
         "| perplexity of the 16-bit model | 15.000 |  |",
         "transformers, after `pip install optimum gptqmodel`:",
         "Tensor-parallel sizes that the shapes allow: 1, 2.",
-        "- Not 4: 29568 / 4 = 7392 inputs of down_proj split a group of 64.",
+        "- Not 4: FFN width 29568 / 4 = 7392 is not a multiple of the group size 64, so a quantization group would "
+        "straddle ranks (--pad-for-tp 4 makes it 29696).",
         "- Scheme: 560 linears 4-bit g64; embedding, norms and head as in the original.",
         "- Options: method gptq, damp_percent 0.02, seed 7.",
         f"- Calibration: `builtin`, 64 x 512 tokens, SHA-256 `{'c' * 64}`.",

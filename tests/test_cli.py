@@ -41,6 +41,7 @@ def test_the_options_are_frozen() -> None:
         "--num-samples", "-n", "--sequence-length", "--seed", "--eval-text", "--eval-samples", "--method",
         "--damp-percent", "--device", "--dtype", "--compute-dtype", "--dry-run", "--resume", "--json",
         "--target-size", "--bpw", "--fit", "--context", "-c", "--engine", "--recipe", "--sensitivity", "--save-recipe",
+        "--pad-for-tp",
         "--fold", "--no-fold", "--pull", "--calibration-dtype",
     }  # fmt: skip
     assert options_of("eval") == {
@@ -89,7 +90,7 @@ def test_dry_run_of_a_family(bits: int, wanted: int) -> None:
         "units", "unit_bytes", "peak_ram_bytes", "peak_vram_bytes", "state_bytes", "spill_bytes", "disk_needed_bytes",
         "disk_free_bytes", "tensor_parallel",
     }  # fmt: skip
-    assert found["tensor_parallel"]["1"] == "" and "split a group of 128" in found["tensor_parallel"]["2"]
+    assert found["tensor_parallel"]["1"] == "" and "group size 128" in found["tensor_parallel"]["2"]
 
 
 def test_dry_run_in_words(tmp_path: Path, tiny: Path) -> None:

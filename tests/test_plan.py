@@ -15,11 +15,12 @@ from qwenq.planning.engines import get_engine
 from qwenq.planning.flags import llamacpp_flags, transformers_code, vllm_flags
 from qwenq.planning.ggufsize import gguf_weights
 from qwenq.planning.memory import even_shares, rank_shares
-from qwenq.planning.parallel import padded_width, parallel_options, tensor_parallel_reasons
+from qwenq.planning.parallel import cutting_reasons, parallel_options
 from qwenq.planning.placement import Placement, largest_context, place
 from qwenq.planning.plan import make_plan, recommend
 from qwenq.planning.rig import find_gpu, parse_rig, rig_of
 from qwenq.planning.speed import bus_gb_s, decode_seconds, estimate_speed, prefill_seconds, speed_fit
+from qwenq.planning.tensor_parallel import padded_width
 from qwenq.planning.terms import Workload
 from qwenq.planning.weights import Weights, published_weights, recipe_weights, sized_recipe
 from qwenq.scheme import Recipe, Scheme
@@ -159,14 +160,14 @@ def test_vllm_does_not_place() -> None:
 @pytest.mark.parametrize(("group", "allowed"), [(128, [1]), (64, [1, 2]), (32, [1, 2, 4]), (-1, [1, 2, 4, 8])])
 def test_tensor_parallel_of_29568(group: int, allowed: list[int]) -> None:
     weights = recipe_weights(B72, Recipe(Scheme(4, group)))
-    assert [n for n in (1, 2, 4, 8) if not tensor_parallel_reasons(B72, weights, n)] == allowed
+    assert [n for n in (1, 2, 4, 8) if not cutting_reasons(B72, weights, n)] == allowed
 
 
 def test_tensor_parallel_of_the_padded_files() -> None:
     weights = published_weights(B72, "GPTQ-Int4")
-    assert [n for n in range(1, 9) if not tensor_parallel_reasons(B72, weights, n)] == [1, 2, 4, 8]
+    assert [n for n in range(1, 9) if not cutting_reasons(B72, weights, n)] == [1, 2, 4, 8]
     assert padded_width(29568, 128, 8) == 29696
-    assert tensor_parallel_reasons(B72, weights, 3)[0] == "64 heads are not divisible by 3"
+    assert cutting_reasons(B72, weights, 3)[0] == "64 heads are not divisible by 3"
 
 
 def test_parallel_options_say_why() -> None:

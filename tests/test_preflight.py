@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from qwenq.errors import JobError, PlanError
+from qwenq.planning.tensor_parallel import padded_width, row_groups, tensor_parallel_reasons, tensor_parallel_sizes
+from qwenq.planning.weights import published_weights
 from qwenq.preflight import (
     Preflight,
     Tokens,
@@ -18,7 +21,6 @@ from qwenq.preflight import (
     peak_bytes,
     preflight,
     stream_bytes,
-    tensor_parallel_reason,
 )
 from qwenq.scheme import Recipe, Scheme
 from qwenq.spec import ModelSpec, family_spec, spec_from_config
@@ -88,32 +90,61 @@ def test_bits_per_weight_by_hand() -> None:
 @pytest.mark.parametrize(
     ("group", "allowed", "reason"),
     [
-        (128, {1}, "29568 / 2 = 14784 inputs of down_proj split a group of 128"),
-        (64, {1, 2}, "29568 / 4 = 7392 inputs of down_proj split a group of 64"),
-        (32, {1, 2, 4}, "29568 / 8 = 3696 inputs of down_proj split a group of 32"),
+        (128, {1}, "FFN width 29568 / 2 = 14784 is not a multiple of the group size 128"),
+        (64, {1, 2}, "FFN width 29568 / 4 = 7392 is not a multiple of the group size 64"),
+        (32, {1, 2, 4}, "FFN width 29568 / 8 = 3696 is not a multiple of the group size 32"),
         (-1, {1, 2, 4, 8}, ""),
     ],
 )
 def test_tensor_parallel_of_72b(group: int, allowed: set[int], reason: str, qwen72: ModelSpec) -> None:
-    found = {n: tensor_parallel_reason(qwen72, Recipe(Scheme(4, group)), n) for n in (1, 2, 4, 8)}
-    assert {n for n, why in found.items() if not why} == allowed
+    found = tensor_parallel_sizes(qwen72, row_groups(qwen72, Recipe(Scheme(4, group))))
+    assert {int(n) for n, why in found.items() if not why} == allowed
     refused = [why for why in found.values() if why]
-    assert (refused[0] if refused else "") == reason
+    assert (refused[0] if refused else "").startswith(reason)
+    assert all("(--pad-for-tp " in why and " makes it 29696)" in why for why in refused)
 
 
 @pytest.mark.parametrize(
     ("config", "ranks", "reason"),
     [
-        ({}, 8, "4 attention heads do not divide by 8"),
-        ({"num_attention_heads": 12, "num_key_value_heads": 3, "hidden_size": 96}, 2, "3 key-value heads neither"),
-        ({"vocab_size": 101}, 2, "vocabulary 101 does not divide by 2"),
-        ({"intermediate_size": 99}, 2, "intermediate size 99 does not divide by 2"),
+        ({}, 8, "4 heads are not divisible by 8"),
+        ({"num_attention_heads": 12, "num_key_value_heads": 3, "hidden_size": 96}, 2, "3 KV heads cannot be shared"),
+        ({"vocab_size": 101}, 2, ""),  # engines pad it
+        ({"intermediate_size": 99}, 2, "FFN width 99 is not divisible by 2"),
         ({"num_key_value_heads": 1}, 2, ""),  # key-value heads may be copied
     ],
 )
 def test_tensor_parallel_reasons(config: dict, ranks: int, reason: str) -> None:
-    assert tensor_parallel_reason(spec_of(**config), Recipe(None), ranks).startswith(reason)
-    assert bool(tensor_parallel_reason(spec_of(**config), Recipe(None), ranks)) == bool(reason)
+    found = "; ".join(tensor_parallel_reasons(spec_of(**config), {}, ranks))
+    assert found.startswith(reason) and bool(found) == bool(reason)
+
+
+def test_groups_are_looked_at_where_they_are_cut() -> None:
+    """A mixed checkpoint: only o and down are cut by input, each with its own group sizes."""
+    spec = spec_of(hidden_size=128, intermediate_size=384)
+    names = {lin.kind: lin.name for lin in spec.layer_linears(1)}
+    recipe = Recipe(Scheme(4, 32), ((names["up_proj"], Scheme(4, 128)), (names["o_proj"], Scheme(8, 128))))
+    assert row_groups(spec, recipe) == {"o": (32, 128), "down": (32,)}
+    found = tensor_parallel_sizes(spec, row_groups(spec, recipe))
+    assert found["1"] == ""
+    assert found["2"].startswith("attention width 128 / 2 = 64 is not a multiple of the group size 128")
+    assert "pad-for-tp" not in found["2"], "padding the FFN does not help there"
+
+
+@pytest.mark.parametrize(("width", "group", "ranks", "wanted"), [(29568, 128, 8, 29696), (29568, 128, 1, 29568),
+    (29568, 64, 2, 29568), (29568, 32, 8, 29696), (384, 128, 2, 512), (96, -1, 4, 96), (100, -1, 2, 112)])  # fmt: skip
+def test_padded_widths(width: int, group: int, ranks: int, wanted: int) -> None:
+    assert padded_width(width, group, ranks) == wanted
+
+
+def test_the_padded_72b_has_the_size_of_the_published_one(qwen72: ModelSpec) -> None:
+    wide = replace(qwen72, intermediate_size=padded_width(29568, 128, 8))
+    check = preflight(
+        wide, Recipe(Scheme(4)), TOKENS, compute_bytes=4, on_gpu=False, out=None, source_spec=qwen72
+    )
+    assert check.tensor_bytes == published_weights(qwen72, "GPTQ-Int4").total_bytes == 41_620_750_336
+    assert check.source_tensor_bytes == 145_412_407_296
+    assert set(check.tensor_parallel.values()) == {""}
 
 
 def test_files_hold_every_tensor_once() -> None:

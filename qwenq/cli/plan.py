@@ -145,6 +145,8 @@ def _text(found: Plan) -> list[str]:
         lines.append("rigs that hold it: qwenq plan MODEL --recommend")
     lines.append("vLLM, tensor x pipeline parallel:")
     lines += [f"  {option.tensor} x {option.pipeline}: {option.verdict}" for option in found.options]
+    lines.append("tensor parallel sizes of these weights:")
+    lines += [f"  {ranks}: {reason or 'yes'}" for ranks, reason in found.tensor_parallel.items()]
     for name, text in _flags(found).items():
         lines += ["", f"# {name}", text]
     return lines

@@ -28,6 +28,7 @@ from qwenq.cli.recipe import (
     Context,
     Fit,
     FitEngine,
+    PadForTp,
     RecipeFile,
     SaveRecipe,
     SensitivityFile,
@@ -62,6 +63,7 @@ def quantize(
     recipe_file: RecipeFile = None,
     sensitivity: SensitivityFile = None,
     save_recipe: SaveRecipe = None,
+    pad_for_tp: PadForTp = None,
     format: Format = "gptq",
     asymmetric: Asymmetric = None,
     calibration: Annotated[
@@ -121,7 +123,7 @@ def quantize(
     pick_calibration_dtype(calibration_dtype, device)
     wanted = Wanted(
         bits, group_size, target_size, bpw, fit, context, engine, recipe_file, sensitivity, save_recipe,
-        format, asymmetric,
+        format, asymmetric, pad_for_tp,
     )  # fmt: skip
     wanted.check(dry_run)
     if dry_run:
@@ -155,6 +157,8 @@ def quantize(
     from qwenq.tokens import ModelTokenizer
 
     source = open_source(resolve_model(model))
+    if pad_for_tp is not None:
+        source = source.padded(wanted.widened(source.spec).intermediate_size)
     stored = source.dtype_of if dtype == "auto" else lambda name: _STORED[dtype]
     table = wanted.table(source.spec, fingerprint(source.directory), partial_directory(output) if resume else None)
     if table is None and wanted.budgeted and method == "rtn":
@@ -265,7 +269,8 @@ def _dry_run(
     from qwenq.fingerprint import fingerprint
     from qwenq.preflight import Tokens, preflight
 
-    spec, source_dtype_of = stored_dtypes(model)
+    source_spec, source_dtype_of = stored_dtypes(model)
+    spec = wanted.widened(source_spec)
     dtype_of = source_dtype_of if dtype == "auto" else lambda name: _STORED[dtype]
     chosen = None
     if wanted.mixed:
@@ -288,6 +293,7 @@ def _dry_run(
         out=output if output != Path() else Path.cwd() / "out",
         dtype_of=dtype_of,
         source_dtype_of=source_dtype_of,
+        source_spec=source_spec,
     )
     if chosen and wanted.save_recipe is not None:
         from qwenq.planning.recipefile import save_recipe

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +15,8 @@ from qwenq.cli.format import check_format, uniform_recipe
 from qwenq.errors import PlanError
 from qwenq.planning.budget import MIXED_FORMATS, Budgeted, choose_for_bits, choose_for_bytes, describe_choice
 from qwenq.planning.sensitivity import SENSITIVITY_NAME, Sensitivity, prior, read_sensitivity
-from qwenq.scheme import Recipe, label_of
+from qwenq.planning.tensor_parallel import padded_width, tensor_parallel_reasons
+from qwenq.scheme import GROUP_SIZES, Recipe, label_of
 from qwenq.spec import UNITS, ModelSpec
 from qwenq.units import format_gb, parse_size, parse_tokens
 
@@ -41,6 +42,15 @@ SaveRecipe = Annotated[
     Path | None, typer.Option("--save-recipe", help="With --dry-run: write the recipe there, to edit and give back.")
 ]
 
+PadForTp = Annotated[
+    int | None,
+    typer.Option(
+        "--pad-for-tp",
+        min=1,
+        help="Widen the FFN with zeros so that quantization groups never straddle so many GPUs; the function stays.",
+    ),
+]
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -58,6 +68,7 @@ class Wanted:
     save_recipe: Path | None = None
     format: str = "gptq"
     asymmetric: bool | None = None
+    pad_for_tp: int | None = None
 
     def check(self, dry_run: bool) -> None:
         """Usage errors (exit code 2) for options that contradict each other; PlanError for what means nothing."""
@@ -89,6 +100,20 @@ class Wanted:
             parse_tokens(self.context or "8k")
         if not self.mixed:
             self.uniform()
+
+    def widened(self, spec: ModelSpec) -> ModelSpec:
+        """The model with its FFN padded as asked, so that no group straddles ranks; PlanError when that cannot help."""
+        if self.pad_for_tp is None:
+            return spec
+        scheme = None if self.mixed else self.uniform().default
+        group = GROUP_SIZES[0] if self.mixed else scheme.group_size if scheme else -1
+        wide = replace(spec, intermediate_size=padded_width(spec.intermediate_size, group, self.pad_for_tp))
+        groups = {"down": (group,), "o": (min(GROUP_SIZES) if self.mixed else group,)}
+        if reasons := tensor_parallel_reasons(wide, groups, self.pad_for_tp):
+            raise PlanError(
+                f"--pad-for-tp {self.pad_for_tp}: {reasons[0]}", hint="padding the FFN cannot change that"
+            )
+        return wide
 
     @property
     def mixed(self) -> bool:
@@ -123,6 +148,8 @@ class Wanted:
     def choose(self, spec: ModelSpec, table: Sensitivity | None, dtype_of: Callable[[str], str]) -> Budgeted:
         """The recipe asked for; sensitivities are the prior's when there is no table."""
         table = table or prior(spec)
+        if self.pad_for_tp is not None:
+            table = cut_by(spec, table, self.pad_for_tp)
         if self.recipe is not None:
             from qwenq.planning.recipefile import read_recipe
 
@@ -143,6 +170,16 @@ class Wanted:
             raise PlanError("--engine llama.cpp reads GGUF, not what this writes", hint="qwenq, transformers or vllm")
         work = Workload(parse_tokens(self.context or "8k"), 1)
         return choose_for_rig(spec, table, parse_rig(self.fit), engine, work, dtype_of, self.format)
+
+
+def cut_by(spec: ModelSpec, table: Sensitivity, ranks: int) -> Sensitivity:
+    """The table without schemes whose groups would straddle `ranks` GPUs."""
+    widths = {"o": spec.q_size // ranks, "down": spec.intermediate_size // ranks}
+    kl = {
+        unit: {s: kl for s, kl in row.items() if s is None or widths.get(unit[1], 0) % s.group_size == 0}
+        for unit, row in table.kl.items()
+    }
+    return replace(table, kl=kl)
 
 
 def _bits(text: str) -> Fraction:

@@ -15,7 +15,7 @@ from qwenq.planning.chart import memory_chart
 from qwenq.planning.engines import Engine, get_engine, kv_bytes_per_value
 from qwenq.planning.memory import MemoryEstimate, check_context, estimate, rank_shares
 from qwenq.planning.models import Model, load_model, model_weights
-from qwenq.planning.parallel import ParallelOption, best_option, parallel_options, tensor_parallel_reasons
+from qwenq.planning.parallel import ParallelOption, best_option, cutting_reasons, parallel_options
 from qwenq.planning.placement import place
 from qwenq.planning.plan import runs_on
 from qwenq.planning.profile import read_profile
@@ -161,7 +161,7 @@ def _vllm_layout(question: Resolved, work: Workload) -> tuple[int, int]:
     spec, weights, rig, asked = question.spec, question.weights, question.rig, question.tensor_parallel
     count = len(rig.gpus) if rig else asked or 1
     if asked:
-        reasons = tensor_parallel_reasons(spec, weights, asked)
+        reasons = cutting_reasons(spec, weights, asked)
         if count % asked:
             reasons.append(f"{count} GPUs are not divisible by {asked}")
         if reasons:

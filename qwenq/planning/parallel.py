@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qwenq.planning.engines import Engine
 from qwenq.planning.memory import MemoryEstimate, estimate, rank_shares
 from qwenq.planning.rig import Rig
+from qwenq.planning.tensor_parallel import tensor_parallel_reasons
 from qwenq.planning.terms import Workload
 from qwenq.planning.weights import Weights
 from qwenq.spec import ModelSpec
@@ -48,31 +49,10 @@ class ParallelOption:
         }
 
 
-def tensor_parallel_reasons(spec: ModelSpec, weights: Weights, ranks: int) -> list[str]:
-    """Why `ranks` tensor-parallel ranks cannot cut this checkpoint; empty when they can."""
-    reasons = []
-    heads, kv_heads, inner = spec.num_attention_heads, spec.num_key_value_heads, weights.intermediate_size
-    if heads % ranks:
-        reasons.append(f"{heads} heads are not divisible by {ranks}")
-    if kv_heads % ranks and ranks % kv_heads:
-        reasons.append(f"{kv_heads} KV heads cannot be shared out or copied evenly over {ranks}")
-    if inner % ranks:
-        reasons.append(f"FFN width {inner} is not divisible by {ranks}")
-    group = weights.group_size
-    if group > 0 and not reasons:
-        for width, what in ((inner, "FFN width"), (spec.q_size, "attention width")):
-            if (width // ranks) % group:
-                reasons.append(
-                    f"{what} {width} / {ranks} = {width // ranks} is not a multiple of the group size {group}, "
-                    "so a quantization group would straddle ranks"
-                )
-    return reasons
-
-
-def padded_width(width: int, group: int, ranks: int) -> int:
-    """Smallest FFN width from `width` on whose groups no rank shares (29696 for 29568, g128 and up to 8 ranks)."""
-    step = group * ranks
-    return -(-width // step) * step
+def cutting_reasons(spec: ModelSpec, weights: Weights, ranks: int) -> list[str]:
+    """Why `ranks` tensor-parallel ranks cannot cut these weights, padding included; empty when they can."""
+    stored = replace(spec, intermediate_size=weights.intermediate_size)
+    return tensor_parallel_reasons(stored, weights.row_groups, ranks)
 
 
 def parallel_options(
@@ -83,7 +63,7 @@ def parallel_options(
     options = []
     for tensor in sorted((n for n in range(1, count + 1) if count % n == 0), reverse=True):
         stages = count // tensor
-        reasons = tensor_parallel_reasons(spec, weights, tensor)
+        reasons = cutting_reasons(spec, weights, tensor)
         if stages > spec.num_hidden_layers:
             reasons.append(f"{stages} stages for {spec.num_hidden_layers} layers")
         if weights.method == "gguf":

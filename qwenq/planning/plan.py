@@ -9,10 +9,11 @@ from typing import Any
 from qwenq.errors import HonestNo, PlanError
 from qwenq.planning.engines import Engine, get_engine
 from qwenq.planning.memory import MemoryEstimate, estimate, rank_shares
-from qwenq.planning.parallel import ParallelOption, best_option, padded_width, parallel_options, tensor_parallel_reasons
+from qwenq.planning.parallel import ParallelOption, best_option, cutting_reasons, parallel_options
 from qwenq.planning.placement import Placement, holds, largest_context, place, search_context
 from qwenq.planning.rig import Gpu, Rig, catalogue, rig_of
 from qwenq.planning.speed import Speed, estimate_speed
+from qwenq.planning.tensor_parallel import padded_width, tensor_parallel_sizes
 from qwenq.planning.terms import Share, Workload
 from qwenq.planning.weights import Weights, recipe_weights
 from qwenq.scheme import Recipe, Scheme
@@ -43,6 +44,12 @@ class Plan:
     offload_speed: Speed | None
     instead: tuple[str, ...]  # what would fit, when this does not
 
+    @property
+    def tensor_parallel(self) -> dict[str, str]:
+        """Tensor-parallel sizes of these weights, each with why not, or nothing where it works."""
+        stored = replace(self.spec, intermediate_size=self.weights.intermediate_size)
+        return tensor_parallel_sizes(stored, self.weights.row_groups)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "model": self.spec.name,
@@ -60,6 +67,7 @@ class Plan:
             ],
             "placement": self.placement.to_json() if self.placement else None,
             "parallel": [option.to_json() for option in self.options],
+            "tensor_parallel": self.tensor_parallel,
             "offload": self.offload.to_json() if self.offload else None,
             "speed": self.speed.to_json(),
             "offload_speed": self.offload_speed.to_json() if self.offload_speed else None,
@@ -199,14 +207,17 @@ def _instead(spec: ModelSpec, weights: Weights, rig: Rig, engine: Engine, work: 
 
 
 def _tensor_parallel_hint(spec: ModelSpec, weights: Weights, rig: Rig, engine: Engine) -> list[str]:
-    ranks, group = len(rig.gpus), weights.group_size
-    if engine.name != "vllm" or group <= 0 or not tensor_parallel_reasons(spec, weights, ranks):
+    ranks, group = len(rig.gpus), max(weights.row_groups.get("down", ()), default=-1)
+    if engine.name != "vllm" or group <= 0 or not cutting_reasons(spec, weights, ranks):
         return []
     width = padded_width(weights.intermediate_size, group, ranks)
     padded = replace(weights, intermediate_size=width)
-    if tensor_parallel_reasons(spec, padded, ranks):
+    if cutting_reasons(spec, padded, ranks):
         return []
-    return [f"FFN padded from {weights.intermediate_size} to {width}: then TP {ranks} divides"]
+    return [
+        f"FFN padded from {weights.intermediate_size} to {width}: then TP {ranks} divides "
+        f"(qwenq quantize --pad-for-tp {ranks})"
+    ]
 
 
 def _divides(spec: ModelSpec, group: int) -> bool:

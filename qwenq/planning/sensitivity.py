@@ -19,11 +19,11 @@ SENSITIVITY_NAME = "qwenq-sensitivity.json"  # in a checkpoint: the table its re
 Unit = tuple[int, str]  # layer, one of UNITS
 
 # Prior: KL in nats a token when one unit alone is 4-bit g128, for a model of PRIOR_LAYERS layers, and what the ends of
-# the network add. Rounded from tables measured on two small models (reports/budget.md); a large model loses less, but
+# the network add. Rounded from a table measured on the demo's model (reports/budget.md); a large model loses less, but
 # for choosing only proportions matter.
-PRIOR_KL = {"qkv": 1.0e-3, "o": 0.8e-3, "gate_up": 2.0e-3, "down": 1.5e-3}
+PRIOR_KL = {"qkv": 2.0e-3, "o": 0.4e-3, "gate_up": 2.5e-3, "down": 1.6e-3}
 PRIOR_LAYERS = 30
-PRIOR_ENDS = {"first": 2.0, "last": 1.0}
+PRIOR_ENDS = {"first": 2.0, "last": 2.0}
 PRIOR_GROUP = {128: 1.0, 64: 0.85, 32: 0.70, -1: 1.6}
 PRIOR_8_BIT = (15 / 255) ** 2  # the error's energy falls with the square of the step
 

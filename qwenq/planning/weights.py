@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from qwenq.errors import CheckpointError, PlanError
 from qwenq.layout import BNB_FORMATS, linear_tensors
 from qwenq.planning.allocator import allocated_blocks
+from qwenq.planning.tensor_parallel import RowGroups, row_groups, same_groups
 from qwenq.scheme import Recipe, Scheme
 from qwenq.spec import UNITS, LinearSpec, ModelSpec, TensorSpec, tensor_bytes
 
@@ -31,6 +32,7 @@ class Weights:
     widest_linear: int  # most weights in one linear; 0 when none is quantized
     intermediate_size: int  # as stored, padding included
     source: str
+    row_groups: RowGroups = field(default_factory=dict)  # of linears that tensor parallelism cuts by input
 
     @cached_property
     def layer_bytes(self) -> tuple[int, ...]:
@@ -75,6 +77,7 @@ def recipe_weights(spec: ModelSpec, recipe: Recipe, label: str = "", dtype: str 
         widest_linear=max(lin.parameters for lin in spec.layer_linears(0)) if schemes else 0,
         intermediate_size=spec.intermediate_size,
         source="every tensor of the scheme, byte for byte",
+        row_groups=row_groups(spec, recipe),
         **_outer(spec, dtype),
     )
 
@@ -150,6 +153,7 @@ def header_weights(spec: ModelSpec, tensors: Mapping[str, TensorSpec], config: M
         widest_linear=0 if method == "none" else max(lin.parameters for lin in spec.layer_linears(0)),
         intermediate_size=spec.intermediate_size,
         source="the checkpoint's own headers",
+        row_groups=_declared_groups(spec, config, group),
     )
 
 
@@ -168,6 +172,33 @@ def _declared(config: Mapping[str, object]) -> tuple[str, int, int]:
     elif method == "bitsandbytes":
         bits = 4 if found.get("load_in_4bit") else 8
     return method, bits if isinstance(bits, int) else 16, group if isinstance(group, int) else 0
+
+
+def _declared_groups(spec: ModelSpec, config: Mapping[str, object], group: int) -> RowGroups:
+    """Group sizes of o and down that `quantization_config` declares: GPTQ's overrides followed, else one for all."""
+    found = config.get("quantization_config")
+    dynamic = found.get("dynamic") if isinstance(found, Mapping) else None
+    if not isinstance(dynamic, Mapping):
+        return same_groups([group] if group else [])
+    sizes: dict[str, set[int]] = {"o": set(), "down": set()}
+    for lin in spec.linears:
+        if lin.unit in sizes:
+            own: int | None = group
+            for pattern, override in dynamic.items():
+                if _matches(str(pattern), lin.name):
+                    given = override.get("group_size", group) if isinstance(override, Mapping) else group
+                    own = None if str(pattern).startswith("-:") else given
+                    break
+            if isinstance(own, int) and own:
+                sizes[lin.unit].add(own)
+    return {unit: tuple(sorted(met)) for unit, met in sizes.items()}
+
+
+def _matches(pattern: str, name: str) -> bool:
+    try:
+        return bool(re.match(pattern[2:] if pattern[:2] in ("-:", "+:") else pattern, name))
+    except re.error:
+        return False
 
 
 def _outer(spec: ModelSpec, dtype: str) -> dict[str, tuple[int, ...]]:
@@ -193,6 +224,7 @@ def _built(
         widest_linear=max(lin.parameters for lin in spec.layer_linears(0)),
         intermediate_size=spec.intermediate_size,
         source="every tensor of the format, byte for byte",
+        row_groups=same_groups([128]),
         **_outer(spec, dtype),
     )
 

@@ -30,13 +30,17 @@ _UP, _DOWN = "mlp.up_proj", "mlp.down_proj"
 def channel_scales(power_I: Tensor, moment_I: Tensor) -> Tensor:
     """Scales [I], geometric mean 1, from mean squares of the weights (`power_I`) and of the inputs by channel.
 
-    Dead channels and zero weights get what very small ones get, within LIMIT.
+    Dead channels and zero weights get what very small ones get, within LIMIT. Channels that are both, as padding is,
+    get 1 and have no say in the others'.
     """
+    live_I = (power_I > 0) | (moment_I > 0)
+    if not bool(live_I.any()):
+        return torch.ones_like(power_I, dtype=torch.float32)
     log_I = torch.zeros_like(power_I, dtype=torch.float32)
     for x_I, exponent in ((moment_I, MOMENT_EXPONENT), (power_I, -POWER_EXPONENT)):
         x_I = x_I.to(log_I)
-        log_I += exponent * x_I.clamp(min=float(x_I.mean()) * 1e-8 + 1e-30).log()
-    return (log_I - log_I.mean()).exp().clamp(1 / LIMIT, LIMIT)
+        log_I += exponent * x_I.clamp(min=float(x_I[live_I].mean()) * 1e-8 + 1e-30).log()
+    return torch.where(live_I, log_I - log_I[live_I].mean(), 0.0).exp().clamp(1 / LIMIT, LIMIT)
 
 
 class FoldedLayer:

@@ -286,9 +286,15 @@ def _solve_rounding(e_IO: Tensor, weight_I: Tensor | None, scheme: Scheme) -> tu
     return codes_IO, scales_GO, zeros_GO
 
 
+def mean_of_live(diagonal_I: Tensor) -> float:
+    """Mean of the Hessian's diagonal over columns that any input reached: padded columns change nothing. 0 for none."""
+    live_I = diagonal_I[diagonal_I > 0]
+    return float(live_I.mean()) if live_I.numel() else 0.0
+
+
 def _factor(h_II: Tensor, diagonal_I: Tensor, damp_percent: float) -> tuple[float, str]:
     """Factor `h_II` in place with the least damping that works; what it was, and why none did (h_II restored) or ""."""
-    mean, tried = float(diagonal_I.mean()), damp_percent
+    mean, tried = mean_of_live(diagonal_I), damp_percent
     if mean <= 0:
         return tried, "no calibration input reached it: rounded to nearest"
     for attempt in range(DAMP_TRIES):
@@ -387,7 +393,7 @@ def solve_unit(
         codes_IO, scales_GO, zeros_GO = _solve_rounding(e_IO, None, scheme)
     else:
         tried, fallback = _factor(h_II, diagonal_I, damp_percent)
-        damp = tried * float(diagonal_I.mean())
+        damp = tried * mean_of_live(diagonal_I)
         if fallback:
             weight_I = diagonal_I.clamp(min=0) + max(1e-3 * float(diagonal_I.mean()), 1e-12)
             codes_IO, scales_GO, zeros_GO = _solve_rounding(e_IO, weight_I, scheme)

@@ -9,7 +9,7 @@ from qwenq.headers import shown
 from qwenq.planning.engines import Engine, get_engine
 from qwenq.planning.memory import MemoryEstimate, estimate
 from qwenq.planning.models import load_model, model_weights
-from qwenq.planning.parallel import best_option, parallel_options, tensor_parallel_reasons
+from qwenq.planning.parallel import best_option, cutting_reasons, parallel_options
 from qwenq.planning.placement import largest_context
 from qwenq.planning.plan import largest_vllm_context, runs_on
 from qwenq.planning.rig import Rig, parse_rig
@@ -39,7 +39,7 @@ class Loaded:
     @property
     def tensor_parallel(self) -> dict[int, str]:
         """Ranks to the reason why the shapes forbid them; empty when they do not."""
-        return {n: next(iter(tensor_parallel_reasons(self.spec, self.weights, n)), "") for n in RANKS}
+        return {n: next(iter(cutting_reasons(self.spec, self.weights, n)), "") for n in RANKS}
 
 
 def load(run: Run, engine: str) -> Loaded | str:
