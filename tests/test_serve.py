@@ -186,7 +186,10 @@ def until(true: Callable[[], bool], seconds: float = 20) -> None:
         time.sleep(0.01)
 
 
-def test_a_client_that_leaves_frees_the_model(address: str, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_the_model(
+    stream: bool, address: str, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
     forward = Session.forward
 
     def slow(session: Session, ids: Any) -> Any:
@@ -195,10 +198,14 @@ def test_a_client_that_leaves_frees_the_model(address: str, service: Service, mo
 
     monkeypatch.setattr(Session, "forward", slow)
     monkeypatch.setattr(service.session, "stop_ids", frozenset())
-    asked = {"prompt": "The sea", "max_tokens": 390, "temperature": 0, "stream": True}
+    asked = {"prompt": "The sea", "max_tokens": 390, "temperature": 0, "stream": stream}
     clock = time.monotonic()
-    with httpx.stream("POST", address + "/v1/completions", json=asked, timeout=60) as response:
-        next(response.iter_lines())
+    if stream:
+        with httpx.stream("POST", address + "/v1/completions", json=asked, timeout=60) as response:
+            next(response.iter_lines())
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(address + "/v1/completions", json=asked, timeout=0.3)
     after = httpx.post(address + "/v1/completions", json={"prompt": "x", "max_tokens": 1}, timeout=60)
     assert after.status_code == 200 and time.monotonic() - clock < 6  # not the 390 x 20 ms of the first answer
 

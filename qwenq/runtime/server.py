@@ -154,14 +154,10 @@ async def _complete(service: Service, request: Request, kind: type[ChatRequest] 
     gone = threading.Event()
 
     async def text() -> AsyncIterator[str]:
-        """Pieces in turn; the generation ends when the client is gone or the server closes."""
+        """Pieces when it is their turn; who stops reading stops the generation at its next token."""
         async with service.line.turn():
-            pieces = service.pieces(ids, sampling, asked.stops, timing, gone.is_set)
-            try:
-                async for piece in iterate_in_threadpool(pieces):
-                    yield piece
-            finally:
-                gone.set()
+            async for piece in iterate_in_threadpool(service.pieces(ids, sampling, asked.stops, timing, gone.is_set)):
+                yield piece
 
     if service.line.full:
         return _busy(service)
