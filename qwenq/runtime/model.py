@@ -194,6 +194,7 @@ def build_model(
                     norm = network.get_submodule(owner)
                     norm.weight = nn.Parameter(weights.tensor(tensor.name, device).to(dtype), requires_grad=False)
                     keep(owner, norm, where)
+        return_freed_memory()  # what unpacking needed; the C library would keep it
         listen(layer)
     where, device = place("model.norm")
     norm = network.get_submodule("model.norm")
@@ -207,7 +208,7 @@ def build_model(
         keep("lm_head", StoredLinear(head, None, dtype, is_head=True), where)
     network.eval().requires_grad_(False)
     _dispatch(network, device_map, offload_directory, disk_index)
-    return_freed_memory()  # what unpacking needed
+    return_freed_memory()
     return RunningModel(network, spec, dtype, dict(device_map), choices)
 
 
