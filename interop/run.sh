@@ -70,6 +70,8 @@ make_checkpoint asymmetric-g64 --asymmetric --group-size 64
 check gptqmodel-asymmetric-g64 gptqmodel asymmetric-g64
 make_checkpoint mixed --bpw 5
 check gptqmodel-mixed gptqmodel mixed
+make_checkpoint mixed-padded --bpw 5 --pad-for-tp 2 # FFN 384 to 512
+check gptqmodel-mixed-padded gptqmodel mixed-padded
 make_checkpoint awq-g64 --format awq --group-size 64
 check gptqmodel-awq-g64 gptqmodel awq-g64
 check transformers-awq-g64 gptqmodel awq-g64 --loader transformers
