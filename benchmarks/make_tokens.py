@@ -5,7 +5,8 @@
 
 TEXT is a .jsonl file with a `text` field a line, or plain text, one document. Documents are
 tokenized without special tokens, joined by <|endoftext|> and cut into windows without padding; the first
-`--num-samples` are saved as int64 [num_samples, sequence_length]. Needs numpy and tokenizers.
+`--num-samples` are saved as int64 [num_samples, sequence_length]. TEXT may also be builtin or heldout, this project's
+own sets, cut as `qwenq quantize` cuts them (seed 0 for builtin).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from foreign_run import fail
 from tokenizers import Tokenizer
 
 SEPARATOR = "<|endoftext|>"
+SETS = ("builtin", "heldout")
 
 
 def parse_args() -> argparse.Namespace:
@@ -55,15 +57,29 @@ def cut_windows(tokenizer: Tokenizer, documents: list[str], num_samples: int, se
     return np.array(ids[:wanted], dtype=np.int64).reshape(num_samples, sequence_length)
 
 
+def windows_of_set(name: str, model: Path, num_samples: int, sequence_length: int) -> np.ndarray:
+    """Windows of one of this project's sets, int64 [num_samples, sequence_length]."""
+    from qwenq.calibration import load_windows
+    from qwenq.checkpoint import open_source
+    from qwenq.tokens import ModelTokenizer
+
+    spec, seed = open_source(model).spec, 0 if name == "builtin" else None
+    found = load_windows(name, ModelTokenizer(model), spec, length=sequence_length, count=num_samples, seed=seed)
+    return np.ascontiguousarray(found.ids.numpy())
+
+
 def main() -> None:
     args = parse_args()
     tokenizer_file = args.model / "tokenizer.json"
     if not tokenizer_file.is_file():
         fail(f"{args.model} has no tokenizer.json")
-    if not args.text.is_file():
-        fail(f"{args.text} is not a file")
-    tokenizer = Tokenizer.from_file(str(tokenizer_file))
-    windows = cut_windows(tokenizer, read_documents(args.text), args.num_samples, args.sequence_length)
+    if str(args.text) in SETS:
+        windows = windows_of_set(str(args.text), args.model, args.num_samples, args.sequence_length)
+    elif args.text.is_file():
+        tokenizer = Tokenizer.from_file(str(tokenizer_file))
+        windows = cut_windows(tokenizer, read_documents(args.text), args.num_samples, args.sequence_length)
+    else:
+        fail(f"{args.text} is neither a file nor one of {', '.join(SETS)}")
     np.save(args.out, windows)
     print(json.dumps({"shape": list(windows.shape), "sha256": hashlib.sha256(args.out.read_bytes()).hexdigest()}))
 

@@ -5,8 +5,8 @@
 #   VENV             this project's environment (.venv)
 #   INTEROP_ENVS     where GPTQModel's environment is made and kept (.interop)
 #   BENCH_MODEL      a 16-bit checkpoint (made: the demo's model)
-#   BENCH_CALIB      calibration text, .txt or .jsonl (calibration/builtin)
-#   BENCH_TEXTS      held-out texts, each NAME=FILE (heldout=calibration/heldout)
+#   BENCH_CALIB      calibration text, .txt or .jsonl (builtin)
+#   BENCH_TEXTS      held-out texts, each NAME=FILE (heldout=heldout)
 #   BENCH_SAMPLES    calibration windows of 512 tokens (64)
 #   BENCH_BITS, BENCH_GROUP_SIZE   4, 64
 #   BENCH_TOOLS      qwenq, gptqmodel, gptqmodel-mse: which to run ("qwenq gptqmodel gptqmodel-mse")
@@ -36,10 +36,8 @@ foreign=$(realpath "$envs/gptqmodel")/bin/python
 tokens() { # text out.npy windows
     [ -e "$2" ] || "$venv/bin/python" benchmarks/make_tokens.py "$model" "$1" "$2" --num-samples "$3" --sequence-length 512
 }
-cat calibration/builtin/*.jsonl >"$out/builtin.jsonl"
-cat calibration/heldout/*.jsonl >"$out/heldout.jsonl"
-tokens "${BENCH_CALIB:-$out/builtin.jsonl}" "$out/calibration-$samples.npy" "$samples"
-texts=${BENCH_TEXTS:-heldout=$out/heldout.jsonl}
+tokens "${BENCH_CALIB:-builtin}" "$out/calibration-$samples.npy" "$samples"
+texts=${BENCH_TEXTS:-heldout=heldout}
 first=""
 for text in $texts; do
     tokens "${text#*=}" "$out/${text%%=*}.npy" 20
