@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +174,8 @@ def peak_bytes(spec: ModelSpec, tokens: Tokens, compute_bytes: int, on_gpu: bool
     buffers = token_buffer_bytes(spec, tokens, compute_bytes)
     if on_gpu:
         return BASE_BYTES + buffers + source, max(work, head)
-    return BASE_BYTES + buffers + max(source + work, head), 0
+    at_the_head = stream_bytes(spec, replace(tokens, calibration_windows=0), compute_bytes) + head
+    return BASE_BYTES + max(buffers + source + work, at_the_head), 0
 
 
 def _units(layer: tuple[LinearSpec, ...]) -> list[list[LinearSpec]]:

@@ -29,7 +29,7 @@ from qwenq.finish import COPIED_FILES, describe_result, finished_before, give_na
 from qwenq.formats.config import quantization_config, read_quantization_config
 from qwenq.head import HeadWeights, measure_drift
 from qwenq.headers import read_header
-from qwenq.host import forget_peak_rss, peak_rss_bytes
+from qwenq.host import forget_peak_rss, peak_rss_bytes, return_freed_memory
 from qwenq.job import DTYPES, QuantizeJob, QuantizeResult, partial_directory, refuse_place
 from qwenq.journal import Journal, locked, never_begun, refuse_changes
 from qwenq.layer import load_layer, make_layer
@@ -174,6 +174,8 @@ class _Run:
                 saved = time.perf_counter()
             journal.append(row)
             self.listen(BlockResult.from_json(row["result"]))
+        streams = streams.without_calibration()
+        return_freed_memory()
         self.listen("measuring drift at the head")
         drift = self._drift(streams)
         read.refuse_replaced()

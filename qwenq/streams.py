@@ -32,6 +32,11 @@ class Streams:
     states: dict[str, torch.Tensor]
     scratch: torch.Tensor
 
+    def without_calibration(self) -> Streams:
+        """What the drift is read from, after the last layer: the rest of the memory can go."""
+        kept = {name: states for name, states in self.states.items() if name not in ("calibration", "original")}
+        return Streams(kept, self.scratch.new_empty(0))
+
     def save(self, path: Path) -> str:
         """Write all states at `path`; returns the file's SHA-256."""
         return write_shard(path, self.states)
