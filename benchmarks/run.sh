@@ -11,7 +11,7 @@
 #   BENCH_BITS, BENCH_GROUP_SIZE   4, 64
 #   BENCH_TOOLS      qwenq, gptqmodel, gptqmodel-mse: which to run ("qwenq gptqmodel gptqmodel-mse")
 #   BENCH_OUT        out/bench
-# Results: reports/benchmarks.jsonl gets one object a tool and text; BENCH_OUT keeps checkpoints and logs.
+# Results: BENCH_OUT/benchmarks.jsonl gets one object a tool and text; checkpoints and logs lie beside it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=$(realpath "${VENV:-.venv}")
