@@ -45,7 +45,7 @@ class Journal:
         for line in path.read_bytes().split(b"\n"):
             try:
                 rows.append(json.loads(line))
-            except ValueError:
+            except (ValueError, RecursionError):
                 break  # a torn line: the process died while writing it
         if not rows or not all(isinstance(row, dict) for row in rows) or "job" not in rows[0]:
             raise JobError(f"{path}: its first line is damaged", hint=f"delete {directory} and start anew")

@@ -64,7 +64,9 @@ def test_keep_layers_drops_what_follows(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == [JOURNAL_NAME]
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[1]\n", b'{"layer":0}\n', b"\x80\n"])
+@pytest.mark.parametrize(
+    "damage", [b"", b"{", b"[1]\n", b'{"layer":0}\n', b"\x80\n", b"[" * 100_000, b'{"a":' * 100_000]
+)
 def test_a_damaged_first_line_is_refused(damage: bytes, tmp_path: Path) -> None:
     (tmp_path / JOURNAL_NAME).write_bytes(damage)
     with pytest.raises(JobError, match="its first line is damaged"):

@@ -170,6 +170,14 @@ def test_figures_that_are_no_numbers_say_so(tmp_path: Path) -> None:
     assert not re.search(r"\bnan\b", Page(page).text, re.I)
 
 
+def test_a_layer_beyond_any_model_is_refused(tmp_path: Path) -> None:
+    """A plot's ticks go to the last layer: 2^61 of them would not end."""
+    content = manifest()
+    content["layers"][-1]["layer"] = 1 << 61
+    with pytest.raises(CheckpointError, match=r"layer .*whole number below 1000"):
+        load_runs([write_run(tmp_path / "run", content)])
+
+
 def test_long_names_get_short_labels(tmp_path: Path) -> None:
     names = {f"Qwen2.5-72B-Instruct-{end}": manifest() for end in ("4bit", "8bit-g128")}
     assert [run.label for run in load_runs(runs_of(tmp_path / "a", **names))] == ["4bit", "8bit-g128"]

@@ -44,10 +44,10 @@ class Fields:
             raise self._wrong(key, value, "a list of texts")
         return [shown(v, 300) for v in value]
 
-    def whole(self, key: str) -> int:
+    def whole(self, key: str, below: int = 1 << 62) -> int:
         value = self.value.get(key)
-        if type(value) is not int or not 0 <= value < 1 << 62:
-            raise self._wrong(key, value, "a whole number")
+        if type(value) is not int or not 0 <= value < below:
+            raise self._wrong(key, value, "a whole number" + (f" below {below}" if below < 1 << 62 else ""))
         return value
 
     def number(self, key: str) -> float:

@@ -182,7 +182,7 @@ def _drift(fields: Fields) -> Drift:
 def _layer(fields: Fields) -> LayerErrors:
     linears = fields.objects("linears", 100)
     return LayerErrors(
-        layer=fields.whole("layer"),
+        layer=fields.whole("layer", below=MAX_LAYERS),
         error_db={lin.text("name").rsplit(".", 1)[-1]: lin.optional_number("error_db") for lin in linears},
         schemes=tuple(lin.text("scheme") for lin in linears),
         fallbacks=tuple(lin.text("name") for lin in linears if lin.text("fallback")),
