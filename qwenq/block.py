@@ -35,6 +35,12 @@ class SolverOptions:
     pull: float = 0.5  # how far o and down are moved towards what the 16-bit stream has, before they are rounded
 
 
+def default_pull(recipe: Recipe) -> float:
+    """0.5 where anything is in 4 bits. What 8 bits lose is of the size of what bfloat16 streams blur: no pull there."""
+    schemes = (recipe.default, *(scheme for _, scheme in recipe.overrides))
+    return 0.5 if any(scheme is not None and scheme.bits == 4 for scheme in schemes) else 0.0
+
+
 @dataclass
 class StageClock:
     """Seconds by stage of the current layer; a stage within a stage counts for itself alone."""

@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from qwenq.block import StageClock, batches
+from qwenq.block import StageClock, batches, default_pull
+from qwenq.scheme import Recipe, Scheme
 
 
 @pytest.mark.parametrize(("windows", "length"), [(9, 512), (10, 2048), (7, 300), (1, 5000)])
@@ -26,3 +27,9 @@ def test_a_stage_within_a_stage_counts_for_itself_alone() -> None:
             time.sleep(0.01)
     assert clock.seconds["inner"] == pytest.approx(0.05, abs=0.02)
     assert clock.seconds["outer"] == pytest.approx(0.03, abs=0.02)
+
+
+def test_eight_bits_alone_are_not_pulled() -> None:
+    four, eight = Scheme(4, 64), Scheme(8, 64)
+    assert default_pull(Recipe(four)) == default_pull(Recipe(eight, (("a", four),))) == 0.5
+    assert default_pull(Recipe(eight)) == default_pull(Recipe(eight, (("a", None),))) == 0.0

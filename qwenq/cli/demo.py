@@ -45,7 +45,7 @@ def demo(
     Finished variants are kept: a second call goes on where the first stopped. Other tools' results are drawn beside
     them where a benchmarks.jsonl lies beside the report.
     """
-    from qwenq.block import SolverOptions
+    from qwenq.block import SolverOptions, default_pull
     from qwenq.calibration import load_windows, overlap
     from qwenq.checkpoint import open_source
     from qwenq.demo import make_demo_model
@@ -76,7 +76,7 @@ def demo(
                 recipe=Recipe(scheme),
                 calibration=None if method == "rtn" else calibration,
                 evaluation=evaluation,
-                options=SolverOptions(method=method),
+                options=SolverOptions(method=method, pull=default_pull(Recipe(scheme))),
                 calibration_dtype=pick_calibration_dtype("auto", "cpu"),
                 overlap=None if method == "rtn" else shared,
             )

@@ -92,14 +92,14 @@ def quantize(
         ),
     ] = True,
     pull: Annotated[
-        float,
+        float | None,
         typer.Option(
             min=0.0,
             max=1.0,
             help="How far o and down are moved, before rounding, to answer for what earlier layers lost. 0 saves the "
-            "pass of the calibration tokens through the 16-bit layers.",
+            "pass of the calibration tokens through the 16-bit layers. Default: 0.5, and 0 where all is in 8 bits.",
         ),
-    ] = 0.5,
+    ] = None,
     device: Device = "auto",
     dtype: StoredDtype = "auto",
     compute_dtype: ComputeDtype = "auto",
@@ -144,7 +144,7 @@ def quantize(
     if output == Path():
         raise PlanError("no output directory", hint="give one with -o DIR")
 
-    from qwenq.block import SolverOptions
+    from qwenq.block import SolverOptions, default_pull
     from qwenq.calibration import load_windows, overlap
     from qwenq.checkpoint import open_source
     from qwenq.cli.models import pick_device, resolve_model
@@ -199,7 +199,7 @@ def quantize(
             method=method,
             damp_percent=DAMP_PERCENT if damp_percent is None else damp_percent,
             fold=fold and method == "gptq",
-            pull=pull if method == "gptq" else 0.0,
+            pull=0.0 if method != "gptq" else default_pull(recipe) if pull is None else pull,
         ),
         device=picked,
         compute_dtype=pick_compute_dtype(compute_dtype, picked),
