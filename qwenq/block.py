@@ -15,8 +15,9 @@ import torch
 
 from qwenq.errors import CheckpointError
 from qwenq.formats.storage import pack_linear
+from qwenq.preflight import BATCH_TOKENS, PULL_SHARE
 from qwenq.quant.fold import FoldedLayer
-from qwenq.quant.gptq import DAMP_PERCENT, QTensor, add_to_hessian, solve_unit
+from qwenq.quant.gptq import DAMP_PERCENT, QTensor, add_to_hessian, mirror_upper, solve_unit
 from qwenq.results import LayerResult
 from qwenq.scheme import Recipe, Scheme
 from qwenq.spec import UNITS, LinearSpec, ModelSpec
@@ -33,6 +34,7 @@ class SolverOptions:
     damp_percent: float = DAMP_PERCENT  # share of the mean Hessian diagonal added to the diagonal
     fold: bool = True  # fold channel scales into norms and up_proj (quant/fold.py)
     pull: float = 0.5  # how far o and down are moved towards what the 16-bit stream has, before they are rounded
+    pull_share: float = PULL_SHARE  # of the calibration windows that stream has: it costs a pass of theirs
 
 
 def default_pull(recipe: Recipe) -> float:
@@ -60,7 +62,7 @@ class StageClock:
             self._inner_s[-1] += elapsed
 
 
-def batches(windows: int, tokens: int, budget_tokens: int = 2048) -> Iterator[slice]:
+def batches(windows: int, tokens: int, budget_tokens: int = BATCH_TOKENS) -> Iterator[slice]:
     """Slices over the first dimension that hold about `budget_tokens` tokens each."""
     step = max(1, budget_tokens // tokens)
     for start in range(0, windows, step):
@@ -81,7 +83,7 @@ class CalibrationStreams:
     """
 
     quantized_NTH: torch.Tensor  # through quantized layers
-    original_NTH: torch.Tensor | None  # through 16-bit layers; None when nothing is pulled towards it
+    original_NTH: torch.Tensor | None  # the first windows, through 16-bit layers; None when nothing is pulled there
     scratch: torch.Tensor
 
     def buffer(self, width: int, after: int = 0) -> torch.Tensor:
@@ -144,7 +146,7 @@ class BlockSolver:
             return m
 
         self._solve_inner("qkv", lambda part: network.attention_input(self._on_device(h_NTH, part)))
-        self._solve_outer("o", attend, middle if original is not None else None)
+        self._solve_outer("o", attend, None if original is None else middle[: len(original)])
         self._solve_inner("gate_up", after_attention, down_moment_I)
         self._solve_outer("down", gate, original)
         with self.clock.time("forward"):
@@ -160,7 +162,7 @@ class BlockSolver:
     def _advance_original(self, original_NTH: torch.Tensor, middle_NTH: torch.Tensor) -> None:
         """Send the 16-bit stream through the 16-bit layer, in place; `middle` gets its states after attention."""
         network = self.network
-        for part in self._parts():
+        for part in batches(*original_NTH.shape[:2]):
             h = self._on_device(original_NTH, part)
             h = network.add_attention(h, network.attend(network.attention_input(h)))
             middle_NTH[part] = h.to(middle_NTH.device)
@@ -194,31 +196,37 @@ class BlockSolver:
     ) -> None:
         """Solve a unit that adds to the residual stream, o or down, which should come to `wanted_NTH` with it.
 
-        Tokens count by the inverse of their states' mean square: what the next norm makes of an error.
+        Tokens count by the inverse of their states' mean square: what the next norm makes of an error. The windows
+        that `wanted_NTH` has say what the unrounded weights are short of.
         """
         ((path, lin),) = _members(self.spec, self.layer, unit).items()
         if self.recipe.scheme_of(lin) is None:
             return self._produce(produce)
         width, device = lin.in_features, self.network.device
         hessian = torch.zeros(width, width, dtype=torch.float32, device=device)
-        target = None if wanted_NTH is None else torch.zeros(width, lin.out_features, device=device)
+        short = None if wanted_NTH is None else torch.zeros(width, lin.out_features, device=device)
         with self.clock.time("forward"):
             for part in self._parts():
                 x = produce(part)
+                pulled = wanted_NTH is not None and part.stop <= len(wanted_NTH)
                 with self.clock.time("hessian"):
-                    h = self._on_device(self.h_NTH, part).float().flatten(0, 1)
-                    wanted = h if wanted_NTH is None else self._on_device(wanted_NTH, part).float().flatten(0, 1)
-                    root_T1 = (wanted.square().mean(-1, keepdim=True) + 1e-8).rsqrt()
-                    x_TI = x.flatten(0, 1).float() * root_T1
+                    h = self._on_device(self.h_NTH, part).flatten(0, 1)
+                    wanted = self._on_device(wanted_NTH, part).flatten(0, 1) if pulled and wanted_NTH is not None else h
+                    root_T1 = (wanted.float().square().mean(-1, keepdim=True) + 1e-8).rsqrt()
+                    x_TI = (x.flatten(0, 1) * root_T1).to(x.dtype)
                     add_to_hessian(hessian, x_TI)
-                if target is not None:
+                if short is not None and wanted_NTH is not None and pulled:
                     with self.clock.time("pull"):
-                        missing = wanted - h
+                        missing = wanted.float() - h
                         if lin.bias:
                             missing -= self.folded.state[f"{path}.bias"].to(missing)
-                        target.addmm_(x_TI.T, missing.mul_(root_T1))
+                        short += x_TI.T @ missing.mul_(root_T1).to(x.dtype)
+                        if part.stop == len(wanted_NTH):  # the Hessian is of the same tokens now
+                            mirror_upper(hessian)
+                            short.addmm_(hessian, self.folded.weight(path).T, alpha=-1)
+                            short.mul_(len(self.h_NTH) / len(wanted_NTH))
         with self.clock.time(f"solve {unit}"):
-            self._solve({path: lin}, hessian, None if target is None else {lin.name: target})
+            self._solve({path: lin}, hessian, None if short is None else {lin.name: short})
 
     def _produce(self, produce: Callable[[slice], torch.Tensor]) -> None:
         """Only what later stages need of a unit that stays in 16 bit."""
@@ -230,13 +238,13 @@ class BlockSolver:
         self,
         members: Mapping[str, LinearSpec],
         hessian: torch.Tensor,
-        targets: Mapping[str, torch.Tensor] | None,
+        shortfalls: Mapping[str, torch.Tensor] | None,
     ) -> None:
         schemes = _by_scheme(members, self.recipe)
         for scheme, group in schemes.items():
             own = hessian if scheme == list(schemes)[-1] else hessian.clone()
             weights = {lin.name: self.folded.weight(path) for path, lin in group}
-            solved = _solve(group, weights, own, targets, scheme, self.options)
+            solved = _solve(group, weights, own, shortfalls, scheme, self.options)
             for (path, _), (qtensor, _) in zip(group, solved, strict=True):
                 self.network.set_parameter(path + ".weight", qtensor.dequantize())
                 self.folded.release(path)
@@ -295,7 +303,7 @@ def _solve(
     group: list[tuple[str, LinearSpec]],
     weights: Mapping[str, torch.Tensor],
     hessian: torch.Tensor | None,
-    targets: Mapping[str, torch.Tensor] | None,
+    shortfalls: Mapping[str, torch.Tensor] | None,
     scheme: Scheme,
     options: SolverOptions,
 ) -> list[tuple[QTensor, LayerResult]]:
@@ -312,7 +320,7 @@ def _solve(
         scheme,
         damp_percent=options.damp_percent,
         method=options.method,
-        targets=targets,
+        shortfalls=shortfalls,
         pull=options.pull,
     )
     rows = []

@@ -12,6 +12,7 @@ from qwenq.block import run_layer
 from qwenq.checkpoint import Checkpoint, non_finite
 from qwenq.errors import CheckpointError, HonestNo
 from qwenq.head import HeadWeights, measure_drift
+from qwenq.host import keep_freed_memory
 from qwenq.results import DriftReport
 from qwenq.stream import Network, model_config
 from qwenq.streams import embed, new_streams
@@ -30,6 +31,7 @@ def evaluate(
 ) -> DriftReport:
     """Run both checkpoints over the evaluation windows; `listen` is told each finished layer."""
     check_comparable(checkpoint, reference)
+    keep_freed_memory()
     vocab = min(checkpoint.spec.vocab_size, reference.spec.vocab_size)
     check_windows(evaluation.ids, vocab, reference.spec.extended_context, evaluation.text)
     network = Network(reference.config, reference.spec, dtype=compute_dtype, device=device)

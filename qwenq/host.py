@@ -15,6 +15,9 @@ import torch
 
 from qwenq import __version__
 
+KEPT_BYTES = 64 << 20
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
+
 
 def numerics(device: str) -> dict[str, Any]:
     """What decides in which order sums are taken, and so the last bits: a resumed job needs the same."""
@@ -53,6 +56,18 @@ def forget_peak_rss() -> None:
     """Count the process's peak memory from here on, where the system lets a process say so (Linux, proc(5))."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def keep_freed_memory() -> None:
+    """Have the C library (glibc) reuse freed buffers of up to KEPT_BYTES instead of mapping fresh pages for each.
+
+    A layer's activations come and go thousands of times; the faults of fresh pages are a tenth of a small model's
+    time. Larger buffers still come and go as mappings, so that the peak of a large model stays what it is.
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, KEPT_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, 4 * KEPT_BYTES)
 
 
 def return_freed_memory() -> None:

@@ -15,6 +15,7 @@ from qwenq.checkpoint import Checkpoint
 from qwenq.errors import CheckpointError, JobError
 from qwenq.host import numerics
 from qwenq.manifest import MANIFEST_NAME as MANIFEST_NAME
+from qwenq.preflight import original_windows
 from qwenq.results import BlockResult, DriftReport
 from qwenq.scheme import Recipe
 from qwenq.shards import DTYPE_NAMES
@@ -56,6 +57,14 @@ class QuantizeJob:
     seed: int = 0
     overlap: float | None = None  # share of the evaluation text that is also in the calibration text
     beside: tuple[tuple[str, bytes], ...] = ()  # files put into the checkpoint as they are: the recipe it follows
+
+    @property
+    def original_windows(self) -> int:
+        """Calibration windows that run through the 16-bit layers too; 0 when nothing is pulled towards these."""
+        if self.calibration is None or self.options.pull == 0:
+            return 0
+        windows, length = self.calibration.ids.shape
+        return original_windows(windows, length, self.options.pull_share)
 
     def stored_dtype(self, name: str) -> str:
         """safetensors dtype in which tensor `name` is written when it is not quantized."""

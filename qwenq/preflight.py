@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +18,9 @@ from qwenq.units import format_gb
 
 BASE_BYTES = 560_000_000  # interpreter, torch, transformers and thread pools; measured on Linux with torch 2.13
 SPILL_BYTES = 6 << 30  # token buffers beyond this live in a memory-mapped file
-_PART_TOKENS = 2048  # that go through a layer together
+BATCH_TOKENS = 2048  # that go through a layer together
+PULL_SHARE = 0.5  # of the calibration windows also run through the 16-bit layers, for o and down to be pulled there
+PULL_TOKENS = 16384  # but at least so many tokens
 NOISE_WINDOWS = 2  # evaluation windows that are also run in float32, when computing in a narrower type
 _SLACK_BYTES = 1 << 20  # config, tokenizer copies are added exactly; journal and model card are not
 
@@ -47,6 +50,7 @@ class Tokens:
     evaluation_windows: int
     length: int
     calibration_bytes: int = 4  # of a value in the calibration streams
+    pull_share: float = PULL_SHARE  # 0 when nothing is pulled
 
     @property
     def calibration(self) -> int:
@@ -55,6 +59,22 @@ class Tokens:
     @property
     def evaluation(self) -> int:
         return self.evaluation_windows * self.length
+
+    @property
+    def original(self) -> int:
+        """Calibration tokens that run through the 16-bit layers too."""
+        return original_windows(self.calibration_windows, self.length, self.pull_share) * self.length
+
+
+def original_windows(windows: int, length: int, share: float = PULL_SHARE) -> int:
+    """How many calibration windows, the first ones, run through the 16-bit layers too, for o and down to be pulled.
+
+    A whole number of batches, of PULL_TOKENS at least where there are so many; none for a share of 0.
+    """
+    if share == 0:
+        return 0
+    step = max(1, BATCH_TOKENS // length)
+    return min(windows, math.ceil(max(windows * share, PULL_TOKENS / length) / step) * step)
 
 
 @dataclass(frozen=True)
@@ -150,7 +170,7 @@ def scratch_width(spec: ModelSpec) -> int:
 def stream_bytes(spec: ModelSpec, tokens: Tokens, compute_bytes: int) -> int:
     """Hidden states of all streams, the float32 one for the noise floor included."""
     noise = min(NOISE_WINDOWS, tokens.evaluation_windows) * tokens.length * 4 if compute_bytes < 4 else 0
-    calibration = 2 * tokens.calibration * tokens.calibration_bytes
+    calibration = (tokens.calibration + tokens.original) * tokens.calibration_bytes
     return (calibration + 2 * tokens.evaluation * compute_bytes + noise) * spec.hidden_size
 
 
@@ -165,7 +185,7 @@ def peak_bytes(spec: ModelSpec, tokens: Tokens, compute_bytes: int, on_gpu: bool
     layer = spec.layer_linears(0)
     parameters = sum(lin.parameters for lin in layer)
     source = 2 * parameters
-    part = min(_PART_TOKENS, tokens.calibration + tokens.evaluation) * spec.intermediate_size
+    part = min(BATCH_TOKENS, tokens.calibration + tokens.evaluation) * spec.intermediate_size
     solving = tokens.calibration_bytes * parameters + max(_solving(unit) for unit in _units(layer))
     calibrating = tokens.calibration_bytes * (parameters + 4 * part)
     evaluating = compute_bytes * (parameters + 4 * part)

@@ -1,7 +1,7 @@
 r"""The main job: 16-bit shards in, quantized shards out, one decoder layer at a time, journalled and resumable.
 
     source --> layer i --> reference stream             (16-bit layer, evaluation tokens)
-                      \--> original stream              (16-bit layer, calibration tokens)
+                      \--> original stream              (16-bit layer, calibration windows, half of them)
                       \--> calibration stream, solve --> shard i, journal line i
     shard i ----------------> quantized stream           (the layer as written, evaluation tokens)
     final norm, head --> DriftReport
@@ -29,7 +29,7 @@ from qwenq.finish import COPIED_FILES, describe_result, finished_before, give_na
 from qwenq.formats.config import quantization_config, read_quantization_config
 from qwenq.head import HeadWeights, measure_drift
 from qwenq.headers import read_header
-from qwenq.host import forget_peak_rss, peak_rss_bytes, return_freed_memory
+from qwenq.host import forget_peak_rss, keep_freed_memory, peak_rss_bytes, return_freed_memory
 from qwenq.job import DTYPES, QuantizeJob, QuantizeResult, partial_directory, refuse_place
 from qwenq.journal import Journal, locked, never_begun, refuse_changes
 from qwenq.layer import load_layer, make_layer
@@ -52,6 +52,7 @@ def quantize(job: QuantizeJob, *, resume: bool = False, listen: Listener = lambd
     """Run or resume a job. `listen` gets a line of text at each step and a BlockResult for each layer."""
     started = time.perf_counter()
     forget_peak_rss()
+    keep_freed_memory()
     work = partial_directory(job.out)
     check_places(job, resume)
     try:
@@ -91,6 +92,7 @@ def check_places(job: QuantizeJob, resume: bool) -> None:
             job.evaluation.ids.shape[0],
             job.evaluation.ids.shape[1],
             DTYPES[job.calibration_dtype].itemsize,
+            job.options.pull_share if job.options.pull else 0.0,
         ),
         compute_bytes=DTYPES[job.compute_dtype].itemsize,
         on_gpu=job.device != "cpu",
@@ -155,7 +157,7 @@ class _Run:
             self.job.evaluation.ids,
             dtype=self.dtype,
             calibration_dtype=self.calibrator.dtype,
-            with_original=self.job.options.pull > 0,
+            original_windows=self.job.original_windows,
             spill_directory=self.work,
             convert=self.job.convert,
         )

@@ -152,7 +152,7 @@ def _streams(job: QuantizeJob, scratch: Path) -> Streams:
         job.evaluation.ids,
         dtype=torch.float32,
         calibration_dtype=DTYPES[job.calibration_dtype],
-        with_original=job.options.pull > 0,
+        original_windows=job.original_windows,
         spill_directory=scratch,
         convert=job.convert,
     )

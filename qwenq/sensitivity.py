@@ -27,7 +27,7 @@ from qwenq.errors import CalibrationError, CheckpointError, JobError
 from qwenq.fingerprint import fingerprint
 from qwenq.fisher import sampled_gradients
 from qwenq.head import HeadWeights
-from qwenq.host import versions
+from qwenq.host import keep_freed_memory, versions
 from qwenq.planning.sensitivity import Sensitivity, Unit, schemes_for, units_of
 from qwenq.quant.gptq import DAMP_PERCENT, add_to_hessian, solve_unit
 from qwenq.scheme import Scheme
@@ -85,6 +85,7 @@ def measure_sensitivity(
     listen: Callable[[str], None] = lambda line: None,
 ) -> Sensitivity:
     """Measure every unit under every symmetric scheme. Hidden states of both token sets are kept under `scratch`."""
+    keep_freed_memory()
     spec = source.spec
     network = Network(source.config, spec, dtype=compute_dtype, device=device)
     try:

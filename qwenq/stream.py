@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qwenq.attention import WINDOWS, register
 from qwenq.errors import CheckpointError
 from qwenq.headers import shown
 from qwenq.spec import ModelSpec
@@ -57,7 +58,8 @@ class Network:
         package, prefix = MODULES[spec.model_type]
         modeling = importlib.import_module(f"{package}.modeling_{spec.model_type}")
         self.config = model_config(config, spec)
-        self.config._attn_implementation = "sdpa"
+        register()
+        self.config._attn_implementation = WINDOWS
         self.spec = spec
         self.dtype = dtype
         self.device = torch.device(device)

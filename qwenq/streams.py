@@ -1,6 +1,7 @@
 """Hidden states of every token stream of a job, spilled, saved and restored.
 
-`calibration` runs through the quantized layers and `original` through the 16-bit ones, on the calibration tokens.
+`calibration` runs through the quantized layers on the calibration tokens, `original` through the 16-bit ones on the
+first windows of these.
 `reference` runs through the 16-bit layers and `quantized` through the quantized ones, on the evaluation tokens.
 `float32` (only when computing in a narrower type) is the reference again in float32, for the noise floor.
 """
@@ -62,7 +63,7 @@ def new_streams(
     *,
     dtype: torch.dtype,
     calibration_dtype: torch.dtype = torch.float32,
-    with_original: bool = False,
+    original_windows: int = 0,
     spill_directory: Path,
     spill_bytes: int = SPILL_BYTES,
     convert: Convert = lambda name, tensor: tensor,
@@ -75,8 +76,8 @@ def new_streams(
     wanted: dict[str, tuple[torch.Tensor, torch.dtype]] = {}
     if calibration_NT is not None:
         wanted["calibration"] = (calibration_NT, calibration_dtype)
-        if with_original:
-            wanted["original"] = (calibration_NT, calibration_dtype)
+        if original_windows:
+            wanted["original"] = (calibration_NT[:original_windows], calibration_dtype)
     wanted["reference"] = (evaluation_NT, dtype)
     wanted["quantized"] = (evaluation_NT, dtype)
     if dtype != torch.float32:

@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
         ),
         ("tensor maths", "quant quant.* metrics"),
         ("disk", "files manifest provenance card shards journal formats formats.* tokens calibration checkpoint audit"),
-        ("network", "stream"),
+        ("network", "attention stream"),
         (
             "work",
             "runtime runtime.* streams block bnb head fisher sensitivity job host finish layer rederive quantize "

@@ -42,7 +42,7 @@ def test_the_options_are_frozen() -> None:
         "--damp-percent", "--device", "--dtype", "--compute-dtype", "--dry-run", "--resume", "--json",
         "--target-size", "--bpw", "--fit", "--context", "-c", "--engine", "--recipe", "--sensitivity", "--save-recipe",
         "--pad-for-tp",
-        "--fold", "--no-fold", "--pull", "--calibration-dtype",
+        "--fold", "--no-fold", "--pull", "--pull-share", "--calibration-dtype",
     }  # fmt: skip
     assert options_of("eval") == {
         "--reference", "--text", "--num-samples", "-n", "--sequence-length", "--max-kl", "--max-ppl-increase",

@@ -118,8 +118,8 @@ def test_each_sweep_lowers_the_error(scheme):
     assert errors[2] < errors[0] - 0.1
 
 
-def test_targets_move_the_outputs():
-    """Outputs go the asked share of the way to the target, as far as inputs can tell, before rounding."""
+def test_shortfalls_move_the_outputs():
+    """Outputs go the asked share of the way to what they are short of, as far as inputs can tell, before rounding."""
     x_TI = correlated(64, tokens=600)
     h_II = x_TI.T @ x_TI
     generator = torch.Generator().manual_seed(5)
@@ -128,8 +128,8 @@ def test_targets_move_the_outputs():
     asked_TO = x_TI @ shift_OI.T
     options = {"damp_percent": 1e-6}
     for pull in (1.0, 0.5):
-        targets = {"b": x_TI.T @ (x_TI @ weights["b"].T + asked_TO)}
-        solved = solve_unit(weights, h_II.clone(), Scheme(8, 32), **options, targets=targets, pull=pull)
+        shortfalls = {"b": x_TI.T @ asked_TO}
+        solved = solve_unit(weights, h_II.clone(), Scheme(8, 32), **options, shortfalls=shortfalls, pull=pull)
         moved_TO = x_TI @ (solved["b"][0].dequantize() - weights["b"]).T
         assert (moved_TO - pull * asked_TO).square().mean() < 0.01 * asked_TO.square().mean()
         assert solved["b"][1].error_db < -40

@@ -17,6 +17,7 @@ from qwenq.preflight import (
     Preflight,
     Tokens,
     free_disk,
+    original_windows,
     output_files,
     peak_bytes,
     preflight,
@@ -192,6 +193,19 @@ def test_hidden_states_by_hand() -> None:
     assert stream_bytes(spec, Tokens(3, 2, 10, 2), 4) == (3 + 3) * 10 * 64 * 2 + (2 + 2) * 10 * 64 * 4
     assert stream_bytes(spec, Tokens(3, 2, 10, 2), 2) == (3 + 3 + 2 + 2) * 10 * 64 * 2 + 2 * 10 * 64 * 4
     assert stream_bytes(spec, Tokens(3, 1, 10, 2), 2) == (3 + 3 + 1 + 1) * 10 * 64 * 2 + 1 * 10 * 64 * 4
+    assert stream_bytes(spec, Tokens(3, 2, 10, pull_share=0), 4) == (3 + 2 + 2) * 10 * 64 * 4
+
+
+def test_windows_that_run_through_the_16_bit_layers() -> None:
+    """Half of them in whole batches of 2048 tokens, 16,384 tokens at least, never more than there are."""
+    assert original_windows(128, 512) == 64
+    assert original_windows(85, 512) == 44
+    assert original_windows(64, 512) == 32
+    assert original_windows(40, 512) == 32
+    assert original_windows(6, 32) == 6
+    assert original_windows(3, 40_000) == 2
+    assert original_windows(128, 512, 1.0) == 128
+    assert original_windows(128, 512, 0.0) == 0
 
 
 def test_predicted_peaks_do_not_know_the_number_of_layers() -> None:

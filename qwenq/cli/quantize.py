@@ -41,6 +41,7 @@ from qwenq.cli.recipe import (
 from qwenq.cli.sensitivity import measure
 from qwenq.errors import PlanError
 from qwenq.planning.sensitivity import SENSITIVITY_NAME, encode_sensitivity
+from qwenq.preflight import PULL_SHARE
 from qwenq.units import format_gb, format_seconds
 
 DEFAULT_WINDOWS = 128  # at most, when --num-samples is not given
@@ -97,9 +98,18 @@ def quantize(
             min=0.0,
             max=1.0,
             help="How far o and down are moved, before rounding, to answer for what earlier layers lost. 0 saves the "
-            "pass of the calibration tokens through the 16-bit layers. Default: 0.5, and 0 where all is in 8 bits.",
+            "pass of calibration tokens through the 16-bit layers. Default: 0.5, and 0 where all is in 8 bits.",
         ),
     ] = None,
+    pull_share: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Share of the calibration windows that --pull reads, 16,384 tokens at least. 1 loses a little less "
+            "and takes longer.",
+        ),
+    ] = PULL_SHARE,
     device: Device = "auto",
     dtype: StoredDtype = "auto",
     compute_dtype: ComputeDtype = "auto",
@@ -138,6 +148,7 @@ def quantize(
             dtype,
             compute_dtype,
             calibration_dtype,
+            0.0 if method != "gptq" or pull == 0 else pull_share,
             json,
         )
         return
@@ -200,6 +211,7 @@ def quantize(
             damp_percent=DAMP_PERCENT if damp_percent is None else damp_percent,
             fold=fold and method == "gptq",
             pull=0.0 if method != "gptq" else default_pull(recipe) if pull is None else pull,
+            pull_share=pull_share,
         ),
         device=picked,
         compute_dtype=pick_compute_dtype(compute_dtype, picked),
@@ -263,6 +275,7 @@ def _dry_run(
     dtype: str,
     compute_dtype: str,
     calibration_dtype: str,
+    pull_share: float,
     json: bool,
 ) -> None:
     from qwenq.cli.models import stored_dtypes
@@ -287,6 +300,7 @@ def _dry_run(
             eval_samples or DEFAULT_EVALUATION_WINDOWS,
             sequence_length,
             2 if pick_calibration_dtype(calibration_dtype, device) == "bfloat16" else 4,
+            pull_share,
         ),
         compute_bytes=2 if narrow else 4,
         on_gpu=on_gpu,

@@ -342,7 +342,7 @@ def solve_unit(
     damp_percent: float = DAMP_PERCENT,
     method: str = "gptq",
     sweeps: int = SWEEPS,
-    targets: Mapping[str, Tensor] | None = None,
+    shortfalls: Mapping[str, Tensor] | None = None,
     pull: float = 0.0,
 ) -> dict[str, tuple[QTensor, SolveStats]]:
     """Quantize linears [out, in] that read the same input, sharing one factorization.
@@ -350,9 +350,9 @@ def solve_unit(
     `h_II` (float32 [in, in]) is the sum of x x' over calibration tokens, not normalised; its upper triangle is read
     and **it is overwritten**. `damp_percent` is a fraction of the mean diagonal, raised tenfold while the factor does
     not exist; after DAMP_TRIES weights are rounded to the nearest value of a searched grid and `fallback` says so.
-    `targets` (float32 [in, out] by name, overwritten): sums of x y' over the same tokens, where y is what the outputs
-    should be. Unrounded weights are first moved by the share `pull` of the way to the damped least-squares fit,
-    W' + pull (H + damp)^-1 (targets - H W'), and error figures count from there.
+    `shortfalls` (float32 [in, out] by name, overwritten): sums of x r' over as many tokens, where r is what the outputs
+    of the unrounded weights are short of. These are first moved by the share `pull` of the way to the damped
+    least-squares fit, W' + pull (H + damp)^-1 shortfall, and error figures count from there.
     `method` "rtn" rounds to nearest with absmax scales and takes the Hessian, if any, for the statistics alone.
     Raises QwenqError, naming tensors, for non-finite or ill-fitting input.
     """
@@ -385,9 +385,6 @@ def solve_unit(
     signals = [math.nan if h_II is None else _quadratic(e_IO[:, rows], h_II, diagonal_I) for rows in samples]
     weight_norm_O = e_IO.square().sum(0)
 
-    for part_IO, name in zip(e_IO.split(sizes, dim=1), weights, strict=True):
-        if targets is not None and h_II is not None and name in targets:
-            targets[name].copy_(targets[name][order_I]).addmm_(h_II, part_IO, alpha=-1)
     tried, fallback = 0.0, ""
     if h_II is None or method == "rtn":
         codes_IO, scales_GO, zeros_GO = _solve_rounding(e_IO, None, scheme)
@@ -399,8 +396,10 @@ def solve_unit(
             codes_IO, scales_GO, zeros_GO = _solve_rounding(e_IO, weight_I, scheme)
         else:
             for part_IO, name in zip(e_IO.split(sizes, dim=1), weights, strict=True):
-                if targets is not None and name in targets:
-                    part_IO.add_(_solve_damped(targets[name], h_II), alpha=pull)
+                if shortfalls is not None and name in shortfalls:
+                    short_IO = shortfalls[name]
+                    short_IO.copy_(short_IO[order_I])
+                    part_IO.add_(_solve_damped(short_IO, h_II), alpha=pull)
             codes_IO, scales_GO, zeros_GO = _solve_gptq(e_IO, h_II, scheme)
             for _ in range(sweeps):
                 _descend(e_IO, codes_IO, scales_GO, zeros_GO, h_II, diagonal_I, damp, scheme)

@@ -14,7 +14,7 @@ MIN_SCALE = 1e-5  # float16 has 7 bits of precision left here and none a little 
 MAX_SCALE = 65504.0
 
 # Scale candidates as fractions of the one that just reaches the largest weight; each is then refitted, so few do.
-SHRINK = tuple(1.1 - 0.025 * i for i in range(25))
+SHRINK = tuple(1.1 - 0.05 * i for i in range(13))
 
 
 def float16_scale(scale: Tensor) -> Tensor:

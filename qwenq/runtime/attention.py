@@ -1,7 +1,4 @@
-"""Attention over a key-value cache that is allocated once, without ever building a mask.
-
-Shapes: query [B, H, T, D]; key and value [B, N, S, D], N heads of keys each serving H / N heads of queries.
-"""
+"""Attention over a key-value cache that is allocated once, without ever building a mask (shapes: qwenq.attention)."""
 
 from __future__ import annotations
 
@@ -10,7 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
+
+from qwenq.attention import causal_attention
 
 ATTENTION = "qwenq"
 FP8 = torch.float8_e4m3fn
@@ -21,14 +19,10 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Causal attention of the last T of S positions, as transformers' attention interface wants it: [B, T, H, D]."""
     batch, heads, tokens, width = query.shape
-    if tokens == 1:  # the heads that share keys become rows of one product
-        rows = query.view(batch, key.shape[1], heads // key.shape[1], width)
-        out = F.scaled_dot_product_attention(rows, key, value, scale=scaling).view(batch, heads, 1, width)
-    elif tokens == key.shape[2]:
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
-    else:
-        bias = causal_lower_right(tokens, key.shape[2])
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling, enable_gqa=True)
+    if tokens > 1:
+        return causal_attention(query, key, value, scaling), None
+    rows = query.view(batch, key.shape[1], heads // key.shape[1], width)  # heads that share keys: rows of one product
+    out = F.scaled_dot_product_attention(rows, key, value, scale=scaling).view(batch, heads, 1, width)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -1,0 +1,70 @@
+"""Causal attention of whole windows; on a CPU by blocks of query rows, whose scores stay in the cache.
+
+torch's own kernel on a CPU takes two to three times as long in bfloat16 (reports/LOG.md), so that a fifth to a
+quarter of a small model's layer is attention.
+
+Shapes: query [B, H, T, D]; key and value [B, N, S, D], N heads of keys each serving G = H / N heads of queries. The
+queries are those of the last T of S positions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+WINDOWS = "qwenq-windows"  # the name under which transformers knows `attend_windows`
+BLOCK_ROWS = 64  # of queries whose scores are computed together
+BLOCKED_KEYS = 2048  # beyond so many keys the scores of a block leave the cache, and torch's kernel is as fast
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """softmax(scaling * q k') v with what lies ahead of a query masked: [B, T, H, D], in the dtype of `query`.
+
+    Scores are kept in that dtype on a CPU, in float32 by torch's own kernels.
+    """
+    tokens, keys = query.shape[2], key.shape[2]
+    if query.device.type == "cpu" and keys <= BLOCKED_KEYS and not torch.is_grad_enabled():
+        return _by_blocks(query, key, value, scaling)
+    ahead: dict[str, Any] = {"is_causal": True}
+    if tokens != keys:
+        ahead = {"attn_mask": causal_lower_right(tokens, keys)}
+    out = F.scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=True, **ahead)
+    return out.transpose(1, 2).contiguous()
+
+
+def _by_blocks(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    batch, heads, tokens, width = query.shape
+    shared, before = key.shape[1], key.shape[2] - tokens
+    each = heads // shared
+    out = query.new_empty(batch, tokens, heads, width)
+    ahead_TT = torch.full((BLOCK_ROWS, BLOCK_ROWS), -torch.inf, dtype=query.dtype).triu_(1)
+    for b in range(batch):
+        q_NGTD = (query[b] * scaling).view(shared, each, tokens, width)
+        k_NDS, v_NSD = key[b].transpose(1, 2), value[b]
+        for start in range(0, tokens, BLOCK_ROWS):
+            stop = min(start + BLOCK_ROWS, tokens)
+            rows, seen = stop - start, before + stop
+            q_NRD = q_NGTD[:, :, start:stop].reshape(shared, each * rows, width)
+            scores_NRS = torch.bmm(q_NRD, k_NDS[:, :, :seen])
+            scores_NRS.view(shared, each, rows, seen)[..., before + start :].add_(ahead_TT[:rows, :rows])
+            o_NRD = torch.bmm(torch.softmax(scores_NRS, -1), v_NSD[:, :seen])
+            out[b, start:stop] = o_NRD.view(shared, each, rows, width).permute(2, 0, 1, 3).reshape(rows, heads, width)
+    return out
+
+
+def attend_windows(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float, **unused: Any
+) -> tuple[Tensor, None]:
+    """`causal_attention` as transformers' attention interface wants it."""
+    return causal_attention(query, key, value, scaling), None
+
+
+def register() -> None:
+    """Make `attend_windows` known to transformers; an implementation without a mask function gets no mask."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(WINDOWS, attend_windows)
