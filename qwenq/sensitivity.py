@@ -55,9 +55,12 @@ class Probe:
     calibration: Mapping[str, Any]
     samples: int = SAMPLES
     seed: int = 0
+    asymmetric: bool = False  # 4 bits with zero points too
 
 
-def split_windows(windows: TokenWindows, samples: int = SAMPLES, seed: int = 0) -> Probe:
+def split_windows(
+    windows: TokenWindows, samples: int = SAMPLES, seed: int = 0, asymmetric: bool = False
+) -> Probe:
     """Part calibration windows: the first for the solver, pieces of the others, evenly spread, for the effect."""
     ids_NT = windows.ids
     solver = min(SOLVER_WINDOWS, len(ids_NT) // 2)
@@ -70,7 +73,7 @@ def split_windows(windows: TokenWindows, samples: int = SAMPLES, seed: int = 0) 
     pieces_NT = ids_NT[solver:, : ids_NT.shape[1] // length * length].reshape(-1, length)
     count = min(PROBE_WINDOWS, len(pieces_NT))
     picked = torch.arange(count) * len(pieces_NT) // count
-    return Probe(ids_NT[:solver], pieces_NT[picked], windows.to_json(), samples, seed)
+    return Probe(ids_NT[:solver], pieces_NT[picked], windows.to_json(), samples, seed, asymmetric)
 
 
 @torch.no_grad()
@@ -84,7 +87,7 @@ def measure_sensitivity(
     damp_percent: float = DAMP_PERCENT,
     listen: Callable[[str], None] = lambda line: None,
 ) -> Sensitivity:
-    """Measure every unit under every symmetric scheme. Hidden states of both token sets are kept under `scratch`."""
+    """Measure every unit under every scheme the probe asks for. `scratch` keeps hidden states of both token sets."""
     keep_freed_memory()
     spec = source.spec
     network = Network(source.config, spec, dtype=compute_dtype, device=device)
@@ -98,7 +101,7 @@ def measure_sensitivity(
             noise: dict[Unit, dict[Scheme, float]] = {}
             for layer in reversed(range(spec.num_hidden_layers)):
                 network.fill(_finite(source, layer))
-                errors, lost = _errors(network, spec, states.read("solver", layer), damp_percent)
+                errors, lost = _errors(network, spec, states.read("solver", layer), damp_percent, probe.asymmetric)
                 found, gradient = _backward(network, errors, states.read("probe", layer), gradient)
                 scores |= {(layer, unit): by_scheme for unit, by_scheme in found.items()}
                 noise |= {(layer, unit): by_scheme for unit, by_scheme in lost.items()}
@@ -113,10 +116,10 @@ def measure_sensitivity(
     for unit, by_scheme in scores.items():
         squares = sum(float(s.double().square().mean()) for s in by_scheme.values())
         factor = squares / (2 * tokens) / max(sum(noise[unit].values()), 1e-30)
-        by_group = {scheme.group_size: factor * lost for scheme, lost in noise[unit].items()}
+        in_four = {(scheme.group_size, scheme.sym): factor * lost for scheme, lost in noise[unit].items()}
         kl[unit] = {
-            scheme: by_group[scheme.group_size] * (EIGHT_BIT if scheme.bits == 8 else 1.0)
-            for scheme in schemes_for(spec, unit[1])
+            scheme: in_four[scheme.group_size, scheme.sym] * (EIGHT_BIT if scheme.bits == 8 else 1.0)
+            for scheme in schemes_for(spec, unit[1], asymmetric=probe.asymmetric)
         }
     kl = {unit: kl[unit] for unit in units_of(spec)}
     provenance = {
@@ -187,7 +190,7 @@ def _forward(
 
 
 def _errors(
-    network: Network, spec: ModelSpec, h_NTH: torch.Tensor, damp_percent: float
+    network: Network, spec: ModelSpec, h_NTH: torch.Tensor, damp_percent: float, asymmetric: bool
 ) -> tuple[dict[str, dict[Scheme, dict[str, torch.Tensor]]], dict[str, dict[Scheme, float]]]:
     """GPTQ's weight errors [out, in] of each linear, by unit, 4-bit scheme and path in the layer, in the compute dtype;
 
@@ -208,7 +211,7 @@ def _errors(
     for unit, paths in UNITS.items():
         weights = {path: network.weight(path).float() for path in paths}
         errors[unit], lost[unit] = {}, {}
-        for scheme in schemes_for(spec, unit):
+        for scheme in schemes_for(spec, unit, asymmetric=asymmetric):
             if scheme.bits == 4:
                 solved = solve_unit(weights, hessians[unit].clone(), scheme, damp_percent=damp_percent, sweeps=0)
                 errors[unit][scheme] = {

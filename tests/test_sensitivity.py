@@ -213,3 +213,35 @@ def test_a_stopped_job_goes_on_with_the_table_it_measured(
 def test_the_table_is_one_unit_a_line(table: Sensitivity) -> None:
     lines = encode_sensitivity(table).decode().splitlines()
     assert sum(1 for line in lines if re.match(r'    "\d+\.(qkv|o|gate_up|down)": \{', line)) == 16
+
+
+def test_zero_points_are_measured_and_used_when_asked_for(command: list[object], tmp_path: Path, tiny: Path) -> None:
+    path, out = tmp_path / "s.json", tmp_path / "out"
+    measuring = [w for w in command[1:] if w not in ("--eval-text", command[5], "--eval-samples", 2)]
+    made = run("sensitivity", *measuring, "-o", path, "--asymmetric")
+    assert made.exit_code == 0, made.stderr
+    kl = read_sensitivity(path).kl
+    pairs = [
+        (row[s], row[Scheme(s.bits, s.group_size)]) for row in kl.values() for s in row if s is not None and not s.sym
+    ]
+    assert len(pairs) == len(kl) * 3 and all(0.3 < a / b < 2 for a, b in pairs)
+
+    def labels(*more: object) -> set[str]:
+        dry = run("quantize", tiny, "--bpw", "4.4", "--sensitivity", path, "--dry-run", "--json", *more)
+        assert dry.exit_code == 0, dry.stderr
+        return {label for row in json.loads(dry.stdout)["recipe"]["layers"] for label in row.values()}
+
+    assert not any(label.endswith("asym") for label in labels("--format", "compressed-tensors"))
+    assert any(label.endswith("asym") for label in labels("--format", "compressed-tensors", "--asymmetric"))
+    mixed = run("quantize", tiny, "--bpw", "4.4", "--sensitivity", path, "--dry-run", "--asymmetric")
+    assert mixed.exit_code == 2 and "wants --format compressed-tensors" in mixed.stderr.replace("\n", " ")
+    symmetric = tmp_path / "symmetric.json"
+    assert run("sensitivity", *measuring, "-o", symmetric).exit_code == 0
+    lacking = run(
+        "quantize", tiny, "--bpw", "4.4", "--sensitivity", symmetric, "--dry-run", "--asymmetric", "--format",
+        "compressed-tensors",
+    )  # fmt: skip
+    assert lacking.exit_code == 1 and "no asymmetric schemes" in lacking.stderr
+    result = run(*command, "-o", out, "--bpw", "4.4", "--asymmetric", "--format", "compressed-tensors")
+    assert result.exit_code == 0, result.stderr
+    assert " asym" in (out / "qwenq-recipe.toml").read_text()

@@ -228,7 +228,7 @@ def quantize(
                 check_places(job, resume)
                 scratch = output.absolute().parent
                 scratch.mkdir(parents=True, exist_ok=True)
-                table = measure(source, windows, seed, picked, job.compute_dtype, scratch, progress)
+                table = measure(source, windows, seed, picked, job.compute_dtype, scratch, progress, bool(asymmetric))
                 chosen = wanted.choose(source.spec, table, stored)
             if chosen:
                 files = {RECIPE_NAME: encode_recipe(source.spec, chosen).encode()}

@@ -81,8 +81,13 @@ class Wanted:
                 raise typer.BadParameter(f"{name} and {given[0]} exclude each other: one scheme, or the best mixture")
         if len(given) > 1:
             raise typer.BadParameter(f"{' and '.join(given)} exclude each other")
-        if self.asymmetric is not None and given:
-            raise typer.BadParameter(f"--asymmetric and {given[0]} exclude each other: one scheme, or the best mixture")
+        if self.asymmetric is not None and self.recipe is not None:
+            raise typer.BadParameter("--asymmetric and --recipe exclude each other: the recipe says it unit by unit")
+        if self.asymmetric and given and self.format != "compressed-tensors":
+            raise typer.BadParameter(
+                f"--asymmetric with {given[0]} wants --format compressed-tensors: no other mixed format's zero points "
+                "are read by engines"
+            )
         if given and check_format(self.format) not in MIXED_FORMATS:
             raise typer.BadParameter(f"{given[0]} wants a --format that mixes bits: {' or '.join(MIXED_FORMATS)}")
         for name, value in (("--context", self.context), ("--engine", self.engine)):
@@ -143,11 +148,18 @@ class Wanted:
             found.check(spec, fingerprint)
         except PlanError as error:
             raise PlanError(f"{path}: {error.message}", hint=error.hint) from None
+        if self.asymmetric and self.budgeted and all(s is None or s.sym for row in found.kl.values() for s in row):
+            raise PlanError(
+                f"{path}: it has no asymmetric schemes", hint="measure them: qwenq sensitivity MODEL --asymmetric"
+            )
         return found
 
     def choose(self, spec: ModelSpec, table: Sensitivity | None, dtype_of: Callable[[str], str]) -> Budgeted:
-        """The recipe asked for; sensitivities are the prior's when there is no table."""
-        table = table or prior(spec)
+        """The recipe asked for; sensitivities are the prior's when there is no table. Zero points only if asked for."""
+        table = table or prior(spec, asymmetric=bool(self.asymmetric))
+        if not self.asymmetric:
+            kept = {unit: {s: kl for s, kl in row.items() if s is None or s.sym} for unit, row in table.kl.items()}
+            table = replace(table, kl=kept)
         if self.pad_for_tp is not None:
             table = cut_by(spec, table, self.pad_for_tp)
         if self.recipe is not None:

@@ -32,6 +32,9 @@ def sensitivity(
     ] = None,
     sequence_length: Annotated[int, typer.Option("--sequence-length", min=2, help="Tokens a window.")] = 512,
     seed: Annotated[int, typer.Option(help="Decides windows and sampled labels.")] = 0,
+    asymmetric: Annotated[
+        bool, typer.Option("--asymmetric", help="4 bits with zero points too, which compressed-tensors carries.")
+    ] = False,
     device: Device = "auto",
     compute_dtype: ComputeDtype = "auto",
     json: JsonFlag = False,
@@ -58,7 +61,7 @@ def sensitivity(
     picked = pick_device(device)
     with LayerProgress(source.spec.num_hidden_layers, quiet=json) as progress:
         kind = pick_compute_dtype(compute_dtype, picked)
-        found = measure(source, windows, seed, picked, kind, output.absolute().parent, progress)
+        found = measure(source, windows, seed, picked, kind, output.absolute().parent, progress, asymmetric)
     write_bytes(output, encode_sensitivity(found))
     if json:
         print_json(found.to_json())
@@ -75,6 +78,7 @@ def measure(
     compute_dtype: str,
     scratch: Path,
     progress: LayerProgress,
+    asymmetric: bool = False,
 ) -> Sensitivity:
     """Measure with progress shown; hidden states lie under `scratch` meanwhile."""
     from qwenq.job import DTYPES
@@ -82,7 +86,7 @@ def measure(
 
     return measure_sensitivity(
         source,
-        split_windows(windows, seed=seed),
+        split_windows(windows, seed=seed, asymmetric=asymmetric),
         compute_dtype=DTYPES[compute_dtype],
         device=device,
         scratch=scratch,
