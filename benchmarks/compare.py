@@ -4,9 +4,10 @@
     compare.py MODEL DIRECTORY --text NAME --bits 4 --group-size 64 --tools qwenq gptqmodel gptqmodel-mse
 
 DIRECTORY holds NAME.npy (token ids, int64 [windows, tokens]) and for each tool TOOL-BITS-bit-gGROUP with its .json, as
-benchmarks/run.sh makes them. All checkpoints are streamed beside the 16-bit model in float32. A ratio's interval is a
-paired bootstrap over windows (4,000 draws, percentiles): both means are taken of the same windows. Appends one JSON
-object a tool to DIRECTORY/benchmarks.jsonl; prints a table.
+benchmarks/run.sh makes them. A tool with a .json of its own name goes by that, and by the bits and bytes in it:
+`llamacpp-Q4_K_M`, as benchmarks/llamacpp_quantize.py makes it. All checkpoints are streamed beside the 16-bit model in
+float32. A ratio's interval is a paired bootstrap over windows (4,000 draws, percentiles): both means are taken of the
+same windows. Appends one JSON object a tool to DIRECTORY/benchmarks.jsonl; prints a table.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from qwenq.stream import Network
 from qwenq.streams import embed
 
 DRAWS = 4000
+SUFFIXES = {"mse": " mse=2.4", "full": " pull-share 1"}
 
 
 def parse_args() -> argparse.Namespace:
@@ -66,7 +68,10 @@ def interval(values: np.ndarray) -> list[float]:
 
 def main() -> None:
     args = parse_args()
-    names = {tool: f"{tool}-{args.bits}-bit-g{args.group_size}" for tool in args.tools}
+    names = {
+        tool: tool if (args.directory / f"{tool}.json").exists() else f"{tool}-{args.bits}-bit-g{args.group_size}"
+        for tool in args.tools
+    }
     reference = open_checkpoint(args.model)
     checkpoints = {tool: open_checkpoint(args.directory / name) for tool, name in names.items()}
     ids_NT = torch.from_numpy(np.load(args.directory / f"{args.text}.npy"))
@@ -80,12 +85,15 @@ def main() -> None:
         cost = json.loads((args.directory / f"{names[tool]}.json").read_text())
         if (timed := args.directory / f"{names[tool]}.time").exists():
             cost |= json.loads(timed.read_text())
+        setting = f"{args.bits}-bit g{args.group_size}" + SUFFIXES.get(tool.partition("-")[2], "")
+        bits = checkpoints[tool].recipe.bits_per_linear_weight(reference.spec)
+        n_bytes = sum(f.stat().st_size for f in (args.directory / names[tool]).glob("*.safetensors"))
         low, high = interval(kl[tool][picks].mean(1))
         rows.append(
             {
                 "tool": tool.split("-")[0],
                 "version": cost.get("versions", {}).get(tool.split("-")[0], __version__),
-                "setting": f"{args.bits}-bit g{args.group_size}" + (" mse=2.4" if tool.endswith("-mse") else ""),
+                "setting": cost.get("setting", setting),
                 "text": args.text,
                 "kl": round(float(kl[tool].mean()), 6),
                 "kl_low": low,
@@ -97,8 +105,8 @@ def main() -> None:
                 "perplexity": round(float(drift.nll.mean().exp()), 4),
                 "perplexity_16_bit": round(float(drift.reference_nll.mean().exp()), 4),
                 "top1": round(float(drift.same_top1.double().mean()), 5),
-                "bits_per_linear_weight": round(checkpoints[tool].recipe.bits_per_linear_weight(reference.spec), 4),
-                "bytes": sum(f.stat().st_size for f in (args.directory / names[tool]).glob("*.safetensors")),
+                "bits_per_linear_weight": round(cost.get("bits_per_linear_weight", bits), 4),
+                "bytes": cost.get("bytes", n_bytes),
                 "seconds": cost["process_s"],
                 "peak_rss_bytes": cost["peak_rss_bytes"],
                 "date": time.strftime("%Y-%m-%d", time.gmtime()),

@@ -9,7 +9,8 @@
 #   BENCH_TEXTS      held-out texts, each NAME=FILE (heldout=heldout)
 #   BENCH_SAMPLES    calibration windows of 512 tokens (64)
 #   BENCH_BITS, BENCH_GROUP_SIZE   4, 64
-#   BENCH_TOOLS      qwenq, gptqmodel, gptqmodel-mse: which to run ("qwenq gptqmodel gptqmodel-mse")
+#   BENCH_TOOLS      which to run ("qwenq gptqmodel gptqmodel-mse"); also qwenq-full, pulls from all windows, and
+#                    llamacpp-Q4_K_M, whose environment is INTEROP_ENVS/llamacpp (interop/requirements-llamacpp.txt)
 #   BENCH_OUT        out/bench
 # Results: BENCH_OUT/benchmarks.jsonl gets one object a tool and text; checkpoints and logs lie beside it.
 set -euo pipefail
@@ -46,14 +47,17 @@ done
 
 for tool in $tools; do
     name=$tool-$bits-bit-g$group
+    [[ $tool != llamacpp-* ]] || name=$tool
     [ ! -e "$out/$name.json" ] || continue
     rm -rf "${out:?}/$name" "$out/$name.partial"
     echo "$name" >&2
     case $tool in
-    qwenq)
+    qwenq | qwenq-full)
+        share=0.5
+        [ "$tool" = qwenq ] || share=1
         started=$(date +%s%N)
         "$venv/bin/qwenq" quantize "$model" -o "$out/$name" --bits "$bits" --group-size "$group" \
-            --calibration "$out/calibration-$samples.npy" --eval-text "$first" --json >"$out/$name.part" 2>"$out/$name.log"
+            --pull-share "$share" --calibration "$out/calibration-$samples.npy" --eval-text "$first" --json >"$out/$name.part" 2>"$out/$name.log"
         echo "{\"process_s\": $(( ($(date +%s%N) - started) / 10000000 ))e-2}" >"$out/$name.time"
         ;;
     gptqmodel | gptqmodel-mse)
@@ -62,8 +66,12 @@ for tool in $tools; do
         "$foreign" benchmarks/gptqmodel_quantize.py "$model" "$out/$name" --tokens "$out/calibration-$samples.npy" \
             --bits "$bits" --group-size "$group" --mse "$mse" >"$out/$name.part" 2>"$out/$name.log"
         ;;
+    llamacpp-*)
+        "$envs/llamacpp/bin/python" benchmarks/llamacpp_quantize.py "$model" "$out/$name" --type "${tool#llamacpp-}" \
+            >"$out/$name.part" 2>"$out/$name.log"
+        ;;
     *)
-        echo "unknown tool $tool: qwenq, gptqmodel or gptqmodel-mse" >&2
+        echo "unknown tool $tool: qwenq, qwenq-full, gptqmodel, gptqmodel-mse or llamacpp-TYPE" >&2
         exit 2
         ;;
     esac
