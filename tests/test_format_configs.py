@@ -51,6 +51,7 @@ def test_what_is_written() -> None:
         "group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
     }
     assert uniform["ignore"] == ["lm_head"] and uniform["format"] == "pack-quantized"
+    assert uniform["producer"]["name"] == "qwenq"  # vLLM 0.32 fails on a producer that is no object
     mixed = Recipe(Scheme(4, 32), (("model.layers.3.self_attn.o_proj", Scheme(8, -1)), *KEPT), "compressed-tensors")
     found = quantization_config(mixed, SPEC)
     assert found["config_groups"]["group_1"]["targets"] == ["model.layers.3.self_attn.o_proj"]

@@ -83,6 +83,19 @@ def test_llama_cpp_compute_buffer(name: str, mib: float) -> None:
     assert compute_buffer(spec, gguf_weights(spec, "Q4_K_M"), 512, last=True).n_bytes == mib * MIB
 
 
+def test_a_gguf_file_that_llama_cpp_made() -> None:
+    """The tensors of a Q4_K_M file of a 135M model, quantized by llama.cpp (llama-cpp-python 0.3.36), to the byte.
+
+    Rows of 576 have no 256-value blocks: 181 of its 363 tensors fall back to other types.
+    """
+    spec = replace(
+        model("Qwen2.5-0.5B"), hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, head_dim=64, vocab_size=49152, tie_word_embeddings=False,
+    )  # fmt: skip
+    weights = gguf_weights(spec, "Q4_K_M")
+    assert sum(weights.embed + weights.norm + weights.head) + sum(weights.layer_bytes) == 123_247_872
+
+
 def test_llama_cpp_mask_on_two_devices() -> None:
     # unsloth PR#7637: 72B, two GPUs, 32k, ubatch 512: 128 MiB a device
     weights = gguf_weights(B72, "Q4_K_M")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -202,7 +204,11 @@ def test_flags_of_a_layered_plan() -> None:
     assert names["max_memory"] == {0: "22.9GiB", 1: "22.9GiB"}
     assert llamacpp_flags(plan).startswith("llama-server -m MODEL.gguf -ngl ")
     yarn = make_plan(B72, INT4, parse_rig("4x A100 SXM4 80GB"), get_engine("vllm"), Workload(131072))
-    assert '"factor": 4.0' in vllm_flags(yarn)
+    command = shlex.split(vllm_flags(yarn))
+    assert json.loads(command[command.index("--hf-overrides") + 1]) == {
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+        "max_position_embeddings": 131072,  # vLLM 0.32 refuses a longer --max-model-len, whatever the factor
+    }
     kept = make_plan(B72, INT4, parse_rig("4x RTX 3090"), get_engine("qwenq"), Workload(8192, kv_dtype="fp8"))
     assert "-sm layer -ts " in llamacpp_flags(kept) and "--cache-type-k q8_0" in llamacpp_flags(kept)
     assert "--kv-cache-dtype fp8" in vllm_flags(kept)
