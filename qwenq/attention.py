@@ -1,7 +1,6 @@
 """Causal attention of whole windows; on a CPU by blocks of query rows, whose scores stay in the cache.
 
-torch's own kernel on a CPU takes two to three times as long in bfloat16 (reports/LOG.md), so that a fifth to a
-quarter of a small model's layer is attention.
+torch's own kernel on a CPU takes up to twice as long (reports/LOG.md), a quarter of a small model's layer in bfloat16.
 
 Shapes: query [B, H, T, D]; key and value [B, N, S, D], N heads of keys each serving G = H / N heads of queries. The
 queries are those of the last T of S positions.
@@ -24,7 +23,7 @@ BLOCKED_KEYS = 2048  # beyond so many keys the scores of a block leave the cache
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """softmax(scaling * q k') v with what lies ahead of a query masked: [B, T, H, D], in the dtype of `query`.
 
-    Scores are kept in that dtype on a CPU, in float32 by torch's own kernels.
+    Scores and their softmax are in float32: large key biases, as Qwen2.5 has, make scores that bfloat16 blurs.
     """
     tokens, keys = query.shape[2], key.shape[2]
     if query.device.type == "cpu" and keys <= BLOCKED_KEYS and not torch.is_grad_enabled():
@@ -41,17 +40,17 @@ def _by_blocks(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Ten
     shared, before = key.shape[1], key.shape[2] - tokens
     each = heads // shared
     out = query.new_empty(batch, tokens, heads, width)
-    ahead_TT = torch.full((BLOCK_ROWS, BLOCK_ROWS), -torch.inf, dtype=query.dtype).triu_(1)
+    ahead_TT = torch.full((BLOCK_ROWS, BLOCK_ROWS), -torch.inf).triu_(1)
     for b in range(batch):
-        q_NGTD = (query[b] * scaling).view(shared, each, tokens, width)
-        k_NDS, v_NSD = key[b].transpose(1, 2), value[b]
+        q_NGTD = (query[b].float() * scaling).view(shared, each, tokens, width)
+        k_NDS, v_NSD = key[b].float().transpose(1, 2), value[b]
         for start in range(0, tokens, BLOCK_ROWS):
             stop = min(start + BLOCK_ROWS, tokens)
             rows, seen = stop - start, before + stop
             q_NRD = q_NGTD[:, :, start:stop].reshape(shared, each * rows, width)
             scores_NRS = torch.bmm(q_NRD, k_NDS[:, :, :seen])
             scores_NRS.view(shared, each, rows, seen)[..., before + start :].add_(ahead_TT[:rows, :rows])
-            o_NRD = torch.bmm(torch.softmax(scores_NRS, -1), v_NSD[:, :seen])
+            o_NRD = torch.bmm(torch.softmax(scores_NRS, -1).to(query.dtype), v_NSD[:, :seen])
             out[b, start:stop] = o_NRD.view(shared, each, rows, width).permute(2, 0, 1, 3).reshape(rows, heads, width)
     return out
 

@@ -37,12 +37,6 @@ class SolverOptions:
     pull_share: float = PULL_SHARE  # of the calibration windows that stream has: it costs a pass of theirs
 
 
-def default_pull(recipe: Recipe) -> float:
-    """0.5 where anything is in 4 bits. What 8 bits lose is of the size of what bfloat16 streams blur: no pull there."""
-    schemes = (recipe.default, *(scheme for _, scheme in recipe.overrides))
-    return 0.5 if any(scheme is not None and scheme.bits == 4 for scheme in schemes) else 0.0
-
-
 @dataclass
 class StageClock:
     """Seconds by stage of the current layer; a stage within a stage counts for itself alone."""
@@ -146,9 +140,10 @@ class BlockSolver:
             return m
 
         self._solve_inner("qkv", lambda part: network.attention_input(self._on_device(h_NTH, part)))
-        self._solve_outer("o", attend, None if original is None else middle[: len(original)])
+        after_o = None if original is None else middle[: len(original)]
+        self._solve_outer("o", attend, network.add_attention, after_o)
         self._solve_inner("gate_up", after_attention, down_moment_I)
-        self._solve_outer("down", gate, original)
+        self._solve_outer("down", gate, network.add_mlp, original)
         with self.clock.time("forward"):
             for part in self._parts():
                 h = network.add_mlp(self._on_device(h_NTH, part), self._on_device(gated, part))
@@ -192,12 +187,17 @@ class BlockSolver:
             self._solve(members, hessian, None)
 
     def _solve_outer(
-        self, unit: str, produce: Callable[[slice], torch.Tensor], wanted_NTH: torch.Tensor | None
+        self,
+        unit: str,
+        produce: Callable[[slice], torch.Tensor],
+        add: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        wanted_NTH: torch.Tensor | None,
     ) -> None:
-        """Solve a unit that adds to the residual stream, o or down, which should come to `wanted_NTH` with it.
+        """Solve a unit whose output `add` adds to the residual stream, o or down.
 
-        Tokens count by the inverse of their states' mean square: what the next norm makes of an error. The windows
-        that `wanted_NTH` has say what the unrounded weights are short of.
+        Tokens count by the inverse of the mean square of their states after it: what the next norm makes of an error.
+        The states that the first windows should come to are `wanted_NTH`; they say what the unrounded weights are
+        short of.
         """
         ((path, lin),) = _members(self.spec, self.layer, unit).items()
         if self.recipe.scheme_of(lin) is None:
@@ -205,19 +205,21 @@ class BlockSolver:
         width, device = lin.in_features, self.network.device
         hessian = torch.zeros(width, width, dtype=torch.float32, device=device)
         short = None if wanted_NTH is None else torch.zeros(width, lin.out_features, device=device)
+        self.network.set_parameter(f"{path}.weight", self.folded.weight(path))
         with self.clock.time("forward"):
             for part in self._parts():
                 x = produce(part)
+                h = self._on_device(self.h_NTH, part)
                 pulled = wanted_NTH is not None and part.stop <= len(wanted_NTH)
+                after = self._on_device(wanted_NTH, part) if pulled and wanted_NTH is not None else add(h, x)
                 with self.clock.time("hessian"):
-                    h = self._on_device(self.h_NTH, part).flatten(0, 1)
-                    wanted = self._on_device(wanted_NTH, part).flatten(0, 1) if pulled and wanted_NTH is not None else h
-                    root_T1 = (wanted.float().square().mean(-1, keepdim=True) + 1e-8).rsqrt()
+                    after = after.flatten(0, 1).float()
+                    root_T1 = (after.square().mean(-1, keepdim=True) + 1e-8).rsqrt()
                     x_TI = (x.flatten(0, 1) * root_T1).to(x.dtype)
                     add_to_hessian(hessian, x_TI)
                 if short is not None and wanted_NTH is not None and pulled:
                     with self.clock.time("pull"):
-                        missing = wanted.float() - h
+                        missing = after - h.flatten(0, 1)
                         if lin.bias:
                             missing -= self.folded.state[f"{path}.bias"].to(missing)
                         short += x_TI.T @ missing.mul_(root_T1).to(x.dtype)

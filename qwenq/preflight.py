@@ -66,6 +66,12 @@ class Tokens:
         return original_windows(self.calibration_windows, self.length, self.pull_share) * self.length
 
 
+def default_pull(recipe: Recipe) -> float:
+    """0.5 where anything is in 4 bits. What 8 bits lose is of the size of what bfloat16 streams blur: no pull there."""
+    schemes = (recipe.default, *(scheme for _, scheme in recipe.overrides))
+    return 0.5 if any(scheme is not None and scheme.bits == 4 for scheme in schemes) else 0.0
+
+
 def original_windows(windows: int, length: int, share: float = PULL_SHARE) -> int:
     """How many calibration windows, the first ones, run through the 16-bit layers too, for o and down to be pulled.
 

@@ -71,8 +71,9 @@ def quantize(job: QuantizeJob, *, resume: bool = False, listen: Listener = lambd
                 if not resume and work.exists() and never_begun(work):
                     shutil.rmtree(work)  # leave nothing behind
     except OSError as error:
+        again = "go on with --resume" if work.exists() else "start again"
         raise JobError(
-            f"{error.filename or work}: {error.strerror or error}", hint="put that right, then go on with --resume"
+            f"{error.filename or work}: {error.strerror or error}", hint=f"put that right, then {again}"
         ) from error
 
 

@@ -47,7 +47,7 @@ def rederive(
     The calibration tokens run through the written layers up to each that is made again. calibration: the file they
     come from, when the manifest names one. Raises QwenqError when something needed cannot be had.
     """
-    opened = open_source(source)
+    opened = _widened(open_source(source), manifest)
     spec = opened.spec
     wanted = sample(spec.num_hidden_layers) if layers is None else tuple(sorted(set(layers)))
     if not wanted or not 0 <= wanted[0] <= wanted[-1] < spec.num_hidden_layers:
@@ -79,6 +79,15 @@ def rederive(
     finally:
         torch.set_num_threads(here["threads"])
     return wanted, findings
+
+
+def _widened(source: Checkpoint, manifest: Mapping[str, Any]) -> Checkpoint:
+    """The source with its FFN padded as the job padded it."""
+    job = manifest.get("job")
+    width = job.get("intermediate_size") if isinstance(job, Mapping) else None
+    if type(width) is not int or width <= source.spec.intermediate_size:
+        return source
+    return source.padded(width)
 
 
 def read_job(manifest: Mapping[str, Any], source: Checkpoint, out: Path, calibration: str | None = None) -> QuantizeJob:

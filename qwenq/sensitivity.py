@@ -29,6 +29,7 @@ from qwenq.fisher import sampled_gradients
 from qwenq.head import HeadWeights
 from qwenq.host import keep_freed_memory, versions
 from qwenq.planning.sensitivity import Sensitivity, Unit, schemes_for, units_of
+from qwenq.preflight import free_disk
 from qwenq.quant.gptq import DAMP_PERCENT, add_to_hessian, solve_unit
 from qwenq.scheme import Scheme
 from qwenq.shards import raw_bytes
@@ -36,6 +37,7 @@ from qwenq.spec import UNITS, ModelSpec
 from qwenq.stream import Network
 from qwenq.streams import embed
 from qwenq.tokens import TokenWindows
+from qwenq.units import format_gb
 
 SOLVER_WINDOWS = 16  # at most, for the Hessians that errors are solved with
 PROBE_WINDOWS = 32
@@ -56,6 +58,12 @@ class Probe:
     samples: int = SAMPLES
     seed: int = 0
     asymmetric: bool = False  # 4 bits with zero points too
+
+
+def state_bytes(spec: ModelSpec, probe: Probe) -> int:
+    """Disk for what enters each layer, kept between the passes."""
+    tokens = probe.solver_NT.numel() + probe.probe_NT.numel()
+    return tokens * spec.hidden_size * _STORED.itemsize * spec.num_hidden_layers
 
 
 def split_windows(
@@ -90,6 +98,13 @@ def measure_sensitivity(
     """Measure every unit under every scheme the probe asks for. `scratch` keeps hidden states of both token sets."""
     keep_freed_memory()
     spec = source.spec
+    needed, free = state_bytes(spec, probe), free_disk(scratch)
+    if needed > free:
+        raise JobError(
+            f"{scratch}: hidden states of the sensitivity passes need {format_gb(needed)} of disk, "
+            f"{format_gb(free)} are free",
+            hint="free some space, or fewer windows (--num-samples)",
+        )
     network = Network(source.config, spec, dtype=compute_dtype, device=device)
     try:
         with tempfile.TemporaryDirectory(prefix=".qwenq-sensitivity-", dir=scratch) as directory:
@@ -192,7 +207,7 @@ def _forward(
 def _errors(
     network: Network, spec: ModelSpec, h_NTH: torch.Tensor, damp_percent: float, asymmetric: bool
 ) -> tuple[dict[str, dict[Scheme, dict[str, torch.Tensor]]], dict[str, dict[Scheme, float]]]:
-    """GPTQ's weight errors [out, in] of each linear, by unit, 4-bit scheme and path in the layer, in the compute dtype;
+    """GPTQ's weight errors [out, in] of each linear, by unit, 4-bit scheme and path in the layer, in bfloat16;
 
     and by unit and scheme the energy of the output errors relative to the outputs, summed over the unit's linears.
     """
@@ -215,7 +230,7 @@ def _errors(
             if scheme.bits == 4:
                 solved = solve_unit(weights, hessians[unit].clone(), scheme, damp_percent=damp_percent, sweeps=0)
                 errors[unit][scheme] = {
-                    path: (qtensor.dequantize() - weights[path]).to(network.dtype)
+                    path: (qtensor.dequantize() - weights[path]).to(torch.bfloat16)
                     for path, (qtensor, _) in solved.items()
                 }
                 lost[unit][scheme] = sum(10 ** (stats.error_db / 10) for _, stats in solved.values())
@@ -242,7 +257,7 @@ def _backward(
             leaving = network.forward(h)
         wanted = [h, *(recorded[path][1] for path in paths)]
         changes = {
-            (unit, scheme, path): recorded[path][0].detach() @ error.T
+            (unit, scheme, path): recorded[path][0].detach() @ error.T.to(network.dtype)
             for unit, by_scheme in errors.items()
             for scheme, by_path in by_scheme.items()
             for path, error in by_path.items()

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from conftest import small_job, text_windows
 
-from qwenq.block import StageClock, batches, default_pull
+from qwenq.block import SolverOptions, StageClock, batches
+from qwenq.preflight import default_pull
+from qwenq.quant.gptq import solve_unit
+from qwenq.quantize import quantize
 from qwenq.scheme import Recipe, Scheme
 
 
@@ -33,3 +41,29 @@ def test_eight_bits_alone_are_not_pulled() -> None:
     four, eight = Scheme(4, 64), Scheme(8, 64)
     assert default_pull(Recipe(four)) == default_pull(Recipe(eight, (("a", four),))) == 0.5
     assert default_pull(Recipe(eight)) == default_pull(Recipe(eight, (("a", None),))) == 0.0
+
+
+def test_all_windows_count_their_tokens_alike(
+    tiny: Path, calib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same window again and again: whether a part of them runs through the 16-bit layers, or all or none do, the
+
+    Hessians are of the same weights, up to what rounding q, k and v changed.
+    """
+    window = text_windows(calib, tiny, 256, 1)
+    windows = replace(window, ids=window.ids.repeat(16, 1))
+    monkeypatch.setattr("qwenq.preflight.PULL_TOKENS", 0)
+    found: dict[float, list[torch.Tensor]] = {}
+    for share in (0.0, 0.5, 1.0):
+        kept = found.setdefault(share, [])
+
+        def solve(weights: Any, h_II: torch.Tensor, *rest: Any, kept: list[torch.Tensor] = kept, **options: Any) -> Any:
+            kept.append(h_II.diagonal().clone())
+            return solve_unit(weights, h_II, *rest, **options)
+
+        monkeypatch.setattr("qwenq.block.solve_unit", solve)
+        options = SolverOptions(pull_share=share, pull=0.5 if share else 0.0)
+        quantize(small_job(tiny, tmp_path / str(share), calibration=windows, options=options))
+    for none, half, every in zip(*(found[share][:4] for share in (0.0, 0.5, 1.0)), strict=True):
+        assert torch.allclose(half, every, rtol=0.05, atol=0.01 * float(every.mean()))
+        assert torch.allclose(half, none, rtol=0.05, atol=0.01 * float(every.mean()))

@@ -93,3 +93,48 @@ def test_a_recipe_is_followed_and_kept(tmp_path: Path, tiny: Path, calib: Path, 
     assert RECIPE_NAME in json.loads((out / "qwenq-manifest.json").read_text())["files"]
     checked = run("eval", out, "--reference", tiny, "--text", heldout, "-n", 2, "--sequence-length", 64, "--json")
     assert json.loads(checked.stdout)["kl"]["mean"] == pytest.approx(made["drift"]["kl"]["mean"], rel=1e-3)
+
+
+@pytest.mark.parametrize("bits", ["7.4", "7.9", "8.4"])
+def test_a_target_that_is_met_exactly(bits: str) -> None:
+    """The recipe has just so many bits: 7.4 as a binary fraction is a little more than 7.4."""
+    result = run("quantize", "Qwen2.5-0.5B", "--bpw", bits, "--dry-run", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["recipe"]["bits_per_linear_weight"] <= float(bits) + 1e-12
+
+
+def test_the_range_that_is_named_can_be_had() -> None:
+    low = run("quantize", "Qwen2.5-72B", "--bpw", "4.01", "--dry-run")
+    assert low.exit_code == 3
+    named = re.search(r"reachable: ([\d.]+) to", low.stderr)[1]  # type: ignore[index]
+    assert run("quantize", "Qwen2.5-72B", "--bpw", named, "--dry-run").exit_code == 0
+
+
+def test_zero_points_come_back_in_a_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    words = ["quantize", "Qwen2.5-72B", "--dry-run", "--json", "--format", "compressed-tensors"]
+    written = run(*words, "--bpw", "4.5", "--asymmetric", "--save-recipe", path)
+    assert written.exit_code == 0, written.output
+    assert " asym" in path.read_text().split("[layer]")[1]
+    again = run(*words, "--recipe", path)
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout)["recipe"]["layers"] == json.loads(written.stdout)["recipe"]["layers"]
+    refused = run("quantize", "Qwen2.5-72B", "--dry-run", "--recipe", path)
+    assert refused.exit_code == 1 and "is not offered in mixed gptq checkpoints" in refused.stderr
+
+
+def test_the_dry_run_counts_what_the_job_reads() -> None:
+    """Eight bits alone are not pulled, rounding reads no calibration text: fewer hidden states."""
+
+    def states(*options: str) -> int:
+        result = run("quantize", "Qwen2.5-7B", "--dry-run", "--json", *options)
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)["state_bytes"]
+
+    width, calibration, evaluation = 3584, 128 * 512, 20 * 512
+    drift = 2 * evaluation * 4 * width
+    two = 2 if states("--bits", "4") < 2 * (drift + calibration * 6 * width) else 4  # bfloat16 where the CPU has it
+    assert states("--bits", "8") == 2 * (drift + calibration * two * width) == states("--bits", "4", "--pull", "0")
+    assert states("--bits", "4") == 2 * (drift + calibration * 3 // 2 * two * width)
+    assert states("--bits", "4", "--pull-share", "1") == 2 * (drift + calibration * 2 * two * width)
+    assert states("--bits", "4", "--method", "rtn") == 2 * drift == states("--format", "bnb-nf4")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,15 @@ def made_again(out: Path, source: Path, **options: Any) -> Any:
 def calibrated(source: Path, out: Path, calib: Path, **changes: Any) -> Path:
     quantize(small_job(source, out, calibration=text_windows(calib, source, 32, 6), **changes))
     return out
+
+
+def test_a_padded_checkpoint_is_made_from_the_padded_source(tiny: Path, calib: Path, tmp_path: Path) -> None:
+    from qwenq.checkpoint import open_source
+
+    job = small_job(tiny, tmp_path / "out", calibration=None, options=SolverOptions(method="rtn"))
+    quantize(replace(job, source=open_source(tiny).padded(512)))
+    assert made_again(tmp_path / "out", tiny) == ((0, 2, 3), [])
+    assert made_again(tmp_path / "out", tiny, layers=[2]) == ((2,), [])
 
 
 def test_sample() -> None:

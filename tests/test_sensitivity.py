@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from qwenq.checkpoint import open_source
 from qwenq.cli.main import app
-from qwenq.errors import CalibrationError, PlanError
+from qwenq.errors import CalibrationError, JobError, PlanError
 from qwenq.fingerprint import fingerprint
 from qwenq.fisher import sampled_gradients
 from qwenq.head import HeadWeights
@@ -245,3 +245,22 @@ def test_zero_points_are_measured_and_used_when_asked_for(command: list[object],
     result = run(*command, "-o", out, "--bpw", "4.4", "--asymmetric", "--format", "compressed-tensors")
     assert result.exit_code == 0, result.stderr
     assert " asym" in (out / "qwenq-recipe.toml").read_text()
+
+
+@pytest.mark.parametrize(("row", "said"), [({}, "0.o has no scheme"), ({"16-bit": 0}, "16-bit is no scheme")])
+def test_rows_that_measure_nothing_are_refused(row: dict, said: str, table: Sensitivity, tmp_path: Path) -> None:
+    path = tmp_path / "s.json"
+    path.write_text(
+        json.dumps(table.to_json() | {"kl_nats_per_token": table.to_json()["kl_nats_per_token"] | {"0.o": row}})
+    )
+    with pytest.raises(PlanError, match=said):
+        read_sensitivity(path)
+
+
+def test_no_disk_for_the_passes(tiny: Path, calib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 windows of 256 tokens and 32 of 128, 128 values of 2 bytes, 4 layers: 8.4 MB."""
+    probe = split_windows(text_windows(calib, tiny, 256))
+    monkeypatch.setattr("qwenq.sensitivity.free_disk", lambda where: 8_000_000)
+    with pytest.raises(JobError, match=r"need 8.4 MB of disk"):
+        measure_sensitivity(open_source(tiny), probe, scratch=tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -252,6 +252,11 @@ def test_what_vllm_would_be_told(tiny: Path) -> None:
     assert single.startswith(f"vllm serve {tiny} --tensor-parallel-size ")
     for part in ("--max-model-len 256", "--kv-cache-dtype fp8", "--gpu-memory-utilization 0.9", "--port 9"):
         assert part in single
+    assert lines("--engine", "auto")[0].startswith("vllm serve "), "a dry run never starts a server"
+    refused = CliRunner(env={"COLUMNS": "120", "TERM": "dumb"}).invoke(
+        cli, ["serve", str(tiny), "--engine", "qwenq", "--dry-run"]
+    )
+    assert refused.exit_code == 1 and "are of vLLM's commands" in refused.stderr
     several = lines("--hosts", "alpha, beta")
     assert several[:4] == ["# on alpha", "ray start --head --port=6379", "# on beta", "ray start --address=alpha:6379"]
     assert "--distributed-executor-backend ray" in several[-1]

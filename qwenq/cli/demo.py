@@ -10,6 +10,7 @@ import typer
 from qwenq.cli.console import LayerProgress, drift_table, err, out
 from qwenq.cli.models import pick_calibration_dtype
 from qwenq.errors import JobError
+from qwenq.preflight import default_pull
 from qwenq.scheme import Recipe, Scheme
 from qwenq.units import format_gb
 
@@ -45,7 +46,7 @@ def demo(
     Finished variants are kept: a second call goes on where the first stopped. Other tools' results are drawn beside
     them where a benchmarks.jsonl lies beside the report.
     """
-    from qwenq.block import SolverOptions, default_pull
+    from qwenq.block import SolverOptions
     from qwenq.calibration import load_windows, overlap
     from qwenq.checkpoint import open_source
     from qwenq.demo import make_demo_model

@@ -41,7 +41,8 @@ from qwenq.cli.recipe import (
 from qwenq.cli.sensitivity import measure
 from qwenq.errors import PlanError
 from qwenq.planning.sensitivity import SENSITIVITY_NAME, encode_sensitivity
-from qwenq.preflight import PULL_SHARE
+from qwenq.preflight import PULL_SHARE, default_pull
+from qwenq.scheme import Recipe
 from qwenq.units import format_gb, format_seconds
 
 DEFAULT_WINDOWS = 128  # at most, when --num-samples is not given
@@ -148,14 +149,16 @@ def quantize(
             dtype,
             compute_dtype,
             calibration_dtype,
-            0.0 if method != "gptq" or pull == 0 else pull_share,
+            method,
+            pull,
+            pull_share,
             json,
         )
         return
     if output == Path():
         raise PlanError("no output directory", hint="give one with -o DIR")
 
-    from qwenq.block import SolverOptions, default_pull
+    from qwenq.block import SolverOptions
     from qwenq.calibration import load_windows, overlap
     from qwenq.checkpoint import open_source
     from qwenq.cli.models import pick_device, resolve_model
@@ -179,6 +182,10 @@ def quantize(
     recipe.check(source.spec)
     tokenizer = ModelTokenizer(source.directory)
     picked = pick_device(device)
+
+    def pulled(recipe: Recipe) -> float:
+        return 0.0 if method != "gptq" else default_pull(recipe) if pull is None else pull
+
     windows = None
     if method == "gptq":  # rounding to nearest reads no calibration text
         windows = load_windows(
@@ -210,7 +217,7 @@ def quantize(
             method=method,
             damp_percent=DAMP_PERCENT if damp_percent is None else damp_percent,
             fold=fold and method == "gptq",
-            pull=0.0 if method != "gptq" else default_pull(recipe) if pull is None else pull,
+            pull=pulled(recipe),
             pull_share=pull_share,
         ),
         device=picked,
@@ -233,7 +240,8 @@ def quantize(
             if chosen:
                 files = {RECIPE_NAME: encode_recipe(source.spec, chosen).encode()}
                 files |= {SENSITIVITY_NAME: encode_sensitivity(table)} if table else {}
-                job = replace(job, recipe=chosen.recipe, beside=tuple(files.items()))
+                options = replace(job.options, pull=pulled(chosen.recipe))
+                job = replace(job, recipe=chosen.recipe, options=options, beside=tuple(files.items()))
                 if not json:
                     err.print(recipe_table(source.spec, chosen))
                     err.print(prediction_line(chosen), soft_wrap=True)
@@ -275,6 +283,8 @@ def _dry_run(
     dtype: str,
     compute_dtype: str,
     calibration_dtype: str,
+    method: str,
+    pull: float | None,
     pull_share: float,
     json: bool,
 ) -> None:
@@ -296,11 +306,11 @@ def _dry_run(
         spec,
         recipe,
         Tokens(
-            num_samples or DEFAULT_WINDOWS,
+            (num_samples or DEFAULT_WINDOWS) if method == "gptq" else 0,
             eval_samples or DEFAULT_EVALUATION_WINDOWS,
             sequence_length,
             2 if pick_calibration_dtype(calibration_dtype, device) == "bfloat16" else 4,
-            pull_share,
+            pull_share if (default_pull(recipe) if pull is None else pull) else 0.0,
         ),
         compute_bytes=2 if narrow else 4,
         on_gpu=on_gpu,

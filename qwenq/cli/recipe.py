@@ -157,7 +157,7 @@ class Wanted:
     def choose(self, spec: ModelSpec, table: Sensitivity | None, dtype_of: Callable[[str], str]) -> Budgeted:
         """The recipe asked for; sensitivities are the prior's when there is no table. Zero points only if asked for."""
         table = table or prior(spec, asymmetric=bool(self.asymmetric))
-        if not self.asymmetric:
+        if not self.asymmetric and self.recipe is None:
             kept = {unit: {s: kl for s, kl in row.items() if s is None or s.sym} for unit, row in table.kl.items()}
             table = replace(table, kl=kept)
         if self.pad_for_tp is not None:
@@ -165,7 +165,7 @@ class Wanted:
         if self.recipe is not None:
             from qwenq.planning.recipefile import read_recipe
 
-            choice = read_recipe(self.recipe, spec)
+            choice = read_recipe(self.recipe, spec, self.format)
             return describe_choice(spec, table.covering(spec, choice), choice, dtype_of, self.format)
         if self.target_size is not None:
             return choose_for_bytes(spec, table, parse_size(self.target_size), dtype_of, self.format)

@@ -11,6 +11,7 @@ import typer
 
 from qwenq.cli.console import print_json, warn
 from qwenq.cli.models import JsonFlag, Model, resolve_model
+from qwenq.errors import RunError
 from qwenq.units import format_gb, parse_size, parse_tokens
 
 if TYPE_CHECKING:
@@ -56,7 +57,6 @@ def load_options(
     compute_dtype: str,
 ) -> LoadOptions:
     """Options as typed, understood; a QwenqError for what is not."""
-    from qwenq.errors import RunError
     from qwenq.runtime.generate import KV_DTYPES
     from qwenq.runtime.load import LoadOptions
 
@@ -104,7 +104,6 @@ def run(
     Ends with tokens a second and each device's peak memory beside what was predicted.
     """
     from qwenq.checkpoint import open_checkpoint
-    from qwenq.errors import RunError
     from qwenq.runtime.chat import Chat
     from qwenq.runtime.engines import check_engine
     from qwenq.runtime.generate import Session
@@ -196,10 +195,10 @@ def _answer(found: Loaded, session: Session, chat: Chat, ids: list[int], samplin
 
 
 def _talk(found: Loaded, session: Session, chat: Chat, sampling: Sampling, system: str, raw: bool) -> None:
-    """Turn after turn from stdin; an empty line is skipped, end of input or /exit ends."""
+    """Turn after turn from stdin; an empty line is skipped, /clear forgets, end of input or /exit ends."""
     messages = [{"role": "system", "content": system}] if system else []
     if sys.stdin.isatty():
-        print("a line is a turn; /exit or Ctrl-D ends", file=sys.stderr)
+        print("a line is a turn; /clear forgets what was said, /exit or Ctrl-D ends", file=sys.stderr)
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
@@ -208,12 +207,18 @@ def _talk(found: Loaded, session: Session, chat: Chat, sampling: Sampling, syste
             return
         if not line.strip():
             continue
-        if raw:
-            _answer(found, session, chat, chat.text_ids(line.rstrip("\n")), sampling, False)
+        if line.strip() == "/clear":
+            del messages[1 if system else 0 :]
             continue
-        messages.append({"role": "user", "content": line.strip()})
-        text = _answer(found, session, chat, chat.prompt_ids(messages), sampling, False)
-        messages.append({"role": "assistant", "content": text})
+        turn = [*messages, {"role": "user", "content": line.strip()}]
+        ids = chat.text_ids(line.rstrip("\n")) if raw else chat.prompt_ids(turn)
+        try:
+            text = _answer(found, session, chat, ids, sampling, False)
+        except RunError as error:  # the context is full, say: the model stays loaded
+            print(f"error: {error.message}\nhint: {error.hint}; /clear forgets the dialogue", file=sys.stderr)
+            continue
+        if not raw:
+            messages = [*turn, {"role": "assistant", "content": text}]
 
 
 def _foreign(
@@ -225,7 +230,6 @@ def _foreign(
     options: LoadOptions,
     json: bool,
 ) -> None:
-    from qwenq.errors import RunError
     from qwenq.runtime.engines import GptqModelEngine, VllmEngine
     from qwenq.runtime.generate import Timing
 

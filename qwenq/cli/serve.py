@@ -73,7 +73,9 @@ def serve(
     )
     directory = resolve_model(model)
     name = served_model_name or directory.resolve().name
-    wanted = engine == "vllm" or bool(hosts) or (engine == "auto" and installed and _has_gpu())
+    if engine == "qwenq" and (dry_run or gpu or hosts):
+        raise RunError("--dry-run, --gpu and --hosts are of vLLM's commands", hint="--engine vllm, or leave them out")
+    wanted = engine == "vllm" or bool(hosts or gpu or dry_run) or (engine == "auto" and installed and _has_gpu())
     if not wanted:
         _serve_here(directory, name, options, host, port, api_key, max_queue)
         return

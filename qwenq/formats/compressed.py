@@ -49,7 +49,7 @@ def compressed_config(recipe: Recipe, spec: ModelSpec) -> dict[str, Any]:
         "ignore": ["lm_head", *kept],
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
-        "producer": f"qwenq:{__version__}",
+        "producer": {"name": "qwenq", "version": __version__},  # vLLM asks it for its name
     }
 
 

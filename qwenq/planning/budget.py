@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -86,16 +87,16 @@ def choose_for_bits(
         for unit in units_of(spec)
     }
     weights = spec.linear_parameters
-    smallest = sum(min(options.values()) for options in costs.values()) / weights
+    smallest = Fraction(sum(min(options.values()) for options in costs.values()), weights)
     if not smallest <= bits < 16:
         raise HonestNo(
             f"{spec.name}: {float(bits):g} bits per linear weight are out of reach",
-            hint=f"reachable: {smallest:.4f} to below 16",
+            hint=f"reachable: {math.ceil(smallest * 10_000) / 10_000:.4f} to below 16",
         )
     found = _choose(
         spec, table, costs, bits * weights // 1, dtype_of, format, f"{float(bits):g} bits per linear weight", True
     )
-    assert found is not None and found.bits_per_linear_weight <= bits
+    assert found is not None and sum(costs[unit][scheme] for unit, scheme in found.choice.items()) <= bits * weights
     return found
 
 

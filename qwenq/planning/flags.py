@@ -64,7 +64,7 @@ def _words(plan: Plan, option: ParallelOption, checkpoint: str) -> list[str]:
     if plan.work.max_num_seqs:
         words += ["--max-num-seqs", str(plan.work.max_num_seqs)]
     if plan.work.context > plan.spec.max_position_embeddings:
-        words += ["--hf-overrides", json.dumps({"rope_scaling": _yarn(plan)})]
+        words += ["--hf-overrides", json.dumps(_extended(plan))]
     return words
 
 
@@ -131,7 +131,9 @@ def _layered(work: Workload) -> Workload:
     return Workload(work.context, work.batch, prefill_chunk=work.prefill_chunk)
 
 
-def _yarn(plan: Plan) -> dict[str, object]:
+def _extended(plan: Plan) -> dict[str, object]:
+    """YaRN for a context beyond the trained one, and the length it gives: vLLM 0.32 takes that as it stands."""
     original = plan.spec.max_position_embeddings
     factor = -(-plan.work.context // original)
-    return {"rope_type": "yarn", "factor": float(factor), "original_max_position_embeddings": original}
+    scaling = {"rope_type": "yarn", "factor": float(factor), "original_max_position_embeddings": original}
+    return {"rope_scaling": scaling, "max_position_embeddings": factor * original}

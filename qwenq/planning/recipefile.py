@@ -23,7 +23,7 @@ def encode_recipe(spec: ModelSpec, found: Budgeted) -> str:
     lines = [
         "# A qwenq recipe: the scheme of each unit. q, k and v share one (qkv), and so do gate and up (gate_up).",
         "# Edit the schemes, then: qwenq quantize MODEL -o OUT --recipe THIS_FILE",
-        "# Schemes: 4-bit g128, 4-bit g64, 4-bit g32, 8-bit g128, 8-bit g64, 8-bit g32, 16-bit.",
+        "# Schemes: 4-bit g128, g64 or g32, 8-bit g128, g64 or g32, 16-bit; in compressed-tensors 4-bit g128 asym, ... too.",
         f"version = {VERSION}",
         f"model = {_quoted(spec.name)}",
         f"target = {_quoted(found.target)}",
@@ -51,8 +51,8 @@ def save_recipe(path: Path, spec: ModelSpec, found: Budgeted) -> None:
         raise PlanError(f"{path}: {error.strerror}", hint="choose another name") from None
 
 
-def read_recipe(path: Path, spec: ModelSpec) -> Choice:
-    """A recipe file for `spec`; PlanError naming line, layer and unit for what cannot be."""
+def read_recipe(path: Path, spec: ModelSpec, format: str = "gptq") -> Choice:
+    """A recipe file for `spec` in a mixed `format`; PlanError naming line, layer and unit for what cannot be."""
     try:
         text = path.read_text(encoding="utf-8")
         found = tomllib.loads(text)
@@ -83,7 +83,7 @@ def read_recipe(path: Path, spec: ModelSpec) -> Choice:
             got = "missing" if row is None else f"has {', '.join(row)}" if isinstance(row, dict) else "is no table"
             raise PlanError(f"{where}: {got}, wanted {', '.join(UNITS)}", hint="e.g. " + _EXAMPLE)
         for unit in UNITS:
-            choice[layer, unit] = _scheme(spec, (layer, unit), row[unit], f"{where}, {unit}")
+            choice[layer, unit] = _scheme(spec, (layer, unit), row[unit], f"{where}, {unit}", format)
     if not any(choice.values()):
         raise PlanError(f"{path}: every unit stays in 16 bit, so there is nothing to quantize")
     return choice
@@ -92,16 +92,17 @@ def read_recipe(path: Path, spec: ModelSpec) -> Choice:
 _EXAMPLE = '0 = { qkv = "8-bit g32", o = "4-bit g64", gate_up = "4-bit g128", down = "16-bit" }'
 
 
-def _scheme(spec: ModelSpec, unit: Unit, label: Any, where: str) -> Scheme | None:
+def _scheme(spec: ModelSpec, unit: Unit, label: Any, where: str, format: str) -> Scheme | None:
     try:
         if not isinstance(label, str):
             raise PlanError(f"{label!r} is no scheme", hint="schemes are text, for instance '4-bit g128'")
         scheme = parse_scheme(label)
         if scheme is not None:
-            if scheme.group_size not in (-1, *GROUP_SIZES) or not scheme.sym:
+            zero_points = not scheme.sym and not (format == "compressed-tensors" and scheme.bits == 4)
+            if scheme.group_size not in (-1, *GROUP_SIZES) or zero_points:
                 raise PlanError(
-                    f"{scheme.label} is not offered in mixed checkpoints",
-                    hint="symmetric, in groups of 128, 64 or 32, or per channel: what vLLM loads",
+                    f"{scheme.label} is not offered in mixed {format} checkpoints",
+                    hint="groups of 128, 64 or 32, or per channel; 4 bits with zero points in compressed-tensors only",
                 )
             for lin in members_of(spec, unit):
                 scheme.check(lin)

@@ -66,9 +66,11 @@ class Sensitivity:
         kl = {unit: dict(row) for unit, row in self.kl.items()}
         for unit, scheme in choice.items():
             if scheme is not None and scheme not in kl[unit]:
-                known, value = next(iter(kl[unit].items()))
-                assert known is not None
-                kl[unit][scheme] = value * prior_noise(scheme) / prior_noise(known)
+                known = next(iter(self.kl[unit]), None)
+                if known is None:  # no group divides it, so that the table offers nothing
+                    kl[unit][scheme] = prior_kl(spec, unit) * prior_noise(scheme)
+                else:
+                    kl[unit][scheme] = self.kl[unit][known] * prior_noise(scheme) / prior_noise(known)
         return Sensitivity(self.model, self.fingerprint, kl, self.provenance)
 
     def check(self, spec: ModelSpec, fingerprint: str = "") -> None:
@@ -140,16 +142,21 @@ def prior_noise(scheme: Scheme) -> float:
     return wide * (PRIOR_8_BIT if scheme.bits == 8 else 1.0) * (1.0 if scheme.sym else 0.95)
 
 
+def prior_kl(spec: ModelSpec, unit: Unit) -> float:
+    """KL guessed for one unit alone at 4-bit g128."""
+    layer, kind = unit
+    layers = spec.num_hidden_layers
+    depth = layer / max(layers - 1, 1)
+    ends = PRIOR_ENDS["first"] * math.exp(-layer / 2) + PRIOR_ENDS["last"] * math.exp((depth - 1) * 10)
+    return PRIOR_KL[kind] * PRIOR_LAYERS / layers * (1 + round(ends, 1))
+
+
 def prior(spec: ModelSpec, *, asymmetric: bool = False) -> Sensitivity:
     """Sensitivities guessed from kind and depth, for planning without weights."""
     kl: dict[Unit, dict[Scheme | None, float]] = {}
-    layers = spec.num_hidden_layers
-    for layer, unit in units_of(spec):
-        depth = layer / max(layers - 1, 1)
-        ends = PRIOR_ENDS["first"] * math.exp(-layer / 2) + PRIOR_ENDS["last"] * math.exp((depth - 1) * 10)
-        base = PRIOR_KL[unit] * PRIOR_LAYERS / layers * (1 + round(ends, 1))
-        schemes = schemes_for(spec, unit, asymmetric=asymmetric)
-        kl[layer, unit] = {scheme: base * prior_noise(scheme) for scheme in schemes}
+    for unit in units_of(spec):
+        schemes = schemes_for(spec, unit[1], asymmetric=asymmetric)
+        kl[unit] = {scheme: prior_kl(spec, unit) * prior_noise(scheme) for scheme in schemes}
     return Sensitivity(spec.name, "", kl)
 
 
@@ -177,7 +184,12 @@ def read_sensitivity(path: Path) -> Sensitivity:
             good = isinstance(value, int | float) and not isinstance(value, bool)
             if not good or not 0 <= value < math.inf:
                 raise PlanError(f"{path}: {key}, {label[:40]}: {str(value)[:40]} is no KL", hint="the file is damaged")
-            entries[parse_scheme(label)] = float(value)
+            scheme = parse_scheme(label)
+            if scheme is None:
+                raise PlanError(f"{path}: {key}: 16-bit is no scheme to be measured", hint="the file is damaged")
+            entries[scheme] = float(value)
+        if not entries:
+            raise PlanError(f"{path}: {key} has no scheme", hint="the file is damaged")
         kl[int(layer), unit] = entries
     provenance = found.get("provenance")
     model = str(found.get("model", ""))[:200]

@@ -65,7 +65,8 @@ def unpack_int8(tensors: Mapping[str, Tensor], scheme: Scheme, name: str = "line
         raise CheckpointError(f"{name}: weight_format is {int(tensors['weight_format'])}, wanted 0 (rows)")
     codes_OI = (tensors["weight"].to(torch.int16) + scheme.zero).to(torch.uint8)
     scales_O1 = tensors["SCB"].float()[:, None] * 7.874015718698502e-3  # 1 / 127, in bitsandbytes' own digits
-    return QTensor(codes_OI, scales_O1, torch.full(scales_O1.shape, scheme.zero, dtype=torch.uint8), scheme)
+    zeros_O1 = torch.full(scales_O1.shape, scheme.zero, dtype=torch.uint8, device=codes_OI.device)
+    return QTensor(codes_OI, scales_O1, zeros_O1, scheme)
 
 
 def _loaded(tensors: Mapping[str, Tensor], shape: tuple[int, int], name: str) -> Any:

@@ -333,17 +333,16 @@ def _inner_tiles(columns: int) -> int:
     return next(tiles for tiles in (8, 4, 2) if columns % (16 * tiles) == 0)
 
 
-_ORDERS: dict[tuple[str, int, int], Tensor | None] = {}
+_ORDERS: dict[tuple[torch.device, int, int], Tensor | None] = {}
 
 
 def _order(rows: int, columns: int, device: torch.device) -> Tensor | None:
-    """`tile_order` of this device's packer, found once a process; an identity as an empty tensor."""
-    key = device.type, rows, columns
+    """`tile_order` of this device's packer, found once a process and device; an identity as an empty tensor."""
+    key = device, rows, columns
     if key not in _ORDERS:
         found = tile_order(_pack_column if device.type == "cpu" else _pack, rows, columns, device)
         _ORDERS[key] = found[:0] if found is not None and is_identity(found) else found
-    order = _ORDERS[key]
-    return None if order is None else order.to(device)
+    return _ORDERS[key]
 
 
 def _pack_column(codes_R1: Tensor) -> Tensor:

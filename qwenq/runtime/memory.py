@@ -15,6 +15,7 @@ from qwenq.errors import QwenqError, RunError
 from qwenq.host import forget_peak_rss, peak_rss_bytes, return_freed_memory
 from qwenq.planning.detect import known_gpu
 from qwenq.planning.rig import Rig
+from qwenq.planning.terms import context_term
 from qwenq.units import format_gib
 
 _TORCH_OOM = re.compile(r"Tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)\. GPU (\d+)")
@@ -46,7 +47,8 @@ class Peak:
 def visible_rig(limits: Sequence[int] = ()) -> Rig | None:
     """The GPUs torch sees with what is free on each, at most `limits` (one for all, or one each); None without a GPU.
 
-    RunError when the limits do not match the GPUs.
+    To ask makes this process's context on a GPU, which the plan counts: it is added to what is then free. RunError when
+    the limits do not match the GPUs.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count == 0:
@@ -60,6 +62,7 @@ def visible_rig(limits: Sequence[int] = ()) -> Rig | None:
     for index in range(count):
         left, total = torch.cuda.mem_get_info(index)
         gpus.append(known_gpu(torch.cuda.get_device_name(index), total))
+        left = min(total, left + context_term(gpus[-1].name).n_bytes)
         free.append(min(left, each[index]) if each else left)
     return Rig(tuple(gpus), free_bytes=tuple(free))
 
