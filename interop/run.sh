@@ -5,6 +5,7 @@
 #   VENV            this project's environment (.venv)
 #   INTEROP_ENVS    where the other tools' environments are made and kept (.interop)
 #   AUTOGPTQ_PYTHON set to a Python 3.9 to 3.11 to try the real AutoGPTQ 0.7.1 as well
+#   VLLM            set to 1 to try vLLM's CPU build as well, on compressed-tensors too
 # Results go to reports/interop.jsonl, one JSON object a check.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -41,6 +42,10 @@ rm -rf "$out" "$results.new"
 mkdir -p "$out"
 make_env gptqmodel "${PYTHON:-python3}"
 [ -z "${AUTOGPTQ_PYTHON:-}" ] || make_env autogptq "$AUTOGPTQ_PYTHON"
+if [ -n "${VLLM:-}" ]; then
+    make_env vllm "${PYTHON:-python3}"
+    "$envs/vllm/bin/pip" uninstall --quiet -y torchvision torchaudio torchcodec 2>/dev/null # see the requirements
+fi
 
 make_checkpoint() { # name quantize-options...
     local name=$1
@@ -78,5 +83,24 @@ check transformers-awq-g64 gptqmodel awq-g64 --loader transformers
 "$venv/bin/qwenq" convert "$out/awq-g64" "$out/awq-g64-as-gptq" --format gptq
 cp "$out/awq-g64.npz" "$out/awq-g64-as-gptq.npz"
 check gptqmodel-awq-g64-as-gptq gptqmodel awq-g64-as-gptq
+if [ -n "${VLLM:-}" ]; then
+    vllm() { # directory name [check options]
+        local directory=$1 name=$2
+        shift 2
+        "$envs/vllm/bin/python" interop/check_vllm.py "$directory" --logits "$out/$name.npz" "$@"
+    }
+    "$venv/bin/python" interop/reference_logits.py "$model" "$out/16-bit.npz"
+    for dtype in float32 float16 bfloat16; do
+        check "vllm-16-bit-$dtype" vllm "$model" 16-bit --dtype "$dtype"
+    done
+    make_checkpoint ct-g64 --format compressed-tensors --group-size 64
+    make_checkpoint ct-mixed --format compressed-tensors --bpw 5
+    for name in 4-bit-g128 4-bit-g64 4-bit-g32 4-bit-g-1 awq-g64 ct-g64; do
+        check "vllm-$name" vllm "$out/$name" "$name"
+    done
+    for name in 8-bit-g64 8-bit-g-1 mixed ct-mixed; do # vLLM has no 8-bit kernel for CPUs
+        check "vllm-$name" vllm "$out/$name" "$name" --plain-kernel
+    done
+fi
 mv "$results.new" "$results"
 exit $failed

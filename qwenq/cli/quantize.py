@@ -125,8 +125,8 @@ def quantize(
 ) -> None:
     """Turn a 16-bit checkpoint into a 4-bit, 8-bit or mixed one, layer by layer, and measure what was lost.
 
-    MODEL is a directory or a hub name; peak memory is one layer, not the model. The result is in GPTQ format, which
-    transformers, vLLM, SGLang, GPTQModel and ExLlama load, or in another --format.
+    MODEL is a directory or a hub name; peak memory is one layer, not the model. The result is in GPTQ format, or in
+    another --format; the README has a table of loaders that were tried.
     """
     method = pick_method(format, method)
     check_stored_dtype(dtype)
