@@ -64,7 +64,7 @@ class QuantizeJob:
         if self.calibration is None or self.options.pull == 0:
             return 0
         windows, length = self.calibration.ids.shape
-        return original_windows(windows, length, self.options.pull_share)
+        return original_windows(self.source.spec, windows, length, self.options.pull_share)
 
     def stored_dtype(self, name: str) -> str:
         """safetensors dtype in which tensor `name` is written when it is not quantized."""

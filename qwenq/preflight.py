@@ -20,7 +20,7 @@ BASE_BYTES = 560_000_000  # interpreter, torch, transformers and thread pools; m
 SPILL_BYTES = 6 << 30  # token buffers beyond this live in a memory-mapped file
 BATCH_TOKENS = 2048  # that go through a layer together
 PULL_SHARE = 0.5  # of the calibration windows also run through the 16-bit layers, for o and down to be pulled there
-PULL_TOKENS = 16384  # but at least so many tokens
+PULL_TOKENS_A_COLUMN = 8  # but at least so many tokens for each input column of down, where there are so many
 NOISE_WINDOWS = 2  # evaluation windows that are also run in float32, when computing in a narrower type
 _SLACK_BYTES = 1 << 20  # config, tokenizer copies are added exactly; journal and model card are not
 
@@ -60,10 +60,9 @@ class Tokens:
     def evaluation(self) -> int:
         return self.evaluation_windows * self.length
 
-    @property
-    def original(self) -> int:
+    def original(self, spec: ModelSpec) -> int:
         """Calibration tokens that run through the 16-bit layers too."""
-        return original_windows(self.calibration_windows, self.length, self.pull_share) * self.length
+        return original_windows(spec, self.calibration_windows, self.length, self.pull_share) * self.length
 
 
 def default_pull(recipe: Recipe) -> float:
@@ -72,15 +71,17 @@ def default_pull(recipe: Recipe) -> float:
     return 0.5 if any(scheme is not None and scheme.bits == 4 for scheme in schemes) else 0.0
 
 
-def original_windows(windows: int, length: int, share: float = PULL_SHARE) -> int:
+def original_windows(spec: ModelSpec, windows: int, length: int, share: float = PULL_SHARE) -> int:
     """How many calibration windows, the first ones, run through the 16-bit layers too, for o and down to be pulled.
 
-    A whole number of batches, of PULL_TOKENS at least where there are so many; none for a share of 0.
+    A whole number of batches; none for a share of 0. What few tokens say of many columns is mostly noise: large models
+    take all windows.
     """
     if share == 0:
         return 0
     step = max(1, BATCH_TOKENS // length)
-    return min(windows, math.ceil(max(windows * share, PULL_TOKENS / length) / step) * step)
+    enough = PULL_TOKENS_A_COLUMN * spec.intermediate_size / length
+    return min(windows, math.ceil(max(windows * share, enough) / step) * step)
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def scratch_width(spec: ModelSpec) -> int:
 def stream_bytes(spec: ModelSpec, tokens: Tokens, compute_bytes: int) -> int:
     """Hidden states of all streams, the float32 one for the noise floor included."""
     noise = min(NOISE_WINDOWS, tokens.evaluation_windows) * tokens.length * 4 if compute_bytes < 4 else 0
-    calibration = (tokens.calibration + tokens.original) * tokens.calibration_bytes
+    calibration = (tokens.calibration + tokens.original(spec)) * tokens.calibration_bytes
     return (calibration + 2 * tokens.evaluation * compute_bytes + noise) * spec.hidden_size
 
 

@@ -52,7 +52,7 @@ def test_all_windows_count_their_tokens_alike(
     """
     window = text_windows(calib, tiny, 256, 1)
     windows = replace(window, ids=window.ids.repeat(16, 1))
-    monkeypatch.setattr("qwenq.preflight.PULL_TOKENS", 0)
+    monkeypatch.setattr("qwenq.preflight.PULL_TOKENS_A_COLUMN", 0)
     found: dict[float, list[torch.Tensor]] = {}
     for share in (0.0, 0.5, 1.0):
         kept = found.setdefault(share, [])

@@ -197,15 +197,17 @@ def test_hidden_states_by_hand() -> None:
 
 
 def test_windows_that_run_through_the_16_bit_layers() -> None:
-    """Half of them in whole batches of 2048 tokens, 16,384 tokens at least, never more than there are."""
-    assert original_windows(128, 512) == 64
-    assert original_windows(85, 512) == 44
-    assert original_windows(64, 512) == 32
-    assert original_windows(40, 512) == 32
-    assert original_windows(6, 32) == 6
-    assert original_windows(3, 40_000) == 2
-    assert original_windows(128, 512, 1.0) == 128
-    assert original_windows(128, 512, 0.0) == 0
+    """Half of them in whole batches of 2048 tokens, eight tokens a column of down at least, never more than there are."""
+    spec = spec_of(intermediate_size=1536)  # 12,288 tokens
+    assert original_windows(spec, 128, 512) == 64
+    assert original_windows(spec, 85, 512) == 44
+    assert original_windows(spec, 40, 512) == 24
+    assert original_windows(spec, 6, 32) == 6
+    assert original_windows(spec, 3, 40_000) == 2
+    assert original_windows(spec, 128, 512, 1.0) == 128
+    assert original_windows(spec, 128, 512, 0.0) == 0
+    assert original_windows(spec_of(intermediate_size=4864), 128, 512) == 76
+    assert original_windows(spec_of(intermediate_size=29568), 128, 512) == 128
 
 
 def test_predicted_peaks_do_not_know_the_number_of_layers() -> None:

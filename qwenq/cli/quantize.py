@@ -107,8 +107,8 @@ def quantize(
         typer.Option(
             min=0.0,
             max=1.0,
-            help="Share of the calibration windows that --pull reads, 16,384 tokens at least. 1 loses a little less "
-            "and takes longer.",
+            help="Share of the calibration windows that --pull reads, but 8 tokens a column of down at least: all of "
+            "them for large models. 1 loses less and takes longer.",
         ),
     ] = PULL_SHARE,
     device: Device = "auto",
