@@ -197,7 +197,7 @@ def test_hidden_states_by_hand() -> None:
 
 
 def test_windows_that_run_through_the_16_bit_layers() -> None:
-    """Half of them in whole batches of 2048 tokens, eight tokens a column of down at least, never more than there are."""
+    """Half of them in whole batches of 2048 tokens, 8 tokens a column of down at least, not more than there are."""
     spec = spec_of(intermediate_size=1536)  # 12,288 tokens
     assert original_windows(spec, 128, 512) == 64
     assert original_windows(spec, 85, 512) == 44

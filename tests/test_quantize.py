@@ -139,7 +139,7 @@ def test_folding_and_pulling_each_lose_less(tiny: Path, calib: Path, heldout: Pa
             calibration=text_windows(calib, tiny, 128, 64), evaluation=text_windows(heldout, tiny, 128, 24),
         )  # fmt: skip
         kl[fold, pull] = quantize(job).drift.kl.mean
-    assert kl[True, 0.0] < 0.97 * kl[False, 0.0]
+    assert kl[True, 0.0] < kl[False, 0.0]
     assert kl[True, 0.5] < 0.85 * kl[True, 0.0]
 
 
@@ -280,7 +280,7 @@ def test_drift_is_that_of_transformers_full_models(bits: int, tiny: Path, heldou
 def test_reported_errors_are_those_of_the_outputs(random_model: Make, tmp_path: Path) -> None:
     """The oracle: transformers' quantized model on the calibration tokens; each linear sees there what it was solved
     for, inputs that went through every linear quantized before it. E = ||X (W - Q)'||^2 / ||X W'||^2, where tokens of
-    o and down count by the inverse mean square of the states they are added to.
+    o and down count by the inverse mean square of the states that come of adding X W'.
     """
     from transformers import Qwen2ForCausalLM
 
@@ -307,9 +307,10 @@ def test_reported_errors_are_those_of_the_outputs(random_model: Make, tmp_path: 
     for name, error_db in told.items():
         added_to = {"o_proj": "input_layernorm", "down_proj": "post_attention_layernorm"}.get(name.rsplit(".", 1)[1])
         x = inputs[name].double()
-        if added_to is not None:
-            x = x * inputs[f"{name.rsplit('.', 2)[0]}.{added_to}"].double().square().mean(-1, keepdim=True).rsqrt()
         w = job.source.read(name + ".weight").double()
+        if added_to is not None:
+            after = inputs[f"{name.rsplit('.', 2)[0]}.{added_to}"].double() + x @ w.T
+            x = x * after.square().mean(-1, keepdim=True).rsqrt()
         q = state[name + ".weight"].double()
         wanted = 10 * math.log10(float((x @ (w - q).T).square().sum() / (x @ w.T).square().sum()))
         assert error_db == pytest.approx(wanted, abs=0.02), name

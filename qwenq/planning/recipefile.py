@@ -23,7 +23,7 @@ def encode_recipe(spec: ModelSpec, found: Budgeted) -> str:
     lines = [
         "# A qwenq recipe: the scheme of each unit. q, k and v share one (qkv), and so do gate and up (gate_up).",
         "# Edit the schemes, then: qwenq quantize MODEL -o OUT --recipe THIS_FILE",
-        "# Schemes: 4-bit g128, g64 or g32, 8-bit g128, g64 or g32, 16-bit; in compressed-tensors 4-bit g128 asym, ... too.",
+        "# Schemes: 4-bit g128, g64 or g32, 8-bit likewise, 16-bit; in compressed-tensors 4-bit g128 asym, ... too.",
         f"version = {VERSION}",
         f"model = {_quoted(spec.name)}",
         f"target = {_quoted(found.target)}",
