@@ -98,7 +98,7 @@ if [ -n "${VLLM:-}" ]; then
     for name in 4-bit-g128 4-bit-g64 4-bit-g32 4-bit-g-1 awq-g64 ct-g64; do
         check "vllm-$name" vllm "$out/$name" "$name"
     done
-    for name in 8-bit-g64 8-bit-g-1 mixed ct-mixed; do # vLLM has no 8-bit kernel for CPUs
+    for name in 8-bit-g64 8-bit-g-1 mixed mixed-padded ct-mixed; do # vLLM has no 8-bit kernel for CPUs
         check "vllm-$name" vllm "$out/$name" "$name" --plain-kernel
     done
 fi
