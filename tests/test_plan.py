@@ -6,6 +6,7 @@ import csv
 import json
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -209,6 +210,9 @@ def test_flags_of_a_layered_plan() -> None:
         "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
         "max_position_embeddings": 131072,  # vLLM 0.32 refuses a longer --max-model-len, whatever the factor
     }
+    llama = replace(B72, model_type="llama", attention_bias=False)
+    other = make_plan(llama, recipe_weights(llama, Recipe(Scheme(4, 128))), yarn.rig, yarn.engine, yarn.work)
+    assert "--hf-overrides" not in vllm_flags(other), "its base would be replaced by Qwen's, without a word"
     kept = make_plan(B72, INT4, parse_rig("4x RTX 3090"), get_engine("qwenq"), Workload(8192, kv_dtype="fp8"))
     assert "-sm layer -ts " in llamacpp_flags(kept) and "--cache-type-k q8_0" in llamacpp_flags(kept)
     assert "--kv-cache-dtype fp8" in vllm_flags(kept)

@@ -63,7 +63,8 @@ def _words(plan: Plan, option: ParallelOption, checkpoint: str) -> list[str]:
         words += ["--kv-cache-dtype", "fp8"]
     if plan.work.max_num_seqs:
         words += ["--max-num-seqs", str(plan.work.max_num_seqs)]
-    if plan.work.context > plan.spec.max_position_embeddings:
+    # The override replaces all rope parameters; the base vLLM then takes is Qwen's. For others it refuses the context.
+    if plan.work.context > plan.spec.max_position_embeddings and plan.spec.model_type != "llama":
         words += ["--hf-overrides", json.dumps(_extended(plan))]
     return words
 
