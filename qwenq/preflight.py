@@ -21,6 +21,7 @@ SPILL_BYTES = 6 << 30  # token buffers beyond this live in a memory-mapped file
 BATCH_TOKENS = 2048  # that go through a layer together
 PULL_SHARE = 0.5  # of the calibration windows also run through the 16-bit layers, for o and down to be pulled there
 PULL_TOKENS_A_COLUMN = 8  # but at least so many tokens for each input column of down, where there are so many
+PULL_LEAST_A_COLUMN = 5  # with fewer pulls do harm: nothing is pulled unless asked for (reports/LOG.md)
 NOISE_WINDOWS = 2  # evaluation windows that are also run in float32, when computing in a narrower type
 _SLACK_BYTES = 1 << 20  # config, tokenizer copies are added exactly; journal and model card are not
 
@@ -65,8 +66,13 @@ class Tokens:
         return original_windows(spec, self.calibration_windows, self.length, self.pull_share) * self.length
 
 
-def default_pull(recipe: Recipe) -> float:
-    """0.5 where anything is in 4 bits. What 8 bits lose is of the size of what bfloat16 streams blur: no pull there."""
+def default_pull(recipe: Recipe, spec: ModelSpec, tokens: int) -> float:
+    """0.5 where anything is in 4 bits and calibration tokens are enough for the columns of down, else 0.
+
+    What 8 bits lose is of the size of what bfloat16 streams blur; what few tokens say of many columns is mostly noise.
+    """
+    if tokens < PULL_LEAST_A_COLUMN * spec.intermediate_size:
+        return 0.0
     schemes = (recipe.default, *(scheme for _, scheme in recipe.overrides))
     return 0.5 if any(scheme is not None and scheme.bits == 4 for scheme in schemes) else 0.0
 
@@ -74,8 +80,7 @@ def default_pull(recipe: Recipe) -> float:
 def original_windows(spec: ModelSpec, windows: int, length: int, share: float = PULL_SHARE) -> int:
     """How many calibration windows, the first ones, run through the 16-bit layers too, for o and down to be pulled.
 
-    A whole number of batches; none for a share of 0. What few tokens say of many columns is mostly noise: large models
-    take all windows.
+    A whole number of batches; none for a share of 0.
     """
     if share == 0:
         return 0

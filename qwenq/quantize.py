@@ -1,7 +1,7 @@
 r"""The main job: 16-bit shards in, quantized shards out, one decoder layer at a time, journalled and resumable.
 
     source --> layer i --> reference stream             (16-bit layer, evaluation tokens)
-                      \--> original stream              (16-bit layer, calibration windows, half of them)
+                      \--> original stream              (16-bit layer, calibration windows, half or all)
                       \--> calibration stream, solve --> shard i, journal line i
     shard i ----------------> quantized stream           (the layer as written, evaluation tokens)
     final norm, head --> DriftReport

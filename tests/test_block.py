@@ -16,6 +16,7 @@ from qwenq.preflight import default_pull
 from qwenq.quant.gptq import solve_unit
 from qwenq.quantize import quantize
 from qwenq.scheme import Recipe, Scheme
+from qwenq.spec import family_spec
 
 
 @pytest.mark.parametrize(("windows", "length"), [(9, 512), (10, 2048), (7, 300), (1, 5000)])
@@ -37,10 +38,17 @@ def test_a_stage_within_a_stage_counts_for_itself_alone() -> None:
     assert clock.seconds["outer"] == pytest.approx(0.03, abs=0.02)
 
 
-def test_eight_bits_alone_are_not_pulled() -> None:
+def test_eight_bits_alone_and_few_tokens_are_not_pulled() -> None:
     four, eight = Scheme(4, 64), Scheme(8, 64)
-    assert default_pull(Recipe(four)) == default_pull(Recipe(eight, (("a", four),))) == 0.5
-    assert default_pull(Recipe(eight)) == default_pull(Recipe(eight, (("a", None),))) == 0.0
+    spec = family_spec("Qwen2.5-0.5B")
+    assert spec is not None
+
+    def pull(recipe: Recipe, tokens: int = 65536) -> float:
+        return default_pull(recipe, spec, tokens)
+
+    assert pull(Recipe(four)) == pull(Recipe(eight, (("a", four),))) == 0.5
+    assert pull(Recipe(eight)) == pull(Recipe(eight, (("a", None),))) == 0.0
+    assert pull(Recipe(four), 5 * 4864) == 0.5 and pull(Recipe(four), 5 * 4864 - 1) == 0.0, "tokens a column of down"
 
 
 def test_all_windows_count_their_tokens_alike(

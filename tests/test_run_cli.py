@@ -88,6 +88,18 @@ def test_a_chat_remembers(tiny: Path, random_model: Callable[..., Path], edit_js
     assert first == len(ids) and second > first  # the answer and the second question came on top
 
 
+def test_a_full_context_does_not_end_a_chat(random_model: Callable[..., Path], edit_json: Callable[..., Any]) -> None:
+    model = random_model(max_position_embeddings=512)
+    edit_json(model / "tokenizer_config.json", chat_template=TEMPLATE)
+    words = "sea " * 100
+    result = run(model, "-c", 64, "-n", 5, "--temperature", 0, stdin=f"Hello\n{words}\nAgain\n/clear\nHello\n")
+    assert result.exit_code == 0, result.stderr
+    assert "in a context of 64" in result.stderr and "/clear forgets the dialogue" in result.stderr
+    prompts = [int(line.split()[1]) for line in result.stderr.splitlines() if line.startswith("prompt ")]
+    assert len(prompts) == 3, "the long turn got no answer, those around it did"
+    assert prompts[1] > prompts[0] == prompts[2], "a dialogue grows, and is forgotten when asked"
+
+
 @pytest.mark.parametrize(
     ("options", "message", "hint"),
     [

@@ -71,13 +71,14 @@ def demo(
         target = directory / name
         if not target.exists():
             err.print(f"{target}: {scheme.label}, {method}")
+            pull = default_pull(Recipe(scheme), source.spec, calibration.ids.numel())
             job = QuantizeJob(
                 source=source,
                 out=target,
                 recipe=Recipe(scheme),
                 calibration=None if method == "rtn" else calibration,
                 evaluation=evaluation,
-                options=SolverOptions(method=method, pull=default_pull(Recipe(scheme))),
+                options=SolverOptions(method=method, pull=pull),
                 calibration_dtype=pick_calibration_dtype("auto", "cpu"),
                 overlap=None if method == "rtn" else shared,
             )

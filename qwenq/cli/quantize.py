@@ -99,7 +99,8 @@ def quantize(
             min=0.0,
             max=1.0,
             help="How far o and down are moved, before rounding, to answer for what earlier layers lost. 0 saves the "
-            "pass of calibration tokens through the 16-bit layers. Default: 0.5, and 0 where all is in 8 bits.",
+            "pass of calibration tokens through the 16-bit layers. Default: 0.5, and 0 where all is in 8 bits or there "
+            "are fewer than 5 calibration tokens a column of down.",
         ),
     ] = None,
     pull_share: Annotated[
@@ -107,8 +108,8 @@ def quantize(
         typer.Option(
             min=0.0,
             max=1.0,
-            help="Share of the calibration windows that --pull reads, but 8 tokens a column of down at least: all of "
-            "them for large models. 1 loses less and takes longer.",
+            help="Share of the calibration windows that --pull reads, but 8 tokens a column of down where there are so "
+            "many. 1 loses less and takes longer, 0 is --pull 0.",
         ),
     ] = PULL_SHARE,
     device: Device = "auto",
@@ -184,7 +185,9 @@ def quantize(
     picked = pick_device(device)
 
     def pulled(recipe: Recipe) -> float:
-        return 0.0 if method != "gptq" else default_pull(recipe) if pull is None else pull
+        if windows is None or pull_share == 0:
+            return 0.0
+        return default_pull(recipe, source.spec, windows.ids.numel()) if pull is None else pull
 
     windows = None
     if method == "gptq":  # rounding to nearest reads no calibration text
@@ -300,17 +303,20 @@ def _dry_run(
         identity = fingerprint(Path(model)) if Path(model).is_dir() else ""
         chosen = wanted.choose(spec, wanted.table(spec, identity), dtype_of)
     recipe = chosen.recipe if chosen else wanted.uniform()
+    calibrated = (num_samples or DEFAULT_WINDOWS) if method == "gptq" else 0
+    if pull is None:
+        pull = default_pull(recipe, spec, calibrated * sequence_length)
     on_gpu = device.startswith("cuda")
     narrow = compute_dtype == "bfloat16" or (compute_dtype == "auto" and on_gpu)
     check = preflight(
         spec,
         recipe,
         Tokens(
-            (num_samples or DEFAULT_WINDOWS) if method == "gptq" else 0,
+            calibrated,
             eval_samples or DEFAULT_EVALUATION_WINDOWS,
             sequence_length,
             2 if pick_calibration_dtype(calibration_dtype, device) == "bfloat16" else 4,
-            pull_share if (default_pull(recipe) if pull is None else pull) else 0.0,
+            pull_share if pull else 0.0,
         ),
         compute_bytes=2 if narrow else 4,
         on_gpu=on_gpu,
