@@ -22,10 +22,9 @@ import numpy as np
 import torch
 
 from qwenq import __version__
-from qwenq.block import run_layer
 from qwenq.checkpoint import Checkpoint, open_checkpoint
 from qwenq.head import HeadWeights, compare_streams
-from qwenq.stream import Network
+from qwenq.replicas import Replicas
 from qwenq.streams import embed
 
 DRAWS = 4000
@@ -46,7 +45,7 @@ def parse_args() -> argparse.Namespace:
 @torch.inference_mode()
 def drifts(reference: Checkpoint, checkpoints: dict[str, Checkpoint], ids_NT: torch.Tensor) -> dict[str, Any]:
     """TokenDrift of each checkpoint; the 16-bit model is run once, layer by layer."""
-    network = Network(reference.config, reference.spec, dtype=torch.float32)
+    network = Replicas(reference.config, reference.spec, dtype=torch.float32, window_tokens=ids_NT.shape[1])
     everything = {"reference": reference} | checkpoints
     states = {name: torch.empty(*ids_NT.shape, reference.spec.hidden_size) for name in everything}
     for name, checkpoint in everything.items():
@@ -54,10 +53,10 @@ def drifts(reference: Checkpoint, checkpoints: dict[str, Checkpoint], ids_NT: to
     for layer in range(reference.spec.num_hidden_layers):
         for name, checkpoint in everything.items():
             network.fill(checkpoint.layer_state(layer))
-            run_layer(network, states[name])
+            network.run_layer(states[name])
     base = (HeadWeights(reference), states["reference"])
     return {
-        name: compare_streams(network, base, (HeadWeights(checkpoint), states[name]), ids_NT)
+        name: compare_streams(network.first, base, (HeadWeights(checkpoint), states[name]), ids_NT)
         for name, checkpoint in checkpoints.items()
     }
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 WINDOWS = "qwenq-windows"  # the name under which transformers knows `attend_windows`
 BLOCK_ROWS = 64  # of queries whose scores are computed together
@@ -30,6 +29,8 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
         return _by_blocks(query, key, value, scaling)
     ahead: dict[str, Any] = {"is_causal": True}
     if tokens != keys:
+        from torch.nn.attention.bias import causal_lower_right  # takes a second to import
+
         ahead = {"attn_mask": causal_lower_right(tokens, keys)}
     out = F.scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=True, **ahead)
     return out.transpose(1, 2).contiguous()

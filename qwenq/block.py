@@ -6,18 +6,22 @@ h -> norm -> [q k v] -> attention -> [o] -> + -> norm -> [gate up] -> act * -> [
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from qwenq.errors import CheckpointError
 from qwenq.formats.storage import pack_linear
 from qwenq.preflight import BATCH_TOKENS, PULL_SHARE
 from qwenq.quant.fold import FoldedLayer
-from qwenq.quant.gptq import DAMP_PERCENT, QTensor, add_to_hessian, mirror_upper, solve_unit
+from qwenq.quant.gptq import DAMP_PERCENT, QTensor, add_to_hessian, mirror_upper
+from qwenq.quant.rows import solve_rows
+from qwenq.replicas import LaneSums, Replicas
 from qwenq.results import LayerResult
 from qwenq.scheme import Recipe, Scheme
 from qwenq.spec import UNITS, LinearSpec, ModelSpec
@@ -43,6 +47,7 @@ class StageClock:
 
     seconds: dict[str, float] = field(default_factory=dict)
     _inner_s: list[float] = field(default_factory=lambda: [0.0])
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @contextmanager
     def time(self, stage: str) -> Iterator[None]:
@@ -52,8 +57,23 @@ class StageClock:
             yield
         finally:
             elapsed = time.perf_counter() - start
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + elapsed - self._inner_s.pop()
+            self._add(stage, elapsed - self._inner_s.pop())
             self._inner_s[-1] += elapsed
+
+    @contextmanager
+    def time_in_lane(self, stage: str, *, of: str, lanes: int) -> Iterator[None]:
+        """What one of several lanes takes for `stage` while stage `of` is timed outside them all."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            elapsed = (time.perf_counter() - start) / lanes
+            with self._lock:
+                self._add(stage, elapsed)
+                self._add(of, -elapsed)
+
+    def _add(self, stage: str, seconds: float) -> None:
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
 
 def batches(windows: int, tokens: int, budget_tokens: int = BATCH_TOKENS) -> Iterator[slice]:
@@ -63,12 +83,6 @@ def batches(windows: int, tokens: int, budget_tokens: int = BATCH_TOKENS) -> Ite
         yield slice(start, min(start + step, windows))
 
 
-def run_layer(network: Network, h_NTH: torch.Tensor) -> None:
-    """Send hidden states through the layer as it stands, in place."""
-    for part in batches(h_NTH.shape[0], h_NTH.shape[1]):
-        h_NTH[part] = network.forward(h_NTH[part].to(network.device)).to(h_NTH.device)
-
-
 @dataclass(frozen=True)
 class CalibrationStreams:
     """Hidden states of the calibration tokens, [windows, tokens, hidden], and flat working space of the same dtype.
@@ -76,11 +90,11 @@ class CalibrationStreams:
     `scratch` holds at least windows * tokens * max(q_size + hidden, intermediate) values.
     """
 
-    quantized_NTH: torch.Tensor  # through quantized layers
-    original_NTH: torch.Tensor | None  # the first windows, through 16-bit layers; None when nothing is pulled there
-    scratch: torch.Tensor
+    quantized_NTH: Tensor  # through quantized layers
+    original_NTH: Tensor | None  # the first windows, through 16-bit layers; None when nothing is pulled there
+    scratch: Tensor
 
-    def buffer(self, width: int, after: int = 0) -> torch.Tensor:
+    def buffer(self, width: int, after: int = 0) -> Tensor:
         """[windows, tokens, width] of the scratch, behind `after` values a token."""
         windows, tokens, _ = self.quantized_NTH.shape
         count = windows * tokens
@@ -89,13 +103,13 @@ class CalibrationStreams:
 
 @dataclass
 class BlockSolver:
-    """Quantizes the layer that `network` holds, unit by unit; each sees what those before it make of the tokens.
+    """Quantizes the layer that `replicas` hold, unit by unit; each sees what those before it make of the tokens.
 
     folded: the layer's tensors with nothing folded yet; afterwards `folded.kept` has what is to be written as it is.
-    Streams are advanced in place to the output of the layer. Afterwards the network holds the dequantized weights.
+    Streams are advanced in place to the output of the layer. Afterwards the replicas hold the dequantized weights.
     """
 
-    network: Network
+    replicas: Replicas
     spec: ModelSpec
     layer: int
     recipe: Recipe
@@ -103,83 +117,97 @@ class BlockSolver:
     streams: CalibrationStreams
     options: SolverOptions
     clock: StageClock
-    packed: dict[str, torch.Tensor] = field(default_factory=dict)
+    packed: dict[str, Tensor] = field(default_factory=dict)
     results: list[LayerResult] = field(default_factory=list)
 
-    def run(self) -> tuple[dict[str, torch.Tensor], list[LayerResult]]:
+    def run(self) -> tuple[dict[str, Tensor], list[LayerResult]]:
         """Packed tensors by full name, and one result a linear."""
-        network, h_NTH = self.network, self.h_NTH
+        h_NTH = self.h_NTH
         attended = self.streams.buffer(self.spec.q_size)
         middle = self.streams.buffer(self.spec.hidden_size, after=self.spec.q_size)
         gated = self.streams.buffer(self.spec.intermediate_size)  # takes the place of both
         original = self.streams.original_NTH
         if original is not None:
-            with self.clock.time("forward"):
-                self._advance_original(original, middle)
+            self._advance_original(original, middle)
         self._take_kept()
 
-        def attend(part: slice) -> torch.Tensor:
-            a = network.attend(network.attention_input(self._on_device(h_NTH, part)))
+        def attention_input(network: Network, part: slice) -> Tensor:
+            return network.attention_input(_on(network, h_NTH[part]))
+
+        def attend(network: Network, part: slice) -> Tensor:
+            a = network.attend(attention_input(network, part))
             attended[part] = a.to(attended.device)
             return a
 
-        down_moment_I = torch.zeros(self.spec.intermediate_size, device=network.device)
+        down_moments = LaneSums(self.replicas, 1, self.spec.intermediate_size)
 
-        def after_attention(part: slice) -> torch.Tensor:
-            h = network.add_attention(self._on_device(h_NTH, part), self._on_device(attended, part))
+        def after_attention(network: Network, part: slice) -> Tensor:
+            h = network.add_attention(_on(network, h_NTH[part]), _on(network, attended[part]))
             h_NTH[part] = h.to(h_NTH.device)
             x = network.mlp_input(h)
             if self._folds("down"):  # scales of down's inputs are scales of up's rows: needed before up is rounded
                 sample = x[:, ::MOMENT_STRIDE]
-                down_moment_I.add_(network.gate(sample).float().square().sum((0, 1)))
+                down_moments.of(network).add_(network.gate(sample).float().square().sum((0, 1)))
             return x
 
-        def gate(part: slice) -> torch.Tensor:
-            m = network.gate(network.mlp_input(self._on_device(h_NTH, part)))
+        def gate(network: Network, part: slice) -> Tensor:
+            m = network.gate(network.mlp_input(_on(network, h_NTH[part])))
             gated[part] = m.to(gated.device)
             return m
 
-        self._solve_inner("qkv", lambda part: network.attention_input(self._on_device(h_NTH, part)))
+        def add_mlp(network: Network, part: slice) -> None:
+            h = network.add_mlp(_on(network, h_NTH[part]), _on(network, gated[part]))
+            h_NTH[part] = h.to(h_NTH.device)
+
+        self._solve_inner("qkv", attention_input)
         after_o = None if original is None else middle[: len(original)]
-        self._solve_outer("o", attend, network.add_attention, after_o)
-        self._solve_inner("gate_up", after_attention, down_moment_I)
-        self._solve_outer("down", gate, network.add_mlp, original)
-        with self.clock.time("forward"):
-            for part in self._parts():
-                h = network.add_mlp(self._on_device(h_NTH, part), self._on_device(gated, part))
-                h_NTH[part] = h.to(h_NTH.device)
+        self._solve_outer("o", attend, Network.add_attention, after_o)
+        self._solve_inner("gate_up", after_attention, down_moments)
+        self._solve_outer("down", gate, Network.add_mlp, original)
+        self._pass(add_mlp, range(len(h_NTH)))
         return self.packed, self.results
 
     @property
-    def h_NTH(self) -> torch.Tensor:
+    def h_NTH(self) -> Tensor:
         return self.streams.quantized_NTH
 
-    def _advance_original(self, original_NTH: torch.Tensor, middle_NTH: torch.Tensor) -> None:
+    def _advance_original(self, original_NTH: Tensor, middle_NTH: Tensor) -> None:
         """Send the 16-bit stream through the 16-bit layer, in place; `middle` gets its states after attention."""
-        network = self.network
-        for part in batches(*original_NTH.shape[:2]):
-            h = self._on_device(original_NTH, part)
+
+        def advance(network: Network, part: slice) -> None:
+            h = _on(network, original_NTH[part])
             h = network.add_attention(h, network.attend(network.attention_input(h)))
             middle_NTH[part] = h.to(middle_NTH.device)
             original_NTH[part] = network.add_mlp(h, network.gate(network.mlp_input(h))).to(original_NTH.device)
 
+        self._pass(advance, range(len(original_NTH)))
+
+    def _pass(self, function: Callable[[Network, slice], object], windows: range) -> None:
+        with self.clock.time("forward"):
+            self.replicas.each(function, windows)
+
+    def _in_lane(self, stage: str) -> AbstractContextManager[None]:
+        return self.clock.time_in_lane(stage, of="forward", lanes=len(self.replicas.networks))
+
     def _solve_inner(
-        self, unit: str, produce: Callable[[slice], torch.Tensor], down_moment_I: torch.Tensor | None = None
+        self, unit: str, produce: Callable[[Network, slice], Tensor], down_moments: LaneSums | None = None
     ) -> None:
         """Solve a unit that reads a norm: q, k, v or gate, up."""
         members = _members(self.spec, self.layer, unit)
         if not _by_scheme(members, self.recipe):
-            return self._produce(produce)
-        width = self.spec.hidden_size
-        hessian = torch.zeros(width, width, dtype=torch.float32, device=self.network.device)
-        with self.clock.time("forward"):
-            for part in self._parts():
-                x = produce(part)
-                with self.clock.time("hessian"):
-                    add_to_hessian(hessian, x)
+            return self._pass(produce, range(len(self.h_NTH)))
+        hessians = LaneSums(self.replicas, self.spec.hidden_size, self.spec.hidden_size)
+
+        def collect(network: Network, part: slice) -> None:
+            x = produce(network, part)
+            with self._in_lane("hessian"):
+                add_to_hessian(hessians.of(network), x)
+
+        self._pass(collect, range(len(self.h_NTH)))
+        hessian = hessians.total()
         with self.clock.time(f"solve {unit}"):
-            if unit == "gate_up" and self._folds("down") and down_moment_I is not None:
-                self.folded.fold_down(down_moment_I)
+            if down_moments is not None and self._folds("down"):
+                self.folded.fold_down(down_moments.total()[0])
             if self._folds(unit):
                 scales_I = self.folded.fold_norm(unit, hessian.diagonal())
                 hessian.div_(scales_I[:, None]).div_(scales_I)
@@ -189,9 +217,9 @@ class BlockSolver:
     def _solve_outer(
         self,
         unit: str,
-        produce: Callable[[slice], torch.Tensor],
-        add: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-        wanted_NTH: torch.Tensor | None,
+        produce: Callable[[Network, slice], Tensor],
+        add: Callable[[Network, Tensor, Tensor], Tensor],
+        wanted_NTH: Tensor | None,
     ) -> None:
         """Solve a unit whose output `add` adds to the residual stream, o or down.
 
@@ -201,61 +229,79 @@ class BlockSolver:
         """
         ((path, lin),) = _members(self.spec, self.layer, unit).items()
         if self.recipe.scheme_of(lin) is None:
-            return self._produce(produce)
-        width, device = lin.in_features, self.network.device
-        hessian = torch.zeros(width, width, dtype=torch.float32, device=device)
-        short = None if wanted_NTH is None else torch.zeros(width, lin.out_features, device=device)
-        self.network.set_parameter(f"{path}.weight", self.folded.weight(path))
-        with self.clock.time("forward"):
-            for part in self._parts():
-                x = produce(part)
-                h = self._on_device(self.h_NTH, part)
-                pulled = wanted_NTH is not None and part.stop <= len(wanted_NTH)
-                after = self._on_device(wanted_NTH, part) if pulled and wanted_NTH is not None else add(h, x)
-                with self.clock.time("hessian"):
-                    after = after.flatten(0, 1).float()
-                    root_T1 = (after.square().mean(-1, keepdim=True) + 1e-8).rsqrt()
-                    x_TI = (x.flatten(0, 1) * root_T1).to(x.dtype)
-                    add_to_hessian(hessian, x_TI)
-                if short is not None and wanted_NTH is not None and pulled:
-                    with self.clock.time("pull"):
-                        missing = after - h.flatten(0, 1)
-                        if lin.bias:
-                            missing -= self.folded.state[f"{path}.bias"].to(missing)
-                        short += x_TI.T @ missing.mul_(root_T1).to(x.dtype)
-                        if part.stop == len(wanted_NTH):  # the Hessian is of the same tokens now
-                            mirror_upper(hessian)
-                            short.addmm_(hessian, self.folded.weight(path).T, alpha=-1)
-                            short.mul_(len(self.h_NTH) / len(wanted_NTH))
+            return self._pass(produce, range(len(self.h_NTH)))
+        weight_OI = self.folded.weight(path)
+        self.replicas.set_parameter(f"{path}.weight", weight_OI)
+        hessians = LaneSums(self.replicas, lin.in_features, lin.in_features)
+
+        def add_weighted(network: Network, x: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+            root_T1 = (after.flatten(0, 1).float().square().mean(-1, keepdim=True) + 1e-8).rsqrt()
+            x_TI = (x.flatten(0, 1) * root_T1).to(x.dtype)
+            add_to_hessian(hessians.of(network), x_TI)
+            return x_TI, root_T1
+
+        def collect(network: Network, part: slice) -> None:
+            x = produce(network, part)
+            after = add(network, _on(network, self.h_NTH[part]), x)
+            with self._in_lane("hessian"):
+                add_weighted(network, x, after)
+
+        short, pulled = None, 0
+        if wanted_NTH is not None:
+            short, pulled = self._shortfall(lin, path, produce, add_weighted, wanted_NTH), len(wanted_NTH)
+            hessian = hessians.total()  # of the same tokens
+            with self.clock.time("pull"):
+                mirror_upper(hessian)
+                short.addmm_(hessian, weight_OI.T, alpha=-1).mul_(len(self.h_NTH) / pulled)
+        self._pass(collect, range(pulled, len(self.h_NTH)))
+        hessian = hessians.total()
         with self.clock.time(f"solve {unit}"):
             self._solve({path: lin}, hessian, None if short is None else {lin.name: short})
 
-    def _produce(self, produce: Callable[[slice], torch.Tensor]) -> None:
-        """Only what later stages need of a unit that stays in 16 bit."""
-        with self.clock.time("forward"):
-            for part in self._parts():
-                produce(part)
+    def _shortfall(
+        self,
+        lin: LinearSpec,
+        path: str,
+        produce: Callable[[Network, slice], Tensor],
+        add_weighted: Callable[[Network, Tensor, Tensor], tuple[Tensor, Tensor]],
+        wanted_NTH: Tensor,
+    ) -> Tensor:
+        """Sums of x y' over the windows of `wanted`, [in, out], where y is what a linear's outputs should be."""
+        sums = LaneSums(self.replicas, lin.in_features, lin.out_features)
+
+        def collect(network: Network, part: slice) -> None:
+            x, wanted = produce(network, part), _on(network, wanted_NTH[part])
+            with self._in_lane("hessian"):
+                x_TI, root_T1 = add_weighted(network, x, wanted)
+            with self._in_lane("pull"):
+                missing = wanted.flatten(0, 1).float() - _on(network, self.h_NTH[part]).flatten(0, 1)
+                if lin.bias:
+                    missing -= self.folded.state[f"{path}.bias"].to(missing)
+                sums.of(network).add_(x_TI.T @ missing.mul_(root_T1).to(x.dtype))
+
+        self._pass(collect, range(len(wanted_NTH)))
+        return sums.total()
 
     def _solve(
         self,
         members: Mapping[str, LinearSpec],
-        hessian: torch.Tensor,
-        shortfalls: Mapping[str, torch.Tensor] | None,
+        hessian: Tensor,
+        shortfalls: Mapping[str, Tensor] | None,
     ) -> None:
         schemes = _by_scheme(members, self.recipe)
         for scheme, group in schemes.items():
             own = hessian if scheme == list(schemes)[-1] else hessian.clone()
             weights = {lin.name: self.folded.weight(path) for path, lin in group}
-            solved = _solve(group, weights, own, shortfalls, scheme, self.options)
+            solved = _solve(group, weights, own, shortfalls, scheme, self.options, self.replicas.devices)
             for (path, _), (qtensor, _) in zip(group, solved, strict=True):
-                self.network.set_parameter(path + ".weight", qtensor.dequantize())
+                self.replicas.set_parameter(path + ".weight", qtensor.dequantize())
                 self.folded.release(path)
             _keep(solved, self.recipe, self.packed, self.results)
 
     def _take_kept(self) -> None:
         """What is not quantized is computed with as it will be stored."""
         for name, tensor in self.folded.kept.items():
-            self.network.set_parameter(name, tensor)
+            self.replicas.set_parameter(name, tensor)
 
     def _folds(self, unit: str) -> bool:
         """Whether scales are folded into the inputs of a unit: all that they scale has to be rounded afterwards."""
@@ -265,23 +311,22 @@ class BlockSolver:
             self.recipe.scheme_of(linears[f"model.layers.{self.layer}.{path}"]) is not None for path in scaled
         )
 
-    def _parts(self) -> Iterator[slice]:
-        return batches(self.h_NTH.shape[0], self.h_NTH.shape[1])
 
-    def _on_device(self, tensor: torch.Tensor, part: slice) -> torch.Tensor:
-        return tensor[part].to(self.network.device)
+def _on(network: Network, tensor: Tensor) -> Tensor:
+    return tensor.to(network.device)
 
 
 def round_block(
     spec: ModelSpec, layer: int, recipe: Recipe, folded: FoldedLayer, options: SolverOptions
-) -> tuple[dict[str, torch.Tensor], list[LayerResult]]:
+) -> tuple[dict[str, Tensor], list[LayerResult]]:
     """Round a layer's linears to nearest, without calibration; returns what `BlockSolver.run` does."""
-    packed: dict[str, torch.Tensor] = {}
+    packed: dict[str, Tensor] = {}
     results: list[LayerResult] = []
     for unit in UNITS:
         for scheme, group in _by_scheme(_members(spec, layer, unit), recipe).items():
             weights = {lin.name: folded.weight(path) for path, lin in group}
-            _keep(_solve(group, weights, None, None, scheme, options), recipe, packed, results)
+            solved = _solve(group, weights, None, None, scheme, options, [torch.device(folded.device)])
+            _keep(solved, recipe, packed, results)
     return packed, results
 
 
@@ -303,11 +348,12 @@ def _by_scheme(members: Mapping[str, LinearSpec], recipe: Recipe) -> dict[Scheme
 
 def _solve(
     group: list[tuple[str, LinearSpec]],
-    weights: Mapping[str, torch.Tensor],
-    hessian: torch.Tensor | None,
-    shortfalls: Mapping[str, torch.Tensor] | None,
+    weights: Mapping[str, Tensor],
+    hessian: Tensor | None,
+    shortfalls: Mapping[str, Tensor] | None,
     scheme: Scheme,
     options: SolverOptions,
+    devices: Sequence[torch.device],
 ) -> list[tuple[QTensor, LayerResult]]:
     """Solve linears that share inputs and scheme; in their order."""
     if hessian is not None and not bool(torch.isfinite(hessian.diagonal()).all()):
@@ -316,7 +362,8 @@ def _solve(
             f"layer {group[0][1].layer}: the activations entering {names} are not finite",
             hint="compute in bfloat16 or float32 (--calibration-dtype), and check the source's weights",
         )
-    solved = solve_unit(
+    solved = solve_rows(
+        devices,
         weights,
         hessian,
         scheme,
@@ -337,7 +384,7 @@ def _solve(
 def _keep(
     solved: list[tuple[QTensor, LayerResult]],
     recipe: Recipe,
-    packed: dict[str, torch.Tensor],
+    packed: dict[str, Tensor],
     results: list[LayerResult],
 ) -> None:
     for qtensor, result in solved:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from qwenq.block import run_layer
 from qwenq.checkpoint import Checkpoint, non_finite
 from qwenq.errors import CheckpointError, HonestNo
 from qwenq.head import HeadWeights, measure_drift
 from qwenq.host import keep_freed_memory
+from qwenq.replicas import Replicas
 from qwenq.results import DriftReport
-from qwenq.stream import Network, model_config
+from qwenq.stream import model_config
 from qwenq.streams import embed, new_streams
 from qwenq.tokens import ModelTokenizer, TokenWindows, check_windows
 
@@ -26,7 +26,7 @@ def evaluate(
     evaluation: TokenWindows,
     *,
     compute_dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
+    devices: Sequence[str] = ("cpu",),
     listen: Callable[[int], None] = lambda layer: None,
 ) -> DriftReport:
     """Run both checkpoints over the evaluation windows; `listen` is told each finished layer."""
@@ -34,9 +34,12 @@ def evaluate(
     keep_freed_memory()
     vocab = min(checkpoint.spec.vocab_size, reference.spec.vocab_size)
     check_windows(evaluation.ids, vocab, reference.spec.extended_context, evaluation.text)
-    network = Network(reference.config, reference.spec, dtype=compute_dtype, device=device)
-    other = Network(checkpoint.config, checkpoint.spec, dtype=compute_dtype, device=device)
-    wide = Network(reference.config, reference.spec, dtype=torch.float32, device=device)
+
+    def replicas(of: Checkpoint, dtype: torch.dtype) -> Replicas:
+        return Replicas(of.config, of.spec, dtype=dtype, window_tokens=evaluation.ids.shape[1], devices=devices)
+
+    network, wide = replicas(reference, compute_dtype), replicas(reference, torch.float32)
+    other = replicas(checkpoint, compute_dtype)
     with tempfile.TemporaryDirectory(prefix="qwenq-eval-") as spill:
         streams = new_streams(reference, None, evaluation.ids, dtype=compute_dtype, spill_directory=Path(spill))
         states = streams.states
@@ -45,16 +48,16 @@ def evaluate(
             state = _finite(reference, layer)
             if "float32" in states:
                 wide.fill(state)
-                run_layer(wide, states["float32"])
+                wide.run_layer(states["float32"])
                 wide.release()
             network.fill(state)
-            run_layer(network, states["reference"])
+            network.run_layer(states["reference"])
             network.release()
             other.fill(_finite(checkpoint, layer))
-            run_layer(other, states["quantized"])
+            other.run_layer(states["quantized"])
             other.release()
             listen(layer)
-        return measure_drift(network, HeadWeights(reference), HeadWeights(checkpoint), states, evaluation)
+        return measure_drift(network.first, HeadWeights(reference), HeadWeights(checkpoint), states, evaluation)
 
 
 def _finite(checkpoint: Checkpoint, layer: int) -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@ import ctypes
 import os
 import platform
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -16,17 +17,17 @@ import torch
 from qwenq import __version__
 
 KEPT_BYTES = 64 << 20
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # mallopt(3)
 
 
-def numerics(device: str) -> dict[str, Any]:
+def numerics(devices: Sequence[str]) -> dict[str, Any]:
     """What decides in which order sums are taken, and so the last bits: a resumed job needs the same."""
-    on_gpu = device != "cpu"
+    gpus = [torch.cuda.get_device_name(device) for device in devices if device != "cpu"]
     return {
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "threads": torch.get_num_threads(),
-        "instructions": torch.cuda.get_device_name(device) if on_gpu else torch.backends.cpu.get_cpu_capability(),
+        "instructions": ", ".join(gpus) or torch.backends.cpu.get_cpu_capability(),
     }
 
 
@@ -68,6 +69,7 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_THRESHOLD, KEPT_BYTES)
         mallopt(_M_TRIM_THRESHOLD, 4 * KEPT_BYTES)
+        mallopt(_M_ARENA_MAX, 1)  # what one lane frees the next may have
 
 
 def return_freed_memory() -> None:

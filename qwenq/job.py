@@ -50,13 +50,18 @@ class QuantizeJob:
     calibration: TokenWindows | None  # None for rounding to nearest, which reads none
     evaluation: TokenWindows
     options: SolverOptions = field(default_factory=SolverOptions)
-    device: str = "cpu"
+    device: str = "cpu"  # or GPUs that share the work: cuda:0,cuda:1
     compute_dtype: str = "float32"  # of evaluation streams
     calibration_dtype: str = "float32"  # of calibration streams; Hessians and solving are always in float32
     dtype: str = "auto"  # of tensors that are not quantized; auto keeps the source's bytes
     seed: int = 0
     overlap: float | None = None  # share of the evaluation text that is also in the calibration text
     beside: tuple[tuple[str, bytes], ...] = ()  # files put into the checkpoint as they are: the recipe it follows
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """`device`, one by one."""
+        return tuple(self.device.split(","))
 
     @property
     def original_windows(self) -> int:
@@ -101,7 +106,7 @@ class QuantizeJob:
             "calibration": self.calibration.to_json() if self.calibration else None,
             "evaluation": self.evaluation.to_json(),
             "overlap": self.overlap,
-            "numerics": numerics(self.device),
+            "numerics": numerics(self.devices),
         }
 
 

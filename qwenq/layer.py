@@ -11,8 +11,8 @@ from qwenq.errors import CheckpointError
 from qwenq.job import QuantizeJob
 from qwenq.layout import BNB_FORMATS
 from qwenq.quant.fold import FoldedLayer
+from qwenq.replicas import Replicas
 from qwenq.results import LayerResult
-from qwenq.stream import Network
 from qwenq.streams import Streams
 
 
@@ -30,7 +30,7 @@ def load_layer(source: Checkpoint, layer: int) -> dict[str, torch.Tensor]:
 
 def make_layer(
     job: QuantizeJob,
-    calibrator: Network,
+    calibrator: Replicas,
     layer: int,
     state: dict[str, torch.Tensor],
     streams: Streams,
@@ -42,11 +42,11 @@ def make_layer(
     are advanced from entering the layer to leaving it.
     """
     prefix = f"model.layers.{layer}."
-    folded = FoldedLayer(state, _kept(job, layer, state), job.device)
+    folded = FoldedLayer(state, _kept(job, layer, state), job.devices[0])
     if job.recipe.format in BNB_FORMATS:
         with clock.time("round"):
             stored = {name: job.convert(prefix + name, tensor) for name, tensor in state.items()}
-            packed, results = round_bnb_layer(job.source.spec, layer, job.recipe, stored, job.device)
+            packed, results = round_bnb_layer(job.source.spec, layer, job.recipe, stored, job.devices[0])
     elif job.calibration is None:
         with clock.time("round"):
             packed, results = round_block(job.source.spec, layer, job.recipe, folded, job.options)

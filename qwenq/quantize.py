@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from qwenq.block import StageClock, run_layer
+from qwenq.block import StageClock
 from qwenq.card import CARD_NAME, model_card
 from qwenq.checkpoint import Checkpoint, non_finite
 from qwenq.errors import CheckpointError, JobError
@@ -36,10 +36,11 @@ from qwenq.layer import load_layer, make_layer
 from qwenq.manifest import write_manifest
 from qwenq.preflight import Tokens, output_files, preflight
 from qwenq.provenance import SourceFiles
+from qwenq.replicas import Replicas
 from qwenq.results import BlockResult, DriftReport
 from qwenq.shards import write_shard
-from qwenq.stream import Network
 from qwenq.streams import Streams, new_streams
+from qwenq.tokens import TokenWindows
 
 _STATE_FILES = (".qwenq-state-0.safetensors", ".qwenq-state-1.safetensors")
 _STATE_INTERVAL_S = 30.0  # hidden states are saved to disk this often; layers done since are replayed on resume
@@ -125,14 +126,16 @@ class _Run:
         if job.dtype != "auto":
             self.config.pop("torch_dtype", None)
             self.config["dtype"] = job.dtype
-        self.network = Network(job.source.config, self.spec, dtype=self.dtype, device=job.device)
-        self.float32 = (
-            Network(job.source.config, self.spec, dtype=torch.float32, device=job.device)
-            if self.dtype != torch.float32
-            else None
-        )
-        self.calibrator = Network(job.source.config, self.spec, dtype=DTYPES[job.calibration_dtype], device=job.device)
+        self.network = self._replicas(self.dtype, job.evaluation)
+        self.float32 = self._replicas(torch.float32, job.evaluation) if self.dtype != torch.float32 else None
+        self.calibrator = self._replicas(DTYPES[job.calibration_dtype], job.calibration or job.evaluation)
         self.resume = resume
+
+    def _replicas(self, dtype: torch.dtype, windows: TokenWindows) -> Replicas:
+        job = self.job
+        return Replicas(
+            job.source.config, self.spec, dtype=dtype, window_tokens=windows.ids.shape[1], devices=job.devices
+        )
 
     # -------------------------------------------------------------- the whole
 
@@ -199,7 +202,7 @@ class _Run:
             sha256 = write_shard(self.work / self.files[layer + 1], tensors)
         with clock.time("evaluate"):
             self.network.fill(self._written_layer(layer))
-            run_layer(self.network, streams.states["quantized"])
+            self.network.run_layer(streams.states["quantized"])
             self.network.release()
             error_db = _error_db(streams.states["reference"], streams.states["quantized"])
         result = BlockResult(layer, tuple(results), error_db, time.perf_counter() - start, clock.seconds)
@@ -209,10 +212,10 @@ class _Run:
         """Send the reference streams through the 16-bit layer."""
         if self.float32 is not None:
             self.float32.fill(state)
-            run_layer(self.float32, streams.states["float32"])
+            self.float32.run_layer(streams.states["float32"])
             self.float32.release()
         self.network.fill(state)
-        run_layer(self.network, streams.states["reference"])
+        self.network.run_layer(streams.states["reference"])
         self.network.release()
 
     # -------------------------------------------------------------- resuming
@@ -243,7 +246,7 @@ class _Run:
             ):
                 if name in streams.states:
                     network.fill(layer_state)
-                    run_layer(network, streams.states[name])
+                    network.run_layer(streams.states[name])
                     network.release()
         return good
 
@@ -274,7 +277,7 @@ class _Run:
     def _drift(self, streams: Streams) -> DriftReport:
         reference = HeadWeights(self.job.source)
         quantized = HeadWeights(self.job.source, self.job.convert) if self.job.dtype != "auto" else reference
-        return measure_drift(self.network, reference, quantized, streams.states, self.job.evaluation)
+        return measure_drift(self.network.first, reference, quantized, streams.states, self.job.evaluation)
 
     def _finish(self, journal: Journal, outer: dict[str, str], drift: DriftReport, started: float) -> QuantizeResult:
         """Write what is not a shard, the manifest last, and give the directory its name."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qwenq.block import SolverOptions, StageClock, run_layer
+from qwenq.block import SolverOptions, StageClock
 from qwenq.calibration import load_windows, set_names
 from qwenq.checkpoint import Checkpoint, open_checkpoint, open_source
 from qwenq.errors import CalibrationError, CheckpointError, JobError, QwenqError
@@ -18,9 +18,9 @@ from qwenq.job import DTYPES, QuantizeJob
 from qwenq.layer import load_layer, make_layer
 from qwenq.manifest import MANIFEST_NAME, Finding
 from qwenq.preflight import output_files
+from qwenq.replicas import Replicas
 from qwenq.scheme import Recipe, Scheme
 from qwenq.shards import raw_bytes
-from qwenq.stream import Network
 from qwenq.streams import Streams, new_streams
 from qwenq.tokens import ModelTokenizer, TokenWindows
 
@@ -54,10 +54,16 @@ def rederive(
         raise JobError(f"--layers: the model has layers 0 to {spec.num_hidden_layers - 1}")
     job = read_job(manifest, opened, directory, calibration)
     written = open_checkpoint(directory)
-    here, then = numerics(job.device), manifest["job"].get("numerics")
+    here, then = numerics(job.devices), manifest["job"].get("numerics")
     torch.set_num_threads(_threads(then))
     files = list(output_files(spec, job.recipe, job.stored_dtype))
-    calibrator = Network(job.source.config, spec, dtype=DTYPES[job.calibration_dtype], device=job.device)
+    calibrator = Replicas(
+        job.source.config,
+        spec,
+        dtype=DTYPES[job.calibration_dtype],
+        window_tokens=(job.calibration or job.evaluation).ids.shape[1],
+        devices=job.devices,
+    )
     findings: list[Finding] = []
     try:
         with tempfile.TemporaryDirectory() as scratch:
@@ -167,14 +173,14 @@ def _streams(job: QuantizeJob, scratch: Path) -> Streams:
     )
 
 
-def _replay(job: QuantizeJob, network: Network, layer: int, written: Checkpoint, streams: Streams) -> None:
+def _replay(job: QuantizeJob, replicas: Replicas, layer: int, written: Checkpoint, streams: Streams) -> None:
     states = {"calibration": written.layer_state(layer)}
     if "original" in streams.states:
         states["original"] = load_layer(job.source, layer)
     for name, state in states.items():
-        network.fill(state)
-        run_layer(network, streams.states[name])
-        network.release()
+        replicas.fill(state)
+        replicas.run_layer(streams.states[name])
+        replicas.release()
 
 
 def _difference(tensors: Mapping[str, torch.Tensor], written: Checkpoint) -> str:

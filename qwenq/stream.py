@@ -93,6 +93,10 @@ class Network:
         """Let go of the layer's parameters."""
         self._layer.to("meta")
 
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """The layer's parameters as they stand, by relative name."""
+        return dict(self._layer.named_parameters())
+
     def weight(self, path: str) -> torch.Tensor:
         """The weight [out, in] of linear `path` (`mlp.down_proj`) as it stands, in the compute dtype."""
         weight: torch.Tensor = self._layer.get_submodule(path).weight

@@ -27,9 +27,9 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
             "planning.detect planning.chart planning.asking planning.knapsack planning.sensitivity planning.budget "
             "planning.recipefile planning.fitting planning.tensor_parallel planning.offload planning.profile",
         ),
-        ("tensor maths", "quant quant.* metrics"),
+        ("tensor maths", "lanes quant quant.* metrics"),
         ("disk", "files manifest provenance card shards journal formats formats.* tokens calibration checkpoint audit"),
-        ("network", "attention stream"),
+        ("network", "attention stream replicas"),
         (
             "work",
             "runtime runtime.* streams block bnb head fisher sensitivity job host finish layer rederive quantize "

@@ -51,7 +51,7 @@ def evaluate(
     picked = pick_device(device)
     kind = DTYPES[pick_compute_dtype(compute_dtype, picked)]
     with LayerProgress(base.spec.num_hidden_layers, quiet=json) as progress:
-        drift = run(checkpoint, base, windows, compute_dtype=kind, device=picked, listen=progress.step)
+        drift = run(checkpoint, base, windows, compute_dtype=kind, devices=picked.split(","), listen=progress.step)
     if json:
         print_json(drift.to_json())
     else:

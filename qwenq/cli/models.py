@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from qwenq.errors import PlanError
 from qwenq.spec import ModelSpec, family_spec, spec_from_config
 
 Model = Annotated[str, typer.Argument(help="A checkpoint directory, or a hub name such as Qwen/Qwen2.5-7B-Instruct.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Device = Annotated[str, typer.Option(help="auto: every GPU there is, else cpu; or cpu, cuda:N, cuda:N,cuda:M.")]
 ComputeDtype = Annotated[
     str, typer.Option("--compute-dtype", help="float32 or bfloat16; auto: float32 on a CPU, bfloat16 on a GPU.")
 ]
@@ -64,17 +65,27 @@ def stored_dtypes(model: str) -> tuple[ModelSpec, Callable[[str], str]]:
     return source.spec, source.dtype_of
 
 
-def pick_device(device: str) -> str:
-    """`auto` becomes cuda where there is one, else cpu."""
+def pick_device(device: str, *, several: bool = True) -> str:
+    """What is computed on: cpu, or GPUs with commas between them. `auto` becomes all (without `several` the first of
+    them) that torch sees, or cpu where it sees none."""
     import torch
 
+    count = torch.cuda.device_count()
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device != "cpu" and not device.startswith("cuda"):
-        raise PlanError(f"--device {device}: wanted auto, cpu, cuda or cuda:N")
-    if device.startswith("cuda") and not torch.cuda.is_available():
+        return ",".join(f"cuda:{k}" for k in range(count if several else min(count, 1))) or "cpu"
+    names = device.split(",")
+    if device != "cpu" and not all(name == "cuda" or re.fullmatch(r"cuda:\d+", name) for name in names):
+        raise PlanError(f"--device {device}: wanted auto, cpu, cuda:N or cuda:N,cuda:M")
+    if device == "cpu":
+        return device
+    if count == 0:
         raise PlanError(f"--device {device}: no CUDA GPU is visible to torch", hint="--device cpu")
-    return device
+    numbers = [0 if name == "cuda" else int(name.removeprefix("cuda:")) for name in names]
+    if max(numbers) >= count or len(set(numbers)) < len(numbers):
+        raise PlanError(f"--device {device}: torch sees cuda:0 to cuda:{count - 1}, each can be named once")
+    if len(numbers) > 1 and not several:
+        raise PlanError(f"--device {device}: this command uses one GPU", hint=f"--device {names[0]}")
+    return ",".join(f"cuda:{number}" for number in numbers)
 
 
 def check_stored_dtype(dtype: str) -> None:

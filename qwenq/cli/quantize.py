@@ -238,7 +238,9 @@ def quantize(
                 check_places(job, resume)
                 scratch = output.absolute().parent
                 scratch.mkdir(parents=True, exist_ok=True)
-                table = measure(source, windows, seed, picked, job.compute_dtype, scratch, progress, bool(asymmetric))
+                table = measure(
+                    source, windows, seed, job.devices[0], job.compute_dtype, scratch, progress, bool(asymmetric)
+                )
                 chosen = wanted.choose(source.spec, table, stored)
             if chosen:
                 files = {RECIPE_NAME: encode_recipe(source.spec, chosen).encode()}

@@ -58,7 +58,7 @@ def sensitivity(
         calibration, ModelTokenizer(source.directory), source.spec, length=sequence_length, count=num_samples,
         seed=seed, up_to=CALIBRATION_WINDOWS,
     )  # fmt: skip
-    picked = pick_device(device)
+    picked = pick_device(device, several=False)
     with LayerProgress(source.spec.num_hidden_layers, quiet=json) as progress:
         kind = pick_compute_dtype(compute_dtype, picked)
         found = measure(source, windows, seed, picked, kind, output.absolute().parent, progress, asymmetric)

@@ -55,16 +55,28 @@ class QTensor:
 
 @dataclass(frozen=True)
 class SolveStats:
-    """What one linear lost. dB figures are 10 log10 of error over signal; -inf when nothing was lost."""
+    """What one linear, or some of its rows, lost. dB figures are 10 log10 of error over signal; -inf for no error."""
 
-    error_db: float  # tr(E H E') / tr(W H W') over STAT_ROWS rows: of outputs on calibration inputs; nan without H
-    weight_error_db: float
+    error: float  # tr(E H E') over STAT_ROWS rows: of outputs on calibration inputs; nan without H
+    signal: float  # tr(W H W') over the same rows
+    weight_error: float
+    weight_signal: float
     damp_percent: float  # the damping that worked
     fallback: str = ""  # why the factorization was given up and weights were only rounded, or ""
 
+    @property
+    def error_db(self) -> float:
+        return decibel(self.error, self.signal)
+
+    @property
+    def weight_error_db(self) -> float:
+        return decibel(self.weight_error, self.weight_signal)
+
 
 def decibel(error: float, signal: float) -> float:
-    """10 log10(error / signal), with -inf for no error."""
+    """10 log10(error / signal), with -inf for no error and nan where one is."""
+    if math.isnan(error):
+        return error
     if error <= 0:
         return -math.inf
     return 10 * math.log10(error / signal) if signal > 0 else math.inf
@@ -416,7 +428,6 @@ def solve_unit(
             zeros_GO[:, part].T.to(torch.uint8).contiguous(),
             scheme,
         )
-        error_db = math.nan if h_II is None else decibel(error, signal)
-        weight_db = decibel(float(weight_error_O[part].double().sum()), float(weight_norm_O[part].double().sum()))
-        out[name] = (tensor, SolveStats(error_db, weight_db, tried, fallback))
+        weight_error, weight_signal = (float(x_O[part].double().sum()) for x_O in (weight_error_O, weight_norm_O))
+        out[name] = (tensor, SolveStats(error, signal, weight_error, weight_signal, tried, fallback))
     return out

@@ -1,0 +1,71 @@
+"""A unit solved in shares of its rows, each on a GPU of its own: rows of a weight do not see each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwenq.lanes import side_by_side
+from qwenq.quant.gptq import QTensor, SolveStats, solve_unit
+from qwenq.scheme import Scheme
+
+
+def solve_rows(
+    devices: Sequence[torch.device],
+    weights: Mapping[str, Tensor],
+    h_II: Tensor | None,
+    scheme: Scheme,
+    *,
+    shortfalls: Mapping[str, Tensor] | None = None,
+    **options: Any,
+) -> dict[str, tuple[QTensor, SolveStats]]:
+    """As `solve_unit`, whose arguments these are; with a Hessian, rows of every weight are divided among `devices`.
+
+    Each device factors a copy of the Hessian, which costs no more time than waiting for one to do it and has nothing
+    to exchange. What comes back is on the first device. A device solves what it would alone, up to last bits.
+    """
+    count = len(devices)
+    if count == 1 or h_II is None:
+        return solve_unit(weights, h_II, scheme, shortfalls=shortfalls, **options)
+
+    def share(tensor: Tensor, k: int, dim: int) -> Tensor:
+        size = tensor.shape[dim]
+        low, high = size * k // count, size * (k + 1) // count
+        return tensor.narrow(dim, low, high - low).to(devices[k])
+
+    calls = [
+        partial(
+            solve_unit,
+            {name: share(w_OI, k, 0) for name, w_OI in weights.items()},
+            h_II.to(devices[k], copy=k > 0),
+            scheme,
+            shortfalls=shortfalls and {name: share(short_IO, k, 1) for name, short_IO in shortfalls.items()},
+            **options,
+        )
+        for k in range(count)
+    ]
+    solved = side_by_side(calls)
+    return {name: _joined([part[name] for part in solved], devices[0]) for name in weights}
+
+
+def _joined(parts: Sequence[tuple[QTensor, SolveStats]], device: torch.device) -> tuple[QTensor, SolveStats]:
+    tensors, stats = zip(*parts, strict=True)
+
+    def rows(name: str) -> Tensor:
+        return torch.cat([getattr(tensor, name).to(device) for tensor in tensors])
+
+    def total(name: str) -> float:
+        return sum(getattr(stat, name) for stat in stats)
+
+    return QTensor(rows("codes_OI"), rows("scales_OG"), rows("zeros_OG"), tensors[0].scheme), SolveStats(
+        total("error"),
+        total("signal"),
+        total("weight_error"),
+        total("weight_signal"),
+        max(stat.damp_percent for stat in stats),
+        next((stat.fallback for stat in stats if stat.fallback), ""),
+    )

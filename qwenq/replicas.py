@@ -1,0 +1,112 @@
+"""One decoder layer held once a lane, and parts of the token windows sent through it side by side.
+
+A lane is a GPU, or a thread with its share of the CPU's cores: what lies between a layer's products does not keep
+cores busy, parts of the tokens do. Lanes of one device share the layer's tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from qwenq.lanes import cpu_lanes, side_by_side
+from qwenq.preflight import BATCH_TOKENS
+from qwenq.spec import ModelSpec
+from qwenq.stream import Network
+
+
+class Replicas:
+    """Copies of a `Network` on `devices`, for windows of `window_tokens` tokens.
+
+    A GPU takes BATCH_TOKENS tokens at a time; so do the lanes of a CPU together.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        spec: ModelSpec,
+        *,
+        dtype: torch.dtype,
+        window_tokens: int,
+        devices: Sequence[str] = ("cpu",),
+    ) -> None:
+        self.devices = tuple(torch.device(device) for device in devices)
+        self.windows_each = max(1, BATCH_TOKENS // window_tokens)
+        lanes = self.devices
+        if self.devices == (torch.device("cpu"),):
+            lanes *= cpu_lanes(self.windows_each, spec.intermediate_size)
+            self.windows_each //= len(lanes)
+        self.networks = [Network(config, spec, dtype=dtype, device=device) for device in lanes]
+
+    @property
+    def first(self) -> Network:
+        return self.networks[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.first.dtype
+
+    def fill(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Put one layer's parameters in place, converted to the compute dtype; the former layer's are let go."""
+        self.first.fill(state)
+        for network in self.networks[1:]:
+            network.fill(self.first.parameters())
+
+    def set_parameter(self, path: str, value: torch.Tensor) -> None:
+        """Replace a parameter of the layer by its relative name."""
+        self.first.set_parameter(path, value)
+        for network in self.networks[1:]:
+            network.set_parameter(path, self.first.parameters()[path])
+
+    def release(self) -> None:
+        """Let go of the layer's parameters."""
+        for network in self.networks:
+            network.release()
+
+    def each(self, function: Callable[[Network, slice], object], windows: range) -> None:
+        """Call `function` with a lane's network and a part of the windows, until every part had its turn.
+
+        Which lane gets which parts does not depend on time, so what a lane sums up is the same in every run.
+        """
+        starts = windows[:: self.windows_each]
+        parts = [slice(start, min(start + self.windows_each, windows.stop)) for start in starts]
+
+        def walk(network: Network, own: list[slice]) -> None:
+            for part in own:
+                function(network, part)
+
+        count = len(self.networks)
+        side_by_side([partial(walk, network, parts[k::count]) for k, network in enumerate(self.networks)])
+
+    def run_layer(self, h_NTH: torch.Tensor) -> None:
+        """Send hidden states [windows, tokens, hidden] through the layer as it stands, in place."""
+
+        def forward(network: Network, part: slice) -> None:
+            h_NTH[part] = network.forward(h_NTH[part].to(network.device)).to(h_NTH.device)
+
+        self.each(forward, range(len(h_NTH)))
+
+
+class LaneSums:
+    """A sum over tokens, float32 [rows, columns]: each lane adds to a part of its own, on its device."""
+
+    def __init__(self, replicas: Replicas, rows: int, columns: int) -> None:
+        self._networks, self._shape = replicas.networks, (rows, columns)
+        self._parts: dict[Network, torch.Tensor] = {}
+
+    def of(self, network: Network) -> torch.Tensor:
+        """The part of the lane that `network` belongs to."""
+        if network not in self._parts:
+            self._parts[network] = torch.zeros(*self._shape, dtype=torch.float32, device=network.device)
+        return self._parts[network]
+
+    def total(self) -> torch.Tensor:
+        """The sum so far, on the first lane's device: its part from now on."""
+        total = self.of(self._networks[0])
+        for network in self._networks[1:]:  # in the same order each time
+            if network in self._parts:
+                total += self._parts.pop(network).to(total.device)
+        return total

@@ -1,0 +1,160 @@
+"""Work done side by side: every part once, results in order, errors kept, the same result with any number of lanes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import small_job
+
+from qwenq.checkpoint import open_checkpoint
+from qwenq.lanes import cpu_lanes, side_by_side
+from qwenq.quant.gptq import solve_unit
+from qwenq.quant.rows import solve_rows
+from qwenq.quantize import quantize
+from qwenq.replicas import LaneSums, Replicas
+from qwenq.scheme import Scheme
+from qwenq.stream import Network
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("count", "windows", "lanes"),
+    [(1, 4, 1), (2, 4, 2), (2, 1, 1), (3, 4, 3), (5, 4, 1), (6, 4, 3), (6, 2, 2), (16, 4, 4), (16, 8, 4), (16, 0, 1)],
+)
+def test_lanes_share_threads_evenly(count: int, windows: int, lanes: int, threads: None) -> None:
+    torch.set_num_threads(count)
+    assert cpu_lanes(windows, 8192) == lanes and cpu_lanes(windows, 8193) == 1
+
+
+def test_calls_run_at_once_each_with_its_share_of_threads(threads: None) -> None:
+    torch.set_num_threads(4)
+    together = threading.Barrier(2, timeout=20)  # breaks unless both are there at the same time
+
+    def call() -> tuple[int, bool]:
+        together.wait()
+        return torch.get_num_threads(), torch.is_inference_mode_enabled()
+
+    with torch.inference_mode():
+        assert side_by_side([call, call]) == [(2, True), (2, True)]
+    assert side_by_side([call, call]) == [(2, False), (2, False)]
+    assert torch.get_num_threads() == 4
+    assert side_by_side([torch.get_num_threads]) == [4], "a single call has all of them"
+
+
+def test_an_error_waits_for_the_others() -> None:
+    done = threading.Event()
+    failed = threading.Event()
+
+    def slow() -> None:
+        assert failed.wait(20)
+        done.set()
+
+    def bad() -> None:
+        failed.set()
+        raise ValueError("this one")
+
+    with pytest.raises(ValueError, match="this one"):
+        side_by_side([bad, slow])
+    assert done.is_set()
+
+
+def test_every_window_goes_through_once_and_always_in_the_same_lane(tiny: Path, threads: None) -> None:
+    torch.set_num_threads(4)
+    source = open_checkpoint(tiny)
+    replicas = Replicas(source.config, source.spec, dtype=torch.float32, window_tokens=300)  # 6 windows at a time
+    for _ in range(3):
+        seen: dict[Network, list[tuple[int, int]]] = {}
+        replicas.each(lambda network, part: seen.setdefault(network, []).append((part.start, part.stop)), range(2, 12))
+        assert [seen[network] for network in replicas.networks] == [
+            [(2, 3), (6, 7), (10, 11)],
+            [(3, 4), (7, 8), (11, 12)],
+            [(4, 5), (8, 9)],
+            [(5, 6), (9, 10)],
+        ]
+    seen = {}
+    replicas = Replicas(source.config, source.spec, dtype=torch.float32, window_tokens=300, devices=("cpu", "cpu"))
+    replicas.each(lambda network, part: seen.setdefault(network, []).append((part.start, part.stop)), range(20))
+    assert list(seen.values()) == [[(0, 6), (12, 18)], [(6, 12), (18, 20)]], "devices take whole batches"
+
+
+def test_lanes_sum_in_parts(tiny: Path, threads: None) -> None:
+    torch.set_num_threads(2)
+    source = open_checkpoint(tiny)
+    replicas = Replicas(source.config, source.spec, dtype=torch.float32, window_tokens=512)
+    sums, x_TI = LaneSums(replicas, 1, 3), torch.randn(9, 3)
+    replicas.each(lambda network, part: sums.of(network).add_(x_TI[part].sum(0)), range(6))
+    torch.testing.assert_close(sums.total(), x_TI[:6].sum(0, keepdim=True))
+    replicas.each(lambda network, part: sums.of(network).add_(x_TI[part].sum(0)), range(6, 9))
+    torch.testing.assert_close(sums.total(), x_TI.sum(0, keepdim=True))
+    assert sums.total().data_ptr() == sums.total().data_ptr()
+
+
+def test_replicas_share_tensors_and_give_what_a_network_gives(tiny: Path, threads: None) -> None:
+    torch.set_num_threads(2)
+    source = open_checkpoint(tiny)
+    network = Network(source.config, source.spec, dtype=torch.float32)
+    replicas = Replicas(source.config, source.spec, dtype=torch.float32, window_tokens=512)
+    assert len(replicas.networks) == 2
+    state = source.layer_state(1)
+    h_NTH = torch.randn(5, 512, source.spec.hidden_size)
+    for change in (None, torch.randn_like(state["mlp.up_proj.weight"], dtype=torch.float32)):
+        network.fill(state)
+        replicas.fill(state)
+        if change is not None:
+            network.set_parameter("mlp.up_proj.weight", change)
+            replicas.set_parameter("mlp.up_proj.weight", change)
+        ups = [copy.weight("mlp.up_proj").data_ptr() for copy in replicas.networks]
+        assert ups[0] == ups[1], "no second copy on the same device"
+        found = h_NTH.clone()
+        with torch.inference_mode():
+            replicas.run_layer(found)
+            torch.testing.assert_close(found, network.forward(h_NTH), rtol=1e-5, atol=1e-5)
+    replicas.release()
+    assert {p.device.type for copy in replicas.networks for p in copy.parameters().values()} == {"meta"}
+
+
+def test_shares_of_rows_are_solved_as_the_whole_is() -> None:
+    torch.manual_seed(3)
+    x_TI = torch.randn(500, 128) @ torch.randn(128, 128)
+    weights = {"a": torch.randn(37, 128), "b": torch.randn(5, 128)}
+    short = {"a": torch.randn(128, 37), "b": torch.randn(128, 5)}
+    scheme = Scheme(4, 64)
+
+    def given() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return x_TI.T @ x_TI, {name: s.clone() for name, s in short.items()}  # both are overwritten
+
+    h_II, shortfalls = given()
+    whole = solve_unit(weights, h_II, scheme, shortfalls=shortfalls, pull=0.5)
+    h_II, shortfalls = given()
+    shared = solve_rows([CPU] * 3, weights, h_II, scheme, shortfalls=shortfalls, pull=0.5)
+    for name, (q, stats) in whole.items():
+        found, found_stats = shared[name]
+        assert found.codes_OI.shape == q.codes_OI.shape and found.scheme == scheme
+        assert (found.codes_OI != q.codes_OI).float().mean() < 0.002  # a tie in the last bit may fall either way
+        torch.testing.assert_close(found.dequantize(), q.dequantize(), rtol=0.05, atol=0.05)
+        assert found_stats.error_db == pytest.approx(stats.error_db, abs=0.02)
+        assert found_stats.weight_error_db == pytest.approx(stats.weight_error_db, abs=0.02)
+        assert found_stats.damp_percent == stats.damp_percent and found_stats.fallback == stats.fallback
+
+
+def test_a_job_on_several_devices_loses_what_it_loses_on_one(tiny: Path, tmp_path: Path) -> None:
+    job = small_job(tiny, tmp_path / "one")
+    one = quantize(job)
+    two = quantize(replace(job, out=tmp_path / "two", device="cpu,cpu"))
+    assert two.drift.kl.mean == pytest.approx(one.drift.kl.mean, rel=0.1)
+    for a, b in zip(one.layers, two.layers, strict=True):
+        for x, y in zip(a.linears, b.linears, strict=True):
+            assert x.name == y.name and x.error_db == pytest.approx(y.error_db, abs=0.1)
