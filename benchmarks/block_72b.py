@@ -99,7 +99,8 @@ def main() -> None:
     for name, windows in (("calibration", args.calibration), ("evaluation", args.evaluation)):
         np.save(args.work / f"{name}.npy", draw.integers(0, 1000, (windows, args.length), dtype=np.int64))
     command = [
-        "qwenq", "quantize", str(model), "-o", str(out), "--bits", "4", "--group-size", str(args.group_size),
+        sys.executable, "-m", "qwenq", "quantize", str(model), "-o", str(out),
+        "--bits", "4", "--group-size", str(args.group_size),
         "--calibration", str(args.work / "calibration.npy"), "--eval-text", str(args.work / "evaluation.npy"), "--json",
     ]  # fmt: skip
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True)

@@ -14,6 +14,7 @@ from qwenq.head import HeadWeights, measure_drift
 from qwenq.host import keep_freed_memory
 from qwenq.replicas import Replicas
 from qwenq.results import DriftReport
+from qwenq.runtime.memory import memory_errors
 from qwenq.stream import model_config
 from qwenq.streams import embed, new_streams
 from qwenq.tokens import ModelTokenizer, TokenWindows, check_windows
@@ -40,7 +41,10 @@ def evaluate(
 
     network, wide = replicas(reference, compute_dtype), replicas(reference, torch.float32)
     other = replicas(checkpoint, compute_dtype)
-    with tempfile.TemporaryDirectory(prefix="qwenq-eval-") as spill:
+    with (
+        memory_errors("evaluating", torch.device(devices[0]), None, "fewer windows (-n), or --device cpu"),
+        tempfile.TemporaryDirectory(prefix="qwenq-eval-") as spill,
+    ):
         streams = new_streams(reference, None, evaluation.ids, dtype=compute_dtype, spill_directory=Path(spill))
         states = streams.states
         embed(checkpoint, {"quantized": (states["quantized"], evaluation.ids)})

@@ -38,13 +38,14 @@ from qwenq.preflight import Tokens, output_files, preflight
 from qwenq.provenance import SourceFiles
 from qwenq.replicas import Replicas
 from qwenq.results import BlockResult, DriftReport
+from qwenq.runtime.memory import memory_errors
 from qwenq.shards import write_shard
 from qwenq.streams import Streams, new_streams
 from qwenq.tokens import TokenWindows
 
 _STATE_FILES = (".qwenq-state-0.safetensors", ".qwenq-state-1.safetensors")
 _STATE_INTERVAL_S = 30.0  # hidden states are saved to disk this often; layers done since are replayed on resume
-
+_NO_MEMORY = "make room, then go on with --resume; or start again with fewer windows (-n), or with --device cpu"
 
 Listener = Callable[[BlockResult | str], None]
 
@@ -67,7 +68,8 @@ def quantize(job: QuantizeJob, *, resume: bool = False, listen: Listener = lambd
             if left:
                 listen(f"{left} left the job unfinished: going on")
             try:
-                return _Run(job, work, resume, listen).run(started)
+                with memory_errors("quantizing", torch.device(job.devices[0]), None, _NO_MEMORY):
+                    return _Run(job, work, resume, listen).run(started)
             finally:
                 if not resume and work.exists() and never_begun(work):
                     shutil.rmtree(work)  # leave nothing behind

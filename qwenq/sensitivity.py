@@ -31,6 +31,7 @@ from qwenq.host import keep_freed_memory, versions
 from qwenq.planning.sensitivity import Sensitivity, Unit, schemes_for, units_of
 from qwenq.preflight import free_disk
 from qwenq.quant.gptq import DAMP_PERCENT, add_to_hessian, solve_unit
+from qwenq.runtime.memory import memory_errors
 from qwenq.scheme import Scheme
 from qwenq.shards import raw_bytes
 from qwenq.spec import UNITS, ModelSpec
@@ -106,8 +107,12 @@ def measure_sensitivity(
             hint="free some space, or fewer windows (--num-samples)",
         )
     network = Network(source.config, spec, dtype=compute_dtype, device=device)
+    hint = "make room, or --device cpu"
     try:
-        with tempfile.TemporaryDirectory(prefix=".qwenq-sensitivity-", dir=scratch) as directory:
+        with (
+            memory_errors("measuring sensitivity", network.device, None, hint),
+            tempfile.TemporaryDirectory(prefix=".qwenq-sensitivity-", dir=scratch) as directory,
+        ):
             states = _States(Path(directory), spec)
             last_NTH = _forward(source, network, probe, states, listen)
             listen("sensitivity: gradients at the head")

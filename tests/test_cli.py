@@ -178,7 +178,7 @@ def test_errors_of_quantize(command: Callable[..., list[str]], tiny: Path, tmp_p
             "--compute-dtype float16: wanted float32, bfloat16 or auto",
             "float16 overflows in Qwen2.5's activations and is very slow on CPUs",
         ),
-        (command(device="tpu"), "--device tpu: wanted auto, cpu, cuda or cuda:N", None),
+        (command(device="tpu"), "--device tpu: wanted auto, cpu, cuda:N or cuda:N,cuda:M", None),
         (
             command(group_size=256),
             "model.layers.0.self_attn.q_proj: group size 256 does not divide its 128 input features",

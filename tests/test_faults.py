@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import small_job
+import torch
+from conftest import small_job, text_windows
 from faulty_disk import Cut, FailingWrites, PowerCut
 from test_quantize import Stop, assert_same, change_tensor, stop_after
 
 import qwenq.quantize
-from qwenq.errors import JobError, QwenqError
+from qwenq.checkpoint import open_checkpoint
+from qwenq.errors import JobError, QwenqError, RunError
+from qwenq.evaluate import evaluate
 from qwenq.job import QuantizeJob, partial_directory
 from qwenq.journal import JOURNAL_NAME
 from qwenq.quantize import quantize
@@ -277,3 +280,43 @@ def test_a_stale_lock_is_explained(case: Case) -> None:
     job = case.stopped()
     (partial_directory(job.out) / ".qwenq-lock").write_text(f"process 4711 on {os.uname().nodename}\n")
     assert f"process 4711 on {os.uname().nodename} left the job unfinished: going on" in case.resumed()
+
+
+def test_out_of_memory_is_one_line_and_the_job_goes_on_later(
+    random_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = random_model()
+    whole = quantize(small_job(source, tmp_path / "whole"))
+    job = small_job(source, tmp_path / "out")
+    said = 'CUDA out of memory. Tried to allocate 2.50 GiB. GPU 1 has a total capacity of 23.99 GiB'
+    with monkeypatch.context() as patched:
+        patched.setattr("qwenq.runtime.memory.torch.cuda.mem_get_info", lambda device: (1 << 30, 24 << 30))
+        patched.setattr("qwenq.runtime.memory.gpu_kind", lambda index: "RTX 3090")
+        real, calls = qwenq.quantize.make_layer, []
+
+        def full(*args: Any) -> Any:
+            calls.append(args)
+            if len(calls) == 2:
+                raise torch.OutOfMemoryError(said)
+            return real(*args)
+
+        patched.setattr("qwenq.quantize.make_layer", full)
+        with pytest.raises(RunError) as caught:
+            quantize(job)
+    short = "needs 2.50 GiB more, 1.00 GiB are free: 1.50 GiB short"
+    assert caught.value.message == f"GPU 1 RTX 3090: out of memory while quantizing: {short}"
+    assert "--resume" in caught.value.hint
+    assert quantize(job, resume=True).drift.kl == whole.drift.kl
+
+
+def test_out_of_memory_of_a_cpu_says_how_much(monkeypatch: pytest.MonkeyPatch, tiny: Path, heldout: Path) -> None:
+    def full(*args: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 3221225472 bytes.")
+
+    checkpoint = open_checkpoint(tiny)
+    monkeypatch.setattr("qwenq.replicas.Replicas.run_layer", full)
+    monkeypatch.setattr("qwenq.runtime.memory.available_ram", lambda: 1 << 30)
+    with pytest.raises(RunError) as caught:
+        evaluate(checkpoint, checkpoint, text_windows(heldout, tiny, 64, 2))
+    short = "needs 3.00 GiB more, 1.00 GiB are free: 2.00 GiB short"
+    assert caught.value.message == f"CPU: out of memory while evaluating: {short}"

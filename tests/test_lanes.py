@@ -12,6 +12,8 @@ import torch
 from conftest import small_job
 
 from qwenq.checkpoint import open_checkpoint
+from qwenq.cli.models import pick_device
+from qwenq.errors import PlanError
 from qwenq.lanes import cpu_lanes, side_by_side
 from qwenq.quant.gptq import solve_unit
 from qwenq.quant.rows import solve_rows
@@ -75,19 +77,17 @@ def test_every_window_goes_through_once_and_always_in_the_same_lane(tiny: Path, 
     torch.set_num_threads(4)
     source = open_checkpoint(tiny)
     replicas = Replicas(source.config, source.spec, dtype=torch.float32, window_tokens=300)  # 6 windows at a time
-    for _ in range(3):
-        seen: dict[Network, list[tuple[int, int]]] = {}
-        replicas.each(lambda network, part: seen.setdefault(network, []).append((part.start, part.stop)), range(2, 12))
-        assert [seen[network] for network in replicas.networks] == [
-            [(2, 3), (6, 7), (10, 11)],
-            [(3, 4), (7, 8), (11, 12)],
-            [(4, 5), (8, 9)],
-            [(5, 6), (9, 10)],
-        ]
-    seen = {}
-    replicas = Replicas(source.config, source.spec, dtype=torch.float32, window_tokens=300, devices=("cpu", "cpu"))
-    replicas.each(lambda network, part: seen.setdefault(network, []).append((part.start, part.stop)), range(20))
-    assert list(seen.values()) == [[(0, 6), (12, 18)], [(6, 12), (18, 20)]], "devices take whole batches"
+    shares = [[(2, 3), (6, 7), (10, 11)], [(3, 4), (7, 8), (11, 12)], [(4, 5), (8, 9)], [(5, 6), (9, 10)]]
+    assert all(parts_of(replicas, range(2, 12)) == shares for _ in range(3))
+    two = Replicas(source.config, source.spec, dtype=torch.float32, window_tokens=300, devices=("cpu", "cpu"))
+    assert parts_of(two, range(20)) == [[(0, 6), (12, 18)], [(6, 12), (18, 20)]], "devices take whole batches"
+
+
+def parts_of(replicas: Replicas, windows: range) -> list[list[tuple[int, int]]]:
+    """The parts that each lane gets, by lane."""
+    seen: dict[Network, list[tuple[int, int]]] = {network: [] for network in replicas.networks}
+    replicas.each(lambda network, part: seen[network].append((part.start, part.stop)), windows)
+    return list(seen.values())
 
 
 def test_lanes_sum_in_parts(tiny: Path, threads: None) -> None:
@@ -158,3 +158,33 @@ def test_a_job_on_several_devices_loses_what_it_loses_on_one(tiny: Path, tmp_pat
     for a, b in zip(one.layers, two.layers, strict=True):
         for x, y in zip(a.linears, b.linears, strict=True):
             assert x.name == y.name and x.error_db == pytest.approx(y.error_db, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpus", "wanted"),
+    [
+        ("auto", 0, "cpu"),
+        ("auto", 2, "cuda:0,cuda:1"),
+        ("cuda", 2, "cuda:0"),
+        ("cuda:1", 2, "cuda:1"),
+        ("cuda:1,cuda:0", 2, "cuda:1,cuda:0"),
+        ("cpu", 2, "cpu"),
+    ],
+)
+def test_which_devices_are_meant(asked: str, gpus: int, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    assert pick_device(asked) == wanted
+    if "," in asked:
+        with pytest.raises(PlanError, match="this command uses one GPU"):
+            pick_device(asked, several=False)
+    else:
+        assert pick_device(asked, several=False) == wanted.split(",")[0]
+
+
+@pytest.mark.parametrize(
+    "asked", ["tpu", "cuda:x", "cuda:2", "cuda:0,cuda:0", "cuda:0,cpu", "cuda,cuda:0", "", "cuda:-1"]
+)
+def test_devices_that_are_none(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(PlanError, match=f"--device {asked}: "):
+        pick_device(asked)

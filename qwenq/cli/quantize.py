@@ -295,6 +295,7 @@ def _dry_run(
 ) -> None:
     from qwenq.cli.models import stored_dtypes
     from qwenq.fingerprint import fingerprint
+    from qwenq.planning.detect import sees_gpu
     from qwenq.preflight import Tokens, preflight
 
     source_spec, source_dtype_of = stored_dtypes(model)
@@ -308,8 +309,8 @@ def _dry_run(
     calibrated = (num_samples or DEFAULT_WINDOWS) if method == "gptq" else 0
     if pull is None:
         pull = default_pull(recipe, spec, calibrated * sequence_length)
-    on_gpu = device.startswith("cuda")
-    narrow = compute_dtype == "bfloat16" or (compute_dtype == "auto" and on_gpu)
+    on_gpu = device.startswith("cuda") or (device == "auto" and sees_gpu())
+    place = "cuda" if on_gpu else "cpu"
     check = preflight(
         spec,
         recipe,
@@ -317,10 +318,10 @@ def _dry_run(
             calibrated,
             eval_samples or DEFAULT_EVALUATION_WINDOWS,
             sequence_length,
-            2 if pick_calibration_dtype(calibration_dtype, device) == "bfloat16" else 4,
+            2 if pick_calibration_dtype(calibration_dtype, place) == "bfloat16" else 4,
             pull_share if pull else 0.0,
         ),
-        compute_bytes=2 if narrow else 4,
+        compute_bytes=2 if pick_compute_dtype(compute_dtype, place) == "bfloat16" else 4,
         on_gpu=on_gpu,
         out=output if output != Path() else Path.cwd() / "out",
         dtype_of=dtype_of,

@@ -35,6 +35,14 @@ def detect_rig() -> Rig:
     return Rig(tuple(gpus), free_bytes=tuple(free))
 
 
+def sees_gpu() -> bool:
+    """Whether the driver tells of a GPU; False too where nothing can ask it."""
+    try:
+        return bool(detect_rig().gpus)
+    except PlanError:
+        return False
+
+
 def known_gpu(name: str, total: int) -> Gpu:
     """The catalogue's GPU of this name, else one whose figures are unknown but for its memory."""
     try:

@@ -19,6 +19,7 @@ from qwenq.planning.terms import context_term
 from qwenq.units import format_gib
 
 _TORCH_OOM = re.compile(r"Tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)\. GPU (\d+)")
+_TORCH_CPU_OOM = re.compile(r"tried to allocate (\d+) bytes")
 _UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
@@ -161,8 +162,11 @@ def shortage(where: str, need: int, have: int, hint: str, taken: int = 0) -> Run
 
 
 @contextmanager
-def memory_errors(doing: str, device: torch.device, need: int, hint: str) -> Iterator[None]:
-    """Turn torch's and Python's out-of-memory errors into one line that names device, need and shortfall."""
+def memory_errors(doing: str, device: torch.device, need: int | None, hint: str) -> Iterator[None]:
+    """Turn torch's and Python's out-of-memory errors into one line that names device, need and shortfall.
+
+    need: bytes, where known; torch's own figure is preferred, and stands alone where there is none.
+    """
     try:
         yield
     except QwenqError:
@@ -173,10 +177,14 @@ def memory_errors(doing: str, device: torch.device, need: int, hint: str) -> Ite
             raise
         if found := _TORCH_OOM.search(str(error)):  # torch knows better which GPU and how much
             device, need = torch.device("cuda", int(found[3])), round(float(found[1]) * _UNITS[found[2]])
+        elif found := _TORCH_CPU_OOM.search(str(error)):
+            device, need = torch.device("cpu"), int(found[1])
         have = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_ram()
-        short = f"{format_gib(need - have)} short" if need > have else "memory is in pieces, or others took it"
+        wanted = "" if need is None else f"needs {format_gib(need)} more, "
+        short = "memory is in pieces, or others took it"
+        if need is not None and need > have:
+            short = f"{format_gib(need - have)} short"
         raise RunError(
-            f"{device_name(device)}: out of memory while {doing}: needs {format_gib(need)} more, "
-            f"{format_gib(have)} are free: {short}",
+            f"{device_name(device)}: out of memory while {doing}: {wanted}{format_gib(have)} are free: {short}",
             hint=hint,
         ) from None
