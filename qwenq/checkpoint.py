@@ -122,6 +122,18 @@ class Checkpoint:
             state[tensor.name.removeprefix(prefix)] = _zero_padded(value, tensor.shape)
         return state
 
+    def finite_layer_state(self, layer: int) -> dict[str, torch.Tensor]:
+        """`layer_state`; CheckpointError, naming it, for a tensor that is not finite."""
+        state = self.layer_state(layer)
+        if (bad := non_finite(state.items())) is not None:
+            name = f"model.layers.{layer}.{bad}"
+            where = self.tensors[name].file if name in self.tensors else self.directory
+            raise CheckpointError(
+                f"{where}: {name} holds a NaN or an infinity",
+                hint="the download may be damaged: compare its SHA-256 with the repository's",
+            )
+        return state
+
     def padded(self, intermediate_size: int) -> Checkpoint:
         """The same function with a wider FFN: rows added to gate and up, and columns to down, are zero.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from qwenq.checkpoint import Checkpoint, non_finite
+from qwenq.checkpoint import Checkpoint
 from qwenq.errors import CheckpointError, HonestNo
 from qwenq.head import HeadWeights, measure_drift
 from qwenq.host import keep_freed_memory
@@ -49,7 +49,7 @@ def evaluate(
         states = streams.states
         embed(checkpoint, {"quantized": (states["quantized"], evaluation.ids)})
         for layer in range(reference.spec.num_hidden_layers):
-            state = _finite(reference, layer)
+            state = reference.finite_layer_state(layer)
             if "float32" in states:
                 wide.fill(state)
                 wide.run_layer(states["float32"])
@@ -57,21 +57,11 @@ def evaluate(
             network.fill(state)
             network.run_layer(states["reference"])
             network.release()
-            other.fill(_finite(checkpoint, layer))
+            other.fill(checkpoint.finite_layer_state(layer))
             other.run_layer(states["quantized"])
             other.release()
             listen(layer)
         return measure_drift(network.first, HeadWeights(reference), HeadWeights(checkpoint), states, evaluation)
-
-
-def _finite(checkpoint: Checkpoint, layer: int) -> dict[str, torch.Tensor]:
-    state = checkpoint.layer_state(layer)
-    if (bad := non_finite(state.items())) is not None:
-        raise CheckpointError(
-            f"{checkpoint.directory}: model.layers.{layer}.{bad} holds a NaN or an infinity",
-            hint="the checkpoint may be damaged",
-        )
-    return state
 
 
 def check_comparable(checkpoint: Checkpoint, reference: Checkpoint) -> None:

@@ -1,4 +1,4 @@
-"""One decoder layer of a job: its 16-bit tensors read, and what is written in their place."""
+"""One decoder layer of a job: what is written in the place of its 16-bit tensors."""
 
 from __future__ import annotations
 
@@ -6,26 +6,12 @@ import torch
 
 from qwenq.block import BlockSolver, CalibrationStreams, StageClock, round_block
 from qwenq.bnb import round_bnb_layer
-from qwenq.checkpoint import Checkpoint, non_finite
-from qwenq.errors import CheckpointError
 from qwenq.job import QuantizeJob
 from qwenq.layout import BNB_FORMATS
 from qwenq.quant.fold import FoldedLayer
 from qwenq.replicas import Replicas
 from qwenq.results import LayerResult
 from qwenq.streams import Streams
-
-
-def load_layer(source: Checkpoint, layer: int) -> dict[str, torch.Tensor]:
-    """Tensors of a decoder layer, by their names within it; CheckpointError for one that is not finite."""
-    state = source.layer_state(layer)
-    if (bad := non_finite(state.items())) is not None:
-        name = f"model.layers.{layer}.{bad}"
-        raise CheckpointError(
-            f"{source.tensors[name].file.name}: {name} holds a NaN or an infinity",
-            hint="the download may be damaged: compare its SHA-256 with the repository's",
-        )
-    return state
 
 
 def make_layer(
@@ -38,8 +24,8 @@ def make_layer(
 ) -> tuple[dict[str, torch.Tensor], list[LayerResult]]:
     """Quantize a layer as the job says: tensors to be written, by full name, and one result a linear.
 
-    state: what `load_layer` gave, emptied on the way. The streams of the calibration tokens, if the job reads any,
-    are advanced from entering the layer to leaving it.
+    state: the layer's 16-bit tensors by their names within it, emptied on the way. The streams of the calibration
+    tokens, if the job reads any, are advanced from entering the layer to leaving it.
     """
     prefix = f"model.layers.{layer}."
     folded = FoldedLayer(state, _kept(job, layer, state), job.devices[0])

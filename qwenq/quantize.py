@@ -32,7 +32,7 @@ from qwenq.headers import read_header
 from qwenq.host import forget_peak_rss, keep_freed_memory, peak_rss_bytes, return_freed_memory
 from qwenq.job import DTYPES, QuantizeJob, QuantizeResult, partial_directory, refuse_place
 from qwenq.journal import Journal, locked, never_begun, refuse_changes
-from qwenq.layer import load_layer, make_layer
+from qwenq.layer import make_layer
 from qwenq.manifest import write_manifest
 from qwenq.preflight import Tokens, output_files, preflight
 from qwenq.provenance import SourceFiles
@@ -195,7 +195,7 @@ class _Run:
         start = time.perf_counter()
         clock = StageClock()
         with clock.time("load"):
-            state = load_layer(self.job.source, layer)
+            state = self.job.source.finite_layer_state(layer)
             self.job.source.prefetch(layer + 1)
         with clock.time("evaluate"):
             self._reference(streams, state)
@@ -239,7 +239,7 @@ class _Run:
         )  # fmt: skip
         for layer in range(known, good):
             self.listen(f"layer {layer}: replaying")
-            state, written = load_layer(self.job.source, layer), self._written_layer(layer)
+            state, written = self.job.source.finite_layer_state(layer), self._written_layer(layer)
             self._reference(streams, state)
             for network, layer_state, name in (
                 (self.calibrator, state, "original"),

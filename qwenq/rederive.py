@@ -15,7 +15,7 @@ from qwenq.checkpoint import Checkpoint, open_checkpoint, open_source
 from qwenq.errors import CalibrationError, CheckpointError, JobError, QwenqError
 from qwenq.host import numerics
 from qwenq.job import DTYPES, QuantizeJob
-from qwenq.layer import load_layer, make_layer
+from qwenq.layer import make_layer
 from qwenq.manifest import MANIFEST_NAME, Finding
 from qwenq.preflight import output_files
 from qwenq.replicas import Replicas
@@ -75,7 +75,7 @@ def rederive(
                         _replay(job, calibrator, layer, written, streams)
                     continue
                 listen(f"layer {layer}: making it again")
-                state = load_layer(job.source, layer)
+                state = job.source.finite_layer_state(layer)
                 tensors, _ = make_layer(job, calibrator, layer, state, streams, StageClock())
                 if problem := _difference(tensors, written):
                     findings.append(
@@ -176,7 +176,7 @@ def _streams(job: QuantizeJob, scratch: Path) -> Streams:
 def _replay(job: QuantizeJob, replicas: Replicas, layer: int, written: Checkpoint, streams: Streams) -> None:
     states = {"calibration": written.layer_state(layer)}
     if "original" in streams.states:
-        states["original"] = load_layer(job.source, layer)
+        states["original"] = job.source.finite_layer_state(layer)
     for name, state in states.items():
         replicas.fill(state)
         replicas.run_layer(streams.states[name])

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from qwenq.block import batches
-from qwenq.checkpoint import Checkpoint, non_finite
-from qwenq.errors import CalibrationError, CheckpointError, JobError
+from qwenq.checkpoint import Checkpoint
+from qwenq.errors import CalibrationError, JobError
 from qwenq.fingerprint import fingerprint
 from qwenq.fisher import sampled_gradients
 from qwenq.head import HeadWeights
@@ -120,7 +120,7 @@ def measure_sensitivity(
             scores: dict[Unit, dict[Scheme, torch.Tensor]] = {}
             noise: dict[Unit, dict[Scheme, float]] = {}
             for layer in reversed(range(spec.num_hidden_layers)):
-                network.fill(_finite(source, layer))
+                network.fill(source.finite_layer_state(layer))
                 errors, lost = _errors(network, spec, states.read("solver", layer), damp_percent, probe.asymmetric)
                 found, gradient = _backward(network, errors, states.read("probe", layer), gradient)
                 scores |= {(layer, unit): by_scheme for unit, by_scheme in found.items()}
@@ -178,16 +178,6 @@ class _States:
         return h_NTH
 
 
-def _finite(source: Checkpoint, layer: int) -> dict[str, torch.Tensor]:
-    state = source.layer_state(layer)
-    if (bad := non_finite(state.items())) is not None:
-        raise CheckpointError(
-            f"{source.directory}: model.layers.{layer}.{bad} holds a NaN or an infinity",
-            hint="the checkpoint may be damaged",
-        )
-    return state
-
-
 def _forward(
     source: Checkpoint, network: Network, probe: Probe, states: _States, listen: Callable[[str], None]
 ) -> torch.Tensor:
@@ -199,7 +189,7 @@ def _forward(
     }
     embed(source, streams)
     for layer in range(spec.num_hidden_layers):
-        network.fill(_finite(source, layer))
+        network.fill(source.finite_layer_state(layer))
         for name, (h_NTH, _) in streams.items():
             states.write(name, layer, h_NTH)
             for part in batches(*h_NTH.shape[:2]):

@@ -99,7 +99,7 @@ def test_bad_numbers_are_named(random_model: Make) -> None:
     a = random_model("a")
     name = "model.layers.1.mlp.down_proj.weight"
     bad = one_file(random_model("b"), lambda t: t[name].view(-1)[:1].fill_(float("nan")))
-    assert refusal(bad, a) == f"{bad}: {name} holds a NaN or an infinity"
+    assert refusal(bad, a) == f"{bad}/model.safetensors: {name} holds a NaN or an infinity"
     head = one_file(random_model("c"), lambda t: t["lm_head.weight"][5].fill_(float("inf")))
     drift = evaluate(open_checkpoint(head), open_checkpoint(a), windows())
     assert drift.non_finite == drift.tokens
