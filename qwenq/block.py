@@ -19,7 +19,7 @@ from qwenq.errors import CheckpointError
 from qwenq.formats.storage import pack_linear
 from qwenq.preflight import BATCH_TOKENS, PULL_SHARE
 from qwenq.quant.fold import FoldedLayer
-from qwenq.quant.gptq import DAMP_PERCENT, QTensor, add_to_hessian, mirror_upper
+from qwenq.quant.gptq import DAMP_PERCENT, QTensor, Shortfall, add_to_hessian, mirror_upper
 from qwenq.quant.rows import solve_rows
 from qwenq.replicas import LaneSums, Replicas
 from qwenq.results import LayerResult
@@ -37,7 +37,7 @@ class SolverOptions:
     method: str = "gptq"  # gptq, or rtn: round to nearest with absmax scales, the baseline, without calibration
     damp_percent: float = DAMP_PERCENT  # share of the mean Hessian diagonal added to the diagonal
     fold: bool = True  # fold channel scales into norms and up_proj (quant/fold.py)
-    pull: float = 0.5  # how far o and down are moved towards what the 16-bit stream has, before they are rounded
+    pull: float = 1.0  # how far o and down are moved towards what the 16-bit stream has, before they are rounded
     pull_share: float = PULL_SHARE  # of the calibration windows that stream has: it costs a pass of theirs
 
 
@@ -246,28 +246,36 @@ class BlockSolver:
             with self._in_lane("hessian"):
                 add_weighted(network, x, after)
 
-        short, pulled = None, 0
+        shortfall, pulled = None, 0
         if wanted_NTH is not None:
-            short, pulled = self._shortfall(lin, path, produce, add_weighted, wanted_NTH), len(wanted_NTH)
-            hessian = hessians.total()  # of the same tokens
-            with self.clock.time("pull"):
-                mirror_upper(hessian)
-                short.addmm_(hessian, weight_OI.T, alpha=-1).mul_(len(self.h_NTH) / pulled)
+            pulled = len(wanted_NTH)
+            products = LaneSums(self.replicas, lin.in_features, lin.out_features)
+            found = []
+            for windows in (range(pulled // 2), range(pulled // 2, pulled)):
+                self._add_wanted(lin, path, produce, add_weighted, wanted_NTH, windows, products)
+                hessian = hessians.total()  # of the same tokens
+                with self.clock.time("pull"):
+                    mirror_upper(hessian)
+                    short = torch.addmm(products.total(), hessian, weight_OI.T, alpha=-1)
+                    found.append(short.mul_(len(self.h_NTH) / pulled))
+            shortfall = Shortfall(whole_IO=found[1], half_IO=found[0])
+            del products
         self._pass(collect, range(pulled, len(self.h_NTH)))
         hessian = hessians.total()
         with self.clock.time(f"solve {unit}"):
-            self._solve({path: lin}, hessian, None if short is None else {lin.name: short})
+            self._solve({path: lin}, hessian, None if shortfall is None else {lin.name: shortfall})
 
-    def _shortfall(
+    def _add_wanted(
         self,
         lin: LinearSpec,
         path: str,
         produce: Callable[[Network, slice], Tensor],
         add_weighted: Callable[[Network, Tensor, Tensor], tuple[Tensor, Tensor]],
         wanted_NTH: Tensor,
-    ) -> Tensor:
-        """Sums of x y' over the windows of `wanted`, [in, out], where y is what a linear's outputs should be."""
-        sums = LaneSums(self.replicas, lin.in_features, lin.out_features)
+        windows: range,
+        products: LaneSums,
+    ) -> None:
+        """Add `windows` of `wanted` to the Hessian and to sums of x y', y being what a linear's outputs should be."""
 
         def collect(network: Network, part: slice) -> None:
             x, wanted = produce(network, part), _on(network, wanted_NTH[part])
@@ -277,16 +285,15 @@ class BlockSolver:
                 missing = wanted.flatten(0, 1).float() - _on(network, self.h_NTH[part]).flatten(0, 1)
                 if lin.bias:
                     missing -= self.folded.state[f"{path}.bias"].to(missing)
-                sums.of(network).add_(x_TI.T @ missing.mul_(root_T1).to(x.dtype))
+                products.of(network).add_(x_TI.T @ missing.mul_(root_T1).to(x.dtype))
 
-        self._pass(collect, range(len(wanted_NTH)))
-        return sums.total()
+        self._pass(collect, windows)
 
     def _solve(
         self,
         members: Mapping[str, LinearSpec],
         hessian: Tensor,
-        shortfalls: Mapping[str, Tensor] | None,
+        shortfalls: Mapping[str, Shortfall] | None,
     ) -> None:
         schemes = _by_scheme(members, self.recipe)
         for scheme, group in schemes.items():
@@ -350,7 +357,7 @@ def _solve(
     group: list[tuple[str, LinearSpec]],
     weights: Mapping[str, Tensor],
     hessian: Tensor | None,
-    shortfalls: Mapping[str, Tensor] | None,
+    shortfalls: Mapping[str, Shortfall] | None,
     scheme: Scheme,
     options: SolverOptions,
     devices: Sequence[torch.device],

@@ -21,7 +21,7 @@ SPILL_BYTES = 6 << 30  # token buffers beyond this live in a memory-mapped file
 BATCH_TOKENS = 2048  # that go through a layer together
 PULL_SHARE = 0.5  # of the calibration windows also run through the 16-bit layers, for o and down to be pulled there
 PULL_TOKENS_A_COLUMN = 8  # but at least so many tokens for each input column of down, where there are so many
-PULL_LEAST_A_COLUMN = 5  # with fewer pulls do harm: nothing is pulled unless asked for (reports/LOG.md)
+PULL_LEAST_A_COLUMN = 2  # with fewer they say too little to be worth that pass, unless asked for (reports/LOG.md)
 NOISE_WINDOWS = 2  # evaluation windows that are also run in float32, when computing in a narrower type
 _SLACK_BYTES = 1 << 20  # config, tokenizer copies are added exactly; journal and model card are not
 
@@ -67,14 +67,14 @@ class Tokens:
 
 
 def default_pull(recipe: Recipe, spec: ModelSpec, tokens: int) -> float:
-    """0.5 where anything is in 4 bits and calibration tokens are enough for the columns of down, else 0.
+    """1 where anything is in 4 bits and calibration tokens are enough for the columns of down, else 0.
 
     What 8 bits lose is of the size of what bfloat16 streams blur; what few tokens say of many columns is mostly noise.
     """
     if tokens < PULL_LEAST_A_COLUMN * spec.intermediate_size:
         return 0.0
     schemes = (recipe.default, *(scheme for _, scheme in recipe.overrides))
-    return 0.5 if any(scheme is not None and scheme.bits == 4 for scheme in schemes) else 0.0
+    return 1.0 if any(scheme is not None and scheme.bits == 4 for scheme in schemes) else 0.0
 
 
 def original_windows(spec: ModelSpec, windows: int, length: int, share: float = PULL_SHARE) -> int:
@@ -215,10 +215,10 @@ def _units(layer: tuple[LinearSpec, ...]) -> list[list[LinearSpec]]:
 
 
 def _solving(unit: list[LinearSpec]) -> int:
-    """The Hessian; float32 weights, their errors twice while they are permuted, uint8 codes; targets of o and down."""
+    """The Hessian; float32 weights, their errors twice while they are permuted, uint8 codes; two sums of o and down."""
     parameters = sum(lin.parameters for lin in unit)
-    targets = 4 * parameters if len(unit) == 1 else 0
-    return 4 * unit[0].in_features ** 2 + 13 * parameters + targets
+    shortfalls = 8 * parameters if len(unit) == 1 else 0
+    return 4 * unit[0].in_features ** 2 + 13 * parameters + shortfalls
 
 
 def free_disk(out: Path) -> int:

@@ -54,9 +54,9 @@ def test_eight_bits_alone_and_few_tokens_are_not_pulled() -> None:
     def pull(recipe: Recipe, tokens: int = 65536) -> float:
         return default_pull(recipe, spec, tokens)
 
-    assert pull(Recipe(four)) == pull(Recipe(eight, (("a", four),))) == 0.5
+    assert pull(Recipe(four)) == pull(Recipe(eight, (("a", four),))) == 1.0
     assert pull(Recipe(eight)) == pull(Recipe(eight, (("a", None),))) == 0.0
-    assert pull(Recipe(four), 5 * 4864) == 0.5 and pull(Recipe(four), 5 * 4864 - 1) == 0.0, "tokens a column of down"
+    assert pull(Recipe(four), 2 * 4864) == 1.0 and pull(Recipe(four), 2 * 4864 - 1) == 0.0, "tokens a column of down"
 
 
 def test_all_windows_count_their_tokens_alike(

@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 
 from qwenq.errors import QwenqError
 from qwenq.quant import gptq
-from qwenq.quant.gptq import add_to_hessian, factor_lower, mirror_upper, permute_symmetric, processing_order, solve_unit
+from qwenq.quant.gptq import (
+    Shortfall,
+    add_to_hessian,
+    factor_lower,
+    mirror_upper,
+    permute_symmetric,
+    processing_order,
+    solve_unit,
+)
 from qwenq.quant.grid import round_to_grid, search_grid
 from qwenq.scheme import Scheme
 
@@ -128,7 +136,7 @@ def test_shortfalls_move_the_outputs():
     asked_TO = x_TI @ shift_OI.T
     options = {"damp_percent": 1e-6}
     for pull in (1.0, 0.5):
-        shortfalls = {"b": x_TI.T @ asked_TO}
+        shortfalls = {"b": Shortfall(x_TI.T @ asked_TO, 0.5 * x_TI.T @ asked_TO)}
         solved = solve_unit(weights, h_II.clone(), Scheme(8, 32), **options, shortfalls=shortfalls, pull=pull)
         moved_TO = x_TI @ (solved["b"][0].dequantize() - weights["b"]).T
         assert (moved_TO - pull * asked_TO).square().mean() < 0.01 * asked_TO.square().mean()
@@ -137,13 +145,37 @@ def test_shortfalls_move_the_outputs():
     assert (solved["a"][0].codes_OI != alone["a"][0].codes_OI).float().mean() < 0.1
 
 
+def test_shortfalls_count_as_far_as_both_halves_agree():
+    """By the definition: kept is 1 - |D|^2 / |S|^2 of the fit, in coordinates where the damped Hessian is 1."""
+    x_TI = correlated(64, tokens=600)
+    h_II = x_TI.T @ x_TI
+    generator = torch.Generator().manual_seed(6)
+    weights = {"w": torch.randn(4, 64, generator=generator)}
+    first_IO, second_IO = torch.randn(64, 4, generator=generator), torch.randn(64, 4, generator=generator)
+    second_IO[:, 0] = first_IO[:, 0]  # equal: all is kept
+    second_IO[:, 1] = 0  # all from one half: nothing is
+    second_IO[:, 2] = -0.9 * first_IO[:, 2]  # opposite: nothing
+    second_IO[:, 3] = 0.5 * first_IO[:, 3]  # kept: 1 - (0.5 / 1.5)^2 = 8 / 9
+    share_O = torch.tensor([1.0, 0.0, 0.0, 8 / 9])
+    damp = 0.5 * float(h_II.diagonal().mean())
+    whole_IO = 1e4 * (first_IO + second_IO)
+    wanted_OI = torch.linalg.solve(h_II + damp * torch.eye(64), whole_IO).T * share_O[:, None]
+    found = solve_unit(
+        weights, h_II.clone(), Scheme(8, 32), damp_percent=0.5, pull=1.0, sweeps=0,
+        shortfalls={"w": Shortfall(whole_IO.clone(), 1e4 * first_IO)},
+    )["w"][0].dequantize() - weights["w"]  # fmt: skip
+    assert wanted_OI.abs().mean() > 0.3
+    assert (found - wanted_OI)[[0, 3]].abs().mean() < 0.05 * wanted_OI[[0, 3]].abs().mean()
+    assert found[[1, 2]].abs().mean() < 0.05 * wanted_OI[[0, 3]].abs().mean()
+
+
 def test_damped_solution(monkeypatch):
     monkeypatch.setattr(gptq, "FACTOR_BLOCK", 40)
     _, h_II = problem(columns=130)
     b_IO = torch.randn(130, 7)
     wanted = torch.linalg.solve(h_II.double() + 2.0 * torch.eye(130), b_IO.double())
     assert factor_lower(h_II, 2.0)
-    found = gptq._solve_damped(b_IO, h_II)
+    found = gptq._solve_upper(gptq._solve_lower(b_IO, h_II), h_II)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=2e-4)
 
 

@@ -15,7 +15,7 @@ from qwenq.checkpoint import open_checkpoint
 from qwenq.cli.models import pick_device
 from qwenq.errors import PlanError
 from qwenq.lanes import cpu_lanes, side_by_side
-from qwenq.quant.gptq import solve_unit
+from qwenq.quant.gptq import Shortfall, solve_unit
 from qwenq.quant.rows import solve_rows
 from qwenq.quantize import quantize
 from qwenq.replicas import LaneSums, Replicas
@@ -130,11 +130,11 @@ def test_shares_of_rows_are_solved_as_the_whole_is() -> None:
     torch.manual_seed(3)
     x_TI = torch.randn(500, 128) @ torch.randn(128, 128)
     weights = {"a": torch.randn(37, 128), "b": torch.randn(5, 128)}
-    short = {"a": torch.randn(128, 37), "b": torch.randn(128, 5)}
+    halves = {name: (torch.randn(128, len(w_OI)), torch.randn(128, len(w_OI))) for name, w_OI in weights.items()}
     scheme = Scheme(4, 64)
 
-    def given() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return x_TI.T @ x_TI, {name: s.clone() for name, s in short.items()}  # both are overwritten
+    def given() -> tuple[torch.Tensor, dict[str, Shortfall]]:
+        return x_TI.T @ x_TI, {name: Shortfall(a + b, a.clone()) for name, (a, b) in halves.items()}  # overwritten
 
     h_II, shortfalls = given()
     whole = solve_unit(weights, h_II, scheme, shortfalls=shortfalls, pull=0.5)

@@ -98,9 +98,9 @@ def quantize(
         typer.Option(
             min=0.0,
             max=1.0,
-            help="How far o and down are moved, before rounding, to answer for what earlier layers lost. 0 saves the "
-            "pass of calibration tokens through the 16-bit layers. Default: 0.5, and 0 where all is in 8 bits or there "
-            "are fewer than 5 calibration tokens a column of down.",
+            help="How far o and down are moved, before rounding, to answer for what earlier layers lost, where both "
+            "halves of the calibration windows agree on it. 0 saves a pass of them through the 16-bit layers. "
+            "Default: 1, and 0 where all is in 8 bits or there are fewer than 2 calibration tokens a column of down.",
         ),
     ] = None,
     pull_share: Annotated[

@@ -73,6 +73,18 @@ class SolveStats:
         return decibel(self.weight_error, self.weight_signal)
 
 
+@dataclass(frozen=True)
+class Shortfall:
+    """What outputs of the unrounded weights are short of: sums of x r' over tokens, float32 [in, out]."""
+
+    whole_IO: Tensor
+    half_IO: Tensor  # over the first half of the tokens alone
+
+    def rows(self, low: int, high: int, device: torch.device) -> Shortfall:
+        """That of outputs low to high."""
+        return Shortfall(self.whole_IO[:, low:high].to(device), self.half_IO[:, low:high].to(device))
+
+
 def decibel(error: float, signal: float) -> float:
     """10 log10(error / signal), with -inf for no error and nan where one is."""
     if math.isnan(error):
@@ -263,22 +275,41 @@ def _descend(
             codes_IO[group, part] = code_KO
 
 
-def _solve_damped(b_IO: Tensor, h_II: Tensor) -> Tensor:
-    """(L L')^-1 b, in place, for the factor below and on the diagonal of `h_II`."""
-    columns = h_II.shape[0]
-    starts = range(0, columns, FACTOR_BLOCK)
-    for start in starts:
+def _solve_lower(b_IO: Tensor, h_II: Tensor) -> Tensor:
+    """L^-1 b, in place, for the factor below and on the diagonal of `h_II`."""
+    for start in range(0, h_II.shape[0], FACTOR_BLOCK):
         part_KO, corner_KK = b_IO[start : start + FACTOR_BLOCK], h_II[start : start + FACTOR_BLOCK][:, start:]
-        corner_KK = corner_KK[:, :FACTOR_BLOCK]
         part_KO.addmm_(h_II[start : start + FACTOR_BLOCK, :start], b_IO[:start], alpha=-1)
-        part_KO.copy_(torch.linalg.solve_triangular(corner_KK.tril(), part_KO, upper=False))
-    for start in reversed(starts):
+        corner_KK = corner_KK[:, :FACTOR_BLOCK].tril()
+        part_KO.copy_(torch.linalg.solve_triangular(corner_KK, part_KO, upper=False))
+    return b_IO
+
+
+def _solve_upper(b_IO: Tensor, h_II: Tensor) -> Tensor:
+    """L'^-1 b, in place, for the same factor."""
+    columns = h_II.shape[0]
+    for start in reversed(range(0, columns, FACTOR_BLOCK)):
         stop = min(start + FACTOR_BLOCK, columns)
         part_KO = b_IO[start:stop]
         part_KO.addmm_(h_II[stop:, start:stop].T, b_IO[stop:], alpha=-1)
         corner_KK = h_II[start:stop, start:stop].tril()
         part_KO.copy_(torch.linalg.solve_triangular(corner_KK.T, part_KO, upper=True))
     return b_IO
+
+
+def _pulled(shortfall: Shortfall, order_I: Tensor, h_II: Tensor) -> Tensor:
+    """How weights [in, out], in processing order, should move for their outputs to be less short; overwrites its input.
+
+    The damped least-squares fit (L L')^-1 s of few tokens is mostly noise. The difference of the two halves' sums has
+    as much noise as their sum has and nothing else, so 1 - |L^-1 (s1 - s2)|^2 / |L^-1 (s1 + s2)|^2 estimates for each
+    output the share of the fit that is not: the share that is kept (the positive-part rule of James and Stein, with a
+    noise level that is measured, since tokens of a window are no independent draws).
+    """
+    noise_IO = shortfall.half_IO.mul_(2).sub_(shortfall.whole_IO)
+    noise_O = _solve_lower(noise_IO.copy_(noise_IO[order_I]), h_II).square_().sum(0)
+    fit_IO = _solve_lower(shortfall.whole_IO.copy_(shortfall.whole_IO[order_I]), h_II)
+    share_O = (1 - noise_O / fit_IO.square().sum(0)).nan_to_num_(0.0, 0.0, 0.0).clamp_(0, 1)
+    return _solve_upper(fit_IO.mul_(share_O), h_II)
 
 
 def _solve_rounding(e_IO: Tensor, weight_I: Tensor | None, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
@@ -354,7 +385,7 @@ def solve_unit(
     damp_percent: float = DAMP_PERCENT,
     method: str = "gptq",
     sweeps: int = SWEEPS,
-    shortfalls: Mapping[str, Tensor] | None = None,
+    shortfalls: Mapping[str, Shortfall] | None = None,
     pull: float = 0.0,
 ) -> dict[str, tuple[QTensor, SolveStats]]:
     """Quantize linears [out, in] that read the same input, sharing one factorization.
@@ -362,9 +393,8 @@ def solve_unit(
     `h_II` (float32 [in, in]) is the sum of x x' over calibration tokens, not normalised; its upper triangle is read
     and **it is overwritten**. `damp_percent` is a fraction of the mean diagonal, raised tenfold while the factor does
     not exist; after DAMP_TRIES weights are rounded to the nearest value of a searched grid and `fallback` says so.
-    `shortfalls` (float32 [in, out] by name, overwritten): sums of x r' over as many tokens, where r is what the outputs
-    of the unrounded weights are short of. These are first moved by the share `pull` of the way to the damped
-    least-squares fit, W' + pull (H + damp)^-1 shortfall, and error figures count from there.
+    `shortfalls` (by name, overwritten): sums over as many tokens of what outputs are short of. Weights are first moved
+    by the share `pull` of what `_pulled` makes of them, and error figures count from there.
     `method` "rtn" rounds to nearest with absmax scales and takes the Hessian, if any, for the statistics alone.
     Raises QwenqError, naming tensors, for non-finite or ill-fitting input.
     """
@@ -409,9 +439,7 @@ def solve_unit(
         else:
             for part_IO, name in zip(e_IO.split(sizes, dim=1), weights, strict=True):
                 if shortfalls is not None and name in shortfalls:
-                    short_IO = shortfalls[name]
-                    short_IO.copy_(short_IO[order_I])
-                    part_IO.add_(_solve_damped(short_IO, h_II), alpha=pull)
+                    part_IO.add_(_pulled(shortfalls[name], order_I, h_II), alpha=pull)
             codes_IO, scales_GO, zeros_GO = _solve_gptq(e_IO, h_II, scheme)
             for _ in range(sweeps):
                 _descend(e_IO, codes_IO, scales_GO, zeros_GO, h_II, diagonal_I, damp, scheme)

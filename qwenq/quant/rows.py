@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qwenq.lanes import side_by_side
-from qwenq.quant.gptq import QTensor, SolveStats, solve_unit
+from qwenq.quant.gptq import QTensor, Shortfall, SolveStats, solve_unit
 from qwenq.scheme import Scheme
 
 
@@ -20,7 +20,7 @@ def solve_rows(
     h_II: Tensor | None,
     scheme: Scheme,
     *,
-    shortfalls: Mapping[str, Tensor] | None = None,
+    shortfalls: Mapping[str, Shortfall] | None = None,
     **options: Any,
 ) -> dict[str, tuple[QTensor, SolveStats]]:
     """As `solve_unit`, whose arguments these are; with a Hessian, rows of every weight are divided among `devices`.
@@ -32,18 +32,24 @@ def solve_rows(
     if count == 1 or h_II is None:
         return solve_unit(weights, h_II, scheme, shortfalls=shortfalls, **options)
 
-    def share(tensor: Tensor, k: int, dim: int) -> Tensor:
-        size = tensor.shape[dim]
-        low, high = size * k // count, size * (k + 1) // count
-        return tensor.narrow(dim, low, high - low).to(devices[k])
+    def bounds(size: int, k: int) -> tuple[int, int]:
+        return size * k // count, size * (k + 1) // count
+
+    def rows(w_OI: Tensor, k: int) -> Tensor:
+        low, high = bounds(len(w_OI), k)
+        return w_OI[low:high].to(devices[k])
+
+    def short(name: str, k: int) -> Shortfall:
+        assert shortfalls is not None
+        return shortfalls[name].rows(*bounds(len(weights[name]), k), devices[k])
 
     calls = [
         partial(
             solve_unit,
-            {name: share(w_OI, k, 0) for name, w_OI in weights.items()},
+            {name: rows(w_OI, k) for name, w_OI in weights.items()},
             h_II.to(devices[k], copy=k > 0),
             scheme,
-            shortfalls=shortfalls and {name: share(short_IO, k, 1) for name, short_IO in shortfalls.items()},
+            shortfalls=shortfalls and {name: short(name, k) for name in shortfalls},
             **options,
         )
         for k in range(count)
