@@ -230,8 +230,7 @@ class BlockSolver:
         ((path, lin),) = _members(self.spec, self.layer, unit).items()
         if self.recipe.scheme_of(lin) is None:
             return self._pass(produce, range(len(self.h_NTH)))
-        weight_OI = self.folded.weight(path)
-        self.replicas.set_parameter(f"{path}.weight", weight_OI)
+        self.replicas.set_parameter(f"{path}.weight", self.folded.weight(path))
         hessians = LaneSums(self.replicas, lin.in_features, lin.in_features)
 
         def add_weighted(network: Network, x: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
@@ -256,7 +255,7 @@ class BlockSolver:
                 hessian = hessians.total()  # of the same tokens
                 with self.clock.time("pull"):
                     mirror_upper(hessian)
-                    short = torch.addmm(products.total(), hessian, weight_OI.T, alpha=-1)
+                    short = torch.addmm(products.total(), hessian, self.folded.weight(path).T, alpha=-1)
                     found.append(short.mul_(len(self.h_NTH) / pulled))
             shortfall = Shortfall(whole_IO=found[1], half_IO=found[0])
             del products

@@ -198,7 +198,8 @@ def peak_bytes(spec: ModelSpec, tokens: Tokens, compute_bytes: int, on_gpu: bool
     parameters = sum(lin.parameters for lin in layer)
     source = 2 * parameters
     part = min(BATCH_TOKENS, tokens.calibration + tokens.evaluation) * spec.intermediate_size
-    solving = tokens.calibration_bytes * parameters + max(_solving(unit) for unit in _units(layer))
+    pulled = tokens.pull_share > 0
+    solving = tokens.calibration_bytes * parameters + max(_solving(unit, pulled) for unit in _units(layer))
     calibrating = tokens.calibration_bytes * (parameters + 4 * part)
     evaluating = compute_bytes * (parameters + 4 * part)
     head = 6 * 4 * 1024 * 4096 + 8 * 4096 * spec.hidden_size + 8 * tokens.evaluation * spec.hidden_size
@@ -214,10 +215,10 @@ def _units(layer: tuple[LinearSpec, ...]) -> list[list[LinearSpec]]:
     return [[lin for lin in layer if lin.unit == unit] for unit in dict.fromkeys(lin.unit for lin in layer)]
 
 
-def _solving(unit: list[LinearSpec]) -> int:
+def _solving(unit: list[LinearSpec], pulled: bool) -> int:
     """The Hessian; float32 weights, their errors twice while they are permuted, uint8 codes; two sums of o and down."""
     parameters = sum(lin.parameters for lin in unit)
-    shortfalls = 8 * parameters if len(unit) == 1 else 0
+    shortfalls = 8 * parameters if pulled and len(unit) == 1 else 0
     return 4 * unit[0].in_features ** 2 + 13 * parameters + shortfalls
 
 

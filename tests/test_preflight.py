@@ -217,6 +217,14 @@ def test_predicted_peaks_do_not_know_the_number_of_layers() -> None:
     assert host > 0 and gpu > 0
 
 
+def test_pulls_take_two_sums_of_down(qwen72: ModelSpec) -> None:
+    """On top of a Hessian of 29568 and 13 bytes a weight: more than gate and up, whose 13 bytes are twice as many."""
+    with_pulls, without = (peak_bytes(qwen72, Tokens(64, 8, 512, 2, share), 4, True)[1] for share in (0.5, 0.0))
+    layer = 2 * (2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 29568)
+    assert with_pulls == layer + 4 * 29568**2 + 21 * 8192 * 29568
+    assert without == layer + max(4 * 29568**2 + 13 * 8192 * 29568, 4 * 8192**2 + 26 * 8192 * 29568)
+
+
 def test_planning_needs_no_torch() -> None:
     code = "import sys, qwenq.preflight; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
