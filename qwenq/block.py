@@ -6,6 +6,7 @@ h -> norm -> [q k v] -> attention -> [o] -> + -> norm -> [gate up] -> act * -> [
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -81,6 +82,15 @@ def batches(windows: int, tokens: int, budget_tokens: int = BATCH_TOKENS) -> Ite
     step = max(1, budget_tokens // tokens)
     for start in range(0, windows, step):
         yield slice(start, min(start + step, windows))
+
+
+def passes(windows: int, pulled: int = 0) -> list[range]:
+    """Ranges of windows that go through a layer one after the other: both halves of the pulled ones, then the rest.
+
+    Whoever replays a layer goes through it in the same ranges: parts of other sizes may end in other last bits.
+    """
+    cuts = [0, pulled // 2, pulled, windows]
+    return [range(start, stop) for start, stop in itertools.pairwise(cuts) if start < stop]
 
 
 @dataclass(frozen=True)
@@ -164,7 +174,7 @@ class BlockSolver:
         self._solve_outer("o", attend, Network.add_attention, after_o)
         self._solve_inner("gate_up", after_attention, down_moments)
         self._solve_outer("down", gate, Network.add_mlp, original)
-        self._pass(add_mlp, range(len(h_NTH)))
+        self._pass(add_mlp)
         return self.packed, self.results
 
     @property
@@ -180,11 +190,15 @@ class BlockSolver:
             middle_NTH[part] = h.to(middle_NTH.device)
             original_NTH[part] = network.add_mlp(h, network.gate(network.mlp_input(h))).to(original_NTH.device)
 
-        self._pass(advance, range(len(original_NTH)))
+        self._pass(advance, passes(len(original_NTH), len(original_NTH)))
 
-    def _pass(self, function: Callable[[Network, slice], object], windows: range) -> None:
+    def _pass(self, function: Callable[[Network, slice], object], ranges: Sequence[range] | None = None) -> None:
+        original = self.streams.original_NTH
+        if ranges is None:
+            ranges = passes(len(self.h_NTH), 0 if original is None else len(original))
         with self.clock.time("forward"):
-            self.replicas.each(function, windows)
+            for windows in ranges:
+                self.replicas.each(function, windows)
 
     def _in_lane(self, stage: str) -> AbstractContextManager[None]:
         return self.clock.time_in_lane(stage, of="forward", lanes=len(self.replicas.networks))
@@ -195,7 +209,7 @@ class BlockSolver:
         """Solve a unit that reads a norm: q, k, v or gate, up."""
         members = _members(self.spec, self.layer, unit)
         if not _by_scheme(members, self.recipe):
-            return self._pass(produce, range(len(self.h_NTH)))
+            return self._pass(produce)
         hessians = LaneSums(self.replicas, self.spec.hidden_size, self.spec.hidden_size)
 
         def collect(network: Network, part: slice) -> None:
@@ -203,7 +217,7 @@ class BlockSolver:
             with self._in_lane("hessian"):
                 add_to_hessian(hessians.of(network), x)
 
-        self._pass(collect, range(len(self.h_NTH)))
+        self._pass(collect)
         hessian = hessians.total()
         with self.clock.time(f"solve {unit}"):
             if down_moments is not None and self._folds("down"):
@@ -229,7 +243,7 @@ class BlockSolver:
         """
         ((path, lin),) = _members(self.spec, self.layer, unit).items()
         if self.recipe.scheme_of(lin) is None:
-            return self._pass(produce, range(len(self.h_NTH)))
+            return self._pass(produce)
         self.replicas.set_parameter(f"{path}.weight", self.folded.weight(path))
         hessians = LaneSums(self.replicas, lin.in_features, lin.in_features)
 
@@ -250,7 +264,7 @@ class BlockSolver:
             pulled = len(wanted_NTH)
             products = LaneSums(self.replicas, lin.in_features, lin.out_features)
             found = []
-            for windows in (range(pulled // 2), range(pulled // 2, pulled)):
+            for windows in passes(pulled, pulled):
                 self._add_wanted(lin, path, produce, add_weighted, wanted_NTH, windows, products)
                 hessian = hessians.total()  # of the same tokens
                 with self.clock.time("pull"):
@@ -259,7 +273,7 @@ class BlockSolver:
                     found.append(short.mul_(len(self.h_NTH) / pulled))
             shortfall = Shortfall(whole_IO=found[1], half_IO=found[0])
             del products
-        self._pass(collect, range(pulled, len(self.h_NTH)))
+        self._pass(collect, [range(pulled, len(self.h_NTH))])
         hessian = hessians.total()
         with self.clock.time(f"solve {unit}"):
             self._solve({path: lin}, hessian, None if shortfall is None else {lin.name: shortfall})
@@ -286,7 +300,7 @@ class BlockSolver:
                     missing -= self.folded.state[f"{path}.bias"].to(missing)
                 products.of(network).add_(x_TI.T @ missing.mul_(root_T1).to(x.dtype))
 
-        self._pass(collect, windows)
+        self._pass(collect, [windows])
 
     def _solve(
         self,

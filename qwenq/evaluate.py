@@ -42,7 +42,7 @@ def evaluate(
     network, wide = replicas(reference, compute_dtype), replicas(reference, torch.float32)
     other = replicas(checkpoint, compute_dtype)
     with (
-        memory_errors("evaluating", torch.device(devices[0]), None, "fewer windows (-n), or --device cpu"),
+        memory_errors("evaluating", torch.device(devices[0]), None, "make room, or fewer windows (-n)"),
         tempfile.TemporaryDirectory(prefix="qwenq-eval-") as spill,
     ):
         streams = new_streams(reference, None, evaluation.ids, dtype=compute_dtype, spill_directory=Path(spill))

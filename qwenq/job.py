@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from qwenq import __version__
-from qwenq.block import SolverOptions
+from qwenq.block import SolverOptions, passes
 from qwenq.checkpoint import Checkpoint
 from qwenq.errors import CheckpointError, JobError
 from qwenq.host import numerics
@@ -70,6 +70,13 @@ class QuantizeJob:
             return 0
         windows, length = self.calibration.ids.shape
         return original_windows(self.source.spec, windows, length, self.options.pull_share)
+
+    def passes(self, stream: str) -> list[range] | None:
+        """In which ranges of windows a stream of calibration tokens goes through a layer; None for another stream."""
+        if self.calibration is None or stream not in ("calibration", "original"):
+            return None
+        pulled = self.original_windows
+        return passes(len(self.calibration.ids) if stream == "calibration" else pulled, pulled)
 
     def stored_dtype(self, name: str) -> str:
         """safetensors dtype in which tensor `name` is written when it is not quantized."""

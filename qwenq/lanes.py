@@ -10,18 +10,17 @@ from typing import TypeVar
 
 import torch
 
-MOST_LANES = 4  # on a CPU: each has at least a window of tokens, of as many as go through a layer together
-LANES_UP_TO = 8192  # wide FFNs: beyond, products alone keep cores busy, and each lane's Hessian is large
+from qwenq.preflight import LANES_UP_TO, MOST_LANES
 
 T = TypeVar("T")
 
 
 def cpu_lanes(windows: int, intermediate_size: int) -> int:
-    """Lanes for so many windows at a time: as many as share torch's threads evenly, MOST_LANES at most."""
+    """Lanes for so many windows at a time: as many as share these and torch's threads evenly, MOST_LANES at most."""
     if intermediate_size > LANES_UP_TO:
         return 1
     threads = torch.get_num_threads()
-    return max(n for n in range(1, MOST_LANES + 1) if n <= max(1, windows) and threads % n == 0)
+    return max(n for n in range(1, MOST_LANES + 1) if threads % n == 0 and max(1, windows) % n == 0)
 
 
 def side_by_side(calls: Sequence[Callable[[], T]]) -> list[T]:

@@ -22,6 +22,8 @@ BATCH_TOKENS = 2048  # that go through a layer together
 PULL_SHARE = 0.5  # of the calibration windows also run through the 16-bit layers, for o and down to be pulled there
 PULL_TOKENS_A_COLUMN = 8  # but at least so many tokens for each input column of down, where there are so many
 PULL_LEAST_A_COLUMN = 2  # with fewer they say too little to be worth that pass, unless asked for (reports/LOG.md)
+MOST_LANES = 4  # on a CPU, that share the windows which go through a layer together, each with its own Hessian
+LANES_UP_TO = 8192  # wide FFNs: beyond, products alone keep cores busy, and Hessians are large
 NOISE_WINDOWS = 2  # evaluation windows that are also run in float32, when computing in a narrower type
 _SLACK_BYTES = 1 << 20  # config, tokenizer copies are added exactly; journal and model card are not
 
@@ -80,13 +82,14 @@ def default_pull(recipe: Recipe, spec: ModelSpec, tokens: int) -> float:
 def original_windows(spec: ModelSpec, windows: int, length: int, share: float = PULL_SHARE) -> int:
     """How many calibration windows, the first ones, run through the 16-bit layers too, for o and down to be pulled.
 
-    A whole number of batches; none for a share of 0.
+    A whole number of batches; none for a share of 0, nor where they would not make two halves.
     """
     if share == 0:
         return 0
     step = max(1, BATCH_TOKENS // length)
     enough = PULL_TOKENS_A_COLUMN * spec.intermediate_size / length
-    return min(windows, math.ceil(max(windows * share, enough) / step) * step)
+    found = min(windows, math.ceil(max(windows * share, enough) / step) * step)
+    return found if found > 1 else 0
 
 
 @dataclass(frozen=True)
@@ -200,7 +203,10 @@ def peak_bytes(spec: ModelSpec, tokens: Tokens, compute_bytes: int, on_gpu: bool
     part = min(BATCH_TOKENS, tokens.calibration + tokens.evaluation) * spec.intermediate_size
     pulled = tokens.pull_share > 0
     solving = tokens.calibration_bytes * parameters + max(_solving(unit, pulled) for unit in _units(layer))
-    calibrating = tokens.calibration_bytes * (parameters + 4 * part)
+    width = spec.intermediate_size
+    lanes = MOST_LANES if not on_gpu and width <= LANES_UP_TO else 1
+    summing = lanes * 4 * width * (width + (spec.hidden_size if pulled else 0))
+    calibrating = tokens.calibration_bytes * (parameters + 4 * part) + summing
     evaluating = compute_bytes * (parameters + 4 * part)
     head = 6 * 4 * 1024 * 4096 + 8 * 4096 * spec.hidden_size + 8 * tokens.evaluation * spec.hidden_size
     work = max(solving, calibrating, evaluating)

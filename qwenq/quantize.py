@@ -45,7 +45,7 @@ from qwenq.tokens import TokenWindows
 
 _STATE_FILES = (".qwenq-state-0.safetensors", ".qwenq-state-1.safetensors")
 _STATE_INTERVAL_S = 30.0  # hidden states are saved to disk this often; layers done since are replayed on resume
-_NO_MEMORY = "make room, then go on with --resume; or start again with fewer windows (-n), or with --device cpu"
+_NO_MEMORY = "make room, then go on with --resume; or start again with fewer windows (-n)"
 
 Listener = Callable[[BlockResult | str], None]
 
@@ -248,7 +248,7 @@ class _Run:
             ):
                 if name in streams.states:
                     network.fill(layer_state)
-                    network.run_layer(streams.states[name])
+                    network.run_layer(streams.states[name], self.job.passes(name))
                     network.release()
         return good
 

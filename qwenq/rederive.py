@@ -110,8 +110,10 @@ def read_job(manifest: Mapping[str, Any], source: Checkpoint, out: Path, calibra
         options = SolverOptions(**job["options"])
         text, seed, device = job["calibration"], job["seed"], job["device"]
         dtypes = {name: job[name] for name in ("compute_dtype", "calibration_dtype", "dtype")}
-        if any(dtype not in (*DTYPES, "auto") for dtype in dtypes.values()) or type(seed) is not int:
-            raise ValueError("a dtype or the seed is not one")
+        if any(dtype not in (*DTYPES, "auto") for dtype in dtypes.values()):
+            raise ValueError("a dtype is not one")
+        if type(seed) is not int or not isinstance(device, str):
+            raise ValueError("the seed or the device is not one")
     except JobError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, QwenqError) as error:
@@ -120,7 +122,8 @@ def read_job(manifest: Mapping[str, Any], source: Checkpoint, out: Path, calibra
             hint="another version of qwenq wrote it",
         ) from None
     recipe.check(source.spec)
-    if device != "cpu" and not torch.cuda.is_available():
+    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device != "cpu" and not set(device.split(",")) <= {"cuda", *(f"cuda:{k}" for k in range(here))}:
         raise JobError(f"{MANIFEST_NAME}: made on {device}, which is not here", hint="GPUs and CPUs round differently")
     windows = None if text is None else _calibration(text, seed, source, calibration)
     some = windows or TokenWindows(torch.zeros(1, 2, dtype=torch.int64), "none", {})
@@ -179,7 +182,7 @@ def _replay(job: QuantizeJob, replicas: Replicas, layer: int, written: Checkpoin
         states["original"] = job.source.finite_layer_state(layer)
     for name, state in states.items():
         replicas.fill(state)
-        replicas.run_layer(streams.states[name])
+        replicas.run_layer(streams.states[name], job.passes(name))
         replicas.release()
 
 

@@ -6,6 +6,7 @@ cores busy, parts of the tokens do. Lanes of one device share the layer's tensor
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -69,25 +70,41 @@ class Replicas:
     def each(self, function: Callable[[Network, slice], object], windows: range) -> None:
         """Call `function` with a lane's network and a part of the windows, until every part had its turn.
 
-        Which lane gets which parts does not depend on time, so what a lane sums up is the same in every run.
+        After an error, or when interrupted, lanes stop behind the part they are at. Which lane gets which parts does
+        not depend on time, so what a lane sums up is the same in every run.
         """
         starts = windows[:: self.windows_each]
         parts = [slice(start, min(start + self.windows_each, windows.stop)) for start in starts]
 
+        stopped = threading.Event()
+
         def walk(network: Network, own: list[slice]) -> None:
-            for part in own:
-                function(network, part)
+            try:
+                for part in own:
+                    if stopped.is_set():
+                        return
+                    function(network, part)
+            except BaseException:
+                stopped.set()
+                raise
 
         count = len(self.networks)
-        side_by_side([partial(walk, network, parts[k::count]) for k, network in enumerate(self.networks)])
+        try:
+            side_by_side([partial(walk, network, parts[k::count]) for k, network in enumerate(self.networks)])
+        finally:
+            stopped.set()
 
-    def run_layer(self, h_NTH: torch.Tensor) -> None:
-        """Send hidden states [windows, tokens, hidden] through the layer as it stands, in place."""
+    def run_layer(self, h_NTH: torch.Tensor, passes: Sequence[range] | None = None) -> None:
+        """Send hidden states [windows, tokens, hidden] through the layer as it stands, in place.
+
+        passes: ranges of windows that go one after the other, to be divided among lanes as they were before.
+        """
 
         def forward(network: Network, part: slice) -> None:
             h_NTH[part] = network.forward(h_NTH[part].to(network.device)).to(h_NTH.device)
 
-        self.each(forward, range(len(h_NTH)))
+        for windows in passes or [range(len(h_NTH))]:
+            self.each(forward, windows)
 
 
 class LaneSums:

@@ -107,7 +107,7 @@ def measure_sensitivity(
             hint="free some space, or fewer windows (--num-samples)",
         )
     network = Network(source.config, spec, dtype=compute_dtype, device=device)
-    hint = "make room, or --device cpu"
+    hint = "make room, or fewer windows (-n)"
     try:
         with (
             memory_errors("measuring sensitivity", network.device, None, hint),

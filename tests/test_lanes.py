@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from conftest import small_job
 
+from qwenq.block import passes
 from qwenq.checkpoint import open_checkpoint
 from qwenq.cli.models import pick_device
 from qwenq.errors import PlanError
@@ -34,7 +36,10 @@ def threads() -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("count", "windows", "lanes"),
-    [(1, 4, 1), (2, 4, 2), (2, 1, 1), (3, 4, 3), (5, 4, 1), (6, 4, 3), (6, 2, 2), (16, 4, 4), (16, 8, 4), (16, 0, 1)],
+    [
+        *[(1, 4, 1), (2, 4, 2), (2, 1, 1), (3, 4, 1), (3, 6, 3), (5, 4, 1), (6, 4, 2), (6, 2, 2), (2, 5, 1)],
+        *[(16, 4, 4), (16, 8, 4), (16, 0, 1)],
+    ],
 )
 def test_lanes_share_threads_evenly(count: int, windows: int, lanes: int, threads: None) -> None:
     torch.set_num_threads(count)
@@ -76,11 +81,11 @@ def test_an_error_waits_for_the_others() -> None:
 def test_every_window_goes_through_once_and_always_in_the_same_lane(tiny: Path, threads: None) -> None:
     torch.set_num_threads(4)
     source = open_checkpoint(tiny)
-    replicas = Replicas(source.config, source.spec, dtype=torch.float32, window_tokens=300)  # 6 windows at a time
+    replicas = Replicas(source.config, source.spec, dtype=torch.float32, window_tokens=512)  # 4 windows at a time
     shares = [[(2, 3), (6, 7), (10, 11)], [(3, 4), (7, 8), (11, 12)], [(4, 5), (8, 9)], [(5, 6), (9, 10)]]
     assert all(parts_of(replicas, range(2, 12)) == shares for _ in range(3))
-    two = Replicas(source.config, source.spec, dtype=torch.float32, window_tokens=300, devices=("cpu", "cpu"))
-    assert parts_of(two, range(20)) == [[(0, 6), (12, 18)], [(6, 12), (18, 20)]], "devices take whole batches"
+    two = Replicas(source.config, source.spec, dtype=torch.float32, window_tokens=512, devices=("cpu", "cpu"))
+    assert parts_of(two, range(14)) == [[(0, 4), (8, 12)], [(4, 8), (12, 14)]], "devices take whole batches"
 
 
 def parts_of(replicas: Replicas, windows: range) -> list[list[tuple[int, int]]]:
@@ -173,6 +178,7 @@ def test_a_job_on_several_devices_loses_what_it_loses_on_one(tiny: Path, tmp_pat
 )
 def test_which_devices_are_meant(asked: str, gpus: int, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
     assert pick_device(asked) == wanted
     if "," in asked:
         with pytest.raises(PlanError, match="this command uses one GPU"):
@@ -186,5 +192,38 @@ def test_which_devices_are_meant(asked: str, gpus: int, wanted: str, monkeypatch
 )
 def test_devices_that_are_none(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     with pytest.raises(PlanError, match=f"--device {asked}: "):
         pick_device(asked)
+
+
+def test_an_error_stops_the_other_lanes_behind_their_part(tiny: Path, threads: None) -> None:
+    torch.set_num_threads(2)
+    source = open_checkpoint(tiny)
+    replicas = Replicas(source.config, source.spec, dtype=torch.float32, window_tokens=1024)
+    seen: list[int] = []
+    failed = threading.Event()
+
+    def work(network: Network, part: slice) -> None:
+        seen.append(part.start)
+        if part.start == 0:
+            failed.set()
+            raise ValueError("this one")
+        assert failed.wait(20)
+        time.sleep(0.05)
+
+    with pytest.raises(ValueError, match="this one"):
+        replicas.each(work, range(40))
+    assert set(seen) <= {0, 1}
+
+
+def test_a_layer_is_replayed_in_the_ranges_it_was_solved_in() -> None:
+    assert passes(10) == [range(10)] and passes(10, 10) == [range(5), range(5, 10)]
+    assert passes(10, 5) == [range(2), range(2, 5), range(5, 10)]
+    assert passes(3, 2) == [range(1), range(1, 2), range(2, 3)]
+
+
+def test_few_rows_go_to_few_devices() -> None:
+    h_II = torch.eye(64) * 100
+    q, stats = solve_rows([CPU] * 3, {"w": torch.randn(2, 64), "v": torch.randn(9, 64)}, h_II, Scheme(4, 32))["w"]
+    assert q.codes_OI.shape == (2, 64) and stats.error_db < -10

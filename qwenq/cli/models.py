@@ -15,6 +15,7 @@ from qwenq.spec import ModelSpec, family_spec, spec_from_config
 
 Model = Annotated[str, typer.Argument(help="A checkpoint directory, or a hub name such as Qwen/Qwen2.5-7B-Instruct.")]
 Device = Annotated[str, typer.Option(help="auto: every GPU there is, else cpu; or cpu, cuda:N, cuda:N,cuda:M.")]
+OneDevice = Annotated[str, typer.Option("--device", help="auto, cpu or cuda:N.")]
 ComputeDtype = Annotated[
     str, typer.Option("--compute-dtype", help="float32 or bfloat16; auto: float32 on a CPU, bfloat16 on a GPU.")
 ]
@@ -70,7 +71,7 @@ def pick_device(device: str, *, several: bool = True) -> str:
     them) that torch sees, or cpu where it sees none."""
     import torch
 
-    count = torch.cuda.device_count()
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
         return ",".join(f"cuda:{k}" for k in range(count if several else min(count, 1))) or "cpu"
     names = device.split(",")

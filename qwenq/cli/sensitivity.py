@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from qwenq.cli.console import LayerProgress, out, print_json
-from qwenq.cli.models import ComputeDtype, Device, JsonFlag, Model, pick_compute_dtype
+from qwenq.cli.models import ComputeDtype, JsonFlag, Model, OneDevice, pick_compute_dtype
 from qwenq.errors import JobError
 from qwenq.planning.sensitivity import Sensitivity, encode_sensitivity
 from qwenq.spec import UNITS
@@ -35,7 +35,7 @@ def sensitivity(
     asymmetric: Annotated[
         bool, typer.Option("--asymmetric", help="4 bits with zero points too, which compressed-tensors carries.")
     ] = False,
-    device: Device = "auto",
+    device: OneDevice = "auto",
     compute_dtype: ComputeDtype = "auto",
     json: JsonFlag = False,
 ) -> None:

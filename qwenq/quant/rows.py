@@ -28,7 +28,7 @@ def solve_rows(
     Each device factors a copy of the Hessian, which costs no more time than waiting for one to do it and has nothing
     to exchange. What comes back is on the first device. A device solves what it would alone, up to last bits.
     """
-    count = len(devices)
+    count = min(len(devices), *(len(w_OI) for w_OI in weights.values()))
     if count == 1 or h_II is None:
         return solve_unit(weights, h_II, scheme, shortfalls=shortfalls, **options)
 

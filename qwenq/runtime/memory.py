@@ -20,6 +20,7 @@ from qwenq.units import format_gib
 
 _TORCH_OOM = re.compile(r"Tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)\. GPU (\d+)")
 _TORCH_CPU_OOM = re.compile(r"tried to allocate (\d+) bytes")
+_NO_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
 _UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
@@ -173,18 +174,18 @@ def memory_errors(doing: str, device: torch.device, need: int | None, hint: str)
         raise
     except (MemoryError, RuntimeError) as error:  # torch's own OutOfMemoryError is a RuntimeError
         said = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not (said or any(words in str(error) for words in ("can't allocate memory", "out of memory"))):
+        if not (said or any(words in str(error) for words in _NO_MEMORY)):
             raise
         if found := _TORCH_OOM.search(str(error)):  # torch knows better which GPU and how much
             device, need = torch.device("cuda", int(found[3])), round(float(found[1]) * _UNITS[found[2]])
         elif found := _TORCH_CPU_OOM.search(str(error)):
             device, need = torch.device("cpu"), int(found[1])
         have = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_ram()
-        wanted = "" if need is None else f"needs {format_gib(need)} more, "
-        short = "memory is in pieces, or others took it"
-        if need is not None and need > have:
-            short = f"{format_gib(need - have)} short"
+        said_need, short = "", ""
+        if need is not None:
+            said_need = f"needs {format_gib(need)} more, "
+            short = f": {format_gib(need - have)} short" if need > have else ": memory is in pieces, or others took it"
         raise RunError(
-            f"{device_name(device)}: out of memory while {doing}: {wanted}{format_gib(have)} are free: {short}",
+            f"{device_name(device)}: out of memory while {doing}: {said_need}{format_gib(have)} are free{short}",
             hint=hint,
         ) from None
