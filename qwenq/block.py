@@ -7,15 +7,14 @@ h -> norm -> [q k v] -> attention -> [o] -> + -> norm -> [gate up] -> act * -> [
 from __future__ import annotations
 
 import itertools
-import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from qwenq.clock import StageClock
 from qwenq.errors import CheckpointError
 from qwenq.formats.storage import pack_linear
 from qwenq.preflight import BATCH_TOKENS, PULL_SHARE
@@ -40,41 +39,6 @@ class SolverOptions:
     fold: bool = True  # fold channel scales into norms and up_proj (quant/fold.py)
     pull: float = 1.0  # how far o and down are moved towards what the 16-bit stream has, before they are rounded
     pull_share: float = PULL_SHARE  # of the calibration windows that stream has: it costs a pass of theirs
-
-
-@dataclass
-class StageClock:
-    """Seconds by stage of the current layer; a stage within a stage counts for itself alone."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    _inner_s: list[float] = field(default_factory=lambda: [0.0])
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    @contextmanager
-    def time(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        self._inner_s.append(0.0)
-        try:
-            yield
-        finally:
-            elapsed = time.perf_counter() - start
-            self._add(stage, elapsed - self._inner_s.pop())
-            self._inner_s[-1] += elapsed
-
-    @contextmanager
-    def time_in_lane(self, stage: str, *, of: str, lanes: int) -> Iterator[None]:
-        """What one of several lanes takes for `stage` while stage `of` is timed outside them all."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            elapsed = (time.perf_counter() - start) / lanes
-            with self._lock:
-                self._add(stage, elapsed)
-                self._add(of, -elapsed)
-
-    def _add(self, stage: str, seconds: float) -> None:
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
 
 def batches(windows: int, tokens: int, budget_tokens: int = BATCH_TOKENS) -> Iterator[slice]:

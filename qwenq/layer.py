@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from qwenq.block import BlockSolver, CalibrationStreams, StageClock, round_block
+from qwenq.block import BlockSolver, CalibrationStreams, round_block
 from qwenq.bnb import round_bnb_layer
+from qwenq.clock import StageClock
 from qwenq.job import QuantizeJob
 from qwenq.layout import BNB_FORMATS
 from qwenq.quant.fold import FoldedLayer

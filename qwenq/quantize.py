@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from qwenq.block import StageClock
 from qwenq.card import CARD_NAME, model_card
 from qwenq.checkpoint import Checkpoint, non_finite
+from qwenq.clock import StageClock
 from qwenq.errors import CheckpointError, JobError
 from qwenq.files import file_sha256, make_directory, write_bytes
 from qwenq.finish import COPIED_FILES, describe_result, finished_before, give_name, job_warnings, write_small_files

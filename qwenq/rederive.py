@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from qwenq.block import SolverOptions, StageClock
+from qwenq.block import SolverOptions
 from qwenq.calibration import load_windows, set_names
 from qwenq.checkpoint import Checkpoint, open_checkpoint, open_source
+from qwenq.clock import StageClock
 from qwenq.errors import CalibrationError, CheckpointError, JobError, QwenqError
 from qwenq.host import numerics
 from qwenq.job import DTYPES, QuantizeJob

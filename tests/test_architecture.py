@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
         ("network", "attention stream replicas"),
         (
             "work",
-            "runtime runtime.* streams block bnb head fisher sensitivity job host finish layer rederive quantize "
+            "runtime runtime.* streams clock block bnb head fisher sensitivity job host finish layer rederive quantize "
             "convert verify evaluate demo",
         ),
         ("telling", "report report.* page page.*"),

@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import small_job, text_windows
 
-from qwenq.block import SolverOptions, StageClock, batches
+from qwenq.block import SolverOptions, batches
+from qwenq.clock import StageClock
 from qwenq.preflight import default_pull
 from qwenq.quant.gptq import solve_unit
 from qwenq.quantize import quantize
