@@ -63,13 +63,14 @@ def keep_freed_memory() -> None:
     """Have the C library (glibc) reuse freed buffers of up to KEPT_BYTES instead of mapping fresh pages for each.
 
     A layer's activations come and go thousands of times; the faults of fresh pages are a tenth of a small model's
-    time. Larger buffers still come and go as mappings, so that the peak of a large model stays what it is.
+    time. All threads share one heap: what one frees another may have. Larger buffers still come and go as mappings, so
+    that the peak of a large model stays what it is.
     """
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_THRESHOLD, KEPT_BYTES)
         mallopt(_M_TRIM_THRESHOLD, 4 * KEPT_BYTES)
-        mallopt(_M_ARENA_MAX, 1)  # what one lane frees the next may have
+        mallopt(_M_ARENA_MAX, 1)
 
 
 def return_freed_memory() -> None:

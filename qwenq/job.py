@@ -16,6 +16,7 @@ from qwenq.errors import CheckpointError, JobError
 from qwenq.host import numerics
 from qwenq.manifest import MANIFEST_NAME as MANIFEST_NAME
 from qwenq.preflight import original_windows
+from qwenq.replicas import Replicas
 from qwenq.results import BlockResult, DriftReport
 from qwenq.scheme import Recipe
 from qwenq.shards import DTYPE_NAMES
@@ -77,6 +78,11 @@ class QuantizeJob:
             return None
         pulled = self.original_windows
         return passes(len(self.calibration.ids) if stream == "calibration" else pulled, pulled)
+
+    def replicas(self, dtype: torch.dtype, windows: TokenWindows | None) -> Replicas:
+        """Lanes on the job's devices for these windows, or for those of the evaluation."""
+        spec, length = self.source.spec, (windows or self.evaluation).ids.shape[1]
+        return Replicas(self.source.config, spec, dtype=dtype, window_tokens=length, devices=self.devices)
 
     def stored_dtype(self, name: str) -> str:
         """safetensors dtype in which tensor `name` is written when it is not quantized."""

@@ -36,12 +36,10 @@ from qwenq.layer import make_layer
 from qwenq.manifest import write_manifest
 from qwenq.preflight import Tokens, output_files, preflight
 from qwenq.provenance import SourceFiles
-from qwenq.replicas import Replicas
 from qwenq.results import BlockResult, DriftReport
 from qwenq.runtime.memory import memory_errors
 from qwenq.shards import write_shard
 from qwenq.streams import Streams, new_streams
-from qwenq.tokens import TokenWindows
 
 _STATE_FILES = (".qwenq-state-0.safetensors", ".qwenq-state-1.safetensors")
 _STATE_INTERVAL_S = 30.0  # hidden states are saved to disk this often; layers done since are replayed on resume
@@ -128,16 +126,10 @@ class _Run:
         if job.dtype != "auto":
             self.config.pop("torch_dtype", None)
             self.config["dtype"] = job.dtype
-        self.network = self._replicas(self.dtype, job.evaluation)
-        self.float32 = self._replicas(torch.float32, job.evaluation) if self.dtype != torch.float32 else None
-        self.calibrator = self._replicas(DTYPES[job.calibration_dtype], job.calibration or job.evaluation)
+        self.network = job.replicas(self.dtype, job.evaluation)
+        self.float32 = job.replicas(torch.float32, job.evaluation) if self.dtype != torch.float32 else None
+        self.calibrator = job.replicas(DTYPES[job.calibration_dtype], job.calibration)
         self.resume = resume
-
-    def _replicas(self, dtype: torch.dtype, windows: TokenWindows) -> Replicas:
-        job = self.job
-        return Replicas(
-            job.source.config, self.spec, dtype=dtype, window_tokens=windows.ids.shape[1], devices=job.devices
-        )
 
     # -------------------------------------------------------------- the whole
 
@@ -271,7 +263,7 @@ class _Run:
         for name in names:
             tensor = self.job.source.read(name)
             if non_finite([(name, tensor)]):
-                file = self.job.source.tensors[name].file.name
+                file = self.job.source.tensors[name].file
                 raise CheckpointError(f"{file}: {name} holds a NaN or an infinity", hint="download it again")
             tensors[name] = self.job.convert(name, tensor)
         return write_shard(self.work / self.files[number], tensors)

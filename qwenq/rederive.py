@@ -58,13 +58,7 @@ def rederive(
     here, then = numerics(job.devices), manifest["job"].get("numerics")
     torch.set_num_threads(_threads(then))
     files = list(output_files(spec, job.recipe, job.stored_dtype))
-    calibrator = Replicas(
-        job.source.config,
-        spec,
-        dtype=DTYPES[job.calibration_dtype],
-        window_tokens=(job.calibration or job.evaluation).ids.shape[1],
-        devices=job.devices,
-    )
+    calibrator = job.replicas(DTYPES[job.calibration_dtype], job.calibration)
     findings: list[Finding] = []
     try:
         with tempfile.TemporaryDirectory() as scratch:

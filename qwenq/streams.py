@@ -108,7 +108,7 @@ def embed(
             window.copy_(convert(_EMBEDDING, source.read_rows(_EMBEDDING, row)))
         if not bool(torch.isfinite(states).all()):
             raise CheckpointError(
-                f"{source.tensors[_EMBEDDING].file.name}: {_EMBEDDING} holds a NaN or an infinity",
+                f"{source.tensors[_EMBEDDING].file}: {_EMBEDDING} holds a NaN or an infinity",
                 hint="the download may be damaged: compare its SHA-256 with the repository's",
             )
 

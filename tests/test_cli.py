@@ -88,7 +88,7 @@ def test_dry_run_of_a_family(bits: int, wanted: int) -> None:
         "model", "parameters", "scheme", "format", "bits_per_linear_weight", "tensor_bytes", "file_bytes",
         "source_tensor_bytes",
         "units", "unit_bytes", "peak_ram_bytes", "peak_vram_bytes", "state_bytes", "spill_bytes", "disk_needed_bytes",
-        "disk_free_bytes", "tensor_parallel",
+        "disk_free_bytes", "tensor_parallel", "device",
     }  # fmt: skip
     assert found["tensor_parallel"]["1"] == "" and "group size 128" in found["tensor_parallel"]["2"]
 
@@ -172,6 +172,11 @@ def test_errors_of_quantize(command: Callable[..., list[str]], tiny: Path, tmp_p
             "AWQ is 4-bit with zero points; gptq and compressed-tensors hold this",
         ),
         (command(format="bnb-nf4"), "--format bnb-nf4 is NF4 g64: --group-size is no choice", "leave it out"),
+        (
+            command(num_samples=1, pull=1),
+            "--pull 1: one window of calibration has no two halves",
+            "more text",
+        ),
         (command(dtype="float64"), "--dtype float64: wanted auto, float16 or bfloat16", None),
         (
             command(compute_dtype="float16"),

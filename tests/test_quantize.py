@@ -691,7 +691,7 @@ def test_weights_that_are_not_finite_are_named(name: str, value: float, random_m
     file = change_tensor(source, name, value)
     with pytest.raises(CheckpointError) as caught:
         quantize(small_job(source, tmp_path / "out"))
-    assert caught.value.message.rpartition("/")[2] == f"{file.name}: {name} holds a NaN or an infinity"
+    assert caught.value.message == f"{file}: {name} holds a NaN or an infinity"
     assert_nothing_looks_whole(tmp_path / "out")
 
 

@@ -12,7 +12,9 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from qwenq.cli.main import app
+from qwenq.errors import PlanError
 from qwenq.planning.recipefile import RECIPE_NAME
+from qwenq.planning.rig import Rig, parse_rig
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "120", "TERM": "dumb"}
 
@@ -138,3 +140,33 @@ def test_the_dry_run_counts_what_the_job_reads() -> None:
     assert states("--bits", "4") == 2 * (drift + (calibration + 76 * 512) * two * width)
     assert states("--bits", "4", "--pull-share", "1") == 2 * (drift + calibration * 2 * two * width)
     assert states("--bits", "4", "--method", "rtn") == 2 * drift == states("--format", "bnb-nf4")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "visible", "device"), [(2, None, "cuda"), (2, "", "cpu"), (2, "-1", "cpu"), (0, None, "cpu")]
+)
+def test_the_dry_run_says_what_it_counts_on(
+    gpus: int, visible: str | None, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver's answer, unless CUDA_VISIBLE_DEVICES hides every GPU; on a GPU part of the peak is there."""
+
+    def rig() -> Rig:
+        if not gpus:
+            raise PlanError("the NVIDIA driver sees no GPU")
+        return parse_rig(f"{gpus}x RTX 3090")
+
+    monkeypatch.setattr("qwenq.planning.detect.detect_rig", rig)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    result = run("quantize", "Qwen2.5-0.5B", "--dry-run", "--json")
+    found = json.loads(result.stdout)
+    assert found["device"] == device and (found["peak_vram_bytes"] > 0) == (device == "cuda")
+    table = run("quantize", "Qwen2.5-0.5B", "--dry-run").stdout
+    assert ("(on GPU)" in table) == (device == "cuda") and ("(on CPU)" in table) == (device == "cpu")
+
+
+def test_a_dry_run_refuses_a_device_that_is_none() -> None:
+    refused = run("quantize", "Qwen2.5-0.5B", "--dry-run", "--device", "cdua:0")
+    assert refused.exit_code == 1
+    assert refused.stderr == "error: --device cdua:0: wanted auto, cpu, cuda:N or cuda:N,cuda:M\n"

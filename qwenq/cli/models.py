@@ -66,6 +66,14 @@ def stored_dtypes(model: str) -> tuple[ModelSpec, Callable[[str], str]]:
     return source.spec, source.dtype_of
 
 
+def device_names(device: str) -> list[str]:
+    """The devices that --device names, one by one; PlanError for what names none."""
+    names = device.split(",")
+    if device != "cpu" and not all(name == "cuda" or re.fullmatch(r"cuda:\d+", name) for name in names):
+        raise PlanError(f"--device {device}: wanted auto, cpu, cuda:N or cuda:N,cuda:M")
+    return names
+
+
 def pick_device(device: str, *, several: bool = True) -> str:
     """What is computed on: cpu, or GPUs with commas between them. `auto` becomes all (without `several` the first of
     them) that torch sees, or cpu where it sees none."""
@@ -74,9 +82,7 @@ def pick_device(device: str, *, several: bool = True) -> str:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
         return ",".join(f"cuda:{k}" for k in range(count if several else min(count, 1))) or "cpu"
-    names = device.split(",")
-    if device != "cpu" and not all(name == "cuda" or re.fullmatch(r"cuda:\d+", name) for name in names):
-        raise PlanError(f"--device {device}: wanted auto, cpu, cuda:N or cuda:N,cuda:M")
+    names = device_names(device)
     if device == "cpu":
         return device
     if count == 0:

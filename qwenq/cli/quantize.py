@@ -187,6 +187,10 @@ def quantize(
     def pulled(recipe: Recipe) -> float:
         if windows is None or pull_share == 0:
             return 0.0
+        if len(windows.ids) < 2:
+            if pull:
+                raise PlanError(f"--pull {pull:g}: one window of calibration has no two halves", hint="more text")
+            return 0.0
         return default_pull(recipe, source.spec, windows.ids.numel()) if pull is None else pull
 
     windows = None
@@ -293,7 +297,7 @@ def _dry_run(
     pull_share: float,
     json: bool,
 ) -> None:
-    from qwenq.cli.models import stored_dtypes
+    from qwenq.cli.models import device_names, stored_dtypes
     from qwenq.fingerprint import fingerprint
     from qwenq.planning.detect import sees_gpu
     from qwenq.preflight import Tokens, preflight
@@ -309,7 +313,7 @@ def _dry_run(
     calibrated = (num_samples or DEFAULT_WINDOWS) if method == "gptq" else 0
     if pull is None:
         pull = default_pull(recipe, spec, calibrated * sequence_length)
-    on_gpu = device.startswith("cuda") or (device == "auto" and sees_gpu())
+    on_gpu = sees_gpu() if device == "auto" else device_names(device) != ["cpu"]
     place = "cuda" if on_gpu else "cpu"
     check = preflight(
         spec,
@@ -333,7 +337,7 @@ def _dry_run(
 
         save_recipe(wanted.save_recipe, spec, chosen)
     if json:
-        print_json(check.to_json() | ({"recipe": recipe_json(chosen)} if chosen else {}))
+        print_json(check.to_json() | {"device": place} | ({"recipe": recipe_json(chosen)} if chosen else {}))
         return
     from rich.markup import escape
     from rich.table import Table
@@ -347,7 +351,7 @@ def _dry_run(
     table.add_row("files", f"{format_gb(check.file_bytes)} ({check.file_bytes} bytes)")
     table.add_row("source tensors", format_gb(check.source_tensor_bytes))
     table.add_row("bits per linear weight", f"{check.bits_per_linear_weight:.3f}")
-    table.add_row("peak memory, predicted", format_gb(check.peak_ram_bytes))
+    table.add_row("peak memory, predicted", f"{format_gb(check.peak_ram_bytes)} (on {'GPU' if on_gpu else 'CPU'})")
     if check.peak_vram_bytes:
         table.add_row("peak GPU memory, predicted", format_gb(check.peak_vram_bytes))
     table.add_row("disk needed (hidden states included)", format_gb(check.disk_needed_bytes))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from qwenq.errors import PlanError
 from qwenq.planning.rig import Gpu, Rig, find_gpu
 from qwenq.units import GIB
@@ -36,7 +38,9 @@ def detect_rig() -> Rig:
 
 
 def sees_gpu() -> bool:
-    """Whether the driver tells of a GPU; False too where nothing can ask it."""
+    """Whether the driver tells of a GPU that CUDA_VISIBLE_DEVICES leaves; False too where nothing can ask it."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
     try:
         return bool(detect_rig().gpus)
     except PlanError:
