@@ -17,10 +17,10 @@ import torch
 
 from qwenq.calibration import load_windows
 from qwenq.checkpoint import open_checkpoint
+from qwenq.planning.kernels import Choice
 from qwenq.planning.offload import host_map
 from qwenq.runtime import linear
 from qwenq.runtime.attention import KvCache
-from qwenq.runtime.linear import Choice
 from qwenq.runtime.model import CheckpointWeights, build_model
 from qwenq.tokens import ModelTokenizer
 

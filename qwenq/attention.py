@@ -1,6 +1,8 @@
-"""Causal attention of whole windows; on a CPU by blocks of query rows, whose scores stay in the cache.
+"""Causal attention of whole windows: torch's flash kernel on GPUs that have one, else by blocks of query rows.
 
-torch's own kernel on a CPU takes 1.4 to 1.7 times as long for windows of 512 tokens in bfloat16 (reports/LOG.md).
+On a CPU a block's scores stay in the cache; torch's own kernel takes 1.4 to 1.7 times as long for windows of 512 tokens
+in bfloat16 (reports/LOG.md). On a GPU without a flash kernel (compute capability below 8.0, or float32) torch would
+write out the mask and the scores of every head, rows and keys: 34 GB for a chunk of 2,048 rows at 128k keys of the 72B.
 
 Shapes: query [B, H, T, D]; key and value [B, N, S, D], N heads of keys each serving G = H / N heads of queries. The
 queries are those of the last T of S positions.
@@ -16,6 +18,7 @@ from torch import Tensor
 
 WINDOWS = "qwenq-windows"  # the name under which transformers knows `attend_windows`
 BLOCK_ROWS = 64  # of queries whose scores are computed together
+SCORE_BYTES = 32 << 20  # of a block's scores on a GPU
 BLOCKED_KEYS = 1024  # up to so many blocks are as fast as torch's kernel or faster, whatever the heads; then slower
 
 
@@ -25,7 +28,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
     Scores and their softmax are in float32: large key biases, as Qwen2.5 has, make scores that bfloat16 blurs.
     """
     tokens, keys = query.shape[2], key.shape[2]
-    if query.device.type == "cpu" and keys <= BLOCKED_KEYS and not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() and (keys <= BLOCKED_KEYS if query.device.type == "cpu" else not _has_flash(query)):
         return _by_blocks(query, key, value, scaling)
     ahead: dict[str, Any] = {"is_causal": True}
     if tokens != keys:
@@ -36,17 +39,25 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
     return out.transpose(1, 2).contiguous()
 
 
+def _has_flash(query: Tensor) -> bool:
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    return half and (query.device.type != "cuda" or torch.cuda.get_device_capability(query.device) >= (8, 0))
+
+
 def _by_blocks(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     batch, heads, tokens, width = query.shape
     shared, before = key.shape[1], key.shape[2] - tokens
     each = heads // shared
     out = query.new_empty(batch, tokens, heads, width)
-    ahead_TT = torch.full((BLOCK_ROWS, BLOCK_ROWS), -torch.inf).triu_(1)
+    step = BLOCK_ROWS
+    if query.device.type != "cpu":
+        step = max(1, min(step, SCORE_BYTES // (4 * heads * key.shape[2])))
+    ahead_TT = torch.full((step, step), -torch.inf, device=query.device).triu_(1)
     for b in range(batch):
         q_NGTD = (query[b].float() * scaling).view(shared, each, tokens, width)
         k_NDS, v_NSD = key[b].float().transpose(1, 2), value[b]
-        for start in range(0, tokens, BLOCK_ROWS):
-            stop = min(start + BLOCK_ROWS, tokens)
+        for start in range(0, tokens, step):
+            stop = min(start + step, tokens)
             rows, seen = stop - start, before + stop
             q_NRD = q_NGTD[:, :, start:stop].reshape(shared, each * rows, width)
             scores_NRS = torch.bmm(q_NRD, k_NDS[:, :, :seen])

@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
         (
             "arithmetic, and what it reads: headers and configurations",
             "headers fingerprint hub preflight planning planning.allocator planning.activations planning.engines "
+            "planning.kernels "
             "planning.rig planning.weights planning.terms planning.torch_terms planning.vllm_terms "
             "planning.llamacpp_terms planning.memory planning.placement planning.parallel planning.plan "
             "planning.speed planning.flags planning.ggufsize planning.models planning.validate "

@@ -34,6 +34,17 @@ def test_by_blocks_is_exact_attention(heads: int, shared: int, tokens: int, keys
     torch.testing.assert_close(got.double(), exact(q, k, v, 0.3), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 7, 64])
+def test_any_height_of_blocks(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPUs without a flash kernel take as many rows as keep the scores small."""
+    monkeypatch.setattr(attention, "BLOCK_ROWS", rows)
+    q, k, v = some(6, 2, 70, 90, torch.float32)
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            causal_attention(q, k, v, 0.3).double(), exact(q, k, v, 0.3), rtol=1e-5, atol=1e-5
+        )
+
+
 def test_bfloat16_is_as_good_as_its_inputs() -> None:
     q, k, v = some(6, 2, 200, 200, torch.bfloat16)
     with torch.inference_mode():

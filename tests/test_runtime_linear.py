@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from qwenq.planning import kernels
+from qwenq.planning.kernels import DENSE_ROWS, Choice, choose, kept_bytes
 from qwenq.quant.gptq import QTensor
 from qwenq.runtime import linear
 from qwenq.runtime.layout import nibbles, tile_order
-from qwenq.runtime.linear import DENSE_ROWS, Choice, Int4Linear, StoredLinear, choose, packed_linear, unpack_int4
+from qwenq.runtime.linear import Int4Linear, StoredLinear, packed_linear, unpack_int4
 from qwenq.scheme import Scheme
 
 CPU = torch.device("cpu")
@@ -57,6 +59,9 @@ def test_products_in_bfloat16(
     bias = torch.randn(outputs)
     module, choice = packed_linear(q, bias, BF16, CPU)
     assert choice.kind == kind and bool(choice.reason) == (kind == "tiled")
+    kept = sorted(p.numel() * p.element_size() for p in module.parameters())
+    columns = inputs if group == -1 else group
+    assert kept == sorted([2 * outputs, *kept_bytes(choice.kind, bits, columns, outputs, inputs, sym)])
     x = torch.randn(2, rows, inputs).to(BF16)
     wanted = x.double() @ q.dequantize().double().T + bias.double()
     found = module(x)
@@ -83,7 +88,7 @@ def test_strips_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     exact, _ = packed_linear(q, None, torch.float32, CPU)
     x = torch.randn(DENSE_ROWS, 64)
     once, exactly = wide(x.to(BF16)), exact(x)
-    monkeypatch.setattr(linear, "_STRIP", 64 * 64)
+    monkeypatch.setattr(kernels, "STRIP", 64 * 64)
     assert linear.strip_rows(64, CPU) == 64
     assert torch.equal(wide(x.to(BF16)), once) and relative(exact(x), exactly) < 1e-6
 
@@ -103,7 +108,7 @@ def test_columns_out_of_order() -> None:
 @pytest.mark.parametrize("outputs", [16, 48, 64, 80, 192])
 def test_codes_come_back_out_of_torchs_layout(outputs: int) -> None:
     codes = torch.randint(0, 16, (outputs, 96), dtype=torch.uint8)
-    packed = linear.pack_int4(codes, 1)
+    packed = linear.pack_int4(codes)[0]
     assert packed.numel() * packed.element_size() * 2 == codes.numel()
     found = unpack_int4(packed, 0, outputs, outputs, 96)
     assert found is not None and torch.equal(found.T, codes)
@@ -138,11 +143,11 @@ def test_a_layout_that_loses_codes_is_not_read(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_a_gpu_would_get() -> None:
-    cuda = torch.device("cuda")
-    assert choose(4, 64, 44, 64, True, BF16, cuda).reason == "44 outputs: the kernel wants a multiple of 8"
-    assert choose(4, 96, 64, 192, True, BF16, CPU) == Choice("int4")  # three kernel groups of 32
-    assert choose(4, 64, 64, 64, True, torch.float32, cuda).kind == "tiled"
-    assert choose(4, 64, 64, 64, True, BF16, torch.device("mps")).reason == "no packed kernel on mps"
+    assert choose(4, 64, 44, 64, True).reason == "44 outputs: the kernel wants a multiple of 8"
+    assert choose(4, 96, 64, 192, True, "bfloat16", "cpu") == Choice("int4")  # three kernel groups of 32
+    assert choose(4, 64, 64, 64, True, "float32").kind == "tiled"
+    assert choose(4, 64, 64, 64, True, "bfloat16", "mps").reason == "no packed kernel on mps"
+    assert choose(4, 64, 64, 64, True, capability=(7, 5)).reason == "tinygemm needs compute capability 8.0"
 
 
 def test_sixteen_bit_weights_keep_their_dtype() -> None:

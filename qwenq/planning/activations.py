@@ -34,8 +34,9 @@ def prefill_peak(
     h, i, q, k = spec.hidden_size, weights.intermediate_size, spec.q_size, spec.kv_size
     outside = (h if first else 0) + h + (0 if engine.rotary_per_layer else 2 * spec.head_dim)
     dequantize = rows >= kernel.min_rows
-    before = int(kernel.peak * weights.widest_linear) if dequantize else 0  # temporaries before the output exists
-    during = int(kernel.hold * weights.widest_linear) if dequantize else 0
+    # temporaries before the output exists, and beside it
+    before = kernel.temporaries(kernel.peak, weights.widest_linear) if dequantize else 0
+    during = kernel.temporaries(kernel.hold, weights.widest_linear) if dequantize else 0
 
     in_mlp = (outside + 2 * h) * rows * 2  # and the residual and the normed input
     in_attention = (outside + h) * rows * 2  # there the layer's input is the residual itself

@@ -127,6 +127,7 @@ class _Splitter:
 
     def __init__(self, spec: ModelSpec, weights: Weights, rig: Rig, engine: Engine, work: Workload) -> None:
         self.spec, self.weights, self.rig, self.engine, self.work = spec, weights, rig, engine, work
+        self.layer_bytes = (weights.as_kept if engine.name == "qwenq" else weights).layer_bytes
         self.costs: dict[tuple[Share, str], int] = {}
         self.tied_first = spec.tie_word_embeddings and engine.name != "llama.cpp"
 
@@ -192,7 +193,7 @@ class _Splitter:
             first = memory.gpus[0]
             gpu = GpuMemory(first.name, (*first.terms, term), first.limit_bytes, first.moment)
             memory = replace(memory, gpus=(gpu, *memory.gpus[1:]))
-        out = sum(self.weights.layer_bytes[gpu_layers:])
+        out = sum(self.layer_bytes[gpu_layers:])
         return Placement(shares, gpu_layers, memory, out, reason)
 
     def _cost(self, share: Share, index: int) -> int:
@@ -209,4 +210,4 @@ class _Splitter:
             return 0
         value = kv_bytes_per_value(self.engine, self.work.kv_dtype)
         kv = 2 * out * self.spec.kv_size * value * self.work.context * self.work.batch
-        return round(kv) + max(self.weights.layer_bytes[gpu_layers:])
+        return round(kv) + max(self.layer_bytes[gpu_layers:])

@@ -16,7 +16,9 @@ def torch_terms(
     spec: ModelSpec, weights: Weights, engine: Engine, work: Workload, share: Share, gpu: str, phase: str = ""
 ) -> tuple[tuple[Term, ...], str]:
     """Terms of one GPU at its worst moment, and the name of that moment; with `phase`, of `prefill` or `decode`."""
-    kernel = kernel_for(engine, weights.method, weights.bits)
+    if engine.name == "qwenq":
+        weights = weights.as_kept
+    kernel = kernel_for(engine, weights.method, weights.bits, weights.kernels, "cpu" if gpu == "CPU" else "cuda")
     value = kv_bytes_per_value(engine, work.kv_dtype)
     n_layers = len(share.layers)
     per_token = 2 * n_layers * spec.kv_size * value * work.batch

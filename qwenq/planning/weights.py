@@ -6,10 +6,12 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from qwenq.errors import CheckpointError, PlanError
 from qwenq.layout import BNB_FORMATS, linear_tensors
 from qwenq.planning.allocator import allocated_blocks
+from qwenq.planning.kernels import Kind, kept_layer
 from qwenq.planning.tensor_parallel import RowGroups, row_groups, same_groups
 from qwenq.scheme import Recipe, Scheme
 from qwenq.spec import UNITS, LinearSpec, ModelSpec, TensorSpec, tensor_bytes
@@ -33,6 +35,15 @@ class Weights:
     intermediate_size: int  # as stored, padding included
     source: str
     row_groups: RowGroups = field(default_factory=dict)  # of linears that tensor parallelism cuts by input
+    kept_layers: tuple[tuple[int, ...], ...] = ()  # `layers` as this project's own engine keeps them; empty: as stored
+    kernels: frozenset[Kind] = frozenset()  # of that engine
+
+    @cached_property
+    def as_kept(self) -> Weights:
+        """The same, with layers as this project's own engine keeps them in memory (`planning.kernels`)."""
+        if not self.kept_layers:
+            return self
+        return replace(self, layers=self.kept_layers, kept_layers=(), source=f"{self.source}, as kernels keep it")
 
     @cached_property
     def layer_bytes(self) -> tuple[int, ...]:
@@ -58,14 +69,13 @@ class Weights:
 def recipe_weights(spec: ModelSpec, recipe: Recipe, label: str = "", dtype: str = "BF16") -> Weights:
     """Weights stored by `recipe` (linears it leaves out stay in 16 bit)."""
     schemes = [scheme for lin in spec.linears if (scheme := recipe.scheme_of(lin)) is not None]
-    if not recipe.overrides:
-        schemes = schemes[:1]
-        first = tuple(t.nbytes for t in recipe.layer_tensors(spec, 0, dtype))
-        layers = (first,) * spec.num_hidden_layers
-    else:
-        layers = tuple(
-            tuple(t.nbytes for t in recipe.layer_tensors(spec, layer, dtype)) for layer in range(spec.num_hidden_layers)
-        )
+    different = range(spec.num_hidden_layers if recipe.overrides else 1)  # else all layers are like the first
+    repeated = 1 if recipe.overrides else spec.num_hidden_layers
+    tensors = [tuple(recipe.layer_tensors(spec, layer, dtype)) for layer in different]
+    layers = tuple(tuple(t.nbytes for t in found) for found in tensors) * repeated
+    sym = all(scheme.sym for scheme in schemes)
+    kept = [kept_layer(spec, layer, {t.name: t for t in tensors[layer]}, sym, False) for layer in different]
+    schemes = schemes if recipe.overrides else schemes[:1]
     bits = [scheme.bits for scheme in schemes]
     groups = {scheme.group_size for scheme in schemes}
     return Weights(
@@ -78,6 +88,8 @@ def recipe_weights(spec: ModelSpec, recipe: Recipe, label: str = "", dtype: str 
         intermediate_size=spec.intermediate_size,
         source="every tensor of the scheme, byte for byte",
         row_groups=row_groups(spec, recipe),
+        kept_layers=tuple(sizes for sizes, _ in kept) * repeated,
+        kernels=frozenset().union(*(kinds for _, kinds in kept)),
         **_outer(spec, dtype),
     )
 
@@ -124,23 +136,27 @@ def published_weights(spec: ModelSpec, quant: str) -> Weights:
 
 def header_weights(spec: ModelSpec, tensors: Mapping[str, TensorSpec], config: Mapping[str, object]) -> Weights:
     """Weights of a real checkpoint from its headers; CheckpointError when they are not this model's."""
-    layers: list[list[int]] = [[] for _ in range(spec.num_hidden_layers)]
+    layers: list[dict[str, TensorSpec]] = [{} for _ in range(spec.num_hidden_layers)]
     outer: dict[str, list[int]] = {"embed": [], "norm": [], "head": []}
     for tensor in tensors.values():
         match = _LAYER.search(tensor.name)
         if match:
             if int(match[1]) >= len(layers):
                 raise CheckpointError(f"{tensor.name}: config.json has only {len(layers)} layers")
-            layers[int(match[1])].append(tensor.nbytes)
+            layers[int(match[1])][tensor.name] = tensor
         elif "lm_head" in tensor.name:
             if not spec.tie_word_embeddings:
                 outer["head"].append(tensor.nbytes)
         else:
             outer["embed" if "embed" in tensor.name else "norm"].append(tensor.nbytes)
-    for layer, sizes in enumerate(layers):
-        if not sizes:
+    for layer, found in enumerate(layers):
+        if not found:
             raise CheckpointError(f"no tensor of layer {layer}, config.json has {len(layers)} layers")
     method, bits, group = _declared(config)
+    declared = config.get("quantization_config")
+    declared = declared if isinstance(declared, Mapping) else {}
+    sym = method != "awq" and bool(declared.get("sym", True))
+    kept = [kept_layer(spec, layer, found, sym, declared.get("desc_act") is True) for layer, found in enumerate(layers)]
     return Weights(
         label=f"checkpoint, {sum(t.nbytes for t in tensors.values()) / 1e9:.2f} GB",
         method=method,
@@ -149,11 +165,13 @@ def header_weights(spec: ModelSpec, tensors: Mapping[str, TensorSpec], config: M
         embed=tuple(outer["embed"]),
         norm=tuple(outer["norm"]),
         head=tuple(outer["head"]),
-        layers=tuple(map(tuple, layers)),
+        layers=tuple(tuple(tensor.nbytes for tensor in found.values()) for found in layers),
         widest_linear=0 if method == "none" else max(lin.parameters for lin in spec.layer_linears(0)),
         intermediate_size=spec.intermediate_size,
         source="the checkpoint's own headers",
         row_groups=_declared_groups(spec, config, group),
+        kept_layers=tuple(sizes for sizes, _ in kept),
+        kernels=frozenset().union(*(kinds for _, kinds in kept)),
     )
 
 
@@ -201,7 +219,7 @@ def _matches(pattern: str, name: str) -> bool:
         return False
 
 
-def _outer(spec: ModelSpec, dtype: str) -> dict[str, tuple[int, ...]]:
+def _outer(spec: ModelSpec, dtype: str) -> dict[str, Any]:
     outer: dict[str, tuple[int, ...]] = {"embed": (), "norm": (), "head": ()}
     for tensor in spec.outer_tensors(dtype):
         key = "head" if "lm_head" in tensor.name else "embed" if "embed" in tensor.name else "norm"

@@ -1,11 +1,11 @@
 """Linears that stay packed while they multiply, on the kernels torch itself ships.
 
-Which one a linear becomes depends on its bits, groups, shape, activation dtype and device; `choose` says so, with the
-reason where it is not a kernel. Shapes: x [..., in]; M rows of x; O outputs, I inputs, G groups of K columns.
+Which one a linear becomes depends on its bits, groups, shape, activation dtype and device: `planning.kernels.choose`.
+Shapes: x [..., in]; M rows of x; O outputs, I inputs, G groups of K columns.
 
 - Int4Linear: 4-bit codes in the layout of `_weight_int4pack_mm_for_cpu` or of tinygemm (`_weight_int4pack_mm`). Both
   take (scale, offset) pairs in the activations' dtype: w = (code - 8) * scale + offset. 8-bit codes in groups run there
-  as two halves side by side, code = 16 * high + low. From DENSE_ROWS rows on, one strip of outputs at a time is
+  as two products, code = 16 * high + low. From DENSE_ROWS rows on, one strip of outputs at a time is
   written out and multiplied densely, which is faster for prompts.
 - Int8Linear: `_weight_int8pack_mm`, one scale a row, kept in float32 and applied to the product.
 - Nf4Linear: bitsandbytes' table of 16 values, likewise strip by strip.
@@ -15,58 +15,15 @@ reason where it is not a kernel. Shapes: x [..., in]; M rows of x; O outputs, I 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qwenq.planning.kernels import DENSE_ROWS, Choice, choose, kernel_group, strip_weights
 from qwenq.quant.gptq import QTensor
 from qwenq.runtime.layout import is_identity, nibbles, tile_order
 
-KERNEL_GROUPS = (256, 128, 64, 32)
-DENSE_ROWS = 112  # measured on AVX-512: below it the kernel is faster than writing weights out and a dense product
-_STRIP = 1 << 20  # weights written out at a time on a CPU; their float32 fits the last-level cache
-_STRIP_CUDA = 1 << 24
 _PACK_ROWS = 1024  # outputs packed at a time: int32 codes of a whole linear would be 8 times its packed size
-
-Kind = Literal["int4", "int4 halves", "int8", "tiled", "nf4"]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The kernel of a linear, and why it is not torch's own (empty when it is)."""
-
-    kind: Kind
-    reason: str = ""
-
-
-def choose(
-    bits: int, group: int, out_features: int, in_features: int, sym: bool, dtype: torch.dtype, device: torch.device
-) -> Choice:
-    """The kernel for codes of `bits` bits in groups of `group` columns, activations in `dtype`."""
-    if dtype != torch.bfloat16:
-        return Choice("tiled", f"{str(dtype)[6:]} activations: torch's packed kernels are fast in bfloat16 only")
-    if device.type not in ("cpu", "cuda"):
-        return Choice("tiled", f"no packed kernel on {device.type}")
-    if bits == 8 and group == in_features and sym and in_features % 16 == 0:  # else it reads beyond its rows
-        return Choice("int8")
-    if kernel_group(group) == 0:
-        return Choice("tiled", f"groups of {group} columns: the kernel takes {', '.join(map(str, KERNEL_GROUPS))}")
-    outputs, inputs = (16, 2) if device.type == "cpu" else (8, 32)
-    if out_features % outputs:
-        return Choice("tiled", f"{out_features} outputs: the kernel wants a multiple of {outputs}")
-    if in_features % inputs:
-        return Choice("tiled", f"{in_features} inputs: the kernel wants a multiple of {inputs}")
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return Choice("tiled", "tinygemm needs compute capability 8.0")
-    return Choice("int4" if bits == 4 else "int4 halves")
-
-
-def kernel_group(group: int) -> int:
-    """The kernel's group size that a group of `group` columns can be cut into; 0 when there is none."""
-    return next((size for size in KERNEL_GROUPS if group % size == 0), 0)
 
 
 def packed_linear(
@@ -75,7 +32,8 @@ def packed_linear(
     """The module that multiplies with `q`; `order_I` is the order its columns were sorted into (act-order)."""
     rows, columns = q.codes_OI.shape
     group = columns // q.scales_OG.shape[1]
-    choice = choose(q.scheme.bits, group, rows, columns, _symmetric(q), dtype, device)
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+    choice = choose(q.scheme.bits, group, rows, columns, _symmetric(q), str(dtype)[6:], device.type, capability)
     module: nn.Module
     if choice.kind == "int8":
         module = Int8Linear(q, bias, dtype, device, order_I)
@@ -115,60 +73,72 @@ class _Linear(nn.Module):
 
 
 class Int4Linear(_Linear):
-    """4-bit codes, or 8-bit ones as high and low halves, in the layout of torch's 4-bit kernel; bfloat16."""
+    """4-bit codes, or 8-bit ones as high and low halves, in the layout of torch's 4-bit kernel; bfloat16.
+
+    Halves share their pairs, which saves 4 bytes a group: with w = scale * (half - 8) + offset for each of them,
+    16 w_high + w_low = scale * (code - 128) + (17 * offset - 8 * scale).
+    """
 
     def __init__(self, q: QTensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device, order: Tensor | None):
         super().__init__(q, bias, dtype, device, order)
         wide = self.in_features // q.scales_OG.shape[1]
         self.group = kernel_group(wide)
-        self.halves = 2 if q.scheme.bits == 8 else 1
         self.cuda_packed = device.type == "cuda"
         self.centred = _symmetric(q)
+        self.halves = q.scheme.bits // 4
         self.packed = _parameter(pack_int4(q.codes_OI.to(device), self.halves))
         # Pairs per kernel group: a wider group repeats its own.
         scale_GO = q.scales_OG.float().to(device).T.repeat_interleave(wide // self.group, 0)
         shift_GO = (q.scheme.zero - q.zeros_OG.float()).to(device).T.repeat_interleave(wide // self.group, 0)
-        scale_GO = scale_GO.to(dtype).float()  # rounded first, so that halves and offsets are whole multiples of it
-        offset_GO = scale_GO * shift_GO
-        if self.halves == 2:  # 16 s (high - 8) + s (low - 8) + 8 s + s shift = s (code - 128 + shift)
-            offset_GO = torch.cat((torch.zeros_like(offset_GO), offset_GO + 8 * scale_GO))
-            scale_GO = torch.cat((16 * scale_GO, scale_GO))
+        scale_GO = scale_GO.to(dtype).float()  # rounded first, so that offsets are those of the rounded scale
+        offset_GO = scale_GO * (shift_GO if self.halves == 1 else (shift_GO + 8) / 17)
         self.pairs = _parameter(torch.stack((scale_GO, offset_GO), -1).to(dtype).contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
         x_MI = self.rows_of(x)
         if x_MI.shape[0] >= DENSE_ROWS // self.halves and (y := self._dense(x_MI)) is not None:
             return self.finish(y, x)
+        x_MI = x_MI.contiguous()
+        y_MO = self._kernel(x_MI, 0)
         if self.halves == 2:
-            x_MI = torch.cat((x_MI, x_MI), 1)
-        if self.cuda_packed:
-            y = torch.ops.aten._weight_int4pack_mm(x_MI.contiguous(), self.packed, self.group, self.pairs)
-        else:
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(x_MI.contiguous(), self.packed, self.group, self.pairs)
-        return self.finish(y, x)
+            y_MO = torch.add(self._kernel(x_MI, 1), y_MO, alpha=16)
+        return self.finish(y_MO, x)
 
-    def weight_strip(self, start: int, stop: int) -> Tensor | None:
-        """The weight's outputs start to stop, transposed, float32 [in, stop - start]; None in an unknown layout."""
-        codes_KR = unpack_int4(self.packed, start, stop, self.out_features, self.halves * self.in_features)
+    def _kernel(self, x_MI: Tensor, half: int) -> Tensor:
+        if self.cuda_packed:
+            return torch.ops.aten._weight_int4pack_mm(x_MI, self.packed[half], self.group, self.pairs)
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x_MI, self.packed[half], self.group, self.pairs)
+
+    def weight_strip(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        """The weight's outputs start to stop, transposed, [in, stop - start]; None in an unknown layout."""
+        codes_KR = unpack_int4(self.packed[0], start, stop, self.out_features, self.in_features)
         if codes_KR is None:
             return None
-        pairs = self.pairs[:, start:stop].float()  # [G, R, 2]
         zero = 8
-        if self.halves == 2:  # the second half of the pairs is that of the low codes, whose scale is the code's own
-            codes_KR = (codes_KR[: self.in_features] << 4) | codes_KR[self.in_features :]
-            pairs, zero = pairs[pairs.shape[0] // 2 :], 128
-        scales_G1R, shift_G1R = pairs[:, None, :, 0], pairs[:, None, :, 1]
-        w_GKR = codes_KR.float().sub_(zero).view(pairs.shape[0], self.group, stop - start).mul_(scales_G1R)
+        if self.halves == 2:
+            low_KR = unpack_int4(self.packed[1], start, stop, self.out_features, self.in_features)
+            assert low_KR is not None  # of the same shape as the high half
+            codes_KR, zero = codes_KR.mul_(16).add_(low_KR), 128
+            del low_KR
+        # centred codes fit a signed byte: -8 to 7, -128 to 127
+        w_KR = codes_KR.sub_(zero).view(torch.int8).to(dtype)
+        scales_G1R = self.pairs[:, None, start:stop, 0]
+        w_GKR = w_KR.view(scales_G1R.shape[0], self.group, stop - start).mul_(scales_G1R)
         if not self.centred:
-            w_GKR.add_(shift_G1R - 8 * scales_G1R if self.halves == 2 else shift_G1R)
-        return w_GKR.view(-1, stop - start)
+            offset_G1R = self.pairs[:, None, start:stop, 1]
+            if self.halves == 2:
+                offset_G1R = 17 * offset_G1R.float() - 8 * scales_G1R.float()
+            w_GKR.add_(offset_G1R)
+        return w_KR
 
     def _dense(self, x_MI: Tensor) -> Tensor | None:
         y_MO = torch.empty(x_MI.shape[0], self.out_features, dtype=x_MI.dtype, device=x_MI.device)
-        step = strip_rows(self.in_features * self.halves, x_MI.device)
+        # On a CPU values are written in float32, which its vectors are made for; on a GPU memory is the limit.
+        dtype = x_MI.dtype if self.cuda_packed and self.centred else torch.float32
+        step = strip_rows(self.in_features, x_MI.device)
         for start in range(0, self.out_features, step):
             stop = min(start + step, self.out_features)
-            w_IR = self.weight_strip(start, stop)
+            w_IR = self.weight_strip(start, stop, dtype)
             if w_IR is None:
                 return None
             torch.mm(x_MI, w_IR.to(x_MI.dtype), out=y_MO[:, start:stop])
@@ -188,13 +158,13 @@ class Int8Linear(_Linear):
         x_MI = self.rows_of(x).contiguous()
         if x_MI.shape[0] < DENSE_ROWS:
             y_MO = torch.ops.aten._weight_int8pack_mm(x_MI, self.codes, self.ones)
-        else:
-            y_MO = torch.empty(x_MI.shape[0], self.out_features, dtype=x.dtype, device=x.device)
-            step = strip_rows(self.in_features, x.device)
-            for start in range(0, self.out_features, step):
-                w_RI = self.codes[start : start + step].to(x.dtype)  # whole numbers to 128 are exact
-                torch.mm(x_MI, w_RI.T, out=y_MO[:, start : start + step])
-        return self.finish((y_MO.float() * self.scale).to(x.dtype), x)
+            return self.finish((y_MO.float() * self.scale).to(x.dtype), x)
+        y_MO = torch.empty(x_MI.shape[0], self.out_features, dtype=x.dtype, device=x.device)
+        step = strip_rows(self.in_features, x.device)
+        for start in range(0, self.out_features, step):
+            w_RI = self.codes[start : start + step].to(x.dtype)  # whole numbers to 128 are exact
+            y_MO[:, start : start + step] = (x_MI @ w_RI.T) * self.scale[start : start + step]
+        return self.finish(y_MO, x)
 
 
 class TiledLinear(_Linear):
@@ -305,21 +275,29 @@ class StoredLinear(nn.Module):
 
 
 def strip_rows(columns: int, device: torch.device) -> int:
-    """Outputs of a strip: a multiple of 64, so that strips begin where the packer's blocks do."""
-    budget = _STRIP_CUDA if device.type == "cuda" else _STRIP
-    return max(64, budget // columns // 64 * 64)
+    """Outputs of a strip."""
+    return strip_weights(columns, device.type) // columns
 
 
 # ---------------------------------------------------------------------- torch's 4-bit layouts
 
 
-def pack_int4(codes_OI: Tensor, halves: int) -> Tensor:
-    """Codes [out, in] in the kernel's layout; with two halves 8-bit codes as [high codes, low codes] side by side."""
-    parts = []
+def pack_int4(codes_OI: Tensor, halves: int = 1) -> Tensor:
+    """Codes [out, in] in the kernel's layout, [halves, ...]: 4-bit ones as one, of 8-bit ones the high and low halves.
+
+    Written into place strip by strip: what is allocated and freed beside the result would leave holes between weights.
+    """
+    packed: Tensor | None = None
     for start in range(0, codes_OI.shape[0], _PACK_ROWS):
-        part = codes_OI[start : start + _PACK_ROWS]
-        parts.append(_pack(torch.cat((part >> 4, part & 15), 1) if halves == 2 else part))
-    return torch.cat(parts)
+        part_RI = codes_OI[start : start + _PACK_ROWS]
+        for half, codes_RI in enumerate((part_RI >> 4, part_RI & 15) if halves == 2 else (part_RI,)):
+            tiles = _pack(codes_RI)
+            per_block = part_RI.shape[0] // tiles.shape[0]
+            if packed is None:
+                packed = tiles.new_empty((halves, codes_OI.shape[0] // per_block, *tiles.shape[1:]))
+            packed[half, start // per_block : start // per_block + tiles.shape[0]] = tiles
+    assert packed is not None
+    return packed
 
 
 def _pack(codes_OI: Tensor) -> Tensor:
@@ -331,6 +309,11 @@ def _pack(codes_OI: Tensor) -> Tensor:
 
 def _inner_tiles(columns: int) -> int:
     return next(tiles for tiles in (8, 4, 2) if columns % (16 * tiles) == 0)
+
+
+def _tile(device: torch.device, columns: int) -> tuple[int, int]:
+    """Outputs and columns of a block that is packed by itself."""
+    return (8, 16 * _inner_tiles(columns)) if device.type == "cuda" else (64, 1)
 
 
 _ORDERS: dict[tuple[torch.device, int, int], Tensor | None] = {}
@@ -357,7 +340,7 @@ def unpack_int4(packed: Tensor, start: int, stop: int, out_features: int, column
     `start` is a multiple of 64. A CPU packs 64 outputs (the last ones: what is left) one column after the other;
     tinygemm 8 outputs, in tiles of 32 to 128 columns.
     """
-    block, width = (8, 16 * _inner_tiles(columns)) if packed.device.type == "cuda" else (64, 1)
+    block, width = _tile(packed.device, columns)
     flat = packed.reshape(out_features, -1)
     parts = []
     whole = stop - (stop - start) % block

@@ -18,7 +18,7 @@ from qwenq.errors import HonestNo, RunError
 from qwenq.host import return_freed_memory
 from qwenq.planning.engines import QWENQ_PREFILL_CHUNK, get_engine
 from qwenq.planning.memory import NOT_ALLOCATED, check_context
-from qwenq.planning.offload import DeviceMap, host_map, host_need, spill_to_disk
+from qwenq.planning.offload import DeviceMap, host_map, host_need, spill_to_disk, weights_on_host
 from qwenq.planning.placement import place
 from qwenq.planning.rig import Rig
 from qwenq.planning.terms import Workload
@@ -104,6 +104,7 @@ def plan_load(
 
 
 def _plan_host(spec: ModelSpec, weights: WeightBytes, work: Workload, dtype: torch.dtype, room: int) -> LoadPlan:
+    weights = weights_on_host(weights, dtype.itemsize)
     need = host_need(spec, weights, work, dtype.itemsize).total_bytes
     devices = host_map(spec)
     if need <= room:
@@ -117,7 +118,7 @@ def _plan_host(spec: ModelSpec, weights: WeightBytes, work: Workload, dtype: tor
 
 
 def _plan_rig(spec: ModelSpec, weights: WeightBytes, rig: Rig, work: Workload, room: int) -> LoadPlan:
-    engine = get_engine("qwenq")
+    engine, weights = get_engine("qwenq"), weights.as_kept
     placement = place(spec, weights, rig, engine, work)
     if not placement.fits:
         whole = placement

@@ -106,6 +106,8 @@ def forget_peaks(devices: Sequence[torch.device]) -> None:
     """Begin a new measurement."""
     return_freed_memory()  # else what was freed before still counts as resident
     forget_peak_rss()
+    if any(device.type == "cuda" for device in devices):
+        torch.cuda.empty_cache()  # what an earlier, shorter cache left would count as reserved
     for device in devices:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)

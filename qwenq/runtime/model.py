@@ -22,11 +22,12 @@ from qwenq.errors import CheckpointError
 from qwenq.formats.storage import unpack_linear
 from qwenq.host import return_freed_memory
 from qwenq.layout import linear_tensors
+from qwenq.planning.kernels import Choice
 from qwenq.quant.bnb import nf4_blocks
 from qwenq.quant.gptq import QTensor
 from qwenq.quant.pack import unpack_sorted
 from qwenq.runtime.attention import ATTENTION, register
-from qwenq.runtime.linear import Choice, Nf4Linear, StoredLinear, packed_linear
+from qwenq.runtime.linear import Nf4Linear, StoredLinear, packed_linear
 from qwenq.runtime.memory import memory_errors
 from qwenq.spec import LinearSpec, ModelSpec
 from qwenq.stream import MODULES, model_config
@@ -188,6 +189,8 @@ def build_model(
                 if choice is not None:
                     choices[lin.name] = choice
                 keep(lin.name, module, where)
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()  # else the next weights settle in what unpacking freed, and leave holes
             for tensor in spec.layer_tensors(layer):
                 owner = tensor.name.rpartition(".")[0]
                 if owner not in linears:
@@ -241,16 +244,16 @@ def _moved(
     """The module with its tensors where they stay: on their device, in host memory, or in a file and on `meta`."""
     if isinstance(where, int):
         return module
-    if where != DISK:
-        return module.to("cpu")
     from accelerate.utils import offload_weight
 
-    assert offload_directory is not None
     for path, parameter in list(module.named_parameters()):
-        offload_weight(parameter.detach().cpu(), f"{name}.{path}", str(offload_directory), index)
+        kept = parameter.detach().cpu()
+        if where == DISK:
+            assert offload_directory is not None
+            offload_weight(kept, f"{name}.{path}", str(offload_directory), index)
+            kept = torch.empty_like(kept, device="meta")
         owner, _, last = path.rpartition(".")
-        empty = torch.empty_like(parameter, device="meta")
-        setattr(module.get_submodule(owner), last, nn.Parameter(empty, requires_grad=False))
+        setattr(module.get_submodule(owner), last, nn.Parameter(kept, requires_grad=False))
     return module
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qwenq.planning.kernels import Choice
 from qwenq.quant.gptq import QTensor
-from qwenq.runtime.linear import Choice, StoredLinear, packed_linear
+from qwenq.runtime.linear import StoredLinear, packed_linear
 from qwenq.scheme import Recipe
 from qwenq.spec import LinearSpec, ModelSpec
 

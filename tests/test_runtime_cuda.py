@@ -1,0 +1,201 @@
+"""The CUDA paths without a GPU: the real code over fake tensors, torch checking shapes, dtypes and devices.
+
+Values are not computed there (tinygemm's layout is checked against a packer written from its description), and what
+happens inside kernels is not seen. What torch allocates is, and must be what the estimator predicts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from fake_gpus import MIB, Allocator, FakeGpus
+from torch import Tensor
+
+from qwenq.attention import SCORE_BYTES, causal_attention
+from qwenq.planning.allocator import allocated_bytes
+from qwenq.planning.kernels import kept_bytes
+from qwenq.planning.profile import MeasuredRow
+from qwenq.planning.weights import recipe_weights
+from qwenq.runtime import linear, measure
+from qwenq.runtime.layout import tile_order
+from qwenq.runtime.load import LoadOptions, load_from
+from qwenq.runtime.synthetic import SyntheticWeights, synthetic_config
+from qwenq.scheme import Recipe, Scheme
+from qwenq.spec import ModelSpec, family_spec
+
+CPU = torch.device("cpu")
+
+
+def of(name: str, layers: int) -> ModelSpec:
+    found = family_spec(name)
+    assert found is not None
+    return replace(found, num_hidden_layers=layers)
+
+
+def traced(
+    spec: ModelSpec, recipe: Recipe, gpus: list[str], contexts: list[int], **options: Any
+) -> tuple[list[MeasuredRow], dict[str, Any]]:
+    """Rows of `qwenq vram measure --synthetic`, and where its modules went."""
+    weights = recipe_weights(spec, recipe)
+    asked = LoadOptions(max_model_len=max(contexts), **options)
+    with FakeGpus(gpus), load_from(
+        SyntheticWeights(spec, recipe), weights, synthetic_config(spec), spec, asked
+    ) as found:  # fmt: skip
+        rows, ended = measure.measure(found, weights, contexts)
+        assert not ended, ended
+        return rows, dict(found.model.device_map)
+
+
+FOUR, EIGHT = Recipe(Scheme(4, 64)), Recipe(Scheme(8, 64))
+MIXED = Recipe(Scheme(4, 128), (("model.layers.1.mlp.down_proj", Scheme(8, 128)),))
+CASES: list[tuple[str, ModelSpec, Recipe, list[str], dict[str, Any]]] = [
+    ("4-bit", of("Qwen2.5-7B", 8), FOUR, ["RTX 3090"], {}),
+    ("8-bit", of("Qwen2.5-7B", 6), EIGHT, ["RTX 3090"], {}),
+    ("8-bit rows", of("Qwen2.5-7B", 6), Recipe(Scheme(8, -1)), ["RTX 3090"], {}),
+    ("mixed, fp8 cache", of("Qwen3-8B", 6), MIXED, ["RTX 3090"], {"kv_dtype": "fp8"}),
+    ("16-bit, tied", of("Qwen2.5-3B", 6), Recipe(None), ["RTX 3090"], {"prefill_chunk": 512}),
+    ("short chunks", of("Qwen2.5-3B", 6), FOUR, ["RTX 3090"], {"prefill_chunk": 96}),
+]
+
+
+@pytest.mark.parametrize(("spec", "recipe", "gpus", "options"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
+def test_the_estimate_is_what_torch_allocates(
+    spec: ModelSpec, recipe: Recipe, gpus: list[str], options: dict[str, Any]
+) -> None:
+    rows, places = traced(spec, recipe, gpus, [600, 3000], **options)
+    assert {row.phase for row in rows} == {"prefill", "decode"}
+    assert {place for place in places.values() if isinstance(place, int)} <= set(range(len(gpus)))
+    for row in rows:
+        error = (row.exact_bytes + row.working_bytes) / row.allocated_bytes - 1
+        assert abs(error) < 0.01, (row.context, row.phase, row.device, f"{error:+.2%}")
+        assert row.reserved_bytes >= row.allocated_bytes
+
+
+def test_two_gpus_are_both_used_and_activations_move() -> None:
+    # 12 GB hold not all of the layers
+    spec = of("Qwen2.5-72B", 16)
+    rows, places = traced(spec, FOUR, ["RTX 3060 12GB", "RTX 3060 12GB"], [512])
+    assert {places[f"model.layers.{layer}"] for layer in range(16)} == {0, 1} and places["lm_head"] == 1
+    assert len({row.device for row in rows}) == 2
+    assert all(row.allocated_bytes > 2 << 30 for row in rows)
+
+
+def test_a_tensor_on_the_wrong_gpu_is_an_error() -> None:
+    spec = of("Qwen2.5-3B", 1)
+    with FakeGpus(["RTX 3090", "RTX 3090"]):
+        source = SyntheticWeights(spec, FOUR)
+        module, choice = source.linear(spec.layer_linears(0)[0], torch.bfloat16, torch.device("cuda", 1))
+        assert choice is not None and choice.kind == "int4"
+        assert module(torch.zeros(1, 2048, dtype=torch.bfloat16, device="cuda:1")).device == torch.device("cuda", 1)
+        for rows in (1, 200):
+            with pytest.raises(RuntimeError, match="same device"):
+                module(torch.zeros(rows, 2048, dtype=torch.bfloat16, device="cuda:0"))
+
+
+def test_older_gpus_get_no_tinygemm() -> None:
+    spec = of("Qwen2.5-3B", 2)
+    weights = recipe_weights(spec, FOUR)
+    with FakeGpus(["RTX 3060 12GB"], capability=(7, 5)), load_from(
+        SyntheticWeights(spec, FOUR), weights, synthetic_config(spec), spec, LoadOptions(max_model_len=512)
+    ) as found:  # fmt: skip
+        assert found.model.fallbacks() == {"tinygemm needs compute capability 8.0": 14}
+        assert found.model.kernels() == {"tiled": 14}
+        rows, ended = measure.measure(found, weights, [500])  # FakeGpus refuses torch's attention without flash
+        assert len(rows) == 2 and not ended
+
+
+def test_scores_stay_small_without_a_flash_kernel() -> None:
+    """Float32 on a GPU: 40 heads, 512 rows at 30,000 keys; torch would write out 2.5 GB of scores."""
+    with FakeGpus(["RTX 3090"]) as gpus, torch.inference_mode():
+        query = torch.empty(1, 40, 512, 128, device="cuda:0")
+        key = torch.empty(1, 8, 30000, 128, device="cuda:0")
+        before = gpus.allocators[0].allocated
+        assert causal_attention(query, key, key, 0.1).shape == (1, 512, 40, 128)
+        keys_in_float32 = 4 * key.numel()  # their transposed copy
+        assert gpus.allocators[0].allocated_peak - before < keys_in_float32 + 4 * query.numel() * 2 + 3 * SCORE_BYTES
+
+
+# ---------------------------------------------------------------------- tinygemm's layout
+
+
+def tinygemm_pack(codes_OI: Tensor, inner_tiles: int) -> Tensor:
+    """int32 [out/8, in/(16 tiles), 32, tiles/2] as the m16n8k16 B operand lies in a warp's registers.
+
+    Lane t of a tile of 8 outputs and 16 columns holds output t // 4; its four values are columns 2c, 2c + 1, 2c + 8 and
+    2c + 9 with c = t % 4. Two tiles of columns make one int32: their even columns fill the low half, lowest first, the
+    odd ones the high half.
+    """
+    outputs, columns = codes_OI.shape
+    wide = 16 * inner_tiles
+    packed = torch.zeros(outputs // 8, columns // wide, 32, inner_tiles // 2, dtype=torch.int64)
+    for block in range(outputs // 8):
+        for tile in range(columns // wide):
+            for lane in range(32):
+                row = codes_OI[8 * block + lane // 4]
+                for pair in range(inner_tiles // 2):
+                    start = tile * wide + pair * 32 + 2 * (lane % 4)
+                    evens = [int(row[start + step]) for step in (0, 8, 16, 24)]
+                    odds = [int(row[start + step + 1]) for step in (0, 8, 16, 24)]
+                    word = sum(code << (4 * at) for at, code in enumerate(evens + odds))
+                    packed[block, tile, lane, pair] = word - (1 << 32) if word >> 31 else word
+    return packed.int()
+
+
+@pytest.mark.parametrize(("columns", "tiles"), [(256, 8), (192, 4), (96, 2)])
+def test_codes_come_back_out_of_tinygemms_layout(
+    columns: int, tiles: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert linear._inner_tiles(columns) == tiles
+    codes = torch.randint(0, 16, (128, columns), dtype=torch.uint8)
+    packed = tinygemm_pack(codes, tiles)
+    monkeypatch.setattr(linear, "_tile", lambda device, columns: (8, 16 * tiles))
+    order = tile_order(lambda tile: tinygemm_pack(tile, tiles), 8, 16 * tiles, CPU)
+    assert order is not None
+    monkeypatch.setattr(linear, "_order", lambda rows, width, device: order)
+    for start, stop in ((0, 128), (64, 128), (0, 64)):
+        found = linear.unpack_int4(packed, start, stop, 128, columns)
+        assert found is not None and torch.equal(found.T, codes[start:stop])
+
+
+# ---------------------------------------------------------------------- the model of the allocator
+
+
+def test_the_two_models_of_the_allocator_agree() -> None:
+    """Written apart: the estimator's knows tensors that stay, the tracing one blocks that come back too."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [int(2 ** (30 * float(torch.rand(1, generator=generator)))) for _ in range(400)]
+    gpu = Allocator()
+    for size in sizes:
+        gpu.take(size)
+    assert gpu.allocated == allocated_bytes(sizes)
+
+
+def test_blocks_come_back_whole() -> None:
+    gpu = Allocator()
+    blocks = [gpu.take(3 * MIB) for _ in range(6)]  # one segment of 20 MiB: six of them, 2 MiB left
+    assert (gpu.allocated, gpu.reserved) == (18 * MIB, 20 * MIB)
+    for block in (blocks[1], blocks[3], blocks[2]):  # the last one joins both neighbours
+        gpu.give(block)
+    again = gpu.take(9 * MIB)
+    assert again.size == 9 * MIB and (gpu.allocated, gpu.reserved) == (18 * MIB, 20 * MIB)
+    assert gpu.take(700).size == 1024 and gpu.reserved == 22 * MIB
+    for block in (blocks[0], again, blocks[4], blocks[5]):
+        gpu.give(block)
+    assert gpu.allocated == 1024 and gpu.take(20 * MIB).size == 20 * MIB and gpu.reserved == 22 * MIB
+
+
+def test_eight_bits_keep_one_pair_a_group() -> None:
+    assert kept_bytes("int4 halves", 8, 64, 4096, 4096, True) == [4096 * 4096, 4 * 4096 * 64]
+
+
+def test_fake_gpus_leave_torch_as_it_was() -> None:
+    before = torch.cuda.is_available, torch.cuda.mem_get_info, torch.nn.functional.scaled_dot_product_attention
+    with FakeGpus(["RTX 3090"]):
+        assert torch.cuda.device_count() == 1
+    assert before == (
+        torch.cuda.is_available, torch.cuda.mem_get_info, torch.nn.functional.scaled_dot_product_attention
+    )  # fmt: skip
+    assert float(torch.ones(2)[1]) == 1.0
