@@ -26,7 +26,7 @@ from qwenq.tokens import ModelTokenizer
 
 
 @torch.inference_mode()
-def log_probabilities(directory: Path, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def log_probabilities(directory: Path, ids: torch.Tensor, dtype: torch.dtype, chunk: int = 0) -> torch.Tensor:
     checkpoint = open_checkpoint(directory)
     model = build_model(
         CheckpointWeights(checkpoint), checkpoint.config, checkpoint.spec, host_map(checkpoint.spec), dtype=dtype
@@ -34,7 +34,8 @@ def log_probabilities(directory: Path, ids: torch.Tensor, dtype: torch.dtype) ->
     parts = []
     for row in ids:
         cache = KvCache(checkpoint.spec.num_hidden_layers, ids.shape[1])
-        parts.append(model.network(row[None], past_key_values=cache).logits[0].float().log_softmax(-1))
+        for piece in row[None].split(chunk or len(row), 1):
+            parts.append(model.network(piece, past_key_values=cache).logits[0].float().log_softmax(-1))
     return torch.cat(parts)
 
 
@@ -49,12 +50,15 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--chunk", type=int, default=16, help="tokens at once, few enough for the packed kernels")
     asked = parser.parse_args()
     checkpoint = open_checkpoint(asked.checkpoint)
     tokenizer = ModelTokenizer(asked.checkpoint)
     windows = load_windows("heldout", tokenizer, checkpoint.spec, length=asked.length, count=asked.windows, seed=None)
     exact = log_probabilities(asked.checkpoint, windows.ids, torch.float32)
-    found = {"bfloat16": divergence(exact, log_probabilities(asked.checkpoint, windows.ids, torch.bfloat16))}
+    chunked = log_probabilities(asked.checkpoint, windows.ids, torch.bfloat16, asked.chunk)
+    whole = log_probabilities(asked.checkpoint, windows.ids, torch.bfloat16)
+    found = {"bfloat16, in chunks": divergence(exact, chunked), "bfloat16": divergence(exact, whole)}
     if checkpoint.quantized is not None:
         linear.choose = lambda *unused: Choice("tiled", "asked for")
         found["dequantized to bfloat16"] = divergence(

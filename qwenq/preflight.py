@@ -200,14 +200,16 @@ def peak_bytes(spec: ModelSpec, tokens: Tokens, compute_bytes: int, on_gpu: bool
     layer = spec.layer_linears(0)
     parameters = sum(lin.parameters for lin in layer)
     source = 2 * parameters
-    part = min(BATCH_TOKENS, tokens.calibration + tokens.evaluation) * spec.intermediate_size
+    at_once = min(BATCH_TOKENS, tokens.calibration + tokens.evaluation)
+    part, states = at_once * spec.intermediate_size, 2 * at_once * spec.hidden_size
     pulled = tokens.pull_share > 0
     solving = tokens.calibration_bytes * parameters + max(_solving(unit, pulled) for unit in _units(layer))
     width = spec.intermediate_size
     lanes = MOST_LANES if not on_gpu and width <= LANES_UP_TO else 1
-    summing = lanes * 4 * width * (width + (spec.hidden_size if pulled else 0))
-    calibrating = tokens.calibration_bytes * (parameters + 4 * part) + summing
-    evaluating = compute_bytes * (parameters + 4 * part)
+    pulls = width * spec.hidden_size if pulled else 0
+    summing = 4 * (lanes * (width**2 + pulls) + 2 * pulls)  # of pulls also the first half's, and one being made
+    calibrating = tokens.calibration_bytes * (parameters + 4 * part + states) + summing
+    evaluating = compute_bytes * (parameters + 4 * part + states)
     head = 6 * 4 * 1024 * 4096 + 8 * 4096 * spec.hidden_size + 8 * tokens.evaluation * spec.hidden_size
     work = max(solving, calibrating, evaluating)
     buffers = token_buffer_bytes(spec, tokens, compute_bytes)

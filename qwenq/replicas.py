@@ -107,6 +107,9 @@ class Replicas:
             self.each(forward, windows)
 
 
+_ROWS_MOVED = 1024
+
+
 class LaneSums:
     """A sum over tokens, float32 [rows, columns]: each lane adds to a part of its own, on its device."""
 
@@ -125,5 +128,7 @@ class LaneSums:
         total = self.of(self._networks[0])
         for network in self._networks[1:]:  # in the same order each time
             if network in self._parts:
-                total += self._parts.pop(network).to(total.device)
+                part = self._parts.pop(network)
+                for start in range(0, len(part), _ROWS_MOVED):  # a whole copy beside the sum may not fit
+                    total[start : start + _ROWS_MOVED] += part[start : start + _ROWS_MOVED].to(total.device)
         return total

@@ -16,7 +16,7 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from types import EllipsisType, SimpleNamespace, TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import Any
 from unittest.mock import patch
 
@@ -151,8 +151,12 @@ class _WithoutCudaBuild(TorchFunctionMode):
         if func is torch.tensor and kwargs and kwargs.get("device") is not None:
             plain = func(*args)
             return torch.empty(plain.shape, dtype=plain.dtype, device=kwargs["device"])
+        if func in _ANSWERS:
+            return _ANSWERS[func]
         if func is Tensor.data_ptr:  # accelerate knows tied tensors by it
             return id(args[0].untyped_storage())
+        if func is Tensor.contiguous:
+            return args[0] if args[0].is_contiguous() else aten.clone(args[0], memory_format=torch.contiguous_format)
         if func is Tensor.copy_:
             return aten.copy_(*args, **(kwargs or {}))
         if func is Tensor.to and len(args) > 1 and isinstance(args[1], int):
@@ -162,21 +166,29 @@ class _WithoutCudaBuild(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+# What code that asks a tensor for its value is told: all is finite, symmetric and live, and no factorization fails.
+_ANSWERS: dict[Any, Any] = {Tensor.__bool__: True, Tensor.__float__: 1.0, Tensor.__int__: 0, Tensor.item: 1.0}
+
+
 def _index(value: Tensor, key: Any) -> Tensor:
-    keys: tuple[slice | int | EllipsisType | None, ...] = key if isinstance(key, tuple) else (key,)
-    if Ellipsis in keys:
-        at = keys.index(Ellipsis)
+    keys: tuple[Any, ...] = key if isinstance(key, tuple) else (key,)
+    at = next((at for at, k in enumerate(keys) if k is Ellipsis), None)
+    if at is not None:
         named = sum(k is not None for k in keys) - 1
         keys = keys[:at] + (slice(None),) * (value.ndim - named) + keys[at + 1 :]
-    dim = 0
+    dim, chosen = 0, list[tuple[int, Tensor]]()
     for k in keys:
         if k is None:
             value, dim = value.unsqueeze(dim), dim + 1
         elif isinstance(k, int):
             value = value.select(dim, k)
+        elif isinstance(k, Tensor):
+            chosen, dim = [*chosen, (dim, k)], dim + 1
         else:
             assert isinstance(k, slice), f"cannot index with {k!r} here"
             value, dim = aten.slice(value, dim, k.start, k.stop, k.step or 1), dim + 1
+    for at, k in chosen:  # booleans: all of them true
+        value = value.clone() if k.dtype == torch.bool else value.index_select(at, k)
     return value
 
 
@@ -235,7 +247,6 @@ class FakeGpus:
         enter(patch.object(bias, "causal_lower_right", lambda tokens, keys: "lower right"))
         # these read values, which fake tensors have not
         enter(patch.object(FakeTensor, "tolist", lambda ids: [0] * ids.numel()))
-        enter(patch.object(linear, "_symmetric", lambda q: True))
         enter(patch.object(linear, "_order", lambda rows, columns, device: torch.zeros(
             rows * columns, dtype=torch.int64, device=device)))  # fmt: skip
         enter(_Allocations(self.allocators))

@@ -74,6 +74,14 @@ def test_the_estimate_is_what_torch_allocates(
         assert row.reserved_bytes >= row.allocated_bytes
 
 
+def test_the_cache_leaves_no_holes() -> None:
+    """Layers' caches made one by one between activations each spoil a block: 18 % more reserved than allocated here."""
+    spec = of("Qwen2.5-7B", 12)
+    rows, _ = traced(spec, FOUR, ["RTX 3090"], [32768], prefill_chunk=16384)
+    decode = next(row for row in rows if row.phase == "decode")
+    assert decode.reserved_bytes < 1.05 * decode.allocated_bytes
+
+
 def test_two_gpus_are_both_used_and_activations_move() -> None:
     # 12 GB hold not all of the layers
     spec = of("Qwen2.5-72B", 16)

@@ -415,6 +415,7 @@ def solve_unit(
     e_IO = torch.empty(columns, sum(sizes), device=device)
     for part_IO, w_OI in zip(e_IO.split(sizes, dim=1), weights.values(), strict=True):
         part_IO.copy_(w_OI.T)
+    del part_IO  # it would keep what is permuted below alive
     diagonal_I = torch.zeros(columns, device=device) if h_II is None else h_II.diagonal().clone()
     order_I = torch.arange(columns, device=device)
     if h_II is not None:
@@ -425,7 +426,7 @@ def solve_unit(
     parts = [slice(stop - size, stop) for stop, size in zip(itertools.accumulate(sizes), sizes, strict=True)]
     samples = [slice(p.start, p.stop, -(-(p.stop - p.start) // STAT_ROWS)) for p in parts]
     signals = [math.nan if h_II is None else _quadratic(e_IO[:, rows], h_II, diagonal_I) for rows in samples]
-    weight_norm_O = e_IO.square().sum(0)
+    weight_norm_O = torch.linalg.vector_norm(e_IO, dim=0).square()
 
     tried, fallback = 0.0, ""
     if h_II is None or method == "rtn":
@@ -444,7 +445,7 @@ def solve_unit(
             for _ in range(sweeps):
                 _descend(e_IO, codes_IO, scales_GO, zeros_GO, h_II, diagonal_I, damp, scheme)
     errors = [math.nan if h_II is None else _quadratic(e_IO[:, rows], h_II, diagonal_I) for rows in samples]
-    weight_error_O = e_IO.square().sum(0)
+    weight_error_O = torch.linalg.vector_norm(e_IO, dim=0).square()
     groups_G = order_I.view(-1, width)[:, 0].div(width, rounding_mode="floor").argsort()
     codes_IO, scales_GO, zeros_GO = codes_IO[order_I.argsort()], scales_GO[groups_G], zeros_GO[groups_G]
 

@@ -14,7 +14,7 @@ from qwenq.errors import RunError
 from qwenq.planning.engines import QWENQ_PREFILL_CHUNK
 from qwenq.runtime.attention import FP8, KvCache
 from qwenq.runtime.memory import memory_errors
-from qwenq.runtime.model import RunningModel
+from qwenq.runtime.model import RunningModel, compute_device
 
 DEFAULT_NEW_TOKENS = 512
 KV_DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": FP8}
@@ -190,12 +190,21 @@ class Session:
         """Let go of the cache."""
         self._cache, self._ids = None, []
 
+    def _new_cache(self) -> KvCache:
+        spec, places = self.model.spec, self.model.device_map
+        devices = [
+            compute_device(places[f"model.layers.{layer}"], places) for layer in range(spec.num_hidden_layers)
+        ]
+        cache = KvCache(len(devices), self.max_model_len, KV_DTYPES[self.kv_dtype])
+        doing, hint = f"making a cache of {self.max_model_len} tokens", "a smaller --max-model-len"
+        with memory_errors(doing, devices[0], None, hint):
+            cache.allocate(devices, spec.num_key_value_heads, spec.head_dim, self.model.dtype)
+        return cache
+
     def _common(self, ids: Sequence[int]) -> int:
         """Cut the cache to the longest common beginning with `ids`, leaving at least one token to compute."""
         if self._cache is None:
-            layers = self.model.spec.num_hidden_layers
-            self._cache = KvCache(layers, self.max_model_len, KV_DTYPES[self.kv_dtype])
-            self._ids = []
+            self._cache, self._ids = self._new_cache(), []
         kept = 0
         for old, new in zip(self._ids, ids[:-1], strict=False):
             if old != new:

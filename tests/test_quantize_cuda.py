@@ -1,0 +1,102 @@
+"""Quantizing a layer on GPUs, without one: the real code over fake tensors, and what it would allocate.
+
+Rounding column by column is left out: it takes time and no memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from fake_gpus import FakeGpus
+
+from qwenq import replicas as replicas_module
+from qwenq.block import BlockSolver, CalibrationStreams, SolverOptions, round_block
+from qwenq.clock import StageClock
+from qwenq.preflight import Tokens, original_windows, peak_bytes, scratch_width
+from qwenq.quant import gptq, rows
+from qwenq.quant.fold import FoldedLayer
+from qwenq.replicas import Replicas
+from qwenq.runtime.synthetic import synthetic_config
+from qwenq.scheme import Recipe, Scheme
+from qwenq.spec import ModelSpec, family_spec
+
+LENGTH = 512
+
+
+def of(name: str) -> ModelSpec:
+    found = family_spec(name)
+    assert found is not None
+    return replace(found, num_hidden_layers=1)
+
+
+def one_after_the_other(calls: list[Callable[[], Any]]) -> list[Any]:
+    """Fake tensors are a matter of one thread."""
+    return [call() for call in calls]
+
+
+def layer(spec: ModelSpec) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A layer's tensors in host memory, and those that are not weights of linears."""
+    prefix = "model.layers.0."
+    state = {
+        t.name.removeprefix(prefix): torch.empty(t.shape, dtype=torch.bfloat16) for t in spec.layer_tensors(0)
+    }
+    weights = {lin.name.removeprefix(prefix) + ".weight" for lin in spec.layer_linears(0)}
+    return state, {name: tensor for name, tensor in state.items() if name not in weights}
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "windows", "pull"),
+    [
+        ("Qwen2.5-0.5B", 1, 16, 0.0),
+        ("Qwen2.5-0.5B", 1, 16, 1.0),
+        ("Qwen3-0.6B", 1, 16, 1.0),
+        ("Qwen2.5-3B", 1, 16, 0.0),
+        ("Qwen2.5-1.5B", 2, 16, 1.0),
+    ],
+)
+def test_a_layer_takes_what_the_dry_run_says(
+    name: str, gpus: int, windows: int, pull: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, recipe = of(name), Recipe(Scheme(4, 128 if "3B" in name else 64))
+    for module in (replicas_module, rows):
+        monkeypatch.setattr(module, "side_by_side", one_after_the_other)
+    monkeypatch.setattr(gptq, "_solve_columns", lambda *operands: None)
+    tokens = Tokens(windows, 4, LENGTH, calibration_bytes=2, **({} if pull else {"pull_share": 0.0}))
+    count = original_windows(spec, windows, LENGTH, tokens.pull_share)
+    assert bool(count) == bool(pull)
+    with FakeGpus(["RTX 3090"] * gpus) as fake, torch.inference_mode():
+        devices = [f"cuda:{index}" for index in range(gpus)]
+        held = Replicas(
+            synthetic_config(spec), spec, dtype=torch.bfloat16, window_tokens=LENGTH, devices=devices
+        )
+        state, kept = layer(spec)
+        held.fill(state)
+        hidden = torch.empty(windows, LENGTH, spec.hidden_size, dtype=torch.bfloat16)
+        scratch = torch.empty(windows * LENGTH * scratch_width(spec), dtype=torch.bfloat16)
+        streams = CalibrationStreams(hidden, hidden[:count].clone() if count else None, scratch)
+        solver = BlockSolver(
+            held, spec, 0, recipe, FoldedLayer(state, kept, devices[0]), streams, SolverOptions(pull=pull), StageClock()
+        )
+        packed, results = solver.run()
+        peaks = [allocator.allocated_peak for allocator in fake.allocators]
+    assert {tensor.device.type for tensor in packed.values()} == {"cpu"} and len(results) == 7
+    assert set(packed) == {t.name for lin in spec.layer_linears(0) for t in recipe.linear_tensors(lin)} - {
+        lin.name + ".bias" for lin in spec.layer_linears(0)
+    }
+    predicted = peak_bytes(spec, tokens, 2, on_gpu=True)[1]
+    assert 0.85 < max(peaks) / predicted < 1.01, (max(peaks), predicted)
+    assert all(peak > 0.5 * max(peaks) for peak in peaks)  # no GPU idles
+
+
+def test_rounding_to_nearest_stays_on_its_gpu() -> None:
+    spec, recipe = of("Qwen2.5-0.5B"), Recipe(Scheme(4, 64))
+    with FakeGpus(["RTX 3090", "RTX 3090"]) as fake:
+        state, kept = layer(spec)
+        folded = FoldedLayer(state, kept, "cuda:1")
+        packed, results = round_block(spec, 0, recipe, folded, SolverOptions(method="rtn", fold=False))
+        assert fake.allocators[0].allocated_peak == 0 < fake.allocators[1].allocated_peak
+    assert len(results) == 7 and {tensor.device.type for tensor in packed.values()} == {"cpu"}
