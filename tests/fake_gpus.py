@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qwenq.planning.rig import find_gpu
+from qwenq.planning.terms import context_term
 from qwenq.planning.torch_terms import CUBLAS_WORKSPACE
 from qwenq.runtime import linear
 from qwenq.units import GIB
@@ -53,6 +54,7 @@ class _Block:
 class Allocator:
     """c10/cuda/CUDACachingAllocator.cpp for one GPU: segments, best fit, splitting, merging; no garbage collection."""
 
+    limit: int = 1 << 62  # bytes it may reserve
     allocated: int = 0
     reserved: int = 0
     allocated_peak: int = 0
@@ -70,6 +72,13 @@ class Allocator:
             block = free.pop(at)[2]
         else:
             segment = 2 * MIB if pool == "small" else 20 * MIB if size < 10 * MIB else -(-size // (2 * MIB)) * 2 * MIB
+            if self.reserved + segment > self.limit:
+                self.empty_cache()  # as torch does before it gives up
+            if self.reserved + segment > self.limit:
+                raise torch.OutOfMemoryError(
+                    f"Tried to allocate {size / MIB:.2f} MiB. GPU 0 holds {self.allocated / MIB:.0f} MiB in "
+                    f"{self.reserved / MIB:.0f} MiB reserved ({operator})"
+                )
             self._segments += 1
             self.reserved += segment
             self.reserved_peak = max(self.reserved_peak, self.reserved)
@@ -216,14 +225,17 @@ class FakeGpus:
 
     def __init__(self, names: Sequence[str], capability: tuple[int, int] = (8, 6)) -> None:
         self.gpus = [find_gpu(name) for name in names]
-        self.allocators = [Allocator() for _ in names]
+        self.sizes = [round((gpu.usable_gib or gpu.memory_gib) * GIB) for gpu in self.gpus]
+        self.allocators = [
+            Allocator(size - context_term(gpu.name).n_bytes) for gpu, size in zip(self.gpus, self.sizes, strict=True)
+        ]
         self._capability = capability
         self._stack = ExitStack()
 
     def __enter__(self) -> FakeGpus:
         enter = self._stack.enter_context
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        sizes = [round((gpu.usable_gib or gpu.memory_gib) * GIB) for gpu in self.gpus]
+        sizes = self.sizes
 
         def of(device: Any = 0) -> int:
             return device if isinstance(device, int) else torch.device(device).index or 0

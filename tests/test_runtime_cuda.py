@@ -195,6 +195,18 @@ def test_blocks_come_back_whole() -> None:
     assert gpu.allocated == 1024 and gpu.take(20 * MIB).size == 20 * MIB and gpu.reserved == 22 * MIB
 
 
+def test_a_full_gpu_lets_go_of_what_is_free_before_it_gives_up() -> None:
+    gpu = Allocator(100 * MIB)
+    small, large = gpu.take(4 * MIB), gpu.take(60 * MIB)
+    gpu.give(large)
+    assert gpu.reserved == 80 * MIB
+    assert gpu.take(70 * MIB).size == 70 * MIB and gpu.reserved == 90 * MIB
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+        gpu.take(20 * MIB)
+    gpu.give(small)
+    assert gpu.take(20 * MIB).size == 20 * MIB
+
+
 def test_eight_bits_keep_one_pair_a_group() -> None:
     assert kept_bytes("int4 halves", 8, 64, 4096, 4096, True) == [4096 * 4096, 4 * 4096 * 64]
 
