@@ -1,8 +1,8 @@
-"""Causal attention of whole windows: torch's flash kernel on GPUs that have one, else by blocks of query rows.
+"""Causal attention of whole windows: torch's own kernel, or by blocks of query rows where that is worse.
 
-On a CPU a block's scores stay in the cache; torch's own kernel takes 1.4 to 1.7 times as long for windows of 512 tokens
-in bfloat16 (reports/LOG.md). On a GPU without a flash kernel (compute capability below 8.0, or float32) torch would
-write out the mask and the scores of every head, rows and keys: 34 GB for a chunk of 2,048 rows at 128k keys of the 72B.
+On a CPU a block's scores stay in the cache; torch's kernel takes 1.4 to 1.7 times as long for windows of 512 tokens in
+bfloat16 (reports/LOG.md). On a GPU without a flash kernel (compute capability below 8.0, or float32) torch would, where
+heads share keys, write out the mask and all scores: 34 GB for a chunk of 2,048 rows at 128k keys of the 72B.
 
 Shapes: query [B, H, T, D]; key and value [B, N, S, D], N heads of keys each serving G = H / N heads of queries. The
 queries are those of the last T of S positions.
@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qwenq.planning.kernels import SCORE_BYTES, Compute
+
 WINDOWS = "qwenq-windows"  # the name under which transformers knows `attend_windows`
 BLOCK_ROWS = 64  # of queries whose scores are computed together
-SCORE_BYTES = 32 << 20  # of a block's scores on a GPU
 BLOCKED_KEYS = 1024  # up to so many blocks are as fast as torch's kernel or faster, whatever the heads; then slower
 
 
@@ -28,7 +29,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
     Scores and their softmax are in float32: large key biases, as Qwen2.5 has, make scores that bfloat16 blurs.
     """
     tokens, keys = query.shape[2], key.shape[2]
-    if not torch.is_grad_enabled() and (keys <= BLOCKED_KEYS if query.device.type == "cpu" else not _has_flash(query)):
+    if not torch.is_grad_enabled() and (keys <= BLOCKED_KEYS if query.device.type == "cpu" else _by_itself(query)):
         return _by_blocks(query, key, value, scaling)
     ahead: dict[str, Any] = {"is_causal": True}
     if tokens != keys:
@@ -39,9 +40,12 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
     return out.transpose(1, 2).contiguous()
 
 
-def _has_flash(query: Tensor) -> bool:
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    return half and (query.device.type != "cuda" or torch.cuda.get_device_capability(query.device) >= (8, 0))
+def _by_itself(query: Tensor) -> bool:
+    """Whether torch's own attention would write out masks and scores: a GPU without a flash kernel for `query`."""
+    if query.device.type != "cuda":
+        return False
+    dtype, capability = str(query.dtype)[6:], torch.cuda.get_device_capability(query.device)
+    return not Compute(dtype, "cuda", capability).has_flash
 
 
 def _by_blocks(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
@@ -50,8 +54,8 @@ def _by_blocks(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Ten
     each = heads // shared
     out = query.new_empty(batch, tokens, heads, width)
     step = BLOCK_ROWS
-    if query.device.type != "cpu":
-        step = max(1, min(step, SCORE_BYTES // (4 * heads * key.shape[2])))
+    if query.device.type != "cpu":  # not below 16 rows: each block reads all the keys
+        step = max(16, min(step, SCORE_BYTES // (4 * heads * key.shape[2])))
     ahead_TT = torch.full((step, step), -torch.inf, device=query.device).triu_(1)
     for b in range(batch):
         q_NGTD = (query[b].float() * scaling).view(shared, each, tokens, width)

@@ -55,6 +55,7 @@ class Allocator:
     """c10/cuda/CUDACachingAllocator.cpp for one GPU: segments, best fit, splitting, merging; no garbage collection."""
 
     limit: int = 1 << 62  # bytes it may reserve
+    index: int = 0
     allocated: int = 0
     reserved: int = 0
     allocated_peak: int = 0
@@ -76,7 +77,7 @@ class Allocator:
                 self.empty_cache()  # as torch does before it gives up
             if self.reserved + segment > self.limit:
                 raise torch.OutOfMemoryError(
-                    f"Tried to allocate {size / MIB:.2f} MiB. GPU 0 holds {self.allocated / MIB:.0f} MiB in "
+                    f"Tried to allocate {size / MIB:.2f} MiB. GPU {self.index} holds {self.allocated / MIB:.0f} MiB in "
                     f"{self.reserved / MIB:.0f} MiB reserved ({operator})"
                 )
             self._segments += 1
@@ -117,7 +118,7 @@ class Allocator:
             self._free[pool] = [entry for entry in entries if entry not in whole]
 
     def forget_peaks(self) -> None:
-        self.allocated_peak, self.reserved_peak = self.allocated, self.reserved
+        self.allocated_peak, self.reserved_peak, self.peak_operator = self.allocated, self.reserved, ""
 
     def _put(self, block: _Block) -> None:
         block.free = True
@@ -201,7 +202,7 @@ def _index(value: Tensor, key: Any) -> Tensor:
     return value
 
 
-def _flash(
+def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -211,9 +212,12 @@ def _flash(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """What `scaled_dot_product_attention` comes to on a GPU of compute capability 8.0 or more."""
-    assert query.dtype in (torch.float16, torch.bfloat16), f"no flash kernel for {query.dtype}"
+    """What `scaled_dot_product_attention` comes to: the flash kernel, or plain products for heads' single rows."""
     assert query.shape[1] == key.shape[1] or enable_gqa, "heads differ without enable_gqa"
+    flash = query.dtype in (torch.float16, torch.bfloat16) and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    if not flash:
+        assert query.shape[1] == key.shape[1] and not is_causal and attn_mask is None, "torch would write out scores"
+        return torch.softmax(query @ key.transpose(-1, -2) * scale, -1) @ value
     assert attn_mask in (None, "lower right"), "a mask would leave the flash kernel"
     causal = is_causal or attn_mask is not None
     out: Tensor = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, False, scale=scale)[0]
@@ -227,7 +231,8 @@ class FakeGpus:
         self.gpus = [find_gpu(name) for name in names]
         self.sizes = [round((gpu.usable_gib or gpu.memory_gib) * GIB) for gpu in self.gpus]
         self.allocators = [
-            Allocator(size - context_term(gpu.name).n_bytes) for gpu, size in zip(self.gpus, self.sizes, strict=True)
+            Allocator(size - context_term(gpu.name).n_bytes, index)
+            for index, (gpu, size) in enumerate(zip(self.gpus, self.sizes, strict=True))
         ]
         self._capability = capability
         self._stack = ExitStack()
@@ -255,7 +260,7 @@ class FakeGpus:
         for name, value in cuda.items():
             enter(patch.object(torch.cuda, name, value))
         enter(patch.object(torch.cuda, "is_available", lambda: True))
-        enter(patch.object(F, "scaled_dot_product_attention", _flash))
+        enter(patch.object(F, "scaled_dot_product_attention", _attention))
         enter(patch.object(bias, "causal_lower_right", lambda tokens, keys: "lower right"))
         # these read values, which fake tensors have not
         enter(patch.object(FakeTensor, "tolist", lambda ids: [0] * ids.numel()))

@@ -17,6 +17,7 @@ from qwenq.errors import HonestNo, PlanError
 from qwenq.planning.engines import get_engine
 from qwenq.planning.flags import llamacpp_flags, transformers_code, vllm_flags
 from qwenq.planning.ggufsize import gguf_weights
+from qwenq.planning.kernels import Compute
 from qwenq.planning.memory import even_shares, rank_shares
 from qwenq.planning.parallel import cutting_reasons, parallel_options
 from qwenq.planning.placement import Placement, largest_context, place
@@ -108,7 +109,7 @@ def test_offload_to_host_memory() -> None:
     found = place(B72, INT4, rig, get_engine("qwenq"), Workload(4096), offload=True)
     _check(found, 80)
     assert not found.fits and found.memory.fits and 30 <= found.gpu_layers < 45
-    kept = INT4.as_kept.layer_bytes  # kernels keep 4 bytes a group for the file's 2.5
+    kept = INT4.kept(Compute()).layer_bytes  # kernels keep 4 bytes a group for the file's 2.5
     assert found.offloaded_bytes == sum(kept[found.gpu_layers :])
     assert found.device_map()["model.layers.79"] == "cpu"
     # the cache of the offloaded layers and one of them at work are counted on the GPU

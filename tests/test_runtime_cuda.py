@@ -8,19 +8,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from fake_gpus import MIB, Allocator, FakeGpus
 from torch import Tensor
 
-from qwenq.attention import SCORE_BYTES, causal_attention
+from qwenq.attention import causal_attention
 from qwenq.planning.allocator import allocated_bytes
-from qwenq.planning.kernels import kept_bytes
+from qwenq.planning.kernels import SCORE_BYTES, STRIP_BYTES, Compute, PackedShape, kept_bytes, strip_weights
 from qwenq.planning.profile import MeasuredRow
 from qwenq.planning.weights import recipe_weights
+from qwenq.quant.gptq import QTensor
 from qwenq.runtime import linear, measure
 from qwenq.runtime.layout import tile_order
+from qwenq.runtime.linear import Nf4Linear, packed_linear
 from qwenq.runtime.load import LoadOptions, load_from
 from qwenq.runtime.synthetic import SyntheticWeights, synthetic_config
 from qwenq.scheme import Recipe, Scheme
@@ -103,27 +106,97 @@ def test_a_tensor_on_the_wrong_gpu_is_an_error() -> None:
                 module(torch.zeros(rows, 2048, dtype=torch.bfloat16, device="cuda:0"))
 
 
-def test_older_gpus_get_no_tinygemm() -> None:
-    spec = of("Qwen2.5-3B", 2)
+def test_older_gpus_and_float32_are_counted_too() -> None:
+    """No tinygemm, no flash kernel; FakeGpus refuses torch's own attention where it would write out all scores."""
+    spec = of("Qwen2.5-7B", 4)
     weights = recipe_weights(spec, FOUR)
-    with FakeGpus(["RTX 3060 12GB"], capability=(7, 5)), load_from(
-        SyntheticWeights(spec, FOUR), weights, synthetic_config(spec), spec, LoadOptions(max_model_len=512)
-    ) as found:  # fmt: skip
-        assert found.model.fallbacks() == {"tinygemm needs compute capability 8.0": 14}
-        assert found.model.kernels() == {"tiled": 14}
-        rows, ended = measure.measure(found, weights, [500])  # FakeGpus refuses torch's attention without flash
-        assert len(rows) == 2 and not ended
+    cases: list[tuple[str, tuple[int, int], str]] = [
+        ("Tesla T4", (7, 5), "auto"),
+        ("RTX 3090", (8, 6), "float32"),
+    ]
+    for gpu, capability, dtype in cases:
+        asked = LoadOptions(max_model_len=3000, compute_dtype=dtype)
+        with FakeGpus([gpu], capability), load_from(
+            SyntheticWeights(spec, FOUR), weights, synthetic_config(spec), spec, asked
+        ) as found:  # fmt: skip
+            assert found.model.kernels() == {"tiled": 28}
+            (reason,) = found.model.fallbacks()
+            assert ("capability" in reason) == (dtype == "auto") and ("float32" in reason) == (dtype == "float32")
+            rows, ended = measure.measure(found, weights, [600, 3000])
+        assert not ended
+        for row in rows:
+            error = (row.exact_bytes + row.working_bytes) / row.allocated_bytes - 1
+            assert abs(error) < 0.015, (gpu, row.context, row.phase, f"{error:+.2%}")
 
 
 def test_scores_stay_small_without_a_flash_kernel() -> None:
-    """Float32 on a GPU: 40 heads, 512 rows at 30,000 keys; torch would write out 2.5 GB of scores."""
+    """40 heads, 512 rows at 30,000 keys; torch would write out 2.5 GB of scores."""
     with FakeGpus(["RTX 3090"]) as gpus, torch.inference_mode():
         query = torch.empty(1, 40, 512, 128, device="cuda:0")
         key = torch.empty(1, 8, 30000, 128, device="cuda:0")
         before = gpus.allocators[0].allocated
         assert causal_attention(query, key, key, 0.1).shape == (1, 512, 40, 128)
-        keys_in_float32 = 4 * key.numel()  # their transposed copy
-        assert gpus.allocators[0].allocated_peak - before < keys_in_float32 + 4 * query.numel() * 2 + 3 * SCORE_BYTES
+        scores = max(SCORE_BYTES, 16 * 4 * 40 * 30000)
+        assert gpus.allocators[0].allocated_peak - before < 4 * key.numel() + 8 * query.numel() + 3 * scores
+
+
+STRIPS: list[tuple[Scheme | str, bool, tuple[int, int]]] = [
+    (Scheme(4, 128), True, (8, 6)),
+    (Scheme(4, 128), False, (8, 6)),
+    (Scheme(8, 128), True, (8, 6)),
+    (Scheme(8, 128), False, (8, 6)),
+    (Scheme(8, -1), True, (8, 6)),
+    (Scheme(4, 128), True, (7, 5)),
+    (Scheme(4, 128), False, (7, 5)),
+    ("nf4", True, (8, 6)),
+]
+
+
+@pytest.mark.parametrize(("scheme", "sym", "capability"), STRIPS)
+def test_strips_take_what_is_counted(scheme: Scheme | str, sym: bool, capability: tuple[int, int]) -> None:
+    outputs, inputs, tokens = 8192, 8192, 128
+    cuda, bf16 = torch.device("cuda", 0), torch.bfloat16
+    with FakeGpus(["RTX 3090"], capability) as gpus, patch.object(linear, "_symmetric", lambda q: sym):
+        module: torch.nn.Module
+        if isinstance(scheme, Scheme):
+            codes = torch.empty(outputs, inputs, dtype=torch.uint8, device=cuda)
+            scales, zeros = (
+                torch.empty(outputs, scheme.groups(inputs), dtype=dtype, device=cuda)
+                for dtype in (torch.float16, torch.uint8)
+            )
+            module, _ = packed_linear(QTensor(codes, scales, zeros, scheme), None, bf16, cuda)
+            del codes, scales, zeros
+            shape = PackedShape(scheme.bits, scheme.group_width(inputs), outputs, inputs, sym)
+        else:
+            count = outputs * inputs
+            blocks = (torch.empty(count // 2, dtype=torch.uint8, device=cuda), torch.empty(16, device=cuda),
+                      torch.empty(count // 64, device=cuda), torch.float16)  # fmt: skip
+            module = Nf4Linear(blocks, (outputs, inputs), None, bf16, cuda)
+            del blocks
+            shape = PackedShape(4, 0, outputs, inputs, True)
+        kind = shape.kind(Compute(capability=capability))
+        x = torch.empty(tokens, inputs, dtype=bf16, device=cuda)
+        module(x)  # cuBLAS's workspace
+        gpu = gpus.allocators[0]
+        gpu.forget_peaks()
+        before = gpu.allocated
+        module(x)
+        found = gpu.allocated_peak - before - 2 * tokens * outputs
+    strip = strip_weights(inputs, "cuda")
+    wanted = STRIP_BYTES[kind][0 if sym else 1]
+    assert wanted - 0.3 < found / strip < wanted + 0.15, (kind, sym, found / strip)
+
+
+def test_no_room_for_the_cache_is_one_line_with_the_gpu() -> None:
+    spec = of("Qwen2.5-7B", 8)
+    weights = recipe_weights(spec, FOUR)
+    with FakeGpus(["RTX 3060 12GB", "RTX 3060 12GB"]) as gpus, load_from(
+        SyntheticWeights(spec, FOUR), weights, synthetic_config(spec), spec, LoadOptions(max_model_len=4096)
+    ) as found:  # fmt: skip
+        for allocator in gpus.allocators:
+            allocator.limit = allocator.reserved  # others came and took the rest
+        rows, ended = measure.measure(found, weights, [4096])
+    assert not rows and "RTX 3060" in ended and "out of memory while making a cache of 4096 tokens" in ended
 
 
 # ---------------------------------------------------------------------- tinygemm's layout

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qwenq.planning import kernels
-from qwenq.planning.kernels import DENSE_ROWS, Choice, choose, kept_bytes
+from qwenq.planning.kernels import DENSE_ROWS, Choice, Compute, choose, kept_bytes
 from qwenq.quant.gptq import QTensor
 from qwenq.runtime import linear
 from qwenq.runtime.layout import nibbles, tile_order
@@ -144,10 +144,10 @@ def test_a_layout_that_loses_codes_is_not_read(monkeypatch: pytest.MonkeyPatch) 
 
 def test_what_a_gpu_would_get() -> None:
     assert choose(4, 64, 44, 64, True).reason == "44 outputs: the kernel wants a multiple of 8"
-    assert choose(4, 96, 64, 192, True, "bfloat16", "cpu") == Choice("int4")  # three kernel groups of 32
-    assert choose(4, 64, 64, 64, True, "float32").kind == "tiled"
-    assert choose(4, 64, 64, 64, True, "bfloat16", "mps").reason == "no packed kernel on mps"
-    assert choose(4, 64, 64, 64, True, capability=(7, 5)).reason == "tinygemm needs compute capability 8.0"
+    assert choose(4, 96, 64, 192, True, Compute(device="cpu")) == Choice("int4")  # three kernel groups of 32
+    assert choose(4, 64, 64, 64, True, Compute("float32")).kind == "tiled"
+    assert choose(4, 64, 64, 64, True, Compute(device="mps")).reason == "no packed kernel on mps"
+    assert choose(4, 64, 64, 64, True, Compute(capability=(7, 5))).reason == "tinygemm needs compute capability 8.0"
 
 
 def test_sixteen_bit_weights_keep_their_dtype() -> None:

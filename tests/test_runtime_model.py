@@ -206,11 +206,11 @@ def test_a_cpu_too_small_uses_the_disk_or_says_what_is_missing(random_model: Mak
     checkpoint = open_checkpoint(random_model())
     weights = sizes(checkpoint)
     work = LoadOptions(max_model_len=64).work(checkpoint.spec)
-    need = plan_load(checkpoint.spec, weights, None, work, torch.float32, 1 << 40).predicted["CPU"]
-    plan = plan_load(checkpoint.spec, weights, None, work, torch.float32, need - 1)
+    need = plan_load(checkpoint.spec, weights, None, work, 1 << 40).predicted["CPU"]
+    plan = plan_load(checkpoint.spec, weights, None, work, need - 1)
     assert plan.disk_bytes > 0 and plan.predicted["CPU"] <= need - 1
     with pytest.raises(RunError) as caught:
-        plan_load(checkpoint.spec, weights, None, work, torch.float32, 1000)
+        plan_load(checkpoint.spec, weights, None, work, 1000)
     assert caught.value.message.startswith("CPU: needs ") and caught.value.message.endswith("MiB short")
     with loaded(checkpoint, LoadOptions(max_model_len=64, compute_dtype="float32", cpu_memory=need - 1)) as found:
         assert "disk" in found.model.network.hf_device_map.values()

@@ -36,7 +36,7 @@ def of(name: str) -> ModelSpec:
 
 def planned(spec: ModelSpec, rig: Rig, context: int, room: int = 1 << 40) -> tuple[LoadPlan, Weights]:
     weights = recipe_weights(spec, Recipe(Scheme(4, 128)))
-    return plan_load(spec, weights, rig, Workload(context, prefill_chunk=1024), BF16, room), weights
+    return plan_load(spec, weights, rig, Workload(context, prefill_chunk=1024), room), weights
 
 
 @pytest.mark.parametrize("rig", RIGS)

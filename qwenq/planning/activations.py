@@ -2,7 +2,7 @@
 
 Counted from transformers' modelling code (Qwen2Model, Qwen2DecoderLayer, Qwen2MLP, Qwen2FlashAttention2; the same
 variables live in 4.38 to 5.x, in Qwen3 and Llama). Symbols: n rows (batch x tokens of the chunk), H hidden size,
-I intermediate size, Q query width, K key width, d head size, V vocabulary, c cached tokens. 2 bytes a value.
+I intermediate size, Q query width, K key width, d head size, V vocabulary, c cached tokens. 2 bytes a value or as said.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qwenq.planning.engines import Engine, Kernel
+from qwenq.planning.kernels import SCORE_BYTES
 from qwenq.planning.weights import Weights
 from qwenq.spec import ModelSpec
 
@@ -24,7 +25,14 @@ class Peak:
 
 
 def prefill_peak(
-    spec: ModelSpec, weights: Weights, engine: Engine, kernel: Kernel, rows: int, cached: int, first: bool
+    spec: ModelSpec,
+    weights: Weights,
+    engine: Engine,
+    kernel: Kernel,
+    rows: int,
+    cached: int,
+    first: bool,
+    value_bytes: int = 2,
 ) -> Peak:
     """Worst moment inside a decoder layer: `rows` rows in flight, `cached` tokens x batch in the cache (with them).
 
@@ -34,23 +42,26 @@ def prefill_peak(
     h, i, q, k = spec.hidden_size, weights.intermediate_size, spec.q_size, spec.kv_size
     outside = (h if first else 0) + h + (0 if engine.rotary_per_layer else 2 * spec.head_dim)
     dequantize = rows >= kernel.min_rows
-    # temporaries before the output exists, and beside it
-    before = kernel.temporaries(kernel.peak, weights.widest_linear) if dequantize else 0
-    during = kernel.temporaries(kernel.hold, weights.widest_linear) if dequantize else 0
+    before = int(kernel.peak * weights.widest_linear) if dequantize else 0  # temporaries before the output exists
+    during = int(kernel.hold * weights.widest_linear) if dequantize else 0
+    if rows >= weights.strip_rows:
+        during += weights.strip_bytes
 
-    in_mlp = (outside + 2 * h) * rows * 2  # and the residual and the normed input
-    in_attention = (outside + h) * rows * 2  # there the layer's input is the residual itself
+    each = rows * value_bytes  # bytes of one value of every row
+    in_mlp = (outside + 2 * h) * each  # and the residual and the normed input
+    in_attention = (outside + h) * each  # there the layer's input is the residual itself
     moments = [
-        Peak(in_mlp + 3 * i * rows * 2, "gate times up in the MLP"),  # silu(gate), up, product
-        Peak(in_mlp + i * rows * 2 + before, "dequantizing up_proj", before),
-        Peak(in_mlp + 2 * i * rows * 2 + during, "up_proj", during),
-        Peak(in_attention + (4 * q + 2 * k) * rows * 2, "rotary embedding"),  # q, q cos, rotated q sin, sum; k, v
-        Peak((outside + 5 * h) * rows * 2, "norm in float32"),  # residual, float32 copy, its square or product
+        Peak(in_mlp + 3 * i * each, "gate times up in the MLP"),  # silu(gate), up, product
+        Peak(in_mlp + i * each + before, "dequantizing up_proj", before),
+        Peak(in_mlp + 2 * i * each + during, "up_proj", during),
+        Peak(in_attention + (4 * q + 2 * k) * each, "rotary embedding"),  # q, q cos, rotated q sin, sum; k, v
+        Peak((outside + 5 * h) * each, "norm in float32"),  # residual, float32 copy, its square or product
     ]
     if spec.qk_norm:
-        moments.append(Peak(in_attention + 5 * q * rows * 2, "query norm"))  # q, float32 copy, its square or product
+        moments.append(Peak(in_attention + 5 * q * each, "query norm"))  # q, float32 copy, its square or product
     if engine.repeats_kv and k != q:
-        moments.append(Peak(in_attention + 2 * q * rows * 2 + 2 * q * cached * 2, "repeated keys and values"))
+        repeated = 2 * q * (each + cached * value_bytes)
+        moments.append(Peak(in_attention + repeated, "repeated keys and values"))
     return max(moments, key=lambda peak: peak.n_bytes)
 
 
@@ -65,14 +76,27 @@ def logits_peak(spec: ModelSpec, engine: Engine, rows: int, batch: int, *, first
     return Peak(rows * v * 4 if first and gpus > 1 else 0, "float32 logits of every position, brought back")
 
 
-def decode_peak(spec: ModelSpec, engine: Engine, cached: int, batch: int, last: bool, kv_bytes: float) -> Peak:
-    """One new token a sequence with `cached` tokens x batch in the cache: growing one layer's keys, expanding them."""
+def attention_by_blocks(spec: ModelSpec, rows: int, cached: int) -> int:
+    """Bytes of attention without a flash kernel (qwenq/attention.py): float32 keys and queries, output, scores."""
+    scores = max(SCORE_BYTES, 16 * 4 * spec.num_attention_heads * cached)
+    return 4 * spec.kv_size * cached + (4 + 2 + 2) * spec.q_size * rows + 3 * scores
+
+
+def decode_peak(
+    spec: ModelSpec, engine: Engine, cached: int, batch: int, last: bool, kv_bytes: float, strip_bytes: int = 0
+) -> Peak:
+    """One new token a sequence with `cached` tokens x batch in the cache: growing one layer's keys, expanding them.
+
+    `strip_bytes`: of weights written out even for one row.
+    """
     if engine.name == "qwenq":  # its cache is allocated once; an fp8 one is read back in 16 bit, layer by layer
         grown = 4 * cached * spec.kv_size if kv_bytes < 2 else 0
     else:
         grown = int(cached * spec.kv_size * kv_bytes)  # torch.cat: old and new keys of a layer side by side
     repeated = 4 * spec.q_size * cached if engine.repeats_kv and spec.kv_size != spec.q_size else 0
     logits = batch * spec.vocab_size * (2 + 4 + 4 + 4) if last else 0
-    worst = max(grown, repeated, logits)
+    worst = max(grown, repeated, logits, strip_bytes)
     moment = "keys and values repeated to all heads" if worst == repeated else "a layer's keys while they grow"
+    if worst == strip_bytes > 0:
+        return Peak(worst, "weights written out", strip_bytes)
     return Peak(worst, "sampling" if worst == logits else moment)

@@ -10,7 +10,6 @@ import re
 from dataclasses import dataclass, field
 
 from qwenq.errors import PlanError
-from qwenq.planning.kernels import DENSE_FROM, STRIP, STRIP_BYTES, STRIP_CUDA, Kind
 from qwenq.planning.profile import Profile
 
 ENGINES = ("qwenq", "transformers", "vllm", "llama.cpp")
@@ -117,12 +116,7 @@ class Kernel:
     peak: float = 0.0
     hold: float = 0.0
     min_rows: int = 1
-    strip: int = 0  # weights written out at a time; 0: the whole linear
     source: str = ""
-
-    def temporaries(self, bytes_per_weight: float, widest_linear: int) -> int:
-        """Bytes of dequantized weights at one moment, for the widest linear."""
-        return int(bytes_per_weight * (min(widest_linear, self.strip) if self.strip else widest_linear))
 
 
 DENSE = Kernel("16-bit matrix product", source="no dequantization")
@@ -139,26 +133,18 @@ AWQ_GEMM = Kernel(
 )
 MARLIN = Kernel("Marlin", source="repacked weights, workspace of a few KB")
 LLAMA_CPP = Kernel("llama.cpp MMQ", source="int8 products, no 16-bit copy")
-STRIP_SOURCE = "weights written out strip by strip"
+STRIPS = Kernel("strips", source="weights written out strip by strip")  # how much: Weights.kept
 PER_LINEAR = Kernel("dequantize per linear", peak=2, hold=2, source="one linear in 16 bit at a time, its upper bound")
 
 
-def kernel_for(
-    engine: Engine, method: str, bits: int, kinds: frozenset[Kind] = frozenset(), device: str = "cuda"
-) -> Kernel:
-    """The kernel an engine takes for weights stored as `method` (`gptq`, `awq`, `none`, ...) in `bits` bits.
-
-    `kinds` and `device`: what this project's own engine runs them on.
-    """
+def kernel_for(engine: Engine, method: str, bits: int) -> Kernel:
+    """The kernel an engine takes for weights stored as `method` (`gptq`, `awq`, `none`, ...) in `bits` bits."""
     if method == "gguf" or engine.name == "llama.cpp":
         return LLAMA_CPP
     if method in ("none", "fp8"):
         return DENSE
     if engine.name == "qwenq":
-        wide = max((STRIP_BYTES[kind] for kind in kinds), default=0.0)
-        rows = min((DENSE_FROM[kind] for kind in kinds), default=1)
-        strip = STRIP_CUDA if device == "cuda" else STRIP
-        return Kernel("strips", peak=wide, hold=wide, min_rows=rows, strip=strip, source=STRIP_SOURCE)
+        return STRIPS
     if engine.name == "vllm":
         return MARLIN
     if method == "awq":

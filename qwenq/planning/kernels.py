@@ -8,7 +8,7 @@ file has 2.5 or 3), and no `g_idx`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,11 +19,19 @@ DENSE_ROWS = 112  # measured on AVX-512: below it the kernel is faster than writ
 STRIP = 1 << 20  # weights written out at a time on a CPU; their float32 fits the last-level cache
 STRIP_CUDA = 1 << 24
 
+SCORE_BYTES = 32 << 20  # of a block's attention scores on a GPU without a flash kernel (qwenq/attention.py)
+
 Kind = Literal["int4", "int4 halves", "int8", "tiled", "nf4"]
 
-# Bytes a weight of a strip takes at most while it is written out on a GPU (tests/test_runtime_cuda.py counts them):
-# codes, their reordered copy, and the 16-bit or float32 values.
-STRIP_BYTES: Mapping[Kind, float] = {"int4": 5, "int4 halves": 5, "int8": 2, "tiled": 8, "nf4": 10}
+# Bytes a weight of a strip takes at most while it is written out, symmetric and with zero points: codes, their
+# reordered copy, and 16-bit or float32 values. tests/test_runtime_cuda.py counts them.
+STRIP_BYTES: Mapping[Kind, tuple[float, float]] = {
+    "int4": (3, 6),
+    "int4 halves": (3, 6),
+    "int8": (2, 2),
+    "tiled": (6, 6),
+    "nf4": (6, 6),
+}
 
 # Rows from which a linear writes its weights out.
 DENSE_FROM: Mapping[Kind, int] = {
@@ -36,6 +44,31 @@ DENSE_FROM: Mapping[Kind, int] = {
 
 
 @dataclass(frozen=True)
+class Compute:
+    """What decides a kernel besides the linear."""
+
+    dtype: str = "bfloat16"
+    device: str = "cuda"
+    capability: tuple[int, int] = (8, 0)
+
+    @property
+    def has_flash(self) -> bool:
+        """Whether torch has a flash attention kernel for it."""
+        return self.device == "cuda" and self.dtype != "float32" and self.capability >= (8, 0)
+
+
+def compute_on(gpu: str, value_bytes: int) -> Compute:
+    """How this project's engine computes on a GPU by its catalogue name, or on the `CPU`, activations of so many bytes.
+
+    GPUs not known to be older are taken to have compute capability 8.0 or more.
+    """
+    dtype = "bfloat16" if value_bytes == 2 else "float32"
+    if gpu == "CPU":
+        return Compute(dtype, "cpu")
+    return Compute(dtype, "cuda", (7, 0) if {"V100", "T4", "P40"} & set(gpu.split()) else (8, 0))
+
+
+@dataclass(frozen=True)
 class Choice:
     """The kernel of a linear, and why it is not torch's own (empty when it is)."""
 
@@ -44,30 +77,23 @@ class Choice:
 
 
 def choose(
-    bits: int,
-    group: int,
-    out_features: int,
-    in_features: int,
-    sym: bool,
-    dtype: str = "bfloat16",
-    device: str = "cuda",
-    capability: tuple[int, int] = (8, 0),
+    bits: int, group: int, out_features: int, in_features: int, sym: bool, compute: Compute = Compute()
 ) -> Choice:
-    """The kernel for codes of `bits` bits in groups of `group` columns, activations in `dtype`."""
-    if dtype != "bfloat16":
-        return Choice("tiled", f"{dtype} activations: torch's packed kernels are fast in bfloat16 only")
-    if device not in ("cpu", "cuda"):
-        return Choice("tiled", f"no packed kernel on {device}")
+    """The kernel for codes of `bits` bits in groups of `group` columns."""
+    if compute.dtype != "bfloat16":
+        return Choice("tiled", f"{compute.dtype} activations: torch's packed kernels are fast in bfloat16 only")
+    if compute.device not in ("cpu", "cuda"):
+        return Choice("tiled", f"no packed kernel on {compute.device}")
     if bits == 8 and group == in_features and sym and in_features % 16 == 0:  # else it reads beyond its rows
         return Choice("int8")
     if kernel_group(group) == 0:
         return Choice("tiled", f"groups of {group} columns: the kernel takes {', '.join(map(str, KERNEL_GROUPS))}")
-    outputs, inputs = (16, 2) if device == "cpu" else (8, 32)
+    outputs, inputs = (16, 2) if compute.device == "cpu" else (8, 32)
     if out_features % outputs:
         return Choice("tiled", f"{out_features} outputs: the kernel wants a multiple of {outputs}")
     if in_features % inputs:
         return Choice("tiled", f"{in_features} inputs: the kernel wants a multiple of {inputs}")
-    if device == "cuda" and capability < (8, 0):
+    if compute.device == "cuda" and compute.capability < (8, 0):
         return Choice("tiled", "tinygemm needs compute capability 8.0")
     return Choice("int4" if bits == 4 else "int4 halves")
 
@@ -91,42 +117,88 @@ def kept_bytes(kind: Kind, bits: int, group: int, out_features: int, in_features
     return [weights * bits // 8, 4 * out_features * (in_features // kernel_group(group))]
 
 
-def kept_layer(
-    spec: ModelSpec, layer: int, tensors: Mapping[str, TensorSpec], sym: bool, sorted_columns: bool
-) -> tuple[tuple[int, ...], frozenset[Kind]]:
-    """Sizes of what a layer keeps on a GPU, read off its stored tensors, and the kernels it runs on."""
-    sizes, kinds, linears = list[int](), set[Kind](), spec.layer_linears(layer)
-    names = [(lin, {n.removeprefix(lin.name + "."): t for n, t in tensors.items() if n.startswith(lin.name + ".")})
-             for lin in linears]  # fmt: skip
-    for lin, found in names:
-        kind, kept = _kept_linear(lin, found, sym, sorted_columns)
-        sizes += kept
-        if kind is not None:
-            kinds.add(kind)
-    inside = tuple(lin.name + "." for lin in linears)
-    sizes += [t.nbytes for n, t in tensors.items() if not n.startswith(inside)]
-    return tuple(sizes), frozenset(kinds)
+@dataclass(frozen=True)
+class PackedShape:
+    """What decides the memory of a packed linear. `group` 0: NF4 blocks; `beside`: bytes of bias and column order."""
+
+    bits: int
+    group: int
+    out_features: int
+    in_features: int
+    sym: bool
+    beside: tuple[int, ...] = ()
+
+    def kind(self, compute: Compute) -> Kind:
+        """The kernel it gets."""
+        if self.group == 0:
+            return "nf4"
+        return choose(self.bits, self.group, self.out_features, self.in_features, self.sym, compute).kind
+
+    def kept(self, compute: Compute) -> list[int]:
+        """Sizes of what it keeps."""
+        shape = self.out_features, self.in_features
+        return [*self.beside, *kept_bytes(self.kind(compute), self.bits, self.group, *shape, self.sym)]
+
+    def strip(self, compute: Compute) -> int:
+        """Bytes at most while a strip of it is written out."""
+        weights = min(self.out_features * self.in_features, strip_weights(self.in_features, compute.device))
+        width = STRIP_BYTES[self.kind(compute)][0 if self.sym else 1]
+        # a CPU writes values in float32 and then converts them; so does a GPU where there are zero points
+        return int(weights * (max(width, 7) if compute.device == "cpu" else width))
 
 
-def _kept_linear(
+@dataclass(frozen=True)
+class LayerParts:
+    """A decoder layer as stored: its packed linears, and sizes in bytes of all else."""
+
+    packed: tuple[PackedShape, ...]
+    others: tuple[int, ...]
+
+
+def layer_parts(
+    spec: ModelSpec,
+    layer: int,
+    tensors: Mapping[str, TensorSpec],
+    sym_of: Callable[[LinearSpec], bool],
+    sorted_columns: bool = False,
+) -> LayerParts:
+    """Read a layer's stored tensors. `sym_of`: whether a linear is declared to have no zero points of its own."""
+    packed, others, inside = list[PackedShape](), list[int](), set[str]()
+    for lin in spec.layer_linears(layer):
+        found = {n.removeprefix(lin.name + "."): t for n, t in tensors.items() if n.startswith(lin.name + ".")}
+        inside |= {f"{lin.name}.{name}" for name in found}
+        shape = _packed_shape(lin, found, sym_of(lin), sorted_columns)
+        if shape is not None:
+            packed.append(shape)
+        else:
+            others += [_sixteen_bit(t) for t in found.values()]
+    others += [_sixteen_bit(t) for name, t in tensors.items() if name not in inside]
+    return LayerParts(tuple(packed), tuple(others))
+
+
+def _sixteen_bit(tensor: TensorSpec) -> int:
+    """Bytes of a tensor that is not packed: float32 is converted to 16 bit on loading."""
+    return tensor.nbytes // 2 if tensor.dtype == "F32" else tensor.nbytes
+
+
+def _packed_shape(
     lin: LinearSpec, found: Mapping[str, TensorSpec], sym: bool, sorted_columns: bool
-) -> tuple[Kind | None, list[int]]:
-    bias = [2 * lin.out_features] if "bias" in found else []
+) -> PackedShape | None:
+    """None for what is not packed, and for what this engine does not run (fp8)."""
     codes = next((found[name] for name in ("qweight", "weight_packed", "weight") if name in found), None)
-    if codes is None or codes.dtype in ("BF16", "F16", "F32"):
-        return None, [t.nbytes for t in found.values()]
-    if "weight.absmax" in found:
-        return "nf4", bias + kept_bytes("nf4", 4, 64, lin.out_features, lin.in_features, True)
-    bits = 8 * codes.nbytes // lin.parameters
     scales = next((found[name] for name in ("scales", "weight_scale", "SCB") if name in found), None)
-    entries = math.prod(scales.shape) if scales is not None else 0
+    if codes is None or codes.dtype not in ("I32", "U8", "I8"):
+        return None
+    shape = lin.out_features, lin.in_features
+    beside = (2 * lin.out_features,) if "bias" in found else ()
+    if "weight.absmax" in found:
+        return PackedShape(4, 0, *shape, True, beside)
+    bits, entries = 8 * codes.nbytes // lin.parameters, math.prod(scales.shape) if scales is not None else 0
     if bits not in (4, 8) or entries < lin.out_features or lin.parameters % entries:
-        return None, [t.nbytes for t in found.values()]  # fp8 and others that this engine does not run
-    group = lin.parameters // entries
-    symmetric = "weight_zero_point" not in found and sym
-    kind = choose(bits, group, lin.out_features, lin.in_features, symmetric).kind
-    order = [8 * lin.in_features] if sorted_columns else []
-    return kind, bias + order + kept_bytes(kind, bits, group, lin.out_features, lin.in_features, symmetric)
+        return None
+    order = (8 * lin.in_features,) if sorted_columns else ()
+    sym = sym and "weight_zero_point" not in found
+    return PackedShape(bits, lin.parameters // entries, *shape, sym, beside + order)
 
 
 def strip_weights(columns: int, device: str) -> int:

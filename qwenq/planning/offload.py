@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from qwenq.planning.engines import get_engine
-from qwenq.planning.kernels import Kind
 from qwenq.planning.memory import NOT_ALLOCATED, whole
 from qwenq.planning.terms import Term, Workload
-from qwenq.planning.torch_terms import torch_terms
+from qwenq.planning.torch_terms import run_weights, torch_terms
 from qwenq.planning.weights import Weights
 from qwenq.spec import ModelSpec
 
@@ -47,26 +46,15 @@ def spill_to_disk(devices: DeviceMap, weights: Weights, room_bytes: int) -> Devi
     return found
 
 
-def weights_on_host(weights: Weights, value_bytes: int) -> Weights:
-    """As a run on a CPU keeps them: packed kernels take activations of 2 bytes, others leave weights as stored."""
-    if value_bytes == 2:
-        return weights.as_kept
-    tiled: frozenset[Kind] = frozenset({"tiled"} if weights.kernels else ())
-    return replace(weights, kept_layers=(), kernels=tiled)
-
-
-def host_need(
-    spec: ModelSpec, weights: Weights, work: Workload, value_bytes: int = 2, phase: str = ""
-) -> HostNeed:
-    """Weights, cache and working memory of a run on a CPU whose activations take `value_bytes` a value."""
-    weights = weights_on_host(weights, value_bytes)
-    terms, _ = torch_terms(spec, weights, get_engine("qwenq"), work, whole(spec), "CPU", phase)
-    fixed = {"weights", "dequantization"} | ({"kv_cache"} if work.kv_dtype == "fp8" else set())
-    scaled = []
+def host_need(spec: ModelSpec, weights: Weights, work: Workload, phase: str = "") -> HostNeed:
+    """Weights, cache and working memory of a run on a CPU."""
+    engine = get_engine("qwenq")
+    weights = run_weights(weights, engine, work, "CPU")
+    terms, _ = torch_terms(spec, weights, engine, work, whole(spec), "CPU", phase)
+    found = []
     for term in terms:
         if term.name not in NOT_ON_A_CPU:
             # bytes of the tensors: what a CUDA allocator adds to them does not happen here
             n_bytes = weights.total_bytes if term.name == "weights" else term.n_bytes
-            n_bytes = n_bytes if term.name in fixed else n_bytes * value_bytes // 2
-            scaled.append(replace(term, n_bytes=n_bytes, low_bytes=n_bytes, high_bytes=n_bytes))
-    return HostNeed(tuple(scaled))
+            found.append(replace(term, n_bytes=n_bytes, low_bytes=n_bytes, high_bytes=n_bytes))
+    return HostNeed(tuple(found))

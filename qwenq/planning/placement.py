@@ -15,6 +15,7 @@ from qwenq.planning.engines import Engine, kv_bytes_per_value
 from qwenq.planning.memory import MemoryEstimate, check_context, estimate, gpu_terms
 from qwenq.planning.rig import Rig
 from qwenq.planning.terms import GpuMemory, Share, Term, Workload
+from qwenq.planning.torch_terms import run_weights
 from qwenq.planning.weights import Weights
 from qwenq.spec import ModelSpec
 
@@ -127,7 +128,7 @@ class _Splitter:
 
     def __init__(self, spec: ModelSpec, weights: Weights, rig: Rig, engine: Engine, work: Workload) -> None:
         self.spec, self.weights, self.rig, self.engine, self.work = spec, weights, rig, engine, work
-        self.layer_bytes = (weights.as_kept if engine.name == "qwenq" else weights).layer_bytes
+        self.layer_bytes = run_weights(weights, engine, work, rig.gpus[0].name).layer_bytes
         self.costs: dict[tuple[Share, str], int] = {}
         self.tied_first = spec.tie_word_embeddings and engine.name != "llama.cpp"
 

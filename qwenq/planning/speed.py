@@ -16,6 +16,7 @@ from typing import Any
 from qwenq.planning.engines import Engine, kv_bytes_per_value
 from qwenq.planning.rig import Gpu
 from qwenq.planning.terms import Share, Workload
+from qwenq.planning.torch_terms import run_weights
 from qwenq.planning.weights import Weights
 from qwenq.spec import ModelSpec
 
@@ -91,8 +92,8 @@ def decode_seconds(
             continue
         if gpu.bandwidth_gb_s is None:
             return None
-        layers = len(share.layers)
-        read = sum(weights.layer_bytes[layer] for layer in share.layers) * fit.traffic
+        layers, held = len(share.layers), run_weights(weights, engine, work, gpu.name)
+        read = sum(held.layer_bytes[layer] for layer in share.layers) * fit.traffic
         if share.head:
             read += sum(weights.head or weights.embed) * fit.traffic
         read += 2 * layers * spec.kv_size * value * work.context * work.batch

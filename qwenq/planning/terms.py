@@ -74,6 +74,7 @@ class Workload:
     prefill_chunk: int = 0
     max_num_seqs: int = 0  # vLLM; 0: its default for the GPU
     gpu_memory_utilization: float = 0.9  # vLLM
+    value_bytes: int = 2  # of an activation, in this project's own engine: 4 where it computes in float32
 
     def __post_init__(self) -> None:
         for name, value, least in (

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from qwenq.planning.activations import decode_peak, logits_peak, prefill_peak
+from qwenq.planning.activations import attention_by_blocks, decode_peak, logits_peak, prefill_peak
 from qwenq.planning.engines import QWENQ_PREFILL_CHUNK, Engine, kernel_for, kv_bytes_per_value
+from qwenq.planning.kernels import compute_on
 from qwenq.planning.terms import Share, Term, Workload, context_term, merged, ranged, slack_term
 from qwenq.planning.weights import Weights
 from qwenq.spec import ModelSpec
@@ -16,10 +17,10 @@ def torch_terms(
     spec: ModelSpec, weights: Weights, engine: Engine, work: Workload, share: Share, gpu: str, phase: str = ""
 ) -> tuple[tuple[Term, ...], str]:
     """Terms of one GPU at its worst moment, and the name of that moment; with `phase`, of `prefill` or `decode`."""
-    if engine.name == "qwenq":
-        weights = weights.as_kept
-    kernel = kernel_for(engine, weights.method, weights.bits, weights.kernels, "cpu" if gpu == "CPU" else "cuda")
-    value = kv_bytes_per_value(engine, work.kv_dtype)
+    weights = run_weights(weights, engine, work, gpu)
+    kernel = kernel_for(engine, weights.method, weights.bits)
+    wide = work.value_bytes // 2  # activations are counted in 16 bit
+    value = kv_bytes_per_value(engine, work.kv_dtype) * (wide if work.kv_dtype == "auto" else 1)
     n_layers = len(share.layers)
     per_token = 2 * n_layers * spec.kv_size * value * work.batch
     prompt = work.prompt_tokens
@@ -32,10 +33,17 @@ def torch_terms(
     kv_prompt, kv_end = int(per_token * prompt), int(per_token * work.context)
     moments: list[tuple[int, int, int, int, str]] = []  # kv, activations, logits, dequantization, moment
     if n_layers:
-        layer = prefill_peak(spec, weights, engine, kernel, rows, cached, first=share.embed)
+        layer = prefill_peak(spec, weights, engine, kernel, rows, cached, share.embed, work.value_bytes)
         moments.append((kv_prompt, layer.n_bytes - layer.dequantization, 0, layer.dequantization, layer.moment))
-        step = decode_peak(spec, engine, work.context * work.batch, work.batch, share.head, value)
-        moments.append((kv_end * (2 if engine.copies_cache else 1), step.n_bytes, 0, 0, f"decoding: {step.moment}"))
+        if engine.name == "qwenq" and gpu != "CPU" and not compute_on(gpu, work.value_bytes).has_flash:
+            states = wide * 2 * rows * (3 * spec.hidden_size + spec.q_size + 2 * spec.head_dim)
+            own = states + attention_by_blocks(spec, rows, cached)
+            moments.append((kv_prompt, own, 0, 0, "attention by blocks"))
+        strip = weights.strip_bytes if work.batch >= weights.strip_rows else 0
+        step = decode_peak(spec, engine, work.context * work.batch, work.batch, share.head, value / wide, strip)
+        kv_now = kv_end * (2 if engine.copies_cache else 1)
+        stepping = wide * (step.n_bytes - step.dequantization)
+        moments.append((kv_now, stepping, 0, step.dequantization, f"decoding: {step.moment}"))
     logits = logits_peak(spec, engine, rows, work.batch, first=share.embed, last=share.head, gpus=share.gpus)
     moments.append((kv_prompt, 0, logits.n_bytes, 0, logits.moment))
     if weights.method == "awq" and engine.name == "transformers" and spec.tie_word_embeddings and share.embed:
@@ -55,6 +63,11 @@ def torch_terms(
         slack_term(kv + activations + head + dequantized),
     ]
     return merged(engine.profile.corrected(gpu, terms) if engine.profile else terms), moment
+
+
+def run_weights(weights: Weights, engine: Engine, work: Workload, gpu: str) -> Weights:
+    """Weights as the engine keeps them on `gpu`: all but this project's own keep them about as stored."""
+    return weights.kept(compute_on(gpu, work.value_bytes)) if engine.name == "qwenq" else weights
 
 
 def held_bytes(weights: Weights, share: Share) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 from qwenq.errors import CheckpointError, PlanError
 from qwenq.layout import BNB_FORMATS, linear_tensors
 from qwenq.planning.allocator import allocated_blocks
-from qwenq.planning.kernels import Kind, kept_layer
+from qwenq.planning.kernels import DENSE_FROM, Compute, LayerParts, layer_parts
 from qwenq.planning.tensor_parallel import RowGroups, row_groups, same_groups
 from qwenq.scheme import Recipe, Scheme
 from qwenq.spec import UNITS, LinearSpec, ModelSpec, TensorSpec, tensor_bytes
@@ -35,15 +35,32 @@ class Weights:
     intermediate_size: int  # as stored, padding included
     source: str
     row_groups: RowGroups = field(default_factory=dict)  # of linears that tensor parallelism cuts by input
-    kept_layers: tuple[tuple[int, ...], ...] = ()  # `layers` as this project's own engine keeps them; empty: as stored
-    kernels: frozenset[Kind] = frozenset()  # of that engine
+    parts: tuple[LayerParts, ...] = ()  # layers as this project's own engine reads them; empty: it keeps them as stored
+    strip_bytes: int = 0  # of `kept`: most that one strip takes while weights are written out
+    strip_rows: int = 1  # of `kept`: rows from which they are
+
+    def kept(self, compute: Compute) -> Weights:
+        """The same with layers as this project's own engine keeps them in memory when it computes like that."""
+        if not self.parts:
+            return self
+        if compute not in self._kept:
+            packed = {shape for part in self.parts for shape in part.packed}
+            sizes = {shape: shape.kept(compute) for shape in packed}
+            self._kept[compute] = replace(
+                self,
+                layers=tuple(
+                    (*(size for shape in part.packed for size in sizes[shape]), *part.others) for part in self.parts
+                ),
+                parts=(),
+                strip_bytes=max((shape.strip(compute) for shape in packed), default=0),
+                strip_rows=min((DENSE_FROM[shape.kind(compute)] for shape in packed), default=1),
+                source=f"{self.source}, as kernels keep it" if packed else self.source,
+            )
+        return self._kept[compute]
 
     @cached_property
-    def as_kept(self) -> Weights:
-        """The same, with layers as this project's own engine keeps them in memory (`planning.kernels`)."""
-        if not self.kept_layers:
-            return self
-        return replace(self, layers=self.kept_layers, kept_layers=(), source=f"{self.source}, as kernels keep it")
+    def _kept(self) -> dict[Compute, Weights]:
+        return {}
 
     @cached_property
     def layer_bytes(self) -> tuple[int, ...]:
@@ -73,8 +90,12 @@ def recipe_weights(spec: ModelSpec, recipe: Recipe, label: str = "", dtype: str 
     repeated = 1 if recipe.overrides else spec.num_hidden_layers
     tensors = [tuple(recipe.layer_tensors(spec, layer, dtype)) for layer in different]
     layers = tuple(tuple(t.nbytes for t in found) for found in tensors) * repeated
-    sym = all(scheme.sym for scheme in schemes)
-    kept = [kept_layer(spec, layer, {t.name: t for t in tensors[layer]}, sym, False) for layer in different]
+
+    def sym(lin: LinearSpec) -> bool:
+        scheme = recipe.scheme_of(lin)
+        return scheme is None or scheme.sym
+
+    parts = [layer_parts(spec, layer, {t.name: t for t in tensors[layer]}, sym) for layer in different]
     schemes = schemes if recipe.overrides else schemes[:1]
     bits = [scheme.bits for scheme in schemes]
     groups = {scheme.group_size for scheme in schemes}
@@ -88,8 +109,7 @@ def recipe_weights(spec: ModelSpec, recipe: Recipe, label: str = "", dtype: str 
         intermediate_size=spec.intermediate_size,
         source="every tensor of the scheme, byte for byte",
         row_groups=row_groups(spec, recipe),
-        kept_layers=tuple(sizes for sizes, _ in kept) * repeated,
-        kernels=frozenset().union(*(kinds for _, kinds in kept)),
+        parts=tuple(parts) * repeated,
         **_outer(spec, dtype),
     )
 
@@ -155,8 +175,13 @@ def header_weights(spec: ModelSpec, tensors: Mapping[str, TensorSpec], config: M
     method, bits, group = _declared(config)
     declared = config.get("quantization_config")
     declared = declared if isinstance(declared, Mapping) else {}
-    sym = method != "awq" and bool(declared.get("sym", True))
-    kept = [kept_layer(spec, layer, found, sym, declared.get("desc_act") is True) for layer, found in enumerate(layers)]
+
+    def sym(lin: LinearSpec) -> bool:
+        override = _override(declared.get("dynamic"), lin.name)
+        return method != "awq" and bool(override.get("sym", declared.get("sym", True)))
+
+    sorted_columns = declared.get("desc_act") is True
+    parts = [layer_parts(spec, layer, found, sym, sorted_columns) for layer, found in enumerate(layers)]
     return Weights(
         label=f"checkpoint, {sum(t.nbytes for t in tensors.values()) / 1e9:.2f} GB",
         method=method,
@@ -170,8 +195,7 @@ def header_weights(spec: ModelSpec, tensors: Mapping[str, TensorSpec], config: M
         intermediate_size=spec.intermediate_size,
         source="the checkpoint's own headers",
         row_groups=_declared_groups(spec, config, group),
-        kept_layers=tuple(sizes for sizes, _ in kept),
-        kernels=frozenset().union(*(kinds for _, kinds in kept)),
+        parts=tuple(parts),
     )
 
 
@@ -210,6 +234,14 @@ def _declared_groups(spec: ModelSpec, config: Mapping[str, object], group: int) 
             if isinstance(own, int) and own:
                 sizes[lin.unit].add(own)
     return {unit: tuple(sorted(met)) for unit, met in sizes.items()}
+
+
+def _override(dynamic: object, name: str) -> Mapping[str, object]:
+    """What GPTQ's `dynamic` says of a module; empty without a rule, and where the rule leaves it in 16 bit."""
+    for pattern, override in dynamic.items() if isinstance(dynamic, Mapping) else ():
+        if _matches(str(pattern), name):
+            return override if isinstance(override, Mapping) else {}
+    return {}
 
 
 def _matches(pattern: str, name: str) -> bool:

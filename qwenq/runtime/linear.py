@@ -5,7 +5,7 @@ Shapes: x [..., in]; M rows of x; O outputs, I inputs, G groups of K columns.
 
 - Int4Linear: 4-bit codes in the layout of `_weight_int4pack_mm_for_cpu` or of tinygemm (`_weight_int4pack_mm`). Both
   take (scale, offset) pairs in the activations' dtype: w = (code - 8) * scale + offset. 8-bit codes in groups run there
-  as two products, code = 16 * high + low. From DENSE_ROWS rows on, one strip of outputs at a time is
+  as two products, code = 16 * high + low. From DENSE_FROM rows on, one strip of outputs at a time is
   written out and multiplied densely, which is faster for prompts.
 - Int8Linear: `_weight_int8pack_mm`, one scale a row, kept in float32 and applied to the product.
 - Nf4Linear: bitsandbytes' table of 16 values, likewise strip by strip.
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwenq.planning.kernels import DENSE_ROWS, Choice, choose, kernel_group, strip_weights
+from qwenq.planning.kernels import DENSE_FROM, Choice, Compute, choose, kernel_group, strip_weights
 from qwenq.quant.gptq import QTensor
 from qwenq.runtime.layout import is_identity, nibbles, tile_order
 
@@ -33,7 +33,8 @@ def packed_linear(
     rows, columns = q.codes_OI.shape
     group = columns // q.scales_OG.shape[1]
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
-    choice = choose(q.scheme.bits, group, rows, columns, _symmetric(q), str(dtype)[6:], device.type, capability)
+    compute = Compute(str(dtype)[6:], device.type, capability)
+    choice = choose(q.scheme.bits, group, rows, columns, _symmetric(q), compute)
     module: nn.Module
     if choice.kind == "int8":
         module = Int8Linear(q, bias, dtype, device, order_I)
@@ -86,6 +87,7 @@ class Int4Linear(_Linear):
         self.cuda_packed = device.type == "cuda"
         self.centred = _symmetric(q)
         self.halves = q.scheme.bits // 4
+        self.dense_from = DENSE_FROM["int4" if self.halves == 1 else "int4 halves"]
         self.packed = _parameter(pack_int4(q.codes_OI.to(device), self.halves))
         # Pairs per kernel group: a wider group repeats its own.
         scale_GO = q.scales_OG.float().to(device).T.repeat_interleave(wide // self.group, 0)
@@ -96,7 +98,7 @@ class Int4Linear(_Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         x_MI = self.rows_of(x)
-        if x_MI.shape[0] >= DENSE_ROWS // self.halves and (y := self._dense(x_MI)) is not None:
+        if x_MI.shape[0] >= self.dense_from and (y := self._dense(x_MI)) is not None:
             return self.finish(y, x)
         x_MI = x_MI.contiguous()
         y_MO = self._kernel(x_MI, 0)
@@ -142,6 +144,7 @@ class Int4Linear(_Linear):
             if w_IR is None:
                 return None
             torch.mm(x_MI, w_IR.to(x_MI.dtype), out=y_MO[:, start:stop])
+            del w_IR  # before the next strip takes its place
         return y_MO
 
 
@@ -156,7 +159,7 @@ class Int8Linear(_Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         x_MI = self.rows_of(x).contiguous()
-        if x_MI.shape[0] < DENSE_ROWS:
+        if x_MI.shape[0] < DENSE_FROM["int8"]:
             y_MO = torch.ops.aten._weight_int8pack_mm(x_MI, self.codes, self.ones)
             return self.finish((y_MO.float() * self.scale).to(x.dtype), x)
         y_MO = torch.empty(x_MI.shape[0], self.out_features, dtype=x.dtype, device=x.device)
@@ -164,6 +167,7 @@ class Int8Linear(_Linear):
         for start in range(0, self.out_features, step):
             w_RI = self.codes[start : start + step].to(x.dtype)  # whole numbers to 128 are exact
             y_MO[:, start : start + step] = (x_MI @ w_RI.T) * self.scale[start : start + step]
+            del w_RI  # before the next strip takes its place
         return self.finish(y_MO, x)
 
 
@@ -190,7 +194,7 @@ class TiledLinear(_Linear):
         step = strip_rows(self.in_features, x.device)
         for start in range(0, self.out_features, step):
             stop = min(start + step, self.out_features)
-            y_MO[:, start:stop] = F.linear(x_MI, self.weight_strip(start, stop).to(x.dtype))
+            torch.mm(x_MI, self.weight_strip(start, stop).to(x.dtype).T, out=y_MO[:, start:stop])
         return self.finish(y_MO, x)
 
     def weight_strip(self, start: int, stop: int) -> Tensor:
@@ -231,8 +235,7 @@ class Nf4Linear(nn.Module):
         y_MO = torch.empty(x_MI.shape[0], self.out_features, dtype=x.dtype, device=x.device)
         step = strip_rows(self.in_features, x.device)
         for start in range(0, self.out_features, step):
-            w_RI = self.weight_strip(start, start + step).to(x.dtype)
-            y_MO[:, start : start + step] = F.linear(x_MI, w_RI)
+            torch.mm(x_MI, self.weight_strip(start, start + step).to(x.dtype).T, out=y_MO[:, start : start + step])
         y = y_MO if self.bias is None else y_MO.add_(self.bias)
         return y.view(*x.shape[:-1], self.out_features)
 

@@ -18,10 +18,11 @@ from qwenq.errors import HonestNo, RunError
 from qwenq.host import return_freed_memory
 from qwenq.planning.engines import QWENQ_PREFILL_CHUNK, get_engine
 from qwenq.planning.memory import NOT_ALLOCATED, check_context
-from qwenq.planning.offload import DeviceMap, host_map, host_need, spill_to_disk, weights_on_host
+from qwenq.planning.offload import DeviceMap, host_map, host_need, spill_to_disk
 from qwenq.planning.placement import place
 from qwenq.planning.rig import Rig
 from qwenq.planning.terms import Workload
+from qwenq.planning.torch_terms import run_weights
 from qwenq.planning.weights import Weights as WeightBytes
 from qwenq.planning.weights import header_weights
 from qwenq.runtime.memory import Peak, available_ram, device_name, resident_bytes, shortage, visible_rig
@@ -90,22 +91,22 @@ class Loaded:
 
 
 def plan_load(
-    spec: ModelSpec, weights: WeightBytes, rig: Rig | None, work: Workload, dtype: torch.dtype, cpu_room: int
+    spec: ModelSpec, weights: WeightBytes, rig: Rig | None, work: Workload, cpu_room: int
 ) -> LoadPlan:
     """Place a model on GPUs, host memory and disk; RunError, naming device and shortfall, when it cannot be.
 
     `cpu_room`: bytes of host memory to use at most.
     """
     return (
-        _plan_host(spec, weights, work, dtype, cpu_room)
+        _plan_host(spec, weights, work, cpu_room)
         if rig is None
         else _plan_rig(spec, weights, rig, work, cpu_room)
     )
 
 
-def _plan_host(spec: ModelSpec, weights: WeightBytes, work: Workload, dtype: torch.dtype, room: int) -> LoadPlan:
-    weights = weights_on_host(weights, dtype.itemsize)
-    need = host_need(spec, weights, work, dtype.itemsize).total_bytes
+def _plan_host(spec: ModelSpec, weights: WeightBytes, work: Workload, room: int) -> LoadPlan:
+    weights = run_weights(weights, get_engine("qwenq"), work, "CPU")
+    need = host_need(spec, weights, work).total_bytes
     devices = host_map(spec)
     if need <= room:
         return LoadPlan(devices, {"CPU": need}, f"{format_gb(need)} in host memory")
@@ -118,7 +119,8 @@ def _plan_host(spec: ModelSpec, weights: WeightBytes, work: Workload, dtype: tor
 
 
 def _plan_rig(spec: ModelSpec, weights: WeightBytes, rig: Rig, work: Workload, room: int) -> LoadPlan:
-    engine, weights = get_engine("qwenq"), weights.as_kept
+    engine = get_engine("qwenq")
+    weights = run_weights(weights, engine, work, rig.gpus[0].name)
     placement = place(spec, weights, rig, engine, work)
     if not placement.fits:
         whole = placement
@@ -178,12 +180,12 @@ def load_from(
     listen: Callable[[int], None] = lambda layer: None,
 ) -> Iterator[Loaded]:
     """Load weights of any source; layers on disk are deleted at the end."""
-    work = options.work(spec)
     rig = visible_rig(options.gpu_memory)
     dtype = pick_dtype(torch.device("cuda" if rig else "cpu"), options.compute_dtype)
+    work = replace(options.work(spec), value_bytes=dtype.itemsize)
     ram = available_ram()
     room = min(ram, options.cpu_memory) if options.cpu_memory else ram
-    plan = plan_load(spec, sizes, rig, work, dtype, room)
+    plan = plan_load(spec, sizes, rig, work, room)
     modeling_code(spec)
     return_freed_memory()
     base, clock = resident_bytes(), time.perf_counter()

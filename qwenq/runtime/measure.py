@@ -66,7 +66,7 @@ def _rows(found: Loaded, weights: Weights, work: Workload, phase: str) -> list[M
             terms, _ = torch_terms(found.model.spec, weights, get_engine("qwenq"), work, share, kind, phase)
         else:
             kind = "CPU"
-            terms = host_need(found.model.spec, weights, work, found.model.dtype.itemsize, phase).terms
+            terms = host_need(found.model.spec, weights, work, phase).terms
         exact, working = _parts(terms)
         rows.append(
             MeasuredRow(
