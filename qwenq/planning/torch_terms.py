@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qwenq.planning.activations import attention_by_blocks, decode_peak, logits_peak, prefill_peak
+from qwenq.planning.allocator import allocated_bytes
 from qwenq.planning.engines import QWENQ_PREFILL_CHUNK, Engine, kernel_for, kv_bytes_per_value
 from qwenq.planning.kernels import compute_on
 from qwenq.planning.terms import Share, Term, Workload, context_term, merged, ranged, slack_term
@@ -31,6 +32,10 @@ def torch_terms(
     tables = 4 * n_layers * spec.max_position_embeddings * spec.head_dim if engine.rotary_per_layer else 0
 
     kv_prompt, kv_end = int(per_token * prompt), int(per_token * work.context)
+    if engine.name == "qwenq":  # made at once for the whole context, a tensor of keys and one of values a layer
+        if gpu != "CPU" and n_layers:
+            kv_end = allocated_bytes([kv_end // (2 * n_layers)] * (2 * n_layers))
+        kv_prompt = kv_end
     moments: list[tuple[int, int, int, int, str]] = []  # kv, activations, logits, dequantization, moment
     if n_layers:
         layer = prefill_peak(spec, weights, engine, kernel, rows, cached, share.embed, work.value_bytes)
@@ -60,7 +65,7 @@ def torch_terms(
         ranged("dequantization", static + dequantized, "fitted", f"{kernel.name}: {kernel.source}", 0.9, 1.0),
         Term("non_torch", workspace, "reported", "cuBLAS workspace, pytorch forum 178671 and pytorch#120925"),
         context_term(gpu),
-        slack_term(kv + activations + head + dequantized),
+        slack_term(kv + activations + head + dequantized, held if weights.strip_bytes else 0),
     ]
     return merged(engine.profile.corrected(gpu, terms) if engine.profile else terms), moment
 
