@@ -44,7 +44,6 @@ PRODUCTS = {aten.mm.default, aten.mm.out, aten.addmm.default, aten.bmm.default}
 class _Block:
     size: int
     pool: str
-    segment: int
     before: _Block | None = None
     after: _Block | None = None
     free: bool = False
@@ -61,7 +60,6 @@ class Allocator:
     allocated_peak: int = 0
     reserved_peak: int = 0
     peak_operator: str = ""
-    _segments: int = 0
     _free: dict[str, list[tuple[int, int, _Block]]] = field(default_factory=lambda: {"small": [], "large": []})
 
     def take(self, n_bytes: int, operator: str = "") -> _Block:
@@ -80,13 +78,12 @@ class Allocator:
                     f"Tried to allocate {size / MIB:.2f} MiB. GPU {self.index} holds {self.allocated / MIB:.0f} MiB in "
                     f"{self.reserved / MIB:.0f} MiB reserved ({operator})"
                 )
-            self._segments += 1
             self.reserved += segment
             self.reserved_peak = max(self.reserved_peak, self.reserved)
-            block = _Block(segment, pool, self._segments)
+            block = _Block(segment, pool)
         left = block.size - size
         if left >= 512 if pool == "small" else left > MIB:
-            rest = _Block(left, pool, block.segment, block, block.after)
+            rest = _Block(left, pool, block, block.after)
             if block.after is not None:
                 block.after.before = rest
             block.after, block.size = rest, size

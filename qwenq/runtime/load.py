@@ -120,7 +120,6 @@ def _plan_host(spec: ModelSpec, weights: WeightBytes, work: Workload, room: int)
 
 def _plan_rig(spec: ModelSpec, weights: WeightBytes, rig: Rig, work: Workload, room: int) -> LoadPlan:
     engine = get_engine("qwenq")
-    weights = run_weights(weights, engine, work, rig.gpus[0].name)
     placement = place(spec, weights, rig, engine, work)
     if not placement.fits:
         whole = placement
@@ -140,8 +139,9 @@ def _plan_rig(spec: ModelSpec, weights: WeightBytes, rig: Rig, work: Workload, r
     devices = placement.device_map()
     if placement.offloaded_bytes <= room:
         return LoadPlan(devices, predicted, placement.reason)
-    spilled = spill_to_disk(devices, weights, room)
-    plan = _with_disk(spilled, weights, predicted, lambda disk: predicted)
+    moved = run_weights(weights, engine, work, rig.gpus[0].name)  # what is not on a GPU computes on the first one
+    spilled = spill_to_disk(devices, moved, room)
+    plan = _with_disk(spilled, moved, predicted, lambda disk: predicted)
     return replace(plan, reason=f"{placement.reason}; {plan.reason}")
 
 
