@@ -12,6 +12,7 @@ from torch import nn
 from qwenq.checkpoint import open_checkpoint
 from qwenq.errors import HonestNo, QwenqError, RunError
 from qwenq.planning.engines import get_engine
+from qwenq.planning.kernels import Compute
 from qwenq.planning.offload import host_map
 from qwenq.planning.placement import place
 from qwenq.planning.rig import Rig, find_gpu, parse_rig
@@ -98,6 +99,19 @@ def test_memory_that_others_hold_is_named() -> None:
     assert text.startswith("GPU 0 RTX 3090: needs ") and "3.00 GiB are free" in text and text.endswith(" short")
     assert "are taken by other processes" in text and caught.value.hint
     assert not isinstance(caught.value, HonestNo)
+
+
+def test_each_gpu_of_a_mixed_rig_counts_what_it_keeps_itself() -> None:
+    """A T4 keeps codes and scales as they are, a 3090's kernel 4 bytes a group, where the T4 keeps 2."""
+    spec = of("Qwen2.5-32B")
+    weights = recipe_weights(spec, Recipe(Scheme(4, 32)))
+    plan = plan_load(spec, weights, parse_rig("Tesla T4 + RTX 3090"), Workload(512, prefill_chunk=64), 1 << 40)
+    layers = [layer for layer in range(64) if plan.device_map[f"model.layers.{layer}"] == 1]
+    kept = weights.kept(Compute(capability=(8, 0))).layer_bytes
+    plain = weights.kept(Compute(capability=(7, 0))).layer_bytes
+    needed = sum(kept[layer] for layer in layers)
+    assert len(layers) > 30 and needed - sum(plain[layer] for layer in layers) > 400_000_000
+    assert plan.predicted["GPU 1 RTX 3090"] > needed + sum(weights.head)
 
 
 def test_visible_gpus_and_their_limits(monkeypatch: pytest.MonkeyPatch) -> None:
