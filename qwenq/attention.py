@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwenq.planning.kernels import SCORE_BYTES, Compute
+from qwenq.products import product_dtype
 
 WINDOWS = "qwenq-windows"  # the name under which transformers knows `attend_windows`
 BLOCK_ROWS = 64  # of queries whose scores are computed together
@@ -32,12 +33,14 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
     if not torch.is_grad_enabled() and (keys <= BLOCKED_KEYS if query.device.type == "cpu" else _by_itself(query)):
         return _by_blocks(query, key, value, scaling)
     ahead: dict[str, Any] = {"is_causal": True}
+    dtype = product_dtype(query)
     if tokens != keys:
         from torch.nn.attention.bias import causal_lower_right  # takes a second to import
 
         ahead = {"attn_mask": causal_lower_right(tokens, keys)}
-    out = F.scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=True, **ahead)
-    return out.transpose(1, 2).contiguous()
+    qkv = query.to(dtype), key.to(dtype), value.to(dtype)
+    out = F.scaled_dot_product_attention(*qkv, scale=scaling, enable_gqa=True, **ahead)
+    return out.transpose(1, 2).to(query.dtype).contiguous()
 
 
 def _by_itself(query: Tensor) -> bool:
@@ -51,7 +54,7 @@ def _by_itself(query: Tensor) -> bool:
 def _by_blocks(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     batch, heads, tokens, width = query.shape
     shared, before = key.shape[1], key.shape[2] - tokens
-    each = heads // shared
+    each, dtype = heads // shared, product_dtype(query)
     out = query.new_empty(batch, tokens, heads, width)
     step = BLOCK_ROWS
     if query.device.type != "cpu":  # not below 16 rows: each block reads all the keys
@@ -59,14 +62,14 @@ def _by_blocks(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Ten
     ahead_TT = torch.full((step, step), -torch.inf, device=query.device).triu_(1)
     for b in range(batch):
         q_NGTD = (query[b].float() * scaling).view(shared, each, tokens, width)
-        k_NDS, v_NSD = key[b].float().transpose(1, 2), value[b]
+        k_NDS, v_NSD = key[b].float().transpose(1, 2), value[b].to(dtype)
         for start in range(0, tokens, step):
             stop = min(start + step, tokens)
             rows, seen = stop - start, before + stop
             q_NRD = q_NGTD[:, :, start:stop].reshape(shared, each * rows, width)
             scores_NRS = torch.bmm(q_NRD, k_NDS[:, :, :seen])
             scores_NRS.view(shared, each, rows, seen)[..., before + start :].add_(ahead_TT[:rows, :rows])
-            o_NRD = torch.bmm(torch.softmax(scores_NRS, -1).to(query.dtype), v_NSD[:, :seen])
+            o_NRD = torch.bmm(torch.softmax(scores_NRS, -1).to(dtype), v_NSD[:, :seen])
             out[b, start:stop] = o_NRD.view(shared, each, rows, width).permute(2, 0, 1, 3).reshape(rows, heads, width)
     return out
 

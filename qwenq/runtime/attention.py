@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwenq.attention import causal_attention
+from qwenq.products import product_dtype
 
 ATTENTION = "qwenq"
 FP8 = torch.float8_e4m3fn
@@ -23,8 +24,9 @@ def attend(
     if tokens > 1:
         return causal_attention(query, key, value, scaling), None
     rows = query.view(batch, key.shape[1], heads // key.shape[1], width)  # heads that share keys: rows of one product
-    out = F.scaled_dot_product_attention(rows, key, value, scale=scaling).view(batch, heads, 1, width)
-    return out.transpose(1, 2).contiguous(), None
+    dtype = product_dtype(query)
+    out = F.scaled_dot_product_attention(rows.to(dtype), key.to(dtype), value.to(dtype), scale=scaling)
+    return out.view(batch, heads, 1, width).transpose(1, 2).to(query.dtype).contiguous(), None
 
 
 def register() -> None:

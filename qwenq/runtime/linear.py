@@ -20,9 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwenq.planning.kernels import DENSE_FROM, Choice, Compute, choose, kernel_group, strip_weights
+from qwenq.products import multiply_into, product_dtype
 from qwenq.quant.gptq import QTensor
 from qwenq.runtime.layout import is_identity, nibbles, tile_order
 
+STORED_DENSE_FROM = 4  # rows from which a 16-bit weight is multiplied in `product_dtype`; below, memory is the limit
 _PACK_ROWS = 1024  # outputs packed at a time: int32 codes of a whole linear would be 8 times its packed size
 
 
@@ -137,13 +139,14 @@ class Int4Linear(_Linear):
         y_MO = torch.empty(x_MI.shape[0], self.out_features, dtype=x_MI.dtype, device=x_MI.device)
         # On a CPU values are written in float32, which its vectors are made for; on a GPU memory is the limit.
         dtype = x_MI.dtype if self.cuda_packed and self.centred else torch.float32
+        x_MI = x_MI.to(product_dtype(x_MI))
         step = strip_rows(self.in_features, x_MI.device)
         for start in range(0, self.out_features, step):
             stop = min(start + step, self.out_features)
             w_IR = self.weight_strip(start, stop, dtype)
             if w_IR is None:
                 return None
-            torch.mm(x_MI, w_IR.to(x_MI.dtype), out=y_MO[:, start:stop])
+            multiply_into(y_MO[:, start:stop], x_MI, w_IR.to(x_MI.dtype))
             del w_IR  # before the next strip takes its place
         return y_MO
 
@@ -163,9 +166,10 @@ class Int8Linear(_Linear):
             y_MO = torch.ops.aten._weight_int8pack_mm(x_MI, self.codes, self.ones)
             return self.finish((y_MO.float() * self.scale).to(x.dtype), x)
         y_MO = torch.empty(x_MI.shape[0], self.out_features, dtype=x.dtype, device=x.device)
+        x_MI = x_MI.to(product_dtype(x_MI))
         step = strip_rows(self.in_features, x.device)
         for start in range(0, self.out_features, step):
-            w_RI = self.codes[start : start + step].to(x.dtype)  # whole numbers to 128 are exact
+            w_RI = self.codes[start : start + step].to(x_MI.dtype)  # whole numbers to 128 are exact
             y_MO[:, start : start + step] = (x_MI @ w_RI.T) * self.scale[start : start + step]
             del w_RI  # before the next strip takes its place
         return self.finish(y_MO, x)
@@ -191,10 +195,11 @@ class TiledLinear(_Linear):
     def forward(self, x: Tensor) -> Tensor:
         x_MI = self.rows_of(x)
         y_MO = torch.empty(x_MI.shape[0], self.out_features, dtype=x.dtype, device=x.device)
+        x_MI = x_MI.to(product_dtype(x_MI))
         step = strip_rows(self.in_features, x.device)
         for start in range(0, self.out_features, step):
             stop = min(start + step, self.out_features)
-            torch.mm(x_MI, self.weight_strip(start, stop).to(x.dtype).T, out=y_MO[:, start:stop])
+            multiply_into(y_MO[:, start:stop], x_MI, self.weight_strip(start, stop).to(x_MI.dtype).T)
         return self.finish(y_MO, x)
 
     def weight_strip(self, start: int, stop: int) -> Tensor:
@@ -233,9 +238,11 @@ class Nf4Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x_MI = x.reshape(-1, self.in_features)
         y_MO = torch.empty(x_MI.shape[0], self.out_features, dtype=x.dtype, device=x.device)
+        x_MI = x_MI.to(product_dtype(x_MI))
         step = strip_rows(self.in_features, x.device)
         for start in range(0, self.out_features, step):
-            torch.mm(x_MI, self.weight_strip(start, start + step).to(x.dtype).T, out=y_MO[:, start : start + step])
+            strip = slice(start, start + step)
+            multiply_into(y_MO[:, strip], x_MI, self.weight_strip(start, start + step).to(x_MI.dtype).T)
         y = y_MO if self.bias is None else y_MO.add_(self.bias)
         return y.view(*x.shape[:-1], self.out_features)
 
@@ -266,14 +273,18 @@ class StoredLinear(nn.Module):
         return self._product(x_MI).view(*x.shape[:-1], self.out_features)
 
     def _product(self, x_MI: Tensor) -> Tensor:
-        if self.weight.dtype == x_MI.dtype:
+        dtype = x_MI.dtype if x_MI.shape[0] < STORED_DENSE_FROM else product_dtype(x_MI)
+        if dtype == x_MI.dtype == self.weight.dtype:
             return F.linear(x_MI, self.weight, self.bias)
-        if self.is_head and self.weight.dtype == torch.float16 and x_MI.dtype == torch.bfloat16:
+        if dtype == torch.bfloat16 and self.is_head and self.weight.dtype == torch.float16:
             return F.linear(x_MI.half(), self.weight).float()
-        y_MO = torch.empty(x_MI.shape[0], self.out_features, dtype=x_MI.dtype, device=x_MI.device)
+        shape, out_dtype = (x_MI.shape[0], self.out_features), dtype if self.is_head else x_MI.dtype
+        y_MO = torch.empty(shape, dtype=out_dtype, device=x_MI.device)
+        x_MI = x_MI.to(dtype)
         step = strip_rows(self.in_features, x_MI.device)
         for start in range(0, self.out_features, step):
-            y_MO[:, start : start + step] = F.linear(x_MI, self.weight[start : start + step].to(x_MI.dtype))
+            strip = slice(start, start + step)
+            multiply_into(y_MO[:, strip], x_MI, self.weight[strip].to(dtype).T)
         return y_MO if self.bias is None else y_MO.add_(self.bias)
 
 
@@ -315,8 +326,10 @@ def _inner_tiles(columns: int) -> int:
 
 
 def _tile(device: torch.device, columns: int) -> tuple[int, int]:
-    """Outputs and columns of a block that is packed by itself."""
-    return (8, 16 * _inner_tiles(columns)) if device.type == "cuda" else (64, 1)
+    """Outputs and columns of a block that is packed by itself. A CPU's depends on its instructions."""
+    if device.type == "cuda":
+        return 8, 16 * _inner_tiles(columns)
+    return next((rows for rows in (64, 32) if _order(rows, 1, device) is not None), 16), 1
 
 
 _ORDERS: dict[tuple[torch.device, int, int], Tensor | None] = {}
@@ -340,8 +353,8 @@ def _pack_column(codes_R1: Tensor) -> Tensor:
 def unpack_int4(packed: Tensor, start: int, stop: int, out_features: int, columns: int) -> Tensor | None:
     """Codes of outputs start to stop, transposed, uint8 [columns, stop - start]; None when the layout is unknown.
 
-    `start` is a multiple of 64. A CPU packs 64 outputs (the last ones: what is left) one column after the other;
-    tinygemm 8 outputs, in tiles of 32 to 128 columns.
+    `start` is a multiple of 64. A CPU packs 64 outputs (with AVX-512; else 32; the last ones: what is left) one column
+    after the other; tinygemm 8 outputs, in tiles of 32 to 128 columns.
     """
     block, width = _tile(packed.device, columns)
     flat = packed.reshape(out_features, -1)

@@ -26,7 +26,7 @@ from qwenq.planning.torch_terms import run_weights
 from qwenq.planning.weights import Weights as WeightBytes
 from qwenq.planning.weights import header_weights
 from qwenq.runtime.memory import Peak, available_ram, device_name, resident_bytes, shortage, visible_rig
-from qwenq.runtime.model import DISK, CheckpointWeights, RunningModel, Weights, build_model, modeling_code, pick_dtype
+from qwenq.runtime.model import DISK, CheckpointWeights, RunningModel, Weights, build_model, modeling_code
 from qwenq.spec import ModelSpec
 from qwenq.units import format_gb, format_gib
 
@@ -181,7 +181,7 @@ def load_from(
 ) -> Iterator[Loaded]:
     """Load weights of any source; layers on disk are deleted at the end."""
     rig = visible_rig(options.gpu_memory)
-    dtype = pick_dtype(torch.device("cuda" if rig else "cpu"), options.compute_dtype)
+    dtype = torch.float32 if options.compute_dtype == "float32" else torch.bfloat16
     work = replace(options.work(spec), value_bytes=dtype.itemsize)
     ram = available_ram()
     room = min(ram, options.cpu_memory) if options.cpu_memory else ram

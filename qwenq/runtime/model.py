@@ -87,14 +87,6 @@ def compute_device(place: int | str, device_map: Mapping[str, int | str]) -> tor
     return torch.device("cpu") if first is None else torch.device("cuda", first)
 
 
-def pick_dtype(device: torch.device, asked: str = "auto") -> torch.dtype:
-    """The activations' dtype: bfloat16 where it is fast, float32 on CPUs without it."""
-    if asked != "auto":
-        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[asked]
-    fast = device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return torch.bfloat16 if fast else torch.float32
-
-
 class Weights(Protocol):
     """Where weights come from: shards, or thin air (`synthetic`)."""
 
