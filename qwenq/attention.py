@@ -10,14 +10,15 @@ queries are those of the last T of S positions.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qwenq.devices import product_dtype, without_cudnn_attention
 from qwenq.planning.kernels import SCORE_BYTES, Compute
-from qwenq.products import product_dtype
 
 WINDOWS = "qwenq-windows"  # the name under which transformers knows `attend_windows`
 BLOCK_ROWS = 64  # of queries whose scores are computed together
@@ -39,7 +40,9 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
 
         ahead = {"attn_mask": causal_lower_right(tokens, keys)}
     qkv = query.to(dtype), key.to(dtype), value.to(dtype)
-    out = F.scaled_dot_product_attention(*qkv, scale=scaling, enable_gqa=True, **ahead)
+    # a lower-right mask asks what the current GPU can do, not the one its query is on
+    with torch.cuda.device(query.device) if query.device.type == "cuda" else nullcontext():
+        out = F.scaled_dot_product_attention(*qkv, scale=scaling, enable_gqa=True, **ahead)
     return out.transpose(1, 2).to(query.dtype).contiguous()
 
 
@@ -85,4 +88,5 @@ def register() -> None:
     """Make `attend_windows` known to transformers; an implementation without a mask function gets no mask."""
     from transformers import AttentionInterface
 
+    without_cudnn_attention()
     AttentionInterface.register(WINDOWS, attend_windows)

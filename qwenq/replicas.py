@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from qwenq.devices import check_gpus
 from qwenq.lanes import cpu_lanes, side_by_side
 from qwenq.preflight import BATCH_TOKENS
 from qwenq.spec import ModelSpec
@@ -35,6 +36,7 @@ class Replicas:
         devices: Sequence[str] = ("cpu",),
     ) -> None:
         self.devices = tuple(torch.device(device) for device in devices)
+        check_gpus(self.devices)
         self.windows_each = max(1, BATCH_TOKENS // window_tokens)
         lanes = self.devices
         if self.devices == (torch.device("cpu"),):

@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
             "planning.detect planning.chart planning.asking planning.knapsack planning.sensitivity planning.budget "
             "planning.recipefile planning.fitting planning.tensor_parallel planning.offload planning.profile",
         ),
-        ("tensor maths", "lanes products quant quant.* metrics"),
+        ("tensor maths", "lanes devices quant quant.* metrics"),
         ("disk", "files manifest provenance card shards journal formats formats.* tokens calibration checkpoint audit"),
         ("network", "attention stream replicas"),
         (

@@ -93,6 +93,16 @@ def test_strips_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(wide(x.to(BF16)), once) and relative(exact(x), exactly) < 1e-6
 
 
+def test_wide_codes_with_zero_points_have_no_bias() -> None:
+    """Inputs of one sign add up what offsets lose; random signs would hide it."""
+    q = random_q(8, 128, 64, 512, sym=False)
+    module, choice = packed_linear(q, None, BF16, CPU)
+    assert choice.kind == "int4 halves"
+    for rows in (3, DENSE_ROWS):
+        x = torch.randn(rows, 512).abs().to(BF16)
+        assert relative(module(x), x.double() @ q.dequantize().double().T) < 1.5 * 2**-8
+
+
 def test_columns_out_of_order() -> None:
     """Act-order: the module sorts its input as the columns were sorted."""
     q = random_q(4, 32, 64, 128)

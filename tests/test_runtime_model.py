@@ -312,6 +312,9 @@ def test_sampling_follows_the_distribution() -> None:
 
     assert only(top_k=2) == {1, 2} and only(top_p=0.5) == {1} and only(top_p=0.7) == {1, 2}
     assert next_token(scores, [1], Sampling(repetition_penalty=4.0), generator) == 2
+    best = int(scores.argmax())
+    assert {next_token(scores, [], Sampling(temperature=t), generator) for t in (1e-38, 1e-300)} == {best}
+    assert next_token(scores, [], Sampling(temperature=1.0, top_k=len(scores) + 5), generator) in range(len(scores))
     with pytest.raises(RunError, match="logits are not finite"):
         next_token(torch.tensor([0.0, float("nan")]), [], Sampling(), generator)
     with pytest.raises(RunError, match="top_p is 0"):

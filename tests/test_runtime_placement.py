@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from qwenq import devices
 from qwenq.checkpoint import open_checkpoint
 from qwenq.errors import HonestNo, QwenqError, RunError
 from qwenq.planning.engines import get_engine
@@ -18,14 +20,16 @@ from qwenq.planning.placement import place
 from qwenq.planning.rig import Rig, find_gpu, parse_rig
 from qwenq.planning.terms import Workload
 from qwenq.planning.weights import Weights, recipe_weights
-from qwenq.runtime import memory, model
+from qwenq.runtime import dispatch, memory, model
+from qwenq.runtime.dispatch import compute_device
 from qwenq.runtime.load import LoadPlan, plan_load
-from qwenq.runtime.model import CheckpointWeights, build_model, compute_device
+from qwenq.runtime.model import CheckpointWeights, build_model
 from qwenq.scheme import Recipe, Scheme
 from qwenq.spec import ModelSpec, family_spec
 from qwenq.units import GIB
 
 BF16 = torch.bfloat16
+CPU = torch.device("cpu")
 RIGS = ["2x RTX 3090", "RTX 4090 + 2x RTX 3060 12GB", "RTX 3060 12GB + RTX 4090", "RTX 3060 12GB", "4x RTX 3090"]
 
 
@@ -149,14 +153,88 @@ def test_devices_are_called_as_the_plan_calls_them(monkeypatch: pytest.MonkeyPat
     )
 
 
-def test_layers_in_host_memory_compute_where_their_cache_is(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import accelerate
-
+def test_layers_in_host_memory_compute_where_their_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: dict[str, Any] = {}
-    monkeypatch.setattr(accelerate, "dispatch_model", lambda network, **options: told.update(options))
-    places: dict[str, int | str] = {"model.embed_tokens": 1, "model.layers.0": 0, "model.layers.1": "cpu"}
-    model._dispatch(None, places, None, {})
-    assert told["device_map"] == places and told["main_device"] == compute_device("cpu", places)
+    monkeypatch.setattr(dispatch, "dispatch_model", lambda network, **options: told.update(options))
+    places: dict[str, int | str] = {
+        "model.embed_tokens": 1, "model.layers.0": 0, "model.layers.1": "cpu", "model.layers.2": "disk",
+    }  # fmt: skip
+    network = SimpleNamespace()
+    dispatch.dispatch(network, places, tmp_path, {})
+    assert told["device_map"] == places == network.hf_device_map
+    assert told["main_device"] == compute_device("cpu", places) == torch.device("cuda", 1)
+
+
+def test_only_blocks_whose_input_comes_from_elsewhere_are_hooked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two GPUs and host memory, in the order of a plan: where each hook brings its block's input."""
+    places: dict[str, int | str] = {
+        "model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0, "model.layers.1": 1, "model.layers.2": 1,
+        "model.layers.3": "cpu", "model.norm": 1, "lm_head": 0,
+    }  # fmt: skip
+    modules = {name: nn.Identity() for name in places}
+    names = {id(module): name for name, module in modules.items()}
+    hooked: dict[str, tuple[str, torch.device]] = {}
+
+    def add_hook(module: nn.Module, hook: Any) -> None:
+        device = hook.device if isinstance(hook, dispatch.HostMemoryHook) else hook.execution_device
+        hooked[names[id(module)]] = type(hook).__name__, device
+
+    monkeypatch.setattr(dispatch, "add_hook_to_module", add_hook)
+    network = SimpleNamespace(get_submodule=modules.__getitem__)
+    dispatch.dispatch(network, places, None, {})
+    first, second = (torch.device("cuda", index) for index in (0, 1))
+    assert hooked == {
+        "model.layers.1": ("AlignDevicesHook", second),
+        "model.layers.2": ("AlignDevicesHook", second),  # the rotary cosine and sine are on the first GPU
+        "model.layers.3": ("HostMemoryHook", first),
+        "model.norm": ("AlignDevicesHook", second),
+        "lm_head": ("AlignDevicesHook", first),
+    }
+    assert network.hf_device_map == places
+
+
+def test_weights_come_and_go_with_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device of another kind, whose tensors are seen while the module computes and gone afterwards."""
+    module = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)).requires_grad_(False)
+    x = torch.randn(3, 8)
+    wanted, kept = module(x), dict(module.named_parameters())
+    copied: list[tuple[int, ...]] = []
+    real = torch.Tensor.to
+
+    def to(value: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        if options.pop("non_blocking", False):
+            copied.append(tuple(value.shape))
+            return value.clone()
+        return real(value, *args, **options)
+
+    dispatch.add_hook_to_module(module, dispatch.HostMemoryHook(torch.device("cpu")))
+    inside: list[torch.Tensor] = []
+    module[0].register_forward_pre_hook(lambda m, args: inside.append(m.weight))
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    for _ in range(2):
+        assert torch.equal(module(x), wanted)
+    assert all(weight is not kept["0.weight"] for weight in inside) and len(inside) == 2
+    assert copied == 2 * [tuple(p.shape) for p in kept.values()]
+    assert all(p is kept[name] for name, p in module.named_parameters())
+
+
+def test_damaged_copies_and_gpus_too_old_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def arange(count: int, device: torch.device) -> Any:
+        sent = torch.zeros(count)
+        damaged = sent + (device.index == 1)  # what GPU 1 sends does not arrive
+        return SimpleNamespace(to=lambda target: damaged, cpu=lambda: sent)
+
+    monkeypatch.setattr(devices, "torch", SimpleNamespace(arange=arange, equal=torch.equal, cuda=torch.cuda))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_70", "sm_120a", "compute_120"])
+    first, second = (torch.device("cuda", index) for index in (0, 1))
+    devices.check_gpus([CPU, first, first])
+    with pytest.raises(RunError, match="copies from cuda:1 to cuda:0 arrive damaged"):
+        devices.check_gpus([first, second])
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90"])
+    with pytest.raises(RunError, match=r"cuda:0 Tesla V100: compute capability 7.0, this build of torch begins at 7.5"):
+        devices.check_gpus([first])
 
 
 def test_where_modules_compute() -> None:
@@ -182,8 +260,8 @@ def test_weights_go_straight_to_their_device(tiny: Path, monkeypatch: pytest.Mon
     def moved(module: nn.Module, *unused: object) -> nn.Module:
         return module
 
-    monkeypatch.setattr(model, "_moved", moved)
-    monkeypatch.setattr(model, "_dispatch", lambda network, devices, *unused: handed.append(dict(devices)))
+    monkeypatch.setattr(model, "settled", moved)
+    monkeypatch.setattr(model, "dispatch", lambda network, devices, *unused: handed.append(dict(devices)))
     build_model(Watched(checkpoint), checkpoint.config, checkpoint.spec, places, dtype=torch.float32)
     assert handed == [places]
     assert sorted(name for name, _ in asked) == sorted(checkpoint.tensors)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qwenq.planning.engines import Engine, Kernel
-from qwenq.planning.kernels import SCORE_BYTES
+from qwenq.planning.kernels import SCORE_BYTES, strip_weights
 from qwenq.planning.weights import Weights
 from qwenq.spec import ModelSpec
 
@@ -33,8 +33,14 @@ def prefill_peak(
     cached: int,
     first: bool,
     value_bytes: int = 2,
+    *,
+    widens: bool = False,
+    reads_back: int = 0,
 ) -> Peak:
     """Worst moment inside a decoder layer: `rows` rows in flight, `cached` tokens x batch in the cache (with them).
+
+    `widens`: products of 16-bit values are computed in float32. `reads_back`: bytes of all cached keys and values in
+    the activations' dtype, where the cache has another.
 
     Alive throughout: the model's input embeddings (first GPU only), the layer's input, and inside the layer the
     residual and the normed input of the block that runs, with the rotary cosine and sine.
@@ -53,7 +59,10 @@ def prefill_peak(
     moments = [
         Peak(in_mlp + 3 * i * each, "gate times up in the MLP"),  # silu(gate), up, product
         Peak(in_mlp + i * each + before, "dequantizing up_proj", before),
-        Peak(in_mlp + 2 * i * each + during, "up_proj", during),
+        Peak(in_mlp + 2 * i * each + during + _wide(h, i, rows, widens), "up_proj", during),
+        Peak(in_mlp + (i + h) * each + during + _wide(i, h, rows, widens), "down_proj", during),
+        Peak(in_attention + (3 * q + 2 * k) * each + reads_back, "cached keys and values read back"),
+        Peak(in_attention + (2 * q + h) * each + reads_back + during, "o_proj"),  # while keys and values are held
         Peak(in_attention + (4 * q + 2 * k) * each, "rotary embedding"),  # q, q cos, rotated q sin, sum; k, v
         Peak((outside + 5 * h) * each, "norm in float32"),  # residual, float32 copy, its square or product
     ]
@@ -63,6 +72,11 @@ def prefill_peak(
         repeated = 2 * q * (each + cached * value_bytes)
         moments.append(Peak(in_attention + repeated, "repeated keys and values"))
     return max(moments, key=lambda peak: peak.n_bytes)
+
+
+def _wide(columns: int, outputs: int, rows: int, widens: bool) -> int:
+    """Bytes of a product's inputs in float32, and of a strip of its outputs."""
+    return 4 * rows * (columns + min(outputs, strip_weights(columns, "cuda") // columns)) if widens else 0
 
 
 def logits_peak(spec: ModelSpec, engine: Engine, rows: int, batch: int, *, first: bool, last: bool, gpus: int) -> Peak:
@@ -83,16 +97,21 @@ def attention_by_blocks(spec: ModelSpec, rows: int, cached: int) -> int:
 
 
 def decode_peak(
-    spec: ModelSpec, engine: Engine, cached: int, batch: int, last: bool, kv_bytes: float, strip_bytes: int = 0
+    spec: ModelSpec,
+    engine: Engine,
+    cached: int,
+    batch: int,
+    last: bool,
+    kv_bytes: float,
+    strip_bytes: int = 0,
+    reads_back: int = 0,
 ) -> Peak:
     """One new token a sequence with `cached` tokens x batch in the cache: growing one layer's keys, expanding them.
 
     `strip_bytes`: of weights written out even for one row.
     """
-    if engine.name == "qwenq":  # its cache is allocated once; an fp8 one is read back in 16 bit, layer by layer
-        grown = 4 * cached * spec.kv_size if kv_bytes < 2 else 0
-    else:
-        grown = int(cached * spec.kv_size * kv_bytes)  # torch.cat: old and new keys of a layer side by side
+    # torch.cat has old and new keys of a layer side by side; this project's own cache is allocated once
+    grown = reads_back if engine.name == "qwenq" else int(cached * spec.kv_size * kv_bytes)
     repeated = 4 * spec.q_size * cached if engine.repeats_kv and spec.kv_size != spec.q_size else 0
     logits = batch * spec.vocab_size * (2 + 4 + 4 + 4) if last else 0
     worst = max(grown, repeated, logits, strip_bytes)

@@ -16,6 +16,7 @@ from qwenq.spec import LinearSpec, ModelSpec, TensorSpec
 
 KERNEL_GROUPS = (256, 128, 64, 32)
 DENSE_ROWS = 112  # measured on AVX-512: below it the kernel is faster than writing weights out and a dense product
+INT8_ROWS_CUDA = 4  # `_weight_int8pack_mm` there has one thread an output and reads weights again for each row
 STRIP = 1 << 20  # weights written out at a time on a CPU; their float32 fits the last-level cache
 STRIP_CUDA = 1 << 24
 
@@ -33,14 +34,14 @@ STRIP_BYTES: Mapping[Kind, tuple[float, float]] = {
     "nf4": (6, 6),
 }
 
-# Rows from which a linear writes its weights out.
-DENSE_FROM: Mapping[Kind, int] = {
-    "int4": DENSE_ROWS,
-    "int4 halves": DENSE_ROWS // 2,
-    "int8": DENSE_ROWS,
-    "tiled": 1,
-    "nf4": 1,
-}
+
+def dense_from(kind: Kind, device: str) -> int:
+    """Rows from which a linear of this kernel writes its weights out."""
+    if kind in ("tiled", "nf4"):
+        return 1
+    if kind == "int8" and device == "cuda":
+        return INT8_ROWS_CUDA
+    return DENSE_ROWS // 2 if kind == "int4 halves" else DENSE_ROWS
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ class Compute:
     def has_flash(self) -> bool:
         """Whether torch has a flash attention kernel for it."""
         return self.device == "cuda" and self.dtype != "float32" and self.capability >= (8, 0)
+
+    @property
+    def widens(self) -> bool:
+        """Whether products of bfloat16 values are computed in float32: a GPU without instructions for them."""
+        return self.device == "cuda" and self.dtype == "bfloat16" and self.capability < (8, 0)
 
 
 def compute_on(gpu: str, value_bytes: int) -> Compute:
@@ -79,13 +85,24 @@ class Choice:
 def choose(
     bits: int, group: int, out_features: int, in_features: int, sym: bool, compute: Compute = Compute()
 ) -> Choice:
-    """The kernel for codes of `bits` bits in groups of `group` columns."""
+    """The kernel for codes of `bits` bits in groups of `group` columns.
+
+    On GPUs 8-bit codes with one scale a row run as two tinygemm products where that can be: torch's int8 kernel there
+    is a plain loop (aten/src/ATen/native/cuda/int8mm.cu).
+    """
     if compute.dtype != "bfloat16":
         return Choice("tiled", f"{compute.dtype} activations: torch's packed kernels are fast in bfloat16 only")
     if compute.device not in ("cpu", "cuda"):
         return Choice("tiled", f"no packed kernel on {compute.device}")
-    if bits == 8 and group == in_features and sym and in_features % 16 == 0:  # else it reads beyond its rows
+    rows_alone = bits == 8 and group == in_features and sym and in_features % 16 == 0  # else it reads beyond its rows
+    found = _four_bit(bits, group, out_features, in_features, compute)
+    if rows_alone and (compute.device == "cpu" or found.kind == "tiled"):
         return Choice("int8")
+    return found
+
+
+def _four_bit(bits: int, group: int, out_features: int, in_features: int, compute: Compute) -> Choice:
+    """torch's 4-bit kernel for such codes, or why not."""
     if kernel_group(group) == 0:
         return Choice("tiled", f"groups of {group} columns: the kernel takes {', '.join(map(str, KERNEL_GROUPS))}")
     outputs, inputs = (16, 2) if compute.device == "cpu" else (8, 32)
@@ -114,7 +131,8 @@ def kept_bytes(kind: Kind, bits: int, group: int, out_features: int, in_features
         codes = out_features * math.ceil(in_features / 2) if bits == 4 else weights
         groups = out_features * (in_features // group)
         return [codes, 2 * groups] + ([] if sym else [groups])
-    return [weights * bits // 8, 4 * out_features * (in_features // kernel_group(group))]
+    pairs = 4 * out_features * (in_features // kernel_group(group))
+    return [weights * bits // 8, pairs * (2 if bits == 8 and not sym else 1)]
 
 
 @dataclass(frozen=True)
@@ -143,6 +161,8 @@ class PackedShape:
         """Bytes at most while a strip of it is written out."""
         weights = min(self.out_features * self.in_features, strip_weights(self.in_features, compute.device))
         width = STRIP_BYTES[self.kind(compute)][0 if self.sym else 1]
+        if compute.widens:
+            width = {"int8": 4, "tiled": 5}.get(self.kind(compute), width)  # float32 values, not rounded afterwards
         # a CPU writes values in float32 and then converts them; so does a GPU where there are zero points
         return int(weights * (max(width, 7) if compute.device == "cpu" else width))
 

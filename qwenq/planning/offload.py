@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from qwenq.planning.engines import get_engine
+from qwenq.planning.engines import Engine, get_engine, kv_bytes_per_value
 from qwenq.planning.memory import NOT_ALLOCATED, whole
 from qwenq.planning.terms import Term, Workload
 from qwenq.planning.torch_terms import run_weights, torch_terms
@@ -44,6 +45,18 @@ def spill_to_disk(devices: DeviceMap, weights: Weights, room_bytes: int) -> Devi
             if full:
                 found[name] = "disk"
     return found
+
+
+def host_layers_bytes(
+    spec: ModelSpec, layer_bytes: Sequence[int], engine: Engine, work: Workload, gpu_layers: int
+) -> int:
+    """What layers that are not on a GPU still take on the first one: their KV cache, and one of them while it runs."""
+    out = spec.num_hidden_layers - gpu_layers
+    if out == 0 or engine.name == "llama.cpp":
+        return 0
+    value = kv_bytes_per_value(engine, work.kv_dtype)
+    kv = 2 * out * spec.kv_size * value * work.context * work.batch
+    return round(kv) + max(layer_bytes[gpu_layers:])
 
 
 def host_need(spec: ModelSpec, weights: Weights, work: Workload, phase: str = "") -> HostNeed:

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qwenq.errors import HonestNo, PlanError
-from qwenq.planning.engines import Engine, kv_bytes_per_value
+from qwenq.planning.engines import Engine
 from qwenq.planning.memory import MemoryEstimate, check_context, estimate, gpu_terms
+from qwenq.planning.offload import host_layers_bytes
 from qwenq.planning.rig import Rig
 from qwenq.planning.terms import GpuMemory, Share, Term, Workload
 from qwenq.planning.torch_terms import run_weights
@@ -205,10 +206,4 @@ class _Splitter:
         return self.costs[key]
 
     def _offload_bytes(self, gpu_layers: int) -> int:
-        """What layers in host memory still take on the first GPU: their KV cache, and one layer while it runs."""
-        out = self.spec.num_hidden_layers - gpu_layers
-        if out == 0 or self.engine.name == "llama.cpp":
-            return 0
-        value = kv_bytes_per_value(self.engine, self.work.kv_dtype)
-        kv = 2 * out * self.spec.kv_size * value * self.work.context * self.work.batch
-        return round(kv) + max(self.layer_bytes[gpu_layers:])
+        return host_layers_bytes(self.spec, self.layer_bytes, self.engine, self.work, gpu_layers)

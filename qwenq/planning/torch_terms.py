@@ -37,15 +37,23 @@ def torch_terms(
             kv_end = allocated_bytes([kv_end // (2 * n_layers)] * (2 * n_layers))
         kv_prompt = kv_end
     moments: list[tuple[int, int, int, int, str]] = []  # kv, activations, logits, dequantization, moment
+    compute = compute_on(gpu, work.value_bytes)
+    reads_back = 2 * spec.kv_size * work.value_bytes if engine.name == "qwenq" and _converted(work) else 0  # a token
     if n_layers:
-        layer = prefill_peak(spec, weights, engine, kernel, rows, cached, share.embed, work.value_bytes)
+        layer = prefill_peak(
+            spec, weights, engine, kernel, rows, cached, share.embed, work.value_bytes,
+            widens=compute.widens and engine.name == "qwenq", reads_back=reads_back * cached,
+        )  # fmt: skip
         moments.append((kv_prompt, layer.n_bytes - layer.dequantization, 0, layer.dequantization, layer.moment))
-        if engine.name == "qwenq" and gpu != "CPU" and not compute_on(gpu, work.value_bytes).has_flash:
+        if engine.name == "qwenq" and gpu != "CPU" and not compute.has_flash:
             states = wide * 2 * rows * (3 * spec.hidden_size + spec.q_size + 2 * spec.head_dim)
-            own = states + attention_by_blocks(spec, rows, cached)
+            own = states + attention_by_blocks(spec, rows, cached) + reads_back * cached
             moments.append((kv_prompt, own, 0, 0, "attention by blocks"))
         strip = weights.strip_bytes if work.batch >= weights.strip_rows else 0
-        step = decode_peak(spec, engine, work.context * work.batch, work.batch, share.head, value / wide, strip)
+        tokens = work.context * work.batch
+        step = decode_peak(
+            spec, engine, tokens, work.batch, share.head, value / wide, strip, reads_back * tokens // wide
+        )
         kv_now = kv_end * (2 if engine.copies_cache else 1)
         stepping = wide * (step.n_bytes - step.dequantization)
         moments.append((kv_now, stepping, 0, step.dequantization, f"decoding: {step.moment}"))
@@ -68,6 +76,11 @@ def torch_terms(
         slack_term(kv + activations + head + dequantized, held if weights.strip_bytes else 0),
     ]
     return merged(engine.profile.corrected(gpu, terms) if engine.profile else terms), moment
+
+
+def _converted(work: Workload) -> bool:
+    """Whether the cache has another dtype than the activations, and is read back in theirs layer by layer."""
+    return work.kv_dtype not in ("auto", "bf16" if work.value_bytes == 2 else "")
 
 
 def run_weights(weights: Weights, engine: Engine, work: Workload, gpu: str) -> Weights:

@@ -11,7 +11,7 @@ from typing import Any
 from qwenq.errors import CheckpointError, PlanError
 from qwenq.layout import BNB_FORMATS, linear_tensors
 from qwenq.planning.allocator import allocated_blocks
-from qwenq.planning.kernels import DENSE_FROM, Compute, LayerParts, layer_parts
+from qwenq.planning.kernels import Compute, LayerParts, dense_from, layer_parts
 from qwenq.planning.tensor_parallel import RowGroups, row_groups, same_groups
 from qwenq.scheme import Recipe, Scheme
 from qwenq.spec import UNITS, LinearSpec, ModelSpec, TensorSpec, tensor_bytes
@@ -53,7 +53,7 @@ class Weights:
                 ),
                 parts=(),
                 strip_bytes=max((shape.strip(compute) for shape in packed), default=0),
-                strip_rows=min((DENSE_FROM[shape.kind(compute)] for shape in packed), default=1),
+                strip_rows=min((dense_from(shape.kind(compute), compute.device) for shape in packed), default=1),
                 source=f"{self.source}, as kernels keep it" if packed else self.source,
             )
         return self._kept[compute]

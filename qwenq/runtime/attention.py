@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwenq.attention import causal_attention
-from qwenq.products import product_dtype
+from qwenq.devices import product_dtype, without_cudnn_attention
 
 ATTENTION = "qwenq"
 FP8 = torch.float8_e4m3fn
@@ -33,6 +33,7 @@ def register() -> None:
     """Make `attend` known to transformers; an implementation without a mask function gets no mask."""
     from transformers import AttentionInterface
 
+    without_cudnn_attention()
     AttentionInterface.register(ATTENTION, attend)
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from qwenq.errors import RunError
 from qwenq.planning.engines import QWENQ_PREFILL_CHUNK
 from qwenq.runtime.attention import FP8, KvCache
+from qwenq.runtime.dispatch import compute_device
 from qwenq.runtime.memory import memory_errors
-from qwenq.runtime.model import RunningModel, compute_device
+from qwenq.runtime.model import RunningModel
 
 DEFAULT_NEW_TOKENS = 512
 KV_DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": FP8}
@@ -226,10 +227,11 @@ def next_token(logits_V: Tensor, seen: Sequence[int], sampling: Sampling, genera
         logits_V = logits_V.index_put((ids,), torch.where(chosen > 0, chosen / factor, chosen * factor))
     if sampling.temperature == 0:
         return int(logits_V.argmax())
-    scores_V, order_V = torch.sort(logits_V / sampling.temperature, descending=True, stable=True)
-    if sampling.top_k:
-        scores_V, order_V = scores_V[: sampling.top_k], order_V[: sampling.top_k]
-    p_V = torch.softmax(scores_V, 0)
+    if sampling.top_k:  # before sorting, which takes 16 ms for a vocabulary of 152,000
+        scores_V, order_V = torch.topk(logits_V, min(sampling.top_k, logits_V.numel()))
+    else:
+        scores_V, order_V = torch.sort(logits_V, descending=True, stable=True)
+    p_V = torch.softmax((scores_V - scores_V[0]) / max(sampling.temperature, 1e-6), 0)
     if sampling.top_p < 1:
         p_V = torch.where(p_V.cumsum(0) - p_V < sampling.top_p, p_V, 0.0)
     return int(order_V[torch.multinomial(p_V, 1, generator=generator)])

@@ -5,7 +5,7 @@ Shapes: x [..., in]; M rows of x; O outputs, I inputs, G groups of K columns.
 
 - Int4Linear: 4-bit codes in the layout of `_weight_int4pack_mm_for_cpu` or of tinygemm (`_weight_int4pack_mm`). Both
   take (scale, offset) pairs in the activations' dtype: w = (code - 8) * scale + offset. 8-bit codes in groups run there
-  as two products, code = 16 * high + low. From DENSE_FROM rows on, one strip of outputs at a time is
+  as two products, code = 16 * high + low. From `dense_from` rows on, one strip of outputs at a time is
   written out and multiplied densely, which is faster for prompts.
 - Int8Linear: `_weight_int8pack_mm`, one scale a row, kept in float32 and applied to the product.
 - Nf4Linear: bitsandbytes' table of 16 values, likewise strip by strip.
@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwenq.planning.kernels import DENSE_FROM, Choice, Compute, choose, kernel_group, strip_weights
-from qwenq.products import multiply_into, product_dtype
+from qwenq.devices import multiply_into, product_dtype
+from qwenq.planning.kernels import Choice, Compute, choose, dense_from, kernel_group, strip_weights
 from qwenq.quant.gptq import QTensor
 from qwenq.runtime.layout import is_identity, nibbles, tile_order
 
@@ -78,8 +78,9 @@ class _Linear(nn.Module):
 class Int4Linear(_Linear):
     """4-bit codes, or 8-bit ones as high and low halves, in the layout of torch's 4-bit kernel; bfloat16.
 
-    Halves share their pairs, which saves 4 bytes a group: with w = scale * (half - 8) + offset for each of them,
-    16 w_high + w_low = scale * (code - 128) + (17 * offset - 8 * scale).
+    With w = scale * (half - 8) + offset for each half, 16 w_high + w_low =
+    scale * (code - 128) + 16 * offset_high + offset_low - 8 * scale. Halves without zero points share their pairs,
+    [1, G, O, 2], which saves 4 bytes a group; others have their own, [2, G, O, 2].
     """
 
     def __init__(self, q: QTensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device, order: Tensor | None):
@@ -89,14 +90,21 @@ class Int4Linear(_Linear):
         self.cuda_packed = device.type == "cuda"
         self.centred = _symmetric(q)
         self.halves = q.scheme.bits // 4
-        self.dense_from = DENSE_FROM["int4" if self.halves == 1 else "int4 halves"]
+        self.dense_from = dense_from("int4" if self.halves == 1 else "int4 halves", device.type)
         self.packed = _parameter(pack_int4(q.codes_OI.to(device), self.halves))
         # Pairs per kernel group: a wider group repeats its own.
         scale_GO = q.scales_OG.float().to(device).T.repeat_interleave(wide // self.group, 0)
         shift_GO = (q.scheme.zero - q.zeros_OG.float()).to(device).T.repeat_interleave(wide // self.group, 0)
         scale_GO = scale_GO.to(dtype).float()  # rounded first, so that offsets are those of the rounded scale
-        offset_GO = scale_GO * (shift_GO if self.halves == 1 else (shift_GO + 8) / 17)
-        self.pairs = _parameter(torch.stack((scale_GO, offset_GO), -1).to(dtype).contiguous())
+        if self.halves == 1:
+            offsets = [scale_GO * shift_GO]
+        elif self.centred:
+            offsets = [scale_GO * (8 / 17)]
+        else:  # what is lost in rounding the high half's goes to the low half
+            offset_GO = scale_GO * (shift_GO + 8)
+            high_GO = (offset_GO / 17).to(dtype).float()
+            offsets = [high_GO, offset_GO - 16 * high_GO]
+        self.pairs = _parameter(torch.stack([torch.stack((scale_GO, each), -1).to(dtype) for each in offsets]))
 
     def forward(self, x: Tensor) -> Tensor:
         x_MI = self.rows_of(x)
@@ -109,9 +117,10 @@ class Int4Linear(_Linear):
         return self.finish(y_MO, x)
 
     def _kernel(self, x_MI: Tensor, half: int) -> Tensor:
+        pairs = self.pairs[half % self.pairs.shape[0]]
         if self.cuda_packed:
-            return torch.ops.aten._weight_int4pack_mm(x_MI, self.packed[half], self.group, self.pairs)
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x_MI, self.packed[half], self.group, self.pairs)
+            return torch.ops.aten._weight_int4pack_mm(x_MI, self.packed[half], self.group, pairs)
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x_MI, self.packed[half], self.group, pairs)
 
     def weight_strip(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
         """The weight's outputs start to stop, transposed, [in, stop - start]; None in an unknown layout."""
@@ -126,12 +135,13 @@ class Int4Linear(_Linear):
             del low_KR
         # centred codes fit a signed byte: -8 to 7, -128 to 127
         w_KR = codes_KR.sub_(zero).view(torch.int8).to(dtype)
-        scales_G1R = self.pairs[:, None, start:stop, 0]
+        scales_G1R = self.pairs[0, :, None, start:stop, 0]
         w_GKR = w_KR.view(scales_G1R.shape[0], self.group, stop - start).mul_(scales_G1R)
         if not self.centred:
-            offset_G1R = self.pairs[:, None, start:stop, 1]
+            offset_G1R = self.pairs[0, :, None, start:stop, 1]
             if self.halves == 2:
-                offset_G1R = 17 * offset_G1R.float() - 8 * scales_G1R.float()
+                low_G1R = self.pairs[1, :, None, start:stop, 1].float()
+                offset_G1R = 16 * offset_G1R.float() + low_G1R - 8 * scales_G1R.float()
             w_GKR.add_(offset_G1R)
         return w_KR
 
@@ -162,7 +172,7 @@ class Int8Linear(_Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         x_MI = self.rows_of(x).contiguous()
-        if x_MI.shape[0] < DENSE_FROM["int8"]:
+        if x_MI.shape[0] < dense_from("int8", x.device.type):
             y_MO = torch.ops.aten._weight_int8pack_mm(x_MI, self.codes, self.ones)
             return self.finish((y_MO.float() * self.scale).to(x.dtype), x)
         y_MO = torch.empty(x_MI.shape[0], self.out_features, dtype=x.dtype, device=x.device)

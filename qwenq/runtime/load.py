@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from qwenq.checkpoint import Checkpoint
+from qwenq.devices import check_gpus
 from qwenq.errors import HonestNo, RunError
 from qwenq.host import return_freed_memory
 from qwenq.planning.engines import QWENQ_PREFILL_CHUNK, get_engine
@@ -25,8 +26,9 @@ from qwenq.planning.terms import Workload
 from qwenq.planning.torch_terms import run_weights
 from qwenq.planning.weights import Weights as WeightBytes
 from qwenq.planning.weights import header_weights
+from qwenq.runtime.dispatch import DISK, compute_device
 from qwenq.runtime.memory import Peak, available_ram, device_name, resident_bytes, shortage, visible_rig
-from qwenq.runtime.model import DISK, CheckpointWeights, RunningModel, Weights, build_model, modeling_code
+from qwenq.runtime.model import CheckpointWeights, RunningModel, Weights, build_model, modeling_code
 from qwenq.spec import ModelSpec
 from qwenq.units import format_gb, format_gib
 
@@ -115,7 +117,8 @@ def _plan_host(spec: ModelSpec, weights: WeightBytes, work: Workload, room: int)
     if outside + one > room:
         raise shortage("CPU", outside + one, room, "a shorter --max-model-len, or a smaller --prefill-chunk")
     devices = spill_to_disk(devices, weights, room - outside - one)
-    return _with_disk(devices, weights, {"CPU": 0}, lambda disk: {"CPU": need - disk + one})
+    plan = _with_disk(devices, weights, {})
+    return replace(plan, predicted={"CPU": need - plan.disk_bytes + one})
 
 
 def _plan_rig(spec: ModelSpec, weights: WeightBytes, rig: Rig, work: Workload, room: int) -> LoadPlan:
@@ -141,17 +144,15 @@ def _plan_rig(spec: ModelSpec, weights: WeightBytes, rig: Rig, work: Workload, r
         return LoadPlan(devices, predicted, placement.reason)
     moved = run_weights(weights, engine, work, rig.gpus[0].name)  # what is not on a GPU computes on the first one
     spilled = spill_to_disk(devices, moved, room)
-    plan = _with_disk(spilled, moved, predicted, lambda disk: predicted)
+    plan = _with_disk(spilled, moved, predicted)
     return replace(plan, reason=f"{placement.reason}; {plan.reason}")
 
 
-def _with_disk(
-    devices: DeviceMap, weights: WeightBytes, predicted: dict[str, int], known: Callable[[int], dict[str, int]]
-) -> LoadPlan:
+def _with_disk(devices: DeviceMap, weights: WeightBytes, predicted: dict[str, int]) -> LoadPlan:
     spilled = [layer for layer in range(len(weights.layers)) if devices[f"model.layers.{layer}"] == DISK]
     disk = sum(weights.layer_bytes[layer] for layer in spilled)
     reason = f"{len(spilled)} layers on disk ({format_gb(disk)}), read again for every token"
-    return LoadPlan(devices, known(disk) or predicted, reason, disk)
+    return LoadPlan(devices, predicted, reason, disk)
 
 
 def stored_sizes(checkpoint: Checkpoint) -> WeightBytes:
@@ -187,6 +188,7 @@ def load_from(
     room = min(ram, options.cpu_memory) if options.cpu_memory else ram
     plan = plan_load(spec, sizes, rig, work, room)
     modeling_code(spec)
+    check_gpus([compute_device(where, plan.device_map) for where in plan.device_map.values()])
     return_freed_memory()
     base, clock = resident_bytes(), time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="qwenq-offload-", dir=options.offload_directory) as directory:

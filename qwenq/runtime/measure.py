@@ -10,11 +10,12 @@ import torch
 from qwenq.errors import PlanError, RunError
 from qwenq.planning.engines import get_engine
 from qwenq.planning.memory import NOT_ALLOCATED
-from qwenq.planning.offload import host_need
+from qwenq.planning.offload import host_layers_bytes, host_need
 from qwenq.planning.profile import MeasuredRow
 from qwenq.planning.terms import Share, Term, Workload
-from qwenq.planning.torch_terms import torch_terms
+from qwenq.planning.torch_terms import run_weights, torch_terms
 from qwenq.planning.weights import Weights
+from qwenq.runtime.dispatch import compute_device
 from qwenq.runtime.generate import Session, Timing
 from qwenq.runtime.load import Loaded
 from qwenq.runtime.memory import forget_peaks, read_peaks
@@ -57,13 +58,15 @@ def measure(
 
 def _rows(found: Loaded, weights: Weights, work: Workload, phase: str) -> list[MeasuredRow]:
     peaks = read_peaks(found.model.devices, found.base_rss)
-    rows = []
+    rows, engine = [], get_engine("qwenq")
     for device, peak in zip(found.model.devices, peaks, strict=True):
         if device.type == "cuda":
             index = device.index or 0
             kind = peak.device.removeprefix(f"GPU {index} ")
             share = _share(found, index, weights)
-            terms, _ = torch_terms(found.model.spec, weights, get_engine("qwenq"), work, share, kind, phase)
+            terms, _ = torch_terms(found.model.spec, weights, engine, work, share, kind, phase)
+            if device == compute_device("cpu", found.model.device_map):
+                terms = (*terms, _host_layers(found, weights, work, kind))
         else:
             kind = "CPU"
             terms = host_need(found.model.spec, weights, work, phase).terms
@@ -75,6 +78,15 @@ def _rows(found: Loaded, weights: Weights, work: Workload, phase: str) -> list[M
             )
         )  # fmt: skip
     return rows
+
+
+def _host_layers(found: Loaded, weights: Weights, work: Workload, gpu: str) -> Term:
+    """What layers in host memory and on disk take on the GPU that computes them."""
+    spec, engine = found.model.spec, get_engine("qwenq")
+    inside = sum(isinstance(found.model.device_map[f"model.layers.{k}"], int) for k in range(spec.num_hidden_layers))
+    layer_bytes = run_weights(weights, engine, work, gpu).layer_bytes
+    need = host_layers_bytes(spec, layer_bytes, engine, work, inside)
+    return Term("kv_cache", need, "fitted", "KV of the layers in host memory, and one such layer at work")
 
 
 def _parts(terms: Sequence[Term]) -> tuple[int, int]:

@@ -7,7 +7,6 @@ packed bytes and one linear unpacked. Nothing is ever decompressed to 16 bit as 
 from __future__ import annotations
 
 import importlib
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +26,11 @@ from qwenq.quant.bnb import nf4_blocks
 from qwenq.quant.gptq import QTensor
 from qwenq.quant.pack import unpack_sorted
 from qwenq.runtime.attention import ATTENTION, register
+from qwenq.runtime.dispatch import compute_device, dispatch, settled
 from qwenq.runtime.linear import Nf4Linear, StoredLinear, packed_linear
 from qwenq.runtime.memory import memory_errors
 from qwenq.spec import LinearSpec, ModelSpec
 from qwenq.stream import MODULES, model_config
-
-DISK = "disk"
 
 
 @dataclass(frozen=True)
@@ -77,14 +75,6 @@ class StoredEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.weight).to(self.dtype)
-
-
-def compute_device(place: int | str, device_map: Mapping[str, int | str]) -> torch.device:
-    """Where a module at `place` computes: host memory and disk feed the first GPU, or the CPU where there is none."""
-    if isinstance(place, int):
-        return torch.device("cuda", place)
-    first = next((other for other in device_map.values() if isinstance(other, int)), None)
-    return torch.device("cpu") if first is None else torch.device("cuda", first)
 
 
 class Weights(Protocol):
@@ -164,7 +154,7 @@ def build_model(
         return device_map[module], compute_device(device_map[module], device_map)
 
     def keep(name: str, module: nn.Module, where: int | str) -> None:
-        network.set_submodule(name, _moved(module, name, where, offload_directory, disk_index))
+        network.set_submodule(name, settled(module, name, where, offload_directory, disk_index))
 
     where, device = place("model.embed_tokens")
     with memory_errors("loading the embedding", device, 2 * spec.vocab_size * spec.hidden_size, _SMALLER):
@@ -202,7 +192,7 @@ def build_model(
             head = shared[device] if device in shared else shared.setdefault(device, table.to(device))
         keep("lm_head", StoredLinear(head, None, dtype, is_head=True), where)
     network.eval().requires_grad_(False)
-    _dispatch(network, device_map, offload_directory, disk_index)
+    dispatch(network, device_map, offload_directory, disk_index)
     return_freed_memory()
     return RunningModel(network, spec, dtype, dict(device_map), choices)
 
@@ -228,47 +218,3 @@ def _empty_network(config: Mapping[str, Any], spec: ModelSpec, dtype: torch.dtyp
     settings.dtype = dtype
     with init_empty_weights():
         return getattr(modeling, prefix + "ForCausalLM")(settings)
-
-
-def _moved(
-    module: nn.Module, name: str, where: int | str, offload_directory: Path | None, index: dict[str, Any]
-) -> nn.Module:
-    """The module with its tensors where they stay: on their device, in host memory, or in a file and on `meta`."""
-    if isinstance(where, int):
-        return module
-    from accelerate.utils import offload_weight
-
-    for path, parameter in list(module.named_parameters()):
-        kept = parameter.detach().cpu()
-        if where == DISK:
-            assert offload_directory is not None
-            offload_weight(kept, f"{name}.{path}", str(offload_directory), index)
-            kept = torch.empty_like(kept, device="meta")
-        owner, _, last = path.rpartition(".")
-        setattr(module.get_submodule(owner), last, nn.Parameter(kept, requires_grad=False))
-    return module
-
-
-def _dispatch(
-    network: Any, device_map: Mapping[str, int | str], offload_directory: Path | None, index: dict[str, Any]
-) -> None:
-    """Hand the placement to accelerate, whose hooks move hidden states, and fetch what is not where it computes."""
-    from accelerate import dispatch_model
-    from accelerate.utils import save_offload_index
-
-    places = set(device_map.values())
-    if places == {"cpu"}:
-        return
-    if index:
-        save_offload_index(index, str(offload_directory))
-    main = compute_device("cpu", device_map)
-    # it would log that some parameters are on `meta`, which is the point
-    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
-    dispatch_model(
-        network,
-        device_map=dict(device_map),
-        main_device=main if main.type == "cuda" else "cpu",  # where layers in host memory compute
-        offload_dir=str(offload_directory) if index else None,
-        skip_keys=["past_key_values"],
-        force_hooks=True,
-    )
