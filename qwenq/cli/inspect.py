@@ -9,7 +9,7 @@ from rich.table import Table
 
 from qwenq.cli.console import out, print_json
 from qwenq.cli.models import JsonFlag
-from qwenq.errors import HonestNo, PlanError
+from qwenq.errors import HonestNo, UsageError
 from qwenq.units import format_gb
 
 
@@ -85,5 +85,5 @@ def _count(text: str | None) -> float | None:
     except ValueError:
         value = 0.0
     if value <= 0:
-        raise PlanError(f"--expect-params {text}: not a count", hint="for instance 72.7B")
+        raise UsageError(f"--expect-params {text}: not a count", hint="for instance 72.7B")
     return value

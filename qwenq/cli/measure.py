@@ -15,7 +15,7 @@ from qwenq import __version__
 from qwenq.cli.console import print_json
 from qwenq.cli.models import JsonFlag, resolve_model
 from qwenq.cli.run import ComputeDtype, CpuMemory, GpuMemory, KvDtype, OffloadDir, PrefillChunk, load_options
-from qwenq.errors import HonestNo, PlanError
+from qwenq.errors import HonestNo, PlanError, UsageError
 from qwenq.units import GIB, format_tokens, parse_tokens
 
 
@@ -48,7 +48,7 @@ def measure(
     from qwenq.runtime.measure import measure as run
 
     if (checkpoint is None) == (not synthetic):
-        raise PlanError("give a checkpoint or --synthetic MODEL, one of them")
+        raise UsageError("give a checkpoint or --synthetic MODEL, one of them")
     if output is not None and output.exists():
         raise PlanError(f"{output}: exists", hint="choose another name with -o")
     contexts = sorted({parse_tokens(part) for part in max_model_len.split(",")})

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from qwenq.errors import PlanError
+from qwenq.errors import PlanError, UsageError
 from qwenq.spec import ModelSpec, family_spec, spec_from_config
 
 Model = Annotated[str, typer.Argument(help="A checkpoint directory, or a hub name such as Qwen/Qwen2.5-7B-Instruct.")]
@@ -67,10 +67,10 @@ def stored_dtypes(model: str) -> tuple[ModelSpec, Callable[[str], str]]:
 
 
 def device_names(device: str) -> list[str]:
-    """The devices that --device names, one by one; PlanError for what names none."""
+    """The devices that --device names, one by one; UsageError for what names none."""
     names = device.split(",")
     if device != "cpu" and not all(name == "cuda" or re.fullmatch(r"cuda:\d+", name) for name in names):
-        raise PlanError(f"--device {device}: wanted auto, cpu, cuda:N or cuda:N,cuda:M")
+        raise UsageError(f"--device {device}: wanted auto, cpu, cuda:N or cuda:N,cuda:M")
     return names
 
 
@@ -91,14 +91,14 @@ def pick_device(device: str, *, several: bool = True) -> str:
     if max(numbers) >= count or len(set(numbers)) < len(numbers):
         raise PlanError(f"--device {device}: torch sees cuda:0 to cuda:{count - 1}, each can be named once")
     if len(numbers) > 1 and not several:
-        raise PlanError(f"--device {device}: this command uses one GPU", hint=f"--device {names[0]}")
+        raise UsageError(f"--device {device}: this command uses one GPU", hint=f"--device {names[0]}")
     return ",".join(f"cuda:{number}" for number in numbers)
 
 
 def check_stored_dtype(dtype: str) -> None:
-    """Raise PlanError for a --dtype that is not offered."""
+    """Raise UsageError for a --dtype that is not offered."""
     if dtype not in ("auto", "float16", "bfloat16"):
-        raise PlanError(f"--dtype {dtype}: wanted auto, float16 or bfloat16")
+        raise UsageError(f"--dtype {dtype}: wanted auto, float16 or bfloat16")
 
 
 def pick_compute_dtype(compute_dtype: str, device: str) -> str:
@@ -106,7 +106,7 @@ def pick_compute_dtype(compute_dtype: str, device: str) -> str:
     if compute_dtype == "auto":
         return "float32" if device == "cpu" else "bfloat16"
     if compute_dtype not in ("float32", "bfloat16"):
-        raise PlanError(
+        raise UsageError(
             f"--compute-dtype {compute_dtype}: wanted float32, bfloat16 or auto",
             hint="float16 overflows in Qwen2.5's activations and is very slow on CPUs",
         )
@@ -116,7 +116,7 @@ def pick_compute_dtype(compute_dtype: str, device: str) -> str:
 def pick_calibration_dtype(calibration_dtype: str, device: str) -> str:
     """The dtype calibration activations are computed in; auto: bfloat16, unless this CPU has no instructions for it."""
     if calibration_dtype not in ("auto", "float32", "bfloat16"):
-        raise PlanError(f"--calibration-dtype {calibration_dtype}: wanted float32, bfloat16 or auto")
+        raise UsageError(f"--calibration-dtype {calibration_dtype}: wanted float32, bfloat16 or auto")
     if calibration_dtype != "auto":
         return calibration_dtype
     return "bfloat16" if device.startswith("cuda") or _cpu_has_bfloat16() else "float32"

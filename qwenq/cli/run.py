@@ -11,7 +11,7 @@ import typer
 
 from qwenq.cli.console import print_json, warn
 from qwenq.cli.models import JsonFlag, Model, resolve_model
-from qwenq.errors import RunError
+from qwenq.errors import RunError, UsageError
 from qwenq.units import format_gb, parse_size, parse_tokens
 
 if TYPE_CHECKING:
@@ -61,9 +61,9 @@ def load_options(
     from qwenq.runtime.load import LoadOptions
 
     if kv_cache_dtype not in KV_DTYPES:
-        raise RunError(f"--kv-cache-dtype {kv_cache_dtype}: wanted {', '.join(KV_DTYPES)}")
+        raise UsageError(f"--kv-cache-dtype {kv_cache_dtype}: wanted {', '.join(KV_DTYPES)}")
     if compute_dtype not in ("auto", "bfloat16", "float32"):
-        raise RunError(
+        raise UsageError(
             f"--compute-dtype {compute_dtype}: wanted bfloat16, float32 or auto",
             hint="float16 overflows in Qwen2.5's activations",
         )
@@ -114,7 +114,7 @@ def run(
         max_model_len, prefill_chunk, gpu_memory, cpu_memory, offload_dir, kv_cache_dtype, compute_dtype
     )
     if json and prompt is None:
-        raise RunError("--json answers one question", hint="give it with --prompt")
+        raise UsageError("--json answers one question", hint="give it with --prompt")
     directory = resolve_model(model)
     checkpoint = open_checkpoint(directory)
     chat = Chat(directory, checkpoint.spec.vocab_size)
@@ -234,7 +234,7 @@ def _foreign(
     from qwenq.runtime.generate import Timing
 
     if ids is None:
-        raise RunError(f"--engine {engine} answers one question", hint="give it with --prompt, or use `qwenq serve`")
+        raise UsageError(f"--engine {engine} answers one question", hint="give it with --prompt, or use `qwenq serve`")
     length = {"max_model_len": options.max_model_len} if options.max_model_len else {}
     timing = Timing()
     with redirect_stdout(sys.stderr):  # both log to stdout

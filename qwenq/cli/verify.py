@@ -11,7 +11,7 @@ import typer
 
 from qwenq.cli.console import out, print_json
 from qwenq.cli.models import JsonFlag
-from qwenq.errors import PlanError
+from qwenq.errors import UsageError
 
 
 def verify(
@@ -68,4 +68,4 @@ def _numbers(text: str) -> list[int] | None:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise PlanError(f"--layers {text}: not layers", hint="numbers from 0 on, for instance 0,5") from None
+        raise UsageError(f"--layers {text}: not layers", hint="numbers from 0 on, for instance 0,5") from None
