@@ -70,7 +70,7 @@ class Chat:
             try:
                 Sampling(**settings)
             except UsageError as error:  # the file's own, not what was asked
-                raise CheckpointError(f"{self.directory / _GENERATION}: {error.message}", hint="mend the file") from None
+                raise CheckpointError(f"{self.directory / _GENERATION}: {error.message}", hint="mend it") from None
         return Sampling(**settings | {key: value for key, value in asked.items() if value is not None})
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
