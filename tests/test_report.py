@@ -353,11 +353,45 @@ def test_a_hostile_manifest_stays_text_in_markdown(tmp_path: Path) -> None:
     assert cells["table_open"] >= 8 and cells["heading_open"] == 1 + 10 + 4  # title, sections, figures
 
 
-def test_a_converted_checkpoint_has_no_drift_of_its_own() -> None:
-    converted = {key: value for key, value in manifest().items() if key not in ("drift", "layers")}
-    with pytest.raises(CheckpointError) as error:
-        read_run(converted, "run", Path("run"))
-    assert error.value.message == "run: qwenq-manifest.json: no drift in it" and "converted" in str(error.value.hint)
+def converted(origin: dict[str, Any] | None) -> dict[str, Any]:
+    """What `qwenq convert` writes of a checkpoint with this manifest."""
+    made = manifest()
+    job = {key: made["job"][key] for key in ("model", "scheme", "overrides", "source")}
+    job |= {"convert": {"from": "gptq", "to": "awq"}, "format": "awq"}
+    kept = {key: made[key] for key in ("parameters", "tensor_bytes", "bits_per_linear_weight", "files")}
+    handed_on = origin and {key: origin[key] for key in ("job", "drift", "warnings", "layers")}
+    run = {"seconds": 3.0, "peak_rss_bytes": 5_000_000}
+    return kept | {"file_bytes": 171_000_000, "job": job, "made_from": handed_on, "run": run}
+
+
+def test_a_conversion_is_reported_by_what_it_hands_on(tmp_path: Path) -> None:
+    origin = changed(manifest(kl=0.05), "warnings", ["something of the solver"])
+    run = read_run(converted(origin), "run", Path("run"))
+    before = read_run(origin, "run", Path("run"))
+    assert (run.drift, run.layers, run.method, run.warnings) == (
+        before.drift, before.layers, before.method, before.warnings,
+    )  # fmt: skip
+    assert run.file_bytes == 171_000_000 and run.converted and run.job["format"] == "awq"
+    page, text = texts(runs_of(tmp_path, a=origin, b=converted(origin)))
+    assert "Converted, so time and memory are of the conversion alone: b." in text
+    assert "do not compare" not in text, "both were made from the same source"
+    assert "0.0500" in page
+
+
+def test_a_conversion_of_what_had_no_manifest_is_left_out_and_said(tmp_path: Path) -> None:
+    bare, old = converted(None), converted(manifest())
+    del old["made_from"]["layers"]  # as versions before wrote it
+    directories = runs_of(tmp_path, a=manifest(), b=bare, c=old)
+    result = command("report", *directories, "-o", tmp_path / "out")
+    assert result.exit_code == 0
+    lines = [f"{name}: qwenq-manifest.json: no drift in it, nor errors by layer: left out" for name in "bc"]
+    assert result.stderr.splitlines() == [f"warning: {line}" for line in lines]
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert all(line in text for line in lines) and "quantized: 1 variant" in text
+    for given in (directories[1:], directories[1:2]):
+        alone = command("report", *given, "-o", tmp_path / "none")
+        assert alone.exit_code == 1 and not (tmp_path / "none").exists()
+        assert alone.stderr.splitlines()[-1].startswith("hint: it was converted from a checkpoint without them")
 
 
 @pytest.mark.parametrize(
