@@ -23,6 +23,7 @@ from qwenq.errors import CheckpointError
 from qwenq.report.benchmarks import read_benchmarks
 from qwenq.report.compose import Extras, compose
 from qwenq.report.html import to_html
+from qwenq.report.loaders import loaders_of
 from qwenq.report.measurements import gpu_peaks, read_measurements
 from qwenq.report.runs import load_runs, read_run
 from qwenq.report.writing import to_markdown
@@ -287,7 +288,7 @@ def test_rigs_engines_and_memory_of_a_72b(tmp_path: Path) -> None:
     assert "| 2x RTX 3090 | 47.16 GiB | 17,672 | 389 |" in text  # as `qwenq plan` says
     assert "| RTX 5090 | 31.35 GiB | no | no |" in text
     assert re.search(r"\| 8k \| 4\d\.\d\d \(4\d\.\d\d to 4\d\.\d\d; measured 45\.00\) \|", text)
-    assert "| vLLM | TP 1 | TP 1, 2, 4 | untried |" in text
+    assert "| vLLM | TP 1 | TP 1, 2, 4 | CPU: logits equal |" in text
     assert "| llama.cpp | no (GGUF only) | no (GGUF only) | untried |" in text
     assert "- No TP 8 for 4-bit-g32: FFN width 29568 / 8 = 3696 is not a multiple of the group size 32" in text
     assert "Crosses are measurements" in text and "Crosses are measurements" in Page(page).text
@@ -295,6 +296,35 @@ def test_rigs_engines_and_memory_of_a_72b(tmp_path: Path) -> None:
     memory = re.search(r'<svg[^>]*aria-labelledby="memory-context-w-t.*?</svg>', page, re.S)[0]  # type: ignore[index]
     assert "A100 PCIe 80GB</text>" in memory and "RTX 5090</text>" not in memory  # below every curve
     assert memory.count('class="stroke s0"') == 2  # one cross
+
+
+@pytest.mark.parametrize(
+    ("method", "bits", "group", "mixed", "tried"),
+    [
+        ("gptq", 4, -1, False, "CPU: logits equal"),
+        ("gptq", 8, 64, False, "CPU: logits equal, 8-bit products by plain torch"),
+        ("gptq", 4, 64, True, "CPU: logits equal, 8-bit products by plain torch"),
+        ("compressed-tensors", 4, 64, False, "CPU: logits equal"),
+        ("compressed-tensors", 8, 64, True, "CPU: logits equal, 8-bit products by plain torch"),
+        ("awq", 4, 64, False, "CPU: logits equal"),
+        ("none", 16, 0, False, "CPU: logits equal"),
+        ("gptq_v2", 4, 64, False, "untried"),
+        ("bitsandbytes", 4, 64, False, "untried"),
+    ],
+)
+def test_engines_tried_are_those_of_the_readme(method: str, bits: int, group: int, mixed: bool, tried: str) -> None:
+    found = {loader.name: loader for loader in loaders_of(method, bits, group, mixed)}
+    assert found["vLLM"].tried == tried and bool(found["vLLM"].reason) == (method == "gptq_v2")
+    assert found["qwenq"].tried == "CPU: in the tests"
+    assert all(loader.tried == "untried" for name, loader in found.items() if name in ("SGLang", "ExLlamaV2"))
+
+
+def test_what_was_tried_differs_by_variant(tmp_path: Path) -> None:
+    four = write_72b(tmp_path / "4-bit", manifest(layers=80), Scheme(4, 128))
+    eight = write_72b(tmp_path / "8-bit", manifest(layers=80, scheme="8-bit g128"), Scheme(8, 128))
+    _, text = texts([four, eight], rigs=("RTX 5090",))
+    assert "| CPU: logits equal; CPU: logits equal, 8-bit products by plain torch |" in text
+    assert re.search(r"\| ExLlamaV2 \| by layers \| no \(4 bits only\) \| untried \|", text)
 
 
 def test_a_real_run_is_reported(tiny_result: Any) -> None:

@@ -43,9 +43,7 @@ def inspect(
     else:
         warn_of_shipped(model)
         spec, shipped = published_shapes(spec, found.published or "BF16")
-    result = audit(
-        spec, found.config, tensors, shipped=shipped, expect_parameters=expected, index_total_bytes=total
-    )
+    result = audit(spec, found.config, tensors, shipped=shipped, expect_parameters=expected, index_total_bytes=total)
     if json:
         print_json(result.to_json())
     else:
