@@ -51,6 +51,18 @@ def test_the_options_are_frozen() -> None:
 
 
 @pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("quantize", ["MODEL"]), ("eval", ["MODEL"]), ("run", ["MODEL"]), ("serve", ["MODEL"]), ("inspect", ["MODEL"]),
+        ("convert", ["CHECKPOINT", "OUT"]), ("verify", ["CHECKPOINT"]), ("report", ["CHECKPOINT"]),
+    ],
+)  # fmt: skip
+def test_arguments_are_called_alike(command: str, words: list[str]) -> None:
+    parameters = typer.main.get_command(app).commands[command].params
+    assert [p.metavar for p in parameters if p.param_type_name == "argument"] == words
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         ["quantize"],

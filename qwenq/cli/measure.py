@@ -20,7 +20,9 @@ from qwenq.units import GIB, format_tokens, parse_tokens
 
 
 def measure(
-    checkpoint: Annotated[str | None, typer.Argument(help="A checkpoint directory, or a hub name.")] = None,
+    checkpoint: Annotated[
+        str | None, typer.Argument(metavar="CHECKPOINT", help="A checkpoint directory, or a hub name.")
+    ] = None,
     synthetic: Annotated[
         str, typer.Option("--synthetic", help="Random weights of this model's shapes instead: Qwen2.5-72B.")
     ] = "",

@@ -17,7 +17,10 @@ from qwenq.spec import ModelSpec, family_spec, spec_from_config
 if TYPE_CHECKING:
     from qwenq.planning.asking import Question
 
-Model = Annotated[str, typer.Argument(help="A checkpoint directory, or a hub name such as Qwen/Qwen2.5-7B-Instruct.")]
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A checkpoint directory, or a hub name such as Qwen/Qwen2.5-7B-Instruct."),
+]
 Device = Annotated[str, typer.Option(help="auto: every GPU there is, else cpu; or cpu, cuda:N, cuda:N,cuda:M.")]
 OneDevice = Annotated[str, typer.Option("--device", help="auto, cpu or cuda:N.")]
 ComputeDtype = Annotated[

@@ -13,7 +13,8 @@ from qwenq.cli.models import JsonFlag
 
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN", help="Checkpoints of `qwenq quantize` or `convert`, of one model.")
+        list[Path],
+        typer.Argument(metavar="CHECKPOINT", help="What `qwenq quantize` or `convert` made, of one model."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory for report.html and report.md.")],
     title: Annotated[str, typer.Option(help="Heading. Default: the model and the number of variants.")] = "",

@@ -16,7 +16,7 @@ from qwenq.headers import shown
 
 
 def verify(
-    directory: Annotated[Path, typer.Argument(help="A directory that `qwenq quantize` made.")],
+    directory: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A directory that `qwenq quantize` made.")],
     source: Annotated[
         Path | None, typer.Option(help="The 16-bit checkpoint it was made from: hash its files too.")
     ] = None,
