@@ -78,9 +78,7 @@ def audit(
     if tensors is not None and readable:
         problems += _compare(recipe, spec, tensors)
     if expect_parameters is not None and abs(spec.parameters - expect_parameters) > _TOLERANCE * expect_parameters:
-        problems.append(
-            f"parameters: {expect_parameters:,.0f} expected, the shapes make {spec.parameters:,}"
-        )
+        problems.append(f"parameters: {expect_parameters:,.0f} expected, the shapes make {spec.parameters:,}")
     stored = sum(t.nbytes for t in tensors.values()) if tensors is not None else None
     if index_total_bytes is not None and stored is not None and index_total_bytes != stored:
         problems.append(f"total_size: the index says {index_total_bytes} bytes, the headers sum to {stored}")
