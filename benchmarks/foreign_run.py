@@ -6,11 +6,14 @@ imports qwenq; numpy and the standard library are all there is.
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
 import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
@@ -22,6 +25,13 @@ def fail(message: str) -> NoReturn:
     """End the script with one line on stderr and exit code 1."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(1)
+
+
+def print_figures(args: argparse.Namespace, quantize: Callable[[argparse.Namespace], dict[str, object]]) -> None:
+    """One JSON line on stdout; what the tool prints meanwhile goes to stderr."""
+    with contextlib.redirect_stdout(sys.stderr):
+        figures = quantize(args)
+    print(json.dumps(figures))
 
 
 def read_tokens(path: Path) -> np.ndarray:

@@ -13,10 +13,7 @@ One JSON line on stdout; GPTQModel's own log goes to stderr.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -29,6 +26,7 @@ from foreign_run import (
     copy_tokenizer,
     directory_bytes,
     peak_rss_bytes,
+    print_figures,
     process_age_s,
     read_tokens,
     versions,
@@ -91,9 +89,7 @@ def main() -> None:
     args = parse_args()
     args.model, args.out, args.tokens = args.model.resolve(), args.out.resolve(), args.tokens.resolve()
     os.chdir(tempfile.mkdtemp(prefix="gptqmodel-"))  # it keeps its log where it runs
-    with contextlib.redirect_stdout(sys.stderr):
-        figures = quantize(args)
-    print(json.dumps(figures))
+    print_figures(args, quantize)
 
 
 if __name__ == "__main__":

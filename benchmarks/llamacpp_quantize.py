@@ -19,11 +19,9 @@ One JSON line on stdout; llama.cpp's own log goes to stderr.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import ctypes
 import json
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -31,7 +29,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from foreign_run import check_paths, copy_tokenizer, directory_bytes, fail, peak_rss_bytes, process_age_s, versions
+from foreign_run import (
+    check_paths,
+    copy_tokenizer,
+    directory_bytes,
+    fail,
+    peak_rss_bytes,
+    print_figures,
+    process_age_s,
+    versions,
+)
 
 OUTER = ("model.embed_tokens.weight", "lm_head.weight")
 SUPER_BLOCK = 256  # values that share a scale of scales in the K types
@@ -189,12 +196,5 @@ def quantize(args: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def main() -> None:
-    args = parse_args()
-    with contextlib.redirect_stdout(sys.stderr):
-        figures = quantize(args)
-    print(json.dumps(figures))
-
-
 if __name__ == "__main__":
-    main()
+    print_figures(parse_args(), quantize)

@@ -13,9 +13,6 @@ to stderr.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
-import sys
 import time
 from pathlib import Path
 
@@ -25,6 +22,7 @@ from foreign_run import (
     copy_tokenizer,
     directory_bytes,
     peak_rss_bytes,
+    print_figures,
     process_age_s,
     read_tokens,
     versions,
@@ -99,12 +97,5 @@ def quantize(args: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def main() -> None:
-    args = parse_args()
-    with contextlib.redirect_stdout(sys.stderr):
-        figures = quantize(args)
-    print(json.dumps(figures))
-
-
 if __name__ == "__main__":
-    main()
+    print_figures(parse_args(), quantize)

@@ -31,6 +31,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     config = json.loads((args.model / "config.json").read_text())
+    if config.get("model_type") not in ("qwen2", "llama"):  # Qwen3 has norms of single heads
+        raise SystemExit(f"error: {args.model} is a {config.get('model_type')} model, wanted qwen2 or llama")
     hidden, ffn = config["hidden_size"], config["intermediate_size"]
     heads, shared = config["num_attention_heads"], config["num_key_value_heads"]
     head_dim, each = config.get("head_dim") or hidden // heads, heads // shared

@@ -12,24 +12,20 @@ the logits differ by more than the tolerance.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-from compare_logits import compare, fail, read_reference, versions
+from compare_logits import check, command_line, compare, fail, read_reference, versions
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--logits", type=Path, required=True, help="REF.npz with input_ids and logits")
-    return parser.parse_args()
+    return command_line(__doc__.splitlines()[0]).parse_args()
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Logits of AutoGPTQ next to the reference's, as the JSON object."""
+    check_config(args.checkpoint)
     import torch
     from auto_gptq import AutoGPTQForCausalLM
 
@@ -76,16 +72,5 @@ def check_config(checkpoint: Path) -> None:
         )
 
 
-def main() -> None:
-    args = parse_args()
-    if not (args.checkpoint / "config.json").is_file():
-        fail(f"{args.checkpoint} is not a checkpoint directory: it has no config.json")
-    check_config(args.checkpoint)
-    with contextlib.redirect_stdout(sys.stderr):
-        report = run(args)
-    print(json.dumps(report, indent=2))
-    raise SystemExit(0 if report["passed"] else 1)
-
-
 if __name__ == "__main__":
-    main()
+    check(parse_args(), run)

@@ -13,25 +13,21 @@ Prints one JSON object; exit code 1 when the logits differ by more than the tole
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # read when gptqmodel is imported
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # its torch kernel compiles itself, for minutes
 
-from compare_logits import compare, fail, read_reference, versions
+from compare_logits import check, command_line, compare, fail, read_reference, versions
 
 DTYPES = ("float16", "bfloat16")  # all that GPTQModel's kernels compute in
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--logits", type=Path, required=True, help="REF.npz with input_ids and logits")
+    parser = command_line(__doc__.splitlines()[0])
     parser.add_argument("--loader", choices=("gptqmodel", "transformers"), default="gptqmodel")
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="dtype the loader computes in")
     return parser.parse_args()
@@ -96,15 +92,5 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    args = parse_args()
-    if not (args.checkpoint / "config.json").is_file():
-        fail(f"{args.checkpoint} is not a checkpoint directory: it has no config.json")
-    with contextlib.redirect_stdout(sys.stderr):
-        report = run(args)
-    print(json.dumps(report, indent=2))
-    raise SystemExit(0 if report["passed"] else 1)
-
-
 if __name__ == "__main__":
-    main()
+    check(parse_args(), run)

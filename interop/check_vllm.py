@@ -18,11 +18,8 @@ Prints one JSON object; exit code 1 when the logits differ by more than the tole
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,15 +31,13 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # stay off particu
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from compare_logits import compare, fail, read_reference, versions
+from compare_logits import check, command_line, compare, fail, read_reference, versions
 
 DTYPES = ("float16", "bfloat16", "float32")  # the last for unquantized models only
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--logits", type=Path, required=True, help="REF.npz with input_ids and logits")
+    parser = command_line(__doc__.splitlines()[0])
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="dtype vLLM computes in")
     parser.add_argument("--plain-kernel", action="store_true", help="plain torch for layers vLLM has no kernel for")
     return parser.parse_args()
@@ -160,15 +155,5 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    args = parse_args()
-    if not (args.checkpoint / "config.json").is_file():
-        fail(f"{args.checkpoint} is not a checkpoint directory: it has no config.json")
-    with contextlib.redirect_stdout(sys.stderr):
-        report = run(args)
-    print(json.dumps(report, indent=2))
-    raise SystemExit(0 if report["passed"] else 1)
-
-
 if __name__ == "__main__":
-    main()
+    check(parse_args(), run)

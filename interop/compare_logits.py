@@ -6,9 +6,12 @@ standard library only.
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import json
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
@@ -85,6 +88,24 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Log probabilities along the last axis, in float64."""
     shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def command_line(description: str) -> argparse.ArgumentParser:
+    """A parser for CHECKPOINT --logits REF.npz, which every script takes."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--logits", type=Path, required=True, help="REF.npz with input_ids and logits")
+    return parser
+
+
+def check(args: argparse.Namespace, run: Callable[[argparse.Namespace], dict[str, Any]]) -> NoReturn:
+    """Print what `run` finds as JSON, all else to stderr; exit code 1 when the logits are too far apart."""
+    if not (args.checkpoint / "config.json").is_file():
+        fail(f"{args.checkpoint} is not a checkpoint directory: it has no config.json")
+    with contextlib.redirect_stdout(sys.stderr):
+        report = run(args)
+    print(json.dumps(report, indent=2))
+    raise SystemExit(0 if report["passed"] else 1)
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qwenq.formats.config import is_readable, read_quantization_config
 from qwenq.headers import INDEX_NAME, inside, read_object
-from qwenq.layout import NF4_STATE
+from qwenq.layout import GRID_FORMATS, NF4_STATE
 from qwenq.planning.tensor_parallel import row_groups, tensor_parallel_sizes
-from qwenq.scheme import Recipe
+from qwenq.planning.weights import published_weights
+from qwenq.scheme import Recipe, Scheme
 from qwenq.spec import ModelSpec, TensorSpec
 
 _TOLERANCE = 0.005  # stated totals are rounded: 72.7B
 
 
+HEADERS = "the checkpoint's own headers"
+SHIPPED = "shapes shipped with qwenq, no header was read"
+
+
 @dataclass(frozen=True)
 class Part:
-    """One part of the model: parameters, and bytes as stored (or as 16 bit would take, without tensors)."""
+    """One part of the model: parameters, and bytes as stored (or as the shipped shapes would take)."""
 
     name: str
     parameters: int
@@ -35,6 +40,8 @@ class Audit:
     parameters: int
     parts: tuple[Part, ...]
     tensors_read: bool  # stored bytes are from headers, not from shapes
+    source: str  # where the shapes are from: HEADERS or SHIPPED
+    expected_parameters: float | None
     kv_bytes_per_token: float  # 16-bit keys and values
     tensor_parallel: dict[str, str]
     disagreements: tuple[str, ...]
@@ -48,12 +55,17 @@ def audit(
     config: Mapping[str, Any],
     tensors: Mapping[str, TensorSpec] | None,
     *,
+    shipped: Recipe | None = None,
     expect_parameters: float | None = None,
     index_total_bytes: int | None = None,
 ) -> Audit:
-    """Compare shapes from the config with `tensors` (from headers; None without any) and with stated totals."""
+    """Compare shapes from the config with `tensors` (from headers; None without any) and with stated totals.
+
+    `shipped`: how shapes that come with this project are stored, where there is neither config nor header.
+    """
     quantization = config.get("quantization_config")
-    recipe, scheme = Recipe(None), "16-bit"
+    recipe = shipped or Recipe(None)
+    scheme = f"{recipe.default.label}, {recipe.format}" if recipe.default else "16-bit"
     problems: list[str] = []
     readable = True
     if quantization:
@@ -66,9 +78,7 @@ def audit(
     if tensors is not None and readable:
         problems += _compare(recipe, spec, tensors)
     if expect_parameters is not None and abs(spec.parameters - expect_parameters) > _TOLERANCE * expect_parameters:
-        problems.append(
-            f"parameters: {expect_parameters / 1e9:.2f} B expected, the shapes make {spec.parameters / 1e9:.2f} B"
-        )
+        problems.append(f"parameters: {expect_parameters:,.0f} expected, the shapes make {spec.parameters:,}")
     stored = sum(t.nbytes for t in tensors.values()) if tensors is not None else None
     if index_total_bytes is not None and stored is not None and index_total_bytes != stored:
         problems.append(f"total_size: the index says {index_total_bytes} bytes, the headers sum to {stored}")
@@ -76,12 +86,23 @@ def audit(
         spec=spec,
         scheme=scheme,
         parameters=spec.parameters,
-        parts=_parts(spec, tensors),
+        parts=_parts(spec, tensors.values() if tensors is not None else _shipped_tensors(spec, recipe)),
         tensors_read=tensors is not None,
+        source=HEADERS if tensors is not None else SHIPPED,
+        expected_parameters=expect_parameters,
         kv_bytes_per_token=spec.kv_bytes_per_token(),
         tensor_parallel=tensor_parallel_sizes(spec, row_groups(spec, recipe)),
         disagreements=tuple(problems),
     )
+
+
+def published_shapes(spec: ModelSpec, published: str) -> tuple[ModelSpec, Recipe]:
+    """Shapes and scheme of the publisher's own files, `published` (GPTQ-Int4, AWQ); FP8's are shown in 16 bits."""
+    weights = published_weights(spec, published)
+    if weights.method not in GRID_FORMATS:
+        return spec, Recipe(None)
+    scheme = Scheme(weights.bits, weights.group_size, sym=weights.method != "awq")
+    return replace(spec, intermediate_size=weights.intermediate_size), Recipe(scheme, format=weights.method)
 
 
 def index_total(directory: Path) -> int | None:
@@ -105,7 +126,11 @@ def _compare(recipe: Recipe, spec: ModelSpec, tensors: Mapping[str, TensorSpec])
     return problems
 
 
-def _parts(spec: ModelSpec, tensors: Mapping[str, TensorSpec] | None) -> tuple[Part, ...]:
+def _shipped_tensors(spec: ModelSpec, recipe: Recipe) -> Iterable[TensorSpec]:
+    return recipe.tensors(spec, "F16") if recipe.default else spec.tensors("BF16")
+
+
+def _parts(spec: ModelSpec, tensors: Iterable[TensorSpec]) -> tuple[Part, ...]:
     def part_of(name: str) -> str:
         if name.startswith("model.embed_tokens"):
             return "embedding (and head)" if spec.tie_word_embeddings else "embedding"
@@ -119,6 +144,6 @@ def _parts(spec: ModelSpec, tensors: Mapping[str, TensorSpec] | None) -> tuple[P
     for tensor in spec.tensors("I8"):
         parameters[part_of(tensor.name)] = parameters.get(part_of(tensor.name), 0) + tensor.nbytes
     stored: dict[str, int] = {}
-    for tensor in tensors.values() if tensors is not None else spec.tensors("BF16"):
+    for tensor in tensors:
         stored[part_of(tensor.name)] = stored.get(part_of(tensor.name), 0) + tensor.nbytes
     return tuple(Part(n, parameters.get(n, 0), stored.get(n, 0)) for n in {**parameters, **stored})

@@ -22,6 +22,7 @@ from qwenq.units import format_gb
 CARD_NAME = "README.md"
 _README_BYTES = 1 << 16  # metadata comes first
 _MAX_WARNINGS = 50
+SERVED_CONTEXT = 8192  # of the example, where the model was trained on so much
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 _METADATA = re.compile(r"---\r?\n(.*?)\r?\n---\s*\n", re.DOTALL)
 _LICENSE = re.compile(
@@ -194,11 +195,11 @@ def _loading(spec: ModelSpec, recipe: Recipe) -> Iterator[str]:
     yield "vLLM, and qwenq itself:"
     yield ""
     yield "```"
-    yield "vllm serve . --max-model-len 8192"
+    yield f"vllm serve . --max-model-len {min(SERVED_CONTEXT, spec.max_position_embeddings)}"
     yield "qwenq run . -p 'Hello'"
     yield "```"
     yield ""
-    yield f"Tensor-parallel sizes that the shapes allow: {allowed}."
+    yield f"Tensor-parallel sizes (`--tensor-parallel-size`) that the shapes allow: {allowed}."
     yield from (f"- Not {ranks}: {escape(reason)}." for ranks, reason in reasons.items() if reason)
 
 

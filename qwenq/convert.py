@@ -198,7 +198,8 @@ def _finish(
 
 
 def _origin(directory: Path) -> dict[str, Any] | None:
-    """What the manifest of the checkpoint that was quantized says of its making, and its drift: the codes are the same.
+    """What the manifest of the checkpoint that was quantized says of its making, its drift and its layers' errors: the
+    codes are the same.
 
     A converted checkpoint hands on what it was made from. None without a manifest that is as it was written.
     """
@@ -211,4 +212,4 @@ def _origin(directory: Path) -> dict[str, Any] | None:
     if "made_from" in manifest:
         handed_on: dict[str, Any] | None = manifest["made_from"]
         return handed_on
-    return {key: manifest[key] for key in ("digest", "job", "drift", "warnings")}
+    return {key: manifest[key] for key in ("digest", "job", "drift", "warnings", "layers")}

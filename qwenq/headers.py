@@ -279,7 +279,7 @@ def _regular_size(path: Path) -> int:
     try:
         info = os.stat(path)
     except OSError as error:
-        raise CheckpointError(f"{shown(path.name)}: {error.strerror}") from None
+        raise CheckpointError(f"{shown(str(path))}: {error.strerror}") from None
     if not stat.S_ISREG(info.st_mode):
-        raise CheckpointError(f"{shown(path.name)}: not a regular file")
+        raise CheckpointError(f"{shown(str(path))}: not a regular file")
     return info.st_size

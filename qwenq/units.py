@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from qwenq.errors import PlanError
+from qwenq.errors import UsageError
 
 GIB = 1 << 30
 GB = 10**9
@@ -14,20 +14,20 @@ _TOKENS = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([km]?)\s*", re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `47GB` (decimal), `44GiB` (binary) or `1500000000`; raises PlanError for anything else."""
+    """Bytes of `47GB` (decimal), `44GiB` (binary) or `1500000000`; raises UsageError for anything else."""
     match = _SIZE.fullmatch(text)
     if not match or (match[3] and not match[2]):
-        raise PlanError(f"not a size: {text!r}", hint="write for instance 47GB, 44GiB or 500MB")
+        raise UsageError(f"not a size: {text!r}", hint="write for instance 47GB, 44GiB or 500MB")
     base = 1024 if match[3] else 1000
     return round(float(match[1]) * base ** ("", "K", "M", "G", "T").index(match[2].upper()))
 
 
 def parse_tokens(text: str) -> int:
-    """Tokens of `8192` or `8k` (k = 1,024, as context lengths are named); raises PlanError below 1."""
+    """Tokens of `8192` or `8k` (k = 1,024, as context lengths are named); raises UsageError below 1."""
     match = _TOKENS.fullmatch(text)
     tokens = round(float(match[1]) * {"": 1, "k": 1024, "m": 1 << 20}[match[2].lower()]) if match else 0
     if tokens < 1:
-        raise PlanError(f"not a context length: {text!r}", hint="write tokens, for instance 8192 or 32k")
+        raise UsageError(f"not a context length: {text!r}", hint="write tokens, for instance 8192 or 32k")
     return tokens
 
 

@@ -34,7 +34,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
         (
             "work",
             "runtime runtime.* streams clock block bnb head fisher sensitivity job host finish layer rederive quantize "
-            "convert verify evaluate demo",
+            "convert verify evaluate demo web",
         ),
         ("telling", "report report.* page page.*"),
         ("door", "cli cli.* __main__"),

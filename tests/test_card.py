@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def test_the_card_of_a_run(tmp_path: Path) -> None:
         "| perplexity increase | +10.00 % | +8.00 to +12.00 |",
         "| perplexity of the 16-bit model | 15.000 |  |",
         "transformers, after `pip install optimum gptqmodel`:",
-        "Tensor-parallel sizes that the shapes allow: 1, 2.",
+        "vllm serve . --max-model-len 8192",
+        "Tensor-parallel sizes (`--tensor-parallel-size`) that the shapes allow: 1, 2.",
         "- Not 4: FFN width 29568 / 4 = 7392 is not a multiple of the group size 64, so a quantization group would "
         "straddle ranks (--pad-for-tp 4 makes it 29696).",
         "- Scheme: 560 linears 4-bit g64; embedding, norms and head as in the original.",
@@ -75,6 +77,11 @@ def test_the_card_of_a_run(tmp_path: Path) -> None:
     assert "; embedding and head as in the original." in folded and "Channel scales are folded" in folded
     told = changed(manifest(), "warnings", ["layer 3 fell back"])
     assert "## Warnings and fallbacks\n\n- layer 3 fell back\n\n" in card(told, tmp_path)[1]
+
+
+def test_the_example_serves_no_more_than_the_model_was_trained_on(tmp_path: Path) -> None:
+    text = model_card(manifest(), tmp_path, replace(spec(), max_position_embeddings=512), Recipe(Scheme(4, 64)))
+    assert "vllm serve . --max-model-len 512\n" in text
 
 
 def test_a_mixed_recipe_does_not_promise_transformers(tmp_path: Path) -> None:

@@ -51,6 +51,18 @@ def test_the_options_are_frozen() -> None:
 
 
 @pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("quantize", ["MODEL"]), ("eval", ["MODEL"]), ("run", ["MODEL"]), ("serve", ["MODEL"]), ("inspect", ["MODEL"]),
+        ("convert", ["CHECKPOINT", "OUT"]), ("verify", ["CHECKPOINT"]), ("report", ["CHECKPOINT"]),
+    ],
+)  # fmt: skip
+def test_arguments_are_called_alike(command: str, words: list[str]) -> None:
+    parameters = typer.main.get_command(app).commands[command].params
+    assert [p.metavar for p in parameters if p.param_type_name == "argument"] == words
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         ["quantize"],
@@ -143,13 +155,34 @@ def command(tiny: Path, calib: Path, heldout: Path, tmp_path: Path) -> Callable[
     return make
 
 
-def refusal(result: Result, message: str, hint: str | None = None) -> None:
-    """Exit code 1, nothing on stdout, `error: ...` and `hint: ...` as the only lines of stderr."""
-    assert result.exit_code == 1, (result.output, result.exception)
+def refusal(result: Result, message: str, hint: str | None = None, code: int = 1) -> None:
+    """That exit code, nothing on stdout, `error: ...` and `hint: ...` as the only lines of stderr."""
+    assert result.exit_code == code, (result.output, result.exception)
     assert isinstance(result.exception, SystemExit) and result.stdout == ""
     lines = result.stderr.splitlines()
     assert lines[0] == f"error: {message}"
     assert lines[1:] == ([f"hint: {hint}"] if hint else [])
+
+
+def test_options_that_mean_nothing(command: Callable[..., list[str]]) -> None:
+    cases: list[tuple[list[str], str, str | None]] = [
+        (command(method="awq"), "--method awq: wanted gptq or rtn", None),
+        (
+            command(format="gguf"),
+            "--format gguf: wanted one of gptq, awq, compressed-tensors, bnb-nf4, bnb-int8",
+            None,
+        ),
+        (command(format="bnb-nf4"), "--format bnb-nf4 is NF4 g64: --group-size is no choice", "leave it out"),
+        (command(dtype="float64"), "--dtype float64: wanted auto, float16 or bfloat16", None),
+        (
+            command(compute_dtype="float16"),
+            "--compute-dtype float16: wanted float32, bfloat16 or auto",
+            "float16 overflows in Qwen2.5's activations and is very slow on CPUs",
+        ),
+        (command(device="tpu"), "--device tpu: wanted auto, cpu, cuda:N or cuda:N,cuda:M", None),
+    ]
+    for arguments, message, hint in cases:
+        refusal(run(*arguments), message, hint, 2)
 
 
 def test_errors_of_quantize(command: Callable[..., list[str]], tiny: Path, tmp_path: Path, heldout: Path) -> None:
@@ -160,30 +193,16 @@ def test_errors_of_quantize(command: Callable[..., list[str]], tiny: Path, tmp_p
     cases: list[tuple[list[str], str, str | None]] = [
         (command(output=None), "no output directory", "give one with -o DIR"),
         (command(bits=5), "bits is 5, wanted 4 or 8", None),
-        (command(method="awq"), "--method awq: wanted gptq or rtn", None),
-        (
-            command(format="gguf"),
-            "--format gguf: wanted one of gptq, awq, compressed-tensors, bnb-nf4, bnb-int8",
-            None,
-        ),
         (
             command(format="awq", bits=8),
             "format awq cannot hold 8-bit g32 asym",
             "AWQ is 4-bit with zero points; gptq and compressed-tensors hold this",
         ),
-        (command(format="bnb-nf4"), "--format bnb-nf4 is NF4 g64: --group-size is no choice", "leave it out"),
         (
             command(num_samples=1, pull=1),
             "--pull 1: one window of calibration has no two halves",
             "more text",
         ),
-        (command(dtype="float64"), "--dtype float64: wanted auto, float16 or bfloat16", None),
-        (
-            command(compute_dtype="float16"),
-            "--compute-dtype float16: wanted float32, bfloat16 or auto",
-            "float16 overflows in Qwen2.5's activations and is very slow on CPUs",
-        ),
-        (command(device="tpu"), "--device tpu: wanted auto, cpu, cuda:N or cuda:N,cuda:M", None),
         (
             command(group_size=256),
             "model.layers.0.self_attn.q_proj: group size 256 does not divide its 128 input features",
@@ -214,7 +233,7 @@ def test_errors_of_quantize(command: Callable[..., list[str]], tiny: Path, tmp_p
             f"{tiny.parent}/calib.txt: windows of 1024 tokens, the model reads 512",
             "--sequence-length 512 or less",
         ),
-        (command(tmp_path / "bare"), "config.json: No such file or directory", None),
+        (command(tmp_path / "bare"), f"{tmp_path}/bare/config.json: No such file or directory", None),
     ]
     for arguments, message, hint in cases:
         refusal(run(*arguments), message, hint)

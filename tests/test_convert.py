@@ -21,6 +21,7 @@ from qwenq.errors import CheckpointError, JobError, PlanError, QwenqError
 from qwenq.layout import FORMATS
 from qwenq.quant.gptq import QTensor
 from qwenq.quantize import quantize
+from qwenq.report.runs import load_runs
 from qwenq.scheme import NF4, Recipe, Scheme
 from qwenq.verify import verify
 
@@ -108,6 +109,9 @@ def test_the_manifest_says_what_it_was_made_from(random_model: Make, tmp_path: P
     first, second = (json.loads((tmp_path / d / "qwenq-manifest.json").read_text()) for d in "ab")
     assert second["job"]["convert"] == {"from": "gptq", "to": "compressed-tensors"}
     assert second["made_from"]["digest"] == first["digest"] and second["made_from"]["drift"] == first["drift"]
+    one, two = load_runs([tmp_path / "a", tmp_path / "b"])  # which a report reads of both
+    assert (two.drift, two.layers, two.warnings) == (one.drift, one.layers, one.warnings) and two.converted
+    assert two.file_bytes == second["file_bytes"] and two.job["convert"] == second["job"]["convert"]
     assert not (tmp_path / "b" / "quantize_config.json").exists()
     card = (tmp_path / "b" / "README.md").read_text()
     assert "Quantized in the gptq format, then converted bit for bit." in card and "compressed-tensors" in card
@@ -190,5 +194,5 @@ def test_the_command(random_model: Make, tmp_path: Path) -> None:
     result = run(tmp_path / "a", tmp_path / "c", "--format", "compressed-tensors")
     assert result.exit_code == 0 and "4-bit g32, gptq to compressed-tensors, 0." in result.stdout
     result = run(tmp_path / "a", tmp_path / "d", "--format", "gguf")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert result.stderr == f"error: --format gguf: wanted one of {', '.join(FORMATS)}\n"

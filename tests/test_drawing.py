@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenq.report.drawing import Scale, overlaps, place_labels, spread_labels, text_width, tick_text
+from qwenq.report.drawing import Scale, crosses, overlaps, place_labels, spread_labels, text_width, tick_text
+from qwenq.report.plots import Point, draw_kl_size
 
 
 def test_scales_by_hand() -> None:
@@ -59,3 +61,38 @@ def test_point_labels_do_not_overlap(spots: list[tuple[float, float]]) -> None:
         boxes.append((at_x, at_y - 12, at_x + text_width(name), at_y + 3))
         assert far or math.hypot(at_x - x, at_y - y) < 90
     assert not any(overlaps(a, b) for a, b in itertools.combinations(boxes, 2))
+
+
+def test_a_line_through_a_box() -> None:
+    box = (10.0, 10.0, 20.0, 20.0)
+    assert crosses((0, 0, 30, 30), box) and crosses((15, 0, 15, 30), box) and crosses((12, 12, 13, 13), box)
+    assert not crosses((0, 0, 9, 9), box) and not crosses((0, 15, 10, 15), box) and not crosses((0, 21, 30, 21), box)
+    assert not crosses((0, 12, 12, 0), box), "past the corner"
+
+
+TOOLS = [  # label, MB, KL: of the demo's report
+    ("qwenq 4-bit g64", 171.3, 0.1042), ("gptqmodel 4-bit g64", 171.3, 0.2398),
+    ("gptqmodel 4-bit g64 mse=2.4", 171.3, 0.2017), ("llamacpp Q4_K_M", 187.0, 0.07908),
+    ("qwenq 8-bit g64", 225.2, 0.000545), ("gptqmodel 8-bit g64", 225.2, 0.001167), ("qwenq 4-bit g32", 175.5, 0.08327),
+    ("gptqmodel 4-bit g32 mse=2.4", 175.5, 0.15), ("llmcompressor 4-bit g64 imatrix_mse", 169.9, 0.1697),
+    ("gptqmodel 8-bit g64 mse=2.4", 225.2, 0.001104),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [760, 400])
+def test_no_leader_crosses_another_label(width: int) -> None:
+    kinds = {name.split()[0]: k for k, (name, _, _) in enumerate(TOOLS)}
+    points = [Point(n, bits, kl, 0.95 * kl, 1.05 * kl, kinds[n.split()[0]], True) for n, bits, kl in TOOLS]
+    svg = draw_kl_size(points, "size, MB", width, "p").svg()
+    labels = [
+        (float(m[1]), float(m[2]), m[3])
+        for m in re.finditer(r'<text x="([\d.]+)" y="([\d.]+)" class="label">([^<]*)</text>', svg)
+    ]
+    boxes = [(x, y - 11, x + text_width(text), y + 2) for x, y, text in labels]
+    lines = [
+        (float(m[1]), float(m[2]), float(m[3]), float(m[4]))
+        for m in re.finditer(r'<path class="leader" d="M([\d.]+) ([\d.]+)L([\d.]+) ([\d.]+)"/>', svg)
+    ]
+    assert len(labels) == len(TOOLS) and len(lines) >= 3
+    assert not any(overlaps(a, b) for a, b in itertools.combinations(boxes, 2))
+    assert not [(line, box) for line in lines for box in boxes if crosses(line, box)]

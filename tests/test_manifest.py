@@ -187,3 +187,20 @@ def test_the_command(copy: Path, tiny: Path) -> None:
     assert [f["file"] for f in answer["findings"]] == ["config.json", "extra.bin"]
     none = CliRunner().invoke(app, ["verify", str(tiny)])
     assert none.exit_code == 1 and none.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "code"),
+    [
+        (["{tiny}", "--layers", "0"], "--layers goes with --source", 2),
+        (["{tiny}", "--all-layers"], "--all-layers goes with --source", 2),
+        (["{tiny}", "--calibration", "x.txt"], "--calibration goes with --source", 2),
+        (["{tiny}", "--source", "{tiny}", "--layers", "0", "--all-layers"], "--layers and --all-layers exclude", 2),
+        (["{tiny}", "--source", "{tiny}", "--layers", "some"], "--layers some: not layers", 2),
+        (["nope"], "nope: no such directory", 1),
+        (["{tiny}", "--source", "nope"], "nope: no such directory", 1),
+    ],
+)
+def test_verify_refuses_what_it_would_ignore(words: list[str], error: str, code: int, tiny: Path) -> None:
+    result = CliRunner().invoke(app, ["verify", *(word.format(tiny=tiny) for word in words)])
+    assert result.exit_code == code and result.stdout == "" and result.stderr.startswith(f"error: {error}")

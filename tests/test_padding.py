@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -123,3 +125,13 @@ def test_padding_has_no_say_in_channel_scales() -> None:
     power, moment = torch.rand(24) + 0.1, torch.rand(24) + 0.1
     padded = channel_scales(*(torch.cat([x, torch.zeros(8)]) for x in (power, moment)))
     assert torch.allclose(padded[:24], channel_scales(power, moment)) and torch.equal(padded[24:], torch.ones(8))
+
+
+def test_pad_model_refuses_norms_of_heads(tmp_path: Path) -> None:
+    """benchmarks/pad_model.py would scale Qwen3's norms of single heads like those of the residual stream."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
+    script = Path(__file__).parent.parent / "benchmarks" / "pad_model.py"
+    words = [sys.executable, str(script), str(tmp_path), str(tmp_path / "out")]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == f"error: {tmp_path} is a qwen3 model, wanted qwen2 or llama\n"
+    assert not (tmp_path / "out").exists()

@@ -141,4 +141,4 @@ def test_running_out_of_memory_keeps_the_rows_before(tiny: Path, monkeypatch: py
     assert result.exit_code == 3 and "error: memory ran out, context 128: CPU: out of memory" in result.stderr
     assert result.stdout.count("prefill") == 1
     both = run("measure", tiny, "--synthetic", "Qwen2.5-0.5B")
-    assert both.exit_code == 1 and "one of them" in both.stderr
+    assert both.exit_code == 2 and "one of them" in both.stderr

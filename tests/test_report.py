@@ -23,6 +23,7 @@ from qwenq.errors import CheckpointError
 from qwenq.report.benchmarks import read_benchmarks
 from qwenq.report.compose import Extras, compose
 from qwenq.report.html import to_html
+from qwenq.report.loaders import loaders_of
 from qwenq.report.measurements import gpu_peaks, read_measurements
 from qwenq.report.runs import load_runs, read_run
 from qwenq.report.writing import to_markdown
@@ -287,7 +288,7 @@ def test_rigs_engines_and_memory_of_a_72b(tmp_path: Path) -> None:
     assert "| 2x RTX 3090 | 47.16 GiB | 17,672 | 389 |" in text  # as `qwenq plan` says
     assert "| RTX 5090 | 31.35 GiB | no | no |" in text
     assert re.search(r"\| 8k \| 4\d\.\d\d \(4\d\.\d\d to 4\d\.\d\d; measured 45\.00\) \|", text)
-    assert "| vLLM | TP 1 | TP 1, 2, 4 | untried |" in text
+    assert "| vLLM | TP 1 | TP 1, 2, 4 | CPU: logits equal |" in text
     assert "| llama.cpp | no (GGUF only) | no (GGUF only) | untried |" in text
     assert "- No TP 8 for 4-bit-g32: FFN width 29568 / 8 = 3696 is not a multiple of the group size 32" in text
     assert "Crosses are measurements" in text and "Crosses are measurements" in Page(page).text
@@ -295,6 +296,35 @@ def test_rigs_engines_and_memory_of_a_72b(tmp_path: Path) -> None:
     memory = re.search(r'<svg[^>]*aria-labelledby="memory-context-w-t.*?</svg>', page, re.S)[0]  # type: ignore[index]
     assert "A100 PCIe 80GB</text>" in memory and "RTX 5090</text>" not in memory  # below every curve
     assert memory.count('class="stroke s0"') == 2  # one cross
+
+
+@pytest.mark.parametrize(
+    ("method", "bits", "group", "mixed", "tried"),
+    [
+        ("gptq", 4, -1, False, "CPU: logits equal"),
+        ("gptq", 8, 64, False, "CPU: logits equal, 8-bit products by plain torch"),
+        ("gptq", 4, 64, True, "CPU: logits equal, 8-bit products by plain torch"),
+        ("compressed-tensors", 4, 64, False, "CPU: logits equal"),
+        ("compressed-tensors", 8, 64, True, "CPU: logits equal, 8-bit products by plain torch"),
+        ("awq", 4, 64, False, "CPU: logits equal"),
+        ("none", 16, 0, False, "CPU: logits equal"),
+        ("gptq_v2", 4, 64, False, "untried"),
+        ("bitsandbytes", 4, 64, False, "untried"),
+    ],
+)
+def test_engines_tried_are_those_of_the_readme(method: str, bits: int, group: int, mixed: bool, tried: str) -> None:
+    found = {loader.name: loader for loader in loaders_of(method, bits, group, mixed)}
+    assert found["vLLM"].tried == tried and bool(found["vLLM"].reason) == (method == "gptq_v2")
+    assert found["qwenq"].tried == "CPU: in the tests"
+    assert all(loader.tried == "untried" for name, loader in found.items() if name in ("SGLang", "ExLlamaV2"))
+
+
+def test_what_was_tried_differs_by_variant(tmp_path: Path) -> None:
+    four = write_72b(tmp_path / "4-bit", manifest(layers=80), Scheme(4, 128))
+    eight = write_72b(tmp_path / "8-bit", manifest(layers=80, scheme="8-bit g128"), Scheme(8, 128))
+    _, text = texts([four, eight], rigs=("RTX 5090",))
+    assert "| CPU: logits equal; CPU: logits equal, 8-bit products by plain torch |" in text
+    assert re.search(r"\| ExLlamaV2 \| by layers \| no \(4 bits only\) \| untried \|", text)
 
 
 def test_a_real_run_is_reported(tiny_result: Any) -> None:
@@ -353,11 +383,45 @@ def test_a_hostile_manifest_stays_text_in_markdown(tmp_path: Path) -> None:
     assert cells["table_open"] >= 8 and cells["heading_open"] == 1 + 10 + 4  # title, sections, figures
 
 
-def test_a_converted_checkpoint_has_no_drift_of_its_own() -> None:
-    converted = {key: value for key, value in manifest().items() if key not in ("drift", "layers")}
-    with pytest.raises(CheckpointError) as error:
-        read_run(converted, "run", Path("run"))
-    assert error.value.message == "run: qwenq-manifest.json: no drift in it" and "converted" in str(error.value.hint)
+def converted(origin: dict[str, Any] | None) -> dict[str, Any]:
+    """What `qwenq convert` writes of a checkpoint with this manifest."""
+    made = manifest()
+    job = {key: made["job"][key] for key in ("model", "scheme", "overrides", "source")}
+    job |= {"convert": {"from": "gptq", "to": "awq"}, "format": "awq"}
+    kept = {key: made[key] for key in ("parameters", "tensor_bytes", "bits_per_linear_weight", "files")}
+    handed_on = origin and {key: origin[key] for key in ("job", "drift", "warnings", "layers")}
+    run = {"seconds": 3.0, "peak_rss_bytes": 5_000_000}
+    return kept | {"file_bytes": 171_000_000, "job": job, "made_from": handed_on, "run": run}
+
+
+def test_a_conversion_is_reported_by_what_it_hands_on(tmp_path: Path) -> None:
+    origin = changed(manifest(kl=0.05), "warnings", ["something of the solver"])
+    run = read_run(converted(origin), "run", Path("run"))
+    before = read_run(origin, "run", Path("run"))
+    assert (run.drift, run.layers, run.method, run.warnings) == (
+        before.drift, before.layers, before.method, before.warnings,
+    )  # fmt: skip
+    assert run.file_bytes == 171_000_000 and run.converted and run.job["format"] == "awq"
+    page, text = texts(runs_of(tmp_path, a=origin, b=converted(origin)))
+    assert "Converted, so time and memory are of the conversion alone: b." in text
+    assert "do not compare" not in text, "both were made from the same source"
+    assert "0.0500" in page
+
+
+def test_a_conversion_of_what_had_no_manifest_is_left_out_and_said(tmp_path: Path) -> None:
+    bare, old = converted(None), converted(manifest())
+    del old["made_from"]["layers"]  # as versions before wrote it
+    directories = runs_of(tmp_path, a=manifest(), b=bare, c=old)
+    result = command("report", *directories, "-o", tmp_path / "out")
+    assert result.exit_code == 0
+    lines = [f"{name}: qwenq-manifest.json: no drift in it, nor errors by layer: left out" for name in "bc"]
+    assert result.stderr.splitlines() == [f"warning: {line}" for line in lines]
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert all(line in text for line in lines) and "quantized: 1 variant" in text
+    for given in (directories[1:], directories[1:2]):
+        alone = command("report", *given, "-o", tmp_path / "none")
+        assert alone.exit_code == 1 and not (tmp_path / "none").exists()
+        assert alone.stderr.splitlines()[-1].startswith("hint: it was converted from a checkpoint without them")
 
 
 @pytest.mark.parametrize(

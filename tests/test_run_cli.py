@@ -26,8 +26,8 @@ def run(*arguments: object, stdin: str | None = None) -> Result:
     return CliRunner(env=ENVIRONMENT).invoke(app, ["run", *map(str, arguments)], input=stdin)
 
 
-def refusal(result: Result, message: str, hint: str | None = None) -> None:
-    assert result.exit_code == 1, (result.output, result.exception)
+def refusal(result: Result, message: str, hint: str | None = None, code: int = 1) -> None:
+    assert result.exit_code == code, (result.output, result.exception)
     assert result.stdout == ""
     wanted = [f"error: {message}", f"hint: {hint}"] if hint else [f"error: {message}"]
     assert result.stderr.splitlines()[-len(wanted) :] == wanted
@@ -38,7 +38,7 @@ def test_the_options_are_frozen() -> None:
     assert {o for p in parameters if p.param_type_name == "option" for o in p.opts} == {
         "--prompt", "-p", "--system", "--raw", "--max-new-tokens", "-n", "--temperature", "--top-p", "--seed",
         "--max-model-len", "-c", "--prefill-chunk", "--gpu-memory", "--cpu-memory", "--offload-dir",
-        "--kv-cache-dtype", "--compute-dtype", "--engine", "--json",
+        "--kv-cache-dtype", "--compute-dtype", "--engine", "--dry-run", "--json",
     }  # fmt: skip
 
 
@@ -100,32 +100,52 @@ def test_a_full_context_does_not_end_a_chat(random_model: Callable[..., Path], e
     assert prompts[1] > prompts[0] == prompts[2], "a dialogue grows, and is forgotten when asked"
 
 
+WRONG = [
+    (["--engine", "exllama"], "unknown engine 'exllama'", "one of qwenq, gptqmodel, vllm"),
+    (["--kv-cache-dtype", "q8_0"], "--kv-cache-dtype q8_0: wanted auto, bf16, fp16, fp8", None),
+    (
+        ["--compute-dtype", "float16"],
+        "--compute-dtype float16: wanted bfloat16, float32 or auto",
+        "float16 overflows in Qwen2.5's activations",
+    ),
+    (["--temperature", "-1"], "temperature is -1.0, wanted 0 or more", None),
+    (["--temperature", "nan"], "temperature is nan, wanted 0 or more", None),
+    (["--seed", str(1 << 80)], f"seed is {1 << 80}, wanted a whole number of 64 bits", None),
+    (["-c", "0"], "not a context length: '0'", "write tokens, for instance 8192 or 32k"),
+    (["--gpu-memory", "much"], "not a size: 'much'", "write for instance 47GB, 44GiB or 500MB"),
+    (["-p", ""], "--prompt: the prompt is empty", "write one, or leave --prompt out for a chat"),
+    (["-c", "64", "-n", "64"], "--max-new-tokens 64 leaves no room for a prompt in --max-model-len 64", "at most 63"),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "hint"), WRONG, ids=lambda v: " ".join(v) if isinstance(v, list) else ""
+)
+def test_wrong_options_exit_with_2_and_read_nothing(options: list[str], message: str, hint: str | None) -> None:
+    refusal(run("owner/never-fetched", "--raw", "-p", "The sea", *options), message, hint, 2)
+
+
 @pytest.mark.parametrize(
     ("options", "message", "hint"),
     [
-        (["--engine", "exllama"], "unknown engine 'exllama'", "one of qwenq, gptqmodel, vllm"),
         (["--engine", "vllm"], "--engine vllm: it is not installed", "pip install 'qwenq[vllm]', or leave it out"),
-        (["--kv-cache-dtype", "q8_0"], "--kv-cache-dtype q8_0: wanted auto, bf16, fp16, fp8", None),
-        (
-            ["--compute-dtype", "float16"],
-            "--compute-dtype float16: wanted bfloat16, float32 or auto",
-            "float16 overflows in Qwen2.5's activations",
-        ),
         (["--gpu-memory", "8GiB"], "--gpu-memory is given, but torch sees no GPU", "leave it out to run on the CPU"),
         (["--offload-dir", "nowhere"], "--offload-dir nowhere: no such directory", None),
         (["-c", "1k"], "context is 1024 tokens, tiny-qwen2 allows 512", "ask for at most 512"),
-        (["--temperature", "-1"], "temperature is -1.0, wanted 0 or more", None),
         (
             ["-n", "600"],
             "prompt of 4 tokens and 600 new ones: 604 in a context of 512, 92 too many",
             "--max-new-tokens 508",
         ),
-        (["-p", ""], "the prompt is empty", "give it at least one token"),
         (["--cpu-memory", "1MB"], None, "a shorter --max-model-len, or a smaller --prefill-chunk"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_errors(options: list[str], message: str | None, hint: str | None, tiny: Path) -> None:
+def test_errors(
+    options: list[str], message: str | None, hint: str | None, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if message is not None and "--gpu-memory" not in options:
+        monkeypatch.setattr("qwenq.runtime.load.build_model", None)  # said before a weight is read
     if torch.cuda.is_available() and "--gpu-memory" in options:
         pytest.skip("this machine has a GPU")
     result = run(tiny, "--raw", "-p", "The sea", *options)
@@ -137,7 +157,7 @@ def test_errors(options: list[str], message: str | None, hint: str | None, tiny:
 
 
 def test_broken_checkpoints_are_named(tiny: Path, random_model: Callable[..., Path]) -> None:
-    refusal(run(tiny, "--json"), "--json answers one question", "give it with --prompt")
+    refusal(run(tiny, "--json"), "--json answers one question", "give it with --prompt", 2)
     path = random_model()
     shard = sorted(path.glob("*.safetensors"))[0]
     data = shard.read_bytes()
@@ -147,3 +167,81 @@ def test_broken_checkpoints_are_named(tiny: Path, random_model: Callable[..., Pa
     shard.write_bytes(b"\xff" * 16 + data[16:])
     corrupt = run(path, "-p", "x")
     assert corrupt.exit_code == 1 and shard.name in corrupt.stderr and "Traceback" not in corrupt.stderr
+
+
+def test_a_bad_generation_config_is_the_files_fault(
+    random_model: Callable[..., Path], edit_json: Callable[..., Any]
+) -> None:
+    model = random_model(max_position_embeddings=512)
+    (model / "generation_config.json").write_text('{"do_sample": true, "temperature": -2.0}')
+    result = run(model, "--raw", "-p", "The sea")
+    refusal(result, f"{model}/generation_config.json: temperature is -2.0, wanted 0 or more", "mend it")
+
+
+def test_what_is_no_checkpoint_gets_a_hint_of_its_own() -> None:
+    said = "neither a directory nor a hub name (owner/name)"
+    hint = "give the folder that holds config.json, or for instance Qwen/Qwen2.5-7B-Instruct"
+    refusal(run("nope", "-p", "x"), f"nope: {said}", hint)
+    family = "Qwen2.5-72B is a family, for sizes and plans; a checkpoint is Qwen/Qwen2.5-72B or a directory"
+    refusal(run("Qwen2.5-72B", "--dry-run"), f"Qwen2.5-72B: {said}", family)
+
+
+@pytest.mark.parametrize(("peak", "percent"), [(1 << 26, False), (1 << 30, True)])
+def test_small_differences_have_no_percentage(
+    peak: int, percent: bool, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qwenq.runtime import memory
+
+    monkeypatch.setattr(memory, "read_peaks", lambda devices, base: [memory.Peak("CPU", peak)])
+    last = run(tiny, "--raw", "-p", "The sea", "-n", 1).stderr.splitlines()[-1]
+    assert last.startswith(f"CPU: peak {'67.1 MB' if peak == 1 << 26 else '1.07 GB'}, predicted 4.4 MB")
+    assert last.endswith("(-99.6 %)") == percent
+
+
+# ---------------------------------------------------------------------- dry runs
+
+
+def test_a_dry_run_is_what_a_load_would_do(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = json.loads(run(tiny, "--raw", "-p", "The sea", "-n", 1, "--json").stdout)
+    monkeypatch.setattr("qwenq.runtime.load.build_model", None)
+    found = json.loads(run(tiny, "--dry-run", "--json").stdout)
+    assert found["plan"] == loaded["plan"] and found["context"] == 512 and found["weights"]["bytes"] == 2_101_504
+    (cpu,) = found["devices"]
+    assert cpu["device"] == "CPU" and cpu["layers"] == 4 and cpu["limit_bytes"] > cpu["predicted_bytes"]
+    assert cpu["predicted_bytes"] == loaded["plan"]["predicted_bytes"]["CPU"]
+    assert found["speed"]["decode_tokens_per_s"] is None and "not predicted for CPUs" in found["speed"]["basis"]
+    lines = run(tiny, "--dry-run", "-c", 128).stdout.splitlines()
+    assert "context 128" in lines[0] and "nothing is loaded" in lines[0] and lines[1].startswith("CPU: 4 layers, ")
+    assert lines[2].startswith("placement: ") and lines[3].startswith("speed: not predicted for CPUs")
+
+
+def test_a_dry_run_by_hub_name_says_what_it_rests_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qwenq.planning.rig import parse_rig
+    from qwenq.runtime import load
+
+    monkeypatch.setattr(load, "visible_rig", lambda limits: parse_rig("2x RTX 3090"))
+    monkeypatch.setattr(load, "available_ram", lambda: 64 << 30)
+    name = "Qwen/Qwen2.5-72B-Instruct-GPTQ-Int4"
+    result = run(name, "--dry-run", "--json")
+    assert result.exit_code == 0
+    assert result.stderr == f"warning: {name}: shapes as shipped with qwenq, no header was read\n"
+    found = json.loads(result.stdout)
+    assert [held["device"] for held in found["devices"]] == ["GPU 0 RTX 3090", "GPU 1 RTX 3090"]
+    assert sum(held["layers"] for held in found["devices"]) == 80
+    slow, fast = found["speed"]["decode_tokens_per_s"]
+    assert 1 < slow < fast < 60
+    whole = run("Qwen/Qwen2.5-32B-Instruct", "--dry-run", "--json")  # its hub name is that of 16 bits: 4 would fit
+    places = json.loads(whole.stdout)["devices"]
+    assert [held["device"] for held in places][2:] == ["CPU"] and places[2]["layers"] > 10
+    assert places[2]["predicted_bytes"] == pytest.approx(places[2]["layers"] * 975e6, rel=0.01)
+    monkeypatch.setattr(forecast, "check_disk", lambda directory, need: None)
+    monkeypatch.setattr(load, "available_ram", lambda: 8 << 30)
+    spilled = run("Qwen/Qwen2.5-32B-Instruct", "--dry-run")
+    assert "disk: " in spilled.stdout and "speed: not predicted: layers are read from disk" in spilled.stdout
+
+
+def test_a_dry_run_of_what_does_not_fit_exits_with_3(tiny: Path) -> None:
+    result = run(tiny, "--dry-run", "--cpu-memory", "1MB")
+    assert result.exit_code == 3 and result.stdout == "" and "error: CPU: needs " in result.stderr
+    foreign = run(tiny, "--dry-run", "--engine", "gptqmodel")
+    assert foreign.exit_code == 2 and "--dry-run is of qwenq's own engine, not gptqmodel" in foreign.stderr

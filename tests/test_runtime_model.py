@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qwenq.checkpoint import Checkpoint, open_checkpoint
-from qwenq.errors import CheckpointError, RunError
+from qwenq.errors import CheckpointError, RunError, UsageError
 from qwenq.planning.offload import host_map, spill_to_disk
 from qwenq.planning.weights import header_weights
 from qwenq.quantize import quantize
@@ -161,6 +162,17 @@ def test_fp8_cache(random_model: Make) -> None:
     model = build(open_checkpoint(random_model()))
     exact, rounded = logits(model, (69, 1)), logits(model, (69, 1), FP8)
     assert close(rounded, exact, 0.1) and not close(rounded, exact, 1e-4)
+
+
+@pytest.mark.parametrize(("kind", "most"), [(torch.float16, 65504.0), (FP8, 448.0)])
+def test_a_narrow_cache_clamps_to_its_range(kind: torch.dtype, most: float) -> None:
+    """bfloat16 reaches further than float16: what is beyond would be stored as infinity and come back as NaN."""
+    cache = KvCache(1, 4, kind)
+    new = torch.tensor([1e30, -1e30, 65536.0, 1.5], dtype=torch.bfloat16).view(1, 1, 1, 4)
+    keys, values = cache.update(new, new, 0)
+    stored = cache._stored[0]
+    assert stored is not None and stored[0][0, 0, 0].tolist() == [most, -most, most, 1.5]
+    assert keys.dtype == torch.bfloat16 and bool(keys.isfinite().all()) and torch.equal(keys, values)
 
 
 def test_a_cache_too_small_says_so() -> None:
@@ -317,8 +329,28 @@ def test_sampling_follows_the_distribution() -> None:
     assert next_token(scores, [], Sampling(temperature=1.0, top_k=len(scores) + 5), generator) in range(len(scores))
     with pytest.raises(RunError, match="logits are not finite"):
         next_token(torch.tensor([0.0, float("nan")]), [], Sampling(), generator)
-    with pytest.raises(RunError, match="top_p is 0"):
-        Sampling(top_p=0)
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-38, 1e-5, 1e308])
+def test_any_temperature_can_be_drawn_at(temperature: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.tensor([-300.0, 20.0, 40.0, 3e38])
+    found = {next_token(scores, [], Sampling(temperature=temperature), generator) for _ in range(200)}
+    assert found == ({3} if temperature < 1 else {0, 1, 2, 3})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"top_p": 0}, {"temperature": math.nan}, {"temperature": -1}, {"top_k": -1}, {"seed": 1 << 63},
+        {"seed": -(1 << 63) - 1}, {"repetition_penalty": 0}, {"repetition_penalty": 1e30},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_sampling_has_bounds(settings: dict[str, Any]) -> None:
+    (name,) = settings
+    with pytest.raises(UsageError, match=f"{name} is .*, wanted "):
+        Sampling(**settings)
 
 
 def test_generation_can_be_stopped(tiny: Path) -> None:

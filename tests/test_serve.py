@@ -254,9 +254,9 @@ def test_what_vllm_would_be_told(tiny: Path) -> None:
         assert part in single
     assert lines("--engine", "auto")[0].startswith("vllm serve "), "a dry run never starts a server"
     refused = CliRunner(env={"COLUMNS": "120", "TERM": "dumb"}).invoke(
-        cli, ["serve", str(tiny), "--engine", "qwenq", "--dry-run"]
+        cli, ["serve", str(tiny), "--engine", "qwenq", "--gpu", "RTX 3090"]
     )
-    assert refused.exit_code == 1 and "are of vLLM's commands" in refused.stderr
+    assert refused.exit_code == 2 and "are of vLLM's commands" in refused.stderr
     several = lines("--hosts", "alpha, beta")
     assert several[:4] == ["# on alpha", "ray start --head --port=6379", "# on beta", "ray start --address=alpha:6379"]
     assert "--distributed-executor-backend ray" in several[-1]
@@ -268,7 +268,7 @@ def test_what_vllm_would_be_told(tiny: Path) -> None:
 def test_errors_of_the_command(tiny: Path) -> None:
     def refused(*options: str) -> str:
         result = CliRunner(env={"COLUMNS": "120", "TERM": "dumb"}).invoke(cli, ["serve", str(tiny), *options])
-        assert result.exit_code in (1, 3) and result.stdout == "", result.output
+        assert result.exit_code in (1, 2, 3) and result.stdout == "", result.output
         return result.stderr
 
     assert "error: unknown engine 'tgi'" in refused("--engine", "tgi")
@@ -279,4 +279,23 @@ def test_errors_of_the_command(tiny: Path) -> None:
         port = str(taken.getsockname()[1])
         assert f"error: cannot listen on 127.0.0.1 port {port}" in refused("--port", port, "--engine", "qwenq")
     if os.environ.get("CUDA_VISIBLE_DEVICES") is None and not torch.cuda.is_available():
-        assert "error: " in refused("--engine", "vllm")
+        said = refused("--engine", "vllm", "--dry-run")
+        assert "error: vLLM's flags are for a rig" in said and 'hint: name the rig with --gpu "2x RTX 3090"' in said
+
+
+def test_dry_runs_download_and_start_nothing(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dry(*words: str) -> Any:
+        return CliRunner(env={"COLUMNS": "120", "TERM": "dumb"}).invoke(cli, ["serve", *words, "--dry-run"])
+
+    monkeypatch.setattr("qwenq.cli.serve._has_gpu", lambda: False)
+    monkeypatch.setattr("qwenq.hub.fetch_model", None)
+    ours = dry(str(tiny))
+    assert ours.exit_code == 0 and "nothing is loaded" in ours.stdout and "CPU: 4 layers" in ours.stdout
+    name = "Qwen/Qwen2.5-72B-Instruct-GPTQ-Int4"
+    theirs = dry(name, "--gpu", "2x RTX 3090")
+    assert theirs.exit_code == 0 and theirs.stdout.startswith(f"vllm serve {name} --tensor-parallel-size 1")
+    assert "no header was read" in theirs.stderr and f"--served-model-name {name} " in theirs.stdout
+    whole = dry("Qwen/Qwen2.5-72B-Instruct", "--gpu", "2x RTX 3090")
+    assert whole.exit_code == 3 and "vLLM cannot serve 16-bit" in whole.stderr
+    family = dry("Qwen2.5-72B", "--gpu", "2x RTX 3090")
+    assert family.exit_code == 1 and "a checkpoint is Qwen/Qwen2.5-72B or a directory" in family.stderr

@@ -15,8 +15,10 @@ from qwenq.units import format_gb, format_seconds
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="A quantized checkpoint, ours or another tool's.")],
-    out: Annotated[Path, typer.Argument(help="Directory to make.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="A quantized checkpoint, ours or another tool's.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to make.")],
     format: Annotated[str, typer.Option("--format", help="gptq, awq or compressed-tensors.")],
     json: JsonFlag = False,
 ) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from qwenq.errors import PlanError
+from qwenq.errors import UsageError
 from qwenq.layout import BNB_FORMATS, FORMATS, check_scheme
 from qwenq.scheme import INT8_ROWS, NF4, Recipe, Scheme
 
@@ -23,7 +23,7 @@ Asymmetric = Annotated[
 
 
 def uniform_recipe(format: str, bits: int | None, group_size: int | None, asymmetric: bool | None) -> Recipe:
-    """The recipe of one scheme that the options name; PlanError when the format cannot hold it."""
+    """The recipe of one scheme that the options name; UsageError when the format cannot hold it."""
     check_format(format)
     if format in BNB_FORMATS:
         fixed = NF4 if format == "bnb-nf4" else INT8_ROWS
@@ -31,7 +31,7 @@ def uniform_recipe(format: str, bits: int | None, group_size: int | None, asymme
                  ("--asymmetric", asymmetric, False))  # fmt: skip
         for option, value, only in given:
             if value is not None and value != only:
-                raise PlanError(f"--format {format} is {fixed.label}: {option} is no choice", hint="leave it out")
+                raise UsageError(f"--format {format} is {fixed.label}: {option} is no choice", hint="leave it out")
         return Recipe(fixed, format=format)
     asymmetric = format == "awq" if asymmetric is None else asymmetric
     scheme = Scheme(4 if bits is None else bits, 128 if group_size is None else group_size, not asymmetric)
@@ -40,18 +40,18 @@ def uniform_recipe(format: str, bits: int | None, group_size: int | None, asymme
 
 
 def check_format(format: str) -> str:
-    """The format; PlanError for one that there is not."""
+    """The format; UsageError for one that there is not."""
     if format not in FORMATS:
-        raise PlanError(f"--format {format}: wanted one of {', '.join(FORMATS)}")
+        raise UsageError(f"--format {format}: wanted one of {', '.join(FORMATS)}")
     return format
 
 
 def pick_method(format: str, method: str | None) -> str:
     """How to solve: gptq unless told otherwise; bitsandbytes formats are always rounded."""
     if method not in (None, "gptq", "rtn"):
-        raise PlanError(f"--method {method}: wanted gptq or rtn")
+        raise UsageError(f"--method {method}: wanted gptq or rtn")
     if format in BNB_FORMATS:
         if method == "gptq":
-            raise PlanError(f"--format {format} rounds by bitsandbytes' own functions", hint="leave --method out")
+            raise UsageError(f"--format {format} rounds by bitsandbytes' own functions", hint="leave --method out")
         return "rtn"
     return method or "gptq"

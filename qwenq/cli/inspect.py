@@ -8,13 +8,15 @@ import typer
 from rich.table import Table
 
 from qwenq.cli.console import out, print_json
-from qwenq.cli.models import JsonFlag
-from qwenq.errors import HonestNo, PlanError
+from qwenq.cli.models import JsonFlag, warn_of_shipped
+from qwenq.errors import HonestNo, UsageError
 from qwenq.units import format_gb
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="A directory, a hub name, or a family name such as Qwen2.5-72B.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A directory, a hub name, or a family name such as Qwen2.5-72B.")
+    ],
     expect_params: Annotated[
         str | None, typer.Option(metavar="COUNT", help="Total the model card states, for instance 72.7B.")
     ] = None,
@@ -22,28 +24,32 @@ def inspect(
 ) -> None:
     """Print shapes, parameters, bytes by part and KV bytes a token; audit config against headers and stated totals.
 
-    Reads headers only, no weights. Exits with 3 when something disagrees.
+    Reads headers only, no weights; of a family, and of a hub name that is one, the shapes shipped with qwenq, and says
+    so. Exits with 3 when something disagrees.
     """
     expected = _count(expect_params)
 
-    from qwenq.audit import audit, index_total
+    from qwenq.audit import audit, index_total, published_shapes
     from qwenq.headers import checkpoint_tensors
     from qwenq.hub import fetch_headers
     from qwenq.planning.models import load_model
 
     found = load_model(model)
-    tensors = total = None
+    tensors = total = shipped = None
+    spec = found.spec
     if found.directory is not None:
         tensors = {name: location.spec for name, location in checkpoint_tensors(found.directory).items()}
         total = index_total(found.directory)
-    elif found.config and not found.published:
+    elif found.hub:
         tensors = {name: location.spec for name, location in fetch_headers(model).items()}
-    result = audit(found.spec, found.config, tensors, expect_parameters=expected, index_total_bytes=total)
+    else:
+        warn_of_shipped(model)
+        spec, shipped = published_shapes(spec, found.published or "BF16")
+    result = audit(spec, found.config, tensors, shipped=shipped, expect_parameters=expected, index_total_bytes=total)
     if json:
         print_json(result.to_json())
     else:
-        spec = result.spec
-        shape = Table(title=f"{spec.name or model}: {spec.model_type}, {result.scheme}")
+        shape = Table(title=f"{spec.name or model}: {spec.model_type}, {result.scheme}", caption=result.source)
         shape.add_column("shape")
         shape.add_column("", justify="right")
         for label, value in (
@@ -61,7 +67,7 @@ def inspect(
         for ranks, reason in result.tensor_parallel.items():
             shape.add_row(f"tensor parallel {ranks}", reason or "yes")
         out.print(shape)
-        parts = Table(title="parameters and bytes" + ("" if result.tensors_read else " (as BF16; no tensors read)"))
+        parts = Table(title="parameters and bytes")
         parts.add_column("part")
         parts.add_column("parameters", justify="right")
         parts.add_column("bytes", justify="right")
@@ -69,6 +75,8 @@ def inspect(
             parts.add_row(part.name, f"{part.parameters:,}", format_gb(part.stored_bytes))
         parts.add_row("total", f"{result.parameters:,}", format_gb(sum(p.stored_bytes for p in result.parts)))
         out.print(parts)
+        if expected is not None and not any(line.startswith("parameters: ") for line in result.disagreements):
+            out.print(f"parameters: {spec.parameters:,}, as expected ({expect_params})", soft_wrap=True)
         for line in result.disagreements[:20]:
             out.print(f"disagrees: {line}", soft_wrap=True)
     if result.disagreements:
@@ -84,6 +92,6 @@ def _count(text: str | None) -> float | None:
         value = float(text.strip()[:-1]) * scale if scale else float(text)
     except ValueError:
         value = 0.0
-    if value <= 0:
-        raise PlanError(f"--expect-params {text}: not a count", hint="for instance 72.7B")
+    if not 0 < value < 1e15:
+        raise UsageError(f"--expect-params {text}: not a count of parameters", hint="for instance 72.7B")
     return value

@@ -15,12 +15,14 @@ from qwenq import __version__
 from qwenq.cli.console import print_json
 from qwenq.cli.models import JsonFlag, resolve_model
 from qwenq.cli.run import ComputeDtype, CpuMemory, GpuMemory, KvDtype, OffloadDir, PrefillChunk, load_options
-from qwenq.errors import HonestNo, PlanError
+from qwenq.errors import HonestNo, PlanError, UsageError
 from qwenq.units import GIB, format_tokens, parse_tokens
 
 
 def measure(
-    checkpoint: Annotated[str | None, typer.Argument(help="A checkpoint directory, or a hub name.")] = None,
+    checkpoint: Annotated[
+        str | None, typer.Argument(metavar="CHECKPOINT", help="A checkpoint directory, or a hub name.")
+    ] = None,
     synthetic: Annotated[
         str, typer.Option("--synthetic", help="Random weights of this model's shapes instead: Qwen2.5-72B.")
     ] = "",
@@ -48,7 +50,7 @@ def measure(
     from qwenq.runtime.measure import measure as run
 
     if (checkpoint is None) == (not synthetic):
-        raise PlanError("give a checkpoint or --synthetic MODEL, one of them")
+        raise UsageError("give a checkpoint or --synthetic MODEL, one of them")
     if output is not None and output.exists():
         raise PlanError(f"{output}: exists", hint="choose another name with -o")
     contexts = sorted({parse_tokens(part) for part in max_model_len.split(",")})

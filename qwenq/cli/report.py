@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
-from qwenq.cli.console import out, print_json
+from qwenq.cli.console import out, print_json, warn
 from qwenq.cli.models import JsonFlag
 
 
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN", help="Checkpoints of `qwenq quantize`, variants of one model.")
+        list[Path],
+        typer.Argument(metavar="CHECKPOINT", help="What `qwenq quantize` or `convert` made, of one model."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory for report.html and report.md.")],
     title: Annotated[str, typer.Option(help="Heading. Default: the model and the number of variants.")] = "",
@@ -39,15 +40,20 @@ def report(
     from qwenq.report.measurements import read_measurements
     from qwenq.report.runs import load_runs
 
+    left_out: list[str] = []
+    found = load_runs(runs, left_out.append)
+    for line in left_out:
+        warn(line)
     extras = Extras(
         title=title,
         benchmarks=read_benchmarks(benchmarks) if benchmarks else (),
         measurements=tuple(m for file in measured or () for m in read_measurements(file)),
+        left_out=tuple(left_out),
         rigs=tuple(gpu or ()),
         engine=engine,
     )
     page, markdown = output / "report.html", output / "report.md"
-    write_report(compose(load_runs(runs), extras), page, markdown)
+    write_report(compose(found, extras), page, markdown)
     if json:
         print_json({"html": str(page), "markdown": str(markdown)})
     else:

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qwenq.cli.console import print_json, warn
-from qwenq.cli.models import JsonFlag, Model, resolve_model
-from qwenq.errors import RunError
+from qwenq.cli.models import JsonFlag, Model, resolve_model, stored_question
+from qwenq.errors import RunError, UsageError
 from qwenq.units import format_gb, parse_size, parse_tokens
 
 if TYPE_CHECKING:
     from qwenq.runtime.chat import Chat
     from qwenq.runtime.generate import Sampling, Session
     from qwenq.runtime.load import Loaded, LoadOptions
+
+SMALL_DIFFERENCE = 64 << 20  # between a peak and its prediction: what allocators and libraries do, no error to be told
 
 MaxModelLen = Annotated[
     str, typer.Option("--max-model-len", "-c", help="Context in tokens, prompt and answer, e.g. 16k. Default 4k.")
@@ -61,9 +63,9 @@ def load_options(
     from qwenq.runtime.load import LoadOptions
 
     if kv_cache_dtype not in KV_DTYPES:
-        raise RunError(f"--kv-cache-dtype {kv_cache_dtype}: wanted {', '.join(KV_DTYPES)}")
+        raise UsageError(f"--kv-cache-dtype {kv_cache_dtype}: wanted {', '.join(KV_DTYPES)}")
     if compute_dtype not in ("auto", "bfloat16", "float32"):
-        raise RunError(
+        raise UsageError(
             f"--compute-dtype {compute_dtype}: wanted bfloat16, float32 or auto",
             hint="float16 overflows in Qwen2.5's activations",
         )
@@ -97,32 +99,53 @@ def run(
     kv_cache_dtype: KvDtype = "auto",
     compute_dtype: ComputeDtype = "auto",
     engine: EngineName = "qwenq",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say where layers would go, what devices would hold, how fast; load none.")
+    ] = False,
     json: JsonFlag = False,
 ) -> None:
     """Run a checkpoint, weights packed, over the GPUs, host memory and disk of this machine, and talk to it.
 
-    Ends with tokens a second and each device's peak memory beside what was predicted.
+    Ends with tokens a second and each device's peak memory beside what was predicted. With --dry-run headers alone are
+    read, a hub model's from the hub; exit code 3 when it does not fit.
     """
     from qwenq.checkpoint import open_checkpoint
     from qwenq.runtime.chat import Chat
     from qwenq.runtime.engines import check_engine
-    from qwenq.runtime.generate import Session
+    from qwenq.runtime.generate import Sampling, Session, new_tokens
     from qwenq.runtime.load import describe, loaded
 
+    if dry_run and engine != "qwenq":
+        raise UsageError(f"--dry-run is of qwenq's own engine, not {engine}", hint="`qwenq plan --engine`")
     check_engine(engine)
+    asked: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    Sampling(**{name: value for name, value in asked.items() if value is not None})  # before anything is downloaded
     options = load_options(
         max_model_len, prefill_chunk, gpu_memory, cpu_memory, offload_dir, kv_cache_dtype, compute_dtype
     )
+    if prompt == "":
+        raise UsageError("--prompt: the prompt is empty", hint="write one, or leave --prompt out for a chat")
+    if options.max_model_len and max_new_tokens and max_new_tokens >= options.max_model_len:
+        raise UsageError(
+            f"--max-new-tokens {max_new_tokens} leaves no room for a prompt in --max-model-len {options.max_model_len}",
+            hint=f"at most {options.max_model_len - 1}",
+        )
+    if dry_run:
+        print_forecast(model, options, json)
+        return
     if json and prompt is None:
-        raise RunError("--json answers one question", hint="give it with --prompt")
+        raise UsageError("--json answers one question", hint="give it with --prompt")
     directory = resolve_model(model)
     checkpoint = open_checkpoint(directory)
     chat = Chat(directory, checkpoint.spec.vocab_size)
-    sampling = chat.sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    sampling = chat.sampling(**asked)
     if not raw and not chat.has_template:
         warn("the checkpoint has no chat template: the text is continued as it stands")
         raw = True
     ids = _ids(chat, prompt, system, raw) if prompt is not None else None
+    own = options.work(checkpoint.spec).context  # checked against the model, for other engines too
+    context = own if engine == "qwenq" or options.max_model_len else checkpoint.spec.extended_context
+    new_tokens(1 if ids is None else len(ids), sampling.max_new_tokens, context)  # here, not after minutes of loading
     if engine != "qwenq":
         _foreign(engine, directory, chat, ids, sampling, options, json)
         return
@@ -135,6 +158,18 @@ def run(
             _answer(found, session, chat, ids, sampling, json)
         else:
             _talk(found, session, chat, sampling, system, raw)
+
+
+def print_forecast(model: str, options: LoadOptions, json: bool) -> None:
+    """What a load of MODEL would come to on this machine."""
+    from qwenq.runtime.forecast import forecast
+
+    resolved = stored_question(model, "qwenq").resolve()
+    found = forecast(resolved.spec, resolved.weights, options)
+    if json:
+        print_json(found.to_json())
+    else:
+        print("\n".join(found.lines()))
 
 
 def _ids(chat: Chat, prompt: str, system: str, raw: bool) -> list[int]:
@@ -185,7 +220,8 @@ def _answer(found: Loaded, session: Session, chat: Chat, ids: list[int], samplin
         file=sys.stderr,
     )
     for row in rows:
-        error = f" ({row['error_percent']:+.1f} %)" if row["error_percent"] is not None else ""
+        small = abs(row["allocated_bytes"] - row["predicted_bytes"]) < SMALL_DIFFERENCE
+        error = f" ({row['error_percent']:+.1f} %)" if row["error_percent"] is not None and not small else ""
         print(
             f"{row['device']}: peak {format_gb(row['allocated_bytes'])}, predicted "
             f"{format_gb(row['predicted_bytes'])}{error}",
@@ -234,7 +270,7 @@ def _foreign(
     from qwenq.runtime.generate import Timing
 
     if ids is None:
-        raise RunError(f"--engine {engine} answers one question", hint="give it with --prompt, or use `qwenq serve`")
+        raise UsageError(f"--engine {engine} answers one question", hint="give it with --prompt, or use `qwenq serve`")
     length = {"max_model_len": options.max_model_len} if options.max_model_len else {}
     timing = Timing()
     with redirect_stdout(sys.stderr):  # both log to stdout

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qwenq.cli.models import Model, resolve_model
+from qwenq.cli.models import Model, resolve_model, stored_question
 from qwenq.cli.run import (
     ComputeDtype,
     CpuMemory,
@@ -21,8 +21,9 @@ from qwenq.cli.run import (
     OffloadDir,
     PrefillChunk,
     load_options,
+    print_forecast,
 )
-from qwenq.errors import RunError
+from qwenq.errors import PlanError, RunError, UsageError
 
 if TYPE_CHECKING:
     from qwenq.runtime.load import LoadOptions
@@ -59,30 +60,37 @@ def serve(
     hosts: Annotated[
         str, typer.Option("--hosts", help="vLLM over several equal hosts, the first one leading: a,b,c.")
     ] = "",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="vLLM: print the commands and end.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print vLLM's commands, or what our own server would load; start nothing.")
+    ] = False,
 ) -> None:
     """Serve a checkpoint on OpenAI's API: /v1/models, /v1/chat/completions, /v1/completions, with streaming.
 
-    With several hosts vLLM's own Ray commands are printed, to be typed on each of them.
+    With several hosts vLLM's own Ray commands are printed, to be typed on each of them. With --dry-run a hub name is
+    planned for by its headers; nothing is downloaded.
     """
     if engine not in ("auto", "vllm", "qwenq"):
-        raise RunError(f"unknown engine {engine!r}", hint="auto, vllm or qwenq")
+        raise UsageError(f"unknown engine {engine!r}", hint="auto, vllm or qwenq")
+    if engine == "qwenq" and (gpu or hosts):
+        raise UsageError("--gpu and --hosts are of vLLM's commands", hint="--engine vllm, or leave them out")
     installed = importlib.util.find_spec("vllm") is not None
     options = load_options(
         max_model_len, prefill_chunk, gpu_memory, cpu_memory, offload_dir, kv_cache_dtype, compute_dtype
     )
+    ours = engine == "qwenq" or (engine == "auto" and not (gpu or hosts) and not (installed and _has_gpu()))
+    name = served_model_name or (Path(model).resolve().name if Path(model).is_dir() else model)
+    leads = [h.strip() for h in hosts.split(",") if h.strip()]
+    if dry_run and ours:
+        print_forecast(model, options, json=False)
+        return
+    if dry_run or len(leads) > 1:  # nothing is started here, so nothing is downloaded
+        print("\n".join(vllm_commands(model, name, options, gpu, leads, host, port)))
+        return
     directory = resolve_model(model)
-    name = served_model_name or directory.resolve().name
-    if engine == "qwenq" and (dry_run or gpu or hosts):
-        raise RunError("--dry-run, --gpu and --hosts are of vLLM's commands", hint="--engine vllm, or leave them out")
-    wanted = engine == "vllm" or bool(hosts or gpu or dry_run) or (engine == "auto" and installed and _has_gpu())
-    if not wanted:
+    if ours:
         _serve_here(directory, name, options, host, port, api_key, max_queue)
         return
-    lines = vllm_commands(directory, name, options, gpu, [h.strip() for h in hosts.split(",") if h.strip()], host, port)
-    if dry_run or len(lines) > 1:
-        print("\n".join(lines))
-        return
+    lines = vllm_commands(str(directory), name, options, gpu, leads, host, port)
     if not installed:
         raise RunError("--engine vllm: it is not installed", hint="pip install 'qwenq[vllm]', or --engine qwenq")
     print(lines[0], file=sys.stderr, flush=True)
@@ -92,22 +100,29 @@ def serve(
 
 
 def vllm_commands(
-    directory: Path, name: str, options: LoadOptions, gpu: str, hosts: list[str], host: str, port: int
+    model: str, name: str, options: LoadOptions, gpu: str, hosts: list[str], host: str, port: int
 ) -> list[str]:
     """`vllm serve ...` with the plan's flags; for several hosts Ray's commands before it. HonestNo if nothing fits."""
-    from qwenq.planning.asking import Question
     from qwenq.planning.detect import detect_rig
     from qwenq.planning.flags import ray_commands, vllm_words
     from qwenq.planning.plan import make_plan
     from qwenq.planning.rig import Rig, parse_rig
 
-    one = parse_rig(gpu) if gpu else detect_rig()
+    try:
+        one = parse_rig(gpu) if gpu else detect_rig()
+    except PlanError as error:
+        if gpu:
+            raise
+        raise PlanError(
+            f"vLLM's flags are for a rig, and this machine shows none: {error.message}",
+            hint='name the rig with --gpu "2x RTX 3090", or take --engine qwenq',
+        ) from None
     count = max(1, len(hosts))
     rig = Rig(one.gpus * count, one.free_bytes * count)
-    asked = Question(str(directory), engine="vllm", kv_cache_dtype=options.kv_dtype, rig=rig).resolve()
+    asked = stored_question(model, "vllm", kv_cache_dtype=options.kv_dtype, rig=rig).resolve()
     work = asked.at(options.max_model_len or min(4096, asked.spec.max_position_embeddings))
     plan = make_plan(asked.spec, asked.weights, rig, asked.engine, work)
-    words = vllm_words(plan, str(directory), hosts=count)
+    words = vllm_words(plan, model, hosts=count)
     words += ["--served-model-name", name, "--host", host, "--port", str(port)]
     return ray_commands(words, hosts) if count > 1 else [shlex.join(words)]
 

@@ -11,11 +11,12 @@ import typer
 
 from qwenq.cli.console import out, print_json
 from qwenq.cli.models import JsonFlag
-from qwenq.errors import PlanError
+from qwenq.errors import CheckpointError, UsageError
+from qwenq.headers import shown
 
 
 def verify(
-    directory: Annotated[Path, typer.Argument(help="A directory that `qwenq quantize` made.")],
+    directory: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A directory that `qwenq quantize` made.")],
     source: Annotated[
         Path | None, typer.Option(help="The 16-bit checkpoint it was made from: hash its files too.")
     ] = None,
@@ -33,8 +34,19 @@ def verify(
     With --source, hash the source's files too and make some layers again from them, which must give the same bytes.
     Exits with 1 when anything is found. A manifest is no signature: it shows damage and mix-ups, not who wrote it.
     """
+    given = {"--layers": layers, "--all-layers": all_layers, "--calibration": calibration}
+    asked = [name for name, value in given.items() if value]
+    if source is None and asked:
+        raise UsageError(f"{asked[0]} goes with --source", hint="layers are made again from the 16-bit checkpoint")
+    if layers and all_layers:
+        raise UsageError("--layers and --all-layers exclude each other")
+    chosen = _numbers(layers)
+
     from qwenq.verify import verify as run
 
+    for place in (directory, source):
+        if place is not None and not place.is_dir():
+            raise CheckpointError(f"{shown(str(place))}: no such directory")
     result = run(directory, source)
     again: tuple[int, ...] = ()
     if source is not None and layers != "none" and not result.findings:
@@ -42,9 +54,9 @@ def verify(
         from qwenq.rederive import rederive
 
         manifest, _ = read_manifest(directory)
-        chosen = range(len(manifest["layers"])) if all_layers else _numbers(layers)
         again, findings = rederive(
-            directory, source, manifest, chosen, calibration=calibration,
+            directory, source, manifest, range(len(manifest["layers"])) if all_layers else chosen,
+            calibration=calibration,
             listen=lambda line: None if json else print(line, file=sys.stderr, flush=True),
         )  # fmt: skip
         result = replace(result, layers_made_again=again, findings=tuple(findings))
@@ -63,9 +75,9 @@ def verify(
 
 
 def _numbers(text: str) -> list[int] | None:
-    if not text:
+    if text in ("", "none"):
         return None
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise PlanError(f"--layers {text}: not layers", hint="numbers from 0 on, for instance 0,5") from None
+        raise UsageError(f"--layers {text}: not layers", hint="numbers from 0 on, for instance 0,5") from None

@@ -16,6 +16,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from qwenq.errors import QwenqError
 from qwenq.page.requests import Ask, answer, choices, recommended
+from qwenq.web import TooLarge, read_body
 
 MAX_BODY_BYTES = 16_384
 FILES = {
@@ -32,10 +33,6 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-
-
-class _TooLarge(Exception):
-    pass
 
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -101,9 +98,9 @@ def _asked(work: Callable[[Ask], Any]) -> Callable[[Request], Awaitable[Response
 
     async def endpoint(request: Request) -> Response:
         try:
-            ask = Ask.model_validate_json(await _body(request))
+            ask = Ask.model_validate_json(await read_body(request, MAX_BODY_BYTES))
             return JSONResponse(await run_in_threadpool(work, ask))
-        except _TooLarge:
+        except TooLarge:
             return JSONResponse({"error": f"more than {MAX_BODY_BYTES} bytes", "hint": ""}, status_code=413)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False, include_context=False)[0]
@@ -113,13 +110,3 @@ def _asked(work: Callable[[Ask], Any]) -> Callable[[Request], Awaitable[Response
             return JSONResponse({"error": error.message, "hint": error.hint}, status_code=422)
 
     return endpoint
-
-
-async def _body(request: Request) -> bytes:
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > MAX_BODY_BYTES:
-            raise _TooLarge
-        parts.append(part)
-    return b"".join(parts)

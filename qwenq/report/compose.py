@@ -33,6 +33,7 @@ class Extras:
     notes: tuple[str, ...] = ()
     benchmarks: tuple[Benchmark, ...] = ()
     measurements: tuple[Measurement, ...] = ()
+    left_out: tuple[str, ...] = ()  # lines on checkpoints that were given and have nothing to report
     rigs: tuple[str, ...] = ()  # none: common ones
     engine: str = "qwenq"
 
@@ -45,7 +46,7 @@ def compose(runs: Sequence[Run], extras: Extras) -> Document:
     missing = [one for one in found if isinstance(one, str)]
     models = list(dict.fromkeys(run.model for run in runs))
     count = "1 variant" if len(runs) == 1 else f"{len(runs)} variants"
-    sections = [warnings_section(runs), summary_section(runs)]
+    sections = [warnings_section(runs, extras.left_out), summary_section(runs)]
     if extras.notes:
         sections.append(notes_section(extras.notes))
     sections += [

@@ -8,14 +8,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 2 1 2 1 2", "1 4")
 MARKERS = ("circle", "square", "triangle", "diamond", "down", "plus")
 FONT_PX = 13
 _CHARACTER_PX = 7.6  # a wide system font (DejaVu Sans) at 13 px
+SWEEPS = 4
+CROSSED_LABEL, CROSSED_MARK = 1000.0, 100.0  # what a leader line through one costs, against pixels of distance
 Box = tuple[float, float, float, float]  # left, top, right, bottom
+Line = tuple[float, float, float, float]  # x1, y1, x2, y2
 
 
 @dataclass(frozen=True)
@@ -154,31 +157,102 @@ def overlaps(a: Box, b: Box) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
+def crosses(line: Line, box: Box) -> bool:
+    """Whether any of the line from (x1, y1) to (x2, y2) is inside the box."""
+    (x1, y1, x2, y2), first, last = line, 0.0, 1.0
+    for start, way, low, high in ((x1, x2 - x1, box[0], box[2]), (y1, y2 - y1, box[1], box[3])):
+        if way == 0:
+            if not low < start < high:
+                return False
+            continue
+        a, b = sorted(((low - start) / way, (high - start) / way))
+        first, last = max(first, a), min(last, b)
+    return first < last
+
+
+def leader(x: float, y: float, label_x: float, label_y: float, text: str) -> Line:
+    """From a point to the nearest end of its label, in the middle of its height."""
+    return x, y, min(max(x, label_x - 2), label_x + text_width(text)), label_y - 4.5
+
+
 def place_labels(
     points: Sequence[tuple[float, float, str]], inside: Box, taken: Sequence[Box]
 ) -> list[tuple[float, float, bool]]:
-    """Where each point's label starts (baseline, left end), and whether it is far enough to need a leader line.
+    """Where each point's label starts (left end, baseline), and whether it is far enough to need a leader line.
 
-    Greedy: right, left, above and below, then further out; the free space nearest above all where none is found.
+    Each in turn takes the best place beside the others: right, left, above and below, then further out; a leader
+    through a label costs most, one through a marker less. Then each again, now that all are there, while any moves.
+    Of several orders the one that costs least counts.
     """
-    boxes = list(taken)
-    found = []
-    for x, y, text in points:
-        wide = text_width(text)
-        places = [(11.0, 0), (-11 - wide, 0), (-wide / 2, -17), (-wide / 2, 17)]
-        far = [(dx, dy) for dx in (11.0, -11 - wide, 40.0, 90.0, 140.0) for dy in range(-112, 113, 16) if dy]
-        places += sorted(far, key=lambda place: abs(place[0]) / 4 + abs(place[1]))
-        for dx, dy in places:
-            box = (x + dx - 2, y + dy - 8, x + dx + wide + 2, y + dy + 8)
-            within = inside[0] <= box[0] and box[2] <= inside[2] and inside[1] <= box[1] and box[3] <= inside[3]
-            if within and not any(overlaps(box, other) for other in boxes):
-                break
-        else:
-            dx, dy = min(max(x - wide / 2, inside[0] + 2), inside[2] - wide - 2) - x, -34
-            box = (x + dx - 2, y + dy - 8, x + dx + wide + 2, y + dy + 8)
-        boxes.append(box)
-        found.append((x + dx, y + dy + 4.5, abs(dy) > 20 or dx > 30))
-    return found
+    heights = sorted(range(len(points)), key=lambda k: points[k][1])
+    tries = [_placed(points, order, inside, taken) for order in (range(len(points)), heights, heights[::-1])]
+    best = min(tries, key=lambda labels: sum(label.cost for label in labels))
+    return [(label.x, label.y, label.line is not None) for label in best]
+
+
+@dataclass(frozen=True)
+class _Label:
+    x: float  # left end
+    y: float  # baseline
+    box: Box
+    line: Line | None  # its leader
+    cost: float = 0.0
+
+
+def _placed(
+    points: Sequence[tuple[float, float, str]], order: Sequence[int], inside: Box, taken: Sequence[Box]
+) -> list[_Label]:
+    """Labels of the points, put down in this order, then moved while that helps."""
+    placed: dict[int, _Label] = {}
+    for _ in range(SWEEPS):
+        before = dict(placed)
+        for k in order:
+            others = [label for at, label in placed.items() if at != k]
+            placed[k] = _best_place(*points[k], others, inside, taken)
+        if placed == before:
+            break
+    return [placed[k] for k in range(len(points))]
+
+
+def _best_place(x: float, y: float, text: str, others: Sequence[_Label], inside: Box, taken: Sequence[Box]) -> _Label:
+    """The cheapest place for one label beside the others."""
+    wide = text_width(text)
+    strange = [box for box in taken if not (box[0] <= x <= box[2] and box[1] <= y <= box[3])]
+
+    def label(dx: float, dy: float) -> _Label:
+        far = abs(dy) > 20 or dx > 30 or dx + wide < -30
+        left, base = x + dx, y + dy + 4.5
+        line = leader(x, y, left, base, text) if far else None
+        return _Label(left, base, (left - 2, y + dy - 8, left + wide + 2, y + dy + 8), line)
+
+    best: tuple[float, _Label] | None = None
+    for cost, dx, dy in _places(wide):
+        if best is not None and cost >= best[0]:
+            break  # the places after it cost more
+        found = label(dx, dy)
+        box, line = found.box, found.line
+        if box[0] < inside[0] or box[1] < inside[1] or box[2] > inside[2] or box[3] > inside[3]:
+            continue
+        if any(overlaps(box, other.box) for other in others) or any(overlaps(box, other) for other in taken):
+            continue
+        cost += CROSSED_LABEL * sum(crosses(other.line, box) for other in others if other.line)
+        if line:
+            cost += CROSSED_LABEL * sum(crosses(line, other.box) for other in others)
+            cost += CROSSED_MARK * sum(crosses(line, other) for other in strange)
+        if best is None or cost < best[0]:
+            best = cost, found
+    if best is None:  # no room anywhere: over what is there
+        best = 2 * CROSSED_LABEL, label(min(max(x - wide / 2, inside[0] + 2), inside[2] - wide - 2) - x, -34.0)
+    return replace(best[1], cost=best[0])
+
+
+def _places(wide: float) -> list[tuple[float, float, float]]:
+    """Offsets of a label's left end and middle from its point, each with its cost, the cheapest first."""
+    near = [(0.0, 11.0, 0.0), (1.0, -11 - wide, 0.0), (2.0, -wide / 2, -17.0), (3.0, -wide / 2, 17.0)]
+    sides = [(gap, gap) for gap in (11.0, 25.0, 40.0, 65.0, 90.0, 140.0)]
+    sides += [(gap, -gap - wide) for gap in (11.0, 40.0, 90.0)]
+    far = [(10 + gap / 4 + abs(dy), dx, float(dy)) for gap, dx in sides for dy in range(-128, 129, 8) if dy]
+    return near + sorted(far)
 
 
 def spread_labels(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:

@@ -18,9 +18,9 @@ OWN_TOOL = "qwenq"  # as benchmarks name it
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def warnings_section(runs: Sequence[Run]) -> Section:
-    """What a reader must not miss: each run's warnings, and what makes the runs hard to compare."""
-    lines: list[Text] = []
+def warnings_section(runs: Sequence[Run], left_out: Sequence[str] = ()) -> Section:
+    """What a reader must not miss: what was left out, each run's warnings, and what makes the runs hard to compare."""
+    lines: list[Text] = [*left_out]
     for run in runs:
         found = list(run.warnings)
         if run.fallbacks and not any("fell back" in line for line in found):

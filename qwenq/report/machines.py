@@ -11,7 +11,7 @@ from qwenq.planning.terms import TERM_NAMES
 from qwenq.report.document import Block, Code, Figure, Items, Paragraph, Section, Small, Table, Text
 from qwenq.report.figures import MISSING, number
 from qwenq.report.fit import REFERENCE_GPUS, Loaded, longest_context, memory_by_context
-from qwenq.report.loaders import Loader, loaders_of
+from qwenq.report.loaders import UNTRIED, Loader, loaders_of
 from qwenq.report.measurements import Measurement, gpu_peaks
 from qwenq.report.plots import MemoryCurve, draw_memory
 from qwenq.units import GIB, format_gib, format_tokens
@@ -167,7 +167,8 @@ def loaders_section(loaded: Sequence[Loaded], missing: Sequence[str]) -> Section
         for name in names:
             found = [next((loader for loader in row if loader.name == name), None) for row in loaders]
             cells = [_cell(loader, one) if loader else "no" for loader, one in zip(found, loaded, strict=True)]
-            rows.append((name, *cells, next(loader.tried for loader in found if loader)))
+            tried = dict.fromkeys(loader.tried for loader in found if loader and not loader.reason)
+            rows.append((name, *cells, "; ".join(tried) or UNTRIED))
         head = ("engine", *(one.run.label for one in loaded), "tried here")
         blocks.append(Table.of("Engines, and the tensor-parallel sizes the shapes allow", head, rows, "l" * len(head)))
         if reasons := _reasons(loaded):

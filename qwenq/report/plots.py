@@ -13,6 +13,7 @@ from qwenq.report.drawing import (
     Drawing,
     Scale,
     draw_axes,
+    leader,
     nice_range,
     place_labels,
     spread_labels,
@@ -72,8 +73,7 @@ def draw_kl_size(points: Sequence[Point], size_title: str, width: int, ident: st
     labels = place_labels(spots, (left, top - 8, float(width), bottom), taken)
     for p, (at_x, at_y, _), (label_x, label_y, far) in zip(points, spots, labels, strict=True):
         if far:
-            end = min(max(at_x, label_x - 2), label_x + text_width(p.label))
-            drawing.line(at_x, at_y, end, label_y - 4.5, "leader")
+            drawing.line(*leader(at_x, at_y, label_x, label_y, p.label), "leader")
         drawing.mark(MARKERS[p.series % len(MARKERS)], at_x, at_y, _marker_kind(p.series, filled=p.ours))
         drawing.text(label_x, label_y, p.label, kind="label")
     return drawing

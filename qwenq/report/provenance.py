@@ -31,6 +31,9 @@ def cost_section(runs: Sequence[Run]) -> Section:
     blocks: list[Block] = [Table.of("Time by stage, peak memory of the process", _head(runs), rows)]
     if resumed:
         blocks.append(Paragraph(f"Resumed, so the wall time is of the last part alone: {', '.join(resumed)}."))
+    converted = [run.name for run in runs if run.converted]
+    if converted:
+        blocks.append(Paragraph(f"Converted, so time and memory are of the conversion alone: {', '.join(converted)}."))
     return Section("cost", "Time and memory of the job", tuple(blocks))
 
 

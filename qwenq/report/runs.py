@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -55,7 +55,7 @@ class LayerErrors:
 
 @dataclass(frozen=True)
 class Run:
-    """One finished quantization. `job` and `host` are the manifest's own, for provenance."""
+    """One finished quantization, perhaps converted since. `job` and `host` are the manifest's own, for provenance."""
 
     name: str
     label: str  # short, for plots
@@ -71,6 +71,7 @@ class Run:
     warnings: tuple[str, ...]
     job: Mapping[str, Any]
     host: Mapping[str, Any]
+    converted: bool = False  # `host` is of the conversion then, all else of the quantization
 
     @property
     def scheme_counts(self) -> dict[str, int]:
@@ -92,15 +93,29 @@ class Run:
         return tuple(name for layer in self.layers for name in layer.fallbacks)
 
 
-def load_runs(directories: Sequence[Path]) -> tuple[Run, ...]:
-    """The runs in these checkpoint directories, in this order, by names that tell them apart; CheckpointError else."""
+class NoDrift(CheckpointError):
+    """A manifest of a conversion whose source had none."""
+
+
+def load_runs(directories: Sequence[Path], leave_out: Callable[[str], None] | None = None) -> tuple[Run, ...]:
+    """The runs in these checkpoint directories, in this order, by names that tell them apart; CheckpointError else.
+
+    `leave_out` is told each one without a drift, which is then left out; without it that is an error too.
+    """
     resolved = [path.resolve() for path in directories]
     if len(set(resolved)) < len(resolved):
         raise CheckpointError("the same directory was given twice", hint="name each run once")
     names = [path.name for path in resolved]
     if len(set(names)) < len(names):
         names = [f"{path.parent.name}/{path.name}" for path in resolved]
-    runs = [_load_run(path, shown(name, 60)) for path, name in zip(directories, names, strict=True)]
+    runs = []
+    for path, name in zip(directories, names, strict=True):
+        try:
+            runs.append(_load_run(path, shown(name, 60)))
+        except NoDrift as error:
+            if leave_out is None or (not runs and path == directories[-1]):
+                raise
+            leave_out(f"{error.message}: left out")
     return label_runs(runs)
 
 
@@ -128,15 +143,21 @@ def _load_run(directory: Path, name: str) -> Run:
 
 
 def read_run(manifest: Mapping[str, Any], name: str, directory: Path) -> Run:
-    """A manifest's figures, checked; CheckpointError names the first one of a wrong type."""
+    """A manifest's figures, checked; CheckpointError names the first one of a wrong type.
+
+    A conversion keeps the codes: its drift and errors are those it hands on. NoDrift where its source had none.
+    """
     fields = Fields(manifest, f"{name}: {MANIFEST_NAME}", "")
-    if "drift" not in manifest:
-        raise CheckpointError(
-            f"{fields.file}: no drift in it",
-            hint="a converted checkpoint holds the codes of the one it was made from: report that one",
+    converted = "drift" not in manifest
+    if converted and not (isinstance(origin := manifest.get("made_from"), Mapping) and "layers" in origin):
+        raise NoDrift(
+            f"{fields.file}: no drift in it, nor errors by layer",
+            hint="it was converted from a checkpoint without them: report that one, or `qwenq eval` this one",
         )
-    job, host = fields.sub("job"), fields.sub("run")
-    layers = fields.objects("layers", MAX_LAYERS)
+    made = fields.sub("made_from") if converted else fields
+    job, host = made.sub("job"), fields.sub("run")
+    own = {key: fields.sub("job").value.get(key) for key in ("convert", "format")} if converted else {}
+    layers = made.objects("layers", MAX_LAYERS)
     options = job.sub("options")
     return Run(
         name=name,
@@ -144,15 +165,16 @@ def read_run(manifest: Mapping[str, Any], name: str, directory: Path) -> Run:
         directory=directory,
         model=job.text("model"),
         method=options.text("method"),
-        drift=_drift(fields.sub("drift")),
+        drift=_drift(made.sub("drift")),
         layers=tuple(_layer(layer) for layer in layers),
         parameters=fields.whole("parameters"),
         tensor_bytes=fields.whole("tensor_bytes"),
         file_bytes=fields.whole("file_bytes"),
         bits_per_linear_weight=fields.number("bits_per_linear_weight"),
-        warnings=tuple(fields.texts("warnings")),
-        job=job.value,
+        warnings=tuple(made.texts("warnings")),
+        job={**job.value, **own},
         host=host.value,
+        converted=converted,
     )
 
 

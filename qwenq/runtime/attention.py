@@ -40,8 +40,8 @@ def register() -> None:
 class KvCache:
     """Keys and values of one sequence, `capacity` tokens a layer, on the device its layer computes on.
 
-    `dtype` None keeps the activations' own; float8 is stored clamped to its range, without scales, and read back in
-    the activations' dtype. Dropping tokens (`crop`) costs nothing.
+    `dtype` None keeps the activations' own; float8 and float16 are stored clamped to their range, without scales, and
+    read back in the activations' dtype. Dropping tokens (`crop`) costs nothing.
     """
 
     def __init__(self, layers: int, capacity: int, dtype: torch.dtype | None = None) -> None:
@@ -75,8 +75,13 @@ class KvCache:
         if stored is None:
             stored = self._make(layer, (*key.shape[:2], self.capacity, key.shape[3]), key.dtype, key.device)
         for kept, new in zip(stored, (key, value), strict=True):
-            limit = torch.finfo(FP8).max
-            kept[:, :, start:stop] = new.clamp(-limit, limit) if kept.dtype == FP8 else new
+            limit = torch.finfo(kept.dtype).max
+            if kept.dtype == FP8:
+                kept[:, :, start:stop] = new.clamp(-limit, limit)
+                continue
+            kept[:, :, start:stop] = new
+            if kept.dtype == torch.float16:  # clamped where it lies: bfloat16 has no number as near to the limit
+                kept[:, :, start:stop].clamp_(-limit, limit)
         self._lengths[layer] = stop
         keys, values = (kept[:, :, :stop] for kept in stored)
         return (keys, values) if keys.dtype == key.dtype else (keys.to(key.dtype), values.to(key.dtype))

@@ -10,11 +10,13 @@ from typing import Any
 
 from tokenizers.decoders import DecodeStream
 
+from qwenq.errors import CheckpointError, UsageError
 from qwenq.headers import inside, read_object
 from qwenq.runtime.generate import Sampling
 from qwenq.tokens import ModelTokenizer
 
 Message = dict[str, str]
+_GENERATION = "generation_config.json"
 _SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
 
 
@@ -53,7 +55,10 @@ class Chat:
         return frozenset(found)
 
     def sampling(self, **asked: Any) -> Sampling:
-        """The model's own generation_config.json, overridden by what is asked (None: not asked)."""
+        """The model's own generation_config.json, overridden by what is asked (None: not asked).
+
+        UsageError for what is asked and cannot be, CheckpointError for what the file says so.
+        """
         settings: dict[str, Any] = {}
         if self._generation.get("do_sample"):
             settings = {
@@ -62,6 +67,10 @@ class Chat:
                 if isinstance(value := self._generation.get(key), int | float) and not isinstance(value, bool)
             }
             settings.setdefault("temperature", 1.0)
+            try:
+                Sampling(**settings)
+            except UsageError as error:  # the file's own, not what was asked
+                raise CheckpointError(f"{self.directory / _GENERATION}: {error.message}", hint="mend it") from None
         return Sampling(**settings | {key: value for key, value in asked.items() if value is not None})
 
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
@@ -73,5 +82,5 @@ class Chat:
 
     @cached_property
     def _generation(self) -> dict[str, Any]:
-        path = inside(self.directory, "generation_config.json")
+        path = inside(self.directory, _GENERATION)
         return read_object(path) if path.is_file() else {}

@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from qwenq.errors import RunError
-from qwenq.runtime.generate import DEFAULT_NEW_TOKENS, Sampling, Timing
+from qwenq.errors import RunError, UsageError
+from qwenq.runtime.generate import DEFAULT_NEW_TOKENS, GREEDY_BELOW, Sampling, Timing
 
 ENGINES = ("qwenq", "gptqmodel", "vllm")
 
 
 def check_engine(name: str) -> None:
-    """RunError for an engine that is unknown or not installed."""
+    """UsageError for an engine that is unknown, RunError for one that is not installed."""
     if name not in ENGINES:
-        raise RunError(f"unknown engine {name!r}", hint=f"one of {', '.join(ENGINES)}")
+        raise UsageError(f"unknown engine {name!r}", hint=f"one of {', '.join(ENGINES)}")
     if name != "qwenq" and importlib.util.find_spec(name) is None:
         extra = {"gptqmodel": "gptq", "vllm": "vllm"}[name]
         raise RunError(f"--engine {name}: it is not installed", hint=f"pip install 'qwenq[{extra}]', or leave it out")
@@ -39,7 +39,7 @@ class GptqModelEngine:
         network = self.model.model
         device = next(network.parameters()).device
         torch.manual_seed(sampling.seed)
-        greedy = sampling.temperature == 0
+        greedy = sampling.temperature < GREEDY_BELOW
         drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
         clock = time.perf_counter()
         out = network.generate(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwenq.errors import RunError
+from qwenq.errors import RunError, UsageError
 from qwenq.planning.engines import QWENQ_PREFILL_CHUNK
 from qwenq.runtime.attention import FP8, KvCache
 from qwenq.runtime.dispatch import compute_device
@@ -18,12 +18,14 @@ from qwenq.runtime.memory import memory_errors
 from qwenq.runtime.model import RunningModel
 
 DEFAULT_NEW_TOKENS = 512
+GREEDY_BELOW = 1e-5  # a temperature that leaves one token only; vLLM's bound too
 KV_DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": FP8}
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. `temperature` 0 takes the most likely one; `top_k` 0 and `top_p` 1 keep all.
+    """How the next token is drawn. `temperature` 0 (or below GREEDY_BELOW) takes the most likely one; `top_k` 0 and
+    `top_p` 1 keep all.
 
     `max_new_tokens` 0: what the context leaves after the prompt, at most DEFAULT_NEW_TOKENS.
     """
@@ -41,11 +43,12 @@ class Sampling:
             ("temperature", self.temperature, 0 <= self.temperature < float("inf"), "0 or more"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "more than 0, at most 1"),
             ("top_k", self.top_k, self.top_k >= 0, "0 or more"),
-            ("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < float("inf"), "more than 0"),
+            ("repetition_penalty", self.repetition_penalty, 0.01 <= self.repetition_penalty <= 100, "0.01 to 100"),
+            ("seed", self.seed, -(1 << 63) <= self.seed < 1 << 63, "a whole number of 64 bits"),
         )
         for name, value, good, wanted in checks:
             if not good:
-                raise RunError(f"{name} is {value}, wanted {wanted}")
+                raise UsageError(f"{name} is {value}, wanted {wanted}")
 
 
 @dataclass
@@ -82,6 +85,23 @@ class Timing:
         }
 
 
+def new_tokens(prompt: int, asked: int, context: int) -> int:
+    """How many tokens may follow a prompt of so many (asked 0: as many as fit, at most DEFAULT_NEW_TOKENS).
+
+    RunError when prompt and answer do not fit the context.
+    """
+    if prompt < 1:
+        raise RunError("the prompt is empty", hint="give it at least one token")
+    new = asked or max(1, min(DEFAULT_NEW_TOKENS, context - prompt))
+    if prompt + new > context:
+        over = prompt + new - context
+        raise RunError(
+            f"prompt of {prompt} tokens and {new} new ones: {prompt + new} in a context of {context}, {over} too many",
+            hint=f"--max-new-tokens {new - over}" if over < new else "a shorter prompt or a larger --max-model-len",
+        )
+    return new
+
+
 @dataclass
 class Session:
     """One sequence at a time on a model: its cache is kept, so a prompt that begins like the last one is cheap."""
@@ -101,21 +121,11 @@ class Session:
                 hint=f"ask for at most {self.model.spec.extended_context}",
             )
         if self.prefill_chunk < 1:
-            raise RunError(f"--prefill-chunk {self.prefill_chunk}: wanted at least 1")
+            raise UsageError(f"--prefill-chunk {self.prefill_chunk}: wanted at least 1")
 
     def new_tokens(self, prompt: int, asked: int) -> int:
         """How many tokens may follow a prompt; RunError when it and its answer do not fit the context."""
-        if prompt < 1:
-            raise RunError("the prompt is empty", hint="give it at least one token")
-        new = asked or max(1, min(DEFAULT_NEW_TOKENS, self.max_model_len - prompt))
-        if prompt + new > self.max_model_len:
-            over = prompt + new - self.max_model_len
-            raise RunError(
-                f"prompt of {prompt} tokens and {new} new ones: {prompt + new} in a context of {self.max_model_len}, "
-                f"{over} too many",
-                hint=f"--max-new-tokens {new - over}" if over < new else "a shorter prompt or a larger --max-model-len",
-            )
-        return new
+        return new_tokens(prompt, asked, self.max_model_len)
 
     def generate(
         self,
@@ -225,13 +235,13 @@ def next_token(logits_V: Tensor, seen: Sequence[int], sampling: Sampling, genera
         chosen = logits_V[ids]
         factor = sampling.repetition_penalty
         logits_V = logits_V.index_put((ids,), torch.where(chosen > 0, chosen / factor, chosen * factor))
-    if sampling.temperature == 0:
+    if sampling.temperature < GREEDY_BELOW:
         return int(logits_V.argmax())
     if sampling.top_k:  # before sorting, which takes 16 ms for a vocabulary of 152,000
         scores_V, order_V = torch.topk(logits_V, min(sampling.top_k, logits_V.numel()))
     else:
         scores_V, order_V = torch.sort(logits_V, descending=True, stable=True)
-    p_V = torch.softmax((scores_V - scores_V[0]) / max(sampling.temperature, 1e-6), 0)
+    p_V = torch.softmax((scores_V - scores_V[0]) / sampling.temperature, 0)
     if sampling.top_p < 1:
         p_V = torch.where(p_V.cumsum(0) - p_V < sampling.top_p, p_V, 0.0)
     return int(order_V[torch.multinomial(p_V, 1, generator=generator)])

@@ -47,9 +47,16 @@ class LoadOptions:
     cpu_memory: int = 0
     offload_directory: Path | None = None  # where layers that go to disk are written; default the system's
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations: bfloat16, in which torch's packed kernels are fast, unless float32 is asked for."""
+        return torch.float32 if self.compute_dtype == "float32" else torch.bfloat16
+
     def work(self, spec: ModelSpec) -> Workload:
         context = self.max_model_len or min(DEFAULT_CONTEXT, spec.extended_context)
-        work = Workload(context, kv_dtype=self.kv_dtype, prefill_chunk=self.prefill_chunk)
+        work = Workload(
+            context, kv_dtype=self.kv_dtype, prefill_chunk=self.prefill_chunk, value_bytes=self.dtype.itemsize
+        )
         check_context(spec, work)
         return work
 
@@ -155,6 +162,12 @@ def _with_disk(devices: DeviceMap, weights: WeightBytes, predicted: dict[str, in
     return LoadPlan(devices, predicted, reason, disk)
 
 
+def asked_of_machine(spec: ModelSpec, options: LoadOptions) -> tuple[Rig | None, Workload, int]:
+    """The GPUs there are, what is to be computed, and the bytes of host memory that may be used."""
+    rig, work, ram = visible_rig(options.gpu_memory), options.work(spec), available_ram()
+    return rig, work, min(ram, options.cpu_memory) if options.cpu_memory else ram
+
+
 def stored_sizes(checkpoint: Checkpoint) -> WeightBytes:
     """Bytes of a checkpoint's tensors by place."""
     tensors = {name: location.spec for name, location in checkpoint.tensors.items()}
@@ -181,11 +194,7 @@ def load_from(
     listen: Callable[[int], None] = lambda layer: None,
 ) -> Iterator[Loaded]:
     """Load weights of any source; layers on disk are deleted at the end."""
-    rig = visible_rig(options.gpu_memory)
-    dtype = torch.float32 if options.compute_dtype == "float32" else torch.bfloat16
-    work = replace(options.work(spec), value_bytes=dtype.itemsize)
-    ram = available_ram()
-    room = min(ram, options.cpu_memory) if options.cpu_memory else ram
+    rig, work, room = asked_of_machine(spec, options)
     plan = plan_load(spec, sizes, rig, work, room)
     modeling_code(spec)
     check_gpus([compute_device(where, plan.device_map) for where in plan.device_map.values()])
@@ -195,7 +204,7 @@ def load_from(
         if plan.disk_bytes:
             check_disk(Path(directory), plan.disk_bytes)
         model = build_model(
-            source, config, spec, plan.device_map, dtype=dtype, offload_directory=Path(directory), listen=listen
+            source, config, spec, plan.device_map, dtype=options.dtype, offload_directory=Path(directory), listen=listen
         )
         yield Loaded(model, plan, work, time.perf_counter() - clock, base)
 

@@ -12,10 +12,11 @@ from qwenq.planning.engines import get_engine
 from qwenq.planning.memory import NOT_ALLOCATED
 from qwenq.planning.offload import host_layers_bytes, host_need
 from qwenq.planning.profile import MeasuredRow
-from qwenq.planning.terms import Share, Term, Workload
+from qwenq.planning.terms import Term, Workload
 from qwenq.planning.torch_terms import run_weights, torch_terms
 from qwenq.planning.weights import Weights
 from qwenq.runtime.dispatch import compute_device
+from qwenq.runtime.forecast import share_of
 from qwenq.runtime.generate import Session, Timing
 from qwenq.runtime.load import Loaded
 from qwenq.runtime.memory import forget_peaks, read_peaks
@@ -63,7 +64,7 @@ def _rows(found: Loaded, weights: Weights, work: Workload, phase: str) -> list[M
         if device.type == "cuda":
             index = device.index or 0
             kind = peak.device.removeprefix(f"GPU {index} ")
-            share = _share(found, index, weights)
+            share = share_of(found.model.device_map, index, len(weights.layers))
             terms, _ = torch_terms(found.model.spec, weights, engine, work, share, kind, phase)
             if device == compute_device("cpu", found.model.device_map):
                 terms = (*terms, _host_layers(found, weights, work, kind))
@@ -93,16 +94,3 @@ def _parts(terms: Sequence[Term]) -> tuple[int, int]:
     exact = sum(t.n_bytes for t in terms if t.name in ("weights", "kv_cache"))
     counted = sum(t.n_bytes for t in terms if t.name not in NOT_ALLOCATED)
     return exact, counted - exact
-
-
-def _share(found: Loaded, index: int, weights: Weights) -> Share:
-    """What one GPU holds, read back from the device map."""
-    places = found.model.device_map
-    layers = [k for k in range(len(weights.layers)) if places[f"model.layers.{k}"] == index]
-    gpus = len({place for place in places.values() if isinstance(place, int)})
-    return Share(
-        range(layers[0], layers[-1] + 1) if layers else range(0),
-        embed=places["model.embed_tokens"] == index,
-        head=places["lm_head"] == index,
-        gpus=gpus,
-    )

@@ -21,16 +21,13 @@ from qwenq.errors import QwenqError
 from qwenq.runtime.chat import Chat
 from qwenq.runtime.generate import Sampling, Session, Timing
 from qwenq.runtime.protocol import Answer, ChatRequest, TextRequest, error_body, said
+from qwenq.web import TooLarge, read_body
 
 MAX_BODY_BYTES = 4 << 20
 
 
 class Busy(Exception):
     """The line is full."""
-
-
-class _TooLarge(Exception):
-    pass
 
 
 @dataclass
@@ -134,14 +131,14 @@ async def _complete(service: Service, request: Request, kind: type[ChatRequest] 
     if not _allowed(service, request):
         return _refused()
     try:
-        asked = kind.model_validate_json(await _body(request))
+        asked = kind.model_validate_json(await read_body(request, MAX_BODY_BYTES))
         if asked.model not in ("", service.name):
             body = error_body(f"the model here is {service.name!r}", code="model_not_found")
             return JSONResponse(body, 404)
         ids = asked.prompt_ids(service.chat)
         sampling = asked.sampling(service.chat, asked.new_tokens)
         service.session.new_tokens(len(ids), sampling.max_new_tokens)
-    except _TooLarge:
+    except TooLarge:
         return JSONResponse(error_body(f"the body is larger than {MAX_BODY_BYTES} bytes"), 413)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
@@ -202,13 +199,3 @@ async def _events(answer: Answer, text: AsyncIterator[str], timing: Timing, with
     if with_usage:
         yield event(answer.usage_piece(timing))
     yield "data: [DONE]\n\n"
-
-
-async def _body(request: Request) -> bytes:
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > MAX_BODY_BYTES:
-            raise _TooLarge
-        parts.append(part)
-    return b"".join(parts)

@@ -1,0 +1,147 @@
+"""What a load would come to, without loading: where layers go, what each device holds at most, how fast it may be."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qwenq.errors import HonestNo, RunError
+from qwenq.planning.engines import get_engine
+from qwenq.planning.rig import Rig
+from qwenq.planning.speed import Speed, estimate_speed
+from qwenq.planning.terms import Share, Workload
+from qwenq.planning.torch_terms import run_weights
+from qwenq.planning.weights import Weights
+from qwenq.runtime.dispatch import DISK
+from qwenq.runtime.load import LoadOptions, LoadPlan, asked_of_machine, check_disk, plan_load
+from qwenq.spec import ModelSpec
+from qwenq.units import format_gb
+
+CPU = "cpu"
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one device, or the disk, would hold, and may. On GPUs as torch's allocator counts it."""
+
+    device: str  # GPU 0 RTX 3090, CPU, disk
+    layers: int
+    predicted_bytes: int
+    limit_bytes: int | None  # what is free, or a limit below it; None for the disk, which is checked on its own
+
+    @property
+    def line(self) -> str:
+        limit = f" of {format_gb(self.limit_bytes)}" if self.limit_bytes is not None else ""
+        return f"{self.device}: {self.layers} layers, {format_gb(self.predicted_bytes)}{limit}"
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The answer of `run --dry-run`."""
+
+    model: str
+    weights: Weights
+    work: Workload
+    compute_dtype: str
+    plan: LoadPlan
+    devices: tuple[Held, ...]
+    speed: Speed
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "weights": {
+                "label": self.weights.label, "bytes": self.weights.total_bytes, "source": self.weights.source,
+            },
+            "context": self.work.context,
+            "prefill_chunk": self.work.prefill_chunk,
+            "kv_cache_dtype": self.work.kv_dtype,
+            "compute_dtype": self.compute_dtype,
+            "devices": [asdict(held) for held in self.devices],
+            "plan": self.plan.to_json(),
+            "speed": self.speed.to_json(),
+        }  # fmt: skip
+
+    def lines(self) -> list[str]:
+        """For people."""
+
+        def shown(pair: tuple[float, float] | None) -> str:
+            return "unknown" if pair is None else f"{pair[0]:.3g} to {pair[1]:.3g} tokens/s"
+
+        speed, fast = self.speed, f"speed: {self.speed.basis}"
+        if speed.decode is not None or speed.prefill is not None:
+            fast = f"speed: decode {shown(speed.decode)}, prefill {shown(speed.prefill)} ({speed.basis})"
+        return [
+            f"{self.model}: {format_gb(self.weights.total_bytes)} of weights ({self.weights.label}; "
+            f"{self.weights.source}); context {self.work.context}, KV cache {self.work.kv_dtype}, "
+            f"{self.compute_dtype} activations; nothing is loaded",
+            *(held.line for held in self.devices),
+            f"placement: {self.plan.reason}",
+            fast,
+        ]
+
+
+def forecast(spec: ModelSpec, weights: Weights, options: LoadOptions) -> Forecast:
+    """The plan that a load with these options would follow on this machine; HonestNo when the model does not fit."""
+    rig, work, room = asked_of_machine(spec, options)
+    try:
+        plan = plan_load(spec, weights, rig, work, room)
+        if plan.disk_bytes:
+            check_disk(options.offload_directory or Path(tempfile.gettempdir()), plan.disk_bytes)
+    except RunError as error:
+        raise HonestNo(error.message, hint=error.hint) from None
+    devices = _held(plan, weights, rig, work, room)
+    dtype = str(options.dtype)[6:]
+    return Forecast(spec.name, weights, work, dtype, plan, devices, _speed(spec, weights, plan, rig, work))
+
+
+def share_of(places: Mapping[str, int | str], index: int, layers: int) -> Share:
+    """What one GPU holds, read back from a device map."""
+    held = [k for k in range(layers) if places[f"model.layers.{k}"] == index]
+    gpus = len({place for place in places.values() if isinstance(place, int)})
+    return Share(
+        range(held[0], held[-1] + 1) if held else range(0),
+        embed=places["model.embed_tokens"] == index,
+        head=places["lm_head"] == index,
+        gpus=gpus,
+    )
+
+
+def _held(plan: LoadPlan, weights: Weights, rig: Rig | None, work: Workload, room: int) -> tuple[Held, ...]:
+    counts: dict[int | str, int] = {}
+    for layer in range(len(weights.layers)):
+        place = plan.device_map[f"model.layers.{layer}"]
+        counts[place] = counts.get(place, 0) + 1
+    found = []
+    if rig is None:
+        found.append(Held("CPU", counts.get(CPU, 0), plan.predicted["CPU"], room))
+    else:
+        names = [f"GPU {index} {gpu.name}" for index, gpu in enumerate(rig.gpus)]
+        found += [
+            Held(name, counts.get(index, 0), plan.predicted.get(name, 0), rig.limits[index])
+            for index, name in enumerate(names)
+        ]
+        if counts.get(CPU):
+            found.append(Held("CPU", counts[CPU], _in_host_memory(plan, weights, rig, work), room))
+    if plan.disk_bytes:
+        found.append(Held("disk", counts[DISK], plan.disk_bytes, None))
+    return tuple(found)
+
+
+def _in_host_memory(plan: LoadPlan, weights: Weights, rig: Rig, work: Workload) -> int:
+    """Bytes of the layers beside a rig's own, as they cross to the first GPU to be computed there."""
+    held = run_weights(weights, get_engine("qwenq"), work, rig.gpus[0].name)
+    return sum(n for k, n in enumerate(held.layer_bytes) if plan.device_map[f"model.layers.{k}"] == CPU)
+
+
+def _speed(spec: ModelSpec, weights: Weights, plan: LoadPlan, rig: Rig | None, work: Workload) -> Speed:
+    if plan.disk_bytes:
+        return Speed(None, None, "not predicted: layers are read from disk for every token")
+    if rig is None:
+        return Speed(None, None, "not predicted for CPUs; a short answer tells (`qwenq run CHECKPOINT -p hi -n 32`)")
+    shares = [share_of(plan.device_map, index, len(weights.layers)) for index in range(len(rig.gpus))]
+    away = _in_host_memory(plan, weights, rig, work)
+    return estimate_speed(spec, weights, get_engine("qwenq"), work, rig.gpus, shares, away)
