@@ -123,7 +123,7 @@ def _checkpoint_weights(spec: ModelSpec, directory: Path, config: Mapping[str, A
 
 def _of_headers(spec: ModelSpec, tensors: Mapping[str, TensorSpec], config: Mapping[str, Any], where: str) -> Weights:
     _check_shapes(spec, tensors, shown(where))
-    return header_weights(spec, tensors, config)
+    return header_weights(spec, tensors, config, f"{shown(where)}/config.json")
 
 
 def _check_shapes(spec: ModelSpec, tensors: Mapping[str, TensorSpec], where: str) -> None:
