@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
             "planning.speed planning.flags planning.ggufsize planning.models planning.validate "
             "planning.detect planning.chart planning.asking planning.knapsack planning.sensitivity planning.budget "
             "planning.recipefile planning.fitting planning.tensor_parallel planning.offload planning.profile "
-            "planning.declared "
+            "planning.declared planning.written "
             "formats formats.config formats.quantization formats.patterns formats.gptq formats.awq formats.compressed "
             "formats.bnb",
         ),

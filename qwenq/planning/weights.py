@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from qwenq.errors import CheckpointError, PlanError, printable
-from qwenq.layout import linear_tensors
 from qwenq.planning.allocator import allocated_blocks
 from qwenq.planning.declared import Declared, declared_by_config, declared_by_recipe
 from qwenq.planning.kernels import DENSE_FROM, Compute, LayerParts, layer_parts
 from qwenq.planning.tensor_parallel import RowGroups, same_groups
 from qwenq.scheme import Recipe, Scheme
-from qwenq.spec import UNITS, LinearSpec, ModelSpec, TensorSpec, tensor_bytes
+from qwenq.spec import LinearSpec, ModelSpec, TensorSpec, tensor_bytes
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
@@ -84,51 +83,34 @@ class Weights:
         return sum(self.embed) + sum(self.norm) + sum(self.head) + sum(self.layer_bytes)
 
 
-def recipe_weights(spec: ModelSpec, recipe: Recipe, label: str = "", dtype: str = "BF16") -> Weights:
-    """Weights stored by `recipe` (linears it leaves out stay in 16 bit)."""
+def recipe_weights(
+    spec: ModelSpec,
+    recipe: Recipe,
+    label: str = "",
+    dtype: str | Callable[[str], str] = "BF16",
+    source: str = "every tensor of the scheme, byte for byte",
+) -> Weights:
+    """Weights stored by `recipe`; what it leaves out is stored in `dtype`, one or one a name."""
     declared = declared_by_recipe(spec, recipe)
-    different = range(spec.num_hidden_layers if recipe.overrides else 1)  # else all layers are like the first
-    repeated = 1 if recipe.overrides else spec.num_hidden_layers
+    alike = not recipe.overrides and isinstance(dtype, str)  # then all layers are like the first
+    different = range(1 if alike else spec.num_hidden_layers)
+    repeated = spec.num_hidden_layers if alike else 1
     tensors = [tuple(recipe.layer_tensors(spec, layer, dtype)) for layer in different]
     layers = tuple(tuple(t.nbytes for t in found) for found in tensors) * repeated
     parts = [layer_parts(spec, layer, {t.name: t for t in tensors[layer]}, declared.sym) for layer in different]
     return Weights(
-        label=label or _recipe_label(recipe),
+        label=label or recipe.label,
         method=declared.method,
         bits=declared.bits,
         group_size=declared.group_size,
         layers=layers,
         widest_linear=_widest_linear(spec, declared),
         intermediate_size=spec.intermediate_size,
-        source="every tensor of the scheme, byte for byte",
+        source=source,
         row_groups=declared.row_groups,
         parts=tuple(parts) * repeated,
         **_outer(spec, dtype),
     )
-
-
-def sized_recipe(spec: ModelSpec, target_bytes: int, group_size: int = 128) -> Recipe:
-    """A stand-in for a mixed checkpoint of at most `target_bytes`: 4 bits, with as many 8-bit units as fit.
-
-    Which units deserve 8 bits is for the quantizer to measure; for planning only their bytes count, so they are spread
-    evenly over the layers, unit by unit. PlanError when even uniform 4 bits is larger, with the reachable range.
-    """
-    low, high = Scheme(4, group_size), Scheme(8, group_size)
-    base, top = Recipe(low).tensor_bytes(spec), Recipe(high).tensor_bytes(spec)
-    if not base <= target_bytes <= top:
-        raise PlanError(
-            f"a 4-bit to 8-bit g{group_size} checkpoint cannot have {target_bytes / 1e9:.2f} GB",
-            hint=f"reachable: {base / 1e9:.2f} to {top / 1e9:.2f} GB",
-        )
-    left, overrides = target_bytes - base, list[tuple[str, Scheme | None]]()
-    for unit in ("down", "qkv", "o", "gate_up"):
-        chosen = [lin for lin in spec.layer_linears(0) if lin.unit == unit]
-        extra = sum(_stored(high, lin) - _stored(low, lin) for lin in chosen)
-        count = min(spec.num_hidden_layers, left // extra)
-        left -= count * extra
-        for layer in _spread(spec.num_hidden_layers, count):
-            overrides += [(f"model.layers.{layer}.{path}", high) for path in UNITS[unit]]
-    return Recipe(low, tuple(overrides))
 
 
 def published_weights(spec: ModelSpec, quant: str) -> Weights:
@@ -202,11 +184,11 @@ def _widest_linear(spec: ModelSpec, declared: Declared) -> int:
     return 0 if declared.method == "none" else max(lin.parameters for lin in spec.layer_linears(0))
 
 
-def _outer(spec: ModelSpec, dtype: str) -> dict[str, Any]:
+def _outer(spec: ModelSpec, dtype: str | Callable[[str], str]) -> dict[str, Any]:
     outer: dict[str, tuple[int, ...]] = {"embed": (), "norm": (), "head": ()}
-    for tensor in spec.outer_tensors(dtype):
+    for tensor in spec.outer_tensors():
         key = "head" if "lm_head" in tensor.name else "embed" if "embed" in tensor.name else "norm"
-        outer[key] += (tensor.nbytes,)
+        outer[key] += (tensor_bytes(dtype if isinstance(dtype, str) else dtype(tensor.name), tensor.shape),)
     return outer
 
 
@@ -237,18 +219,3 @@ def _is_linear_weight(spec: ModelSpec, name: str) -> bool:
 def _fp8_linear(lin: LinearSpec) -> Iterator[int]:
     yield lin.parameters
     yield tensor_bytes("F32", (-(-lin.out_features // 128), -(-lin.in_features // 128)))
-
-
-def _stored(scheme: Scheme, lin: LinearSpec) -> int:
-    return sum(t.nbytes for t in linear_tensors("gptq", scheme, lin))
-
-
-def _spread(layers: int, count: int) -> Iterable[int]:
-    return (layer * layers // count for layer in range(count)) if count else ()
-
-
-def _recipe_label(recipe: Recipe) -> str:
-    if recipe.default is None:
-        return "16-bit"
-    raised = sum(1 for _, scheme in recipe.overrides if scheme and scheme.bits > recipe.default.bits)
-    return recipe.default.label + (f", {raised} linears in 8 bits" if raised else "")
