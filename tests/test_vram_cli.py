@@ -127,6 +127,7 @@ BAD = [
         "hint: give",
     ),
     (["vram", "Qwen2.5-72B", "--target-size", "9GB", "--recipe", "r"], "error: --target-size and --recipe ", "hint: g"),
+    (["vram", "Qwen2.5-72B", "--target-size", ""], "error: not a size: ''", "hint: write for instance 47GB"),
     (["vram", "Qwen2.5-72B", "--recipe", "r.toml"], "error: r.toml: No such file or directory", "hint: qwenq quantize"),
     (
         ["vram", "Qwen2.5-72B", "--recipe", "r.toml", "--engine", "llama.cpp"],

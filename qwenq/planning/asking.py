@@ -96,7 +96,7 @@ class Question:
             engine.name,
             bits=self.bits,
             group_size=self.group_size,
-            target_bytes=parse_size(self.target_size) if self.target_size else None,
+            target_bytes=None if self.target_size is None else parse_size(self.target_size),
             recipe=self.recipe,
             checkpoint=self.checkpoint,
             pad_for_tp=self.pad_for_tp,
