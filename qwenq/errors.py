@@ -2,6 +2,7 @@
 
     QwenqError            exit code 1: one line, and a hint
     |-- CheckpointError   a model directory, its config, index or tensors are not usable
+    |   `-- UnreadScheme  it is quantized in a way that this version does not read
     |-- CalibrationError  calibration or evaluation text is not usable
     |-- HubError          a model cannot be had from the hub
     |-- PlanError         a rig, context or scheme cannot be planned with
@@ -33,6 +34,10 @@ def printable(text: str) -> str:
 
 class CheckpointError(QwenqError):
     """A model directory, its config, index or tensors are not usable."""
+
+
+class UnreadScheme(CheckpointError):
+    """A checkpoint is quantized in a way that this version does not read; other engines may."""
 
 
 class CalibrationError(QwenqError):

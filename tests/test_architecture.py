@@ -26,10 +26,13 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
             "planning.llamacpp_terms planning.memory planning.placement planning.parallel planning.plan "
             "planning.speed planning.flags planning.ggufsize planning.models planning.validate "
             "planning.detect planning.chart planning.asking planning.knapsack planning.sensitivity planning.budget "
-            "planning.recipefile planning.fitting planning.tensor_parallel planning.offload planning.profile",
+            "planning.recipefile planning.fitting planning.tensor_parallel planning.offload planning.profile "
+            "planning.declared planning.written "
+            "formats formats.config formats.quantization formats.patterns formats.gptq formats.awq formats.compressed "
+            "formats.bnb",
         ),
         ("tensor maths", "lanes devices quant quant.* metrics"),
-        ("disk", "files manifest provenance card shards journal formats formats.* tokens calibration checkpoint audit"),
+        ("disk", "files manifest provenance card shards journal formats.storage tokens calibration checkpoint audit"),
         ("network", "attention stream replicas"),
         (
             "work",
@@ -42,7 +45,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
 )
 
 HEAVY = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
-PLANNING = LAYERS[0][1] | LAYERS[1][1] | {"journal", "formats", "formats.config", "audit"}
+PLANNING = LAYERS[0][1] | LAYERS[1][1] | {"journal", "audit"}
 PLANNING |= {"cli.vram", "cli.plan", "cli.recipe", "cli.sensitivity"}
 PLANNING |= {"report.compose", "cli.report"}
 PLANNING |= {"files", "manifest", "verify", "cli.verify"}  # hashing needs no torch either

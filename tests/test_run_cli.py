@@ -217,7 +217,7 @@ def test_a_dry_run_is_what_a_load_would_do(tiny: Path, monkeypatch: pytest.Monke
 
 def test_a_dry_run_by_hub_name_says_what_it_rests_on(monkeypatch: pytest.MonkeyPatch) -> None:
     from qwenq.planning.rig import parse_rig
-    from qwenq.runtime import load
+    from qwenq.runtime import forecast, load
 
     monkeypatch.setattr(load, "visible_rig", lambda limits: parse_rig("2x RTX 3090"))
     monkeypatch.setattr(load, "available_ram", lambda: 64 << 30)

@@ -116,8 +116,41 @@ BAD = [
     (["vram", "Qwen2.5-72B", "--kv-cache-dtype", "int3"], "error: qwenq has no 'int3' KV cache", "hint: one of auto"),
     (["vram", "Qwen2.5-72B", "--batch-size", "0"], "error: batch size is 0", ""),
     (["vram", "Qwen2.5-72B", "--json", "--csv"], "error: --json and --csv exclude each other", ""),
-    (["vram", "Qwen2.5-72B", "--bits", "4", "--target-size", "47GB"], "error: --bits, --target-size and", "hint: give"),
-    (["vram", "Qwen2.5-72B", "--target-size", "900GB"], "error: a 4-bit to 8-bit g128 checkpoint", "hint: reachable"),
+    (
+        ["vram", "Qwen2.5-72B", "--bits", "4", "--target-size", "47GB"],
+        "error: --bits and --target-size exclude each other",
+        "hint: give",
+    ),
+    (
+        ["plan", "Qwen2.5-72B", "--gpu", "3090", "--group-size", "64", "--recipe", "r.toml", "--checkpoint", "x"],
+        "error: --group-size and --recipe and --checkpoint exclude each other",
+        "hint: give",
+    ),
+    (["vram", "Qwen2.5-72B", "--target-size", "9GB", "--recipe", "r"], "error: --target-size and --recipe ", "hint: g"),
+    (["vram", "Qwen2.5-72B", "--target-size", ""], "error: not a size: ''", "hint: write for instance 47GB"),
+    (["vram", "Qwen2.5-72B", "--recipe", "r.toml"], "error: r.toml: No such file or directory", "hint: qwenq quantize"),
+    (
+        ["vram", "Qwen2.5-72B", "--recipe", "r.toml", "--engine", "llama.cpp"],
+        "error: --recipe is for what quantize writes, llama.cpp reads GGUF",
+        "hint: use --bits",
+    ),
+    (
+        ["plan", "Qwen2.5-72B", "--gpu", "3090", "--pad-for-tp", "3"],
+        "error: --pad-for-tp 3: 64 heads are not divisible by 3",
+        "hint: padding the FFN cannot",
+    ),
+    (
+        ["vram", "Qwen2.5-72B", "--checkpoint", str(DATA / "tiny-qwen2"), "--pad-for-tp", "2"],
+        "error: --pad-for-tp 2 is for what quantize writes, these weights are as they are",
+        "hint: give --bits 4 or 8",
+    ),
+    (["vram", str(DATA / "tiny-qwen2"), "--pad-for-tp", "2"], "error: --pad-for-tp 2 is for what", "hint: give --bits"),
+    (["vram", "Qwen2.5-72B", "--bits", "16", "--pad-for-tp", "2"], "error: --pad-for-tp 2 is for", "hint: give --bits"),
+    (
+        ["vram", "Qwen2.5-72B-GPTQ-Int4", "--target-size", "47GB"],
+        "error: Qwen2.5-72B: already quantized (GPTQ-Int4)",
+        "hint: plan from the original",
+    ),
     (["vram", "Qwen2.5-72B", "--expect-params", "130B"], "error: the config contradicts itself", "hint: Qwen2.5-72B"),
     (["vram", "Qwen2.5-72B", "--expect-params", "many"], "error: not a number of parameters: 'many'", "hint: write"),
     (
@@ -246,6 +279,7 @@ for args in (
     ["vram", "validate", sys.argv[1]],
     ["plan", "Qwen2.5-72B", "--gpu", "2x RTX 3090"],
     ["plan", "Qwen2.5-72B", "--recommend"],
+    ["plan", "Qwen2.5-7B", "--gpu", "RTX 3090", "--target-size", "6GB", "--pad-for-tp", "2"],
 ):
     assert CliRunner().invoke(app, args).exit_code == 0, args
 heavy = {"torch", "transformers", "numpy", "safetensors", "huggingface_hub", "plotly", "fastapi"} & set(sys.modules)

@@ -10,7 +10,7 @@ import pytest
 from qwenq.errors import CheckpointError, PlanError
 from qwenq.planning.ggufsize import gguf_weights
 from qwenq.planning.models import load_model, load_spec, model_weights
-from qwenq.planning.weights import header_weights, published_weights, recipe_weights, sized_recipe
+from qwenq.planning.weights import header_weights, published_weights, recipe_weights
 from qwenq.scheme import Recipe, Scheme
 from qwenq.spec import ModelSpec, family_spec
 
@@ -91,23 +91,6 @@ def test_gguf_layers_with_more_bits() -> None:
 def test_gguf_type_must_be_known() -> None:
     with pytest.raises(PlanError, match="unknown GGUF type 'Q9'"):
         gguf_weights(model("Qwen2.5-7B"), "Q9")
-
-
-@pytest.mark.parametrize("target", [42 * 10**9, 47 * 10**9, 60 * 10**9])
-def test_sized_recipe_lands_below_its_target(target: int) -> None:
-    spec = model("Qwen2.5-72B")
-    weights = recipe_weights(spec, sized_recipe(spec, target))
-    assert 0.995 * target <= weights.total_bytes <= target
-    assert len(weights.layer_bytes) == 80
-    halves = sum(weights.layer_bytes[:40]), sum(weights.layer_bytes[40:])  # spread: neither half has it all
-    assert abs(halves[0] - halves[1]) <= 2 * (max(weights.layer_bytes) - min(weights.layer_bytes))
-
-
-@pytest.mark.parametrize("target", [1, 41 * 10**9, 78 * 10**9])
-def test_sized_recipe_says_what_is_reachable(target: int) -> None:
-    with pytest.raises(PlanError, match="cannot have") as caught:
-        sized_recipe(model("Qwen2.5-72B"), target)
-    assert caught.value.hint == "reachable: 41.49 to 76.87 GB"
 
 
 def test_headers_of_a_real_directory() -> None:

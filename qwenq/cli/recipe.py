@@ -15,8 +15,8 @@ from qwenq.cli.format import check_format, uniform_recipe
 from qwenq.errors import PlanError
 from qwenq.planning.budget import MIXED_FORMATS, Budgeted, choose_for_bits, choose_for_bytes, describe_choice
 from qwenq.planning.sensitivity import SENSITIVITY_NAME, Sensitivity, prior, read_sensitivity
-from qwenq.planning.tensor_parallel import padded_width, tensor_parallel_reasons
-from qwenq.scheme import GROUP_SIZES, Recipe, label_of
+from qwenq.planning.written import cut_by, widened
+from qwenq.scheme import Recipe, label_of
 from qwenq.spec import UNITS, ModelSpec
 from qwenq.units import format_gb, parse_size, parse_tokens
 
@@ -110,15 +110,7 @@ class Wanted:
         """The model with its FFN padded as asked, so that no group straddles ranks; PlanError when that cannot help."""
         if self.pad_for_tp is None:
             return spec
-        scheme = None if self.mixed else self.uniform().default
-        group = GROUP_SIZES[0] if self.mixed else scheme.group_size if scheme else -1
-        wide = replace(spec, intermediate_size=padded_width(spec.intermediate_size, group, self.pad_for_tp))
-        groups = {"down": (group,), "o": (min(GROUP_SIZES) if self.mixed else group,)}
-        if reasons := tensor_parallel_reasons(wide, groups, self.pad_for_tp):
-            raise PlanError(
-                f"--pad-for-tp {self.pad_for_tp}: {reasons[0]}", hint="padding the FFN cannot change that"
-            )
-        return wide
+        return widened(spec, self.pad_for_tp, None if self.mixed else self.uniform())
 
     @property
     def mixed(self) -> bool:
@@ -182,16 +174,6 @@ class Wanted:
             raise PlanError("--engine llama.cpp reads GGUF, not what this writes", hint="qwenq, transformers or vllm")
         work = Workload(parse_tokens(self.context or "8k"), 1)
         return choose_for_rig(spec, table, parse_rig(self.fit), engine, work, dtype_of, self.format)
-
-
-def cut_by(spec: ModelSpec, table: Sensitivity, ranks: int) -> Sensitivity:
-    """The table without schemes whose groups would straddle `ranks` GPUs."""
-    widths = {"o": spec.q_size // ranks, "down": spec.intermediate_size // ranks}
-    kl = {
-        unit: {s: kl for s, kl in row.items() if s is None or widths.get(unit[1], 0) % s.group_size == 0}
-        for unit, row in table.kl.items()
-    }
-    return replace(table, kl=kl)
 
 
 def _bits(text: str) -> Fraction:

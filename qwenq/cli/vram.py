@@ -35,10 +35,20 @@ vram_app = typer.Typer(
 )
 
 Bits = Annotated[int | None, typer.Option("--bits", help="4, 8, or 16 for not quantized. Default 4.")]
-GroupSize = Annotated[int, typer.Option("--group-size", help="Weights per scale: 128, 64, 32, or -1 for a row.")]
-TargetSize = Annotated[str | None, typer.Option("--target-size", help="Mixed 4 and 8 bits of this size, e.g. 47GB.")]
+GroupSize = Annotated[
+    int | None, typer.Option("--group-size", help="Weights per scale: 128, 64, 32, or -1 for a row. Default 128.")
+]
+TargetSize = Annotated[
+    str | None, typer.Option("--target-size", help="Mixed bits as quantize chooses them for this size, e.g. 47GB.")
+]
+RecipeFile = Annotated[
+    Path | None, typer.Option("--recipe", help="A recipe file, as `quantize --save-recipe` writes it.")
+]
 Checkpoint = Annotated[
     Path | None, typer.Option("--checkpoint", help="Directory of a real checkpoint; only its headers are read.")
+]
+PadForTp = Annotated[
+    int | None, typer.Option("--pad-for-tp", min=1, help="The FFN widened as by `quantize --pad-for-tp`.")
 ]
 KvDtype = Annotated[str, typer.Option("--kv-cache-dtype", help="auto, fp16, bf16, fp8; llama.cpp: q8_0, q4_0.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", help="Sequences at once.")]
@@ -63,9 +73,11 @@ def estimate_command(
     model: Annotated[str, typer.Argument(help="Family name (Qwen2.5-72B), directory or hub name.")],
     max_model_len: Annotated[str, typer.Option("--max-model-len", "-c", help="Contexts, e.g. 1k,8k,32k,128k.")] = "",
     bits: Bits = None,
-    group_size: GroupSize = 128,
+    group_size: GroupSize = None,
     target_size: TargetSize = None,
+    recipe: RecipeFile = None,
     checkpoint: Checkpoint = None,
+    pad_for_tp: PadForTp = None,
     kv_cache_dtype: KvDtype = "auto",
     batch_size: BatchSize = 1,
     engine: EngineName = "qwenq",
@@ -91,7 +103,9 @@ def estimate_command(
         bits=bits,
         group_size=group_size,
         target_size=target_size,
+        recipe=recipe,
         checkpoint=checkpoint,
+        pad_for_tp=pad_for_tp,
         kv_cache_dtype=kv_cache_dtype,
         batch_size=batch_size,
         engine=engine,
@@ -200,7 +214,7 @@ def export_command(
     max_model_len: Annotated[str, typer.Option("--max-model-len", "-c", help="Contexts, e.g. 1k,8k,32k.")] = "",
     bits: Annotated[str, typer.Option("--bits", help="Compared, e.g. 4,8,16.")] = "4",
     kv_cache_dtype: Annotated[str, typer.Option("--kv-cache-dtype", help="Compared, e.g. auto,fp8.")] = "auto",
-    group_size: GroupSize = 128,
+    group_size: GroupSize = None,
     batch_size: BatchSize = 1,
     engine: EngineName = "qwenq",
     prefill_chunk: PrefillChunk = 0,

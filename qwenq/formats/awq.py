@@ -9,8 +9,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from qwenq.errors import CheckpointError
-from qwenq.formats.quantization import Quantization, read_names, read_scheme
+from qwenq.errors import CheckpointError, UnreadScheme
+from qwenq.formats.quantization import PACKED_BITS, Quantization, read_names, read_scheme
 from qwenq.scheme import Recipe
 
 
@@ -31,13 +31,15 @@ def read_awq_config(config: Mapping[str, Any], where: str) -> Quantization:
     """Parse a `quantization_config`; raises CheckpointError for what is not 4-bit AWQ in the gemm layout."""
     version = str(config.get("version", "gemm")).lower()
     if version != "gemm":
-        raise CheckpointError(f"{where}: AWQ version is {version!r}, wanted 'gemm'")
+        raise UnreadScheme(f"{where}: AWQ version is {version!r}, wanted 'gemm'")
     bits = config.get("bits", config.get("w_bit"))
     group_size = config.get("group_size", config.get("q_group_size"))
     if bits != 4:
-        raise CheckpointError(f"{where}: AWQ bits is {bits!r}, wanted 4")
+        raise (UnreadScheme if bits in PACKED_BITS else CheckpointError)(f"{where}: AWQ bits is {bits!r}, wanted 4")
     if config.get("zero_point", True) is not True:
-        raise CheckpointError(f"{where}: AWQ zero_point is {config.get('zero_point')!r}, wanted true")
+        raise (UnreadScheme if config["zero_point"] is False else CheckpointError)(
+            f"{where}: AWQ zero_point is {config.get('zero_point')!r}, wanted true"
+        )
     kept = read_names(config.get("modules_to_not_convert"), f"{where}: modules_to_not_convert")
     rules = tuple((re.compile(".*" + re.escape(name)), None) for name in kept)
     return Quantization("awq", read_scheme(bits, group_size, False, where), rules)

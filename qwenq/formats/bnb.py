@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from qwenq.errors import CheckpointError
+from qwenq.errors import CheckpointError, UnreadScheme
 from qwenq.formats.patterns import read_pattern
 from qwenq.formats.quantization import Quantization, read_names
 from qwenq.layout import BNB_FORMATS
@@ -45,7 +45,7 @@ def read_bnb_config(config: Mapping[str, Any], where: str) -> Quantization:
     if four:
         kind, storage = config.get("bnb_4bit_quant_type", "fp4"), config.get("bnb_4bit_quant_storage", "uint8")
         if kind != "nf4" or storage != "uint8":
-            raise CheckpointError(f"{where}: 4-bit type {kind!r} stored as {storage!r}, wanted 'nf4' as 'uint8'")
+            raise UnreadScheme(f"{where}: 4-bit type {kind!r} stored as {storage!r}, wanted 'nf4' as 'uint8'")
         scheme = Scheme(4, 64, codes="nf4-nested") if config.get("bnb_4bit_use_double_quant") else NF4
     kept = read_names(config.get("llm_int8_skip_modules"), f"{where}: llm_int8_skip_modules")
     rules = tuple((_skip_pattern(name, f"{where}: llm_int8_skip_modules"), None) for name in kept)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qwenq import __version__
-from qwenq.errors import CheckpointError
+from qwenq.errors import CheckpointError, UnreadScheme
 from qwenq.formats.patterns import read_pattern
 from qwenq.formats.quantization import Quantization, read_names, read_scheme
 from qwenq.scheme import Recipe, Scheme
@@ -68,12 +68,12 @@ def _weights(scheme: Scheme) -> dict[str, Any]:
 def read_compressed_config(config: Mapping[str, Any], where: str) -> Quantization:
     """Parse a `quantization_config`; raises CheckpointError for what is not weights of 4 or 8 bits packed in int32."""
     if config.get("format") != "pack-quantized":
-        raise CheckpointError(
+        raise (UnreadScheme if isinstance(config.get("format"), str) else CheckpointError)(
             f"{where}: compressed-tensors format is {config.get('format')!r}, wanted 'pack-quantized'",
             hint="other formats also quantize activations, or hold floats",
         )
     if config.get("kv_cache_scheme") is not None:
-        raise CheckpointError(f"{where}: a kv_cache_scheme is not supported")
+        raise UnreadScheme(f"{where}: a kv_cache_scheme is not supported")
     groups = config.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         raise CheckpointError(f"{where}: config_groups is missing or empty")
@@ -113,15 +113,15 @@ def _scheme(group: Mapping[str, Any], where: str) -> Scheme:
     if not isinstance(weights, Mapping):
         raise CheckpointError(f"{where}: weights is {type(weights).__name__}, wanted an object")
     if group.get("input_activations") is not None or group.get("output_activations") is not None:
-        raise CheckpointError(f"{where}: quantized activations are not supported")
+        raise UnreadScheme(f"{where}: quantized activations are not supported")
     strategy, group_size = weights.get("strategy"), weights.get("group_size")
     if strategy is None:
         strategy = "group" if isinstance(group_size, int) and group_size > 0 else "channel"
     if weights.get("type", "int") != "int" or weights.get("dynamic") or strategy not in ("group", "channel"):
-        raise CheckpointError(
+        raise UnreadScheme(
             f"{where}: weights are {weights.get('type', 'int')} by {strategy}, wanted static int by group or channel"
         )
     if weights.get("actorder") == "group":
-        raise CheckpointError(f"{where}: actorder is 'group', which stores columns out of order; not supported")
+        raise UnreadScheme(f"{where}: actorder is 'group', which stores columns out of order; not supported")
     size = -1 if strategy == "channel" else group_size
     return read_scheme(weights.get("num_bits"), size, weights.get("symmetric", True), where)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qwenq.errors import CheckpointError
+from qwenq.errors import CheckpointError, UnreadScheme
 from qwenq.formats.awq import awq_config, read_awq_config
 from qwenq.formats.bnb import bnb_config, read_bnb_config
 from qwenq.formats.compressed import compressed_config, read_compressed_config
@@ -36,23 +36,27 @@ def quantization_config(
 
 
 def read_quantization_config(config: Any, where: str) -> Quantization:
-    """Parse a `quantization_config` of any known format; CheckpointError, with what is known, for another."""
+    """Parse a `quantization_config` of any known format; CheckpointError, with what is known, for another.
+
+    UnreadScheme, which is one, for what another tool may have written as it should be but this version does not read.
+    """
     if not isinstance(config, Mapping):
         raise CheckpointError(f"{where}: quantization_config is {type(config).__name__}, wanted an object")
     if not is_readable(config):
-        raise CheckpointError(
-            f"{where}: quant_method is {str(_method(config))[:40]!r}, wanted one of {', '.join(_READERS)}",
+        named = isinstance(config.get("quant_method"), str)
+        raise (UnreadScheme if named else CheckpointError)(
+            f"{where}: quant_method is {str(method_of(config))[:40]!r}, wanted one of {', '.join(_READERS)}",
             hint="this version reads 16-bit checkpoints and these",
         )
-    return _READERS[_method(config)](config, where)
+    return _READERS[method_of(config)](config, where)
 
 
 def is_readable(config: Any) -> bool:
     """Whether a `quantization_config` names a method that this version reads."""
-    return isinstance(config, Mapping) and _method(config) in _READERS
+    return isinstance(config, Mapping) and method_of(config) in _READERS
 
 
-def _method(config: Mapping[str, Any]) -> str:
+def method_of(config: Mapping[str, Any]) -> str:
     """The method named; early bitsandbytes checkpoints name none."""
     early = "load_in_4bit" in config or "load_in_8bit" in config
     return str(config.get("quant_method", "bitsandbytes" if early else None))

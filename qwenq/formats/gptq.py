@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qwenq import __version__
-from qwenq.errors import CheckpointError
+from qwenq.errors import CheckpointError, UnreadScheme
 from qwenq.formats.patterns import read_pattern
 from qwenq.formats.quantization import Quantization, read_scheme
 from qwenq.scheme import Recipe, Scheme
@@ -100,11 +100,14 @@ def gptq_version(recipe: Recipe) -> str:
 
 def read_gptq_config(config: Mapping[str, Any], where: str) -> Quantization:
     """Parse a `quantization_config`; raises CheckpointError for what is not 4- or 8-bit GPTQ in int32 words."""
-    if config.get("pack_dtype", "int32") != "int32":
-        raise CheckpointError(f"{where}: pack_dtype is {config.get('pack_dtype')!r}, wanted 'int32'")
+    pack_dtype = config.get("pack_dtype", "int32")
+    if pack_dtype != "int32":
+        raise _refusal(pack_dtype)(f"{where}: pack_dtype is {pack_dtype!r}, wanted 'int32'")
     checkpoint_format = config.get("checkpoint_format") or "gptq"
     if checkpoint_format not in ("gptq", "gptq_v2"):
-        raise CheckpointError(f"{where}: checkpoint_format is {checkpoint_format!r}, wanted 'gptq' or 'gptq_v2'")
+        raise _refusal(checkpoint_format)(
+            f"{where}: checkpoint_format is {checkpoint_format!r}, wanted 'gptq' or 'gptq_v2'"
+        )
     default = _scheme(config, Scheme(4), where)
     rules = []
     entries = config.get("dynamic") or {}
@@ -118,6 +121,10 @@ def read_gptq_config(config: Mapping[str, Any], where: str) -> Quantization:
             raise CheckpointError(f"{where}: dynamic {key!r} is {type(override).__name__}, wanted an object")
         rules.append((pattern, None if excluded else _scheme(override, default, where)))
     return Quantization("gptq", default, tuple(rules), checkpoint_format)
+
+
+def _refusal(kind: Any) -> type[CheckpointError]:
+    return UnreadScheme if isinstance(kind, str) else CheckpointError
 
 
 def _scheme(config: Mapping[str, Any], default: Scheme, where: str) -> Scheme:

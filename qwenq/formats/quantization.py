@@ -7,9 +7,11 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from qwenq.errors import CheckpointError, PlanError
+from qwenq.errors import CheckpointError, PlanError, UnreadScheme
 from qwenq.scheme import Recipe, Scheme
 from qwenq.spec import ModelSpec
+
+PACKED_BITS = range(2, 9)  # that one tool or another packs
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ def read_scheme(bits: Any, group_size: Any, sym: Any, where: str) -> Scheme:
     try:
         return Scheme(bits, group_size, bool(sym))
     except PlanError as error:
-        raise CheckpointError(f"{where}: {error.message}") from None
+        other = bits not in (4, 8) and bits in PACKED_BITS
+        raise (UnreadScheme if other else CheckpointError)(f"{where}: {error.message}") from None
 
 
 def read_names(value: Any, where: str) -> list[str]:

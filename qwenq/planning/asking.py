@@ -62,9 +62,11 @@ class Question:
 
     model: str
     bits: int | None = None
-    group_size: int = 128
+    group_size: int | None = None
     target_size: str | None = None
+    recipe: Path | None = None  # a file that `quantize --save-recipe` wrote
     checkpoint: Path | None = None
+    pad_for_tp: int | None = None
     kv_cache_dtype: str = "auto"
     batch_size: int = 1
     engine: str = "qwenq"
@@ -81,9 +83,7 @@ class Question:
 
     def resolve(self) -> Resolved:
         """Everything looked up and checked; a QwenqError for what is unknown or contradictory."""
-        ways = [self.bits is not None, self.target_size is not None, self.checkpoint is not None]
-        if sum(ways) > 1:
-            raise PlanError("--bits, --target-size and --checkpoint exclude each other", hint="give one of them")
+        self._check_ways()
         engine = get_engine(self.engine, self.engine_version)
         if self.profile is not None:
             if engine.name != "qwenq":
@@ -96,9 +96,13 @@ class Question:
             engine.name,
             bits=self.bits,
             group_size=self.group_size,
-            target_bytes=parse_size(self.target_size) if self.target_size else None,
+            target_bytes=None if self.target_size is None else parse_size(self.target_size),
+            recipe=self.recipe,
             checkpoint=self.checkpoint,
+            pad_for_tp=self.pad_for_tp,
         )
+        if self.pad_for_tp is not None:
+            model = replace(model, spec=replace(model.spec, intermediate_size=weights.intermediate_size))
         template = Workload(
             1,
             self.batch_size,
@@ -115,6 +119,18 @@ class Question:
         if self.tensor_parallel_size and engine.layered:
             raise PlanError(f"{engine.name} has no tensor parallelism here", hint="--engine vllm has")
         return Resolved(model, weights, engine, rig, template, self.tensor_parallel_size)
+
+    def _check_ways(self) -> None:
+        """PlanError for several ways at once to say which weights."""
+        ways = {"--target-size": self.target_size, "--recipe": self.recipe, "--checkpoint": self.checkpoint}
+        scheme = {"--bits": self.bits, "--group-size": self.group_size}
+        given = [name for name, value in ways.items() if value is not None]
+        if given:
+            given = [name for name, value in scheme.items() if value is not None] + given
+        if len(given) > 1:
+            raise PlanError(f"{' and '.join(given)} exclude each other", hint="give one of them")
+        if self.pad_for_tp is not None and self.pad_for_tp < 1:
+            raise PlanError(f"--pad-for-tp is {self.pad_for_tp}, wanted at least 1")
 
 
 def parse_parameters(text: str) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -53,7 +53,7 @@ def choose_for_bytes(
     """
     fixed = fixed_bytes(spec, dtype_of)
     costs = {unit: unit_costs(spec, table, unit, dtype_of, format) for unit in units_of(spec)}
-    smallest, whole = reachable_bytes(spec, table, dtype_of, format)
+    smallest, whole = fixed + _least(costs.values()), file_bytes(spec, Recipe(None), dtype_of)
     reach = f"reachable: {format_gb(smallest)} to below {format_gb(whole)} ({smallest} to {whole - 1} bytes)"
     if target_bytes < smallest:
         raise HonestNo(
@@ -73,9 +73,13 @@ def choose_for_bytes(
 
 def reachable_bytes(spec: ModelSpec, table: Sensitivity, dtype_of: DtypeOf, format: str = "gptq") -> tuple[int, int]:
     """The least target there is a recipe for, and the bytes in 16 bit, which a target must be below."""
-    costs = (unit_costs(spec, table, unit, dtype_of, format) for unit in units_of(spec))
-    smallest = fixed_bytes(spec, dtype_of) + sum(min(options.values()) for options in costs)
-    return smallest, file_bytes(spec, Recipe(None), dtype_of)
+    costs = [unit_costs(spec, table, unit, dtype_of, format) for unit in units_of(spec)]
+    return fixed_bytes(spec, dtype_of) + _least(costs), file_bytes(spec, Recipe(None), dtype_of)
+
+
+def _least(costs: Iterable[Mapping[Scheme | None, int]]) -> int:
+    """What the cheapest option of every unit takes together."""
+    return sum(min(options.values()) for options in costs)
 
 
 def choose_for_bits(
@@ -87,7 +91,7 @@ def choose_for_bits(
         for unit in units_of(spec)
     }
     weights = spec.linear_parameters
-    smallest = Fraction(sum(min(options.values()) for options in costs.values()), weights)
+    smallest = Fraction(_least(costs.values()), weights)
     if not smallest <= bits < 16:
         raise HonestNo(
             f"{spec.name}: {float(bits):g} bits per linear weight are out of reach",
@@ -158,10 +162,11 @@ def unit_costs(
     """
     whole = sum(t.nbytes for t in spec.layer_tensors(unit[0], "F32"))
     longer = len(str(spec.num_hidden_layers - 1)) - len(str(unit[0]))
+    members = members_of(spec, unit)
     costs: dict[Scheme | None, int] = {}
     for scheme in _held(spec, table, unit, format):
         total = 0
-        for tensor in (t for lin in members_of(spec, unit) for t in linear_tensors(format, scheme, lin, dtype_of)):
+        for tensor in (t for lin in members for t in linear_tensors(format, scheme, lin, dtype_of)):
             entry = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [whole, whole]}
             total += tensor.nbytes + len(json.dumps({tensor.name: entry}, separators=(",", ":"))) - 1 + longer
         costs[scheme] = total

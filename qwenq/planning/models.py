@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ from typing import Any
 from qwenq.errors import CheckpointError, PlanError
 from qwenq.headers import INDEX_NAME, checkpoint_tensors, inside, read_object, shown
 from qwenq.planning.ggufsize import BITS_TO_TYPE, gguf_weights
-from qwenq.planning.weights import Weights, header_weights, published_weights, recipe_weights, sized_recipe
+from qwenq.planning.weights import Weights, header_weights, published_weights, recipe_weights
+from qwenq.planning.written import saved_recipe, sized_recipe, widened
 from qwenq.scheme import Recipe, Scheme
 from qwenq.spec import ModelSpec, TensorSpec, family_configs, family_spec, spec_from_config
 
@@ -47,40 +48,116 @@ def model_weights(
     engine: str,
     *,
     bits: int | None = None,
-    group_size: int = 128,
+    group_size: int | None = None,
     target_bytes: int | None = None,
+    recipe: Path | None = None,
     checkpoint: Path | None = None,
+    pad_for_tp: int | None = None,
 ) -> Weights:
-    """The weights asked for: a real checkpoint's, a byte target's, a scheme's, or what the model's name says.
+    """The weights asked for: a real checkpoint's, what `quantize` would write, or what the model's name says.
 
     Without any of these the own headers of a directory or hub model count, else 4 bits in groups of 128. `bits` 16
     means not quantized.
     llama.cpp reads GGUF, so there 4, 8 and 16 bits mean Q4_K_M, Q8_0 and F16.
     """
-    spec = model.spec
+    spec, ranks = model.spec, pad_for_tp
     if checkpoint is not None:
+        _refuse_padding(ranks)
         return _checkpoint_weights(spec, checkpoint, read_object(inside(checkpoint, "config.json")))
-    if target_bytes is not None:
-        if engine == "llama.cpp":
-            raise PlanError("--target-size is for GPTQ checkpoints, llama.cpp reads GGUF", hint="use --bits 4, 8 or 16")
-        return recipe_weights(spec, sized_recipe(spec, target_bytes, group_size))
-    if bits is None and model.published and engine != "llama.cpp":
-        return published_weights(spec, model.published)
-    if bits is None and model.directory is not None and engine != "llama.cpp" and _has_tensors(model.directory):
-        return _checkpoint_weights(spec, model.directory, model.config)
-    if bits is None and model.hub and engine != "llama.cpp":
-        from qwenq.hub import fetch_headers
-
-        tensors = {name: location.spec for name, location in fetch_headers(model.hub).items()}
-        return _of_headers(spec, tensors, model.config, model.hub)
-    bits = 4 if bits is None else bits
+    mixed = {"--target-size": target_bytes, "--recipe": recipe}
     if engine == "llama.cpp":
-        if bits not in BITS_TO_TYPE:
-            raise PlanError(f"bits is {bits}, wanted 4, 8 or 16")
-        return gguf_weights(spec, BITS_TO_TYPE[bits])
-    recipe = Recipe(None if bits == 16 else Scheme(bits, group_size))
-    recipe.check(spec)
-    return recipe_weights(spec, recipe)
+        return _gguf(spec, bits, mixed | {"--pad-for-tp": ranks})
+    if all(value is None for value in (bits, group_size, *mixed.values())):
+        found = _own_weights(model)
+        if found is not None:
+            _refuse_padding(ranks)
+            return found
+    if target_bytes is not None or recipe is not None:
+        dtype_of = _source_dtypes(model)
+        spec = widened(spec, ranks, None) if ranks is not None else spec
+        if recipe is not None:
+            chosen, source = saved_recipe(spec, recipe), "every tensor of the recipe, byte for byte"
+        else:
+            assert target_bytes is not None
+            chosen = sized_recipe(spec, target_bytes, dtype_of, ranks)
+            source = "every tensor of the recipe that the prior chooses, byte for byte"
+        chosen.check(spec)
+        return recipe_weights(spec, chosen, dtype=dtype_of, source=source)
+    scheme = Scheme(4 if bits in (None, 16) else bits, 128 if group_size is None else group_size)
+    uniform = Recipe(None if bits == 16 else scheme)
+    if ranks is not None:
+        if bits == 16:
+            _refuse_padding(ranks)
+        spec = widened(spec, ranks, uniform)
+    uniform.check(spec)
+    return recipe_weights(spec, uniform)
+
+
+def _own_weights(model: Model) -> Weights | None:
+    """Weights of the model's own files; None where there are none to be asked."""
+    if model.published:
+        return published_weights(model.spec, model.published)
+    stored = _stored_tensors(model)
+    return _of_headers(model.spec, stored, model.config, str(model.directory or model.hub)) if stored else None
+
+
+def _stored_tensors(model: Model) -> dict[str, TensorSpec]:
+    """Headers of a directory or hub model; empty for a family, and for a directory without weights."""
+    if model.directory is not None:
+        if not _has_tensors(model.directory):
+            return {}
+        return {name: location.spec for name, location in checkpoint_tensors(model.directory).items()}
+    if not model.hub:
+        return {}
+    from qwenq.hub import fetch_headers
+
+    return {name: location.spec for name, location in fetch_headers(model.hub).items()}
+
+
+def _source_dtypes(model: Model) -> Callable[[str], str]:
+    """The dtype each tensor of a 16-bit source is stored in, which `quantize` keeps; BF16 for a family.
+
+    CheckpointError for what is no such source.
+    """
+    where = shown(str(model.directory or model.hub or model.spec.name))
+    if model.published or model.config.get("quantization_config"):
+        raise CheckpointError(
+            f"{where}: already quantized{f' ({model.published})' if model.published else ''}",
+            hint="plan from the original 16-bit checkpoint",
+        )
+    stored = _stored_tensors(model)
+    if not stored:
+        return lambda name: "BF16"
+    _check_shapes(model.spec, stored, where)
+
+    def dtype_of(name: str) -> str:
+        dtype = stored[name].dtype if name in stored else None
+        if dtype not in ("F16", "BF16", "F32"):
+            raise CheckpointError(
+                f"{where}: {name} is {dtype or 'missing'}, wanted F16, BF16 or F32",
+                hint="plan from the original 16-bit checkpoint",
+            )
+        return dtype
+
+    return dtype_of
+
+
+def _gguf(spec: ModelSpec, bits: int | None, others: Mapping[str, object]) -> Weights:
+    given = [name for name, value in others.items() if value is not None]
+    if given:
+        raise PlanError(f"{given[0]} is for what quantize writes, llama.cpp reads GGUF", hint="use --bits 4, 8 or 16")
+    bits = 4 if bits is None else bits
+    if bits not in BITS_TO_TYPE:
+        raise PlanError(f"bits is {bits}, wanted 4, 8 or 16")
+    return gguf_weights(spec, BITS_TO_TYPE[bits])
+
+
+def _refuse_padding(ranks: int | None) -> None:
+    if ranks is not None:
+        raise PlanError(
+            f"--pad-for-tp {ranks} is for what quantize writes, these weights are as they are",
+            hint="give --bits 4 or 8, --target-size or --recipe too",
+        )
 
 
 def _find(model: str) -> Model:
@@ -123,7 +200,7 @@ def _checkpoint_weights(spec: ModelSpec, directory: Path, config: Mapping[str, A
 
 def _of_headers(spec: ModelSpec, tensors: Mapping[str, TensorSpec], config: Mapping[str, Any], where: str) -> Weights:
     _check_shapes(spec, tensors, shown(where))
-    return header_weights(spec, tensors, config)
+    return header_weights(spec, tensors, config, f"{shown(where)}/config.json")
 
 
 def _check_shapes(spec: ModelSpec, tensors: Mapping[str, TensorSpec], where: str) -> None:

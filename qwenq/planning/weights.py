@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from qwenq.errors import CheckpointError, PlanError
-from qwenq.layout import BNB_FORMATS, linear_tensors
+from qwenq.errors import CheckpointError, PlanError, printable
 from qwenq.planning.allocator import allocated_blocks
+from qwenq.planning.declared import Declared, declared_by_config, declared_by_recipe
 from qwenq.planning.kernels import Compute, LayerParts, dense_from, layer_parts
-from qwenq.planning.tensor_parallel import RowGroups, row_groups, same_groups
+from qwenq.planning.tensor_parallel import RowGroups, same_groups
 from qwenq.scheme import Recipe, Scheme
-from qwenq.spec import UNITS, LinearSpec, ModelSpec, TensorSpec, tensor_bytes
+from qwenq.spec import LinearSpec, ModelSpec, TensorSpec, tensor_bytes
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
@@ -24,7 +24,7 @@ class Weights:
     """Tensor sizes in bytes by place, as stored. A tied head is stored once, with the embedding."""
 
     label: str  # 4-bit g128
-    method: str  # none, gptq, awq, fp8, gguf
+    method: str  # none, gptq, awq, compressed-tensors, bitsandbytes, fp8, gguf, or as config.json names another
     bits: int  # of most linears; 16 when not quantized
     group_size: int  # the largest group in use, 0 without groups, -1 for one group a row
     embed: tuple[int, ...]
@@ -83,59 +83,34 @@ class Weights:
         return sum(self.embed) + sum(self.norm) + sum(self.head) + sum(self.layer_bytes)
 
 
-def recipe_weights(spec: ModelSpec, recipe: Recipe, label: str = "", dtype: str = "BF16") -> Weights:
-    """Weights stored by `recipe` (linears it leaves out stay in 16 bit)."""
-    schemes = [scheme for lin in spec.linears if (scheme := recipe.scheme_of(lin)) is not None]
-    different = range(spec.num_hidden_layers if recipe.overrides else 1)  # else all layers are like the first
-    repeated = 1 if recipe.overrides else spec.num_hidden_layers
+def recipe_weights(
+    spec: ModelSpec,
+    recipe: Recipe,
+    label: str = "",
+    dtype: str | Callable[[str], str] = "BF16",
+    source: str = "every tensor of the scheme, byte for byte",
+) -> Weights:
+    """Weights stored by `recipe`; what it leaves out is stored in `dtype`, one or one a name."""
+    declared = declared_by_recipe(spec, recipe)
+    alike = not recipe.overrides and isinstance(dtype, str)  # then all layers are like the first
+    different = range(1 if alike else spec.num_hidden_layers)
+    repeated = spec.num_hidden_layers if alike else 1
     tensors = [tuple(recipe.layer_tensors(spec, layer, dtype)) for layer in different]
     layers = tuple(tuple(t.nbytes for t in found) for found in tensors) * repeated
-
-    def sym(lin: LinearSpec) -> bool:
-        scheme = recipe.scheme_of(lin)
-        return scheme is None or scheme.sym
-
-    parts = [layer_parts(spec, layer, {t.name: t for t in tensors[layer]}, sym) for layer in different]
-    schemes = schemes if recipe.overrides else schemes[:1]
-    bits = [scheme.bits for scheme in schemes]
-    groups = {scheme.group_size for scheme in schemes}
+    parts = [layer_parts(spec, layer, {t.name: t for t in tensors[layer]}, declared.sym) for layer in different]
     return Weights(
-        label=label or _recipe_label(recipe),
-        method=("bitsandbytes" if recipe.format in BNB_FORMATS else recipe.format) if schemes else "none",
-        bits=max(set(bits), key=bits.count) if bits else 16,
-        group_size=max(groups) if groups else 0,
+        label=label or recipe.label,
+        method=declared.method,
+        bits=declared.bits,
+        group_size=declared.group_size,
         layers=layers,
-        widest_linear=max(lin.parameters for lin in spec.layer_linears(0)) if schemes else 0,
+        widest_linear=_widest_linear(spec, declared),
         intermediate_size=spec.intermediate_size,
-        source="every tensor of the scheme, byte for byte",
-        row_groups=row_groups(spec, recipe),
+        source=source,
+        row_groups=declared.row_groups,
         parts=tuple(parts) * repeated,
         **_outer(spec, dtype),
     )
-
-
-def sized_recipe(spec: ModelSpec, target_bytes: int, group_size: int = 128) -> Recipe:
-    """A stand-in for a mixed checkpoint of at most `target_bytes`: 4 bits, with as many 8-bit units as fit.
-
-    Which units deserve 8 bits is for the quantizer to measure; for planning only their bytes count, so they are spread
-    evenly over the layers, unit by unit. PlanError when even uniform 4 bits is larger, with the reachable range.
-    """
-    low, high = Scheme(4, group_size), Scheme(8, group_size)
-    base, top = Recipe(low).tensor_bytes(spec), Recipe(high).tensor_bytes(spec)
-    if not base <= target_bytes <= top:
-        raise PlanError(
-            f"a 4-bit to 8-bit g{group_size} checkpoint cannot have {target_bytes / 1e9:.2f} GB",
-            hint=f"reachable: {base / 1e9:.2f} to {top / 1e9:.2f} GB",
-        )
-    left, overrides = target_bytes - base, list[tuple[str, Scheme | None]]()
-    for unit in ("down", "qkv", "o", "gate_up"):
-        chosen = [lin for lin in spec.layer_linears(0) if lin.unit == unit]
-        extra = sum(_stored(high, lin) - _stored(low, lin) for lin in chosen)
-        count = min(spec.num_hidden_layers, left // extra)
-        left -= count * extra
-        for layer in _spread(spec.num_hidden_layers, count):
-            overrides += [(f"model.layers.{layer}.{path}", high) for path in UNITS[unit]]
-    return Recipe(low, tuple(overrides))
 
 
 def published_weights(spec: ModelSpec, quant: str) -> Weights:
@@ -154,8 +129,13 @@ def published_weights(spec: ModelSpec, quant: str) -> Weights:
     raise PlanError(f"unknown quantization {quant!r}", hint="one of BF16, GPTQ-Int4, GPTQ-Int8, AWQ, FP8")
 
 
-def header_weights(spec: ModelSpec, tensors: Mapping[str, TensorSpec], config: Mapping[str, object]) -> Weights:
-    """Weights of a real checkpoint from its headers; CheckpointError when they are not this model's."""
+def header_weights(
+    spec: ModelSpec, tensors: Mapping[str, TensorSpec], config: Mapping[str, Any], where: str = "config.json"
+) -> Weights:
+    """Weights of a real checkpoint from its headers; CheckpointError when they are not this model's.
+
+    `where` is the config's name in what is refused: all that opening the checkpoint refuses.
+    """
     layers: list[dict[str, TensorSpec]] = [{} for _ in range(spec.num_hidden_layers)]
     outer: dict[str, list[int]] = {"embed": [], "norm": [], "head": []}
     for tensor in tensors.values():
@@ -172,90 +152,43 @@ def header_weights(spec: ModelSpec, tensors: Mapping[str, TensorSpec], config: M
     for layer, found in enumerate(layers):
         if not found:
             raise CheckpointError(f"no tensor of layer {layer}, config.json has {len(layers)} layers")
-    method, bits, group = _declared(config)
-    declared = config.get("quantization_config")
-    declared = declared if isinstance(declared, Mapping) else {}
-
-    def sym(lin: LinearSpec) -> bool:
-        override = _override(declared.get("dynamic"), lin.name)
-        return method != "awq" and bool(override.get("sym", declared.get("sym", True)))
-
-    sorted_columns = declared.get("desc_act") is True
-    parts = [layer_parts(spec, layer, found, sym, sorted_columns) for layer, found in enumerate(layers)]
+    declared = declared_by_config(spec, config, where)
+    parts = tuple(
+        layer_parts(spec, layer, found, declared.sym, declared.sorted_columns)
+        for layer, found in enumerate(layers)
+        if declared.recipe
+    )
+    label = f"checkpoint, {sum(t.nbytes for t in tensors.values()) / 1e9:.2f} GB"
+    source = "the checkpoint's own headers"
+    if declared.unread:
+        label += f", {printable(declared.method[:40])} that qwenq itself does not read"
+        source += f" (not read by qwenq itself: {declared.unread})"
     return Weights(
-        label=f"checkpoint, {sum(t.nbytes for t in tensors.values()) / 1e9:.2f} GB",
-        method=method,
-        bits=bits,
-        group_size=group,
+        label=label,
+        method=declared.method,
+        bits=declared.bits,
+        group_size=declared.group_size,
         embed=tuple(outer["embed"]),
         norm=tuple(outer["norm"]),
         head=tuple(outer["head"]),
         layers=tuple(tuple(tensor.nbytes for tensor in found.values()) for found in layers),
-        widest_linear=0 if method == "none" else max(lin.parameters for lin in spec.layer_linears(0)),
+        widest_linear=_widest_linear(spec, declared),
         intermediate_size=spec.intermediate_size,
-        source="the checkpoint's own headers",
-        row_groups=_declared_groups(spec, config, group),
-        parts=tuple(parts),
+        source=source,
+        row_groups=declared.row_groups,
+        parts=parts,
     )
 
 
-def _declared(config: Mapping[str, object]) -> tuple[str, int, int]:
-    """(method, bits, group size) of `quantization_config`; ('none', 16, 0) without one."""
-    found = config.get("quantization_config")
-    if not isinstance(found, Mapping):
-        return "none", 16, 0
-    method, bits, group = str(found.get("quant_method", "gptq")), found.get("bits"), found.get("group_size")
-    if method == "compressed-tensors":
-        groups = found.get("config_groups")
-        first: object = next(iter(groups.values()), None) if isinstance(groups, Mapping) else None
-        weights = first.get("weights") if isinstance(first, Mapping) else None
-        if isinstance(weights, Mapping):
-            bits, group = weights.get("num_bits"), weights.get("group_size")
-    elif method == "bitsandbytes":
-        bits = 4 if found.get("load_in_4bit") else 8
-    return method, bits if isinstance(bits, int) else 16, group if isinstance(group, int) else 0
+def _widest_linear(spec: ModelSpec, declared: Declared) -> int:
+    return 0 if declared.method == "none" else max(lin.parameters for lin in spec.layer_linears(0))
 
 
-def _declared_groups(spec: ModelSpec, config: Mapping[str, object], group: int) -> RowGroups:
-    """Group sizes of o and down that `quantization_config` declares: GPTQ's overrides followed, else one for all."""
-    found = config.get("quantization_config")
-    dynamic = found.get("dynamic") if isinstance(found, Mapping) else None
-    if not isinstance(dynamic, Mapping):
-        return same_groups([group] if group else [])
-    sizes: dict[str, set[int]] = {"o": set(), "down": set()}
-    for lin in spec.linears:
-        if lin.unit in sizes:
-            own: int | None = group
-            for pattern, override in dynamic.items():
-                if _matches(str(pattern), lin.name):
-                    given = override.get("group_size", group) if isinstance(override, Mapping) else group
-                    own = None if str(pattern).startswith("-:") else given
-                    break
-            if isinstance(own, int) and own:
-                sizes[lin.unit].add(own)
-    return {unit: tuple(sorted(met)) for unit, met in sizes.items()}
-
-
-def _override(dynamic: object, name: str) -> Mapping[str, object]:
-    """What GPTQ's `dynamic` says of a module; empty without a rule, and where the rule leaves it in 16 bit."""
-    for pattern, override in dynamic.items() if isinstance(dynamic, Mapping) else ():
-        if _matches(str(pattern), name):
-            return override if isinstance(override, Mapping) else {}
-    return {}
-
-
-def _matches(pattern: str, name: str) -> bool:
-    try:
-        return bool(re.match(pattern[2:] if pattern[:2] in ("-:", "+:") else pattern, name))
-    except re.error:
-        return False
-
-
-def _outer(spec: ModelSpec, dtype: str) -> dict[str, Any]:
+def _outer(spec: ModelSpec, dtype: str | Callable[[str], str]) -> dict[str, Any]:
     outer: dict[str, tuple[int, ...]] = {"embed": (), "norm": (), "head": ()}
-    for tensor in spec.outer_tensors(dtype):
+    for tensor in spec.outer_tensors():
         key = "head" if "lm_head" in tensor.name else "embed" if "embed" in tensor.name else "norm"
-        outer[key] += (tensor.nbytes,)
+        outer[key] += (tensor_bytes(dtype if isinstance(dtype, str) else dtype(tensor.name), tensor.shape),)
     return outer
 
 
@@ -286,18 +219,3 @@ def _is_linear_weight(spec: ModelSpec, name: str) -> bool:
 def _fp8_linear(lin: LinearSpec) -> Iterator[int]:
     yield lin.parameters
     yield tensor_bytes("F32", (-(-lin.out_features // 128), -(-lin.in_features // 128)))
-
-
-def _stored(scheme: Scheme, lin: LinearSpec) -> int:
-    return sum(t.nbytes for t in linear_tensors("gptq", scheme, lin))
-
-
-def _spread(layers: int, count: int) -> Iterable[int]:
-    return (layer * layers // count for layer in range(count)) if count else ()
-
-
-def _recipe_label(recipe: Recipe) -> str:
-    if recipe.default is None:
-        return "16-bit"
-    raised = sum(1 for _, scheme in recipe.overrides if scheme and scheme.bits > recipe.default.bits)
-    return recipe.default.label + (f", {raised} linears in 8 bits" if raised else "")
