@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from qwenq.planning.engines import get_engine
 from qwenq.planning.memory import NOT_ALLOCATED, whole
+from qwenq.planning.rig import device
 from qwenq.planning.terms import Term, Workload
 from qwenq.planning.torch_terms import run_weights, torch_terms
 from qwenq.planning.weights import Weights
@@ -49,8 +50,8 @@ def spill_to_disk(devices: DeviceMap, weights: Weights, room_bytes: int) -> Devi
 def host_need(spec: ModelSpec, weights: Weights, work: Workload, phase: str = "") -> HostNeed:
     """Weights, cache and working memory of a run on a CPU."""
     engine = get_engine("qwenq")
-    weights = run_weights(weights, engine, work, "CPU")
-    terms, _ = torch_terms(spec, weights, engine, work, whole(spec), "CPU", phase)
+    weights = run_weights(weights, engine, work, device("CPU"))
+    terms, _ = torch_terms(spec, weights, engine, work, whole(spec), device("CPU"), phase)
     found = []
     for term in terms:
         if term.name not in NOT_ON_A_CPU:

@@ -17,7 +17,7 @@ from qwenq.planning.torch_terms import torch_terms
 from qwenq.planning.weights import Weights
 from qwenq.runtime.generate import Session, Timing
 from qwenq.runtime.load import Loaded
-from qwenq.runtime.memory import forget_peaks, read_peaks
+from qwenq.runtime.memory import forget_peaks, gpu_at, read_peaks
 
 DECODE_TOKENS = 4
 PHASES = ("prefill", "decode")
@@ -63,7 +63,7 @@ def _rows(found: Loaded, weights: Weights, work: Workload, phase: str) -> list[M
             index = device.index or 0
             kind = peak.device.removeprefix(f"GPU {index} ")
             share = _share(found, index, weights)
-            terms, _ = torch_terms(found.model.spec, weights, get_engine("qwenq"), work, share, kind, phase)
+            terms, _ = torch_terms(found.model.spec, weights, get_engine("qwenq"), work, share, gpu_at(index), phase)
         else:
             kind = "CPU"
             terms = host_need(found.model.spec, weights, work, phase).terms
