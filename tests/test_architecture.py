@@ -24,7 +24,8 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
             "planning.kernels "
             "planning.rig planning.weights planning.terms planning.torch_terms planning.vllm_terms "
             "planning.llamacpp_terms planning.memory planning.placement planning.parallel planning.plan "
-            "planning.speed planning.flags planning.ggufsize planning.models planning.validate "
+            "planning.speed planning.flags planning.escapes planning.families planning.ggufsize planning.models "
+            "planning.validate "
             "planning.detect planning.chart planning.asking planning.knapsack planning.sensitivity planning.budget "
             "planning.recipefile planning.fitting planning.tensor_parallel planning.offload planning.profile",
         ),
