@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -236,16 +237,22 @@ def spec_from_config(config: Mapping[str, Any], where: str = "config.json", name
     )
 
 
+_OWNER = re.compile(r"qwen/|deepseek-ai/|meta-llama/(meta-)?")
+
+
 def family_configs() -> dict[str, dict[str, Any]]:
-    """Shipped configurations by family name (`Qwen2.5-72B`), each with the source of its figures."""
+    """Shipped configurations by family name (`Qwen2.5-72B`), each with the source of its figures.
+
+    One written as `like` another has that one's figures but for its own.
+    """
     text = resources.files("qwenq").joinpath("data/families.json").read_text(encoding="utf-8")
     configs: dict[str, dict[str, Any]] = json.loads(text)
-    return configs
+    return {name: configs.get(config.pop("like", ""), {}) | config for name, config in configs.items()}
 
 
 def family_spec(name: str) -> ModelSpec | None:
-    """The shipped model called `name`, or None. Case, a `Qwen/` owner and an `-Instruct` ending do not matter."""
-    wanted = name.removeprefix("Qwen/").lower().removesuffix("-instruct")
+    """The shipped model called `name`, or None. Case, its owner (`Qwen/`) and an `-Instruct` ending do not matter."""
+    wanted = _OWNER.sub("", name.lower()).removesuffix("-instruct")
     for family, config in family_configs().items():
         if family.lower().removesuffix("-instruct") == wanted or family.lower().replace("-instruct", "") == wanted:
             return spec_from_config(config, where=f"family {family}", name=family)

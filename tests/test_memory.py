@@ -274,6 +274,8 @@ def test_estimates_are_sane(
 ) -> None:
     """Parts add up, ranges hold the figure, and more context or more sequences never need less."""
     spec = model(name)
+    context = min(context, spec.extended_context)
+    more = min(more, spec.extended_context - context)
     kv = data.draw(st.sampled_from(KV_DTYPES[engine]))
     weights = gguf_weights(spec, "Q4_K_M") if engine == "llama.cpp" else published_weights(spec, "GPTQ-Int4")
 

@@ -11,7 +11,13 @@ from pathlib import Path
 import pytest
 
 from qwenq.errors import JobError, PlanError
-from qwenq.planning.tensor_parallel import padded_width, row_groups, tensor_parallel_reasons, tensor_parallel_sizes
+from qwenq.planning.tensor_parallel import (
+    padded_width,
+    row_groups,
+    tensor_parallel_lines,
+    tensor_parallel_reasons,
+    tensor_parallel_sizes,
+)
 from qwenq.planning.weights import published_weights
 from qwenq.preflight import (
     Preflight,
@@ -103,6 +109,32 @@ def test_tensor_parallel_of_72b(group: int, allowed: set[int], reason: str, qwen
     refused = [why for why in found.values() if why]
     assert (refused[0] if refused else "").startswith(reason)
     assert all("(--pad-for-tp " in why and " makes it 29696)" in why for why in refused)
+
+
+def test_tensor_parallel_sizes_with_one_reason_share_a_line(qwen72: ModelSpec) -> None:
+    lines = tensor_parallel_lines(qwen72, row_groups(qwen72, Recipe(Scheme(4, 128))))
+    assert lines == [
+        "1: yes",
+        "2, 4, 8: FFN width 29568 is not a multiple of the group size 128 times the ranks, so a quantization group "
+        "would straddle ranks; --pad-for-tp 8 (29696) allows all",
+    ]
+    assert tensor_parallel_lines(qwen72, row_groups(qwen72, Recipe(Scheme(4, 32)))) == [
+        "1, 2, 4: yes",
+        "8: FFN width 29568 / 8 = 3696 is not a multiple of the group size 32, so a quantization group would straddle "
+        "ranks (--pad-for-tp 8 makes it 29696)",
+    ]
+
+
+def test_padding_is_offered_only_where_it_helps() -> None:
+    """Attention of 3 x 128 columns: over 2 ranks its groups straddle as well, which the FFN's padding cannot change."""
+    spec = spec_of(hidden_size=384, num_attention_heads=4, num_key_value_heads=4, intermediate_size=384)
+    groups = row_groups(spec, Recipe(Scheme(4, 128)))
+    assert all("FFN" in reason or "attention" in reason for reason in tensor_parallel_reasons(spec, groups, 2))
+    assert "--pad-for-tp" not in tensor_parallel_sizes(spec, groups)["2"]
+    # an FFN that no rank number divides, with row-wise scales: padding helps
+    odd = spec_of(intermediate_size=99)
+    found = tensor_parallel_sizes(odd, {"down": (-1,), "o": (-1,)})["2"]
+    assert found == "FFN width 99 is not divisible by 2 (--pad-for-tp 2 makes it 112)"
 
 
 @pytest.mark.parametrize(

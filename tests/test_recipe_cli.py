@@ -142,13 +142,9 @@ def test_the_dry_run_counts_what_the_job_reads() -> None:
     assert states("--bits", "4", "--method", "rtn") == 2 * drift == states("--format", "bnb-nf4")
 
 
-@pytest.mark.parametrize(
-    ("gpus", "visible", "device"), [(2, None, "cuda"), (2, "", "cpu"), (2, "-1", "cpu"), (0, None, "cpu")]
-)
-def test_the_dry_run_says_what_it_counts_on(
-    gpus: int, visible: str | None, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The driver's answer, unless CUDA_VISIBLE_DEVICES hides every GPU; on a GPU part of the peak is there."""
+@pytest.mark.parametrize(("gpus", "device"), [(2, "cuda"), (0, "cpu")])
+def test_the_dry_run_says_what_it_counts_on(gpus: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver's answer (what CUDA_VISIBLE_DEVICES leaves); on a GPU part of the peak is there."""
 
     def rig() -> Rig:
         if not gpus:
@@ -156,9 +152,6 @@ def test_the_dry_run_says_what_it_counts_on(
         return parse_rig(f"{gpus}x RTX 3090")
 
     monkeypatch.setattr("qwenq.planning.detect.detect_rig", rig)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     result = run("quantize", "Qwen2.5-0.5B", "--dry-run", "--json")
     found = json.loads(result.stdout)
     assert found["device"] == device and (found["peak_vram_bytes"] > 0) == (device == "cuda")

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwenq.errors import PlanError
-from qwenq.planning.rig import Gpu, Rig, catalogue, find_gpu, parse_rig
+from qwenq.planning.rig import Gpu, Rig, catalogue, find_gpu, parse_rig, reserved
 from qwenq.units import GIB
 
 
@@ -49,6 +49,14 @@ def test_known_figures_and_unknown_ones() -> None:
         ("h200", "H200 SXM 141GB"),
         ("7900xtx", "RX 7900 XTX"),
         ("3090 + 4090 + 3090", "RTX 3090 + RTX 4090 + RTX 3090"),
+        ("RTX 3060", "RTX 3060 12GB"),  # not the 3060 Ti
+        ("3090 ti", "RTX 3090 Ti"),
+        ("Tesla V100-SXM2-16GB", "V100 SXM2 16GB"),
+        ("Quadro RTX 6000", "Quadro RTX 6000"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "RTX PRO 6000 Blackwell"),
+        ("2x 24GB", "2x 24GB"),
+        ("RTX 3090 + 16 GiB", "RTX 3090 + 16 GiB"),
     ],
 )
 def test_spellings(text: str, label: str) -> None:
@@ -61,6 +69,11 @@ def test_spellings(text: str, label: str) -> None:
         ("RTX 3099", "unknown GPU 'RTX 3099'", "near: RTX 3090"),
         ("RTX 4000", "unknown GPU 'RTX 4000'", "near: RTX A4000"),
         ("Voodoo2", "unknown GPU 'Voodoo2'", "qwenq vram gpus"),
+        ("9999999x RTX 3090", "9999999 GPUs of a kind in .*, wanted 1 to 64", ""),
+        ("RTX 3090 x" + "9" * 5000, "GPUs of a kind in .*, wanted 1 to 64", ""),
+        ("RTX 6000", "GPU 'RTX 6000' could be several", "RTX 6000 Ada, RTX PRO 6000 Blackwell, Quadro RTX 6000"),
+        ("RTX 4060 Ti", "could be several", "RTX 4060 Ti 16GB, RTX 4060 Ti 8GB"),
+        ("2000GB", "a GPU of '2000GB'", ""),
         ("A100", "GPU 'A100' could be several", "A100 PCIe 40GB, A100 SXM4 80GB, A100 PCIe 80GB"),
         ("", "not a rig: ''", "2x RTX 3090"),
         ("RTX 4090 +", "not a rig", "2x RTX 3090"),
@@ -74,6 +87,43 @@ def test_bad_rigs(text: str, message: str, hint: str) -> None:
     with pytest.raises(PlanError, match=message) as caught:
         parse_rig(text)
     assert hint in caught.value.hint and "\n" not in caught.value.message
+
+
+def test_a_gpu_by_its_memory_alone() -> None:
+    gpu = find_gpu("24GB")
+    assert gpu.limit_bytes == round(24 * 0.98 * GIB) and gpu.note == "not in the catalogue: memory alone"
+    assert gpu.bandwidth_gb_s is None and gpu.tensor_tflops is None and gpu.price_usd is None
+
+
+# NVIDIA's own table, developer.nvidia.com/cuda-gpus
+@pytest.mark.parametrize(
+    ("capability", "names"),
+    [
+        ((6, 0), ["P100"]),
+        ((6, 1), ["P40", "GTX 1080 Ti"]),
+        ((7, 0), ["Tesla V100-SXM2-16GB", "V100 PCIe 32GB"]),
+        ((7, 5), ["T4", "RTX 2080 Ti", "TITAN RTX", "Quadro RTX 6000", "Quadro RTX 8000"]),
+        ((8, 0), ["A100 SXM4 80GB", "A30"]),
+        ((8, 6), ["RTX 3090", "A10", "A40", "RTX A6000", "RTX 3060"]),
+        ((8, 9), ["RTX 4090", "L4", "L40S", "RTX 6000 Ada"]),
+        ((9, 0), ["H100 PCIe", "H200"]),
+        ((12, 0), ["RTX 5090", "RTX PRO 6000 Blackwell"]),
+    ],
+)
+def test_compute_capabilities(capability: tuple[int, int], names: list[str]) -> None:
+    assert [find_gpu(name).compute_capability for name in names] == [capability] * len(names)
+
+
+def test_every_nvidia_gpu_has_a_compute_capability_and_no_other_has() -> None:
+    assert all((gpu.compute_capability is not None) == (gpu.vendor == "nvidia") for gpu in catalogue())
+
+
+def test_a_reserve_that_leaves_nothing() -> None:
+    rig = parse_rig("RTX 3090 + RTX 3060")
+    assert reserved(rig, GIB).limits == (round(22.58 * GIB), round(11.76 * GIB) - GIB)
+    with pytest.raises(PlanError, match=r"--reserve 12\.00 GiB leaves nothing of GPU 1 RTX 3060 12GB") as caught:
+        reserved(rig, 12 * GIB)
+    assert caught.value.hint == "a smaller --reserve"
 
 
 def test_limits_measured_and_reserved() -> None:

@@ -125,10 +125,13 @@ def test_visible_gpus_and_their_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: free[index])
     names = ["NVIDIA GeForce RTX 3090", "Unheard-of 9000"]
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: names[index])
+    kinds = [SimpleNamespace(total_memory=total, major=7, minor=5 + index) for index, (_, total) in enumerate(free)]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: kinds[index])
     rig = memory.visible_rig()
     context = round(0.35 * GIB)  # of this process, which asking made, and which plans count
     limits = (20 * GIB + context, 11 * GIB + context)
     assert rig is not None and rig.label == "RTX 3090 + Unheard-of 9000" and rig.limits == limits
+    assert [gpu.compute_capability for gpu in rig.gpus] == [(7, 5), (7, 6)], "what the GPU says, not its name"
     limited = memory.visible_rig([15 * GIB])
     assert limited is not None and limited.limits == (15 * GIB, 11 * GIB + context)
     each = memory.visible_rig([30 * GIB, 5 * GIB])
@@ -139,7 +142,7 @@ def test_visible_gpus_and_their_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_devices_are_called_as_the_plan_calls_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA GeForce RTX 3090")
-    properties = type("Properties", (), {"total_memory": 24 * GIB})
+    properties = SimpleNamespace(total_memory=24 * GIB, major=8, minor=6)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     plan, _ = planned(of("Qwen2.5-32B"), parse_rig("2x RTX 3090"), 4096)
     assert [memory.device_name(torch.device("cuda", index)) for index in (0, 1)] == list(plan.predicted)

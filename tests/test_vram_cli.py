@@ -105,7 +105,7 @@ BAD = [
         "error: context is 262144 tokens, Qwen2.5-72B allows 131072",
         "hint: ask for",
     ),
-    (["vram", "Qwen2.5-72C"], "error: Qwen2.5-72C: neither a directory nor a shipped model", "hint: shipped: Qwen2.5"),
+    (["vram", "Qwen2.5-72C"], "error: Qwen2.5-72C: neither a directory nor a shipped model", "hint: near: Qwen2.5-72B"),
     (["vram", "Qwen2.5-72B", "--bits", "3"], "error: bits is 3, wanted 4 or 8", ""),
     (
         ["vram", "Qwen2.5-72B", "--group-size", "7"],
@@ -161,6 +161,12 @@ BAD = [
     (["vram", "validate", "nowhere.csv"], "error: nowhere.csv: No such file or directory", "hint: wanted a CSV"),
     (["plan", "Qwen2.5-72B"], "error: give one of --gpu, --detect and --recommend", "hint: for instance"),
     (["plan", "Qwen2.5-72B", "--gpu", "3090", "-c", "1k,2k"], "error: one context, please", "hint: `qwenq vram`"),
+    (["plan", "Qwen2.5-72B", "--gpu", ""], "error: not a rig: ''", "hint: write for instance"),
+    (["vram", "Qwen2.5-72B", "--gpu", ""], "error: not a rig: ''", "hint: write for instance"),
+    (["plan", "Qwen2.5-72B", "--gpu", "3090", "--reserve", "100GiB"],
+     "error: --reserve 100.00 GiB leaves nothing of GPU 0", "hint: a smaller --reserve"),
+    (["plan", "Qwen2.5-7B", "--gpu", "3090", "--batch-size", "9" * 400], "error: batch size is a number of 400 digits",
+     ""),
     (["plan", "Qwen2.5-72B", "--gpu", "M2 Ultra"], "error: qwenq does not run on Apple M2 Ultra", "hint: --engine"),
 ]
 
@@ -252,7 +258,8 @@ def test_recommend() -> None:
     assert "2x RTX 3090" in text and "$2,998 (launch price)" in text and "price unknown" in text
     assert text.index("price unknown") > text.rindex("$")
     rigs = json.loads(run("plan", "Qwen2.5-72B", "--recommend", "--json").stdout)["rigs"]
-    assert rigs[0]["count"] == 1 and rigs[0]["price_usd"] is not None
+    assert rigs[0]["price_usd"] == min(rig["price_usd"] for rig in rigs if rig["price_usd"] is not None)
+    assert all(line.split(" up to ")[1].split(";")[0].endswith("k") for line in text.splitlines()[1:])
     none = run("plan", "Qwen2.5-72B", "--recommend", "--bits", "16", "-c", "128k", "--batch-size", "64")
     assert none.exit_code == 3 and "none of up to 8 equal GPUs" in none.stdout
 

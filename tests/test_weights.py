@@ -12,7 +12,7 @@ from qwenq.planning.ggufsize import gguf_weights
 from qwenq.planning.models import load_model, load_spec, model_weights
 from qwenq.planning.weights import header_weights, published_weights, recipe_weights
 from qwenq.scheme import Recipe, Scheme
-from qwenq.spec import ModelSpec, family_spec
+from qwenq.spec import ModelSpec, family_configs, family_spec
 
 TINY = Path(__file__).parent / "data" / "tiny-qwen2"
 
@@ -166,7 +166,41 @@ def test_models_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         load_model(str(tmp_path))
     with pytest.raises(CheckpointError, match="neither a directory nor a shipped model") as caught:
-        load_model("Qwen9-1B")
-    assert "Qwen2.5-72B" in caught.value.hint
+        load_model("Phoenix")
+    assert "a shipped name such as Qwen2.5-72B" in caught.value.hint
+    with pytest.raises(CheckpointError, match="neither a directory") as caught:
+        load_model("Qwen2.5-77B")
+    assert caught.value.hint.startswith("near: ") and "Qwen2.5-7B" in caught.value.hint
+    for experts in ("Qwen3-235B-A22B", "Qwen/Qwen3-30B-A3B-Instruct-2507", "mistralai/Mixtral-8x7B-v0.1"):
+        with pytest.raises(CheckpointError, match="mixture-of-experts models are not supported"):
+            load_model(experts)
     with pytest.raises(CheckpointError, match="neither a directory"):
         load_model("./nowhere/at/all")
+
+
+# parameters as the model cards or the files' headers state them
+@pytest.mark.parametrize(
+    ("name", "family", "stated"),
+    [
+        ("Qwen/Qwen2.5-Coder-7B-Instruct", "Qwen2.5-Coder-7B", 7.62e9),
+        ("Qwen2.5-Coder-32B", "Qwen2.5-Coder-32B", 32.8e9),
+        ("Qwen2.5-Math-1.5B", "Qwen2.5-Math-1.5B", 1.54e9),
+        ("QwQ-32B", "QwQ-32B", 32.8e9),
+        ("Qwen3-4B-Instruct-2507", "Qwen3-4B-Instruct-2507", 4.02e9),
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "DeepSeek-R1-Distill-Qwen-1.5B", 1.78e9),  # untied
+        ("DeepSeek-R1-Distill-Qwen-14B", "DeepSeek-R1-Distill-Qwen-14B", 14.8e9),
+        ("DeepSeek-R1-Distill-Llama-70B", "DeepSeek-R1-Distill-Llama-70B", 70.6e9),
+        ("meta-llama/Meta-Llama-3.1-8B-Instruct", "Llama-3.1-8B", 8.03e9),
+        ("llama-3.1-70b", "Llama-3.1-70B", 70.6e9),
+        ("Llama-3.3-70B", "Llama-3.3-70B-Instruct", 70.6e9),
+    ],
+)
+def test_more_families(name: str, family: str, stated: float) -> None:
+    spec = load_model(name).spec
+    assert spec.name == family and spec.parameters == pytest.approx(stated, rel=0.005)
+
+
+def test_every_family_has_a_source_and_its_own_context() -> None:
+    assert all(config["source"] for config in family_configs().values())
+    limits = {name: load_model(name).spec.extended_context for name in ("Qwen2.5-Math-7B", "QwQ-32B", "Llama-3.1-8B")}
+    assert limits == {"Qwen2.5-Math-7B": 4096, "QwQ-32B": 131072, "Llama-3.1-8B": 131072}

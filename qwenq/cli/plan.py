@@ -30,7 +30,7 @@ from qwenq.errors import PlanError
 from qwenq.planning.asking import Question, Resolved, contexts_of
 from qwenq.planning.plan import Plan, Recommendation, describe_gpu, make_plan, recommend
 from qwenq.planning.speed import Speed
-from qwenq.units import GIB, format_gb, format_tokens
+from qwenq.units import GIB, format_gb, format_gib, format_tokens
 
 NOT_FITTING = 3  # exit code of an honest no
 
@@ -124,10 +124,8 @@ def _flags(found: Plan) -> dict[str, str]:
 def _text(found: Plan) -> list[str]:
     work, memory = found.work, found.memory
     answer = {"fits": "fits", "tight": "fits, tightly" if found.fits else "does not fit, narrowly"}.get(
-        memory.certainty, "does not fit"
+        found.certainty, "does not fit"
     )
-    if not found.fits and answer.startswith("fits"):
-        answer = "does not fit"
     lines = [
         f"{found.spec.name}, {found.weights.label} ({format_gb(found.weights.total_bytes)}), "
         f"{format_tokens(work.context)} context, batch {work.batch}, {found.engine.label}, on {found.rig.label}: "
@@ -137,32 +135,52 @@ def _text(found: Plan) -> list[str]:
     if found.placement is not None:
         lines.append(f"  split: {found.placement.reason}")
     if memory.kv_capacity_tokens is not None:
-        lines.append(f"  vLLM's KV cache would hold {memory.kv_capacity_tokens} tokens")
+        lines += _vllm_cache(found)
+    lines += [f"  note: {note}" for note in found.notes]
     longest = format_tokens(found.largest_context) if found.largest_context else "none"
-    lines += [f"largest context that fits: {longest}", *_speed_lines("speed", found.speed)]
+    lines.append(f"largest context that fits: {longest}")
+    if found.fits:
+        lines.append(_speed_line("speed", found.speed))
     if found.instead:
         lines += ["would fit here:", *(f"  - {text}" for text in found.instead)]
     if not found.fits and found.offload is not None and found.offload_speed is not None:
         lines.append(
             f"with {found.offload.offloaded_bytes / GIB:.2f} GiB of weights in host memory: {found.offload.reason}"
         )
-        lines += _speed_lines("  speed then", found.offload_speed)
+        lines.append(_speed_line("  speed then", found.offload_speed))
     if not found.fits:
         lines.append("rigs that hold it: qwenq plan MODEL --recommend")
     lines.append("vLLM, tensor x pipeline parallel:")
-    lines += [f"  {option.tensor} x {option.pipeline}: {option.verdict}" for option in found.options]
+    sizes = found.tensor_parallel
+    for option in found.options:
+        cut = sizes.get(str(option.tensor))  # said below, once
+        verdict = f"no: tensor parallel size {option.tensor}, see below" if cut else option.verdict
+        lines.append(f"  {option.tensor} x {option.pipeline}: {verdict}")
     lines.append("tensor parallel sizes of these weights:")
-    lines += [f"  {ranks}: {reason or 'yes'}" for ranks, reason in found.tensor_parallel.items()]
+    lines += [f"  {line}" for line in found.tensor_parallel_lines]
     for name, text in _flags(found).items():
         lines += ["", f"# {name}", text]
     return lines
 
 
-def _speed_lines(name: str, speed: Speed) -> list[str]:
+def _vllm_cache(found: Plan) -> list[str]:
+    """How many tokens vLLM's cache holds, and what comes on top of its part where that is less than asked."""
+    memory, asked = found.memory, found.work.gpu_memory_utilization
+    lines = [f"  vLLM's KV cache would hold {memory.kv_capacity_tokens} tokens"]
+    if memory.gpu_memory_utilization != asked:
+        outside = max(gpu.term("graphs") + gpu.term("context") for gpu in memory.gpus)
+        lines.append(
+            f"  vLLM can have {memory.gpu_memory_utilization:g} of each GPU, not {asked:g}: CUDA graphs and context "
+            f"come on top, {format_gib(outside)}"
+        )
+    return lines
+
+
+def _speed_line(name: str, speed: Speed) -> str:
     def shown(pair: tuple[float, float] | None) -> str:
         return "unknown" if pair is None else f"{pair[0]:.3g} to {pair[1]:.3g} tokens/s"
 
-    return [f"{name}: decode {shown(speed.decode)}, prefill {shown(speed.prefill)} ({speed.basis})"]
+    return f"{name}: decode {shown(speed.decode)}, prefill {shown(speed.prefill)} ({speed.basis})"
 
 
 def _recommended(asked: Resolved, rigs: tuple[Recommendation, ...], context: int) -> list[str]:
@@ -173,8 +191,7 @@ def _recommended(asked: Resolved, rigs: tuple[Recommendation, ...], context: int
     for found in rigs:
         price = "price unknown" if found.price_usd is None else f"${found.price_usd:,.0f} ({found.gpu.price_basis})"
         lines.append(
-            f"  {found.count}x {found.gpu.name:<24} {price:<28} up to {format_tokens(found.largest_context)}; "
-            + found.how
+            f"  {found.count}x {found.gpu.name:<28} {price:<28} up to {found.largest_context // 1024}k; " + found.how
         )
     if not rigs:
         lines.append("  none of up to 8 equal GPUs")

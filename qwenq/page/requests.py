@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from qwenq.errors import PlanError
 from qwenq.planning.asking import Question, Resolved, contexts_of, spread
 from qwenq.planning.engines import ENGINES, KV_DTYPES
-from qwenq.planning.parallel import best_option, parallel_options
+from qwenq.planning.parallel import best_option, largest_vllm_context, parallel_options
 from qwenq.planning.placement import largest_context
-from qwenq.planning.plan import largest_vllm_context, recommend
+from qwenq.planning.plan import recommend
 from qwenq.planning.rig import Rig, catalogue, find_gpu
 from qwenq.planning.terms import TERM_NAMES
 from qwenq.spec import family_configs, family_spec

@@ -19,7 +19,7 @@ from qwenq.planning.parallel import ParallelOption, best_option, cutting_reasons
 from qwenq.planning.placement import place
 from qwenq.planning.plan import runs_on
 from qwenq.planning.profile import read_profile
-from qwenq.planning.rig import Gpu, Rig, parse_rig
+from qwenq.planning.rig import Gpu, Rig, parse_rig, reserved
 from qwenq.planning.terms import TERM_NAMES, Workload
 from qwenq.planning.weights import Weights
 from qwenq.spec import ModelSpec
@@ -111,9 +111,9 @@ class Question:
             max_num_seqs=self.max_num_seqs,
             gpu_memory_utilization=self.gpu_memory_utilization,
         )
-        rig = self.rig or (parse_rig(self.gpu) if self.gpu else None)
+        rig = self.rig or (None if self.gpu is None else parse_rig(self.gpu))
         if rig and self.reserve:
-            rig = Rig(rig.gpus, rig.free_bytes, parse_size(self.reserve))
+            rig = reserved(rig, parse_size(self.reserve))
         if self.tensor_parallel_size < 0:
             raise PlanError(f"tensor parallel size is {self.tensor_parallel_size}, wanted at least 1")
         if self.tensor_parallel_size and engine.layered:

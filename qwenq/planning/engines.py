@@ -30,6 +30,7 @@ KV_DTYPES = {
 Version = tuple[int, ...]
 LATEST: dict[str, Version] = {"qwenq": (0, 1), "transformers": (5, 17), "vllm": (0, 19), "llama.cpp": (0,)}
 QWENQ_PREFILL_CHUNK = 2048
+LLAMA_CPP_UBATCH = 512
 VLLM_BLOCK_TOKENS = 16
 
 
@@ -92,6 +93,12 @@ def get_engine(name: str, version: str = "", libraries: dict[str, str] | None = 
         raise PlanError(f"unknown engine {name!r}", hint=f"one of {', '.join(ENGINES)}")
     found = tuple((lib, parse_version(text)) for lib, text in (libraries or {}).items())
     return Engine(name, parse_version(version) if version else LATEST[name], found)
+
+
+def prefill_chunk(engine: Engine, asked: int, prompt: int) -> int:
+    """Prompt tokens an engine computes at once: as asked, or its own; the whole prompt in transformers."""
+    own = {"qwenq": QWENQ_PREFILL_CHUNK, "llama.cpp": LLAMA_CPP_UBATCH}
+    return min(prompt, asked or own.get(engine.name, prompt))
 
 
 def kv_bytes_per_value(engine: Engine, kv_dtype: str) -> float:

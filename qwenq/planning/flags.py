@@ -4,24 +4,51 @@ from __future__ import annotations
 
 import json
 import shlex
+from typing import TypedDict
 
 from qwenq.errors import HonestNo
 from qwenq.planning.engines import get_engine
 from qwenq.planning.ggufsize import gguf_weights
 from qwenq.planning.parallel import ParallelOption
 from qwenq.planning.placement import Placement, place
-from qwenq.planning.plan import Plan
+from qwenq.planning.plan import Plan, runs_on
 from qwenq.planning.terms import Workload
+from qwenq.spec import ModelSpec
 from qwenq.units import GIB
 
 
 def vllm_flags(plan: Plan) -> str:
-    """`vllm serve ...`, or why vLLM cannot use these weights on this rig."""
+    """A `vllm serve ...` that fits, after a comment on what had to be changed; only a comment where none does."""
+    for gpu in plan.rig.gpus:
+        if not runs_on(get_engine("vllm"), gpu):
+            return f"# vLLM does not run on {gpu.name}"
     option = plan.chosen
-    if option is None:
-        return "# vLLM: no option, " + plan.options[0].verdict
-    command = shlex.join(_words(plan, option, "CHECKPOINT"))
-    return command if option.works else f"{command}  # {option.verdict}"
+    reason = (option or plan.options[0]).verdict
+    if option is not None and option.works:
+        lines = _share_note(plan, option)
+        work, kept = plan.work, option
+    elif plan.escapes:
+        escape = plan.escapes[0]
+        work, kept = escape.work, escape.option
+        lines = [f"# as asked it does not fit ({reason}); it does with {escape.text}"]
+    else:
+        return f"# vLLM does not fit, whatever its flags: {reason}"
+    return "\n".join([*lines, _order(plan) + shlex.join(_words(plan.spec, work, kept, "CHECKPOINT"))])
+
+
+def _share_note(plan: Plan, option: ParallelOption) -> list[str]:
+    """A comment where vLLM can have less of a GPU than asked."""
+    part = option.memory.gpu_memory_utilization if option.memory else None
+    if part is None or part == plan.work.gpu_memory_utilization:
+        return []
+    return [
+        f"# --gpu-memory-utilization {part:g}, not {plan.work.gpu_memory_utilization:g}: CUDA graphs and context come "
+        "on top of it"
+    ]
+
+
+def _order(plan: Plan) -> str:
+    return "CUDA_DEVICE_ORDER=PCI_BUS_ID " if plan.rig.needs_pci_order else ""
 
 
 def vllm_words(plan: Plan, checkpoint: str, hosts: int = 1) -> list[str]:
@@ -39,7 +66,7 @@ def vllm_words(plan: Plan, checkpoint: str, hosts: int = 1) -> list[str]:
         )
     chosen = plan.chosen if plan.chosen in options else max(options, key=lambda option: option.tensor)
     assert chosen is not None
-    return _words(plan, chosen, checkpoint)
+    return _words(plan.spec, plan.work, chosen, checkpoint)
 
 
 def ray_commands(words: list[str], hosts: list[str]) -> list[str]:
@@ -54,18 +81,19 @@ def ray_commands(words: list[str], hosts: list[str]) -> list[str]:
 _RAY = ("--distributed-executor-backend", "ray")
 
 
-def _words(plan: Plan, option: ParallelOption, checkpoint: str) -> list[str]:
+def _words(spec: ModelSpec, work: Workload, option: ParallelOption, checkpoint: str) -> list[str]:
+    assert option.memory is not None  # else its shapes are not possible
     words = ["vllm", "serve", checkpoint]
     words += ["--tensor-parallel-size", str(option.tensor), "--pipeline-parallel-size", str(option.pipeline)]
-    words += ["--max-model-len", str(plan.work.context)]
-    words += ["--gpu-memory-utilization", f"{plan.work.gpu_memory_utilization:g}"]
-    if plan.work.kv_dtype in ("fp8", "q8_0", "q4_0"):
+    words += ["--max-model-len", str(work.context)]
+    words += ["--gpu-memory-utilization", f"{option.memory.gpu_memory_utilization:g}"]
+    if work.kv_dtype in ("fp8", "q8_0", "q4_0"):
         words += ["--kv-cache-dtype", "fp8"]
-    if plan.work.max_num_seqs:
-        words += ["--max-num-seqs", str(plan.work.max_num_seqs)]
+    if work.max_num_seqs:
+        words += ["--max-num-seqs", str(work.max_num_seqs)]
     # The override replaces all rope parameters; the base vLLM then takes is Qwen's. For others it refuses the context.
-    if plan.work.context > plan.spec.max_position_embeddings and plan.spec.model_type != "llama":
-        words += ["--hf-overrides", json.dumps(_extended(plan))]
+    if yarn := _yarn(spec, work):
+        words += ["--hf-overrides", json.dumps({"rope_scaling": yarn, "max_position_embeddings": _reach(yarn)})]
     return words
 
 
@@ -81,7 +109,17 @@ def transformers_code(plan: Plan) -> str:
     }
     if placement.offloaded_bytes:
         memory["cpu"] = f"{placement.offloaded_bytes / GIB + 4:.0f}GiB"
-    return f"max_memory = {memory}\ndevice_map = {_compact(placement)}"
+    lines = [f"max_memory = {memory}", f"device_map = {_compact(placement)}"]
+    if plan.rig.needs_pci_order:
+        lines.insert(0, 'import os; os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # before torch asks for a GPU')
+    if yarn := _yarn(plan.spec, plan.work):
+        lines += [
+            f"yarn = {yarn}",
+            'config = AutoConfig.from_pretrained("CHECKPOINT")',
+            "config.rope_parameters = config.rope_parameters | yarn  # transformers 4: config.rope_scaling = yarn",
+            f"config.max_position_embeddings = {_reach(yarn)}  # then from_pretrained(..., config=config)",
+        ]
+    return "\n".join(lines)
 
 
 def llamacpp_flags(plan: Plan) -> str:
@@ -104,7 +142,10 @@ def llamacpp_flags(plan: Plan) -> str:
         words += ["-sm", "layer", "-ts", ",".join(str(len(share.layers)) for share in placement.shares)]
     if kv != "auto":
         words += ["--cache-type-k", kv, "--cache-type-v", kv]
-    return " ".join(words) + f"  # {note}"
+    if yarn := _yarn(plan.spec, work):
+        words += ["--rope-scaling", "yarn", "--rope-scale", f"{yarn['factor']:g}"]
+        words += ["--yarn-orig-ctx", str(yarn["original_max_position_embeddings"])]
+    return _order(plan) + " ".join(words) + f"  # {note}"
 
 
 def _compact(placement: Placement) -> str:
@@ -132,9 +173,24 @@ def _layered(work: Workload) -> Workload:
     return Workload(work.context, work.batch, prefill_chunk=work.prefill_chunk)
 
 
-def _extended(plan: Plan) -> dict[str, object]:
-    """YaRN for a context beyond the trained one, and the length it gives: vLLM 0.32 takes that as it stands."""
-    original = plan.spec.max_position_embeddings
-    factor = -(-plan.work.context // original)
-    scaling = {"rope_type": "yarn", "factor": float(factor), "original_max_position_embeddings": original}
-    return {"rope_scaling": scaling, "max_position_embeddings": factor * original}
+class _Yarn(TypedDict):
+    rope_type: str
+    factor: float
+    original_max_position_embeddings: int
+
+
+def _yarn(spec: ModelSpec, work: Workload) -> _Yarn | None:
+    """YaRN's rope parameters for a context beyond the trained one; none for Llama, whose own scaling stays."""
+    original = spec.max_position_embeddings
+    if work.context <= original or spec.model_type == "llama":
+        return None
+    return {
+        "rope_type": "yarn",
+        "factor": float(-(-work.context // original)),
+        "original_max_position_embeddings": original,
+    }
+
+
+def _reach(yarn: _Yarn) -> int:
+    """The context that these parameters give; vLLM 0.32 takes that as it stands."""
+    return round(yarn["factor"] * yarn["original_max_position_embeddings"])

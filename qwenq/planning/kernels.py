@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from qwenq.planning.rig import Gpu
 from qwenq.spec import LinearSpec, ModelSpec, TensorSpec
 
 KERNEL_GROUPS = (256, 128, 64, 32)
@@ -63,15 +64,15 @@ class Compute:
         return self.device == "cuda" and self.dtype == "bfloat16" and self.capability < (8, 0)
 
 
-def compute_on(gpu: str, value_bytes: int) -> Compute:
-    """How this project's engine computes on a GPU by its catalogue name, or on the `CPU`, activations of so many bytes.
+def compute_on(gpu: Gpu, value_bytes: int) -> Compute:
+    """How this project's engine computes on a GPU, or on the `CPU`, with activations of so many bytes.
 
-    GPUs not known to be older are taken to have compute capability 8.0 or more.
+    GPUs of unknown compute capability are taken to have 8.0.
     """
     dtype = "bfloat16" if value_bytes == 2 else "float32"
-    if gpu == "CPU":
+    if gpu.name == "CPU":
         return Compute(dtype, "cpu")
-    return Compute(dtype, "cuda", (7, 0) if {"V100", "T4", "P40"} & set(gpu.split()) else (8, 0))
+    return Compute(dtype, "cuda", gpu.compute_capability or (8, 0))
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,11 @@ Sources: ollama#5913 (72B, 313.0 MiB), llama.cpp#11337 (32B, 307.0 MiB; q8_0 cac
 
 from __future__ import annotations
 
-from qwenq.planning.engines import Engine, kv_bytes_per_value
+from qwenq.planning.engines import LLAMA_CPP_UBATCH, Engine, kv_bytes_per_value
 from qwenq.planning.terms import Share, Term, Workload, merged
 from qwenq.planning.weights import Weights
 from qwenq.spec import ModelSpec
 
-UBATCH = 512
 MIB = 1 << 20
 
 
@@ -19,7 +18,7 @@ def llamacpp_terms(
 ) -> tuple[tuple[Term, ...], str]:
     """Terms of one device; the embedding stays in host memory, a tied head is a second copy on the device."""
     tokens = -(-work.context // 256) * 256 * work.batch
-    ubatch = min(work.prefill_chunk or UBATCH, tokens)
+    ubatch = min(work.prefill_chunk or LLAMA_CPP_UBATCH, tokens)
     held = sum(weights.layer_bytes[layer] for layer in share.layers)
     if share.head:
         held += sum(weights.norm) + sum(weights.head or weights.embed)

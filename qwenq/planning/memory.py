@@ -9,10 +9,10 @@ from typing import Any
 from qwenq.errors import PlanError
 from qwenq.planning.engines import Engine, kv_bytes_per_value
 from qwenq.planning.llamacpp_terms import llamacpp_terms
-from qwenq.planning.rig import Rig
+from qwenq.planning.rig import Gpu, Rig, device
 from qwenq.planning.terms import GpuMemory, Share, Term, Workload
 from qwenq.planning.torch_terms import torch_terms
-from qwenq.planning.vllm_terms import budget_bytes, kv_tokens, vllm_terms
+from qwenq.planning.vllm_terms import budget_bytes, kv_tokens, possible_utilization, vllm_terms
 from qwenq.planning.weights import Weights
 from qwenq.spec import ModelSpec
 
@@ -30,6 +30,7 @@ class MemoryEstimate:
     gpus: tuple[GpuMemory, ...]
     kv_bytes_per_token: float  # over all GPUs, for one sequence
     kv_capacity_tokens: int | None = None  # vLLM: what its cache will hold
+    gpu_memory_utilization: float | None = None  # vLLM: as asked, or the most that a GPU allows
 
     @property
     def total_bytes(self) -> int:
@@ -89,6 +90,7 @@ class MemoryEstimate:
             "prefill_chunk": self.work.prefill_chunk,
             "kv_bytes_per_token": self.kv_bytes_per_token,
             "kv_capacity_tokens": self.kv_capacity_tokens,
+            "gpu_memory_utilization": self.gpu_memory_utilization,
             "total_bytes": self.total_bytes,
             "low_bytes": self.low_bytes,
             "high_bytes": self.high_bytes,
@@ -99,11 +101,11 @@ class MemoryEstimate:
 
 
 def gpu_terms(
-    spec: ModelSpec, weights: Weights, engine: Engine, work: Workload, share: Share, gpu: str
+    spec: ModelSpec, weights: Weights, engine: Engine, work: Workload, share: Share, gpu: Gpu
 ) -> tuple[tuple[Term, ...], str]:
     """Terms of one GPU holding `share`, and the moment of its peak."""
     if engine.name == "vllm":
-        return vllm_terms(spec, weights, engine, work, share, gpu)
+        return vllm_terms(spec, weights, engine, work, share, gpu.name)
     if engine.name == "llama.cpp":
         return llamacpp_terms(spec, weights, engine, work, share)
     return torch_terms(spec, weights, engine, work, share, gpu)
@@ -123,26 +125,32 @@ def estimate(
     """
     check_context(spec, work)
     shares = shares or (whole(spec),)
-    names = [gpu.name for gpu in rig.gpus] if rig else ["GPU"] * len(shares)
+    kinds = rig.gpus if rig else (device("GPU"),) * len(shares)
     limits: Sequence[int | None] = rig.limits if rig else [None] * len(shares)
-    gpus, capacities = [], []
-    for share, name, limit in zip(shares, names, limits, strict=True):
-        if not share.used:
-            gpus.append(GpuMemory(name, (), limit, "not used"))
-            continue
-        terms, moment = gpu_terms(spec, weights, engine, work, share, name)
-        if engine.name == "vllm" and limit is not None:
-            capacities.append(kv_tokens(spec, engine, work, share, terms, limit))
-            limit = budget_bytes(work, terms, limit)
-        gpus.append(GpuMemory(name, terms, limit, moment))
+    needed = [
+        gpu_terms(spec, weights, engine, work, share, gpu) if share.used else ((), "not used")
+        for share, gpu in zip(shares, kinds, strict=True)
+    ]
+    capacity = utilization = None
+    if rig and engine.name == "vllm":
+        used = [k for k, share in enumerate(shares) if share.used]
+        totals = [gpu.limit_bytes for gpu in kinds]
+        utilization = min(possible_utilization(work, needed[k][0], rig.limits[k], totals[k]) for k in used)
+        capacity = min(kv_tokens(spec, engine, work, shares[k], needed[k][0], totals[k], utilization) for k in used)
+        limits = [budget_bytes(terms, total, utilization) for (terms, _), total in zip(needed, totals, strict=True)]
+    gpus = [
+        GpuMemory(gpu.name, terms, limit, moment)
+        for gpu, (terms, moment), limit in zip(kinds, needed, limits, strict=True)
+    ]
     return MemoryEstimate(
         model=spec.name,
         weights=weights,
         engine=engine,
         work=work,
         gpus=tuple(gpus),
+        gpu_memory_utilization=utilization,
         kv_bytes_per_token=spec.kv_bytes_per_token(kv_bytes_per_value(engine, work.kv_dtype)),
-        kv_capacity_tokens=min(capacities) if capacities else None,
+        kv_capacity_tokens=capacity,
     )
 
 

@@ -10,11 +10,12 @@ from typing import Any
 
 from qwenq.errors import CheckpointError, PlanError
 from qwenq.headers import INDEX_NAME, checkpoint_tensors, inside, read_object, shown
+from qwenq.planning.families import near_names, refuse_experts
 from qwenq.planning.ggufsize import BITS_TO_TYPE, gguf_weights
 from qwenq.planning.weights import Weights, header_weights, published_weights, recipe_weights
 from qwenq.planning.written import saved_recipe, sized_recipe, widened
 from qwenq.scheme import Recipe, Scheme
-from qwenq.spec import ModelSpec, TensorSpec, family_configs, family_spec, spec_from_config
+from qwenq.spec import ModelSpec, TensorSpec, family_spec, spec_from_config
 
 _PUBLISHED = re.compile(r"(.*?)-(GPTQ-Int[48]|AWQ|FP8)", re.IGNORECASE)
 _STATED_KEYS = ("num_parameters", "total_parameters", "n_params", "parameters")
@@ -171,12 +172,14 @@ def _find(model: str) -> Model:
         spec_found = family_spec(name) if name else None
         if spec_found is not None:
             return Model(spec_found, {}, published=published)
+    if not path.exists():
+        refuse_experts(model)
     if path.is_dir():
         raise CheckpointError(f"{shown(model)}: no config.json", hint="give the folder of a Hugging Face checkpoint")
     if path.exists() or model.startswith(("/", ".", "~")) or model.count("/") != 1:
         raise CheckpointError(
             f"{shown(model)}: neither a directory nor a shipped model",
-            hint=f"shipped: {', '.join(family_configs())}; or a hub name such as Qwen/Qwen2.5-72B",
+            hint=near_names(model),
         )
     return _from_hub(model)
 

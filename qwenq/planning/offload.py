@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from qwenq.planning.engines import Engine, get_engine, kv_bytes_per_value
 from qwenq.planning.memory import NOT_ALLOCATED, whole
+from qwenq.planning.rig import device
 from qwenq.planning.terms import Term, Workload
 from qwenq.planning.torch_terms import run_weights, torch_terms
 from qwenq.planning.weights import Weights
@@ -62,8 +63,8 @@ def host_layers_bytes(
 def host_need(spec: ModelSpec, weights: Weights, work: Workload, phase: str = "") -> HostNeed:
     """Weights, cache and working memory of a run on a CPU."""
     engine = get_engine("qwenq")
-    weights = run_weights(weights, engine, work, "CPU")
-    terms, _ = torch_terms(spec, weights, engine, work, whole(spec), "CPU", phase)
+    weights = run_weights(weights, engine, work, device("CPU"))
+    terms, _ = torch_terms(spec, weights, engine, work, whole(spec), device("CPU"), phase)
     found = []
     for term in terms:
         if term.name not in NOT_ON_A_CPU:

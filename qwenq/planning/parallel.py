@@ -8,8 +8,9 @@ from typing import Any
 
 from qwenq.planning.engines import Engine
 from qwenq.planning.memory import MemoryEstimate, estimate, rank_shares
+from qwenq.planning.placement import search_context
 from qwenq.planning.rig import Rig
-from qwenq.planning.tensor_parallel import tensor_parallel_reasons
+from qwenq.planning.tensor_parallel import helpful_width, tensor_parallel_reasons
 from qwenq.planning.terms import Workload
 from qwenq.planning.weights import Weights
 from qwenq.spec import ModelSpec
@@ -55,6 +56,20 @@ def cutting_reasons(spec: ModelSpec, weights: Weights, ranks: int) -> list[str]:
     return tensor_parallel_reasons(stored, weights.row_groups, ranks)
 
 
+def padded_weights(spec: ModelSpec, weights: Weights, ranks: int) -> Weights | None:
+    """These weights with the FFN padded so that `ranks` ranks can cut them; None when padding cannot bring that about.
+
+    Layers grow in proportion to the weights of their linears.
+    """
+    stored = replace(spec, intermediate_size=weights.intermediate_size)
+    width = helpful_width(stored, weights.row_groups, [ranks])
+    if not width:
+        return None
+    growth = replace(spec, intermediate_size=width).linear_parameters / stored.linear_parameters
+    layers = tuple(tuple(round(n_bytes * growth) for n_bytes in layer) for layer in weights.layers)
+    return replace(weights, layers=layers, intermediate_size=width, parts=())
+
+
 def parallel_options(
     spec: ModelSpec, weights: Weights, engine: Engine, work: Workload, rig: Rig
 ) -> tuple[ParallelOption, ...]:
@@ -82,3 +97,15 @@ def best_option(options: Sequence[ParallelOption]) -> ParallelOption | None:
     if fitting:
         return max(fitting, key=lambda o: (o.memory.kv_capacity_tokens or 0) if o.memory else 0)
     return possible[0] if possible else None
+
+
+def largest_vllm_context(
+    spec: ModelSpec, weights: Weights, engine: Engine, work: Workload, rig: Rig, option: ParallelOption
+) -> int:
+    """Most tokens a sequence can have in one vLLM layout; 0 when none."""
+    shares = rank_shares(spec, option.tensor, option.pipeline)
+
+    def fits(context: int) -> bool:
+        return bool(estimate(spec, weights, engine, replace(work, context=context, prompt=0), rig, shares).fits)
+
+    return search_context(fits, spec.extended_context)

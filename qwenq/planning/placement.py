@@ -129,11 +129,11 @@ class _Splitter:
 
     def __init__(self, spec: ModelSpec, weights: Weights, rig: Rig, engine: Engine, work: Workload) -> None:
         self.spec, self.weights, self.rig, self.engine, self.work = spec, weights, rig, engine, work
-        self.layer_bytes = run_weights(weights, engine, work, rig.gpus[0].name).layer_bytes
+        self.layer_bytes = run_weights(weights, engine, work, rig.gpus[0]).layer_bytes
         self.costs: dict[tuple[Share, str], int] = {}
         self.tied_first = spec.tie_word_embeddings and engine.name != "llama.cpp"
 
-    def fill(self, layers: int, room: float) -> tuple[Share, ...] | None:
+    def fill(self, layers: int, room: int) -> tuple[Share, ...] | None:
         """Shares of the first `layers` layers that leave `room` bytes on every GPU in use, or None."""
         count = len(self.rig.gpus)
         for head in (0,) if self.tied_first else range(count - 1, -1, -1):
@@ -142,7 +142,7 @@ class _Splitter:
                 return shares
         return None
 
-    def _fill_before(self, layers: int, room: float, head: int, count: int) -> tuple[Share, ...] | None:
+    def _fill_before(self, layers: int, room: int, head: int, count: int) -> tuple[Share, ...] | None:
         """Greedy: each of the first `count` GPUs takes what it can; the head is on GPU `head`."""
         shares: list[Share] = []
         start, gpus = 0, len(self.rig.gpus)
@@ -167,11 +167,11 @@ class _Splitter:
         gpus = len(self.rig.gpus)
         everything = Share(range(layers), embed=True, head=True, gpus=gpus)
         most = max(self._cost(everything, index) for index in range(gpus)) + self._offload_bytes(layers)
-        low, high = float(min(self.rig.limits) - most), float(max(self.rig.limits))
+        low, high = min(self.rig.limits) - most, max(self.rig.limits)
         best = self.fill(layers, low)  # with that little room any one GPU could hold everything
         assert best is not None
         while high - low > 1 << 20:
-            middle = (low + high) / 2
+            middle = (low + high) // 2
             found = self.fill(layers, middle)
             if found is None:
                 high = middle
@@ -201,7 +201,7 @@ class _Splitter:
     def _cost(self, share: Share, index: int) -> int:
         key = share, self.rig.gpus[index].name
         if key not in self.costs:
-            terms, _ = gpu_terms(self.spec, self.weights, self.engine, self.work, *key)
+            terms, _ = gpu_terms(self.spec, self.weights, self.engine, self.work, share, self.rig.gpus[index])
             self.costs[key] = sum(term.n_bytes for term in terms)
         return self.costs[key]
 

@@ -8,12 +8,14 @@ from typing import Any
 
 from qwenq.errors import HonestNo, PlanError
 from qwenq.planning.engines import Engine, get_engine
+from qwenq.planning.escapes import Escape, vllm_escapes
+from qwenq.planning.kernels import compute_on
 from qwenq.planning.memory import MemoryEstimate, estimate, rank_shares
-from qwenq.planning.parallel import ParallelOption, best_option, cutting_reasons, parallel_options
-from qwenq.planning.placement import Placement, holds, largest_context, place, search_context
-from qwenq.planning.rig import Gpu, Rig, catalogue, rig_of
+from qwenq.planning.parallel import ParallelOption, best_option, largest_vllm_context, parallel_options
+from qwenq.planning.placement import Placement, holds, largest_context, place
+from qwenq.planning.rig import GIVEN, Gpu, Rig, catalogue, rig_of
 from qwenq.planning.speed import Speed, estimate_speed
-from qwenq.planning.tensor_parallel import padded_width, tensor_parallel_sizes
+from qwenq.planning.tensor_parallel import tensor_parallel_lines, tensor_parallel_sizes
 from qwenq.planning.terms import Share, Workload
 from qwenq.planning.weights import Weights, recipe_weights
 from qwenq.scheme import Recipe, Scheme
@@ -43,12 +45,50 @@ class Plan:
     speed: Speed
     offload_speed: Speed | None
     instead: tuple[str, ...]  # what would fit, when this does not
+    escapes: tuple[Escape, ...]  # what makes vLLM fit, when it does not as asked
+
+    @property
+    def certainty(self) -> str:
+        """`fits`, `tight` or `does not fit` over the whole range; a rig that no layout of vLLM can use does not fit."""
+        return self.memory.certainty if self.placement or self.chosen else "does not fit"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to know about the rig's GPUs, once a kind."""
+        found = []
+        for gpu in dict.fromkeys(self.rig.gpus):
+            if gpu.source == GIVEN:
+                found.append(f"{gpu.name}: {gpu.note}")
+            if self.engine.name == "qwenq" and self._writes_out(gpu):
+                major, minor = gpu.compute_capability or (0, 0)
+                found.append(
+                    f"{gpu.name}: no packed kernel (compute capability {major}.{minor}, it needs 8.0): "
+                    "weights are written out for every token"
+                )
+        if self.rig.needs_pci_order:
+            found.append("GPUs are in the driver's order; CUDA numbers them so with CUDA_DEVICE_ORDER=PCI_BUS_ID")
+        return tuple(found)
+
+    def _writes_out(self, gpu: Gpu) -> bool:
+        """Whether a newer GPU would have a packed kernel for what this one writes out."""
+        here = compute_on(gpu, self.work.value_bytes)
+        packed = {shape for part in self.weights.parts for shape in part.packed}
+        newer = replace(here, capability=max(here.capability, (8, 0)))
+        return any(shape.kind(here) != shape.kind(newer) for shape in packed)
 
     @property
     def tensor_parallel(self) -> dict[str, str]:
         """Tensor-parallel sizes of these weights, each with why not, or nothing where it works."""
-        stored = replace(self.spec, intermediate_size=self.weights.intermediate_size)
-        return tensor_parallel_sizes(stored, self.weights.row_groups)
+        return tensor_parallel_sizes(self._stored, self.weights.row_groups)
+
+    @property
+    def tensor_parallel_lines(self) -> list[str]:
+        """The same to read."""
+        return tensor_parallel_lines(self._stored, self.weights.row_groups)
+
+    @property
+    def _stored(self) -> ModelSpec:
+        return replace(self.spec, intermediate_size=self.weights.intermediate_size)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -58,7 +98,8 @@ class Plan:
             "context": self.work.context,
             "batch_size": self.work.batch,
             "fits": self.fits,
-            "certainty": self.memory.certainty,
+            "certainty": self.certainty,
+            "notes": list(self.notes),
             "largest_context": self.largest_context,
             "weights": {"label": self.weights.label, "bytes": self.weights.total_bytes},
             "gpus": [
@@ -69,7 +110,7 @@ class Plan:
             "parallel": [option.to_json() for option in self.options],
             "tensor_parallel": self.tensor_parallel,
             "offload": self.offload.to_json() if self.offload else None,
-            "speed": self.speed.to_json(),
+            "speed": self.speed.to_json() if self.fits else None,  # of a split that does not fit it says nothing
             "offload_speed": self.offload_speed.to_json() if self.offload_speed else None,
             "instead": list(self.instead),
         }
@@ -100,15 +141,17 @@ def make_plan(spec: ModelSpec, weights: Weights, rig: Rig, engine: Engine, work:
         shares = rank_shares(spec, chosen.tensor, chosen.pipeline) if chosen else rank_shares(spec, 1, len(rig.gpus))
         memory = estimate(spec, weights, engine, work, rig, shares)
         fits = chosen is not None and chosen.works
-        longest = largest_vllm_context(spec, weights, engine, work, rig, chosen) if chosen else 0
+        possible = [option for option in options if not option.reasons]
+        longest = max((largest_vllm_context(spec, weights, engine, work, rig, o) for o in possible), default=0)
+    escapes = () if chosen and chosen.works else vllm_escapes(spec, weights, vllm, vllm_work, rig)
     speed = estimate_speed(spec, weights, engine, work, rig.gpus, shares)
     slow = None
     if offload is not None:
         slow = estimate_speed(spec, weights, engine, work, rig.gpus, offload.shares, offload.offloaded_bytes)
-    instead = () if fits else tuple(_instead(spec, weights, rig, engine, work, longest))
+    instead = () if fits else tuple(_instead(spec, weights, rig, engine, work, longest, escapes))
     return Plan(
         spec, weights, rig, engine, work, fits, memory, shares, placement, options, chosen, longest, offload, speed,
-        slow, instead,
+        slow, instead, escapes,
     )  # fmt: skip
 
 
@@ -137,7 +180,7 @@ class Recommendation:
 
 
 def recommend(spec: ModelSpec, weights: Weights, engine: Engine, work: Workload) -> tuple[Recommendation, ...]:
-    """Rigs of up to 8 equal GPUs that hold the model at the asked context: fewest, then cheapest; unpriced last."""
+    """Rigs of up to 8 equal GPUs that hold the model at the asked context: cheapest first, unpriced last."""
     found = []
     for gpu in catalogue():
         if not runs_on(engine, gpu):
@@ -155,12 +198,12 @@ def recommend(spec: ModelSpec, weights: Weights, engine: Engine, work: Workload)
                 how += "; memory shared with the system" if gpu.unified else ""
                 found.append(Recommendation(gpu, count, longest, how))
                 break
-    return tuple(sorted(found, key=lambda r: (r.price_usd is None, r.count, r.price_usd or 0, r.gpu.name)))
+    return tuple(sorted(found, key=lambda r: (r.price_usd is None, r.price_usd or 0, r.count, r.gpu.name)))
 
 
 def runs_on(engine: Engine, gpu: Gpu) -> bool:
     """Whether the engine runs on such a GPU at all: CUDA and ROCm for the torch engines, anything for llama.cpp."""
-    return engine.name == "llama.cpp" or gpu.vendor in ("nvidia", "amd")
+    return engine.name == "llama.cpp" or gpu.vendor not in ("intel", "apple")
 
 
 def how_held(spec: ModelSpec, weights: Weights, rig: Rig, engine: Engine, work: Workload) -> str:
@@ -171,24 +214,22 @@ def how_held(spec: ModelSpec, weights: Weights, rig: Rig, engine: Engine, work: 
     return f"TP {option.tensor} x PP {option.pipeline}" if option and option.works else ""
 
 
-def largest_vllm_context(
-    spec: ModelSpec, weights: Weights, engine: Engine, work: Workload, rig: Rig, option: ParallelOption
-) -> int:
-    """Most tokens a sequence can have in one vLLM layout; 0 when none."""
-    shares = rank_shares(spec, option.tensor, option.pipeline)
-
-    def fits(context: int) -> bool:
-        return bool(estimate(spec, weights, engine, replace(work, context=context, prompt=0), rig, shares).fits)
-
-    return search_context(fits, spec.extended_context)
-
-
-def _instead(spec: ModelSpec, weights: Weights, rig: Rig, engine: Engine, work: Workload, longest: int) -> list[str]:
+def _instead(
+    spec: ModelSpec,
+    weights: Weights,
+    rig: Rig,
+    engine: Engine,
+    work: Workload,
+    longest: int,
+    escapes: tuple[Escape, ...],
+) -> list[str]:
     """What would fit on this rig, nearest first."""
     found = []
-    if longest:
+    if engine.name == "vllm":
+        found = [escape.text for escape in escapes]
+    elif longest:
         found.append(f"a context of {format_tokens(longest)} with these weights")
-    if work.kv_dtype in ("auto", "fp16", "bf16"):
+    if engine.layered and work.kv_dtype in ("auto", "fp16", "bf16"):
         smaller = {"llama.cpp": "q8_0"}.get(engine.name, "fp8")
         if engine.name != "transformers":
             asked = replace(work, kv_dtype=smaller)
@@ -202,22 +243,7 @@ def _instead(spec: ModelSpec, weights: Weights, rig: Rig, engine: Engine, work: 
     lighter = uniform and engine.name != "llama.cpp" and uniform.total_bytes < weights.total_bytes
     if uniform and lighter and how_held(spec, uniform, rig, engine, work):
         found.append(f"uniform 4-bit g128, {format_gb(uniform.total_bytes)}, at {format_tokens(work.context)}")
-    found += _tensor_parallel_hint(spec, weights, rig, engine)
     return found
-
-
-def _tensor_parallel_hint(spec: ModelSpec, weights: Weights, rig: Rig, engine: Engine) -> list[str]:
-    ranks, group = len(rig.gpus), max(weights.row_groups.get("down", ()), default=-1)
-    if engine.name != "vllm" or group <= 0 or not cutting_reasons(spec, weights, ranks):
-        return []
-    width = padded_width(weights.intermediate_size, group, ranks)
-    padded = replace(weights, intermediate_size=width)
-    if cutting_reasons(spec, padded, ranks):
-        return []
-    return [
-        f"FFN padded from {weights.intermediate_size} to {width}: then TP {ranks} divides "
-        f"(qwenq quantize --pad-for-tp {ranks})"
-    ]
 
 
 def _divides(spec: ModelSpec, group: int) -> bool:

@@ -1,4 +1,7 @@
-"""GPUs and rigs: the catalogue, and `RTX 4090 + 2x RTX 3060 12GB` as people write it. An unknown figure stays None."""
+"""GPUs and rigs: the catalogue, and `RTX 4090 + 2x RTX 3060 12GB` as people write it. An unknown figure stays None.
+
+A GPU that the catalogue lacks goes by its memory, `2x 24GB`: whether a model fits is then known, how fast it runs not.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,16 @@ import csv
 import difflib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 
 from qwenq.errors import PlanError
-from qwenq.units import GIB
+from qwenq.units import GIB, format_gib
 
 ASSUMED_USABLE = 0.98  # of the nominal memory, where nobody has published what CUDA sees; known cards: 0.93 to 1.00
 MAX_GPUS = 64
+GIVEN = "given"  # the source of a GPU named by its memory
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Gpu:
     source: str
     note: str = ""
     tensor_derived: bool = False
+    compute_capability: tuple[int, int] | None = None  # NVIDIA's; None: unknown, or of another vendor
 
     @property
     def limit_bytes(self) -> int:
@@ -61,6 +66,7 @@ class Rig:
     gpus: tuple[Gpu, ...]
     free_bytes: tuple[int, ...] = ()
     reserve_bytes: int = 0  # kept free on every GPU, for a desktop for instance
+    needs_pci_order: bool = False  # CUDA may number these GPUs otherwise, unless CUDA_DEVICE_ORDER=PCI_BUS_ID
 
     @property
     def limits(self) -> tuple[int, ...]:
@@ -80,6 +86,11 @@ class Rig:
         return " + ".join(f"{count}x {name}" if count > 1 else name for name, count in runs)
 
 
+def device(name: str) -> Gpu:
+    """What is estimated where no GPU of a rig is meant: the `CPU`, or some `GPU`."""
+    return Gpu(name, "", 0, None, None, None, None, "", None, None, "", "")
+
+
 @cache
 def catalogue() -> tuple[Gpu, ...]:
     """Every known GPU, from the shipped table."""
@@ -89,26 +100,50 @@ def catalogue() -> tuple[Gpu, ...]:
 
 def find_gpu(name: str) -> Gpu:
     """The GPU people mean by `name`; PlanError with near matches, or with the variants when several are meant."""
+    if memory := _MEMORY.fullmatch(name):
+        return _by_memory(name.strip(), float(memory[1]))
+    found = matching_gpus(name)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise PlanError(
+            f"GPU {name.strip()!r} could be several", hint=f"one of: {', '.join(gpu.name for gpu in found)}"
+        )
+    by_key = {_key(gpu.name): gpu.name for gpu in catalogue()}
+    near = difflib.get_close_matches(_key(name), by_key, n=4, cutoff=0.5)
+    hint = f"near: {', '.join(by_key[key] for key in near)}" if near else "`qwenq vram gpus` lists the catalogue"
+    raise PlanError(f"unknown GPU {name.strip()[:60]!r}", hint=hint + '; any other by its memory, for instance "24GB"')
+
+
+def matching_gpus(name: str) -> list[Gpu]:
+    """GPUs of the catalogue that `name` may mean: the one so called, else all that have its words."""
     wanted = _DRIVER_NAMES.get(_key(name), _key(name))
     by_key = {_key(gpu.name): gpu for gpu in catalogue()}
     if wanted in by_key:
-        return by_key[wanted]
-    parts = [gpu for key, gpu in by_key.items() if wanted and set(wanted.split()) <= set(key.split())]
+        return [by_key[wanted]]
+    words = set(wanted.split())
+    found = [(set(key.split()), gpu) for key, gpu in by_key.items() if words and words <= set(key.split())]
+    plain = [gpu for key, gpu in found if key & _VARIANTS == words & _VARIANTS]  # `3060` is not the 3060 Ti
+    parts = plain or [gpu for _, gpu in found]
     if len(parts) > 1 and "pcie" in name.lower():
         parts = [gpu for gpu in parts if "PCIe" in gpu.name]
-    if len(parts) == 1:
-        return parts[0]
-    if parts:
-        raise PlanError(
-            f"GPU {name.strip()!r} could be several", hint=f"one of: {', '.join(gpu.name for gpu in parts)}"
-        )
-    near = difflib.get_close_matches(wanted, by_key, n=4, cutoff=0.5)
-    hint = f"near: {', '.join(by_key[key].name for key in near)}" if near else "`qwenq vram gpus` lists the catalogue"
-    raise PlanError(f"unknown GPU {name.strip()[:60]!r}", hint=hint)
+    return parts
 
 
+_MEMORY = re.compile(r"\s*(\d{1,4}(?:\.\d{1,2})?)\s*gi?b\s*", re.I)
+
+
+def _by_memory(name: str, memory_gib: float) -> Gpu:
+    """A GPU of which only the nameplate memory is known; cards' gigabytes are binary, whatever their boxes say."""
+    if not 1 <= memory_gib <= 1024:
+        raise PlanError(f"a GPU of {name!r}, wanted 1GB to 1024GB")
+    note = "not in the catalogue: memory alone"
+    return Gpu(name, "", memory_gib, None, None, None, None, "", None, None, "", GIVEN, note)
+
+
+_COUNT = r"\d{1,3}|\d{4,}(?=\s*[x×*]\s)|\d{5,}"  # `7900xtx` is a name
 _PART = re.compile(
-    r"\s*(?:(?P<before>\d{1,3})\s*[x×*]\s*)?(?P<name>.*?)(?:(?:\s+[x×]\s*|\s*\*\s*)(?P<after>\d{1,3}))?\s*", re.I
+    rf"\s*(?:(?P<before>{_COUNT})\s*[x×*]\s*)?(?P<name>.*?)(?:(?:\s+[x×]\s*|\s*\*\s*)(?P<after>\d+))?\s*", re.I
 )
 
 
@@ -121,13 +156,26 @@ def parse_rig(text: str) -> Rig:
             raise PlanError(
                 f"not a rig: {text[:80]!r}", hint='write for instance "2x RTX 3090" or "RTX 4090 + 2x RTX 3060 12GB"'
             )
-        count = int(match["before"] or match["after"] or 1)
+        said = match["before"] or match["after"] or "1"
+        count = int(said) if len(said) < 10 else MAX_GPUS + 1
         if not 1 <= count <= MAX_GPUS:
-            raise PlanError(f"{count} GPUs of a kind in {text[:80]!r}, wanted 1 to {MAX_GPUS}")
+            raise PlanError(f"{said[:20]} GPUs of a kind in {text[:80]!r}, wanted 1 to {MAX_GPUS}")
         gpus += [find_gpu(match["name"])] * count
     if len(gpus) > MAX_GPUS:
         raise PlanError(f"{len(gpus)} GPUs in {text[:80]!r}, wanted at most {MAX_GPUS}")
     return Rig(tuple(gpus))
+
+
+def reserved(rig: Rig, n_bytes: int) -> Rig:
+    """The rig with so much kept free on every GPU; PlanError when that leaves a GPU nothing."""
+    for index, (gpu, limit) in enumerate(zip(rig.gpus, rig.limits, strict=True)):
+        if n_bytes >= limit:
+            raise PlanError(
+                f"--reserve {format_gib(n_bytes)} leaves nothing of GPU {index} {gpu.name}, which has "
+                f"{format_gib(limit)}",
+                hint="a smaller --reserve",
+            )
+    return replace(rig, reserve_bytes=n_bytes)
 
 
 def rig_of(gpus: Sequence[Gpu]) -> Rig:
@@ -136,6 +184,7 @@ def rig_of(gpus: Sequence[Gpu]) -> Rig:
 
 
 _DRIVER_NAMES = {"h100 80 hbm3": "h100 sxm 80", "h200": "h200 sxm 141"}  # as NVML calls them
+_VARIANTS = {"ti", "super", "d", "xt", "nvl"}
 _NOISE = {
     "nvidia",
     "geforce",
@@ -144,9 +193,13 @@ _NOISE = {
     "intel",
     "apple",
     "tesla",
-    "quadro",
     "gpu",
     "graphics",
+    "generation",
+    "workstation",
+    "server",
+    "edition",
+    "gtx",
     "rtx",
     "rx",
     "pcie",
@@ -155,7 +208,7 @@ _NOISE = {
 
 def _key(name: str) -> str:
     """Words that tell GPUs apart, in order: `NVIDIA GeForce RTX3090` and `3090` are both `3090`."""
-    text = re.sub(r"\b(?:rtx|rx)(?=\d)", "", name.lower())
+    text = re.sub(r"\b(?:gtx|rtx|rx)(?=\d)|\bquadro (?=rtx a)", "", name.lower())
     text = re.sub(r"(?<=\d)\s*gi?b\b|(?<=sxm)\d", "", text)
     text = re.sub(r"(?<=\d\d\d\d)(ti|super|xtx)\b", r" \1", text)
     return " ".join(word for word in re.findall(r"[a-z0-9]+", text) if word not in _NOISE)
@@ -183,4 +236,10 @@ def _gpu(row: dict[str, str]) -> Gpu:
         source=row["spec_source"],
         note=row["note"],
         tensor_derived=measured is None,
+        compute_capability=_capability(row["compute_capability"]),
     )
+
+
+def _capability(text: str) -> tuple[int, int] | None:
+    major, _, minor = text.partition(".")
+    return (int(major), int(minor)) if text else None

@@ -1,6 +1,6 @@
 """Decode and prefill speed as a range, from bandwidth, compute and a per-layer overhead fitted to published runs.
 
-Fitted to Qwen's A100-80GB table (batch 1, prompt plus 2,048 tokens; transformers 4.46, vLLM 0.6.3): seconds a token
+Fitted to Qwen's A100-80GB table (batch 1, prompt plus 2,048 tokens; transformers 4.46, vLLM 0.6.3): seconds a step
     = overhead x layers + traffic x weight bytes / (ranks x bandwidth) + KV bytes / (ranks x bandwidth) + prefill / 2048
 (transformers before 4.48 also moves its repeated keys and values, 3.9 times). The fit, and the error of every group of
 rows, is in reports/estimator-validation.md; a range covers the worst row of its group.
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qwenq.planning.engines import Engine, kv_bytes_per_value
+from qwenq.planning.engines import Engine, kv_bytes_per_value, prefill_chunk
 from qwenq.planning.rig import Gpu
 from qwenq.planning.terms import Share, Workload
 from qwenq.planning.torch_terms import run_weights
@@ -56,6 +56,7 @@ UNMEASURED = {
     "vllm": SpeedFit(0.15e-3, 0.01e-3, 1.1, 0.8, 1.2, "between vLLM's measured formats"),
     "llama.cpp": SpeedFit(0.0, 0, 1.5, 0.75, 1.35, "assumed: weights read at 50 to 90 % of the bandwidth"),
 }
+HOST_GB_S = (25, 80)  # a desktop CPU reading host memory: two channels of DDR4 or DDR5
 OTHER_CARD = 1.3  # the fit is of one card and host; elsewhere the range widens by this
 
 
@@ -83,17 +84,22 @@ def speed_fit(engine: Engine, weights: Weights) -> SpeedFit:
 def decode_seconds(
     spec: ModelSpec, weights: Weights, engine: Engine, work: Workload, gpus: Sequence[Gpu], shares: Sequence[Share]
 ) -> float | None:
-    """Fitted seconds a token at the full context; None when a bandwidth is unknown. Ranks of a stage run together."""
+    """Fitted seconds of one step, a token for every sequence, at the full context; None when a bandwidth is unknown.
+
+    Ranks of a stage run together. Weights that a kernel writes out in 16 bit are written and read once more.
+    """
     fit = speed_fit(engine, weights)
     value = kv_bytes_per_value(engine, work.kv_dtype)
     seconds = 0.0
-    for gpu, share in zip(gpus, shares, strict=True):
-        if not share.used:
+    for gpu, share, computed in zip(gpus, shares, _computed(spec, engine, shares), strict=True):
+        if not share.used and not computed:
             continue
         if gpu.bandwidth_gb_s is None:
             return None
-        layers, held = len(share.layers), run_weights(weights, engine, work, gpu.name)
-        read = sum(held.layer_bytes[layer] for layer in share.layers) * fit.traffic
+        layers, held = len(computed), run_weights(weights, engine, work, gpu)
+        read = sum(held.layer_bytes[layer] for layer in computed) * fit.traffic
+        if held.strip_bytes and work.batch >= held.strip_rows:
+            read += 4 * layers * spec.linear_parameters / spec.num_hidden_layers
         if share.head:
             read += sum(weights.head or weights.embed) * fit.traffic
         read += 2 * layers * spec.kv_size * value * work.context * work.batch
@@ -105,17 +111,34 @@ def decode_seconds(
 
 
 def prefill_seconds(spec: ModelSpec, work: Workload, gpus: Sequence[Gpu], shares: Sequence[Share]) -> float | None:
-    """Seconds to read a prompt of the whole context at MATRIX_RATE; None when a tensor rate is unknown."""
+    """Seconds to read a prompt of the whole context at MATRIX_RATE; None when a tensor rate is unknown.
+
+    Layers in host memory are computed on the first GPU like its own, in llama.cpp too.
+    """
     n, layers = work.prompt_tokens, spec.num_hidden_layers
     flops_layer = (2 * spec.linear_parameters / layers * n + 2 * n * n * spec.q_size) * work.batch
     seconds = 0.0
-    for gpu, share in zip(gpus, shares, strict=True):
-        if not share.layers:
+    for index, (gpu, share) in enumerate(zip(gpus, shares, strict=True)):
+        computed = len(share.layers) + (len(_in_host_memory(spec, shares)) if index == 0 else 0)
+        if not computed:
             continue
         if gpu.tensor_tflops is None:
             return None
-        seconds += flops_layer * len(share.layers) / share.ranks**2 / (gpu.tensor_tflops * 1e12 * MATRIX_RATE)
+        seconds += flops_layer * computed / share.ranks**2 / (gpu.tensor_tflops * 1e12 * MATRIX_RATE)
     return seconds
+
+
+def _in_host_memory(spec: ModelSpec, shares: Sequence[Share]) -> range:
+    """Layers that no GPU holds: the last ones."""
+    return range(max(share.layers.stop for share in shares), spec.num_hidden_layers)
+
+
+def _computed(spec: ModelSpec, engine: Engine, shares: Sequence[Share]) -> list[list[int]]:
+    """Layers each GPU computes for a token. The first takes those in host memory, which llama.cpp leaves to the CPU."""
+    found = [list(share.layers) for share in shares]
+    if engine.name != "llama.cpp":
+        found[0] += _in_host_memory(spec, shares)
+    return found
 
 
 def estimate_speed(
@@ -127,29 +150,40 @@ def estimate_speed(
     shares: Sequence[Share],
     offloaded_bytes: int = 0,
 ) -> Speed:
-    """Decode and prefill ranges; weights in host memory cross the bus once a token and once a prefill chunk."""
+    """Decode and prefill ranges; weights in host memory cross the bus once a step and once a prefill chunk.
+
+    llama.cpp's do so only in prefill: for a token the CPU reads them where they are.
+    """
     fit = speed_fit(engine, weights)
     wide = 1.0 if all("A100" in gpu.name for gpu in gpus) else OTHER_CARD
     decode = decode_seconds(spec, weights, engine, work, gpus, shares)
     prefill = prefill_seconds(spec, work, gpus, shares)
     basis = fit.source
-    bus = bus_gb_s(gpus[0])
-    slow = fast = 0.0
+    step = chunk = (0.0, 0.0)  # seconds at least and at most that weights in host memory add
     if offloaded_bytes:
+        bus = bus_gb_s(gpus[0])
         if bus is None:
             return Speed(None, None, basis + "; the bus to host memory is unknown")
-        fast, slow = offloaded_bytes / (0.8e9 * bus), offloaded_bytes / (0.3e9 * bus)
-        basis += f"; {offloaded_bytes / 1e9:.1f} GB cross the bus for each token, at 30 to 80 % of {bus:.0f} GB/s"
-    chunks = -(-work.prompt_tokens // (work.prefill_chunk or work.prompt_tokens))
+        size = prefill_chunk(engine, work.prefill_chunk, work.prompt_tokens)
+        step = chunk = offloaded_bytes / (0.8e9 * bus), offloaded_bytes / (0.3e9 * bus)
+        each = f"step and each prefill chunk of {size} tokens"
+        basis += f"; {offloaded_bytes / 1e9:.1f} GB "
+        if engine.name == "llama.cpp":
+            low, high = HOST_GB_S
+            step, each = (offloaded_bytes / (high * 1e9), offloaded_bytes / (low * 1e9)), f"ubatch of {size} tokens"
+            basis += f"read by the CPU for each step, assumed at {low} to {high} GB/s, "
+        basis += f"cross the bus for each {each}, at 30 to 80 % of {bus:.0f} GB/s"
+        chunks = -(-work.prompt_tokens // size)
+        chunk = chunk[0] * chunks, chunk[1] * chunks
     return Speed(
         decode=None
         if decode is None
-        else (work.batch / (decode / fit.low * wide + slow), work.batch / (decode / fit.high / wide + fast)),
+        else (work.batch / (decode / fit.low * wide + step[1]), work.batch / (decode / fit.high / wide + step[0])),
         prefill=None
         if prefill is None
         else (
-            work.prompt_tokens * work.batch / (prefill * 1.6 * wide + slow * chunks),
-            work.prompt_tokens * work.batch / (prefill / 1.25 / wide + fast * chunks),
+            work.prompt_tokens * work.batch / (prefill * 1.6 * wide + chunk[1]),
+            work.prompt_tokens * work.batch / (prefill / 1.25 / wide + chunk[0]),
         ),
         basis=basis,
     )

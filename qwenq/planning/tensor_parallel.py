@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from qwenq.scheme import Recipe
 from qwenq.spec import ModelSpec
@@ -18,24 +19,7 @@ def tensor_parallel_reasons(spec: ModelSpec, groups: RowGroups, ranks: int) -> l
     quantization group may straddle two ranks. With one scale a row (group size -1) every rank keeps all scales. Engines
     pad the vocabulary themselves.
     """
-    reasons = []
-    heads, kv_heads, inner = spec.num_attention_heads, spec.num_key_value_heads, spec.intermediate_size
-    if heads % ranks:
-        reasons.append(f"{heads} heads are not divisible by {ranks}")
-    if kv_heads % ranks and ranks % kv_heads:
-        reasons.append(f"{kv_heads} KV heads cannot be shared out or copied evenly over {ranks}")
-    if inner % ranks:
-        reasons.append(f"FFN width {inner} is not divisible by {ranks}")
-    if reasons:
-        return reasons
-    for unit, width, what in (("down", inner, "FFN width"), ("o", spec.q_size, "attention width")):
-        straddling = [g for g in sorted(groups.get(unit, ()), reverse=True) if g > 0 and (width // ranks) % g]
-        if straddling:
-            reasons.append(
-                f"{what} {width} / {ranks} = {width // ranks} is not a multiple of the group size {straddling[0]}, "
-                "so a quantization group would straddle ranks"
-            )
-    return reasons
+    return [problem.here for problem in _problems(spec, groups, ranks)]
 
 
 def tensor_parallel_sizes(spec: ModelSpec, groups: RowGroups) -> dict[str, str]:
@@ -43,10 +27,65 @@ def tensor_parallel_sizes(spec: ModelSpec, groups: RowGroups) -> dict[str, str]:
     found = {}
     for ranks in SIZES:
         reasons = tensor_parallel_reasons(spec, groups, ranks)
-        wider = padded_width(spec.intermediate_size, max(groups.get("down", ()), default=1), ranks)
-        if reasons and all("FFN" in reason for reason in reasons):
+        if reasons and (wider := helpful_width(spec, groups, [ranks])):
             reasons[0] += f" (--pad-for-tp {ranks} makes it {wider})"
         found[str(ranks)] = "; ".join(reasons)
+    return found
+
+
+def tensor_parallel_lines(spec: ModelSpec, groups: RowGroups) -> list[str]:
+    """The same to read: sizes with the same reason on one line."""
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for ranks in SIZES:
+        alike.setdefault(tuple(problem.anywhere for problem in _problems(spec, groups, ranks)), []).append(ranks)
+    lines = []
+    for reasons, sizes in alike.items():
+        if not reasons:
+            text = "yes"
+        elif len(sizes) == 1:
+            text = tensor_parallel_sizes(spec, groups)[str(sizes[0])]
+        else:
+            text = "; ".join(reasons)
+            if wider := helpful_width(spec, groups, sizes):
+                text += f"; --pad-for-tp {max(sizes)} ({wider}) allows all"
+        lines.append(f"{', '.join(map(str, sizes))}: {text}")
+    return lines
+
+
+def helpful_width(spec: ModelSpec, groups: RowGroups, sizes: Sequence[int]) -> int:
+    """FFN width, padded for the most ranks, that lets each of `sizes` cut the model; 0 when padding does not help."""
+    wider = padded_width(spec.intermediate_size, max(groups.get("down", ()), default=1), max(sizes))
+    padded = replace(spec, intermediate_size=wider)
+    return 0 if any(tensor_parallel_reasons(padded, groups, ranks) for ranks in sizes) else wider
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Why some number of ranks cannot cut a model, with that number and without."""
+
+    here: str
+    anywhere: str
+
+
+def _problems(spec: ModelSpec, groups: RowGroups, ranks: int) -> list[_Problem]:
+    heads, kv_heads, inner = spec.num_attention_heads, spec.num_key_value_heads, spec.intermediate_size
+    texts = []
+    if heads % ranks:
+        texts.append(f"{heads} heads are not divisible by ")
+    if kv_heads % ranks and ranks % kv_heads:
+        texts.append(f"{kv_heads} KV heads cannot be shared out or copied evenly over ")
+    if inner % ranks:
+        texts.append(f"FFN width {inner} is not divisible by ")
+    if texts:
+        return [_Problem(f"{text}{ranks}", f"{text}the ranks") for text in texts]
+    found = []
+    for unit, width, what in (("down", inner, "FFN width"), ("o", spec.q_size, "attention width")):
+        straddling = [g for g in sorted(groups.get(unit, ()), reverse=True) if g > 0 and (width // ranks) % g]
+        if straddling:
+            so = ", so a quantization group would straddle ranks"
+            no = f"is not a multiple of the group size {straddling[0]}"
+            here = f"{what} {width} / {ranks} = {width // ranks} {no}{so}"
+            found.append(_Problem(here, f"{what} {width} {no} times the ranks{so}"))
     return found
 
 

@@ -77,15 +77,18 @@ class Workload:
     value_bytes: int = 2  # of an activation, in this project's own engine: 4 where it computes in float32
 
     def __post_init__(self) -> None:
-        for name, value, least in (
-            ("context", self.context, 1),
-            ("batch size", self.batch, 1),
-            ("prompt", self.prompt, 0),
-            ("prefill chunk", self.prefill_chunk, 0),
-            ("max_num_seqs", self.max_num_seqs, 0),
+        for name, value, least, most in (
+            ("context", self.context, 1, 1 << 40),
+            ("batch size", self.batch, 1, 1 << 16),
+            ("prompt", self.prompt, 0, 1 << 40),
+            ("prefill chunk", self.prefill_chunk, 0, 1 << 40),
+            ("max_num_seqs", self.max_num_seqs, 0, 1 << 16),
         ):
             if value < least:
                 raise PlanError(f"{name} is {value}, wanted at least {least}")
+            if value > most:
+                got = value if value < 10**15 else f"a number of {len(str(value))} digits"
+                raise PlanError(f"{name} is {got}, wanted at most {most}")
         if self.prompt > self.context:
             raise PlanError(f"prompt is {self.prompt} tokens, more than the context of {self.context}")
         if not 0 < self.gpu_memory_utilization <= 1:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from qwenq.planning.activations import attention_by_blocks, decode_peak, logits_peak, prefill_peak
 from qwenq.planning.allocator import allocated_bytes
-from qwenq.planning.engines import QWENQ_PREFILL_CHUNK, Engine, kernel_for, kv_bytes_per_value
+from qwenq.planning.engines import Engine, kernel_for, kv_bytes_per_value, prefill_chunk
 from qwenq.planning.kernels import compute_on
+from qwenq.planning.rig import Gpu
 from qwenq.planning.terms import Share, Term, Workload, context_term, merged, ranged, slack_term
 from qwenq.planning.weights import Weights
 from qwenq.spec import ModelSpec
@@ -15,7 +16,7 @@ CUBLAS_WORKSPACE_HOPPER = 32 << 20
 
 
 def torch_terms(
-    spec: ModelSpec, weights: Weights, engine: Engine, work: Workload, share: Share, gpu: str, phase: str = ""
+    spec: ModelSpec, weights: Weights, engine: Engine, work: Workload, share: Share, gpu: Gpu, phase: str = ""
 ) -> tuple[tuple[Term, ...], str]:
     """Terms of one GPU at its worst moment, and the name of that moment; with `phase`, of `prefill` or `decode`."""
     weights = run_weights(weights, engine, work, gpu)
@@ -25,15 +26,14 @@ def torch_terms(
     n_layers = len(share.layers)
     per_token = 2 * n_layers * spec.kv_size * value * work.batch
     prompt = work.prompt_tokens
-    chunk = work.prefill_chunk or (QWENQ_PREFILL_CHUNK if engine.name == "qwenq" else prompt)
-    rows, cached = min(chunk, prompt) * work.batch, prompt * work.batch
+    rows, cached = prefill_chunk(engine, work.prefill_chunk, prompt) * work.batch, prompt * work.batch
     held = held_bytes(weights, share)
     static = int(kernel.static * weights.widest_linear) if n_layers else 0
     tables = 4 * n_layers * spec.max_position_embeddings * spec.head_dim if engine.rotary_per_layer else 0
 
     kv_prompt, kv_end = int(per_token * prompt), int(per_token * work.context)
     if engine.name == "qwenq":  # made at once for the whole context, a tensor of keys and one of values a layer
-        if gpu != "CPU" and n_layers:
+        if gpu.name != "CPU" and n_layers:
             kv_end = allocated_bytes([kv_end // (2 * n_layers)] * (2 * n_layers))
         kv_prompt = kv_end
     moments: list[tuple[int, int, int, int, str]] = []  # kv, activations, logits, dequantization, moment
@@ -45,7 +45,7 @@ def torch_terms(
             widens=compute.widens and engine.name == "qwenq", reads_back=reads_back * cached,
         )  # fmt: skip
         moments.append((kv_prompt, layer.n_bytes - layer.dequantization, 0, layer.dequantization, layer.moment))
-        if engine.name == "qwenq" and gpu != "CPU" and not compute.has_flash:
+        if engine.name == "qwenq" and gpu.name != "CPU" and not compute.has_flash:
             states = wide * 2 * rows * (3 * spec.hidden_size + spec.q_size + 2 * spec.head_dim)
             own = states + attention_by_blocks(spec, rows, cached) + reads_back * cached
             moments.append((kv_prompt, own, 0, 0, "attention by blocks"))
@@ -64,7 +64,7 @@ def torch_terms(
     asked = [m for m in moments if not phase or m[4].startswith("decoding") == (phase == "decode")]
     kv, activations, head, dequantized, moment = max(asked or [(kv_end, 0, 0, 0, phase)], key=lambda m: sum(m[:4]))
 
-    workspace = CUBLAS_WORKSPACE_HOPPER if any(part in gpu for part in ("H100", "H200")) else CUBLAS_WORKSPACE
+    workspace = CUBLAS_WORKSPACE_HOPPER if any(part in gpu.name for part in ("H100", "H200")) else CUBLAS_WORKSPACE
     terms = [
         Term("weights", held + tables, "exact", _weights_source(weights, tables)),
         Term("kv_cache", kv, "exact", _kv_source(engine, work)),
@@ -72,10 +72,10 @@ def torch_terms(
         ranged("logits", head, "fitted", logits.moment, 0.98, 1.02),
         ranged("dequantization", static + dequantized, "fitted", f"{kernel.name}: {kernel.source}", 0.9, 1.0),
         Term("non_torch", workspace, "reported", "cuBLAS workspace, pytorch forum 178671 and pytorch#120925"),
-        context_term(gpu),
+        context_term(gpu.name),
         slack_term(kv + activations + head + dequantized, held if weights.strip_bytes else 0),
     ]
-    return merged(engine.profile.corrected(gpu, terms) if engine.profile else terms), moment
+    return merged(engine.profile.corrected(gpu.name, terms) if engine.profile else terms), moment
 
 
 def _converted(work: Workload) -> bool:
@@ -83,7 +83,7 @@ def _converted(work: Workload) -> bool:
     return work.kv_dtype not in ("auto", "bf16" if work.value_bytes == 2 else "")
 
 
-def run_weights(weights: Weights, engine: Engine, work: Workload, gpu: str) -> Weights:
+def run_weights(weights: Weights, engine: Engine, work: Workload, gpu: Gpu) -> Weights:
     """Weights as the engine keeps them on `gpu`: all but this project's own keep them about as stored."""
     return weights.kept(compute_on(gpu, work.value_bytes)) if engine.name == "qwenq" else weights
 

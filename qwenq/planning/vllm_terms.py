@@ -8,6 +8,8 @@ loading come on top. Constants fitted to 0.19 start-up logs on H100 (llm-d-plann
 
 from __future__ import annotations
 
+import math
+
 from qwenq.planning.allocator import allocated_bytes
 from qwenq.planning.engines import VLLM_BLOCK_TOKENS, Engine, kv_bytes_per_value
 from qwenq.planning.terms import Share, Term, Workload, context_term, merged, ranged
@@ -49,10 +51,10 @@ def token_bytes(spec: ModelSpec, engine: Engine, work: Workload, share: Share) -
 
 
 def kv_tokens(
-    spec: ModelSpec, engine: Engine, work: Workload, share: Share, terms: tuple[Term, ...], total: int
+    spec: ModelSpec, engine: Engine, work: Workload, share: Share, terms: tuple[Term, ...], total: int, part: float
 ) -> int:
-    """Tokens the cache of a rank with `total` bytes of memory will hold, in whole blocks; 0 when nothing is left."""
-    left = total * work.gpu_memory_utilization - profiled_bytes(terms)
+    """Tokens the cache of a rank will hold in its `part` of `total` bytes, in whole blocks; 0 when nothing is left."""
+    left = total * part - profiled_bytes(terms)
     per_block = VLLM_BLOCK_TOKENS * token_bytes(spec, engine, work, share)
     return max(0, int(left // per_block)) * VLLM_BLOCK_TOKENS if per_block else 0
 
@@ -62,10 +64,23 @@ def profiled_bytes(terms: tuple[Term, ...]) -> int:
     return sum(t.n_bytes for t in terms if t.name in ("weights", "activations", "non_torch"))
 
 
-def budget_bytes(work: Workload, terms: tuple[Term, ...], total: int) -> int:
-    """The limit all terms together must keep: utilization, plus what vLLM does not count, at most the GPU."""
-    outside = sum(t.n_bytes for t in terms if t.name in ("graphs", "context"))
-    return min(total, round(total * work.gpu_memory_utilization) + outside)
+def outside_bytes(terms: tuple[Term, ...]) -> int:
+    """What comes on top of vLLM's part of a GPU: CUDA graphs, and what the process held before it loaded."""
+    return sum(t.n_bytes for t in terms if t.name in ("graphs", "context"))
+
+
+def possible_utilization(work: Workload, terms: tuple[Term, ...], free: int, total: int) -> float:
+    """The part of a GPU's `total` bytes that vLLM can have: as asked, or, rounded down, what leaves `outside_bytes`.
+
+    vLLM fills its part with KV cache whatever the context, so with more it would run out when it captures CUDA graphs.
+    """
+    most = math.floor(1000 * (free - outside_bytes(terms)) / total) / 1000
+    return max(0.0, min(work.gpu_memory_utilization, most))
+
+
+def budget_bytes(terms: tuple[Term, ...], total: int, part: float) -> int:
+    """The limit all terms together must keep: vLLM's part of the GPU, and what comes on top of it."""
+    return round(total * part) + outside_bytes(terms)
 
 
 def _rank_weights(spec: ModelSpec, weights: Weights, share: Share) -> int:

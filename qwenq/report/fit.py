@@ -9,9 +9,9 @@ from qwenq.headers import shown
 from qwenq.planning.engines import Engine, get_engine
 from qwenq.planning.memory import MemoryEstimate, estimate
 from qwenq.planning.models import load_model, model_weights
-from qwenq.planning.parallel import best_option, cutting_reasons, parallel_options
+from qwenq.planning.parallel import best_option, cutting_reasons, largest_vllm_context, parallel_options
 from qwenq.planning.placement import largest_context
-from qwenq.planning.plan import largest_vllm_context, runs_on
+from qwenq.planning.plan import runs_on
 from qwenq.planning.rig import Rig, parse_rig
 from qwenq.planning.terms import Workload
 from qwenq.planning.weights import Weights

@@ -133,7 +133,7 @@ def _held(plan: LoadPlan, weights: Weights, rig: Rig | None, work: Workload, roo
 
 def _in_host_memory(plan: LoadPlan, weights: Weights, rig: Rig, work: Workload) -> int:
     """Bytes of the layers beside a rig's own, as they cross to the first GPU to be computed there."""
-    held = run_weights(weights, get_engine("qwenq"), work, rig.gpus[0].name)
+    held = run_weights(weights, get_engine("qwenq"), work, rig.gpus[0])
     return sum(n for k, n in enumerate(held.layer_bytes) if plan.device_map[f"model.layers.{k}"] == CPU)
 
 

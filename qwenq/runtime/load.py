@@ -21,7 +21,7 @@ from qwenq.planning.engines import QWENQ_PREFILL_CHUNK, get_engine
 from qwenq.planning.memory import NOT_ALLOCATED, check_context
 from qwenq.planning.offload import DeviceMap, host_map, host_need, spill_to_disk
 from qwenq.planning.placement import place
-from qwenq.planning.rig import Rig
+from qwenq.planning.rig import Rig, device
 from qwenq.planning.terms import Workload
 from qwenq.planning.torch_terms import run_weights
 from qwenq.planning.weights import Weights as WeightBytes
@@ -114,7 +114,7 @@ def plan_load(
 
 
 def _plan_host(spec: ModelSpec, weights: WeightBytes, work: Workload, room: int) -> LoadPlan:
-    weights = run_weights(weights, get_engine("qwenq"), work, "CPU")
+    weights = run_weights(weights, get_engine("qwenq"), work, device("CPU"))
     need = host_need(spec, weights, work).total_bytes
     devices = host_map(spec)
     if need <= room:
@@ -149,7 +149,7 @@ def _plan_rig(spec: ModelSpec, weights: WeightBytes, rig: Rig, work: Workload, r
     devices = placement.device_map()
     if placement.offloaded_bytes <= room:
         return LoadPlan(devices, predicted, placement.reason)
-    moved = run_weights(weights, engine, work, rig.gpus[0].name)  # what is not on a GPU computes on the first one
+    moved = run_weights(weights, engine, work, rig.gpus[0])  # what is not on a GPU computes on the first one
     spilled = spill_to_disk(devices, moved, room)
     plan = _with_disk(spilled, moved, predicted)
     return replace(plan, reason=f"{placement.reason}; {plan.reason}")

@@ -12,6 +12,7 @@ from qwenq.planning.engines import get_engine
 from qwenq.planning.memory import NOT_ALLOCATED
 from qwenq.planning.offload import host_layers_bytes, host_need
 from qwenq.planning.profile import MeasuredRow
+from qwenq.planning.rig import Gpu
 from qwenq.planning.terms import Term, Workload
 from qwenq.planning.torch_terms import run_weights, torch_terms
 from qwenq.planning.weights import Weights
@@ -19,7 +20,7 @@ from qwenq.runtime.dispatch import compute_device
 from qwenq.runtime.forecast import share_of
 from qwenq.runtime.generate import Session, Timing
 from qwenq.runtime.load import Loaded
-from qwenq.runtime.memory import forget_peaks, read_peaks
+from qwenq.runtime.memory import forget_peaks, gpu_at, read_peaks
 
 DECODE_TOKENS = 4
 PHASES = ("prefill", "decode")
@@ -65,9 +66,9 @@ def _rows(found: Loaded, weights: Weights, work: Workload, phase: str) -> list[M
             index = device.index or 0
             kind = peak.device.removeprefix(f"GPU {index} ")
             share = share_of(found.model.device_map, index, len(weights.layers))
-            terms, _ = torch_terms(found.model.spec, weights, engine, work, share, kind, phase)
+            terms, _ = torch_terms(found.model.spec, weights, engine, work, share, gpu_at(index), phase)
             if device == compute_device("cpu", found.model.device_map):
-                terms = (*terms, _host_layers(found, weights, work, kind))
+                terms = (*terms, _host_layers(found, weights, work, gpu_at(index)))
         else:
             kind = "CPU"
             terms = host_need(found.model.spec, weights, work, phase).terms
@@ -81,7 +82,7 @@ def _rows(found: Loaded, weights: Weights, work: Workload, phase: str) -> list[M
     return rows
 
 
-def _host_layers(found: Loaded, weights: Weights, work: Workload, gpu: str) -> Term:
+def _host_layers(found: Loaded, weights: Weights, work: Workload, gpu: Gpu) -> Term:
     """What layers in host memory and on disk take on the GPU that computes them."""
     spec, engine = found.model.spec, get_engine("qwenq")
     inside = sum(isinstance(found.model.device_map[f"model.layers.{k}"], int) for k in range(spec.num_hidden_layers))

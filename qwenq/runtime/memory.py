@@ -14,7 +14,7 @@ import torch
 from qwenq.errors import QwenqError, RunError
 from qwenq.host import forget_peak_rss, peak_rss_bytes, return_freed_memory
 from qwenq.planning.detect import known_gpu
-from qwenq.planning.rig import Rig
+from qwenq.planning.rig import Gpu, Rig
 from qwenq.planning.terms import context_term
 from qwenq.units import format_gib
 
@@ -63,7 +63,7 @@ def visible_rig(limits: Sequence[int] = ()) -> Rig | None:
     gpus, free = [], []
     for index in range(count):
         left, total = torch.cuda.mem_get_info(index)
-        gpus.append(known_gpu(torch.cuda.get_device_name(index), total))
+        gpus.append(gpu_at(index))
         left = min(total, left + context_term(gpus[-1].name).n_bytes)
         free.append(min(left, each[index]) if each else left)
     return Rig(tuple(gpus), free_bytes=tuple(free))
@@ -97,9 +97,15 @@ def device_name(device: int | str | torch.device) -> str:
     return f"GPU {index} {gpu_kind(index)}"
 
 
+def gpu_at(index: int) -> Gpu:
+    """The catalogue's GPU that torch sees at `index`, as plans and profiles know it, or its memory alone."""
+    total = torch.cuda.get_device_properties(index).total_memory
+    return known_gpu(torch.cuda.get_device_name(index), total, torch.cuda.get_device_capability(index))
+
+
 def gpu_kind(index: int) -> str:
-    """A GPU's name as the catalogue has it, which is how plans and profiles call it."""
-    return known_gpu(torch.cuda.get_device_name(index), torch.cuda.get_device_properties(index).total_memory).name
+    """A GPU's name as the catalogue has it."""
+    return gpu_at(index).name
 
 
 def forget_peaks(devices: Sequence[torch.device]) -> None:

@@ -1,0 +1,146 @@
+"""This machine's GPUs as the driver tells them, and as CUDA's environment variables leave them; a driver made up."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+
+from qwenq.errors import PlanError
+from qwenq.planning.detect import detect_rig, known_gpu, sees_gpu
+from qwenq.planning.engines import get_engine
+from qwenq.planning.flags import llamacpp_flags, transformers_code, vllm_flags
+from qwenq.planning.plan import make_plan
+from qwenq.planning.terms import Workload
+from qwenq.planning.weights import recipe_weights
+from qwenq.scheme import Recipe, Scheme
+from qwenq.spec import family_spec
+from qwenq.units import GIB
+
+
+@dataclass(frozen=True)
+class Card:
+    name: str
+    uuid: str
+    memory: float = 23.6
+    capability: tuple[int, int] | None = (8, 6)
+
+
+class NVMLError(Exception):
+    pass
+
+
+def driver(*cards: Card) -> SimpleNamespace:
+    def capability(card: Card) -> tuple[int, int]:
+        if card.capability is None:
+            raise NVMLError("not supported")
+        return card.capability
+
+    def memory(card: Card) -> SimpleNamespace:
+        return SimpleNamespace(total=int(card.memory * GIB), free=int((card.memory - 1) * GIB))
+
+    return SimpleNamespace(
+        NVMLError=NVMLError,
+        nvmlInit=lambda: None,
+        nvmlShutdown=lambda: None,
+        nvmlDeviceGetCount=lambda: len(cards),
+        nvmlDeviceGetHandleByIndex=lambda index: cards[index],
+        nvmlDeviceGetHandleByUUID=lambda uuid: Card("NVIDIA A30 MIG 1g.6gb", uuid, 5.8, (8, 0)),
+        nvmlDeviceGetName=lambda card: card.name,
+        nvmlDeviceGetUUID=lambda card: card.uuid,
+        nvmlDeviceGetMemoryInfo=memory,
+        nvmlDeviceGetCudaComputeCapability=capability,
+    )
+
+
+A = Card("NVIDIA GeForce RTX 3060", "GPU-aaaa-1", 12.0)
+B = Card("NVIDIA GeForce RTX 4090", "GPU-abbb-2", 23.99, (8, 9))
+C = Card("NVIDIA GeForce RTX 3090", "GPU-cccc-3", 24.0)
+
+
+@pytest.fixture
+def three(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setitem(sys.modules, "pynvml", driver(A, B, C))
+    for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("visible", "label"),
+    [
+        (None, "RTX 3060 12GB + RTX 4090 + RTX 3090"),
+        ("2,0", "RTX 3090 + RTX 3060 12GB"),
+        (" 1 ", "RTX 4090"),
+        ("GPU-cccc-3", "RTX 3090"),
+        ("GPU-ab,GPU-c", "RTX 4090 + RTX 3090"),
+        ("0,7,1", "RTX 3060 12GB"),  # what follows an unknown number does not count
+        ("1,GPU-a,0", "RTX 4090"),  # two begin like that
+        ("MIG-1234", "NVIDIA A30 MIG 1g.6gb"),
+    ],
+)
+def test_visible_gpus(visible: str | None, label: str, three: pytest.MonkeyPatch) -> None:
+    if visible is not None:
+        three.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert detect_rig().label == label and sees_gpu()
+
+
+@pytest.mark.parametrize("visible", ["", "-1", "9", "NoDevFiles", "99999999999999999999"])
+def test_no_gpu_left(visible: str, three: pytest.MonkeyPatch) -> None:
+    three.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(PlanError, match="leaves none of 3 GPUs") as caught:
+        detect_rig()
+    assert "unset CUDA_VISIBLE_DEVICES" in caught.value.hint and not sees_gpu()
+
+
+def test_free_memory_and_capabilities_are_the_visible_ones(three: pytest.MonkeyPatch) -> None:
+    three.setenv("CUDA_VISIBLE_DEVICES", "2,1")
+    rig = detect_rig()
+    assert rig.free_bytes == (23 * GIB, int(22.99 * GIB))
+    assert [gpu.compute_capability for gpu in rig.gpus] == [(8, 6), (8, 9)]
+
+
+def test_no_gpu_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", driver())
+    with pytest.raises(PlanError, match="the NVIDIA driver sees no GPU"):
+        detect_rig()
+
+
+def test_unknown_gpus_keep_their_memory_and_capability() -> None:
+    gpu = known_gpu("NVIDIA GeForce RTX 2060", 6 * GIB, (7, 5))
+    assert (gpu.limit_bytes, gpu.compute_capability, gpu.bandwidth_gb_s) == (6 * GIB, (7, 5), None)
+    # a name of two cards goes by the memory, and a memory of none is of none
+    assert known_gpu("NVIDIA GeForce RTX 4060 Ti", 8 * GIB, (8, 9)).name == "RTX 4060 Ti 8GB"
+    assert known_gpu("NVIDIA GeForce RTX 3060", 8 * GIB, (8, 6)).bandwidth_gb_s is None
+    assert known_gpu("NVIDIA GeForce RTX 3090", 24 * GIB, None).compute_capability == (8, 6)
+
+
+def test_a_driver_that_tells_no_capability(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(
+        sys.modules, "pynvml", driver(Card("Tesla T4", "GPU-1", 15.8, None), Card("X", "GPU-2", 8, None))
+    )
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [gpu.compute_capability for gpu in detect_rig().gpus] == [(7, 5), None]
+
+
+@pytest.mark.parametrize(
+    ("cards", "order", "needed"),
+    [((A, B), "", True), ((A, B), "FASTEST_FIRST", True), ((A, B), "PCI_BUS_ID", False), ((C, C), "", False)],
+)
+def test_the_order_of_different_gpus(
+    cards: tuple[Card, ...], order: str, needed: bool, three: pytest.MonkeyPatch
+) -> None:
+    three.setitem(sys.modules, "pynvml", driver(*cards))
+    if order:
+        three.setenv("CUDA_DEVICE_ORDER", order)
+    spec = family_spec("Qwen2.5-7B")
+    assert spec is not None
+    weights = recipe_weights(spec, Recipe(Scheme(4, 128)))
+    plan = make_plan(spec, weights, detect_rig(), get_engine("qwenq"), Workload(2048))
+    setting = "CUDA_DEVICE_ORDER=PCI_BUS_ID "
+    assert vllm_flags(plan).splitlines()[-1].startswith(setting + "vllm serve" if needed else "vllm serve")
+    assert llamacpp_flags(plan).startswith(setting + "llama-server" if needed else "llama-server")
+    assert ("CUDA_DEVICE_ORDER" in transformers_code(plan)) == needed
+    assert any("CUDA_DEVICE_ORDER=PCI_BUS_ID" in note for note in plan.notes) == needed

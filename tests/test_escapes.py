@@ -1,0 +1,151 @@
+"""What `plan` offers where vLLM does not fit as asked: each offer is planned again, as a user would."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+
+import pytest
+
+from qwenq.errors import HonestNo
+from qwenq.planning.engines import get_engine
+from qwenq.planning.escapes import Escape
+from qwenq.planning.flags import vllm_flags, vllm_words
+from qwenq.planning.memory import estimate, rank_shares
+from qwenq.planning.parallel import padded_weights
+from qwenq.planning.plan import Plan, make_plan
+from qwenq.planning.rig import Rig, parse_rig, reserved
+from qwenq.planning.terms import Workload
+from qwenq.planning.weights import Weights, published_weights, recipe_weights
+from qwenq.scheme import Recipe, Scheme
+from qwenq.spec import ModelSpec, family_spec
+from qwenq.units import GIB
+
+VLLM = get_engine("vllm")
+
+
+def model(name: str) -> ModelSpec:
+    spec = family_spec(name)
+    assert spec is not None
+    return spec
+
+
+B72 = model("Qwen2.5-72B")
+INT4 = recipe_weights(B72, Recipe(Scheme(4, 128)))
+
+
+def planned(rig: str | Rig, work: Workload, spec: ModelSpec = B72, weights: Weights = INT4) -> Plan:
+    return make_plan(spec, weights, parse_rig(rig) if isinstance(rig, str) else rig, VLLM, work)
+
+
+def command_of(plan: Plan) -> dict[str, str]:
+    """Options of the last line, which is the command."""
+    words = shlex.split(vllm_flags(plan).splitlines()[-1])
+    assert words[:3] == ["vllm", "serve", "CHECKPOINT"]
+    return dict(zip(words[3::2], words[4::2], strict=True))
+
+
+def obeys(plan: Plan, weights: Weights = INT4) -> bool:
+    """Whether the printed command fits by an estimate of its own, with nothing taken back by the GPU's own limit."""
+    options = command_of(plan)
+    work = Workload(
+        int(options["--max-model-len"]),
+        plan.work.batch,
+        kv_dtype=options.get("--kv-cache-dtype", "auto"),
+        gpu_memory_utilization=float(options["--gpu-memory-utilization"]),
+    )
+    shares = rank_shares(B72, int(options["--tensor-parallel-size"]), int(options["--pipeline-parallel-size"]))
+    found = estimate(plan.spec, weights, VLLM, work, plan.rig, shares)
+    part = work.gpu_memory_utilization
+    filled = all(  # vLLM fills its part with cache; graphs and context come on top
+        part * kind.limit_bytes + gpu.term("graphs") + gpu.term("context") <= limit
+        for kind, gpu, limit in zip(plan.rig.gpus, found.gpus, plan.rig.limits, strict=True)
+    )
+    return found.fits is True and filled and (found.kv_capacity_tokens or 0) >= work.context * work.batch
+
+
+@pytest.mark.parametrize(
+    ("rig", "context", "part", "first"),
+    [
+        ("2x RTX 3090", 8192, 0.9, "--gpu-memory-utilization 0.92 at 8k"),
+        ("2x RTX 3090", 12288, 0.9, "--kv-cache-dtype fp8 at 12k"),
+        ("2x RTX 3090", 16384, 0.9, "--gpu-memory-utilization 0.92 and --kv-cache-dtype fp8 at 16k"),
+        ("2x RTX 3090", 65536, 0.9, "--max-model-len 6160"),
+        ("2x RTX 3090", 2048, 0.5, "--gpu-memory-utilization 0.88 at 2k"),
+        ("4x RTX 3090", 32768, 0.5, "--gpu-memory-utilization 0.61 at 32k"),
+        ("RTX 5090 + RTX 3090", 8192, 0.9, "--gpu-memory-utilization 0.92 at 8k"),
+    ],
+)
+def test_the_command_fits(rig: str, context: int, part: float, first: str) -> None:
+    plan = planned(rig, Workload(context, gpu_memory_utilization=part))
+    assert not plan.fits and plan.instead[0].startswith(first), plan.instead
+    comment, command = vllm_flags(plan).splitlines()
+    assert comment.startswith("# as asked it does not fit (") and plan.instead[0] in comment
+    assert command.startswith("vllm serve ") and obeys(plan)
+    with pytest.raises(HonestNo):
+        vllm_words(plan, "CHECKPOINT")
+
+
+def test_nothing_fits() -> None:
+    plan = planned("RTX 3090", Workload(8192))
+    assert plan.escapes == () and plan.instead == ()
+    assert vllm_flags(plan).startswith("# vLLM does not fit, whatever its flags: shapes allow it, but")
+    assert "\n" not in vllm_flags(plan)
+
+
+def test_what_fits_is_printed_as_asked() -> None:
+    plan = planned("4x RTX 3090", Workload(8192))
+    assert plan.fits and plan.escapes == () and "#" not in vllm_flags(plan) and obeys(plan)
+
+
+def test_a_padded_checkpoint_only_where_it_fits() -> None:
+    """Two ranks: 29,568 / 2 straddles groups of 128; padded they divide, and that is said where the memory allows."""
+    short = planned("2x RTX 3090", Workload(65536))
+    assert not any("padded" in text for text in short.instead)
+    one_layer = replace(B72, num_hidden_layers=1)
+    plan = planned("2x RTX 3060", Workload(8192), one_layer, recipe_weights(one_layer, Recipe(Scheme(4, 128))))
+    assert [option.reasons != () for option in plan.options] == [True, True]  # one layer makes no two stages
+    assert plan.chosen is None and not plan.fits
+    assert plan.certainty == plan.to_json()["certainty"] == "does not fit"
+    assert plan.instead[0] == "the FFN padded from 29568 to 29696 (qwenq quantize --pad-for-tp 2) at 8k"
+    assert command_of(plan)["--tensor-parallel-size"] == "2"
+
+
+def test_padded_weights_have_the_size_of_the_published_ones() -> None:
+    padded = padded_weights(B72, INT4, 8)
+    assert padded is not None and padded.intermediate_size == 29696
+    assert padded.total_bytes == pytest.approx(published_weights(B72, "GPTQ-Int4").total_bytes, rel=1e-4)
+    assert padded_weights(B72, INT4, 3) is None, "64 heads over 3 ranks"
+
+
+def test_the_share_leaves_graphs_and_context_their_room() -> None:
+    """At 0.96 of a 3090 they would find none: the cache is what really fits, and so is the longest context."""
+    plan = planned("2x RTX 3090", Workload(8192, gpu_memory_utilization=0.96))
+    part = plan.memory.gpu_memory_utilization
+    outside = max(gpu.term("graphs") + gpu.term("context") for gpu in plan.memory.gpus)
+    room = (23.58 * GIB - outside) / (23.58 * GIB)
+    assert part is not None and room - 0.001 <= part <= room
+    assert plan.fits and plan.memory.kv_capacity_tokens == plan.largest_context
+    comment, _ = vllm_flags(plan).splitlines()
+    assert comment == f"# --gpu-memory-utilization {part:g}, not 0.96: CUDA graphs and context come on top of it"
+    assert obeys(plan)
+
+
+def test_memory_kept_free_is_not_vllms() -> None:
+    """vLLM's share is of the whole GPU: what others hold has to come out of what the share leaves."""
+    rig = reserved(parse_rig("4x RTX 3090"), 4 * GIB)
+    plan = planned(rig, Workload(8192))
+    part = plan.memory.gpu_memory_utilization
+    assert part is not None and part < 0.9 and obeys(plan)
+
+
+def test_an_escape_says_what_it_changes() -> None:
+    plan = planned("2x RTX 3090", Workload(65536))
+    longer = plan.escapes[1]
+    assert isinstance(longer, Escape) and longer.work.context > plan.escapes[0].work.context
+    assert longer.text.startswith("--gpu-memory-utilization 0.92") and " and --kv-cache-dtype fp8 and " in longer.text
+
+
+def test_vllm_does_not_run_everywhere() -> None:
+    plan = make_plan(B72, INT4, parse_rig("M2 Ultra"), get_engine("llama.cpp"), Workload(8192))
+    assert vllm_flags(plan) == "# vLLM does not run on Apple M2 Ultra"
