@@ -237,12 +237,13 @@ def known_section() -> list[str]:
     from qwenq.planning.llamacpp_terms import compute_buffer
     from qwenq.planning.placement import largest_context, place
     from qwenq.planning.rig import parse_rig
-    from qwenq.planning.weights import recipe_weights, sized_recipe
+    from qwenq.planning.weights import recipe_weights
+    from qwenq.planning.written import sized_recipe
     from qwenq.scheme import Recipe, Scheme
 
     spec, rig = model("Qwen2.5-72B"), parse_rig("2x RTX 3090")
     uniform = recipe_weights(spec, Recipe(Scheme(4, 128)))
-    mixed = recipe_weights(spec, sized_recipe(spec, 47 * 10**9))
+    mixed = recipe_weights(spec, sized_recipe(spec, 47 * 10**9, lambda name: "BF16"))
     buffer = compute_buffer(spec, gguf_weights(spec, "Q4_K_M"), 512, True).n_bytes / (1 << 20)
     lines = [
         ("KV of the 72B, bytes a token at 16 bits", f"{spec.kv_bytes_per_token():,.0f}", "327,680"),
