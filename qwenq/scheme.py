@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from qwenq.errors import PlanError
+from qwenq.errors import PlanError, UsageError
 from qwenq.layout import FORMATS, check_linear, check_together, is_description, linear_tensors
 from qwenq.spec import LinearSpec, ModelSpec, TensorSpec
 
@@ -32,11 +32,11 @@ class Scheme:
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
-            raise PlanError(f"bits is {self.bits}, wanted 4 or 8")
+            raise UsageError(f"bits is {self.bits}, wanted 4 or 8")
         if self.codes not in ("int", "nf4", "nf4-nested"):
-            raise PlanError(f"codes is {self.codes!r}, wanted int, nf4 or nf4-nested")
+            raise UsageError(f"codes is {self.codes!r}, wanted int, nf4 or nf4-nested")
         if self.group_size != -1 and self.group_size < 1:
-            raise PlanError(f"group size is {self.group_size}, wanted {', '.join(map(str, GROUP_SIZES))} or -1")
+            raise UsageError(f"group size is {self.group_size}, wanted {', '.join(map(str, GROUP_SIZES))} or -1")
 
     @property
     def levels(self) -> int:
@@ -114,7 +114,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
-            raise PlanError(f"format is {self.format!r}, wanted one of {', '.join(FORMATS)}")
+            raise UsageError(f"format is {self.format!r}, wanted one of {', '.join(FORMATS)}")
 
     @cached_property
     def _by_name(self) -> dict[str, Scheme | None]:

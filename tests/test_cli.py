@@ -167,6 +167,7 @@ def refusal(result: Result, message: str, hint: str | None = None, code: int = 1
 def test_options_that_mean_nothing(command: Callable[..., list[str]]) -> None:
     cases: list[tuple[list[str], str, str | None]] = [
         (command(method="awq"), "--method awq: wanted gptq or rtn", None),
+        (command(bits=5), "bits is 5, wanted 4 or 8", None),
         (
             command(format="gguf"),
             "--format gguf: wanted one of gptq, awq, compressed-tensors, bnb-nf4, bnb-int8",
@@ -192,7 +193,6 @@ def test_errors_of_quantize(command: Callable[..., list[str]], tiny: Path, tmp_p
     (tmp_path / "bare").mkdir()
     cases: list[tuple[list[str], str, str | None]] = [
         (command(output=None), "no output directory", "give one with -o DIR"),
-        (command(bits=5), "bits is 5, wanted 4 or 8", None),
         (
             command(format="awq", bits=8),
             "format awq cannot hold 8-bit g32 asym",

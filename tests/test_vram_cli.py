@@ -171,7 +171,11 @@ BAD = [
 ]
 
 
-USAGE = ("error: not a context length",)  # wrong whatever the model
+USAGE = (  # wrong whatever the model
+    "error: not a ", "error: unknown GPU", "error: bits is 3", "error: unknown engine", "error: qwenq has no 'int3'",
+    "error: batch size is", "error: --json and --csv", "error: --bits and", "error: --group-size and",
+    "error: --target-size and", "error: --recipe is for", "error: give one of", "error: one context",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(("args", "error", "hint"), BAD, ids=lambda v: " ".join(v) if isinstance(v, list) else "")

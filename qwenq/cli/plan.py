@@ -26,7 +26,7 @@ from qwenq.cli.vram import (
     TargetSize,
     Utilization,
 )
-from qwenq.errors import PlanError
+from qwenq.errors import UsageError
 from qwenq.planning.asking import Question, Resolved, contexts_of
 from qwenq.planning.plan import Plan, Recommendation, describe_gpu, make_plan, recommend
 from qwenq.planning.speed import Speed
@@ -62,7 +62,7 @@ def plan(
 ) -> None:
     """Plan MODEL on a rig. Exit code 3 when it does not fit; the plan is printed all the same."""
     if sum((gpu is not None, detect, recommend_rigs)) != 1:
-        raise PlanError("give one of --gpu, --detect and --recommend", hint='for instance --gpu "2x RTX 3090"')
+        raise UsageError("give one of --gpu, --detect and --recommend", hint='for instance --gpu "2x RTX 3090"')
     rig = None
     if detect:
         from qwenq.planning.detect import detect_rig
@@ -90,7 +90,7 @@ def plan(
     ).resolve()
     contexts = contexts_of(asked, context)
     if len(contexts) != 1:
-        raise PlanError("one context, please", hint="`qwenq vram` takes several")
+        raise UsageError("one context, please", hint="`qwenq vram` takes several")
     work = asked.at(contexts[0])
     if recommend_rigs:
         rigs = recommend(asked.spec, asked.weights, asked.engine, work)

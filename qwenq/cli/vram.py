@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from qwenq.errors import PlanError
+from qwenq.errors import PlanError, UsageError
 from qwenq.planning.asking import Question, contexts_of, spread
 
 
@@ -97,7 +97,7 @@ def estimate_command(
 ) -> None:
     """Memory of MODEL against context, per GPU, each term with its provenance."""
     if as_json and as_csv:
-        raise PlanError("--json and --csv exclude each other")
+        raise UsageError("--json and --csv exclude each other")
     question = Question(
         model=model,
         bits=bits,
@@ -230,7 +230,7 @@ def export_command(
         for width in bits.split(","):
             for kind in kv_cache_dtype.split(","):
                 if not width.strip().isdigit():
-                    raise PlanError(f"bits is {width!r}, wanted numbers such as 4,8,16")
+                    raise UsageError(f"bits is {width!r}, wanted numbers such as 4,8,16")
                 question = Question(
                     model=model,
                     bits=int(width),

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qwenq.errors import PlanError
+from qwenq.errors import PlanError, UsageError
 from qwenq.planning.chart import memory_chart
 from qwenq.planning.engines import Engine, get_engine, kv_bytes_per_value
 from qwenq.planning.memory import MemoryEstimate, check_context, estimate, rank_shares
@@ -87,7 +87,7 @@ class Question:
         engine = get_engine(self.engine, self.engine_version)
         if self.profile is not None:
             if engine.name != "qwenq":
-                raise PlanError(f"--profile corrects this project's own engine, not {engine.name}")
+                raise UsageError(f"--profile corrects this project's own engine, not {engine.name}")
             engine = replace(engine, profile=read_profile(self.profile))
         kv_bytes_per_value(engine, self.kv_cache_dtype)
         model = load_model(self.model, parse_parameters(self.expect_params) if self.expect_params else None)
@@ -115,9 +115,9 @@ class Question:
         if rig and self.reserve:
             rig = reserved(rig, parse_size(self.reserve))
         if self.tensor_parallel_size < 0:
-            raise PlanError(f"tensor parallel size is {self.tensor_parallel_size}, wanted at least 1")
+            raise UsageError(f"tensor parallel size is {self.tensor_parallel_size}, wanted at least 1")
         if self.tensor_parallel_size and engine.layered:
-            raise PlanError(f"{engine.name} has no tensor parallelism here", hint="--engine vllm has")
+            raise UsageError(f"{engine.name} has no tensor parallelism here", hint="--engine vllm has")
         return Resolved(model, weights, engine, rig, template, self.tensor_parallel_size)
 
     def _check_ways(self) -> None:
@@ -128,9 +128,9 @@ class Question:
         if given:
             given = [name for name, value in scheme.items() if value is not None] + given
         if len(given) > 1:
-            raise PlanError(f"{' and '.join(given)} exclude each other", hint="give one of them")
+            raise UsageError(f"{' and '.join(given)} exclude each other", hint="give one of them")
         if self.pad_for_tp is not None and self.pad_for_tp < 1:
-            raise PlanError(f"--pad-for-tp is {self.pad_for_tp}, wanted at least 1")
+            raise UsageError(f"--pad-for-tp is {self.pad_for_tp}, wanted at least 1")
 
 
 def parse_parameters(text: str) -> float:
@@ -142,7 +142,7 @@ def parse_parameters(text: str) -> float:
     except (ValueError, KeyError):
         value = 0.0
     if not 0 < value < 1e15:
-        raise PlanError(f"not a number of parameters: {text[:40]!r}", hint="write for instance 72.7B")
+        raise UsageError(f"not a number of parameters: {text[:40]!r}", hint="write for instance 72.7B")
     return value
 
 
@@ -153,7 +153,7 @@ def contexts_of(question: Resolved, text: str) -> list[int]:
         return [c for c in DEFAULT_CONTEXTS if c <= spec.extended_context] or [spec.extended_context]
     contexts = list(dict.fromkeys(parse_tokens(part) for part in text.split(",")))
     if len(contexts) > MAX_CONTEXTS:
-        raise PlanError(f"{len(contexts)} contexts, wanted at most {MAX_CONTEXTS}")
+        raise UsageError(f"{len(contexts)} contexts, wanted at most {MAX_CONTEXTS}")
     for context in contexts:
         check_context(spec, question.at(context))
     return contexts

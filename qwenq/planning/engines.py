@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from qwenq.errors import PlanError
+from qwenq.errors import UsageError
 from qwenq.planning.profile import Profile
 
 ENGINES = ("qwenq", "transformers", "vllm", "llama.cpp")
@@ -38,7 +38,7 @@ def parse_version(text: str) -> Version:
     """(4, 46, 0) of `4.46.0`; what follows the numbers is ignored."""
     match = re.match(r"\d+(\.\d+)*", text.strip().lstrip("vb"))
     if not match:
-        raise PlanError(f"not a version: {text!r}", hint="write for instance 4.46.0")
+        raise UsageError(f"not a version: {text!r}", hint="write for instance 4.46.0")
     return tuple(int(part) for part in match[0].split("."))
 
 
@@ -90,7 +90,7 @@ class Engine:
 def get_engine(name: str, version: str = "", libraries: dict[str, str] | None = None) -> Engine:
     """The engine called `name`, at `version` or the newest one the facts were checked for."""
     if name not in ENGINES:
-        raise PlanError(f"unknown engine {name!r}", hint=f"one of {', '.join(ENGINES)}")
+        raise UsageError(f"unknown engine {name!r}", hint=f"one of {', '.join(ENGINES)}")
     found = tuple((lib, parse_version(text)) for lib, text in (libraries or {}).items())
     return Engine(name, parse_version(version) if version else LATEST[name], found)
 
@@ -104,7 +104,7 @@ def prefill_chunk(engine: Engine, asked: int, prompt: int) -> int:
 def kv_bytes_per_value(engine: Engine, kv_dtype: str) -> float:
     """Bytes of one cached value; PlanError when the engine has no such cache."""
     if kv_dtype not in KV_DTYPES[engine.name]:
-        raise PlanError(
+        raise UsageError(
             f"{engine.name} has no {kv_dtype!r} KV cache", hint=f"one of {', '.join(KV_DTYPES[engine.name])}"
         )
     return KV_BYTES[kv_dtype]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwenq.errors import CheckpointError, PlanError
+from qwenq.errors import CheckpointError, PlanError, UsageError
 from qwenq.headers import INDEX_NAME, checkpoint_tensors, inside, read_object, shown
 from qwenq.planning.families import near_names, refuse_experts
 from qwenq.planning.ggufsize import BITS_TO_TYPE, gguf_weights
@@ -146,10 +146,10 @@ def _source_dtypes(model: Model) -> Callable[[str], str]:
 def _gguf(spec: ModelSpec, bits: int | None, others: Mapping[str, object]) -> Weights:
     given = [name for name, value in others.items() if value is not None]
     if given:
-        raise PlanError(f"{given[0]} is for what quantize writes, llama.cpp reads GGUF", hint="use --bits 4, 8 or 16")
+        raise UsageError(f"{given[0]} is for what quantize writes, llama.cpp reads GGUF", hint="use --bits 4, 8 or 16")
     bits = 4 if bits is None else bits
     if bits not in BITS_TO_TYPE:
-        raise PlanError(f"bits is {bits}, wanted 4, 8 or 16")
+        raise UsageError(f"bits is {bits}, wanted 4, 8 or 16")
     return gguf_weights(spec, BITS_TO_TYPE[bits])
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 
-from qwenq.errors import PlanError
+from qwenq.errors import PlanError, UsageError
 from qwenq.units import GIB, format_gib
 
 ASSUMED_USABLE = 0.98  # of the nominal memory, where nobody has published what CUDA sees; known cards: 0.93 to 1.00
@@ -106,13 +106,13 @@ def find_gpu(name: str) -> Gpu:
     if len(found) == 1:
         return found[0]
     if found:
-        raise PlanError(
+        raise UsageError(
             f"GPU {name.strip()!r} could be several", hint=f"one of: {', '.join(gpu.name for gpu in found)}"
         )
     by_key = {_key(gpu.name): gpu.name for gpu in catalogue()}
     near = difflib.get_close_matches(_key(name), by_key, n=4, cutoff=0.5)
     hint = f"near: {', '.join(by_key[key] for key in near)}" if near else "`qwenq vram gpus` lists the catalogue"
-    raise PlanError(f"unknown GPU {name.strip()[:60]!r}", hint=hint + '; any other by its memory, for instance "24GB"')
+    raise UsageError(f"unknown GPU {name.strip()[:60]!r}", hint=hint + '; any other by its memory, for instance "24GB"')
 
 
 def matching_gpus(name: str) -> list[Gpu]:
@@ -136,7 +136,7 @@ _MEMORY = re.compile(r"\s*(\d{1,4}(?:\.\d{1,2})?)\s*gi?b\s*", re.I)
 def _by_memory(name: str, memory_gib: float) -> Gpu:
     """A GPU of which only the nameplate memory is known; cards' gigabytes are binary, whatever their boxes say."""
     if not 1 <= memory_gib <= 1024:
-        raise PlanError(f"a GPU of {name!r}, wanted 1GB to 1024GB")
+        raise UsageError(f"a GPU of {name!r}, wanted 1GB to 1024GB")
     note = "not in the catalogue: memory alone"
     return Gpu(name, "", memory_gib, None, None, None, None, "", None, None, "", GIVEN, note)
 
@@ -153,16 +153,16 @@ def parse_rig(text: str) -> Rig:
     for part in re.split(r"[+,;]", text):
         match = _PART.fullmatch(part)
         if not match or not match["name"] or (match["before"] and match["after"]):
-            raise PlanError(
+            raise UsageError(
                 f"not a rig: {text[:80]!r}", hint='write for instance "2x RTX 3090" or "RTX 4090 + 2x RTX 3060 12GB"'
             )
         said = match["before"] or match["after"] or "1"
         count = int(said) if len(said) < 10 else MAX_GPUS + 1
         if not 1 <= count <= MAX_GPUS:
-            raise PlanError(f"{said[:20]} GPUs of a kind in {text[:80]!r}, wanted 1 to {MAX_GPUS}")
+            raise UsageError(f"{said[:20]} GPUs of a kind in {text[:80]!r}, wanted 1 to {MAX_GPUS}")
         gpus += [find_gpu(match["name"])] * count
     if len(gpus) > MAX_GPUS:
-        raise PlanError(f"{len(gpus)} GPUs in {text[:80]!r}, wanted at most {MAX_GPUS}")
+        raise UsageError(f"{len(gpus)} GPUs in {text[:80]!r}, wanted at most {MAX_GPUS}")
     return Rig(tuple(gpus))
 
 

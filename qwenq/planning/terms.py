@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from qwenq.errors import PlanError
+from qwenq.errors import UsageError
 from qwenq.units import GIB
 
 # exact: follows from shapes and storage alone. fitted: counted from the engine's source or fitted, and checked against
@@ -85,14 +85,14 @@ class Workload:
             ("max_num_seqs", self.max_num_seqs, 0, 1 << 16),
         ):
             if value < least:
-                raise PlanError(f"{name} is {value}, wanted at least {least}")
+                raise UsageError(f"{name} is {value}, wanted at least {least}")
             if value > most:
                 got = value if value < 10**15 else f"a number of {len(str(value))} digits"
-                raise PlanError(f"{name} is {got}, wanted at most {most}")
+                raise UsageError(f"{name} is {got}, wanted at most {most}")
         if self.prompt > self.context:
-            raise PlanError(f"prompt is {self.prompt} tokens, more than the context of {self.context}")
+            raise UsageError(f"prompt is {self.prompt} tokens, more than the context of {self.context}")
         if not 0 < self.gpu_memory_utilization <= 1:
-            raise PlanError(f"gpu_memory_utilization is {self.gpu_memory_utilization}, wanted more than 0, at most 1")
+            raise UsageError(f"gpu_memory_utilization is {self.gpu_memory_utilization}, wanted more than 0, at most 1")
 
     @property
     def prompt_tokens(self) -> int:

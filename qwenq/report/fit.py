@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qwenq.errors import PlanError, QwenqError
+from qwenq.errors import QwenqError, UsageError
 from qwenq.headers import shown
 from qwenq.planning.engines import Engine, get_engine
 from qwenq.planning.memory import MemoryEstimate, estimate
@@ -97,5 +97,5 @@ def rigs_named(names: tuple[str, ...]) -> list[Rig]:
 def engine_named(name: str) -> Engine:
     """The engine; PlanError for one that nobody knows, or that reads none of these checkpoints."""
     if name == "llama.cpp":
-        raise PlanError("llama.cpp reads GGUF, not these checkpoints", hint="--engine qwenq, transformers or vllm")
+        raise UsageError("llama.cpp reads GGUF, not these checkpoints", hint="--engine qwenq, transformers or vllm")
     return get_engine(name)
