@@ -116,9 +116,9 @@ def test_plan_says_which_sizes_work() -> None:
     result = run("plan", "Qwen2.5-72B", "--gpu", "2x RTX 3090", "--json")
     sizes = json.loads(result.stdout)["tensor_parallel"]
     assert sizes["1"] == "" and "is not a multiple of the group size 128" in sizes["2"]
-    assert "tensor parallel sizes of these weights:\n  1: yes\n  2: FFN width" in run(
-        "plan", "Qwen2.5-72B", "--gpu", "2x RTX 3090"
-    ).stdout  # fmt: skip
+    shown = run("plan", "Qwen2.5-72B", "--gpu", "2x RTX 3090").stdout
+    assert "tensor parallel sizes of these weights:\n  1: yes\n  2, 4, 8: FFN width 29568 is not a multiple" in shown
+    assert "--pad-for-tp 8 (29696) allows all" in shown
 
 
 def test_padding_has_no_say_in_channel_scales() -> None:
