@@ -12,12 +12,13 @@ from typing import Any
 from qwenq.errors import JobError
 from qwenq.headers import encode_header
 from qwenq.planning.tensor_parallel import row_groups, tensor_parallel_sizes
-from qwenq.scheme import Recipe
+from qwenq.scheme import GROUP_SIZES, Recipe
 from qwenq.spec import LinearSpec, ModelSpec, TensorSpec, tensor_bytes
 from qwenq.units import format_gb
 
 BASE_BYTES = 560_000_000  # interpreter, torch, transformers and thread pools; measured on Linux with torch 2.13
 SPILL_BYTES = 6 << 30  # token buffers beyond this live in a memory-mapped file
+DEFAULT_WINDOWS = 128  # of calibration, at most, where no number is given
 BATCH_TOKENS = 2048  # that go through a layer together
 PULL_SHARE = 0.5  # of the calibration windows also run through the 16-bit layers, for o and down to be pulled there
 PULL_TOKENS_A_COLUMN = 8  # but at least so many tokens for each input column of down, where there are so many
@@ -25,6 +26,10 @@ PULL_LEAST_A_COLUMN = 2  # with fewer they say too little to be worth that pass,
 MOST_LANES = 4  # on a CPU, that share the windows which go through a layer together, each with its own Hessian
 LANES_UP_TO = 8192  # wide FFNs: beyond, products alone keep cores busy, and Hessians are large
 NOISE_WINDOWS = 2  # evaluation windows that are also run in float32, when computing in a narrower type
+SOLVER_WINDOWS = 16  # of calibration, at most, for the Hessians that sensitivities' errors are solved with
+PROBE_WINDOWS, PROBE_TOKENS = 32, 128  # and other, shorter ones, at most, that the errors' effect is read on
+SAMPLES = 4  # labels a position, of a sensitivity
+BACKWARD_TOKENS = 1024  # that go backward through a layer together
 _SLACK_BYTES = 1 << 20  # config, tokenizer copies are added exactly; journal and model card are not
 
 
@@ -217,6 +222,34 @@ def peak_bytes(spec: ModelSpec, tokens: Tokens, compute_bytes: int, on_gpu: bool
         return BASE_BYTES + buffers + source, max(work, head)
     at_the_head = stream_bytes(spec, replace(tokens, calibration_windows=0), compute_bytes) + head
     return BASE_BYTES + max(buffers + source + work, at_the_head), 0
+
+
+def sensitivity_bytes(
+    spec: ModelSpec, length: int, compute_bytes: int, on_gpu: bool, asymmetric: bool = False
+) -> tuple[int, int]:
+    """Predicted peak (host, GPU) in bytes of measuring sensitivities on windows of `length` tokens; see peak_bytes."""
+    hidden, probed = spec.hidden_size, PROBE_WINDOWS * PROBE_TOKENS
+    parameters = sum(lin.parameters for lin in spec.layer_linears(0))
+    outputs = sum(lin.out_features for lin in spec.layer_linears(0))
+    schemes = (2 if asymmetric else 1) * len(GROUP_SIZES)  # that errors are solved of, in bfloat16
+    states = (SOLVER_WINDOWS * length + probed) * hidden * compute_bytes
+    backward = compute_bytes * (parameters + BACKWARD_TOKENS * (8 * spec.intermediate_size + schemes * outputs))
+    head = 4 * probed * hidden * (3 * SAMPLES + 3) + 4 * 4096 * (hidden + 4 * 1024)
+    work = max(errors_bytes(spec, length, compute_bytes), backward)
+    kept = 4 * spec.intermediate_size**2  # the Hessian, from which each scheme takes a copy
+    held = 2 * parameters + schemes * 2 * parameters + 8 * SAMPLES * probed * hidden  # source, errors, gradients twice
+    if on_gpu:
+        return BASE_BYTES + max(states, held + kept), max(work, head)
+    return BASE_BYTES + max(states + head, held + kept + work), 0
+
+
+def errors_bytes(spec: ModelSpec, length: int, compute_bytes: int) -> int:
+    """Predicted peak in bytes, on the device, of solving a layer for the errors that sensitivities are read from."""
+    layer, width = spec.layer_linears(0), spec.intermediate_size
+    at_once = min(BATCH_TOKENS, SOLVER_WINDOWS * length)
+    collecting = 4 * width**2 + compute_bytes * at_once * (5 * width + 4 * spec.hidden_size)
+    solving = max(_solving(unit, pulled=False) for unit in _units(layer))
+    return compute_bytes * sum(lin.parameters for lin in layer) + max(collecting, solving)
 
 
 def _units(layer: tuple[LinearSpec, ...]) -> list[list[LinearSpec]]:

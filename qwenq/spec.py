@@ -43,6 +43,9 @@ DTYPE_BYTES = {
 }  # fmt: skip
 
 
+FLOATS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}  # as torch and configurations call them
+
+
 def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Bytes of a dense tensor of safetensors dtype `dtype`."""
     size = DTYPE_BYTES[dtype]

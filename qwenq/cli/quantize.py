@@ -41,13 +41,12 @@ from qwenq.cli.recipe import (
 from qwenq.cli.sensitivity import measure
 from qwenq.errors import PlanError
 from qwenq.planning.sensitivity import SENSITIVITY_NAME, encode_sensitivity
-from qwenq.preflight import PULL_SHARE, default_pull
+from qwenq.preflight import DEFAULT_WINDOWS, PULL_SHARE, default_pull
 from qwenq.scheme import Recipe
+from qwenq.spec import FLOATS
 from qwenq.units import format_gb, format_seconds
 
-DEFAULT_WINDOWS = 128  # at most, when --num-samples is not given
 DEFAULT_EVALUATION_WINDOWS = 20
-_STORED = {"float16": "F16", "bfloat16": "BF16"}
 
 
 def quantize(
@@ -75,7 +74,7 @@ def quantize(
         int | None, typer.Option("--num-samples", "-n", min=1, help="Calibration windows. Default: all, at most 128.")
     ] = None,
     sequence_length: Annotated[int, typer.Option("--sequence-length", min=2, help="Tokens a window.")] = 512,
-    seed: Annotated[int, typer.Option(help="Decides which calibration windows are drawn.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Decides which calibration windows are drawn.")] = 0,
     eval_text: Annotated[str, typer.Option(help="Held-out text for the drift: a set's name or a file.")] = "heldout",
     eval_samples: Annotated[int | None, typer.Option(min=1, help="Held-out windows. Default: all, at most 20.")] = None,
     method: Annotated[
@@ -174,7 +173,7 @@ def quantize(
     source = open_source(resolve_model(model))
     if pad_for_tp is not None:
         source = source.padded(wanted.widened(source.spec).intermediate_size)
-    stored = source.dtype_of if dtype == "auto" else lambda name: _STORED[dtype]
+    stored = source.dtype_of if dtype == "auto" else lambda name: FLOATS[dtype]
     table = wanted.table(source.spec, fingerprint(source.directory), partial_directory(output) if resume else None)
     if table is None and wanted.budgeted and method == "rtn":
         raise PlanError("--method rtn measures no sensitivities", hint="give them with --sensitivity FILE")
@@ -304,7 +303,7 @@ def _dry_run(
 
     source_spec, source_dtype_of = stored_dtypes(model)
     spec = wanted.widened(source_spec)
-    dtype_of = source_dtype_of if dtype == "auto" else lambda name: _STORED[dtype]
+    dtype_of = source_dtype_of if dtype == "auto" else lambda name: FLOATS[dtype]
     chosen = None
     if wanted.mixed:
         identity = fingerprint(Path(model)) if Path(model).is_dir() else ""
