@@ -87,14 +87,15 @@ def default_pull(recipe: Recipe, spec: ModelSpec, tokens: int) -> float:
 def original_windows(spec: ModelSpec, windows: int, length: int, share: float = PULL_SHARE) -> int:
     """How many calibration windows, the first ones, run through the 16-bit layers too, for o and down to be pulled.
 
-    A whole number of batches; none for a share of 0, nor where they would not make two halves.
+    A whole number of batches, or all windows, and of these an even number: halves are compared, as large as each other.
+    None for a share of 0.
     """
     if share == 0:
         return 0
     step = max(1, BATCH_TOKENS // length)
     enough = PULL_TOKENS_A_COLUMN * spec.intermediate_size / length
     found = min(windows, math.ceil(max(windows * share, enough) / step) * step)
-    return found if found > 1 else 0
+    return found // 2 * 2
 
 
 @dataclass(frozen=True)
