@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +20,7 @@ from qwenq.units import format_gb
 BASE_BYTES = 560_000_000  # interpreter, torch, transformers and thread pools; measured on Linux with torch 2.13
 SPILL_BYTES = 6 << 30  # token buffers beyond this live in a memory-mapped file
 DEFAULT_WINDOWS = 128  # of calibration, at most, where no number is given
+SET_TOKENS = {"builtin": 43_100, "heldout": 12_300}  # about so many by Qwen2.5's tokenizer
 BATCH_TOKENS = 2048  # that go through a layer together
 PULL_SHARE = 0.5  # of the calibration windows also run through the 16-bit layers, for o and down to be pulled there
 PULL_TOKENS_A_COLUMN = 8  # but at least so many tokens for each input column of down, where there are so many
@@ -232,9 +234,11 @@ def sensitivity_bytes(
     hidden, probed = spec.hidden_size, PROBE_WINDOWS * PROBE_TOKENS
     parameters = sum(lin.parameters for lin in spec.layer_linears(0))
     outputs = sum(lin.out_features for lin in spec.layer_linears(0))
+    largest = max(lin.parameters for lin in spec.layer_linears(0))
     schemes = (2 if asymmetric else 1) * len(GROUP_SIZES)  # that errors are solved of, in bfloat16
     states = (SOLVER_WINDOWS * length + probed) * hidden * compute_bytes
-    backward = compute_bytes * (parameters + BACKWARD_TOKENS * (8 * spec.intermediate_size + schemes * outputs))
+    passing = 16 * spec.intermediate_size + 24 * hidden + (schemes + 1) * outputs  # values a token
+    backward = compute_bytes * (parameters + largest + BACKWARD_TOKENS * passing)
     head = 4 * probed * hidden * (3 * SAMPLES + 3) + 4 * 4096 * (hidden + 4 * 1024)
     work = max(errors_bytes(spec, length, compute_bytes), backward)
     kept = 4 * spec.intermediate_size**2  # the Hessian, from which each scheme takes a copy
@@ -270,3 +274,11 @@ def free_disk(out: Path) -> int:
     while not existing.exists():
         existing = existing.parent
     return shutil.disk_usage(existing).free
+
+
+def total_memory() -> int | None:
+    """Bytes of this machine's memory; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
