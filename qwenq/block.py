@@ -164,8 +164,9 @@ class BlockSolver:
             for windows in ranges:
                 self.replicas.each(function, windows)
 
-    def _in_lane(self, stage: str) -> AbstractContextManager[None]:
-        return self.clock.time_in_lane(stage, of="forward", lanes=len(self.replicas.networks))
+    def _in_lane(self, stage: str, network: Network) -> AbstractContextManager[None]:
+        lanes = len(self.replicas.networks)
+        return self.clock.time_in_lane(stage, of="forward", lanes=lanes, device=network.device)
 
     def _solve_inner(
         self, unit: str, produce: Callable[[Network, slice], Tensor], down_moments: LaneSums | None = None
@@ -178,7 +179,7 @@ class BlockSolver:
 
         def collect(network: Network, part: slice) -> None:
             x = produce(network, part)
-            with self._in_lane("hessian"):
+            with self._in_lane("hessian", network):
                 add_to_hessian(hessians.of(network), x)
 
         self._pass(collect)
@@ -220,7 +221,7 @@ class BlockSolver:
         def collect(network: Network, part: slice) -> None:
             x = produce(network, part)
             after = add(network, _on(network, self.h_NTH[part]), x)
-            with self._in_lane("hessian"):
+            with self._in_lane("hessian", network):
                 add_weighted(network, x, after)
 
         shortfall, pulled = None, 0
@@ -256,9 +257,9 @@ class BlockSolver:
 
         def collect(network: Network, part: slice) -> None:
             x, wanted = produce(network, part), _on(network, wanted_NTH[part])
-            with self._in_lane("hessian"):
+            with self._in_lane("hessian", network):
                 x_TI, root_T1 = add_weighted(network, x, wanted)
-            with self._in_lane("pull"):
+            with self._in_lane("pull", network):
                 missing = wanted.flatten(0, 1).float() - _on(network, self.h_NTH[part]).flatten(0, 1)
                 if lin.bias:
                     missing -= self.folded.state[f"{path}.bias"].to(missing)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from qwenq.layout import NF4_STATE, linear_tensors
 from qwenq.quant.gptq import QTensor
 from qwenq.scheme import Recipe
 from qwenq.shards import TORCH_DTYPES
-from qwenq.spec import LinearSpec, ModelSpec, TensorSpec, spec_from_config
+from qwenq.spec import SLIDING_WINDOW, LinearSpec, ModelSpec, TensorSpec, spec_from_config
 
 FLOAT_DTYPES = ("F16", "BF16", "F32")
 
@@ -169,7 +169,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     directory = Path(directory)
     config = read_config(directory)
     spec = spec_from_config(config, where=str(directory / "config.json"), name=model_name(directory))
-    _refuse_sparse(config, directory)
+    _refuse_sparse(config, spec, directory)
     stored = checkpoint_tensors(directory)
     quantized = None
     if config.get("quantization_config"):
@@ -208,14 +208,14 @@ def read_config(directory: Path) -> dict[str, Any]:
     return read_object(inside(Path(directory), "config.json"))
 
 
-def _refuse_sparse(config: dict[str, Any], directory: Path) -> None:
-    window = config.get("sliding_window")
-    longest = config.get("max_position_embeddings")
-    whole = isinstance(window, int) and isinstance(longest, int)
-    if config.get("use_sliding_window") and window and not (whole and window >= longest):
+def _refuse_sparse(config: Mapping[str, Any], spec: ModelSpec, directory: Path) -> None:
+    """Raise CheckpointError where a window that slides is shorter than what the model reads; null is no window."""
+    window = config.get("sliding_window", SLIDING_WINDOW)
+    whole = isinstance(window, int) and window >= spec.extended_context
+    if config.get("use_sliding_window") and window is not None and not whole:
         raise CheckpointError(
             f"{directory / 'config.json'}: use_sliding_window with a window of {shown(str(window), 40)} tokens is not "
-            "supported",
+            f"supported, the model reads {spec.extended_context}",
             hint="set use_sliding_window to false (as all published Qwen2.5 models have it)",
         )
 

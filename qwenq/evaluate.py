@@ -77,8 +77,9 @@ def check_comparable(checkpoint: Checkpoint, reference: Checkpoint) -> None:
                 f"{checkpoint.directory} and {reference.directory} differ in {field}: {ours} and {theirs}",
                 hint="the reference is the 16-bit checkpoint that the other was made from",
             )
-    if _rope(checkpoint) != _rope(reference):
-        raise CheckpointError(f"{checkpoint.directory} and {reference.directory} differ in rotary parameters")
+    for name, words in (("rope_parameters", "rotary parameters"), ("rms_norm_eps", "rms_norm_eps")):
+        if _as_read(checkpoint, name) != _as_read(reference, name):
+            raise CheckpointError(f"{checkpoint.directory} and {reference.directory} differ in {words}")
     tokenizers = [ModelTokenizer(c.directory) for c in (checkpoint, reference)]
     if tokenizers[0].sha256 != tokenizers[1].sha256 and tokenizers[0].vocabulary != tokenizers[1].vocabulary:
         raise CheckpointError(
@@ -87,9 +88,9 @@ def check_comparable(checkpoint: Checkpoint, reference: Checkpoint) -> None:
         )
 
 
-def _rope(checkpoint: Checkpoint) -> object:
-    """Rotary parameters as transformers reads them: configs spell them in several ways."""
-    return model_config(checkpoint.config, checkpoint.spec).rope_parameters
+def _as_read(checkpoint: Checkpoint, name: str) -> object:
+    """A value as transformers reads it: configs spell it in several ways, or leave it out."""
+    return getattr(model_config(checkpoint.config, checkpoint.spec), name)
 
 
 def check_limits(drift: DriftReport, max_kl: float | None, max_increase_percent: float | None) -> None:

@@ -59,6 +59,13 @@ class QuantizeJob:
     overlap: float | None = None  # share of the evaluation text that is also in the calibration text
     beside: tuple[tuple[str, bytes], ...] = ()  # files put into the checkpoint as they are: the recipe it follows
 
+    def __post_init__(self) -> None:
+        if self.calibration_dtype not in ("float32", "bfloat16"):
+            raise JobError(
+                f"calibration_dtype is {self.calibration_dtype!r}, wanted float32 or bfloat16",
+                hint="float16 overflows in Qwen2.5's activations, and their squares are summed",
+            )
+
     @property
     def devices(self) -> tuple[str, ...]:
         """`device`, one by one."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from qwenq.errors import PlanError
-from qwenq.spec import LinearSpec, TensorSpec
+from qwenq.spec import FLOATS, LinearSpec, TensorSpec
 
 if TYPE_CHECKING:
     from qwenq.scheme import Scheme
@@ -81,8 +81,8 @@ def check_together(format: str, schemes: Iterable[Scheme]) -> None:
 
 def nf4_state_json(lin: LinearSpec, dtype: str) -> bytes:
     """What bitsandbytes writes into `quant_state.bitsandbytes__nf4` for a weight of safetensors dtype `dtype`."""
-    names = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
-    state = {"quant_type": "nf4", "blocksize": NF4_BLOCK, "dtype": names[dtype],
+    name = next(name for name, stored in FLOATS.items() if stored == dtype)
+    state = {"quant_type": "nf4", "blocksize": NF4_BLOCK, "dtype": name,
              "shape": [lin.out_features, lin.in_features]}  # fmt: skip
     return json.dumps(state).encode()
 

@@ -15,7 +15,10 @@ _RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class TokenDrift:
-    """Per predicted token: loss under reference and checkpoint (nats), KL (nats), float64; same top token, bool."""
+    """Per predicted token, float64: loss under reference and checkpoint (nats), KL (nats), 1 for the same top token.
+
+    NaN where a logit of either was not finite.
+    """
 
     reference_nll: torch.Tensor
     nll: torch.Tensor
@@ -71,9 +74,9 @@ class LogitComparison:
         """Once every slice was taken in; a row with a logit that is not finite has NaN for every figure."""
         log_a, log_b = (top + total.log() for top, total in zip(self.top, self.normaliser, strict=True))
         kl = (self.weighted / self.normaliser[0] - log_a + log_b).clamp_min(0.0)
-        same = self.top_token[0] == self.top_token[1]
-        figures = log_a - self.target_logit[0], log_b - self.target_logit[1], kl
-        reference_nll, nll, kl = (torch.where(self.finite, figure, torch.nan) for figure in figures)
+        same = (self.top_token[0] == self.top_token[1]).double()
+        figures = log_a - self.target_logit[0], log_b - self.target_logit[1], kl, same
+        reference_nll, nll, kl, same = (torch.where(self.finite, figure, torch.nan) for figure in figures)
         return TokenDrift(reference_nll, nll, kl, same, int((~self.finite).sum()))
 
 

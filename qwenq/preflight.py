@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -12,12 +13,14 @@ from typing import Any
 from qwenq.errors import JobError
 from qwenq.headers import encode_header
 from qwenq.planning.tensor_parallel import row_groups, tensor_parallel_sizes
-from qwenq.scheme import Recipe
+from qwenq.scheme import GROUP_SIZES, Recipe
 from qwenq.spec import LinearSpec, ModelSpec, TensorSpec, tensor_bytes
 from qwenq.units import format_gb
 
 BASE_BYTES = 560_000_000  # interpreter, torch, transformers and thread pools; measured on Linux with torch 2.13
 SPILL_BYTES = 6 << 30  # token buffers beyond this live in a memory-mapped file
+DEFAULT_WINDOWS = 128  # of calibration, at most, where no number is given
+SET_TOKENS = {"builtin": 43_100, "heldout": 12_300}  # about so many by Qwen2.5's tokenizer
 BATCH_TOKENS = 2048  # that go through a layer together
 PULL_SHARE = 0.5  # of the calibration windows also run through the 16-bit layers, for o and down to be pulled there
 PULL_TOKENS_A_COLUMN = 8  # but at least so many tokens for each input column of down, where there are so many
@@ -25,6 +28,10 @@ PULL_LEAST_A_COLUMN = 2  # with fewer they say too little to be worth that pass,
 MOST_LANES = 4  # on a CPU, that share the windows which go through a layer together, each with its own Hessian
 LANES_UP_TO = 8192  # wide FFNs: beyond, products alone keep cores busy, and Hessians are large
 NOISE_WINDOWS = 2  # evaluation windows that are also run in float32, when computing in a narrower type
+SOLVER_WINDOWS = 16  # of calibration, at most, for the Hessians that sensitivities' errors are solved with
+PROBE_WINDOWS, PROBE_TOKENS = 32, 128  # and other, shorter ones, at most, that the errors' effect is read on
+SAMPLES = 4  # labels a position, of a sensitivity
+BACKWARD_TOKENS = 1024  # that go backward through a layer together
 _SLACK_BYTES = 1 << 20  # config, tokenizer copies are added exactly; journal and model card are not
 
 
@@ -82,14 +89,15 @@ def default_pull(recipe: Recipe, spec: ModelSpec, tokens: int) -> float:
 def original_windows(spec: ModelSpec, windows: int, length: int, share: float = PULL_SHARE) -> int:
     """How many calibration windows, the first ones, run through the 16-bit layers too, for o and down to be pulled.
 
-    A whole number of batches; none for a share of 0, nor where they would not make two halves.
+    A whole number of batches, or all windows, and of these an even number: halves are compared, as large as each other.
+    None for a share of 0.
     """
     if share == 0:
         return 0
     step = max(1, BATCH_TOKENS // length)
     enough = PULL_TOKENS_A_COLUMN * spec.intermediate_size / length
     found = min(windows, math.ceil(max(windows * share, enough) / step) * step)
-    return found if found > 1 else 0
+    return found // 2 * 2
 
 
 @dataclass(frozen=True)
@@ -219,6 +227,36 @@ def peak_bytes(spec: ModelSpec, tokens: Tokens, compute_bytes: int, on_gpu: bool
     return BASE_BYTES + max(buffers + source + work, at_the_head), 0
 
 
+def sensitivity_bytes(
+    spec: ModelSpec, length: int, compute_bytes: int, on_gpu: bool, asymmetric: bool = False
+) -> tuple[int, int]:
+    """Predicted peak (host, GPU) in bytes of measuring sensitivities on windows of `length` tokens; see peak_bytes."""
+    hidden, probed = spec.hidden_size, PROBE_WINDOWS * PROBE_TOKENS
+    parameters = sum(lin.parameters for lin in spec.layer_linears(0))
+    outputs = sum(lin.out_features for lin in spec.layer_linears(0))
+    largest = max(lin.parameters for lin in spec.layer_linears(0))
+    schemes = (2 if asymmetric else 1) * len(GROUP_SIZES)  # that errors are solved of, in bfloat16
+    states = (SOLVER_WINDOWS * length + probed) * hidden * compute_bytes
+    passing = 16 * spec.intermediate_size + 24 * hidden + (schemes + 1) * outputs  # values a token
+    backward = compute_bytes * (parameters + largest + BACKWARD_TOKENS * passing)
+    head = 4 * probed * hidden * (3 * SAMPLES + 3) + 4 * 4096 * (hidden + 4 * 1024)
+    work = max(errors_bytes(spec, length, compute_bytes), backward)
+    kept = 4 * spec.intermediate_size**2  # the Hessian, from which each scheme takes a copy
+    held = 2 * parameters + schemes * 2 * parameters + 8 * SAMPLES * probed * hidden  # source, errors, gradients twice
+    if on_gpu:
+        return BASE_BYTES + max(states, held + kept), max(work, head)
+    return BASE_BYTES + max(states + head, held + kept + work), 0
+
+
+def errors_bytes(spec: ModelSpec, length: int, compute_bytes: int) -> int:
+    """Predicted peak in bytes, on the device, of solving a layer for the errors that sensitivities are read from."""
+    layer, width = spec.layer_linears(0), spec.intermediate_size
+    at_once = min(BATCH_TOKENS, SOLVER_WINDOWS * length)
+    collecting = 4 * width**2 + compute_bytes * at_once * (5 * width + 4 * spec.hidden_size)
+    solving = max(_solving(unit, pulled=False) for unit in _units(layer))
+    return compute_bytes * sum(lin.parameters for lin in layer) + max(collecting, solving)
+
+
 def _units(layer: tuple[LinearSpec, ...]) -> list[list[LinearSpec]]:
     return [[lin for lin in layer if lin.unit == unit] for unit in dict.fromkeys(lin.unit for lin in layer)]
 
@@ -236,3 +274,11 @@ def free_disk(out: Path) -> int:
     while not existing.exists():
         existing = existing.parent
     return shutil.disk_usage(existing).free
+
+
+def total_memory() -> int | None:
+    """Bytes of this machine's memory; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None

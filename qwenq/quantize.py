@@ -185,7 +185,7 @@ class _Run:
 
     def _layer(self, layer: int, streams: Streams) -> dict[str, Any]:
         start = time.perf_counter()
-        clock = StageClock()
+        clock = StageClock(self.job.devices)
         with clock.time("load"):
             state = self.job.source.finite_layer_state(layer)
             self.job.source.prefetch(layer + 1)

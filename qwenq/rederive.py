@@ -18,14 +18,12 @@ from qwenq.host import numerics
 from qwenq.job import DTYPES, QuantizeJob
 from qwenq.layer import make_layer
 from qwenq.manifest import MANIFEST_NAME, Finding
-from qwenq.preflight import output_files
+from qwenq.preflight import DEFAULT_WINDOWS, output_files
 from qwenq.replicas import Replicas
 from qwenq.scheme import Recipe, Scheme
 from qwenq.shards import raw_bytes
 from qwenq.streams import Streams, new_streams
 from qwenq.tokens import ModelTokenizer, TokenWindows
-
-_UP_TO = 128  # calibration windows that `qwenq quantize` draws when it is given no number
 
 
 def sample(layers: int) -> tuple[int, ...]:
@@ -142,7 +140,13 @@ def _calibration(text: Any, seed: int, source: Checkpoint, given: str | None) ->
     for asked in (None, count):  # all there are up to a limit, or so many, which draws others
         try:
             found = load_windows(
-                given or name, tokenizer, source.spec, length=length, count=asked, seed=seed, up_to=max(_UP_TO, count)
+                given or name,
+                tokenizer,
+                source.spec,
+                length=length,
+                count=asked,
+                seed=seed,
+                up_to=max(DEFAULT_WINDOWS, count),
             )
         except CalibrationError:
             if asked is not None:

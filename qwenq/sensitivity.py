@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +28,18 @@ from qwenq.fingerprint import fingerprint
 from qwenq.fisher import sampled_gradients
 from qwenq.head import HeadWeights
 from qwenq.host import keep_freed_memory, versions
-from qwenq.planning.sensitivity import Sensitivity, Unit, schemes_for, units_of
-from qwenq.preflight import free_disk
+from qwenq.planning.sensitivity import PRIOR_8_BIT, Sensitivity, Unit, schemes_for, units_of
+from qwenq.preflight import BACKWARD_TOKENS, PROBE_TOKENS, PROBE_WINDOWS, SAMPLES, SOLVER_WINDOWS, free_disk
 from qwenq.quant.gptq import DAMP_PERCENT, add_to_hessian, solve_unit
 from qwenq.runtime.memory import memory_errors
 from qwenq.scheme import Scheme
-from qwenq.shards import raw_bytes
+from qwenq.shards import raw_bytes, read_into
 from qwenq.spec import UNITS, ModelSpec
 from qwenq.stream import Network
 from qwenq.streams import embed
 from qwenq.tokens import TokenWindows
 from qwenq.units import format_gb
 
-SOLVER_WINDOWS = 16  # at most, for the Hessians that errors are solved with
-PROBE_WINDOWS = 32
-PROBE_TOKENS = 128  # a window
-SAMPLES = 4  # labels a position
-EIGHT_BIT = (15 / 255) ** 2  # KL of 8 bits to that of 4 bits in the same groups: the step's square (reports/budget.md)
-_BATCH_TOKENS = 1024
 _STORED = torch.bfloat16  # of hidden states kept on disk between the passes
 
 
@@ -116,7 +110,7 @@ def measure_sensitivity(
             states = _States(Path(directory), spec)
             last_NTH = _forward(source, network, probe, states, listen)
             listen("sensitivity: gradients at the head")
-            gradient = sampled_gradients(network, HeadWeights(source), last_NTH, probe.samples, probe.seed)
+            gradient = sampled_gradients(network, HeadWeights(source), last_NTH, probe.samples, probe.seed).cpu()
             scores: dict[Unit, dict[Scheme, torch.Tensor]] = {}
             noise: dict[Unit, dict[Scheme, float]] = {}
             for layer in reversed(range(spec.num_hidden_layers)):
@@ -138,8 +132,8 @@ def measure_sensitivity(
         factor = squares / (2 * tokens) / max(sum(noise[unit].values()), 1e-30)
         in_four = {(scheme.group_size, scheme.sym): factor * lost for scheme, lost in noise[unit].items()}
         kl[unit] = {
-            scheme: in_four[scheme.group_size, scheme.sym] * (EIGHT_BIT if scheme.bits == 8 else 1.0)
-            for scheme in schemes_for(spec, unit[1], asymmetric=probe.asymmetric)
+            scheme: in_four[scheme.group_size, scheme.sym] * (PRIOR_8_BIT if scheme.bits == 8 else 1.0)
+            for scheme in _offered(spec, unit[1], probe.asymmetric)
         }
     kl = {unit: kl[unit] for unit in units_of(spec)}
     provenance = {
@@ -150,7 +144,7 @@ def measure_sensitivity(
         "seed": probe.seed,
         "damp_percent": damp_percent,
         "compute_dtype": str(compute_dtype).removeprefix("torch."),
-        "eight_bit": f"{EIGHT_BIT:.6f} of 4 bits in the same groups",
+        "eight_bit": f"{PRIOR_8_BIT:.6f} of 4 bits in the same groups",
         "versions": versions(),
     }
     return Sensitivity(spec.name, fingerprint(source.directory), kl, provenance)
@@ -172,8 +166,7 @@ class _States:
         """What was written, which is deleted."""
         h_NTH = torch.empty(self.shapes[name], dtype=_STORED)
         path = self.directory / f"{name}-{layer}"
-        with open(path, "rb") as file:
-            file.readinto(raw_bytes(h_NTH))
+        read_into(path, 0, h_NTH)
         path.unlink()
         return h_NTH
 
@@ -199,38 +192,60 @@ def _forward(
     return streams["probe"][0]
 
 
+def _offered(spec: ModelSpec, unit: str, asymmetric: bool) -> tuple[Scheme, ...]:
+    """What the table has of a unit; where nothing is offered, 4 bits per channel, which only a recipe file asks for."""
+    return schemes_for(spec, unit, asymmetric=asymmetric) or (Scheme(4, -1),)
+
+
 def _errors(
     network: Network, spec: ModelSpec, h_NTH: torch.Tensor, damp_percent: float, asymmetric: bool
 ) -> tuple[dict[str, dict[Scheme, dict[str, torch.Tensor]]], dict[str, dict[Scheme, float]]]:
-    """GPTQ's weight errors [out, in] of each linear, by unit, 4-bit scheme and path in the layer, in bfloat16;
+    """GPTQ's weight errors [out, in] of each linear, by unit, 4-bit scheme and path in the layer, in bfloat16 on the
+    CPU;
 
-    and by unit and scheme the energy of the output errors relative to the outputs, summed over the unit's linears.
+    and by unit and scheme the energy of the output errors relative to the outputs, summed over the unit's linears. One
+    Hessian at a time is on the network's device: the layer's windows go through it up to each unit anew.
     """
-    widths = {"qkv": spec.hidden_size, "o": spec.q_size, "gate_up": spec.hidden_size, "down": spec.intermediate_size}
-    hessians = {unit: torch.zeros(n, n, device=network.device) for unit, n in widths.items()}
-    for part in batches(*h_NTH.shape[:2]):
-        h = h_NTH[part].to(device=network.device, dtype=network.dtype)
-        inputs = {"qkv": network.attention_input(h)}
-        inputs["o"] = network.attend(inputs["qkv"])
-        inputs["gate_up"] = network.mlp_input(network.add_attention(h, inputs["o"]))
-        inputs["down"] = network.gate(inputs["gate_up"])
-        for unit, x in inputs.items():
-            add_to_hessian(hessians[unit], x.reshape(-1, widths[unit]))
     errors: dict[str, dict[Scheme, dict[str, torch.Tensor]]] = {}
     lost: dict[str, dict[Scheme, float]] = {}
     for unit, paths in UNITS.items():
+        hessian_II = _hessian(network, spec, unit, h_NTH).cpu()
         weights = {path: network.weight(path).float() for path in paths}
         errors[unit], lost[unit] = {}, {}
-        for scheme in schemes_for(spec, unit, asymmetric=asymmetric):
-            if scheme.bits == 4:
-                solved = solve_unit(weights, hessians[unit].clone(), scheme, damp_percent=damp_percent, sweeps=0)
-                errors[unit][scheme] = {
-                    path: (qtensor.dequantize() - weights[path]).to(torch.bfloat16)
-                    for path, (qtensor, _) in solved.items()
-                }
-                lost[unit][scheme] = sum(10 ** (stats.error_db / 10) for _, stats in solved.values())
-        del hessians[unit]
+        schemes = list(dict.fromkeys(replace(scheme, bits=4) for scheme in _offered(spec, unit, asymmetric)))
+        for scheme in schemes:
+            own_II = hessian_II.to(network.device, copy=scheme != schemes[-1])  # overwritten
+            solved = solve_unit(weights, own_II, scheme, damp_percent=damp_percent, sweeps=0)
+            del own_II
+            errors[unit][scheme] = {
+                path: qtensor.dequantize().sub_(weights[path]).to(torch.bfloat16).cpu()
+                for path, (qtensor, _) in solved.items()
+            }
+            lost[unit][scheme] = sum(10 ** (stats.error_db / 10) for _, stats in solved.values())
+            del solved
     return errors, lost
+
+
+def _hessian(network: Network, spec: ModelSpec, unit: str, h_NTH: torch.Tensor) -> torch.Tensor:
+    """Sum of x x' over what enters a unit's linears, float32 [in, in] on the network's device."""
+    widths = {"qkv": spec.hidden_size, "o": spec.q_size, "gate_up": spec.hidden_size, "down": spec.intermediate_size}
+    hessian_II = torch.zeros(widths[unit], widths[unit], device=network.device)
+    for part in batches(*h_NTH.shape[:2]):
+        h = h_NTH[part].to(device=network.device, dtype=network.dtype)
+        add_to_hessian(hessian_II, _entering(network, unit, h))
+    return hessian_II
+
+
+def _entering(network: Network, unit: str, h: torch.Tensor) -> torch.Tensor:
+    """The input of a unit's linears, [B, T, in], for what enters the layer."""
+    x = network.attention_input(h)
+    if unit == "qkv":
+        return x
+    x = network.attend(x)
+    if unit == "o":
+        return x
+    x = network.mlp_input(network.add_attention(h, x))
+    return x if unit == "gate_up" else network.gate(x)
 
 
 def _backward(
@@ -246,19 +261,19 @@ def _backward(
     }
     before_SNTH = torch.empty_like(gradient_SNTH)
     paths = [path for unit in UNITS.values() for path in unit]
-    for part in batches(h_NTH.shape[0], h_NTH.shape[1], _BATCH_TOKENS):
+    for part in batches(h_NTH.shape[0], h_NTH.shape[1], BACKWARD_TOKENS):
         with torch.enable_grad(), network.recorded(paths) as recorded:
             h = h_NTH[part].to(device=network.device, dtype=network.dtype).requires_grad_(True)
             leaving = network.forward(h)
         wanted = [h, *(recorded[path][1] for path in paths)]
         changes = {
-            (unit, scheme, path): recorded[path][0].detach() @ error.T.to(network.dtype)
+            (unit, scheme, path): recorded[path][0].detach() @ error.to(network.device, network.dtype).T
             for unit, by_scheme in errors.items()
             for scheme, by_path in by_scheme.items()
             for path, error in by_path.items()
         }
         for s in range(samples):
-            g = gradient_SNTH[s, part].to(network.dtype)
+            g = gradient_SNTH[s, part].to(network.device, network.dtype)
             entering, *outputs = torch.autograd.grad(leaving, wanted, g, retain_graph=s + 1 < samples)
             before_SNTH[s, part] = entering.float()
             at = dict(zip(paths, outputs, strict=True))

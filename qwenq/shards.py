@@ -1,4 +1,4 @@
-"""Writing safetensors files: the tensors' own bytes, never a second copy of a tensor.
+"""Writing safetensors files, and reading bytes back: the tensors' own bytes, never a second copy of a tensor.
 
 Layout (safetensors specification): 8-byte little-endian header length, JSON header padded with spaces to a multiple
 of 8, tensors back to back. Tensors are ordered by element size, then name, so every tensor is aligned to its elements.
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from qwenq.errors import JobError
 from qwenq.files import write_synced
 from qwenq.headers import encode_header
 from qwenq.spec import TensorSpec, tensor_bytes
@@ -47,6 +48,18 @@ def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
                 put(data[start : start + _CHUNK])
 
     return write_synced(path, chunks)
+
+
+def read_into(path: Path, start: int, tensor: torch.Tensor) -> None:
+    """Fill `tensor` (contiguous, on the CPU) with a file's bytes from `start` on; JobError when there are too few."""
+    data = raw_bytes(tensor)
+    with open(path, "rb") as file:
+        file.seek(start)
+        count = file.readinto(data)
+    if count != len(data):
+        raise JobError(
+            f"{path}: {count} bytes from {start} on, wanted {len(data)}", hint="something else cut the file short"
+        )
 
 
 def encode_index(files: Mapping[str, list[TensorSpec]]) -> dict[str, Any]:

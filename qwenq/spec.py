@@ -44,6 +44,9 @@ DTYPE_BYTES = {
 }  # fmt: skip
 
 
+FLOATS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}  # as torch and configurations call them
+
+
 def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Bytes of a dense tensor of safetensors dtype `dtype`."""
     size = DTYPE_BYTES[dtype]
@@ -172,6 +175,14 @@ _LARGEST = {"num_hidden_layers": 1000, "vocab_size": 1 << 24, "hidden_size": 1 <
             "head_dim": 1 << 14, "num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12}  # fmt: skip
 _LONGEST_CONTEXT = 1 << 40
 
+# What transformers takes for a key that config.json lacks (5.23, configuration_*.py): None follows from other keys.
+_DEFAULTS: dict[str, dict[str, int | None]] = {
+    "qwen2": {"num_key_value_heads": 32, "head_dim": None},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+    "llama": {"num_key_value_heads": None, "head_dim": None},
+}
+SLIDING_WINDOW = 4096  # likewise, where use_sliding_window is set
+
 
 def _whole(config: Mapping[str, Any], key: str, where: str, default: Any = None) -> int:
     value, most = config.get(key, default), _LARGEST.get(key, _LONGEST_CONTEXT)
@@ -193,10 +204,11 @@ def spec_from_config(config: Mapping[str, Any], where: str = "config.json", name
         )
     heads = _whole(config, "num_attention_heads", where)
     hidden = _whole(config, "hidden_size", where)
-    kv_heads = _whole(config, "num_key_value_heads", where, default=heads)
-    if config.get("head_dim") is None and hidden % heads:
+    given = {**_DEFAULTS[model_type], **config}
+    kv_heads = heads if given["num_key_value_heads"] is None else _whole(given, "num_key_value_heads", where)
+    if given["head_dim"] is None and hidden % heads:
         raise CheckpointError(f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
-    head_dim = hidden // heads if config.get("head_dim") is None else _whole(config, "head_dim", where)
+    head_dim = hidden // heads if given["head_dim"] is None else _whole(given, "head_dim", where)
     if heads % kv_heads:
         raise CheckpointError(
             f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"

@@ -26,13 +26,15 @@ MODULES = {
     "qwen3": ("transformers.models.qwen3", "Qwen3"),
     "llama": ("transformers.models.llama", "Llama"),
 }
+_SHAPES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 
 
 def model_config(config: Mapping[str, Any], spec: ModelSpec) -> Any:
-    """transformers' configuration object of a config.json, without its quantization."""
+    """transformers' configuration object of a config.json, without its quantization, in the shapes of `spec`."""
     package, prefix = MODULES[spec.model_type]
     configuration = importlib.import_module(f"{package}.configuration_{spec.model_type}")
     plain = {k: v for k, v in config.items() if k not in ("quantization_config", "torch_dtype", "dtype")}
+    plain |= {name: getattr(spec, name) for name in _SHAPES}
     with _refused_by_transformers():
         return getattr(configuration, prefix + "Config").from_dict(plain)
 

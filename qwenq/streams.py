@@ -20,7 +20,7 @@ from qwenq.errors import CheckpointError
 from qwenq.files import file_sha256
 from qwenq.headers import read_header
 from qwenq.preflight import NOISE_WINDOWS, SPILL_BYTES, scratch_width
-from qwenq.shards import raw_bytes, write_shard
+from qwenq.shards import read_into, write_shard
 
 Convert = Callable[[str, torch.Tensor], torch.Tensor]
 _EMBEDDING = "model.embed_tokens.weight"
@@ -49,10 +49,8 @@ class Streams:
         locations = read_header(path)
         if {n: t.shape for n, t in self.states.items()} != {n: loc.spec.shape for n, loc in locations.items()}:
             return False
-        with open(path, "rb") as file:
-            for name, location in locations.items():
-                file.seek(location.start)
-                file.readinto(raw_bytes(self.states[name]))
+        for name, location in locations.items():
+            read_into(path, location.start, self.states[name])
         return True
 
 

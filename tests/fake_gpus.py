@@ -254,6 +254,7 @@ class FakeGpus:
             "get_device_properties": lambda device=0: SimpleNamespace(total_memory=sizes[of(device)]),
             "max_memory_allocated": lambda device=0: self.allocators[of(device)].allocated_peak,
             "max_memory_reserved": lambda device=0: self.allocators[of(device)].reserved_peak,
+            "synchronize": lambda device=0: None,
             "empty_cache": lambda: [allocator.empty_cache() for allocator in self.allocators],
             "reset_peak_memory_stats": lambda device=0: self.allocators[of(device)].forget_peaks(),
         }  # fmt: skip

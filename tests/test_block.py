@@ -41,7 +41,7 @@ def test_a_stage_within_a_stage_counts_for_itself_alone() -> None:
 
 def test_lanes_take_their_share_of_the_stage_around_them() -> None:
     clock = StageClock()
-    with clock.time("outer"), clock.time_in_lane("inner", of="outer", lanes=2):
+    with clock.time("outer"), clock.time_in_lane("inner", of="outer", lanes=2, device=torch.device("cpu")):
         time.sleep(0.06)
     assert clock.seconds["inner"] == pytest.approx(0.03, abs=0.01)
     assert clock.seconds["outer"] == pytest.approx(0.03, abs=0.01)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from qwenq.checkpoint import non_finite, open_checkpoint, open_source
 from qwenq.errors import CheckpointError
 from qwenq.quant.gptq import QTensor
+from qwenq.stream import Network
 
 Edit = Callable[..., dict[str, Any]]
 Make = Callable[..., Path]
@@ -267,9 +268,67 @@ def test_unsupported_architecture(model_type: str | None, random_model: Make, ed
 def test_sliding_window(random_model: Make, edit_json: Edit) -> None:
     path = random_model()
     edit_json(path / "config.json", use_sliding_window=True, sliding_window=64)
-    assert refusal(path) == (f"{path / 'config.json'}: use_sliding_window with a window of 64 tokens is not supported")
+    refused = "config.json: use_sliding_window with a window of {} tokens is not supported, the model reads {}"
+    assert refusal(path) == f"{path}/" + refused.format(64, 256)
     edit_json(path / "config.json", use_sliding_window=False)
     open_checkpoint(path)
+    edit_json(path / "config.json", use_sliding_window=True, sliding_window=256)
+    open_checkpoint(path)
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+    edit_json(path / "config.json", rope_parameters=yarn)
+    assert refusal(path) == f"{path}/" + refused.format(256, 1024)
+
+
+def test_sliding_window_that_the_config_leaves_to_transformers(random_model: Make, edit_json: Edit) -> None:
+    from transformers import AutoConfig
+
+    path = random_model()
+    edit_json(
+        path / "config.json",
+        use_sliding_window=True, sliding_window=None, layer_types=None, max_window_layers=0,
+        max_position_embeddings=4096,
+    )  # fmt: skip
+    config = AutoConfig.from_pretrained(path)
+    assert (config.sliding_window, set(config.layer_types)) == (4096, {"sliding_attention"})
+    open_checkpoint(path)
+    edit_json(path / "config.json", max_position_embeddings=4097)
+    assert refusal(path).endswith("with a window of 4096 tokens is not supported, the model reads 4097")
+    config = json.loads((path / "config.json").read_text()) | {"sliding_window": None}  # null: no window
+    (path / "config.json").write_text(json.dumps(config))
+    open_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "shape"),
+    [
+        ("qwen2", {"num_attention_heads": 32, "num_key_value_heads": 32, "hidden_size": 64}),
+        ("qwen3", {"num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128}),
+        ("qwen3", {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128}),
+        ("llama", {"num_attention_heads": 4, "num_key_value_heads": 4}),
+    ],
+)
+def test_shapes_that_the_config_leaves_to_transformers(
+    model_type: str, shape: dict[str, int], random_model: Make, edit_json: Edit
+) -> None:
+    from transformers import AutoConfig
+
+    path = random_model("model", model_type, **shape)
+    heads = None if shape["num_key_value_heads"] == shape["num_attention_heads"] else 1
+    edit_json(path / "config.json", head_dim=None, num_key_value_heads=heads)
+    source = open_checkpoint(path)
+    theirs = AutoConfig.from_pretrained(path)
+    assert source.spec.num_key_value_heads == theirs.num_key_value_heads == shape["num_key_value_heads"]
+    assert source.spec.head_dim == (getattr(theirs, "head_dim", None) or 64 // theirs.num_attention_heads)
+    Network(source.config, source.spec, dtype=torch.float32).fill(source.layer_state(0))
+
+
+def test_tensors_of_another_shape_than_transformers_default(random_model: Make, edit_json: Edit) -> None:
+    path = random_model("model", "qwen3", head_dim=32)
+    edit_json(path / "config.json", head_dim=None)
+    assert refusal(path).endswith("self_attn.q_proj.weight has shape [128, 64], config.json wants [512, 64]")
+    path = random_model("other", "qwen2")
+    edit_json(path / "config.json", num_key_value_heads=None)
+    assert refusal(path).endswith("num_attention_heads 4 is not a multiple of num_key_value_heads 32")
 
 
 def test_no_directory_and_no_config(tmp_path: Path) -> None:

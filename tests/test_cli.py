@@ -100,8 +100,9 @@ def test_dry_run_of_a_family(bits: int, wanted: int) -> None:
         "model", "parameters", "scheme", "format", "bits_per_linear_weight", "tensor_bytes", "file_bytes",
         "source_tensor_bytes",
         "units", "unit_bytes", "peak_ram_bytes", "peak_vram_bytes", "state_bytes", "spill_bytes", "disk_needed_bytes",
-        "disk_free_bytes", "tensor_parallel", "device",
+        "disk_free_bytes", "tensor_parallel", "device", "assumed", "warnings", "source_download_bytes",
     }  # fmt: skip
+    assert found["source_download_bytes"] == found["source_tensor_bytes"]
     assert found["tensor_parallel"]["1"] == "" and "group size 128" in found["tensor_parallel"]["2"]
 
 
@@ -287,6 +288,12 @@ def test_errors_of_eval(tiny: Path, random_model: Callable[..., Path]) -> None:
         "--max-ppl-increase much: not a percentage",
         "for instance 2%",
     )
+    refusal(
+        run("eval", tiny, "--reference", tiny, "--max-ppl-increase", "nan"),
+        "--max-ppl-increase nan: not a percentage",
+        "for instance 2%",
+    )
+    assert run("eval", tiny, "--reference", tiny, "--max-kl", "nan").exit_code == 2
 
 
 # ---------------------------------------------------------------------- the work itself
@@ -334,6 +341,9 @@ def test_quantize_and_eval_in_json(
     assert result.stderr == f"error: mean KL is {drift['kl']['mean']:.4f}, the limit 1e-06\n"
     result = run(*measure, "--max-ppl-increase", "-60")
     assert result.exit_code == 3 and "mean KL (nats/token)" in result.stdout
+    assert "perplexity, 16-bit" in result.stdout
+    backwards = run("eval", tiny, "--reference", tmp_path / "out", *measure[4:])
+    assert "perplexity, reference in 4-bit g32" in backwards.stdout and "16-bit" not in backwards.stdout
     assert re.fullmatch(r"error: perplexity rose by -?[\d.]+ %, the limit is -60 %\n", result.stderr)
     refusal(
         run(*command(tmp_path / "out", output=tmp_path / "again")),

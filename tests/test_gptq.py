@@ -328,6 +328,38 @@ def test_damping_escalates_and_is_recorded():
     assert stats.fallback == ""
 
 
+@pytest.mark.parametrize(("damp_percent", "second"), [(0.0, 1e-3), (1e-6, 1e-3), (0.001, 0.01)])
+def test_damping_escalates_from_nothing_too(damp_percent, second):
+    """Ten tokens for 64 columns: the Hessian has no factor without damping, and ten times nothing is nothing."""
+    w_OI, _ = problem(columns=64)
+    x_TI = correlated(64, tokens=10)
+    x_TI[:, 7] = 0
+    h_II = x_TI.T @ x_TI
+    h_II -= 2 * damp_percent * h_II.diagonal().mean() * torch.eye(64)  # short of what the first try adds
+    h_II[7] = h_II[:, 7] = 0
+    q, stats = solve_unit({"w": w_OI}, h_II, Scheme(4, 64), damp_percent=damp_percent)["w"]
+    assert stats.fallback == "" and stats.damp_percent == pytest.approx(second)
+    assert q.dequantize().isfinite().all() and stats.error_db < -20
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_shortfalls_that_are_not_finite_are_named(half, value):
+    w_OI, h_II = problem(columns=64)
+    sums = torch.zeros(64, 24), torch.zeros(64, 24)
+    sums[half][3, 5] = value
+    with pytest.raises(QwenqError, match=r"^layers\.3\.o: what its outputs are short of is not finite$"):
+        solve_unit({"layers.3.o": w_OI}, h_II, Scheme(4, 64), shortfalls={"layers.3.o": Shortfall(*sums)}, pull=1.0)
+
+
+def test_scales_that_overflowed_are_named():
+    """Each input is finite, a sum over them is not."""
+    w_OI, h_II = problem(columns=64)
+    whole_IO = torch.full((64, 24), 3e38)
+    with pytest.raises(QwenqError, match=r"^o: scales are not finite$"):
+        solve_unit({"o": w_OI}, h_II, Scheme(4, 64), shortfalls={"o": Shortfall(whole_IO, whole_IO / 2)}, pull=1.0)
+
+
 def test_fallback_is_recorded_and_rounds_with_searched_scales():
     w_OI, _ = problem(columns=64)
     h_II = torch.eye(64)

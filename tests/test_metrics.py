@@ -151,10 +151,18 @@ def test_rows_that_are_not_finite_are_counted(bad: float, side: int) -> None:
     pair = [rows(0), rows(1)]
     pair[side][2, 7] = bad
     pair[side][4, 0] = bad
-    found = report(compare(*pair, torch.arange(5)), windows=1)
-    assert found.non_finite == 2
+    tokens = compare(*pair, torch.arange(5))
+    figures = torch.stack([tokens.reference_nll, tokens.nll, tokens.kl, tokens.same_top1])
+    assert figures.isnan().all(0).tolist() == figures.isnan().any(0).tolist() == [False, False, True, False, True]
+    found = report(tokens, windows=1)
+    assert found.non_finite == 2 and math.isnan(found.top1_agreement.mean) and math.isnan(found.top1_agreement.low)
     assert math.isnan(found.kl.mean) and math.isnan(found.kl.low) and math.isnan(found.kl.high)
     json.dumps(finite_json(found.to_json()), allow_nan=False)
+
+
+def test_two_streams_of_nothing_but_nan_agree_on_nothing() -> None:
+    nan = torch.full((5, 11), math.nan)
+    assert math.isnan(report(compare(nan, nan.clone(), torch.arange(5)), windows=1).top1_agreement.mean)
 
 
 def test_one_window_has_no_standard_error() -> None:

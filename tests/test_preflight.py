@@ -217,14 +217,14 @@ def test_free_disk_of_a_directory_to_be_made(tmp_path: Path) -> None:
 
 
 def test_hidden_states_by_hand() -> None:
-    """Three calibration and two evaluation windows of ten tokens, 64 values a token, each through two models; and the
-    noise floor's.
+    """Three calibration and two evaluation windows of ten tokens, 64 values a token, the latter and two of the
+    former through two models; and the noise floor's.
     """
     spec = spec_of()
-    assert stream_bytes(spec, Tokens(3, 2, 10), 4) == (3 + 3 + 2 + 2) * 10 * 64 * 4
-    assert stream_bytes(spec, Tokens(3, 2, 10, 2), 4) == (3 + 3) * 10 * 64 * 2 + (2 + 2) * 10 * 64 * 4
-    assert stream_bytes(spec, Tokens(3, 2, 10, 2), 2) == (3 + 3 + 2 + 2) * 10 * 64 * 2 + 2 * 10 * 64 * 4
-    assert stream_bytes(spec, Tokens(3, 1, 10, 2), 2) == (3 + 3 + 1 + 1) * 10 * 64 * 2 + 1 * 10 * 64 * 4
+    assert stream_bytes(spec, Tokens(3, 2, 10), 4) == (3 + 2 + 2 + 2) * 10 * 64 * 4
+    assert stream_bytes(spec, Tokens(3, 2, 10, 2), 4) == (3 + 2) * 10 * 64 * 2 + (2 + 2) * 10 * 64 * 4
+    assert stream_bytes(spec, Tokens(3, 2, 10, 2), 2) == (3 + 2 + 2 + 2) * 10 * 64 * 2 + 2 * 10 * 64 * 4
+    assert stream_bytes(spec, Tokens(3, 1, 10, 2), 2) == (3 + 2 + 1 + 1) * 10 * 64 * 2 + 1 * 10 * 64 * 4
     assert stream_bytes(spec, Tokens(3, 2, 10, pull_share=0), 4) == (3 + 2 + 2) * 10 * 64 * 4
 
 
@@ -240,6 +240,11 @@ def test_windows_that_run_through_the_16_bit_layers() -> None:
     assert original_windows(spec, 128, 512, 0.0) == 0
     assert original_windows(spec_of(intermediate_size=4864), 128, 512) == 76
     assert original_windows(spec_of(intermediate_size=29568), 128, 512) == 128
+    large = spec_of(intermediate_size=29568)
+    for windows, length in [(85, 512), (3, 512), (50, 400), (2, 512)]:  # all of them: halves of as many windows
+        assert original_windows(large, windows, length) == windows // 2 * 2
+    assert original_windows(spec, 90, 400) == 44, "nine batches of five make two unequal halves"
+    assert original_windows(large, 1, 512) == 0
 
 
 def test_predicted_peaks_do_not_know_the_number_of_layers() -> None:

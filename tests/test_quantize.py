@@ -702,3 +702,8 @@ def test_activations_that_are_not_finite_are_named(random_model: Make, tmp_path:
         quantize(small_job(source, tmp_path / "out"))
     assert caught.value.message == "layer 1: the activations entering gate_proj, up_proj are not finite"
     assert_nothing_looks_whole(tmp_path / "out")
+
+
+def test_float16_calibrates_nothing(random_model: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(JobError, match=r"^calibration_dtype is 'float16', wanted float32 or bfloat16$"):
+        small_job(random_model(), tmp_path / "out", calibration_dtype="float16")

@@ -15,6 +15,7 @@ import pytest
 import torch
 from fake_gpus import Allocator, FakeGpus
 
+from qwenq import clock as clock_module
 from qwenq import replicas as replicas_module
 from qwenq.block import BlockSolver, CalibrationStreams, SolverOptions, round_block
 from qwenq.clock import StageClock
@@ -93,6 +94,52 @@ def test_a_layer_takes_what_the_dry_run_says(name: str, gpus: int, pull: float) 
     peaks = [allocator.allocated_peak for allocator in allocators]
     assert 0.85 < max(peaks) / predicted < 1.01, (peaks, predicted)
     assert min(peaks) > 0.5 * max(peaks)  # no GPU idles
+
+
+def test_stages_wait_for_what_gpus_were_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's work is done 5 s after it was given: these belong to the stage that gave it."""
+    now = {"now": 100.0}
+    given: dict[int, float] = {}
+    monkeypatch.setattr(clock_module.time, "perf_counter", lambda: now["now"])
+
+    def wait(device: torch.device) -> None:
+        now["now"] = max(now["now"], given.pop(device.index, 0.0) + 5)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    clock = StageClock(["cuda:0", "cuda:1"])
+    given[1] = now["now"]
+    with clock.time("whole"):  # what was given before the stage is not its own
+        given[0] = now["now"]
+        with clock.time("part"):
+            given[1] = now["now"]
+            now["now"] += 1
+        with clock.time_in_lane("lane", of="whole", lanes=2, device=torch.device("cuda:1")):
+            given[1] = now["now"]
+    assert clock.seconds == {"part": 5.0, "lane": 2.5, "whole": 7.5}
+    quiet = StageClock(["cpu"])
+    with quiet.time("part"):
+        given[0] = now["now"]
+    assert quiet.seconds == {"part": 0.0} and given
+
+
+def test_linear_algebra_is_loaded_before_gpus_ask_for_it_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows._load_linalg.cache_clear()
+    asked: list[str] = []
+    real = torch.linalg.cholesky_ex
+
+    def cholesky(x: torch.Tensor) -> Any:
+        asked.append(str(x.device) if x.numel() == 1 else "work")
+        return real(x)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", cholesky)
+    monkeypatch.setattr(rows, "side_by_side", one_after_the_other)
+    monkeypatch.setattr(gptq, "_solve_columns", lambda *operands: None)
+    for _ in range(2):
+        with FakeGpus(["RTX 3090", "RTX 3090"]):
+            devices = [torch.device(f"cuda:{k}") for k in range(2)]
+            weights = {"w": torch.empty(8, 64, device=devices[0])}
+            rows.solve_rows(devices, weights, torch.empty(64, 64, device=devices[0]), Scheme(4, 64))
+    assert asked == ["cuda:0", "cuda:1", *["work"] * 4], "on each, before any work, and once a process"
 
 
 def test_rounding_to_nearest_stays_on_its_gpu() -> None:

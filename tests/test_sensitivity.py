@@ -25,7 +25,7 @@ from qwenq.planning.budget import recipe_of
 from qwenq.planning.sensitivity import SENSITIVITY_NAME, Sensitivity, encode_sensitivity, read_sensitivity, units_of
 from qwenq.quantize import quantize
 from qwenq.scheme import Scheme
-from qwenq.sensitivity import measure_sensitivity, split_windows
+from qwenq.sensitivity import _States, measure_sensitivity, split_windows
 from qwenq.stream import Network
 from qwenq.tokens import TokenWindows
 from tests.conftest import text_windows
@@ -259,6 +259,38 @@ def test_rows_that_measure_nothing_are_refused(row: dict, said: str, table: Sens
     )
     with pytest.raises(PlanError, match=said):
         read_sensitivity(path)
+
+
+def test_units_that_few_or_no_groups_fit(random_model: Callable[..., Path], calib: Path, tmp_path: Path) -> None:
+    """One KV head of 12 rows packs in 8 bits alone; no group divides 100 columns, which are read per channel."""
+    model = random_model(num_attention_heads=16, num_key_value_heads=1, head_dim=12, intermediate_size=100)
+    path = tmp_path / "s.json"
+    made = run("sensitivity", model, "-o", path, "--calibration", calib, "--sequence-length", 64, "-n", 4)
+    assert made.exit_code == 0, made.stderr
+    assert re.search(r"qkv 8-bit g64 .* o g64 .*down per channel", made.stdout)
+    kl = read_sensitivity(path).kl
+    qkv, down = kl[0, "qkv"], kl[0, "down"]
+    assert list(qkv) == [Scheme(8, 64), Scheme(8, 32)] and list(down) == [Scheme(4, -1)]
+    assert 0 < qkv[Scheme(8, 32)] < qkv[Scheme(8, 64)] < 0.1 * down[Scheme(4, -1)]
+    dry = run("quantize", model, "--bpw", "9", "--sensitivity", path, "--dry-run", "--json")
+    assert dry.exit_code == 0, dry.stderr
+    chosen = [{name: row[name] for name in ("qkv", "down")} for row in json.loads(dry.stdout)["recipe"]["layers"]]
+    assert all(row["down"] == "16-bit" and row["qkv"] in ("8-bit g64", "8-bit g32", "16-bit") for row in chosen)
+
+
+def test_states_that_were_cut_short(tmp_path: Path, tiny: Path) -> None:
+    states = _States(tmp_path, open_source(tiny).spec)
+    states.write("probe", 0, torch.ones(2, 3, 128))
+    with open(tmp_path / "probe-0", "r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(JobError, match=r"probe-0: 1000 bytes from 0 on, wanted 1536$"):
+        states.read("probe", 0)
+
+
+@pytest.mark.parametrize("command", ["quantize", "sensitivity"])
+def test_negative_seeds(command: str, tiny: Path, tmp_path: Path) -> None:
+    refused = run(command, tiny, "-o", tmp_path / "x", "--seed", -2)
+    assert refused.exit_code == 2 and "Invalid value for '--seed'" in refused.stderr
 
 
 def test_no_disk_for_the_passes(tiny: Path, calib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,8 +89,8 @@ class LayerProgress:
             self.bar.update(self.task, completed=layer + 1, description="evaluating")
 
 
-def drift_table(drift: DriftReport) -> Table:
-    """The drift report as a table of one figure a row."""
+def drift_table(drift: DriftReport, reference: str = "16-bit") -> Table:
+    """The drift report as a table of one figure a row; `reference` says what it was measured against."""
     size = f"{drift.windows} x {drift.window_tokens} tokens, {drift.compute_dtype}"
     table = Table(title=f"drift on {escape(drift.text)} ({size})")
     table.add_column("figure")
@@ -100,7 +100,8 @@ def drift_table(drift: DriftReport) -> Table:
     table.add_row("mean KL (nats/token)", f"{kl.mean:.5f}", f"{kl.low:.5f} to {kl.high:.5f}")
     table.add_row("median KL, 99th percentile", f"{drift.kl_median:.5f}, {drift.kl_p99:.4f}", "")
     table.add_row("top-1 agreement", f"{100 * top.mean:.2f} %", f"{100 * top.low:.2f} to {100 * top.high:.2f} %")
-    table.add_row("perplexity, 16-bit", f"{drift.reference_perplexity:.3f}", f"SE {drift.reference_perplexity_se:.3f}")
+    ref_ppl, ref_se = drift.reference_perplexity, drift.reference_perplexity_se
+    table.add_row(f"perplexity, {reference}", f"{ref_ppl:.3f}", f"SE {ref_se:.3f}")
     table.add_row("perplexity, quantized", f"{drift.perplexity:.3f}", f"SE {drift.perplexity_se:.3f}")
     table.add_row("perplexity increase (paired)", f"{ppl.mean:+.2f} %", f"{ppl.low:+.2f} to {ppl.high:+.2f} %")
     table.add_row("noise floor (KL)", f"{drift.noise_floor_kl:.2g}", "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 import typer
@@ -13,7 +14,7 @@ from qwenq.errors import PlanError
 
 def evaluate(
     model: Model,
-    reference: Annotated[str, typer.Option(help="The 16-bit checkpoint: a directory or a hub name.")],
+    reference: Annotated[str, typer.Option(help="The 16-bit checkpoint, or another one: a directory or a hub name.")],
     text: Annotated[
         str, typer.Option(help="Held-out text: a set's name, or a .txt, .jsonl, .parquet or .npy file.")
     ] = "heldout",
@@ -55,7 +56,7 @@ def evaluate(
     if json:
         print_json(drift.to_json())
     else:
-        out.print(drift_table(drift))
+        out.print(drift_table(drift, f"reference in {base.recipe.label}" if base.quantized else "16-bit"))
     check_limits(drift, max_kl, increase)
 
 
@@ -63,6 +64,9 @@ def _percent(text: str | None) -> float | None:
     if text is None:
         return None
     try:
-        return float(text.strip().removesuffix("%"))
+        percent = float(text.strip().removesuffix("%"))
     except ValueError:
-        raise PlanError(f"--max-ppl-increase {text}: not a percentage", hint="for instance 2%") from None
+        percent = math.nan
+    if math.isnan(percent):
+        raise PlanError(f"--max-ppl-increase {text}: not a percentage", hint="for instance 2%")
+    return percent

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from qwenq.cli.console import LayerProgress, drift_table, err, out, print_json, warn
+from qwenq.cli.dryrun import DEFAULT_EVALUATION_WINDOWS, Asked, dry_run_of
 from qwenq.cli.format import Asymmetric, Format, pick_method
 from qwenq.cli.models import (
     CalibrationDtype,
@@ -35,19 +36,15 @@ from qwenq.cli.recipe import (
     TargetSize,
     Wanted,
     prediction_line,
-    recipe_json,
     recipe_table,
 )
 from qwenq.cli.sensitivity import measure
 from qwenq.errors import PlanError
 from qwenq.planning.sensitivity import SENSITIVITY_NAME, encode_sensitivity
-from qwenq.preflight import PULL_SHARE, default_pull
+from qwenq.preflight import DEFAULT_WINDOWS, PULL_SHARE, default_pull
 from qwenq.scheme import Recipe
+from qwenq.spec import FLOATS
 from qwenq.units import format_gb, format_seconds
-
-DEFAULT_WINDOWS = 128  # at most, when --num-samples is not given
-DEFAULT_EVALUATION_WINDOWS = 20
-_STORED = {"float16": "F16", "bfloat16": "BF16"}
 
 
 def quantize(
@@ -75,7 +72,7 @@ def quantize(
         int | None, typer.Option("--num-samples", "-n", min=1, help="Calibration windows. Default: all, at most 128.")
     ] = None,
     sequence_length: Annotated[int, typer.Option("--sequence-length", min=2, help="Tokens a window.")] = 512,
-    seed: Annotated[int, typer.Option(help="Decides which calibration windows are drawn.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Decides which calibration windows are drawn.")] = 0,
     eval_text: Annotated[str, typer.Option(help="Held-out text for the drift: a set's name or a file.")] = "heldout",
     eval_samples: Annotated[int | None, typer.Option(min=1, help="Held-out windows. Default: all, at most 20.")] = None,
     method: Annotated[
@@ -139,22 +136,14 @@ def quantize(
     )  # fmt: skip
     wanted.check(dry_run)
     if dry_run:
-        _dry_run(
-            model,
+        dry_run_of(
+            Asked(
+                model, output, calibration, num_samples, sequence_length, seed, eval_text, eval_samples, method, pull,
+                pull_share, device, dtype, compute_dtype, calibration_dtype,
+            ),
             wanted,
-            output,
-            num_samples,
-            sequence_length,
-            eval_samples,
-            device,
-            dtype,
-            compute_dtype,
-            calibration_dtype,
-            method,
-            pull,
-            pull_share,
             json,
-        )
+        )  # fmt: skip
         return
     if output == Path():
         raise PlanError("no output directory", hint="give one with -o DIR")
@@ -174,7 +163,7 @@ def quantize(
     source = open_source(resolve_model(model))
     if pad_for_tp is not None:
         source = source.padded(wanted.widened(source.spec).intermediate_size)
-    stored = source.dtype_of if dtype == "auto" else lambda name: _STORED[dtype]
+    stored = source.dtype_of if dtype == "auto" else lambda name: FLOATS[dtype]
     table = wanted.table(source.spec, fingerprint(source.directory), partial_directory(output) if resume else None)
     if table is None and wanted.budgeted and method == "rtn":
         raise PlanError("--method rtn measures no sensitivities", hint="give them with --sensitivity FILE")
@@ -279,88 +268,3 @@ def quantize(
         soft_wrap=True,
         markup=False,
     )
-
-
-def _dry_run(
-    model: str,
-    wanted: Wanted,
-    output: Path,
-    num_samples: int | None,
-    sequence_length: int,
-    eval_samples: int | None,
-    device: str,
-    dtype: str,
-    compute_dtype: str,
-    calibration_dtype: str,
-    method: str,
-    pull: float | None,
-    pull_share: float,
-    json: bool,
-) -> None:
-    from qwenq.cli.models import device_names, stored_dtypes
-    from qwenq.fingerprint import fingerprint
-    from qwenq.planning.detect import sees_gpu
-    from qwenq.preflight import Tokens, preflight
-
-    source_spec, source_dtype_of = stored_dtypes(model)
-    spec = wanted.widened(source_spec)
-    dtype_of = source_dtype_of if dtype == "auto" else lambda name: _STORED[dtype]
-    chosen = None
-    if wanted.mixed:
-        identity = fingerprint(Path(model)) if Path(model).is_dir() else ""
-        chosen = wanted.choose(spec, wanted.table(spec, identity), dtype_of)
-    recipe = chosen.recipe if chosen else wanted.uniform()
-    calibrated = (num_samples or DEFAULT_WINDOWS) if method == "gptq" else 0
-    if pull is None:
-        pull = default_pull(recipe, spec, calibrated * sequence_length)
-    on_gpu = sees_gpu() if device == "auto" else device_names(device) != ["cpu"]
-    place = "cuda" if on_gpu else "cpu"
-    check = preflight(
-        spec,
-        recipe,
-        Tokens(
-            calibrated,
-            eval_samples or DEFAULT_EVALUATION_WINDOWS,
-            sequence_length,
-            2 if pick_calibration_dtype(calibration_dtype, place) == "bfloat16" else 4,
-            pull_share if pull else 0.0,
-        ),
-        compute_bytes=2 if pick_compute_dtype(compute_dtype, place) == "bfloat16" else 4,
-        on_gpu=on_gpu,
-        out=output if output != Path() else Path.cwd() / "out",
-        dtype_of=dtype_of,
-        source_dtype_of=source_dtype_of,
-        source_spec=source_spec,
-    )
-    if chosen and wanted.save_recipe is not None:
-        from qwenq.planning.recipefile import save_recipe
-
-        save_recipe(wanted.save_recipe, spec, chosen)
-    if json:
-        print_json(check.to_json() | {"device": place} | ({"recipe": recipe_json(chosen)} if chosen else {}))
-        return
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=f"dry run: {escape(check.model)} to {check.scheme} ({check.format})")
-    table.add_column("what")
-    table.add_column("", justify="right")
-    for unit, label in check.units.items():
-        table.add_row(f"{unit}: {label}", format_gb(check.unit_bytes[unit]))
-    table.add_row("all tensors", f"{format_gb(check.tensor_bytes)} ({check.tensor_bytes} bytes)")
-    table.add_row("files", f"{format_gb(check.file_bytes)} ({check.file_bytes} bytes)")
-    table.add_row("source tensors", format_gb(check.source_tensor_bytes))
-    table.add_row("bits per linear weight", f"{check.bits_per_linear_weight:.3f}")
-    table.add_row("peak memory, predicted", f"{format_gb(check.peak_ram_bytes)} (on {'GPU' if on_gpu else 'CPU'})")
-    if check.peak_vram_bytes:
-        table.add_row("peak GPU memory, predicted", format_gb(check.peak_vram_bytes))
-    table.add_row("disk needed (hidden states included)", format_gb(check.disk_needed_bytes))
-    table.add_row("disk free", format_gb(check.disk_free_bytes or 0))
-    for ranks, reason in check.tensor_parallel.items():
-        table.add_row(f"tensor parallel {ranks}", reason or "yes")
-    out.print(table)
-    if chosen:
-        out.print(recipe_table(spec, chosen))
-        out.print(prediction_line(chosen), soft_wrap=True)
-    if output != Path():  # without an output directory only the sizes were asked for
-        check.check_disk(output)

@@ -12,13 +12,13 @@ from qwenq.cli.console import LayerProgress, out, print_json
 from qwenq.cli.models import ComputeDtype, JsonFlag, Model, OneDevice, pick_compute_dtype
 from qwenq.errors import JobError
 from qwenq.planning.sensitivity import Sensitivity, encode_sensitivity
+from qwenq.preflight import DEFAULT_WINDOWS
+from qwenq.scheme import label_of
 from qwenq.spec import UNITS
 
 if TYPE_CHECKING:
     from qwenq.checkpoint import Checkpoint
     from qwenq.tokens import TokenWindows
-
-CALIBRATION_WINDOWS = 128  # at most; a part of them is used
 
 
 def sensitivity(
@@ -31,7 +31,7 @@ def sensitivity(
         int | None, typer.Option("--num-samples", "-n", min=2, help="Calibration windows. Default: all, at most 128.")
     ] = None,
     sequence_length: Annotated[int, typer.Option("--sequence-length", min=2, help="Tokens a window.")] = 512,
-    seed: Annotated[int, typer.Option(help="Decides windows and sampled labels.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Decides windows and sampled labels.")] = 0,
     asymmetric: Annotated[
         bool, typer.Option("--asymmetric", help="4 bits with zero points too, which compressed-tensors carries.")
     ] = False,
@@ -56,7 +56,7 @@ def sensitivity(
     source = open_source(resolve_model(model))
     windows = load_windows(
         calibration, ModelTokenizer(source.directory), source.spec, length=sequence_length, count=num_samples,
-        seed=seed, up_to=CALIBRATION_WINDOWS,
+        seed=seed, up_to=DEFAULT_WINDOWS,
     )  # fmt: skip
     picked = pick_device(device, several=False)
     with LayerProgress(source.spec.num_hidden_layers, quiet=json) as progress:
@@ -103,12 +103,12 @@ def check_output(path: Path) -> None:
 
 
 def sensitivity_table(found: Sensitivity) -> Table:
-    """KL of each unit at its coarsest 4-bit scheme, layer by layer."""
+    """KL of each unit at its coarsest 4-bit scheme, or its first where it has none, layer by layer."""
     table = Table(title=f"KL (millinats a token) of one unit alone at 4 bits, {found.model}")
     table.add_column("layer", justify="right")
     for unit in UNITS:
-        first = next(scheme for scheme in found.kl[0, unit] if scheme is not None)
-        table.add_column(f"{unit} g{first.group_size}", justify="right")
+        first = next(iter(found.kl[0, unit]))
+        table.add_column(f"{unit} {label_of(first).removeprefix('4-bit ')}", justify="right")
     layers = sorted({layer for layer, _ in found.kl})
     for layer in layers:
         cells = (next(iter(found.kl[layer, unit].values())) for unit in UNITS)

@@ -26,13 +26,15 @@ from qwenq.quant.grid import absmax_grid, float16_scale, round_to_grid, search_g
 from qwenq.scheme import Scheme
 
 DAMP_PERCENT = 0.02  # of the mean of the Hessian's diagonal, as a fraction: the field's name for it
-DAMP_TRIES = 4  # each ten times the last
+DAMP_TRIES = 4  # each ten times the last, and from the second on at least ten times LEAST_DAMP
+LEAST_DAMP = 1e-4
 FACTOR_BLOCK = 1024
 SPAN = 128  # columns whose corrections from all earlier columns are fetched in one product
 LEAF = 16  # columns corrected one by one
 SWEEPS = 2  # of coordinate descent
 STAT_ROWS = 1024  # rows of a weight from which its output error is estimated, evenly spaced
 ROWS_AT_ONCE = 4096  # on a CPU: what a core's cache holds
+_OVERFLOWED = "activations overflowed: compute in bfloat16 or float32"
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Shortfall:
     """What outputs of the unrounded weights are short of: sums of x r' over tokens, float32 [in, out]."""
 
     whole_IO: Tensor
-    half_IO: Tensor  # over the first half of the tokens alone
+    half_IO: Tensor  # over the first half of the tokens alone, as many as in the other half
 
     def rows(self, low: int, high: int, device: torch.device) -> Shortfall:
         """That of outputs low to high."""
@@ -341,7 +343,7 @@ def _factor(h_II: Tensor, diagonal_I: Tensor, damp_percent: float) -> tuple[floa
     if mean <= 0:
         return tried, "no calibration input reached it: rounded to nearest"
     for attempt in range(DAMP_TRIES):
-        tried = damp_percent * 10**attempt
+        tried = max(damp_percent, LEAST_DAMP if attempt else 0.0) * 10**attempt
         if factor_lower(h_II, tried * mean):
             return tried, ""
         h_II.diagonal().copy_(diagonal_I)
@@ -360,7 +362,9 @@ def _quadratic(x_IO: Tensor, h_II: Tensor, diagonal_I: Tensor) -> float:
     return total
 
 
-def _check_finite(weights: Mapping[str, Tensor], h_II: Tensor | None) -> None:
+def _check_finite(
+    weights: Mapping[str, Tensor], h_II: Tensor | None, shortfalls: Mapping[str, Shortfall] | None
+) -> None:
     for name, w_OI in weights.items():
         if not math.isfinite(float(w_OI.abs().max())):
             bad = int((~w_OI.isfinite()).sum())
@@ -372,9 +376,13 @@ def _check_finite(weights: Mapping[str, Tensor], h_II: Tensor | None) -> None:
         for start in range(0, h_II.shape[0], FACTOR_BLOCK):
             if not math.isfinite(float(h_II[start : start + FACTOR_BLOCK, start:].abs().max())):
                 raise QwenqError(
-                    f"{', '.join(weights)}: the Hessian of their inputs is not finite",
-                    hint="activations overflowed: compute in bfloat16 or float32",
+                    f"{', '.join(weights)}: the Hessian of their inputs is not finite", hint=_OVERFLOWED
                 )
+    for name, shortfall in (shortfalls or {}).items():
+        for sums_IO in (shortfall.whole_IO, shortfall.half_IO):
+            for part_KO in sums_IO.split(FACTOR_BLOCK):
+                if not math.isfinite(float(part_KO.abs().max())):
+                    raise QwenqError(f"{name}: what its outputs are short of is not finite", hint=_OVERFLOWED)
 
 
 def solve_unit(
@@ -392,11 +400,12 @@ def solve_unit(
 
     `h_II` (float32 [in, in]) is the sum of x x' over calibration tokens, not normalised; its upper triangle is read
     and **it is overwritten**. `damp_percent` is a fraction of the mean diagonal, raised tenfold while the factor does
-    not exist; after DAMP_TRIES weights are rounded to the nearest value of a searched grid and `fallback` says so.
+    not exist (0: from LEAST_DAMP on); after DAMP_TRIES weights are rounded to the nearest value of a searched grid and
+    `fallback` says so.
     `shortfalls` (by name, overwritten): sums over as many tokens of what outputs are short of. Weights are first moved
     by the share `pull` of what `_pulled` makes of them, and error figures count from there.
     `method` "rtn" rounds to nearest with absmax scales and takes the Hessian, if any, for the statistics alone.
-    Raises QwenqError, naming tensors, for non-finite or ill-fitting input.
+    Raises QwenqError, naming tensors, for non-finite or ill-fitting input, and for scales that overflowed from it.
     """
     columns = next(iter(weights.values())).shape[1]
     width = scheme.group_width(columns)
@@ -408,7 +417,7 @@ def solve_unit(
             )
     if method not in ("gptq", "rtn") or (h_II is None and method == "gptq"):
         raise QwenqError(f"{', '.join(weights)}: method {method!r} with{'out' if h_II is None else ''} a Hessian")
-    _check_finite(weights, h_II)
+    _check_finite(weights, h_II, shortfalls)
 
     device = next(iter(weights.values())).device
     sizes = [w_OI.shape[0] for w_OI in weights.values()]
@@ -457,6 +466,8 @@ def solve_unit(
             zeros_GO[:, part].T.to(torch.uint8).contiguous(),
             scheme,
         )
+        if not bool(tensor.scales_OG.isfinite().all()):
+            raise QwenqError(f"{name}: scales are not finite", hint="its weights or inputs are too large for float32")
         weight_error, weight_signal = (float(x_O[part].double().sum()) for x_O in (weight_error_O, weight_norm_O))
         out[name] = (tensor, SolveStats(error, signal, weight_error, weight_signal, tried, fallback))
     return out

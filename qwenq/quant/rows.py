@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -54,8 +54,20 @@ def solve_rows(
         )
         for k in range(count)
     ]
+    for device in devices[:count]:
+        _load_linalg(device)
     solved = side_by_side(calls)
     return {name: _joined([part[name] for part in solved], devices[0]) for name in weights}
+
+
+@cache
+def _load_linalg(device: torch.device) -> None:
+    """Have torch load a GPU's linear algebra, once a process: it fails when threads make it do so at the same time.
+
+    https://github.com/pytorch/pytorch/issues/90613
+    """
+    if device.type == "cuda":
+        torch.linalg.cholesky_ex(torch.ones(1, 1, device=device))
 
 
 def _joined(parts: Sequence[tuple[QTensor, SolveStats]], device: torch.device) -> tuple[QTensor, SolveStats]:

@@ -1,0 +1,133 @@
+"""What a dry run assumes of a job, against the job, and what it says this machine lacks."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from qwenq.cli.main import app
+from qwenq.preflight import SET_TOKENS, original_windows, sensitivity_bytes, total_memory
+from qwenq.spec import family_spec
+from tests.conftest import text_windows
+
+GB = 10**9
+
+
+def run(*words: object) -> Result:
+    return CliRunner(env={"COLUMNS": "160", "TERM": "dumb"}).invoke(app, [str(word) for word in words])
+
+
+def dry(*words: object) -> dict[str, Any]:
+    result = run("quantize", *words, "--dry-run", "--json")
+    assert result.exit_code == 0 and result.stderr == "", result.output
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+@pytest.fixture
+def texts(calib: Path, heldout: Path) -> list[object]:
+    return ["--calibration", calib, "--eval-text", heldout, "--sequence-length", 64, "--group-size", 32]
+
+
+@pytest.mark.parametrize("asked", [[], ["-n", 7, "--eval-samples", 3]])
+def test_windows_are_those_that_the_job_reads(
+    asked: list[object], tiny: Path, texts: list[object], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assumed = dry(tiny, *texts, *asked)["assumed"]
+    assert run("quantize", tiny, "-o", out, *texts, *asked).exit_code == 0
+    job = json.loads((out / "qwenq-manifest.json").read_text())["job"]
+    assert assumed["counted"] and assumed["window_tokens"] == 64
+    assert assumed["calibration_windows"] == job["calibration"]["windows"]
+    assert assumed["evaluation_windows"] == job["evaluation"]["windows"]
+    assert (assumed["calibration_dtype"], assumed["compute_dtype"]) == (job["calibration_dtype"], job["compute_dtype"])
+    assert (assumed["original_windows"] > 0) == (job["options"]["pull"] > 0)
+
+
+def test_more_windows_than_there_are(tiny: Path, texts: list[object], calib: Path) -> None:
+    there = len(text_windows(calib, tiny, 512).ids)
+    many = dry(tiny, *texts, "--sequence-length", 512, "-n", 500)
+    assert many["assumed"]["calibration_windows"] == there < 128
+    assert many["warnings"] == [f"--num-samples 500: {calib} has {there} windows of 512 tokens"]
+    all_there_are = dry(tiny, *texts, "--sequence-length", 512)
+    assert all_there_are["peak_ram_bytes"] == many["peak_ram_bytes"] and all_there_are["warnings"] == []
+    none = dry(tiny, *texts, "--method", "rtn", "-n", 500)
+    assert none["assumed"]["calibration_windows"] == 0 and none["warnings"] == []
+
+
+def test_windows_of_token_ids_have_their_own_length(tiny: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "ids.npy", np.ones((5, 48), dtype=np.int64))
+    assumed = dry(tiny, "--calibration", tmp_path / "ids.npy", "--group-size", 32, "--pull", 1)["assumed"]
+    assert (assumed["calibration_windows"], assumed["window_tokens"], assumed["original_windows"]) == (5, 48, 4)
+
+
+def test_without_a_tokenizer_the_builtin_set_is_as_long_as_it_is() -> None:
+    found = dry("Qwen2.5-72B")
+    assert found["assumed"]["calibration_windows"] == SET_TOKENS["builtin"] // 512 == 84
+    assert found["assumed"]["original_windows"] == 0, "43,000 tokens are too few to pull 29,568 columns by"
+    assert dry("Qwen2.5-72B", "--calibration", "c4")["assumed"]["calibration_windows"] == 128
+    about = dry("Qwen2.5-72B", "-n", 100, "--sequence-length", 2048)
+    assert about["warnings"] == ["--num-samples 100: builtin has about 21 windows of 2048 tokens"]
+    assert about["assumed"]["evaluation_windows"] == 6
+
+
+def test_what_it_assumes_in_words() -> None:
+    result = run("quantize", "Qwen2.5-7B", "--dry-run", "--device", "cuda:0", "-n", 64, "--pull", 1)
+    assert result.exit_code == 0, result.output
+    assert (
+        "assumed: about 64 calibration windows of 512 tokens of builtin in bfloat16; o and down pulled, by 64 of them; "
+        "20 evaluation windows in bfloat16; on cuda:0\n" in result.stdout
+    )
+    assert re.search(r"peak memory, predicted +│ +\d", result.stdout) and "(on GPU)" not in result.stdout
+    assert re.search(r"peak memory of a GPU, predicted +│ +\d", result.stdout)
+    assert re.search(r"and on top the source's download +│ +15\.23 GB", result.stdout)
+    on_cpu = run("quantize", "Qwen2.5-0.5B", "--group-size", 64, "--dry-run", "--device", "cpu", "--method", "rtn")
+    assert "assumed: 20 evaluation windows in float32; on cpu, up to 4 lanes\n" in on_cpu.stdout
+    assert "GPU" not in on_cpu.stdout
+
+
+def test_a_machine_too_small_is_warned_of(monkeypatch: pytest.MonkeyPatch, tiny: Path, texts: list[object]) -> None:
+    memory = total_memory()
+    assert memory is not None
+    meminfo = Path("/proc/meminfo").read_text().split()
+    assert memory == int(meminfo[meminfo.index("MemTotal:") + 1]) * 1024
+    monkeypatch.setattr("qwenq.cli.dryrun.total_memory", lambda: 8 * GB)
+    monkeypatch.setattr("qwenq.preflight.free_disk", lambda out: 5 * GB)
+    found = dry("Qwen2.5-72B", "--device", "cpu")
+    assert [re.sub(r"\d+\.\d\d", "N", line) for line in found["warnings"]] == [
+        "the predicted peak of memory is N GB, this machine has N GB",
+        "N GB of disk are needed, N GB are free here: choose another with -o",
+    ]
+    result = run("quantize", "Qwen2.5-72B", "--dry-run", "--device", "cpu")
+    assert result.exit_code == 0 and result.stderr.count("warning: ") == 2
+    assert dry(tiny, *texts)["warnings"] == [] and dry(tiny, *texts)["source_download_bytes"] == 0
+
+
+def test_a_budget_counts_the_measuring(tiny: Path, texts: list[object], tmp_path: Path) -> None:
+    options = ["--device", "cuda:0"]
+    found = dry("Qwen2.5-72B", "--bpw", "5", *options)
+    spec = family_spec("Qwen2.5-72B")
+    assert spec is not None
+    wanted = sensitivity_bytes(spec, 512, 2, on_gpu=True)
+    assert (found["sensitivity_ram_bytes"], found["sensitivity_vram_bytes"]) == wanted
+    assert 8 * GB < wanted[1] < 9 * GB, "as traced"
+    words = run("quantize", "Qwen2.5-72B", "--bpw", "5", *options, "--dry-run")
+    assert re.search(r"peak memory of a GPU, predicted, measuring sensitivities +│ +8\.40 GB", words.stdout)
+    assert "sensitivity_ram_bytes" not in dry("Qwen2.5-72B", *options)
+    table, budget = tmp_path / "s.json", [*texts[:6], "--bpw", "5"]
+    assert run("sensitivity", tiny, *texts[:2], *texts[4:6], "-n", 4, "-o", table).exit_code == 0
+    assert "sensitivity_ram_bytes" in dry(tiny, *budget)
+    assert "sensitivity_ram_bytes" not in dry(tiny, *budget, "--sensitivity", table)
+
+
+def test_all_windows_of_a_wide_model_are_pulled_by_but_an_odd_one() -> None:
+    spec = family_spec("Qwen2.5-7B")
+    assert spec is not None
+    assert original_windows(spec, 85, 512) == 84

@@ -1,0 +1,50 @@
+"""Solving for sensitivities on a GPU, without one: what the real code would allocate, over fake tensors.
+
+Rounding is left out: it takes time and little memory. The backward pass needs a GPU that is there.
+"""
+
+from __future__ import annotations
+
+from unittest.mock import patch
+
+import pytest
+import torch
+from fake_gpus import FakeGpus
+from test_quantize_cuda import layer, of
+from torch import Tensor
+
+from qwenq.planning.sensitivity import schemes_for
+from qwenq.preflight import errors_bytes
+from qwenq.quant import gptq
+from qwenq.runtime.synthetic import synthetic_config
+from qwenq.scheme import Scheme
+from qwenq.sensitivity import _errors
+from qwenq.spec import UNITS
+from qwenq.stream import Network
+
+
+def rounded(e_IO: Tensor, h_II: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
+    groups = scheme.groups(len(e_IO))
+    scales_GO, zeros_GO = (e_IO.new_empty(groups, e_IO.shape[1]) for _ in range(2))
+    return torch.empty_like(e_IO, dtype=torch.uint8), scales_GO, zeros_GO
+
+
+@pytest.mark.parametrize("name", ["Qwen2.5-0.5B", "Qwen2.5-72B"])
+def test_a_layer_is_solved_in_what_the_dry_run_says(name: str) -> None:
+    spec = of(name)
+    with patch.object(gptq, "_solve_gptq", rounded), FakeGpus(["H200"]) as fake, torch.no_grad():
+        network = Network(synthetic_config(spec), spec, dtype=torch.bfloat16, device="cuda:0")
+        network.fill(layer(spec)[0])
+        gpu = fake.allocators[0]
+        before = gpu.allocated
+        h_NTH = torch.empty(16, 512, spec.hidden_size, dtype=torch.bfloat16)
+        errors, _ = _errors(network, spec, h_NTH, 0.02, False)
+        held = gpu.allocated - before
+    assert {unit: len(by_scheme) for unit, by_scheme in errors.items()} == {
+        unit: sum(scheme.bits == 4 for scheme in schemes_for(spec, unit)) for unit in UNITS
+    }
+    kinds = {(e.device.type, e.dtype) for rows in errors.values() for row in rows.values() for e in row.values()}
+    assert kinds == {("cpu", torch.bfloat16)}
+    assert held < 20 << 20, "cuBLAS' workspace and position embeddings stay; no Hessian and no error does"
+    predicted = errors_bytes(spec, 512, 2)
+    assert 0.85 < gpu.allocated_peak / predicted < 1.01
