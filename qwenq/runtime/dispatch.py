@@ -2,8 +2,8 @@
 
 - Layers on another GPU than the embedding have their inputs brought there. Blocks that find their inputs in place get
   no hook: one on every module, as `dispatch_model` sets, costs 0.5 ms a layer and token (reports/LOG.md).
-- Layers in host memory are copied to the GPU whole, when their turn comes, from page-locked memory where that can be
-  had, and let go of afterwards. The same blocks of the allocator serve one layer after the other.
+- Layers in host memory are copied to the GPU whole, when their turn comes, and let go of afterwards. The same blocks of
+  the allocator serve one layer after the other.
 - With layers on disk everything goes through `dispatch_model`, which reads them.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,17 +81,14 @@ class HostMemoryHook(ModelHook):
         self.kept: list[tuple[nn.Module, str, nn.Parameter]] = []
 
     def init_hook(self, module: nn.Module) -> nn.Module:
-        """Remember the weights, and have their pages locked so that copies need no detour."""
+        """Remember the weights."""
         self.kept = [(m, name, p) for m in module.modules() for name, p in m.named_parameters(recurse=False)]
-        for _, _, parameter in self.kept:
-            _lock_pages(parameter)
         return module
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Copy weights and inputs to the device; on its own stream, so the kernels that follow find them there."""
+        """Copy weights and inputs to the device."""
         for owner, name, parameter in self.kept:
-            there = parameter.detach().to(self.device, non_blocking=True)
-            owner.register_parameter(name, nn.Parameter(there, requires_grad=False))
+            owner.register_parameter(name, nn.Parameter(parameter.detach().to(self.device), requires_grad=False))
         return send_to_device(args, self.device), send_to_device(kwargs, self.device, skip_keys=[CACHE])
 
     def post_forward(self, module: nn.Module, output: Any) -> Any:
@@ -100,15 +96,6 @@ class HostMemoryHook(ModelHook):
         for owner, name, parameter in self.kept:
             owner.register_parameter(name, parameter)
         return output
-
-
-def _lock_pages(tensor: torch.Tensor) -> None:
-    """Page-lock a tensor in place; where the system refuses, copies are slower and nothing else changes.
-
-    torch's own `pin_memory` would copy it into a buffer of the next power of two.
-    """
-    with suppress(RuntimeError, AssertionError):  # no CUDA build, or too much locked already
-        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)))
 
 
 def _dispatch_with_disk(
