@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qwenq.errors import JobError
+from qwenq.errors import JobError, PlanError
 from qwenq.headers import encode_header
 from qwenq.planning.tensor_parallel import row_groups, tensor_parallel_sizes
 from qwenq.scheme import GROUP_SIZES, Recipe
@@ -84,6 +84,22 @@ def default_pull(recipe: Recipe, spec: ModelSpec, tokens: int) -> float:
         return 0.0
     schemes = (recipe.default, *(scheme for _, scheme in recipe.overrides))
     return 1.0 if any(scheme is not None and scheme.bits == 4 for scheme in schemes) else 0.0
+
+
+def chosen_pull(
+    asked: float | None, recipe: Recipe, spec: ModelSpec, *, windows: int, length: int, share: float
+) -> float:
+    """How far o and down are pulled: as asked, else by default; 0 where nothing is there to be compared in halves.
+
+    PlanError where a pull is asked for and one window is all there is.
+    """
+    if windows == 0 or share == 0:
+        return 0.0
+    if windows < 2:
+        if asked:
+            raise PlanError(f"--pull {asked:g}: one window of calibration has no two halves", hint="more text")
+        return 0.0
+    return default_pull(recipe, spec, windows * length) if asked is None else asked
 
 
 def original_windows(spec: ModelSpec, windows: int, length: int, share: float = PULL_SHARE) -> int:

@@ -131,3 +131,24 @@ def test_all_windows_of_a_wide_model_are_pulled_by_but_an_odd_one() -> None:
     spec = family_spec("Qwen2.5-7B")
     assert spec is not None
     assert original_windows(spec, 85, 512) == 84
+
+
+def test_what_a_job_would_refuse_a_dry_run_refuses(tiny: Path, texts: list[object]) -> None:
+    rtn = run("quantize", tiny, *texts[:-2], "--method", "rtn", "--bpw", "5.5", "--dry-run")
+    assert rtn.exit_code == 1 and "--method rtn measures no sensitivities" in rtn.stderr
+    one = run("quantize", tiny, "--bits", 4, *texts, "-n", 1, "--pull", "1", "--dry-run")
+    assert one.exit_code == 1 and "one window of calibration has no two halves" in one.stderr
+    assumed = dry(tiny, "--bits", 4, *texts, "-n", 1)["assumed"]
+    assert assumed["calibration_windows"] == 1 and assumed["original_windows"] == 0
+
+
+def test_a_quantized_hub_model_is_refused_by_its_config(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = {
+        "model_type": "qwen2", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 64,
+        "quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"},
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("qwenq.hub.fetch_config", lambda name: tmp_path)
+    result = run("quantize", "someone/else-AWQ", "--bits", 4, "--dry-run")
+    assert result.exit_code == 1 and result.stderr.startswith("error: someone/else-AWQ: already quantized")

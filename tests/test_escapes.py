@@ -86,6 +86,20 @@ def test_the_command_fits(rig: str, context: int, part: float, first: str) -> No
         vllm_words(plan, "CHECKPOINT")
 
 
+@pytest.mark.parametrize(
+    ("kv_dtype", "part", "last"),
+    [
+        ("fp8", 0.8, "--gpu-memory-utilization 0.926 and --max-model-len 20368"),
+        ("fp8", 0.9, "--gpu-memory-utilization 0.926 and --max-model-len 20368"),
+        ("auto", 0.98, "--kv-cache-dtype fp8 and --max-model-len 20368"),
+    ],
+)
+def test_what_is_at_its_limit_keeps_no_other_change_from_being_tried(kv_dtype: str, part: float, last: str) -> None:
+    plan = planned("2x RTX 3090", Workload(32768, kv_dtype=kv_dtype, gpu_memory_utilization=part))
+    assert plan.instead[-1].startswith(last), plan.instead
+    assert obeys(plan)
+
+
 def test_nothing_fits() -> None:
     plan = planned("RTX 3090", Workload(8192))
     assert plan.escapes == () and plan.instead == ()

@@ -135,6 +135,11 @@ BAD = [
         "hint: use --bits",
     ),
     (
+        ["plan", "Qwen2.5-7B", "--gpu", "3090", "--group-size", "64", "--engine", "llama.cpp"],
+        "error: --group-size is for what quantize writes, llama.cpp reads GGUF",
+        "hint: use --bits",
+    ),
+    (
         ["plan", "Qwen2.5-72B", "--gpu", "3090", "--pad-for-tp", "3"],
         "error: --pad-for-tp 3: 64 heads are not divisible by 3",
         "hint: padding the FFN cannot",
@@ -174,7 +179,8 @@ BAD = [
 USAGE = (  # wrong whatever the model
     "error: not a ", "error: unknown GPU", "error: bits is 3", "error: unknown engine", "error: qwenq has no 'int3'",
     "error: batch size is", "error: --json and --csv", "error: --bits and", "error: --group-size and",
-    "error: --target-size and", "error: --recipe is for", "error: give one of", "error: one context",
+    "error: --target-size and", "error: --recipe is for", "error: --group-size is for", "error: give one of",
+    "error: one context",
 )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from qwenq.preflight import (
     SET_TOKENS,
     Preflight,
     Tokens,
-    default_pull,
+    chosen_pull,
     preflight,
     sensitivity_bytes,
     total_memory,
@@ -92,10 +92,11 @@ def dry_run_of(asked: Asked, wanted: Wanted, json: bool) -> None:
     dtype_of = source_dtype_of if asked.dtype == "auto" else lambda name: FLOATS[asked.dtype]
     local = Path(asked.model).is_dir()
     table = wanted.table(spec, fingerprint(Path(asked.model)) if local else "") if wanted.mixed else None
+    wanted.check_method(asked.method, table)
     chosen = wanted.choose(spec, table, dtype_of) if wanted.mixed else None
     recipe = chosen.recipe if chosen else wanted.uniform()
     windows, held_out, length, counted, warnings = _windows(asked, source_spec)
-    pull = default_pull(recipe, spec, windows * length) if asked.pull is None else asked.pull
+    pull = chosen_pull(asked.pull, recipe, spec, windows=windows, length=length, share=asked.pull_share)
     on_gpu = sees_gpu() if asked.device == "auto" else device_names(asked.device) != ["cpu"]
     place = "cuda" if on_gpu else "cpu"
     calibration_dtype = pick_calibration_dtype(asked.calibration_dtype, place)

@@ -12,7 +12,7 @@ import typer
 
 from qwenq.errors import PlanError, UsageError
 from qwenq.headers import shown
-from qwenq.spec import ModelSpec, family_spec, spec_from_config
+from qwenq.spec import ModelSpec, family_spec
 
 if TYPE_CHECKING:
     from qwenq.planning.asking import Question
@@ -96,14 +96,13 @@ def stored_dtypes(model: str) -> tuple[ModelSpec, Callable[[str], str]]:
     if spec is not None:
         warn_of_shipped(model)
         return spec, lambda name: "BF16"
-    from qwenq.hub import fetch_config, fetch_headers, is_hub_name
+    from qwenq.hub import is_hub_name
 
     if not Path(model).is_dir() and is_hub_name(model):
-        from qwenq.headers import read_object
+        from qwenq.planning.models import load_model, source_dtypes
 
-        spec = spec_from_config(read_object(fetch_config(model) / "config.json"), where=model, name=model)
-        headers = fetch_headers(model)
-        return spec, lambda name: headers[name].spec.dtype
+        found = load_model(model)
+        return found.spec, source_dtypes(found)
     from qwenq.checkpoint import open_source
 
     hint = "for sizes alone a family name works: qwenq quantize Qwen2.5-72B --bits 4 --dry-run"

@@ -41,7 +41,7 @@ from qwenq.cli.recipe import (
 from qwenq.cli.sensitivity import measure
 from qwenq.errors import PlanError
 from qwenq.planning.sensitivity import SENSITIVITY_NAME, encode_sensitivity
-from qwenq.preflight import DEFAULT_WINDOWS, PULL_SHARE, default_pull
+from qwenq.preflight import DEFAULT_WINDOWS, PULL_SHARE, chosen_pull
 from qwenq.scheme import Recipe
 from qwenq.spec import FLOATS
 from qwenq.units import format_gb, format_seconds
@@ -165,8 +165,7 @@ def quantize(
         source = source.padded(wanted.widened(source.spec).intermediate_size)
     stored = source.dtype_of if dtype == "auto" else lambda name: FLOATS[dtype]
     table = wanted.table(source.spec, fingerprint(source.directory), partial_directory(output) if resume else None)
-    if table is None and wanted.budgeted and method == "rtn":
-        raise PlanError("--method rtn measures no sensitivities", hint="give them with --sensitivity FILE")
+    wanted.check_method(method, table)
     chosen = wanted.choose(source.spec, table, stored) if wanted.mixed else None  # a prior's, until there is a table
     recipe = chosen.recipe if chosen else wanted.uniform()
     recipe.check(source.spec)
@@ -174,13 +173,8 @@ def quantize(
     picked = pick_device(device)
 
     def pulled(recipe: Recipe) -> float:
-        if windows is None or pull_share == 0:
-            return 0.0
-        if len(windows.ids) < 2:
-            if pull:
-                raise PlanError(f"--pull {pull:g}: one window of calibration has no two halves", hint="more text")
-            return 0.0
-        return default_pull(recipe, source.spec, windows.ids.numel()) if pull is None else pull
+        count, length = windows.ids.shape if windows else (0, 0)
+        return chosen_pull(pull, recipe, source.spec, windows=count, length=length, share=pull_share)
 
     windows = None
     if method == "gptq":  # rounding to nearest reads no calibration text

@@ -70,6 +70,11 @@ class Wanted:
     asymmetric: bool | None = None
     pad_for_tp: int | None = None
 
+    def check_method(self, method: str, table: object) -> None:
+        """PlanError where a budget needs measured sensitivities, `table` has none and `method` measures none."""
+        if table is None and self.budgeted and method == "rtn":
+            raise PlanError("--method rtn measures no sensitivities", hint="give them with --sensitivity FILE")
+
     def check(self, dry_run: bool) -> None:
         """Usage errors (exit code 2) for options that contradict each other; PlanError for what means nothing."""
         ways = {

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -96,6 +97,9 @@ def serve(
     print(lines[0], file=sys.stderr, flush=True)
     environment = os.environ | ({"VLLM_API_KEY": api_key} if api_key else {})
     words = shlex.split(lines[0])
+    if "=" in words[0]:  # as a shell would take it
+        variable, _, value = words.pop(0).partition("=")
+        environment[variable] = value
     os.execvpe(words[0], words, environment)
 
 
@@ -104,9 +108,9 @@ def vllm_commands(
 ) -> list[str]:
     """`vllm serve ...` with the plan's flags; for several hosts Ray's commands before it. HonestNo if nothing fits."""
     from qwenq.planning.detect import detect_rig
-    from qwenq.planning.flags import ray_commands, vllm_words
+    from qwenq.planning.flags import pci_order, ray_commands, vllm_words
     from qwenq.planning.plan import make_plan
-    from qwenq.planning.rig import Rig, parse_rig
+    from qwenq.planning.rig import parse_rig
 
     try:
         one = parse_rig(gpu) if gpu else detect_rig()
@@ -118,13 +122,13 @@ def vllm_commands(
             hint='name the rig with --gpu "2x RTX 3090", or take --engine qwenq',
         ) from None
     count = max(1, len(hosts))
-    rig = Rig(one.gpus * count, one.free_bytes * count)
+    rig = replace(one, gpus=one.gpus * count, free_bytes=one.free_bytes * count)
     asked = stored_question(model, "vllm", kv_cache_dtype=options.kv_dtype, rig=rig).resolve()
     work = asked.at(options.max_model_len or min(4096, asked.spec.max_position_embeddings))
     plan = make_plan(asked.spec, asked.weights, rig, asked.engine, work)
     words = vllm_words(plan, model, hosts=count)
     words += ["--served-model-name", name, "--host", host, "--port", str(port)]
-    return ray_commands(words, hosts) if count > 1 else [shlex.join(words)]
+    return ray_commands(words, hosts) if count > 1 else [pci_order(plan) + shlex.join(words)]
 
 
 def _has_gpu() -> bool:

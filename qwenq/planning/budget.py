@@ -143,11 +143,6 @@ def recipe_of(spec: ModelSpec, choice: Choice, format: str = "gptq") -> Recipe:
     )
 
 
-def choice_of(spec: ModelSpec, recipe: Recipe) -> dict[Unit, Scheme | None]:
-    """What each unit gets: the scheme of its first linear, which the others share."""
-    return {unit: recipe.scheme_of(members_of(spec, unit)[0]) for unit in units_of(spec)}
-
-
 def file_bytes(spec: ModelSpec, recipe: Recipe, dtype_of: DtypeOf) -> int:
     """Bytes of all shard files, headers included."""
     return sum(shard_file_bytes(tensors) for tensors in output_files(spec, recipe, dtype_of).values())

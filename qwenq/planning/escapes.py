@@ -58,6 +58,12 @@ class _Asked:
         found = parallel_options(self.spec, self.weights, self.engine, work, self.rig)
         return [option for option in found if not self.ranks or option.tensor == self.ranks]
 
+    def has(self, change: Change) -> bool:
+        """Whether that is so already."""
+        if change == "kv cache":
+            return self.work.kv_dtype == "fp8"
+        return change == "utilization" and round(100 * self.work.gpu_memory_utilization) >= MOST_UTILIZATION
+
     def fitting(self, work: Workload) -> ParallelOption | None:
         found = best_option(self.options(work))
         return found if found and found.works else None
@@ -108,9 +114,13 @@ def _minimal(asked: _Asked) -> Iterator[Escape]:
 
 
 def _shorter(asked: _Asked, sets: Sequence[tuple[Change, ...]]) -> Iterator[Escape]:
-    """The longest context with each of these sets of changes, where it is longer than with those before."""
+    """The longest context with each of these sets of changes, where it is longer than with those before.
+
+    Of a set what is a change: an fp8 cache stays one.
+    """
     longest = 0
-    for together in sets:
+    for wanted in sets:
+        together = tuple(change for change in wanted if not asked.has(change))
         for changed, said in _changed(asked, together):
             if "utilization" in together:
                 changed = replace(changed, work=_utilized(changed.work, MOST_UTILIZATION))
@@ -126,12 +136,10 @@ def _shorter(asked: _Asked, sets: Sequence[tuple[Change, ...]]) -> Iterator[Esca
 def _changed(asked: _Asked, together: tuple[Change, ...]) -> Iterator[tuple[_Asked, tuple[str, ...]]]:
     """The question with its cache and weights changed, and how to say that; nothing where a change is none."""
     said: tuple[str, ...] = ()
-    if "kv cache" in together:
-        if asked.work.kv_dtype == "fp8":
-            return
-        asked, said = replace(asked, work=replace(asked.work, kv_dtype="fp8")), ("--kv-cache-dtype fp8",)
-    if "utilization" in together and round(100 * asked.work.gpu_memory_utilization) >= MOST_UTILIZATION:
+    if any(asked.has(change) for change in together):
         return
+    if "kv cache" in together:
+        asked, said = replace(asked, work=replace(asked.work, kv_dtype="fp8")), ("--kv-cache-dtype fp8",)
     if "padding" not in together:
         yield asked, said
         return

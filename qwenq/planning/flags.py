@@ -33,7 +33,7 @@ def vllm_flags(plan: Plan) -> str:
         lines = [f"# as asked it does not fit ({reason}); it does with {escape.text}"]
     else:
         return f"# vLLM does not fit, whatever its flags: {reason}"
-    return "\n".join([*lines, _order(plan) + shlex.join(_words(plan.spec, work, kept, "CHECKPOINT"))])
+    return "\n".join([*lines, pci_order(plan) + shlex.join(_words(plan.spec, work, kept, "CHECKPOINT"))])
 
 
 def _share_note(plan: Plan, option: ParallelOption) -> list[str]:
@@ -47,7 +47,8 @@ def _share_note(plan: Plan, option: ParallelOption) -> list[str]:
     ]
 
 
-def _order(plan: Plan) -> str:
+def pci_order(plan: Plan) -> str:
+    """What a shell line begins with where CUDA might number a rig's GPUs otherwise than the plan."""
     return "CUDA_DEVICE_ORDER=PCI_BUS_ID " if plan.rig.needs_pci_order else ""
 
 
@@ -145,7 +146,7 @@ def llamacpp_flags(plan: Plan) -> str:
     if yarn := _yarn(plan.spec, work):
         words += ["--rope-scaling", "yarn", "--rope-scale", f"{yarn['factor']:g}"]
         words += ["--yarn-orig-ctx", str(yarn["original_max_position_embeddings"])]
-    return _order(plan) + " ".join(words) + f"  # {note}"
+    return pci_order(plan) + " ".join(words) + f"  # {note}"
 
 
 def _compact(placement: Placement) -> str:

@@ -67,14 +67,14 @@ def model_weights(
         return _checkpoint_weights(spec, checkpoint, read_object(inside(checkpoint, "config.json")))
     mixed = {"--target-size": target_bytes, "--recipe": recipe}
     if engine == "llama.cpp":
-        return _gguf(spec, bits, mixed | {"--pad-for-tp": ranks})
+        return _gguf(spec, bits, mixed | {"--group-size": group_size, "--pad-for-tp": ranks})
     if all(value is None for value in (bits, group_size, *mixed.values())):
         found = _own_weights(model)
         if found is not None:
             _refuse_padding(ranks)
             return found
     if target_bytes is not None or recipe is not None:
-        dtype_of = _source_dtypes(model)
+        dtype_of = source_dtypes(model)
         spec = widened(spec, ranks, None) if ranks is not None else spec
         if recipe is not None:
             chosen, source = saved_recipe(spec, recipe), "every tensor of the recipe, byte for byte"
@@ -115,7 +115,7 @@ def _stored_tensors(model: Model) -> dict[str, TensorSpec]:
     return {name: location.spec for name, location in fetch_headers(model.hub).items()}
 
 
-def _source_dtypes(model: Model) -> Callable[[str], str]:
+def source_dtypes(model: Model) -> Callable[[str], str]:
     """The dtype each tensor of a 16-bit source is stored in, which `quantize` keeps; BF16 for a family.
 
     CheckpointError for what is no such source.
