@@ -80,7 +80,7 @@ def test_what_a_profile_corrects(tmp_path: Path) -> None:
     other = run("Qwen2.5-7B", "--gpu", "RTX 4090", "-c", "4k", "--profile", file)
     assert other.exit_code == 1 and "error: rig.json was measured on RTX 3090, not on RTX 4090" in other.stderr
     vllm = run("Qwen2.5-7B", "--engine", "vllm", "--profile", file)
-    assert vllm.exit_code == 1 and "--profile corrects this project's own engine, not vllm" in vllm.stderr
+    assert vllm.exit_code == 2 and "--profile corrects this project's own engine, not vllm" in vllm.stderr
 
 
 @pytest.mark.parametrize(
