@@ -58,7 +58,7 @@ def resolve(ask: Ask) -> Resolved:
     return Question(
         model=ask.model,
         bits=ask.bits,
-        group_size=ask.group_size,
+        group_size=None if ask.engine == "llama.cpp" else ask.group_size,  # GGUF types have their own
         kv_cache_dtype=ask.kv_cache_dtype,
         batch_size=ask.batch_size,
         engine=ask.engine,
