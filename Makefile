@@ -16,7 +16,7 @@ demo: $(STAMP)            ## a real model to 8 and 4 bits, drift measured, repor
 	$(BIN)/qwenq demo
 
 test: $(STAMP)            ## everything that fits in ten minutes on two cores
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -n 2 -m 'not slow'
 
 test-slow: $(STAMP)       ## the slower checks: kill and resume at random points, memory growth
 	$(BIN)/python -m pytest -m slow
