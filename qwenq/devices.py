@@ -2,7 +2,7 @@
 
 CPUs without AVX-512 (desktop ones: AMD's before Zen 4, Intel's Core) have no bfloat16 products worth the name: from two
 rows on torch multiplies there in scalar code, 4 to 5 times slower than in float32 (reports/LOG.md). GPUs before compute
-capability 8.0 emulate them: a V100 does 9.6 TFLOP/s in bfloat16, 14 in float32.
+capability 8.0 emulate them: a V100 does 9.6 TFLOP/s in bfloat16, 14 in float32 (lablup/mlxcel#1654; not measured here).
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ def check_gpus(devices: Sequence[torch.device]) -> None:
 def without_cudnn_attention() -> None:
     """Have torch prefer its flash kernel: on Hopper it would take cuDNN's, which plans anew for every length of keys.
 
-    A token's keys are one longer than the last one's: 23 to 37 ms a token on an H100, and plans are never let go.
+    A token's keys are one longer than the last one's: 23 to 37 ms a token on an H100 by others' figures, none measured
+    here, and plans are never let go (aten/src/ATen/native/cudnn/MHA.cpp).
     """
     torch.backends.cuda.enable_cudnn_sdp(False)

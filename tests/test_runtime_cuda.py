@@ -148,6 +148,20 @@ def test_older_gpus_and_float32_are_counted_too() -> None:
             assert abs(error) < 0.015, (gpu, row.context, row.phase, f"{error:+.2%}")
 
 
+def test_what_older_gpus_copy_of_a_long_cache_is_counted() -> None:
+    """Keys and values in float32, at a block of a prompt and at each new token."""
+    spec = of("Qwen2.5-14B", 1)
+    weights, asked = recipe_weights(spec, FOUR), LoadOptions(max_model_len=16_000, prefill_chunk=512)
+    with FakeGpus(["Tesla T4"], (7, 5)), load_from(
+        SyntheticWeights(spec, FOUR), weights, synthetic_config(spec), spec, asked
+    ) as found:  # fmt: skip
+        rows, ended = measure.measure(found, weights, [16_000])
+    assert not ended
+    for row in rows:
+        error = (row.exact_bytes + row.working_bytes) / row.allocated_bytes - 1
+        assert abs(error) < 0.015, (row.phase, f"{error:+.2%}")
+
+
 def test_scores_stay_small_without_a_flash_kernel() -> None:
     """40 heads, 512 rows at 30,000 keys; torch would write out 2.5 GB of scores."""
     with FakeGpus(["RTX 3090"]) as gpus, torch.inference_mode():

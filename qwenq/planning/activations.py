@@ -90,10 +90,13 @@ def logits_peak(spec: ModelSpec, engine: Engine, rows: int, batch: int, *, first
     return Peak(rows * v * 4 if first and gpus > 1 else 0, "float32 logits of every position, brought back")
 
 
-def attention_by_blocks(spec: ModelSpec, rows: int, cached: int) -> int:
-    """Bytes of attention without a flash kernel (qwenq/attention.py): float32 keys and queries, output, scores."""
+def attention_by_blocks(spec: ModelSpec, rows: int, cached: int, widens: bool = False) -> int:
+    """Bytes of attention without a flash kernel (qwenq/attention.py): float32 keys and queries, output, scores.
+
+    Where the device `widens` 16-bit products, values are copied in float32 too.
+    """
     scores = max(SCORE_BYTES, 16 * 4 * spec.num_attention_heads * cached)
-    return 4 * spec.kv_size * cached + (4 + 2 + 2) * spec.q_size * rows + 3 * scores
+    return 4 * spec.kv_size * cached * (2 if widens else 1) + (4 + 2 + 2) * spec.q_size * rows + 3 * scores
 
 
 def decode_peak(

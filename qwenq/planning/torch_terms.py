@@ -47,12 +47,13 @@ def torch_terms(
         moments.append((kv_prompt, layer.n_bytes - layer.dequantization, 0, layer.dequantization, layer.moment))
         if engine.name == "qwenq" and gpu.name != "CPU" and not compute.has_flash:
             states = wide * 2 * rows * (3 * spec.hidden_size + spec.q_size + 2 * spec.head_dim)
-            own = states + attention_by_blocks(spec, rows, cached) + reads_back * cached
+            own = states + attention_by_blocks(spec, rows, cached, compute.widens) + reads_back * cached
             moments.append((kv_prompt, own, 0, 0, "attention by blocks"))
         strip = weights.strip_bytes if work.batch >= weights.strip_rows else 0
         tokens = work.context * work.batch
+        copied = reads_back + (8 * spec.kv_size if compute.widens else 0)  # keys and values for a product in float32
         step = decode_peak(
-            spec, engine, tokens, work.batch, share.head, value / wide, strip, reads_back * tokens // wide
+            spec, engine, tokens, work.batch, share.head, value / wide, strip, copied * tokens // wide
         )
         kv_now = kv_end * (2 if engine.copies_cache else 1)
         stepping = wide * (step.n_bytes - step.dequantization)
