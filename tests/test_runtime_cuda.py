@@ -157,9 +157,9 @@ def test_what_older_gpus_copy_of_a_long_cache_is_counted() -> None:
     ) as found:  # fmt: skip
         rows, ended = measure.measure(found, weights, [16_000])
     assert not ended
-    for row in rows:
-        error = (row.exact_bytes + row.working_bytes) / row.allocated_bytes - 1
-        assert abs(error) < 0.015, (row.phase, f"{error:+.2%}")
+    for row in rows:  # keys alone, or values, are 62.5 MiB in float32
+        error = row.exact_bytes + row.working_bytes - row.allocated_bytes
+        assert abs(error) < 16 * MIB, (row.phase, error / MIB)
 
 
 def test_scores_stay_small_without_a_flash_kernel() -> None:

@@ -93,10 +93,11 @@ def logits_peak(spec: ModelSpec, engine: Engine, rows: int, batch: int, *, first
 def attention_by_blocks(spec: ModelSpec, rows: int, cached: int, widens: bool = False) -> int:
     """Bytes of attention without a flash kernel (qwenq/attention.py): float32 keys and queries, output, scores.
 
-    Where the device `widens` 16-bit products, values are copied in float32 too.
+    Where the device `widens` 16-bit products, values are copied in float32 too, and probabilities are not rounded.
     """
     scores = max(SCORE_BYTES, 16 * 4 * spec.num_attention_heads * cached)
-    return 4 * spec.kv_size * cached * (2 if widens else 1) + (4 + 2 + 2) * spec.q_size * rows + 3 * scores
+    copied, alive = (2, 2) if widens else (1, 3)
+    return copied * 4 * spec.kv_size * cached + (4 + 2 + 2) * spec.q_size * rows + alive * scores
 
 
 def decode_peak(

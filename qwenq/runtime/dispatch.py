@@ -105,15 +105,17 @@ def _dispatch_with_disk(
     main = compute_device("cpu", device_map)
     logger = logging.getLogger("accelerate.big_modeling")
     logger.addFilter(_not_about_meta)
-    dispatch_model(
-        network,
-        device_map=dict(device_map),
-        main_device=main if main.type == "cuda" else "cpu",  # where layers in host memory compute
-        offload_dir=str(offload_directory),
-        skip_keys=[CACHE],
-        force_hooks=True,
-    )
-    logger.removeFilter(_not_about_meta)
+    try:
+        dispatch_model(
+            network,
+            device_map=dict(device_map),
+            main_device=main if main.type == "cuda" else "cpu",  # where layers in host memory compute
+            offload_dir=str(offload_directory),
+            skip_keys=[CACHE],
+            force_hooks=True,
+        )
+    finally:
+        logger.removeFilter(_not_about_meta)
 
 
 def _not_about_meta(record: logging.LogRecord) -> bool:
