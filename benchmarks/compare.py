@@ -22,10 +22,10 @@ import numpy as np
 import torch
 
 from qwenq import __version__
-from qwenq.checkpoint import Checkpoint, open_checkpoint
-from qwenq.head import HeadWeights, compare_streams
-from qwenq.replicas import Replicas
-from qwenq.streams import embed
+from qwenq.checkpoint.reader import Checkpoint, open_checkpoint
+from qwenq.pipeline.activations import embed
+from qwenq.pipeline.evaluate import HeadWeights, compare_streams
+from qwenq.pipeline.workers import Replicas
 
 DRAWS = 4000
 SUFFIXES = {"mse": " mse=2.4", "full": " pull-share 1"}

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from qwenq.checkpoint import open_checkpoint
+from qwenq.checkpoint.reader import open_checkpoint
 from qwenq.runtime.generate import Sampling, Session, Timing
 from qwenq.runtime.load import LoadOptions, loaded
 

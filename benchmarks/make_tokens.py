@@ -59,9 +59,9 @@ def cut_windows(tokenizer: Tokenizer, documents: list[str], num_samples: int, se
 
 def windows_of_set(name: str, model: Path, num_samples: int, sequence_length: int) -> np.ndarray:
     """Windows of one of this project's sets, int64 [num_samples, sequence_length]."""
-    from qwenq.calibration import load_windows
-    from qwenq.checkpoint import open_source
-    from qwenq.tokens import ModelTokenizer
+    from qwenq.checkpoint.reader import open_source
+    from qwenq.text.calibration import load_windows
+    from qwenq.text.tokens import ModelTokenizer
 
     spec, seed = open_source(model).spec, 0 if name == "builtin" else None
     found = load_windows(name, ModelTokenizer(model), spec, length=sequence_length, count=num_samples, seed=seed)

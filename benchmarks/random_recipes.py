@@ -19,14 +19,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from qwenq.block import SolverOptions
-from qwenq.checkpoint import open_source
-from qwenq.fingerprint import fingerprint
-from qwenq.job import QuantizeJob
+from qwenq.checkpoint.reader import open_source
+from qwenq.io.safetensors import fingerprint
+from qwenq.pipeline.block import SolverOptions
+from qwenq.pipeline.job import QuantizeJob
+from qwenq.pipeline.quantize import quantize
 from qwenq.planning.budget import recipe_of
 from qwenq.planning.sensitivity import read_sensitivity, schemes_for, units_of
-from qwenq.quantize import quantize
-from qwenq.tokens import TokenWindows
+from qwenq.text.tokens import TokenWindows
 
 
 def parse_args() -> argparse.Namespace:

@@ -25,7 +25,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)} TOKENIZERS_PARALLELISM=false
 mkdir -p "$out"
 
 if [ ! -e "$model/config.json" ]; then
-    "$venv/bin/python" -c 'import sys, pathlib; from qwenq.demo import make_demo_model; make_demo_model(pathlib.Path(sys.argv[1]))' "$model"
+    "$venv/bin/python" -c 'import sys, pathlib; from qwenq.cli.demo_model import make_demo_model; make_demo_model(pathlib.Path(sys.argv[1]))' "$model"
 fi
 if [ ! -e "$envs/gptqmodel/.installed" ]; then
     "${PYTHON:-python3}" -m venv "$envs/gptqmodel"

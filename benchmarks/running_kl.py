@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 
-from qwenq.calibration import load_windows
-from qwenq.checkpoint import open_checkpoint
+from qwenq.checkpoint.reader import open_checkpoint
 from qwenq.planning.kernels import Choice
 from qwenq.planning.offload import host_map
 from qwenq.runtime import linear
-from qwenq.runtime.attention import KvCache
+from qwenq.runtime.cache import KvCache
 from qwenq.runtime.model import CheckpointWeights, build_model
-from qwenq.tokens import ModelTokenizer
+from qwenq.text.calibration import load_windows
+from qwenq.text.tokens import ModelTokenizer
 
 
 @torch.inference_mode()

@@ -12,9 +12,9 @@ import argparse
 import json
 from pathlib import Path
 
-from qwenq.checkpoint import open_checkpoint
+from qwenq.checkpoint.reader import open_checkpoint
 from qwenq.runtime.chat import Chat
-from qwenq.runtime.engines import GptqModelEngine
+from qwenq.runtime.foreign import GptqModelEngine
 from qwenq.runtime.generate import Sampling, Session, Timing
 from qwenq.runtime.load import LoadOptions, loaded
 

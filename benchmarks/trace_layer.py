@@ -13,9 +13,9 @@ from dataclasses import replace
 
 from test_quantize_cuda import traced_layer
 
+from qwenq.formats.base import Recipe, Scheme
 from qwenq.planning.models import load_spec
 from qwenq.planning.rig import parse_rig
-from qwenq.scheme import Recipe, Scheme
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from fake_gpus import FakeGpus
 
+from qwenq.formats.base import Recipe, Scheme
 from qwenq.planning.models import load_spec
 from qwenq.planning.rig import parse_rig
 from qwenq.planning.weights import recipe_weights
@@ -22,7 +23,6 @@ from qwenq.runtime.generate import Session
 from qwenq.runtime.load import LoadOptions, load_from
 from qwenq.runtime.measure import measure
 from qwenq.runtime.synthetic import SyntheticWeights, synthetic_config
-from qwenq.scheme import Recipe, Scheme
 from qwenq.units import GIB, parse_tokens
 
 

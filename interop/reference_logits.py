@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from qwenq.checkpoint import open_checkpoint
-from qwenq.stream import model_config
+from qwenq.checkpoint.reader import open_checkpoint
+from qwenq.model.layer import model_config
 
 
 def main() -> None:

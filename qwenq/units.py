@@ -8,7 +8,6 @@ from qwenq.errors import UsageError
 
 GIB = 1 << 30
 GB = 10**9
-
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", re.IGNORECASE)
 _TOKENS = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([km]?)\s*", re.IGNORECASE)
 

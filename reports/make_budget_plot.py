@@ -11,11 +11,11 @@ from __future__ import annotations
 from fractions import Fraction
 from pathlib import Path
 
+from qwenq.formats.base import Scheme
+from qwenq.model.spec import spec_from_config
 from qwenq.planning.budget import choose_for_bits, describe_choice
 from qwenq.planning.sensitivity import read_sensitivity, units_of
 from qwenq.report.drawing import Drawing, Scale, draw_axes
-from qwenq.scheme import Scheme
-from qwenq.spec import spec_from_config
 
 HERE = Path(__file__).parent
 MEASURED = {"uniform 4-bit g64": (4.3125, 0.1117), "best recipe, 5.5 bits": (5.4997, 0.0522)}

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from qwenq import __version__
+from qwenq.model.spec import ModelSpec, family_spec
 from qwenq.planning.engines import get_engine
 from qwenq.planning.memory import estimate, even_shares, rank_shares
 from qwenq.planning.rig import Rig, find_gpu
@@ -20,7 +21,6 @@ from qwenq.planning.terms import Workload
 from qwenq.planning.validate import ValidatedRow, errors, read_rows
 from qwenq.planning.vllm_terms import profiled_bytes
 from qwenq.planning.weights import published_weights
-from qwenq.spec import ModelSpec, family_spec
 from qwenq.units import GIB
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -233,13 +233,13 @@ def speed_section() -> list[str]:
 
 def known_section() -> list[str]:
     """Facts and rigs that must come out right."""
+    from qwenq.formats.base import Recipe, Scheme
     from qwenq.planning.ggufsize import gguf_weights
     from qwenq.planning.llamacpp_terms import compute_buffer
     from qwenq.planning.placement import largest_context, place
     from qwenq.planning.rig import parse_rig
     from qwenq.planning.weights import recipe_weights
     from qwenq.planning.written import sized_recipe
-    from qwenq.scheme import Recipe, Scheme
 
     spec, rig = model("Qwen2.5-72B"), parse_rig("2x RTX 3090")
     uniform = recipe_weights(spec, Recipe(Scheme(4, 128)))

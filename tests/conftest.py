@@ -16,13 +16,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-from qwenq.block import SolverOptions
-from qwenq.calibration import load_windows
-from qwenq.checkpoint import open_source
-from qwenq.job import QuantizeJob, QuantizeResult
-from qwenq.quantize import quantize
-from qwenq.scheme import Recipe, Scheme
-from qwenq.tokens import ModelTokenizer, TokenWindows
+from qwenq.checkpoint.reader import open_source
+from qwenq.formats.base import Recipe, Scheme
+from qwenq.pipeline.block import SolverOptions
+from qwenq.pipeline.job import QuantizeJob, QuantizeResult
+from qwenq.pipeline.quantize import quantize
+from qwenq.text.calibration import load_windows
+from qwenq.text.tokens import ModelTokenizer, TokenWindows
 
 torch.set_num_threads(1)  # also makes sums the same on every machine with the same instructions
 

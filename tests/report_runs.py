@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from qwenq.checkpoint.manifest import MANIFEST_NAME, encode_manifest
+from qwenq.checkpoint.shards import output_files
+from qwenq.formats.base import Recipe, Scheme
 from qwenq.formats.gptq import gptq_config
-from qwenq.headers import encode_header
-from qwenq.manifest import MANIFEST_NAME, encode_manifest
-from qwenq.preflight import output_files
-from qwenq.scheme import Recipe, Scheme
-from qwenq.spec import family_configs, family_spec
+from qwenq.io.safetensors import encode_header
+from qwenq.model.spec import family_configs, family_spec
 
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
-from qwenq import attention
-from qwenq.attention import BLOCKED_KEYS, causal_attention
+from qwenq.model import attention
+from qwenq.model.attention import BLOCKED_KEYS, causal_attention
 
 
 def some(heads: int, shared: int, tokens: int, keys: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

@@ -11,13 +11,13 @@ import pytest
 import torch
 from conftest import small_job, text_windows
 
-from qwenq.block import SolverOptions, batches
-from qwenq.clock import StageClock
-from qwenq.preflight import default_pull
-from qwenq.quant.gptq import solve_unit
-from qwenq.quantize import quantize
-from qwenq.scheme import Recipe, Scheme
-from qwenq.spec import family_spec
+from qwenq.formats.base import Recipe, Scheme
+from qwenq.model.spec import family_spec
+from qwenq.pipeline.block import SolverOptions, batches
+from qwenq.pipeline.monitor import StageClock
+from qwenq.pipeline.preflight import default_pull
+from qwenq.pipeline.quantize import quantize
+from qwenq.solver.gptq import solve_unit
 
 
 @pytest.mark.parametrize(("windows", "length"), [(9, 512), (10, 2048), (7, 300), (1, 5000)])
@@ -69,7 +69,7 @@ def test_all_windows_count_their_tokens_alike(
     """
     window = text_windows(calib, tiny, 256, 1)
     windows = replace(window, ids=window.ids.repeat(16, 1))
-    monkeypatch.setattr("qwenq.preflight.PULL_TOKENS_A_COLUMN", 0)
+    monkeypatch.setattr("qwenq.pipeline.preflight.PULL_TOKENS_A_COLUMN", 0)
     found: dict[float, list[torch.Tensor]] = {}
     for share in (0.0, 0.5, 1.0):
         kept = found.setdefault(share, [])
@@ -78,7 +78,7 @@ def test_all_windows_count_their_tokens_alike(
             kept.append(h_II.diagonal().clone())
             return solve_unit(weights, h_II, *rest, **options)
 
-        monkeypatch.setattr("qwenq.quant.rows.solve_unit", solve)
+        monkeypatch.setattr("qwenq.solver.parallel.solve_unit", solve)
         options = SolverOptions(pull_share=share, pull=0.5 if share else 0.0)
         quantize(small_job(tiny, tmp_path / str(share), calibration=windows, options=options))
     for none, half, every in zip(*(found[share][:4] for share in (0.0, 0.5, 1.0)), strict=True):

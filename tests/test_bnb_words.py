@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from qwenq.errors import CheckpointError
-from qwenq.quant.bnb import dequantize_nf4, round_int8, round_nf4, unpack_int8
-from qwenq.scheme import INT8_ROWS
+from qwenq.formats.base import INT8_ROWS
+from qwenq.formats.pack_bnb import dequantize_nf4, round_int8, round_nf4, unpack_int8
 
 STATE = "weight.quant_state.bitsandbytes__nf4"
 

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from qwenq.errors import HonestNo, PlanError
+from qwenq.formats.base import Recipe, Scheme, parse_scheme
 from qwenq.formats.gptq import gptq_config, read_gptq_config
+from qwenq.model.spec import ModelSpec, family_spec, spec_from_config
 from qwenq.planning.budget import (
     choose_for_bits,
     choose_for_bytes,
@@ -37,8 +39,6 @@ from qwenq.planning.sensitivity import (
 )
 from qwenq.planning.terms import Workload
 from qwenq.planning.weights import recipe_weights
-from qwenq.scheme import Recipe, Scheme, parse_scheme
-from qwenq.spec import ModelSpec, family_spec, spec_from_config
 
 
 def family(name: str) -> ModelSpec:

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from qwenq.calibration import load_windows, overlap
 from qwenq.errors import CalibrationError
-from qwenq.spec import ModelSpec, spec_from_config
-from qwenq.tokens import ModelTokenizer, TokenWindows
+from qwenq.model.spec import ModelSpec, spec_from_config
+from qwenq.text.calibration import load_windows, overlap
+from qwenq.text.tokens import ModelTokenizer, TokenWindows
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from qwenq.calibration import _documents, overlap, set_names
 from qwenq.errors import CalibrationError
+from qwenq.text.calibration import _documents, overlap, set_names
 
 SETS = Path(__file__).parent.parent / "calibration"
 KINDS = {"chat", "prose", "code", "math", "tables", "chinese", "multilingual"}

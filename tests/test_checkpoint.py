@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwenq.checkpoint import non_finite, open_checkpoint, open_source
+from qwenq.checkpoint.reader import non_finite, open_checkpoint, open_source
 from qwenq.errors import CheckpointError
-from qwenq.quant.gptq import QTensor
-from qwenq.stream import Network
+from qwenq.formats.qtensor import QTensor
+from qwenq.model.layer import Network
 
 Edit = Callable[..., dict[str, Any]]
 Make = Callable[..., Path]

@@ -14,16 +14,15 @@ from conftest import small_job
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from qwenq.checkpoint import Checkpoint, open_checkpoint
+from qwenq.checkpoint.manifest import verify
+from qwenq.checkpoint.reader import Checkpoint, open_checkpoint
 from qwenq.cli.main import app
-from qwenq.convert import convert
 from qwenq.errors import CheckpointError, JobError, PlanError, QwenqError
-from qwenq.layout import FORMATS
-from qwenq.quant.gptq import QTensor
-from qwenq.quantize import quantize
+from qwenq.formats.base import FORMATS, NF4, Recipe, Scheme
+from qwenq.formats.qtensor import QTensor
+from qwenq.pipeline.convert import convert
+from qwenq.pipeline.quantize import quantize
 from qwenq.report.runs import load_runs
-from qwenq.scheme import NF4, Recipe, Scheme
-from qwenq.verify import verify
 
 Make = Callable[..., Path]
 MIXED = Recipe(

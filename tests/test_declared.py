@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from qwenq.checkpoint import open_checkpoint
+from qwenq.checkpoint.reader import open_checkpoint
 from qwenq.cli.main import app
 from qwenq.errors import CheckpointError, PlanError
-from qwenq.formats.config import quantization_config
-from qwenq.planning.declared import declared_by_config
+from qwenq.formats.base import Recipe, Scheme
+from qwenq.formats.registry import quantization_config
+from qwenq.io.safetensors import TensorSpec
+from qwenq.model.spec import ModelSpec, family_spec
 from qwenq.planning.parallel import cutting_reasons
-from qwenq.planning.weights import Weights, header_weights, published_weights, recipe_weights
-from qwenq.scheme import Recipe, Scheme
-from qwenq.spec import ModelSpec, TensorSpec, family_spec
+from qwenq.planning.weights import Weights, declared_by_config, header_weights, published_weights, recipe_weights
 
 TINY = Path(__file__).parent / "data" / "tiny-qwen2"
 HOSTILE = r"-:(?:\w+\.?)+!"

@@ -11,9 +11,9 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-import qwenq.demo
-from qwenq.calibration import load_windows
+import qwenq.cli.demo_model
 from qwenq.cli.main import app
+from qwenq.text.calibration import load_windows
 
 
 @pytest.fixture
@@ -30,8 +30,8 @@ def made(monkeypatch: pytest.MonkeyPatch, tiny: Path) -> list[Path]:
         short = {"length": 64, "count": 4 if options["count"] else None, "up_to": 3}
         return load_windows(*arguments, **{**options, **short})  # type: ignore[arg-type]
 
-    monkeypatch.setattr(qwenq.demo, "make_demo_model", make)
-    monkeypatch.setattr("qwenq.calibration.load_windows", few)
+    monkeypatch.setattr(qwenq.cli.demo_model, "make_demo_model", make)
+    monkeypatch.setattr("qwenq.text.calibration.load_windows", few)
     return calls
 
 

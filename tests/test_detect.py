@@ -9,14 +9,14 @@ from types import SimpleNamespace
 import pytest
 
 from qwenq.errors import PlanError
-from qwenq.planning.detect import detect_rig, known_gpu, sees_gpu
+from qwenq.formats.base import Recipe, Scheme
+from qwenq.model.spec import family_spec
 from qwenq.planning.engines import get_engine
 from qwenq.planning.flags import llamacpp_flags, transformers_code, vllm_flags
 from qwenq.planning.plan import make_plan
+from qwenq.planning.rig import detect_rig, known_gpu, sees_gpu
 from qwenq.planning.terms import Workload
 from qwenq.planning.weights import recipe_weights
-from qwenq.scheme import Recipe, Scheme
-from qwenq.spec import family_spec
 from qwenq.units import GIB
 
 

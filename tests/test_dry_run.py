@@ -13,8 +13,9 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from qwenq.cli.main import app
-from qwenq.preflight import SET_TOKENS, original_windows, sensitivity_bytes, total_memory
-from qwenq.spec import family_spec
+from qwenq.machine import total_memory
+from qwenq.model.spec import family_spec
+from qwenq.pipeline.preflight import SET_TOKENS, original_windows, sensitivity_bytes
 from tests.conftest import text_windows
 
 GB = 10**9
@@ -99,7 +100,7 @@ def test_a_machine_too_small_is_warned_of(monkeypatch: pytest.MonkeyPatch, tiny:
     meminfo = Path("/proc/meminfo").read_text().split()
     assert memory == int(meminfo[meminfo.index("MemTotal:") + 1]) * 1024
     monkeypatch.setattr("qwenq.cli.dryrun.total_memory", lambda: 8 * GB)
-    monkeypatch.setattr("qwenq.preflight.free_disk", lambda out: 5 * GB)
+    monkeypatch.setattr("qwenq.machine.free_disk", lambda out: 5 * GB)
     found = dry("Qwen2.5-72B", "--device", "cpu")
     assert [re.sub(r"\d+\.\d\d", "N", line) for line in found["warnings"]] == [
         "the predicted peak of memory is N GB, this machine has N GB",
@@ -150,6 +151,6 @@ def test_a_quantized_hub_model_is_refused_by_its_config(monkeypatch: pytest.Monk
         "quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"},
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr("qwenq.hub.fetch_config", lambda name: tmp_path)
+    monkeypatch.setattr("qwenq.io.hub.fetch_config", lambda name: tmp_path)
     result = run("quantize", "someone/else-AWQ", "--bits", 4, "--dry-run")
     assert result.exit_code == 1 and result.stderr.startswith("error: someone/else-AWQ: already quantized")

@@ -8,6 +8,8 @@ from dataclasses import replace
 import pytest
 
 from qwenq.errors import HonestNo
+from qwenq.formats.base import Recipe, Scheme
+from qwenq.model.spec import ModelSpec, family_spec
 from qwenq.planning.engines import get_engine
 from qwenq.planning.escapes import Escape
 from qwenq.planning.flags import vllm_flags, vllm_words
@@ -17,8 +19,6 @@ from qwenq.planning.plan import Plan, make_plan
 from qwenq.planning.rig import Rig, parse_rig, reserved
 from qwenq.planning.terms import Workload
 from qwenq.planning.weights import Weights, published_weights, recipe_weights
-from qwenq.scheme import Recipe, Scheme
-from qwenq.spec import ModelSpec, family_spec
 from qwenq.units import GIB
 
 VLLM = get_engine("vllm")

@@ -13,12 +13,12 @@ import torch
 from conftest import small_job
 from safetensors.torch import load_file, save_file
 
-from qwenq.checkpoint import open_checkpoint
+from qwenq.checkpoint.reader import open_checkpoint
 from qwenq.errors import CalibrationError, HonestNo, QwenqError
-from qwenq.evaluate import check_limits, evaluate
-from qwenq.quantize import quantize
+from qwenq.pipeline.evaluate import check_limits, evaluate
+from qwenq.pipeline.quantize import quantize
 from qwenq.results import DriftReport
-from qwenq.tokens import TokenWindows
+from qwenq.text.tokens import TokenWindows
 
 Make = Callable[..., Path]
 
@@ -125,7 +125,7 @@ def test_a_quantized_reference_will_do(random_model: Make, tmp_path: Path) -> No
 
 
 def test_limits() -> None:
-    from qwenq.metrics import TokenDrift, summarise
+    from qwenq.solver.metrics import TokenDrift, summarise
 
     nll = torch.linspace(1, 2, 20)
     drift: DriftReport = summarise(

@@ -19,14 +19,14 @@ from conftest import small_job, text_windows
 from faulty_disk import Cut, FailingWrites, PowerCut
 from test_quantize import Stop, assert_same, change_tensor, stop_after
 
-import qwenq.quantize
-from qwenq.checkpoint import open_checkpoint
+import qwenq.pipeline.quantize
+from qwenq.checkpoint.manifest import JOURNAL_NAME
+from qwenq.checkpoint.reader import open_checkpoint
 from qwenq.errors import JobError, QwenqError, RunError
-from qwenq.evaluate import evaluate
-from qwenq.job import QuantizeJob, partial_directory
-from qwenq.journal import JOURNAL_NAME
-from qwenq.quantize import quantize
-from qwenq.scheme import NF4, Recipe, Scheme
+from qwenq.formats.base import NF4, Recipe, Scheme
+from qwenq.pipeline.evaluate import evaluate
+from qwenq.pipeline.job import QuantizeJob, partial_directory
+from qwenq.pipeline.quantize import quantize
 
 Make = Callable[..., Path]
 
@@ -80,7 +80,7 @@ def layers_in(events: list[Any]) -> set[int]:
 
 @pytest.fixture(params=FORMATS)
 def case(request: Any, random_model: Make, tmp_path: Path, monkeypatch: Any) -> Case:
-    monkeypatch.setattr(qwenq.quantize, "_STATE_INTERVAL_S", 0.0)  # hidden states are saved after every layer
+    monkeypatch.setattr(qwenq.pipeline.quantize, "_STATE_INTERVAL_S", 0.0)  # hidden states are saved after every layer
     return Case(FORMATS[request.param], random_model(), tmp_path)
 
 
@@ -290,9 +290,9 @@ def test_out_of_memory_is_one_line_and_the_job_goes_on_later(
     job = small_job(source, tmp_path / "out")
     said = 'CUDA out of memory. Tried to allocate 2.50 GiB. GPU 1 has a total capacity of 23.99 GiB'
     with monkeypatch.context() as patched:
-        patched.setattr("qwenq.runtime.memory.torch.cuda.mem_get_info", lambda device: (1 << 30, 24 << 30))
-        patched.setattr("qwenq.runtime.memory.gpu_kind", lambda index: "RTX 3090")
-        real, calls = qwenq.quantize.make_layer, []
+        patched.setattr("qwenq.runtime.peaks.torch.cuda.mem_get_info", lambda device: (1 << 30, 24 << 30))
+        patched.setattr("qwenq.pipeline.monitor.gpu_kind", lambda index: "RTX 3090")
+        real, calls = qwenq.pipeline.quantize.make_layer, []
 
         def full(*args: Any) -> Any:
             calls.append(args)
@@ -300,7 +300,7 @@ def test_out_of_memory_is_one_line_and_the_job_goes_on_later(
                 raise torch.OutOfMemoryError(said)
             return real(*args)
 
-        patched.setattr("qwenq.quantize.make_layer", full)
+        patched.setattr("qwenq.pipeline.quantize.make_layer", full)
         with pytest.raises(RunError) as caught:
             quantize(job)
     short = "needs 2.50 GiB more, 1.00 GiB are free: 1.50 GiB short"
@@ -314,8 +314,8 @@ def test_out_of_memory_of_a_cpu_says_how_much(monkeypatch: pytest.MonkeyPatch, t
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 3221225472 bytes.")
 
     checkpoint = open_checkpoint(tiny)
-    monkeypatch.setattr("qwenq.replicas.Replicas.run_layer", full)
-    monkeypatch.setattr("qwenq.runtime.memory.available_ram", lambda: 1 << 30)
+    monkeypatch.setattr("qwenq.pipeline.workers.Replicas.run_layer", full)
+    monkeypatch.setattr("qwenq.machine.available_ram", lambda: 1 << 30)
     with pytest.raises(RunError) as caught:
         evaluate(checkpoint, checkpoint, text_windows(heldout, tiny, 64, 2))
     short = "needs 3.00 GiB more, 1.00 GiB are free: 2.00 GiB short"

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from qwenq.quant.fold import LIMIT, NORMS, FoldedLayer, channel_scales
-from qwenq.spec import spec_from_config
+from qwenq.model.spec import spec_from_config
+from qwenq.solver.equalize import LIMIT, NORMS, FoldedLayer, channel_scales
 
 CONFIG = {
     "model_type": "qwen2", "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 1,

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from qwenq.errors import CheckpointError
-from qwenq.formats.config import quantization_config, read_quantization_config
-from qwenq.scheme import INT8_ROWS, NF4, Recipe, Scheme
-from qwenq.spec import spec_from_config
+from qwenq.formats.base import INT8_ROWS, NF4, Recipe, Scheme
+from qwenq.formats.registry import quantization_config, read_quantization_config
+from qwenq.model.spec import spec_from_config
 
 SPEC = spec_from_config(
     {

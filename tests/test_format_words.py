@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenq.errors import CheckpointError
-from qwenq.quant.gptq import QTensor
-from qwenq.quant.pack_awq import pack_awq, unpack_awq
-from qwenq.quant.pack_compressed import pack_compressed, unpack_compressed
-from qwenq.scheme import Scheme
+from qwenq.formats.base import Scheme
+from qwenq.formats.pack_awq import pack_awq, unpack_awq
+from qwenq.formats.pack_compressed import pack_compressed, unpack_compressed
+from qwenq.formats.qtensor import QTensor
 
 
 def random_q(seed: int, scheme: Scheme, rows: int, columns: int) -> QTensor:

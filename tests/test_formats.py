@@ -13,16 +13,15 @@ from conftest import small_job
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from qwenq.block import SolverOptions
-from qwenq.checkpoint import Checkpoint, open_checkpoint
+from qwenq.checkpoint.reader import Checkpoint, open_checkpoint
 from qwenq.cli.main import app
 from qwenq.errors import PlanError
-from qwenq.evaluate import evaluate
-from qwenq.layout import FORMATS
-from qwenq.preflight import Tokens, preflight
-from qwenq.quantize import quantize
-from qwenq.scheme import INT8_ROWS, NF4, Recipe, Scheme
-from qwenq.stream import model_config
+from qwenq.formats.base import FORMATS, INT8_ROWS, NF4, Recipe, Scheme
+from qwenq.model.layer import model_config
+from qwenq.pipeline.block import SolverOptions
+from qwenq.pipeline.evaluate import evaluate
+from qwenq.pipeline.preflight import Tokens, preflight
+from qwenq.pipeline.quantize import quantize
 
 Make = Callable[..., Path]
 
@@ -200,7 +199,7 @@ def test_refusals_name_format_and_scheme(recipe: Recipe, message: str, random_mo
 
 def test_72b_sizes_by_format() -> None:
     """Bytes by hand: codes, scales and zero points of each group, and what each format keeps a linear or a column."""
-    from qwenq.spec import family_spec
+    from qwenq.model.spec import family_spec
 
     spec = family_spec("Qwen2.5-72B")
     assert spec is not None

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenq.errors import QwenqError
-from qwenq.quant import gptq
-from qwenq.quant.gptq import (
+from qwenq.formats.base import Scheme
+from qwenq.solver import gptq
+from qwenq.solver.gptq import (
     Shortfall,
     add_to_hessian,
     factor_lower,
@@ -16,8 +17,7 @@ from qwenq.quant.gptq import (
     processing_order,
     solve_unit,
 )
-from qwenq.quant.grid import round_to_grid, search_grid
-from qwenq.scheme import Scheme
+from qwenq.solver.grid import round_to_grid, search_grid
 
 SCHEMES = [Scheme(4, 32), Scheme(4, 64), Scheme(4, 128), Scheme(4, -1), Scheme(8, 64), Scheme(4, 64, sym=False)]
 

@@ -10,10 +10,10 @@ import pytest
 
 from qwenq import __version__
 from qwenq.errors import CheckpointError
-from qwenq.formats.config import read_quantization_config
+from qwenq.formats.base import Recipe, Scheme
 from qwenq.formats.gptq import gptq_config, read_gptq_config
-from qwenq.scheme import Recipe, Scheme
-from qwenq.spec import spec_from_config
+from qwenq.formats.registry import read_quantization_config
+from qwenq.model.spec import spec_from_config
 
 SPEC = spec_from_config(
     {

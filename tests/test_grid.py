@@ -3,8 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwenq.quant.grid import MIN_SCALE, absmax_grid, float16_scale, round_to_grid, search_grid
-from qwenq.scheme import Scheme
+from qwenq.formats.base import Scheme
+from qwenq.solver.grid import MIN_SCALE, absmax_grid, float16_scale, round_to_grid, search_grid
 
 SYM, ASYM = Scheme(4, 8), Scheme(4, 8, sym=False)
 

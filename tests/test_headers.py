@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenq.errors import CheckpointError
-from qwenq.headers import INDEX_NAME, checkpoint_tensors, inside, parse_object, read_header, read_object
-from qwenq.spec import TensorSpec
+from qwenq.io.json import inside, parse_object, read_object
+from qwenq.io.safetensors import INDEX_NAME, TensorSpec, checkpoint_tensors, read_header
 
 TINY = Path(__file__).parent / "data" / "tiny-qwen2"
 

@@ -15,17 +15,17 @@ import pytest
 from conftest import small_job
 from typer.testing import CliRunner
 
-from qwenq.calibration import load_windows
-from qwenq.checkpoint import open_checkpoint, read_config
+from qwenq.checkpoint.reader import open_checkpoint, read_config
 from qwenq.cli.main import app
 from qwenq.errors import CalibrationError, CheckpointError, QwenqError
-from qwenq.evaluate import evaluate
-from qwenq.headers import inside, parse_object
+from qwenq.io.json import inside, parse_object
+from qwenq.model.layer import Network
+from qwenq.model.spec import spec_from_config
+from qwenq.pipeline.evaluate import evaluate
+from qwenq.pipeline.quantize import quantize
 from qwenq.planning.validate import read_rows
-from qwenq.quantize import quantize
-from qwenq.spec import spec_from_config
-from qwenq.stream import Network
-from qwenq.tokens import ModelTokenizer
+from qwenq.text.calibration import load_windows
+from qwenq.text.tokens import ModelTokenizer
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_no_compiled_code_is_fetched(tmp_path: Path) -> None:
     """bitsandbytes asks the package `kernels` for code from the hub while it is imported: it must not find it."""
     pytest.importorskip("bitsandbytes")
     (tmp_path / "kernels.py").write_text(CANARY + "\ndef get_kernel(*a, **k): pass\n")
-    code = "import torch, sys; from qwenq.quant.bnb import round_int8; round_int8(torch.ones(64, 64)); import kernels"
+    code = "import torch; from qwenq.formats.pack_bnb import round_int8; round_int8(torch.ones(64, 64)); import kernels"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     done = subprocess.run(
         [sys.executable, "-c", code.rpartition(";")[0]], env=environment, capture_output=True, text=True

@@ -23,11 +23,10 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from huggingface_hub import constants, file_download
 
-from qwenq import hub
 from qwenq.errors import HubError
-from qwenq.headers import INDEX_NAME, checkpoint_tensors, encode_header
-from qwenq.hub import fetch_config, fetch_headers, fetch_model, is_hub_name
-from qwenq.spec import TensorSpec
+from qwenq.io import hub
+from qwenq.io.hub import fetch_config, fetch_headers, fetch_model, is_hub_name
+from qwenq.io.safetensors import INDEX_NAME, TensorSpec, checkpoint_tensors, encode_header
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
@@ -233,7 +232,7 @@ def test_a_local_path_is_no_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_every_tokenizer_file_is_fetched() -> None:
-    from qwenq.tokens import TOKENIZER_FILES  # imports torch
+    from qwenq.text.tokens import TOKENIZER_FILES  # imports torch
 
     assert set(TOKENIZER_FILES) <= set(hub.SMALL_FILES)
     assert not any(name.endswith((".py", ".bin")) for name in hub.SMALL_FILES)
@@ -258,7 +257,7 @@ def test_a_model_arrives_whole_and_nothing_else(stand_in: StandIn) -> None:
 def test_in_a_process_of_its_own(stand_in: StandIn, tmp_path: Path) -> None:
     """As users run it: the environment is read, the terminal stays silent, the second run needs no network."""
     code = (
-        "import sys, qwenq.hub as hub\n"
+        "import sys, qwenq.io.hub as hub\n"
         "assert not {'torch', 'huggingface_hub', 'numpy'} & set(sys.modules)\n"
         "print(hub.fetch_model('org/tiny'))\n"
         "assert 'torch' not in sys.modules\n"

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from qwenq.checkpoint.manifest import JOURNAL_NAME, LOCK_NAME
 from qwenq.errors import JobError
-from qwenq.journal import JOURNAL_NAME, LOCK_NAME, Journal, locked, never_begun, refuse_changes
+from qwenq.pipeline.journal import Journal, locked, never_begun, refuse_changes
 
 JOB = {"seed": 0, "scheme": {"bits": 4, "group_size": 128}}
 

@@ -12,17 +12,16 @@ import pytest
 import torch
 from conftest import small_job
 
-from qwenq.block import passes
-from qwenq.checkpoint import open_checkpoint
+from qwenq.checkpoint.reader import open_checkpoint
 from qwenq.cli.models import pick_device
 from qwenq.errors import PlanError
-from qwenq.lanes import cpu_lanes, side_by_side
-from qwenq.quant.gptq import Shortfall, solve_unit
-from qwenq.quant.rows import solve_rows
-from qwenq.quantize import quantize
-from qwenq.replicas import LaneSums, Replicas
-from qwenq.scheme import Scheme
-from qwenq.stream import Network
+from qwenq.formats.base import Scheme
+from qwenq.model.layer import Network
+from qwenq.pipeline.block import passes
+from qwenq.pipeline.quantize import quantize
+from qwenq.pipeline.workers import LaneSums, Replicas
+from qwenq.solver.gptq import Shortfall, solve_unit
+from qwenq.solver.parallel import cpu_lanes, side_by_side, solve_rows
 
 CPU = torch.device("cpu")
 

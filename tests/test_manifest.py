@@ -14,11 +14,9 @@ import pytest
 from conftest import small_job
 from typer.testing import CliRunner
 
+from qwenq.checkpoint.manifest import JOURNAL_NAME, MANIFEST_NAME, canonical, encode_manifest, read_manifest, verify
 from qwenq.cli.main import app
-from qwenq.journal import JOURNAL_NAME
-from qwenq.manifest import MANIFEST_NAME, canonical, encode_manifest, read_manifest
-from qwenq.quantize import quantize
-from qwenq.verify import verify
+from qwenq.pipeline.quantize import quantize
 
 Make = Callable[..., Path]
 

@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenq.errors import PlanError
+from qwenq.formats.base import Recipe, Scheme
+from qwenq.model.spec import ModelSpec, family_configs, family_spec
 from qwenq.planning.activations import decode_peak, logits_peak, prefill_peak
 from qwenq.planning.allocator import MIB, allocated_bytes
 from qwenq.planning.engines import ENGINES, EXLLAMA_V1, KV_DTYPES, get_engine, kernel_for, parse_environment
@@ -22,8 +24,6 @@ from qwenq.planning.terms import GpuMemory, Term, Workload
 from qwenq.planning.validate import errors, read_rows
 from qwenq.planning.vllm_terms import profiled_bytes
 from qwenq.planning.weights import Weights, published_weights, recipe_weights
-from qwenq.scheme import Recipe, Scheme
-from qwenq.spec import ModelSpec, family_configs, family_spec
 from qwenq.units import GIB
 
 PUBLISHED = Path(__file__).parent / "data" / "published"

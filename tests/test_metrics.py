@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwenq.metrics import METRICS_VERSION, LogitComparison, TokenDrift, summarise
 from qwenq.results import DriftReport, finite_json
+from qwenq.solver.metrics import METRICS_VERSION, LogitComparison, TokenDrift, summarise
 
 
 def rows(seed: int, tokens: int = 5, vocabulary: int = 11, spread: float = 3.0) -> torch.Tensor:

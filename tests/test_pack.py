@@ -4,9 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenq.errors import CheckpointError
-from qwenq.quant.gptq import QTensor
-from qwenq.quant.pack import dequantize_gptq, pack_gptq, unpack_gptq
-from qwenq.scheme import Scheme
+from qwenq.formats.base import Scheme
+from qwenq.formats.packing import dequantize_gptq, pack_gptq, unpack_gptq
+from qwenq.formats.qtensor import QTensor
 
 
 def random_q(seed, bits, group, rows, columns, sym=True):

@@ -14,14 +14,14 @@ import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
-from qwenq.block import SolverOptions
-from qwenq.checkpoint import open_checkpoint, open_source
+from qwenq.checkpoint.reader import open_checkpoint, open_source
 from qwenq.cli.main import app
-from qwenq.evaluate import evaluate
-from qwenq.quant.fold import channel_scales
-from qwenq.quantize import quantize
-from qwenq.scheme import Recipe, Scheme
-from qwenq.stream import Network
+from qwenq.formats.base import Recipe, Scheme
+from qwenq.model.layer import Network
+from qwenq.pipeline.block import SolverOptions
+from qwenq.pipeline.evaluate import evaluate
+from qwenq.pipeline.quantize import quantize
+from qwenq.solver.equalize import channel_scales
 from tests.conftest import small_job, text_windows
 
 
@@ -92,7 +92,7 @@ def test_the_command_pads_resumes_and_refuses(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("qwenq.quantize._Run._drift", stop)
+        patched.setattr("qwenq.pipeline.quantize._Run._drift", stop)
         assert run(*command).exit_code == 130
     changed = run(*[a for a in command if a not in ("--pad-for-tp", 2)], "--resume")
     assert changed.exit_code == 1 and "intermediate_size was 128, now 96" in changed.stderr

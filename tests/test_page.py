@@ -19,8 +19,7 @@ from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
 from qwenq.cli.main import app as command_line
-from qwenq.page.app import MAX_BODY_BYTES, make_app
-from qwenq.page.requests import Ask
+from qwenq.page.app import MAX_BODY_BYTES, Ask, make_app
 
 STATE: dict[str, Any] = {"model": "Qwen2.5-72B", "context": 8192, "rig": [{"gpu": "RTX 3090", "count": 2}]}
 

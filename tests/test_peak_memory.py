@@ -22,8 +22,8 @@ import torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[3])
 from conftest import small_job
-from qwenq.preflight import Tokens, peak_bytes
-from qwenq.quantize import quantize
+from qwenq.pipeline.preflight import Tokens, peak_bytes
+from qwenq.pipeline.quantize import quantize
 job = small_job(sys.argv[1], sys.argv[2])
 result = quantize(job)
 predicted, _ = peak_bytes(job.source.spec, Tokens(6, 3, 32), 4, False)

@@ -14,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenq.errors import HonestNo, PlanError
+from qwenq.formats.base import Recipe, Scheme
+from qwenq.machine import Compute
+from qwenq.model.spec import ModelSpec, family_spec
 from qwenq.planning.engines import get_engine
 from qwenq.planning.flags import llamacpp_flags, transformers_code, vllm_flags
 from qwenq.planning.ggufsize import gguf_weights
-from qwenq.planning.kernels import Compute
 from qwenq.planning.memory import even_shares, rank_shares
 from qwenq.planning.parallel import cutting_reasons, parallel_options
 from qwenq.planning.placement import Placement, largest_context, place
@@ -28,8 +30,6 @@ from qwenq.planning.tensor_parallel import padded_width
 from qwenq.planning.terms import Workload
 from qwenq.planning.weights import Weights, published_weights, recipe_weights
 from qwenq.planning.written import sized_recipe
-from qwenq.scheme import Recipe, Scheme
-from qwenq.spec import ModelSpec, family_spec
 from qwenq.units import GIB
 
 PUBLISHED = Path(__file__).parent / "data" / "published"

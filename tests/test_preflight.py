@@ -10,7 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from qwenq.checkpoint.shards import output_files
 from qwenq.errors import JobError, PlanError
+from qwenq.formats.base import Recipe, Scheme
+from qwenq.machine import free_disk
+from qwenq.model.spec import ModelSpec, family_spec, spec_from_config
+from qwenq.pipeline.preflight import Preflight, Tokens, original_windows, peak_bytes, preflight, stream_bytes
 from qwenq.planning.tensor_parallel import (
     padded_width,
     row_groups,
@@ -19,18 +24,6 @@ from qwenq.planning.tensor_parallel import (
     tensor_parallel_sizes,
 )
 from qwenq.planning.weights import published_weights
-from qwenq.preflight import (
-    Preflight,
-    Tokens,
-    free_disk,
-    original_windows,
-    output_files,
-    peak_bytes,
-    preflight,
-    stream_bytes,
-)
-from qwenq.scheme import Recipe, Scheme
-from qwenq.spec import ModelSpec, family_spec, spec_from_config
 
 TOKENS = Tokens(128, 20, 512)
 
@@ -263,5 +256,5 @@ def test_pulls_take_two_sums_of_down(qwen72: ModelSpec) -> None:
 
 
 def test_planning_needs_no_torch() -> None:
-    code = "import sys, qwenq.preflight; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    code = "import sys, qwenq.pipeline.preflight; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

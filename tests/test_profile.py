@@ -116,7 +116,7 @@ def test_random_weights_of_a_models_shapes(
     bits: int, tiny: Path, random_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The model's directory lends its shapes alone: its tensors are never opened."""
-    monkeypatch.setattr("qwenq.checkpoint.Checkpoint.read", None)
+    monkeypatch.setattr("qwenq.checkpoint.reader.Checkpoint.read", None)
     result = run("measure", "--synthetic", tiny, "--bits", bits, "--group-size", 32, "-c", "64", "--json")
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)

@@ -21,19 +21,18 @@ import torch
 from conftest import small_job, text_windows
 from safetensors.torch import load_file, save_file
 
-import qwenq.quantize
-from qwenq.block import SolverOptions
-from qwenq.checkpoint import open_checkpoint, open_source
+import qwenq.pipeline.quantize
+from qwenq.checkpoint.manifest import JOURNAL_NAME, LOCK_NAME, MANIFEST_NAME
+from qwenq.checkpoint.reader import open_checkpoint, open_source
 from qwenq.errors import CheckpointError, JobError, PlanError, QwenqError
-from qwenq.evaluate import evaluate
-from qwenq.job import QuantizeJob, partial_directory
-from qwenq.journal import JOURNAL_NAME, LOCK_NAME
-from qwenq.manifest import MANIFEST_NAME
-from qwenq.preflight import Tokens, preflight
-from qwenq.quantize import quantize
-from qwenq.scheme import Recipe, Scheme
-from qwenq.streams import new_streams
-from qwenq.tokens import TokenWindows
+from qwenq.formats.base import Recipe, Scheme
+from qwenq.pipeline.activations import new_streams
+from qwenq.pipeline.block import SolverOptions
+from qwenq.pipeline.evaluate import evaluate
+from qwenq.pipeline.job import QuantizeJob, partial_directory
+from qwenq.pipeline.preflight import Tokens, preflight
+from qwenq.pipeline.quantize import quantize
+from qwenq.text.tokens import TokenWindows
 
 Make = Callable[..., Path]
 UNFOLDED = SolverOptions(fold=False, pull=0.0)
@@ -162,8 +161,8 @@ def test_the_format_as_loaders_read_it(random_model: Make, tmp_path: Path) -> No
 
 
 def test_manifest_is_strict_json_and_its_hashes_hold(random_model: Make, tmp_path: Path) -> None:
-    from qwenq.files import file_sha256
-    from qwenq.headers import read_object
+    from qwenq.io.durable import file_sha256
+    from qwenq.io.json import read_object
 
     job = small_job(random_model(), tmp_path / "out")
     one = TokenWindows(job.evaluation.ids[:1], "one window", {})  # a standard error of one window is not a number
@@ -190,7 +189,7 @@ def test_events(random_model: Make, tmp_path: Path) -> None:
 
 
 def test_a_fallback_is_recorded_and_shown(random_model: Make, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("qwenq.quant.gptq.factor_lower", lambda h, damp: False)
+    monkeypatch.setattr("qwenq.solver.gptq.factor_lower", lambda h, damp: False)
     result = quantize(small_job(random_model(num_hidden_layers=1), tmp_path / "out"))
     assert all("rounded to nearest" in r.fallback for r in result.layers[0].linears)
     assert len(result.warnings) == 7
@@ -201,7 +200,7 @@ def test_a_fallback_is_recorded_and_shown(random_model: Make, tmp_path: Path, mo
 def test_spilled_hidden_states_change_nothing(random_model: Make, tmp_path: Path, monkeypatch: Any) -> None:
     source = random_model()
     quantize(small_job(source, tmp_path / "a"))
-    monkeypatch.setattr(qwenq.quantize, "new_streams", partial(new_streams, spill_bytes=0))
+    monkeypatch.setattr(qwenq.pipeline.quantize, "new_streams", partial(new_streams, spill_bytes=0))
     quantize(small_job(source, tmp_path / "b"))
     assert_same(tmp_path / "a", tmp_path / "b")
 
@@ -335,13 +334,13 @@ def test_bfloat16_compute_reports_its_noise_floor(random_model: Make, tmp_path: 
 # ---------------------------------------------------------------------- stopped and resumed
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch", "qwenq.quantize", "transformers.models.qwen2.modeling_qwen2"])
+FORKS.set_forkserver_preload(["torch", "qwenq.pipeline.quantize", "transformers.models.qwen2.modeling_qwen2"])
 
 
 def run_until(source: str, out: str, step: int, interval: float, resume: bool, changes: dict[str, Any]) -> None:
     """Run a job; SIGKILL this process at its `step`-th fsync or rename, before it happens."""
     torch.set_num_threads(1)
-    qwenq.quantize._STATE_INTERVAL_S = interval
+    qwenq.pipeline.quantize._STATE_INTERVAL_S = interval
     steps = 0
 
     def counted(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -384,7 +383,7 @@ def test_killed_anywhere_and_resumed_is_the_same(
 ) -> None:
     source = random_model()
     quantize(small_job(source, tmp_path / "whole", **changes))
-    monkeypatch.setattr(qwenq.quantize, "_STATE_INTERVAL_S", interval)
+    monkeypatch.setattr(qwenq.pipeline.quantize, "_STATE_INTERVAL_S", interval)
     step, replays = 0, []
     while True:
         job = small_job(source, tmp_path / "out", **changes)
@@ -408,7 +407,7 @@ def test_killed_again_and_again(random_model: Make, tmp_path: Path, monkeypatch:
     source = random_model()
     quantize(small_job(source, tmp_path / "whole"))
     job = small_job(source, tmp_path / "out")
-    monkeypatch.setattr(qwenq.quantize, "_STATE_INTERVAL_S", 0.0)
+    monkeypatch.setattr(qwenq.pipeline.quantize, "_STATE_INTERVAL_S", 0.0)
     assert all(killed_at(14, job, 0.0, resume=attempt > 0) for attempt in range(2))
     quantize(job, resume=True)
     assert_same(tmp_path / "whole", job.out)
@@ -431,7 +430,7 @@ def stopped(random_model: Make, tmp_path: Path, monkeypatch: Any) -> QuantizeJob
     """A job stopped after layer 1 of 3, its hidden states saved after each layer; `whole` beside it is finished."""
     source = random_model()
     quantize(small_job(source, tmp_path / "whole"))
-    monkeypatch.setattr(qwenq.quantize, "_STATE_INTERVAL_S", 0.0)
+    monkeypatch.setattr(qwenq.pipeline.quantize, "_STATE_INTERVAL_S", 0.0)
     job = small_job(source, tmp_path / "out")
     with pytest.raises(Stop):
         quantize(job, listen=stop_after(1))
@@ -489,8 +488,8 @@ def test_damaged_states_fall_back_to_older_ones_then_to_replaying(damage: str, s
 def test_two_copies_of_states_never_three(random_model: Make, tmp_path: Path, monkeypatch: Any) -> None:
     """Every second layer saved: the last saved copy must not be the one that is written over."""
     ticks = iter(range(0, 10_000, 20))
-    monkeypatch.setattr("qwenq.quantize.time.perf_counter", lambda: next(ticks))
-    monkeypatch.setattr(qwenq.quantize, "_STATE_INTERVAL_S", 30.0)
+    monkeypatch.setattr("qwenq.pipeline.quantize.time.perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(qwenq.pipeline.quantize, "_STATE_INTERVAL_S", 30.0)
     job = small_job(random_model(num_hidden_layers=6), tmp_path / "out")
     with pytest.raises(Stop):
         quantize(job, listen=stop_after(5))
@@ -534,21 +533,21 @@ def test_a_changed_source_is_refused_by_name(stopped: QuantizeJob) -> None:
 def test_a_full_disk_is_one_line_and_can_be_resumed(random_model: Make, tmp_path: Path, monkeypatch: Any) -> None:
     source = random_model()
     quantize(small_job(source, tmp_path / "whole"))
-    real = qwenq.quantize.write_shard
+    real = qwenq.pipeline.quantize.write_shard
 
     def full(path: Path, tensors: Any) -> str:
         if path.name.startswith("model-00003"):
             raise OSError(28, "No space left on device", str(path))
         return real(path, tensors)
 
-    monkeypatch.setattr(qwenq.quantize, "write_shard", full)
+    monkeypatch.setattr(qwenq.pipeline.quantize, "write_shard", full)
     job = small_job(source, tmp_path / "out")
     with pytest.raises(JobError) as caught:
         quantize(job)
     assert caught.value.message.endswith("model-00003-of-00005.safetensors: No space left on device")
     assert "--resume" in caught.value.hint
     assert_nothing_looks_whole(job.out)
-    monkeypatch.setattr(qwenq.quantize, "write_shard", real)
+    monkeypatch.setattr(qwenq.pipeline.quantize, "write_shard", real)
     resumed(job)
 
 
@@ -604,7 +603,7 @@ def refused_keeping_the_lock(job: QuantizeJob) -> str:
 
 def test_disk_too_small(random_model: Make, tmp_path: Path, monkeypatch: Any) -> None:
     job = small_job(random_model(), tmp_path / "out")
-    monkeypatch.setattr("qwenq.preflight.free_disk", lambda out: 100_000)
+    monkeypatch.setattr("qwenq.machine.free_disk", lambda out: 100_000)
     assert "MB of disk, 0.1 MB are free" in refused(job)
 
 

@@ -15,17 +15,18 @@ import pytest
 import torch
 from fake_gpus import Allocator, FakeGpus
 
-from qwenq import clock as clock_module
-from qwenq import replicas as replicas_module
-from qwenq.block import BlockSolver, CalibrationStreams, SolverOptions, round_block
-from qwenq.clock import StageClock
-from qwenq.preflight import Tokens, original_windows, peak_bytes, scratch_width
-from qwenq.quant import gptq, rows
-from qwenq.quant.fold import FoldedLayer
-from qwenq.replicas import Replicas
+from qwenq.formats.base import Recipe, Scheme
+from qwenq.model.spec import ModelSpec, family_spec
+from qwenq.pipeline import monitor as clock_module
+from qwenq.pipeline import workers as replicas_module
+from qwenq.pipeline.block import BlockSolver, CalibrationStreams, SolverOptions, round_block
+from qwenq.pipeline.monitor import StageClock
+from qwenq.pipeline.preflight import Tokens, original_windows, peak_bytes, scratch_width
+from qwenq.pipeline.workers import Replicas
 from qwenq.runtime.synthetic import synthetic_config
-from qwenq.scheme import Recipe, Scheme
-from qwenq.spec import ModelSpec, family_spec
+from qwenq.solver import gptq
+from qwenq.solver import parallel as rows
+from qwenq.solver.equalize import FoldedLayer
 
 LENGTH = 512
 

@@ -18,10 +18,10 @@ import pytest
 from conftest import small_job, text_windows
 from test_quantize import FORKS, assert_same
 
-import qwenq.quantize
-from qwenq.job import QuantizeJob
-from qwenq.quantize import quantize
-from qwenq.scheme import Recipe, Scheme
+import qwenq.pipeline.quantize
+from qwenq.formats.base import Recipe, Scheme
+from qwenq.pipeline.job import QuantizeJob
+from qwenq.pipeline.quantize import quantize
 
 KILLS = 30
 
@@ -37,7 +37,7 @@ def tiny_job(source: Path, calib: Path, heldout: Path, out: Path) -> QuantizeJob
 
 
 def run(source: str, calib: str, heldout: str, out: str, interval: float, resume: bool) -> None:
-    qwenq.quantize._STATE_INTERVAL_S = interval
+    qwenq.pipeline.quantize._STATE_INTERVAL_S = interval
     quantize(tiny_job(Path(source), Path(calib), Path(heldout), Path(out)), resume=resume)
 
 

@@ -151,7 +151,7 @@ def test_the_dry_run_says_what_it_counts_on(gpus: int, device: str, monkeypatch:
             raise PlanError("the NVIDIA driver sees no GPU")
         return parse_rig(f"{gpus}x RTX 3090")
 
-    monkeypatch.setattr("qwenq.planning.detect.detect_rig", rig)
+    monkeypatch.setattr("qwenq.planning.rig.detect_rig", rig)
     result = run("quantize", "Qwen2.5-0.5B", "--dry-run", "--json")
     found = json.loads(result.stdout)
     assert found["device"] == device and (found["peak_vram_bytes"] > 0) == (device == "cuda")

@@ -15,14 +15,13 @@ from safetensors.torch import load_file
 from test_faults import FORMATS
 from typer.testing import CliRunner
 
-from qwenq.block import SolverOptions
+from qwenq.checkpoint.manifest import MANIFEST_NAME, encode_manifest, read_manifest, verify
 from qwenq.cli.main import app
 from qwenq.errors import CalibrationError, CheckpointError, JobError
-from qwenq.manifest import MANIFEST_NAME, encode_manifest, read_manifest
-from qwenq.quantize import quantize
-from qwenq.rederive import rederive, sample
-from qwenq.shards import write_shard
-from qwenq.verify import verify
+from qwenq.io.tensors import write_shard
+from qwenq.pipeline.block import SolverOptions
+from qwenq.pipeline.quantize import quantize
+from qwenq.pipeline.reproduce import rederive, sample
 
 Make = Callable[..., Path]
 
@@ -37,7 +36,7 @@ def calibrated(source: Path, out: Path, calib: Path, **changes: Any) -> Path:
 
 
 def test_a_padded_checkpoint_is_made_from_the_padded_source(tiny: Path, calib: Path, tmp_path: Path) -> None:
-    from qwenq.checkpoint import open_source
+    from qwenq.checkpoint.reader import open_source
 
     job = small_job(tiny, tmp_path / "out", calibration=None, options=SolverOptions(method="rtn"))
     quantize(replace(job, source=open_source(tiny).padded(512)))
@@ -51,9 +50,9 @@ def test_sample() -> None:
 
 @pytest.mark.parametrize("kind", [*FORMATS, "rtn"])
 def test_layers_made_again_are_the_written_ones(kind: str, tiny: Path, calib: Path, tmp_path: Path) -> None:
-    from qwenq.calibration import load_windows
-    from qwenq.checkpoint import open_source
-    from qwenq.tokens import ModelTokenizer
+    from qwenq.checkpoint.reader import open_source
+    from qwenq.text.calibration import load_windows
+    from qwenq.text.tokens import ModelTokenizer
 
     changes: dict[str, Any] = {"recipe": FORMATS[kind]} if kind in FORMATS else {}
     if kind == "rtn":

@@ -20,14 +20,13 @@ from typer.testing import CliRunner
 
 from qwenq.cli.main import app
 from qwenq.errors import CheckpointError
-from qwenq.report.benchmarks import read_benchmarks
+from qwenq.formats.base import Scheme
+from qwenq.report.benchmarks import gpu_peaks, read_benchmarks, read_measurements
 from qwenq.report.compose import Extras, compose
 from qwenq.report.html import to_html
-from qwenq.report.loaders import loaders_of
-from qwenq.report.measurements import gpu_peaks, read_measurements
+from qwenq.report.machines import loaders_of
 from qwenq.report.runs import load_runs, read_run
 from qwenq.report.writing import to_markdown
-from qwenq.scheme import Scheme
 
 BENCHMARK = {
     "tool": "GPTQModel", "version": "7.7.0", "setting": "default", "text": "heldout", "kl": 0.05, "kl_low": 0.04,

@@ -13,11 +13,11 @@ from report_runs import manifest, write_72b, write_run
 from test_page_browser import ARGUMENTS, CHROMIUM, _contrast
 from test_report import BENCHMARK, nasty_run
 
+from qwenq.formats.base import Scheme
 from qwenq.report.benchmarks import read_benchmarks
 from qwenq.report.compose import Extras, compose
 from qwenq.report.html import to_html
 from qwenq.report.runs import load_runs
-from qwenq.scheme import Scheme
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = [

@@ -14,7 +14,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from qwenq.cli.main import app
-from qwenq.tokens import ModelTokenizer
+from qwenq.text.tokens import ModelTokenizer
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "120", "TERM": "dumb"}
 TEMPLATE = (
@@ -190,7 +190,7 @@ def test_what_is_no_checkpoint_gets_a_hint_of_its_own() -> None:
 def test_small_differences_have_no_percentage(
     peak: int, percent: bool, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qwenq.runtime import memory
+    from qwenq.runtime import peaks as memory
 
     monkeypatch.setattr(memory, "read_peaks", lambda devices, base: [memory.Peak("CPU", peak)])
     last = run(tiny, "--raw", "-p", "The sea", "-n", 1).stderr.splitlines()[-1]

@@ -15,19 +15,19 @@ import torch
 from fake_gpus import MIB, Allocator, FakeGpus
 from torch import Tensor
 
-from qwenq.attention import causal_attention
+from qwenq.formats.base import Recipe, Scheme
+from qwenq.formats.qtensor import QTensor
+from qwenq.machine import SCORE_BYTES, Compute
+from qwenq.model.attention import causal_attention
+from qwenq.model.spec import ModelSpec, family_spec
 from qwenq.planning.allocator import allocated_bytes
-from qwenq.planning.kernels import SCORE_BYTES, STRIP_BYTES, Compute, PackedShape, kept_bytes, strip_weights
+from qwenq.planning.kernels import STRIP_BYTES, PackedShape, kept_bytes, strip_weights
 from qwenq.planning.profile import MeasuredRow
 from qwenq.planning.weights import recipe_weights
-from qwenq.quant.gptq import QTensor
 from qwenq.runtime import linear, measure
-from qwenq.runtime.layout import tile_order
-from qwenq.runtime.linear import Nf4Linear, packed_linear
+from qwenq.runtime.linear import Nf4Linear, packed_linear, tile_order
 from qwenq.runtime.load import LoadOptions, load_from
 from qwenq.runtime.synthetic import SyntheticWeights, synthetic_config
-from qwenq.scheme import Recipe, Scheme
-from qwenq.spec import ModelSpec, family_spec
 
 CPU = torch.device("cpu")
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from qwenq.formats.base import Scheme
+from qwenq.formats.qtensor import QTensor
+from qwenq.machine import Compute
 from qwenq.planning import kernels
-from qwenq.planning.kernels import DENSE_ROWS, Choice, Compute, choose, kept_bytes
-from qwenq.quant.gptq import QTensor
+from qwenq.planning.kernels import DENSE_ROWS, Choice, choose, kept_bytes
 from qwenq.runtime import linear
-from qwenq.runtime.layout import nibbles, tile_order
-from qwenq.runtime.linear import Int4Linear, StoredLinear, packed_linear, unpack_int4
-from qwenq.scheme import Scheme
+from qwenq.runtime.linear import Int4Linear, StoredLinear, nibbles, packed_linear, tile_order, unpack_int4
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16

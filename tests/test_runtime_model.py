@@ -14,18 +14,18 @@ from conftest import small_job
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qwenq.checkpoint import Checkpoint, open_checkpoint
+from qwenq.checkpoint.reader import Checkpoint, open_checkpoint
 from qwenq.errors import CheckpointError, RunError, UsageError
+from qwenq.formats.base import INT8_ROWS, NF4, Recipe, Scheme
+from qwenq.model.layer import model_config
+from qwenq.pipeline.quantize import quantize
 from qwenq.planning.offload import host_map, spill_to_disk
 from qwenq.planning.weights import header_weights
-from qwenq.quantize import quantize
-from qwenq.runtime import memory
-from qwenq.runtime.attention import FP8, KvCache
+from qwenq.runtime import peaks as memory
+from qwenq.runtime.cache import FP8, KvCache
 from qwenq.runtime.generate import Sampling, Session, Timing, next_token
 from qwenq.runtime.load import LoadOptions, loaded, plan_load
 from qwenq.runtime.model import CheckpointWeights, RunningModel, build_model
-from qwenq.scheme import INT8_ROWS, NF4, Recipe, Scheme
-from qwenq.stream import model_config
 
 Make = Callable[..., Path]
 BF16 = torch.bfloat16
@@ -68,7 +68,7 @@ def close(found: Tensor, wanted: Tensor, limit: float) -> bool:
 
 
 def quantized(source: Path, out: Path, recipe: Recipe, **changes: Any) -> Checkpoint:
-    from qwenq.block import SolverOptions
+    from qwenq.pipeline.block import SolverOptions
 
     quantize(small_job(source, out, recipe=recipe, calibration=None, options=SolverOptions(method="rtn"), **changes))
     return open_checkpoint(out)

@@ -10,22 +10,23 @@ import pytest
 import torch
 from torch import nn
 
-from qwenq import devices
-from qwenq.checkpoint import open_checkpoint
+from qwenq.checkpoint.reader import open_checkpoint
 from qwenq.errors import HonestNo, QwenqError, RunError
+from qwenq.formats.base import Recipe, Scheme
+from qwenq.machine import Compute
+from qwenq.model import devices
+from qwenq.model.spec import ModelSpec, family_spec
 from qwenq.planning.engines import get_engine
-from qwenq.planning.kernels import Compute
 from qwenq.planning.offload import host_map
 from qwenq.planning.placement import place
 from qwenq.planning.rig import Rig, find_gpu, parse_rig
 from qwenq.planning.terms import Workload
 from qwenq.planning.weights import Weights, recipe_weights
-from qwenq.runtime import dispatch, memory, model
-from qwenq.runtime.dispatch import compute_device
+from qwenq.runtime import model
+from qwenq.runtime import model as dispatch
+from qwenq.runtime import peaks as memory
 from qwenq.runtime.load import LoadPlan, plan_load
-from qwenq.runtime.model import CheckpointWeights, build_model
-from qwenq.scheme import Recipe, Scheme
-from qwenq.spec import ModelSpec, family_spec
+from qwenq.runtime.model import CheckpointWeights, build_model, compute_device
 from qwenq.units import GIB
 
 BF16 = torch.bfloat16

@@ -13,21 +13,20 @@ import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
-from qwenq.block import SolverOptions
-from qwenq.checkpoint import open_source
+from qwenq.checkpoint.reader import open_source
 from qwenq.cli.main import app
 from qwenq.errors import CalibrationError, JobError, PlanError
-from qwenq.fingerprint import fingerprint
-from qwenq.fisher import sampled_gradients
-from qwenq.head import HeadWeights
-from qwenq.job import QuantizeJob
+from qwenq.formats.base import Scheme
+from qwenq.io.safetensors import fingerprint
+from qwenq.model.layer import Network
+from qwenq.pipeline.block import SolverOptions
+from qwenq.pipeline.evaluate import HeadWeights
+from qwenq.pipeline.fisher import _States, measure_sensitivity, sampled_gradients, split_windows
+from qwenq.pipeline.job import QuantizeJob
+from qwenq.pipeline.quantize import quantize
 from qwenq.planning.budget import recipe_of
 from qwenq.planning.sensitivity import SENSITIVITY_NAME, Sensitivity, encode_sensitivity, read_sensitivity, units_of
-from qwenq.quantize import quantize
-from qwenq.scheme import Scheme
-from qwenq.sensitivity import _States, measure_sensitivity, split_windows
-from qwenq.stream import Network
-from qwenq.tokens import TokenWindows
+from qwenq.text.tokens import TokenWindows
 from tests.conftest import text_windows
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "120", "TERM": "dumb"}
@@ -203,7 +202,7 @@ def test_a_stopped_job_goes_on_with_the_table_it_measured(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("qwenq.replicas.Replicas.run_layer", stop)
+        patched.setattr("qwenq.pipeline.workers.Replicas.run_layer", stop)
         assert run(*command, "-o", out, "--bpw", "5").exit_code == 130
     assert (tmp_path / "out.partial" / SENSITIVITY_NAME).is_file()
     changed = run(*command, "-o", out, "--bpw", "6", "--resume")
@@ -296,7 +295,7 @@ def test_negative_seeds(command: str, tiny: Path, tmp_path: Path) -> None:
 def test_no_disk_for_the_passes(tiny: Path, calib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """16 windows of 256 tokens and 32 of 128, 128 values of 2 bytes, 4 layers: 8.4 MB."""
     probe = split_windows(text_windows(calib, tiny, 256))
-    monkeypatch.setattr("qwenq.sensitivity.free_disk", lambda where: 8_000_000)
+    monkeypatch.setattr("qwenq.pipeline.fisher.free_disk", lambda where: 8_000_000)
     with pytest.raises(JobError, match=r"need 8.4 MB of disk"):
         measure_sensitivity(open_source(tiny), probe, scratch=tmp_path)
     assert not list(tmp_path.iterdir())

@@ -13,14 +13,14 @@ from fake_gpus import FakeGpus
 from test_quantize_cuda import layer, of
 from torch import Tensor
 
+from qwenq.formats.base import Scheme
+from qwenq.model.layer import Network
+from qwenq.model.spec import UNITS
+from qwenq.pipeline.fisher import _errors
+from qwenq.pipeline.preflight import errors_bytes
 from qwenq.planning.sensitivity import schemes_for
-from qwenq.preflight import errors_bytes
-from qwenq.quant import gptq
 from qwenq.runtime.synthetic import synthetic_config
-from qwenq.scheme import Scheme
-from qwenq.sensitivity import _errors
-from qwenq.spec import UNITS
-from qwenq.stream import Network
+from qwenq.solver import gptq
 
 
 def rounded(e_IO: Tensor, h_II: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:

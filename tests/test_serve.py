@@ -21,7 +21,7 @@ import torch
 import uvicorn
 from typer.testing import CliRunner
 
-from qwenq.checkpoint import open_checkpoint
+from qwenq.checkpoint.reader import open_checkpoint
 from qwenq.cli.main import app as cli
 from qwenq.page.app import listen
 from qwenq.planning.offload import host_map
@@ -288,7 +288,7 @@ def test_dry_runs_download_and_start_nothing(tiny: Path, monkeypatch: pytest.Mon
         return CliRunner(env={"COLUMNS": "120", "TERM": "dumb"}).invoke(cli, ["serve", *words, "--dry-run"])
 
     monkeypatch.setattr("qwenq.cli.serve._has_gpu", lambda: False)
-    monkeypatch.setattr("qwenq.hub.fetch_model", None)
+    monkeypatch.setattr("qwenq.io.hub.fetch_model", None)
     ours = dry(str(tiny))
     assert ours.exit_code == 0 and "nothing is loaded" in ours.stdout and "CPU: 4 layers" in ours.stdout
     name = "Qwen/Qwen2.5-72B-Instruct-GPTQ-Int4"

@@ -13,16 +13,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from qwenq.files import file_sha256, write_bytes, write_json, write_synced
-from qwenq.preflight import shard_file_bytes
-from qwenq.shards import (
-    TORCH_DTYPES,
-    encode_index,
-    raw_bytes,
-    spec_of,
-    write_shard,
-)
-from qwenq.spec import TensorSpec
+from qwenq.checkpoint.shards import encode_index, shard_file_bytes
+from qwenq.io.durable import file_sha256, write_bytes, write_json, write_synced
+from qwenq.io.safetensors import TensorSpec
+from qwenq.io.tensors import TORCH_DTYPES, raw_bytes, spec_of, write_shard
 
 
 def test_literal_bytes(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from qwenq.checkpoint import Checkpoint, open_checkpoint
-from qwenq.stream import Network
+from qwenq.checkpoint.reader import Checkpoint, open_checkpoint
+from qwenq.model.layer import Network
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
 

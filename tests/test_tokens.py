@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenq.errors import CalibrationError, CheckpointError
-from qwenq.tokens import ModelTokenizer, TokenWindows, check_length, check_windows, pack_windows
+from qwenq.text.tokens import ModelTokenizer, TokenWindows, check_length, check_windows, pack_windows
 
 SEPARATOR = 99
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from qwenq.errors import CheckpointError, PlanError
+from qwenq.formats.base import Recipe, Scheme
+from qwenq.model.spec import ModelSpec, family_configs, family_spec
 from qwenq.planning.ggufsize import gguf_weights
 from qwenq.planning.models import load_model, load_spec, model_weights
 from qwenq.planning.weights import header_weights, published_weights, recipe_weights
-from qwenq.scheme import Recipe, Scheme
-from qwenq.spec import ModelSpec, family_configs, family_spec
 
 TINY = Path(__file__).parent / "data" / "tiny-qwen2"
 

@@ -12,11 +12,11 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from qwenq.checkpoint import open_source
+from qwenq.checkpoint.reader import open_source
 from qwenq.cli.main import app
+from qwenq.formats.base import Recipe, Scheme
 from qwenq.planning.asking import Question, Resolved
 from qwenq.planning.weights import recipe_weights
-from qwenq.scheme import Recipe, Scheme
 
 TINY = Path(__file__).parent / "data" / "tiny-qwen2"
 

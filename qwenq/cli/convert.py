@@ -28,8 +28,8 @@ def convert(
     """
     check_format(format)
 
-    from qwenq.checkpoint import open_checkpoint
-    from qwenq.convert import convert as run
+    from qwenq.checkpoint.reader import open_checkpoint
+    from qwenq.pipeline.convert import convert as run
 
     made = run(open_checkpoint(source), out, format)
     if json:

@@ -10,8 +10,8 @@ import typer
 from qwenq.cli.console import LayerProgress, drift_table, err, out
 from qwenq.cli.models import pick_calibration_dtype
 from qwenq.errors import JobError
-from qwenq.preflight import default_pull
-from qwenq.scheme import Recipe, Scheme
+from qwenq.formats.base import Recipe, Scheme
+from qwenq.pipeline.preflight import default_pull
 from qwenq.units import format_gb
 
 # name, scheme, method: 576 and 1,536 are divisible by 64, not by 128
@@ -46,17 +46,17 @@ def demo(
     Finished variants are kept: a second call goes on where the first stopped. Other tools' results are drawn beside
     them where a benchmarks.jsonl lies beside the report.
     """
-    from qwenq.block import SolverOptions
-    from qwenq.calibration import load_windows, overlap
-    from qwenq.checkpoint import open_source
-    from qwenq.demo import make_demo_model
-    from qwenq.job import QuantizeJob, partial_directory
-    from qwenq.manifest import MANIFEST_NAME
-    from qwenq.quantize import quantize as run
+    from qwenq.checkpoint.manifest import MANIFEST_NAME
+    from qwenq.checkpoint.reader import open_source
+    from qwenq.cli.demo_model import make_demo_model
+    from qwenq.pipeline.block import SolverOptions
+    from qwenq.pipeline.job import QuantizeJob, partial_directory
+    from qwenq.pipeline.quantize import quantize as run
     from qwenq.report.benchmarks import read_benchmarks
     from qwenq.report.compose import Extras, compose, write_report
     from qwenq.report.runs import load_runs
-    from qwenq.tokens import ModelTokenizer
+    from qwenq.text.calibration import load_windows, overlap
+    from qwenq.text.tokens import ModelTokenizer
 
     model = directory / "SmolLM2-135M"
     if not (model / "config.json").is_file():

@@ -13,22 +13,20 @@ from rich.table import Table
 from qwenq.cli.console import out, print_json, warn
 from qwenq.cli.models import device_names, pick_calibration_dtype, pick_compute_dtype, stored_dtypes
 from qwenq.cli.recipe import Wanted, prediction_line, recipe_json, recipe_table
-from qwenq.fingerprint import fingerprint
-from qwenq.planning.budget import Budgeted
-from qwenq.planning.detect import sees_gpu
-from qwenq.preflight import (
+from qwenq.io.safetensors import FLOATS, fingerprint
+from qwenq.machine import LANES_UP_TO, MOST_LANES, total_memory
+from qwenq.model.spec import ModelSpec
+from qwenq.pipeline.preflight import (
     DEFAULT_WINDOWS,
-    LANES_UP_TO,
-    MOST_LANES,
     SET_TOKENS,
     Preflight,
     Tokens,
     chosen_pull,
     preflight,
     sensitivity_bytes,
-    total_memory,
 )
-from qwenq.spec import FLOATS, ModelSpec
+from qwenq.planning.budget import Budgeted
+from qwenq.planning.rig import sees_gpu
 from qwenq.units import format_gb
 
 DEFAULT_EVALUATION_WINDOWS = 20
@@ -174,8 +172,8 @@ def _windows(asked: Asked, spec: ModelSpec) -> tuple[int, int, int, bool, list[s
 
 def _counter(asked: Asked, spec: ModelSpec) -> Callable[[str, int, int, int | None], tuple[int, int, bool]]:
     """A function that counts a text's windows, `most` at most, as a job draws them; sets of the hub are not fetched."""
-    from qwenq.calibration import load_windows
-    from qwenq.tokens import ModelTokenizer
+    from qwenq.text.calibration import load_windows
+    from qwenq.text.tokens import ModelTokenizer
 
     tokenizer = ModelTokenizer(Path(asked.model))
 

@@ -36,13 +36,13 @@ def evaluate(
     """
     increase = _percent(max_ppl_increase)
 
-    from qwenq.calibration import load_windows
-    from qwenq.checkpoint import open_checkpoint
+    from qwenq.checkpoint.reader import open_checkpoint
     from qwenq.cli.models import pick_compute_dtype, pick_device, resolve_model
-    from qwenq.evaluate import check_comparable, check_limits
-    from qwenq.evaluate import evaluate as run
-    from qwenq.job import DTYPES
-    from qwenq.tokens import ModelTokenizer
+    from qwenq.pipeline.evaluate import check_comparable, check_limits
+    from qwenq.pipeline.evaluate import evaluate as run
+    from qwenq.pipeline.job import DTYPES
+    from qwenq.text.calibration import load_windows
+    from qwenq.text.tokens import ModelTokenizer
 
     checkpoint, base = open_checkpoint(resolve_model(model)), open_checkpoint(resolve_model(reference))
     check_comparable(checkpoint, base)

@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 
 from qwenq.errors import UsageError
-from qwenq.layout import BNB_FORMATS, FORMATS, check_scheme
-from qwenq.scheme import INT8_ROWS, NF4, Recipe, Scheme
+from qwenq.formats.base import BNB_FORMATS, FORMATS, INT8_ROWS, NF4, Recipe, Scheme, check_scheme
 
 Format = Annotated[
     str, typer.Option("--format", help="gptq, awq (4-bit), compressed-tensors, bnb-nf4 or bnb-int8 (no calibration).")

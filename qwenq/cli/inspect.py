@@ -29,9 +29,9 @@ def inspect(
     """
     expected = _count(expect_params)
 
-    from qwenq.audit import audit, index_total, published_shapes
-    from qwenq.headers import checkpoint_tensors
-    from qwenq.hub import fetch_headers
+    from qwenq.io.hub import fetch_headers
+    from qwenq.io.safetensors import checkpoint_tensors
+    from qwenq.planning.audit import audit, index_total, published_shapes
     from qwenq.planning.models import load_model
 
     found = load_model(model)

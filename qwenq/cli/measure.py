@@ -78,7 +78,7 @@ def measure(
 
 
 def _stored(checkpoint: str, options: Any) -> tuple[Any, Any]:
-    from qwenq.checkpoint import open_checkpoint
+    from qwenq.checkpoint.reader import open_checkpoint
     from qwenq.runtime.load import loaded, stored_sizes
 
     opened = open_checkpoint(resolve_model(checkpoint))
@@ -86,11 +86,11 @@ def _stored(checkpoint: str, options: Any) -> tuple[Any, Any]:
 
 
 def _synthetic(model: str, bits: int, group_size: int, options: Any) -> tuple[Any, Any]:
+    from qwenq.formats.base import Recipe, Scheme
     from qwenq.planning.models import load_spec
     from qwenq.planning.weights import recipe_weights
     from qwenq.runtime.load import load_from
     from qwenq.runtime.synthetic import SyntheticWeights, synthetic_config
-    from qwenq.scheme import Recipe, Scheme
 
     spec = load_spec(model)
     recipe = Recipe(None if bits == 16 else Scheme(bits, group_size))

@@ -6,16 +6,14 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from qwenq.errors import PlanError, UsageError
-from qwenq.headers import shown
-from qwenq.spec import ModelSpec, family_spec
-
-if TYPE_CHECKING:
-    from qwenq.planning.asking import Question
+from qwenq.io.json import shown
+from qwenq.model.spec import ModelSpec, family_spec
+from qwenq.planning.asking import Question
 
 Model = Annotated[
     str,
@@ -44,7 +42,7 @@ def resolve_model(model: str, hint: str = "") -> Path:
     path = Path(model)
     if path.is_dir():
         return path
-    from qwenq.hub import fetch_model, is_hub_name
+    from qwenq.io.hub import fetch_model, is_hub_name
 
     if is_hub_name(model):
         return fetch_model(model, listen=lambda line: print(line, file=sys.stderr, flush=True))
@@ -67,7 +65,7 @@ def stored_question(model: str, engine: str, **asked: Any) -> Question:
     Headers of a directory, or of the hub; a shipped model's hub name stands for the shipped shapes, in 16 bits unless
     it says otherwise.
     """
-    from qwenq.hub import is_hub_name
+    from qwenq.io.hub import is_hub_name
     from qwenq.planning.asking import Question
     from qwenq.planning.models import load_model
 
@@ -96,14 +94,14 @@ def stored_dtypes(model: str) -> tuple[ModelSpec, Callable[[str], str]]:
     if spec is not None:
         warn_of_shipped(model)
         return spec, lambda name: "BF16"
-    from qwenq.hub import is_hub_name
+    from qwenq.io.hub import is_hub_name
 
     if not Path(model).is_dir() and is_hub_name(model):
         from qwenq.planning.models import load_model, source_dtypes
 
         found = load_model(model)
         return found.spec, source_dtypes(found)
-    from qwenq.checkpoint import open_source
+    from qwenq.checkpoint.reader import open_source
 
     hint = "for sizes alone a family name works: qwenq quantize Qwen2.5-72B --bits 4 --dry-run"
     source = open_source(resolve_model(model, hint))

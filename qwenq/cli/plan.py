@@ -65,7 +65,7 @@ def plan(
         raise UsageError("give one of --gpu, --detect and --recommend", hint='for instance --gpu "2x RTX 3090"')
     rig = None
     if detect:
-        from qwenq.planning.detect import detect_rig
+        from qwenq.planning.rig import detect_rig
 
         rig = detect_rig()
     asked = Question(

@@ -40,10 +40,10 @@ from qwenq.cli.recipe import (
 )
 from qwenq.cli.sensitivity import measure
 from qwenq.errors import PlanError
+from qwenq.formats.base import Recipe
+from qwenq.io.safetensors import FLOATS
+from qwenq.pipeline.preflight import DEFAULT_WINDOWS, PULL_SHARE, chosen_pull
 from qwenq.planning.sensitivity import SENSITIVITY_NAME, encode_sensitivity
-from qwenq.preflight import DEFAULT_WINDOWS, PULL_SHARE, chosen_pull
-from qwenq.scheme import Recipe
-from qwenq.spec import FLOATS
 from qwenq.units import format_gb, format_seconds
 
 
@@ -148,17 +148,17 @@ def quantize(
     if output == Path():
         raise PlanError("no output directory", hint="give one with -o DIR")
 
-    from qwenq.block import SolverOptions
-    from qwenq.calibration import load_windows, overlap
-    from qwenq.checkpoint import open_source
+    from qwenq.checkpoint.reader import open_source
     from qwenq.cli.models import pick_device, resolve_model
-    from qwenq.fingerprint import fingerprint
-    from qwenq.job import QuantizeJob, partial_directory
+    from qwenq.io.safetensors import fingerprint
+    from qwenq.pipeline.block import SolverOptions
+    from qwenq.pipeline.job import QuantizeJob, partial_directory
+    from qwenq.pipeline.quantize import check_places
+    from qwenq.pipeline.quantize import quantize as run
     from qwenq.planning.recipefile import RECIPE_NAME, encode_recipe
-    from qwenq.quant.gptq import DAMP_PERCENT
-    from qwenq.quantize import check_places
-    from qwenq.quantize import quantize as run
-    from qwenq.tokens import ModelTokenizer
+    from qwenq.solver.gptq import DAMP_PERCENT
+    from qwenq.text.calibration import load_windows, overlap
+    from qwenq.text.tokens import ModelTokenizer
 
     source = open_source(resolve_model(model))
     if pad_for_tp is not None:

@@ -13,11 +13,11 @@ from rich.table import Table
 
 from qwenq.cli.format import check_format, uniform_recipe
 from qwenq.errors import PlanError
+from qwenq.formats.base import Recipe, label_of
+from qwenq.model.spec import UNITS, ModelSpec
 from qwenq.planning.budget import MIXED_FORMATS, Budgeted, choose_for_bits, choose_for_bytes, describe_choice
 from qwenq.planning.sensitivity import SENSITIVITY_NAME, Sensitivity, prior, read_sensitivity
 from qwenq.planning.written import cut_by, widened
-from qwenq.scheme import Recipe, label_of
-from qwenq.spec import UNITS, ModelSpec
 from qwenq.units import format_gb, parse_size, parse_tokens
 
 TargetSize = Annotated[
@@ -41,7 +41,6 @@ SensitivityFile = Annotated[
 SaveRecipe = Annotated[
     Path | None, typer.Option("--save-recipe", help="With --dry-run: write the recipe there, to edit and give back.")
 ]
-
 PadForTp = Annotated[
     int | None,
     typer.Option(

@@ -35,9 +35,8 @@ def report(
     Warnings and fallbacks come first; then what was lost, KL against size, errors by layer, which rigs hold it,
     memory against context, engines and tensor parallelism, and the provenance.
     """
-    from qwenq.report.benchmarks import read_benchmarks
+    from qwenq.report.benchmarks import read_benchmarks, read_measurements
     from qwenq.report.compose import Extras, compose, write_report
-    from qwenq.report.measurements import read_measurements
     from qwenq.report.runs import load_runs
 
     left_out: list[str] = []

@@ -5,22 +5,19 @@ from __future__ import annotations
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from qwenq.cli.console import print_json, warn
 from qwenq.cli.models import JsonFlag, Model, resolve_model, stored_question
 from qwenq.errors import RunError, UsageError
+from qwenq.runtime.chat import Chat
+from qwenq.runtime.generate import Sampling, Session
+from qwenq.runtime.load import Loaded, LoadOptions
 from qwenq.units import format_gb, parse_size, parse_tokens
 
-if TYPE_CHECKING:
-    from qwenq.runtime.chat import Chat
-    from qwenq.runtime.generate import Sampling, Session
-    from qwenq.runtime.load import Loaded, LoadOptions
-
 SMALL_DIFFERENCE = 64 << 20  # between a peak and its prediction: what allocators and libraries do, no error to be told
-
 MaxModelLen = Annotated[
     str, typer.Option("--max-model-len", "-c", help="Context in tokens, prompt and answer, e.g. 16k. Default 4k.")
 ]
@@ -109,9 +106,9 @@ def run(
     Ends with tokens a second and each device's peak memory beside what was predicted. With --dry-run headers alone are
     read, a hub model's from the hub; exit code 3 when it does not fit.
     """
-    from qwenq.checkpoint import open_checkpoint
+    from qwenq.checkpoint.reader import open_checkpoint
     from qwenq.runtime.chat import Chat
-    from qwenq.runtime.engines import check_engine
+    from qwenq.runtime.foreign import check_engine
     from qwenq.runtime.generate import Sampling, Session, new_tokens
     from qwenq.runtime.load import describe, loaded
 
@@ -181,7 +178,7 @@ def _ids(chat: Chat, prompt: str, system: str, raw: bool) -> list[int]:
 
 def _answer(found: Loaded, session: Session, chat: Chat, ids: list[int], sampling: Sampling, json: bool) -> str:
     from qwenq.runtime.generate import Timing
-    from qwenq.runtime.memory import forget_peaks, read_peaks
+    from qwenq.runtime.peaks import forget_peaks, read_peaks
 
     devices = found.model.devices
     forget_peaks(devices)
@@ -266,7 +263,7 @@ def _foreign(
     options: LoadOptions,
     json: bool,
 ) -> None:
-    from qwenq.runtime.engines import GptqModelEngine, VllmEngine
+    from qwenq.runtime.foreign import GptqModelEngine, VllmEngine
     from qwenq.runtime.generate import Timing
 
     if ids is None:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.table import Table
 
+from qwenq.checkpoint.reader import Checkpoint
 from qwenq.cli.console import LayerProgress, out, print_json
 from qwenq.cli.models import ComputeDtype, JsonFlag, Model, OneDevice, pick_compute_dtype
 from qwenq.errors import JobError
+from qwenq.formats.base import label_of
+from qwenq.model.spec import UNITS
+from qwenq.pipeline.preflight import DEFAULT_WINDOWS
 from qwenq.planning.sensitivity import Sensitivity, encode_sensitivity
-from qwenq.preflight import DEFAULT_WINDOWS
-from qwenq.scheme import label_of
-from qwenq.spec import UNITS
-
-if TYPE_CHECKING:
-    from qwenq.checkpoint import Checkpoint
-    from qwenq.tokens import TokenWindows
+from qwenq.text.tokens import TokenWindows
 
 
 def sensitivity(
@@ -47,11 +45,11 @@ def sensitivity(
     pick_compute_dtype(compute_dtype, device)
     check_output(output)
 
-    from qwenq.calibration import load_windows
-    from qwenq.checkpoint import open_source
+    from qwenq.checkpoint.reader import open_source
     from qwenq.cli.models import pick_device, resolve_model
-    from qwenq.files import write_bytes
-    from qwenq.tokens import ModelTokenizer
+    from qwenq.io.durable import write_bytes
+    from qwenq.text.calibration import load_windows
+    from qwenq.text.tokens import ModelTokenizer
 
     source = open_source(resolve_model(model))
     windows = load_windows(
@@ -81,8 +79,8 @@ def measure(
     asymmetric: bool = False,
 ) -> Sensitivity:
     """Measure with progress shown; hidden states lie under `scratch` meanwhile."""
-    from qwenq.job import DTYPES
-    from qwenq.sensitivity import measure_sensitivity, split_windows
+    from qwenq.pipeline.fisher import measure_sensitivity, split_windows
+    from qwenq.pipeline.job import DTYPES
 
     return measure_sensitivity(
         source,

@@ -8,7 +8,7 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -25,9 +25,7 @@ from qwenq.cli.run import (
     print_forecast,
 )
 from qwenq.errors import PlanError, RunError, UsageError
-
-if TYPE_CHECKING:
-    from qwenq.runtime.load import LoadOptions
+from qwenq.runtime.load import LoadOptions
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -107,10 +105,9 @@ def vllm_commands(
     model: str, name: str, options: LoadOptions, gpu: str, hosts: list[str], host: str, port: int
 ) -> list[str]:
     """`vllm serve ...` with the plan's flags; for several hosts Ray's commands before it. HonestNo if nothing fits."""
-    from qwenq.planning.detect import detect_rig
     from qwenq.planning.flags import pci_order, ray_commands, vllm_words
     from qwenq.planning.plan import make_plan
-    from qwenq.planning.rig import parse_rig
+    from qwenq.planning.rig import detect_rig, parse_rig
 
     try:
         one = parse_rig(gpu) if gpu else detect_rig()
@@ -147,7 +144,7 @@ def _serve_here(
         from qwenq.runtime.server import Line, Service, make_app
     except ImportError as error:
         raise RunError(f"the server needs {error.name}", hint="pip install 'qwenq[page]'") from None
-    from qwenq.checkpoint import open_checkpoint
+    from qwenq.checkpoint.reader import open_checkpoint
     from qwenq.runtime.chat import Chat
     from qwenq.runtime.generate import Session
     from qwenq.runtime.load import describe, loaded

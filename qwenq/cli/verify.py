@@ -12,7 +12,7 @@ import typer
 from qwenq.cli.console import out, print_json
 from qwenq.cli.models import JsonFlag
 from qwenq.errors import CheckpointError, UsageError
-from qwenq.headers import shown
+from qwenq.io.json import shown
 
 
 def verify(
@@ -42,7 +42,7 @@ def verify(
         raise UsageError("--layers and --all-layers exclude each other")
     chosen = _numbers(layers)
 
-    from qwenq.verify import verify as run
+    from qwenq.checkpoint.manifest import verify as run
 
     for place in (directory, source):
         if place is not None and not place.is_dir():
@@ -50,8 +50,8 @@ def verify(
     result = run(directory, source)
     again: tuple[int, ...] = ()
     if source is not None and layers != "none" and not result.findings:
-        from qwenq.manifest import read_manifest
-        from qwenq.rederive import rederive
+        from qwenq.checkpoint.manifest import read_manifest
+        from qwenq.pipeline.reproduce import rederive
 
         manifest, _ = read_manifest(directory)
         again, findings = rederive(

@@ -33,7 +33,6 @@ vram_app = typer.Typer(
     no_args_is_help=True,
     help="Memory a model needs on a rig. `qwenq vram MODEL` is short for `qwenq vram estimate MODEL`.",
 )
-
 Bits = Annotated[int | None, typer.Option("--bits", help="4, 8, or 16 for not quantized. Default 4.")]
 GroupSize = Annotated[
     int | None, typer.Option("--group-size", help="Weights per scale: 128, 64, 32, or -1 for a row. Default 128.")

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qwenq.errors import CheckpointError, UnreadScheme
-from qwenq.formats.quantization import PACKED_BITS, Quantization, read_names, read_scheme
-from qwenq.scheme import Recipe
+from qwenq.formats.base import PACKED_BITS, Quantization, Recipe, read_names, read_scheme
 
 
 def awq_config(recipe: Recipe) -> dict[str, Any]:

@@ -10,10 +10,9 @@ from typing import Any
 
 from qwenq import __version__
 from qwenq.errors import CheckpointError, UnreadScheme
+from qwenq.formats.base import Quantization, Recipe, Scheme, read_scheme
 from qwenq.formats.patterns import read_pattern
-from qwenq.formats.quantization import Quantization, read_scheme
-from qwenq.scheme import Recipe, Scheme
-from qwenq.spec import UNITS
+from qwenq.model.spec import UNITS
 
 
 def gptq_config(recipe: Recipe, *, damp_percent: float | None = None, method: str | None = None) -> dict[str, Any]:

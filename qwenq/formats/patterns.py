@@ -11,7 +11,7 @@ import warnings
 from typing import Any
 
 from qwenq.errors import CheckpointError
-from qwenq.headers import shown
+from qwenq.io.json import shown
 
 MAX_CHARACTERS = 20_000  # a choice of all linears of a large model by their names is half as long
 MAX_UNBOUNDED = 4  # `.*` and their like; on a name of 60 characters that is half a million steps

@@ -6,15 +6,14 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from qwenq.formats.base import Quantization, Recipe, Scheme
 from qwenq.formats.gptq import gptq_version
-from qwenq.formats.quantization import Quantization
-from qwenq.quant.bnb import dequantize_nf4, unpack_int8
-from qwenq.quant.gptq import QTensor
-from qwenq.quant.pack import dequantize_gptq, pack_gptq, unpack_gptq
-from qwenq.quant.pack_awq import pack_awq, unpack_awq
-from qwenq.quant.pack_compressed import pack_compressed, unpack_compressed
-from qwenq.scheme import Recipe, Scheme
-from qwenq.spec import LinearSpec
+from qwenq.formats.pack_awq import pack_awq, unpack_awq
+from qwenq.formats.pack_bnb import dequantize_nf4, unpack_int8
+from qwenq.formats.pack_compressed import pack_compressed, unpack_compressed
+from qwenq.formats.packing import dequantize_gptq, pack_gptq, unpack_gptq
+from qwenq.formats.qtensor import QTensor
+from qwenq.model.spec import LinearSpec
 
 
 def pack_linear(recipe: Recipe, q: QTensor) -> dict[str, Tensor]:

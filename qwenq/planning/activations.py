@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qwenq.machine import SCORE_BYTES
+from qwenq.model.spec import ModelSpec
 from qwenq.planning.engines import Engine, Kernel
-from qwenq.planning.kernels import SCORE_BYTES, strip_weights
+from qwenq.planning.kernels import strip_weights
 from qwenq.planning.weights import Weights
-from qwenq.spec import ModelSpec
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenq.errors import PlanError, UsageError
+from qwenq.model.spec import ModelSpec
 from qwenq.planning.chart import memory_chart
 from qwenq.planning.engines import Engine, get_engine, kv_bytes_per_value
 from qwenq.planning.memory import MemoryEstimate, check_context, estimate, rank_shares
@@ -22,7 +23,6 @@ from qwenq.planning.profile import read_profile
 from qwenq.planning.rig import Gpu, Rig, parse_rig, reserved
 from qwenq.planning.terms import TERM_NAMES, Workload
 from qwenq.planning.weights import Weights
-from qwenq.spec import ModelSpec
 from qwenq.units import GIB, format_gb, format_tokens, parse_size, parse_tokens
 
 DEFAULT_CONTEXTS = (1024, 8192, 32768, 131072)

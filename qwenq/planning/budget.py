@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
+from qwenq.checkpoint.shards import output_files, shard_file_bytes
 from qwenq.errors import HonestNo
-from qwenq.layout import is_description, linear_tensors
+from qwenq.formats.base import Recipe, Scheme, is_description, linear_tensors
+from qwenq.model.spec import ModelSpec
 from qwenq.planning.knapsack import approximate, solve
 from qwenq.planning.sensitivity import Sensitivity, Unit, members_of, schemes_for, units_of
-from qwenq.preflight import output_files, shard_file_bytes
-from qwenq.scheme import Recipe, Scheme
-from qwenq.spec import ModelSpec
 from qwenq.units import format_gb
 
 MIXED_FORMATS = ("gptq", "compressed-tensors")  # that hold more than one scheme

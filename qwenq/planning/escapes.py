@@ -7,22 +7,15 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal
 
+from qwenq.model.spec import ModelSpec
 from qwenq.planning.engines import Engine
-from qwenq.planning.parallel import (
-    ParallelOption,
-    best_option,
-    largest_vllm_context,
-    padded_weights,
-    parallel_options,
-)
+from qwenq.planning.parallel import ParallelOption, best_option, largest_vllm_context, padded_weights, parallel_options
 from qwenq.planning.rig import Rig
 from qwenq.planning.terms import Workload
 from qwenq.planning.weights import Weights
-from qwenq.spec import ModelSpec
 from qwenq.units import format_tokens
 
 MOST_UTILIZATION = 98  # percent
-
 Change = Literal["utilization", "kv cache", "padding"]
 CHANGES: tuple[Change, ...] = ("utilization", "kv cache", "padding")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from qwenq.errors import HonestNo
+from qwenq.formats.base import Recipe
+from qwenq.model.spec import ModelSpec
 from qwenq.planning.budget import Budgeted, DtypeOf, choose_for_bytes, reachable_bytes
 from qwenq.planning.engines import Engine
 from qwenq.planning.plan import how_held
@@ -10,8 +12,6 @@ from qwenq.planning.rig import Rig
 from qwenq.planning.sensitivity import Sensitivity
 from qwenq.planning.terms import Workload
 from qwenq.planning.weights import recipe_weights
-from qwenq.scheme import Recipe
-from qwenq.spec import ModelSpec
 from qwenq.units import format_gb, format_tokens
 
 _STEP = 0.001  # of the target: how finely it is searched

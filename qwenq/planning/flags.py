@@ -7,13 +7,13 @@ import shlex
 from typing import TypedDict
 
 from qwenq.errors import HonestNo
+from qwenq.model.spec import ModelSpec
 from qwenq.planning.engines import get_engine
 from qwenq.planning.ggufsize import gguf_weights
 from qwenq.planning.parallel import ParallelOption
 from qwenq.planning.placement import Placement, place
 from qwenq.planning.plan import Plan, runs_on
 from qwenq.planning.terms import Workload
-from qwenq.spec import ModelSpec
 from qwenq.units import GIB
 
 

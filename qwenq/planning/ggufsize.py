@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from qwenq.errors import PlanError
+from qwenq.model.spec import ModelSpec
 from qwenq.planning.weights import Weights
-from qwenq.spec import ModelSpec
 
 # (bytes, values) of a block
 BLOCKS = {

@@ -12,17 +12,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from qwenq.io.safetensors import TensorSpec
+from qwenq.machine import Compute
+from qwenq.model.spec import LinearSpec, ModelSpec
 from qwenq.planning.rig import Gpu
-from qwenq.spec import LinearSpec, ModelSpec, TensorSpec
 
 KERNEL_GROUPS = (256, 128, 64, 32)
 DENSE_ROWS = 112  # measured on AVX-512: below it the kernel is faster than writing weights out and a dense product
 INT8_ROWS_CUDA = 4  # `_weight_int8pack_mm` there has one thread an output and reads weights again for each row
 STRIP = 1 << 20  # weights written out at a time on a CPU; their float32 fits the last-level cache
 STRIP_CUDA = 1 << 24
-
-SCORE_BYTES = 32 << 20  # of a block's attention scores on a GPU without a flash kernel (qwenq/attention.py)
-
 Kind = Literal["int4", "int4 halves", "int8", "tiled", "nf4"]
 
 # Bytes a weight of a strip takes at most while it is written out, symmetric and with zero points: codes, their
@@ -43,25 +42,6 @@ def dense_from(kind: Kind, device: str) -> int:
     if kind == "int8" and device == "cuda":
         return INT8_ROWS_CUDA
     return DENSE_ROWS // 2 if kind == "int4 halves" else DENSE_ROWS
-
-
-@dataclass(frozen=True)
-class Compute:
-    """What decides a kernel besides the linear."""
-
-    dtype: str = "bfloat16"
-    device: str = "cuda"
-    capability: tuple[int, int] = (8, 0)
-
-    @property
-    def has_flash(self) -> bool:
-        """Whether torch has a flash attention kernel for it."""
-        return self.device == "cuda" and self.dtype != "float32" and self.capability >= (8, 0)
-
-    @property
-    def widens(self) -> bool:
-        """Whether products of bfloat16 values are computed in float32: a GPU without instructions for them."""
-        return self.device == "cuda" and self.dtype == "bfloat16" and self.capability < (8, 0)
 
 
 def compute_on(gpu: Gpu, value_bytes: int) -> Compute:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 MAX_STATES = 50_000  # of one step; beyond it the answer says how far from optimal it may be
 _BEAM = 300  # states of the quick pass whose solution sets the gap
 _EPS = 1e-12
-
 Option = tuple[int, float]  # cost, loss
 
 

@@ -5,10 +5,10 @@ Sources: ollama#5913 (72B, 313.0 MiB), llama.cpp#11337 (32B, 307.0 MiB; q8_0 cac
 
 from __future__ import annotations
 
+from qwenq.model.spec import ModelSpec
 from qwenq.planning.engines import LLAMA_CPP_UBATCH, Engine, kv_bytes_per_value
 from qwenq.planning.terms import Share, Term, Workload, merged
 from qwenq.planning.weights import Weights
-from qwenq.spec import ModelSpec
 
 MIB = 1 << 20
 

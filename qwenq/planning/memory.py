@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwenq.errors import PlanError
+from qwenq.model.spec import ModelSpec
 from qwenq.planning.engines import Engine, kv_bytes_per_value
 from qwenq.planning.llamacpp_terms import llamacpp_terms
 from qwenq.planning.rig import Gpu, Rig, device
@@ -14,7 +15,6 @@ from qwenq.planning.terms import GpuMemory, Share, Term, Workload
 from qwenq.planning.torch_terms import torch_terms
 from qwenq.planning.vllm_terms import budget_bytes, kv_tokens, possible_utilization, vllm_terms
 from qwenq.planning.weights import Weights
-from qwenq.spec import ModelSpec
 
 NOT_ALLOCATED = ("context", "slack")  # what torch.cuda.max_memory_allocated does not see
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from qwenq.errors import CheckpointError, PlanError, UsageError
-from qwenq.headers import INDEX_NAME, checkpoint_tensors, inside, read_object, shown
-from qwenq.planning.families import near_names, refuse_experts
+from qwenq.formats.base import Recipe, Scheme
+from qwenq.io.json import inside, read_object, shown
+from qwenq.io.safetensors import INDEX_NAME, TensorSpec, checkpoint_tensors
+from qwenq.model.spec import ModelSpec, family_spec, near_names, refuse_experts, spec_from_config
 from qwenq.planning.ggufsize import BITS_TO_TYPE, gguf_weights
 from qwenq.planning.weights import Weights, header_weights, published_weights, recipe_weights
 from qwenq.planning.written import saved_recipe, sized_recipe, widened
-from qwenq.scheme import Recipe, Scheme
-from qwenq.spec import ModelSpec, TensorSpec, family_spec, spec_from_config
 
 _PUBLISHED = re.compile(r"(.*?)-(GPTQ-Int[48]|AWQ|FP8)", re.IGNORECASE)
 _STATED_KEYS = ("num_parameters", "total_parameters", "n_params", "parameters")
@@ -110,7 +110,7 @@ def _stored_tensors(model: Model) -> dict[str, TensorSpec]:
         return {name: location.spec for name, location in checkpoint_tensors(model.directory).items()}
     if not model.hub:
         return {}
-    from qwenq.hub import fetch_headers
+    from qwenq.io.hub import fetch_headers
 
     return {name: location.spec for name, location in fetch_headers(model.hub).items()}
 
@@ -185,7 +185,7 @@ def _find(model: str) -> Model:
 
 
 def _from_hub(model: str) -> Model:
-    from qwenq.hub import fetch_config  # asks the network, so only when a name is the hub's
+    from qwenq.io.hub import fetch_config  # asks the network, so only when a name is the hub's
 
     config = read_object(inside(fetch_config(model), "config.json"))
     spec = spec_from_config(config, where=f"{shown(model)} config.json", name=model.split("/")[1])

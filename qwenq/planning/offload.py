@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from qwenq.model.spec import ModelSpec
 from qwenq.planning.engines import Engine, get_engine, kv_bytes_per_value
 from qwenq.planning.memory import NOT_ALLOCATED, whole
 from qwenq.planning.rig import device
 from qwenq.planning.terms import Term, Workload
 from qwenq.planning.torch_terms import run_weights, torch_terms
 from qwenq.planning.weights import Weights
-from qwenq.spec import ModelSpec
 
 NOT_ON_A_CPU = (*NOT_ALLOCATED, "non_torch")
-
 DeviceMap = dict[str, int | str]
 
 

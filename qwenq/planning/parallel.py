@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qwenq.model.spec import ModelSpec
 from qwenq.planning.engines import Engine
 from qwenq.planning.memory import MemoryEstimate, estimate, rank_shares
 from qwenq.planning.placement import search_context
@@ -13,7 +14,6 @@ from qwenq.planning.rig import Rig
 from qwenq.planning.tensor_parallel import helpful_width, tensor_parallel_reasons
 from qwenq.planning.terms import Workload
 from qwenq.planning.weights import Weights
-from qwenq.spec import ModelSpec
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qwenq.errors import HonestNo, PlanError
+from qwenq.model.spec import ModelSpec
 from qwenq.planning.engines import Engine
 from qwenq.planning.memory import MemoryEstimate, check_context, estimate, gpu_terms
 from qwenq.planning.offload import host_layers_bytes
@@ -18,7 +19,6 @@ from qwenq.planning.rig import Rig
 from qwenq.planning.terms import GpuMemory, Share, Term, Workload
 from qwenq.planning.torch_terms import run_weights
 from qwenq.planning.weights import Weights
-from qwenq.spec import ModelSpec
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qwenq.errors import HonestNo, PlanError
+from qwenq.formats.base import Recipe, Scheme
+from qwenq.model.spec import ModelSpec
 from qwenq.planning.engines import Engine, get_engine
 from qwenq.planning.escapes import Escape, vllm_escapes
 from qwenq.planning.kernels import compute_on
@@ -18,8 +20,6 @@ from qwenq.planning.speed import Speed, estimate_speed
 from qwenq.planning.tensor_parallel import tensor_parallel_lines, tensor_parallel_sizes
 from qwenq.planning.terms import Share, Workload
 from qwenq.planning.weights import Weights, recipe_weights
-from qwenq.scheme import Recipe, Scheme
-from qwenq.spec import ModelSpec
 from qwenq.units import GIB, format_gb, format_gib, format_tokens
 
 MAX_RECOMMENDED = 8  # GPUs of one kind

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from qwenq.errors import PlanError
+from qwenq.formats.base import GROUP_SIZES, Scheme, label_of, parse_scheme
+from qwenq.model.spec import UNITS, ModelSpec
 from qwenq.planning.budget import Budgeted, Choice
 from qwenq.planning.sensitivity import Unit, members_of
-from qwenq.scheme import GROUP_SIZES, Scheme, label_of, parse_scheme
-from qwenq.spec import UNITS, ModelSpec
 
 VERSION = 1
 RECIPE_NAME = "qwenq-recipe.toml"

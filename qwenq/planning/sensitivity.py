@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from qwenq.errors import PlanError
-from qwenq.headers import read_object
-from qwenq.scheme import GROUP_SIZES, Scheme, label_of, parse_scheme
-from qwenq.spec import UNITS, LinearSpec, ModelSpec
+from qwenq.formats.base import GROUP_SIZES, Scheme, label_of, parse_scheme
+from qwenq.io.json import read_object
+from qwenq.model.spec import UNITS, LinearSpec, ModelSpec
 
 VERSION = 1
 SENSITIVITY_NAME = "qwenq-sensitivity.json"  # in a checkpoint: the table its recipe was chosen by

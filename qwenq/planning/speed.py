@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qwenq.model.spec import ModelSpec
 from qwenq.planning.engines import Engine, kv_bytes_per_value, prefill_chunk
 from qwenq.planning.rig import Gpu
 from qwenq.planning.terms import Share, Workload
 from qwenq.planning.torch_terms import run_weights
 from qwenq.planning.weights import Weights
-from qwenq.spec import ModelSpec
 
 REPEATED_KV_TRAFFIC = 3.9
 MATRIX_RATE = 0.4  # of the dense tensor rate, in prefill; fitted 0.37 to 0.47 in vLLM
@@ -49,6 +49,7 @@ FITS = {
     ("vllm", "gptq", 4): SpeedFit(0.144e-3, 0.0, 1.05, 0.94, 1.20, _VLLM),
     ("vllm", "awq", 4): SpeedFit(0.148e-3, 0.007e-3, 1.05, 0.96, 1.17, _VLLM),
 }
+
 # No published run: transformers' overhead for our engine; llama.cpp reads the weights at 50 to 90 % of the bandwidth.
 UNMEASURED = {
     "qwenq": SpeedFit(0.68e-3, 0, 1.37, 0.6, 1.6, "transformers' GPTQ runs; this engine is not measured yet"),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from qwenq.scheme import Recipe
-from qwenq.spec import ModelSpec
+from qwenq.formats.base import Recipe
+from qwenq.model.spec import ModelSpec
 
 SIZES = (1, 2, 4, 8)  # that tables show
 RowGroups = Mapping[str, tuple[int, ...]]  # "o", "down" -> group sizes met in linears cut by input

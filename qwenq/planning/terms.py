@@ -12,7 +12,6 @@ from qwenq.units import GIB
 # exact: follows from shapes and storage alone. fitted: counted from the engine's source or fitted, and checked against
 # published measurements. reported: somebody's figure for another setting, or a convention; its range is wide.
 Provenance = Literal["exact", "fitted", "reported"]
-
 TERM_NAMES = {
     "weights": "weights",
     "kv_cache": "KV cache",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qwenq.model.spec import ModelSpec
 from qwenq.planning.activations import attention_by_blocks, decode_peak, logits_peak, prefill_peak
 from qwenq.planning.allocator import allocated_bytes
 from qwenq.planning.engines import Engine, kernel_for, kv_bytes_per_value, prefill_chunk
@@ -9,7 +10,6 @@ from qwenq.planning.kernels import compute_on
 from qwenq.planning.rig import Gpu
 from qwenq.planning.terms import Share, Term, Workload, context_term, merged, ranged, slack_term
 from qwenq.planning.weights import Weights
-from qwenq.spec import ModelSpec
 
 CUBLAS_WORKSPACE = 8_519_680  # discuss.pytorch.org/t/178671; 32 MiB on Hopper (pytorch#120925)
 CUBLAS_WORKSPACE_HOPPER = 32 << 20

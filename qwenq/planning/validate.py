@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from qwenq.errors import PlanError, QwenqError
+from qwenq.model.spec import ModelSpec
 from qwenq.planning.engines import get_engine, parse_environment
 from qwenq.planning.memory import estimate, even_shares
 from qwenq.planning.models import load_spec
 from qwenq.planning.rig import Rig, find_gpu
 from qwenq.planning.terms import Workload
 from qwenq.planning.weights import Weights, published_weights
-from qwenq.spec import ModelSpec
 from qwenq.units import GIB
 
 GENERATED_TOKENS = 2048  # Qwen's benchmark generates that many after the prompt

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import math
 
+from qwenq.model.spec import ModelSpec
 from qwenq.planning.allocator import allocated_bytes
 from qwenq.planning.engines import VLLM_BLOCK_TOKENS, Engine, kv_bytes_per_value
 from qwenq.planning.terms import Share, Term, Workload, context_term, merged, ranged
 from qwenq.planning.weights import Weights
-from qwenq.spec import ModelSpec
 from qwenq.units import GIB
 
 _LOGS = "fitted to vLLM 0.19 logs on H100 (llm-d-planner)"

@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from qwenq.errors import PlanError
+from qwenq.formats.base import GROUP_SIZES, Recipe
+from qwenq.model.spec import ModelSpec
 from qwenq.planning.budget import DtypeOf, choose_for_bytes, recipe_of
 from qwenq.planning.recipefile import read_recipe
 from qwenq.planning.sensitivity import Sensitivity, prior
 from qwenq.planning.tensor_parallel import padded_width, tensor_parallel_reasons
-from qwenq.scheme import GROUP_SIZES, Recipe
-from qwenq.spec import ModelSpec
 
 
 def widened(spec: ModelSpec, ranks: int, uniform: Recipe | None) -> ModelSpec:

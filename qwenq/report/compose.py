@@ -10,15 +10,13 @@ from typing import Any
 
 from qwenq import __version__
 from qwenq.errors import PlanError
-from qwenq.files import write_bytes
-from qwenq.headers import shown
-from qwenq.report.benchmarks import Benchmark
+from qwenq.io.durable import write_bytes
+from qwenq.io.json import shown
+from qwenq.report.benchmarks import Benchmark, Measurement
 from qwenq.report.document import Code, Document
-from qwenq.report.fit import engine_named, load, rigs_named
 from qwenq.report.html import to_html
 from qwenq.report.losses import layers_section, size_section, summary_section, warnings_section
-from qwenq.report.machines import loaders_section, memory_section, rigs_section
-from qwenq.report.measurements import Measurement
+from qwenq.report.machines import engine_named, load, loaders_section, memory_section, rigs_named, rigs_section
 from qwenq.report.provenance import cost_section, notes_section, provenance_section
 from qwenq.report.runs import Run
 from qwenq.report.writing import to_markdown

@@ -6,9 +6,27 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from qwenq.report.benchmarks import Benchmark
-from qwenq.report.document import Block, Code, Details, Figure, Items, Paragraph, Part, Section, Small, Table, Text
+from qwenq.report.document import (
+    MISSING,
+    Block,
+    Code,
+    Details,
+    Figure,
+    Items,
+    Paragraph,
+    Part,
+    Section,
+    Small,
+    Table,
+    Text,
+    kl,
+    kl_spec,
+    known,
+    number,
+    size,
+    with_interval,
+)
 from qwenq.report.drawing import MARKERS
-from qwenq.report.figures import MISSING, kl, kl_spec, known, number, size, with_interval
 from qwenq.report.plots import Point, Series, draw_kl_size, draw_layers
 from qwenq.report.runs import Run
 from qwenq.units import GB, format_gb

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from qwenq.planning.engines import Engine
-from qwenq.planning.memory import MemoryEstimate
-from qwenq.planning.rig import Rig, find_gpu
-from qwenq.planning.terms import TERM_NAMES
-from qwenq.report.document import Block, Code, Figure, Items, Paragraph, Section, Small, Table, Text
-from qwenq.report.figures import MISSING, number
-from qwenq.report.fit import REFERENCE_GPUS, Loaded, longest_context, memory_by_context
-from qwenq.report.loaders import UNTRIED, Loader, loaders_of
-from qwenq.report.measurements import Measurement, gpu_peaks
+from qwenq.errors import QwenqError, UsageError
+from qwenq.io.json import shown
+from qwenq.model.spec import ModelSpec
+from qwenq.planning.engines import Engine, get_engine
+from qwenq.planning.memory import MemoryEstimate, estimate
+from qwenq.planning.models import load_model, model_weights
+from qwenq.planning.parallel import best_option, cutting_reasons, largest_vllm_context, parallel_options
+from qwenq.planning.placement import largest_context
+from qwenq.planning.plan import runs_on
+from qwenq.planning.rig import Rig, find_gpu, parse_rig
+from qwenq.planning.terms import TERM_NAMES, Workload
+from qwenq.planning.weights import Weights
+from qwenq.report.benchmarks import Measurement, gpu_peaks
+from qwenq.report.document import MISSING, Block, Code, Figure, Items, Paragraph, Section, Small, Table, Text, number
 from qwenq.report.plots import MemoryCurve, draw_memory
+from qwenq.report.runs import Run
 from qwenq.units import GIB, format_gib, format_tokens
 
 TABLE_CONTEXTS = 6
@@ -202,3 +209,155 @@ def _reasons(loaded: Sequence[Loaded]) -> list[Text]:
         f"No TP {ranks} for {'any' if len(names) == len(loaded) else ', '.join(names)}: {reason}."
         for (ranks, reason), names in found.items()
     ]
+
+
+RIGS = (
+    "RTX 3060 12GB", "RTX 5080", "RTX 4090", "RTX 5090", "2x RTX 3060 12GB", "2x RTX 3090", "2x RTX 5090",
+    "3x RTX 3090", "4x RTX 3090", "RTX A6000", "RTX PRO 6000 Blackwell", "A100 PCIe 80GB", "H200 SXM 141GB",
+)  # fmt: skip
+REFERENCE_GPUS = ("RTX 3060 12GB", "RTX 5080", "RTX 4090", "RTX 5090", "RTX A6000", "A100 PCIe 80GB", "H200 SXM 141GB")
+RANKS = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A run's checkpoint as the planner sees it, from config.json and the shards' headers."""
+
+    run: Run
+    spec: ModelSpec
+    weights: Weights
+    quantization: str  # quant_method of config.json, or gptq_v2
+    mixed: bool
+
+    @property
+    def tensor_parallel(self) -> dict[int, str]:
+        """Ranks to the reason why the shapes forbid them; empty when they do not."""
+        return {n: next(iter(cutting_reasons(self.spec, self.weights, n)), "") for n in RANKS}
+
+
+def load(run: Run, engine: str) -> Loaded | str:
+    """The checkpoint beside the manifest, or why it cannot be planned with."""
+    if not any(run.directory.glob("*.safetensors")):
+        return f"{run.name}: no tensors beside its manifest"
+    try:
+        model = load_model(str(run.directory))
+        weights = model_weights(model, engine)
+    except QwenqError as error:
+        return f"{run.name}: {error.message}"
+    quantization = model.config.get("quantization_config")
+    method = "none"
+    if isinstance(quantization, dict):
+        method = str(quantization.get("quant_method", "bitsandbytes"))
+        if quantization.get("checkpoint_format") == "gptq_v2":
+            method = "gptq_v2"
+    schemes = {scheme for layer in run.layers for scheme in layer.schemes}
+    return Loaded(run, model.spec, weights, shown(method, 40), len(schemes) > 1)
+
+
+def longest_context(loaded: Loaded, rig: Rig, engine: Engine) -> int | None:
+    """Most tokens of one sequence with everything on the rig's GPUs; 0 when none, None where the engine cannot run."""
+    if not all(runs_on(engine, gpu) for gpu in rig.gpus):
+        return None
+    spec, weights, work = loaded.spec, loaded.weights, Workload(1)
+    if engine.layered:
+        return largest_context(spec, weights, rig, engine, work)
+    option = best_option(parallel_options(spec, weights, engine, work, rig))
+    return largest_vllm_context(spec, weights, engine, work, rig, option) if option else 0
+
+
+def contexts_of(spec: ModelSpec) -> list[int]:
+    """Powers of two from 1,024 (less for small models) to the model's longest context, and that one."""
+    limit = spec.extended_context
+    first = min(1024, max(1, limit // 4))
+    found = []
+    while first < limit:
+        found.append(first)
+        first *= 2
+    return [*found, limit]
+
+
+def memory_by_context(loaded: Loaded, engine: Engine) -> list[MemoryEstimate]:
+    """The estimate at each context, everything on one GPU."""
+    spec, weights = loaded.spec, loaded.weights
+    return [estimate(spec, weights, engine, Workload(context)) for context in contexts_of(spec)]
+
+
+def rigs_named(names: tuple[str, ...]) -> list[Rig]:
+    """The rigs asked for, or those people have; PlanError for one that nobody knows."""
+    return [parse_rig(name) for name in names or RIGS]
+
+
+def engine_named(name: str) -> Engine:
+    """The engine; PlanError for one that nobody knows, or that reads none of these checkpoints."""
+    if name == "llama.cpp":
+        raise UsageError("llama.cpp reads GGUF, not these checkpoints", hint="--engine qwenq, transformers or vllm")
+    return get_engine(name)
+
+
+UNTRIED = "untried"
+_CPU = "CPU: logits equal"
+_PLAIN = "CPU: logits equal, 8-bit products by plain torch"  # vLLM's CPU build has kernels for 4 bits only
+_TESTS = "CPU: in the tests"
+
+
+@dataclass(frozen=True)
+class Loader:
+    """One engine and one checkpoint; `reason` says why it does not read it, empty when it does."""
+
+    name: str
+    tensor_parallel: bool
+    tried: str
+    reason: str = ""
+
+
+def loaders_of(method: str, bits: int, group_size: int, mixed: bool) -> list[Loader]:
+    """Engines for a checkpoint of quant_method `method`; `mixed`: several schemes in it."""
+    vllm_group = group_size in (-1, 32, 64, 128)
+    group_reason = "" if vllm_group else f"groups of {group_size}"
+
+    def engine(name: str, *, parallel: bool = False, tried: str = UNTRIED, reason: str = "") -> Loader:
+        return Loader(name, parallel, tried if not reason else UNTRIED, reason)
+
+    def servers(tried: str, reason: str = group_reason) -> list[Loader]:
+        return [
+            engine("vLLM", parallel=True, tried=tried, reason=reason),
+            engine("SGLang", parallel=True, reason=reason),
+        ]
+
+    qwenq, gguf = engine("qwenq", tried=_TESTS), engine("llama.cpp", reason="GGUF only")
+    packed = _PLAIN if mixed or bits == 8 else _CPU
+    if method == "gptq":
+        uniform = "mixed bits" if mixed else ""
+        return [
+            qwenq,
+            engine("GPTQModel", tried=_CPU),
+            engine("transformers (optimum, GPTQModel)", tried=UNTRIED if group_size == -1 else _CPU, reason=uniform),
+            engine("AutoGPTQ 0.7.1", tried=_CPU, reason=uniform),
+            *servers(packed),
+            engine("ExLlamaV2", reason=uniform or ("" if bits == 4 else "4 bits only")),
+            gguf,
+        ]
+    if method == "gptq_v2":  # zero points stored as they are: asymmetric
+        return [
+            qwenq,
+            engine("GPTQModel", tried=_CPU),
+            engine("transformers (optimum, GPTQModel)", reason="mixed bits" if mixed else ""),
+            engine("AutoGPTQ 0.7.1", reason="gptq_v2"),
+            *servers(UNTRIED, "asymmetric"),
+            gguf,
+        ]
+    if method == "compressed-tensors":
+        return [qwenq, engine("transformers (compressed-tensors)", tried=_CPU), *servers(packed), gguf]
+    if method == "awq":
+        four = "4 bits only" if bits != 4 else ""
+        return [
+            qwenq,
+            engine("GPTQModel", tried=_CPU, reason=four),
+            engine("transformers (optimum, GPTQModel)", tried=_CPU, reason=four),
+            *servers(_CPU, four or group_reason),
+            gguf,
+        ]
+    if method == "bitsandbytes":
+        weights = engine("transformers (bitsandbytes)", tried="CPU: weights equal")
+        return [qwenq, weights, engine("vLLM"), gguf]
+    return [qwenq, engine("transformers", tried=_CPU), *servers(_CPU, "")]

@@ -7,9 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qwenq.headers import shown
-from qwenq.report.document import Block, Code, Items, Paragraph, Section, Table, Text
-from qwenq.report.figures import MISSING
+from qwenq.io.json import shown
+from qwenq.report.document import MISSING, Block, Code, Items, Paragraph, Section, Table, Text
 from qwenq.report.runs import Run
 from qwenq.units import format_gb, format_seconds
 

@@ -11,9 +11,9 @@ from typing import Any
 from tokenizers.decoders import DecodeStream
 
 from qwenq.errors import CheckpointError, UsageError
-from qwenq.headers import inside, read_object
+from qwenq.io.json import inside, read_object
 from qwenq.runtime.generate import Sampling
-from qwenq.tokens import ModelTokenizer
+from qwenq.text.tokens import ModelTokenizer
 
 Message = dict[str, str]
 _GENERATION = "generation_config.json"

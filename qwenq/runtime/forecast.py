@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from qwenq.errors import HonestNo, RunError
+from qwenq.model.spec import ModelSpec
 from qwenq.planning.engines import get_engine
 from qwenq.planning.rig import Rig
 from qwenq.planning.speed import Speed, estimate_speed
 from qwenq.planning.terms import Share, Workload
 from qwenq.planning.torch_terms import run_weights
 from qwenq.planning.weights import Weights
-from qwenq.runtime.dispatch import DISK
 from qwenq.runtime.load import LoadOptions, LoadPlan, asked_of_machine, check_disk, plan_load
-from qwenq.spec import ModelSpec
+from qwenq.runtime.model import DISK
 from qwenq.units import format_gb
 
 CPU = "cpu"

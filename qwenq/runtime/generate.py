@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from qwenq.errors import RunError, UsageError
+from qwenq.pipeline.monitor import memory_errors
 from qwenq.planning.engines import QWENQ_PREFILL_CHUNK
-from qwenq.runtime.attention import FP8, KvCache
-from qwenq.runtime.dispatch import compute_device
-from qwenq.runtime.memory import memory_errors
-from qwenq.runtime.model import RunningModel
+from qwenq.runtime.cache import FP8, KvCache
+from qwenq.runtime.model import RunningModel, compute_device
 
 DEFAULT_NEW_TOKENS = 512
 GREEDY_BELOW = 1e-5  # a temperature that leaves one token only; vLLM's bound too

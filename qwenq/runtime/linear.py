@@ -15,14 +15,16 @@ Shapes: x [..., in]; M rows of x; O outputs, I inputs, G groups of K columns.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwenq.devices import multiply_into, product_dtype
-from qwenq.planning.kernels import Choice, Compute, choose, dense_from, kernel_group, strip_weights
-from qwenq.quant.gptq import QTensor
-from qwenq.runtime.layout import is_identity, nibbles, tile_order
+from qwenq.formats.qtensor import QTensor
+from qwenq.machine import Compute
+from qwenq.model.devices import multiply_into, product_dtype
+from qwenq.planning.kernels import Choice, choose, dense_from, kernel_group, strip_weights
 
 STORED_DENSE_FROM = 4  # rows from which a 16-bit weight is multiplied in `product_dtype`; below, memory is the limit
 _PACK_ROWS = 1024  # outputs packed at a time: int32 codes of a whole linear would be 8 times its packed size
@@ -383,3 +385,34 @@ def unpack_int4(packed: Tensor, start: int, stop: int, out_features: int, column
         codes = codes.view(blocks, tiles, rows, width).permute(1, 3, 0, 2)  # tile, column, block, row
         parts.append(codes.reshape(columns, last - first))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+Packer = Callable[[Tensor], Tensor]  # uint8 codes [rows, columns] -> bytes of any shape and dtype
+
+
+def nibbles(packed: Tensor, tiles: int) -> Tensor:
+    """uint8 [tiles, codes a tile]: all low halves of a tile's bytes, then all high ones."""
+    parts = packed.contiguous().view(torch.uint8).view(tiles, -1)
+    return torch.cat((parts & 15, parts >> 4), 1)
+
+
+def tile_order(pack: Packer, rows: int, columns: int, device: torch.device) -> Tensor | None:
+    """For a tile [rows, columns], where in `nibbles` the code of each position is; int64 [rows * columns].
+
+    None when the packer does not keep one tile's codes together as 4-bit codes, so nothing can be read back.
+    """
+    number = torch.arange(rows * columns, device=device)
+    at = torch.zeros_like(number)
+    for shift in range(0, max(1, (rows * columns - 1).bit_length()), 4):
+        digit = ((number >> shift) & 15).to(torch.uint8).view(rows, columns)
+        packed = pack(digit)
+        if packed.numel() * packed.element_size() * 2 != rows * columns:
+            return None
+        at += nibbles(packed, 1)[0].long() << shift
+    order = torch.argsort(at)
+    return order if torch.equal(at[order], number) else None
+
+
+def is_identity(order: Tensor) -> bool:
+    """Whether codes already lie in order."""
+    return torch.equal(order, torch.arange(order.numel(), device=order.device))

@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 
-from qwenq.checkpoint import Checkpoint
-from qwenq.devices import check_gpus
+from qwenq.checkpoint.reader import Checkpoint
 from qwenq.errors import HonestNo, RunError
-from qwenq.host import return_freed_memory
+from qwenq.machine import available_ram, resident_bytes, return_freed_memory
+from qwenq.model.devices import check_gpus
+from qwenq.model.spec import ModelSpec
+from qwenq.pipeline.monitor import device_name, shortage
 from qwenq.planning.engines import QWENQ_PREFILL_CHUNK, get_engine
 from qwenq.planning.memory import NOT_ALLOCATED, check_context
 from qwenq.planning.offload import DeviceMap, host_map, host_need, spill_to_disk
@@ -26,10 +28,16 @@ from qwenq.planning.terms import Workload
 from qwenq.planning.torch_terms import run_weights
 from qwenq.planning.weights import Weights as WeightBytes
 from qwenq.planning.weights import header_weights
-from qwenq.runtime.dispatch import DISK, compute_device
-from qwenq.runtime.memory import Peak, available_ram, device_name, resident_bytes, shortage, visible_rig
-from qwenq.runtime.model import CheckpointWeights, RunningModel, Weights, build_model, modeling_code
-from qwenq.spec import ModelSpec
+from qwenq.runtime.model import (
+    DISK,
+    CheckpointWeights,
+    RunningModel,
+    Weights,
+    build_model,
+    compute_device,
+    modeling_code,
+)
+from qwenq.runtime.peaks import Peak, visible_rig
 from qwenq.units import format_gb, format_gib
 
 DEFAULT_CONTEXT = 4096

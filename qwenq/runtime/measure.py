@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from qwenq.errors import PlanError, RunError
+from qwenq.pipeline.monitor import gpu_at
 from qwenq.planning.engines import get_engine
 from qwenq.planning.memory import NOT_ALLOCATED
 from qwenq.planning.offload import host_layers_bytes, host_need
@@ -16,11 +17,11 @@ from qwenq.planning.rig import Gpu
 from qwenq.planning.terms import Term, Workload
 from qwenq.planning.torch_terms import run_weights, torch_terms
 from qwenq.planning.weights import Weights
-from qwenq.runtime.dispatch import compute_device
 from qwenq.runtime.forecast import share_of
 from qwenq.runtime.generate import Session, Timing
 from qwenq.runtime.load import Loaded
-from qwenq.runtime.memory import forget_peaks, gpu_at, read_peaks
+from qwenq.runtime.model import compute_device
+from qwenq.runtime.peaks import forget_peaks, read_peaks
 
 DECODE_TOKENS = 4
 PHASES = ("prefill", "decode")

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qwenq.formats.base import Recipe
+from qwenq.formats.qtensor import QTensor
+from qwenq.model.spec import LinearSpec, ModelSpec
 from qwenq.planning.kernels import Choice
-from qwenq.quant.gptq import QTensor
 from qwenq.runtime.linear import StoredLinear, packed_linear
-from qwenq.scheme import Recipe
-from qwenq.spec import LinearSpec, ModelSpec
 
 
 def synthetic_config(spec: ModelSpec) -> dict[str, Any]:

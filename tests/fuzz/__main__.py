@@ -29,7 +29,7 @@ from conftest import small_job  # noqa: E402
 
 from fuzz.targets import Target, Workplace, make_workplace  # noqa: E402
 from qwenq.errors import QwenqError  # noqa: E402
-from qwenq.scheme import Recipe, Scheme  # noqa: E402
+from qwenq.formats.base import Recipe, Scheme  # noqa: E402
 
 TIME_S = 5.0
 MEMORY_BYTES = 1 << 30

@@ -14,22 +14,22 @@ from typing import Any
 import numpy as np
 
 from fuzz.mutate import encode, mutate_bytes, mutate_json, mutate_value
-from qwenq.audit import audit, index_total
-from qwenq.calibration import load_windows
-from qwenq.checkpoint import open_checkpoint, read_config
-from qwenq.formats.config import read_quantization_config
-from qwenq.headers import INDEX_NAME, checkpoint_tensors, read_header, read_object
-from qwenq.journal import JOURNAL_NAME, Journal
-from qwenq.manifest import MANIFEST_NAME, encode_manifest
+from qwenq.checkpoint.manifest import JOURNAL_NAME, MANIFEST_NAME, encode_manifest, verify
+from qwenq.checkpoint.reader import open_checkpoint, read_config
+from qwenq.formats.registry import read_quantization_config
+from qwenq.io.json import read_object
+from qwenq.io.safetensors import INDEX_NAME, checkpoint_tensors, read_header
+from qwenq.model.layer import Network
+from qwenq.model.spec import ModelSpec, spec_from_config
+from qwenq.pipeline.journal import Journal
+from qwenq.pipeline.quantize import quantize
+from qwenq.planning.audit import audit, index_total
 from qwenq.planning.recipefile import read_recipe
 from qwenq.planning.validate import read_rows
-from qwenq.quantize import quantize
 from qwenq.report.compose import Extras, compose, write_report
 from qwenq.report.runs import load_runs
-from qwenq.spec import ModelSpec, spec_from_config
-from qwenq.stream import Network
-from qwenq.tokens import ModelTokenizer
-from qwenq.verify import verify
+from qwenq.text.calibration import load_windows
+from qwenq.text.tokens import ModelTokenizer
 
 Case = Callable[[Random], Any]
 

@@ -1,0 +1,229 @@
+"""`qwenq-manifest.json`: what was made from what. Written and read here, and compared with the files beside it.
+
+The document is JSON, indented by two. `digest` is the SHA-256 of its canonical form (keys sorted, no spaces, UTF-8)
+without `digest` and `run`: two runs of one command have the same. `run` holds the times, facts of the host, the
+journal's hash, and a digest of its own. A byte that is not as it was written, a space even, is seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qwenq.errors import CheckpointError, JobError
+from qwenq.io.durable import TORN_ENDING, file_sha256, write_bytes
+from qwenq.io.json import inside, parse_object, shown
+
+MANIFEST_NAME = "qwenq-manifest.json"
+SCRATCH_PREFIX = ".qwenq-"  # states, spilled buffers and the lock: gone before the directory gets its name
+_VERSION = 1
+_MAX_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is not as the manifest says."""
+
+    file: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.problem}"
+
+
+def canonical(value: Any) -> bytes:
+    """JSON with sorted keys and no spaces, UTF-8: equal values have equal bytes."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode()
+
+
+def digest_of(section: Mapping[str, Any]) -> str:
+    """SHA-256 of a section's canonical form, its `digest` and `run` left out."""
+    kept = {key: value for key, value in section.items() if key not in ("digest", "run")}
+    return hashlib.sha256(canonical(kept)).hexdigest()
+
+
+def encode_manifest(content: Mapping[str, Any], run: Mapping[str, Any]) -> bytes:
+    """The file's bytes for what was made (`content`) and how this run went (`run`)."""
+    document = {"manifest": _VERSION, **content}
+    document |= {"digest": digest_of(document), "run": {**run, "digest": digest_of(run)}}
+    return _encode(document)
+
+
+def write_manifest(work: Path, described: Mapping[str, Any], known: Mapping[str, str]) -> None:
+    """Hash every file of the checkpoint and write the manifest: the last file to be written.
+
+    Whatever lies in `work` belongs to the checkpoint, but for scratch files and the manifest itself; the journal's
+    hash goes into `run`, for it holds times. known: SHA-256 of files hashed while they were written.
+    """
+    for torn in work.glob("*" + TORN_ENDING):
+        torn.unlink()  # a killed run was writing it
+    names = sorted(p.name for p in work.iterdir() if not p.name.startswith(SCRATCH_PREFIX))
+    hashes = {name: known.get(name) or file_sha256(work / name) for name in names if name != MANIFEST_NAME}
+    journal = {JOURNAL_NAME: hashes.pop(JOURNAL_NAME)} if JOURNAL_NAME in hashes else {}
+    content = {key: value for key, value in described.items() if key != "run"} | {"files": hashes}
+    write_bytes(work / MANIFEST_NAME, encode_manifest(content, {**described["run"], "files": journal}))
+
+
+def read_manifest(directory: Path) -> tuple[dict[str, Any], list[Finding]]:
+    """The manifest of a checkpoint directory, and what is wrong with its own bytes.
+
+    Raises CheckpointError when there is none, or nothing in it can be relied on.
+    """
+    path = inside(directory, MANIFEST_NAME)
+    if not path.is_file():
+        raise CheckpointError(
+            f"{shown(str(directory))}: no {MANIFEST_NAME} in it",
+            hint="`qwenq quantize` writes one; checkpoints of other tools have none",
+        )
+    if path.stat().st_size > _MAX_BYTES:
+        raise CheckpointError(f"{MANIFEST_NAME}: {path.stat().st_size} bytes, more than such a file can need")
+    data = path.read_bytes()
+    document = parse_object(data, MANIFEST_NAME)
+    if document.get("manifest") != _VERSION:
+        raise CheckpointError(
+            f"{MANIFEST_NAME}: version {shown(repr(document.get('manifest')), 40)}, wanted {_VERSION}",
+            hint="another version of qwenq wrote it",
+        )
+    run = document.get("run")
+    run = run if isinstance(run, dict) else {}
+    for where, files in (("files", document.get("files")), ("run.files", run.get("files"))):
+        if not isinstance(files, dict) or not all(isinstance(digest, str) for digest in files.values()):
+            raise CheckpointError(f"{MANIFEST_NAME}: {where} is not an object of hashes")
+    findings = []
+    if document.get("digest") != digest_of(document):
+        findings.append(Finding(MANIFEST_NAME, "changed: its digest is not that of its content"))
+    if run.get("digest") != digest_of(run):
+        findings.append(Finding(MANIFEST_NAME, "changed: the digest of `run` is not that of its content"))
+    if not findings and _encode(document) != data:
+        findings.append(Finding(MANIFEST_NAME, "changed: the same values, written otherwise"))
+    return document, findings
+
+
+def check_files(directory: Path, manifest: Mapping[str, Any]) -> Iterator[Finding]:
+    """Every file that is missing, changed, or there without being in the manifest."""
+    wanted: dict[str, str] = manifest["files"] | manifest["run"]["files"]
+    for name, digest in wanted.items():
+        try:
+            path = inside(directory, name)
+        except CheckpointError as error:
+            yield Finding(shown(name), error.message)
+            continue
+        if not path.exists():
+            yield Finding(name, "missing")
+        elif not path.is_file():
+            yield Finding(name, "changed: not a regular file")
+        elif (found := file_sha256(path)) != digest:
+            yield Finding(name, f"changed: SHA-256 {found}, the manifest has {shown(digest, 64)}")
+    for path in sorted(directory.iterdir()):
+        if path.name not in wanted and path.name not in (MANIFEST_NAME, LOCK_NAME):
+            yield Finding(shown(path.name), "extra: the manifest does not name it")
+
+
+def _encode(document: Mapping[str, Any]) -> bytes:
+    return (json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+Stamp = tuple[int, int, int, int]  # device, inode, bytes, time of the last change in ns
+
+
+@dataclass(frozen=True)
+class SourceFiles:
+    """Files of a source directory as they were when they were hashed."""
+
+    directory: Path
+    hashes: dict[str, str]
+    stamps: dict[str, Stamp]
+
+    @staticmethod
+    def read(directory: Path, names: Iterable[str]) -> SourceFiles:
+        """Hash the named files of `directory`; names that are not there are left out."""
+        hashes, stamps = {}, {}
+        for name in names:
+            path = inside(directory, name)
+            if path.is_file():
+                stamps[name] = _stamp(path)
+                hashes[name] = file_sha256(path)
+        return SourceFiles(directory, hashes, stamps)
+
+    def refuse_replaced(self) -> None:
+        """Raise JobError naming the first file that was replaced or written to since it was hashed."""
+        for name, stamp in self.stamps.items():
+            try:
+                same = _stamp(inside(self.directory, name)) == stamp
+            except (OSError, CheckpointError):
+                same = False
+            if not same:
+                raise JobError(
+                    f"{self.directory / name}: changed while it was being quantized",
+                    hint="put the file back and go on with --resume, which hashes it again, or start anew",
+                )
+
+
+def _stamp(path: Path) -> Stamp:
+    info = os.stat(path)
+    return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was checked, and everything that is not as the manifest says."""
+
+    digest: str  # the manifest's own: equal for two runs of one command
+    files: int
+    source_files: int  # 0 without a source
+    findings: tuple[Finding, ...]
+    layers_made_again: tuple[int, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {"ok": not self.findings} | asdict(self)
+
+
+def verify(directory: Path, source: Path | None = None) -> Verification:
+    """Hash every file of `directory`, and of `source` those the manifest names; raises CheckpointError without one."""
+    try:
+        manifest, findings = read_manifest(directory)
+    except CheckpointError as error:
+        if not (directory / MANIFEST_NAME).exists():
+            raise
+        problem = error.message.removeprefix(f"{MANIFEST_NAME}: ")
+        return Verification("", 0, 0, (Finding(MANIFEST_NAME, problem),))
+    findings += check_files(directory, manifest)
+    named: Mapping[str, str] = {}
+    if source is not None:
+        named = source_hashes(manifest)
+        findings += check_source(source, named)
+    files = len(manifest["files"]) + len(manifest["run"]["files"])
+    return Verification(str(manifest.get("digest")), files, len(named), tuple(findings))
+
+
+def source_hashes(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Names and SHA-256 of the source's files, as the manifest has them; CheckpointError when it has none."""
+    job = manifest.get("job")
+    found = job.get("source") if isinstance(job, dict) else None
+    if not isinstance(found, dict) or not found or not all(isinstance(digest, str) for digest in found.values()):
+        raise CheckpointError(f"{MANIFEST_NAME}: job.source is not an object of hashes")
+    return found
+
+
+def check_source(source: Path, named: Mapping[str, str]) -> Iterator[Finding]:
+    """Every file of the source that is missing or not the one that was quantized."""
+    for name, digest in named.items():
+        try:
+            path = inside(source, name)
+        except CheckpointError as error:
+            yield Finding(shown(name), error.message)
+            continue
+        if not path.is_file():
+            yield Finding(str(path), "missing: the manifest names it as a file of the source")
+        elif (found := file_sha256(path)) != digest:
+            yield Finding(str(path), f"another file: SHA-256 {found}, quantized was {shown(digest, 64)}")
+
+
+JOURNAL_NAME = "qwenq-journal.jsonl"
+LOCK_NAME = ".qwenq-lock"

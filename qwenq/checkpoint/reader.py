@@ -1,0 +1,255 @@
+"""A checkpoint directory, 16-bit or quantized: its config, its audit, and its tensors read one at a time."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwenq.errors import CheckpointError
+from qwenq.formats.base import NF4_STATE, Quantization, Recipe, linear_tensors
+from qwenq.formats.qtensor import QTensor
+from qwenq.formats.registry import read_quantization_config
+from qwenq.formats.storage import unpack_linear
+from qwenq.io.json import inside, model_name, read_object, shown
+from qwenq.io.safetensors import TensorLocation, TensorSpec, checkpoint_tensors
+from qwenq.io.tensors import TORCH_DTYPES
+from qwenq.model.spec import SLIDING_WINDOW, LinearSpec, ModelSpec, spec_from_config
+
+FLOAT_DTYPES = ("F16", "BF16", "F32")
+
+# Stored by some checkpoints, read by none: buffers that transformers computes itself.
+_IGNORED_ENDINGS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint; every tensor the model needs is present and of the right shape."""
+
+    directory: Path
+    config: dict[str, Any]
+    spec: ModelSpec
+    tensors: dict[str, TensorLocation]
+    quantized: Quantization | None
+    ignored: tuple[str, ...]  # stored tensors that the model does not use
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.quantized.recipe(self.spec) if self.quantized else Recipe(None)
+
+    @cached_property
+    def files(self) -> tuple[Path, ...]:
+        """The shard files, sorted by name."""
+        return tuple(sorted({location.file for location in self.tensors.values()}))
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor as stored: a private copy on the CPU; the file's pages are let go at once."""
+        location = self.tensors[name]
+        dtype = TORCH_DTYPES[location.spec.dtype]
+        if location.end == location.start:
+            return torch.empty(location.spec.shape, dtype=dtype)
+        start = location.start - location.start % mmap.ALLOCATIONGRANULARITY
+        with (
+            open(location.file, "rb") as file,
+            mmap.mmap(file.fileno(), location.end - start, offset=start, access=mmap.ACCESS_READ) as mapped,
+        ):
+            data = torch.empty(location.end - location.start, dtype=torch.uint8)
+            data.numpy()[:] = memoryview(mapped)[location.start - start :]
+        return data.view(dtype).reshape(location.spec.shape)
+
+    def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Rows `rows` (int64 [n]) of a stored matrix, [n, columns]: an embedding lookup that never holds the table."""
+        location = self.tensors[name]
+        columns = location.spec.shape[1]
+        dtype = TORCH_DTYPES[location.spec.dtype]
+        width = columns * dtype.itemsize
+        with open(location.file, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            unique, inverse = torch.unique(rows, return_inverse=True)
+            table = torch.empty((len(unique), width), dtype=torch.uint8)
+            for k, row in enumerate(unique.tolist()):
+                at = location.start + row * width
+                table[k] = torch.frombuffer(bytearray(mapped[at : at + width]), dtype=torch.uint8)
+        return table.view(dtype)[inverse]
+
+    def read_slice(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows start to stop of a stored matrix, as stored."""
+        location = self.tensors[name]
+        width = location.spec.nbytes // location.spec.shape[0]
+        part = TensorLocation(
+            TensorSpec(name, location.spec.dtype, (stop - start, *location.spec.shape[1:])),
+            location.file,
+            location.start + start * width,
+            location.start + stop * width,
+        )
+        return Checkpoint(self.directory, self.config, self.spec, {name: part}, None, ()).read(name)
+
+    def linear(self, lin: LinearSpec) -> QTensor | torch.Tensor:
+        """One linear as stored: codes, scales and zero points where it is quantized on a grid, else its weight.
+
+        A weight [out, in] comes as stored from a 16-bit linear, in float32 from GPTQ with groups out of order, and in
+        the dtype it was quantized from for NF4. The bias is read by its name.
+        """
+        if self.quantized is None or (scheme := self.quantized.scheme_of(lin.name)) is None:
+            return self.read(lin.name + ".weight")
+        names = [t.name for t in linear_tensors(self.quantized.format, scheme, lin) if t.name != lin.name + ".bias"]
+        packed = {name.removeprefix(lin.name + "."): self.read(name) for name in names}
+        return unpack_linear(self.quantized, scheme, lin, packed)
+
+    def linear_weight(self, lin: LinearSpec) -> torch.Tensor:
+        """Weight [out, in] of one linear: as stored when it is 16-bit, dequantized to float32 when packed."""
+        found = self.linear(lin)
+        if isinstance(found, QTensor):
+            return found.dequantize()
+        packed = self.quantized is not None and self.quantized.scheme_of(lin.name) is not None
+        return found.float() if packed else found
+
+    def layer_state(self, layer: int) -> dict[str, torch.Tensor]:
+        """Parameters of decoder layer `layer`, under names relative to it, packed linears dequantized."""
+        prefix = f"model.layers.{layer}."
+        linears = {lin.name: lin for lin in self.spec.layer_linears(layer)}
+        state = {}
+        for tensor in self.spec.layer_tensors(layer):
+            module, _, part = tensor.name.rpartition(".")
+            is_weight = module in linears and part == "weight"
+            value = self.linear_weight(linears[module]) if is_weight else self.read(tensor.name)
+            state[tensor.name.removeprefix(prefix)] = _zero_padded(value, tensor.shape)
+        return state
+
+    def finite_layer_state(self, layer: int) -> dict[str, torch.Tensor]:
+        """`layer_state`; CheckpointError, naming it, for a tensor that is not finite."""
+        state = self.layer_state(layer)
+        if (bad := non_finite(state.items())) is not None:
+            name = f"model.layers.{layer}.{bad}"
+            where = self.tensors[name].file if name in self.tensors else self.directory
+            raise CheckpointError(
+                f"{where}: {name} holds a NaN or an infinity",
+                hint="the download may be damaged: compare its SHA-256 with the repository's",
+            )
+        return state
+
+    def padded(self, intermediate_size: int) -> Checkpoint:
+        """The same function with a wider FFN: rows added to gate and up, and columns to down, are zero.
+
+        `layer_state` fills them in; files and `read` are as they were.
+        """
+        return replace(
+            self,
+            spec=replace(self.spec, intermediate_size=intermediate_size),
+            config=self.config | {"intermediate_size": intermediate_size},
+        )
+
+    def prefetch(self, layer: int) -> None:
+        """Ask the system to read a layer's bytes into its page cache meanwhile; nothing where it cannot be asked."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        prefix = f"model.layers.{layer}."
+        ranges = [(t.file, t.start, t.end - t.start) for name, t in self.tensors.items() if name.startswith(prefix)]
+        for path in {path for path, _, _ in ranges}:
+            with open(path, "rb") as file:
+                for _, start, size in (each for each in ranges if each[0] == path):
+                    os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_WILLNEED)
+
+    def dtype_of(self, name: str) -> str:
+        return self.tensors[name].spec.dtype
+
+    @property
+    def head_name(self) -> str:
+        return "model.embed_tokens.weight" if self.spec.tie_word_embeddings else "lm_head.weight"
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Read config and headers of a checkpoint and check every needed tensor; raises CheckpointError in one line."""
+    directory = Path(directory)
+    config = read_config(directory)
+    spec = spec_from_config(config, where=str(directory / "config.json"), name=model_name(directory))
+    _refuse_sparse(config, spec, directory)
+    stored = checkpoint_tensors(directory)
+    quantized = None
+    if config.get("quantization_config"):
+        quantized = read_quantization_config(config["quantization_config"], str(directory / "config.json"))
+    recipe = quantized.recipe(spec) if quantized else Recipe(None)
+    recipe.check(spec)
+    needed = {t.name: t for t in recipe.tensors(spec)}
+    _audit(directory, needed, stored)
+    ignored = tuple(sorted(set(stored) - set(needed)))
+    for name in ignored:
+        tied_head = spec.tie_word_embeddings and name == "lm_head.weight"
+        if not (tied_head or name.endswith(_IGNORED_ENDINGS) or (quantized and name.endswith(".bias"))):
+            raise CheckpointError(
+                f"{stored[name].file.name}: tensor {name} has no place in a {spec.model_type} model",
+                hint="the config and the weights are of different models, or this is an unsupported variant",
+            )
+    return Checkpoint(directory, config, spec, {n: stored[n] for n in needed}, quantized, ignored)
+
+
+def open_source(directory: Path) -> Checkpoint:
+    """Like `open_checkpoint`, for a source to quantize: 16- or 32-bit floats only."""
+    config = read_config(directory)
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        method = method or "unknown method"
+        raise CheckpointError(
+            f"{directory}: already quantized ({method})", hint="quantize from the original 16-bit checkpoint"
+        )
+    return open_checkpoint(directory)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """`config.json` of a checkpoint directory."""
+    if not Path(directory).is_dir():
+        raise CheckpointError(f"{directory}: no such directory", hint="give a checkpoint directory or a hub name")
+    return read_object(inside(Path(directory), "config.json"))
+
+
+def _refuse_sparse(config: Mapping[str, Any], spec: ModelSpec, directory: Path) -> None:
+    """Raise CheckpointError where a window that slides is shorter than what the model reads; null is no window."""
+    window = config.get("sliding_window", SLIDING_WINDOW)
+    whole = isinstance(window, int) and window >= spec.extended_context
+    if config.get("use_sliding_window") and window is not None and not whole:
+        raise CheckpointError(
+            f"{directory / 'config.json'}: use_sliding_window with a window of {shown(str(window), 40)} tokens is not "
+            f"supported, the model reads {spec.extended_context}",
+            hint="set use_sliding_window to false (as all published Qwen2.5 models have it)",
+        )
+
+
+def _audit(directory: Path, needed: dict[str, TensorSpec], stored: dict[str, TensorLocation]) -> None:
+    missing = [name for name in needed if name not in stored]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(
+            f"{directory}: tensor {missing[0]}{more} is in no shard", hint="download the missing shard again"
+        )
+    for name, want in needed.items():
+        have = stored[name].spec
+        if have.shape != want.shape and not (name.endswith(NF4_STATE) and len(have.shape) == 1):  # JSON of any length
+            raise CheckpointError(
+                f"{stored[name].file.name}: {name} has shape {list(have.shape)}, config.json wants {list(want.shape)}",
+                hint="`qwenq inspect` compares config and tensors",
+            )
+        wanted = FLOAT_DTYPES if want.dtype in FLOAT_DTYPES else (want.dtype,)
+        if have.dtype not in wanted:
+            raise CheckpointError(
+                f"{stored[name].file.name}: {name} has dtype {have.dtype}, wanted {' or '.join(wanted)}",
+                hint="FP8 and integer sources are not 16-bit sources",
+            )
+
+
+def _zero_padded(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """`tensor` in the corner of zeros of `shape`; itself when that is its shape."""
+    if tensor.shape == shape:
+        return tensor
+    wide = tensor.new_zeros(shape)
+    wide[tuple(slice(size) for size in tensor.shape)] = tensor
+    return wide
+
+
+def non_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+    """Name of the first tensor holding a NaN or an infinity."""
+    return next((name for name, t in tensors if t.is_floating_point() and not bool(torch.isfinite(t).all())), None)

@@ -1,0 +1,1 @@
+"""Bytes on disk and from the hub: JSON, safetensors, durable writes, downloads."""

@@ -1,0 +1,123 @@
+"""JSON and small files from anywhere, read as hostile input: strict, bounded, inside the directory they belong to."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwenq.errors import CheckpointError, printable
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+_MAX_NAME_BYTES = 255  # what file systems take
+
+
+def read_object(path: Path, limit: int = 10_000_000) -> dict[str, Any]:
+    """A JSON object from a file of at most `limit` bytes: no repeated keys, no NaN; CheckpointError otherwise."""
+    size = _regular_size(path)
+    if size > limit:
+        raise CheckpointError(f"{shown(path.name)}: {size} bytes, more than the {limit} such a file can need")
+    return parse_object(path.read_bytes(), shown(path.name))
+
+
+def parse_object(text: bytes, where: str) -> dict[str, Any]:
+    """Parse a JSON object strictly: UTF-8, no repeated keys, no NaN or infinity, no absurd nesting."""
+
+    def refuse_constant(token: str) -> Any:
+        raise CheckpointError(f"{where}: JSON holds {token}, which is no number of JSON's")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise CheckpointError(f"{where}: {shown(key)} appears twice")
+            found[key] = value
+        return found
+
+    def finite(number: str) -> float:
+        value = float(number)
+        return value if math.isfinite(value) else refuse_constant(shown(number, 40))
+
+    hooks: dict[str, Any] = {"object_pairs_hook": unique, "parse_constant": refuse_constant, "parse_float": finite}
+    try:
+        value = json.loads(text.decode("utf-8"), **hooks)
+    except RecursionError:
+        raise CheckpointError(f"{where}: JSON nested too deep") from None
+    except (UnicodeDecodeError, ValueError) as error:
+        raise CheckpointError(f"{where}: not JSON ({error})") from None
+    if rb"\ud" in text.lower():  # half of a surrogate pair can be written in JSON, and nowhere else
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise CheckpointError(f"{where}: JSON holds half of a surrogate pair, which is no text") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where}: JSON is a {type(value).__name__}, wanted an object")
+    return value
+
+
+def inside(directory: Path, name: str) -> Path:
+    """The file `name` of `directory`; CheckpointError if the name, or a link, leads out of it.
+
+    One exception: the hub's cache keeps `<repo>/snapshots/<revision>/name` as a link into `<repo>/blobs`.
+    """
+    if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise CheckpointError(f"file name {shown(name)} leads out of the checkpoint's directory: refused")
+    if len(name.encode("utf-8", "surrogatepass")) > _MAX_NAME_BYTES:
+        raise CheckpointError(f"file name {shown(name)} is too long: refused")
+    path, root = directory / name, directory.resolve()
+    target = path.resolve()
+    allowed = [root]
+    if root.parent.name == "snapshots":
+        allowed.append(root.parent.parent / "blobs")
+    if target.parent not in allowed:
+        raise CheckpointError(f"{shown(name)} links to a file outside the checkpoint's directory: refused")
+    return path
+
+
+def model_name(directory: Path) -> str:
+    """`owner/name` for a snapshot in the hub's cache, else the directory's own name."""
+    place = directory.absolute()
+    repository = place.parent.parent.name
+    if place.parent.name == "snapshots" and repository.startswith("models--") and repository.count("--") == 2:
+        return repository.removeprefix("models--").replace("--", "/")
+    return place.name
+
+
+def shown(text: str, limit: int = 120) -> str:
+    """Text from outside as one printable line of at most `limit` characters."""
+    clean = printable(text[: limit + 1])
+    return clean if len(clean) <= limit else clean[: limit - 3] + "..."
+
+
+def _exists(path: Path) -> bool:
+    return os.path.lexists(path)
+
+
+def _regular_size(path: Path) -> int:
+    try:
+        info = os.stat(path)
+    except OSError as error:
+        raise CheckpointError(f"{shown(str(path))}: {error.strerror}") from None
+    if not stat.S_ISREG(info.st_mode):
+        raise CheckpointError(f"{shown(str(path))}: not a regular file")
+    return info.st_size
+
+
+class TooLarge(Exception):
+    """A body over the limit."""
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The whole body; TooLarge at the first byte beyond `limit`, whatever the headers promised."""
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > limit:
+            raise TooLarge
+        parts.append(part)
+    return b"".join(parts)

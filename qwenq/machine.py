@@ -1,0 +1,170 @@
+"""The machine a job runs on: what of it decides the bytes, its memory and disk, and facts that decide nothing."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from qwenq import __version__
+
+KEPT_BYTES = 64 << 20
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # mallopt(3)
+
+
+def numerics(devices: Sequence[str]) -> dict[str, Any]:
+    """What decides in which order sums are taken, and so the last bits: a resumed job needs the same."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(device) for device in devices if device != "cpu"]
+    return {
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "threads": torch.get_num_threads(),
+        "instructions": ", ".join(gpus) or torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """This program and the libraries it stands on."""
+    libraries = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "huggingface-hub")
+    return {"qwenq": __version__, "python": platform.python_version()} | {name: version(name) for name in libraries}
+
+
+def host_facts() -> dict[str, Any]:
+    """Machine, system, versions and time of this run."""
+    import torch
+
+    return {
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_bytes": _memory_bytes(),
+        "gpus": [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())],
+        "system": platform.platform(),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def forget_peak_rss() -> None:
+    """Count the process's peak memory from here on, where the system lets a process say so (Linux, proc(5))."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def keep_freed_memory() -> None:
+    """Have the C library (glibc) reuse freed buffers of up to KEPT_BYTES instead of mapping fresh pages for each.
+
+    A layer's activations come and go thousands of times; the faults of fresh pages are a tenth of a small model's
+    time. All threads share one heap: what one frees another may have. Larger buffers still come and go as mappings, so
+    that the peak of a large model stays what it is.
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, KEPT_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, 4 * KEPT_BYTES)
+        mallopt(_M_ARENA_MAX, 1)
+
+
+def return_freed_memory() -> None:
+    """Give freed heap back to the system where the C library can (glibc keeps it otherwise)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def peak_rss_bytes() -> int:
+    """The process's peak resident memory (VmHWM), file pages included; 0 where the system does not tell."""
+    lines = _lines("/proc/self/status")
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
+
+
+def _processor() -> str:
+    named = (line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name"))
+    return next(named, platform.processor())
+
+
+def _memory_bytes() -> int:
+    lines = _lines("/proc/meminfo")
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal")), 0)
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+MOST_LANES = 4  # on a CPU, that share the windows which go through a layer together, each with its own Hessian
+LANES_UP_TO = 8192  # wide FFNs: beyond, products alone keep cores busy, and Hessians are large
+
+
+def free_disk(out: Path) -> int:
+    """Bytes free on the disk that `out` is or will be on."""
+    existing = out.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
+
+
+def total_memory() -> int | None:
+    """Bytes of this machine's memory; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+SCORE_BYTES = 32 << 20  # of a block's attention scores on a GPU without a flash kernel (qwenq/attention.py)
+
+
+@dataclass(frozen=True)
+class Compute:
+    """What decides a kernel besides the linear."""
+
+    dtype: str = "bfloat16"
+    device: str = "cuda"
+    capability: tuple[int, int] = (8, 0)
+
+    @property
+    def has_flash(self) -> bool:
+        """Whether torch has a flash attention kernel for it."""
+        return self.device == "cuda" and self.dtype != "float32" and self.capability >= (8, 0)
+
+    @property
+    def widens(self) -> bool:
+        """Whether products of bfloat16 values are computed in float32: a GPU without instructions for them."""
+        return self.device == "cuda" and self.dtype == "bfloat16" and self.capability < (8, 0)
+
+
+_PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
+
+
+def available_ram() -> int:
+    """Bytes of host memory that can be had without swapping; a very large number where the system does not tell."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError, IndexError):
+        return 1 << 60
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now; 0 where the system does not tell."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * _PAGE
+    except (OSError, ValueError, IndexError):
+        return 0

@@ -1,0 +1,1 @@
+"""The jobs: quantize, evaluate, sensitivities, convert, reproduce; one decoder layer at a time."""

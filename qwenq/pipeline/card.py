@@ -1,0 +1,232 @@
+"""The model card: `README.md` with the hub's metadata, written from what a finished job has to say.
+
+Equal jobs have equal cards: no date, no place, nothing of the host. Names and texts may come from anywhere, so they are
+quoted in the metadata and escaped in the text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qwenq.formats.base import BNB_FORMATS, Recipe, label_of
+from qwenq.io.json import inside, shown
+from qwenq.markdown import code, escape, table
+from qwenq.model.spec import ModelSpec
+from qwenq.planning.tensor_parallel import row_groups, tensor_parallel_sizes
+from qwenq.units import format_gb
+
+CARD_NAME = "README.md"
+_README_BYTES = 1 << 16  # metadata comes first
+_MAX_WARNINGS = 50
+SERVED_CONTEXT = 8192  # of the example, where the model was trained on so much
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+_METADATA = re.compile(r"---\r?\n(.*?)\r?\n---\s*\n", re.DOTALL)
+_LICENSE = re.compile(
+    r"^(license(?:_name|_link)?):[ \t]*[\"']?([\w.:/+-]{1,200})[\"']?[ \t]*\r?$", re.ASCII | re.MULTILINE
+)
+_INSTALL = {
+    "gptq": "optimum gptqmodel",
+    "awq": "gptqmodel",
+    "compressed-tensors": "compressed-tensors",
+    "bnb-nf4": "bitsandbytes",
+    "bnb-int8": "bitsandbytes",
+}
+
+
+def model_card(
+    described: Mapping[str, Any], source: Path, spec: ModelSpec, recipe: Recipe, *, converted_from: str = ""
+) -> str:
+    """The card of the checkpoint that `described` (the manifest but for the files' hashes) tells of.
+
+    source: the 16-bit model's directory, whose licence is kept. converted_from: the format it was quantized in, where
+    that is another.
+    """
+    job = described["job"]
+    name = shown(str(job["model"]))
+    converted = [f"- Quantized in the {escape(converted_from)} format, then converted bit for bit."]
+    lines = ["---", *_metadata(job, source, recipe), "---", ""]
+    lines += [f"# {escape(name)}, {escape(recipe.label)}", ""]
+    lines += [
+        f"{escape(name)} quantized by qwenq {escape(str(job['qwenq']))} to "
+        f"{described['bits_per_linear_weight']:.3f} bits per linear weight: {format_gb(described['file_bytes'])} of "
+        f"tensors in the {escape(recipe.format)} format. What that loses was measured against the 16-bit model, below.",
+        "",
+        "## Warnings and fallbacks",
+        "",
+        *_warnings(described["warnings"]),
+        "",
+        "## What was lost",
+        "",
+        *_drift(described["drift"]),
+        "",
+        "## Loading it",
+        "",
+        *_loading(spec, recipe),
+        "",
+        "## How it was made",
+        "",
+        *_provenance(job, described, spec, recipe),
+        *(converted if converted_from else ()),
+        "",
+        "## Limits",
+        "",
+        "- The drift is of one text. Another language or task can lose more; read it on text like your own with "
+        "`qwenq eval`.",
+        "- Nothing else was evaluated: no tasks, no safety. What is known of the original holds at best.",
+        "- Which engines were tried with such checkpoints, and which were not, is in qwenq's README.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def yaml_text(text: str) -> str:
+    """`text` as a double-quoted YAML scalar on one line."""
+    return '"' + "".join(map(_yaml_character, text)) + '"'
+
+
+def _yaml_character(c: str) -> str:
+    if c in '"\\':
+        return "\\" + c
+    if c == " " or c.isprintable():
+        return c
+    return f"\\x{ord(c):02x}" if ord(c) < 256 else f"\\u{ord(c):04x}" if ord(c) < 65536 else f"\\U{ord(c):08x}"
+
+
+def _metadata(job: Mapping[str, Any], source: Path, recipe: Recipe) -> Iterator[str]:
+    """Lines of the hub's front matter; a base model only where its name can be one there."""
+    name = str(job["model"])
+    if _HUB_NAME.fullmatch(name):
+        yield f"base_model: {yaml_text(name)}"
+        yield "base_model_relation: quantized"
+    for key, value in source_license(source).items():
+        yield f"{key}: {yaml_text(value)}"
+    yield "library_name: transformers"
+    yield "pipeline_tag: text-generation"
+    bits = "mixed-bits" if recipe.overrides else f"{recipe.default.bits}-bit" if recipe.default else "16-bit"
+    tags = [recipe.format, "bitsandbytes"] if recipe.format in BNB_FORMATS else [recipe.format]
+    yield "tags:"
+    yield from (f"- {yaml_text(tag)}" for tag in (*tags, bits, "qwenq"))
+    yield "quantized_by: qwenq"
+
+
+def source_license(source: Path) -> dict[str, str]:
+    """`license`, and its name and link, as the source's README says; else as its LICENSE begins; else nothing."""
+    readme = _beginning(source, CARD_NAME)
+    if metadata := _METADATA.match(readme):
+        found: dict[str, str] = dict(_LICENSE.findall(metadata[1]))
+        if "license" in found:
+            return {key: found[key] for key in ("license", "license_name", "license_link") if key in found}
+    words = " ".join(_beginning(source, "LICENSE")[:400].split())
+    if words.startswith("Apache License Version 2.0"):
+        return {"license": "apache-2.0"}
+    return {"license": "mit"} if words.startswith("MIT License") else {}
+
+
+def _beginning(directory: Path, name: str) -> str:
+    path = inside(directory, name)
+    if not path.is_file():
+        return ""
+    with open(path, "rb") as file:
+        return file.read(_README_BYTES).decode("utf-8", errors="replace").removeprefix("\ufeff")
+
+
+def _warnings(warnings: Sequence[str]) -> Iterator[str]:
+    yield from (f"- {escape(shown(str(line), 300))}" for line in warnings[:_MAX_WARNINGS])
+    if len(warnings) > _MAX_WARNINGS:
+        yield f"- and {len(warnings) - _MAX_WARNINGS} more, in `qwenq-manifest.json`"
+    if not warnings:
+        yield "None: every linear was solved as asked."
+
+
+def _drift(drift: Mapping[str, Any]) -> Iterator[str]:
+    def figure(value: float | None, spec: str, unit: str = "") -> str:
+        return "not finite" if value is None else f"{value:{spec}}{unit}"
+
+    def row(label: str, key: str, spec: str, scale: float = 1.0, unit: str = "") -> list[str]:
+        mean, low, high = (None if (v := drift[key][k]) is None else scale * v for k in ("mean", "low", "high"))
+        interval = "" if low is None or high is None else f"{low:{spec}} to {high:{spec}}"
+        return [label, figure(mean, spec, unit), interval]
+
+    yield (
+        f"Read on {code(shown(str(drift['text'])))}: {drift['windows']} windows of {drift['window_tokens']} tokens, "
+        f"computed in {escape(str(drift['compute_dtype']))}."
+    )
+    yield ""
+    yield from table(
+        ["", "mean", "95 % interval"],
+        [
+            row("KL divergence from the 16-bit model, nats per token", "kl", ".5f"),
+            row("top-1 agreement", "top1_agreement", ".2f", 100, " %"),
+            row("perplexity increase", "perplexity_increase_percent", "+.2f", 1, " %"),
+            ["perplexity", figure(drift["perplexity"], ".3f"), ""],
+            ["perplexity of the 16-bit model", figure(drift["reference_perplexity"], ".3f"), ""],
+        ],
+        "lrr",
+    )
+
+
+def _loading(spec: ModelSpec, recipe: Recipe) -> Iterator[str]:
+    """For each engine the commands, run in this directory; transformers only where it reads the recipe."""
+    schemes = {scheme for lin in spec.linears if (scheme := recipe.scheme_of(lin)) is not None}
+    dense = recipe.format == "compressed-tensors" and not all(scheme.sym for scheme in schemes)
+    if recipe.format == "gptq" and recipe.overrides:
+        yield "transformers does not read mixed bits in this format; GPTQModel does."
+    elif dense and len(schemes) > 1:
+        yield "transformers (5.23, compressed-tensors 0.20.0) does not read mixed bits with zero points; vLLM may."
+    else:
+        yield f"transformers, after `pip install {_INSTALL[recipe.format]}`:"
+        yield ""
+        yield "```python"
+        more = ", CompressedTensorsConfig" if dense else ""
+        yield f"from transformers import AutoModelForCausalLM, AutoTokenizer{more}"
+        yield ""
+        if dense:  # packed, compressed-tensors 0.20.0 takes zero points only unpacked
+            yield "how = CompressedTensorsConfig(dequantize=True)"
+        how = ", quantization_config=how" if dense else ""
+        yield f'model = AutoModelForCausalLM.from_pretrained(".", device_map="auto"{how})'
+        yield 'tokenizer = AutoTokenizer.from_pretrained(".")'
+        yield "```"
+    reasons = tensor_parallel_sizes(spec, row_groups(spec, recipe))
+    allowed = ", ".join(ranks for ranks, reason in reasons.items() if not reason)
+    yield ""
+    yield "vLLM, and qwenq itself:"
+    yield ""
+    yield "```"
+    yield f"vllm serve . --max-model-len {min(SERVED_CONTEXT, spec.max_position_embeddings)}"
+    yield "qwenq run . -p 'Hello'"
+    yield "```"
+    yield ""
+    yield f"Tensor-parallel sizes (`--tensor-parallel-size`) that the shapes allow: {allowed}."
+    yield from (f"- Not {ranks}: {escape(reason)}." for ranks, reason in reasons.items() if reason)
+
+
+def _provenance(job: Mapping[str, Any], described: Mapping[str, Any], spec: ModelSpec, recipe: Recipe) -> Iterator[str]:
+    counts: dict[str, int] = {}
+    for lin in spec.linears:
+        label = label_of(recipe.scheme_of(lin))
+        counts[label] = counts.get(label, 0) + 1
+    schemes = ", ".join(f"{count} linears {label}" for label, count in sorted(counts.items(), key=lambda c: -c[1]))
+    folded = job["options"].get("fold") and job["calibration"] is not None
+    kept = "embedding and head" if folded else "embedding, norms and head"
+    yield f"- Scheme: {escape(schemes)}; {kept} as in the original."
+    if folded:
+        yield "- Channel scales are folded into norms and `up_proj`: adapters trained on the original do not fit."
+    options = ", ".join(f"{key} {value}" for key, value in job["options"].items())
+    yield f"- Options: {escape(options)}, seed {job['seed']}."
+    calibration = job["calibration"]
+    if calibration is None:
+        yield "- Calibration: none."
+    else:
+        yield (
+            f"- Calibration: {code(shown(str(calibration['text'])))}, {calibration['windows']} x "
+            f"{calibration['window_tokens']} tokens, SHA-256 `{calibration['tokens_sha256']}`."
+        )
+    evaluation = job["evaluation"]
+    yield f"- Evaluation: {code(shown(str(evaluation['text'])))}, SHA-256 `{evaluation['tokens_sha256']}`."
+    yield f"- {described['parameters']:,} parameters; {len(job['source'])} source files."
+    yield (
+        "- `qwenq-manifest.json` has the SHA-256 of every source and output file, and the error of every linear; "
+        "`qwenq verify .` checks this directory against it."
+    )

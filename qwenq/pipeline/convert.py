@@ -1,0 +1,214 @@
+"""The same codes in another format: packed words are unpacked and packed again, nothing is solved or rounded.
+
+One decoder layer is in memory at a time. Scales, zero points, biases and everything unquantized keep their bits.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwenq.checkpoint.manifest import SourceFiles, read_manifest, write_manifest
+from qwenq.checkpoint.reader import Checkpoint
+from qwenq.checkpoint.shards import encode_index, output_files, shard_file_bytes
+from qwenq.errors import CheckpointError, JobError, PlanError, QwenqError
+from qwenq.formats.base import GRID_FORMATS, Recipe, Scheme
+from qwenq.formats.qtensor import QTensor
+from qwenq.formats.registry import quantization_config
+from qwenq.formats.storage import pack_linear
+from qwenq.io.durable import copy_synced, make_directory, write_bytes, write_json
+from qwenq.io.json import inside
+from qwenq.io.safetensors import INDEX_NAME
+from qwenq.io.tensors import write_shard
+from qwenq.machine import forget_peak_rss, free_disk, host_facts, peak_rss_bytes, versions
+from qwenq.model.spec import LinearSpec
+from qwenq.pipeline.card import CARD_NAME, model_card
+from qwenq.pipeline.job import partial_directory, refuse_place
+from qwenq.pipeline.quantize import COPIED_FILES, give_name
+from qwenq.results import finite_json
+from qwenq.units import format_gb
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion made."""
+
+    out: Path
+    source_format: str
+    format: str
+    scheme: str
+    tensor_bytes: int
+    file_bytes: int
+    seconds: float
+    peak_rss_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"out": str(self.out)}
+
+
+def target_recipe(source: Checkpoint, format: str) -> Recipe:
+    """The source's recipe in another format; PlanError, naming both, when that cannot hold the same codes.
+
+    AWQ has no symmetric grid of its own: a symmetric 4-bit one becomes an asymmetric one whose zero points are all 8.
+    """
+    if source.quantized is None:
+        raise PlanError(f"{source.directory}: not quantized", hint="`qwenq quantize --format` quantizes it")
+    recipe = source.recipe
+    if recipe.format == format:
+        raise PlanError(f"{source.directory}: is {format} already")
+    for name in (recipe.format, format):
+        if name not in GRID_FORMATS:
+            raise PlanError(
+                f"{recipe.format} to {format}: {name} stores other values than codes on a grid of float16 scales",
+                hint=f"`qwenq quantize --format {format}` makes it from the 16-bit checkpoint",
+            )
+
+    def held(scheme: Scheme | None) -> Scheme | None:
+        return replace(scheme, sym=False) if scheme is not None and format == "awq" else scheme
+
+    overrides = tuple((name, held(scheme)) for name, scheme in recipe.overrides)
+    changed = Recipe(held(recipe.default), overrides, format)
+    changed.check(source.spec)
+    return changed
+
+
+@torch.inference_mode()
+def convert(source: Checkpoint, out: Path, format: str, *, listen: Callable[[int], None] = lambda k: None) -> Converted:
+    """Write `source` at `out` in another format; `listen` is told each finished file. Raises QwenqError in one line."""
+    started = time.perf_counter()
+    forget_peak_rss()
+    recipe = target_recipe(source, format)
+    refuse_place(out, source.directory)
+    files = output_files(source.spec, recipe, source.dtype_of)
+    file_bytes = sum(shard_file_bytes(tensors) for tensors in files.values())
+    if file_bytes > (free := free_disk(out)):
+        raise JobError(f"{out}: needs {format_gb(file_bytes)} of disk, {format_gb(free)} are free")
+    work = partial_directory(out)
+    try:
+        make_directory(work, exist_ok=False)
+    except FileExistsError:
+        raise JobError(f"{work}: left by an unfinished job", hint="delete it, or finish that job") from None
+    except OSError as error:
+        raise JobError(f"{work}: {error.strerror}", hint="choose another OUT") from None
+    try:
+        names = [*(path.name for path in source.files), "config.json", *COPIED_FILES]
+        read = SourceFiles.read(source.directory, names)
+        hashes = {}
+        for number, (file, specs) in enumerate(files.items()):
+            wanted = {spec.name for spec in specs}
+            tensors = _layer(source, recipe, number - 1) if 0 < number < len(files) - 1 else {}
+            tensors |= {name: source.read(name) for name in wanted - set(tensors)}
+            hashes[file] = write_shard(work / file, {name: tensors[name] for name in wanted})
+            listen(number)
+        made = Converted(
+            out=out,
+            source_format=source.recipe.format,
+            format=format,
+            scheme=recipe.label,
+            tensor_bytes=sum(t.nbytes for specs in files.values() for t in specs),
+            file_bytes=file_bytes,
+            seconds=time.perf_counter() - started,
+            peak_rss_bytes=peak_rss_bytes(),
+        )
+        _finish(source, recipe, work, read, made, hashes)
+        give_name(work, out)
+        return made
+    except OSError as error:
+        raise JobError(f"{error.filename or work}: {error.strerror or error}", hint="nothing is kept") from error
+    finally:
+        if os.path.lexists(work):
+            shutil.rmtree(work)
+
+
+def _layer(source: Checkpoint, recipe: Recipe, layer: int) -> dict[str, torch.Tensor]:
+    """Tensors of the quantized linears of one layer in the recipe's format, by full name."""
+    tensors: dict[str, torch.Tensor] = {}
+    for lin in source.spec.layer_linears(layer):
+        scheme = recipe.scheme_of(lin)
+        if scheme is not None:
+            packed = pack_linear(recipe, _grid(source, lin, scheme))
+            tensors |= {f"{lin.name}.{part}": tensor for part, tensor in packed.items()}
+    return tensors
+
+
+def _grid(source: Checkpoint, lin: LinearSpec, scheme: Scheme) -> QTensor:
+    """The linear's codes under `scheme`, its scales in float16; CheckpointError when they cannot be kept so."""
+    found = source.linear(lin)
+    if not isinstance(found, QTensor):
+        raise CheckpointError(
+            f"{lin.name}: its groups are out of order (act-order): no other format holds them",
+            hint="quantize from the 16-bit checkpoint instead",
+        )
+    scales_OG = found.scales_OG.half()
+    if not torch.equal(scales_OG.float(), found.scales_OG.float()):
+        raise CheckpointError(f"{lin.name}: its scales are {found.scales_OG.dtype}, and float16 does not hold them")
+    if scheme.sym and not bool((found.zeros_OG == scheme.zero).all()):
+        raise CheckpointError(f"{lin.name}: the config says symmetric, its zero points are not all {scheme.zero}")
+    return QTensor(found.codes_OI, scales_OG, found.zeros_OG, scheme)
+
+
+def _finish(
+    source: Checkpoint, recipe: Recipe, work: Path, read: SourceFiles, made: Converted, hashes: dict[str, str]
+) -> None:
+    """Configuration, index, tokenizer, and a manifest that says what this was made from."""
+    for name in COPIED_FILES:
+        path = inside(source.directory, name)
+        if path.is_file() and copy_synced(path, work / name) != read.hashes.get(name):
+            raise JobError(f"{path}: changed while it was being converted")
+    read.refuse_replaced()
+    files = output_files(source.spec, recipe, source.dtype_of)
+    config = dict(source.config) | {"quantization_config": quantization_config(recipe, source.spec)}
+    write_json(work / INDEX_NAME, encode_index(files))
+    write_json(work / "config.json", config)
+    if recipe.format == "gptq":
+        write_json(work / "quantize_config.json", config["quantization_config"])
+    origin = _origin(source.directory)
+    described: dict[str, Any] = {
+        "job": {
+            "convert": {"from": made.source_format, "to": made.format},
+            "model": source.spec.name,
+            "format": recipe.format,
+            "scheme": asdict(recipe.default) if recipe.default else None,
+            "overrides": {name: asdict(scheme) if scheme else None for name, scheme in recipe.overrides},
+            "source": read.hashes,
+        },
+        "versions": versions(),
+        "parameters": source.spec.parameters,
+        "tensor_bytes": made.tensor_bytes,
+        "file_bytes": made.file_bytes,
+        "bits_per_linear_weight": recipe.bits_per_linear_weight(source.spec),
+        "made_from": origin,
+        "run": {"seconds": made.seconds, "peak_rss_bytes": made.peak_rss_bytes, **host_facts()},
+    }
+    if origin is not None:
+        sizes = {key: described[key] for key in ("parameters", "file_bytes", "bits_per_linear_weight")}
+        quantized_as = origin["job"]["format"]
+        other = quantized_as if quantized_as != recipe.format else ""
+        card = model_card(origin | sizes, source.directory, source.spec, recipe, converted_from=other)
+        write_bytes(work / CARD_NAME, card.encode())
+    write_manifest(work, finite_json(described), hashes)
+
+
+def _origin(directory: Path) -> dict[str, Any] | None:
+    """What the manifest of the checkpoint that was quantized says of its making, its drift and its layers' errors: the
+    codes are the same.
+
+    A converted checkpoint hands on what it was made from. None without a manifest that is as it was written.
+    """
+    try:
+        manifest, findings = read_manifest(directory)
+    except QwenqError:
+        return None
+    if findings:
+        return None
+    if "made_from" in manifest:
+        handed_on: dict[str, Any] | None = manifest["made_from"]
+        return handed_on
+    return {key: manifest[key] for key in ("digest", "job", "drift", "warnings", "layers")}

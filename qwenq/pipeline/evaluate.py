@@ -1,0 +1,184 @@
+"""Drift of a checkpoint against a reference, both streamed layer by layer, so that neither has to fit."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qwenq.checkpoint.reader import Checkpoint
+from qwenq.errors import CheckpointError, HonestNo
+from qwenq.machine import keep_freed_memory
+from qwenq.model.layer import Network, model_config
+from qwenq.pipeline.activations import embed, new_streams
+from qwenq.pipeline.monitor import memory_errors
+from qwenq.pipeline.workers import Replicas
+from qwenq.results import DriftReport
+from qwenq.solver.metrics import LogitComparison, TokenDrift, summarise
+from qwenq.text.tokens import ModelTokenizer, TokenWindows, check_windows
+
+
+@torch.inference_mode()
+def evaluate(
+    checkpoint: Checkpoint,
+    reference: Checkpoint,
+    evaluation: TokenWindows,
+    *,
+    compute_dtype: torch.dtype = torch.float32,
+    devices: Sequence[str] = ("cpu",),
+    listen: Callable[[int], None] = lambda layer: None,
+) -> DriftReport:
+    """Run both checkpoints over the evaluation windows; `listen` is told each finished layer."""
+    check_comparable(checkpoint, reference)
+    keep_freed_memory()
+    vocab = min(checkpoint.spec.vocab_size, reference.spec.vocab_size)
+    check_windows(evaluation.ids, vocab, reference.spec.extended_context, evaluation.text)
+
+    def replicas(of: Checkpoint, dtype: torch.dtype) -> Replicas:
+        return Replicas(of.config, of.spec, dtype=dtype, window_tokens=evaluation.ids.shape[1], devices=devices)
+
+    network, wide = replicas(reference, compute_dtype), replicas(reference, torch.float32)
+    other = replicas(checkpoint, compute_dtype)
+    with (
+        memory_errors("evaluating", torch.device(devices[0]), None, "make room, or fewer windows (-n)"),
+        tempfile.TemporaryDirectory(prefix="qwenq-eval-") as spill,
+    ):
+        streams = new_streams(reference, None, evaluation.ids, dtype=compute_dtype, spill_directory=Path(spill))
+        states = streams.states
+        embed(checkpoint, {"quantized": (states["quantized"], evaluation.ids)})
+        for layer in range(reference.spec.num_hidden_layers):
+            state = reference.finite_layer_state(layer)
+            if "float32" in states:
+                wide.fill(state)
+                wide.run_layer(states["float32"])
+                wide.release()
+            network.fill(state)
+            network.run_layer(states["reference"])
+            network.release()
+            other.fill(checkpoint.finite_layer_state(layer))
+            other.run_layer(states["quantized"])
+            other.release()
+            listen(layer)
+        return measure_drift(network.first, HeadWeights(reference), HeadWeights(checkpoint), states, evaluation)
+
+
+def check_comparable(checkpoint: Checkpoint, reference: Checkpoint) -> None:
+    """Raise CheckpointError unless both are the same architecture and read the same token ids.
+
+    A vocabulary padded further (151,936 against 152,064) is no difference.
+    """
+    same = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+    for field in same:
+        ours, theirs = getattr(checkpoint.spec, field), getattr(reference.spec, field)
+        if ours != theirs:
+            raise CheckpointError(
+                f"{checkpoint.directory} and {reference.directory} differ in {field}: {ours} and {theirs}",
+                hint="the reference is the 16-bit checkpoint that the other was made from",
+            )
+    for name, words in (("rope_parameters", "rotary parameters"), ("rms_norm_eps", "rms_norm_eps")):
+        if _as_read(checkpoint, name) != _as_read(reference, name):
+            raise CheckpointError(f"{checkpoint.directory} and {reference.directory} differ in {words}")
+    tokenizers = [ModelTokenizer(c.directory) for c in (checkpoint, reference)]
+    if tokenizers[0].sha256 != tokenizers[1].sha256 and tokenizers[0].vocabulary != tokenizers[1].vocabulary:
+        raise CheckpointError(
+            f"{checkpoint.directory} and {reference.directory} have different tokenizers",
+            hint="drift can only be measured between models that read the same tokens",
+        )
+
+
+def _as_read(checkpoint: Checkpoint, name: str) -> object:
+    """A value as transformers reads it: configs spell it in several ways, or leave it out."""
+    return getattr(model_config(checkpoint.config, checkpoint.spec), name)
+
+
+def check_limits(drift: DriftReport, max_kl: float | None, max_increase_percent: float | None) -> None:
+    """Raise HonestNo when the drift is over a limit, or is not a number."""
+    if drift.non_finite:
+        raise HonestNo(f"{drift.non_finite} of {drift.tokens} logit rows are not finite")
+    if max_kl is not None and not drift.kl.mean <= max_kl:
+        raise HonestNo(f"mean KL is {drift.kl.mean:.4f}, the limit {max_kl:g}")
+    increase = drift.perplexity_increase_percent.mean
+    if max_increase_percent is not None and not increase <= max_increase_percent:
+        raise HonestNo(f"perplexity rose by {increase:.2f} %, the limit is {max_increase_percent:g} %")
+
+
+_SLICE_ROWS = 4096  # of the vocabulary
+_CHUNK_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class HeadWeights:
+    """Where a stream's final norm and head come from; `convert` is what the writer does to a stored tensor, by name."""
+
+    checkpoint: Checkpoint
+    convert: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor
+
+    @property
+    def norm(self) -> torch.Tensor:
+        return self.convert("model.norm.weight", self.checkpoint.read("model.norm.weight"))
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Head rows start to stop, float32 [rows, hidden]."""
+        name = self.checkpoint.head_name
+        return self.convert(name, self.checkpoint.read_slice(name, start, stop)).float()
+
+
+def measure_drift(
+    network: Network,
+    reference: HeadWeights,
+    quantized: HeadWeights,
+    states: Mapping[str, torch.Tensor],
+    evaluation: TokenWindows,
+) -> DriftReport:
+    """The drift report of streams `reference` and `quantized`, noise floor from stream `float32` where there is one."""
+    floor = 0.0
+    if "float32" in states:
+        few = states["float32"].shape[0]
+        pair = (reference, states["float32"]), (reference, states["reference"][:few])
+        floor = float(compare_streams(network, *pair, evaluation.ids[:few]).kl.mean())
+    return summarise(
+        compare_streams(network, (reference, states["reference"]), (quantized, states["quantized"]), evaluation.ids),
+        evaluation.ids.shape[0],
+        noise_floor_kl=floor,
+        text=evaluation.text,
+        text_sha256=evaluation.sha256,
+        compute_dtype=str(network.dtype).removeprefix("torch."),
+        window_tokens=evaluation.ids.shape[1],
+    )
+
+
+def compare_streams(
+    network: Network,
+    reference: tuple[HeadWeights, torch.Tensor],
+    quantized: tuple[HeadWeights, torch.Tensor],
+    ids_NT: torch.Tensor,
+) -> TokenDrift:
+    """Drift of `quantized` from `reference`: each stream its head and its last hidden states [windows, tokens, hidden].
+
+    Vocabularies may differ by padding only; the common part is compared.
+    """
+    vocab = min(reference[0].checkpoint.spec.vocab_size, quantized[0].checkpoint.spec.vocab_size)
+    if int(ids_NT.max()) >= vocab:
+        raise CheckpointError(f"token id {int(ids_NT.max())} is outside the common vocabulary of {vocab}")
+    targets = ids_NT[:, 1:].reshape(-1).to(network.device)
+    x_ref, x_q = (_predicting(network, weights, h) for weights, h in (reference, quantized))
+    shared = reference[0] == quantized[0]
+    comparison = LogitComparison(targets)
+    for start in range(0, vocab, _SLICE_ROWS):
+        end = min(start + _SLICE_ROWS, vocab)
+        w_ref = reference[0].rows(start, end).to(network.device)
+        w_q = w_ref if shared else quantized[0].rows(start, end).to(network.device)
+        for first in range(0, len(targets), _CHUNK_TOKENS):
+            part = slice(first, min(first + _CHUNK_TOKENS, len(targets)))
+            comparison.add(part, start, x_ref[part] @ w_ref.T, x_q[part] @ w_q.T)
+    return comparison.result()
+
+
+def _predicting(network: Network, weights: HeadWeights, h_NTH: torch.Tensor) -> torch.Tensor:
+    """Normed states of all positions that predict a following token, float32 [windows * (tokens - 1), hidden]."""
+    norm = weights.norm
+    normed = [network.final_norm(window[None, :-1].to(network.device), norm)[0].float() for window in h_NTH]
+    return torch.cat(normed)

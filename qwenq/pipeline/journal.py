@@ -1,0 +1,164 @@
+"""The journal of a long job: one JSON line for the job, then one for each finished layer, each line synced.
+
+A line counts once it is whole; a torn last line is dropped. Lines name files by SHA-256, so a damaged file is seen.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from qwenq.checkpoint.manifest import JOURNAL_NAME, LOCK_NAME
+from qwenq.errors import JobError
+from qwenq.io.durable import TORN_ENDING, write_bytes
+
+
+class Journal:
+    """Rows of `qwenq-journal.jsonl`, kept in step with the file."""
+
+    def __init__(self, path: Path, rows: list[dict[str, Any]]) -> None:
+        self.path = path
+        self.rows = rows
+
+    @staticmethod
+    def create(directory: Path, job: Mapping[str, Any]) -> Journal:
+        """Begin a journal; its first line is there whole or not at all."""
+        journal = Journal(directory / JOURNAL_NAME, [{"job": dict(job)}])
+        journal.keep_layers(0)
+        return journal
+
+    @staticmethod
+    def load(directory: Path) -> Journal:
+        """Read the journal; raises JobError when there is none to resume from."""
+        path = directory / JOURNAL_NAME
+        if not path.is_file():
+            raise JobError(f"{directory}: no {JOURNAL_NAME} in it, so nothing to resume", hint="leave --resume out")
+        rows = []
+        for line in path.read_bytes().split(b"\n"):
+            try:
+                rows.append(json.loads(line))
+            except (ValueError, RecursionError):
+                break  # a torn line: the process died while writing it
+        if not rows or not all(isinstance(row, dict) for row in rows) or "job" not in rows[0]:
+            raise JobError(f"{path}: its first line is damaged", hint=f"delete {directory} and start anew")
+        return Journal(path, rows)
+
+    @property
+    def job(self) -> dict[str, Any]:
+        job: dict[str, Any] = self.rows[0]["job"]
+        return job
+
+    @property
+    def layers(self) -> list[dict[str, Any]]:
+        """Rows of finished layers, in order."""
+        return [row for row in self.rows if "layer" in row]
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add a row and sync it."""
+        with open(self.path, "ab") as file:
+            file.write(json.dumps(row, separators=(",", ":"), ensure_ascii=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.rows.append(dict(row))
+
+    def keep_layers(self, count: int) -> None:
+        """Drop all rows after the first `count` layers: what follows is done again."""
+        kept, layers = [], 0
+        for row in self.rows:
+            if "layer" in row and (layers := layers + 1) > count:
+                break
+            kept.append(row)
+        self.rows = kept
+        text = b"".join(json.dumps(r, separators=(",", ":"), ensure_ascii=False).encode() + b"\n" for r in kept)
+        write_bytes(self.path, text)
+
+
+def never_begun(directory: Path) -> bool:
+    """True when a run was stopped before the journal's first line: nothing there but the lock and scraps."""
+    return {path.name for path in directory.iterdir()} <= {LOCK_NAME, JOURNAL_NAME + TORN_ENDING}
+
+
+def refuse_changes(old: Mapping[str, Any], new: Mapping[str, Any], directory: Path) -> None:
+    """Raise JobError naming every argument or input that differs between the journal and this run."""
+    differences = list(_differences(old, new, ""))
+    if not differences:
+        return
+    changes = [f"{where} was {a!r}, now {b!r}" for where, a, b in differences]
+    more = f" (and {len(changes) - 3} more)" if len(changes) > 3 else ""
+    threads = next((was for where, was, _ in differences if where == "numerics.threads"), None)
+    same = "resume with the same command and inputs"
+    if threads is not None and len(differences) == 1:
+        same = f"sums over another number of threads end in other bits: set OMP_NUM_THREADS={threads}"
+    raise JobError(
+        f"{directory}: cannot resume, {'; '.join(changes[:3])}{more}",
+        hint=f"{same}, or delete the directory and start anew",
+    )
+
+
+def _differences(old: Any, new: Any, where: str) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in sorted({*old, *new}):
+            yield from _differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+    elif old != new:
+        yield where, old, new
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[str]:
+    """Hold the directory against a second run, also while it is renamed; yields who left a lock behind, or "".
+
+    The lock is the system's (flock), so it goes with the process, however that ends; its file only says whose it is.
+    Over a network not every file system carries it: a lock left by another machine is refused until it is deleted.
+    """
+    path = directory / LOCK_NAME
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        with open(path, "a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                gone = not path.exists() or not os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+            except BlockingIOError:
+                gone = False
+                raise JobError(
+                    f"{directory}: in use by {_holder(file)[0] or 'another process'}",
+                    hint="wait for it, or stop that process; then try again",
+                ) from None
+            if gone:  # its holder ended between our opening and our locking it
+                raise JobError(f"{directory}: another run was just ending there", hint="try again")
+            left, machine = _holder(file)
+            if machine and not machine & {socket.gethostname(), _boot()}:
+                raise JobError(
+                    f"{directory}: locked by {left}, another machine, which cannot be asked from here",
+                    hint=f"when that run has ended, delete {path} and go on",
+                )
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n{_boot()}")
+            file.flush()
+            try:
+                yield left
+            finally:
+                with suppress(FileNotFoundError):
+                    os.unlink(LOCK_NAME, dir_fd=handle)  # the directory may have another name by now
+    finally:
+        os.close(handle)
+
+
+def _holder(file: IO[str]) -> tuple[str, set[str]]:
+    """Who wrote a lock file, and what identifies that machine: its name, and this start of its system."""
+    file.seek(0)
+    first, _, boot = file.read(1000).partition("\n")
+    return first, {text for text in (first.rpartition(" on ")[2], boot) if text}
+
+
+def _boot() -> str:
+    """One start of the system, the same in all its containers; empty where the system does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""

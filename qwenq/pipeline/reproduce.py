@@ -1,0 +1,215 @@
+"""Layers of a finished checkpoint made again from its source, and compared byte for byte with what was written."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwenq.checkpoint.manifest import MANIFEST_NAME, Finding
+from qwenq.checkpoint.reader import Checkpoint, open_checkpoint, open_source
+from qwenq.checkpoint.shards import output_files
+from qwenq.errors import CalibrationError, CheckpointError, JobError, QwenqError
+from qwenq.formats.base import Recipe, Scheme
+from qwenq.io.tensors import raw_bytes
+from qwenq.machine import numerics
+from qwenq.pipeline.activations import Streams, new_streams
+from qwenq.pipeline.block import SolverOptions
+from qwenq.pipeline.job import DTYPES, QuantizeJob
+from qwenq.pipeline.monitor import StageClock
+from qwenq.pipeline.preflight import DEFAULT_WINDOWS
+from qwenq.pipeline.quantize import make_layer
+from qwenq.pipeline.workers import Replicas
+from qwenq.text.calibration import load_windows, set_names
+from qwenq.text.tokens import ModelTokenizer, TokenWindows
+
+
+def sample(layers: int) -> tuple[int, ...]:
+    """The first, a middle and the last layer."""
+    return tuple(sorted({0, layers // 2, layers - 1}))
+
+
+@torch.inference_mode()
+def rederive(
+    directory: Path,
+    source: Path,
+    manifest: Mapping[str, Any],
+    layers: Iterable[int] | None = None,
+    *,
+    calibration: str | None = None,
+    listen: Callable[[str], None] = lambda line: None,
+) -> tuple[tuple[int, ...], list[Finding]]:
+    """Make `layers` (None: the first, a middle and the last one) again; returns them, and those that differ.
+
+    The calibration tokens run through the written layers up to each that is made again. calibration: the file they
+    come from, when the manifest names one. Raises QwenqError when something needed cannot be had.
+    """
+    opened = _widened(open_source(source), manifest)
+    spec = opened.spec
+    wanted = sample(spec.num_hidden_layers) if layers is None else tuple(sorted(set(layers)))
+    if not wanted or not 0 <= wanted[0] <= wanted[-1] < spec.num_hidden_layers:
+        raise JobError(f"--layers: the model has layers 0 to {spec.num_hidden_layers - 1}")
+    job = read_job(manifest, opened, directory, calibration)
+    written = open_checkpoint(directory)
+    here, then = numerics(job.devices), manifest["job"].get("numerics")
+    torch.set_num_threads(_threads(then))
+    files = list(output_files(spec, job.recipe, job.stored_dtype))
+    calibrator = job.replicas(DTYPES[job.calibration_dtype], job.calibration)
+    findings: list[Finding] = []
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            streams = _streams(job, Path(scratch))
+            for layer in range(wanted[-1] + 1):
+                if layer not in wanted:
+                    if job.calibration is not None:
+                        listen(f"layer {layer}: replaying")
+                        _replay(job, calibrator, layer, written, streams)
+                    continue
+                listen(f"layer {layer}: making it again")
+                state = job.source.finite_layer_state(layer)
+                tensors, _ = make_layer(job, calibrator, layer, state, streams, StageClock())
+                if problem := _difference(tensors, written):
+                    findings.append(
+                        Finding(files[layer + 1], f"layer {layer}, made again, {problem}{_why(then, here)}")
+                    )
+                    break  # what follows would be made from other hidden states
+    finally:
+        torch.set_num_threads(here["threads"])
+    return wanted, findings
+
+
+def _widened(source: Checkpoint, manifest: Mapping[str, Any]) -> Checkpoint:
+    """The source with its FFN padded as the job padded it."""
+    job = manifest.get("job")
+    width = job.get("intermediate_size") if isinstance(job, Mapping) else None
+    if type(width) is not int or width <= source.spec.intermediate_size:
+        return source
+    return source.padded(width)
+
+
+def read_job(manifest: Mapping[str, Any], source: Checkpoint, out: Path, calibration: str | None = None) -> QuantizeJob:
+    """The job that a manifest describes; CheckpointError for a description that makes none."""
+    try:
+        job = manifest["job"]
+        if "convert" in job:
+            raise JobError(
+                "converted from another format: no layer was solved here",
+                hint="convert keeps codes bit for bit: verify what it was made from, and this with --layers none",
+            )
+        overrides = tuple((name, Scheme(**s) if s else None) for name, s in job["overrides"].items())
+        recipe = Recipe(Scheme(**job["scheme"]) if job["scheme"] else None, overrides, job["format"])
+        options = SolverOptions(**job["options"])
+        text, seed, device = job["calibration"], job["seed"], job["device"]
+        dtypes = {name: job[name] for name in ("compute_dtype", "calibration_dtype", "dtype")}
+        if any(dtype not in (*DTYPES, "auto") for dtype in dtypes.values()):
+            raise ValueError("a dtype is not one")
+        if type(seed) is not int or not isinstance(device, str):
+            raise ValueError("the seed or the device is not one")
+    except JobError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, QwenqError) as error:
+        raise CheckpointError(
+            f"{MANIFEST_NAME}: its job cannot be read ({type(error).__name__}: {error})",
+            hint="another version of qwenq wrote it",
+        ) from None
+    recipe.check(source.spec)
+    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device != "cpu" and not set(device.split(",")) <= {"cuda", *(f"cuda:{k}" for k in range(here))}:
+        raise JobError(f"{MANIFEST_NAME}: made on {device}, which is not here", hint="GPUs and CPUs round differently")
+    windows = None if text is None else _calibration(text, seed, source, calibration)
+    some = windows or TokenWindows(torch.zeros(1, 2, dtype=torch.int64), "none", {})
+    evaluation = TokenWindows(some.ids[:1], "none", {})
+    return QuantizeJob(source, out, recipe, windows, evaluation, options, device=device, seed=seed, **dtypes)
+
+
+def _calibration(text: Any, seed: int, source: Checkpoint, given: str | None) -> TokenWindows:
+    """The tokens the manifest names, from the named set or the file given; recognized by their SHA-256."""
+    try:
+        name, length, count, digest = (text[key] for key in ("text", "window_tokens", "windows", "tokens_sha256"))
+        if not isinstance(name, str) or type(length) is not int or type(count) is not int:
+            raise TypeError
+    except (KeyError, TypeError):
+        raise CheckpointError(f"{MANIFEST_NAME}: job.calibration does not say which text was read") from None
+    if given is None and name not in set_names():
+        raise CalibrationError(
+            f"calibrated on {name!r}, a file whose place is not known", hint="name it: --calibration FILE"
+        )
+    tokenizer = ModelTokenizer(source.directory)
+    for asked in (None, count):  # all there are up to a limit, or so many, which draws others
+        try:
+            found = load_windows(
+                given or name,
+                tokenizer,
+                source.spec,
+                length=length,
+                count=asked,
+                seed=seed,
+                up_to=max(DEFAULT_WINDOWS, count),
+            )
+        except CalibrationError:
+            if asked is not None:
+                raise
+            continue
+        if found.sha256 == digest:
+            return found
+    raise CalibrationError(
+        f"{given or name}: gives other tokens than those that were calibrated on",
+        hint="the set `builtin` reads the running Python's own text too: the manifest names that version"
+        if name == "builtin"
+        else "name the very file: --calibration FILE",
+    )
+
+
+def _streams(job: QuantizeJob, scratch: Path) -> Streams:
+    return new_streams(
+        job.source,
+        job.calibration.ids if job.calibration else None,
+        job.evaluation.ids,
+        dtype=torch.float32,
+        calibration_dtype=DTYPES[job.calibration_dtype],
+        original_windows=job.original_windows,
+        spill_directory=scratch,
+        convert=job.convert,
+    )
+
+
+def _replay(job: QuantizeJob, replicas: Replicas, layer: int, written: Checkpoint, streams: Streams) -> None:
+    states = {"calibration": written.layer_state(layer)}
+    if "original" in streams.states:
+        states["original"] = job.source.finite_layer_state(layer)
+    for name, state in states.items():
+        replicas.fill(state)
+        replicas.run_layer(streams.states[name], job.passes(name))
+        replicas.release()
+
+
+def _difference(tensors: Mapping[str, torch.Tensor], written: Checkpoint) -> str:
+    """How a layer made again differs from the written one; empty when all bytes are the same."""
+    other, total, names = 0, 0, []
+    for name, tensor in tensors.items():
+        stored = written.read(name)
+        if stored.shape != tensor.shape or stored.dtype != tensor.dtype:
+            return f"has {name} as {list(tensor.shape)} {tensor.dtype}, written is {list(stored.shape)} {stored.dtype}"
+        a, b = (torch.frombuffer(raw_bytes(t), dtype=torch.uint8) for t in (tensor, stored))
+        different = int((a != b).sum())
+        other, total = other + different, total + a.numel()
+        if different:
+            names.append(name)
+    return f"differs in {other} of {total} bytes, first in {names[0]}" if names else ""
+
+
+def _why(then: Any, here: Mapping[str, Any]) -> str:
+    """What of the machine is not as it was, which changes last bits."""
+    was = then if isinstance(then, Mapping) else {}
+    changes = [f"{key} {was.get(key)}, here {value}" for key, value in here.items() if was.get(key) != value]
+    changes = [change for change in changes if not change.startswith("threads ")]  # set as they were
+    return f" (made with {'; '.join(changes)})" if changes else ""
+
+
+def _threads(then: Any) -> int:
+    """As many threads as the job had: sums over another number end in other bits."""
+    count = then.get("threads") if isinstance(then, Mapping) else None
+    return count if type(count) is int and 0 < count <= 1024 else torch.get_num_threads()

@@ -1,0 +1,147 @@
+"""What a model is made of, and whether its config, its tensors' headers and its stated totals agree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from qwenq.formats.base import GRID_FORMATS, NF4_STATE, Recipe, Scheme
+from qwenq.formats.registry import is_readable, read_quantization_config
+from qwenq.io.json import inside, read_object
+from qwenq.io.safetensors import INDEX_NAME, TensorSpec
+from qwenq.model.spec import ModelSpec
+from qwenq.planning.tensor_parallel import row_groups, tensor_parallel_sizes
+from qwenq.planning.weights import published_weights
+
+_TOLERANCE = 0.005  # stated totals are rounded: 72.7B
+HEADERS = "the checkpoint's own headers"
+SHIPPED = "shapes shipped with qwenq, no header was read"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the model: parameters, and bytes as stored (or as the shipped shapes would take)."""
+
+    name: str
+    parameters: int
+    stored_bytes: int
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The answer of `qwenq inspect`."""
+
+    spec: ModelSpec
+    scheme: str
+    parameters: int
+    parts: tuple[Part, ...]
+    tensors_read: bool  # stored bytes are from headers, not from shapes
+    source: str  # where the shapes are from: HEADERS or SHIPPED
+    expected_parameters: float | None
+    kv_bytes_per_token: float  # 16-bit keys and values
+    tensor_parallel: dict[str, str]
+    disagreements: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def audit(
+    spec: ModelSpec,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, TensorSpec] | None,
+    *,
+    shipped: Recipe | None = None,
+    expect_parameters: float | None = None,
+    index_total_bytes: int | None = None,
+) -> Audit:
+    """Compare shapes from the config with `tensors` (from headers; None without any) and with stated totals.
+
+    `shipped`: how shapes that come with this project are stored, where there is neither config nor header.
+    """
+    quantization = config.get("quantization_config")
+    recipe = shipped or Recipe(None)
+    scheme = f"{recipe.default.label}, {recipe.format}" if recipe.default else "16-bit"
+    problems: list[str] = []
+    readable = True
+    if quantization:
+        readable = is_readable(quantization)
+        if readable:
+            recipe = read_quantization_config(quantization, "config.json").recipe(spec)
+            scheme = f"{recipe.default.label if recipe.default else '16-bit'}, {recipe.format}"
+        else:  # a method this version cannot read: shapes and totals are still worth an audit
+            scheme = str(quantization.get("quant_method")) if isinstance(quantization, Mapping) else "unknown"
+    if tensors is not None and readable:
+        problems += _compare(recipe, spec, tensors)
+    if expect_parameters is not None and abs(spec.parameters - expect_parameters) > _TOLERANCE * expect_parameters:
+        problems.append(f"parameters: {expect_parameters:,.0f} expected, the shapes make {spec.parameters:,}")
+    stored = sum(t.nbytes for t in tensors.values()) if tensors is not None else None
+    if index_total_bytes is not None and stored is not None and index_total_bytes != stored:
+        problems.append(f"total_size: the index says {index_total_bytes} bytes, the headers sum to {stored}")
+    return Audit(
+        spec=spec,
+        scheme=scheme,
+        parameters=spec.parameters,
+        parts=_parts(spec, tensors.values() if tensors is not None else _shipped_tensors(spec, recipe)),
+        tensors_read=tensors is not None,
+        source=HEADERS if tensors is not None else SHIPPED,
+        expected_parameters=expect_parameters,
+        kv_bytes_per_token=spec.kv_bytes_per_token(),
+        tensor_parallel=tensor_parallel_sizes(spec, row_groups(spec, recipe)),
+        disagreements=tuple(problems),
+    )
+
+
+def published_shapes(spec: ModelSpec, published: str) -> tuple[ModelSpec, Recipe]:
+    """Shapes and scheme of the publisher's own files, `published` (GPTQ-Int4, AWQ); FP8's are shown in 16 bits."""
+    weights = published_weights(spec, published)
+    if weights.method not in GRID_FORMATS:
+        return spec, Recipe(None)
+    scheme = Scheme(weights.bits, weights.group_size, sym=weights.method != "awq")
+    return replace(spec, intermediate_size=weights.intermediate_size), Recipe(scheme, format=weights.method)
+
+
+def index_total(directory: Path) -> int | None:
+    """`total_size` as the index of a sharded checkpoint states it."""
+    if not (directory / INDEX_NAME).is_file():
+        return None
+    metadata = read_object(inside(directory, INDEX_NAME), limit=100_000_000).get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, Mapping) else None
+    return int(total) if isinstance(total, int | float) else None
+
+
+def _compare(recipe: Recipe, spec: ModelSpec, tensors: Mapping[str, TensorSpec]) -> list[str]:
+    problems = []
+    needed = {t.name: t for t in recipe.tensors(spec)}
+    for name, want in needed.items():
+        if name not in tensors:
+            problems.append(f"{name}: the config needs it, no shard has it")
+        elif tensors[name].shape != want.shape and not name.endswith(NF4_STATE):
+            problems.append(f"{name}: shape {list(tensors[name].shape)}, the config says {list(want.shape)}")
+    problems += [f"{name}: stored, but the config has no place for it" for name in tensors if name not in needed]
+    return problems
+
+
+def _shipped_tensors(spec: ModelSpec, recipe: Recipe) -> Iterable[TensorSpec]:
+    return recipe.tensors(spec, "F16") if recipe.default else spec.tensors("BF16")
+
+
+def _parts(spec: ModelSpec, tensors: Iterable[TensorSpec]) -> tuple[Part, ...]:
+    def part_of(name: str) -> str:
+        if name.startswith("model.embed_tokens"):
+            return "embedding (and head)" if spec.tie_word_embeddings else "embedding"
+        if name.startswith("lm_head"):
+            return "head"
+        if "norm" in name.rsplit(".", 2)[-2]:
+            return "norms"
+        return "attention" if ".self_attn." in name else "mlp" if ".mlp." in name else "other"
+
+    parameters: dict[str, int] = {}
+    for tensor in spec.tensors("I8"):
+        parameters[part_of(tensor.name)] = parameters.get(part_of(tensor.name), 0) + tensor.nbytes
+    stored: dict[str, int] = {}
+    for tensor in tensors:
+        stored[part_of(tensor.name)] = stored.get(part_of(tensor.name), 0) + tensor.nbytes
+    return tuple(Part(n, parameters.get(n, 0), stored.get(n, 0)) for n in {**parameters, **stored})

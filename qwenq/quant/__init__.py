@@ -1,1 +1,0 @@
-"""Tensor maths of quantization: tensors in, tensors out; no files, no printing."""

@@ -1,0 +1,1 @@
+"""Tensor maths: grids, GPTQ, channel scales, metrics. Tensors in, tensors out."""

@@ -1,0 +1,1 @@
+"""Text to windows of token ids: tokenizers and calibration sets."""
