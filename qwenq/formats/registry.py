@@ -30,7 +30,7 @@ def quantization_config(
     if recipe.format == "compressed-tensors":
         return compressed_config(recipe, spec)
     if recipe.format == "gptq":
-        return gptq_config(recipe, damp_percent=damp_percent, method=method)
+        return gptq_config(recipe, spec, damp_percent=damp_percent, method=method)
     return bnb_config(recipe)
 
 

@@ -1,9 +1,9 @@
 """The architectures that can be quantized, one entry a family: names, biases and the stages of a decoder layer.
 
 A decoder layer is a sequence of blocks, each `h = h + last(block(norm(h)))`: attention, then the feed-forward network.
-A `Stage` is a set of linears that read the same input and run one after the other between two points where the solver
-can look at the hidden states. The block solver, channel scales, sensitivities, tensor-parallel cuts, the dry run, budgets
-and reports read the stages; nothing else in this package knows how many there are or what they are called.
+A `Stage` is a set of linears that read the same input; stages run one after the other. The block solver, channel
+scales, sensitivities, tensor-parallel cuts, the dry run, budgets and reports read them: nothing else in this package
+knows how many there are or what they are called.
 
 A mixture of experts would be an entry and one more kind of stage: linears named once an expert
 (`mlp.experts.{}.gate_proj`, the router beside them kept in 16 bit), `ModelSpec.layer_linears` writing them out, and a

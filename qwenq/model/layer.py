@@ -27,7 +27,7 @@ _SHAPES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_v
 def model_config(config: Mapping[str, Any], spec: ModelSpec) -> Any:
     """transformers' configuration object of a config.json, without its quantization, in the shapes of `spec`.
 
-    A sliding window is left out: `spec_from_config` refuses those that do not cover all that the model reads.
+    A window that config.json alone makes slide is left out: those shorter than what the model reads are refused.
     """
     entry = spec.architecture
     configuration = importlib.import_module(entry.modules[0])

@@ -1,4 +1,4 @@
-"""The same codes in another format: packed words are unpacked and packed again, nothing is solved or rounded.
+"""The same codes in another format: unpacked and packed again, nothing is solved or rounded.
 
 One decoder layer is in memory at a time. Scales, zero points, biases and everything unquantized keep their bits.
 """
@@ -15,30 +15,28 @@ from typing import Any
 
 import torch
 
-from qwenq.checkpoint.manifest import SourceFiles, read_manifest, write_manifest
+from qwenq.checkpoint.manifest import SourceFiles, read_manifest
 from qwenq.checkpoint.reader import Checkpoint
-from qwenq.checkpoint.shards import encode_index, output_files, shard_file_bytes
+from qwenq.checkpoint.shards import output_files, shard_file_bytes
 from qwenq.errors import CheckpointError, JobError, PlanError, QwenqError
 from qwenq.formats.base import GRID_FORMATS, Recipe, Scheme
 from qwenq.formats.qtensor import QTensor
 from qwenq.formats.registry import quantization_config
 from qwenq.formats.storage import pack_linear
-from qwenq.io.durable import copy_synced, make_directory, write_bytes, write_json
-from qwenq.io.json import inside
-from qwenq.io.safetensors import INDEX_NAME
+from qwenq.io.durable import make_directory
 from qwenq.io.tensors import write_shard
 from qwenq.machine import forget_peak_rss, free_disk, host_facts, peak_rss_bytes, versions
 from qwenq.model.spec import LinearSpec
-from qwenq.pipeline.card import CARD_NAME, model_card
+from qwenq.pipeline.card import model_card
 from qwenq.pipeline.job import partial_directory, refuse_place
-from qwenq.pipeline.quantize import COPIED_FILES, give_name
+from qwenq.pipeline.output import COPIED_FILES, Output
 from qwenq.results import finite_json
 from qwenq.units import format_gb
 
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion made."""
+    """The result of a conversion."""
 
     out: Path
     source_format: str
@@ -117,8 +115,13 @@ def convert(source: Checkpoint, out: Path, format: str, *, listen: Callable[[int
             seconds=time.perf_counter() - started,
             peak_rss_bytes=peak_rss_bytes(),
         )
-        _finish(source, recipe, work, read, made, hashes)
-        give_name(work, out)
+        config = dict(source.config) | {"quantization_config": quantization_config(recipe, source.spec)}
+        output = Output(work, out, recipe, config, files)
+        output.copy_small_files(source.directory, read.hashes, "converted")
+        read.refuse_replaced()
+        output.write_configs()
+        described, card = _describe(source, recipe, read, made)
+        output.finish(finite_json(described), hashes, card)
         return made
     except OSError as error:
         raise JobError(f"{error.filename or work}: {error.strerror or error}", hint="nothing is kept") from error
@@ -154,21 +157,10 @@ def _grid(source: Checkpoint, lin: LinearSpec, scheme: Scheme) -> QTensor:
     return QTensor(found.codes_OI, scales_OG, found.zeros_OG, scheme)
 
 
-def _finish(
-    source: Checkpoint, recipe: Recipe, work: Path, read: SourceFiles, made: Converted, hashes: dict[str, str]
-) -> None:
-    """Configuration, index, tokenizer, and a manifest that says what this was made from."""
-    for name in COPIED_FILES:
-        path = inside(source.directory, name)
-        if path.is_file() and copy_synced(path, work / name) != read.hashes.get(name):
-            raise JobError(f"{path}: changed while it was being converted")
-    read.refuse_replaced()
-    files = output_files(source.spec, recipe, source.dtype_of)
-    config = dict(source.config) | {"quantization_config": quantization_config(recipe, source.spec)}
-    write_json(work / INDEX_NAME, encode_index(files))
-    write_json(work / "config.json", config)
-    if recipe.format == "gptq":
-        write_json(work / "quantize_config.json", config["quantization_config"])
+def _describe(
+    source: Checkpoint, recipe: Recipe, read: SourceFiles, made: Converted
+) -> tuple[dict[str, Any], str | None]:
+    """The manifest but for the files' hashes, and a card where it is known how the codes were made."""
     origin = _origin(source.directory)
     described: dict[str, Any] = {
         "job": {
@@ -187,13 +179,12 @@ def _finish(
         "made_from": origin,
         "run": {"seconds": made.seconds, "peak_rss_bytes": made.peak_rss_bytes, **host_facts()},
     }
-    if origin is not None:
-        sizes = {key: described[key] for key in ("parameters", "file_bytes", "bits_per_linear_weight")}
-        quantized_as = origin["job"]["format"]
-        other = quantized_as if quantized_as != recipe.format else ""
-        card = model_card(origin | sizes, source.directory, source.spec, recipe, converted_from=other)
-        write_bytes(work / CARD_NAME, card.encode())
-    write_manifest(work, finite_json(described), hashes)
+    if origin is None:
+        return described, None
+    sizes = {key: described[key] for key in ("parameters", "file_bytes", "bits_per_linear_weight")}
+    quantized_as = origin["job"]["format"]
+    other = quantized_as if quantized_as != recipe.format else ""
+    return described, model_card(origin | sizes, source.directory, source.spec, recipe, converted_from=other)
 
 
 def _origin(directory: Path) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from qwenq.checkpoint.manifest import JOURNAL_NAME, LOCK_NAME
+from qwenq.checkpoint.manifest import JOURNAL_NAME, LOCK_NAME, current_names
 from qwenq.errors import JobError
 from qwenq.io.durable import TORN_ENDING, write_bytes
 
@@ -47,6 +47,7 @@ class Journal:
                 break  # a torn line: the process died while writing it
         if not rows or not all(isinstance(row, dict) for row in rows) or "job" not in rows[0]:
             raise JobError(f"{path}: its first line is damaged", hint=f"delete {directory} and start anew")
+        rows[0]["job"] = current_names(rows[0]["job"])
         return Journal(path, rows)
 
     @property

@@ -28,7 +28,7 @@ from qwenq.formats.packing import unpack_sorted
 from qwenq.formats.qtensor import QTensor
 from qwenq.formats.storage import unpack_linear
 from qwenq.machine import return_freed_memory
-from qwenq.model.layer import MODULES, model_config
+from qwenq.model.layer import model_config
 from qwenq.model.spec import LinearSpec, ModelSpec
 from qwenq.pipeline.monitor import memory_errors
 from qwenq.planning.kernels import Choice
@@ -208,13 +208,13 @@ def modeling_code(spec: ModelSpec) -> Any:
     import accelerate  # noqa: F401
 
     register()
-    return importlib.import_module(f"{MODULES[spec.model_type][0]}.modeling_{spec.model_type}")
+    return importlib.import_module(spec.architecture.modules[1])
 
 
 def _empty_network(config: Mapping[str, Any], spec: ModelSpec, dtype: torch.dtype) -> Any:
     from accelerate import init_empty_weights
 
-    modeling, prefix = modeling_code(spec), MODULES[spec.model_type][1]
+    modeling, prefix = modeling_code(spec), spec.architecture.classes
     settings = model_config(config, spec)
     settings._attn_implementation = ATTENTION
     settings.tie_word_embeddings = False  # a tied head is put in place below
