@@ -124,7 +124,7 @@ def write_72b(directory: Path, content: dict[str, Any], scheme: Scheme) -> Path:
     assert spec is not None
     recipe = Recipe(scheme)
     write_run(directory, content)
-    quantization = {"quantization_config": gptq_config(recipe, damp_percent=0.02, method="gptq")}
+    quantization = {"quantization_config": gptq_config(recipe, spec, damp_percent=0.02, method="gptq")}
     (directory / "config.json").write_text(json.dumps(family_configs()["Qwen2.5-72B"] | quantization))
     index = {}
     for file, tensors in output_files(spec, recipe, lambda name: "BF16").items():

@@ -182,7 +182,7 @@ def test_every_mixed_checkpoint_keeps_the_rule_of_fused_linears(seed: int) -> No
     smallest, whole = reachable_bytes(spec, prior(spec), bf16)
     target = random.Random(seed).randint(smallest, whole - 1)
     recipe = choose_for_bytes(spec, random_table(spec, seed), target, bf16).recipe
-    config = gptq_config(recipe, damp_percent=0.02, method="gptq")
+    config = gptq_config(recipe, spec, damp_percent=0.02, method="gptq")
     seen = set()
     for layer, (block, modules) in itertools.product(
         range(12), (("self_attn", ("qkv_proj", "o_proj")), ("mlp", ("gate_up_proj", "down_proj")))
@@ -203,7 +203,7 @@ def test_every_mixed_checkpoint_keeps_the_rule_of_fused_linears(seed: int) -> No
 def test_a_unit_whose_linears_differ_is_matched_by_their_names_alone() -> None:
     up, q = "model.layers.1.mlp.up_proj", "model.layers.0.self_attn.q_proj"
     recipe = Recipe(Scheme(4, 128), ((q, Scheme(8, 128)), (up, None)))
-    config = gptq_config(recipe, damp_percent=0.02, method="gptq")
+    config = gptq_config(recipe, small(2), damp_percent=0.02, method="gptq")
     assert set(config["dynamic"]) == {
         r"+:^model\.layers\.0\.self_attn\.q_proj$", r"-:^model\.layers\.1\.mlp\.up_proj$"
     }  # fmt: skip

@@ -25,7 +25,7 @@ BASE = {"quant_method": "gptq", "bits": 4, "group_size": 128}
 
 
 def test_written_config() -> None:
-    assert gptq_config(Recipe(Scheme(8, 64)), damp_percent=0.05, method="gptq") == {
+    assert gptq_config(Recipe(Scheme(8, 64)), SPEC, damp_percent=0.05, method="gptq") == {
         "quant_method": "gptq",
         "checkpoint_format": "gptq",
         "bits": 8,
@@ -45,7 +45,7 @@ def test_written_config() -> None:
 
 @pytest.mark.parametrize("scheme", [Scheme(4, 128), Scheme(8, 32), Scheme(4, -1), Scheme(4, 64, sym=False)])
 def test_uniform_recipes_round_trip(scheme: Scheme) -> None:
-    written = json.loads(json.dumps(gptq_config(Recipe(scheme), damp_percent=0.01, method="rtn")))
+    written = json.loads(json.dumps(gptq_config(Recipe(scheme), SPEC, damp_percent=0.01, method="rtn")))
     read = read_gptq_config(written, "config.json")
     assert (read.default, read.version, read.rules) == (scheme, "gptq" if scheme.sym else "gptq_v2", ())
     assert read.recipe(SPEC) == Recipe(scheme)
@@ -60,7 +60,7 @@ def test_mixed_recipes_round_trip() -> None:
             ("model.layers.2.self_attn.o_proj", None),
         ),
     )
-    written = json.loads(json.dumps(gptq_config(recipe, damp_percent=0.01, method="gptq")))
+    written = json.loads(json.dumps(gptq_config(recipe, SPEC, damp_percent=0.01, method="gptq")))
     assert written["dynamic"] == {
         r"+:^model\.layers\.1\.mlp\.down_proj$": {"bits": 8, "group_size": 32, "sym": True},
         r"-:^model\.layers\.2\.self_attn\.o_proj$": {},

@@ -173,7 +173,9 @@ class Network:
                 break
             if earlier.adds:
                 h = self.add(earlier, h, self.within(earlier, self.normed(earlier, h)))
-        return self.within(stage, self.normed(stage, h))
+        x = self.normed(stage, h)
+        del h  # while the block runs, its own tensors have the memory
+        return self.within(stage, x)
 
     def add(self, stage: Stage, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """h entering the block, and x of its last stage -> h after the block."""

@@ -171,6 +171,7 @@ class BlockSolver:
                 h = network.add(pending, h, _on(network, self._buffer(pending)[part]))
                 h_NTH[part] = h.to(h_NTH.device)
             normed = network.normed(stage, h)
+            del h  # while the block runs, its own tensors have the memory
             x = network.within(stage, normed)
             for later, sums in (moments or {}).items():
                 sampled = network.within(later, normed[:, ::MOMENT_STRIDE])
