@@ -97,7 +97,9 @@ def test_shown_commands_parse(line: str) -> None:
     parsed(words_of(line))
 
 
-@pytest.mark.parametrize("words", ["plan Qwen2.5-72B --no-such-option", "quantise ./model", "eval out", "vram serve -x"])
+@pytest.mark.parametrize(
+    "words", ["plan Qwen2.5-72B --no-such-option", "quantise ./model", "eval out", "vram serve -x"]
+)
 def test_other_commands_do_not_parse(words: str) -> None:
     with pytest.raises(Exception, match=r"(?i)no such|missing|extra"):
         parsed(words.split())
