@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 GUIDES = [page for page in PAGES if not page.name.startswith(("adding-", "cli", "api"))]  # pages on qwenq's own options
+OLD_OPTIONS = {"--pull", "--pull-share"}  # still taken, under new names
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`([^`]+)`")
@@ -33,29 +34,30 @@ def commands(page: Path) -> Iterator[str]:
         yield from (line for line in block.splitlines() if line.startswith("qwenq "))
 
 
-SHOWN = sorted({line for page in PAGES for line in commands(page)})
-
-
 def words_of(line: str) -> list[str]:
     return shlex.split(line, comments=True)[1:]
 
 
+SHOWN = sorted({shlex.join(words_of(line)) for page in PAGES for line in commands(page)})
+
+
 def parsed(words: list[str]) -> list[Any]:
     """The contexts of a command and its groups, outermost first; click's UsageError where it would exit with 2."""
-    command = typer.main.get_command(app)
-    contexts = [command.make_context("qwenq", list(words))]
-    while hasattr(command, "resolve_command"):
+    contexts = [typer.main.get_command(app).make_context("qwenq", list(words))]
+    while hasattr(contexts[-1].command, "resolve_command"):
         rest = [*contexts[-1]._protected_args, *contexts[-1].args]
-        name, command, rest = command.resolve_command(contexts[-1], rest)
+        name, command, rest = contexts[-1].command.resolve_command(contexts[-1], rest)
         contexts.append(command.make_context(name, rest, parent=contexts[-1]))
     return contexts
 
 
 def every_command(group: Any = None) -> Iterator[Any]:
+    """The commands and their subcommands; those that are imported when they are asked for, imported."""
     for command in (group or typer.main.get_command(app)).commands.values():
-        yield command
-        if hasattr(command, "commands"):
-            yield from every_command(command)
+        loaded = command.load() if hasattr(command, "load") else command
+        yield loaded
+        if hasattr(loaded, "commands"):
+            yield from every_command(loaded)
 
 
 def anchors(page: Path) -> set[str]:
@@ -94,7 +96,7 @@ def test_commands_are_found() -> None:
 
 @pytest.mark.parametrize("line", SHOWN)
 def test_shown_commands_parse(line: str) -> None:
-    parsed(words_of(line))
+    parsed(shlex.split(line))
 
 
 @pytest.mark.parametrize(
@@ -107,7 +109,7 @@ def test_other_commands_do_not_parse(words: str) -> None:
 
 def on_shapes_alone(line: str) -> bool:
     """Whether a command needs neither files nor a network: planning, and dry runs, for a family by name."""
-    words = words_of(line)
+    words = shlex.split(line)
     plans = words[0] in ("plan", "vram") or (words[0] == "quantize" and "--dry-run" in words)
     files = {"--recipe", "--profile", "--save-recipe", "-o"}
     return plans and words[1].startswith("Qwen2.5-") and not files & set(words)
@@ -115,7 +117,7 @@ def on_shapes_alone(line: str) -> bool:
 
 @pytest.mark.parametrize("line", [line for line in SHOWN if on_shapes_alone(line)])
 def test_planning_commands_answer(line: str) -> None:
-    result = CliRunner().invoke(app, words_of(line))
+    result = CliRunner().invoke(app, shlex.split(line))
     assert result.exit_code == 0, result.output
     assert result.stdout
 
@@ -135,6 +137,7 @@ def test_the_walk_through_says_what_plan_says() -> None:
 def test_options_named_in_sentences_exist(page: Path) -> None:
     """`--option`, and `qwenq command --option`, in running text."""
     known = {opt for command in every_command() for p in command.params for opt in (*p.opts, *p.secondary_opts)}
+    known |= OLD_OPTIONS
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     groups = {command.name: command for command in every_command()}
     for code in CODE.findall(text):
