@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -156,3 +157,9 @@ def test_make_targets_exist() -> None:
         text = page.read_text(encoding="utf-8")
         named = re.findall(r"(?:`(?:[A-Z_]+=\S+ )?|^)make ([a-z-]+)", text, re.MULTILINE)
         assert set(named) <= targets, f"{names(page)}: {set(named) - targets}"
+
+
+def test_plot_is_drawn_from_the_recorded_figures() -> None:
+    pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    drawn = runpy.run_path(str(ROOT / "docs" / "make_pictures.py"))["kl_size"]()
+    assert (ROOT / "docs" / "pictures" / "kl-size.svg").read_text(encoding="utf-8") == drawn, "run make pictures"
