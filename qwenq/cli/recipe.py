@@ -12,9 +12,11 @@ import typer
 from rich.table import Table
 
 from qwenq.cli.format import check_format, uniform_recipe
-from qwenq.errors import PlanError
+from qwenq.errors import JobError, PlanError
 from qwenq.formats.base import Recipe, label_of
+from qwenq.io.durable import file_sha256
 from qwenq.model.spec import UNITS, ModelSpec
+from qwenq.pipeline.journal import Journal
 from qwenq.planning.budget import MIXED_FORMATS, Budgeted, choose_for_bits, choose_for_bytes, describe_choice
 from qwenq.planning.sensitivity import SENSITIVITY_NAME, Sensitivity, prior, read_sensitivity
 from qwenq.planning.written import cut_by, widened
@@ -137,6 +139,11 @@ class Wanted:
         path = self.sensitivity
         if path is None and unfinished is not None and self.mixed and (unfinished / SENSITIVITY_NAME).is_file():
             path = unfinished / SENSITIVITY_NAME
+            if file_sha256(path) != Journal.load(unfinished).beside.get(SENSITIVITY_NAME):
+                raise JobError(
+                    f"{path}: damaged, it is not what the journal says was measured",
+                    hint="delete it, and it is measured again",
+                )
         if path is None:
             return None
         found = read_sensitivity(path)

@@ -6,11 +6,13 @@ quoted in the metadata and escaped in the text.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qwenq.checkpoint.manifest import changed
 from qwenq.formats.base import BNB_FORMATS, Recipe, label_of
 from qwenq.io.json import inside, shown
 from qwenq.markdown import code, escape, table
@@ -37,17 +39,23 @@ _INSTALL = {
 
 
 def model_card(
-    described: Mapping[str, Any], source: Path, spec: ModelSpec, recipe: Recipe, *, converted_from: str = ""
+    described: Mapping[str, Any],
+    source: Path,
+    spec: ModelSpec,
+    recipe: Recipe,
+    *,
+    hashes: Mapping[str, str] | None = None,
+    converted_from: str = "",
 ) -> str:
     """The card of the checkpoint that `described` (the manifest but for the files' hashes) tells of.
 
-    source: the 16-bit model's directory, whose licence is kept. converted_from: the format it was quantized in, where
-    that is another.
+    source: the 16-bit model's directory, whose licence is kept. hashes: SHA-256 of its files; CheckpointError
+    where what is read has another. converted_from: the format it was quantized in, where that is another.
     """
     job = described["job"]
     name = shown(str(job["model"]))
     converted = [f"- Quantized in the {escape(converted_from)} format, then converted bit for bit."]
-    lines = ["---", *_metadata(job, source, recipe), "---", ""]
+    lines = ["---", *_metadata(job, source_license(source, hashes), recipe), "---", ""]
     lines += [f"# {escape(name)}, {escape(recipe.label)}", ""]
     lines += [
         f"{escape(name)} quantized by qwenq {escape(str(job['qwenq']))} to "
@@ -94,13 +102,13 @@ def _yaml_character(c: str) -> str:
     return f"\\x{ord(c):02x}" if ord(c) < 256 else f"\\u{ord(c):04x}" if ord(c) < 65536 else f"\\U{ord(c):08x}"
 
 
-def _metadata(job: Mapping[str, Any], source: Path, recipe: Recipe) -> Iterator[str]:
+def _metadata(job: Mapping[str, Any], licence: Mapping[str, str], recipe: Recipe) -> Iterator[str]:
     """Lines of the hub's front matter; a base model only where its name can be one there."""
     name = str(job["model"])
     if _HUB_NAME.fullmatch(name):
         yield f"base_model: {yaml_text(name)}"
         yield "base_model_relation: quantized"
-    for key, value in source_license(source).items():
+    for key, value in licence.items():
         yield f"{key}: {yaml_text(value)}"
     yield "library_name: transformers"
     yield "pipeline_tag: text-generation"
@@ -111,25 +119,31 @@ def _metadata(job: Mapping[str, Any], source: Path, recipe: Recipe) -> Iterator[
     yield "quantized_by: qwenq"
 
 
-def source_license(source: Path) -> dict[str, str]:
+def source_license(source: Path, hashes: Mapping[str, str] | None = None) -> dict[str, str]:
     """`license`, and its name and link, as the source's README says; else as its LICENSE begins; else nothing."""
-    readme = _beginning(source, CARD_NAME)
+    readme = _beginning(source, CARD_NAME, hashes)
     if metadata := _METADATA.match(readme):
         found: dict[str, str] = dict(_LICENSE.findall(metadata[1]))
         if "license" in found:
             return {key: found[key] for key in ("license", "license_name", "license_link") if key in found}
-    words = " ".join(_beginning(source, "LICENSE")[:400].split())
+    words = " ".join(_beginning(source, "LICENSE", hashes)[:400].split())
     if words.startswith("Apache License Version 2.0"):
         return {"license": "apache-2.0"}
     return {"license": "mit"} if words.startswith("MIT License") else {}
 
 
-def _beginning(directory: Path, name: str) -> str:
+def _beginning(directory: Path, name: str, hashes: Mapping[str, str] | None) -> str:
     path = inside(directory, name)
-    if not path.is_file():
-        return ""
-    with open(path, "rb") as file:
-        return file.read(_README_BYTES).decode("utf-8", errors="replace").removeprefix("\ufeff")
+    text, digest = b"", None
+    if path.is_file():
+        with open(path, "rb") as file:
+            text = file.read(_README_BYTES)
+            digest = hashlib.sha256(text)
+            while more := file.read(_README_BYTES):
+                digest.update(more)
+    if hashes is not None and hashes.get(name) != (digest.hexdigest() if digest else None):
+        raise changed(path)
+    return text.decode("utf-8", errors="replace").removeprefix("\ufeff")
 
 
 def _warnings(warnings: Sequence[str]) -> Iterator[str]:

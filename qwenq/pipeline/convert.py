@@ -15,23 +15,21 @@ from typing import Any
 
 import torch
 
-from qwenq.checkpoint.manifest import SourceFiles, read_manifest, write_manifest
+from qwenq.checkpoint.manifest import read_manifest, write_manifest
 from qwenq.checkpoint.reader import Checkpoint
-from qwenq.checkpoint.shards import encode_index, output_files, shard_file_bytes
+from qwenq.checkpoint.shards import output_files, shard_file_bytes
 from qwenq.errors import CheckpointError, JobError, PlanError, QwenqError
 from qwenq.formats.base import GRID_FORMATS, Recipe, Scheme
 from qwenq.formats.qtensor import QTensor
 from qwenq.formats.registry import quantization_config
 from qwenq.formats.storage import pack_linear
-from qwenq.io.durable import copy_synced, make_directory, write_bytes, write_json
-from qwenq.io.json import inside
-from qwenq.io.safetensors import INDEX_NAME
+from qwenq.io.durable import make_directory, write_bytes
 from qwenq.io.tensors import write_shard
 from qwenq.machine import forget_peak_rss, free_disk, host_facts, peak_rss_bytes, versions
 from qwenq.model.spec import LinearSpec
 from qwenq.pipeline.card import CARD_NAME, model_card
 from qwenq.pipeline.job import partial_directory, refuse_place
-from qwenq.pipeline.quantize import COPIED_FILES, give_name
+from qwenq.pipeline.quantize import COPIED_FILES, copy_small_files, give_name, write_configs
 from qwenq.results import finite_json
 from qwenq.units import format_gb
 
@@ -98,8 +96,7 @@ def convert(source: Checkpoint, out: Path, format: str, *, listen: Callable[[int
     except OSError as error:
         raise JobError(f"{work}: {error.strerror}", hint="choose another OUT") from None
     try:
-        names = [*(path.name for path in source.files), "config.json", *COPIED_FILES]
-        read = SourceFiles.read(source.directory, names)
+        source = source.hash_files(COPIED_FILES)
         hashes = {}
         for number, (file, specs) in enumerate(files.items()):
             wanted = {spec.name for spec in specs}
@@ -117,7 +114,7 @@ def convert(source: Checkpoint, out: Path, format: str, *, listen: Callable[[int
             seconds=time.perf_counter() - started,
             peak_rss_bytes=peak_rss_bytes(),
         )
-        _finish(source, recipe, work, read, made, hashes)
+        _finish(source, recipe, work, made, hashes)
         give_name(work, out)
         return made
     except OSError as error:
@@ -155,20 +152,16 @@ def _grid(source: Checkpoint, lin: LinearSpec, scheme: Scheme) -> QTensor:
 
 
 def _finish(
-    source: Checkpoint, recipe: Recipe, work: Path, read: SourceFiles, made: Converted, hashes: dict[str, str]
+    source: Checkpoint, recipe: Recipe, work: Path, made: Converted, hashes: dict[str, str]
 ) -> None:
     """Configuration, index, tokenizer, and a manifest that says what this was made from."""
-    for name in COPIED_FILES:
-        path = inside(source.directory, name)
-        if path.is_file() and copy_synced(path, work / name) != read.hashes.get(name):
-            raise JobError(f"{path}: changed while it was being converted")
+    read = source.hashed
+    assert read is not None
+    hashes |= copy_small_files(source.directory, work, read.hashes)
     read.refuse_replaced()
     files = output_files(source.spec, recipe, source.dtype_of)
     config = dict(source.config) | {"quantization_config": quantization_config(recipe, source.spec)}
-    write_json(work / INDEX_NAME, encode_index(files))
-    write_json(work / "config.json", config)
-    if recipe.format == "gptq":
-        write_json(work / "quantize_config.json", config["quantization_config"])
+    hashes |= write_configs(work, config, recipe, files)
     origin = _origin(source.directory)
     described: dict[str, Any] = {
         "job": {
@@ -192,7 +185,8 @@ def _finish(
         quantized_as = origin["job"]["format"]
         other = quantized_as if quantized_as != recipe.format else ""
         card = model_card(origin | sizes, source.directory, source.spec, recipe, converted_from=other)
-        write_bytes(work / CARD_NAME, card.encode())
+        hashes[CARD_NAME] = write_bytes(work / CARD_NAME, card.encode())
+        source.refuse_changed([CARD_NAME])
     write_manifest(work, finite_json(described), hashes)
 
 
