@@ -52,7 +52,7 @@ PARTS = (
     Part("vram-4", 80, 170),
     Part("quantize", 60, 140),
     Part("layer-72b", 80, 200),
-    Part("model", 25, 80),
+    Part("model", 35, 110),
     Part("vram-8", 50, 130),
     Part("solver", 20, 60),
     Part("ranks", 1, 20),
