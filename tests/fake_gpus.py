@@ -30,9 +30,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from qwenq.planning.engines.torch import CUBLAS_WORKSPACE
+from qwenq.planning.memory import context_term
 from qwenq.planning.rig import find_gpu
-from qwenq.planning.terms import context_term
-from qwenq.planning.torch_terms import CUBLAS_WORKSPACE
 from qwenq.runtime import linear
 from qwenq.units import GIB
 

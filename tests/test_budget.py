@@ -6,6 +6,7 @@ import itertools
 import random
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,14 +19,14 @@ from qwenq.model.spec import ModelSpec, family_spec, spec_from_config
 from qwenq.planning.budget import (
     choose_for_bits,
     choose_for_bytes,
+    choose_for_rig,
     describe_choice,
     file_bytes,
     reachable_bytes,
     recipe_of,
 )
-from qwenq.planning.engines import get_engine
-from qwenq.planning.fitting import choose_for_rig
-from qwenq.planning.plan import how_held
+from qwenq.planning.case import Case, Workload
+from qwenq.planning.engines.base import get_engine
 from qwenq.planning.recipefile import encode_recipe, read_recipe
 from qwenq.planning.rig import parse_rig
 from qwenq.planning.sensitivity import (
@@ -37,7 +38,6 @@ from qwenq.planning.sensitivity import (
     schemes_for,
     units_of,
 )
-from qwenq.planning.terms import Workload
 from qwenq.planning.weights import recipe_weights
 
 
@@ -304,16 +304,19 @@ def test_a_table_is_read_back_and_refused_for_another_model(tmp_path: Path) -> N
 @pytest.mark.parametrize("engine", ["qwenq", "vllm"])
 def test_the_recipe_for_a_rig_fits_it_and_little_more_would(engine: str) -> None:
     rig, work = parse_rig("RTX 3060 12GB"), Workload(8192, 1)
-    found = choose_for_rig(B7, prior(B7), rig, get_engine(engine), work, bf16)
-    assert how_held(B7, recipe_weights(B7, found.recipe), rig, get_engine(engine), work)
+    case = Case(B7, recipe_weights(B7, Recipe(None)), get_engine(engine), work, rig)
+    found = choose_for_rig(case, prior(B7), bf16)
+    assert case.engine.how_held(replace(case, weights=recipe_weights(B7, found.recipe)))
     more = choose_for_bytes(B7, prior(B7), round(found.file_bytes * 1.02), bf16, exact=False)
-    assert not how_held(B7, recipe_weights(B7, more.recipe), rig, get_engine(engine), work)
+    assert not case.engine.how_held(replace(case, weights=recipe_weights(B7, more.recipe)))
 
 
 def test_rigs_too_small_and_too_large_are_honest() -> None:
     for rig, said in (("RTX 3060 12GB", "even the smallest recipe"), ("8x A100 80GB SXM", "nothing to quantize")):
         with pytest.raises(HonestNo, match=said):
-            choose_for_rig(B72, prior(B72), parse_rig(rig), get_engine("qwenq"), Workload(8192, 1), bf16)
+            whole = recipe_weights(B72, Recipe(None))
+            case = Case(B72, whole, get_engine("qwenq"), Workload(8192, 1), parse_rig(rig))
+            choose_for_rig(case, prior(B72), bf16)
 
 
 def test_units_have_the_linears_engines_fuse() -> None:

@@ -18,7 +18,7 @@ from qwenq.formats.base import Recipe, Scheme
 from qwenq.formats.registry import quantization_config
 from qwenq.io.safetensors import TensorSpec
 from qwenq.model.spec import ModelSpec, family_spec
-from qwenq.planning.parallel import cutting_reasons
+from qwenq.planning.placement import cutting_reasons
 from qwenq.planning.weights import Weights, declared_by_config, header_weights, published_weights, recipe_weights
 
 TINY = Path(__file__).parent / "data" / "tiny-qwen2"

@@ -20,10 +20,9 @@ from qwenq.formats.qtensor import QTensor
 from qwenq.machine import SCORE_BYTES, Compute
 from qwenq.model.attention import causal_attention
 from qwenq.model.spec import ModelSpec, family_spec
-from qwenq.planning.allocator import allocated_bytes
 from qwenq.planning.kernels import STRIP_BYTES, PackedShape, kept_bytes, strip_weights
 from qwenq.planning.profile import MeasuredRow
-from qwenq.planning.weights import recipe_weights
+from qwenq.planning.weights import allocated_bytes, recipe_weights
 from qwenq.runtime import linear, measure
 from qwenq.runtime.linear import Nf4Linear, packed_linear, tile_order
 from qwenq.runtime.load import LoadOptions, load_from

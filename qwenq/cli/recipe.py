@@ -17,9 +17,16 @@ from qwenq.formats.base import Recipe, label_of
 from qwenq.io.durable import file_sha256
 from qwenq.model.spec import UNITS, ModelSpec
 from qwenq.pipeline.journal import Journal
-from qwenq.planning.budget import MIXED_FORMATS, Budgeted, choose_for_bits, choose_for_bytes, describe_choice
+from qwenq.planning.budget import (
+    MIXED_FORMATS,
+    Budgeted,
+    choose_for_bits,
+    choose_for_bytes,
+    cut_by,
+    describe_choice,
+    widened,
+)
 from qwenq.planning.sensitivity import SENSITIVITY_NAME, Sensitivity, prior, read_sensitivity
-from qwenq.planning.written import cut_by, widened
 from qwenq.units import format_gb, parse_size, parse_tokens
 
 TargetSize = Annotated[
@@ -174,17 +181,21 @@ class Wanted:
             return choose_for_bytes(spec, table, parse_size(self.target_size), dtype_of, self.format)
         if self.bpw is not None:
             return choose_for_bits(spec, table, _bits(self.bpw), dtype_of, self.format)
-        from qwenq.planning.engines import get_engine
-        from qwenq.planning.fitting import choose_for_rig
+        from qwenq.planning.budget import choose_for_rig
+        from qwenq.planning.case import Case, Workload
+        from qwenq.planning.engines.base import ENGINES, get_engine
         from qwenq.planning.rig import parse_rig
-        from qwenq.planning.terms import Workload
+        from qwenq.planning.weights import recipe_weights
 
         assert self.fit is not None
         engine = get_engine(self.engine or "qwenq")
-        if engine.name == "llama.cpp":
-            raise PlanError("--engine llama.cpp reads GGUF, not what this writes", hint="qwenq, transformers or vllm")
+        if engine.needs_gguf:
+            readers = [name for name, kind in ENGINES.items() if not kind.needs_gguf]
+            hint = f"{', '.join(readers[:-1])} or {readers[-1]}"
+            raise PlanError(f"--engine {engine.name} reads GGUF, not what this writes", hint=hint)
         work = Workload(parse_tokens(self.context or "8k"), 1)
-        return choose_for_rig(spec, table, parse_rig(self.fit), engine, work, dtype_of, self.format)
+        case = Case(spec, recipe_weights(spec, Recipe(None)), engine, work, parse_rig(self.fit))
+        return choose_for_rig(case, table, dtype_of, self.format)
 
 
 def _bits(text: str) -> Fraction:

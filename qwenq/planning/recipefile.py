@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from qwenq.errors import PlanError
-from qwenq.formats.base import GROUP_SIZES, Scheme, label_of, parse_scheme
+from qwenq.formats.base import GROUP_SIZES, Recipe, Scheme, label_of, parse_scheme
 from qwenq.model.spec import UNITS, ModelSpec
-from qwenq.planning.budget import Budgeted, Choice
+from qwenq.planning.budget import Budgeted, Choice, recipe_of
 from qwenq.planning.sensitivity import Unit, members_of
 
 VERSION = 1
@@ -120,3 +120,8 @@ def _line(text: str, key: str) -> str:
 
 def _quoted(text: str) -> str:
     return '"' + re.sub(r'["\\\x00-\x1f\x7f]', "_", text) + '"'
+
+
+def saved_recipe(spec: ModelSpec, path: Path) -> Recipe:
+    """The recipe of `quantize --recipe`."""
+    return recipe_of(spec, read_recipe(path, spec))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,6 @@ from qwenq.formats.registry import method_of, read_quantization_config
 from qwenq.io.safetensors import TensorSpec, tensor_bytes
 from qwenq.machine import Compute
 from qwenq.model.spec import LinearSpec, ModelSpec
-from qwenq.planning.allocator import allocated_blocks
 from qwenq.planning.kernels import LayerParts, dense_from, layer_parts
 from qwenq.planning.tensor_parallel import RowGroups, row_groups, same_groups
 
@@ -313,3 +313,29 @@ def _objects(values: Iterable[Any]) -> list[Mapping[str, Any]]:
 
 def _whole(values: Iterable[Any]) -> list[int]:
     return [value for value in values if type(value) is int and value]
+
+
+MIB = 1 << 20
+
+
+def allocated_bytes(sizes: Iterable[int]) -> int:
+    """`torch.cuda.memory_allocated` after tensors of these sizes, in this order, on an empty GPU."""
+    return sum(allocated_blocks(sizes))
+
+
+def allocated_blocks(sizes: Iterable[int]) -> Iterator[int]:
+    """Bytes counted for each tensor."""
+    free: list[int] = []
+    for size in sizes:
+        wanted = -(-size // 512) * 512
+        if wanted > MIB:
+            fit = bisect_left(free, wanted)
+            if fit < len(free):
+                block = free.pop(fit)
+            else:
+                block = 20 * MIB if wanted < 10 * MIB else -(-wanted // (2 * MIB)) * (2 * MIB)
+            if block - wanted > MIB:
+                insort(free, block - wanted)
+            else:
+                wanted = block
+        yield wanted

@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from qwenq.errors import QwenqError, UsageError
 from qwenq.io.json import shown
 from qwenq.model.spec import ModelSpec
-from qwenq.planning.engines import Engine, get_engine
-from qwenq.planning.memory import MemoryEstimate, estimate
-from qwenq.planning.models import load_model, model_weights
-from qwenq.planning.parallel import best_option, cutting_reasons, largest_vllm_context, parallel_options
-from qwenq.planning.placement import largest_context
-from qwenq.planning.plan import runs_on
+from qwenq.planning.case import Case, Workload
+from qwenq.planning.engines.base import ENGINES, Engine, get_engine
+from qwenq.planning.memory import TERM_NAMES, MemoryEstimate, estimate
+from qwenq.planning.models import WeightsAsked, load_model, model_weights
+from qwenq.planning.placement import cutting_reasons
 from qwenq.planning.rig import Rig, find_gpu, parse_rig
-from qwenq.planning.terms import TERM_NAMES, Workload
 from qwenq.planning.weights import Weights
 from qwenq.report.benchmarks import Measurement, gpu_peaks
 from qwenq.report.document import MISSING, Block, Code, Figure, Items, Paragraph, Section, Small, Table, Text, number
@@ -241,7 +239,7 @@ def load(run: Run, engine: str) -> Loaded | str:
         return f"{run.name}: no tensors beside its manifest"
     try:
         model = load_model(str(run.directory))
-        weights = model_weights(model, engine)
+        weights = model_weights(model, WeightsAsked(gguf=get_engine(engine).needs_gguf))
     except QwenqError as error:
         return f"{run.name}: {error.message}"
     quantization = model.config.get("quantization_config")
@@ -256,13 +254,9 @@ def load(run: Run, engine: str) -> Loaded | str:
 
 def longest_context(loaded: Loaded, rig: Rig, engine: Engine) -> int | None:
     """Most tokens of one sequence with everything on the rig's GPUs; 0 when none, None where the engine cannot run."""
-    if not all(runs_on(engine, gpu) for gpu in rig.gpus):
+    if not all(engine.runs_on(gpu) for gpu in rig.gpus):
         return None
-    spec, weights, work = loaded.spec, loaded.weights, Workload(1)
-    if engine.layered:
-        return largest_context(spec, weights, rig, engine, work)
-    option = best_option(parallel_options(spec, weights, engine, work, rig))
-    return largest_vllm_context(spec, weights, engine, work, rig, option) if option else 0
+    return engine.longest_context(Case(loaded.spec, loaded.weights, engine, Workload(1), rig))
 
 
 def contexts_of(spec: ModelSpec) -> list[int]:
@@ -278,8 +272,7 @@ def contexts_of(spec: ModelSpec) -> list[int]:
 
 def memory_by_context(loaded: Loaded, engine: Engine) -> list[MemoryEstimate]:
     """The estimate at each context, everything on one GPU."""
-    spec, weights = loaded.spec, loaded.weights
-    return [estimate(spec, weights, engine, Workload(context)) for context in contexts_of(spec)]
+    return [estimate(Case(loaded.spec, loaded.weights, engine, Workload(c))) for c in contexts_of(loaded.spec)]
 
 
 def rigs_named(names: tuple[str, ...]) -> list[Rig]:
@@ -289,9 +282,12 @@ def rigs_named(names: tuple[str, ...]) -> list[Rig]:
 
 def engine_named(name: str) -> Engine:
     """The engine; PlanError for one that nobody knows, or that reads none of these checkpoints."""
-    if name == "llama.cpp":
-        raise UsageError("llama.cpp reads GGUF, not these checkpoints", hint="--engine qwenq, transformers or vllm")
-    return get_engine(name)
+    engine = get_engine(name)
+    if engine.needs_gguf:
+        readers = [other for other, kind in ENGINES.items() if not kind.needs_gguf]
+        hint = f"--engine {', '.join(readers[:-1])} or {readers[-1]}"
+        raise UsageError(f"{name} reads GGUF, not these checkpoints", hint=hint)
+    return engine
 
 
 UNTRIED = "untried"

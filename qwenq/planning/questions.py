@@ -10,18 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qwenq.errors import PlanError, UsageError
+from qwenq.errors import UsageError
 from qwenq.model.spec import ModelSpec
-from qwenq.planning.chart import memory_chart
-from qwenq.planning.engines import Engine, get_engine, kv_bytes_per_value
-from qwenq.planning.memory import MemoryEstimate, check_context, estimate, rank_shares
-from qwenq.planning.models import Model, load_model, model_weights
-from qwenq.planning.parallel import ParallelOption, best_option, cutting_reasons, parallel_options
-from qwenq.planning.placement import place
-from qwenq.planning.plan import runs_on
-from qwenq.planning.profile import read_profile
+from qwenq.planning.case import Case, Workload, check_context
+from qwenq.planning.engines.base import Engine, get_engine
+from qwenq.planning.memory import TERM_NAMES, GpuMemory, MemoryEstimate
+from qwenq.planning.models import Model, WeightsAsked, load_model, model_weights
 from qwenq.planning.rig import Gpu, Rig, parse_rig, reserved
-from qwenq.planning.terms import TERM_NAMES, Workload
 from qwenq.planning.weights import Weights
 from qwenq.units import GIB, format_gb, format_tokens, parse_size, parse_tokens
 
@@ -48,12 +43,11 @@ class Resolved:
     def misfits(self) -> list[Gpu]:
         """Kinds of GPU of the rig on which the engine does not run at all."""
         kinds = {gpu.name: gpu for gpu in self.rig.gpus} if self.rig else {}
-        return [gpu for gpu in kinds.values() if not runs_on(self.engine, gpu)]
+        return [gpu for gpu in kinds.values() if not self.engine.runs_on(gpu)]
 
-    def at(self, context: int) -> Workload:
-        """The workload at one context."""
-        t = self.template
-        return Workload(context, t.batch, 0, t.kv_dtype, t.prefill_chunk, t.max_num_seqs, t.gpu_memory_utilization)
+    def at(self, context: int) -> Case:
+        """The case at one context."""
+        return Case(self.spec, self.weights, self.engine, replace(self.template, context=context), self.rig)
 
 
 @dataclass(frozen=True)
@@ -76,7 +70,7 @@ class Question:
     reserve: str = ""
     tensor_parallel_size: int = 0
     max_num_seqs: int = 0
-    gpu_memory_utilization: float = 0.9
+    gpu_memory_utilization: float | None = None
     expect_params: str | None = None
     rig: Rig | None = None  # already known, from --detect
     profile: Path | None = None  # measured by `qwenq vram measure`
@@ -86,21 +80,19 @@ class Question:
         self._check_ways()
         engine = get_engine(self.engine, self.engine_version)
         if self.profile is not None:
-            if engine.name != "qwenq":
-                raise UsageError(f"--profile corrects this project's own engine, not {engine.name}")
-            engine = replace(engine, profile=read_profile(self.profile))
-        kv_bytes_per_value(engine, self.kv_cache_dtype)
+            engine = engine.with_profile(self.profile)
+        engine.kv_bytes(self.kv_cache_dtype)
         model = load_model(self.model, parse_parameters(self.expect_params) if self.expect_params else None)
-        weights = model_weights(
-            model,
-            engine.name,
+        asked = WeightsAsked(
             bits=self.bits,
             group_size=self.group_size,
             target_bytes=None if self.target_size is None else parse_size(self.target_size),
             recipe=self.recipe,
             checkpoint=self.checkpoint,
             pad_for_tp=self.pad_for_tp,
+            gguf=engine.needs_gguf,
         )
+        weights = model_weights(model, asked)
         if self.pad_for_tp is not None:
             model = replace(model, spec=replace(model.spec, intermediate_size=weights.intermediate_size))
         template = Workload(
@@ -114,10 +106,7 @@ class Question:
         rig = self.rig or (None if self.gpu is None else parse_rig(self.gpu))
         if rig and self.reserve:
             rig = reserved(rig, parse_size(self.reserve))
-        if self.tensor_parallel_size < 0:
-            raise UsageError(f"tensor parallel size is {self.tensor_parallel_size}, wanted at least 1")
-        if self.tensor_parallel_size and engine.layered:
-            raise UsageError(f"{engine.name} has no tensor parallelism here", hint="--engine vllm has")
+        engine.check_ranks(self.tensor_parallel_size)
         return Resolved(model, weights, engine, rig, template, self.tensor_parallel_size)
 
     def _check_ways(self) -> None:
@@ -155,40 +144,13 @@ def contexts_of(question: Resolved, text: str) -> list[int]:
     if len(contexts) > MAX_CONTEXTS:
         raise UsageError(f"{len(contexts)} contexts, wanted at most {MAX_CONTEXTS}")
     for context in contexts:
-        check_context(spec, question.at(context))
+        check_context(spec, replace(question.template, context=context))
     return contexts
 
 
 def estimate_at(question: Resolved, context: int) -> MemoryEstimate:
-    """The estimate at one context: on the rig's best split, or on one notional GPU without a rig."""
-    spec, weights, engine, rig, work = (
-        question.spec, question.weights, question.engine, question.rig, question.at(context),
-    )  # fmt: skip
-    if not engine.layered:
-        ranks, stages = _vllm_layout(question, work)
-        return estimate(spec, weights, engine, work, rig, rank_shares(spec, ranks, stages))
-    if rig is None:
-        return estimate(spec, weights, engine, work)
-    return place(spec, weights, rig, engine, work).memory
-
-
-def _vllm_layout(question: Resolved, work: Workload) -> tuple[int, int]:
-    """(tensor, pipeline) ranks: as asked, else the best the rig and the shapes allow; PlanError when none is."""
-    spec, weights, rig, asked = question.spec, question.weights, question.rig, question.tensor_parallel
-    count = len(rig.gpus) if rig else asked or 1
-    if asked:
-        reasons = cutting_reasons(spec, weights, asked)
-        if count % asked:
-            reasons.append(f"{count} GPUs are not divisible by {asked}")
-        if reasons:
-            raise PlanError(f"tensor parallel size {asked} is not possible: {reasons[0]}")
-        return asked, count // asked
-    if rig is None:
-        return 1, 1
-    option: ParallelOption | None = best_option(parallel_options(spec, weights, question.engine, work, rig))
-    if option is None:
-        raise PlanError(f"vLLM cannot use {rig.label}", hint="`qwenq plan` says why for every layout")
-    return option.tensor, option.pipeline
+    """The estimate at one context: in the rig's best layout, or on one notional GPU without a rig."""
+    return question.engine.estimate(question.at(context), question.tensor_parallel)
 
 
 @dataclass(frozen=True)
@@ -236,6 +198,7 @@ class Spread:
         return lines
 
     def _table(self) -> list[str]:
+        q = self.question
         names = [n for n in TERM_NAMES if any(g.term(n) for found in self.estimates for g in found.gpus)]
         short = {"activations": "activ.", "dequantization": "dequant.", "non_torch": "libs", "context": "CUDA"}
         head = [short.get(name, TERM_NAMES[name]) for name in names]
@@ -254,10 +217,64 @@ class Spread:
                     f"{gpu.total_bytes / GIB:>9.2f}  {span:<15} {fits}"
                 )
             if found.kv_capacity_tokens is not None:
-                lines.append(f"{'':<26}{'':>8}  vLLM's KV cache holds {found.kv_capacity_tokens} tokens")
+                lines.append(f"{'':<26}{'':>8}  {q.engine.title}'s KV cache holds {found.kv_capacity_tokens} tokens")
         return lines
 
 
 def spread(question: Resolved, contexts: Sequence[int]) -> Spread:
     """The question answered at each context."""
     return Spread(question, tuple(estimate_at(question, context) for context in contexts))
+
+
+# ASCII letter and ANSI colour of each term
+MARKS = {
+    "weights": ("#", 34),
+    "kv_cache": ("=", 32),
+    "activations": ("+", 33),
+    "logits": ("l", 35),
+    "dequantization": ("d", 36),
+    "graphs": ("g", 95),
+    "non_torch": ("n", 94),
+    "context": ("c", 90),
+    "slack": (".", 37),
+}
+
+
+def memory_chart(estimates: Sequence[MemoryEstimate], width: int = 60, colour: bool = False) -> list[str]:
+    """Lines of the chart: for each kind of GPU in use, a bar for every context.
+
+    Equal GPUs are shown once, by the fullest of them. Plain text holds letters, colour holds blocks.
+    """
+    lines: list[str] = []
+    names = dict.fromkeys(gpu.name for gpu in estimates[0].gpus if gpu.terms)
+    seen: set[str] = set()
+    for name in names:
+        bars = [max((g for g in found.gpus if g.name == name), key=lambda g: g.total_bytes) for found in estimates]
+        limit = bars[0].limit_bytes
+        scale = max([gpu.total_bytes for gpu in bars] + ([limit] if limit else [])) * 1.02
+        count = sum(gpu.name == name for gpu in estimates[0].gpus)
+        title = f"{count}x {name}, the fullest" if count > 1 else name
+        lines.append(title + (f"; | is the limit, {limit / GIB:.2f} GiB" if limit else ""))
+        for found, gpu in zip(estimates, bars, strict=True):
+            bar = _bar(gpu, width, scale, limit, colour)
+            over = " over" if gpu.fits is False else ""
+            lines.append(f"{format_tokens(found.work.context):>7} {bar} {gpu.total_bytes / GIB:7.2f} GiB{over}")
+            seen |= {term.name for term in gpu.terms}
+    legend = [f"{_painted(MARKS[name], colour)} {TERM_NAMES[name]}" for name in MARKS if name in seen]
+    return [*lines, "        " + "  ".join(legend)]
+
+
+def _bar(gpu: GpuMemory, width: int, scale: float, limit: int | None, colour: bool) -> str:
+    cells: list[str] = []
+    reached = 0
+    for term in gpu.terms:
+        reached += term.n_bytes
+        cells += [_painted(MARKS[term.name], colour)] * (round(reached / scale * width) - len(cells))
+    cells += [" "] * (width - len(cells))
+    if limit is not None:
+        cells[min(width - 1, round(limit / scale * width))] = "\x1b[1;31m|\x1b[0m" if colour else "|"
+    return "".join(cells)
+
+
+def _painted(mark: tuple[str, int], colour: bool) -> str:
+    return f"\x1b[{mark[1]}m█\x1b[0m" if colour else mark[0]
