@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from qwenq.checkpoint.reader import non_finite, open_checkpoint, open_source
 from qwenq.errors import CheckpointError
-from qwenq.formats.qtensor import QTensor
 from qwenq.model.layer import Network
+from qwenq.solver.grid import QTensor
 
 Edit = Callable[..., dict[str, Any]]
 Make = Callable[..., Path]

@@ -11,7 +11,7 @@ from qwenq.formats.base import Recipe, Scheme
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.engines import Engine, get_engine
 from qwenq.planning.escapes import Escape, vllm_escapes
-from qwenq.planning.kernels import compute_on
+from qwenq.planning.kernels import choose, compute_on
 from qwenq.planning.memory import MemoryEstimate, estimate, rank_shares
 from qwenq.planning.parallel import ParallelOption, best_option, largest_vllm_context, parallel_options
 from qwenq.planning.placement import Placement, holds, largest_context, place
@@ -74,7 +74,7 @@ class Plan:
         here = compute_on(gpu, self.work.value_bytes)
         packed = {shape for part in self.weights.parts for shape in part.packed}
         newer = replace(here, capability=max(here.capability, (8, 0)))
-        return any(shape.kind(here) != shape.kind(newer) for shape in packed)
+        return any(choose(shape, here) != choose(shape, newer) for shape in packed)
 
     @property
     def tensor_parallel(self) -> dict[str, str]:
