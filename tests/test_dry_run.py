@@ -100,7 +100,7 @@ def test_a_machine_too_small_is_warned_of(monkeypatch: pytest.MonkeyPatch, tiny:
     meminfo = Path("/proc/meminfo").read_text().split()
     assert memory == int(meminfo[meminfo.index("MemTotal:") + 1]) * 1024
     monkeypatch.setattr("qwenq.cli.dryrun.total_memory", lambda: 8 * GB)
-    monkeypatch.setattr("qwenq.machine.free_disk", lambda out: 5 * GB)
+    monkeypatch.setattr("qwenq.pipeline.preflight.free_disk", lambda out: 5 * GB)
     found = dry("Qwen2.5-72B", "--device", "cpu")
     assert [re.sub(r"\d+\.\d\d", "N", line) for line in found["warnings"]] == [
         "the predicted peak of memory is N GB, this machine has N GB",

@@ -603,7 +603,7 @@ def refused_keeping_the_lock(job: QuantizeJob) -> str:
 
 def test_disk_too_small(random_model: Make, tmp_path: Path, monkeypatch: Any) -> None:
     job = small_job(random_model(), tmp_path / "out")
-    monkeypatch.setattr("qwenq.machine.free_disk", lambda out: 100_000)
+    monkeypatch.setattr("qwenq.pipeline.preflight.free_disk", lambda out: 100_000)
     assert "MB of disk, 0.1 MB are free" in refused(job)
 
 

@@ -19,10 +19,10 @@ from qwenq.errors import CheckpointError, RunError, UsageError
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.formats.bitsandbytes import INT8_ROWS, NF4
 from qwenq.model.layer import model_config
+from qwenq.pipeline import monitor
 from qwenq.pipeline.quantize import quantize
 from qwenq.planning.offload import host_map, spill_to_disk
 from qwenq.planning.weights import header_weights
-from qwenq.runtime import peaks as memory
 from qwenq.runtime.cache import FP8, KvCache
 from qwenq.runtime.generate import Sampling, Session, Timing, next_token
 from qwenq.runtime.load import LoadOptions, loaded, plan_load
@@ -236,7 +236,7 @@ def test_a_cpu_too_small_uses_the_disk_or_says_what_is_missing(random_model: Mak
 @pytest.mark.parametrize("failure", [MemoryError(), RuntimeError("[enforce fail] can't allocate memory: 9 bytes")])
 def test_out_of_memory_is_one_line(failure: Exception, random_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = open_checkpoint(random_model())
-    monkeypatch.setattr(memory, "available_ram", lambda: 1000)
+    monkeypatch.setattr(monitor, "available_ram", lambda: 1000)
 
     def fail(*unused: object, **more: object) -> None:
         raise failure
@@ -252,7 +252,7 @@ def test_out_of_memory_is_one_line(failure: Exception, random_model: Make, monke
 
 
 def test_other_failures_are_not_called_out_of_memory() -> None:
-    with pytest.raises(RuntimeError, match="mat1"), memory.memory_errors("x", torch.device("cpu"), 1, ""):
+    with pytest.raises(RuntimeError, match="mat1"), monitor.memory_errors("x", torch.device("cpu"), 1, ""):
         torch.zeros(2, 3) @ torch.zeros(2, 3)
 
 

@@ -6,14 +6,16 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qwenq.errors import PlanError, UsageError
 from qwenq.io.json import shown
 from qwenq.model.spec import ModelSpec, family_spec
-from qwenq.planning.asking import Question
+
+if TYPE_CHECKING:
+    from qwenq.planning.asking import Question
 
 Model = Annotated[
     str,

@@ -5,17 +5,19 @@ from __future__ import annotations
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qwenq.cli.console import print_json, warn
 from qwenq.cli.models import JsonFlag, Model, resolve_model, stored_question
 from qwenq.errors import RunError, UsageError
-from qwenq.runtime.chat import Chat
-from qwenq.runtime.generate import Sampling, Session
-from qwenq.runtime.load import Loaded, LoadOptions
 from qwenq.units import format_gb, parse_size, parse_tokens
+
+if TYPE_CHECKING:
+    from qwenq.runtime.chat import Chat
+    from qwenq.runtime.generate import Sampling, Session
+    from qwenq.runtime.load import Loaded, LoadOptions
 
 SMALL_DIFFERENCE = 64 << 20  # between a peak and its prediction: what allocators and libraries do, no error to be told
 MaxModelLen = Annotated[

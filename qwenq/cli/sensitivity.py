@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from qwenq.checkpoint.reader import Checkpoint
 from qwenq.cli.console import LayerProgress, out, print_json
 from qwenq.cli.format import CARRY_ZERO_POINTS
 from qwenq.cli.models import ComputeDtype, JsonFlag, Model, OneDevice, pick_compute_dtype
@@ -17,7 +16,10 @@ from qwenq.formats.base import label_of
 from qwenq.model.spec import UNITS
 from qwenq.pipeline.preflight import DEFAULT_WINDOWS
 from qwenq.planning.sensitivity import Sensitivity, encode_sensitivity
-from qwenq.text.tokens import TokenWindows
+
+if TYPE_CHECKING:
+    from qwenq.checkpoint.reader import Checkpoint
+    from qwenq.text.tokens import TokenWindows
 
 
 def sensitivity(

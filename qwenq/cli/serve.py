@@ -8,7 +8,7 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -25,7 +25,9 @@ from qwenq.cli.run import (
     print_forecast,
 )
 from qwenq.errors import PlanError, RunError, UsageError
-from qwenq.runtime.load import LoadOptions
+
+if TYPE_CHECKING:
+    from qwenq.runtime.load import LoadOptions
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
