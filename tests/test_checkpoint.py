@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from qwenq.checkpoint.reader import non_finite, open_checkpoint, open_source
 from qwenq.errors import CheckpointError
-from qwenq.formats.qtensor import QTensor
 from qwenq.model.layer import Network
 from qwenq.pipeline.activations import embed
+from qwenq.solver.grid import QTensor
 
 Edit = Callable[..., dict[str, Any]]
 Make = Callable[..., Path]

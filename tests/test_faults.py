@@ -23,7 +23,8 @@ import qwenq.pipeline.quantize
 from qwenq.checkpoint.manifest import JOURNAL_NAME
 from qwenq.checkpoint.reader import open_checkpoint
 from qwenq.errors import CheckpointError, JobError, QwenqError, RunError
-from qwenq.formats.base import NF4, Recipe, Scheme
+from qwenq.formats.base import Recipe, Scheme
+from qwenq.formats.bitsandbytes import NF4
 from qwenq.pipeline.evaluate import evaluate
 from qwenq.pipeline.job import QuantizeJob, partial_directory
 from qwenq.pipeline.quantize import quantize

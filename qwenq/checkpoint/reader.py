@@ -13,14 +13,12 @@ import torch
 
 from qwenq.checkpoint.manifest import SourceFiles, Stamp, changed, stamp
 from qwenq.errors import CheckpointError
-from qwenq.formats.base import NF4_STATE, Quantization, Recipe, linear_tensors
-from qwenq.formats.qtensor import QTensor
-from qwenq.formats.registry import read_quantization_config
-from qwenq.formats.storage import unpack_linear
+from qwenq.formats.base import Format, Quantization, Recipe, get_format, read_quantization_config
 from qwenq.io.json import inside, model_name, read_object, shown
 from qwenq.io.safetensors import TensorLocation, TensorSpec, checkpoint_tensors
 from qwenq.io.tensors import TORCH_DTYPES, raw_bytes
 from qwenq.model.spec import SLIDING_WINDOW, LinearSpec, ModelSpec, spec_from_config
+from qwenq.solver.grid import QTensor
 
 FLOAT_DTYPES = ("F16", "BF16", "F32")
 SLICE_ROWS = 4096  # of the vocabulary: rows of the embedding and the head that are read at a time
@@ -113,16 +111,15 @@ class Checkpoint:
         return data[start - first : end - first]
 
     def linear(self, lin: LinearSpec) -> QTensor | torch.Tensor:
-        """One linear as stored: codes, scales and zero points where it is quantized on a grid, else its weight.
+        """One linear as stored: codes and parameters where it is quantized on a grid, else its weight [out, in].
 
-        A weight [out, in] comes as stored from a 16-bit linear, in float32 from GPTQ with groups out of order, and in
-        the dtype it was quantized from for NF4. The bias is read by its name.
+        That comes as stored from a 16-bit linear; else see `Format.unpack`. The bias is read by its name.
         """
         if self.quantized is None or (scheme := self.quantized.scheme_of(lin.name)) is None:
             return self.read(lin.name + ".weight")
-        names = [t.name for t in linear_tensors(self.quantized.format, scheme, lin) if t.name != lin.name + ".bias"]
-        packed = {name.removeprefix(lin.name + "."): self.read(name) for name in names}
-        return unpack_linear(self.quantized, scheme, lin, packed)
+        form = get_format(self.quantized.format)
+        packed = {n.removeprefix(lin.name + "."): self.read(n) for n in form.packed_names(scheme, lin)}
+        return form.unpack(packed, scheme, lin, self.quantized.version)
 
     def linear_weight(self, lin: LinearSpec) -> torch.Tensor:
         """Weight [out, in] of one linear: as stored when it is 16-bit, dequantized to float32 when packed."""
@@ -200,7 +197,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     recipe = quantized.recipe(spec) if quantized else Recipe(None)
     recipe.check(spec)
     needed = {t.name: t for t in recipe.tensors(spec)}
-    _audit(directory, needed, stored)
+    _audit(directory, needed, stored, get_format(recipe.format))
     ignored = tuple(sorted(set(stored) - set(needed)))
     for name in ignored:
         tied_head = spec.tie_word_embeddings and name == "lm_head.weight"
@@ -251,7 +248,9 @@ def _refuse_sparse(config: Mapping[str, Any], spec: ModelSpec, directory: Path) 
         )
 
 
-def _audit(directory: Path, needed: dict[str, TensorSpec], stored: dict[str, TensorLocation]) -> None:
+def _audit(
+    directory: Path, needed: dict[str, TensorSpec], stored: dict[str, TensorLocation], form: Format
+) -> None:
     missing = [name for name in needed if name not in stored]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -260,7 +259,7 @@ def _audit(directory: Path, needed: dict[str, TensorSpec], stored: dict[str, Ten
         )
     for name, want in needed.items():
         have = stored[name].spec
-        if have.shape != want.shape and not (name.endswith(NF4_STATE) and len(have.shape) == 1):  # JSON of any length
+        if not form.same_shape(have, want):
             raise CheckpointError(
                 f"{stored[name].file.name}: {name} has shape {list(have.shape)}, config.json wants {list(want.shape)}",
                 hint="`qwenq inspect` compares config and tensors",

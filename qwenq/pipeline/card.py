@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenq.checkpoint.manifest import changed
-from qwenq.formats.base import BNB_FORMATS, Recipe, label_of
+from qwenq.formats.base import Recipe, get_format, label_of
 from qwenq.io.json import inside, shown
 from qwenq.markdown import code, escape, table
 from qwenq.model.spec import ModelSpec
@@ -29,13 +29,6 @@ _METADATA = re.compile(r"---\r?\n(.*?)\r?\n---\s*\n", re.DOTALL)
 _LICENSE = re.compile(
     r"^(license(?:_name|_link)?):[ \t]*[\"']?([\w.:/+-]{1,200})[\"']?[ \t]*\r?$", re.ASCII | re.MULTILINE
 )
-_INSTALL = {
-    "gptq": "optimum gptqmodel",
-    "awq": "gptqmodel",
-    "compressed-tensors": "compressed-tensors",
-    "bnb-nf4": "bitsandbytes",
-    "bnb-int8": "bitsandbytes",
-}
 
 
 def model_card(
@@ -113,9 +106,8 @@ def _metadata(job: Mapping[str, Any], licence: Mapping[str, str], recipe: Recipe
     yield "library_name: transformers"
     yield "pipeline_tag: text-generation"
     bits = "mixed-bits" if recipe.overrides else f"{recipe.default.bits}-bit" if recipe.default else "16-bit"
-    tags = [recipe.format, "bitsandbytes"] if recipe.format in BNB_FORMATS else [recipe.format]
     yield "tags:"
-    yield from (f"- {yaml_text(tag)}" for tag in (*tags, bits, "qwenq"))
+    yield from (f"- {yaml_text(tag)}" for tag in (*get_format(recipe.format).tags, bits, "qwenq"))
     yield "quantized_by: qwenq"
 
 
@@ -183,22 +175,19 @@ def _drift(drift: Mapping[str, Any]) -> Iterator[str]:
 
 def _loading(spec: ModelSpec, recipe: Recipe) -> Iterator[str]:
     """For each engine the commands, run in this directory; transformers only where it reads the recipe."""
-    schemes = {scheme for lin in spec.linears if (scheme := recipe.scheme_of(lin)) is not None}
-    dense = recipe.format == "compressed-tensors" and not all(scheme.sym for scheme in schemes)
-    if recipe.format == "gptq" and recipe.overrides:
-        yield "transformers does not read mixed bits in this format; GPTQModel does."
-    elif dense and len(schemes) > 1:
-        yield "transformers (5.23, compressed-tensors 0.20.0) does not read mixed bits with zero points; vLLM may."
+    there = get_format(recipe.format).by_transformers(recipe, recipe.schemes(spec))
+    if there.reason:
+        yield there.reason
     else:
-        yield f"transformers, after `pip install {_INSTALL[recipe.format]}`:"
+        yield f"transformers, after `pip install {there.install}`:"
         yield ""
         yield "```python"
-        more = ", CompressedTensorsConfig" if dense else ""
+        more = f", {there.config.partition('(')[0]}" if there.config else ""
         yield f"from transformers import AutoModelForCausalLM, AutoTokenizer{more}"
         yield ""
-        if dense:  # packed, compressed-tensors 0.20.0 takes zero points only unpacked
-            yield "how = CompressedTensorsConfig(dequantize=True)"
-        how = ", quantization_config=how" if dense else ""
+        if there.config:
+            yield f"how = {there.config}"
+        how = ", quantization_config=how" if there.config else ""
         yield f'model = AutoModelForCausalLM.from_pretrained(".", device_map="auto"{how})'
         yield 'tokenizer = AutoTokenizer.from_pretrained(".")'
         yield "```"

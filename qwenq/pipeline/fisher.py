@@ -34,7 +34,7 @@ from qwenq.pipeline.block import batches
 from qwenq.pipeline.evaluate import HeadWeights
 from qwenq.pipeline.monitor import memory_errors
 from qwenq.pipeline.preflight import BACKWARD_TOKENS, PROBE_TOKENS, PROBE_WINDOWS, SAMPLES, SOLVER_WINDOWS
-from qwenq.planning.sensitivity import PRIOR_8_BIT, Sensitivity, Unit, schemes_for, units_of
+from qwenq.planning.sensitivity import PRIOR_8_BIT, Sensitivity, Unit, options_of, schemes_for, units_of
 from qwenq.solver.gptq import DAMP_PERCENT, add_to_hessian, solve_unit
 from qwenq.text.tokens import TokenWindows
 from qwenq.units import format_gb
@@ -197,7 +197,7 @@ def _forward(
 
 def _offered(spec: ModelSpec, unit: str, asymmetric: bool) -> tuple[Scheme, ...]:
     """What the table has of a unit; where nothing is offered, 4 bits per channel, which only a recipe file asks for."""
-    return schemes_for(spec, unit, asymmetric=asymmetric) or (Scheme(4, -1),)
+    return schemes_for(spec, unit, options_of(asymmetric)) or (Scheme(4, -1),)
 
 
 def _errors(
@@ -218,7 +218,7 @@ def _errors(
         schemes = list(dict.fromkeys(replace(scheme, bits=4) for scheme in _offered(spec, unit, asymmetric)))
         for scheme in schemes:
             own_II = hessian_II.to(network.device, copy=scheme != schemes[-1])  # overwritten
-            solved = solve_unit(weights, own_II, scheme, damp_percent=damp_percent, sweeps=0)
+            solved = solve_unit(weights, own_II, scheme.grid(), damp_percent=damp_percent, sweeps=0)
             del own_II
             errors[unit][scheme] = {
                 path: qtensor.dequantize().sub_(weights[path]).to(torch.bfloat16).cpu()

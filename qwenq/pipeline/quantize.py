@@ -35,15 +35,14 @@ from qwenq.checkpoint.manifest import (
 from qwenq.checkpoint.reader import Checkpoint, non_finite
 from qwenq.checkpoint.shards import encode_index, output_files
 from qwenq.errors import CheckpointError, JobError, QwenqError
-from qwenq.formats.base import BNB_FORMATS, Recipe
-from qwenq.formats.registry import quantization_config, read_quantization_config
+from qwenq.formats.base import Recipe, get_format, quantization_config, read_quantization_config
 from qwenq.io.durable import copy_synced, file_sha256, make_directory, sync_directory, write_bytes, write_json
 from qwenq.io.json import inside
 from qwenq.io.safetensors import INDEX_NAME, TensorSpec, read_header
 from qwenq.io.tensors import write_shard
 from qwenq.machine import forget_peak_rss, host_facts, keep_freed_memory, peak_rss_bytes, return_freed_memory, versions
 from qwenq.pipeline.activations import Streams, new_streams
-from qwenq.pipeline.block import BlockSolver, CalibrationStreams, round_block, round_bnb_layer
+from qwenq.pipeline.block import BlockSolver, CalibrationStreams, round_block, round_layer
 from qwenq.pipeline.card import CARD_NAME, model_card
 from qwenq.pipeline.evaluate import HeadWeights, measure_drift
 from qwenq.pipeline.job import DTYPES, QuantizeJob, QuantizeResult, partial_directory, refuse_place
@@ -344,10 +343,10 @@ def make_layer(
     """
     prefix = f"model.layers.{layer}."
     folded = FoldedLayer(state, _kept(job, layer, state), job.devices[0])
-    if job.recipe.format in BNB_FORMATS:
+    if not get_format(job.recipe.format).solved:
         with clock.time("round"):
             stored = {name: job.convert(prefix + name, tensor) for name, tensor in state.items()}
-            packed, results = round_bnb_layer(job.source.spec, layer, job.recipe, stored, job.devices[0])
+            packed, results = round_layer(job.source.spec, layer, job.recipe, stored, job.devices[0])
     elif job.calibration is None:
         with clock.time("round"):
             packed, results = round_block(job.source.spec, layer, job.recipe, folded, job.options)
@@ -390,12 +389,11 @@ def copy_small_files(source: Path, work: Path, hashes: Mapping[str, str]) -> dic
 def write_configs(
     work: Path, config: Mapping[str, Any], recipe: Recipe, files: Mapping[str, list[TensorSpec]]
 ) -> dict[str, str]:
-    """The index and the configuration; their SHA-256 by name."""
+    """The index, the configuration and the format's own small files; their SHA-256 by name."""
     written = {INDEX_NAME: write_json(work / INDEX_NAME, encode_index(files))}
     written["config.json"] = write_json(work / "config.json", config)
-    if recipe.format == "gptq":  # GPTQModel and AutoGPTQ look here first
-        name = "quantize_config.json"
-        written[name] = write_json(work / name, config["quantization_config"])
+    for name, content in get_format(recipe.format).small_files(config["quantization_config"]).items():
+        written[name] = write_json(work / name, content)
     return written
 
 
