@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from qwenq.checkpoint.reader import Checkpoint
+from qwenq.checkpoint.reader import SLICE_ROWS, Checkpoint
 from qwenq.errors import CheckpointError, HonestNo
 from qwenq.machine import keep_freed_memory
 from qwenq.model.layer import Network, model_config
@@ -54,9 +54,14 @@ def evaluate(
         runner = LayerRunner(states, by_name)
         for layer in range(reference.spec.num_hidden_layers):
             runner.replay(layer, reference.finite_layer_state, checkpoint.finite_layer_state)
+            reference.refuse_changed()
+            checkpoint.refuse_changed()
             listen(layer)
         heads = HeadWeights(reference), HeadWeights(checkpoint)
-        return measure_drift(by_name["reference"].first, *heads, states, evaluation)
+        drift = measure_drift(by_name["reference"].first, *heads, states, evaluation)
+        reference.refuse_changed()
+        checkpoint.refuse_changed()
+        return drift
 
 
 def check_comparable(checkpoint: Checkpoint, reference: Checkpoint) -> None:
@@ -99,7 +104,6 @@ def check_limits(drift: DriftReport, max_kl: float | None, max_increase_percent:
         raise HonestNo(f"perplexity rose by {increase:.2f} %, the limit is {max_increase_percent:g} %")
 
 
-_SLICE_ROWS = 4096  # of the vocabulary
 _CHUNK_TOKENS = 1024
 
 
@@ -162,8 +166,8 @@ def compare_heads(
     x_ref, x_q = (_predicting(network, weights, h) for weights, h in (reference, quantized))
     shared = reference[0] == quantized[0]
     comparison = LogitComparison(targets)
-    for start in range(0, vocab, _SLICE_ROWS):
-        end = min(start + _SLICE_ROWS, vocab)
+    for start in range(0, vocab, SLICE_ROWS):
+        end = min(start + SLICE_ROWS, vocab)
         w_ref = reference[0].rows(start, end).to(network.device)
         w_q = w_ref if shared else quantized[0].rows(start, end).to(network.device)
         for first in range(0, len(targets), _CHUNK_TOKENS):

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwenq.checkpoint.manifest import LOCK_NAME, SCRATCH_PREFIX, write_manifest
+from qwenq.checkpoint.manifest import LOCK_NAME, SCRATCH_PREFIX, changed, write_manifest
 from qwenq.checkpoint.shards import encode_index
 from qwenq.errors import JobError
-from qwenq.formats.base import Recipe
+from qwenq.formats.base import Recipe, get_format
 from qwenq.io.durable import copy_synced, sync_directory, write_bytes, write_json
 from qwenq.io.json import inside
 from qwenq.io.safetensors import INDEX_NAME, TensorSpec
@@ -31,25 +31,34 @@ class Output:
     config: Mapping[str, Any]  # config.json as it is written
     files: Mapping[str, list[TensorSpec]]  # the shards
 
-    def copy_small_files(self, source: Path, hashes: Mapping[str, str], doing: str, hint: str = "") -> None:
-        """Tokenizer and licence of the source; JobError where one is not that in `hashes`, changed while `doing`."""
+    @property
+    def names(self) -> set[str]:
+        """Every file that a checkpoint may have but those that its job puts beside, and the manifest."""
+        small = get_format(self.recipe.format).small_files(self.config["quantization_config"])
+        return {*self.files, *small, *COPIED_FILES, INDEX_NAME, "config.json", CARD_NAME}
+
+    def copy_small_files(self, source: Path, hashes: Mapping[str, str]) -> dict[str, str]:
+        """Tokenizer and licence of the source, and their SHA-256; CheckpointError where one is not that in `hashes`."""
+        copied = {}
         for name in COPIED_FILES:
             path = inside(source, name)
-            if path.is_file() and copy_synced(path, self.work / name) != hashes.get(name):
-                raise JobError(f"{path}: changed while it was being {doing}", hint=hint)
+            if path.is_file():
+                copied[name] = copy_synced(path, self.work / name)
+            if copied.get(name) != hashes.get(name):
+                raise changed(path)
+        return copied
 
-    def write_configs(self) -> None:
-        """The index and the configuration."""
-        write_json(self.work / INDEX_NAME, encode_index(self.files))
-        write_json(self.work / "config.json", self.config)
-        if self.recipe.format == "gptq":  # GPTQModel and AutoGPTQ look here first
-            write_json(self.work / "quantize_config.json", self.config["quantization_config"])
+    def write_configs(self) -> dict[str, str]:
+        """The index, the configuration and the format's own small files; their SHA-256 by name."""
+        written = {INDEX_NAME: write_json(self.work / INDEX_NAME, encode_index(self.files))}
+        written["config.json"] = write_json(self.work / "config.json", self.config)
+        small = get_format(self.recipe.format).small_files(self.config["quantization_config"])
+        return written | {name: write_json(self.work / name, content) for name, content in small.items()}
 
     def finish(self, described: Mapping[str, Any], hashes: Mapping[str, str], card: str | None) -> None:
-        """Write the card and the manifest, which hashes whatever lies there, and rename the directory."""
-        if card is not None:
-            write_bytes(self.work / CARD_NAME, card.encode())
-        write_manifest(self.work, described, hashes)
+        """Write the card, if any, and the manifest, and rename the directory. hashes: SHA-256 of all other files."""
+        beside = {} if card is None else {CARD_NAME: write_bytes(self.work / CARD_NAME, card.encode())}
+        write_manifest(self.work, described, {**hashes, **beside})
         give_name(self.work, self.out)
 
 

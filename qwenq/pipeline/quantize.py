@@ -11,6 +11,7 @@ Work happens in OUT.partial, which becomes OUT by one rename when everything in 
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -20,18 +21,24 @@ from typing import Any
 
 import torch
 
-from qwenq.checkpoint.manifest import SCRATCH_PREFIX, SourceFiles, check_files, read_manifest
+from qwenq.checkpoint.manifest import (
+    JOURNAL_NAME,
+    SCRATCH_PREFIX,
+    check_files,
+    current_names,
+    read_manifest,
+    refuse_strangers,
+)
 from qwenq.checkpoint.reader import Checkpoint, non_finite
 from qwenq.checkpoint.shards import output_files
 from qwenq.errors import CheckpointError, JobError, QwenqError
-from qwenq.formats.base import BNB_FORMATS
-from qwenq.formats.registry import quantization_config, read_quantization_config
+from qwenq.formats.base import get_format, quantization_config, read_quantization_config
 from qwenq.io.durable import file_sha256, make_directory, write_bytes
 from qwenq.io.safetensors import read_header
 from qwenq.io.tensors import write_shard
 from qwenq.machine import forget_peak_rss, host_facts, keep_freed_memory, peak_rss_bytes, return_freed_memory, versions
 from qwenq.pipeline.activations import HiddenStates, LayerRunner, TokenSets, embed_tokens
-from qwenq.pipeline.block import BlockSolver, CalibrationStates, round_block, round_bnb_layer
+from qwenq.pipeline.block import BlockSolver, CalibrationStates, round_block, round_layer
 from qwenq.pipeline.card import CARD_NAME, model_card
 from qwenq.pipeline.evaluate import HeadWeights, measure_drift
 from qwenq.pipeline.job import DTYPES, QuantizeJob, QuantizeResult, partial_directory, refuse_place
@@ -143,17 +150,20 @@ class _Run:
     @torch.inference_mode()
     def run(self, started: float) -> QuantizeResult:
         self.listen("hashing the source")
-        names = [*(path.name for path in self.job.source.files), "config.json", CARD_NAME, *COPIED_FILES]
-        read = SourceFiles.read(self.job.source.directory, names)
+        self.job = replace(self.job, source=self.job.source.hash_files([CARD_NAME, *COPIED_FILES]))
+        read = self.job.source.hashed
+        assert read is not None
         described = self.job.describe() | {"source": read.hashes}
+        beside = {name: hashlib.sha256(content).hexdigest() for name, content in self.job.beside}
         if self.resume and not never_begun(self.work):
             journal = Journal.load(self.work)
-            refuse_changes(journal.job, described, self.work)
+            refuse_changes(journal.job | {"beside": journal.beside}, described | {"beside": beside}, self.work)
+            refuse_strangers(self.work, {*self.output.names, *beside})
             if (result := finished_before(self.work, self.job.out, journal)) is not None:
                 give_name(self.work, self.job.out)
                 return result
         else:
-            journal = Journal.create(self.work, described)
+            journal = Journal.create(self.work, described, beside)
         for name, content in self.job.beside:
             write_bytes(self.work / name, content)
         tokens = TokenSets(
@@ -186,7 +196,7 @@ class _Run:
         self.listen("measuring drift at the head")
         drift = self._drift(states)
         read.refuse_replaced()
-        return self._finish(journal, outer, drift, started)
+        return self._finish(journal, outer | beside, drift, started)
 
     # -------------------------------------------------------------- one layer
 
@@ -213,6 +223,9 @@ class _Run:
         """Bring the hidden states to the first layer that is not done and whole; returns that layer."""
         rows = journal.layers
         good = 0
+        if journal.dropped:
+            lines = f"{JOURNAL_NAME}: {journal.dropped} of its lines, from line {len(journal.rows) + 1} on"
+            self.listen(f"{lines}, torn or damaged: their layers are done again")
         for row in rows:
             path = self.work / row["file"]
             if not path.is_file() or file_sha256(path) != row["sha256"]:
@@ -260,13 +273,15 @@ class _Run:
         network = self.workers["reference"].first
         return measure_drift(network, reference, quantized, states.states, self.job.evaluation)
 
-    def _finish(self, journal: Journal, outer: dict[str, str], drift: DriftReport, started: float) -> QuantizeResult:
-        """Write what is not a shard, the manifest last, and give the directory its name."""
+    def _finish(self, journal: Journal, hashes: dict[str, str], drift: DriftReport, started: float) -> QuantizeResult:
+        """Write what is not a shard, the manifest last, and give the directory its name.
+
+        hashes: SHA-256 of what was written beside the layers.
+        """
         layers = tuple(BlockResult.from_json(row["result"]) for row in journal.layers)
-        hashes = outer | {row["file"]: row["sha256"] for row in journal.layers}
-        hint = "put the file back, then --resume"
-        self.output.copy_small_files(self.job.source.directory, journal.job["source"], "quantized", hint)
-        self.output.write_configs()
+        hashes |= {row["file"]: row["sha256"] for row in journal.layers}
+        hashes |= self.output.copy_small_files(self.job.source.directory, journal.job["source"])
+        hashes |= self.output.write_configs()
         result = QuantizeResult(
             out=self.job.out,
             drift=drift,
@@ -279,7 +294,8 @@ class _Run:
             warnings=job_warnings(layers, drift, self.job.overlap),
         )
         described = describe_result(journal.job, self.spec.parameters, result, resumed=self.resume)
-        card = model_card(described, self.job.source.directory, self.spec, self.job.recipe)
+        read = journal.job["source"]
+        card = model_card(described, self.job.source.directory, self.spec, self.job.recipe, hashes=read)
         self.output.finish(described, hashes, card)
         return result
 
@@ -306,10 +322,10 @@ def make_layer(
     spec = job.source.spec
     prefix = spec.layer_prefix(layer)
     folded = FoldedLayer(state, _kept(job, layer, state), job.devices[0])
-    if job.recipe.format in BNB_FORMATS:
+    if not get_format(job.recipe.format).solved:
         with clock.time("round"):
             stored = {name: job.convert(prefix + name, tensor) for name, tensor in state.items()}
-            packed, results = round_bnb_layer(spec, layer, job.recipe, stored, job.devices[0])
+            packed, results = round_layer(spec, layer, job.recipe, stored, job.devices[0])
     elif job.calibration is None:
         with clock.time("round"):
             packed, results = round_block(spec, layer, job.recipe, folded, job.options)
@@ -369,6 +385,8 @@ def finished_before(work: Path, out: Path, journal: Journal) -> QuantizeResult |
         return None
     scratch = SCRATCH_PREFIX
     if findings or any(not finding.file.startswith(scratch) for finding in check_files(work, manifest)):
+        return None
+    if current_names(manifest["job"]) != journal.job:
         return None
     return QuantizeResult(
         out=out,
