@@ -71,11 +71,6 @@ class ModelSpec:
         """The entry of the model's family."""
         return ARCHITECTURES[self.model_type]
 
-    @property
-    def qk_norm(self) -> bool:
-        """Whether queries and keys are normalised."""
-        return bool(self.architecture.qk_norms)
-
     def layer_name(self, layer: int) -> str:
         """`model.layers.3`"""
         return f"{self.architecture.layers}.{layer}"

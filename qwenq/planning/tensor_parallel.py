@@ -103,9 +103,9 @@ def row_groups(spec: ModelSpec, recipe: Recipe) -> RowGroups:
     return {stage: tuple(sorted(sizes)) for stage, sizes in found.items()}
 
 
-def same_groups(sizes: Iterable[int]) -> RowGroups:
+def same_groups(spec: ModelSpec, sizes: Iterable[int]) -> RowGroups:
     """Groups of unknown place: met everywhere."""
-    return dict.fromkeys(("o", "down"), tuple(sizes))
+    return dict.fromkeys((stage.name for stage in cut_by_input(spec)), tuple(sizes))
 
 
 _WIDTHS = {"intermediate_size": "FFN width", "q_size": "attention width"}
