@@ -265,7 +265,7 @@ def test_weights_go_straight_to_their_device(tiny: Path, monkeypatch: pytest.Mon
         return module
 
     monkeypatch.setattr(model, "settled", moved)
-    monkeypatch.setattr(model, "dispatch", lambda network, devices, *unused: handed.append(dict(devices)))
+    monkeypatch.setattr(model, "dispatch", lambda network, names, devices, *unused: handed.append(dict(devices)))
     build_model(Watched(checkpoint), checkpoint.config, checkpoint.spec, places, dtype=torch.float32)
     assert handed == [places]
     assert sorted(name for name, _ in asked) == sorted(checkpoint.tensors)
