@@ -14,8 +14,7 @@ from typer.testing import CliRunner
 from qwenq.checkpoint.reader import open_checkpoint
 from qwenq.cli.main import app
 from qwenq.errors import CheckpointError, PlanError
-from qwenq.formats.base import Recipe, Scheme
-from qwenq.formats.registry import quantization_config
+from qwenq.formats.base import Recipe, Scheme, quantization_config
 from qwenq.io.safetensors import TensorSpec
 from qwenq.model.spec import ModelSpec, family_spec
 from qwenq.planning.placement import cutting_reasons

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from qwenq.checkpoint.reader import Checkpoint, open_checkpoint
 from qwenq.errors import CheckpointError, RunError, UsageError
-from qwenq.formats.base import INT8_ROWS, NF4, Recipe, Scheme
+from qwenq.formats.base import Recipe, Scheme
+from qwenq.formats.bitsandbytes import INT8_ROWS, NF4
 from qwenq.model.layer import model_config
 from qwenq.pipeline import monitor
 from qwenq.pipeline.quantize import quantize

@@ -12,18 +12,12 @@ import typer
 from rich.table import Table
 
 from qwenq.cli.format import check_format, uniform_recipe
-from qwenq.errors import PlanError
-from qwenq.formats.base import Recipe, label_of
+from qwenq.errors import JobError, PlanError
+from qwenq.formats.base import FORMATS, Recipe, get_format, label_of, mixing, names_of
+from qwenq.io.durable import file_sha256
 from qwenq.model.spec import UNITS, ModelSpec
-from qwenq.planning.budget import (
-    MIXED_FORMATS,
-    Budgeted,
-    choose_for_bits,
-    choose_for_bytes,
-    cut_by,
-    describe_choice,
-    widened,
-)
+from qwenq.pipeline.journal import Journal
+from qwenq.planning.budget import Budgeted, choose_for_bits, choose_for_bytes, cut_by, describe_choice, widened
 from qwenq.planning.sensitivity import SENSITIVITY_NAME, Sensitivity, prior, read_sensitivity
 from qwenq.units import format_gb, parse_size, parse_tokens
 
@@ -94,13 +88,15 @@ class Wanted:
             raise typer.BadParameter(f"{' and '.join(given)} exclude each other")
         if self.asymmetric is not None and self.recipe is not None:
             raise typer.BadParameter("--asymmetric and --recipe exclude each other: the recipe says it unit by unit")
-        if self.asymmetric and given and self.format != "compressed-tensors":
+        form = get_format(check_format(self.format))
+        if self.asymmetric and given and not form.mixes_zero_points:
+            wanted = names_of(other for other in FORMATS.values() if other.mixes_zero_points)
             raise typer.BadParameter(
-                f"--asymmetric with {given[0]} wants --format compressed-tensors: no other mixed format's zero points "
+                f"--asymmetric with {given[0]} wants --format {wanted}: no other mixed format's zero points "
                 "are read by engines"
             )
-        if given and check_format(self.format) not in MIXED_FORMATS:
-            raise typer.BadParameter(f"{given[0]} wants a --format that mixes bits: {' or '.join(MIXED_FORMATS)}")
+        if given and not form.mixes:
+            raise typer.BadParameter(f"{given[0]} wants a --format that mixes bits: {names_of(mixing())}")
         for name, value in (("--context", self.context), ("--engine", self.engine)):
             if value is not None and self.fit is None:
                 raise typer.BadParameter(f"{name} goes with --fit")
@@ -144,6 +140,11 @@ class Wanted:
         path = self.sensitivity
         if path is None and unfinished is not None and self.mixed and (unfinished / SENSITIVITY_NAME).is_file():
             path = unfinished / SENSITIVITY_NAME
+            if file_sha256(path) != Journal.load(unfinished).beside.get(SENSITIVITY_NAME):
+                raise JobError(
+                    f"{path}: damaged, it is not what the journal says was measured",
+                    hint="delete it, and it is measured again",
+                )
         if path is None:
             return None
         found = read_sensitivity(path)

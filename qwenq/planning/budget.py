@@ -11,7 +11,7 @@ from fractions import Fraction
 
 from qwenq.checkpoint.shards import output_files, shard_file_bytes
 from qwenq.errors import HonestNo, PlanError
-from qwenq.formats.base import GROUP_SIZES, Recipe, Scheme, is_description, linear_tensors
+from qwenq.formats.base import GROUP_SIZES, Recipe, Scheme, get_format
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.case import Case
 from qwenq.planning.knapsack import approximate, solve
@@ -20,7 +20,6 @@ from qwenq.planning.tensor_parallel import padded_width, tensor_parallel_reasons
 from qwenq.planning.weights import recipe_weights
 from qwenq.units import format_gb, format_tokens
 
-MIXED_FORMATS = ("gptq", "compressed-tensors")  # that hold more than one scheme
 DtypeOf = Callable[[str], str]
 Choice = Mapping[Unit, Scheme | None]
 
@@ -163,7 +162,7 @@ def unit_costs(
     costs: dict[Scheme | None, int] = {}
     for scheme in _held(spec, table, unit, format):
         total = 0
-        for tensor in (t for lin in members for t in linear_tensors(format, scheme, lin, dtype_of)):
+        for tensor in (t for lin in members for t in get_format(format).linear_tensors(scheme, lin, dtype_of)):
             entry = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [whole, whole]}
             total += tensor.nbytes + len(json.dumps({tensor.name: entry}, separators=(",", ":"))) - 1 + longer
         costs[scheme] = total
@@ -186,18 +185,14 @@ def fixed_bytes(spec: ModelSpec, dtype_of: DtypeOf) -> int:
 
 
 def _held(spec: ModelSpec, table: Sensitivity, unit: Unit, format: str) -> list[Scheme | None]:
-    """What a unit may be: the table's schemes that the format and its engines read, and 16 bit.
-
-    vLLM reads asymmetric GPTQ for no mixed checkpoint; compressed-tensors carries zero points.
-    """
-    offered = set(schemes_for(spec, unit[1], asymmetric=format == "compressed-tensors"))
+    """What a unit may be: the table's schemes that the format offers in mixtures, and 16 bit."""
+    offered = set(schemes_for(spec, unit[1], get_format(format).options))
     return [*(scheme for scheme in table.kl[unit] if scheme in offered), None]
 
 
 def _stored_bits(spec: ModelSpec, unit: Unit, scheme: Scheme | None, format: str) -> int:
     """Bits of a unit's codes, scales and zero points, as `Recipe.bits_per_linear_weight` counts them."""
-    stored = (t for lin in members_of(spec, unit) for t in linear_tensors(format, scheme, lin))
-    return 8 * sum(t.nbytes for t in stored if not is_description(t.name))
+    return sum(get_format(format).stored_bits(scheme, lin) for lin in members_of(spec, unit))
 
 
 def _choose(

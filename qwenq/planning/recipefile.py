@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenq.errors import PlanError
-from qwenq.formats.base import GROUP_SIZES, Recipe, Scheme, label_of, parse_scheme
+from qwenq.formats.base import Recipe, Scheme, get_format, label_of, parse_scheme
 from qwenq.model.spec import UNITS, ModelSpec
 from qwenq.planning.budget import Budgeted, Choice, recipe_of
 from qwenq.planning.sensitivity import Unit, members_of
@@ -98,8 +98,7 @@ def _scheme(spec: ModelSpec, unit: Unit, label: Any, where: str, format: str) ->
             raise PlanError(f"{label!r} is no scheme", hint="schemes are text, for instance '4-bit g128'")
         scheme = parse_scheme(label)
         if scheme is not None:
-            zero_points = not scheme.sym and not (format == "compressed-tensors" and scheme.bits == 4)
-            if scheme.group_size not in (-1, *GROUP_SIZES) or zero_points:
+            if not get_format(format).mixes_in(scheme):
                 raise PlanError(
                     f"{scheme.label} is not offered in mixed {format} checkpoints",
                     hint="groups of 128, 64 or 32, or per channel; 4 bits with zero points in compressed-tensors only",

@@ -21,7 +21,7 @@ from qwenq.machine import SCORE_BYTES
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.case import Case, Share, Workload, whole
 from qwenq.planning.engines.base import LayeredEngine, register, yarn_of, yarn_reach
-from qwenq.planning.kernels import compute_on, strip_weights
+from qwenq.planning.kernels import choose, compute_on, strip_weights
 from qwenq.planning.memory import NOT_ALLOCATED, Term, context_term, merged, ranged, slack_term
 from qwenq.planning.placement import Placement, place
 from qwenq.planning.plan import Plan
@@ -354,7 +354,7 @@ class QwenqEngine(TorchEngine):
         here = compute_on(gpu, case.work.value_bytes)
         packed = {shape for part in case.weights.parts for shape in part.packed}
         newer = replace(here, capability=max(here.capability, (8, 0)))
-        if all(shape.kind(here) == shape.kind(newer) for shape in packed):
+        if all(choose(shape, here) == choose(shape, newer) for shape in packed):
             return []
         major, minor = gpu.compute_capability or (0, 0)
         return [

@@ -1,7 +1,8 @@
-"""Regular expressions out of a config: compiled only when no name can make matching them take long.
+"""Values out of other people's configs: schemes, lists of names, and regular expressions, read and checked.
 
-A pattern is refused when a repeat holds another repeat or a choice, which takes exponential time on the wrong name,
-when it has many unbounded repeats (each multiplies the time by the name's length), or a backward reference.
+A regular expression is compiled only when no name can make matching it take long. It is refused when a repeat holds
+another repeat or a choice, which takes exponential time on the wrong name, when it has many unbounded repeats (each
+multiplies the time by the name's length), or a backward reference.
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ import re
 import warnings
 from typing import Any
 
-from qwenq.errors import CheckpointError
+from qwenq.errors import CheckpointError, PlanError, UnreadScheme
+from qwenq.formats.base import Scheme
 from qwenq.io.json import shown
+
+PACKED_BITS = range(2, 9)  # that one tool or another packs
 
 MAX_CHARACTERS = 20_000  # a choice of all linears of a large model by their names is half as long
 MAX_UNBOUNDED = 4  # `.*` and their like; on a name of 60 characters that is half a million steps
@@ -22,8 +26,28 @@ _TOKEN = re.compile(
 )
 
 
+def read_scheme(bits: Any, group_size: Any, sym: Any, where: str) -> Scheme:
+    """A scheme of integer codes; CheckpointError for what this project cannot read."""
+    if type(bits) is not int or type(group_size) is not int:
+        raise CheckpointError(f"{where}: bits is {bits!r} and group_size {group_size!r}, wanted whole numbers")
+    try:
+        return Scheme(bits, group_size, bool(sym))
+    except PlanError as error:
+        other = bits not in (4, 8) and bits in PACKED_BITS
+        raise (UnreadScheme if other else CheckpointError)(f"{where}: {error.message}") from None
+
+
+def read_names(value: Any, where: str) -> list[str]:
+    """A list of texts; None is an empty one."""
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise CheckpointError(f"{where} is {str(value)[:80]!r}, wanted a list of names")
+    return value
+
+
 def read_pattern(pattern: Any, where: str) -> re.Pattern[str]:
-    """A regular expression from a config, to be matched from the start of a module's name."""
+    """A regular expression, to be matched from the start of a module's name."""
     if not isinstance(pattern, str):
         raise CheckpointError(f"{where} has a bad pattern {shown(repr(pattern))} (not text)")
     if len(pattern) > MAX_CHARACTERS:
