@@ -8,13 +8,14 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from qwenq.errors import CheckpointError
 from qwenq.io.json import shown
 from qwenq.io.safetensors import TensorSpec
 
+_FAMILIES = Path(__file__).parents[1] / "data" / "families.json"
 SUPPORTED_MODEL_TYPES = ("qwen2", "qwen3", "llama")
 
 # Linears of one unit read the same input and are fused by engines, so they share bits, group size and Hessian.
@@ -228,7 +229,7 @@ def family_configs() -> dict[str, dict[str, Any]]:
 
     One written as `like` another has that one's figures but for its own.
     """
-    text = resources.files("qwenq").joinpath("data/families.json").read_text(encoding="utf-8")
+    text = _FAMILIES.read_text(encoding="utf-8")
     configs: dict[str, dict[str, Any]] = json.loads(text)
     return {name: configs.get(config.pop("like", ""), {}) | config for name, config in configs.items()}
 
