@@ -126,13 +126,14 @@ def _shipped_tensors(spec: ModelSpec, recipe: Recipe) -> Iterable[TensorSpec]:
 
 def _parts(spec: ModelSpec, tensors: Iterable[TensorSpec]) -> tuple[Part, ...]:
     def part_of(name: str) -> str:
-        if name.startswith("model.embed_tokens"):
+        names = spec.architecture
+        if name.startswith(names.embedding):
             return "embedding (and head)" if spec.tie_word_embeddings else "embedding"
-        if name.startswith("lm_head"):
+        if name.startswith(names.head):
             return "head"
         if "norm" in name.rsplit(".", 2)[-2]:
             return "norms"
-        return "attention" if ".self_attn." in name else "mlp" if ".mlp." in name else "other"
+        return "attention" if f".{names.attention}." in name else "mlp" if ".mlp." in name else "other"
 
     parameters: dict[str, int] = {}
     for tensor in spec.tensors("I8"):
