@@ -8,13 +8,15 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from qwenq.errors import CheckpointError
 from qwenq.io.json import shown
 from qwenq.io.safetensors import TensorSpec
 from qwenq.model.architectures import ARCHITECTURES, Architecture, Stage
+
+_FAMILIES = Path(__file__).parents[1] / "data" / "families.json"
 
 
 @dataclass(frozen=True)
@@ -244,7 +246,7 @@ def family_configs() -> dict[str, dict[str, Any]]:
 
     One written as `like` another has that one's figures but for its own.
     """
-    text = resources.files("qwenq").joinpath("data/families.json").read_text(encoding="utf-8")
+    text = _FAMILIES.read_text(encoding="utf-8")
     configs: dict[str, dict[str, Any]] = json.loads(text)
     return {name: configs.get(config.pop("like", ""), {}) | config for name, config in configs.items()}
 

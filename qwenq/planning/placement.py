@@ -338,7 +338,7 @@ def parallel_options(case: Case) -> tuple[ParallelOption, ...]:
         reasons = cutting_reasons(case.spec, case.weights, tensor)
         if stages > case.spec.num_hidden_layers:
             reasons.append(f"{stages} stages for {case.spec.num_hidden_layers} layers")
-        if unread := case.engine.refusal(case.weights.method):
+        if unread := case.engine.refusal(case.weights, tensor):
             reasons.append(unread)
         memory = None if reasons else estimate(case, rank_shares(case.spec, tensor, stages))
         options.append(ParallelOption(tensor, stages, tuple(reasons), memory))

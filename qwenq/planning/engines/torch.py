@@ -462,7 +462,7 @@ class TransformersEngine(TorchEngine):
 
     def command(self, plan: Plan) -> str:
         """`max_memory` and `device_map` as Python, for `AutoModelForCausalLM.from_pretrained`."""
-        if unread := self.refusal(plan.case.weights.method):
+        if unread := self.refusal(plan.case.weights):
             return f"# {unread}"
         case, rig = plan.case, plan.case.hardware
         placement = plan.offload or plan.placement
