@@ -7,34 +7,33 @@ from typing import Annotated
 import typer
 
 from qwenq.errors import UsageError
-from qwenq.formats.base import BNB_FORMATS, FORMATS, INT8_ROWS, NF4, Recipe, Scheme, check_scheme
+from qwenq.formats.base import FORMATS, Recipe, Scheme, get_format, names_of
 
-Format = Annotated[
-    str, typer.Option("--format", help="gptq, awq (4-bit), compressed-tensors, bnb-nf4 or bnb-int8 (no calibration).")
-]
+CARRY_ZERO_POINTS = names_of(form for form in FORMATS.values() if form.mixes_zero_points)
+Format = Annotated[str, typer.Option("--format", help=names_of(FORMATS.values(), notes=True) + ".")]
 Asymmetric = Annotated[
     bool | None,
     typer.Option(
         "--asymmetric/--symmetric",
-        help="With or without zero points of each group's own. Default: asymmetric for awq, else symmetric (vLLM).",
+        help="With or without zero points of each group's own. Default: asymmetric for "
+        f"{names_of((form for form in FORMATS.values() if form.asymmetric), 'and')}, else symmetric (vLLM).",
     ),
 ]
 
 
 def uniform_recipe(format: str, bits: int | None, group_size: int | None, asymmetric: bool | None) -> Recipe:
     """The recipe of one scheme that the options name; UsageError when the format cannot hold it."""
-    check_format(format)
-    if format in BNB_FORMATS:
-        fixed = NF4 if format == "bnb-nf4" else INT8_ROWS
+    form = get_format(check_format(format))
+    if (fixed := form.fixed) is not None:
         given = (("--bits", bits, fixed.bits), ("--group-size", group_size, fixed.group_size),
                  ("--asymmetric", asymmetric, False))  # fmt: skip
         for option, value, only in given:
             if value is not None and value != only:
                 raise UsageError(f"--format {format} is {fixed.label}: {option} is no choice", hint="leave it out")
         return Recipe(fixed, format=format)
-    asymmetric = format == "awq" if asymmetric is None else asymmetric
+    asymmetric = form.asymmetric if asymmetric is None else asymmetric
     scheme = Scheme(4 if bits is None else bits, 128 if group_size is None else group_size, not asymmetric)
-    check_scheme(format, scheme)
+    form.check_scheme(scheme)
     return Recipe(scheme, format=format)
 
 
@@ -46,11 +45,12 @@ def check_format(format: str) -> str:
 
 
 def pick_method(format: str, method: str | None) -> str:
-    """How to solve: gptq unless told otherwise; bitsandbytes formats are always rounded."""
+    """How to solve: gptq unless told otherwise; some formats are always rounded."""
     if method not in (None, "gptq", "rtn"):
         raise UsageError(f"--method {method}: wanted gptq or rtn")
-    if format in BNB_FORMATS:
+    form = get_format(format)
+    if not form.solved:
         if method == "gptq":
-            raise UsageError(f"--format {format} rounds by bitsandbytes' own functions", hint="leave --method out")
+            raise UsageError(f"--format {format} rounds by {form.method}' own functions", hint="leave --method out")
         return "rtn"
     return method or "gptq"

@@ -15,7 +15,7 @@ from qwenq.io.json import shown
 from qwenq.model.spec import ModelSpec, family_spec
 
 if TYPE_CHECKING:
-    from qwenq.planning.asking import Question
+    from qwenq.planning.questions import Question
 
 Model = Annotated[
     str,
@@ -68,8 +68,8 @@ def stored_question(model: str, engine: str, **asked: Any) -> Question:
     it says otherwise.
     """
     from qwenq.io.hub import is_hub_name
-    from qwenq.planning.asking import Question
     from qwenq.planning.models import load_model
+    from qwenq.planning.questions import Question
 
     if Path(model).is_dir():
         return Question(model, checkpoint=Path(model), engine=engine, **asked)

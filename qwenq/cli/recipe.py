@@ -12,12 +12,13 @@ import typer
 from rich.table import Table
 
 from qwenq.cli.format import check_format, uniform_recipe
-from qwenq.errors import PlanError
-from qwenq.formats.base import Recipe, label_of
+from qwenq.errors import JobError, PlanError
+from qwenq.formats.base import FORMATS, Recipe, get_format, label_of, mixing, names_of
+from qwenq.io.durable import file_sha256
 from qwenq.model.spec import UNITS, ModelSpec
-from qwenq.planning.budget import MIXED_FORMATS, Budgeted, choose_for_bits, choose_for_bytes, describe_choice
+from qwenq.pipeline.journal import Journal
+from qwenq.planning.budget import Budgeted, choose_for_bits, choose_for_bytes, cut_by, describe_choice, widened
 from qwenq.planning.sensitivity import SENSITIVITY_NAME, Sensitivity, prior, read_sensitivity
-from qwenq.planning.written import cut_by, widened
 from qwenq.units import format_gb, parse_size, parse_tokens
 
 TargetSize = Annotated[
@@ -87,13 +88,15 @@ class Wanted:
             raise typer.BadParameter(f"{' and '.join(given)} exclude each other")
         if self.asymmetric is not None and self.recipe is not None:
             raise typer.BadParameter("--asymmetric and --recipe exclude each other: the recipe says it unit by unit")
-        if self.asymmetric and given and self.format != "compressed-tensors":
+        form = get_format(check_format(self.format))
+        if self.asymmetric and given and not form.mixes_zero_points:
+            wanted = names_of(other for other in FORMATS.values() if other.mixes_zero_points)
             raise typer.BadParameter(
-                f"--asymmetric with {given[0]} wants --format compressed-tensors: no other mixed format's zero points "
+                f"--asymmetric with {given[0]} wants --format {wanted}: no other mixed format's zero points "
                 "are read by engines"
             )
-        if given and check_format(self.format) not in MIXED_FORMATS:
-            raise typer.BadParameter(f"{given[0]} wants a --format that mixes bits: {' or '.join(MIXED_FORMATS)}")
+        if given and not form.mixes:
+            raise typer.BadParameter(f"{given[0]} wants a --format that mixes bits: {names_of(mixing())}")
         for name, value in (("--context", self.context), ("--engine", self.engine)):
             if value is not None and self.fit is None:
                 raise typer.BadParameter(f"{name} goes with --fit")
@@ -137,6 +140,11 @@ class Wanted:
         path = self.sensitivity
         if path is None and unfinished is not None and self.mixed and (unfinished / SENSITIVITY_NAME).is_file():
             path = unfinished / SENSITIVITY_NAME
+            if file_sha256(path) != Journal.load(unfinished).beside.get(SENSITIVITY_NAME):
+                raise JobError(
+                    f"{path}: damaged, it is not what the journal says was measured",
+                    hint="delete it, and it is measured again",
+                )
         if path is None:
             return None
         found = read_sensitivity(path)
@@ -167,17 +175,21 @@ class Wanted:
             return choose_for_bytes(spec, table, parse_size(self.target_size), dtype_of, self.format)
         if self.bpw is not None:
             return choose_for_bits(spec, table, _bits(self.bpw), dtype_of, self.format)
-        from qwenq.planning.engines import get_engine
-        from qwenq.planning.fitting import choose_for_rig
+        from qwenq.planning.budget import choose_for_rig
+        from qwenq.planning.case import Case, Workload
+        from qwenq.planning.engines.base import ENGINES, get_engine
         from qwenq.planning.rig import parse_rig
-        from qwenq.planning.terms import Workload
+        from qwenq.planning.weights import recipe_weights
 
         assert self.fit is not None
         engine = get_engine(self.engine or "qwenq")
-        if engine.name == "llama.cpp":
-            raise PlanError("--engine llama.cpp reads GGUF, not what this writes", hint="qwenq, transformers or vllm")
+        if engine.needs_gguf:
+            readers = [name for name, kind in ENGINES.items() if not kind.needs_gguf]
+            hint = f"{', '.join(readers[:-1])} or {readers[-1]}"
+            raise PlanError(f"--engine {engine.name} reads GGUF, not what this writes", hint=hint)
         work = Workload(parse_tokens(self.context or "8k"), 1)
-        return choose_for_rig(spec, table, parse_rig(self.fit), engine, work, dtype_of, self.format)
+        case = Case(spec, recipe_weights(spec, Recipe(None)), engine, work, parse_rig(self.fit))
+        return choose_for_rig(case, table, dtype_of, self.format)
 
 
 def _bits(text: str) -> Fraction:

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from qwenq.cli.console import LayerProgress, out, print_json
+from qwenq.cli.format import CARRY_ZERO_POINTS
 from qwenq.cli.models import ComputeDtype, JsonFlag, Model, OneDevice, pick_compute_dtype
 from qwenq.errors import JobError
 from qwenq.formats.base import label_of
@@ -33,7 +34,7 @@ def sensitivity(
     sequence_length: Annotated[int, typer.Option("--sequence-length", min=2, help="Tokens a window.")] = 512,
     seed: Annotated[int, typer.Option(min=0, help="Decides windows and sampled labels.")] = 0,
     asymmetric: Annotated[
-        bool, typer.Option("--asymmetric", help="4 bits with zero points too, which compressed-tensors carries.")
+        bool, typer.Option("--asymmetric", help=f"4 bits with zero points too, which {CARRY_ZERO_POINTS} carries.")
     ] = False,
     device: OneDevice = "auto",
     compute_dtype: ComputeDtype = "auto",

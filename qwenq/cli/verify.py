@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -59,7 +60,8 @@ def verify(
             calibration=calibration,
             listen=lambda line: None if json else print(line, file=sys.stderr, flush=True),
         )  # fmt: skip
-        result = replace(result, layers_made_again=again, findings=tuple(findings))
+        left = tuple(layer for layer in result.layers_not_made_again if layer not in again)
+        result = replace(result, layers_made_again=again, layers_not_made_again=left, findings=tuple(findings))
     if json:
         print_json(result.to_json())
     else:
@@ -70,8 +72,22 @@ def verify(
             read += f", layers {', '.join(map(str, again))} made again" if again else ""
             out.print(f"{directory}: {result.files} files{read}, all as in its manifest", soft_wrap=True, markup=False)
             out.print(f"digest {result.digest}", soft_wrap=True, markup=False)
+            if result.layers_not_made_again:
+                layers = f"layers {_spans(result.layers_not_made_again)}"
+                out.print(f"not made again: {layers} (--all-layers makes every one)", soft_wrap=True, markup=False)
     if result.findings:
         raise typer.Exit(1)
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """Rising numbers with runs of them as `1 to 39`."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and spans[-1][-1] == number - 1:
+            spans[-1] = [spans[-1][0], number]
+        else:
+            spans.append([number])
+    return ", ".join(" to ".join(map(str, span)) for span in spans)
 
 
 def _numbers(text: str) -> list[int] | None:

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwenq.formats.base import Recipe
-from qwenq.formats.qtensor import QTensor
+from qwenq.formats.base import Recipe, get_format
 from qwenq.model.spec import LinearSpec, ModelSpec
 from qwenq.planning.kernels import Choice
 from qwenq.runtime.linear import StoredLinear, packed_linear
+from qwenq.solver.grid import QTensor
 
 
 def synthetic_config(spec: ModelSpec) -> dict[str, Any]:
@@ -53,9 +53,11 @@ class SyntheticWeights:
         if scheme is None:
             weight = self.tensor(lin.name + ".weight", device)
             return StoredLinear(weight if dtype == torch.float32 else weight.to(dtype), bias, dtype), None
-        shape = lin.out_features, scheme.groups(lin.in_features)
+        groups = lin.out_features, scheme.groups(lin.in_features)
         spread = lin.in_features**-0.5 / (scheme.levels / 3.5)  # a uniform code's spread is levels / sqrt(12)
         codes = torch.randint(0, scheme.levels, (lin.out_features, lin.in_features), dtype=torch.uint8, device=device)
-        scales = torch.full(shape, spread, dtype=torch.float16, device=device)
-        zeros = torch.full(shape, scheme.zero, dtype=torch.uint8, device=device)
-        return packed_linear(QTensor(codes, scales, zeros, scheme), bias, dtype, device)
+        scales = torch.full(groups, spread, dtype=torch.float16, device=device)
+        zeros = torch.full(groups, scheme.zero, dtype=torch.uint8, device=device)
+        shape = get_format(self.recipe.format).packed_shape(scheme, lin)
+        assert shape is not None  # codes are integers
+        return packed_linear(QTensor(codes, (scales, zeros), scheme.grid()), shape, bias, dtype, device)
