@@ -21,7 +21,7 @@ from qwenq.formats.base import (
     read_quantization_config,
     stated,
 )
-from qwenq.io.safetensors import TensorSpec, tensor_bytes
+from qwenq.io.safetensors import TensorSpec
 from qwenq.machine import Compute
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.kernels import LayerParts, choose, dense_from, kept, layer_parts, strip_bytes
@@ -118,7 +118,7 @@ def recipe_weights(
         source=source,
         row_groups=declared.row_groups,
         parts=tuple(parts) * repeated,
-        **_outer(spec, dtype),
+        **_outer(spec, recipe.outer_tensors(spec, dtype)),
     )
 
 
@@ -205,11 +205,11 @@ def _widest_linear(spec: ModelSpec, declared: Declared) -> int:
     return 0 if declared.method == "none" else max(lin.parameters for lin in spec.layer_linears(0))
 
 
-def _outer(spec: ModelSpec, dtype: str | Callable[[str], str]) -> dict[str, Any]:
+def _outer(spec: ModelSpec, tensors: Iterable[TensorSpec]) -> dict[str, Any]:
     outer: dict[str, tuple[int, ...]] = {"embed": (), "norm": (), "head": ()}
-    for tensor in spec.outer_tensors():
+    for tensor in tensors:
         key = {spec.embedding_tensor: "embed", spec.norm_tensor: "norm"}.get(tensor.name, "head")
-        outer[key] += (tensor_bytes(dtype if isinstance(dtype, str) else dtype(tensor.name), tensor.shape),)
+        outer[key] += (tensor.nbytes,)
     return outer
 
 
@@ -227,7 +227,7 @@ def _sized_weights(spec: ModelSpec, label: str, sized: SizedOnly, dtype: str) ->
         intermediate_size=spec.intermediate_size,
         source="every tensor of the format, byte for byte",
         row_groups=same_groups(spec, [sized.group_size]),
-        **_outer(spec, dtype),
+        **_outer(spec, spec.outer_tensors(dtype)),
     )
 
 
