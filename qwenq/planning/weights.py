@@ -24,7 +24,7 @@ from qwenq.formats.base import (
 from qwenq.io.safetensors import TensorSpec
 from qwenq.machine import Compute
 from qwenq.model.spec import ModelSpec
-from qwenq.planning.kernels import LayerParts, choose, dense_from, kept, layer_parts, strip_bytes
+from qwenq.planning.kernels import LayerParts, choose, dense_from, kept, layer_parts, row_block_bytes
 from qwenq.planning.tensor_parallel import RowGroups, row_groups, same_groups
 
 
@@ -45,8 +45,8 @@ class Weights:
     source: str
     row_groups: RowGroups = field(default_factory=dict)  # of linears that tensor parallelism cuts by input
     parts: tuple[LayerParts, ...] = ()  # layers as this project's own engine reads them; empty: it keeps them as stored
-    strip_bytes: int = 0  # of `kept`: most that one strip takes while weights are written out
-    strip_rows: int = 1  # of `kept`: rows from which they are
+    row_block_bytes: int = 0  # of `kept`: most that one row block takes while weights are written out
+    dense_from: int = 1  # of `kept`: rows from which they are
 
     def kept(self, compute: Compute) -> Weights:
         """The same with layers as this project's own engine keeps them in memory when it computes like that."""
@@ -61,8 +61,8 @@ class Weights:
                     (*(size for shape in part.packed for size in sizes[shape]), *part.others) for part in self.parts
                 ),
                 parts=(),
-                strip_bytes=max((strip_bytes(shape, compute) for shape in packed), default=0),
-                strip_rows=min((dense_from(choose(s, compute).kind, compute.device) for s in packed), default=1),
+                row_block_bytes=max((row_block_bytes(shape, compute) for shape in packed), default=0),
+                dense_from=min((dense_from(choose(s, compute).kind, compute.device) for s in packed), default=1),
                 source=f"{self.source}, as kernels keep it" if packed else self.source,
             )
         return self._kept[compute]
