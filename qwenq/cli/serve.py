@@ -29,6 +29,7 @@ from qwenq.errors import PlanError, RunError, UsageError
 if TYPE_CHECKING:
     from qwenq.runtime.load import LoadOptions
 
+AUTO = "auto"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -70,15 +71,19 @@ def serve(
     With several hosts vLLM's own Ray commands are printed, to be typed on each of them. With --dry-run a hub name is
     planned for by its headers; nothing is downloaded.
     """
-    if engine not in ("auto", "vllm", "qwenq"):
-        raise UsageError(f"unknown engine {engine!r}", hint="auto, vllm or qwenq")
-    if engine == "qwenq" and (gpu or hosts):
+    from qwenq.planning.engines.base import ENGINES
+
+    kind = ENGINES.get(engine)
+    if engine != AUTO and (kind is None or not kind.started):
+        raise UsageError(f"unknown engine {engine!r}", hint=f"{AUTO}, vllm or qwenq")
+    here = kind is not None and kind.layered
+    if here and (gpu or hosts):
         raise UsageError("--gpu and --hosts are of vLLM's commands", hint="--engine vllm, or leave them out")
     installed = importlib.util.find_spec("vllm") is not None
     options = load_options(
         max_model_len, prefill_chunk, gpu_memory, cpu_memory, offload_dir, kv_cache_dtype, compute_dtype
     )
-    ours = engine == "qwenq" or (engine == "auto" and not (gpu or hosts) and not (installed and _has_gpu()))
+    ours = here or (kind is None and not (gpu or hosts) and not (installed and _has_gpu()))
     name = served_model_name or (Path(model).resolve().name if Path(model).is_dir() else model)
     leads = [h.strip() for h in hosts.split(",") if h.strip()]
     if dry_run and ours:

@@ -63,6 +63,7 @@ class Engine(ABC):
     host_layers_stay: ClassVar[bool] = False  # the CPU computes layers in host memory; else they move to the first GPU
     copies_tied_head: ClassVar[bool] = False  # and keeps the embedding elsewhere
     states_peak: ClassVar[bool] = False  # published runs of it state torch's allocator peak
+    started: ClassVar[bool] = False  # `qwenq serve` starts it
     context_flag: ClassVar[str] = ""  # of a server's command
     utilization_flag: ClassVar[str] = ""
 

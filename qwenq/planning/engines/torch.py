@@ -304,6 +304,7 @@ class QwenqEngine(TorchEngine):
     kv_dtypes: ClassVar = {"auto": 2.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0}
     smaller_kv = "fp8"
     own_chunk = QWENQ_PREFILL_CHUNK
+    started = True
 
     profile: Profile | None = None  # measured on the rig
 
