@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from qwenq.formats.qtensor import QTensor
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -37,7 +38,6 @@ from torch import Tensor
 from qwenq.checkpoint.reader import open_checkpoint
 from qwenq.errors import QwenqError
 from qwenq.formats.base import Recipe, Scheme
-from qwenq.formats.qtensor import QTensor
 from qwenq.machine import host_facts, versions
 from qwenq.model.attention import causal_attention
 from qwenq.planning.kernels import strip_weights

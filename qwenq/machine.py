@@ -112,8 +112,6 @@ def _lines(path: str) -> list[str]:
         return []
 
 
-MOST_LANES = 4  # on a CPU, that share the windows which go through a layer together, each with its own Hessian
-LANES_UP_TO = 8192  # wide FFNs: beyond, products alone keep cores busy, and Hessians are large
 
 
 def free_disk(out: Path) -> int:

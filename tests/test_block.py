@@ -39,15 +39,15 @@ def test_a_stage_within_a_stage_counts_for_itself_alone() -> None:
     assert clock.seconds["outer"] == pytest.approx(0.03, abs=0.02)
 
 
-def test_lanes_take_their_share_of_the_stage_around_them() -> None:
+def test_workers_take_their_share_of_the_stage_around_them() -> None:
     clock = StageClock()
-    with clock.time("outer"), clock.time_in_lane("inner", of="outer", lanes=2, device=torch.device("cpu")):
+    with clock.time("outer"), clock.time_in_worker("inner", of="outer", workers=2, device=torch.device("cpu")):
         time.sleep(0.06)
     assert clock.seconds["inner"] == pytest.approx(0.03, abs=0.01)
     assert clock.seconds["outer"] == pytest.approx(0.03, abs=0.01)
 
 
-def test_eight_bits_alone_and_few_tokens_are_not_pulled() -> None:
+def test_eight_bits_alone_and_few_tokens_are_not_corrected() -> None:
     four, eight = Scheme(4, 64), Scheme(8, 64)
     spec = family_spec("Qwen2.5-0.5B")
     assert spec is not None
@@ -79,7 +79,7 @@ def test_all_windows_count_their_tokens_alike(
             return solve_unit(weights, h_II, *rest, **options)
 
         monkeypatch.setattr("qwenq.solver.parallel.solve_unit", solve)
-        options = SolverOptions(pull_share=share, pull=0.5 if share else 0.0)
+        options = SolverOptions(error_correction_share=share, error_correction=0.5 if share else 0.0)
         quantize(small_job(tiny, tmp_path / str(share), calibration=windows, options=options))
     for none, half, every in zip(*(found[share][:4] for share in (0.0, 0.5, 1.0)), strict=True):
         assert torch.allclose(half, every, rtol=0.05, atol=0.01 * float(every.mean()))

@@ -49,7 +49,7 @@ def test_windows_are_those_that_the_job_reads(
     assert assumed["calibration_windows"] == job["calibration"]["windows"]
     assert assumed["evaluation_windows"] == job["evaluation"]["windows"]
     assert (assumed["calibration_dtype"], assumed["compute_dtype"]) == (job["calibration_dtype"], job["compute_dtype"])
-    assert (assumed["original_windows"] > 0) == (job["options"]["pull"] > 0)
+    assert (assumed["original_windows"] > 0) == (job["options"]["error_correction"] > 0)
 
 
 def test_more_windows_than_there_are(tiny: Path, texts: list[object], calib: Path) -> None:

@@ -78,7 +78,7 @@ def demo(
                 recipe=Recipe(scheme),
                 calibration=None if method == "rtn" else calibration,
                 evaluation=evaluation,
-                options=SolverOptions(method=method, pull=pull),
+                options=SolverOptions(method=method, error_correction=pull),
                 calibration_dtype=pick_calibration_dtype("auto", "cpu"),
                 overlap=None if method == "rtn" else shared,
             )

@@ -14,11 +14,14 @@ from qwenq.cli.console import out, print_json, warn
 from qwenq.cli.models import device_names, pick_calibration_dtype, pick_compute_dtype, stored_dtypes
 from qwenq.cli.recipe import Wanted, prediction_line, recipe_json, recipe_table
 from qwenq.io.safetensors import FLOATS, fingerprint
-from qwenq.machine import LANES_UP_TO, MOST_LANES, total_memory
+from qwenq.machine import total_memory
 from qwenq.model.spec import ModelSpec
 from qwenq.pipeline.preflight import (
     DEFAULT_WINDOWS,
+    MOST_WORKERS,
     SET_TOKENS,
+    WORKERS_UP_TO,
+    PlannedJob,
     Preflight,
     Tokens,
     chosen_pull,
@@ -103,23 +106,25 @@ def dry_run_of(asked: Asked, wanted: Wanted, json: bool) -> None:
     tokens = Tokens(windows, held_out, length, 2 if calibration_dtype == "bfloat16" else 4, share)
     compute_bytes = 2 if compute_dtype == "bfloat16" else 4
     check = preflight(
-        spec,
-        recipe,
-        tokens,
-        compute_bytes=compute_bytes,
-        on_gpu=on_gpu,
-        out=asked.output if asked.output != Path() else Path.cwd() / "out",
-        dtype_of=dtype_of,
-        source_dtype_of=source_dtype_of,
-        source_spec=source_spec,
+        PlannedJob(
+            spec,
+            recipe,
+            tokens,
+            compute_bytes=compute_bytes,
+            on_gpu=on_gpu,
+            out=asked.output if asked.output != Path() else Path.cwd() / "out",
+            dtype_of=dtype_of,
+            source_dtype_of=source_dtype_of,
+            source_spec=source_spec,
+        )
     )
     measuring = None
     if wanted.budgeted and table is None and windows:
         measuring = sensitivity_bytes(spec, length, compute_bytes, on_gpu, bool(wanted.asymmetric))
-    lanes = 1 if on_gpu or spec.intermediate_size > LANES_UP_TO else MOST_LANES
+    workers = 1 if on_gpu or spec.intermediate_size > WORKERS_UP_TO else MOST_WORKERS
     device = asked.device if on_gpu and asked.device != "auto" else place
     original = tokens.original(spec) // length
-    assumed = Assumed(windows, held_out, length, counted, original, calibration_dtype, compute_dtype, device, lanes)
+    assumed = Assumed(windows, held_out, length, counted, original, calibration_dtype, compute_dtype, device, workers)
     warnings += _lacking(check, measuring, asked.output == Path())
     if chosen and wanted.save_recipe is not None:
         from qwenq.planning.recipefile import save_recipe

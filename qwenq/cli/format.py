@@ -48,7 +48,7 @@ def pick_method(format: str, method: str | None) -> str:
     """How to solve: gptq unless told otherwise; some formats are always rounded."""
     if method not in (None, "gptq", "rtn"):
         raise UsageError(f"--method {method}: wanted gptq or rtn")
-    form = get_format(format)
+    form = get_format(check_format(format))
     if not form.solved:
         if method == "gptq":
             raise UsageError(f"--format {format} rounds by {form.method}' own functions", hint="leave --method out")

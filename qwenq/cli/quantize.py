@@ -207,8 +207,8 @@ def quantize(
             method=method,
             damp_percent=DAMP_PERCENT if damp_percent is None else damp_percent,
             fold=fold and method == "gptq",
-            pull=pulled(recipe),
-            pull_share=pull_share,
+            error_correction=pulled(recipe),
+            error_correction_share=pull_share,
         ),
         device=picked,
         compute_dtype=pick_compute_dtype(compute_dtype, picked),
@@ -232,7 +232,7 @@ def quantize(
             if chosen:
                 files = {RECIPE_NAME: encode_recipe(source.spec, chosen).encode()}
                 files |= {SENSITIVITY_NAME: encode_sensitivity(table)} if table else {}
-                options = replace(job.options, pull=pulled(chosen.recipe))
+                options = replace(job.options, error_correction=pulled(chosen.recipe))
                 job = replace(job, recipe=chosen.recipe, options=options, beside=tuple(files.items()))
                 if not json:
                     err.print(recipe_table(source.spec, chosen))

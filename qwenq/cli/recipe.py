@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -15,7 +16,7 @@ from qwenq.cli.format import check_format, uniform_recipe
 from qwenq.errors import JobError, PlanError
 from qwenq.formats.base import FORMATS, Recipe, get_format, label_of, mixing, names_of
 from qwenq.io.durable import file_sha256
-from qwenq.model.spec import UNITS, ModelSpec
+from qwenq.model.spec import ModelSpec
 from qwenq.pipeline.journal import Journal
 from qwenq.planning.budget import Budgeted, choose_for_bits, choose_for_bytes, cut_by, describe_choice, widened
 from qwenq.planning.sensitivity import SENSITIVITY_NAME, Sensitivity, prior, read_sensitivity
@@ -204,9 +205,10 @@ def recipe_table(spec: ModelSpec, found: Budgeted) -> Table:
     title = f"recipe: {format_gb(found.file_bytes)}, {found.bits_per_linear_weight:.3f} bits per linear weight"
     table = Table(title=title)
     table.add_column("layers")
-    for unit in UNITS:
-        table.add_column(unit)
-    rows = [tuple(label_of(found.choice[layer, unit]) for unit in UNITS) for layer in range(spec.num_hidden_layers)]
+    stages = [stage.name for stage in spec.architecture.stages]
+    for stage in stages:
+        table.add_column(stage)
+    rows = [tuple(label_of(found.choice[layer, stage]) for stage in stages) for layer in range(spec.num_hidden_layers)]
     start = 0
     for layer, row in enumerate(rows):
         if layer + 1 == len(rows) or rows[layer + 1] != row:
@@ -225,8 +227,8 @@ def recipe_json(found: Budgeted) -> dict[str, Any]:
         "file_bytes": found.file_bytes,
         "bits_per_linear_weight": found.bits_per_linear_weight,
         "layers": [
-            {unit: label_of(found.choice[layer, unit]) for unit in UNITS}
-            for layer in range(len(found.choice) // len(UNITS))
+            {stage: label_of(scheme) for (_, stage), scheme in row}
+            for _, row in itertools.groupby(found.choice.items(), key=lambda item: item[0][0])
         ],
     }
 

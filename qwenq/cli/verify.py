@@ -52,10 +52,10 @@ def verify(
     again: tuple[int, ...] = ()
     if source is not None and layers != "none" and not result.findings:
         from qwenq.checkpoint.manifest import read_manifest
-        from qwenq.pipeline.reproduce import rederive
+        from qwenq.pipeline.reproduce import reproduce
 
         manifest, _ = read_manifest(directory)
-        again, findings = rederive(
+        again, findings = reproduce(
             directory, source, manifest, range(len(manifest["layers"])) if all_layers else chosen,
             calibration=calibration,
             listen=lambda line: None if json else print(line, file=sys.stderr, flush=True),

@@ -17,7 +17,7 @@ from qwenq.io.tensors import DTYPE_NAMES
 from qwenq.machine import numerics
 from qwenq.pipeline.block import SolverOptions, passes
 from qwenq.pipeline.preflight import original_windows
-from qwenq.pipeline.workers import Replicas
+from qwenq.pipeline.workers import Workers
 from qwenq.results import BlockResult, DriftReport
 from qwenq.text.tokens import TokenWindows
 
@@ -51,8 +51,8 @@ class QuantizeJob:
     evaluation: TokenWindows
     options: SolverOptions = field(default_factory=SolverOptions)
     device: str = "cpu"  # or GPUs that share the work: cuda:0,cuda:1
-    compute_dtype: str = "float32"  # of evaluation streams
-    calibration_dtype: str = "float32"  # of calibration streams; Hessians and solving are always in float32
+    compute_dtype: str = "float32"  # of the evaluation windows' hidden states
+    calibration_dtype: str = "float32"  # of calibration's; Hessians and solving are always in float32
     dtype: str = "auto"  # of tensors that are not quantized; auto keeps the source's bytes
     seed: int = 0
     overlap: float | None = None  # share of the evaluation text that is also in the calibration text
@@ -72,23 +72,23 @@ class QuantizeJob:
 
     @property
     def original_windows(self) -> int:
-        """Calibration windows that run through the 16-bit layers too; 0 when nothing is pulled towards these."""
-        if self.calibration is None or self.options.pull == 0:
+        """Calibration windows that run through the 16-bit layers too; 0 without error correction."""
+        if self.calibration is None or self.options.error_correction == 0:
             return 0
         windows, length = self.calibration.ids.shape
-        return original_windows(self.source.spec, windows, length, self.options.pull_share)
+        return original_windows(self.source.spec, windows, length, self.options.error_correction_share)
 
-    def passes(self, stream: str) -> list[range] | None:
-        """In which ranges of windows a stream of calibration tokens goes through a layer; None for another stream."""
-        if self.calibration is None or stream not in ("calibration", "original"):
+    def passes(self, name: str) -> list[range] | None:
+        """In which ranges of windows hidden states of calibration go through a layer; None for others."""
+        if self.calibration is None or name not in ("calibration", "original"):
             return None
-        pulled = self.original_windows
-        return passes(len(self.calibration.ids) if stream == "calibration" else pulled, pulled)
+        corrected = self.original_windows
+        return passes(len(self.calibration.ids) if name == "calibration" else corrected, corrected)
 
-    def replicas(self, dtype: torch.dtype, windows: TokenWindows | None) -> Replicas:
-        """Lanes on the job's devices for these windows, or for those of the evaluation."""
+    def workers(self, dtype: torch.dtype, windows: TokenWindows | None) -> Workers:
+        """Workers on the job's devices for these windows, or for those of the evaluation."""
         spec, length = self.source.spec, (windows or self.evaluation).ids.shape[1]
-        return Replicas(self.source.config, spec, dtype=dtype, window_tokens=length, devices=self.devices)
+        return Workers(self.source.config, spec, dtype=dtype, window_tokens=length, devices=self.devices)
 
     def stored_dtype(self, name: str) -> str:
         """safetensors dtype in which tensor `name` is written when it is not quantized."""

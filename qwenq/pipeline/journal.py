@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from qwenq.checkpoint.manifest import JOURNAL_NAME, LOCK_NAME
+from qwenq.checkpoint.manifest import JOURNAL_NAME, LOCK_NAME, current_names
 from qwenq.errors import JobError, printable
 from qwenq.io.durable import TORN_ENDING, write_bytes
 
@@ -62,6 +62,7 @@ class Journal:
             raise JobError(f"{path}: its first line {damage}", hint=f"delete {directory} and start anew")
         journal = Journal(path, rows, len(lines) - len(rows))
         journal._check = check
+        rows[0]["job"] = current_names(rows[0]["job"])
         return journal
 
     @property

@@ -285,9 +285,11 @@ class ServerEngine(Engine):
 
     def rank_weights(self, case: Case, share: Share) -> int:
         """Bytes of a rank's weights: fused linears cut by rank, norms whole, one rotary table; allocator rounding."""
-        spec, weights = case.spec, case.weights
-        r, h, i = share.ranks, spec.hidden_size, weights.intermediate_size
-        shapes = ((spec.q_size + 2 * spec.kv_size) * h, spec.q_size * h, 2 * i * h, i * h)
+        spec, weights, r = case.spec, case.weights, share.ranks
+        stored_spec = replace(spec, intermediate_size=weights.intermediate_size)
+        shapes = [
+            sum(lin.parameters for lin in stored_spec.stage_linears(0, stage)) for stage in spec.architecture.stages
+        ]
         sizes: list[int] = [part // r for part in weights.embed] if share.embed else []
         for layer in share.layers:
             stored = weights.layer_bytes[layer]
