@@ -34,7 +34,7 @@ Fit = Annotated[
 ]
 Context = Annotated[str | None, typer.Option("--context", "-c", help="Tokens --fit leaves room for. Default 8k.")]
 FitEngine = Annotated[
-    str | None, typer.Option("--engine", help="Engine that --fit plans for: qwenq, transformers or vllm.")
+    str | None, typer.Option("--engine", help="Engine that --fit plans for: qwenq, transformers, vllm or sglang.")
 ]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A recipe file, perhaps edited.")]
 SensitivityFile = Annotated[
@@ -178,16 +178,16 @@ class Wanted:
             return choose_for_bits(spec, table, _bits(self.bpw), dtype_of, self.format)
         from qwenq.planning.budget import choose_for_rig
         from qwenq.planning.case import Case, Workload
-        from qwenq.planning.engines.base import ENGINES, get_engine
+        from qwenq.planning.engines.base import engine_names, get_engine
         from qwenq.planning.rig import parse_rig
         from qwenq.planning.weights import recipe_weights
 
         assert self.fit is not None
         engine = get_engine(self.engine or "qwenq")
         if engine.needs_gguf:
-            readers = [name for name, kind in ENGINES.items() if not kind.needs_gguf]
-            hint = f"{', '.join(readers[:-1])} or {readers[-1]}"
-            raise PlanError(f"--engine {engine.name} reads GGUF, not what this writes", hint=hint)
+            raise PlanError(
+                f"--engine {engine.name} reads GGUF, not what this writes", hint=engine_names(checkpoints=True)
+            )
         work = Workload(parse_tokens(self.context or "8k"), 1)
         case = Case(spec, recipe_weights(spec, Recipe(None)), engine, work, parse_rig(self.fit))
         return choose_for_rig(case, table, dtype_of, self.format)

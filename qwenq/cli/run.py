@@ -201,7 +201,7 @@ def _answer(found: Loaded, session: Session, chat: Chat, ids: list[int], samplin
             yield token
 
     text = ""
-    for part in chat.stream(noted()):
+    for part in chat.stream(noted(), ids):
         text += part
         if not json:
             print(part, end="", flush=True)
@@ -271,7 +271,7 @@ def _answer_foreign(engine: ForeignEngine, chat: Chat, ids: list[int], sampling:
     timing = Timing()
     with redirect_stdout(sys.stderr):
         tokens = list(engine.generate(ids, sampling, chat.stop_ids, timing))
-    text = "".join(chat.stream(tokens))
+    text = "".join(chat.stream(tokens, ids))
     if json:
         print_json({"text": text, "token_ids": tokens, "timing": timing.to_json(), "engine": engine.name})
         return

@@ -480,6 +480,12 @@ def register(engine: type[Engine]) -> type[Engine]:
     return engine
 
 
+def engine_names(*, checkpoints: bool = False) -> str:
+    """`qwenq, transformers or vllm`; `checkpoints`: of those alone that load safetensors checkpoints."""
+    *names, last = (name for name, kind in ENGINES.items() if not (checkpoints and kind.needs_gguf))
+    return f"{', '.join(names)} or {last}"
+
+
 def get_engine(name: str, version: str = "", libraries: Mapping[str, str] | None = None) -> Engine:
     """The engine called `name`, at `version` or the newest one the facts were checked for."""
     if name not in ENGINES:
