@@ -18,6 +18,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from qwenq.cli.main import app
+from qwenq.cli.main import command as load_command
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "120", "TERM": "dumb"}
 
@@ -27,7 +28,7 @@ def run(*arguments: object) -> Result:
 
 
 def options_of(command: str) -> set[str]:
-    parameters = typer.main.get_command(app).commands[command].params
+    parameters = load_command(command).params
     return {option for p in parameters if p.param_type_name == "option" for option in (*p.opts, *p.secondary_opts)}
 
 
@@ -58,7 +59,7 @@ def test_the_options_are_frozen() -> None:
     ],
 )  # fmt: skip
 def test_arguments_are_called_alike(command: str, words: list[str]) -> None:
-    parameters = typer.main.get_command(app).commands[command].params
+    parameters = load_command(command).params
     assert [p.metavar for p in parameters if p.param_type_name == "argument"] == words
 
 
