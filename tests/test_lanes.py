@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import small_job
+from qwenq.cli.models import pick_device
 
 from qwenq.checkpoint.reader import open_checkpoint
-from qwenq.cli.models import pick_device
 from qwenq.errors import PlanError
 from qwenq.formats.base import Scheme
 from qwenq.model.layer import Network

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
+from qwenq import api
 from qwenq.cli.console import out as stdout
 from qwenq.cli.console import print_json
-from qwenq.cli.format import check_format
-from qwenq.cli.models import JsonFlag
+from qwenq.cli.options import JsonFlag
 from qwenq.units import format_gb, format_seconds
 
 
@@ -26,12 +26,7 @@ def convert(
 
     Between gptq, awq and compressed-tensors; refused when the format cannot hold the codes (awq: one 4-bit scheme).
     """
-    check_format(format)
-
-    from qwenq.checkpoint.reader import open_checkpoint
-    from qwenq.pipeline.convert import convert as run
-
-    made = run(open_checkpoint(source), out, format)
+    made = api.convert(source, out, format)
     if json:
         print_json(made.to_json())
         return

@@ -74,12 +74,16 @@ COMMANDS = {
         "vram", "vram_app",
         "Memory a model needs on a rig. `qwenq vram MODEL` is short for `qwenq vram estimate MODEL`.",
     ),
-    "plan": Entry("plan", "plan", "Plan MODEL on a rig. Exit code 3 when it does not fit; the plan is printed all the same."),
+    "plan": Entry(
+        "plan", "plan", "Plan MODEL on a rig. Exit code 3 when it does not fit; the plan is printed all the same."
+    ),
 }  # fmt: skip
 # Subcommands that are defined in modules of their own.
 SUBCOMMANDS = {
     "vram": {
-        "measure": Entry("measure", "measure", "Run a model at each context and print its real peaks beside the estimate.")
+        "measure": Entry(
+            "measure", "measure", "Run a model at each context and print its real peaks beside the estimate."
+        ),
     },
 }  # fmt: skip
 RENAMED_FLAGS = {"--pull": "--error-correction", "--pull-share": "--error-correction-share"}
@@ -147,7 +151,7 @@ class _Commands(TyperGroup):
 
 
 def _read_plainly(command: Any) -> None:
-    """Make a command take plain values as they are: Typer reads each by pydantic, whose import takes longer than a plan.
+    """Make a command take plain values as they are: Typer reads each by pydantic, whose import outlasts a plan.
 
     Whatever is not plainly right is left to Typer, which says what is wrong. Older versions of it know no pydantic.
     """

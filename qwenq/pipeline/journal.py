@@ -17,6 +17,7 @@ from typing import IO, Any
 from qwenq.checkpoint.manifest import JOURNAL_NAME, LOCK_NAME
 from qwenq.errors import JobError
 from qwenq.io.durable import TORN_ENDING, write_bytes
+from qwenq.pipeline.config import current_job
 
 
 class Journal:
@@ -51,8 +52,8 @@ class Journal:
 
     @property
     def job(self) -> dict[str, Any]:
-        job: dict[str, Any] = self.rows[0]["job"]
-        return job
+        """Everything that decides the output, as `QuantizeJob.describe` gives it."""
+        return current_job(self.rows[0]["job"])
 
     @property
     def layers(self) -> list[dict[str, Any]]:

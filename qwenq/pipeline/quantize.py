@@ -35,11 +35,12 @@ from qwenq.machine import forget_peak_rss, host_facts, keep_freed_memory, peak_r
 from qwenq.pipeline.activations import Streams, new_streams
 from qwenq.pipeline.block import BlockSolver, CalibrationStreams, round_block, round_bnb_layer
 from qwenq.pipeline.card import CARD_NAME, model_card
+from qwenq.pipeline.config import tokens_of
 from qwenq.pipeline.evaluate import HeadWeights, measure_drift
 from qwenq.pipeline.job import DTYPES, QuantizeJob, QuantizeResult, partial_directory, refuse_place
 from qwenq.pipeline.journal import Journal, locked, never_begun, refuse_changes
 from qwenq.pipeline.monitor import StageClock, memory_errors
-from qwenq.pipeline.preflight import Tokens, preflight
+from qwenq.pipeline.preflight import preflight
 from qwenq.pipeline.workers import Replicas
 from qwenq.results import BlockResult, DriftReport, LayerResult, finite_json
 from qwenq.solver.equalize import FoldedLayer
@@ -92,15 +93,9 @@ def check_places(job: QuantizeJob, resume: bool) -> None:
     check = preflight(
         job.source.spec,
         job.recipe,
-        Tokens(
-            job.calibration.ids.shape[0] if job.calibration else 0,
-            job.evaluation.ids.shape[0],
-            job.evaluation.ids.shape[1],
-            DTYPES[job.calibration_dtype].itemsize,
-            job.options.pull_share if job.options.pull else 0.0,
-        ),
-        compute_bytes=DTYPES[job.compute_dtype].itemsize,
-        on_gpu=job.device != "cpu",
+        tokens_of(job.config, job.windows),
+        compute_bytes=DTYPES[job.config.compute_dtype].itemsize,
+        on_gpu=job.config.device != "cpu",
         out=job.out,
         dtype_of=job.stored_dtype,
         source_dtype_of=job.source.dtype_of,
@@ -119,19 +114,19 @@ class _Run:
     def __init__(self, job: QuantizeJob, work: Path, resume: bool, listen: Listener) -> None:
         self.job, self.work, self.listen = job, work, listen
         self.spec = job.source.spec
-        self.dtype = DTYPES[job.compute_dtype]
+        self.dtype = DTYPES[job.config.compute_dtype]
         self.files = list(output_files(self.spec, job.recipe, job.stored_dtype))
         self.config = dict(job.source.config) | {
             "quantization_config": quantization_config(
                 job.recipe, self.spec, damp_percent=job.options.damp_percent, method=job.options.method
             )
         }
-        if job.dtype != "auto":
+        if job.config.dtype != "auto":
             self.config.pop("torch_dtype", None)
-            self.config["dtype"] = job.dtype
+            self.config["dtype"] = job.config.dtype
         self.network = job.replicas(self.dtype, job.evaluation)
         self.float32 = job.replicas(torch.float32, job.evaluation) if self.dtype != torch.float32 else None
-        self.calibrator = job.replicas(DTYPES[job.calibration_dtype], job.calibration)
+        self.calibrator = job.replicas(DTYPES[job.config.calibration_dtype], job.calibration)
         self.resume = resume
 
     # -------------------------------------------------------------- the whole
@@ -273,7 +268,7 @@ class _Run:
 
     def _drift(self, streams: Streams) -> DriftReport:
         reference = HeadWeights(self.job.source)
-        quantized = HeadWeights(self.job.source, self.job.convert) if self.job.dtype != "auto" else reference
+        quantized = HeadWeights(self.job.source, self.job.convert) if self.job.config.dtype != "auto" else reference
         return measure_drift(self.network.first, reference, quantized, streams.states, self.job.evaluation)
 
     def _finish(self, journal: Journal, outer: dict[str, str], drift: DriftReport, started: float) -> QuantizeResult:
