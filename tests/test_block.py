@@ -13,7 +13,7 @@ from conftest import small_job, text_windows
 
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.model.spec import family_spec
-from qwenq.pipeline.block import SolverOptions, batches
+from qwenq.pipeline.block import batches
 from qwenq.pipeline.monitor import StageClock
 from qwenq.pipeline.preflight import default_pull
 from qwenq.pipeline.quantize import quantize
@@ -79,8 +79,8 @@ def test_all_windows_count_their_tokens_alike(
             return solve_unit(weights, h_II, *rest, **options)
 
         monkeypatch.setattr("qwenq.solver.parallel.solve_unit", solve)
-        options = SolverOptions(pull_share=share, pull=0.5 if share else 0.0)
-        quantize(small_job(tiny, tmp_path / str(share), calibration=windows, options=options))
+        options = {"error_correction_share": share, "error_correction": 0.5 if share else 0.0}
+        quantize(small_job(tiny, tmp_path / str(share), calibration=windows, **options))
     for none, half, every in zip(*(found[share][:4] for share in (0.0, 0.5, 1.0)), strict=True):
         assert torch.allclose(half, every, rtol=0.05, atol=0.01 * float(every.mean()))
         assert torch.allclose(half, none, rtol=0.05, atol=0.01 * float(every.mean()))

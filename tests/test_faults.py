@@ -290,7 +290,7 @@ def test_out_of_memory_is_one_line_and_the_job_goes_on_later(
     job = small_job(source, tmp_path / "out")
     said = 'CUDA out of memory. Tried to allocate 2.50 GiB. GPU 1 has a total capacity of 23.99 GiB'
     with monkeypatch.context() as patched:
-        patched.setattr("qwenq.runtime.peaks.torch.cuda.mem_get_info", lambda device: (1 << 30, 24 << 30))
+        patched.setattr("torch.cuda.mem_get_info", lambda device: (1 << 30, 24 << 30))
         patched.setattr("qwenq.pipeline.monitor.gpu_kind", lambda index: "RTX 3090")
         real, calls = qwenq.pipeline.quantize.make_layer, []
 
@@ -315,7 +315,7 @@ def test_out_of_memory_of_a_cpu_says_how_much(monkeypatch: pytest.MonkeyPatch, t
 
     checkpoint = open_checkpoint(tiny)
     monkeypatch.setattr("qwenq.pipeline.workers.Replicas.run_layer", full)
-    monkeypatch.setattr("qwenq.machine.available_ram", lambda: 1 << 30)
+    monkeypatch.setattr("qwenq.pipeline.monitor.available_ram", lambda: 1 << 30)
     with pytest.raises(RunError) as caught:
         evaluate(checkpoint, checkpoint, text_windows(heldout, tiny, 64, 2))
     short = "needs 3.00 GiB more, 1.00 GiB are free: 2.00 GiB short"

@@ -18,7 +18,6 @@ from qwenq.cli.main import app
 from qwenq.errors import PlanError
 from qwenq.formats.base import FORMATS, INT8_ROWS, NF4, Recipe, Scheme
 from qwenq.model.layer import model_config
-from qwenq.pipeline.block import SolverOptions
 from qwenq.pipeline.evaluate import evaluate
 from qwenq.pipeline.preflight import Tokens, preflight
 from qwenq.pipeline.quantize import quantize
@@ -46,7 +45,7 @@ RECIPES = {
 
 def job_of(recipe: Recipe, source: Path, out: Path, **changes: Any) -> Any:
     if recipe.format.startswith("bnb"):
-        changes |= {"calibration": None, "options": SolverOptions(method="rtn")}
+        changes |= {"calibration": None, "method": "rtn"}
     return small_job(source, out, recipe=recipe, **changes)
 
 

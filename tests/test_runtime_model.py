@@ -18,10 +18,10 @@ from qwenq.checkpoint.reader import Checkpoint, open_checkpoint
 from qwenq.errors import CheckpointError, RunError, UsageError
 from qwenq.formats.base import INT8_ROWS, NF4, Recipe, Scheme
 from qwenq.model.layer import model_config
+from qwenq.pipeline import monitor
 from qwenq.pipeline.quantize import quantize
 from qwenq.planning.offload import host_map, spill_to_disk
 from qwenq.planning.weights import header_weights
-from qwenq.runtime import peaks as memory
 from qwenq.runtime.cache import FP8, KvCache
 from qwenq.runtime.generate import Sampling, Session, Timing, next_token
 from qwenq.runtime.load import LoadOptions, loaded, plan_load
@@ -68,9 +68,8 @@ def close(found: Tensor, wanted: Tensor, limit: float) -> bool:
 
 
 def quantized(source: Path, out: Path, recipe: Recipe, **changes: Any) -> Checkpoint:
-    from qwenq.pipeline.block import SolverOptions
 
-    quantize(small_job(source, out, recipe=recipe, calibration=None, options=SolverOptions(method="rtn"), **changes))
+    quantize(small_job(source, out, recipe=recipe, calibration=None, method="rtn", **changes))
     return open_checkpoint(out)
 
 
@@ -235,7 +234,7 @@ def test_a_cpu_too_small_uses_the_disk_or_says_what_is_missing(random_model: Mak
 @pytest.mark.parametrize("failure", [MemoryError(), RuntimeError("[enforce fail] can't allocate memory: 9 bytes")])
 def test_out_of_memory_is_one_line(failure: Exception, random_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = open_checkpoint(random_model())
-    monkeypatch.setattr(memory, "available_ram", lambda: 1000)
+    monkeypatch.setattr(monitor, "available_ram", lambda: 1000)
 
     def fail(*unused: object, **more: object) -> None:
         raise failure
@@ -251,7 +250,7 @@ def test_out_of_memory_is_one_line(failure: Exception, random_model: Make, monke
 
 
 def test_other_failures_are_not_called_out_of_memory() -> None:
-    with pytest.raises(RuntimeError, match="mat1"), memory.memory_errors("x", torch.device("cpu"), 1, ""):
+    with pytest.raises(RuntimeError, match="mat1"), monitor.memory_errors("x", torch.device("cpu"), 1, ""):
         torch.zeros(2, 3) @ torch.zeros(2, 3)
 
 

@@ -16,6 +16,7 @@ from qwenq.formats.base import Recipe, Scheme
 from qwenq.machine import Compute
 from qwenq.model import devices
 from qwenq.model.spec import ModelSpec, family_spec
+from qwenq.pipeline import monitor
 from qwenq.planning.engines import get_engine
 from qwenq.planning.offload import host_map
 from qwenq.planning.placement import place
@@ -146,11 +147,11 @@ def test_devices_are_called_as_the_plan_calls_them(monkeypatch: pytest.MonkeyPat
     properties = SimpleNamespace(total_memory=24 * GIB, major=8, minor=6)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     plan, _ = planned(of("Qwen2.5-32B"), parse_rig("2x RTX 3090"), 4096)
-    assert [memory.device_name(torch.device("cuda", index)) for index in (0, 1)] == list(plan.predicted)
-    assert memory.device_name("cpu") == "CPU"
+    assert [monitor.device_name(torch.device("cuda", index)) for index in (0, 1)] == list(plan.predicted)
+    assert monitor.device_name("cpu") == "CPU"
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (GIB, 24 * GIB))
     text = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 1 has a total capacity of 23.58 GiB of which ..."
-    with pytest.raises(RunError) as caught, memory.memory_errors("computing", torch.device("cuda", 0), 7, "less"):
+    with pytest.raises(RunError) as caught, monitor.memory_errors("computing", torch.device("cuda", 0), 7, "less"):
         raise torch.OutOfMemoryError(text)
     assert caught.value.message == (
         "GPU 1 RTX 3090: out of memory while computing: needs 2.50 GiB more, 1.00 GiB are free: 1.50 GiB short"

@@ -21,168 +21,176 @@ Model = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="A checkpoint directory, or a hub name such as Qwen/Qwen2.5-7B-Instruct."),
 ]
-JsonFlag = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object instead of tables.", rich_help_panel=JOB)
-]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.", rich_help_panel=JOB)]
 Device = Annotated[
     str,
-    typer.Option(help="auto: every GPU there is, else cpu; or cpu, cuda:N, cuda:N,cuda:M.", rich_help_panel=MACHINE),
+    typer.Option(
+        help="cpu, cuda:N or cuda:N,cuda:M; auto: every GPU there is, or cpu.",
+        metavar="DEVICE", show_default=False, rich_help_panel=MACHINE,
+    ),
+]  # fmt: skip
+OneDevice = Annotated[
+    str,
+    typer.Option(
+        "--device", help="auto, cpu or cuda:N.", metavar="DEVICE", show_default=False, rich_help_panel=MACHINE
+    ),
 ]
-OneDevice = Annotated[str, typer.Option("--device", help="auto, cpu or cuda:N.", rich_help_panel=MACHINE)]
 ComputeDtype = Annotated[
     str,
-    typer.Option(help="float32 or bfloat16; auto: float32 on a CPU, bfloat16 on a GPU.", rich_help_panel=MACHINE),
-]
-SequenceLength = Annotated[int, typer.Option(min=2, help="Tokens a window.", rich_help_panel=TEXT)]
+    typer.Option(
+        help="Of activations: float32 (auto on a CPU), bfloat16 (on a GPU).",
+        metavar="DTYPE", show_default=False, rich_help_panel=MACHINE,
+    ),
+]  # fmt: skip
+SequenceLength = Annotated[int, typer.Option(help="Tokens a window.", min=2, metavar="N", rich_help_panel=TEXT)]
 Calibration = Annotated[
-    str, typer.Option(help="A set's name, or a .txt, .jsonl, .parquet or .npy file.", rich_help_panel=TEXT)
+    str,
+    typer.Option(
+        help="A set's name, or a .txt, .jsonl, .parquet, .npy file.", metavar="TEXT", rich_help_panel=TEXT
+    ),
 ]
 
 # ---------------------------------------------------------------------- quantize
 
-Output = Annotated[Path, typer.Option("--output", "-o", help="Directory to make.", rich_help_panel=JOB)]
-Bits = Annotated[int | None, typer.Option(help="4 or 8, for every linear. Default 4.", rich_help_panel=BITS)]
+Output = Annotated[
+    Path,
+    typer.Option(
+        "--output", "-o", help="Directory to make.", metavar="DIR", show_default=False, rich_help_panel=JOB
+    ),
+]
+Bits = Annotated[
+    int | None, typer.Option(help="4 or 8, for every linear. Default 4.", metavar="N", rich_help_panel=BITS)
+]
 GroupSize = Annotated[
     int | None,
     typer.Option(
-        help="Columns that share a scale: 128, 64, 32, or -1 for the row. Default 128.", rich_help_panel=BITS
+        help="Columns a scale: 128, 64, 32, -1 (row). Default 128.", metavar="N", rich_help_panel=BITS
     ),
 ]
 Format = Annotated[
     str,
     typer.Option(
-        "--format",
-        help="gptq, awq (4-bit), compressed-tensors, bnb-nf4 or bnb-int8 (no calibration).",
-        rich_help_panel=BITS,
+        "--format", help="gptq, awq, compressed-tensors, bnb-nf4, bnb-int8.", metavar="NAME", rich_help_panel=BITS
     ),
 ]
 Asymmetric = Annotated[
     bool | None,
     typer.Option(
-        "--asymmetric/--symmetric",
-        help="With or without zero points of each group's own. Default: asymmetric for awq, else symmetric (vLLM).",
-        rich_help_panel=BITS,
+        "--asymmetric/--symmetric", help="Zero points for each group. Default: only for awq.", rich_help_panel=BITS
     ),
 ]
 PadForTp = Annotated[
     int | None,
     typer.Option(
-        min=1,
-        help="Widen the FFN with zeros so that groups never straddle so many GPUs; the function stays.",
-        rich_help_panel=BITS,
+        help="Widen the FFN with zeros to split on so many GPUs.", min=1, metavar="GPUS", rich_help_panel=BITS
     ),
 ]
 TargetSize = Annotated[
     str | None,
     typer.Option(
-        help="Best mixed bits whose shard files are at most so large, e.g. 47GB.", rich_help_panel=BUDGET
+        help="Best mixed bits of shard files at most so large, e.g. 47GB.", metavar="SIZE", rich_help_panel=BUDGET
     ),
 ]
 BitsPerWeight = Annotated[
     str | None,
     typer.Option(
-        "--bpw",
-        help="Best mixed bits of at most so many stored bits per linear weight, e.g. 5.",
-        rich_help_panel=BUDGET,
+        "--bpw", help="Best mixed bits of at most so many a linear weight, e.g. 5.",
+        metavar="BITS", rich_help_panel=BUDGET,
     ),
-]
+]  # fmt: skip
 Fit = Annotated[
     str | None,
-    typer.Option(help='Best mixed bits that fit a rig with --context, e.g. "2x RTX 3090".', rich_help_panel=BUDGET),
+    typer.Option(
+        help='Best mixed bits that fit a rig, e.g. "2x RTX 3090".', metavar="RIG", rich_help_panel=BUDGET
+    ),
 ]
 Context = Annotated[
     str | None,
-    typer.Option("--context", "-c", help="Tokens --fit leaves room for. Default 8k.", rich_help_panel=BUDGET),
+    typer.Option(
+        "--context", "-c", help="Tokens that --fit leaves room for. Default 8k.", metavar="N", rich_help_panel=BUDGET
+    ),
 ]
 FitEngine = Annotated[
     str | None,
-    typer.Option("--engine", help="Engine that --fit plans for: qwenq, transformers or vllm.", rich_help_panel=BUDGET),
+    typer.Option(
+        "--engine", help="Engine of --fit: qwenq, transformers or vllm.", metavar="NAME", rich_help_panel=BUDGET
+    ),
 ]
 RecipeFile = Annotated[
-    Path | None, typer.Option(help="A recipe file, perhaps edited.", rich_help_panel=BUDGET)
+    Path | None, typer.Option(help="A recipe file, perhaps edited.", metavar="FILE", rich_help_panel=BUDGET)
 ]
 SensitivityFile = Annotated[
     Path | None,
-    typer.Option(help="A table that `qwenq sensitivity` wrote for this model.", rich_help_panel=BUDGET),
+    typer.Option(
+        help="A table that `qwenq sensitivity` wrote for this model.", metavar="FILE", rich_help_panel=BUDGET
+    ),
 ]
 SaveRecipe = Annotated[
     Path | None,
     typer.Option(
-        help="With --dry-run: write the recipe there, to edit and give back.", rich_help_panel=BUDGET
+        help="With --dry-run: write the recipe there, to edit and give back.", metavar="FILE", rich_help_panel=BUDGET
     ),
 ]
 NumSamples = Annotated[
     int | None,
     typer.Option(
-        "--num-samples", "-n", min=1, help="Calibration windows. Default: all, at most 128.", rich_help_panel=TEXT
+        "--num-samples", "-n", help="Calibration windows. Default: all, at most 128.",
+        min=1, metavar="N", rich_help_panel=TEXT,
     ),
-]
-Seed = Annotated[
-    int, typer.Option(min=0, help="Decides which calibration windows are drawn.", rich_help_panel=TEXT)
-]
-EvalText = Annotated[
-    str, typer.Option(help="Held-out text for the drift: a set's name or a file.", rich_help_panel=TEXT)
-]
+]  # fmt: skip
+Seed = Annotated[int, typer.Option(help="Decides which windows are drawn.", min=0, metavar="N", rich_help_panel=TEXT)]
+EvalText = Annotated[str, typer.Option(help="Held-out text for the divergence.", metavar="TEXT", rich_help_panel=TEXT)]
 EvalSamples = Annotated[
-    int | None, typer.Option(min=1, help="Held-out windows. Default: all, at most 20.", rich_help_panel=TEXT)
+    int | None,
+    typer.Option(
+        help="Held-out windows. Default: all, at most 20.", min=1, metavar="N", rich_help_panel=TEXT
+    ),
 ]
 Method = Annotated[
-    str | None,
-    typer.Option(
-        help="gptq (default), or rtn: round to nearest, the baseline, without calibration.", rich_help_panel=SOLVER
-    ),
+    str | None, typer.Option(help="gptq (default) or rtn, rounding to nearest.", metavar="NAME", rich_help_panel=SOLVER)
 ]
 DampPercent = Annotated[
     float | None,
     typer.Option(
-        min=0.0,
-        max=1.0,
-        help="Damping, as a share of the mean Hessian diagonal. Default: 0.02 (2 %).",
-        rich_help_panel=SOLVER,
+        help="Damping, of the mean Hessian diagonal. Default 0.02.",
+        min=0.0, max=1.0, metavar="SHARE", rich_help_panel=SOLVER,
     ),
-]
+]  # fmt: skip
 Fold = Annotated[
     bool,
     typer.Option(
-        "--fold/--no-fold",
-        help="Fold channel scales into norms and up_proj: less is lost. --no-fold keeps norms as they are, for LoRA "
-        "adapters of the original model.",
-        rich_help_panel=SOLVER,
+        "--fold/--no-fold", help="Channel scales in norms and up_proj; off: LoRA fits.",
+        show_default=False, rich_help_panel=BITS,
     ),
-]
+]  # fmt: skip
 ErrorCorrection = Annotated[
     float | None,
     typer.Option(
-        min=0.0,
-        max=1.0,
-        help="How far o and down answer for what earlier layers lost. Default: 1; 0 for 8 bits or too few calibration "
-        "tokens. 0 saves a pass.",
-        rich_help_panel=SOLVER,
+        help="Strength, for o and down. Default: 1; 0 where all is in 8 bits or there is little text.",
+        min=0.0, max=1.0, metavar="X", rich_help_panel=SOLVER,
     ),
-]
+]  # fmt: skip
 ErrorCorrectionShare = Annotated[
     float,
     typer.Option(
-        min=0.0,
-        max=1.0,
-        help="Share of the calibration windows that it is read from. 1 loses less and takes longer.",
-        rich_help_panel=SOLVER,
+        help="Share of the calibration windows that it reads; 1 loses less and takes longer.",
+        min=0.0, max=1.0, metavar="SHARE", rich_help_panel=SOLVER,
     ),
-]
+]  # fmt: skip
 CalibrationDtype = Annotated[
     str,
     typer.Option(
-        help="float32 or bfloat16, of calibration activations; auto: bfloat16 where it is computed natively.",
-        rich_help_panel=MACHINE,
+        help="Of calibration: float32, bfloat16 (auto where native).",
+        metavar="DTYPE", show_default=False, rich_help_panel=MACHINE,
     ),
-]
+]  # fmt: skip
 StoredDtype = Annotated[
     str,
     typer.Option(
-        help="Convert tensors that are not quantized: float16 or bfloat16; auto keeps their bytes.",
-        rich_help_panel=MACHINE,
+        help="Of unquantized tensors: float16, bfloat16; auto: kept as is.",
+        metavar="DTYPE", show_default=False, rich_help_panel=MACHINE,
     ),
-]
+]  # fmt: skip
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Read headers only; print sizes, memory and disk.", rich_help_panel=JOB)
 ]
@@ -196,40 +204,49 @@ MaxModelLen = Annotated[
     str,
     typer.Option(
         "--max-model-len", "-c", help="Context in tokens, prompt and answer, e.g. 16k. Default 4k.",
-        rich_help_panel=ENGINE,
+        metavar="N", rich_help_panel=ENGINE,
     ),
 ]  # fmt: skip
 PrefillChunk = Annotated[
-    int, typer.Option("--prefill-chunk", min=1, help="Prompt tokens computed at once.", rich_help_panel=ENGINE)
+    int,
+    typer.Option(
+        "--prefill-chunk", help="Prompt tokens computed at once.", min=1, metavar="N", rich_help_panel=ENGINE
+    ),
 ]
 GpuMemory = Annotated[
     str,
     typer.Option(
-        "--gpu-memory", help="Limit per GPU, e.g. 20GiB, or 20GiB,10GiB. Default: what is free.",
-        rich_help_panel=MACHINE,
+        "--gpu-memory", help="Limit a GPU, e.g. 20GiB, or 20GiB,10GiB. Default: what is free.",
+        metavar="SIZE", rich_help_panel=MACHINE,
     ),
 ]  # fmt: skip
 CpuMemory = Annotated[
     str,
     typer.Option(
-        "--cpu-memory", help="Limit of host memory; what is over goes to disk. Default: free.", rich_help_panel=MACHINE
+        "--cpu-memory", help="Limit of host memory, the rest goes to disk. Default: free.",
+        metavar="SIZE", rich_help_panel=MACHINE,
     ),
-]
+]  # fmt: skip
 OffloadDir = Annotated[
     Path | None,
-    typer.Option("--offload-dir", help="Where layers on disk are kept while it runs.", rich_help_panel=MACHINE),
+    typer.Option(
+        "--offload-dir", help="Where layers on disk are kept while it runs.", metavar="DIR", rich_help_panel=MACHINE
+    ),
 ]
 KvDtype = Annotated[
-    str, typer.Option("--kv-cache-dtype", help="auto, bf16, fp16 or fp8.", rich_help_panel=ENGINE)
-]
+    str,
+    typer.Option(
+        "--kv-cache-dtype", help="auto, bf16, fp16 or fp8.",
+        metavar="DTYPE", show_default=False, rich_help_panel=ENGINE,
+    ),
+]  # fmt: skip
 RunDtype = Annotated[
     str,
     typer.Option(
-        "--compute-dtype",
-        help="bfloat16 (packed kernels) or float32 (exact, slower); auto: bfloat16.",
-        rich_help_panel=ENGINE,
+        "--compute-dtype", help="bfloat16 (auto; packed kernels) or float32 (exact, slower).",
+        metavar="DTYPE", show_default=False, rich_help_panel=ENGINE,
     ),
-]
+]  # fmt: skip
 
 
 # ---------------------------------------------------------------------- what they mean

@@ -30,6 +30,7 @@ def quantize(
     group_size: ask.GroupSize = QuantizeConfig.group_size,
     format: ask.Format = QuantizeConfig.format,
     asymmetric: ask.Asymmetric = QuantizeConfig.asymmetric,
+    fold: ask.Fold = QuantizeConfig.fold,
     pad_for_tp: ask.PadForTp = QuantizeConfig.pad_for_tp,
     target_size: ask.TargetSize = QuantizeConfig.target_size,
     bpw: ask.BitsPerWeight = QuantizeConfig.bpw,
@@ -47,7 +48,6 @@ def quantize(
     eval_samples: ask.EvalSamples = QuantizeConfig.eval_samples,
     method: ask.Method = QuantizeConfig.method,
     damp_percent: ask.DampPercent = QuantizeConfig.damp_percent,
-    fold: ask.Fold = QuantizeConfig.fold,
     error_correction: ask.ErrorCorrection = QuantizeConfig.error_correction,
     error_correction_share: ask.ErrorCorrectionShare = QuantizeConfig.error_correction_share,
     device: ask.Device = QuantizeConfig.device,
@@ -60,8 +60,7 @@ def quantize(
 ) -> None:
     """Turn a 16-bit checkpoint into a 4-bit, 8-bit or mixed one, layer by layer, and measure what was lost.
 
-    MODEL is a directory or a hub name; peak memory is one layer, not the model. The result is in GPTQ format, or in
-    another --format; the README has a table of loaders that were tried.
+    Layers are streamed: peak memory is one layer's, not the model's.
     """
     try:
         config: QuantizeConfig = options_of(context_, QuantizeConfig)

@@ -75,8 +75,6 @@ class QuantizeConfig:
         pick_calibration_dtype(self.calibration_dtype, self.device)
         self._check_numbers()
         self._check_together()
-        if self.device != "auto":
-            device_names(self.device)
 
     def _check_numbers(self) -> None:
         """Ranges that the command line states too."""

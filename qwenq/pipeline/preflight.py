@@ -78,7 +78,9 @@ def chosen_pull(
         return 0.0
     if windows < 2:
         if asked:
-            raise PlanError(f"--pull {asked:g}: one window of calibration has no two halves", hint="more text")
+            raise PlanError(
+                f"--error-correction {asked:g}: one window of calibration has no two halves", hint="more text"
+            )
         return 0.0
     return default_pull(recipe, spec, windows * length) if asked is None else asked
 
