@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -95,10 +96,12 @@ def test_old_names_work_and_are_not_shown() -> None:
     shown = run("quantize", "--help").stdout
     assert "--error-correction " in shown and "--error-correction-share " in shown and "--pull" not in shown
     dry = ("quantize", "Qwen2.5-7B", "--dry-run", "--json")
-    new = run(*dry, "-n", 64, "--error-correction", 1, "--error-correction-share=1")
-    old = run(*dry, "-n", 64, "--pull=1", "--pull-share", 1)
-    assert new.exit_code == 0 and new.stdout == old.stdout
-    assert new.stdout != run(*dry, "-n", 64, "--pull", 0).stdout
+
+    def states(*words: object) -> int:
+        return json.loads(run(*dry, "-n", 64, *words).stdout)["state_bytes"]
+
+    new = states("--error-correction", 1, "--error-correction-share=1")
+    assert new == states("--pull=1", "--pull-share", 1) > states("--pull", 0) == states("--error-correction", 0)
     wrong = run(*dry, "--pull", 2)
     assert wrong.exit_code == 2 and "'--error-correction'" in wrong.stderr
     assert set(RENAMED_FLAGS.values()) <= set(OPTIONS["quantize"].split())

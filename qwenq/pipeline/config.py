@@ -222,11 +222,11 @@ class QuantizeConfig:
 
     @staticmethod
     def from_manifest(job: Mapping[str, Any]) -> QuantizeConfig:
-        """The options that a manifest's `job` names: the solver's, format, dtypes, device and seed.
+        """The options that a manifest's `job` names: the solver's, dtypes, device and seed.
 
-        Its bits are in the recipe, its windows in the texts. CheckpointError for what makes no configuration.
+        Its bits and format are in the recipe, its windows in the texts. CheckpointError for what makes no configuration.
         """
-        kept = ("format", "device", "compute_dtype", "calibration_dtype", "dtype", "seed")
+        kept = ("device", "compute_dtype", "calibration_dtype", "dtype", "seed")
         try:
             return QuantizeConfig.from_json({name: job[name] for name in kept} | dict(job["options"]))
         except (KeyError, TypeError, ValueError, AttributeError, PlanError) as error:
