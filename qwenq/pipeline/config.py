@@ -224,7 +224,7 @@ class QuantizeConfig:
     def from_manifest(job: Mapping[str, Any]) -> QuantizeConfig:
         """The options that a manifest's `job` names: the solver's, dtypes, device and seed.
 
-        Its bits and format are in the recipe, its windows in the texts. CheckpointError for what makes no configuration.
+        Bits and format are in its recipe, windows in its texts. CheckpointError for what makes no configuration.
         """
         kept = ("device", "compute_dtype", "calibration_dtype", "dtype", "seed")
         try:
