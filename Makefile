@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint fuzz interop bench clean
+.PHONY: demo test test-slow lint fuzz interop bench pictures clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +33,9 @@ interop: $(STAMP)         ## GPTQModel, and transformers through optimum, load w
 
 bench: $(STAMP)           ## this project and GPTQModel side by side: KL, perplexity, top-1, bits, time, memory
 	VENV=$(VENV) bash benchmarks/run.sh
+
+pictures: $(STAMP)        ## the pictures of README.md and docs/, from recorded figures and headless Chromium
+	$(BIN)/python docs/make_pictures.py
 
 clean:
 	rm -rf $(VENV) .interop out build dist *.egg-info

@@ -17,7 +17,7 @@ import torch
 
 from qwenq.checkpoint.reader import open_checkpoint
 from qwenq.planning.kernels import Choice
-from qwenq.planning.offload import host_map
+from qwenq.planning.placement import host_map
 from qwenq.runtime import linear
 from qwenq.runtime.cache import KvCache
 from qwenq.runtime.model import CheckpointWeights, build_model

@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from qwenq.pipeline.convert import Converted
     from qwenq.pipeline.dryrun import DryRun
     from qwenq.pipeline.job import QuantizeResult
-    from qwenq.planning.asking import Question, Spread
     from qwenq.planning.audit import Audit
     from qwenq.planning.plan import Plan, Recommendation
+    from qwenq.planning.questions import Question, Spread
     from qwenq.planning.sensitivity import Sensitivity
     from qwenq.results import BlockResult, DriftReport
     from qwenq.runtime.generate import Timing
@@ -263,7 +263,8 @@ def verify(
     manifest, _ = read_manifest(directory)
     wanted = range(len(manifest["layers"])) if isinstance(layers, str) else layers
     again, findings = rederive(directory, base, manifest, wanted, calibration=calibration, listen=progress)
-    return replace(result, layers_made_again=again, findings=tuple(findings))
+    left = tuple(layer for layer in result.layers_not_made_again if layer not in again)
+    return replace(result, layers_made_again=again, layers_not_made_again=left, findings=tuple(findings))
 
 
 def convert(
@@ -271,8 +272,8 @@ def convert(
 ) -> Converted:
     """Store a quantized checkpoint's codes in another format at `out`, bit for bit: nothing is solved or rounded.
 
-    format: gptq, awq or compressed-tensors. progress: gets the number of each finished file. Raises PlanError where the
-    format cannot hold the codes.
+    format: one of integer codes: gptq, awq, compressed-tensors. progress: gets the number of each finished file. Raises
+    PlanError where the format cannot hold the codes.
     """
     check_format(format)
 
@@ -302,7 +303,7 @@ class PlanOptions(TypedDict, total=False):
     reserve: str
     tensor_parallel_size: int
     max_num_seqs: int
-    gpu_memory_utilization: float
+    gpu_memory_utilization: float | None
     expect_params: str | None
     profile: Path | None
 
@@ -318,7 +319,7 @@ def estimate(
     model: a family's name ("Qwen2.5-72B"), a directory or a hub name, of which headers alone are read. gpu: a rig, "2x
     RTX 3090"; without one a single notional GPU. context: tokens, one or several. Raises PlanError for what is unknown.
     """
-    from qwenq.planning.asking import contexts_of, spread
+    from qwenq.planning.questions import contexts_of, spread
 
     asked = _question(model, gpu, options).resolve()
     return spread(asked, contexts_of(asked, _context(context)))
@@ -332,31 +333,30 @@ def plan(
     gpu: a rig, "2x RTX 3090"; without one this machine's GPUs and their free memory. What does not fit is answered, not
     raised: `fits` is False. Raises PlanError for what is unknown.
     """
-    from qwenq.planning.asking import contexts_of
     from qwenq.planning.plan import make_plan
+    from qwenq.planning.questions import contexts_of
     from qwenq.planning.rig import detect_rig
 
     question = _question(model, gpu, options)
     asked = (question if gpu is not None else replace(question, rig=detect_rig())).resolve()
-    assert asked.rig is not None
     (tokens,) = contexts_of(asked, _context(context))
-    return make_plan(asked.spec, asked.weights, asked.rig, asked.engine, asked.at(tokens))
+    return make_plan(asked.at(tokens))
 
 
 def recommend(
     model: StrPath, context: int | str = "8k", **options: Unpack[PlanOptions]
 ) -> tuple[Recommendation, ...]:
     """Rigs of up to 8 equal GPUs that hold a model at a context, the cheapest first."""
-    from qwenq.planning.asking import contexts_of
     from qwenq.planning.plan import recommend as run
+    from qwenq.planning.questions import contexts_of
 
     asked = _question(model, None, options).resolve()
     (tokens,) = contexts_of(asked, _context(context))
-    return run(asked.spec, asked.weights, asked.engine, asked.at(tokens))
+    return run(asked.at(tokens))
 
 
 def _question(model: StrPath, gpu: str | None, options: PlanOptions) -> Question:
-    from qwenq.planning.asking import Question
+    from qwenq.planning.questions import Question
 
     given: dict[str, Any] = dict(options)
     for name in ("recipe", "checkpoint", "profile"):

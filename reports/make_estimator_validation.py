@@ -13,13 +13,13 @@ import numpy as np
 
 from qwenq import __version__
 from qwenq.model.spec import ModelSpec, family_spec
-from qwenq.planning.engines import get_engine
-from qwenq.planning.memory import estimate, even_shares, rank_shares
+from qwenq.planning.case import Case, Workload, even_shares, rank_shares
+from qwenq.planning.engines.base import get_engine
+from qwenq.planning.engines.vllm import VllmEngine
+from qwenq.planning.memory import estimate
 from qwenq.planning.rig import Rig, find_gpu
-from qwenq.planning.speed import FITS, decode_seconds, prefill_seconds
-from qwenq.planning.terms import Workload
+from qwenq.planning.speed import SpeedFit, decode_seconds, prefill_seconds
 from qwenq.planning.validate import ValidatedRow, errors, read_rows
-from qwenq.planning.vllm_terms import profiled_bytes
 from qwenq.planning.weights import published_weights
 from qwenq.units import GIB
 
@@ -145,7 +145,8 @@ def vllm_section() -> list[str]:
             )
             rig = Rig((find_gpu("H100 SXM5 80GB"),) * ranks)
             shares = rank_shares(spec, ranks)
-            found = estimate(spec, published_weights(spec, "BF16"), get_engine("vllm", "0.19"), work, rig, shares)
+            engine = VllmEngine((0, 19))
+            found = estimate(Case(spec, published_weights(spec, "BF16"), engine, work, rig), shares)
             gpu, tokens = found.gpus[0], found.kv_capacity_tokens or 0
             pairs = [
                 ("weights", "weights_memory_gib"),
@@ -155,7 +156,7 @@ def vllm_section() -> list[str]:
                 ("context", "init_cuda_memory_gib"),
             ]
             cells = [f"{gpu.term(name) / GIB:.2f} / {float(row[column]):.2f}" for name, column in pairs]
-            total, stated = profiled_bytes(gpu.terms) / GIB, float(row["total_non_kv_cache_gib"])
+            total, stated = engine.inside_bytes(gpu.terms) / GIB, float(row["total_non_kv_cache_gib"])
             lines.append(
                 (
                     row["model"].split("/")[1], ranks, row["max_model_len"], row["kv_cache_dtype"], *cells,
@@ -191,6 +192,7 @@ def speed_section() -> list[str]:
     """Seconds a token against published runs, by engine and format."""
     a100 = find_gpu("A100 SXM4 80GB")
     groups: dict[tuple[str, str], list[float]] = {}
+    fits: dict[tuple[str, str], SpeedFit] = {}
     left_out = 0
     with open(PUBLISHED / "qwen25_speed_a100.csv", newline="") as file:
         for row in csv.DictReader(file):
@@ -201,16 +203,16 @@ def speed_section() -> list[str]:
                 continue
             engine = get_engine("vllm") if vllm else get_engine("transformers", "4.46.0")
             shares = rank_shares(spec, ranks) if vllm else even_shares(spec, ranks)
-            gpus = [a100] * ranks
-            decode = decode_seconds(spec, weights, engine, Workload(min(prompt + 1024, 131072)), gpus, shares)
-            prefill = prefill_seconds(spec, Workload(prompt), gpus, shares)
+            case = Case(spec, weights, engine, Workload(min(prompt + 1024, 131072)), Rig((a100,) * ranks))
+            decode = decode_seconds(case, shares)
+            prefill = prefill_seconds(case.at(prompt), shares)
             assert decode is not None and prefill is not None
             ratio = (decode + prefill / 2048) * float(row["tokens_per_s"])
             groups.setdefault((row["engine"], row["quant"]), []).append(ratio)
-    methods = {"BF16": ("none", 16), "GPTQ-Int8": ("gptq", 8), "GPTQ-Int4": ("gptq", 4), "AWQ": ("awq", 4)}
+            fits[row["engine"], row["quant"]] = engine.speed_fit(weights)
     lines = []
     for (engine_name, quant), ratios in groups.items():
-        fit = FITS[engine_name, *methods[quant]]
+        fit = fits[engine_name, quant]
         mean = 100 * sum(abs(r - 1) for r in ratios) / len(ratios)
         lines.append(
             (
@@ -224,7 +226,7 @@ def speed_section() -> list[str]:
         "2048, prefill at 40 % of the tensor rate; transformers before 4.48 moves its repeated keys and values 3.9 "
         "times. Least squares on relative errors with non-negative overheads and a traffic of at least 1 (1.05 in "
         "vLLM), per engine and format, rounded; then one prefill rate for all. The constants, and these ranges, are in "
-        "`qwenq/planning/speed.py`. Other cards and hosts get a range 1.3 times as wide. "
+        "`qwenq/planning/engines/`. Other cards and hosts get a range 1.3 times as wide. "
         f"{left_out} rows are left out: vLLM 0.6.2 runs at 129,024 tokens (another sampling set-up) and the 72B "
         "GPTQ-Int4 on one GPU in vLLM, 2.8 times slower than on two.",
         table(("engine", "format", "rows", "ms a layer + with TP", "traffic", "mean error", "ratios"), lines),
@@ -234,12 +236,12 @@ def speed_section() -> list[str]:
 def known_section() -> list[str]:
     """Facts and rigs that must come out right."""
     from qwenq.formats.base import Recipe, Scheme
+    from qwenq.planning.budget import sized_recipe
+    from qwenq.planning.engines.llamacpp import compute_buffer
     from qwenq.planning.ggufsize import gguf_weights
-    from qwenq.planning.llamacpp_terms import compute_buffer
-    from qwenq.planning.placement import largest_context, place
+    from qwenq.planning.placement import place
     from qwenq.planning.rig import parse_rig
     from qwenq.planning.weights import recipe_weights
-    from qwenq.planning.written import sized_recipe
 
     spec, rig = model("Qwen2.5-72B"), parse_rig("2x RTX 3090")
     uniform = recipe_weights(spec, Recipe(Scheme(4, 128)))
@@ -254,8 +256,8 @@ def known_section() -> list[str]:
     for name in ("qwenq", "transformers"):
         engine = get_engine(name)
         for weights, context, wanted in ((uniform, 8192, True), (uniform, 32768, False), (mixed, 8192, False)):
-            found = place(spec, weights, rig, engine, Workload(context, prefill_chunk=1024))
-            longest = largest_context(spec, weights, rig, engine, Workload(context, prefill_chunk=1024))
+            case = Case(spec, weights, engine, Workload(context, prefill_chunk=1024), rig)
+            found, longest = place(case), engine.longest_context(case)
             what = f"{weights.total_bytes / 1e9:.1f} GB at {context} on 2x RTX 3090, {name}, prompts in chunks of 1,024"
             lines.append((what, f"{fits(found.fits)}; largest context {longest}", fits(wanted)))
     return [

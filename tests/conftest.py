@@ -46,41 +46,40 @@ def heldout() -> Path:
     return DATA / "heldout.txt"
 
 
+def make_random_model(
+    path: Path, model_type: str = "qwen2", *, dtype: torch.dtype = torch.float16, seed: int = 0, **config: Any
+) -> Path:
+    """A random checkpoint at `path`, saved by transformers in several shards."""
+    import transformers
+
+    prefix = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}[model_type]
+    shape = {
+        "vocab_size": 1024, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+        "tie_word_embeddings": False, "bos_token_id": 1021, "eos_token_id": 1023,
+    }  # fmt: skip
+    settings = getattr(transformers, prefix + "Config")(**(shape | config))
+    model = getattr(transformers, prefix + "ForCausalLM")(settings)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            scale, mean = (0.1, 1.0) if "norm" in parameter_name else (0.3, 0.0)
+            if parameter.ndim == 2 and "embed" not in parameter_name:
+                scale = parameter.shape[1] ** -0.5
+            parameter.copy_(noise * scale + mean)
+    model.to(dtype).save_pretrained(path, max_shard_size="150KB")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(DATA / "tiny-qwen2" / file, path / file)
+    return path
+
+
 @pytest.fixture
-def random_model(tmp_path: Path, tiny: Path) -> Callable[..., Path]:
+def random_model(tmp_path: Path) -> Callable[..., Path]:
     """make(name, model_type, dtype=..., **config): a random checkpoint saved by transformers in several shards."""
 
-    def make(
-        name: str = "model",
-        model_type: str = "qwen2",
-        *,
-        dtype: torch.dtype = torch.float16,
-        seed: int = 0,
-        **config: Any,
-    ) -> Path:
-        import transformers
-
-        prefix = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}[model_type]
-        shape = {
-            "vocab_size": 1024, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
-            "tie_word_embeddings": False, "bos_token_id": 1021, "eos_token_id": 1023,
-        }  # fmt: skip
-        settings = getattr(transformers, prefix + "Config")(**(shape | config))
-        model = getattr(transformers, prefix + "ForCausalLM")(settings)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter_name, parameter in model.named_parameters():
-                noise = torch.randn(parameter.shape, generator=generator)
-                scale, mean = (0.1, 1.0) if "norm" in parameter_name else (0.3, 0.0)
-                if parameter.ndim == 2 and "embed" not in parameter_name:
-                    scale = parameter.shape[1] ** -0.5
-                parameter.copy_(noise * scale + mean)
-        path = tmp_path / name
-        model.to(dtype).save_pretrained(path, max_shard_size="150KB")
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copyfile(tiny / file, path / file)
-        return path
+    def make(name: str = "model", model_type: str = "qwen2", **options: Any) -> Path:
+        return make_random_model(tmp_path / name, model_type, **options)
 
     return make
 

@@ -23,15 +23,16 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.attention import bias
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from qwenq.planning.engines.torch import CUBLAS_WORKSPACE
+from qwenq.planning.memory import context_term
 from qwenq.planning.rig import find_gpu
-from qwenq.planning.terms import context_term
-from qwenq.planning.torch_terms import CUBLAS_WORKSPACE
 from qwenq.runtime import linear
 from qwenq.units import GIB
 
@@ -258,6 +259,7 @@ class FakeGpus:
             "empty_cache": lambda: [allocator.empty_cache() for allocator in self.allocators],
             "reset_peak_memory_stats": lambda device=0: self.allocators[of(device)].forget_peaks(),
         }  # fmt: skip
+        enter(patch.object(fake_tensor, "init_gpu_context", lambda device: None))  # else a driver is looked for
         enter(mode)  # while torch sees no GPU: it then works without a CUDA build
         for name, value in cuda.items():
             enter(patch.object(torch.cuda, name, value))

@@ -9,8 +9,7 @@ from typing import Any
 
 from qwenq.checkpoint.manifest import MANIFEST_NAME, encode_manifest
 from qwenq.checkpoint.shards import output_files
-from qwenq.formats.base import Recipe, Scheme
-from qwenq.formats.gptq import gptq_config
+from qwenq.formats.base import Recipe, Scheme, quantization_config
 from qwenq.io.safetensors import encode_header
 from qwenq.model.spec import family_configs, family_spec
 
@@ -124,7 +123,7 @@ def write_72b(directory: Path, content: dict[str, Any], scheme: Scheme) -> Path:
     assert spec is not None
     recipe = Recipe(scheme)
     write_run(directory, content)
-    quantization = {"quantization_config": gptq_config(recipe, damp_percent=0.02, method="gptq")}
+    quantization = {"quantization_config": quantization_config(recipe, spec, damp_percent=0.02, method="gptq")}
     (directory / "config.json").write_text(json.dumps(family_configs()["Qwen2.5-72B"] | quantization))
     index = {}
     for file, tensors in output_files(spec, recipe, lambda name: "BF16").items():

@@ -19,7 +19,7 @@ import qwenq.api
 from qwenq.cli.main import app
 from qwenq.errors import CheckpointError, UsageError
 from qwenq.pipeline.config import EvaluateConfig, QuantizeConfig, current_job
-from qwenq.planning.asking import Question
+from qwenq.planning.questions import Question
 from qwenq.results import BlockResult
 
 DOCS = Path(__file__).parent.parent / "docs"

@@ -15,16 +15,17 @@ PACKAGE = Path(__file__).parent.parent / "qwenq"
 # Stages, in order. Files at the top of the package are words, which every stage may use, but for the doors: `api`, the
 # Python API, and `__main__`.
 STAGES = (
-    "", "io", "model", "formats", "checkpoint", "text", "solver", "planning", "pipeline", "runtime", "report", "page",
+    "", "io", "model", "solver", "formats", "checkpoint", "text", "planning", "pipeline", "runtime", "report", "page",
     "api", "cli", "__main__",
 )  # fmt: skip
 
 HEAVY = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
 # Answer at once: the whole of planning, and what checks, reports and commands beside it need.
-LIGHT = ("planning.*", "formats.base", "io.json", "io.safetensors", "io.durable", "io.hub", "model.spec",
+LIGHT = ("planning.*", "formats", "formats.base", "formats.config", "formats.gptq", "formats.awq",
+         "formats.compressed_tensors", "formats.bitsandbytes", "formats.fp8",
+         "io.json", "io.safetensors", "io.durable", "io.hub", "model.spec",
          "checkpoint.manifest", "checkpoint.shards", "pipeline.preflight", "pipeline.journal", "pipeline.config",
-         "pipeline.dryrun", "pipeline.source", "api", "report.compose",
-         "cli.*")  # fmt: skip
+         "pipeline.dryrun", "pipeline.source", "report.compose", "api", "cli.*")  # fmt: skip
 
 
 def modules() -> dict[str, Path]:

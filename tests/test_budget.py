@@ -6,38 +6,39 @@ import itertools
 import random
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
 from qwenq.errors import HonestNo, PlanError
-from qwenq.formats.base import Recipe, Scheme, parse_scheme
-from qwenq.formats.gptq import gptq_config, read_gptq_config
+from qwenq.formats.base import Recipe, Scheme, parse_scheme, quantization_config
+from qwenq.formats.gptq import GPTQ
 from qwenq.model.spec import ModelSpec, family_spec, spec_from_config
 from qwenq.planning.budget import (
     choose_for_bits,
     choose_for_bytes,
+    choose_for_rig,
     describe_choice,
     file_bytes,
     reachable_bytes,
     recipe_of,
 )
-from qwenq.planning.engines import get_engine
-from qwenq.planning.fitting import choose_for_rig
-from qwenq.planning.plan import how_held
+from qwenq.planning.case import Case, Workload
+from qwenq.planning.engines.base import get_engine
 from qwenq.planning.recipefile import encode_recipe, read_recipe
 from qwenq.planning.rig import parse_rig
 from qwenq.planning.sensitivity import (
     Sensitivity,
     encode_sensitivity,
     members_of,
+    options_of,
     prior,
     read_sensitivity,
     schemes_for,
     units_of,
 )
-from qwenq.planning.terms import Workload
 from qwenq.planning.weights import recipe_weights
 
 
@@ -182,7 +183,7 @@ def test_every_mixed_checkpoint_keeps_the_rule_of_fused_linears(seed: int) -> No
     smallest, whole = reachable_bytes(spec, prior(spec), bf16)
     target = random.Random(seed).randint(smallest, whole - 1)
     recipe = choose_for_bytes(spec, random_table(spec, seed), target, bf16).recipe
-    config = gptq_config(recipe, damp_percent=0.02, method="gptq")
+    config = quantization_config(recipe, spec, damp_percent=0.02, method="gptq")
     seen = set()
     for layer, (block, modules) in itertools.product(
         range(12), (("self_attn", ("qkv_proj", "o_proj")), ("mlp", ("gate_up_proj", "down_proj")))
@@ -197,17 +198,17 @@ def test_every_mixed_checkpoint_keeps_the_rule_of_fused_linears(seed: int) -> No
                 bits, group, symmetric = scheme
                 assert bits in (4, 8) and group in (-1, 32, 64, 128) and symmetric is True
     assert len(seen) > 2, "a mixture"
-    assert read_gptq_config(config, "config.json").recipe(spec) == recipe
+    assert GPTQ.read_config(config, "config.json").recipe(spec) == recipe
 
 
 def test_a_unit_whose_linears_differ_is_matched_by_their_names_alone() -> None:
     up, q = "model.layers.1.mlp.up_proj", "model.layers.0.self_attn.q_proj"
     recipe = Recipe(Scheme(4, 128), ((q, Scheme(8, 128)), (up, None)))
-    config = gptq_config(recipe, damp_percent=0.02, method="gptq")
+    config = quantization_config(recipe, small(2), damp_percent=0.02, method="gptq")
     assert set(config["dynamic"]) == {
         r"+:^model\.layers\.0\.self_attn\.q_proj$", r"-:^model\.layers\.1\.mlp\.up_proj$"
     }  # fmt: skip
-    assert read_gptq_config(config, "config.json").recipe(small(2)) == recipe
+    assert GPTQ.read_config(config, "config.json").recipe(small(2)) == recipe
 
 
 def test_offered_schemes() -> None:
@@ -219,7 +220,7 @@ def test_offered_schemes() -> None:
     )  # fmt: skip
     assert {s.group_size for s in schemes_for(narrow, "qkv")} == {64, 32}  # 576 = 4.5 x 128
     assert {s.group_size for s in schemes_for(narrow, "down")} == {128, 64, 32}
-    assert any(not s.sym for s in schemes_for(B72, "o", asymmetric=True))
+    assert any(not s.sym for s in schemes_for(B72, "o", options_of(True)))
     found = choose_for_bytes(B7, prior(B7, asymmetric=True), 6 * 10**9, bf16, "gptq")
     assert all(scheme is None or scheme.sym for scheme in found.choice.values())
     other = choose_for_bytes(B7, prior(B7, asymmetric=True), 6 * 10**9, bf16, "compressed-tensors")
@@ -304,16 +305,19 @@ def test_a_table_is_read_back_and_refused_for_another_model(tmp_path: Path) -> N
 @pytest.mark.parametrize("engine", ["qwenq", "vllm"])
 def test_the_recipe_for_a_rig_fits_it_and_little_more_would(engine: str) -> None:
     rig, work = parse_rig("RTX 3060 12GB"), Workload(8192, 1)
-    found = choose_for_rig(B7, prior(B7), rig, get_engine(engine), work, bf16)
-    assert how_held(B7, recipe_weights(B7, found.recipe), rig, get_engine(engine), work)
+    case = Case(B7, recipe_weights(B7, Recipe(None)), get_engine(engine), work, rig)
+    found = choose_for_rig(case, prior(B7), bf16)
+    assert case.engine.how_held(replace(case, weights=recipe_weights(B7, found.recipe)))
     more = choose_for_bytes(B7, prior(B7), round(found.file_bytes * 1.02), bf16, exact=False)
-    assert not how_held(B7, recipe_weights(B7, more.recipe), rig, get_engine(engine), work)
+    assert not case.engine.how_held(replace(case, weights=recipe_weights(B7, more.recipe)))
 
 
 def test_rigs_too_small_and_too_large_are_honest() -> None:
     for rig, said in (("RTX 3060 12GB", "even the smallest recipe"), ("8x A100 80GB SXM", "nothing to quantize")):
         with pytest.raises(HonestNo, match=said):
-            choose_for_rig(B72, prior(B72), parse_rig(rig), get_engine("qwenq"), Workload(8192, 1), bf16)
+            whole = recipe_weights(B72, Recipe(None))
+            case = Case(B72, whole, get_engine("qwenq"), Workload(8192, 1), parse_rig(rig))
+            choose_for_rig(case, prior(B72), bf16)
 
 
 def test_units_have_the_linears_engines_fuse() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from qwenq.checkpoint.reader import non_finite, open_checkpoint, open_source
 from qwenq.errors import CheckpointError
-from qwenq.formats.qtensor import QTensor
 from qwenq.model.layer import Network
+from qwenq.pipeline.activations import embed
+from qwenq.solver.grid import QTensor
 
 Edit = Callable[..., dict[str, Any]]
 Make = Callable[..., Path]
@@ -58,11 +60,50 @@ def test_read_is_a_private_copy(tiny: Path) -> None:
     assert checkpoint.read("model.norm.weight").any()
 
 
-def test_rows_and_slices(tiny: Path) -> None:
+def test_embedded_tokens_are_rows_of_the_table(random_model: Make) -> None:
+    checkpoint = open_checkpoint(random_model(vocab_size=9000))
+    table = all_tensors(checkpoint.directory)["model.embed_tokens.weight"]
+    ids = torch.randint(0, 9000, (3, 40))
+    ids[0, :6] = torch.tensor([0, 4095, 4096, 8191, 8192, 8999])
+    states = {"a": torch.empty(3, 40, 64), "b": torch.empty(3, 40, 64, dtype=torch.bfloat16)}
+    for source in (checkpoint, checkpoint.hash_files([])):
+        embed(source, {name: (h, ids) for name, h in states.items()}, lambda name, rows: rows + 1)
+        for h in states.values():
+            assert torch.equal(h, (table + 1)[ids].to(h.dtype))
+
+
+def test_a_slice_is_compared_with_what_was_hashed(random_model: Make) -> None:
+    """Slices of 4,096 rows, and whatever lies inside them; a flipped byte is found by those that hold it."""
+    checkpoint = open_checkpoint(random_model(vocab_size=9000)).hash_files([])
+    name = "lm_head.weight"
+    table, location = all_tensors(checkpoint.directory)[name], checkpoint.tensors[name]
+    for start, stop in ((0, 4096), (4096, 8192), (8192, 9000), (5000, 6000), (4000, 8300), (0, 9000), (7, 7)):
+        assert torch.equal(checkpoint.read_slice(name, start, stop), table[start:stop])
+    with open(location.file, "r+b") as file:
+        file.seek(location.start + 8200 * 128)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 4]))
+    assert torch.equal(checkpoint.read_slice(name, 100, 8192), table[100:8192])
+    for start, stop in ((8192, 9000), (8500, 8600), (0, 9000)):
+        with pytest.raises(CheckpointError, match=r"changed while it was being read$"):
+            checkpoint.read_slice(name, start, stop)
+
+
+def test_a_file_that_changes_between_opening_and_hashing(random_model: Make) -> None:
+    """Its time is set back, and hashing sees the new bytes only: they are not those the header was read from."""
+    checkpoint = open_checkpoint(random_model())
+    path = checkpoint.files[1]
+    data, times = path.read_bytes(), os.stat(path)
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.hash_files([])
+    assert caught.value.message == f"{path}: changed while it was being read"
+
+
+def test_slices(tiny: Path) -> None:
     checkpoint, tensors = open_checkpoint(tiny), all_tensors(tiny)
-    table = tensors["model.embed_tokens.weight"]
-    rows = torch.tensor([5, 0, 1023, 5, 5, 17])
-    assert torch.equal(checkpoint.read_rows("model.embed_tokens.weight", rows), table[rows])
     for start, stop in ((0, 1), (3, 900), (1000, 1024), (7, 7)):
         assert torch.equal(checkpoint.read_slice("lm_head.weight", start, stop), tensors["lm_head.weight"][start:stop])
 

@@ -18,11 +18,12 @@ from qwenq.checkpoint.manifest import verify
 from qwenq.checkpoint.reader import Checkpoint, open_checkpoint
 from qwenq.cli.main import app
 from qwenq.errors import CheckpointError, JobError, PlanError, QwenqError
-from qwenq.formats.base import FORMATS, NF4, Recipe, Scheme
-from qwenq.formats.qtensor import QTensor
+from qwenq.formats.base import FORMATS, Recipe, Scheme
+from qwenq.formats.bitsandbytes import NF4
 from qwenq.pipeline.convert import convert
 from qwenq.pipeline.quantize import quantize
 from qwenq.report.runs import load_runs
+from qwenq.solver.grid import QTensor
 
 Make = Callable[..., Path]
 MIXED = Recipe(

@@ -14,11 +14,10 @@ from typer.testing import CliRunner
 from qwenq.checkpoint.reader import open_checkpoint
 from qwenq.cli.main import app
 from qwenq.errors import CheckpointError, PlanError
-from qwenq.formats.base import Recipe, Scheme
-from qwenq.formats.registry import quantization_config
+from qwenq.formats.base import Recipe, Scheme, quantization_config
 from qwenq.io.safetensors import TensorSpec
 from qwenq.model.spec import ModelSpec, family_spec
-from qwenq.planning.parallel import cutting_reasons
+from qwenq.planning.placement import cutting_reasons
 from qwenq.planning.weights import Weights, declared_by_config, header_weights, published_weights, recipe_weights
 
 TINY = Path(__file__).parent / "data" / "tiny-qwen2"

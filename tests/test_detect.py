@@ -11,11 +11,10 @@ import pytest
 from qwenq.errors import PlanError
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.model.spec import family_spec
-from qwenq.planning.engines import get_engine
-from qwenq.planning.flags import llamacpp_flags, transformers_code, vllm_flags
+from qwenq.planning.case import Case, Workload
+from qwenq.planning.engines.base import get_engine, plan_commands
 from qwenq.planning.plan import make_plan
 from qwenq.planning.rig import detect_rig, known_gpu, sees_gpu
-from qwenq.planning.terms import Workload
 from qwenq.planning.weights import recipe_weights
 from qwenq.units import GIB
 
@@ -138,9 +137,10 @@ def test_the_order_of_different_gpus(
     spec = family_spec("Qwen2.5-7B")
     assert spec is not None
     weights = recipe_weights(spec, Recipe(Scheme(4, 128)))
-    plan = make_plan(spec, weights, detect_rig(), get_engine("qwenq"), Workload(2048))
+    plan = make_plan(Case(spec, weights, get_engine("qwenq"), Workload(2048), detect_rig()))
+    commands = plan_commands(plan)
     setting = "CUDA_DEVICE_ORDER=PCI_BUS_ID "
-    assert vllm_flags(plan).splitlines()[-1].startswith(setting + "vllm serve" if needed else "vllm serve")
-    assert llamacpp_flags(plan).startswith(setting + "llama-server" if needed else "llama-server")
-    assert ("CUDA_DEVICE_ORDER" in transformers_code(plan)) == needed
+    assert commands["vllm"].splitlines()[-1].startswith(setting + "vllm serve" if needed else "vllm serve")
+    assert commands["llama.cpp"].startswith(setting + "llama-server" if needed else "llama-server")
+    assert ("CUDA_DEVICE_ORDER" in commands["transformers"]) == needed
     assert any("CUDA_DEVICE_ORDER=PCI_BUS_ID" in note for note in plan.notes) == needed

@@ -10,18 +10,18 @@ import pytest
 from qwenq.errors import HonestNo
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.model.spec import ModelSpec, family_spec
-from qwenq.planning.engines import get_engine
+from qwenq.planning.case import Case, Workload, rank_shares
+from qwenq.planning.engines.base import get_engine
+from qwenq.planning.engines.vllm import VllmEngine
 from qwenq.planning.escapes import Escape
-from qwenq.planning.flags import vllm_flags, vllm_words
-from qwenq.planning.memory import estimate, rank_shares
-from qwenq.planning.parallel import padded_weights
+from qwenq.planning.memory import estimate
+from qwenq.planning.placement import padded_weights
 from qwenq.planning.plan import Plan, make_plan
 from qwenq.planning.rig import Rig, parse_rig, reserved
-from qwenq.planning.terms import Workload
 from qwenq.planning.weights import Weights, published_weights, recipe_weights
 from qwenq.units import GIB
 
-VLLM = get_engine("vllm")
+VLLM = VllmEngine(VllmEngine.latest)
 
 
 def model(name: str) -> ModelSpec:
@@ -35,12 +35,12 @@ INT4 = recipe_weights(B72, Recipe(Scheme(4, 128)))
 
 
 def planned(rig: str | Rig, work: Workload, spec: ModelSpec = B72, weights: Weights = INT4) -> Plan:
-    return make_plan(spec, weights, parse_rig(rig) if isinstance(rig, str) else rig, VLLM, work)
+    return make_plan(Case(spec, weights, VLLM, work, parse_rig(rig) if isinstance(rig, str) else rig))
 
 
 def command_of(plan: Plan) -> dict[str, str]:
     """Options of the last line, which is the command."""
-    words = shlex.split(vllm_flags(plan).splitlines()[-1])
+    words = shlex.split(VLLM.command(plan).splitlines()[-1])
     assert words[:3] == ["vllm", "serve", "CHECKPOINT"]
     return dict(zip(words[3::2], words[4::2], strict=True))
 
@@ -50,16 +50,17 @@ def obeys(plan: Plan, weights: Weights = INT4) -> bool:
     options = command_of(plan)
     work = Workload(
         int(options["--max-model-len"]),
-        plan.work.batch,
+        plan.case.work.batch,
         kv_dtype=options.get("--kv-cache-dtype", "auto"),
         gpu_memory_utilization=float(options["--gpu-memory-utilization"]),
     )
     shares = rank_shares(B72, int(options["--tensor-parallel-size"]), int(options["--pipeline-parallel-size"]))
-    found = estimate(plan.spec, weights, VLLM, work, plan.rig, shares)
-    part = work.gpu_memory_utilization
+    rig = plan.case.hardware
+    found = estimate(replace(plan.case, weights=weights, work=work), shares)
+    part = float(options["--gpu-memory-utilization"])
     filled = all(  # vLLM fills its part with cache; graphs and context come on top
         part * kind.limit_bytes + gpu.term("graphs") + gpu.term("context") <= limit
-        for kind, gpu, limit in zip(plan.rig.gpus, found.gpus, plan.rig.limits, strict=True)
+        for kind, gpu, limit in zip(rig.gpus, found.gpus, rig.limits, strict=True)
     )
     return found.fits is True and filled and (found.kv_capacity_tokens or 0) >= work.context * work.batch
 
@@ -79,11 +80,11 @@ def obeys(plan: Plan, weights: Weights = INT4) -> bool:
 def test_the_command_fits(rig: str, context: int, part: float, first: str) -> None:
     plan = planned(rig, Workload(context, gpu_memory_utilization=part))
     assert not plan.fits and plan.instead[0].startswith(first), plan.instead
-    comment, command = vllm_flags(plan).splitlines()
+    comment, command = VLLM.command(plan).splitlines()
     assert comment.startswith("# as asked it does not fit (") and plan.instead[0] in comment
     assert command.startswith("vllm serve ") and obeys(plan)
     with pytest.raises(HonestNo):
-        vllm_words(plan, "CHECKPOINT")
+        VLLM.plan_words(plan, "CHECKPOINT")
 
 
 @pytest.mark.parametrize(
@@ -102,14 +103,14 @@ def test_what_is_at_its_limit_keeps_no_other_change_from_being_tried(kv_dtype: s
 
 def test_nothing_fits() -> None:
     plan = planned("RTX 3090", Workload(8192))
-    assert plan.escapes == () and plan.instead == ()
-    assert vllm_flags(plan).startswith("# vLLM does not fit, whatever its flags: shapes allow it, but")
-    assert "\n" not in vllm_flags(plan)
+    assert plan.serving.escapes == () and plan.instead == ()
+    assert VLLM.command(plan).startswith("# vLLM does not fit, whatever its flags: shapes allow it, but")
+    assert "\n" not in VLLM.command(plan)
 
 
 def test_what_fits_is_printed_as_asked() -> None:
     plan = planned("4x RTX 3090", Workload(8192))
-    assert plan.fits and plan.escapes == () and "#" not in vllm_flags(plan) and obeys(plan)
+    assert plan.fits and plan.serving.escapes == () and "#" not in VLLM.command(plan) and obeys(plan)
 
 
 def test_a_padded_checkpoint_only_where_it_fits() -> None:
@@ -118,8 +119,8 @@ def test_a_padded_checkpoint_only_where_it_fits() -> None:
     assert not any("padded" in text for text in short.instead)
     one_layer = replace(B72, num_hidden_layers=1)
     plan = planned("2x RTX 3060", Workload(8192), one_layer, recipe_weights(one_layer, Recipe(Scheme(4, 128))))
-    assert [option.reasons != () for option in plan.options] == [True, True]  # one layer makes no two stages
-    assert plan.chosen is None and not plan.fits
+    assert [option.reasons != () for option in plan.serving.options] == [True, True]  # one layer makes no two stages
+    assert plan.serving.chosen is None and not plan.fits
     assert plan.certainty == plan.to_json()["certainty"] == "does not fit"
     assert plan.instead[0] == "the FFN padded from 29568 to 29696 (qwenq quantize --pad-for-tp 2) at 8k"
     assert command_of(plan)["--tensor-parallel-size"] == "2"
@@ -140,7 +141,7 @@ def test_the_share_leaves_graphs_and_context_their_room() -> None:
     room = (23.58 * GIB - outside) / (23.58 * GIB)
     assert part is not None and room - 0.001 <= part <= room
     assert plan.fits and plan.memory.kv_capacity_tokens == plan.largest_context
-    comment, _ = vllm_flags(plan).splitlines()
+    comment, _ = VLLM.command(plan).splitlines()
     assert comment == f"# --gpu-memory-utilization {part:g}, not 0.96: CUDA graphs and context come on top of it"
     assert obeys(plan)
 
@@ -155,11 +156,11 @@ def test_memory_kept_free_is_not_vllms() -> None:
 
 def test_an_escape_says_what_it_changes() -> None:
     plan = planned("2x RTX 3090", Workload(65536))
-    longer = plan.escapes[1]
-    assert isinstance(longer, Escape) and longer.work.context > plan.escapes[0].work.context
+    longer = plan.serving.escapes[1]
+    assert isinstance(longer, Escape) and longer.work.context > plan.serving.escapes[0].work.context
     assert longer.text.startswith("--gpu-memory-utilization 0.92") and " and --kv-cache-dtype fp8 and " in longer.text
 
 
 def test_vllm_does_not_run_everywhere() -> None:
-    plan = make_plan(B72, INT4, parse_rig("M2 Ultra"), get_engine("llama.cpp"), Workload(8192))
-    assert vllm_flags(plan) == "# vLLM does not run on Apple M2 Ultra"
+    plan = make_plan(Case(B72, INT4, get_engine("llama.cpp"), Workload(8192), parse_rig("M2 Ultra")))
+    assert VLLM.command(plan) == "# vLLM does not run on Apple M2 Ultra"

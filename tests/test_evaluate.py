@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from conftest import small_job
 from safetensors.torch import load_file, save_file
 
 from qwenq.checkpoint.reader import open_checkpoint
-from qwenq.errors import CalibrationError, HonestNo, QwenqError
+from qwenq.errors import CalibrationError, CheckpointError, HonestNo, QwenqError
 from qwenq.pipeline.evaluate import check_limits, evaluate
 from qwenq.pipeline.quantize import quantize
 from qwenq.results import DriftReport
@@ -122,6 +123,27 @@ def test_a_quantized_reference_will_do(random_model: Make, tmp_path: Path) -> No
     q = open_checkpoint(tmp_path / "q")
     forward, back = evaluate(q, open_checkpoint(source), windows()), evaluate(open_checkpoint(source), q, windows())
     assert forward.perplexity == back.reference_perplexity and forward.kl.mean != back.kl.mean
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "replace"])
+@pytest.mark.parametrize("which", ["checkpoint", "reference"])
+def test_a_model_that_changes_meanwhile(which: str, harm: str, random_model: Make) -> None:
+    both = {name: open_checkpoint(random_model(name)) for name in ("checkpoint", "reference")}
+    path = both[which].files[-1]
+    data, times = path.read_bytes(), os.stat(path)
+
+    def change(layer: int) -> None:
+        if layer == 1:
+            if harm == "replace":
+                path.rename(path.with_name("before"))
+            with open(path, "wb" if harm == "replace" else "r+b") as file:
+                file.write(data[:-1] + bytes([data[-1] ^ 1]))
+                file.truncate(1000 if harm == "cut" else len(data))
+            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+    with pytest.raises(CheckpointError) as caught:
+        evaluate(both["checkpoint"], both["reference"], windows(), listen=change)
+    assert caught.value.message == f"{path}: changed while it was being read"
 
 
 def test_limits() -> None:

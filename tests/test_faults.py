@@ -22,8 +22,9 @@ from test_quantize import Stop, assert_same, change_tensor, stop_after
 import qwenq.pipeline.quantize
 from qwenq.checkpoint.manifest import JOURNAL_NAME
 from qwenq.checkpoint.reader import open_checkpoint
-from qwenq.errors import JobError, QwenqError, RunError
-from qwenq.formats.base import NF4, Recipe, Scheme
+from qwenq.errors import CheckpointError, JobError, QwenqError, RunError
+from qwenq.formats.base import Recipe, Scheme
+from qwenq.formats.bitsandbytes import NF4
 from qwenq.pipeline.evaluate import evaluate
 from qwenq.pipeline.job import QuantizeJob, partial_directory
 from qwenq.pipeline.quantize import quantize
@@ -227,9 +228,9 @@ def test_a_source_replaced_during_the_run(file: str, case: Case) -> None:
             beside.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
             os.replace(beside, path)
 
-    with pytest.raises(JobError) as caught:
+    with pytest.raises(CheckpointError) as caught:
         quantize(job, listen=replace_after_layer_1)
-    assert one_line(caught.value) == f"{path}: changed while it was being quantized"
+    assert one_line(caught.value) == f"{path}: changed while it was being read"
     assert not job.out.exists()
     path.write_bytes(kept)
     case.resumed()

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from qwenq.errors import CheckpointError
-from qwenq.formats.base import INT8_ROWS, NF4, Recipe, Scheme
-from qwenq.formats.registry import quantization_config, read_quantization_config
+from qwenq.formats.base import Recipe, Scheme, quantization_config, read_quantization_config
+from qwenq.formats.bitsandbytes import INT8_ROWS, NF4
 from qwenq.model.spec import spec_from_config
 
 SPEC = spec_from_config(

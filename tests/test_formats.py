@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from qwenq.checkpoint.reader import Checkpoint, open_checkpoint
 from qwenq.cli.main import app
 from qwenq.errors import PlanError
-from qwenq.formats.base import FORMATS, INT8_ROWS, NF4, Recipe, Scheme
+from qwenq.formats.base import FORMATS, Recipe, Scheme
+from qwenq.formats.bitsandbytes import INT8_ROWS, NF4
 from qwenq.model.layer import model_config
 from qwenq.pipeline.evaluate import evaluate
 from qwenq.pipeline.preflight import Tokens, preflight

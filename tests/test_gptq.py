@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenq.errors import QwenqError
-from qwenq.formats.base import Scheme
 from qwenq.solver import gptq
 from qwenq.solver.gptq import (
     Shortfall,
@@ -17,9 +16,12 @@ from qwenq.solver.gptq import (
     processing_order,
     solve_unit,
 )
-from qwenq.solver.grid import round_to_grid, search_grid
+from qwenq.solver.grid import IntegerGrid
 
-SCHEMES = [Scheme(4, 32), Scheme(4, 64), Scheme(4, 128), Scheme(4, -1), Scheme(8, 64), Scheme(4, 64, sym=False)]
+GRIDS = [
+    IntegerGrid(4, 32), IntegerGrid(4, 64), IntegerGrid(4, 128), IntegerGrid(4, -1), IntegerGrid(8, 64),
+    IntegerGrid(4, 64, sym=False),
+]  # fmt: skip
 
 
 def correlated(columns, tokens=1500, seed=0):
@@ -35,13 +37,13 @@ def problem(columns=256, rows=24, seed=0):
     return w_OI, x_TI.T @ x_TI
 
 
-def scalar_gptq(w_OI, h_II, scheme, damp_percent):
+def scalar_gptq(w_OI, h_II, grid, damp_percent):
     """The paper's algorithm as it stands there: factor of the inverse, one row and one column at a time."""
-    columns, width = w_OI.shape[1], scheme.group_width(w_OI.shape[1])
+    columns, width = w_OI.shape[1], grid.group_width(w_OI.shape[1])
     h = h_II.double().clone()
     diagonal = h.diagonal().clone()
     damp = damp_percent * diagonal.mean()
-    order = processing_order(diagonal, scheme).flip(0)
+    order = processing_order(diagonal, grid).flip(0)
     h = h[order][:, order]
     h.diagonal().add_(damp)
     u = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
@@ -54,8 +56,8 @@ def scalar_gptq(w_OI, h_II, scheme, damp_percent):
         for i in range(columns):
             if i % width == 0:
                 group_KO = torch.tensor(w[i : i + width]).float()[:, None]
-                scale, zero = (x.item() for x in search_grid(group_KO, weight_I[i : i + width], scheme))
-            code = min(max(round(w[i] / scale + zero), 0), scheme.levels - 1)
+                scale, zero = (x.item() for x in grid.fit(group_KO, weight_I[i : i + width]))
+            code = min(max(round(w[i] / scale + zero), 0), grid.levels - 1)
             done.append(scale * (code - zero))
             step = (w[i] - done[-1]) / u[i][i]
             for j in range(i, columns):
@@ -64,13 +66,13 @@ def scalar_gptq(w_OI, h_II, scheme, damp_percent):
     return out
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.label)
-def test_equals_a_plain_loop(scheme):
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_equals_a_plain_loop(grid):
     w_OI, h_II = problem(rows=6)
-    wanted = scalar_gptq(w_OI, h_II, scheme, 0.01)
-    q, stats = solve_unit({"w": w_OI}, h_II.clone(), scheme, damp_percent=0.01, sweeps=0)["w"]
+    wanted = scalar_gptq(w_OI, h_II, grid, 0.01)
+    q, stats = solve_unit({"w": w_OI}, h_II.clone(), grid, damp_percent=0.01, sweeps=0)["w"]
     found = q.dequantize()
-    if scheme.bits == 4:
+    if grid.bits == 4:
         assert (found != wanted).float().mean() < 0.005  # a tie in the last bit may fall either way
     assert (found - wanted).abs().mean() < 1e-3
     error, signal = w_OI - found, w_OI
@@ -82,9 +84,9 @@ def test_equals_a_plain_loop(scheme):
 
 def scalar_sweep(w_OI, h_II, q, damp):
     """Coordinate descent on tr(E (H + damp) E') from the solution `q`, one row, group and column at a time."""
-    columns, width = w_OI.shape[1], q.scheme.group_width(w_OI.shape[1])
+    columns, width = w_OI.shape[1], q.integers.group_width(w_OI.shape[1])
     h = h_II.double().clone()
-    order = processing_order(h.diagonal(), q.scheme).tolist()
+    order = processing_order(h.diagonal(), q.grid).tolist()
     h.diagonal().add_(damp)
     codes, scales = q.codes_OI.double(), q.scales_OG.double()
     for o in range(w_OI.shape[0]):
@@ -102,25 +104,25 @@ def scalar_sweep(w_OI, h_II, q, damp):
                     o
                 ].repeat_interleave(width)
                 value = (codes[o, k] - q.zeros_OG[o, g].double()) * scales[o, g] + h[k] @ error / h[k, k]
-                codes[o, k] = (value / scales[o, g] + q.zeros_OG[o, g].double()).round().clamp(0, q.scheme.levels - 1)
+                codes[o, k] = (value / scales[o, g] + q.zeros_OG[o, g].double()).round().clamp(0, q.integers.levels - 1)
     return codes, scales
 
 
-@pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(4, 64, sym=False), Scheme(4, -1)], ids=lambda s: s.label)
-def test_descent_equals_a_plain_loop(scheme):
+@pytest.mark.parametrize("grid", [IntegerGrid(4, 32), IntegerGrid(4, 64, sym=False), IntegerGrid(4, -1)], ids=str)
+def test_descent_equals_a_plain_loop(grid):
     w_OI, h_II = problem(columns=128, rows=4)
-    before = solve_unit({"w": w_OI}, h_II.clone(), scheme, damp_percent=0.01, sweeps=0)["w"][0]
+    before = solve_unit({"w": w_OI}, h_II.clone(), grid, damp_percent=0.01, sweeps=0)["w"][0]
     codes, scales = scalar_sweep(w_OI, h_II, before, 0.01 * float(h_II.diagonal().mean()))
-    after = solve_unit({"w": w_OI}, h_II.clone(), scheme, damp_percent=0.01, sweeps=1)["w"][0]
+    after = solve_unit({"w": w_OI}, h_II.clone(), grid, damp_percent=0.01, sweeps=1)["w"][0]
     assert (after.codes_OI != codes).float().mean() < 0.01
     torch.testing.assert_close(after.scales_OG.double(), scales, rtol=2e-3, atol=0)
     assert (after.codes_OI != before.codes_OI).any()
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.label)
-def test_each_sweep_lowers_the_error(scheme):
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_each_sweep_lowers_the_error(grid):
     w_OI, h_II = problem(rows=32)
-    solved = [solve_unit({"w": w_OI}, h_II.clone(), scheme, damp_percent=1e-4, sweeps=n)["w"][1] for n in range(4)]
+    solved = [solve_unit({"w": w_OI}, h_II.clone(), grid, damp_percent=1e-4, sweeps=n)["w"][1] for n in range(4)]
     errors = [stats.error_db for stats in solved]
     assert errors == sorted(errors, reverse=True)
     assert errors[2] < errors[0] - 0.1
@@ -137,11 +139,11 @@ def test_shortfalls_move_the_outputs():
     options = {"damp_percent": 1e-6}
     for pull in (1.0, 0.5):
         shortfalls = {"b": Shortfall(x_TI.T @ asked_TO, 0.5 * x_TI.T @ asked_TO)}
-        solved = solve_unit(weights, h_II.clone(), Scheme(8, 32), **options, shortfalls=shortfalls, pull=pull)
+        solved = solve_unit(weights, h_II.clone(), IntegerGrid(8, 32), **options, shortfalls=shortfalls, pull=pull)
         moved_TO = x_TI @ (solved["b"][0].dequantize() - weights["b"]).T
         assert (moved_TO - pull * asked_TO).square().mean() < 0.01 * asked_TO.square().mean()
         assert solved["b"][1].error_db < -40
-    alone = solve_unit({"a": weights["a"]}, h_II.clone(), Scheme(8, 32), **options)
+    alone = solve_unit({"a": weights["a"]}, h_II.clone(), IntegerGrid(8, 32), **options)
     assert (solved["a"][0].codes_OI != alone["a"][0].codes_OI).float().mean() < 0.1
 
 
@@ -161,7 +163,7 @@ def test_shortfalls_count_as_far_as_both_halves_agree():
     whole_IO = 1e4 * (first_IO + second_IO)
     wanted_OI = torch.linalg.solve(h_II + damp * torch.eye(64), whole_IO).T * share_O[:, None]
     found = solve_unit(
-        weights, h_II.clone(), Scheme(8, 32), damp_percent=0.5, pull=1.0, sweeps=0,
+        weights, h_II.clone(), IntegerGrid(8, 32), damp_percent=0.5, pull=1.0, sweeps=0,
         shortfalls={"w": Shortfall(whole_IO.clone(), 1e4 * first_IO)},
     )["w"][0].dequantize() - weights["w"]  # fmt: skip
     assert wanted_OI.abs().mean() > 0.3
@@ -179,70 +181,70 @@ def test_damped_solution(monkeypatch):
     torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.label)
-def test_beats_rounding(scheme):
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_beats_rounding(grid):
     w_OI, h_II = problem()
-    solved = solve_unit({"w": w_OI}, h_II.clone(), scheme)["w"][1]
-    rounded = solve_unit({"w": w_OI}, h_II.clone(), scheme, method="rtn")["w"][1]
+    solved = solve_unit({"w": w_OI}, h_II.clone(), grid)["w"][1]
+    rounded = solve_unit({"w": w_OI}, h_II.clone(), grid, method="rtn")["w"][1]
     assert solved.error_db < rounded.error_db - 3
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.label)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
 @given(seed=st.integers(0, 10**6))
 @settings(max_examples=5, deadline=None)
-def test_diagonal_hessian_means_rounding(scheme, seed):
+def test_diagonal_hessian_means_rounding(grid, seed):
     generator = torch.Generator().manual_seed(seed)
     w_OI = torch.randn(16, 128, generator=generator)
     diagonal_I = torch.rand(128, generator=generator) + 0.1
-    q, _ = solve_unit({"w": w_OI}, torch.diag(diagonal_I), scheme, damp_percent=0.0, sweeps=0)["w"]
-    width = scheme.group_width(128)
+    q, _ = solve_unit({"w": w_OI}, torch.diag(diagonal_I), grid, damp_percent=0.0, sweeps=0)["w"]
+    width = grid.group_width(128)
     for g in range(128 // width):
         part = slice(g * width, (g + 1) * width)
         order_K = diagonal_I[part].argsort()  # sums in the search are taken in this order
         w_KO = w_OI.T[part][order_K].contiguous()
-        scale_O, zero_O = search_grid(w_KO, diagonal_I[part][order_K], scheme)
+        (scale_O,), (zero_O,) = grid.fit(w_KO, diagonal_I[part][order_K])
         same_O = q.scales_OG[:, g].float() == scale_O
         assert same_O.float().mean() > 0.8  # rounding of the weights decides between candidates that are as good
         scale_O = q.scales_OG[:, g].float()
         assert torch.equal(q.zeros_OG[:, g].float(), zero_O)
-        assert (q.codes_OI.T[part][order_K] != round_to_grid(w_KO, scale_O, zero_O, scheme)).float().mean() < 0.002
+        assert (q.codes_OI.T[part][order_K] != grid.round(w_KO, (scale_O[None], zero_O[None]))).float().mean() < 0.002
 
 
 @given(seed=st.integers(0, 10**6))
 @settings(max_examples=10, deadline=None)
 def test_rows_are_independent(seed):
     w_OI, h_II = problem(columns=128, rows=16, seed=seed)
-    scheme = Scheme(4, 32)
-    whole = solve_unit({"w": w_OI}, h_II.clone(), scheme)["w"][0].dequantize()
+    grid = IntegerGrid(4, 32)
+    whole = solve_unit({"w": w_OI}, h_II.clone(), grid)["w"][0].dequantize()
     rows = torch.randperm(16, generator=torch.Generator().manual_seed(seed))
-    mixed = solve_unit({"w": w_OI[rows]}, h_II.clone(), scheme)["w"][0].dequantize()
+    mixed = solve_unit({"w": w_OI[rows]}, h_II.clone(), grid)["w"][0].dequantize()
     assert (mixed != whole[rows]).float().mean() < 0.01
-    parts = solve_unit({"a": w_OI[:5], "b": w_OI[5:]}, h_II.clone(), scheme)
+    parts = solve_unit({"a": w_OI[:5], "b": w_OI[5:]}, h_II.clone(), grid)
     joined = torch.cat([parts["a"][0].dequantize(), parts["b"][0].dequantize()])
     assert (joined != whole).float().mean() < 0.01
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: s.label)
-def test_shapes_dtypes_and_float16_scales(scheme):
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_shapes_dtypes_and_float16_scales(grid):
     w_OI, h_II = problem(rows=16)
-    q, _ = solve_unit({"w": w_OI.bfloat16()}, h_II, scheme)["w"]
-    groups = scheme.groups(256)
+    q, _ = solve_unit({"w": w_OI.bfloat16()}, h_II, grid)["w"]
+    groups = 256 // grid.group_width(256)
     assert (q.codes_OI.dtype, q.codes_OI.shape) == (torch.uint8, (16, 256))
     assert (q.scales_OG.dtype, q.scales_OG.shape) == (torch.float16, (16, groups))
     assert (q.zeros_OG.dtype, q.zeros_OG.shape) == (torch.uint8, (16, groups))
-    assert int(q.codes_OI.max()) <= scheme.levels - 1
-    if scheme.sym:
-        assert (q.zeros_OG == scheme.zero).all()
+    assert int(q.codes_OI.max()) <= grid.levels - 1
+    if grid.sym:
+        assert (q.zeros_OG == grid.zero).all()
 
 
 def test_small_pieces_equal_one_piece(monkeypatch):
     """Blocks of the factor, of columns and of rows are a matter of speed."""
     w_OI, h_II = problem(columns=256, rows=40)
-    scheme = Scheme(4, 32)
-    whole = solve_unit({"w": w_OI}, h_II.clone(), scheme)["w"][0].dequantize()
+    grid = IntegerGrid(4, 32)
+    whole = solve_unit({"w": w_OI}, h_II.clone(), grid)["w"][0].dequantize()
     for name, value in (("FACTOR_BLOCK", 48), ("SPAN", 64), ("LEAF", 3), ("ROWS_AT_ONCE", 7)):
         monkeypatch.setattr(gptq, name, value)
-        pieces = solve_unit({"w": w_OI}, h_II.clone(), scheme)["w"][0].dequantize()
+        pieces = solve_unit({"w": w_OI}, h_II.clone(), grid)["w"][0].dequantize()
         assert (pieces != whole).float().mean() < 0.01, name
 
 
@@ -278,14 +280,14 @@ def test_factor_and_permutation_in_place(monkeypatch):
 
 def test_order_keeps_groups_whole_and_ends_with_the_most_active():
     diagonal = torch.tensor([1.0, 9, 2, 3, 50, 4, 5, 5, 0, 0, 0, 1])
-    order = processing_order(diagonal, Scheme(4, 4))
+    order = processing_order(diagonal, IntegerGrid(4, 4))
     assert order.tolist() == [8, 9, 10, 11, 0, 2, 3, 1, 5, 6, 7, 4]
 
 
 def test_dead_columns_are_rounded_and_spoil_nothing():
     w_OI, h_II = problem(columns=128)
     h_II[5], h_II[:, 5], h_II[64:128], h_II[:, 64:128] = 0, 0, 0, 0
-    q, stats = solve_unit({"w": w_OI}, h_II, Scheme(4, 64))["w"]
+    q, stats = solve_unit({"w": w_OI}, h_II, IntegerGrid(4, 64))["w"]
     found = q.dequantize()
     assert found.isfinite().all() and stats.fallback == ""
     assert (found - w_OI)[:, 64:].abs().max() < 0.5  # still rounded to a sensible grid: real inputs may be non-zero
@@ -297,22 +299,22 @@ def test_non_finite_input_is_named(method):
     bad = w_OI.clone()
     bad[2, 7] = math.inf
     with pytest.raises(QwenqError, match=r"layers\.3\.up: 1 of 1536 weights are not finite"):
-        solve_unit({"layers.3.gate": w_OI, "layers.3.up": bad}, h_II.clone(), Scheme(4, 64), method=method)
+        solve_unit({"layers.3.gate": w_OI, "layers.3.up": bad}, h_II.clone(), IntegerGrid(4, 64), method=method)
     h_II[3, 9] = math.nan
     with pytest.raises(QwenqError, match=r"layers\.3\.gate, layers\.3\.up: the Hessian of their inputs is not finite"):
-        solve_unit({"layers.3.gate": w_OI, "layers.3.up": w_OI}, h_II, Scheme(4, 64), method=method)
+        solve_unit({"layers.3.gate": w_OI, "layers.3.up": w_OI}, h_II, IntegerGrid(4, 64), method=method)
 
 
 def test_ill_fitting_input_is_named():
     w_OI, h_II = problem(columns=96)
     with pytest.raises(QwenqError, match=r"a\.b: shape \[24, 96\] does not fit 96 columns in groups of 64"):
-        solve_unit({"a.b": w_OI}, h_II, Scheme(4, 64))
+        solve_unit({"a.b": w_OI}, h_II, IntegerGrid(4, 64))
     with pytest.raises(QwenqError, match=r"c: shape \[24, 64\]"):
-        solve_unit({"a.b": w_OI, "c": w_OI[:, :64]}, h_II, Scheme(4, 32))
+        solve_unit({"a.b": w_OI, "c": w_OI[:, :64]}, h_II, IntegerGrid(4, 32))
     with pytest.raises(QwenqError, match="method 'awq'"):
-        solve_unit({"a.b": w_OI}, h_II, Scheme(4, 32), method="awq")
+        solve_unit({"a.b": w_OI}, h_II, IntegerGrid(4, 32), method="awq")
     with pytest.raises(QwenqError, match="without a Hessian"):
-        solve_unit({"a.b": w_OI}, None, Scheme(4, 32))
+        solve_unit({"a.b": w_OI}, None, IntegerGrid(4, 32))
 
 
 def test_damping_escalates_and_is_recorded():
@@ -323,7 +325,7 @@ def test_damping_escalates_and_is_recorded():
     values[0] = 0
     h_II = (basis * values) @ basis.T
     h_II = h_II - 0.05 * float(h_II.diagonal().mean()) * basis[:, :1] @ basis[:, :1].T
-    _, stats = solve_unit({"w": w_OI}, h_II, Scheme(4, 64), damp_percent=0.01)["w"]
+    _, stats = solve_unit({"w": w_OI}, h_II, IntegerGrid(4, 64), damp_percent=0.01)["w"]
     assert stats.damp_percent == pytest.approx(0.1)
     assert stats.fallback == ""
 
@@ -337,7 +339,7 @@ def test_damping_escalates_from_nothing_too(damp_percent, second):
     h_II = x_TI.T @ x_TI
     h_II -= 2 * damp_percent * h_II.diagonal().mean() * torch.eye(64)  # short of what the first try adds
     h_II[7] = h_II[:, 7] = 0
-    q, stats = solve_unit({"w": w_OI}, h_II, Scheme(4, 64), damp_percent=damp_percent)["w"]
+    q, stats = solve_unit({"w": w_OI}, h_II, IntegerGrid(4, 64), damp_percent=damp_percent)["w"]
     assert stats.fallback == "" and stats.damp_percent == pytest.approx(second)
     assert q.dequantize().isfinite().all() and stats.error_db < -20
 
@@ -349,7 +351,8 @@ def test_shortfalls_that_are_not_finite_are_named(half, value):
     sums = torch.zeros(64, 24), torch.zeros(64, 24)
     sums[half][3, 5] = value
     with pytest.raises(QwenqError, match=r"^layers\.3\.o: what its outputs are short of is not finite$"):
-        solve_unit({"layers.3.o": w_OI}, h_II, Scheme(4, 64), shortfalls={"layers.3.o": Shortfall(*sums)}, pull=1.0)
+        short = {"layers.3.o": Shortfall(*sums)}
+        solve_unit({"layers.3.o": w_OI}, h_II, IntegerGrid(4, 64), shortfalls=short, pull=1.0)
 
 
 def test_scales_that_overflowed_are_named():
@@ -357,29 +360,29 @@ def test_scales_that_overflowed_are_named():
     w_OI, h_II = problem(columns=64)
     whole_IO = torch.full((64, 24), 3e38)
     with pytest.raises(QwenqError, match=r"^o: scales are not finite$"):
-        solve_unit({"o": w_OI}, h_II, Scheme(4, 64), shortfalls={"o": Shortfall(whole_IO, whole_IO / 2)}, pull=1.0)
+        solve_unit({"o": w_OI}, h_II, IntegerGrid(4, 64), shortfalls={"o": Shortfall(whole_IO, whole_IO / 2)}, pull=1.0)
 
 
 def test_fallback_is_recorded_and_rounds_with_searched_scales():
     w_OI, _ = problem(columns=64)
     h_II = torch.eye(64)
     h_II[0, 63] = h_II[63, 0] = 1e6
-    q, stats = solve_unit({"w": w_OI}, h_II, Scheme(4, 64), damp_percent=0.01)["w"]
+    q, stats = solve_unit({"w": w_OI}, h_II, IntegerGrid(4, 64), damp_percent=0.01)["w"]
     assert stats.fallback == "no Cholesky factor up to a damping of 10: rounded to nearest"
     weight_I = torch.ones(64)
-    scale_O, _ = search_grid(w_OI.T.contiguous(), weight_I, Scheme(4, 64))
+    (scale_O,), _ = IntegerGrid(4, 64).fit(w_OI.T.contiguous(), weight_I)
     assert torch.equal(q.scales_OG[:, 0].float(), scale_O)
-    _, stats = solve_unit({"w": w_OI}, torch.zeros(64, 64), Scheme(4, 64))["w"]
+    _, stats = solve_unit({"w": w_OI}, torch.zeros(64, 64), IntegerGrid(4, 64))["w"]
     assert stats.fallback == "no calibration input reached it: rounded to nearest"
 
 
 def test_rounding_without_a_hessian():
     w_OI, h_II = problem(columns=64)
-    scheme = Scheme(8, 32)
-    q, stats = solve_unit({"w": w_OI}, None, scheme, method="rtn")["w"]
+    grid = IntegerGrid(8, 32)
+    q, stats = solve_unit({"w": w_OI}, None, grid, method="rtn")["w"]
     assert math.isnan(stats.error_db) and stats.weight_error_db < -35
     assert (q.dequantize() - w_OI).abs().max() <= 0.51 * q.scales_OG.max()
-    same, with_h = solve_unit({"w": w_OI}, h_II, scheme, method="rtn")["w"]
+    same, with_h = solve_unit({"w": w_OI}, h_II, grid, method="rtn")["w"]
     assert torch.equal(same.codes_OI, q.codes_OI) and with_h.error_db < -30
 
 
@@ -387,6 +390,6 @@ def test_exact_weights_lose_nothing():
     _, h_II = problem(columns=64)
     codes = torch.randint(-8, 8, (8, 64), generator=torch.Generator().manual_seed(0)).float()
     codes[:, 0] = -8
-    q, stats = solve_unit({"w": codes * 0.25}, h_II, Scheme(4, 64))["w"]
+    q, stats = solve_unit({"w": codes * 0.25}, h_II, IntegerGrid(4, 64))["w"]
     assert torch.equal(q.dequantize(), codes * 0.25)
     assert stats.error_db == stats.weight_error_db == -math.inf

@@ -10,9 +10,8 @@ import pytest
 
 from qwenq import __version__
 from qwenq.errors import CheckpointError
-from qwenq.formats.base import Recipe, Scheme
-from qwenq.formats.gptq import gptq_config, read_gptq_config
-from qwenq.formats.registry import read_quantization_config
+from qwenq.formats.base import Recipe, Scheme, quantization_config, read_quantization_config
+from qwenq.formats.gptq import GPTQ
 from qwenq.model.spec import spec_from_config
 
 SPEC = spec_from_config(
@@ -25,7 +24,7 @@ BASE = {"quant_method": "gptq", "bits": 4, "group_size": 128}
 
 
 def test_written_config() -> None:
-    assert gptq_config(Recipe(Scheme(8, 64)), damp_percent=0.05, method="gptq") == {
+    assert quantization_config(Recipe(Scheme(8, 64)), SPEC, damp_percent=0.05, method="gptq") == {
         "quant_method": "gptq",
         "checkpoint_format": "gptq",
         "bits": 8,
@@ -45,8 +44,8 @@ def test_written_config() -> None:
 
 @pytest.mark.parametrize("scheme", [Scheme(4, 128), Scheme(8, 32), Scheme(4, -1), Scheme(4, 64, sym=False)])
 def test_uniform_recipes_round_trip(scheme: Scheme) -> None:
-    written = json.loads(json.dumps(gptq_config(Recipe(scheme), damp_percent=0.01, method="rtn")))
-    read = read_gptq_config(written, "config.json")
+    written = json.loads(json.dumps(quantization_config(Recipe(scheme), SPEC, damp_percent=0.01, method="rtn")))
+    read = GPTQ.read_config(written, "config.json")
     assert (read.default, read.version, read.rules) == (scheme, "gptq" if scheme.sym else "gptq_v2", ())
     assert read.recipe(SPEC) == Recipe(scheme)
 
@@ -60,12 +59,12 @@ def test_mixed_recipes_round_trip() -> None:
             ("model.layers.2.self_attn.o_proj", None),
         ),
     )
-    written = json.loads(json.dumps(gptq_config(recipe, damp_percent=0.01, method="gptq")))
+    written = json.loads(json.dumps(quantization_config(recipe, SPEC, damp_percent=0.01, method="gptq")))
     assert written["dynamic"] == {
         r"+:^model\.layers\.1\.mlp\.down_proj$": {"bits": 8, "group_size": 32, "sym": True},
         r"-:^model\.layers\.2\.self_attn\.o_proj$": {},
     }
-    read = read_gptq_config(written, "config.json")
+    read = GPTQ.read_config(written, "config.json")
     assert read.recipe(SPEC) == recipe
     assert read.scheme_of("model.layers.11.mlp.down_proj") == Scheme(4, 64)
     assert read.scheme_of("model.layers.1xmlp.down_proj") == Scheme(4, 64)
@@ -73,7 +72,7 @@ def test_mixed_recipes_round_trip() -> None:
 
 def test_patterns_as_other_tools_write_them() -> None:
     """GPTQModel: re.match, so a prefix is enough; the first pattern that matches decides; no sign means an override."""
-    read = read_gptq_config(
+    read = GPTQ.read_config(
         BASE
         | {
             "dynamic": {
@@ -94,10 +93,10 @@ def test_patterns_as_other_tools_write_them() -> None:
 
 def test_old_and_second_versions() -> None:
     auto_gptq = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True, "sym": False}
-    assert read_gptq_config(auto_gptq, "x").default == Scheme(4, 128, sym=False)
-    assert read_gptq_config(auto_gptq, "x").version == "gptq"
-    assert read_gptq_config(BASE | {"checkpoint_format": None, "dynamic": None}, "x").version == "gptq"
-    assert read_gptq_config(BASE | {"checkpoint_format": "gptq_v2"}, "x").version == "gptq_v2"
+    assert GPTQ.read_config(auto_gptq, "x").default == Scheme(4, 128, sym=False)
+    assert GPTQ.read_config(auto_gptq, "x").version == "gptq"
+    assert GPTQ.read_config(BASE | {"checkpoint_format": None, "dynamic": None}, "x").version == "gptq"
+    assert GPTQ.read_config(BASE | {"checkpoint_format": "gptq_v2"}, "x").version == "gptq_v2"
 
 
 BAD: dict[str, tuple[Any, str]] = {

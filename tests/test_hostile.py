@@ -73,7 +73,10 @@ def test_no_compiled_code_is_fetched(tmp_path: Path) -> None:
     """bitsandbytes asks the package `kernels` for code from the hub while it is imported: it must not find it."""
     pytest.importorskip("bitsandbytes")
     (tmp_path / "kernels.py").write_text(CANARY + "\ndef get_kernel(*a, **k): pass\n")
-    code = "import torch; from qwenq.formats.pack_bnb import round_int8; round_int8(torch.ones(64, 64)); import kernels"
+    code = (
+        "import torch; from qwenq.formats.bitsandbytes import _functional; "
+        "_functional().int8_vectorwise_quant(torch.ones(64, 64).half()); import kernels"
+    )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     done = subprocess.run(
         [sys.executable, "-c", code.rpartition(";")[0]], env=environment, capture_output=True, text=True

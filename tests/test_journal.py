@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import signal
@@ -26,9 +27,12 @@ def started(directory: Path, layers: int) -> Journal:
 
 def test_literal_lines(tmp_path: Path) -> None:
     started(tmp_path, 1)
-    assert (tmp_path / JOURNAL_NAME).read_text(encoding="utf-8") == (
-        '{"job":{"seed":0,"scheme":{"bits":4,"group_size":128}}}\n{"layer":0,"file":"0","name":"é"}\n'
-    )
+    rows = '{"job":{"seed":0,"scheme":{"bits":4,"group_size":128}},"beside":{}', '{"layer":0,"file":"0","name":"é"'
+    check, text = "", ""
+    for row in rows:
+        check = hashlib.sha256(f"{check}{row}}}".encode()).hexdigest()
+        text += f'{row},"check":"{check}"}}\n'
+    assert (tmp_path / JOURNAL_NAME).read_text(encoding="utf-8") == text
 
 
 def test_loading_gives_what_was_written(tmp_path: Path) -> None:
@@ -55,6 +59,36 @@ def test_going_on_after_a_torn_line_does_not_glue_lines_together(tmp_path: Path)
     journal.keep_layers(2)
     journal.append({"layer": 2, "file": "2"})
     assert [row["layer"] for row in Journal.load(tmp_path).layers] == [0, 1, 2]
+
+
+def test_a_flipped_bit_anywhere_costs_its_line_and_what_follows(tmp_path: Path) -> None:
+    written = started(tmp_path, 3)
+    whole = (tmp_path / JOURNAL_NAME).read_bytes()
+    for at in range(len(whole) - 1):  # the last newline may go
+        for bit in (0, 3, 7):
+            (tmp_path / JOURNAL_NAME).write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
+            line = whole[:at].count(b"\n")
+            if line == 0:
+                with pytest.raises(JobError, match="its first line is damaged"):
+                    Journal.load(tmp_path)
+            else:
+                found = Journal.load(tmp_path)
+                assert found.rows == written.rows[:line] and found.dropped > 0
+
+
+def test_lines_removed_doubled_or_out_of_order(tmp_path: Path) -> None:
+    started(tmp_path, 3)
+    a, b, c, d = (tmp_path / JOURNAL_NAME).read_bytes().splitlines(keepends=True)
+    for lines, layers in (((a, c, d), 0), ((a, b, d), 1), ((a, b, b, c), 1), ((a, c, b, d), 0), ((a, b, c), 2)):
+        (tmp_path / JOURNAL_NAME).write_bytes(b"".join(lines))
+        found = Journal.load(tmp_path)
+        assert len(found.layers) == layers and found.dropped == len(lines) - 1 - layers
+
+
+def test_a_journal_without_checksums_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / JOURNAL_NAME).write_text('{"job":{"qwenq":"0.1.0"}}\n{"layer":0,"file":"0"}\n')
+    with pytest.raises(JobError, match=r"its first line is damaged, or of an earlier version without checksums$"):
+        Journal.load(tmp_path)
 
 
 def test_keep_layers_drops_what_follows(tmp_path: Path) -> None:
@@ -138,6 +172,17 @@ def test_a_lock_left_behind_is_explained(tmp_path: Path) -> None:
         pass
     assert caught.value.hint == f"when that run has ended, delete {lock} and go on"
     assert lock.is_file()
+
+
+def test_a_lock_of_any_bytes_is_taken_over_or_refused_in_one_line(tmp_path: Path) -> None:
+    for text in (b"", b"\xff\xfe\x00", b"\n\n\n", b"\xc3", bytes(range(256)) * 20):
+        (tmp_path / LOCK_NAME).write_bytes(text)
+        try:
+            with locked(tmp_path) as left:
+                assert left.isprintable()
+        except JobError as error:
+            assert error.message.isprintable()
+            (tmp_path / LOCK_NAME).unlink()
 
 
 def test_the_lock_follows_the_directory_when_it_is_renamed(tmp_path: Path) -> None:

@@ -14,13 +14,13 @@ from conftest import small_job
 
 from qwenq.checkpoint.reader import open_checkpoint
 from qwenq.errors import PlanError
-from qwenq.formats.base import Scheme
 from qwenq.model.layer import Network
 from qwenq.pipeline.block import passes
 from qwenq.pipeline.config import pick_device
 from qwenq.pipeline.quantize import quantize
 from qwenq.pipeline.workers import LaneSums, Replicas
 from qwenq.solver.gptq import Shortfall, solve_unit
+from qwenq.solver.grid import IntegerGrid
 from qwenq.solver.parallel import cpu_lanes, side_by_side, solve_rows
 
 CPU = torch.device("cpu")
@@ -135,18 +135,18 @@ def test_shares_of_rows_are_solved_as_the_whole_is() -> None:
     x_TI = torch.randn(500, 128) @ torch.randn(128, 128)
     weights = {"a": torch.randn(37, 128), "b": torch.randn(5, 128)}
     halves = {name: (torch.randn(128, len(w_OI)), torch.randn(128, len(w_OI))) for name, w_OI in weights.items()}
-    scheme = Scheme(4, 64)
+    grid = IntegerGrid(4, 64)
 
     def given() -> tuple[torch.Tensor, dict[str, Shortfall]]:
         return x_TI.T @ x_TI, {name: Shortfall(a + b, a.clone()) for name, (a, b) in halves.items()}  # overwritten
 
     h_II, shortfalls = given()
-    whole = solve_unit(weights, h_II, scheme, shortfalls=shortfalls, pull=0.5)
+    whole = solve_unit(weights, h_II, grid, shortfalls=shortfalls, pull=0.5)
     h_II, shortfalls = given()
-    shared = solve_rows([CPU] * 3, weights, h_II, scheme, shortfalls=shortfalls, pull=0.5)
+    shared = solve_rows([CPU] * 3, weights, h_II, grid, shortfalls=shortfalls, pull=0.5)
     for name, (q, stats) in whole.items():
         found, found_stats = shared[name]
-        assert found.codes_OI.shape == q.codes_OI.shape and found.scheme == scheme
+        assert found.codes_OI.shape == q.codes_OI.shape and found.grid == grid
         assert (found.codes_OI != q.codes_OI).float().mean() < 0.002  # a tie in the last bit may fall either way
         torch.testing.assert_close(found.dequantize(), q.dequantize(), rtol=0.05, atol=0.05)
         assert found_stats.error_db == pytest.approx(stats.error_db, abs=0.02)
@@ -224,5 +224,5 @@ def test_a_layer_is_replayed_in_the_ranges_it_was_solved_in() -> None:
 
 def test_few_rows_go_to_few_devices() -> None:
     h_II = torch.eye(64) * 100
-    q, stats = solve_rows([CPU] * 3, {"w": torch.randn(2, 64), "v": torch.randn(9, 64)}, h_II, Scheme(4, 32))["w"]
+    q, stats = solve_rows([CPU] * 3, {"w": torch.randn(2, 64), "v": torch.randn(9, 64)}, h_II, IntegerGrid(4, 32))["w"]
     assert q.codes_OI.shape == (2, 64) and stats.error_db < -10

@@ -13,17 +13,16 @@ from hypothesis import strategies as st
 from qwenq.errors import PlanError
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.model.spec import ModelSpec, family_configs, family_spec
-from qwenq.planning.activations import decode_peak, logits_peak, prefill_peak
-from qwenq.planning.allocator import MIB, allocated_bytes
-from qwenq.planning.engines import ENGINES, EXLLAMA_V1, KV_DTYPES, get_engine, kernel_for, parse_environment
+from qwenq.planning.case import Case, Share, Workload, check_context, even_shares, rank_shares, whole
+from qwenq.planning.engines.base import ENGINES, get_engine
+from qwenq.planning.engines.llamacpp import compute_buffer
+from qwenq.planning.engines.torch import EXLLAMA_V1, Pass, TorchEngine, TransformersEngine, parse_environment
+from qwenq.planning.engines.vllm import VllmEngine
 from qwenq.planning.ggufsize import gguf_weights
-from qwenq.planning.llamacpp_terms import compute_buffer
-from qwenq.planning.memory import check_context, estimate, even_shares, rank_shares
+from qwenq.planning.memory import GpuMemory, Term, estimate
 from qwenq.planning.rig import Rig, find_gpu
-from qwenq.planning.terms import GpuMemory, Term, Workload
 from qwenq.planning.validate import errors, read_rows
-from qwenq.planning.vllm_terms import profiled_bytes
-from qwenq.planning.weights import Weights, published_weights, recipe_weights
+from qwenq.planning.weights import MIB, Weights, allocated_bytes, published_weights, recipe_weights
 from qwenq.units import GIB
 
 PUBLISHED = Path(__file__).parent / "data" / "published"
@@ -54,14 +53,15 @@ INT4 = recipe_weights(B72, Recipe(Scheme(4, 128)))
 )
 def test_kv_bytes_per_token(name: str, n_bytes: int) -> None:
     spec = model(name)
-    found = estimate(spec, published_weights(spec, "BF16"), get_engine("transformers"), Workload(32768))
+    found = estimate(Case(spec, published_weights(spec, "BF16"), get_engine("transformers"), Workload(32768)))
     assert found.kv_bytes_per_token == n_bytes
     assert found.term("kv_cache") == 32768 * n_bytes
 
 
 def test_kv_of_72b_in_gib() -> None:
     at = {
-        c: estimate(B72, INT4, get_engine("qwenq"), Workload(c)).term("kv_cache") / GIB for c in (1024, 32768, 131072)
+        c: estimate(Case(B72, INT4, get_engine("qwenq"), Workload(c))).term("kv_cache") / GIB
+        for c in (1024, 32768, 131072)
     }
     assert at == {1024: 0.3125, 32768: 10, 131072: 40}
 
@@ -70,7 +70,7 @@ def test_llama_cpp_quantized_cache_of_32b() -> None:
     # llama.cpp#11337: 32B, 32,768 tokens, q8_0: 4352 MiB
     spec = model("Qwen2.5-32B")
     work = Workload(32768, kv_dtype="q8_0")
-    found = estimate(spec, gguf_weights(spec, "Q4_K_M"), get_engine("llama.cpp"), work)
+    found = estimate(Case(spec, gguf_weights(spec, "Q4_K_M"), get_engine("llama.cpp"), work))
     assert found.term("kv_cache") == 4352 * MIB
 
 
@@ -100,40 +100,52 @@ def test_llama_cpp_mask_on_two_devices() -> None:
     # unsloth PR#7637: 72B, two GPUs, 32k, ubatch 512: 128 MiB a device
     weights = gguf_weights(B72, "Q4_K_M")
     rig = Rig((find_gpu("RTX 3090"),) * 2)
-    found = estimate(B72, weights, get_engine("llama.cpp"), Workload(32768), rig, even_shares(B72, 2))
+    found = estimate(Case(B72, weights, get_engine("llama.cpp"), Workload(32768), rig), even_shares(B72, 2))
     assert [gpu.term("logits") for gpu in found.gpus] == [128 * MIB, 128 * MIB]
+
+
+def torch_engine(version: str, libraries: dict[str, str] | None = None) -> TorchEngine:
+    engine = get_engine("transformers", version, libraries)
+    assert isinstance(engine, TransformersEngine)
+    return engine
+
+
+def prefill(
+    weights: Weights, engine: TorchEngine, rows: int, share: Share = whole(B72), spec: ModelSpec = B72
+) -> Pass:
+    """A prompt of so many tokens, computed at once."""
+    return Pass(Case(spec, weights, engine, Workload(rows)), share, rows, rows)
 
 
 def test_prefill_peak_of_72b_by_hand() -> None:
     # 6144 rows in 16-bit: embeddings, layer input, residual, normed input (4 x 8192), cosine and sine (2 x 128),
     # and silu(gate), up, product (3 x 29568).
-    engine = get_engine("transformers", "4.46.0")
+    engine = torch_engine("4.46.0")
     weights = published_weights(B72, "BF16")
-    peak = prefill_peak(B72, weights, engine, kernel_for(engine, "none", 16), 6144, 6144, first=True)
+    peak = engine.prefill_peak(prefill(weights, engine, 6144))
     assert peak.moment == "gate times up in the MLP"
     assert peak.n_bytes == 6144 * 2 * (4 * 8192 + 2 * 128 + 3 * 29568) == 1_495_793_664
-    other = prefill_peak(B72, weights, engine, kernel_for(engine, "none", 16), 6144, 6144, first=False)
+    other = engine.prefill_peak(prefill(weights, engine, 6144, even_shares(B72, 2)[1]))
     assert peak.n_bytes - other.n_bytes == 6144 * 2 * 8192  # the input embeddings live on the first GPU only
 
 
 def test_auto_awq_dequantizes_during_up_proj() -> None:
     # At 6,144 rows a dequantized 29696 x 8192 matrix is larger than the third MLP tensor; at 30,720 it is not.
-    engine = get_engine("transformers", "4.46.0", {"autoawq": "0.2.6"})
+    engine = torch_engine("4.46.0", {"autoawq": "0.2.6"})
     weights = published_weights(B72, "AWQ")
-    kernel = kernel_for(engine, "awq", 4)
-    short = prefill_peak(B72, weights, engine, kernel, 6144, 6144, first=True)
+    short = engine.prefill_peak(prefill(weights, engine, 6144))
     assert (short.moment, short.dequantization) == ("up_proj", 2 * 29696 * 8192)
-    assert prefill_peak(B72, weights, engine, kernel, 30720, 30720, first=True).dequantization == 0
-    assert prefill_peak(B72, weights, engine, kernel, 1000, 1000, first=True).dequantization == 0  # below 1,024 rows
+    assert engine.prefill_peak(prefill(weights, engine, 30720)).dequantization == 0
+    assert engine.prefill_peak(prefill(weights, engine, 1000)).dequantization == 0  # below 1,024 rows
 
 
 def test_old_transformers_keeps_every_logit() -> None:
-    old, new = get_engine("transformers", "4.38.2"), get_engine("transformers", "4.46.0")
+    old, new = torch_engine("4.38.2"), torch_engine("4.46.0")
     rows = 30720
-    peak = logits_peak(B72, old, rows, 1, first=True, last=True, gpus=1)
+    peak = old.logits_peak(prefill(INT4, old, rows))
     assert peak.n_bytes == rows * (152064 * 6 + 8192 * 2)  # 26.1 GiB of logits, and the normed hidden states
-    assert logits_peak(B72, old, rows, 1, first=True, last=False, gpus=2).n_bytes == rows * 152064 * 4
-    assert logits_peak(B72, new, rows, 1, first=True, last=True, gpus=1).n_bytes == 152064 * 14
+    assert old.logits_peak(prefill(INT4, old, rows, even_shares(B72, 2)[0])).n_bytes == rows * 152064 * 4
+    assert new.logits_peak(prefill(INT4, new, rows)).n_bytes == 152064 * 14
 
 
 def test_versions_change_what_is_kept() -> None:
@@ -143,7 +155,7 @@ def test_versions_change_what_is_kept() -> None:
 
     def at(version: str) -> GpuMemory:
         work = Workload(2049, prompt=1)
-        return estimate(spec, weights, get_engine("transformers", version, libraries), work).gpus[0]
+        return estimate(Case(spec, weights, get_engine("transformers", version, libraries), work)).gpus[0]
 
     kv = 2049 * 327_680
     assert at("4.38.2").term("kv_cache") == 2 * kv  # the tuple cache and the one being built
@@ -155,8 +167,9 @@ def test_versions_change_what_is_kept() -> None:
 
 def test_decode_without_grouped_heads_repeats_nothing() -> None:
     spec = replace(B72, num_key_value_heads=64)
-    old = get_engine("transformers", "4.38.2")
-    assert decode_peak(spec, old, 4096, 1, False, 2.0).n_bytes == 4096 * 8192 * 2
+    old = torch_engine("4.38.2")
+    step = Pass(Case(spec, INT4, old, Workload(4096)), even_shares(spec, 2)[0], 1, 4096)
+    assert old.decode_peak(step).n_bytes == 4096 * 8192 * 2
 
 
 def test_allocator_by_hand() -> None:
@@ -169,10 +182,10 @@ def test_allocator_by_hand() -> None:
 
 
 def test_exllama_buffer() -> None:
-    engine = get_engine("transformers", "4.46.0", {"autogptq": "0.7.1"})
-    assert kernel_for(engine, "gptq", 4) == EXLLAMA_V1
+    engine = torch_engine("4.46.0", {"autogptq": "0.7.1"})
     weights = published_weights(B72, "GPTQ-Int4")
-    assert estimate(B72, weights, engine, Workload(2049, prompt=1)).term("dequantization") == 2 * 29696 * 8192
+    assert engine.kernel_for(weights) == EXLLAMA_V1
+    assert estimate(Case(B72, weights, engine, Workload(2049, prompt=1))).term("dequantization") == 2 * 29696 * 8192
 
 
 def test_published_transformers_table() -> None:
@@ -203,16 +216,15 @@ def test_published_vllm_logs(row: dict[str, str]) -> None:
         gpu_memory_utilization=float(row["gpu_memory_utilization"]),
     )
     rig = Rig((find_gpu("H100 SXM5 80GB"),) * ranks)
-    found = estimate(
-        spec, published_weights(spec, "BF16"), get_engine("vllm", "0.19"), work, rig, rank_shares(spec, ranks)
-    )
+    engine = VllmEngine((0, 19))
+    found = estimate(Case(spec, published_weights(spec, "BF16"), engine, work, rig), rank_shares(spec, ranks))
     gpu = found.gpus[0]
     assert gpu.term("weights") / GIB == pytest.approx(float(row["weights_memory_gib"]), abs=0.02)
     assert gpu.term("activations") / GIB == pytest.approx(float(row["activation_memory_gib"]), rel=0.01)
     assert gpu.term("non_torch") / GIB == pytest.approx(float(row["non_torch_forward_gib"]), rel=0.03)
     assert gpu.term("graphs") / GIB == pytest.approx(float(row["cuda_graph_actual_gib"]), rel=0.06)
     assert gpu.term("context") / GIB == pytest.approx(float(row["init_cuda_memory_gib"]), rel=0.02)
-    assert profiled_bytes(gpu.terms) / GIB == pytest.approx(float(row["total_non_kv_cache_gib"]), rel=0.01)
+    assert engine.inside_bytes(gpu.terms) / GIB == pytest.approx(float(row["total_non_kv_cache_gib"]), rel=0.01)
     assert found.kv_capacity_tokens == pytest.approx(int(row["kv_cache_tokens"]), rel=0.012)
 
 
@@ -220,7 +232,7 @@ def test_vllm_copies_heads_beyond_their_number() -> None:
     work, engine = Workload(4096), get_engine("vllm")
     weights = published_weights(B72, "BF16")
     per_rank = [
-        estimate(B72, weights, engine, work, None, rank_shares(B72, ranks)[:1]).term("kv_cache") for ranks in (4, 8, 16)
+        estimate(Case(B72, weights, engine, work), rank_shares(B72, ranks)[:1]).term("kv_cache") for ranks in (4, 8, 16)
     ]
     assert per_rank == [4096 * 327_680 // 4, 4096 * 327_680 // 8, 4096 * 327_680 // 8]
 
@@ -248,7 +260,7 @@ def test_parse_environment() -> None:
         (lambda: get_engine("tgi"), "unknown engine 'tgi'"),
         (lambda: get_engine("vllm", "new"), "not a version"),
         (lambda: published_weights(B72, "Q3"), "unknown quantization 'Q3'"),
-        (lambda: estimate(B72, INT4, get_engine("vllm"), Workload(1, kv_dtype="q8_0")), "vllm has no 'q8_0'"),
+        (lambda: estimate(Case(B72, INT4, get_engine("vllm"), Workload(1, kv_dtype="q8_0"))), "vllm has no 'q8_0'"),
     ],
 )
 def test_bad_questions(make: object, message: str) -> None:
@@ -262,7 +274,7 @@ specs = st.sampled_from([name for name in family_configs() if "1M" not in name])
 @settings(max_examples=60, deadline=None)
 @given(
     name=specs,
-    engine=st.sampled_from(ENGINES),
+    engine=st.sampled_from(list(ENGINES)),
     context=st.integers(1, 16000),
     more=st.integers(0, 16000),
     batch=st.integers(1, 4),
@@ -276,12 +288,12 @@ def test_estimates_are_sane(
     spec = model(name)
     context = min(context, spec.extended_context)
     more = min(more, spec.extended_context - context)
-    kv = data.draw(st.sampled_from(KV_DTYPES[engine]))
+    kv = data.draw(st.sampled_from(list(get_engine(engine).kv_dtypes)))
     weights = gguf_weights(spec, "Q4_K_M") if engine == "llama.cpp" else published_weights(spec, "GPTQ-Int4")
 
     def at(tokens: int, sequences: int) -> GpuMemory:
         work = Workload(tokens, sequences, kv_dtype=kv, prefill_chunk=chunk)
-        return estimate(spec, weights, get_engine(engine), work).gpus[0]
+        return estimate(Case(spec, weights, get_engine(engine), work)).gpus[0]
 
     one = at(context, batch)
     assert one.total_bytes == sum(term.n_bytes for term in one.terms)
@@ -302,7 +314,7 @@ def test_terms_add_up_to_certainty() -> None:
     def gpu(limit: int) -> GpuMemory:
         return GpuMemory("x", (Term("weights", 100, "exact", "s", 90, 120),), limit, "m")
 
-    base = estimate(B72, INT4, get_engine("qwenq"), Workload(1024))
+    base = estimate(Case(B72, INT4, get_engine("qwenq"), Workload(1024)))
     for limit, word, fits in (
         (120, "fits", True),
         (119, "tight", True),

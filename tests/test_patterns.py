@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenq.errors import CheckpointError
-from qwenq.formats.patterns import read_pattern
+from qwenq.formats.config import read_pattern
 
 NAME = "model.layers.17.self_attn.q_proj"
 

@@ -17,19 +17,16 @@ from qwenq.errors import HonestNo, PlanError
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.machine import Compute
 from qwenq.model.spec import ModelSpec, family_spec
-from qwenq.planning.engines import get_engine
-from qwenq.planning.flags import llamacpp_flags, transformers_code, vllm_flags
+from qwenq.planning.budget import sized_recipe
+from qwenq.planning.case import Case, Workload, even_shares, rank_shares
+from qwenq.planning.engines.base import get_engine
 from qwenq.planning.ggufsize import gguf_weights
-from qwenq.planning.memory import even_shares, rank_shares
-from qwenq.planning.parallel import cutting_reasons, parallel_options
-from qwenq.planning.placement import Placement, largest_context, place
+from qwenq.planning.placement import Placement, cutting_reasons, parallel_options, place
 from qwenq.planning.plan import make_plan, recommend
 from qwenq.planning.rig import find_gpu, parse_rig, rig_of
-from qwenq.planning.speed import bus_gb_s, decode_seconds, estimate_speed, prefill_seconds, speed_fit
+from qwenq.planning.speed import bus_gb_s, decode_seconds, estimate_speed, prefill_seconds
 from qwenq.planning.tensor_parallel import padded_width
-from qwenq.planning.terms import Workload
 from qwenq.planning.weights import Weights, published_weights, recipe_weights
-from qwenq.planning.written import sized_recipe
 from qwenq.units import GIB
 
 PUBLISHED = Path(__file__).parent / "data" / "published"
@@ -45,6 +42,7 @@ B72 = model("Qwen2.5-72B")
 INT4 = recipe_weights(B72, Recipe(Scheme(4, 128)))
 MIXED = recipe_weights(B72, sized_recipe(B72, 47 * 10**9, lambda name: "BF16"))
 TWO_3090 = parse_rig("2x RTX 3090")
+VLLM, TRANSFORMERS, LLAMA_CPP = (get_engine(name) for name in ("vllm", "transformers", "llama.cpp"))
 
 
 @pytest.mark.parametrize("engine", ["qwenq", "transformers"])
@@ -52,14 +50,14 @@ def test_72b_on_two_3090(engine: str) -> None:
     """41.5 GB with a chunked prefill: 8k fits, 32k with a 16-bit cache does not, 47 GB does not at 8k."""
     found = get_engine(engine)
     small, long = Workload(8192, prefill_chunk=1024), Workload(32768, prefill_chunk=1024)
-    fitting = place(B72, INT4, TWO_3090, found, small)
+    fitting = place(Case(B72, INT4, found, small, TWO_3090))
     assert fitting.fits and fitting.memory.certainty == "fits"
-    assert place(B72, INT4, TWO_3090, found, long).memory.certainty == "does not fit"
-    assert place(B72, MIXED, TWO_3090, found, small).memory.certainty == "does not fit"
+    assert place(Case(B72, INT4, found, long, TWO_3090)).memory.certainty == "does not fit"
+    assert place(Case(B72, MIXED, found, small, TWO_3090)).memory.certainty == "does not fit"
 
 
 def test_what_fits_instead_of_47_gb() -> None:
-    plan = make_plan(B72, MIXED, TWO_3090, get_engine("qwenq"), Workload(8192))
+    plan = make_plan(Case(B72, MIXED, get_engine("qwenq"), Workload(8192), TWO_3090))
     assert not plan.fits and plan.largest_context == 0  # its small groups are wider in memory than in the file
     assert any("uniform 4-bit g128, 41.49 GB" in text for text in plan.instead)
     assert plan.offload is not None and 70 <= plan.offload.gpu_layers < 80
@@ -68,12 +66,12 @@ def test_what_fits_instead_of_47_gb() -> None:
 
 
 def test_chunk_is_offered_when_one_shot_prefill_does_not_fit() -> None:
-    plan = make_plan(B72, INT4, TWO_3090, get_engine("transformers"), Workload(16384))
+    plan = make_plan(Case(B72, INT4, get_engine("transformers"), Workload(16384), TWO_3090))
     assert not plan.fits and any("--prefill-chunk 1024" in text for text in plan.instead)
 
 
 def test_eight_bit_cache_is_offered() -> None:
-    plan = make_plan(B72, INT4, TWO_3090, get_engine("qwenq"), Workload(32768))
+    plan = make_plan(Case(B72, INT4, get_engine("qwenq"), Workload(32768), TWO_3090))
     assert any("--kv-cache-dtype fp8" in text for text in plan.instead)
 
 
@@ -90,7 +88,7 @@ def _check(placement: Placement, layers: int) -> None:
 
 def test_uneven_rig() -> None:
     rig = parse_rig("RTX 4090 + 2x RTX 3060 12GB")
-    found = place(B72, INT4, rig, get_engine("qwenq"), Workload(8192))
+    found = place(Case(B72, INT4, get_engine("qwenq"), Workload(8192), rig))
     _check(found, 80)
     assert found.fits
     counts = [len(share.layers) for share in found.shares]
@@ -101,13 +99,14 @@ def test_uneven_rig() -> None:
 
 def test_tied_head_stays_with_the_embedding() -> None:
     spec = model("Qwen2.5-3B")
-    found = place(spec, published_weights(spec, "BF16"), parse_rig("2x RTX 3060"), get_engine("qwenq"), Workload(32768))
+    case = Case(spec, published_weights(spec, "BF16"), get_engine("qwenq"), Workload(32768), parse_rig("2x RTX 3060"))
+    found = place(case)
     assert found.shares[0].embed and found.shares[0].head and found.device_map()["lm_head"] == 0
 
 
 def test_offload_to_host_memory() -> None:
     rig = parse_rig("RTX 4090")
-    found = place(B72, INT4, rig, get_engine("qwenq"), Workload(4096), offload=True)
+    found = place(Case(B72, INT4, get_engine("qwenq"), Workload(4096), rig), offload=True)
     _check(found, 80)
     assert not found.fits and found.memory.fits and 30 <= found.gpu_layers < 45
     kept = INT4.kept(Compute()).layer_bytes  # kernels keep 4 bytes a group for the file's 2.5
@@ -119,10 +118,10 @@ def test_offload_to_host_memory() -> None:
 
 
 def test_nothing_fits_at_all() -> None:
-    rig = rig_of([find_gpu("RTX 3060")])
+    case = Case(B72, published_weights(B72, "BF16"), TRANSFORMERS, Workload(131072), parse_rig("RTX 3060 12GB"))
     with pytest.raises(HonestNo, match="not even the embedding and head"):
-        place(B72, published_weights(B72, "BF16"), rig, get_engine("transformers"), Workload(131072), offload=True)
-    plan = make_plan(B72, published_weights(B72, "BF16"), rig, get_engine("transformers"), Workload(131072))
+        place(case, offload=True)
+    plan = make_plan(case)
     assert plan.offload is None and not plan.fits and plan.largest_context == 0
 
 
@@ -139,9 +138,10 @@ def test_any_placement_is_whole(kinds: list[str], name: str, context: int, engin
     spec = model(name)
     weights = recipe_weights(spec, Recipe(Scheme(4, 32)))
     rig = rig_of([find_gpu(kind) for kind in kinds])
-    found = place(spec, weights, rig, get_engine(engine), Workload(context))
+    case = Case(spec, weights, get_engine(engine), Workload(context), rig)
+    found = place(case)
     _check(found, spec.num_hidden_layers)
-    longest = largest_context(spec, weights, rig, get_engine(engine), Workload(context))
+    longest = case.engine.longest_context(case)
     assert found.fits == (longest >= context)
     for gpu in found.memory.gpus:
         assert not found.fits or gpu.total_bytes <= (gpu.limit_bytes or 0)
@@ -152,14 +152,14 @@ def test_absurd_loads_still_have_a_split() -> None:
     spec = model("Qwen3-8B")
     weights = gguf_weights(spec, "Q8_0")
     work = Workload(40960, batch=256, kv_dtype="q8_0", prefill_chunk=131072)
-    found = place(spec, weights, parse_rig("3x Arc B580 + 2x RTX 3060"), get_engine("llama.cpp"), work)
+    found = place(Case(spec, weights, get_engine("llama.cpp"), work, parse_rig("3x Arc B580 + 2x RTX 3060")))
     _check(found, spec.num_hidden_layers)
     assert not found.fits and found.memory.certainty == "does not fit"
 
 
 def test_vllm_does_not_place() -> None:
     with pytest.raises(PlanError, match="vLLM places its own layers"):
-        place(B72, INT4, TWO_3090, get_engine("vllm"), Workload(1024))
+        place(Case(B72, INT4, VLLM, Workload(1024), TWO_3090))
 
 
 # 29568 = 231 x 128: g128 allows TP 1, g64 TP 2, g32 TP 4; padded to 29696 g128 allows TP 8.
@@ -177,7 +177,7 @@ def test_tensor_parallel_of_the_padded_files() -> None:
 
 
 def test_parallel_options_say_why() -> None:
-    options = parallel_options(B72, INT4, get_engine("vllm"), Workload(8192), parse_rig("4x RTX 3090"))
+    options = parallel_options(Case(B72, INT4, VLLM, Workload(8192), parse_rig("4x RTX 3090")))
     assert [(o.tensor, o.pipeline) for o in options] == [(4, 1), (2, 2), (1, 4)]
     assert options[1].verdict == (
         "no: FFN width 29568 / 2 = 14784 is not a multiple of the group size 128, "
@@ -187,42 +187,40 @@ def test_parallel_options_say_why() -> None:
 
 
 def test_vllm_plan() -> None:
-    plan = make_plan(
-        B72, published_weights(B72, "GPTQ-Int4"), parse_rig("4x RTX 3090"), get_engine("vllm"), Workload(32768)
-    )
-    assert plan.fits and plan.chosen is not None and plan.chosen.tensor == 4
-    assert vllm_flags(plan) == (
+    plan = make_plan(Case(B72, published_weights(B72, "GPTQ-Int4"), VLLM, Workload(32768), parse_rig("4x RTX 3090")))
+    assert plan.fits and plan.serving.chosen is not None and plan.serving.chosen.tensor == 4
+    assert VLLM.command(plan) == (
         "vllm serve CHECKPOINT --tensor-parallel-size 4 --pipeline-parallel-size 1 --max-model-len 32768 "
         "--gpu-memory-utilization 0.9"
     )
 
 
 def test_flags_of_a_layered_plan() -> None:
-    plan = make_plan(B72, INT4, TWO_3090, get_engine("qwenq"), Workload(8192))
-    code = transformers_code(plan)
+    plan = make_plan(Case(B72, INT4, get_engine("qwenq"), Workload(8192), TWO_3090))
+    code = TRANSFORMERS.command(plan)
     names: dict[str, object] = {}
     exec(code, names)
     assert names["device_map"] == plan.placement.device_map() if plan.placement else False
     assert names["max_memory"] == {0: "22.9GiB", 1: "22.9GiB"}
-    assert llamacpp_flags(plan).startswith("llama-server -m MODEL.gguf -ngl ")
-    yarn = make_plan(B72, INT4, parse_rig("4x A100 SXM4 80GB"), get_engine("vllm"), Workload(131072))
-    command = shlex.split(vllm_flags(yarn))
+    assert LLAMA_CPP.command(plan).startswith("llama-server -m MODEL.gguf -ngl ")
+    yarn = make_plan(Case(B72, INT4, VLLM, Workload(131072), parse_rig("4x A100 SXM4 80GB")))
+    command = shlex.split(VLLM.command(yarn))
     assert json.loads(command[command.index("--hf-overrides") + 1]) == {
         "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
         "max_position_embeddings": 131072,  # vLLM 0.32 refuses a longer --max-model-len, whatever the factor
     }
     llama = replace(B72, model_type="llama", attention_bias=False)
-    other = make_plan(llama, recipe_weights(llama, Recipe(Scheme(4, 128))), yarn.rig, yarn.engine, yarn.work)
-    assert "--hf-overrides" not in vllm_flags(other), "its base would be replaced by Qwen's, without a word"
-    assert "yarn" not in llamacpp_flags(other) and "yarn" not in transformers_code(other)
-    assert " --rope-scaling yarn --rope-scale 4 --yarn-orig-ctx 32768  # " in llamacpp_flags(yarn)
-    kept = make_plan(B72, INT4, parse_rig("4x RTX 3090"), get_engine("qwenq"), Workload(8192, kv_dtype="fp8"))
-    assert "-sm layer -ts " in llamacpp_flags(kept) and "--cache-type-k q8_0" in llamacpp_flags(kept)
-    assert "--kv-cache-dtype fp8" in vllm_flags(kept)
+    other = make_plan(replace(yarn.case, spec=llama, weights=recipe_weights(llama, Recipe(Scheme(4, 128)))))
+    assert "--hf-overrides" not in VLLM.command(other), "its base would be replaced by Qwen's, without a word"
+    assert "yarn" not in LLAMA_CPP.command(other) and "yarn" not in TRANSFORMERS.command(other)
+    assert " --rope-scaling yarn --rope-scale 4 --yarn-orig-ctx 32768  # " in LLAMA_CPP.command(yarn)
+    kept = make_plan(Case(B72, INT4, get_engine("qwenq"), Workload(8192, kv_dtype="fp8"), parse_rig("4x RTX 3090")))
+    assert "-sm layer -ts " in LLAMA_CPP.command(kept) and "--cache-type-k q8_0" in LLAMA_CPP.command(kept)
+    assert "--kv-cache-dtype fp8" in VLLM.command(kept)
 
 
 def test_recommendations_are_sorted_and_priced() -> None:
-    found = recommend(B72, INT4, get_engine("qwenq"), Workload(16384))
+    found = recommend(Case(B72, INT4, get_engine("qwenq"), Workload(16384)))
     priced = [r for r in found if r.price_usd is not None]
     assert list(found[: len(priced)]) == priced  # unpriced last
     prices = [r.price_usd or 0 for r in priced]
@@ -231,12 +229,12 @@ def test_recommendations_are_sorted_and_priced() -> None:
     names = [r.gpu.name for r in found]
     assert names.index("RTX 4060 Ti 16GB") < names.index("H100 PCIe 80GB"), "4 for $1,996 before one for $30,000"
     assert all(r.gpu.vendor in ("nvidia", "amd") and r.largest_context >= 16384 for r in found)
-    assert any(r.gpu.vendor == "apple" for r in recommend(B72, INT4, get_engine("llama.cpp"), Workload(16384)))
+    assert any(r.gpu.vendor == "apple" for r in recommend(Case(B72, INT4, get_engine("llama.cpp"), Workload(16384))))
 
 
 def test_engines_run_where_they_run() -> None:
     with pytest.raises(PlanError, match="qwenq does not run on Apple M2 Ultra"):
-        make_plan(B72, INT4, parse_rig("M2 Ultra"), get_engine("qwenq"), Workload(1024))
+        make_plan(Case(B72, INT4, get_engine("qwenq"), Workload(1024), parse_rig("M2 Ultra")))
 
 
 def _speed_rows() -> Iterator[tuple[dict[str, str], ModelSpec, Weights]]:
@@ -255,14 +253,14 @@ def test_speed_against_published_runs() -> None:
         if row["engine"] == "vllm" and weights.bits == 4 and "72B" in row["model"] and ranks == 1:
             continue  # 16.5 tokens/s on one GPU against 46.3 on two: another kernel
         vllm = row["engine"] == "vllm"
-        engine = get_engine("vllm") if vllm else get_engine("transformers", "4.46.0")
+        engine = VLLM if vllm else get_engine("transformers", "4.46.0")
         shares = rank_shares(spec, ranks) if vllm else even_shares(spec, ranks)
-        gpus = [a100] * ranks
-        decode = decode_seconds(spec, weights, engine, Workload(min(prompt + 1024, 131072)), gpus, shares)
-        prefill = prefill_seconds(spec, Workload(max(prompt, 1)), gpus, shares)
+        case = Case(spec, weights, engine, Workload(min(prompt + 1024, 131072)), rig_of([a100] * ranks))
+        decode = decode_seconds(case, shares)
+        prefill = prefill_seconds(case.at(max(prompt, 1)), shares)
         assert decode is not None and prefill is not None
         ratio = (decode + prefill / 2048) * float(row["tokens_per_s"])
-        fit = speed_fit(engine, weights)
+        fit = engine.speed_fit(weights)
         assert fit.low - 0.006 <= ratio <= fit.high + 0.006
         errors.append(abs(ratio - 1))
     assert len(errors) > 130 and max(errors) < 0.3 and sum(errors) / len(errors) < 0.1
@@ -270,8 +268,8 @@ def test_speed_against_published_runs() -> None:
 
 def test_speed_range_holds_a_published_run() -> None:
     # 72B GPTQ-Int4, vLLM 0.6.3, two A100: 46.3 tokens/s after a one-token prompt
-    weights, gpus = published_weights(B72, "GPTQ-Int4"), [find_gpu("A100 SXM4 80GB")] * 2
-    found = estimate_speed(B72, weights, get_engine("vllm"), Workload(1024), gpus, rank_shares(B72, 2))
+    weights, rig = published_weights(B72, "GPTQ-Int4"), parse_rig("2x A100 SXM4 80GB")
+    found = estimate_speed(Case(B72, weights, VLLM, Workload(1024), rig), rank_shares(B72, 2))
     assert found.decode is not None and found.decode[0] < 46.3 < found.decode[1]
 
 
@@ -280,39 +278,35 @@ def test_layers_in_host_memory_are_not_for_nothing(engine: str) -> None:
     """They are computed like the others, and their weights cross the bus: never faster than without them."""
     found = get_engine(engine)
     weights = gguf_weights(B72, "Q4_K_M") if engine == "llama.cpp" else INT4
-    plan = make_plan(B72, weights, parse_rig("RTX 3090"), found, Workload(4096))
+    plan = make_plan(Case(B72, weights, found, Workload(4096), parse_rig("RTX 3090")))
     assert plan.offload is not None and plan.offload_speed is not None
     for out, whole in (
         (plan.offload_speed.prefill, plan.speed.prefill),
         (plan.offload_speed.decode, plan.speed.decode),
     ):
         assert out is not None and whole is not None and out[0] < whole[0] and out[1] < whole[1]
-    gpus, work = plan.rig.gpus, plan.work
-    assert prefill_seconds(B72, work, gpus, plan.offload.shares) == prefill_seconds(B72, work, gpus, plan.shares)
+    assert prefill_seconds(plan.case, plan.offload.shares) == prefill_seconds(plan.case, plan.shares)
 
 
 def test_offloaded_weights_cross_the_bus_once_a_chunk() -> None:
     """By hand: 20 GB over 16 lanes of 1.969 GB/s at 80 %, for each 2,048 tokens in qwenq, once in transformers."""
-    gpus, shares = parse_rig("RTX 3090").gpus, even_shares(B72, 1)
+    rig, shares = parse_rig("RTX 3090"), even_shares(B72, 1)
     once = 20e9 / (0.8 * 16 * 1.969e9)
     for engine, chunk, times in (("qwenq", 0, 4), ("qwenq", 4096, 2), ("transformers", 0, 1)):
-        work = Workload(8192, prefill_chunk=chunk)
-        speeds = [
-            estimate_speed(B72, INT4, get_engine(engine), work, gpus, shares, n_bytes).prefill
-            for n_bytes in (0, 20 * 10**9)
-        ]
+        case = Case(B72, INT4, get_engine(engine), Workload(8192, prefill_chunk=chunk), rig)
+        speeds = [estimate_speed(case, shares, n_bytes).prefill for n_bytes in (0, 20 * 10**9)]
         assert speeds[0] is not None and speeds[1] is not None
         assert 8192 / speeds[1][1] - 8192 / speeds[0][1] == pytest.approx(times * once, rel=1e-3)
 
 
 def test_llama_cpp_computes_a_token_of_host_layers_on_the_cpu() -> None:
-    plan = make_plan(B72, gguf_weights(B72, "Q4_K_M"), parse_rig("RTX 3090"), get_engine("llama.cpp"), Workload(4096))
+    plan = make_plan(Case(B72, gguf_weights(B72, "Q4_K_M"), LLAMA_CPP, Workload(4096), parse_rig("RTX 3090")))
     assert plan.offload_speed is not None and "read by the CPU for each step" in plan.offload_speed.basis
     assert "each ubatch of 512 tokens" in plan.offload_speed.basis
 
 
 def test_a_split_that_does_not_fit_has_no_speed() -> None:
-    plan = make_plan(B72, INT4, parse_rig("RTX 3090"), get_engine("qwenq"), Workload(4096)).to_json()
+    plan = make_plan(Case(B72, INT4, get_engine("qwenq"), Workload(4096), parse_rig("RTX 3090"))).to_json()
     assert plan["fits"] is False and plan["speed"] is None and plan["offload_speed"] is not None
 
 
@@ -320,40 +314,42 @@ def test_old_gpus_write_weights_out() -> None:
     """Without tinygemm a step also writes 2 bytes a weight and reads them again: here 4 x 70.2e9 bytes at 320 GB/s."""
     old, new = find_gpu("T4"), replace(find_gpu("T4"), compute_capability=(8, 0))
     seconds = [
-        decode_seconds(B72, INT4, get_engine("qwenq"), Workload(1024), [gpu], even_shares(B72, 1)) for gpu in (old, new)
+        decode_seconds(Case(B72, INT4, get_engine("qwenq"), Workload(1024), rig_of([gpu])), even_shares(B72, 1))
+        for gpu in (old, new)
     ]
     assert seconds[0] is not None and seconds[1] is not None
     assert seconds[0] - seconds[1] == pytest.approx(4 * B72.linear_parameters / 320e9, rel=0.05)
-    noted = make_plan(B72, INT4, rig_of([old] * 4), get_engine("qwenq"), Workload(1024)).notes
+    noted = make_plan(Case(B72, INT4, get_engine("qwenq"), Workload(1024), rig_of([old] * 4))).notes
     assert noted == (
         "Tesla T4: no packed kernel (compute capability 7.5, it needs 8.0): weights are written out for every token",
     )
-    assert make_plan(B72, INT4, rig_of([new] * 4), get_engine("qwenq"), Workload(1024)).notes == ()
-    assert make_plan(B72, INT4, rig_of([old] * 4), get_engine("transformers"), Workload(1024)).notes == ()
+    assert make_plan(Case(B72, INT4, get_engine("qwenq"), Workload(1024), rig_of([new] * 4))).notes == ()
+    assert make_plan(Case(B72, INT4, get_engine("transformers"), Workload(1024), rig_of([old] * 4))).notes == ()
 
 
 def test_a_rig_of_memory_alone() -> None:
-    plan = make_plan(B72, INT4, parse_rig("2x 24GB"), get_engine("qwenq"), Workload(4096))
+    plan = make_plan(Case(B72, INT4, get_engine("qwenq"), Workload(4096), parse_rig("2x 24GB")))
     assert plan.fits and plan.speed.decode is None and plan.speed.prefill is None
     assert plan.notes == ("24GB: not in the catalogue: memory alone",)
 
 
 def test_any_batch_has_a_split_or_a_line() -> None:
     for batch in (1 << 16, (1 << 16) - 1):
-        assert not place(B72, INT4, TWO_3090, get_engine("transformers"), Workload(131072, batch)).fits
+        assert not place(Case(B72, INT4, get_engine("transformers"), Workload(131072, batch), TWO_3090)).fits
     with pytest.raises(PlanError, match="batch size is 65537, wanted at most 65536"):
         Workload(1, (1 << 16) + 1)
 
 
 def test_unknown_figures_give_no_speed() -> None:
     p40 = find_gpu("P40")
-    found = estimate_speed(B72, INT4, get_engine("qwenq"), Workload(1024), [p40] * 2, even_shares(B72, 2))
+    case = Case(B72, INT4, get_engine("qwenq"), Workload(1024), rig_of([p40] * 2))
+    found = estimate_speed(case, even_shares(B72, 2))
     assert found.prefill is None and found.decode is not None
     assert bus_gb_s(find_gpu("RTX 3090")) == pytest.approx(31.5, abs=0.1) and bus_gb_s(find_gpu("M2 Ultra")) is None
 
 
 def test_plan_json_is_whole() -> None:
-    plan = make_plan(B72, INT4, TWO_3090, get_engine("qwenq"), Workload(8192)).to_json()
+    plan = make_plan(Case(B72, INT4, get_engine("qwenq"), Workload(8192), TWO_3090)).to_json()
     assert plan["fits"] is True and plan["rig"] == "2x RTX 3090" and len(plan["gpus"]) == 2
     assert plan["gpus"][0]["free_bytes"] == plan["gpus"][0]["limit_bytes"] - plan["gpus"][0]["total_bytes"]
     assert plan["placement"]["device_map"]["model.layers.0"] == 0

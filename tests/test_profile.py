@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from qwenq.cli.main import app
 from qwenq.errors import PlanError
+from qwenq.planning.memory import Term
 from qwenq.planning.profile import MeasuredRow, fit_rows, profile_json, read_profile
-from qwenq.planning.terms import Term
 
 MIB = 1 << 20
 

@@ -128,4 +128,7 @@ def test_the_command(tiny: Path, tmp_path: Path) -> None:
     assert CliRunner().invoke(app, [*words, "--layers", "x"]).exit_code == 2
     asked = json.loads(CliRunner().invoke(app, [*words, "--all-layers", "--json"]).stdout)
     assert asked["ok"] and asked["layers_made_again"] == [0, 1, 2, 3]
-    assert json.loads(CliRunner().invoke(app, [*words, "--layers", "none", "--json"]).stdout)["layers_made_again"] == []
+    assert asked["layers_not_made_again"] == []
+    none = json.loads(CliRunner().invoke(app, [*words, "--layers", "none", "--json"]).stdout)
+    assert none["layers_made_again"] == [] and none["layers_not_made_again"] == [0, 1, 2, 3]
+    assert "not made again: layers 0, 2 to 3 (--all-layers makes every one)" in good.stdout

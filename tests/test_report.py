@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from qwenq.cli.main import app
 from qwenq.errors import CheckpointError
-from qwenq.formats.base import Scheme
+from qwenq.formats.base import Scheme, Variant
 from qwenq.report.benchmarks import gpu_peaks, read_benchmarks, read_measurements
 from qwenq.report.compose import Extras, compose
 from qwenq.report.html import to_html
@@ -297,23 +297,35 @@ def test_rigs_engines_and_memory_of_a_72b(tmp_path: Path) -> None:
     assert memory.count('class="stroke s0"') == 2  # one cross
 
 
+GPTQ_8 = {"quant_method": "gptq", "bits": 8, "group_size": 64}
+GPTQ_4 = GPTQ_8 | {"bits": 4}
+PACKED = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 64}}},
+}
+AWQ_4 = {"quant_method": "awq", "bits": 4, "group_size": 64}
+NF4_CONFIG = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+
+
 @pytest.mark.parametrize(
-    ("method", "bits", "group", "mixed", "tried"),
+    ("config", "variant", "tried"),
     [
-        ("gptq", 4, -1, False, "CPU: logits equal"),
-        ("gptq", 8, 64, False, "CPU: logits equal, 8-bit products by plain torch"),
-        ("gptq", 4, 64, True, "CPU: logits equal, 8-bit products by plain torch"),
-        ("compressed-tensors", 4, 64, False, "CPU: logits equal"),
-        ("compressed-tensors", 8, 64, True, "CPU: logits equal, 8-bit products by plain torch"),
-        ("awq", 4, 64, False, "CPU: logits equal"),
-        ("none", 16, 0, False, "CPU: logits equal"),
-        ("gptq_v2", 4, 64, False, "untried"),
-        ("bitsandbytes", 4, 64, False, "untried"),
+        (GPTQ_4 | {"group_size": -1}, Variant(4, -1, False), "CPU: logits equal"),
+        (GPTQ_8, Variant(8, 64, False), "CPU: logits equal, 8-bit products by plain torch"),
+        (GPTQ_4, Variant(4, 64, True), "CPU: logits equal, 8-bit products by plain torch"),
+        (PACKED, Variant(4, 64, False), "CPU: logits equal"),
+        (PACKED, Variant(8, 64, True), "CPU: logits equal, 8-bit products by plain torch"),
+        (AWQ_4, Variant(4, 64, False), "CPU: logits equal"),
+        (None, Variant(16, 0, False), "CPU: logits equal"),
+        (GPTQ_4 | {"checkpoint_format": "gptq_v2"}, Variant(4, 64, False), "untried"),
+        (NF4_CONFIG, Variant(4, 64, False), "untried"),
     ],
 )
-def test_engines_tried_are_those_of_the_readme(method: str, bits: int, group: int, mixed: bool, tried: str) -> None:
-    found = {loader.name: loader for loader in loaders_of(method, bits, group, mixed)}
-    assert found["vLLM"].tried == tried and bool(found["vLLM"].reason) == (method == "gptq_v2")
+def test_engines_tried_are_those_of_the_readme(config: dict[str, Any] | None, variant: Variant, tried: str) -> None:
+    found = {loader.name: loader for loader in loaders_of({"quantization_config": config}, variant)}
+    second = bool(config) and config.get("checkpoint_format") == "gptq_v2"
+    assert found["vLLM"].tried == tried and bool(found["vLLM"].reason) == second
     assert found["qwenq"].tried == "CPU: in the tests"
     assert all(loader.tried == "untried" for name, loader in found.items() if name in ("SGLang", "ExLlamaV2"))
 

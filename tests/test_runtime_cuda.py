@@ -15,19 +15,19 @@ import torch
 from fake_gpus import MIB, Allocator, FakeGpus
 from torch import Tensor
 
-from qwenq.formats.base import Recipe, Scheme
-from qwenq.formats.qtensor import QTensor
+from qwenq.formats.base import PackedShape, Recipe, Scheme
+from qwenq.formats.bitsandbytes import Nf4Blocks
 from qwenq.machine import SCORE_BYTES, Compute
 from qwenq.model.attention import causal_attention
 from qwenq.model.spec import ModelSpec, family_spec
-from qwenq.planning.allocator import allocated_bytes
-from qwenq.planning.kernels import STRIP_BYTES, PackedShape, kept_bytes, strip_weights
+from qwenq.planning.kernels import STRIP_BYTES, choose, kept_bytes, strip_bytes, strip_weights
 from qwenq.planning.profile import MeasuredRow
-from qwenq.planning.weights import recipe_weights
+from qwenq.planning.weights import allocated_bytes, recipe_weights
 from qwenq.runtime import linear, measure
 from qwenq.runtime.linear import Nf4Linear, packed_linear, tile_order
 from qwenq.runtime.load import LoadOptions, load_from
 from qwenq.runtime.synthetic import SyntheticWeights, synthetic_config
+from qwenq.solver.grid import QTensor
 
 CPU = torch.device("cpu")
 
@@ -198,18 +198,20 @@ def test_strips_take_what_is_counted(scheme: Scheme | str, sym: bool, capability
                 torch.empty(outputs, scheme.groups(inputs), dtype=dtype, device=cuda)
                 for dtype in (torch.float16, torch.uint8)
             )
-            module, _ = packed_linear(QTensor(codes, scales, zeros, scheme), None, bf16, cuda)
-            del codes, scales, zeros
             shape = PackedShape(scheme.bits, scheme.group_width(inputs), outputs, inputs, sym)
+            module, _ = packed_linear(QTensor(codes, (scales, zeros), scheme.grid()), shape, None, bf16, cuda)
+            del codes, scales, zeros
         else:
             count = outputs * inputs
-            blocks = (torch.empty(count // 2, dtype=torch.uint8, device=cuda), torch.empty(16, device=cuda),
-                      torch.empty(count // 64, device=cuda), torch.float16)  # fmt: skip
-            module = Nf4Linear(blocks, (outputs, inputs), None, bf16, cuda)
+            blocks = Nf4Blocks(
+                (outputs, inputs), torch.empty(count // 2, dtype=torch.uint8, device=cuda),
+                torch.empty(16, device=cuda), torch.empty(count // 64, device=cuda), torch.float16,
+            )  # fmt: skip
+            module = Nf4Linear(blocks, None, bf16, cuda)
             del blocks
-            shape = PackedShape(4, 0, outputs, inputs, True)
+            shape = PackedShape(4, 64, outputs, inputs, True, table=True)
         compute = Compute(capability=capability)
-        kind = shape.kind(compute)
+        kind = choose(shape, compute).kind
         x = torch.empty(tokens, inputs, dtype=bf16, device=cuda)
         module(x)  # cuBLAS's workspace
         gpu = gpus.allocators[0]
@@ -218,7 +220,7 @@ def test_strips_take_what_is_counted(scheme: Scheme | str, sym: bool, capability
         module(x)
         found = gpu.allocated_peak - before - 2 * tokens * outputs
     strip = strip_weights(inputs, "cuda")
-    wanted = shape.strip(compute) / strip
+    wanted = strip_bytes(shape, compute) / strip
     if compute.widens:  # float32 copies of the inputs, and of a strip's outputs
         wanted += 4 * tokens * (inputs + (2 if kind == "int8" else 1) * strip // inputs) / strip
     else:
@@ -320,7 +322,7 @@ def test_a_full_gpu_lets_go_of_what_is_free_before_it_gives_up() -> None:
 
 
 def test_eight_bits_keep_one_pair_a_group() -> None:
-    assert kept_bytes("int4 halves", 8, 64, 4096, 4096, True) == [4096 * 4096, 4 * 4096 * 64]
+    assert kept_bytes(PackedShape(8, 64, 4096, 4096, True), "int4 halves") == [4096 * 4096, 4 * 4096 * 64]
 
 
 def test_fake_gpus_leave_torch_as_it_was() -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from qwenq.formats.base import Scheme
-from qwenq.formats.qtensor import QTensor
+from qwenq.formats.base import PackedShape, Scheme
 from qwenq.machine import Compute
 from qwenq.planning import kernels
 from qwenq.planning.kernels import DENSE_ROWS, Choice, choose, kept_bytes
 from qwenq.runtime import linear
-from qwenq.runtime.linear import Int4Linear, StoredLinear, nibbles, packed_linear, tile_order, unpack_int4
+from qwenq.runtime.linear import Int4Linear, StoredLinear, nibbles, tile_order, unpack_int4
+from qwenq.solver.grid import QTensor
 
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
@@ -25,7 +27,16 @@ def random_q(bits: int, group: int, rows: int, columns: int, sym: bool = True) -
     codes = torch.randint(0, scheme.levels, (rows, columns), generator=generator, dtype=torch.uint8)
     scales = (torch.randn(rows, groups, generator=generator) * 0.02).half()  # negative ones too
     zeros = torch.randint(0, scheme.levels, (rows, groups), generator=generator, dtype=torch.uint8)
-    return QTensor(codes, scales, torch.full_like(zeros, scheme.zero) if sym else zeros, scheme)
+    return QTensor(codes, (scales, torch.full_like(zeros, scheme.zero) if sym else zeros), scheme.grid())
+
+
+def shape_of(q: QTensor) -> PackedShape:
+    outputs, inputs = q.codes_OI.shape
+    return PackedShape(q.integers.bits, q.grid.group_width(inputs), outputs, inputs, q.integers.sym)
+
+
+def packed_linear(q: QTensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[nn.Module, Choice]:
+    return linear.packed_linear(q, shape_of(q), bias, dtype, CPU)
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:
@@ -57,11 +68,10 @@ def test_products_in_bfloat16(
 ) -> None:
     q = random_q(bits, group, outputs, inputs, sym)
     bias = torch.randn(outputs)
-    module, choice = packed_linear(q, bias, BF16, CPU)
+    module, choice = packed_linear(q, bias, BF16)
     assert choice.kind == kind and bool(choice.reason) == (kind == "tiled")
     kept = sorted(p.numel() * p.element_size() for p in module.parameters())
-    columns = inputs if group == -1 else group
-    assert kept == sorted([2 * outputs, *kept_bytes(choice.kind, bits, columns, outputs, inputs, sym)])
+    assert kept == sorted([2 * outputs, *kept_bytes(shape_of(q), choice.kind)])
     x = torch.randn(2, rows, inputs).to(BF16)
     wanted = x.double() @ q.dequantize().double().T + bias.double()
     found = module(x)
@@ -75,7 +85,7 @@ def test_products_in_float32_are_exact(
     bits: int, group: int, outputs: int, inputs: int, sym: bool, kind: str
 ) -> None:
     q = random_q(bits, group, outputs, inputs, sym)
-    module, choice = packed_linear(q, None, torch.float32, CPU)
+    module, choice = packed_linear(q, None, torch.float32)
     assert choice.kind == "tiled" and "float32" in choice.reason
     x = torch.randn(5, inputs)
     assert torch.equal(module(x), x @ q.dequantize().T) or relative(module(x), x @ q.dequantize().T) < 1e-6
@@ -84,8 +94,8 @@ def test_products_in_float32_are_exact(
 def test_strips_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights written out in several strips, the last one short, give what one strip gives."""
     q = random_q(4, 32, 208, 64)
-    wide, _ = packed_linear(q, None, BF16, CPU)
-    exact, _ = packed_linear(q, None, torch.float32, CPU)
+    wide, _ = packed_linear(q, None, BF16)
+    exact, _ = packed_linear(q, None, torch.float32)
     x = torch.randn(DENSE_ROWS, 64)
     once, exactly = wide(x.to(BF16)), exact(x)
     monkeypatch.setattr(kernels, "STRIP", 64 * 64)
@@ -96,7 +106,7 @@ def test_strips_meet(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_wide_codes_with_zero_points_have_no_bias() -> None:
     """Inputs of one sign add up what offsets lose; random signs would hide it."""
     q = random_q(8, 128, 64, 512, sym=False)
-    module, choice = packed_linear(q, None, BF16, CPU)
+    module, choice = packed_linear(q, None, BF16)
     assert choice.kind == "int4 halves"
     for rows in (3, DENSE_ROWS):
         x = torch.randn(rows, 512).abs().to(BF16)
@@ -110,7 +120,7 @@ def test_columns_out_of_order() -> None:
     weight = torch.empty(64, 128)
     weight[:, order] = q.dequantize()
     for dtype, limit in ((torch.float32, 1e-6), (BF16, 1.5 * 2**-8)):
-        module, _ = packed_linear(q, None, dtype, CPU, order)
+        module, _ = packed_linear(replace(q, order_I=order), None, dtype)
         x = torch.randn(3, 128).to(dtype)
         assert relative(module(x), x.float() @ weight.T) < limit
 
@@ -143,7 +153,7 @@ def test_any_tile_layout_is_found_out() -> None:
 def test_a_layout_that_loses_codes_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tile_order(lambda codes: codes.reshape(-1), 8, 8, CPU) is None  # a byte a code
     assert tile_order(lambda codes: torch.zeros(32, dtype=torch.uint8), 8, 8, CPU) is None
-    module, _ = packed_linear(random_q(4, 32, 64, 64), None, BF16, CPU)
+    module, _ = packed_linear(random_q(4, 32, 64, 64), None, BF16)
     x = torch.randn(DENSE_ROWS, 64).to(BF16)
     dense = module(x)
     assert isinstance(module, Int4Linear) and module.weight_strip(0, 64) is not None
@@ -153,11 +163,12 @@ def test_a_layout_that_loses_codes_is_not_read(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_a_gpu_would_get() -> None:
-    assert choose(4, 64, 44, 64, True).reason == "44 outputs: the kernel wants a multiple of 8"
-    assert choose(4, 96, 64, 192, True, Compute(device="cpu")) == Choice("int4")  # three kernel groups of 32
-    assert choose(4, 64, 64, 64, True, Compute("float32")).kind == "tiled"
-    assert choose(4, 64, 64, 64, True, Compute(device="mps")).reason == "no packed kernel on mps"
-    assert choose(4, 64, 64, 64, True, Compute(capability=(7, 5))).reason == "tinygemm needs compute capability 8.0"
+    assert choose(PackedShape(4, 64, 44, 64, True)).reason == "44 outputs: the kernel wants a multiple of 8"
+    assert choose(PackedShape(4, 96, 64, 192, True)) == Choice("int4")  # three kernel groups of 32
+    assert choose(PackedShape(4, 64, 64, 64, True), Compute("float32")).kind == "tiled"
+    assert choose(PackedShape(4, 64, 64, 64, True), Compute(device="mps")).reason == "no packed kernel on mps"
+    old = Compute(capability=(7, 5))
+    assert choose(PackedShape(4, 64, 64, 64, True), old).reason == "tinygemm needs compute capability 8.0"
 
 
 def test_sixteen_bit_weights_keep_their_dtype() -> None:

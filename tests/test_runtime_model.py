@@ -16,11 +16,14 @@ from torch import Tensor
 
 from qwenq.checkpoint.reader import Checkpoint, open_checkpoint
 from qwenq.errors import CheckpointError, RunError, UsageError
-from qwenq.formats.base import INT8_ROWS, NF4, Recipe, Scheme
+from qwenq.formats.base import Recipe, Scheme
+from qwenq.formats.bitsandbytes import INT8_ROWS, NF4
 from qwenq.model.layer import model_config
 from qwenq.pipeline import monitor
 from qwenq.pipeline.quantize import quantize
-from qwenq.planning.offload import host_map, spill_to_disk
+from qwenq.planning.case import Case
+from qwenq.planning.engines.torch import OWN
+from qwenq.planning.placement import host_map, spill_to_disk
 from qwenq.planning.weights import header_weights
 from qwenq.runtime.cache import FP8, KvCache
 from qwenq.runtime.generate import Sampling, Session, Timing, next_token
@@ -217,11 +220,11 @@ def test_a_cpu_too_small_uses_the_disk_or_says_what_is_missing(random_model: Mak
     checkpoint = open_checkpoint(random_model())
     weights = sizes(checkpoint)
     work = LoadOptions(max_model_len=64).work(checkpoint.spec)
-    need = plan_load(checkpoint.spec, weights, None, work, 1 << 40).predicted["CPU"]
-    plan = plan_load(checkpoint.spec, weights, None, work, need - 1)
+    need = plan_load(Case(checkpoint.spec, weights, OWN, work), 1 << 40).predicted["CPU"]
+    plan = plan_load(Case(checkpoint.spec, weights, OWN, work), need - 1)
     assert plan.disk_bytes > 0 and plan.predicted["CPU"] <= need - 1
     with pytest.raises(RunError) as caught:
-        plan_load(checkpoint.spec, weights, None, work, 1000)
+        plan_load(Case(checkpoint.spec, weights, OWN, work), 1000)
     assert caught.value.message.startswith("CPU: needs ") and caught.value.message.endswith("MiB short")
     with loaded(checkpoint, LoadOptions(max_model_len=64, compute_dtype="float32", cpu_memory=need - 1)) as found:
         assert "disk" in found.model.network.hf_device_map.values()

@@ -17,11 +17,10 @@ from qwenq.machine import Compute
 from qwenq.model import devices
 from qwenq.model.spec import ModelSpec, family_spec
 from qwenq.pipeline import monitor
-from qwenq.planning.engines import get_engine
-from qwenq.planning.offload import host_map
-from qwenq.planning.placement import place
+from qwenq.planning.case import Case, Workload
+from qwenq.planning.engines.torch import OWN
+from qwenq.planning.placement import host_map, place
 from qwenq.planning.rig import Rig, find_gpu, parse_rig
-from qwenq.planning.terms import Workload
 from qwenq.planning.weights import Weights, recipe_weights
 from qwenq.runtime import model
 from qwenq.runtime import model as dispatch
@@ -43,7 +42,7 @@ def of(name: str) -> ModelSpec:
 
 def planned(spec: ModelSpec, rig: Rig, context: int, room: int = 1 << 40) -> tuple[LoadPlan, Weights]:
     weights = recipe_weights(spec, Recipe(Scheme(4, 128)))
-    return plan_load(spec, weights, rig, Workload(context, prefill_chunk=1024), room), weights
+    return plan_load(Case(spec, weights, OWN, Workload(context, prefill_chunk=1024), rig), room), weights
 
 
 @pytest.mark.parametrize("rig", RIGS)
@@ -81,7 +80,7 @@ def test_the_map_is_the_planners_own() -> None:
     spec, rig = of("Qwen2.5-32B"), parse_rig("RTX 4090 + RTX 3060 12GB")
     plan, weights = planned(spec, rig, 4096)
     work = Workload(4096, prefill_chunk=1024)
-    assert plan.device_map == place(spec, weights, rig, get_engine("qwenq"), work).device_map()
+    assert plan.device_map == place(Case(spec, weights, OWN, work, rig)).device_map()
 
 
 def test_what_host_memory_cannot_take_goes_to_disk() -> None:
@@ -111,7 +110,8 @@ def test_each_gpu_of_a_mixed_rig_counts_what_it_keeps_itself() -> None:
     """A T4 keeps codes and scales as they are, a 3090's kernel 4 bytes a group, where the T4 keeps 2."""
     spec = of("Qwen2.5-32B")
     weights = recipe_weights(spec, Recipe(Scheme(4, 32)))
-    plan = plan_load(spec, weights, parse_rig("Tesla T4 + RTX 3090"), Workload(512, prefill_chunk=64), 1 << 40)
+    work, rig = Workload(512, prefill_chunk=64), parse_rig("Tesla T4 + RTX 3090")
+    plan = plan_load(Case(spec, weights, OWN, work, rig), 1 << 40)
     layers = [layer for layer in range(64) if plan.device_map[f"model.layers.{layer}"] == 1]
     kept = weights.kept(Compute(capability=(8, 0))).layer_bytes
     plain = weights.kept(Compute(capability=(7, 0))).layer_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 
 from qwenq.checkpoint.reader import open_source
 from qwenq.cli.main import app
-from qwenq.errors import CalibrationError, JobError, PlanError
+from qwenq.errors import CalibrationError, CheckpointError, JobError, PlanError
 from qwenq.formats.base import Scheme
 from qwenq.io.safetensors import fingerprint
 from qwenq.model.layer import Network
@@ -208,6 +209,12 @@ def test_a_stopped_job_goes_on_with_the_table_it_measured(
     assert (tmp_path / "out.partial" / SENSITIVITY_NAME).is_file()
     changed = run(*command, "-o", out, "--bpw", "6", "--resume")
     assert changed.exit_code == 1 and "cannot resume" in changed.stderr and "measured," not in changed.stderr
+    kept = (tmp_path / "out.partial" / SENSITIVITY_NAME).read_bytes()
+    for at in range(40, len(kept), 211):  # a digit changed is a table like any other
+        (tmp_path / "out.partial" / SENSITIVITY_NAME).write_bytes(kept[:at] + bytes([kept[at] ^ 1]) + kept[at + 1 :])
+        damaged = run(*command, "-o", out, "--bpw", "5", "--resume")
+        assert damaged.exit_code == 1 and f"{SENSITIVITY_NAME}: damaged, it is not what the journal" in damaged.stderr
+    (tmp_path / "out.partial" / SENSITIVITY_NAME).write_bytes(kept)
     result = run(*command, "-o", out, "--bpw", "5", "--resume")
     assert result.exit_code == 0 and "sensitivity: layer" not in result.stderr
     for name in ("qwenq-recipe.toml", SENSITIVITY_NAME, "config.json", "model-00002-of-00006.safetensors"):
@@ -276,6 +283,28 @@ def test_units_that_few_or_no_groups_fit(random_model: Callable[..., Path], cali
     assert dry.exit_code == 0, dry.stderr
     chosen = [{name: row[name] for name in ("qkv", "down")} for row in json.loads(dry.stdout)["recipe"]["layers"]]
     assert all(row["down"] == "16-bit" and row["qkv"] in ("8-bit g64", "8-bit g32", "16-bit") for row in chosen)
+
+
+@pytest.mark.parametrize("step", [0, 2, 5])
+def test_a_source_that_changes_meanwhile(step: int, random_model: Callable[..., Path], tmp_path: Path) -> None:
+    """A byte changed and put back before the next layer, time and size as they were: forward, backward."""
+    source = open_source(random_model())
+    path = source.files[1]
+    kept, times = path.read_bytes(), os.stat(path)
+    told: list[str] = []
+
+    def change(line: str) -> None:
+        if len(told) == step:
+            path.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+            path.write_bytes(kept)
+            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        told.append(line)
+
+    probe = split_windows(TokenWindows(torch.randint(0, 1000, (4, 32)), "ids", {}))
+    with pytest.raises(CheckpointError) as caught:
+        measure_sensitivity(source, probe, scratch=tmp_path, listen=change)
+    assert caught.value.message == f"{path}: changed while it was being read"
+    assert step < len(told) <= step + 2
 
 
 def test_states_that_were_cut_short(tmp_path: Path, tiny: Path) -> None:

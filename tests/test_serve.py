@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from qwenq.checkpoint.reader import open_checkpoint
 from qwenq.cli.main import app as cli
 from qwenq.page.app import listen
-from qwenq.planning.offload import host_map
+from qwenq.planning.placement import host_map
 from qwenq.runtime.chat import Chat
 from qwenq.runtime.generate import Sampling, Session
 from qwenq.runtime.model import CheckpointWeights, build_model

@@ -28,7 +28,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def streamed_logits(checkpoint: Checkpoint, ids_BT: torch.Tensor) -> torch.Tensor:
     network = Network(checkpoint.config, checkpoint.spec, dtype=torch.float32)
-    h = checkpoint.read_rows("model.embed_tokens.weight", ids_BT.reshape(-1)).float().view(*ids_BT.shape, -1)
+    h = checkpoint.read("model.embed_tokens.weight")[ids_BT.reshape(-1)].float().view(*ids_BT.shape, -1)
     for layer in range(checkpoint.spec.num_hidden_layers):
         network.fill(checkpoint.layer_state(layer))
         h = network.forward(h)

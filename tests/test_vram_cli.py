@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from qwenq.cli.main import app
-from qwenq.planning.asking import Question, estimate_at
+from qwenq.planning.questions import Question, estimate_at
 
 DATA = Path(__file__).parent / "data"
 TABLE = DATA / "published" / "qwen25_transformers_memory.csv"

@@ -11,7 +11,7 @@ from qwenq.errors import CheckpointError, PlanError
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.model.spec import ModelSpec, family_configs, family_spec
 from qwenq.planning.ggufsize import gguf_weights
-from qwenq.planning.models import load_model, load_spec, model_weights
+from qwenq.planning.models import WeightsAsked, load_model, load_spec, model_weights
 from qwenq.planning.weights import header_weights, published_weights, recipe_weights
 
 TINY = Path(__file__).parent / "data" / "tiny-qwen2"
@@ -95,7 +95,7 @@ def test_gguf_type_must_be_known() -> None:
 
 def test_headers_of_a_real_directory() -> None:
     found = load_model(str(TINY))
-    weights = model_weights(found, "qwenq")
+    weights = model_weights(found)
     assert weights.method == "none" and weights.source == "the checkpoint's own headers"
     assert len(weights.layers) == found.spec.num_hidden_layers
     stored = sum(weights.embed) + sum(weights.norm) + sum(weights.head) + sum(weights.layer_bytes)
@@ -105,7 +105,7 @@ def test_headers_of_a_real_directory() -> None:
 def test_headers_of_another_model_are_refused() -> None:
     found = load_model("Qwen2.5-72B")
     with pytest.raises(CheckpointError, match=r"model.embed_tokens.weight is .*, the config says \[152064, 8192\]"):
-        model_weights(found, "qwenq", checkpoint=TINY)
+        model_weights(found, WeightsAsked(checkpoint=TINY))
 
 
 def test_missing_layer_is_named() -> None:
@@ -127,9 +127,9 @@ def test_quantized_headers_tell_their_scheme() -> None:
 def test_names_people_use() -> None:
     assert load_spec("Qwen/Qwen2.5-72B-Instruct").name == "Qwen2.5-72B"
     published = load_model("Qwen/Qwen2.5-72B-Instruct-GPTQ-Int4")
-    assert model_weights(published, "transformers").intermediate_size == 29_696
-    assert model_weights(published, "llama.cpp").label == "GGUF Q4_K_M"
-    assert model_weights(load_model("qwen2.5-7b"), "qwenq", bits=16).method == "none"
+    assert model_weights(published).intermediate_size == 29_696
+    assert model_weights(published, WeightsAsked(gguf=True)).label == "GGUF Q4_K_M"
+    assert model_weights(load_model("qwen2.5-7b"), WeightsAsked(bits=16)).method == "none"
 
 
 def _config(**changes: object) -> dict[str, object]:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from qwenq.checkpoint.reader import open_source
 from qwenq.cli.main import app
 from qwenq.formats.base import Recipe, Scheme
-from qwenq.planning.asking import Question, Resolved
+from qwenq.planning.questions import Question, Resolved
 from qwenq.planning.weights import recipe_weights
 
 TINY = Path(__file__).parent / "data" / "tiny-qwen2"

@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+import stat
+from bisect import bisect_left, bisect_right
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,18 +58,26 @@ def encode_manifest(content: Mapping[str, Any], run: Mapping[str, Any]) -> bytes
 
 
 def write_manifest(work: Path, described: Mapping[str, Any], known: Mapping[str, str]) -> None:
-    """Hash every file of the checkpoint and write the manifest: the last file to be written.
+    """Write the manifest, the last file to be written; JobError when anything lies there that nobody wrote.
 
-    Whatever lies in `work` belongs to the checkpoint, but for scratch files and the manifest itself; the journal's
-    hash goes into `run`, for it holds times. known: SHA-256 of files hashed while they were written.
+    known: SHA-256 of all files, by name, hashed while they were written; but for scratch files, and the journal, whose
+    hash goes into `run`, for it holds times.
     """
     for torn in work.glob("*" + TORN_ENDING):
         torn.unlink()  # a killed run was writing it
-    names = sorted(p.name for p in work.iterdir() if not p.name.startswith(SCRATCH_PREFIX))
-    hashes = {name: known.get(name) or file_sha256(work / name) for name in names if name != MANIFEST_NAME}
-    journal = {JOURNAL_NAME: hashes.pop(JOURNAL_NAME)} if JOURNAL_NAME in hashes else {}
+    refuse_strangers(work, known)
+    hashes = dict(sorted(known.items()))
+    journal = {JOURNAL_NAME: file_sha256(work / JOURNAL_NAME)} if (work / JOURNAL_NAME).exists() else {}
     content = {key: value for key, value in described.items() if key != "run"} | {"files": hashes}
     write_bytes(work / MANIFEST_NAME, encode_manifest(content, {**described["run"], "files": journal}))
+
+
+def refuse_strangers(work: Path, names: Collection[str]) -> None:
+    """Raise JobError for the first file of `work` that is neither one of `names` nor a job's own."""
+    for path in sorted(work.iterdir()):
+        scratch = path.name.startswith(SCRATCH_PREFIX) or path.name.endswith(TORN_ENDING)
+        if not scratch and path.name not in (*names, MANIFEST_NAME, JOURNAL_NAME):
+            raise JobError(f"{path}: not a file of this job", hint="move it elsewhere, then go on with --resume")
 
 
 def read_manifest(directory: Path) -> tuple[dict[str, Any], list[Finding]]:
@@ -129,7 +139,25 @@ def _encode(document: Mapping[str, Any]) -> bytes:
     return (json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-Stamp = tuple[int, int, int, int]  # device, inode, bytes, time of the last change in ns
+Stamp = tuple[int, int, int, int, int]  # device, inode, bytes, times of the last write and of the last change in ns
+_CHUNK = 1 << 20  # bytes: hashed while they are in the processor's cache
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """Offsets into a hashed file, rising, and the state of its SHA-256 at each."""
+
+    offsets: list[int]
+    states: list[Any]
+
+    def around(self, start: int, end: int) -> tuple[int, int]:
+        """The smallest range between two cuts that holds start to end."""
+        first, last = bisect_right(self.offsets, start) - 1, bisect_left(self.offsets, end)
+        return self.offsets[first], self.offsets[last]
+
+    def state_at(self, offset: int) -> Any:
+        """The hash of everything before `offset`, which is a cut: a copy to go on with."""
+        return self.states[bisect_left(self.offsets, offset)].copy()
 
 
 @dataclass(frozen=True)
@@ -138,36 +166,70 @@ class SourceFiles:
 
     directory: Path
     hashes: dict[str, str]
-    stamps: dict[str, Stamp]
+    stamps: dict[str, Stamp | None]
+    cuts: dict[Path, Cuts] = field(default_factory=dict)
 
     @staticmethod
-    def read(directory: Path, names: Iterable[str]) -> SourceFiles:
-        """Hash the named files of `directory`; names that are not there are left out."""
-        hashes, stamps = {}, {}
+    def read(directory: Path, names: Iterable[str], cuts: Mapping[Path, Iterable[int]] | None = None) -> SourceFiles:
+        """Hash the named files of `directory`; names that are not there are left out. cuts: offsets, by file."""
+        read = SourceFiles(directory, {}, {})
         for name in names:
             path = inside(directory, name)
             if path.is_file():
-                stamps[name] = _stamp(path)
-                hashes[name] = file_sha256(path)
-        return SourceFiles(directory, hashes, stamps)
+                read.stamps[name] = stamp(path)
+                if cuts is not None and path in cuts:
+                    read.hashes[name], read.cuts[path] = _hash_with_cuts(path, sorted({0, *cuts[path]}))
+                else:
+                    read.hashes[name] = file_sha256(path)
+        return read
 
     def refuse_replaced(self) -> None:
-        """Raise JobError naming the first file that was replaced or written to since it was hashed."""
-        for name, stamp in self.stamps.items():
+        """Raise CheckpointError for the first file that is not the one hashed; a new time alone is no change."""
+        for name, digest in self.hashes.items():
             try:
-                same = _stamp(inside(self.directory, name)) == stamp
+                path = inside(self.directory, name)
+                same = stamp(path) == self.stamps[name] or file_sha256(path) == digest
             except (OSError, CheckpointError):
                 same = False
             if not same:
-                raise JobError(
-                    f"{self.directory / name}: changed while it was being quantized",
-                    hint="put the file back and go on with --resume, which hashes it again, or start anew",
-                )
+                raise changed(self.directory / name)
 
 
-def _stamp(path: Path) -> Stamp:
-    info = os.stat(path)
-    return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns
+def stamp(path: Path) -> Stamp | None:
+    """By which a file is recognized unread, for nobody sets the time of its last change; None where there is none."""
+    try:
+        info = os.stat(path)
+    except OSError:
+        return None
+    if not stat.S_ISREG(info.st_mode):
+        return None
+    return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
+
+
+def changed(path: Path) -> CheckpointError:
+    """The error for a file that is not the one that was opened or hashed: some layers would be of another model."""
+    return CheckpointError(
+        f"{path}: changed while it was being read",
+        hint="put the file back and start again; `qwenq quantize` goes on with --resume, which hashes it anew",
+    )
+
+
+def _hash_with_cuts(path: Path, offsets: list[int]) -> tuple[str, Cuts]:
+    digest, states = hashlib.sha256(), []
+    piece = memoryview(bytearray(_CHUNK))
+    with open(path, "rb") as file:
+        at = 0
+        for offset in offsets:
+            while at < offset:
+                count = file.readinto(piece[: min(_CHUNK, offset - at)])
+                if count == 0:
+                    raise changed(path)  # cut short since its header was read
+                digest.update(piece[:count])
+                at += count
+            states.append(digest.copy())
+        while count := file.readinto(piece):
+            digest.update(piece[:count])
+    return digest.hexdigest(), Cuts(offsets, states)
 
 
 @dataclass(frozen=True)
@@ -179,6 +241,7 @@ class Verification:
     source_files: int  # 0 without a source
     findings: tuple[Finding, ...]
     layers_made_again: tuple[int, ...] = ()
+    layers_not_made_again: tuple[int, ...] = ()  # with a source: those that only their own hash speaks for
 
     def to_json(self) -> dict[str, Any]:
         return {"ok": not self.findings} | asdict(self)
@@ -199,7 +262,10 @@ def verify(directory: Path, source: Path | None = None) -> Verification:
         named = source_hashes(manifest)
         findings += check_source(source, named)
     files = len(manifest["files"]) + len(manifest["run"]["files"])
-    return Verification(str(manifest.get("digest")), files, len(named), tuple(findings))
+    layers = manifest.get("layers")
+    left = range(len(layers)) if source is not None and isinstance(layers, list) else ()
+    digest = str(manifest.get("digest"))
+    return Verification(digest, files, len(named), tuple(findings), layers_not_made_again=tuple(left))
 
 
 def source_hashes(manifest: Mapping[str, Any]) -> dict[str, str]:

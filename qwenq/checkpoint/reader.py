@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qwenq.checkpoint.manifest import SourceFiles, Stamp, changed, stamp
 from qwenq.errors import CheckpointError
-from qwenq.formats.base import NF4_STATE, Quantization, Recipe, linear_tensors
-from qwenq.formats.qtensor import QTensor
-from qwenq.formats.registry import read_quantization_config
-from qwenq.formats.storage import unpack_linear
+from qwenq.formats.base import Format, Quantization, Recipe, get_format, read_quantization_config
 from qwenq.io.json import inside, model_name, read_object, shown
 from qwenq.io.safetensors import TensorLocation, TensorSpec, checkpoint_tensors
-from qwenq.io.tensors import TORCH_DTYPES
+from qwenq.io.tensors import TORCH_DTYPES, raw_bytes
 from qwenq.model.spec import SLIDING_WINDOW, LinearSpec, ModelSpec, spec_from_config
+from qwenq.solver.grid import QTensor
 
 FLOAT_DTYPES = ("F16", "BF16", "F32")
+SLICE_ROWS = 4096  # of the vocabulary: rows of the embedding and the head that are read at a time
+_CHUNK = 1 << 20  # bytes: hashed while they are in the processor's cache
+_EMBEDDING = "model.embed_tokens.weight"
 
 # Stored by some checkpoints, read by none: buffers that transformers computes itself.
 _IGNORED_ENDINGS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
@@ -38,6 +39,8 @@ class Checkpoint:
     tensors: dict[str, TensorLocation]
     quantized: Quantization | None
     ignored: tuple[str, ...]  # stored tensors that the model does not use
+    opened: Mapping[str, Stamp] = field(default_factory=dict, compare=False)  # files as they were before they were read
+    hashed: SourceFiles | None = field(default=None, compare=False)  # files that reads are compared with
 
     @property
     def recipe(self) -> Recipe:
@@ -48,58 +51,75 @@ class Checkpoint:
         """The shard files, sorted by name."""
         return tuple(sorted({location.file for location in self.tensors.values()}))
 
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor as stored: a private copy on the CPU; the file's pages are let go at once."""
-        location = self.tensors[name]
-        dtype = TORCH_DTYPES[location.spec.dtype]
-        if location.end == location.start:
-            return torch.empty(location.spec.shape, dtype=dtype)
-        start = location.start - location.start % mmap.ALLOCATIONGRANULARITY
-        with (
-            open(location.file, "rb") as file,
-            mmap.mmap(file.fileno(), location.end - start, offset=start, access=mmap.ACCESS_READ) as mapped,
-        ):
-            data = torch.empty(location.end - location.start, dtype=torch.uint8)
-            data.numpy()[:] = memoryview(mapped)[location.start - start :]
-        return data.view(dtype).reshape(location.spec.shape)
+    def hash_files(self, others: Iterable[str]) -> Checkpoint:
+        """This checkpoint with its files, and `others` beside them, hashed: what is read from now on is compared.
 
-    def read_rows(self, name: str, rows: torch.Tensor) -> torch.Tensor:
-        """Rows `rows` (int64 [n]) of a stored matrix, [n, columns]: an embedding lookup that never holds the table."""
+        Raises CheckpointError for a file that changed since it was opened, or is another by the time it is read.
+        """
+        cuts: dict[Path, set[int]] = {path: set() for path in self.files}
+        for name, location in self.tensors.items():
+            cuts[location.file] |= {location.start, location.end}
+            if name in (_EMBEDDING, self.head_name):
+                rows = max(1, location.spec.shape[0])
+                step = SLICE_ROWS * ((location.end - location.start) // rows)
+                cuts[location.file] |= set(range(location.start, location.end, step)) if step else set()
+        names = [*(path.name for path in self.files), "config.json", *others]
+        hashed = SourceFiles.read(self.directory, names, cuts)
+        self.refuse_changed(names)
+        return replace(self, hashed=hashed)
+
+    def refuse_changed(self, names: Iterable[str] | None = None) -> None:
+        """Raise CheckpointError for the first file that was written to or replaced since the checkpoint was opened.
+
+        names: of the files; without any, those that hold tensors, and config.json.
+        """
+        for name in names or (*(path.name for path in self.files), "config.json"):
+            path = self.directory / name
+            if self.opened and self.opened.get(name) != stamp(path):
+                raise changed(path)
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor as stored, a private copy on the CPU; CheckpointError when its bytes are not those hashed."""
         location = self.tensors[name]
-        columns = location.spec.shape[1]
-        dtype = TORCH_DTYPES[location.spec.dtype]
-        width = columns * dtype.itemsize
-        with open(location.file, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            unique, inverse = torch.unique(rows, return_inverse=True)
-            table = torch.empty((len(unique), width), dtype=torch.uint8)
-            for k, row in enumerate(unique.tolist()):
-                at = location.start + row * width
-                table[k] = torch.frombuffer(bytearray(mapped[at : at + width]), dtype=torch.uint8)
-        return table.view(dtype)[inverse]
+        data = self._bytes(location.file, location.start, location.end)
+        return data.view(TORCH_DTYPES[location.spec.dtype]).reshape(location.spec.shape)
 
     def read_slice(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows start to stop of a stored matrix, as stored."""
         location = self.tensors[name]
         width = location.spec.nbytes // location.spec.shape[0]
-        part = TensorLocation(
-            TensorSpec(name, location.spec.dtype, (stop - start, *location.spec.shape[1:])),
-            location.file,
-            location.start + start * width,
-            location.start + stop * width,
-        )
-        return Checkpoint(self.directory, self.config, self.spec, {name: part}, None, ()).read(name)
+        data = self._bytes(location.file, location.start + start * width, location.start + stop * width)
+        return data.view(TORCH_DTYPES[location.spec.dtype]).reshape(stop - start, *location.spec.shape[1:])
+
+    def _bytes(self, path: Path, start: int, end: int) -> torch.Tensor:
+        """Bytes start to end of a file, uint8, copied before they are compared: what is used is what was hashed."""
+        cuts = self.hashed.cuts[path] if self.hashed else None
+        first, last = cuts.around(start, end) if cuts else (start, end)
+        digest = cuts.state_at(first) if cuts else None
+        data = torch.empty(last - first, dtype=torch.uint8)
+        view = raw_bytes(data)
+        with open(path, "rb") as file:
+            file.seek(first)
+            for at in range(0, len(view), _CHUNK):
+                piece = view[at : at + _CHUNK]
+                if file.readinto(piece) != len(piece):
+                    raise changed(path)
+                if digest is not None:
+                    digest.update(piece)
+        if cuts and digest is not None and digest.digest() != cuts.state_at(last).digest():
+            raise changed(path)
+        return data[start - first : end - first]
 
     def linear(self, lin: LinearSpec) -> QTensor | torch.Tensor:
-        """One linear as stored: codes, scales and zero points where it is quantized on a grid, else its weight.
+        """One linear as stored: codes and parameters where it is quantized on a grid, else its weight [out, in].
 
-        A weight [out, in] comes as stored from a 16-bit linear, in float32 from GPTQ with groups out of order, and in
-        the dtype it was quantized from for NF4. The bias is read by its name.
+        That comes as stored from a 16-bit linear; else see `Format.unpack`. The bias is read by its name.
         """
         if self.quantized is None or (scheme := self.quantized.scheme_of(lin.name)) is None:
             return self.read(lin.name + ".weight")
-        names = [t.name for t in linear_tensors(self.quantized.format, scheme, lin) if t.name != lin.name + ".bias"]
-        packed = {name.removeprefix(lin.name + "."): self.read(name) for name in names}
-        return unpack_linear(self.quantized, scheme, lin, packed)
+        form = get_format(self.quantized.format)
+        packed = {n.removeprefix(lin.name + "."): self.read(n) for n in form.packed_names(scheme, lin)}
+        return form.unpack(packed, scheme, lin, self.quantized.version)
 
     def linear_weight(self, lin: LinearSpec) -> torch.Tensor:
         """Weight [out, in] of one linear: as stored when it is 16-bit, dequantized to float32 when packed."""
@@ -160,12 +180,13 @@ class Checkpoint:
 
     @property
     def head_name(self) -> str:
-        return "model.embed_tokens.weight" if self.spec.tie_word_embeddings else "lm_head.weight"
+        return _EMBEDDING if self.spec.tie_word_embeddings else "lm_head.weight"
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
     """Read config and headers of a checkpoint and check every needed tensor; raises CheckpointError in one line."""
     directory = Path(directory)
+    opened = _stamps(directory)
     config = read_config(directory)
     spec = spec_from_config(config, where=str(directory / "config.json"), name=model_name(directory))
     _refuse_sparse(config, spec, directory)
@@ -176,7 +197,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     recipe = quantized.recipe(spec) if quantized else Recipe(None)
     recipe.check(spec)
     needed = {t.name: t for t in recipe.tensors(spec)}
-    _audit(directory, needed, stored)
+    _audit(directory, needed, stored, get_format(recipe.format))
     ignored = tuple(sorted(set(stored) - set(needed)))
     for name in ignored:
         tied_head = spec.tie_word_embeddings and name == "lm_head.weight"
@@ -185,7 +206,15 @@ def open_checkpoint(directory: Path) -> Checkpoint:
                 f"{stored[name].file.name}: tensor {name} has no place in a {spec.model_type} model",
                 hint="the config and the weights are of different models, or this is an unsupported variant",
             )
-    return Checkpoint(directory, config, spec, {n: stored[n] for n in needed}, quantized, ignored)
+    return Checkpoint(directory, config, spec, {n: stored[n] for n in needed}, quantized, ignored, opened)
+
+
+def _stamps(directory: Path) -> dict[str, Stamp]:
+    """Every file of a directory as it is now; empty where there is none."""
+    if not directory.is_dir():
+        return {}
+    found = {path.name: stamp(path) for path in directory.iterdir()}
+    return {name: file for name, file in found.items() if file is not None}
 
 
 def open_source(directory: Path) -> Checkpoint:
@@ -219,7 +248,9 @@ def _refuse_sparse(config: Mapping[str, Any], spec: ModelSpec, directory: Path) 
         )
 
 
-def _audit(directory: Path, needed: dict[str, TensorSpec], stored: dict[str, TensorLocation]) -> None:
+def _audit(
+    directory: Path, needed: dict[str, TensorSpec], stored: dict[str, TensorLocation], form: Format
+) -> None:
     missing = [name for name in needed if name not in stored]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -228,7 +259,7 @@ def _audit(directory: Path, needed: dict[str, TensorSpec], stored: dict[str, Ten
         )
     for name, want in needed.items():
         have = stored[name].spec
-        if have.shape != want.shape and not (name.endswith(NF4_STATE) and len(have.shape) == 1):  # JSON of any length
+        if not form.same_shape(have, want):
             raise CheckpointError(
                 f"{stored[name].file.name}: {name} has shape {list(have.shape)}, config.json wants {list(want.shape)}",
                 hint="`qwenq inspect` compares config and tensors",

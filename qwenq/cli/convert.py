@@ -11,6 +11,7 @@ from qwenq import api
 from qwenq.cli.console import out as stdout
 from qwenq.cli.console import print_json
 from qwenq.cli.options import JsonFlag
+from qwenq.formats.base import FORMATS, names_of
 from qwenq.units import format_gb, format_seconds
 
 
@@ -19,12 +20,19 @@ def convert(
         Path, typer.Argument(metavar="CHECKPOINT", help="A quantized checkpoint, ours or another tool's.")
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to make.")],
-    format: Annotated[str, typer.Option("--format", help="gptq, awq or compressed-tensors.")],
+    format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help=names_of(form for form in FORMATS.values() if form.integer_codes) + ".",
+            metavar="NAME",
+        ),
+    ],
     json: JsonFlag = False,
 ) -> None:
     """Store a quantized checkpoint's codes in another format, bit for bit, without solving or rounding anything.
 
-    Between gptq, awq and compressed-tensors; refused when the format cannot hold the codes (awq: one 4-bit scheme).
+    Between formats of integer codes; refused when the format cannot hold them.
     """
     made = api.convert(source, out, format)
     if json:

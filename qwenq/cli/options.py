@@ -10,8 +10,10 @@ import typer
 
 from qwenq.api import LoadWords
 from qwenq.cli.console import print_step, warn
+from qwenq.formats.base import FORMATS, names_of
 from qwenq.pipeline.source import model_directory
 
+ASYMMETRIC = names_of((form for form in FORMATS.values() if form.asymmetric), "and")
 BITS, BUDGET, TEXT, SOLVER, MACHINE, JOB = "Bits", "Bits to a budget", "Text", "Solver", "Machine", "Job"
 ENGINE, ANSWER, SERVER, WEIGHTS = "Engine", "Answer", "Server", "Weights"
 
@@ -70,13 +72,15 @@ GroupSize = Annotated[
 Format = Annotated[
     str,
     typer.Option(
-        "--format", help="gptq, awq, compressed-tensors, bnb-nf4, bnb-int8.", metavar="NAME", rich_help_panel=BITS
+        "--format", help=", ".join(FORMATS) + ".", metavar="NAME", rich_help_panel=BITS
     ),
 ]
 Asymmetric = Annotated[
     bool | None,
     typer.Option(
-        "--asymmetric/--symmetric", help="Zero points for each group. Default: only for awq.", rich_help_panel=BITS
+        "--asymmetric/--symmetric",
+        help=f"Zero points for each group. Default: only for {ASYMMETRIC}.",
+        rich_help_panel=BITS,
     ),
 ]
 PadForTp = Annotated[

@@ -27,10 +27,12 @@ from qwenq.cli.vram import (
     Utilization,
 )
 from qwenq.errors import UsageError
-from qwenq.planning.asking import Question, Resolved, contexts_of
+from qwenq.planning.case import Case
+from qwenq.planning.engines.base import plan_commands
 from qwenq.planning.plan import Plan, Recommendation, describe_gpu, make_plan, recommend
+from qwenq.planning.questions import Question, contexts_of
 from qwenq.planning.speed import Speed
-from qwenq.units import GIB, format_gb, format_gib, format_tokens
+from qwenq.units import GIB, format_gb, format_tokens
 
 NOT_FITTING = 3  # exit code of an honest no
 
@@ -56,7 +58,7 @@ def plan(
     prefill_chunk: PrefillChunk = 0,
     reserve: Reserve = "",
     max_num_seqs: MaxNumSeqs = 0,
-    gpu_memory_utilization: Utilization = 0.9,
+    gpu_memory_utilization: Utilization = None,
     expect_params: ExpectParams = None,
     as_json: Json = False,
 ) -> None:
@@ -91,51 +93,40 @@ def plan(
     contexts = contexts_of(asked, context)
     if len(contexts) != 1:
         raise UsageError("one context, please", hint="`qwenq vram` takes several")
-    work = asked.at(contexts[0])
+    case = asked.at(contexts[0])
     if recommend_rigs:
-        rigs = recommend(asked.spec, asked.weights, asked.engine, work)
+        rigs = recommend(case)
         if as_json:
             print(json.dumps({"model": asked.spec.name, "rigs": [found.to_json() for found in rigs]}, indent=2))
         else:
-            print("\n".join(_recommended(asked, rigs, contexts[0])))
+            print("\n".join(_recommended(case, rigs)))
         if not rigs:
             raise typer.Exit(NOT_FITTING)
         return
-    assert asked.rig is not None
-    found = make_plan(asked.spec, asked.weights, asked.rig, asked.engine, work)
+    found = make_plan(case)
     if as_json:
-        print(json.dumps(found.to_json() | {"flags": _flags(found)}, indent=2))
+        print(json.dumps(found.to_json() | {"flags": plan_commands(found)}, indent=2))
     else:
         print("\n".join(_text(found)))
     if not found.fits:
         raise typer.Exit(NOT_FITTING)
 
 
-def _flags(found: Plan) -> dict[str, str]:
-    from qwenq.planning.flags import llamacpp_flags, transformers_code, vllm_flags
-
-    return {
-        "vllm": vllm_flags(found),
-        "transformers": transformers_code(found),
-        "llama.cpp": llamacpp_flags(found),
-    }
-
-
 def _text(found: Plan) -> list[str]:
-    work, memory = found.work, found.memory
+    case, memory = found.case, found.memory
     answer = {"fits": "fits", "tight": "fits, tightly" if found.fits else "does not fit, narrowly"}.get(
         found.certainty, "does not fit"
     )
     lines = [
-        f"{found.spec.name}, {found.weights.label} ({format_gb(found.weights.total_bytes)}), "
-        f"{format_tokens(work.context)} context, batch {work.batch}, {found.engine.label}, on {found.rig.label}: "
+        f"{case.spec.name}, {case.weights.label} ({format_gb(case.weights.total_bytes)}), "
+        f"{format_tokens(case.work.context)} context, batch {case.work.batch}, {case.engine.label}, "
+        f"on {case.hardware.label}: "
         + answer
     ]
-    lines += ["  " + describe_gpu(found, index) for index in range(len(found.rig.gpus))]
+    lines += ["  " + describe_gpu(found, index) for index in range(len(case.hardware.gpus))]
     if found.placement is not None:
         lines.append(f"  split: {found.placement.reason}")
-    if memory.kv_capacity_tokens is not None:
-        lines += _vllm_cache(found)
+    lines += [f"  {note}" for note in case.engine.cache_notes(memory)]
     lines += [f"  note: {note}" for note in found.notes]
     longest = format_tokens(found.largest_context) if found.largest_context else "none"
     lines.append(f"largest context that fits: {longest}")
@@ -150,29 +141,16 @@ def _text(found: Plan) -> list[str]:
         lines.append(_speed_line("  speed then", found.offload_speed))
     if not found.fits:
         lines.append("rigs that hold it: qwenq plan MODEL --recommend")
-    lines.append("vLLM, tensor x pipeline parallel:")
+    lines.append(f"{found.serving.case.engine.title}, tensor x pipeline parallel:")
     sizes = found.tensor_parallel
-    for option in found.options:
+    for option in found.serving.options:
         cut = sizes.get(str(option.tensor))  # said below, once
         verdict = f"no: tensor parallel size {option.tensor}, see below" if cut else option.verdict
         lines.append(f"  {option.tensor} x {option.pipeline}: {verdict}")
     lines.append("tensor parallel sizes of these weights:")
     lines += [f"  {line}" for line in found.tensor_parallel_lines]
-    for name, text in _flags(found).items():
+    for name, text in plan_commands(found).items():
         lines += ["", f"# {name}", text]
-    return lines
-
-
-def _vllm_cache(found: Plan) -> list[str]:
-    """How many tokens vLLM's cache holds, and what comes on top of its part where that is less than asked."""
-    memory, asked = found.memory, found.work.gpu_memory_utilization
-    lines = [f"  vLLM's KV cache would hold {memory.kv_capacity_tokens} tokens"]
-    if memory.gpu_memory_utilization != asked:
-        outside = max(gpu.term("graphs") + gpu.term("context") for gpu in memory.gpus)
-        lines.append(
-            f"  vLLM can have {memory.gpu_memory_utilization:g} of each GPU, not {asked:g}: CUDA graphs and context "
-            f"come on top, {format_gib(outside)}"
-        )
     return lines
 
 
@@ -183,10 +161,10 @@ def _speed_line(name: str, speed: Speed) -> str:
     return f"{name}: decode {shown(speed.decode)}, prefill {shown(speed.prefill)} ({speed.basis})"
 
 
-def _recommended(asked: Resolved, rigs: tuple[Recommendation, ...], context: int) -> list[str]:
+def _recommended(case: Case, rigs: tuple[Recommendation, ...]) -> list[str]:
     lines = [
-        f"rigs that hold {asked.spec.name}, {asked.weights.label} ({format_gb(asked.weights.total_bytes)}), at "
-        f"{format_tokens(context)} with {asked.engine.label}:"
+        f"rigs that hold {case.spec.name}, {case.weights.label} ({format_gb(case.weights.total_bytes)}), at "
+        f"{format_tokens(case.work.context)} with {case.engine.label}:"
     ]
     for found in rigs:
         price = "price unknown" if found.price_usd is None else f"${found.price_usd:,.0f} ({found.gpu.price_basis})"

@@ -33,7 +33,7 @@ from qwenq.pipeline.source import no_checkpoint
 from qwenq.units import format_gb
 
 if TYPE_CHECKING:
-    from qwenq.planning.asking import Question
+    from qwenq.planning.questions import Question
     from qwenq.runtime.chat import Chat
     from qwenq.runtime.generate import Sampling, Session
     from qwenq.runtime.load import Loaded, LoadOptions
@@ -153,8 +153,8 @@ def stored_question(model: str, engine: str, **asked: Any) -> Question:
     it says otherwise.
     """
     from qwenq.io.hub import is_hub_name
-    from qwenq.planning.asking import Question
     from qwenq.planning.models import load_model
+    from qwenq.planning.questions import Question
 
     if Path(model).is_dir():
         return Question(model, checkpoint=Path(model), engine=engine, **asked)

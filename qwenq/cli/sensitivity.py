@@ -24,7 +24,7 @@ from qwenq.cli.options import (
 )
 from qwenq.formats.base import label_of
 from qwenq.model.spec import UNITS
-from qwenq.pipeline.config import QuantizeConfig
+from qwenq.pipeline.config import QuantizeConfig, carry_zero_points
 from qwenq.planning.sensitivity import Sensitivity
 
 
@@ -46,7 +46,7 @@ def sensitivity(
         int, typer.Option(min=0, help="Decides windows and sampled labels.", rich_help_panel=TEXT)
     ] = QuantizeConfig.seed,
     asymmetric: Annotated[
-        bool, typer.Option("--asymmetric", help="4 bits with zero points too, which compressed-tensors carries.")
+        bool, typer.Option("--asymmetric", help=f"4 bits with zero points too, which {carry_zero_points()} carries.")
     ] = False,
     device: OneDevice = QuantizeConfig.device,
     compute_dtype: ComputeDtype = QuantizeConfig.compute_dtype,

@@ -147,7 +147,8 @@ def vllm_commands(
     model: str, name: str, options: LoadOptions, gpu: str, hosts: list[str], host: str, port: int
 ) -> list[str]:
     """`vllm serve ...` with the plan's flags; for several hosts Ray's commands before it. HonestNo if nothing fits."""
-    from qwenq.planning.flags import pci_order, ray_commands, vllm_words
+    from qwenq.planning.engines.base import ServerEngine, pci_order
+    from qwenq.planning.engines.vllm import ray_commands
     from qwenq.planning.plan import make_plan
     from qwenq.planning.rig import detect_rig, parse_rig
 
@@ -163,11 +164,11 @@ def vllm_commands(
     count = max(1, len(hosts))
     rig = replace(one, gpus=one.gpus * count, free_bytes=one.free_bytes * count)
     asked = stored_question(model, "vllm", kv_cache_dtype=options.kv_dtype, rig=rig).resolve()
-    work = asked.at(options.max_model_len or min(4096, asked.spec.max_position_embeddings))
-    plan = make_plan(asked.spec, asked.weights, rig, asked.engine, work)
-    words = vllm_words(plan, model, hosts=count)
+    case, engine = asked.at(options.max_model_len or min(4096, asked.spec.max_position_embeddings)), asked.engine
+    assert isinstance(engine, ServerEngine)
+    words = engine.plan_words(make_plan(case), model, hosts=count)
     words += ["--served-model-name", name, "--host", host, "--port", str(port)]
-    return ray_commands(words, hosts) if count > 1 else [pci_order(plan) + shlex.join(words)]
+    return ray_commands(words, hosts) if count > 1 else [pci_order(case) + shlex.join(words)]
 
 
 def _has_gpu() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -58,8 +59,22 @@ def verify(
             read += f", layers {', '.join(map(str, again))} made again" if again else ""
             out.print(f"{directory}: {result.files} files{read}, all as in its manifest", soft_wrap=True, markup=False)
             out.print(f"digest {result.digest}", soft_wrap=True, markup=False)
+            if result.layers_not_made_again:
+                left = f"layers {_spans(result.layers_not_made_again)}"
+                out.print(f"not made again: {left} (--all-layers makes every one)", soft_wrap=True, markup=False)
     if result.findings:
         raise typer.Exit(1)
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """Rising numbers with runs of them as `1 to 39`."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and spans[-1][-1] == number - 1:
+            spans[-1] = [spans[-1][0], number]
+        else:
+            spans.append([number])
+    return ", ".join(" to ".join(map(str, span)) for span in spans)
 
 
 def _numbers(text: str) -> list[int] | None:

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from qwenq.errors import PlanError, UsageError
-from qwenq.planning.asking import Question, contexts_of, spread
+from qwenq.planning.questions import Question, contexts_of, spread
 
 
 class _ModelOrSubcommand(TyperGroup):
@@ -57,7 +57,9 @@ PrefillChunk = Annotated[int, typer.Option("--prefill-chunk", help="Prompt token
 GpuRig = Annotated[str | None, typer.Option("--gpu", help='The rig: "2x RTX 3090", "RTX 4090 + 2x RTX 3060 12GB".')]
 Reserve = Annotated[str, typer.Option("--reserve", help="Kept free on every GPU, e.g. 1GiB for a desktop.")]
 MaxNumSeqs = Annotated[int, typer.Option("--max-num-seqs", help="vLLM's limit. 0: its default for the GPU.")]
-Utilization = Annotated[float, typer.Option("--gpu-memory-utilization", help="vLLM's share of each GPU.")]
+Utilization = Annotated[
+    float | None, typer.Option("--gpu-memory-utilization", help="A server's part of each GPU. vLLM's own: 0.9.")
+]
 ExpectParams = Annotated[
     str | None, typer.Option("--expect-params", help="Stated parameters, e.g. 72.7B; refused if the shapes disagree.")
 ]
@@ -88,7 +90,7 @@ def estimate_command(
         int, typer.Option("--tensor-parallel-size", help="vLLM ranks. 0: what the rig allows.")
     ] = 0,
     max_num_seqs: MaxNumSeqs = 0,
-    gpu_memory_utilization: Utilization = 0.9,
+    gpu_memory_utilization: Utilization = None,
     expect_params: ExpectParams = None,
     profile: ProfileFile = None,
     as_json: Json = False,

@@ -1,1 +1,3 @@
-"""On-disk formats of quantized checkpoints: what config.json says and how tensors are laid out."""
+"""On-disk formats of quantized checkpoints, one file each; importing any of them registers all, in this order."""
+
+from qwenq.formats import gptq, awq, compressed_tensors, bitsandbytes, fp8  # noqa: F401, I001

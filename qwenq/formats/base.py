@@ -1,31 +1,41 @@
-"""How weights are stored: schemes, recipes, and the tensors each format keeps of a linear. The one source of sizes."""
+"""How weights are stored: schemes, recipes, and the object that knows a format. The one source of sizes. No torch.
+
+A format is one file of this folder with one object in it: which schemes it holds, its tensors byte for byte, what
+config.json says of it, both ways, and how its tensors are packed and unpacked. Everything else asks the object.
+"""
 
 from __future__ import annotations
 
-import json
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwenq.errors import CheckpointError, PlanError, UnreadScheme, UsageError
-from qwenq.io.safetensors import FLOATS, TensorSpec
+from qwenq.io.safetensors import TensorSpec
 from qwenq.model.spec import LinearSpec, ModelSpec
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qwenq.solver.grid import Grid, QTensor
+
 GROUP_SIZES = (128, 64, 32)
-_LABEL = re.compile(r"(?P<bits>\d+)-bit(?: (?P<row>per channel)| g(?P<group>\d+))(?P<asym> asym)?")
+
+
+# ---------------------------------------------------------------------- schemes
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """Integer codes of `bits` bits along the input dimension; one float16 scale and one zero point per group and row.
+    """Codes of `bits` bits along the input dimension, with parameters for each group of columns and row.
 
+    `codes` names what a code means, one of CODES. Plain integers, `int`: one float16 scale and one zero point a group,
     weight[o, i] = scale[i // group_size, o] * (code[o, i] - zero[i // group_size, o]); symmetric: zero = 2**(bits-1).
     `group_size` -1 means one group over the whole input dimension.
-    `codes` says what a code means: `int` the above; `nf4` an entry of bitsandbytes' table of 16 values, times the
-    largest absolute weight of a block of the flattened matrix; `nf4-nested` the same with these in 8 bits.
     """
 
     bits: int
@@ -34,12 +44,16 @@ class Scheme:
     codes: str = "int"
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8):
-            raise UsageError(f"bits is {self.bits}, wanted 4 or 8")
-        if self.codes not in ("int", "nf4", "nf4-nested"):
-            raise UsageError(f"codes is {self.codes!r}, wanted int, nf4 or nf4-nested")
+        if self.codes not in CODES:
+            raise UsageError(f"codes is {self.codes!r}, wanted one of {', '.join(CODES)}")
+        self.meaning.check(self)
         if self.group_size != -1 and self.group_size < 1:
             raise UsageError(f"group size is {self.group_size}, wanted {', '.join(map(str, GROUP_SIZES))} or -1")
+
+    @property
+    def meaning(self) -> Codes:
+        """What the codes mean."""
+        return CODES[self.codes]
 
     @property
     def levels(self) -> int:
@@ -54,10 +68,7 @@ class Scheme:
     @property
     def label(self) -> str:
         """`4-bit g128`, `8-bit per channel`, `4-bit g32 asym`, `NF4 g64`."""
-        if self.codes != "int":
-            return f"NF4 g{self.group_size}" + (" nested" if self.codes == "nf4-nested" else "")
-        group = "per channel" if self.group_size == -1 else f"g{self.group_size}"
-        return f"{self.bits}-bit {group}" + ("" if self.sym else " asym")
+        return self.meaning.label(self)
 
     def group_width(self, in_features: int) -> int:
         """Columns per group for a linear of `in_features` columns."""
@@ -67,23 +78,83 @@ class Scheme:
         return -(-in_features // self.group_width(in_features))
 
     def check(self, lin: LinearSpec) -> None:
-        """Raise PlanError unless groups divide the input and codes fill whole int32 words both ways."""
-        per_word = 32 // self.bits
-        if lin.in_features % self.group_width(lin.in_features):
+        """Raise PlanError, naming the linear, unless its weights divide into what the codes are packed in."""
+        self.meaning.check_linear(self, lin)
+
+    def grid(self) -> Grid:
+        """What the solver rounds to; PlanError for codes that a library's own functions make."""
+        return self.meaning.grid(self)
+
+
+class Codes:
+    """What codes of a scheme mean. A format that brings codes of its own makes an object of a subclass."""
+
+    name: str  # as `Scheme.codes` says it
+
+    def check(self, scheme: Scheme) -> None:
+        """Raise UsageError for bits, groups or symmetry that these codes do not come in."""
+
+    def check_linear(self, scheme: Scheme, lin: LinearSpec) -> None:
+        """Raise PlanError, naming the linear, unless its weights divide into groups and whole packed codes."""
+
+    def label(self, scheme: Scheme) -> str:
+        """The scheme's name: `4-bit g128`."""
+        raise NotImplementedError
+
+    def parse(self, label: str) -> Scheme | None:
+        """The scheme with that label; None for what is no label of these codes, or is not chosen by its label."""
+        return None
+
+    def grid(self, scheme: Scheme) -> Grid:
+        """The grid of the scheme."""
+        raise PlanError(f"{scheme.label} is rounded by a library's own functions, not solved")
+
+
+class IntegerCodes(Codes):
+    """4- or 8-bit integers packed into int32, with a scale and a zero point for each group."""
+
+    name = "int"
+    _LABEL = re.compile(r"(?P<bits>\d+)-bit(?: (?P<row>per channel)| g(?P<group>\d+))(?P<asym> asym)?")
+
+    def check(self, scheme: Scheme) -> None:
+        if scheme.bits not in (4, 8):
+            raise UsageError(f"bits is {scheme.bits}, wanted 4 or 8")
+
+    def check_linear(self, scheme: Scheme, lin: LinearSpec) -> None:
+        if lin.in_features % scheme.group_width(lin.in_features):
             works = [g for g in GROUP_SIZES if lin.in_features % g == 0]
             raise PlanError(
-                f"{lin.name}: group size {self.group_size} does not divide its {lin.in_features} input features",
+                f"{lin.name}: group size {scheme.group_size} does not divide its {lin.in_features} input features",
                 hint=f"sizes that divide it: {', '.join(map(str, [*works, -1]))} (-1: one group per row)",
             )
+        per_word = 32 // scheme.bits
         if lin.in_features % per_word or lin.out_features % per_word:
             raise PlanError(
                 f"{lin.name}: shape [{lin.out_features}, {lin.in_features}] does not pack into int32 words of "
                 f"{per_word} codes"
             )
 
+    def label(self, scheme: Scheme) -> str:
+        group = "per channel" if scheme.group_size == -1 else f"g{scheme.group_size}"
+        return f"{scheme.bits}-bit {group}" + ("" if scheme.sym else " asym")
 
-NF4 = Scheme(4, 64, codes="nf4")
-INT8_ROWS = Scheme(8, -1)  # LLM.int8: one scale a row
+    def parse(self, label: str) -> Scheme | None:
+        match = self._LABEL.fullmatch(label)
+        if not match or match["bits"] not in ("4", "8"):
+            return None
+        return Scheme(int(match["bits"]), -1 if match["row"] else int(match["group"]), sym=not match["asym"])
+
+    def grid(self, scheme: Scheme) -> Grid:
+        from qwenq.solver.grid import IntegerGrid
+
+        return IntegerGrid(scheme.bits, scheme.group_size, scheme.sym)
+
+
+CODES: dict[str, Codes] = {IntegerCodes.name: IntegerCodes()}  # a format adds its own
+
+
+SYMMETRIC = tuple(Scheme(bits, group) for bits in (4, 8) for group in GROUP_SIZES)  # what vLLM's fused linears accept
+ASYMMETRIC = tuple(Scheme(4, group, sym=False) for group in GROUP_SIZES)
 
 
 def parse_scheme(label: str) -> Scheme | None:
@@ -91,12 +162,12 @@ def parse_scheme(label: str) -> Scheme | None:
     text = " ".join(label.split())
     if text == "16-bit":
         return None
-    match = _LABEL.fullmatch(text)
-    if not match or match["bits"] not in ("4", "8"):
+    found = next((scheme for codes in CODES.values() if (scheme := codes.parse(text)) is not None), None)
+    if found is None:
         raise PlanError(
             f"{label[:40]!r} is no scheme", hint="for instance 4-bit g128, 8-bit g32, 4-bit per channel or 16-bit"
         )
-    return Scheme(int(match["bits"]), -1 if match["row"] else int(match["group"]), sym=not match["asym"])
+    return found
 
 
 def label_of(scheme: Scheme | None) -> str:
@@ -104,11 +175,14 @@ def label_of(scheme: Scheme | None) -> str:
     return scheme.label if scheme else "16-bit"
 
 
+# ---------------------------------------------------------------------- recipes
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Which scheme each linear gets: `default`, unless `overrides` names the linear (None keeps it in 16 bit).
 
-    `format` is one of layout.FORMATS: how the checkpoint stores them.
+    `format`: the name of the format that the checkpoint is stored in, one of FORMATS.
     """
 
     default: Scheme | None
@@ -116,8 +190,7 @@ class Recipe:
     format: str = "gptq"
 
     def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise UsageError(f"format is {self.format!r}, wanted one of {', '.join(FORMATS)}")
+        get_format(self.format)
 
     @cached_property
     def _by_name(self) -> dict[str, Scheme | None]:
@@ -126,6 +199,10 @@ class Recipe:
     def scheme_of(self, lin: LinearSpec) -> Scheme | None:
         return self._by_name.get(lin.name, self.default)
 
+    def schemes(self, spec: ModelSpec) -> set[Scheme]:
+        """Those met in the model's linears."""
+        return {scheme for lin in spec.linears if (scheme := self.scheme_of(lin)) is not None}
+
     @property
     def label(self) -> str:
         """`4-bit g128`, `16-bit`, or `mixed, mostly 4-bit g128`."""
@@ -133,10 +210,11 @@ class Recipe:
 
     def check(self, spec: ModelSpec) -> None:
         """Raise PlanError, naming the tensor, when some linear cannot be stored as asked."""
-        schemes = {lin: scheme for lin in spec.linears if (scheme := self.scheme_of(lin)) is not None}
-        for lin, scheme in schemes.items():
-            check_linear(self.format, scheme, lin)
-        check_together(self.format, schemes.values())
+        form = get_format(self.format)
+        for lin in spec.linears:
+            if (scheme := self.scheme_of(lin)) is not None:
+                form.check(scheme, lin)
+        form.check_together(self.schemes(spec))
 
     def tensors(self, spec: ModelSpec, dtype: str | Callable[[str], str] = "BF16") -> Iterator[TensorSpec]:
         """Every tensor of the quantized checkpoint; what is not quantized is stored in `dtype`, one or one a name."""
@@ -158,11 +236,11 @@ class Recipe:
             if lin is None or scheme is None:
                 yield TensorSpec(tensor.name, dtype_of(tensor.name), tensor.shape)
             elif part == "weight":
-                yield from linear_tensors(self.format, scheme, lin, dtype_of)
+                yield from self.linear_tensors(lin, dtype_of)
 
-    def linear_tensors(self, lin: LinearSpec, dtype_of: Callable[[str], str] = lambda name: "BF16") -> list[TensorSpec]:
+    def linear_tensors(self, lin: LinearSpec, dtype_of: StoredDtype = lambda name: "BF16") -> list[TensorSpec]:
         """Tensors of one linear, quantized or not, bias last."""
-        return list(linear_tensors(self.format, self.scheme_of(lin), lin, dtype_of))
+        return get_format(self.format).linear_tensors(self.scheme_of(lin), lin, dtype_of)
 
     def tensor_bytes(self, spec: ModelSpec) -> int:
         """Bytes of all tensors, headers not counted."""
@@ -170,139 +248,22 @@ class Recipe:
 
     def bits_per_linear_weight(self, spec: ModelSpec) -> float:
         """Stored bits per weight of the quantizable linears: codes, scales and zero points, nothing beside them."""
-        stored = (t for lin in spec.linears for t in self.linear_tensors(lin) if not is_description(t.name))
-        return 8 * sum(t.nbytes for t in stored) / spec.linear_parameters
-
-
-FORMATS = ("gptq", "awq", "compressed-tensors", "bnb-nf4", "bnb-int8")
-BNB_FORMATS = ("bnb-nf4", "bnb-int8")
-GRID_FORMATS = ("gptq", "awq", "compressed-tensors")  # integer codes on a grid of scales and zero points
-NF4_BLOCK = 64  # weights of the flattened matrix that share an absmax; what transformers uses
-NESTED_BLOCK = 256  # absmax values that share one, where bitsandbytes quantized them too
-NF4_STATE = ".weight.quant_state.bitsandbytes__nf4"  # uint8 [n]: JSON
-
-# Stored beside codes, scales and zero points; says how to read them, and is not counted as bits of the weights.
-_DESCRIPTIONS = (".g_idx", ".bias", ".weight_shape", ".weight_format", ".quant_map", ".nested_quant_map", NF4_STATE)
-StoredDtype = Callable[[str], str]  # name of an unquantized tensor -> safetensors dtype it is stored in
-
-
-def linear_tensors(
-    format: str, scheme: Scheme | None, lin: LinearSpec, dtype_of: StoredDtype = lambda name: "BF16"
-) -> Iterator[TensorSpec]:
-    """Tensors of `lin` in `format`, or in 16 bit where `scheme` is None; its bias last."""
-    if scheme is None:
-        yield TensorSpec(lin.name + ".weight", dtype_of(lin.name + ".weight"), (lin.out_features, lin.in_features))
-    else:
-        yield from _TENSORS[format](scheme, lin, dtype_of)
-    if lin.bias:
-        yield TensorSpec(lin.name + ".bias", dtype_of(lin.name + ".bias"), (lin.out_features,))
-
-
-def is_description(name: str) -> bool:
-    """Whether a linear's tensor holds neither codes nor scales nor zero points."""
-    return name.endswith(_DESCRIPTIONS)
-
-
-def check_linear(format: str, scheme: Scheme, lin: LinearSpec) -> None:
-    """Raise PlanError, naming the linear, unless `format` can store it by `scheme`."""
-    check_scheme(format, scheme)
-    if format in GRID_FORMATS:
-        scheme.check(lin)
-
-
-def check_scheme(format: str, scheme: Scheme) -> None:
-    """Raise PlanError unless `format` can hold linears of `scheme`."""
-    wanted, hint = {
-        "gptq": (scheme.codes == "int", "NF4 goes into --format bnb-nf4"),
-        "awq": (scheme.codes == "int" and scheme.bits == 4 and not scheme.sym,
-                "AWQ is 4-bit with zero points; gptq and compressed-tensors hold this"),
-        "compressed-tensors": (scheme.codes == "int", "NF4 goes into --format bnb-nf4"),
-        "bnb-nf4": (scheme.codes in ("nf4", "nf4-nested"), "NF4 has its own 16 values in blocks of 64"),
-        "bnb-int8": (scheme.codes == "int" and (scheme.bits, scheme.group_size, scheme.sym) == (8, -1, True),
-                     "LLM.int8 is symmetric, with one scale a row"),
-    }[format]  # fmt: skip
-    if not wanted:
-        raise PlanError(f"format {format} cannot hold {scheme.label}", hint=hint)
-
-
-def check_together(format: str, schemes: Iterable[Scheme]) -> None:
-    """Raise PlanError unless one checkpoint of `format` can hold linears of all these schemes."""
-    labels = sorted({scheme.label for scheme in schemes})
-    if format not in ("gptq", "compressed-tensors") and len(labels) > 1:
-        raise PlanError(
-            f"format {format} holds one scheme a checkpoint, asked for {', '.join(labels)}",
-            hint="mixed bits go into --format compressed-tensors or gptq",
-        )
-
-
-def nf4_state_json(lin: LinearSpec, dtype: str) -> bytes:
-    """What bitsandbytes writes into `quant_state.bitsandbytes__nf4` for a weight of safetensors dtype `dtype`."""
-    name = next(name for name, stored in FLOATS.items() if stored == dtype)
-    state = {"quant_type": "nf4", "blocksize": NF4_BLOCK, "dtype": name,
-             "shape": [lin.out_features, lin.in_features]}  # fmt: skip
-    return json.dumps(state).encode()
-
-
-def _gptq(scheme: Scheme, lin: LinearSpec, dtype_of: StoredDtype) -> Iterator[TensorSpec]:
-    groups, per_word = scheme.groups(lin.in_features), 32 // scheme.bits
-    yield TensorSpec(lin.name + ".qweight", "I32", (lin.in_features // per_word, lin.out_features))
-    yield TensorSpec(lin.name + ".qzeros", "I32", (groups, lin.out_features // per_word))
-    yield TensorSpec(lin.name + ".scales", "F16", (groups, lin.out_features))
-    yield TensorSpec(lin.name + ".g_idx", "I32", (lin.in_features,))
-
-
-def _awq(scheme: Scheme, lin: LinearSpec, dtype_of: StoredDtype) -> Iterator[TensorSpec]:
-    groups, per_word = scheme.groups(lin.in_features), 32 // scheme.bits
-    yield TensorSpec(lin.name + ".qweight", "I32", (lin.in_features, lin.out_features // per_word))
-    yield TensorSpec(lin.name + ".qzeros", "I32", (groups, lin.out_features // per_word))
-    yield TensorSpec(lin.name + ".scales", "F16", (groups, lin.out_features))
-
-
-def _compressed(scheme: Scheme, lin: LinearSpec, dtype_of: StoredDtype) -> Iterator[TensorSpec]:
-    groups, per_word = scheme.groups(lin.in_features), 32 // scheme.bits
-    yield TensorSpec(lin.name + ".weight_packed", "I32", (lin.out_features, lin.in_features // per_word))
-    yield TensorSpec(lin.name + ".weight_scale", "F16", (lin.out_features, groups))
-    if not scheme.sym:
-        yield TensorSpec(lin.name + ".weight_zero_point", "I32", (lin.out_features // per_word, groups))
-    yield TensorSpec(lin.name + ".weight_shape", "I64", (2,))
-
-
-def _nf4(scheme: Scheme, lin: LinearSpec, dtype_of: StoredDtype) -> Iterator[TensorSpec]:
-    blocks, nested = -(-lin.parameters // NF4_BLOCK), scheme.codes == "nf4-nested"
-    yield TensorSpec(lin.name + ".weight", "U8", ((lin.parameters + 1) // 2, 1))
-    yield TensorSpec(lin.name + ".weight.absmax", "U8" if nested else "F32", (blocks,))
-    if nested:
-        yield TensorSpec(lin.name + ".weight.nested_absmax", "F32", (-(-blocks // NESTED_BLOCK),))
-        yield TensorSpec(lin.name + ".weight.nested_quant_map", "F32", (256,))
-    yield TensorSpec(lin.name + ".weight.quant_map", "F32", (16,))
-    state = nf4_state_json(lin, dtype_of(lin.name + ".weight"))
-    yield TensorSpec(lin.name + NF4_STATE, "U8", (len(state),))
-
-
-def _int8(scheme: Scheme, lin: LinearSpec, dtype_of: StoredDtype) -> Iterator[TensorSpec]:
-    yield TensorSpec(lin.name + ".weight", "I8", (lin.out_features, lin.in_features))
-    yield TensorSpec(lin.name + ".SCB", "F32", (lin.out_features,))
-    yield TensorSpec(lin.name + ".weight_format", "U8", ())
-
-
-_TENSORS: dict[str, Callable[[Scheme, LinearSpec, StoredDtype], Iterator[TensorSpec]]] = {
-    "gptq": _gptq,
-    "awq": _awq,
-    "compressed-tensors": _compressed,
-    "bnb-nf4": _nf4,
-    "bnb-int8": _int8,
-}
-PACKED_BITS = range(2, 9)  # that one tool or another packs
+        form = get_format(self.format)
+        return sum(form.stored_bits(self.scheme_of(lin), lin) for lin in spec.linears) / spec.linear_parameters
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How each linear is stored: `rules` in order, the first whose pattern matches the module's name decides."""
+    """How each linear is stored, as a config says: the first of `rules` whose pattern matches a module's name decides.
 
-    format: str  # one of layout.FORMATS
+    A pattern is matched from the beginning of the name.
+    """
+
+    format: str  # one of FORMATS
     default: Scheme | None  # where no rule matches; None leaves the linear in 16 bit
     rules: tuple[tuple[re.Pattern[str], Scheme | None], ...] = ()
-    version: str = ""  # gptq: "gptq" stores zero points minus one, "gptq_v2" as they are
+    version: str = ""  # of the format, where there are several
+    sorted_columns: bool = False  # columns may be stored out of the order of their groups
 
     def scheme_of(self, module: str) -> Scheme | None:
         """The scheme of linear `module`, None where it is left in 16 bit."""
@@ -317,21 +278,363 @@ class Quantization:
         return Recipe(default, tuple((name, scheme) for name, scheme in found if scheme != default), self.format)
 
 
-def read_scheme(bits: Any, group_size: Any, sym: Any, where: str) -> Scheme:
-    """A grid's scheme from a config's own values; CheckpointError for what this project cannot read."""
-    if type(bits) is not int or type(group_size) is not int:
-        raise CheckpointError(f"{where}: bits is {bits!r} and group_size {group_size!r}, wanted whole numbers")
-    try:
-        return Scheme(bits, group_size, bool(sym))
-    except PlanError as error:
-        other = bits not in (4, 8) and bits in PACKED_BITS
-        raise (UnreadScheme if other else CheckpointError)(f"{where}: {error.message}") from None
+# ---------------------------------------------------------------------- what a format says of itself
 
 
-def read_names(value: Any, where: str) -> list[str]:
-    """A list of texts from a config; None is an empty one."""
-    if value is None:
-        return []
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise CheckpointError(f"{where} is {str(value)[:80]!r}, wanted a list of names")
-    return value
+StoredDtype = Callable[[str], str]  # name of an unquantized tensor -> safetensors dtype it is stored in
+
+
+@dataclass(frozen=True)
+class PackedShape:
+    """What decides the kernel of a packed linear, and so the memory it takes while it runs.
+
+    `table`: codes are entries of a table of values, in blocks of `group`; otherwise integers in groups of `group`
+    columns. `beside`: bytes of bias and column order.
+    """
+
+    bits: int
+    group: int
+    out_features: int
+    in_features: int
+    sym: bool
+    beside: tuple[int, ...] = ()
+    table: bool = False
+
+
+UNTRIED = "untried"
+CPU_LOGITS = "CPU: logits equal"
+PLAIN_8_BIT = "CPU: logits equal, 8-bit products by plain torch"  # vLLM's CPU build has kernels for 4 bits only
+
+
+@dataclass(frozen=True)
+class Loader:
+    """One engine and one checkpoint; `reason` says why it does not read it, empty when it does."""
+
+    name: str
+    tensor_parallel: bool = False
+    tried: str = UNTRIED  # here, on small models
+    reason: str = ""
+
+
+class Variant(NamedTuple):
+    """What of a checkpoint decides which engines read it."""
+
+    bits: int  # of most linears
+    group_size: int  # the largest
+    mixed: bool  # several schemes in it
+    version: str = ""  # as `Quantization.version`
+
+
+@dataclass(frozen=True)
+class ByTransformers:
+    """How transformers loads a checkpoint: packages to install, a config object that it needs, or why it does not."""
+
+    install: str = ""
+    config: str = ""  # `CompressedTensorsConfig(dequantize=True)`, of transformers
+    reason: str = ""
+
+
+class Solved(NamedTuple):
+    """How the codes were made, for a config that has a place for it."""
+
+    method: str
+    damp_percent: float | None
+
+
+class Format(ABC):
+    """Everything there is to know of one way to store a quantized checkpoint. Torch is imported inside methods only."""
+
+    name: str  # as --format calls it: gptq, bnb-nf4
+    method: str  # `quant_method` of config.json, by which other tools call it
+    note: str = ""  # in help texts, after the name: "4-bit"
+    tags: tuple[str, ...]  # of a model card
+    container: str = "safetensors"
+    mixes: bool = False  # several schemes in one checkpoint
+    options: tuple[Scheme, ...] = ()  # schemes that a mixture may be chosen from
+    asymmetric: bool = False  # by default
+    fixed: Scheme | None = None  # the only scheme that may be asked for
+    solved: bool = True  # by this project's solver; else rounded by functions of the library that defines the format
+    integer_codes: bool = True  # codes, scales and zero points, which another such format may hold as well
+    published: tuple[tuple[str, Scheme], ...] = ()  # names of the publisher's own files, in capitals, and their scheme
+    descriptions: tuple[str, ...] = ()  # endings of tensors that hold neither codes nor scales nor zero points
+
+    # ------------------------------------------------------------------ what it holds
+
+    @abstractmethod
+    def check_scheme(self, scheme: Scheme) -> None:
+        """Raise PlanError unless linears of `scheme` can be held."""
+
+    def check(self, scheme: Scheme, lin: LinearSpec) -> None:
+        """Raise PlanError, naming the linear, unless it can be held by `scheme`."""
+        self.check_scheme(scheme)
+        scheme.check(lin)
+
+    def check_together(self, schemes: Iterable[Scheme]) -> None:
+        """Raise PlanError unless one checkpoint can hold linears of all these schemes."""
+        labels = sorted({scheme.label for scheme in schemes})
+        if not self.mixes and len(labels) > 1:
+            raise PlanError(
+                f"format {self.name} holds one scheme a checkpoint, asked for {', '.join(labels)}",
+                hint=f"mixed bits go into --format {names_of(sorted(mixing(), key=lambda form: form.name))}",
+            )
+
+    @property
+    def mixes_zero_points(self) -> bool:
+        """Whether a mixture may have zero points of each group's own."""
+        return any(not scheme.sym for scheme in self.options)
+
+    def mixes_in(self, scheme: Scheme) -> bool:
+        """Whether a recipe file may ask for `scheme` in a mixture: an option, or one group a row instead of its groups.
+        """
+        bits, sym, codes = scheme.bits, scheme.sym, scheme.codes
+        per_row = scheme.group_size == -1 and any((o.bits, o.sym, o.codes) == (bits, sym, codes) for o in self.options)
+        return per_row or scheme in self.options
+
+    def held_as(self, scheme: Scheme) -> Scheme:
+        """The scheme that holds codes of `scheme` from another format; `check` says whether it can."""
+        return scheme
+
+    # ------------------------------------------------------------------ tensors and sizes
+
+    @abstractmethod
+    def tensors(self, scheme: Scheme, lin: LinearSpec, dtype_of: StoredDtype) -> Iterator[TensorSpec]:
+        """Tensors that hold a quantized linear's weight: names, dtypes and shapes as stored."""
+
+    def linear_tensors(
+        self, scheme: Scheme | None, lin: LinearSpec, dtype_of: StoredDtype = lambda name: "BF16"
+    ) -> list[TensorSpec]:
+        """Tensors of a linear, in 16 bit where `scheme` is None; its bias last."""
+        weight, bias = lin.name + ".weight", lin.name + ".bias"
+        found = [TensorSpec(weight, dtype_of(weight), (lin.out_features, lin.in_features))]
+        if scheme is not None:
+            found = list(self.tensors(scheme, lin, dtype_of))
+        return [*found, TensorSpec(bias, dtype_of(bias), (lin.out_features,))] if lin.bias else found
+
+    def packed_names(self, scheme: Scheme, lin: LinearSpec) -> list[str]:
+        """Names of the tensors that hold a quantized linear's weight."""
+        return [t.name for t in self.tensors(scheme, lin, lambda name: "BF16")]
+
+    def stored_bits(self, scheme: Scheme | None, lin: LinearSpec) -> int:
+        """Bits of a linear's codes, scales and zero points, or of its weight in 16 bit."""
+        endings = (".bias", *self.descriptions)
+        return 8 * sum(t.nbytes for t in self.linear_tensors(scheme, lin) if not t.name.endswith(endings))
+
+    def same_shape(self, stored: TensorSpec, wanted: TensorSpec) -> bool:
+        """Whether a stored tensor has the shape that `tensors` says."""
+        return stored.shape == wanted.shape
+
+    def packed_shape(self, scheme: Scheme, lin: LinearSpec, *, sorted_columns: bool = False) -> PackedShape:
+        """How this project's own engine sees a linear; it is what the kernel is chosen by."""
+        beside = (2 * lin.out_features,) if lin.bias else ()
+        order = (8 * lin.in_features,) if sorted_columns else ()
+        width = scheme.group_width(lin.in_features)
+        return PackedShape(scheme.bits, width, lin.out_features, lin.in_features, scheme.sym, beside + order)
+
+    # ------------------------------------------------------------------ config.json
+
+    @abstractmethod
+    def config(self, recipe: Recipe, spec: ModelSpec, solved: Solved | None = None) -> dict[str, Any]:
+        """`quantization_config` of a checkpoint by `recipe`, which has a default scheme.
+
+        solved: None when the codes were converted, so that how they were made is not known here.
+        """
+
+    def recognizes(self, config: Mapping[str, Any]) -> bool:
+        """Whether `read_config` is what reads a `quantization_config`."""
+        return config.get("quant_method") == self.method
+
+    @abstractmethod
+    def read_config(self, config: Mapping[str, Any], where: str) -> Quantization:
+        """A `quantization_config` read and checked; CheckpointError for what contradicts itself, UnreadScheme for what
+        another tool may have written as it should be but this version does not read.
+        """
+
+    def stated(self, config: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+        """Bits and group sizes that a `quantization_config` states, of a scheme that this version does not read."""
+        return stated_numbers(config)
+
+    def small_files(self, config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+        """JSON files that loaders look for beside config.json, given its `quantization_config`."""
+        return {}
+
+    # ------------------------------------------------------------------ tensors, both ways
+
+    def round(self, weight_OI: Tensor, lin: LinearSpec) -> dict[str, Tensor]:
+        """A weight rounded and packed by the library's own functions, where codes are not solved for."""
+        raise NotImplementedError(f"{self.name} is solved")
+
+    def version(self, recipe: Recipe) -> str:
+        """The version of the format that a whole checkpoint by `recipe` is stored in, where there are several."""
+        return ""
+
+    @abstractmethod
+    def pack(self, q: QTensor, version: str = "") -> dict[str, Tensor]:
+        """Tensors of one linear by their names after the linear's, contiguous, on the codes' device."""
+
+    @abstractmethod
+    def unpack(
+        self, tensors: Mapping[str, Tensor], scheme: Scheme, lin: LinearSpec, version: str = ""
+    ) -> QTensor | Tensor:
+        """One stored linear, from its tensors by their names after the linear's.
+
+        Still quantized where its codes lie on a grid; else the weight [out, in], in float32 or the dtype it was
+        quantized from. CheckpointError, naming the linear, when the tensors contradict each other. `version`: as
+        `Quantization.version`.
+        """
+
+    def unpack_to_run(self, tensors: Mapping[str, Tensor], scheme: Scheme, lin: LinearSpec, version: str = "") -> Any:
+        """What a kernel is built from: a QTensor, or what the kernel of `packed_shape` takes instead.
+
+        CheckpointError for what no kernel runs.
+        """
+        return self.unpack(tensors, scheme, lin, version)
+
+    # ------------------------------------------------------------------ who reads it
+
+    @abstractmethod
+    def loaders(self, variant: Variant) -> list[Loader]:
+        """Engines for such a checkpoint, what was tried, and why they do not read it."""
+
+    @abstractmethod
+    def by_transformers(self, recipe: Recipe, schemes: set[Scheme]) -> ByTransformers:
+        """How transformers loads a checkpoint by `recipe`; `schemes`: those in it."""
+
+
+class SizedOnly(ABC):
+    """A way to store weights that other tools write and read; this project only says how large it is."""
+
+    method: str  # `quant_method` of config.json
+    bits: int
+    group_size: int
+    published: tuple[str, ...]  # names of the publisher's own files, in capitals
+
+    @abstractmethod
+    def linear_bytes(self, lin: LinearSpec) -> Iterator[int]:
+        """Sizes of the tensors that hold a linear's weight."""
+
+    @abstractmethod
+    def stated(self, config: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+        """Bits and group sizes that a `quantization_config` states."""
+
+
+def integer_engines(variant: Variant, readers: Sequence[Loader], *, tried: str, reason: str = "") -> list[Loader]:
+    """Engines for integer codes: this project's, `readers` that know the format by name, servers, and llama.cpp.
+
+    `tried` and `reason` are the servers'.
+    """
+    vllm = variant.group_size in (-1, 32, 64, 128)
+    reason = reason or ("" if vllm else f"groups of {variant.group_size}")
+    return [QWENQ, *readers, *servers(tried, reason), LLAMA_CPP]
+
+
+def servers(tried: str, reason: str = "") -> list[Loader]:
+    """vLLM and SGLang, which cut layers over GPUs."""
+    return [
+        Loader("vLLM", True, UNTRIED if reason else tried, reason),
+        Loader("SGLang", True, reason=reason),
+    ]
+
+
+QWENQ = Loader("qwenq", tried="CPU: in the tests")
+LLAMA_CPP = Loader("llama.cpp", reason="GGUF only")
+
+
+def plain_loaders() -> list[Loader]:
+    """Engines for a checkpoint in 16 bit."""
+    return [QWENQ, Loader("transformers", tried=CPU_LOGITS), *servers(CPU_LOGITS)]
+
+
+# ---------------------------------------------------------------------- registry
+
+
+FORMATS: dict[str, Format] = {}  # by name, in the order of help texts; filled by `formats/__init__.py`
+
+
+SIZED: dict[str, SizedOnly] = {}  # by `quant_method`; filled likewise
+
+
+def register(form: Format) -> Format:
+    """Make a format known; it then has its place in help texts, dry runs, reports and readers."""
+    FORMATS[form.name] = form
+    return form
+
+
+def get_format(name: str) -> Format:
+    """The format of that name; UsageError for one that there is not."""
+    if name not in FORMATS:
+        raise UsageError(f"format is {name!r}, wanted one of {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def mixing() -> list[Format]:
+    """Formats that hold several schemes in one checkpoint."""
+    return [form for form in FORMATS.values() if form.mixes]
+
+
+def names_of(forms: Iterable[Format], last: str = "or", *, notes: bool = False) -> str:
+    """`gptq, awq (4-bit) or compressed-tensors`, for help texts and messages."""
+    names = [form.name + (f" ({form.note})" if notes and form.note else "") for form in forms]
+    return f" {last} ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def quantization_config(
+    recipe: Recipe, spec: ModelSpec, *, damp_percent: float | None = None, method: str | None = None
+) -> dict[str, Any]:
+    """`quantization_config` of a checkpoint by `recipe`; how it was solved, if known, goes where there is a place."""
+    return get_format(recipe.format).config(recipe, spec, None if method is None else Solved(method, damp_percent))
+
+
+def read_quantization_config(config: Any, where: str) -> Quantization:
+    """Parse a `quantization_config` of any known format; CheckpointError, with what is known, for another.
+
+    UnreadScheme, which is one, for what another tool may have written as it should be but this version does not read.
+    """
+    if not isinstance(config, Mapping):
+        raise CheckpointError(f"{where}: quantization_config is {type(config).__name__}, wanted an object")
+    form = recognized(config)
+    if form is None:
+        method = config.get("quant_method")
+        known = dict.fromkeys(form.method for form in FORMATS.values())
+        raise (UnreadScheme if isinstance(method, str) else CheckpointError)(
+            f"{where}: quant_method is {str(method)[:40]!r}, wanted one of {', '.join(known)}",
+            hint="this version reads 16-bit checkpoints and these",
+        )
+    return form.read_config(config, where)
+
+
+def recognized(config: Any) -> Format | None:
+    """The format, or the first of a family, that reads a `quantization_config`; None when no format here does."""
+    if not isinstance(config, Mapping):
+        return None
+    return next((form for form in FORMATS.values() if form.recognizes(config)), None)
+
+
+def stated(config: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    """Bits and group sizes that a `quantization_config` of any method states, believed as far as they are numbers."""
+    form = recognized(config)
+    if form is not None:
+        return form.stated(config)
+    sized = SIZED.get(str(config.get("quant_method")))
+    return sized.stated(config) if sized is not None else stated_numbers(config)
+
+
+def stated_numbers(config: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    """Bits and group size under the keys that most methods use."""
+    bits, group = config.get("bits", config.get("w_bit")), config.get("group_size", config.get("q_group_size"))
+    return whole_numbers([bits]), whole_numbers([group])
+
+
+def method_of(config: Mapping[str, Any]) -> str:
+    """The method that a `quantization_config` names; early bitsandbytes checkpoints name none."""
+    form = recognized(config)
+    return form.method if form is not None else str(config.get("quant_method"))
+
+
+def whole_numbers(values: Iterable[Any]) -> list[int]:
+    """The whole numbers among values of a config, zeros left out."""
+    return [value for value in values if type(value) is int and value]
+
+
+def block_columns(shape: Any) -> list[int]:
+    """Columns of the blocks that share a scale, of their [rows, columns] in a config."""
+    return whole_numbers(shape[1:2]) if isinstance(shape, list) else []

@@ -1,49 +1,236 @@
-"""GPTQ v1 as AutoGPTQ, GPTQModel, transformers, vLLM and ExLlama read it: `quantization_config` both ways.
+"""GPTQ v1 and v2 as AutoGPTQ, GPTQModel, transformers, vLLM and ExLlama read them.
 
-`dynamic` maps a regular expression on module names to an override; `-:regex` leaves the module in 16 bit.
+`qweight` int32 [in * bits / 32, out] holds codes along the input, least significant first; `qzeros` [groups, out * bits
+/ 32] zero points along the output, stored minus one (version "gptq") or as they are ("gptq_v2"); `scales` [groups,
+out]; `g_idx` [in] the group of each input column.
+
+In the config, `dynamic` maps a regular expression on module names to an override; `-:regex` leaves a module in 16 bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from qwenq import __version__
-from qwenq.errors import CheckpointError, UnreadScheme
-from qwenq.formats.base import Quantization, Recipe, Scheme, read_scheme
-from qwenq.formats.patterns import read_pattern
-from qwenq.model.spec import UNITS
+from qwenq.errors import CheckpointError, PlanError, UnreadScheme
+from qwenq.formats.base import (
+    CPU_LOGITS,
+    PLAIN_8_BIT,
+    SYMMETRIC,
+    ByTransformers,
+    Format,
+    Loader,
+    Quantization,
+    Recipe,
+    Scheme,
+    Solved,
+    StoredDtype,
+    Variant,
+    integer_engines,
+    register,
+)
+from qwenq.formats.config import read_pattern, read_scheme
+from qwenq.io.safetensors import TensorSpec
+from qwenq.model.spec import UNITS, LinearSpec, ModelSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qwenq.solver.grid import QTensor
+
+V1, V2 = "gptq", "gptq_v2"  # checkpoint_format
+GPTQMODEL = Loader("GPTQModel", tried=CPU_LOGITS)
+OPTIMUM = "transformers (optimum, GPTQModel)"
 
 
-def gptq_config(recipe: Recipe, *, damp_percent: float | None = None, method: str | None = None) -> dict[str, Any]:
-    """The `quantization_config` of a checkpoint written by this project. The recipe has a default scheme.
+class Gptq(Format):
+    """4 and 8 bits, mixed too; symmetric, which every engine reads, or with zero points, which few do."""
 
-    method None: converted from another format, so that how it was solved is not known here.
-    """
-    default = recipe.default
-    assert default is not None
-    config: dict[str, Any] = {
-        "quant_method": "gptq",
-        "checkpoint_format": gptq_version(recipe),
-        "bits": default.bits,
-        "group_size": default.group_size,
-        "desc_act": False,
-        "sym": default.sym,
-        "lm_head": False,
-        "pack_dtype": "int32",
-    }
-    if recipe.overrides:
-        config["dynamic"] = dynamic_overrides(recipe)
-    config["meta"] = {"quantizer": [f"qwenq:{__version__}"]}
-    if method is not None:
-        config["meta"] |= {"damp_percent": damp_percent, "method": method, "true_sequential": True}
-    return config
+    name = method = "gptq"
+    tags = ("gptq",)
+    mixes = True
+    options = SYMMETRIC  # vLLM reads asymmetric GPTQ for no mixed checkpoint
+    published = (("GPTQ-INT4", Scheme(4, 128)), ("GPTQ-INT8", Scheme(8, 128)))
+    descriptions = (".g_idx",)
+
+    def check_scheme(self, scheme: Scheme) -> None:
+        if scheme.codes != "int":
+            raise PlanError(f"format gptq cannot hold {scheme.label}", hint="NF4 goes into --format bnb-nf4")
+
+    def tensors(self, scheme: Scheme, lin: LinearSpec, dtype_of: StoredDtype) -> Iterator[TensorSpec]:
+        groups, per_word = scheme.groups(lin.in_features), 32 // scheme.bits
+        yield TensorSpec(lin.name + ".qweight", "I32", (lin.in_features // per_word, lin.out_features))
+        yield TensorSpec(lin.name + ".qzeros", "I32", (groups, lin.out_features // per_word))
+        yield TensorSpec(lin.name + ".scales", "F16", (groups, lin.out_features))
+        yield TensorSpec(lin.name + ".g_idx", "I32", (lin.in_features,))
+
+    def config(self, recipe: Recipe, spec: ModelSpec, solved: Solved | None = None) -> dict[str, Any]:
+        default = recipe.default
+        assert default is not None
+        config: dict[str, Any] = {
+            "quant_method": "gptq",
+            "checkpoint_format": self.version(recipe),
+            "bits": default.bits,
+            "group_size": default.group_size,
+            "desc_act": False,
+            "sym": default.sym,
+            "lm_head": False,
+            "pack_dtype": "int32",
+        }
+        if recipe.overrides:
+            config["dynamic"] = dynamic_overrides(recipe)
+        config["meta"] = {"quantizer": [f"qwenq:{__version__}"]}
+        if solved is not None:
+            config["meta"] |= {"damp_percent": solved.damp_percent, "method": solved.method, "true_sequential": True}
+        return config
+
+    def small_files(self, config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+        return {"quantize_config.json": config}  # GPTQModel and AutoGPTQ look here first
+
+    def version(self, recipe: Recipe) -> str:
+        """`gptq`, or `gptq_v2` when a linear is asymmetric.
+
+        Version 1 stores zero points minus one, and its readers add the one to whole int32: a zero point of 0 would
+        carry into its neighbour. Version 2 stores them as they are.
+        """
+        schemes = (recipe.default, *(scheme for _, scheme in recipe.overrides))
+        return V1 if all(scheme is None or scheme.sym for scheme in schemes) else V2
+
+    def read_config(self, config: Mapping[str, Any], where: str) -> Quantization:
+        pack_dtype = config.get("pack_dtype", "int32")
+        if pack_dtype != "int32":
+            raise _refusal(pack_dtype)(f"{where}: pack_dtype is {pack_dtype!r}, wanted 'int32'")
+        version = config.get("checkpoint_format") or V1
+        if version not in (V1, V2):
+            raise _refusal(version)(f"{where}: checkpoint_format is {version!r}, wanted 'gptq' or 'gptq_v2'")
+        default = _scheme(config, Scheme(4), where)
+        rules = []
+        entries = config.get("dynamic") or {}
+        if not isinstance(entries, Mapping):
+            raise CheckpointError(f"{where}: dynamic is {type(entries).__name__}, wanted an object")
+        for key, override in entries.items():
+            excluded = key.startswith("-:")
+            pattern = read_pattern(key.removeprefix("-:").removeprefix("+:"), f"{where}: dynamic")
+            override = {} if excluded or override is None else override
+            if not isinstance(override, Mapping):
+                raise CheckpointError(f"{where}: dynamic {key!r} is {type(override).__name__}, wanted an object")
+            rules.append((pattern, None if excluded else _scheme(override, default, where)))
+        return Quantization("gptq", default, tuple(rules), version, sorted_columns=config.get("desc_act") is True)
+
+    def pack(self, q: QTensor, version: str = V1) -> dict[str, Tensor]:
+        import torch
+
+        from qwenq.formats.packing import pack_int32
+
+        columns, groups = q.codes_OI.shape[1], q.scales_OG.shape[1]
+        bits = q.integers.bits
+        # in version 1 a zero point of 0 wraps; not every reader undoes that (see `version`)
+        stored_OG = q.zeros_OG if version == V2 else (q.zeros_OG - 1) & ((1 << bits) - 1)
+        return {
+            "qweight": pack_int32(q.codes_OI.T, bits),
+            "qzeros": pack_int32(stored_OG, bits).T.contiguous(),
+            "scales": q.scales_OG.T.contiguous(),
+            "g_idx": torch.arange(columns, dtype=torch.int32, device=q.codes_OI.device) // (columns // groups),
+        }
+
+    def unpack(
+        self, tensors: Mapping[str, Tensor], scheme: Scheme, lin: LinearSpec, version: str = V1
+    ) -> QTensor | Tensor:
+        """Columns that are out of the order of their groups (act-order) come sorted, with that order.
+
+        A weight where groups are not all of one size.
+        """
+        import torch
+
+        from qwenq.solver.grid import QTensor
+
+        codes_IO, scales_GO, zeros_GO, index_I = _parts(tensors, scheme.bits, version, lin.name)
+        if len(set(_group_sizes(index_I, len(scales_GO)))) > 1:
+            w_IO = codes_IO.float().sub_(zeros_GO[index_I]).mul_(scales_GO.float()[index_I])
+            return w_IO.T.contiguous()
+        order_I = None
+        if not bool((index_I[1:] >= index_I[:-1]).all()):
+            order_I = torch.argsort(index_I, stable=True)
+            codes_IO = codes_IO[order_I]
+        parameters = scales_GO.T.contiguous(), zeros_GO.T.contiguous()
+        return QTensor(codes_IO.T.contiguous(), parameters, scheme.grid(), order_I)
+
+    def unpack_to_run(
+        self, tensors: Mapping[str, Tensor], scheme: Scheme, lin: LinearSpec, version: str = V1
+    ) -> QTensor:
+        from qwenq.solver.grid import QTensor
+
+        found = self.unpack(tensors, scheme, lin, version)
+        if not isinstance(found, QTensor):
+            sizes = _group_sizes(tensors["g_idx"].long(), len(tensors["scales"]))
+            raise CheckpointError(f"{lin.name}: g_idx makes groups of {min(sizes)} to {max(sizes)} columns")
+        return found
+
+    def loaders(self, variant: Variant) -> list[Loader]:
+        mixed = "mixed bits" if variant.mixed else ""
+        if variant.version == V2:
+            readers = [GPTQMODEL, Loader(OPTIMUM, reason=mixed), Loader("AutoGPTQ 0.7.1", reason=V2)]
+            return integer_engines(variant, readers, tried="", reason="asymmetric")
+        optimum = Loader(OPTIMUM, tried=CPU_LOGITS) if variant.group_size != -1 else Loader(OPTIMUM)
+        readers = [
+            GPTQMODEL,
+            Loader(OPTIMUM, reason=mixed) if mixed else optimum,
+            Loader("AutoGPTQ 0.7.1", reason=mixed) if mixed else Loader("AutoGPTQ 0.7.1", tried=CPU_LOGITS),
+        ]
+        *engines, llama_cpp = integer_engines(
+            variant, readers, tried=PLAIN_8_BIT if variant.mixed or variant.bits == 8 else CPU_LOGITS
+        )
+        exllama = Loader("ExLlamaV2", reason=mixed or ("" if variant.bits == 4 else "4 bits only"))
+        return [*engines, exllama, llama_cpp]
+
+    def by_transformers(self, recipe: Recipe, schemes: set[Scheme]) -> ByTransformers:
+        if recipe.overrides:
+            return ByTransformers(reason="transformers does not read mixed bits in this format; GPTQModel does.")
+        return ByTransformers("optimum gptqmodel")
+
+
+def _parts(tensors: Mapping[str, Tensor], bits: int, version: str, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes uint8 [in, out], scales [groups, out], zeros uint8 [groups, out], g_idx int64 [in]; shapes checked."""
+    import torch
+
+    from qwenq.formats.packing import unpack_int32
+
+    if version not in (V1, V2):
+        raise CheckpointError(f"{name}: checkpoint_format {version!r}, wanted gptq or gptq_v2")
+    absent = [part for part in ("qweight", "qzeros", "scales") if part not in tensors]
+    if absent:
+        raise CheckpointError(f"{name}: no {', '.join(absent)}")
+    packed, scales_GO = tensors["qweight"], tensors["scales"]
+    groups, rows = scales_GO.shape
+    columns, per_word = packed.shape[0] * 32 // bits, 32 // bits
+    if packed.shape[1] != rows or tensors["qzeros"].shape != (groups, rows // per_word) or rows % per_word:
+        shapes = ", ".join(f"{part} {list(tensors[part].shape)}" for part in ("qweight", "qzeros", "scales"))
+        raise CheckpointError(f"{name}: shapes do not fit together at {bits} bits: {shapes}")
+    zeros_GO = unpack_int32(tensors["qzeros"].T, bits).T
+    if version == V1:
+        zeros_GO = (zeros_GO + 1) & ((1 << bits) - 1)
+    if "g_idx" in tensors:
+        index_I = tensors["g_idx"].long()
+    else:
+        index_I = torch.arange(columns, device=packed.device) // (columns // groups)
+    if index_I.numel() != columns or int(index_I.min()) < 0 or int(index_I.max()) >= groups:
+        raise CheckpointError(f"{name}: g_idx does not name one of {groups} groups for each of {columns} columns")
+    return unpack_int32(packed, bits), scales_GO, zeros_GO, index_I
+
+
+def _group_sizes(index_I: Tensor, groups: int) -> list[int]:
+    """How many columns each group has."""
+    import torch
+
+    sizes: list[int] = torch.bincount(index_I, minlength=groups).tolist()
+    return sizes
 
 
 def dynamic_overrides(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """`dynamic` of a mixed checkpoint: one pattern for each scheme of each unit, with its layers.
+    """`dynamic` of a mixed checkpoint: one pattern for each scheme of each fused group, with its layers.
 
-    A unit whose linears agree is matched under its fused name too (`qkv_proj`, `gate_up_proj`): vLLM and SGLang fuse
+    A group whose linears agree is matched under its fused name too (`qkv_proj`, `gate_up_proj`): vLLM and SGLang fuse
     them, and look up only that name.
     """
     schemes = dict(recipe.overrides)
@@ -72,7 +259,7 @@ _FUSED = {UNITS["qkv"]: "self_attn.qkv_proj", UNITS["gate_up"]: "mlp.gate_up_pro
 
 
 def _units_named(schemes: Mapping[str, Scheme | None]) -> list[tuple[int, tuple[str, ...]]]:
-    """Layer and linears of every unit that has an override, in order."""
+    """Layer and linears of every fused group that has an override, in order."""
     layers = sorted({int(name.split(".")[2]) for name in schemes})
     return [
         (layer, paths)
@@ -87,41 +274,6 @@ def _either(words: Sequence[object]) -> str:
     return str(words[0]) if len(words) == 1 else "(?:" + "|".join(map(str, words)) + ")"
 
 
-def gptq_version(recipe: Recipe) -> str:
-    """`gptq`, or `gptq_v2` when a linear is asymmetric.
-
-    Version 1 stores zero points minus one, and its readers add the one to whole words: a zero point of 0 would carry
-    into its neighbour. Version 2 stores them as they are.
-    """
-    schemes = (recipe.default, *(scheme for _, scheme in recipe.overrides))
-    return "gptq" if all(scheme is None or scheme.sym for scheme in schemes) else "gptq_v2"
-
-
-def read_gptq_config(config: Mapping[str, Any], where: str) -> Quantization:
-    """Parse a `quantization_config`; raises CheckpointError for what is not 4- or 8-bit GPTQ in int32 words."""
-    pack_dtype = config.get("pack_dtype", "int32")
-    if pack_dtype != "int32":
-        raise _refusal(pack_dtype)(f"{where}: pack_dtype is {pack_dtype!r}, wanted 'int32'")
-    checkpoint_format = config.get("checkpoint_format") or "gptq"
-    if checkpoint_format not in ("gptq", "gptq_v2"):
-        raise _refusal(checkpoint_format)(
-            f"{where}: checkpoint_format is {checkpoint_format!r}, wanted 'gptq' or 'gptq_v2'"
-        )
-    default = _scheme(config, Scheme(4), where)
-    rules = []
-    entries = config.get("dynamic") or {}
-    if not isinstance(entries, Mapping):
-        raise CheckpointError(f"{where}: dynamic is {type(entries).__name__}, wanted an object")
-    for key, override in entries.items():
-        excluded = key.startswith("-:")
-        pattern = read_pattern(key.removeprefix("-:").removeprefix("+:"), f"{where}: dynamic")
-        override = {} if excluded or override is None else override
-        if not isinstance(override, Mapping):
-            raise CheckpointError(f"{where}: dynamic {key!r} is {type(override).__name__}, wanted an object")
-        rules.append((pattern, None if excluded else _scheme(override, default, where)))
-    return Quantization("gptq", default, tuple(rules), checkpoint_format)
-
-
 def _refusal(kind: Any) -> type[CheckpointError]:
     return UnreadScheme if isinstance(kind, str) else CheckpointError
 
@@ -129,3 +281,6 @@ def _refusal(kind: Any) -> type[CheckpointError]:
 def _scheme(config: Mapping[str, Any], default: Scheme, where: str) -> Scheme:
     bits, group_size = config.get("bits", default.bits), config.get("group_size", default.group_size)
     return read_scheme(bits, group_size, config.get("sym", default.sym), where)
+
+
+GPTQ = register(Gptq())

@@ -19,13 +19,11 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from qwenq.errors import PlanError, QwenqError
 from qwenq.io.json import TooLarge, read_body
 from qwenq.model.spec import family_configs, family_spec
-from qwenq.planning.asking import Question, Resolved, contexts_of, spread
-from qwenq.planning.engines import ENGINES, KV_DTYPES
-from qwenq.planning.parallel import best_option, largest_vllm_context, parallel_options
-from qwenq.planning.placement import largest_context
+from qwenq.planning.engines.base import ENGINES, get_engine
+from qwenq.planning.memory import TERM_NAMES
 from qwenq.planning.plan import recommend
+from qwenq.planning.questions import Question, Resolved, contexts_of, spread
 from qwenq.planning.rig import Rig, catalogue, find_gpu
-from qwenq.planning.terms import TERM_NAMES
 
 MAX_PAGE_GPUS = 16
 CHART_CONTEXTS = (1024, 2048, 4096, 8192, 16384, 24576, 32768, 49152, 65536, 98304, 131072)
@@ -50,7 +48,7 @@ class Ask(BaseModel):
     bits: Literal[4, 8, 16] = 4
     group_size: Literal[128, 64, 32] = 128
     kv_cache_dtype: str = Field(default="auto", max_length=8)
-    engine: Literal["qwenq", "transformers", "vllm", "llama.cpp"] = "qwenq"
+    engine: str = Field(default=Question.engine, max_length=20)
     context: int = Field(default=8192, ge=1, le=MAX_PAGE_CONTEXT)
     batch_size: int = Field(default=1, ge=1, le=256)
     prefill_chunk: int = Field(default=0, ge=0, le=MAX_PAGE_CONTEXT)
@@ -67,7 +65,7 @@ def resolve(ask: Ask) -> Resolved:
     return Question(
         model=ask.model,
         bits=ask.bits,
-        group_size=None if ask.engine == "llama.cpp" else ask.group_size,  # GGUF types have their own
+        group_size=None if get_engine(ask.engine).needs_gguf else ask.group_size,  # GGUF types have their own
         kv_cache_dtype=ask.kv_cache_dtype,
         batch_size=ask.batch_size,
         engine=ask.engine,
@@ -89,7 +87,7 @@ def answer(ask: Ask) -> dict[str, Any]:
         "chart": [_chart_point(e.to_json()) for e in found.estimates],
         "rig": rig.label if rig else None,
         "context_limit": min(spec.extended_context, MAX_PAGE_CONTEXT),
-        "largest_context": _largest(question, ask.context) if rig else None,
+        "largest_context": question.engine.longest_context(question.at(ask.context)) if rig else None,
         "notes": [f"{ask.engine} does not run on {gpu.name}" for gpu in question.misfits],
         "command": command(ask, question),
     }
@@ -100,7 +98,7 @@ def recommended(ask: Ask) -> list[dict[str, Any]]:
     """Rigs of equal GPUs that hold the model in this state, whatever rig is on the page."""
     question = resolve(ask)
     contexts_of(question, str(ask.context))
-    rigs = recommend(question.spec, question.weights, question.engine, question.at(ask.context))
+    rigs = recommend(question.at(ask.context))
     return [found.to_json() for found in rigs]
 
 
@@ -115,7 +113,8 @@ def choices() -> dict[str, Any]:
         ],
         "gpus": [{"name": gpu.name, "memory_gib": gpu.memory_gib} for gpu in catalogue()],
         "engines": list(ENGINES),
-        "kv_cache_dtypes": {engine: list(KV_DTYPES[engine]) for engine in ENGINES},
+        "kv_cache_dtypes": {name: list(engine.kv_dtypes) for name, engine in ENGINES.items()},
+        "gguf_engines": [name for name, engine in ENGINES.items() if engine.needs_gguf],
         "terms": TERM_NAMES,
         "max_gpus": MAX_PAGE_GPUS,
     }
@@ -124,8 +123,9 @@ def choices() -> dict[str, Any]:
 def command(ask: Ask, question: Resolved) -> str:
     """The command line that prints the page's numbers."""
     words = ["qwenq", "vram", question.spec.name, "--bits", str(ask.bits)]
-    words += ["--group-size", str(ask.group_size)] if ask.group_size != 128 and ask.engine != "llama.cpp" else []
-    words += ["--engine", ask.engine] if ask.engine != "qwenq" else []
+    grouped = ask.group_size != 128 and not question.engine.needs_gguf
+    words += ["--group-size", str(ask.group_size)] if grouped else []
+    words += ["--engine", ask.engine] if ask.engine != Question.engine else []
     words += ["--kv-cache-dtype", ask.kv_cache_dtype] if ask.kv_cache_dtype != "auto" else []
     words += ["--batch-size", str(ask.batch_size)] if ask.batch_size != 1 else []
     words += ["--prefill-chunk", str(ask.prefill_chunk)] if ask.prefill_chunk else []
@@ -145,17 +145,6 @@ def _chart_point(estimate_json: dict[str, Any]) -> dict[str, Any]:
         for gpu in estimate_json["gpus"]
     ]
     return {"context": estimate_json["context"], "gpus": gpus}
-
-
-def _largest(question: Resolved, context: int) -> int:
-    assert question.rig is not None
-    work = question.at(context)
-    if question.engine.layered:
-        return largest_context(question.spec, question.weights, question.rig, question.engine, work)
-    option = best_option(parallel_options(question.spec, question.weights, question.engine, work, question.rig))
-    if option is None:
-        return 0
-    return largest_vllm_context(question.spec, question.weights, question.engine, work, question.rig, option)
 
 
 MAX_BODY_BYTES = 16_384

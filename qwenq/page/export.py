@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from qwenq.planning.asking import Spread
-from qwenq.planning.terms import TERM_NAMES
+from qwenq.planning.memory import TERM_NAMES
+from qwenq.planning.questions import Spread
 from qwenq.units import GIB, format_gb, format_tokens
 
 COLOURS = {

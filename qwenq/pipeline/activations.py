@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from qwenq.checkpoint.reader import Checkpoint
+from qwenq.checkpoint.reader import SLICE_ROWS, Checkpoint
 from qwenq.errors import CheckpointError
 from qwenq.io.durable import file_sha256
 from qwenq.io.safetensors import read_header
@@ -100,10 +100,21 @@ def embed(
     targets: dict[str, tuple[torch.Tensor, torch.Tensor]],
     convert: Convert = lambda name, tensor: tensor,
 ) -> None:
-    """Fill each (states, ids) pair with the embeddings of its tokens; raises CheckpointError for non-finite rows."""
-    for states, ids in targets.values():
-        for window, row in zip(states, ids, strict=True):
-            window.copy_(convert(_EMBEDDING, source.read_rows(_EMBEDDING, row)))
+    """Fill each (states, ids) pair with the embeddings of its tokens; raises CheckpointError for non-finite rows.
+
+    The table is read by slices of the vocabulary, never held whole.
+    """
+    vocab = source.tensors[_EMBEDDING].spec.shape[0]
+    windows = [pair for states, ids in targets.values() for pair in zip(states, ids, strict=True)]
+    for start in range(0, vocab, SLICE_ROWS):
+        stop = min(start + SLICE_ROWS, vocab)
+        here = [(h_TH, ids_T, (ids_T >= start) & (ids_T < stop)) for h_TH, ids_T in windows]
+        here = [each for each in here if bool(each[2].any())]
+        table = convert(_EMBEDDING, source.read_slice(_EMBEDDING, start, stop)) if here else None
+        for h_TH, ids_T, held_T in here:
+            assert table is not None
+            h_TH[held_T] = table[ids_T[held_T] - start].to(h_TH.dtype)
+    for states, _ in targets.values():
         if not bool(torch.isfinite(states).all()):
             raise CheckpointError(
                 f"{source.tensors[_EMBEDDING].file}: {_EMBEDDING} holds a NaN or an infinity",

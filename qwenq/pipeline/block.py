@@ -15,10 +15,7 @@ import torch
 from torch import Tensor
 
 from qwenq.errors import CheckpointError
-from qwenq.formats.base import Quantization, Recipe, Scheme
-from qwenq.formats.pack_bnb import round_int8, round_nf4
-from qwenq.formats.qtensor import QTensor
-from qwenq.formats.storage import pack_linear, unpack_linear
+from qwenq.formats.base import Recipe, Scheme, get_format
 from qwenq.model.layer import Network
 from qwenq.model.spec import UNITS, LinearSpec, ModelSpec
 from qwenq.pipeline.monitor import StageClock
@@ -27,6 +24,7 @@ from qwenq.pipeline.workers import LaneSums, Replicas
 from qwenq.results import LayerResult
 from qwenq.solver.equalize import FoldedLayer
 from qwenq.solver.gptq import DAMP_PERCENT, Shortfall, add_to_hessian, decibel, mirror_upper
+from qwenq.solver.grid import QTensor
 from qwenq.solver.parallel import solve_rows
 
 MOMENT_STRIDE = 16  # of the tokens from which down's input moments are estimated: they count by their 16th root
@@ -353,7 +351,7 @@ def _solve(
         devices,
         weights,
         hessian,
-        scheme,
+        scheme.grid(),
         damp_percent=options.damp_percent,
         method=options.method,
         shortfalls=shortfalls,
@@ -374,19 +372,22 @@ def _keep(
     packed: dict[str, Tensor],
     results: list[LayerResult],
 ) -> None:
+    form = get_format(recipe.format)
     for qtensor, result in solved:
         results.append(result)
-        packed |= {f"{result.name}.{part}": tensor.cpu() for part, tensor in pack_linear(recipe, qtensor).items()}
+        tensors = form.pack(qtensor, form.version(recipe))
+        packed |= {f"{result.name}.{part}": tensor.cpu() for part, tensor in tensors.items()}
 
 
-def round_bnb_layer(
+def round_layer(
     spec: ModelSpec, layer: int, recipe: Recipe, state: Mapping[str, torch.Tensor], device: str
 ) -> tuple[dict[str, torch.Tensor], list[LayerResult]]:
-    """Quantize a layer's linears; returns their packed tensors by full name, and one result a linear.
+    """Round a layer's linears by a format's own functions: their packed tensors by full name, and one result a linear.
 
     state: the layer's weights in the dtype they would be stored in, under names relative to the layer: bitsandbytes
     keeps that dtype and computes in it.
     """
+    form = get_format(recipe.format)
     packed: dict[str, torch.Tensor] = {}
     results: list[LayerResult] = []
     prefix = f"model.layers.{layer}."
@@ -396,13 +397,8 @@ def round_bnb_layer(
             continue
         path = lin.name.removeprefix(prefix) + ".weight"
         weight = state[path].to(device)
-        if recipe.format == "bnb-int8" and not bool(torch.isfinite(weight.half()).all()):
-            raise CheckpointError(
-                f"{lin.name}: a weight of {float(weight.abs().max()):.6g} does not fit float16, which LLM.int8 needs",
-                hint="--format bnb-nf4 holds it",
-            )
-        tensors = round_nf4(weight) if recipe.format == "bnb-nf4" else round_int8(weight)
-        found = unpack_linear(Quantization(recipe.format, scheme), scheme, lin, tensors)
+        tensors = form.round(weight, lin)
+        found = form.unpack(tensors, scheme, lin)
         dequantized = found.dequantize() if isinstance(found, QTensor) else found.float()
         error = float((weight.float() - dequantized).square().sum(dtype=torch.float64))
         error_db = decibel(error, float(weight.float().square().sum(dtype=torch.float64)))

@@ -6,12 +6,14 @@ quoted in the metadata and escaped in the text.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwenq.formats.base import BNB_FORMATS, Recipe, label_of
+from qwenq.checkpoint.manifest import changed
+from qwenq.formats.base import Recipe, get_format, label_of
 from qwenq.io.json import inside, shown
 from qwenq.markdown import code, escape, table
 from qwenq.model.spec import ModelSpec
@@ -27,27 +29,26 @@ _METADATA = re.compile(r"---\r?\n(.*?)\r?\n---\s*\n", re.DOTALL)
 _LICENSE = re.compile(
     r"^(license(?:_name|_link)?):[ \t]*[\"']?([\w.:/+-]{1,200})[\"']?[ \t]*\r?$", re.ASCII | re.MULTILINE
 )
-_INSTALL = {
-    "gptq": "optimum gptqmodel",
-    "awq": "gptqmodel",
-    "compressed-tensors": "compressed-tensors",
-    "bnb-nf4": "bitsandbytes",
-    "bnb-int8": "bitsandbytes",
-}
 
 
 def model_card(
-    described: Mapping[str, Any], source: Path, spec: ModelSpec, recipe: Recipe, *, converted_from: str = ""
+    described: Mapping[str, Any],
+    source: Path,
+    spec: ModelSpec,
+    recipe: Recipe,
+    *,
+    hashes: Mapping[str, str] | None = None,
+    converted_from: str = "",
 ) -> str:
     """The card of the checkpoint that `described` (the manifest but for the files' hashes) tells of.
 
-    source: the 16-bit model's directory, whose licence is kept. converted_from: the format it was quantized in, where
-    that is another.
+    source: the 16-bit model's directory, whose licence is kept. hashes: SHA-256 of its files; CheckpointError
+    where what is read has another. converted_from: the format it was quantized in, where that is another.
     """
     job = described["job"]
     name = shown(str(job["model"]))
     converted = [f"- Quantized in the {escape(converted_from)} format, then converted bit for bit."]
-    lines = ["---", *_metadata(job, source, recipe), "---", ""]
+    lines = ["---", *_metadata(job, source_license(source, hashes), recipe), "---", ""]
     lines += [f"# {escape(name)}, {escape(recipe.label)}", ""]
     lines += [
         f"{escape(name)} quantized by qwenq {escape(str(job['qwenq']))} to "
@@ -94,42 +95,47 @@ def _yaml_character(c: str) -> str:
     return f"\\x{ord(c):02x}" if ord(c) < 256 else f"\\u{ord(c):04x}" if ord(c) < 65536 else f"\\U{ord(c):08x}"
 
 
-def _metadata(job: Mapping[str, Any], source: Path, recipe: Recipe) -> Iterator[str]:
+def _metadata(job: Mapping[str, Any], licence: Mapping[str, str], recipe: Recipe) -> Iterator[str]:
     """Lines of the hub's front matter; a base model only where its name can be one there."""
     name = str(job["model"])
     if _HUB_NAME.fullmatch(name):
         yield f"base_model: {yaml_text(name)}"
         yield "base_model_relation: quantized"
-    for key, value in source_license(source).items():
+    for key, value in licence.items():
         yield f"{key}: {yaml_text(value)}"
     yield "library_name: transformers"
     yield "pipeline_tag: text-generation"
     bits = "mixed-bits" if recipe.overrides else f"{recipe.default.bits}-bit" if recipe.default else "16-bit"
-    tags = [recipe.format, "bitsandbytes"] if recipe.format in BNB_FORMATS else [recipe.format]
     yield "tags:"
-    yield from (f"- {yaml_text(tag)}" for tag in (*tags, bits, "qwenq"))
+    yield from (f"- {yaml_text(tag)}" for tag in (*get_format(recipe.format).tags, bits, "qwenq"))
     yield "quantized_by: qwenq"
 
 
-def source_license(source: Path) -> dict[str, str]:
+def source_license(source: Path, hashes: Mapping[str, str] | None = None) -> dict[str, str]:
     """`license`, and its name and link, as the source's README says; else as its LICENSE begins; else nothing."""
-    readme = _beginning(source, CARD_NAME)
+    readme = _beginning(source, CARD_NAME, hashes)
     if metadata := _METADATA.match(readme):
         found: dict[str, str] = dict(_LICENSE.findall(metadata[1]))
         if "license" in found:
             return {key: found[key] for key in ("license", "license_name", "license_link") if key in found}
-    words = " ".join(_beginning(source, "LICENSE")[:400].split())
+    words = " ".join(_beginning(source, "LICENSE", hashes)[:400].split())
     if words.startswith("Apache License Version 2.0"):
         return {"license": "apache-2.0"}
     return {"license": "mit"} if words.startswith("MIT License") else {}
 
 
-def _beginning(directory: Path, name: str) -> str:
+def _beginning(directory: Path, name: str, hashes: Mapping[str, str] | None) -> str:
     path = inside(directory, name)
-    if not path.is_file():
-        return ""
-    with open(path, "rb") as file:
-        return file.read(_README_BYTES).decode("utf-8", errors="replace").removeprefix("\ufeff")
+    text, digest = b"", None
+    if path.is_file():
+        with open(path, "rb") as file:
+            text = file.read(_README_BYTES)
+            digest = hashlib.sha256(text)
+            while more := file.read(_README_BYTES):
+                digest.update(more)
+    if hashes is not None and hashes.get(name) != (digest.hexdigest() if digest else None):
+        raise changed(path)
+    return text.decode("utf-8", errors="replace").removeprefix("\ufeff")
 
 
 def _warnings(warnings: Sequence[str]) -> Iterator[str]:
@@ -169,22 +175,19 @@ def _drift(drift: Mapping[str, Any]) -> Iterator[str]:
 
 def _loading(spec: ModelSpec, recipe: Recipe) -> Iterator[str]:
     """For each engine the commands, run in this directory; transformers only where it reads the recipe."""
-    schemes = {scheme for lin in spec.linears if (scheme := recipe.scheme_of(lin)) is not None}
-    dense = recipe.format == "compressed-tensors" and not all(scheme.sym for scheme in schemes)
-    if recipe.format == "gptq" and recipe.overrides:
-        yield "transformers does not read mixed bits in this format; GPTQModel does."
-    elif dense and len(schemes) > 1:
-        yield "transformers (5.23, compressed-tensors 0.20.0) does not read mixed bits with zero points; vLLM may."
+    there = get_format(recipe.format).by_transformers(recipe, recipe.schemes(spec))
+    if there.reason:
+        yield there.reason
     else:
-        yield f"transformers, after `pip install {_INSTALL[recipe.format]}`:"
+        yield f"transformers, after `pip install {there.install}`:"
         yield ""
         yield "```python"
-        more = ", CompressedTensorsConfig" if dense else ""
+        more = f", {there.config.partition('(')[0]}" if there.config else ""
         yield f"from transformers import AutoModelForCausalLM, AutoTokenizer{more}"
         yield ""
-        if dense:  # packed, compressed-tensors 0.20.0 takes zero points only unpacked
-            yield "how = CompressedTensorsConfig(dequantize=True)"
-        how = ", quantization_config=how" if dense else ""
+        if there.config:
+            yield f"how = {there.config}"
+        how = ", quantization_config=how" if there.config else ""
         yield f'model = AutoModelForCausalLM.from_pretrained(".", device_map="auto"{how})'
         yield 'tokenizer = AutoTokenizer.from_pretrained(".")'
         yield "```"

@@ -12,14 +12,21 @@ from typing import Any, get_args, get_type_hints
 
 from qwenq.checkpoint.manifest import MANIFEST_NAME
 from qwenq.errors import CheckpointError, ExcludedOptions, PlanError, UsageError
-from qwenq.formats.base import BNB_FORMATS, FORMATS, INT8_ROWS, NF4, Recipe, Scheme, check_scheme
+from qwenq.formats.base import FORMATS, Recipe, Scheme, get_format, mixing, names_of
 from qwenq.io.safetensors import FLOATS
 from qwenq.machine import has_bfloat16
 from qwenq.model.spec import ModelSpec
 from qwenq.pipeline.preflight import PULL_SHARE, Tokens, chosen_pull
-from qwenq.planning.budget import MIXED_FORMATS, Budgeted, choose_for_bits, choose_for_bytes, describe_choice
-from qwenq.planning.sensitivity import SENSITIVITY_NAME, Sensitivity, prior, read_sensitivity
-from qwenq.planning.written import cut_by, widened
+from qwenq.planning.budget import (
+    Budgeted,
+    choose_for_bits,
+    choose_for_bytes,
+    choose_for_rig,
+    cut_by,
+    describe_choice,
+    widened,
+)
+from qwenq.planning.sensitivity import Sensitivity, prior, read_sensitivity
 from qwenq.units import parse_size, parse_tokens
 
 DEFAULT_EVALUATION_WINDOWS = 20  # at most, where no number is given
@@ -100,13 +107,14 @@ class QuantizeConfig:
             raise ExcludedOptions(f"{' and '.join(given)} exclude each other")
         if self.asymmetric is not None and self.recipe is not None:
             raise ExcludedOptions("--asymmetric and --recipe exclude each other: the recipe says it unit by unit")
-        if self.asymmetric and given and self.format != "compressed-tensors":
+        form = get_format(check_format(self.format))
+        if self.asymmetric and given and not form.mixes_zero_points:
             raise ExcludedOptions(
-                f"--asymmetric with {given[0]} wants --format compressed-tensors: no other mixed format's zero points "
-                "are read by engines"
+                f"--asymmetric with {given[0]} wants --format {carry_zero_points()}: no other mixed format's zero "
+                "points are read by engines"
             )
-        if given and check_format(self.format) not in MIXED_FORMATS:
-            raise ExcludedOptions(f"{given[0]} wants a --format that mixes bits: {' or '.join(MIXED_FORMATS)}")
+        if given and not form.mixes:
+            raise ExcludedOptions(f"{given[0]} wants a --format that mixes bits: {names_of(mixing())}")
         for name in ("context", "engine"):
             if getattr(self, name) is not None and self.fit is None:
                 raise ExcludedOptions(f"{flag(name)} goes with --fit")
@@ -133,13 +141,14 @@ class QuantizeConfig:
 
     @property
     def solver(self) -> str:
-        """gptq unless told otherwise; bitsandbytes formats are always rounded."""
+        """gptq unless told otherwise; some formats are always rounded."""
         if self.method not in (None, "gptq", "rtn"):
             raise UsageError(f"--method {self.method}: wanted gptq or rtn")
-        if self.format in BNB_FORMATS:
+        form = get_format(check_format(self.format))
+        if not form.solved:
             if self.method == "gptq":
                 raise UsageError(
-                    f"--format {self.format} rounds by bitsandbytes' own functions", hint="leave --method out"
+                    f"--format {self.format} rounds by {form.method}' own functions", hint="leave --method out"
                 )
             return "rtn"
         return self.method or "gptq"
@@ -149,9 +158,8 @@ class QuantizeConfig:
 
         UsageError when the format cannot hold it.
         """
-        check_format(self.format)
-        if self.format in BNB_FORMATS:
-            fixed = NF4 if self.format == "bnb-nf4" else INT8_ROWS
+        form = get_format(check_format(self.format))
+        if (fixed := form.fixed) is not None:
             only = {"bits": fixed.bits, "group_size": fixed.group_size, "asymmetric": False}
             for name, value in only.items():
                 if getattr(self, name) not in (None, value):
@@ -159,10 +167,10 @@ class QuantizeConfig:
                         f"--format {self.format} is {fixed.label}: {flag(name)} is no choice", hint="leave it out"
                     )
             return Recipe(fixed, format=self.format)
-        asymmetric = self.format == "awq" if self.asymmetric is None else self.asymmetric
+        asymmetric = form.asymmetric if self.asymmetric is None else self.asymmetric
         bits, group_size = 4 if self.bits is None else self.bits, 128 if self.group_size is None else self.group_size
         scheme = Scheme(bits, group_size, not asymmetric)
-        check_scheme(self.format, scheme)
+        form.check_scheme(scheme)
         return Recipe(scheme, format=self.format)
 
     def widened(self, spec: ModelSpec) -> ModelSpec:
@@ -191,17 +199,20 @@ class QuantizeConfig:
             return choose_for_bytes(spec, table, parse_size(self.target_size), dtype_of, self.format)
         if self.bpw is not None:
             return choose_for_bits(spec, table, _bits(self.bpw), dtype_of, self.format)
-        from qwenq.planning.engines import get_engine
-        from qwenq.planning.fitting import choose_for_rig
+        from qwenq.planning.case import Case, Workload
+        from qwenq.planning.engines.base import ENGINES, get_engine
         from qwenq.planning.rig import parse_rig
-        from qwenq.planning.terms import Workload
+        from qwenq.planning.weights import recipe_weights
 
         assert self.fit is not None
         engine = get_engine(self.engine or "qwenq")
-        if engine.name == "llama.cpp":
-            raise PlanError("--engine llama.cpp reads GGUF, not what this writes", hint="qwenq, transformers or vllm")
+        if engine.needs_gguf:
+            readers = [name for name, kind in ENGINES.items() if not kind.needs_gguf]
+            hint = f"{', '.join(readers[:-1])} or {readers[-1]}"
+            raise PlanError(f"--engine {engine.name} reads GGUF, not what this writes", hint=hint)
         work = Workload(parse_tokens(self.context or "8k"), 1)
-        return choose_for_rig(spec, table, parse_rig(self.fit), engine, work, dtype_of, self.format)
+        case = Case(spec, recipe_weights(spec, Recipe(None)), engine, work, parse_rig(self.fit))
+        return choose_for_rig(case, table, dtype_of, self.format)
 
     def to_json(self) -> dict[str, Any]:
         """Every option by its name; paths as text."""
@@ -264,6 +275,11 @@ def check_format(format: str) -> str:
     return format
 
 
+def carry_zero_points() -> str:
+    """Names of formats that mix bits and zero points."""
+    return names_of(form for form in FORMATS.values() if form.mixes_zero_points)
+
+
 def _bits(text: str) -> Fraction:
     try:
         return Fraction(text)
@@ -306,12 +322,12 @@ class Resolution:
         *,
         device: str,
         fingerprint: str = "",
-        unfinished: Path | None = None,
+        measured: Path | None = None,
     ) -> Resolution:
         """Apply `config` to a 16-bit model; PlanError for what it does not allow.
 
         device: `cpu` or `cuda...`, what `auto` has become. fingerprint: of the source's files, empty when they are not
-        here. unfinished: directory of a stopped job, whose sensitivities are not measured again.
+        here. measured: sensitivities that a stopped job has measured already.
         """
         method = config.solver
         settled = replace(
@@ -324,7 +340,7 @@ class Resolution:
         )
         wide = config.widened(spec)
         dtype_of = source_dtype_of if config.dtype == "auto" else lambda name: FLOATS[config.dtype]
-        table = _table(config, wide, fingerprint, unfinished) if config.mixed else None
+        table = _table(config, wide, fingerprint, measured) if config.mixed else None
         if config.budgeted and table is None and method == "rtn":
             raise PlanError("--method rtn measures no sensitivities", hint="give them with --sensitivity FILE")
         budgeted = config.choose(wide, table, dtype_of) if config.mixed else None
@@ -371,11 +387,9 @@ def tokens_of(settled: QuantizeConfig, windows: Windows) -> Tokens:
     return Tokens(windows.calibration, windows.evaluation, windows.length, _BYTES[settled.calibration_dtype], share)
 
 
-def _table(config: QuantizeConfig, spec: ModelSpec, fingerprint: str, unfinished: Path | None) -> Sensitivity | None:
-    """The table given, or the one that an unfinished job measured, checked to be this model's; None without one."""
-    path = config.sensitivity
-    if path is None and unfinished is not None and (unfinished / SENSITIVITY_NAME).is_file():
-        path = unfinished / SENSITIVITY_NAME
+def _table(config: QuantizeConfig, spec: ModelSpec, fingerprint: str, measured: Path | None) -> Sensitivity | None:
+    """The table given, or the one measured before, checked to be this model's; None without one."""
+    path = config.sensitivity or measured
     if path is None:
         return None
     found = read_sensitivity(path)

@@ -9,30 +9,26 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qwenq.checkpoint.manifest import SourceFiles, read_manifest, write_manifest
+from qwenq.checkpoint.manifest import read_manifest, write_manifest
 from qwenq.checkpoint.reader import Checkpoint
-from qwenq.checkpoint.shards import encode_index, output_files, shard_file_bytes
+from qwenq.checkpoint.shards import output_files, shard_file_bytes
 from qwenq.errors import CheckpointError, JobError, PlanError, QwenqError
-from qwenq.formats.base import GRID_FORMATS, Recipe, Scheme
-from qwenq.formats.qtensor import QTensor
-from qwenq.formats.registry import quantization_config
-from qwenq.formats.storage import pack_linear
-from qwenq.io.durable import copy_synced, make_directory, write_bytes, write_json
-from qwenq.io.json import inside
-from qwenq.io.safetensors import INDEX_NAME
+from qwenq.formats.base import Recipe, Scheme, get_format, quantization_config
+from qwenq.io.durable import make_directory, write_bytes
 from qwenq.io.tensors import write_shard
 from qwenq.machine import forget_peak_rss, free_disk, host_facts, peak_rss_bytes, versions
 from qwenq.model.spec import LinearSpec
 from qwenq.pipeline.card import CARD_NAME, model_card
 from qwenq.pipeline.job import partial_directory, refuse_place
-from qwenq.pipeline.quantize import COPIED_FILES, give_name
+from qwenq.pipeline.quantize import COPIED_FILES, copy_small_files, give_name, write_configs
 from qwenq.results import finite_json
+from qwenq.solver.grid import QTensor
 from qwenq.units import format_gb
 
 
@@ -54,24 +50,21 @@ class Converted:
 
 
 def target_recipe(source: Checkpoint, format: str) -> Recipe:
-    """The source's recipe in another format; PlanError, naming both, when that cannot hold the same codes.
-
-    AWQ has no symmetric grid of its own: a symmetric 4-bit one becomes an asymmetric one whose zero points are all 8.
-    """
+    """The source's recipe in another format; PlanError, naming both, when that cannot hold the same codes."""
     if source.quantized is None:
         raise PlanError(f"{source.directory}: not quantized", hint="`qwenq quantize --format` quantizes it")
-    recipe = source.recipe
+    recipe, form = source.recipe, get_format(format)
     if recipe.format == format:
         raise PlanError(f"{source.directory}: is {format} already")
-    for name in (recipe.format, format):
-        if name not in GRID_FORMATS:
+    for each in (get_format(recipe.format), form):
+        if not each.integer_codes:
             raise PlanError(
-                f"{recipe.format} to {format}: {name} stores other values than codes on a grid of float16 scales",
+                f"{recipe.format} to {format}: {each.name} stores other values than codes on a grid of float16 scales",
                 hint=f"`qwenq quantize --format {format}` makes it from the 16-bit checkpoint",
             )
 
     def held(scheme: Scheme | None) -> Scheme | None:
-        return replace(scheme, sym=False) if scheme is not None and format == "awq" else scheme
+        return None if scheme is None else form.held_as(scheme)
 
     overrides = tuple((name, held(scheme)) for name, scheme in recipe.overrides)
     changed = Recipe(held(recipe.default), overrides, format)
@@ -98,8 +91,7 @@ def convert(source: Checkpoint, out: Path, format: str, *, listen: Callable[[int
     except OSError as error:
         raise JobError(f"{work}: {error.strerror}", hint="choose another OUT") from None
     try:
-        names = [*(path.name for path in source.files), "config.json", *COPIED_FILES]
-        read = SourceFiles.read(source.directory, names)
+        source = source.hash_files(COPIED_FILES)
         hashes = {}
         for number, (file, specs) in enumerate(files.items()):
             wanted = {spec.name for spec in specs}
@@ -117,7 +109,7 @@ def convert(source: Checkpoint, out: Path, format: str, *, listen: Callable[[int
             seconds=time.perf_counter() - started,
             peak_rss_bytes=peak_rss_bytes(),
         )
-        _finish(source, recipe, work, read, made, hashes)
+        _finish(source, recipe, work, made, hashes)
         give_name(work, out)
         return made
     except OSError as error:
@@ -129,11 +121,12 @@ def convert(source: Checkpoint, out: Path, format: str, *, listen: Callable[[int
 
 def _layer(source: Checkpoint, recipe: Recipe, layer: int) -> dict[str, torch.Tensor]:
     """Tensors of the quantized linears of one layer in the recipe's format, by full name."""
+    form = get_format(recipe.format)
     tensors: dict[str, torch.Tensor] = {}
     for lin in source.spec.layer_linears(layer):
         scheme = recipe.scheme_of(lin)
         if scheme is not None:
-            packed = pack_linear(recipe, _grid(source, lin, scheme))
+            packed = form.pack(_grid(source, lin, scheme), form.version(recipe))
             tensors |= {f"{lin.name}.{part}": tensor for part, tensor in packed.items()}
     return tensors
 
@@ -141,7 +134,7 @@ def _layer(source: Checkpoint, recipe: Recipe, layer: int) -> dict[str, torch.Te
 def _grid(source: Checkpoint, lin: LinearSpec, scheme: Scheme) -> QTensor:
     """The linear's codes under `scheme`, its scales in float16; CheckpointError when they cannot be kept so."""
     found = source.linear(lin)
-    if not isinstance(found, QTensor):
+    if not isinstance(found, QTensor) or found.order_I is not None:
         raise CheckpointError(
             f"{lin.name}: its groups are out of order (act-order): no other format holds them",
             hint="quantize from the 16-bit checkpoint instead",
@@ -151,24 +144,20 @@ def _grid(source: Checkpoint, lin: LinearSpec, scheme: Scheme) -> QTensor:
         raise CheckpointError(f"{lin.name}: its scales are {found.scales_OG.dtype}, and float16 does not hold them")
     if scheme.sym and not bool((found.zeros_OG == scheme.zero).all()):
         raise CheckpointError(f"{lin.name}: the config says symmetric, its zero points are not all {scheme.zero}")
-    return QTensor(found.codes_OI, scales_OG, found.zeros_OG, scheme)
+    return QTensor(found.codes_OI, (scales_OG, found.zeros_OG), scheme.grid())
 
 
 def _finish(
-    source: Checkpoint, recipe: Recipe, work: Path, read: SourceFiles, made: Converted, hashes: dict[str, str]
+    source: Checkpoint, recipe: Recipe, work: Path, made: Converted, hashes: dict[str, str]
 ) -> None:
     """Configuration, index, tokenizer, and a manifest that says what this was made from."""
-    for name in COPIED_FILES:
-        path = inside(source.directory, name)
-        if path.is_file() and copy_synced(path, work / name) != read.hashes.get(name):
-            raise JobError(f"{path}: changed while it was being converted")
+    read = source.hashed
+    assert read is not None
+    hashes |= copy_small_files(source.directory, work, read.hashes)
     read.refuse_replaced()
     files = output_files(source.spec, recipe, source.dtype_of)
     config = dict(source.config) | {"quantization_config": quantization_config(recipe, source.spec)}
-    write_json(work / INDEX_NAME, encode_index(files))
-    write_json(work / "config.json", config)
-    if recipe.format == "gptq":
-        write_json(work / "quantize_config.json", config["quantization_config"])
+    hashes |= write_configs(work, config, recipe, files)
     origin = _origin(source.directory)
     described: dict[str, Any] = {
         "job": {
@@ -192,7 +181,8 @@ def _finish(
         quantized_as = origin["job"]["format"]
         other = quantized_as if quantized_as != recipe.format else ""
         card = model_card(origin | sizes, source.directory, source.spec, recipe, converted_from=other)
-        write_bytes(work / CARD_NAME, card.encode())
+        hashes[CARD_NAME] = write_bytes(work / CARD_NAME, card.encode())
+        source.refuse_changed([CARD_NAME])
     write_manifest(work, finite_json(described), hashes)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from qwenq.checkpoint.reader import Checkpoint
+from qwenq.checkpoint.reader import SLICE_ROWS, Checkpoint
 from qwenq.errors import CheckpointError, HonestNo
 from qwenq.machine import keep_freed_memory
 from qwenq.model.layer import Network, model_config
@@ -61,8 +61,13 @@ def evaluate(
             other.fill(checkpoint.finite_layer_state(layer))
             other.run_layer(states["quantized"])
             other.release()
+            reference.refuse_changed()
+            checkpoint.refuse_changed()
             listen(layer)
-        return measure_drift(network.first, HeadWeights(reference), HeadWeights(checkpoint), states, evaluation)
+        drift = measure_drift(network.first, HeadWeights(reference), HeadWeights(checkpoint), states, evaluation)
+        reference.refuse_changed()
+        checkpoint.refuse_changed()
+        return drift
 
 
 def check_comparable(checkpoint: Checkpoint, reference: Checkpoint) -> None:
@@ -105,7 +110,6 @@ def check_limits(drift: DriftReport, max_kl: float | None, max_increase_percent:
         raise HonestNo(f"perplexity rose by {increase:.2f} %, the limit is {max_increase_percent:g} %")
 
 
-_SLICE_ROWS = 4096  # of the vocabulary
 _CHUNK_TOKENS = 1024
 
 
@@ -167,8 +171,8 @@ def compare_streams(
     x_ref, x_q = (_predicting(network, weights, h) for weights, h in (reference, quantized))
     shared = reference[0] == quantized[0]
     comparison = LogitComparison(targets)
-    for start in range(0, vocab, _SLICE_ROWS):
-        end = min(start + _SLICE_ROWS, vocab)
+    for start in range(0, vocab, SLICE_ROWS):
+        end = min(start + SLICE_ROWS, vocab)
         w_ref = reference[0].rows(start, end).to(network.device)
         w_q = w_ref if shared else quantized[0].rows(start, end).to(network.device)
         for first in range(0, len(targets), _CHUNK_TOKENS):

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from qwenq.checkpoint.reader import Checkpoint
+from qwenq.checkpoint.reader import SLICE_ROWS, Checkpoint
 from qwenq.errors import CalibrationError, JobError
 from qwenq.formats.base import Scheme
 from qwenq.io.safetensors import fingerprint
@@ -34,7 +34,7 @@ from qwenq.pipeline.block import batches
 from qwenq.pipeline.evaluate import HeadWeights
 from qwenq.pipeline.monitor import memory_errors
 from qwenq.pipeline.preflight import BACKWARD_TOKENS, PROBE_TOKENS, PROBE_WINDOWS, SAMPLES, SOLVER_WINDOWS
-from qwenq.planning.sensitivity import PRIOR_8_BIT, Sensitivity, Unit, schemes_for, units_of
+from qwenq.planning.sensitivity import PRIOR_8_BIT, Sensitivity, Unit, options_of, schemes_for, units_of
 from qwenq.solver.gptq import DAMP_PERCENT, add_to_hessian, solve_unit
 from qwenq.text.tokens import TokenWindows
 from qwenq.units import format_gb
@@ -119,6 +119,7 @@ def measure_sensitivity(
                 scores |= {(layer, unit): by_scheme for unit, by_scheme in found.items()}
                 noise |= {(layer, unit): by_scheme for unit, by_scheme in lost.items()}
                 network.release()
+                source.refuse_changed()
                 listen(f"sensitivity: layer {layer} measured, {layer} to go")
     except OSError as error:
         raise JobError(
@@ -146,7 +147,9 @@ def measure_sensitivity(
         "eight_bit": f"{PRIOR_8_BIT:.6f} of 4 bits in the same groups",
         "versions": versions(),
     }
-    return Sensitivity(spec.name, fingerprint(source.directory), kl, provenance)
+    table = Sensitivity(spec.name, fingerprint(source.directory), kl, provenance)
+    source.refuse_changed()
+    return table
 
 
 class _States:
@@ -187,13 +190,14 @@ def _forward(
             for part in batches(*h_NTH.shape[:2]):
                 h_NTH[part] = network.forward(h_NTH[part].to(network.device)).to(h_NTH.device)
         network.release()
+        source.refuse_changed()
         listen(f"sensitivity: layer {layer} read, of {spec.num_hidden_layers}")
     return streams["probe"][0]
 
 
 def _offered(spec: ModelSpec, unit: str, asymmetric: bool) -> tuple[Scheme, ...]:
     """What the table has of a unit; where nothing is offered, 4 bits per channel, which only a recipe file asks for."""
-    return schemes_for(spec, unit, asymmetric=asymmetric) or (Scheme(4, -1),)
+    return schemes_for(spec, unit, options_of(asymmetric)) or (Scheme(4, -1),)
 
 
 def _errors(
@@ -214,7 +218,7 @@ def _errors(
         schemes = list(dict.fromkeys(replace(scheme, bits=4) for scheme in _offered(spec, unit, asymmetric)))
         for scheme in schemes:
             own_II = hessian_II.to(network.device, copy=scheme != schemes[-1])  # overwritten
-            solved = solve_unit(weights, own_II, scheme, damp_percent=damp_percent, sweeps=0)
+            solved = solve_unit(weights, own_II, scheme.grid(), damp_percent=damp_percent, sweeps=0)
             del own_II
             errors[unit][scheme] = {
                 path: qtensor.dequantize().sub_(weights[path]).to(torch.bfloat16).cpu()
@@ -281,7 +285,6 @@ def _backward(
     return scores, before_SNTH
 
 
-_SLICE_ROWS = 4096  # of the vocabulary
 _CHUNK_TOKENS = 1024
 
 
@@ -302,8 +305,8 @@ def sampled_gradients(
     log_total_P = torch.full((len(x_PH),), -torch.inf, device=network.device)
     best_SP = torch.full((samples, len(x_PH)), -torch.inf, device=network.device)
     label_SPH = torch.zeros(samples, len(x_PH), hidden, device=network.device)  # head row of the label
-    for start in range(0, vocab, _SLICE_ROWS):
-        w_VH = head.rows(start, min(start + _SLICE_ROWS, vocab)).to(network.device)
+    for start in range(0, vocab, SLICE_ROWS):
+        w_VH = head.rows(start, min(start + SLICE_ROWS, vocab)).to(network.device)
         for part in _chunks(len(x_PH)):
             logits_PV = x_PH[part] @ w_VH.T
             log_total_P[part] = torch.logaddexp(log_total_P[part], logits_PV.logsumexp(1))
@@ -315,8 +318,8 @@ def sampled_gradients(
                 best_SP[s, part] = torch.where(won_P, value_P, best_SP[s, part])
                 label_SPH[s, part] = torch.where(won_P[:, None], w_VH[index_P], label_SPH[s, part])
     mean_PH = torch.zeros_like(x_PH)  # of the head's rows under p
-    for start in range(0, vocab, _SLICE_ROWS):
-        w_VH = head.rows(start, min(start + _SLICE_ROWS, vocab)).to(network.device)
+    for start in range(0, vocab, SLICE_ROWS):
+        w_VH = head.rows(start, min(start + SLICE_ROWS, vocab)).to(network.device)
         for part in _chunks(len(x_PH)):
             p_PV = (x_PH[part] @ w_VH.T - log_total_P[part, None]).exp_()
             mean_PH[part] += p_PV @ w_VH

@@ -1,11 +1,14 @@
 """The journal of a long job: one JSON line for the job, then one for each finished layer, each line synced.
 
-A line counts once it is whole; a torn last line is dropped. Lines name files by SHA-256, so a damaged file is seen.
+A line counts once it is whole: its last field, `check`, is the SHA-256 of the `check` before it and of the line without
+it. From the first line that is torn, changed or out of order on, lines are dropped. Lines name files by SHA-256, so a
+damaged file is seen.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import socket
@@ -15,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from qwenq.checkpoint.manifest import JOURNAL_NAME, LOCK_NAME
-from qwenq.errors import JobError
+from qwenq.errors import JobError, printable
 from qwenq.io.durable import TORN_ENDING, write_bytes
 from qwenq.pipeline.config import current_job
 
@@ -23,14 +26,16 @@ from qwenq.pipeline.config import current_job
 class Journal:
     """Rows of `qwenq-journal.jsonl`, kept in step with the file."""
 
-    def __init__(self, path: Path, rows: list[dict[str, Any]]) -> None:
+    def __init__(self, path: Path, rows: list[dict[str, Any]], dropped: int = 0) -> None:
         self.path = path
         self.rows = rows
+        self.dropped = dropped  # lines that were torn or damaged, and those after them
+        self._check = ""  # of the last line
 
     @staticmethod
-    def create(directory: Path, job: Mapping[str, Any]) -> Journal:
-        """Begin a journal; its first line is there whole or not at all."""
-        journal = Journal(directory / JOURNAL_NAME, [{"job": dict(job)}])
+    def create(directory: Path, job: Mapping[str, Any], beside: Mapping[str, str] | None = None) -> Journal:
+        """Begin a journal; its first line is there whole or not at all. beside: SHA-256 of files put in as they are."""
+        journal = Journal(directory / JOURNAL_NAME, [{"job": dict(job), "beside": dict(beside or {})}])
         journal.keep_layers(0)
         return journal
 
@@ -40,20 +45,36 @@ class Journal:
         path = directory / JOURNAL_NAME
         if not path.is_file():
             raise JobError(f"{directory}: no {JOURNAL_NAME} in it, so nothing to resume", hint="leave --resume out")
-        rows = []
-        for line in path.read_bytes().split(b"\n"):
+        lines = [line for line in path.read_bytes().split(b"\n") if line]
+        rows: list[dict[str, Any]] = []
+        check = ""
+        for line in lines:
             try:
-                rows.append(json.loads(line))
-            except (ValueError, RecursionError):
-                break  # a torn line: the process died while writing it
-        if not rows or not all(isinstance(row, dict) for row in rows) or "job" not in rows[0]:
-            raise JobError(f"{path}: its first line is damaged", hint=f"delete {directory} and start anew")
-        return Journal(path, rows)
+                row = json.loads(line)
+                del row["check"]
+                wanted, check = _line(row, check)
+            except (ValueError, RecursionError, KeyError, TypeError):
+                break
+            if line != wanted:
+                break
+            rows.append(row)
+        if not rows or not {"job", "beside"} <= rows[0].keys():
+            damage = "is damaged, or of an earlier version without checksums"
+            raise JobError(f"{path}: its first line {damage}", hint=f"delete {directory} and start anew")
+        journal = Journal(path, rows, len(lines) - len(rows))
+        journal._check = check
+        return journal
 
     @property
     def job(self) -> dict[str, Any]:
         """Everything that decides the output, as `QuantizeJob.describe` gives it."""
         return current_job(self.rows[0]["job"])
+
+    @property
+    def beside(self) -> dict[str, str]:
+        """SHA-256 of the files that the job put into the directory as they are, by name."""
+        beside: dict[str, str] = self.rows[0]["beside"]
+        return beside
 
     @property
     def layers(self) -> list[dict[str, Any]]:
@@ -62,11 +83,13 @@ class Journal:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a row and sync it."""
+        line, check = _line(row, self._check)
         with open(self.path, "ab") as file:
-            file.write(json.dumps(row, separators=(",", ":"), ensure_ascii=False).encode() + b"\n")
+            file.write(line + b"\n")
             file.flush()
             os.fsync(file.fileno())
         self.rows.append(dict(row))
+        self._check = check
 
     def keep_layers(self, count: int) -> None:
         """Drop all rows after the first `count` layers: what follows is done again."""
@@ -75,9 +98,19 @@ class Journal:
             if "layer" in row and (layers := layers + 1) > count:
                 break
             kept.append(row)
-        self.rows = kept
-        text = b"".join(json.dumps(r, separators=(",", ":"), ensure_ascii=False).encode() + b"\n" for r in kept)
+        self.rows, self._check = kept, ""
+        text = b""
+        for row in kept:
+            line, self._check = _line(row, self._check)
+            text += line + b"\n"
         write_bytes(self.path, text)
+
+
+def _line(row: Mapping[str, Any], before: str) -> tuple[bytes, str]:
+    """A row as a line, and its checksum; `before` is that of the line before."""
+    text = json.dumps(row, separators=(",", ":"), ensure_ascii=False)
+    check = hashlib.sha256((before + text).encode()).hexdigest()
+    return f'{text[:-1]},"check":"{check}"}}'.encode(), check
 
 
 def never_begun(directory: Path) -> bool:
@@ -120,7 +153,7 @@ def locked(directory: Path) -> Iterator[str]:
     path = directory / LOCK_NAME
     handle = os.open(directory, os.O_RDONLY)
     try:
-        with open(path, "a+", encoding="utf-8") as file:
+        with open(path, "a+", encoding="utf-8", errors="replace") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 gone = not path.exists() or not os.path.samestat(os.fstat(file.fileno()), os.stat(path))
@@ -154,7 +187,7 @@ def _holder(file: IO[str]) -> tuple[str, set[str]]:
     """Who wrote a lock file, and what identifies that machine: its name, and this start of its system."""
     file.seek(0)
     first, _, boot = file.read(1000).partition("\n")
-    return first, {text for text in (first.rpartition(" on ")[2], boot) if text}
+    return printable(first), {text for text in (first.rpartition(" on ")[2], boot) if text}
 
 
 def _boot() -> str:

@@ -7,10 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qwenq.checkpoint.reader import Checkpoint, open_source
+from qwenq.errors import JobError
+from qwenq.io.durable import file_sha256
 from qwenq.io.safetensors import fingerprint
 from qwenq.pipeline.config import DEFAULT_EVALUATION_WINDOWS, QuantizeConfig, Resolution, pick_device
 from qwenq.pipeline.fisher import measure_sensitivity, split_windows
 from qwenq.pipeline.job import DTYPES, QuantizeJob, partial_directory, windows_of
+from qwenq.pipeline.journal import Journal
 from qwenq.pipeline.preflight import DEFAULT_WINDOWS
 from qwenq.pipeline.quantize import check_places
 from qwenq.planning.budget import Budgeted
@@ -73,6 +76,19 @@ class Preparation:
         return replace(self, resolution=self.resolution.measured(table))
 
 
+def _measured_before(work: Path) -> Path | None:
+    """The sensitivities that a stopped job measured; None without, JobError where they are not those in its journal."""
+    path = work / SENSITIVITY_NAME
+    if not path.is_file():
+        return None
+    if file_sha256(path) != Journal.load(work).beside.get(SENSITIVITY_NAME):
+        raise JobError(
+            f"{path}: damaged, it is not what the journal says was measured",
+            hint="delete it, and it is measured again",
+        )
+    return path
+
+
 def prepare(directory: Path, out: Path, config: QuantizeConfig, *, resume: bool = False) -> Preparation:
     """Open the model at `directory`, choose what the configuration leaves open and read the texts.
 
@@ -86,7 +102,7 @@ def prepare(directory: Path, out: Path, config: QuantizeConfig, *, resume: bool 
         source.dtype_of,
         device=device,
         fingerprint=fingerprint(source.directory) if config.mixed else "",
-        unfinished=partial_directory(out) if resume else None,
+        measured=_measured_before(partial_directory(out)) if resume and config.mixed else None,
     )
     if config.pad_for_tp is not None:
         source = source.padded(found.spec.intermediate_size)

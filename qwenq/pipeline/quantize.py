@@ -11,6 +11,7 @@ Work happens in OUT.partial, which becomes OUT by one rename when everything in 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import time
@@ -21,19 +22,27 @@ from typing import Any
 
 import torch
 
-from qwenq.checkpoint.manifest import LOCK_NAME, SCRATCH_PREFIX, SourceFiles, check_files, read_manifest, write_manifest
+from qwenq.checkpoint.manifest import (
+    JOURNAL_NAME,
+    LOCK_NAME,
+    SCRATCH_PREFIX,
+    changed,
+    check_files,
+    read_manifest,
+    refuse_strangers,
+    write_manifest,
+)
 from qwenq.checkpoint.reader import Checkpoint, non_finite
 from qwenq.checkpoint.shards import encode_index, output_files
 from qwenq.errors import CheckpointError, JobError, QwenqError
-from qwenq.formats.base import BNB_FORMATS
-from qwenq.formats.registry import quantization_config, read_quantization_config
+from qwenq.formats.base import Recipe, get_format, quantization_config, read_quantization_config
 from qwenq.io.durable import copy_synced, file_sha256, make_directory, sync_directory, write_bytes, write_json
 from qwenq.io.json import inside
-from qwenq.io.safetensors import INDEX_NAME, read_header
+from qwenq.io.safetensors import INDEX_NAME, TensorSpec, read_header
 from qwenq.io.tensors import write_shard
 from qwenq.machine import forget_peak_rss, host_facts, keep_freed_memory, peak_rss_bytes, return_freed_memory, versions
 from qwenq.pipeline.activations import Streams, new_streams
-from qwenq.pipeline.block import BlockSolver, CalibrationStreams, round_block, round_bnb_layer
+from qwenq.pipeline.block import BlockSolver, CalibrationStreams, round_block, round_layer
 from qwenq.pipeline.card import CARD_NAME, model_card
 from qwenq.pipeline.config import tokens_of
 from qwenq.pipeline.evaluate import HeadWeights, measure_drift
@@ -134,17 +143,21 @@ class _Run:
     @torch.inference_mode()
     def run(self, started: float) -> QuantizeResult:
         self.listen("hashing the source")
-        names = [*(path.name for path in self.job.source.files), "config.json", CARD_NAME, *COPIED_FILES]
-        read = SourceFiles.read(self.job.source.directory, names)
+        self.job = replace(self.job, source=self.job.source.hash_files([CARD_NAME, *COPIED_FILES]))
+        read = self.job.source.hashed
+        assert read is not None
         described = self.job.describe() | {"source": read.hashes}
+        beside = {name: hashlib.sha256(content).hexdigest() for name, content in self.job.beside}
         if self.resume and not never_begun(self.work):
             journal = Journal.load(self.work)
-            refuse_changes(journal.job, described, self.work)
+            refuse_changes(journal.job | {"beside": journal.beside}, described | {"beside": beside}, self.work)
+            configs = (INDEX_NAME, "config.json", "quantize_config.json", CARD_NAME)
+            refuse_strangers(self.work, {*self.files, *configs, *COPIED_FILES, *beside})
             if (result := finished_before(self.work, self.job.out, journal)) is not None:
                 give_name(self.work, self.job.out)
                 return result
         else:
-            journal = Journal.create(self.work, described)
+            journal = Journal.create(self.work, described, beside)
         for name, content in self.job.beside:
             write_bytes(self.work / name, content)
         streams = new_streams(
@@ -160,8 +173,8 @@ class _Run:
         self.listen("writing the embedding, the last norm and the head")
         last = ["model.norm.weight", *([] if self.spec.tie_word_embeddings else ["lm_head.weight"])]
         outer = {
-            "embedding": self._write_outer(0, ["model.embed_tokens.weight"]),
-            "head": self._write_outer(len(self.files) - 1, last),
+            self.files[0]: self._write_outer(0, ["model.embed_tokens.weight"]),
+            self.files[-1]: self._write_outer(len(self.files) - 1, last),
         }
         first = self._recover(journal, streams)
         saved = time.perf_counter()
@@ -177,7 +190,7 @@ class _Run:
         self.listen("measuring drift at the head")
         drift = self._drift(streams)
         read.refuse_replaced()
-        return self._finish(journal, outer, drift, started)
+        return self._finish(journal, outer | beside, drift, started)
 
     # -------------------------------------------------------------- one layer
 
@@ -216,6 +229,9 @@ class _Run:
         """Bring the streams to the first layer that is not done and whole; returns that layer."""
         rows = journal.layers
         good = 0
+        if journal.dropped:
+            lines = f"{JOURNAL_NAME}: {journal.dropped} of its lines, from line {len(journal.rows) + 1} on"
+            self.listen(f"{lines}, torn or damaged: their layers are done again")
         for row in rows:
             path = self.work / row["file"]
             if not path.is_file() or file_sha256(path) != row["sha256"]:
@@ -271,13 +287,16 @@ class _Run:
         quantized = HeadWeights(self.job.source, self.job.convert) if self.job.config.dtype != "auto" else reference
         return measure_drift(self.network.first, reference, quantized, streams.states, self.job.evaluation)
 
-    def _finish(self, journal: Journal, outer: dict[str, str], drift: DriftReport, started: float) -> QuantizeResult:
-        """Write what is not a shard, the manifest last, and give the directory its name."""
+    def _finish(self, journal: Journal, hashes: dict[str, str], drift: DriftReport, started: float) -> QuantizeResult:
+        """Write what is not a shard, the manifest last, and give the directory its name.
+
+        hashes: SHA-256 of what was written beside the layers.
+        """
         layers = tuple(BlockResult.from_json(row["result"]) for row in journal.layers)
         files = output_files(self.spec, self.job.recipe, self.job.stored_dtype)
-        hashes = {self.files[0]: outer["embedding"], self.files[-1]: outer["head"]}
         hashes |= {row["file"]: row["sha256"] for row in journal.layers}
-        write_small_files(self.job, self.work, self.config, journal.job["source"])
+        hashes |= copy_small_files(self.job.source.directory, self.work, journal.job["source"])
+        hashes |= write_configs(self.work, self.config, self.job.recipe, files)
         result = QuantizeResult(
             out=self.job.out,
             drift=drift,
@@ -290,9 +309,10 @@ class _Run:
             warnings=job_warnings(layers, drift, self.job.overlap),
         )
         described = describe_result(journal.job, self.spec.parameters, result, resumed=self.resume)
-        card = model_card(described, self.job.source.directory, self.spec, self.job.recipe)
-        write_bytes(self.work / CARD_NAME, card.encode())
-        write_manifest(self.work, described, hashes)  # hashes whatever lies there: write other files before this
+        read = journal.job["source"]
+        card = model_card(described, self.job.source.directory, self.spec, self.job.recipe, hashes=read)
+        hashes[CARD_NAME] = write_bytes(self.work / CARD_NAME, card.encode())
+        write_manifest(self.work, described, hashes)
         give_name(self.work, self.job.out)
         return result
 
@@ -318,10 +338,10 @@ def make_layer(
     """
     prefix = f"model.layers.{layer}."
     folded = FoldedLayer(state, _kept(job, layer, state), job.devices[0])
-    if job.recipe.format in BNB_FORMATS:
+    if not get_format(job.recipe.format).solved:
         with clock.time("round"):
             stored = {name: job.convert(prefix + name, tensor) for name, tensor in state.items()}
-            packed, results = round_bnb_layer(job.source.spec, layer, job.recipe, stored, job.devices[0])
+            packed, results = round_layer(job.source.spec, layer, job.recipe, stored, job.devices[0])
     elif job.calibration is None:
         with clock.time("round"):
             packed, results = round_block(job.source.spec, layer, job.recipe, folded, job.options)
@@ -349,16 +369,27 @@ def _kept(job: QuantizeJob, layer: int, state: dict[str, torch.Tensor]) -> dict[
 COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json", "LICENSE")
 
 
-def write_small_files(job: QuantizeJob, work: Path, config: Mapping[str, Any], source: Mapping[str, str]) -> None:
-    """Tokenizer and licence as the source has them (`source`: their SHA-256), the index, and the configuration."""
+def copy_small_files(source: Path, work: Path, hashes: Mapping[str, str]) -> dict[str, str]:
+    """Tokenizer and licence of the source, and their SHA-256; CheckpointError where one is not that in `hashes`."""
+    copied = {}
     for name in COPIED_FILES:
-        path = inside(job.source.directory, name)
-        if path.is_file() and copy_synced(path, work / name) != source.get(name):
-            raise JobError(f"{path}: changed while it was being quantized", hint="put the file back, then --resume")
-    write_json(work / INDEX_NAME, encode_index(output_files(job.source.spec, job.recipe, job.stored_dtype)))
-    write_json(work / "config.json", config)
-    if job.recipe.format == "gptq":  # GPTQModel and AutoGPTQ look here first
-        write_json(work / "quantize_config.json", config["quantization_config"])
+        path = inside(source, name)
+        if path.is_file():
+            copied[name] = copy_synced(path, work / name)
+        if copied.get(name) != hashes.get(name):
+            raise changed(path)
+    return copied
+
+
+def write_configs(
+    work: Path, config: Mapping[str, Any], recipe: Recipe, files: Mapping[str, list[TensorSpec]]
+) -> dict[str, str]:
+    """The index, the configuration and the format's own small files; their SHA-256 by name."""
+    written = {INDEX_NAME: write_json(work / INDEX_NAME, encode_index(files))}
+    written["config.json"] = write_json(work / "config.json", config)
+    for name, content in get_format(recipe.format).small_files(config["quantization_config"]).items():
+        written[name] = write_json(work / name, content)
+    return written
 
 
 def describe_result(
@@ -415,6 +446,8 @@ def finished_before(work: Path, out: Path, journal: Journal) -> QuantizeResult |
         return None
     scratch = SCRATCH_PREFIX
     if findings or any(not finding.file.startswith(scratch) for finding in check_files(work, manifest)):
+        return None
+    if manifest.get("job") != journal.job:
         return None
     return QuantizeResult(
         out=out,

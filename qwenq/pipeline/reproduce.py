@@ -42,10 +42,11 @@ def rederive(
     calibration: str | None = None,
     listen: Callable[[str], None] = lambda line: None,
 ) -> tuple[tuple[int, ...], list[Finding]]:
-    """Make `layers` (None: the first, a middle and the last one) again; returns them, and those that differ.
+    """Make `layers` (None: the first, a middle and the last one) again; returns those made, and what differs.
 
-    The calibration tokens run through the written layers up to each that is made again. calibration: the file they
-    come from, when the manifest names one. Raises QwenqError when something needed cannot be had.
+    The first that differs is the last that is made. The calibration tokens run through the written layers up to each
+    that is made again. calibration: the file they come from, when the manifest names one. Raises QwenqError when
+    something needed cannot be had.
     """
     opened = _widened(open_source(source), manifest)
     spec = opened.spec
@@ -59,6 +60,7 @@ def rederive(
     files = list(output_files(spec, job.recipe, job.stored_dtype))
     calibrator = job.replicas(DTYPES[job.config.calibration_dtype], job.calibration)
     findings: list[Finding] = []
+    made: list[int] = []
     try:
         with tempfile.TemporaryDirectory() as scratch:
             streams = _streams(job, Path(scratch))
@@ -71,6 +73,7 @@ def rederive(
                 listen(f"layer {layer}: making it again")
                 state = job.source.finite_layer_state(layer)
                 tensors, _ = make_layer(job, calibrator, layer, state, streams, StageClock())
+                made.append(layer)
                 if problem := _difference(tensors, written):
                     findings.append(
                         Finding(files[layer + 1], f"layer {layer}, made again, {problem}{_why(then, here)}")
@@ -78,7 +81,7 @@ def rederive(
                     break  # what follows would be made from other hidden states
     finally:
         torch.set_num_threads(here["threads"])
-    return wanted, findings
+    return tuple(made), findings
 
 
 def _widened(source: Checkpoint, manifest: Mapping[str, Any]) -> Checkpoint:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qwenq.formats.base import GRID_FORMATS, NF4_STATE, Recipe, Scheme
-from qwenq.formats.registry import is_readable, read_quantization_config
+from qwenq.formats.base import Recipe, get_format, read_quantization_config, recognized
 from qwenq.io.json import inside, read_object
 from qwenq.io.safetensors import INDEX_NAME, TensorSpec
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.tensor_parallel import row_groups, tensor_parallel_sizes
-from qwenq.planning.weights import published_weights
+from qwenq.planning.weights import published_recipe, published_spec
 
 _TOLERANCE = 0.005  # stated totals are rounded: 72.7B
 HEADERS = "the checkpoint's own headers"
@@ -67,7 +66,7 @@ def audit(
     problems: list[str] = []
     readable = True
     if quantization:
-        readable = is_readable(quantization)
+        readable = recognized(quantization) is not None
         if readable:
             recipe = read_quantization_config(quantization, "config.json").recipe(spec)
             scheme = f"{recipe.default.label if recipe.default else '16-bit'}, {recipe.format}"
@@ -96,11 +95,8 @@ def audit(
 
 def published_shapes(spec: ModelSpec, published: str) -> tuple[ModelSpec, Recipe]:
     """Shapes and scheme of the publisher's own files, `published` (GPTQ-Int4, AWQ); FP8's are shown in 16 bits."""
-    weights = published_weights(spec, published)
-    if weights.method not in GRID_FORMATS:
-        return spec, Recipe(None)
-    scheme = Scheme(weights.bits, weights.group_size, sym=weights.method != "awq")
-    return replace(spec, intermediate_size=weights.intermediate_size), Recipe(scheme, format=weights.method)
+    recipe = published_recipe(published)
+    return (spec, Recipe(None)) if recipe is None else (published_spec(spec), recipe)
 
 
 def index_total(directory: Path) -> int | None:
@@ -118,7 +114,7 @@ def _compare(recipe: Recipe, spec: ModelSpec, tensors: Mapping[str, TensorSpec])
     for name, want in needed.items():
         if name not in tensors:
             problems.append(f"{name}: the config needs it, no shard has it")
-        elif tensors[name].shape != want.shape and not name.endswith(NF4_STATE):
+        elif not get_format(recipe.format).same_shape(tensors[name], want):
             problems.append(f"{name}: shape {list(tensors[name].shape)}, the config says {list(want.shape)}")
     problems += [f"{name}: stored, but the config has no place for it" for name in tensors if name not in needed]
     return problems

@@ -10,14 +10,16 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from qwenq.checkpoint.shards import output_files, shard_file_bytes
-from qwenq.errors import HonestNo
-from qwenq.formats.base import Recipe, Scheme, is_description, linear_tensors
+from qwenq.errors import HonestNo, PlanError
+from qwenq.formats.base import GROUP_SIZES, Recipe, Scheme, get_format
 from qwenq.model.spec import ModelSpec
+from qwenq.planning.case import Case
 from qwenq.planning.knapsack import approximate, solve
-from qwenq.planning.sensitivity import Sensitivity, Unit, members_of, schemes_for, units_of
-from qwenq.units import format_gb
+from qwenq.planning.sensitivity import Sensitivity, Unit, members_of, prior, schemes_for, units_of
+from qwenq.planning.tensor_parallel import padded_width, tensor_parallel_reasons
+from qwenq.planning.weights import recipe_weights
+from qwenq.units import format_gb, format_tokens
 
-MIXED_FORMATS = ("gptq", "compressed-tensors")  # that hold more than one scheme
 DtypeOf = Callable[[str], str]
 Choice = Mapping[Unit, Scheme | None]
 
@@ -160,7 +162,7 @@ def unit_costs(
     costs: dict[Scheme | None, int] = {}
     for scheme in _held(spec, table, unit, format):
         total = 0
-        for tensor in (t for lin in members for t in linear_tensors(format, scheme, lin, dtype_of)):
+        for tensor in (t for lin in members for t in get_format(format).linear_tensors(scheme, lin, dtype_of)):
             entry = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [whole, whole]}
             total += tensor.nbytes + len(json.dumps({tensor.name: entry}, separators=(",", ":"))) - 1 + longer
         costs[scheme] = total
@@ -183,18 +185,14 @@ def fixed_bytes(spec: ModelSpec, dtype_of: DtypeOf) -> int:
 
 
 def _held(spec: ModelSpec, table: Sensitivity, unit: Unit, format: str) -> list[Scheme | None]:
-    """What a unit may be: the table's schemes that the format and its engines read, and 16 bit.
-
-    vLLM reads asymmetric GPTQ for no mixed checkpoint; compressed-tensors carries zero points.
-    """
-    offered = set(schemes_for(spec, unit[1], asymmetric=format == "compressed-tensors"))
+    """What a unit may be: the table's schemes that the format offers in mixtures, and 16 bit."""
+    offered = set(schemes_for(spec, unit[1], get_format(format).options))
     return [*(scheme for scheme in table.kl[unit] if scheme in offered), None]
 
 
 def _stored_bits(spec: ModelSpec, unit: Unit, scheme: Scheme | None, format: str) -> int:
     """Bits of a unit's codes, scales and zero points, as `Recipe.bits_per_linear_weight` counts them."""
-    stored = (t for lin in members_of(spec, unit) for t in linear_tensors(format, scheme, lin))
-    return 8 * sum(t.nbytes for t in stored if not is_description(t.name))
+    return sum(get_format(format).stored_bits(scheme, lin) for lin in members_of(spec, unit))
 
 
 def _choose(
@@ -216,3 +214,73 @@ def _choose(
         return None
     choice = {unit: list(costs[unit])[k] for unit, k in zip(units, solution.chosen, strict=True)}
     return replace(describe_choice(spec, table, choice, dtype_of, format, target=target), bound_kl=solution.bound)
+
+
+_STEP = 0.001  # of the target: how finely it is searched
+
+
+def choose_for_rig(case: Case, table: Sensitivity, dtype_of: DtypeOf, format: str = "gptq") -> Budgeted:
+    """The recipe for the most bytes of weights that the rig holds beside KV cache and working memory.
+
+    `case` has the 16-bit weights. HonestNo when they fit as they are, and when not even the smallest recipe does.
+    """
+    spec = case.spec
+    asked = f"{case.hardware.label}, {format_tokens(case.work.context)} context, {case.engine.label}"
+
+    def held(recipe: Recipe) -> bool:
+        return bool(case.engine.how_held(replace(case, weights=recipe_weights(spec, recipe))))
+
+    smallest, whole = reachable_bytes(spec, table, dtype_of, format)
+    if case.engine.how_held(case):
+        raise HonestNo(
+            f"{spec.name}: its 16-bit weights ({format_gb(whole)}) fit {asked}: there is nothing to quantize",
+            hint="name a size with --target-size to quantize all the same",
+        )
+    if not held(choose_for_bytes(spec, table, smallest, dtype_of, format, exact=False).recipe):
+        raise HonestNo(
+            f"{spec.name}: even the smallest recipe ({format_gb(smallest)}) does not fit {asked}",
+            hint="a shorter --context, or another rig: qwenq plan MODEL --recommend",
+        )
+    low, high = smallest, whole - 1
+    while high - low > _STEP * low:
+        middle = (low + high) // 2
+        recipe = choose_for_bytes(spec, table, middle, dtype_of, format, exact=False).recipe
+        low, high = (middle, high) if held(recipe) else (low, middle)
+    while low > smallest:  # the best recipe of a size may be spread less evenly than the quick one
+        found = choose_for_bytes(spec, table, low, dtype_of, format)
+        if held(found.recipe):
+            return found
+        low = max(smallest, round(low * (1 - 2 * _STEP)))
+    return choose_for_bytes(spec, table, smallest, dtype_of, format)
+
+
+def widened(spec: ModelSpec, ranks: int, uniform: Recipe | None) -> ModelSpec:
+    """The model with its FFN padded so that no group straddles `ranks` GPUs; PlanError when that cannot help.
+
+    `uniform` is a recipe of one scheme; None for a mixture, which may have groups of every size that is offered.
+    """
+    down = o = uniform.default.group_size if uniform and uniform.default else -1
+    if uniform is None:
+        down, o = max(GROUP_SIZES), min(GROUP_SIZES)
+    wide = replace(spec, intermediate_size=padded_width(spec.intermediate_size, down, ranks))
+    if reasons := tensor_parallel_reasons(wide, {"down": (down,), "o": (o,)}, ranks):
+        raise PlanError(f"--pad-for-tp {ranks}: {reasons[0]}", hint="padding the FFN cannot change that")
+    return wide
+
+
+def cut_by(spec: ModelSpec, table: Sensitivity, ranks: int) -> Sensitivity:
+    """The table without schemes whose groups would straddle `ranks` GPUs."""
+    widths = {"o": spec.q_size // ranks, "down": spec.intermediate_size // ranks}
+    kl = {
+        unit: {s: kl for s, kl in row.items() if s is None or widths.get(unit[1], 0) % s.group_size == 0}
+        for unit, row in table.kl.items()
+    }
+    return replace(table, kl=kl)
+
+
+def sized_recipe(spec: ModelSpec, target_bytes: int, dtype_of: DtypeOf, ranks: int | None = None) -> Recipe:
+    """The recipe of `quantize --target-size` before it has measured the model, `spec` widened for `ranks` GPUs."""
+    table = prior(spec)
+    if ranks is not None:
+        table = cut_by(spec, table, ranks)
+    return choose_for_bytes(spec, table, target_bytes, dtype_of).recipe

@@ -1,18 +1,14 @@
-"""What makes vLLM fit where it does not as asked: flags, a shorter context, a padded checkpoint; each tried first."""
+"""Ways for a server to fit where it does not as asked, each tried: flags, a shorter context, a padded checkpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Literal
+from typing import Any, Literal
 
-from qwenq.model.spec import ModelSpec
-from qwenq.planning.engines import Engine
-from qwenq.planning.parallel import ParallelOption, best_option, largest_vllm_context, padded_weights, parallel_options
-from qwenq.planning.rig import Rig
-from qwenq.planning.terms import Workload
-from qwenq.planning.weights import Weights
+from qwenq.planning.case import Case, Workload
+from qwenq.planning.placement import ParallelOption, best_option, padded_weights, parallel_options
 from qwenq.units import format_tokens
 
 MOST_UTILIZATION = 98  # percent
@@ -28,59 +24,77 @@ class Escape:
     work: Workload
     option: ParallelOption
     padded: bool
+    shorter: bool = False  # the context is what was changed
 
     @property
     def text(self) -> str:
         """`--kv-cache-dtype fp8 at 12k`."""
-        shorter = self.changes[-1].startswith("--max-model-len")
-        return " and ".join(self.changes) + ("" if shorter else f" at {format_tokens(self.work.context)}")
+        return " and ".join(self.changes) + ("" if self.shorter else f" at {format_tokens(self.work.context)}")
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A case under a server: its layouts, the best of them, and ways to fit where that does not as asked."""
+
+    case: Case
+    options: tuple[ParallelOption, ...]
+    chosen: ParallelOption | None
+    escapes: tuple[Escape, ...]
+
+
+def serving(case: Case) -> Serving:
+    """Every layout of the case under its engine, a server."""
+    options = parallel_options(case)
+    chosen = best_option(options)
+    return Serving(case, options, chosen, () if chosen and chosen.works else server_escapes(case))
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """A model, its weights and the rest of a question about vLLM."""
+    """A case, and the tensor-parallel ranks that its weights were padded for (0: they were not)."""
 
-    spec: ModelSpec
-    weights: Weights
-    engine: Engine
-    work: Workload
-    rig: Rig
-    ranks: int = 0  # tensor-parallel ranks that the weights were padded for
+    case: Case
+    ranks: int = 0
 
-    def options(self, work: Workload) -> list[ParallelOption]:
-        found = parallel_options(self.spec, self.weights, self.engine, work, self.rig)
-        return [option for option in found if not self.ranks or option.tensor == self.ranks]
+    def asking(self, **changes: Any) -> _Asked:
+        """The same with fields of the workload changed."""
+        return replace(self, case=self.case.asking(**changes))
+
+    def utilizing(self, percent: int) -> _Asked:
+        """The same with so much of each GPU."""
+        return self.asking(gpu_memory_utilization=percent / 100)
+
+    def options(self) -> list[ParallelOption]:
+        return [option for option in parallel_options(self.case) if not self.ranks or option.tensor == self.ranks]
 
     def has(self, change: Change) -> bool:
         """Whether that is so already."""
+        engine = self.case.engine
         if change == "kv cache":
-            return self.work.kv_dtype == "fp8"
-        return change == "utilization" and round(100 * self.work.gpu_memory_utilization) >= MOST_UTILIZATION
+            return self.case.kv_bytes <= engine.kv_bytes(engine.smaller_kv)
+        return change == "utilization" and round(100 * engine.asked_part(self.case)) >= MOST_UTILIZATION
 
-    def fitting(self, work: Workload) -> ParallelOption | None:
-        found = best_option(self.options(work))
+    def fitting(self) -> ParallelOption | None:
+        found = best_option(self.options())
         return found if found and found.works else None
 
     def longest(self) -> tuple[Workload, ParallelOption] | None:
         """The longest context that any layout allows, and that layout."""
-        found = []
-        for option in self.options(self.work):
-            if not option.reasons:
-                context = largest_vllm_context(self.spec, self.weights, self.engine, self.work, self.rig, option)
-                found.append((context, option.tensor))
+        possible = [option for option in self.options() if not option.reasons]
+        found = [(option.longest_context(self.case), option.tensor) for option in possible]
         context, tensor = max(found, default=(0, 0))
         if not context:
             return None
-        work = replace(self.work, context=context, prompt=0)
-        return work, next(option for option in self.options(work) if option.tensor == tensor)
+        asked = self.asking(context=context, prompt=0)
+        return asked.case.work, next(option for option in asked.options() if option.tensor == tensor)
 
 
-def vllm_escapes(spec: ModelSpec, weights: Weights, engine: Engine, work: Workload, rig: Rig) -> tuple[Escape, ...]:
-    """Ways to fit that were tried, easiest first: vLLM's own flags, a shorter context, then a padded checkpoint.
+def server_escapes(case: Case) -> tuple[Escape, ...]:
+    """Ways to fit that were tried, easiest first: the server's own flags, a shorter context, a padded checkpoint.
 
     Of several changes together only those are named of which no part fits by itself.
     """
-    asked = _Asked(spec, weights, engine, work, rig)
+    asked = _Asked(case)
     kept = list(_minimal(asked))
     flags = [escape for escape in kept if not escape.padded]
     padded = [escape for escape in kept if escape.padded]
@@ -101,7 +115,8 @@ def _minimal(asked: _Asked) -> Iterator[Escape]:
                 found = _with_least(changed, "utilization" in together)
                 if found is not None:
                     work, option = found
-                    yield Escape((*_utilization_said(together, option), *said), work, option, "padding" in together)
+                    said = (*_utilization_said(asked, together, option), *said)
+                    yield Escape(said, work, option, "padding" in together)
                     done.append(set(together))
                     break
 
@@ -116,13 +131,14 @@ def _shorter(asked: _Asked, sets: Sequence[tuple[Change, ...]]) -> Iterator[Esca
         together = tuple(change for change in wanted if not asked.has(change))
         for changed, said in _changed(asked, together):
             if "utilization" in together:
-                changed = replace(changed, work=_utilized(changed.work, MOST_UTILIZATION))
+                changed = changed.utilizing(MOST_UTILIZATION)
             found = changed.longest()
             if found is not None and found[0].context > longest:
                 work, option = found
                 longest = work.context
-                changes = (*_utilization_said(together, option), *said, f"--max-model-len {work.context}")
-                yield Escape(changes, work, option, changed.ranks > 0)
+                less = f"{asked.case.engine.context_flag} {work.context}"
+                changes = (*_utilization_said(asked, together, option), *said, less)
+                yield Escape(changes, work, option, changed.ranks > 0, shorter=True)
                 break
 
 
@@ -132,38 +148,36 @@ def _changed(asked: _Asked, together: tuple[Change, ...]) -> Iterator[tuple[_Ask
     if any(asked.has(change) for change in together):
         return
     if "kv cache" in together:
-        asked, said = replace(asked, work=replace(asked.work, kv_dtype="fp8")), ("--kv-cache-dtype fp8",)
+        smaller = asked.case.engine.smaller_kv
+        asked, said = asked.asking(kv_dtype=smaller), (f"--kv-cache-dtype {smaller}",)
     if "padding" not in together:
         yield asked, said
         return
-    count, width = len(asked.rig.gpus), asked.weights.intermediate_size
+    case = asked.case
+    count, width = len(case.hardware.gpus), case.weights.intermediate_size
     for ranks in (n for n in range(count, 1, -1) if count % n == 0):
-        padded = padded_weights(asked.spec, asked.weights, ranks)
+        padded = padded_weights(case.spec, case.weights, ranks)
         if padded is not None and padded.intermediate_size > width:
             how = f"the FFN padded from {width} to {padded.intermediate_size} (qwenq quantize --pad-for-tp {ranks})"
-            yield replace(asked, weights=padded, ranks=ranks), (*said, how)
+            yield _Asked(replace(case, weights=padded), ranks), (*said, how)
 
 
 def _with_least(asked: _Asked, raise_utilization: bool) -> tuple[Workload, ParallelOption] | None:
     """The workload and a layout that fits, at the lowest utilization that does where it may be raised."""
     if not raise_utilization:
-        option = asked.fitting(asked.work)
-        return (asked.work, option) if option else None
-    if asked.fitting(_utilized(asked.work, MOST_UTILIZATION)) is None:
+        option = asked.fitting()
+        return (asked.case.work, option) if option else None
+    if asked.utilizing(MOST_UTILIZATION).fitting() is None:
         return None
-    lowest = int(100 * asked.work.gpu_memory_utilization + 1e-9) + 1
+    lowest = int(100 * asked.case.engine.asked_part(asked.case) + 1e-9) + 1
     for percent in range(lowest, MOST_UTILIZATION + 1):
-        work = _utilized(asked.work, percent)
-        if option := asked.fitting(work):
-            return work, option
+        tried = asked.utilizing(percent)
+        if option := tried.fitting():
+            return tried.case.work, option
     return None
 
 
-def _utilized(work: Workload, percent: int) -> Workload:
-    return replace(work, gpu_memory_utilization=percent / 100)
-
-
-def _utilization_said(together: tuple[Change, ...], option: ParallelOption) -> tuple[str, ...]:
+def _utilization_said(asked: _Asked, together: tuple[Change, ...], option: ParallelOption) -> tuple[str, ...]:
     if "utilization" not in together or option.memory is None:
         return ()
-    return (f"--gpu-memory-utilization {option.memory.gpu_memory_utilization:g}",)
+    return (f"{asked.case.engine.utilization_flag} {option.memory.gpu_memory_utilization:g}",)

@@ -8,13 +8,14 @@ file has 2.5 or 3), and no `g_idx`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from qwenq.formats.base import PackedShape, Recipe, get_format
 from qwenq.io.safetensors import TensorSpec
 from qwenq.machine import Compute
-from qwenq.model.spec import LinearSpec, ModelSpec
+from qwenq.model.spec import ModelSpec
 from qwenq.planning.rig import Gpu
 
 KERNEL_GROUPS = (256, 128, 64, 32)
@@ -63,37 +64,39 @@ class Choice:
     reason: str = ""
 
 
-def choose(
-    bits: int, group: int, out_features: int, in_features: int, sym: bool, compute: Compute = Compute()
-) -> Choice:
-    """The kernel for codes of `bits` bits in groups of `group` columns.
+def choose(shape: PackedShape, compute: Compute = Compute()) -> Choice:
+    """The kernel of a packed linear, chosen once: by what its format says of it.
 
     On GPUs 8-bit codes with one scale a row run as two tinygemm products where that can be: torch's int8 kernel there
     is a plain loop (aten/src/ATen/native/cuda/int8mm.cu).
     """
+    if shape.table:
+        return Choice("nf4", "NF4: torch ships no kernel for its table")
     if compute.dtype != "bfloat16":
         return Choice("tiled", f"{compute.dtype} activations: torch's packed kernels are fast in bfloat16 only")
     if compute.device not in ("cpu", "cuda"):
         return Choice("tiled", f"no packed kernel on {compute.device}")
-    rows_alone = bits == 8 and group == in_features and sym and in_features % 16 == 0  # else it reads beyond its rows
-    found = _four_bit(bits, group, out_features, in_features, compute)
-    if rows_alone and (compute.device == "cpu" or found.kind == "tiled"):
+    one_scale_a_row = shape.bits == 8 and shape.group == shape.in_features and shape.sym
+    int8 = one_scale_a_row and shape.in_features % 16 == 0  # else the kernel reads beyond its rows
+    found = _four_bit(shape, compute)
+    if int8 and (compute.device == "cpu" or found.kind == "tiled"):
         return Choice("int8")
     return found
 
 
-def _four_bit(bits: int, group: int, out_features: int, in_features: int, compute: Compute) -> Choice:
+def _four_bit(shape: PackedShape, compute: Compute) -> Choice:
     """torch's 4-bit kernel for such codes, or why not."""
-    if kernel_group(group) == 0:
-        return Choice("tiled", f"groups of {group} columns: the kernel takes {', '.join(map(str, KERNEL_GROUPS))}")
+    if kernel_group(shape.group) == 0:
+        sizes = ", ".join(map(str, KERNEL_GROUPS))
+        return Choice("tiled", f"groups of {shape.group} columns: the kernel takes {sizes}")
     outputs, inputs = (16, 2) if compute.device == "cpu" else (8, 32)
-    if out_features % outputs:
-        return Choice("tiled", f"{out_features} outputs: the kernel wants a multiple of {outputs}")
-    if in_features % inputs:
-        return Choice("tiled", f"{in_features} inputs: the kernel wants a multiple of {inputs}")
+    if shape.out_features % outputs:
+        return Choice("tiled", f"{shape.out_features} outputs: the kernel wants a multiple of {outputs}")
+    if shape.in_features % inputs:
+        return Choice("tiled", f"{shape.in_features} inputs: the kernel wants a multiple of {inputs}")
     if compute.device == "cuda" and compute.capability < (8, 0):
         return Choice("tiled", "tinygemm needs compute capability 8.0")
-    return Choice("int4" if bits == 4 else "int4 halves")
+    return Choice("int4" if shape.bits == 4 else "int4 halves")
 
 
 def kernel_group(group: int) -> int:
@@ -101,51 +104,36 @@ def kernel_group(group: int) -> int:
     return next((size for size in KERNEL_GROUPS if group % size == 0), 0)
 
 
-def kept_bytes(kind: Kind, bits: int, group: int, out_features: int, in_features: int, sym: bool) -> list[int]:
+def kept_bytes(shape: PackedShape, kind: Kind) -> list[int]:
     """Sizes of the tensors a linear of this kernel keeps, its bias and column order apart."""
-    weights = out_features * in_features
+    outputs, inputs = shape.out_features, shape.in_features
+    weights = outputs * inputs
     if kind == "int8":
-        return [weights, 4 * out_features, 2 * out_features]
+        return [weights, 4 * outputs, 2 * outputs]
     if kind == "nf4":
-        return [math.ceil(weights / 2), 256 * 2 * 4, 4 * math.ceil(weights / 64)]
+        return [math.ceil(weights / 2), 256 * 2 * 4, 4 * math.ceil(weights / shape.group)]
     if kind == "tiled":
-        codes = out_features * math.ceil(in_features / 2) if bits == 4 else weights
-        groups = out_features * (in_features // group)
-        return [codes, 2 * groups] + ([] if sym else [groups])
-    pairs = 4 * out_features * (in_features // kernel_group(group))
-    return [weights * bits // 8, pairs * (2 if bits == 8 and not sym else 1)]
+        codes = outputs * math.ceil(inputs / 2) if shape.bits == 4 else weights
+        groups = outputs * (inputs // shape.group)
+        return [codes, 2 * groups] + ([] if shape.sym else [groups])
+    pairs = 4 * outputs * (inputs // kernel_group(shape.group))
+    return [weights * shape.bits // 8, pairs * (2 if shape.bits == 8 and not shape.sym else 1)]
 
 
-@dataclass(frozen=True)
-class PackedShape:
-    """What decides the memory of a packed linear. `group` 0: NF4 blocks; `beside`: bytes of bias and column order."""
+def kept(shape: PackedShape, compute: Compute) -> list[int]:
+    """Sizes of all that a packed linear keeps."""
+    return [*shape.beside, *kept_bytes(shape, choose(shape, compute).kind)]
 
-    bits: int
-    group: int
-    out_features: int
-    in_features: int
-    sym: bool
-    beside: tuple[int, ...] = ()
 
-    def kind(self, compute: Compute) -> Kind:
-        """The kernel it gets."""
-        if self.group == 0:
-            return "nf4"
-        return choose(self.bits, self.group, self.out_features, self.in_features, self.sym, compute).kind
-
-    def kept(self, compute: Compute) -> list[int]:
-        """Sizes of what it keeps."""
-        shape = self.out_features, self.in_features
-        return [*self.beside, *kept_bytes(self.kind(compute), self.bits, self.group, *shape, self.sym)]
-
-    def strip(self, compute: Compute) -> int:
-        """Bytes at most while a strip of it is written out."""
-        weights = min(self.out_features * self.in_features, strip_weights(self.in_features, compute.device))
-        width = STRIP_BYTES[self.kind(compute)][0 if self.sym else 1]
-        if compute.widens:
-            width = {"int8": 4, "tiled": 5}.get(self.kind(compute), width)  # float32 values, not rounded afterwards
-        # a CPU writes values in float32 and then converts them; so does a GPU where there are zero points
-        return int(weights * (max(width, 7) if compute.device == "cpu" else width))
+def strip_bytes(shape: PackedShape, compute: Compute) -> int:
+    """Bytes at most while a strip of a packed linear is written out."""
+    kind = choose(shape, compute).kind
+    weights = min(shape.out_features * shape.in_features, strip_weights(shape.in_features, compute.device))
+    width = STRIP_BYTES[kind][0 if shape.sym else 1]
+    if compute.widens:
+        width = {"int8": 4, "tiled": 5}.get(kind, width)  # float32 values, not rounded afterwards
+    # a CPU writes values in float32 and then converts them; so does a GPU where there are zero points
+    return int(weights * (max(width, 7) if compute.device == "cpu" else width))
 
 
 @dataclass(frozen=True)
@@ -157,20 +145,17 @@ class LayerParts:
 
 
 def layer_parts(
-    spec: ModelSpec,
-    layer: int,
-    tensors: Mapping[str, TensorSpec],
-    sym_of: Callable[[LinearSpec], bool],
-    sorted_columns: bool = False,
+    spec: ModelSpec, layer: int, tensors: Mapping[str, TensorSpec], recipe: Recipe, sorted_columns: bool = False
 ) -> LayerParts:
-    """Read a layer's stored tensors. `sym_of`: whether a linear is declared to have no zero points of its own."""
+    """A layer's stored tensors, packed linears as the recipe's format describes them."""
+    form = get_format(recipe.format)
     packed, others, inside = list[PackedShape](), list[int](), set[str]()
     for lin in spec.layer_linears(layer):
-        found = {n.removeprefix(lin.name + "."): t for n, t in tensors.items() if n.startswith(lin.name + ".")}
-        inside |= {f"{lin.name}.{name}" for name in found}
-        shape = _packed_shape(lin, found, sym_of(lin), sorted_columns)
-        if shape is not None:
-            packed.append(shape)
+        found = {name: t for name, t in tensors.items() if name.startswith(lin.name + ".")}
+        inside |= found.keys()
+        scheme = recipe.scheme_of(lin)
+        if scheme is not None and found.keys() >= set(form.packed_names(scheme, lin)):
+            packed.append(form.packed_shape(scheme, lin, sorted_columns=sorted_columns))
         else:
             others += [_sixteen_bit(t) for t in found.values()]
     others += [_sixteen_bit(t) for name, t in tensors.items() if name not in inside]
@@ -180,26 +165,6 @@ def layer_parts(
 def _sixteen_bit(tensor: TensorSpec) -> int:
     """Bytes of a tensor that is not packed: float32 is converted to 16 bit on loading."""
     return tensor.nbytes // 2 if tensor.dtype == "F32" else tensor.nbytes
-
-
-def _packed_shape(
-    lin: LinearSpec, found: Mapping[str, TensorSpec], sym: bool, sorted_columns: bool
-) -> PackedShape | None:
-    """None for what is not packed, and for what this engine does not run (fp8)."""
-    codes = next((found[name] for name in ("qweight", "weight_packed", "weight") if name in found), None)
-    scales = next((found[name] for name in ("scales", "weight_scale", "SCB") if name in found), None)
-    if codes is None or codes.dtype not in ("I32", "U8", "I8"):
-        return None
-    shape = lin.out_features, lin.in_features
-    beside = (2 * lin.out_features,) if "bias" in found else ()
-    if "weight.absmax" in found:
-        return PackedShape(4, 0, *shape, True, beside)
-    bits, entries = 8 * codes.nbytes // lin.parameters, math.prod(scales.shape) if scales is not None else 0
-    if bits not in (4, 8) or entries < lin.out_features or lin.parameters % entries:
-        return None
-    order = (8 * lin.in_features,) if sorted_columns else ()
-    sym = sym and "weight_zero_point" not in found
-    return PackedShape(bits, lin.parameters // entries, *shape, sym, beside + order)
 
 
 def strip_weights(columns: int, device: str) -> int:

@@ -1,36 +1,168 @@
-"""The VRAM estimate: for a model, its weights, an engine and a workload, what each GPU of a rig needs, term by term."""
+"""The VRAM estimate: terms of bytes, each with its provenance and range, for every GPU of a case."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from qwenq.errors import PlanError
-from qwenq.model.spec import ModelSpec
-from qwenq.planning.engines import Engine, kv_bytes_per_value
-from qwenq.planning.llamacpp_terms import llamacpp_terms
-from qwenq.planning.rig import Gpu, Rig, device
-from qwenq.planning.terms import GpuMemory, Share, Term, Workload
-from qwenq.planning.torch_terms import torch_terms
-from qwenq.planning.vllm_terms import budget_bytes, kv_tokens, possible_utilization, vllm_terms
+from qwenq.planning.case import Case, Share, Workload, check_context, whole
+from qwenq.planning.rig import device
 from qwenq.planning.weights import Weights
+from qwenq.units import GIB
 
-NOT_ALLOCATED = ("context", "slack")  # what torch.cuda.max_memory_allocated does not see
+# exact: follows from shapes and storage alone. fitted: counted from the engine's source or fitted, and checked against
+# published measurements. reported: somebody's figure for another setting, or a convention; its range is wide.
+Provenance = Literal["exact", "fitted", "reported"]
+TERM_NAMES = {
+    "weights": "weights",
+    "kv_cache": "KV cache",
+    "activations": "activations",
+    "logits": "logits",
+    "dequantization": "dequantization",
+    "graphs": "CUDA graphs",
+    "non_torch": "libraries",
+    "context": "CUDA context",
+    "slack": "slack",
+}
+
+
+@dataclass(frozen=True)
+class Term:
+    """One part of a GPU's memory in bytes, with the range it may have."""
+
+    name: str  # a key of TERM_NAMES
+    n_bytes: int
+    provenance: Provenance
+    source: str
+    low_bytes: int = -1
+    high_bytes: int = -1
+
+    def __post_init__(self) -> None:
+        if self.low_bytes < 0:
+            object.__setattr__(self, "low_bytes", self.n_bytes)
+        if self.high_bytes < 0:
+            object.__setattr__(self, "high_bytes", self.n_bytes)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "bytes": self.n_bytes,
+            "low_bytes": self.low_bytes,
+            "high_bytes": self.high_bytes,
+            "provenance": self.provenance,
+            "source": self.source,
+        }
+
+
+def ranged(name: str, n_bytes: float, provenance: Provenance, source: str, low: float, high: float) -> Term:
+    """A term that lies between `low` and `high` times its bytes."""
+    return Term(name, round(n_bytes), provenance, source, round(n_bytes * low), round(n_bytes * high))
+
+
+@dataclass(frozen=True)
+class GpuMemory:
+    """Terms of one GPU, and what it offers (None: no limit asked)."""
+
+    name: str
+    terms: tuple[Term, ...]
+    limit_bytes: int | None
+    moment: str  # when the peak is reached
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(t.n_bytes for t in self.terms)
+
+    @property
+    def low_bytes(self) -> int:
+        return sum(t.low_bytes for t in self.terms)
+
+    @property
+    def high_bytes(self) -> int:
+        return sum(t.high_bytes for t in self.terms)
+
+    @property
+    def free_bytes(self) -> int | None:
+        """What is left; negative when it does not fit."""
+        return None if self.limit_bytes is None else self.limit_bytes - self.total_bytes
+
+    @property
+    def fits(self) -> bool | None:
+        return None if self.limit_bytes is None else self.total_bytes <= self.limit_bytes
+
+    def term(self, name: str) -> int:
+        """Bytes of one term, 0 when the GPU has none of it."""
+        return sum(t.n_bytes for t in self.terms if t.name == name)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "gpu": self.name,
+            "total_bytes": self.total_bytes,
+            "low_bytes": self.low_bytes,
+            "high_bytes": self.high_bytes,
+            "limit_bytes": self.limit_bytes,
+            "fits": self.fits,
+            "peak_moment": self.moment,
+            "terms": [t.to_json() for t in self.terms],
+        }
+
+
+def context_term(name: str) -> Term:
+    """CUDA context and loaded kernels of one process on a GPU."""
+    if any(part in name for part in ("H100", "H200", "B200", "PRO 6000")):
+        return Term(
+            "context", round(0.51 * GIB), "reported", "0.51 GiB on H100 (llm-d-planner logs, total minus free)",
+            round(0.4 * GIB), round(0.75 * GIB),
+        )  # fmt: skip
+    return Term(
+        "context", round(0.35 * GIB), "reported",
+        "256 MiB on 2x RTX 3090 (InvokeAI#9413), 300 to 400 MiB (pytorch#107667), 658 MiB on RTX PRO 6000",
+        round(0.25 * GIB), round(0.66 * GIB),
+    )  # fmt: skip
+
+
+def slack_term(dynamic_bytes: int, packed_bytes: int = 0) -> Term:
+    """What the caching allocator holds beyond its tensors; no measurement on a GPU for these models.
+
+    `packed_bytes`: weights that were unpacked on the GPU, which leaves holes between them.
+    """
+    source = "3 % of what comes and goes, as unsloth keeps free"
+    if packed_bytes:
+        source += "; 1 % of packed weights for holes between them, as traced (reports/runtime.md)"
+    low, n_bytes, high = (round(share * dynamic_bytes + 0.01 * packed_bytes) for share in (0, 0.03, 0.08))
+    return Term("slack", n_bytes, "reported", source, low, high)
+
+
+def merged(terms: Sequence[Term]) -> tuple[Term, ...]:
+    """Terms without empty ones, in the order of TERM_NAMES."""
+    order = list(TERM_NAMES)
+    return tuple(sorted((t for t in terms if t.high_bytes > 0), key=lambda t: order.index(t.name)))
+
+
+NOT_ALLOCATED = ("context", "slack")  # not seen by torch.cuda.max_memory_allocated
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Memory of every GPU in use, in device order, for one workload."""
+    """Memory of every GPU in use, in device order, for one case."""
 
-    model: str
-    weights: Weights
-    engine: Engine
-    work: Workload
+    case: Case
     gpus: tuple[GpuMemory, ...]
-    kv_bytes_per_token: float  # over all GPUs, for one sequence
-    kv_capacity_tokens: int | None = None  # vLLM: what its cache will hold
-    gpu_memory_utilization: float | None = None  # vLLM: as asked, or the most that a GPU allows
+    kv_capacity_tokens: int | None = None  # of a server that gives its cache the rest of a GPU
+    gpu_memory_utilization: float | None = None  # a server's part of each GPU: as asked, or the most that is possible
+
+    @property
+    def work(self) -> Workload:
+        return self.case.work
+
+    @property
+    def weights(self) -> Weights:
+        return self.case.weights
+
+    @property
+    def kv_bytes_per_token(self) -> float:
+        """Over all GPUs, for one sequence."""
+        return self.case.spec.kv_bytes_per_token(self.case.kv_bytes)
 
     @property
     def total_bytes(self) -> int:
@@ -77,13 +209,13 @@ class MemoryEstimate:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "model": self.model,
+            "model": self.case.spec.name,
             "weights": {
                 "label": self.weights.label,
                 "bytes": self.weights.total_bytes,
                 "source": self.weights.source,
             },
-            "engine": self.engine.label,
+            "engine": self.case.engine.label,
             "context": self.work.context,
             "batch_size": self.work.batch,
             "kv_cache_dtype": self.work.kv_dtype,
@@ -100,90 +232,32 @@ class MemoryEstimate:
         }
 
 
-def gpu_terms(
-    spec: ModelSpec, weights: Weights, engine: Engine, work: Workload, share: Share, gpu: Gpu
-) -> tuple[tuple[Term, ...], str]:
-    """Terms of one GPU holding `share`, and the moment of its peak."""
-    if engine.name == "vllm":
-        return vllm_terms(spec, weights, engine, work, share, gpu.name)
-    if engine.name == "llama.cpp":
-        return llamacpp_terms(spec, weights, engine, work, share)
-    return torch_terms(spec, weights, engine, work, share, gpu)
+@dataclass(frozen=True)
+class Allowance:
+    """Bytes that an engine may take of each GPU (None: no limit is known), and the cache a server then has."""
+
+    limits: tuple[int | None, ...]
+    kv_capacity_tokens: int | None = None
+    gpu_memory_utilization: float | None = None
 
 
-def estimate(
-    spec: ModelSpec,
-    weights: Weights,
-    engine: Engine,
-    work: Workload,
-    rig: Rig | None = None,
-    shares: Sequence[Share] = (),
-) -> MemoryEstimate:
-    """What `shares` need on `rig`; without shares one GPU holds everything, without a rig no limit is compared.
+def estimate(case: Case, shares: Sequence[Share] = ()) -> MemoryEstimate:
+    """Needs of `shares` on the case's rig; without shares one GPU holds everything, without a rig there is no limit.
 
-    Raises PlanError for a context beyond the model's limit or a KV dtype the engine lacks.
+    Raises PlanError for a context beyond the model's limit, UsageError for a KV dtype the engine lacks.
     """
-    check_context(spec, work)
-    shares = shares or (whole(spec),)
-    kinds = rig.gpus if rig else (device("GPU"),) * len(shares)
-    limits: Sequence[int | None] = rig.limits if rig else [None] * len(shares)
+    check_context(case.spec, case.work)
+    shares = shares or (whole(case.spec),)
+    kinds = case.rig.gpus if case.rig else (device("GPU"),) * len(shares)
     needed = [
-        gpu_terms(spec, weights, engine, work, share, gpu) if share.used else ((), "not used")
+        case.engine.terms(case, share, gpu) if share.used else ((), "not used")
         for share, gpu in zip(shares, kinds, strict=True)
     ]
-    capacity = utilization = None
-    if rig and engine.name == "vllm":
-        used = [k for k, share in enumerate(shares) if share.used]
-        totals = [gpu.limit_bytes for gpu in kinds]
-        utilization = min(possible_utilization(work, needed[k][0], rig.limits[k], totals[k]) for k in used)
-        capacity = min(kv_tokens(spec, engine, work, shares[k], needed[k][0], totals[k], utilization) for k in used)
-        limits = [budget_bytes(terms, total, utilization) for (terms, _), total in zip(needed, totals, strict=True)]
-    gpus = [
+    allowed = Allowance((None,) * len(shares))
+    if case.rig:
+        allowed = case.engine.allowance(case, shares, [terms for terms, _ in needed])
+    gpus = tuple(
         GpuMemory(gpu.name, terms, limit, moment)
-        for gpu, (terms, moment), limit in zip(kinds, needed, limits, strict=True)
-    ]
-    return MemoryEstimate(
-        model=spec.name,
-        weights=weights,
-        engine=engine,
-        work=work,
-        gpus=tuple(gpus),
-        gpu_memory_utilization=utilization,
-        kv_bytes_per_token=spec.kv_bytes_per_token(kv_bytes_per_value(engine, work.kv_dtype)),
-        kv_capacity_tokens=capacity,
+        for gpu, (terms, moment), limit in zip(kinds, needed, allowed.limits, strict=True)
     )
-
-
-def check_context(spec: ModelSpec, work: Workload) -> None:
-    """PlanError when the context is beyond what the model's card allows."""
-    if work.context > spec.extended_context:
-        raise PlanError(
-            f"context is {work.context} tokens, {spec.name or 'the model'} allows {spec.extended_context}",
-            hint=f"ask for at most {spec.extended_context}"
-            + (" (with YaRN)" if spec.extended_context > spec.max_position_embeddings else ""),
-        )
-
-
-def whole(spec: ModelSpec) -> Share:
-    """Everything on one GPU."""
-    return Share(range(spec.num_hidden_layers), embed=True, head=True)
-
-
-def even_shares(spec: ModelSpec, gpus: int) -> tuple[Share, ...]:
-    """Layers spread evenly over `gpus`; embedding on the first, head on the last (the first when they are tied)."""
-    n = spec.num_hidden_layers
-    head = 0 if spec.tie_word_embeddings else gpus - 1
-    return tuple(
-        Share(range(n * g // gpus, n * (g + 1) // gpus), embed=g == 0, head=g == head, gpus=gpus) for g in range(gpus)
-    )
-
-
-def rank_shares(spec: ModelSpec, tensor_parallel: int, pipeline_parallel: int = 1) -> tuple[Share, ...]:
-    """vLLM's ranks: stages of whole layers (later stages take the rest), each cut `tensor_parallel` ways."""
-    n, p = spec.num_hidden_layers, pipeline_parallel
-    shares = []
-    for stage in range(p):
-        layers = range(n * stage // p, n * (stage + 1) // p)
-        share = Share(layers, stage == 0, stage == p - 1, tensor_parallel, tensor_parallel * p)
-        shares += [share] * tensor_parallel
-    return tuple(shares)
+    return MemoryEstimate(case, gpus, allowed.kv_capacity_tokens, allowed.gpu_memory_utilization)

@@ -15,7 +15,6 @@ from qwenq.io.safetensors import INDEX_NAME, TensorSpec, checkpoint_tensors
 from qwenq.model.spec import ModelSpec, family_spec, near_names, refuse_experts, spec_from_config
 from qwenq.planning.ggufsize import BITS_TO_TYPE, gguf_weights
 from qwenq.planning.weights import Weights, header_weights, published_weights, recipe_weights
-from qwenq.planning.written import saved_recipe, sized_recipe, widened
 
 _PUBLISHED = re.compile(r"(.*?)-(GPTQ-Int[48]|AWQ|FP8)", re.IGNORECASE)
 _STATED_KEYS = ("num_parameters", "total_parameters", "n_params", "parameters")
@@ -44,54 +43,65 @@ def load_model(model: str, expect_parameters: float | None = None) -> Model:
     return found
 
 
-def model_weights(
-    model: Model,
-    engine: str,
-    *,
-    bits: int | None = None,
-    group_size: int | None = None,
-    target_bytes: int | None = None,
-    recipe: Path | None = None,
-    checkpoint: Path | None = None,
-    pad_for_tp: int | None = None,
-) -> Weights:
-    """The weights asked for: a real checkpoint's, what `quantize` would write, or what the model's name says.
+@dataclass(frozen=True)
+class WeightsAsked:
+    """Which weights of a model: of a checkpoint, as `quantize` would write them, or with nothing said its own."""
 
-    Without any of these the own headers of a directory or hub model count, else 4 bits in groups of 128. `bits` 16
-    means not quantized.
-    llama.cpp reads GGUF, so there 4, 8 and 16 bits mean Q4_K_M, Q8_0 and F16.
+    bits: int | None = None  # 4, 8, or 16 for not quantized
+    group_size: int | None = None
+    target_bytes: int | None = None
+    recipe: Path | None = None  # a file
+    checkpoint: Path | None = None
+    pad_for_tp: int | None = None
+    gguf: bool = False  # 4, 8 and 16 bits mean Q4_K_M, Q8_0 and F16
+
+
+def model_weights(model: Model, asked: WeightsAsked = WeightsAsked()) -> Weights:
+    """The weights asked for; PlanError or UsageError for what the model cannot have.
+
+    With nothing asked, headers of a directory or hub model count, else 4 bits in groups of 128.
     """
-    spec, ranks = model.spec, pad_for_tp
-    if checkpoint is not None:
+    spec, bits, ranks = model.spec, asked.bits, asked.pad_for_tp
+    if asked.checkpoint is not None:
         _refuse_padding(ranks)
-        return _checkpoint_weights(spec, checkpoint, read_object(inside(checkpoint, "config.json")))
-    mixed = {"--target-size": target_bytes, "--recipe": recipe}
-    if engine == "llama.cpp":
-        return _gguf(spec, bits, mixed | {"--group-size": group_size, "--pad-for-tp": ranks})
-    if all(value is None for value in (bits, group_size, *mixed.values())):
+        return _checkpoint_weights(spec, asked.checkpoint, read_object(inside(asked.checkpoint, "config.json")))
+    mixed = {"--target-size": asked.target_bytes, "--recipe": asked.recipe}
+    if asked.gguf:
+        return _gguf(spec, bits, mixed | {"--group-size": asked.group_size, "--pad-for-tp": ranks})
+    if all(value is None for value in (bits, asked.group_size, *mixed.values())):
         found = _own_weights(model)
         if found is not None:
             _refuse_padding(ranks)
             return found
-    if target_bytes is not None or recipe is not None:
-        dtype_of = source_dtypes(model)
-        spec = widened(spec, ranks, None) if ranks is not None else spec
-        if recipe is not None:
-            chosen, source = saved_recipe(spec, recipe), "every tensor of the recipe, byte for byte"
-        else:
-            assert target_bytes is not None
-            chosen = sized_recipe(spec, target_bytes, dtype_of, ranks)
-            source = "every tensor of the recipe that the prior chooses, byte for byte"
-        chosen.check(spec)
-        return recipe_weights(spec, chosen, dtype=dtype_of, source=source)
-    scheme = Scheme(4 if bits in (None, 16) else bits, 128 if group_size is None else group_size)
+    if any(value is not None for value in mixed.values()):
+        return _mixed_weights(model, asked)
+    scheme = Scheme(4 if bits in (None, 16) else bits, 128 if asked.group_size is None else asked.group_size)
     uniform = Recipe(None if bits == 16 else scheme)
     if ranks is not None:
         if bits == 16:
             _refuse_padding(ranks)
+        from qwenq.planning.budget import widened
+
         spec = widened(spec, ranks, uniform)
     uniform.check(spec)
     return recipe_weights(spec, uniform)
+
+
+def _mixed_weights(model: Model, asked: WeightsAsked) -> Weights:
+    """Weights of several schemes: by a recipe file, or by the recipe that a size asks for."""
+    from qwenq.planning.budget import sized_recipe, widened
+    from qwenq.planning.recipefile import saved_recipe
+
+    spec, ranks, dtype_of = model.spec, asked.pad_for_tp, source_dtypes(model)
+    spec = widened(spec, ranks, None) if ranks is not None else spec
+    if asked.recipe is not None:
+        chosen, source = saved_recipe(spec, asked.recipe), "every tensor of the recipe, byte for byte"
+    else:
+        assert asked.target_bytes is not None
+        chosen = sized_recipe(spec, asked.target_bytes, dtype_of, ranks)
+        source = "every tensor of the recipe that the prior chooses, byte for byte"
+    chosen.check(spec)
+    return recipe_weights(spec, chosen, dtype=dtype_of, source=source)
 
 
 def _own_weights(model: Model) -> Weights | None:

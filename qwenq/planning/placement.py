@@ -1,44 +1,68 @@
-"""Where a model's layers go: a split over GPUs that may differ, the embedding and head with it, and what must stay out.
+"""Layouts of a case on its rig: layers split over GPUs that may differ, or tensor and pipeline parallel ranks.
 
-Layered engines (qwenq, transformers, llama.cpp) run GPU after GPU: contiguous layers each, embedding on the first, head
-on the last (a tied head on the first). vLLM cuts every layer over equal ranks, or stages of layers, see `parallel`.
+Engines without tensor parallelism run GPU after GPU: contiguous layers each, embedding on the first, head on the last
+(a tied head on the first). Servers cut every layer over equal ranks, in stages of layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from qwenq.errors import HonestNo, PlanError
 from qwenq.model.spec import ModelSpec
-from qwenq.planning.engines import Engine
-from qwenq.planning.memory import MemoryEstimate, check_context, estimate, gpu_terms
-from qwenq.planning.offload import host_layers_bytes
-from qwenq.planning.rig import Rig
-from qwenq.planning.terms import GpuMemory, Share, Term, Workload
-from qwenq.planning.torch_terms import run_weights
+from qwenq.planning.case import Case, Share, check_context, rank_shares
+from qwenq.planning.memory import GpuMemory, MemoryEstimate, Term, estimate
+from qwenq.planning.tensor_parallel import helpful_width, tensor_parallel_reasons
 from qwenq.planning.weights import Weights
+
+DeviceMap = dict[str, int | str]
 
 
 @dataclass(frozen=True)
-class Placement:
-    """Shares in device order, what they need, and why they are so. Layers from `gpu_layers` on are in host memory."""
+class Layout(ABC):
+    """A share for each GPU, in device order, and the memory they need."""
 
     shares: tuple[Share, ...]
-    gpu_layers: int
     memory: MemoryEstimate
+
+    @property
+    @abstractmethod
+    def fits(self) -> bool:
+        """Everything is on the GPUs and within their limits."""
+
+    @property
+    @abstractmethod
+    def how(self) -> str:
+        """`layers split`, `TP 2 x PP 1`."""
+
+    @property
+    def certainty(self) -> str:
+        """`fits`, `tight` or `does not fit` over the whole range."""
+        return self.memory.certainty
+
+
+@dataclass(frozen=True)
+class Placement(Layout):
+    """Layers split over GPUs, and why so. Layers from `gpu_layers` on are in host memory."""
+
+    gpu_layers: int
     offloaded_bytes: int  # weights in host memory
     reason: str
 
     @property
     def fits(self) -> bool:
-        """Everything is on the GPUs and within their limits."""
         return bool(self.memory.fits) and self.offloaded_bytes == 0
 
-    def device_map(self) -> dict[str, int | str]:
+    @property
+    def how(self) -> str:
+        return "layers split"
+
+    def device_map(self) -> DeviceMap:
         """transformers' device_map: module name to GPU index or `cpu`."""
-        devices: dict[str, int | str] = {}
+        devices: DeviceMap = {}
         head: int | str = "cpu"
         for index, share in enumerate(self.shares):
             if share.embed:
@@ -69,18 +93,45 @@ class Placement:
         }
 
 
-def place(
-    spec: ModelSpec, weights: Weights, rig: Rig, engine: Engine, work: Workload, *, offload: bool = False
-) -> Placement:
+def host_map(spec: ModelSpec) -> DeviceMap:
+    """Everything on the CPU, under transformers' module names."""
+    layers = {f"model.layers.{layer}": "cpu" for layer in range(spec.num_hidden_layers)}
+    return {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", **layers, "model.norm": "cpu", "lm_head": "cpu"}
+
+
+def spill_to_disk(devices: DeviceMap, weights: Weights, room_bytes: int) -> DeviceMap:
+    """The same map with the last of the CPU's layers on `disk`, so that the others take at most `room_bytes`."""
+    found, taken, full = dict(devices), 0, False
+    for layer, n_bytes in enumerate(weights.layer_bytes):
+        name = f"model.layers.{layer}"
+        if devices[name] == "cpu":
+            taken += n_bytes
+            full = full or taken > room_bytes
+            if full:
+                found[name] = "disk"
+    return found
+
+
+def host_layers_bytes(case: Case, layer_bytes: Sequence[int], gpu_layers: int) -> int:
+    """Bytes that layers in host memory still take on the first GPU: their KV cache, and one of them while it runs."""
+    out = case.spec.num_hidden_layers - gpu_layers
+    if out == 0 or case.engine.host_layers_stay:
+        return 0
+    kv = 2 * out * case.spec.kv_size * case.kv_bytes * case.work.context * case.work.batch
+    return round(kv) + max(layer_bytes[gpu_layers:])
+
+
+def place(case: Case, *, offload: bool = False) -> Placement:
     """The split that leaves the most room on the fullest GPU; the least bad one when nothing fits.
 
     With `offload`, a model that does not fit keeps as many layers on the GPUs as they hold, the rest in host memory;
-    HonestNo when they hold not even none. Raises PlanError for vLLM, whose ranks are not free to choose.
+    HonestNo when they hold not even none. Raises PlanError for a server, whose ranks are not free to choose.
     """
-    check_context(spec, work)
+    spec, engine = case.spec, case.engine
+    check_context(spec, case.work)
     if not engine.layered:
-        raise PlanError("vLLM places its own layers", hint="see tensor and pipeline parallel options")
-    split = _Splitter(spec, weights, rig, engine, work)
+        raise PlanError(f"{engine.title} places its own layers", hint="see tensor and pipeline parallel options")
+    split = _Splitter(case)
     layers = spec.num_hidden_layers
     shares = split.fill(layers, 0)
     if shares is not None:
@@ -92,25 +143,17 @@ def place(
     filled = split.fill(kept, 0) if kept >= 0 else None
     if filled is None:
         raise HonestNo(
-            f"{rig.label}: not even the embedding and head of {spec.name or 'the model'} fit beside the working memory",
+            f"{case.hardware.label}: not even the embedding and head of {spec.name or 'the model'} fit beside the "
+            "working memory",
             hint="a larger first GPU, a smaller --prefill-chunk or a shorter context",
         )
     reason = f"{kept} of {layers} layers fit on the GPUs, {layers - kept} stay in host memory"
     return split.placement(filled, kept, reason)
 
 
-def largest_context(spec: ModelSpec, weights: Weights, rig: Rig, engine: Engine, work: Workload) -> int:
-    """Most tokens a sequence can have with every layer on the GPUs, at most the model's own limit; 0 when none."""
-
-    def fits(context: int) -> bool:
-        return holds(spec, weights, rig, engine, replace(work, context=context, prompt=0))
-
-    return search_context(fits, spec.extended_context)
-
-
-def holds(spec: ModelSpec, weights: Weights, rig: Rig, engine: Engine, work: Workload) -> bool:
+def splits(case: Case) -> bool:
     """Whether some split keeps every layer on the GPUs."""
-    return _Splitter(spec, weights, rig, engine, work).fill(spec.num_hidden_layers, 0) is not None
+    return _Splitter(case).fill(case.spec.num_hidden_layers, 0) is not None
 
 
 def search_context(fits: Callable[[int], bool], limit: int) -> int:
@@ -125,13 +168,13 @@ def search_context(fits: Callable[[int], bool], limit: int) -> int:
 
 
 class _Splitter:
-    """Fills GPUs in order; sizes of one model, rig and workload."""
+    """Fills a case's GPUs in order."""
 
-    def __init__(self, spec: ModelSpec, weights: Weights, rig: Rig, engine: Engine, work: Workload) -> None:
-        self.spec, self.weights, self.rig, self.engine, self.work = spec, weights, rig, engine, work
-        self.layer_bytes = run_weights(weights, engine, work, rig.gpus[0]).layer_bytes
+    def __init__(self, case: Case) -> None:
+        self.case, self.rig = case, case.hardware
+        self.layer_bytes = case.engine.kept(case.weights, case.work, self.rig.gpus[0]).layer_bytes
         self.costs: dict[tuple[Share, str], int] = {}
-        self.tied_first = spec.tie_word_embeddings and engine.name != "llama.cpp"
+        self.tied_first = case.spec.tie_word_embeddings and not case.engine.copies_tied_head
 
     def fill(self, layers: int, room: int) -> tuple[Share, ...] | None:
         """Shares of the first `layers` layers that leave `room` bytes on every GPU in use, or None."""
@@ -143,7 +186,7 @@ class _Splitter:
         return None
 
     def _fill_before(self, layers: int, room: int, head: int, count: int) -> tuple[Share, ...] | None:
-        """Greedy: each of the first `count` GPUs takes what it can; the head is on GPU `head`."""
+        """Greedy: each of the first `count` GPUs takes as much as it can; the head is on GPU `head`."""
         shares: list[Share] = []
         start, gpus = 0, len(self.rig.gpus)
         for index in range(gpus):
@@ -181,29 +224,131 @@ class _Splitter:
 
     def most_layers(self) -> int:
         """Most layers that fit on the GPUs beside what offloading itself needs; -1 when not even none do."""
-        low, high = -1, self.spec.num_hidden_layers - 1
+        low, high = -1, self.case.spec.num_hidden_layers - 1
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self.fill(middle, 0) is not None else (low, middle - 1)
         return low
 
     def placement(self, shares: tuple[Share, ...], gpu_layers: int, reason: str) -> Placement:
-        memory = estimate(self.spec, self.weights, self.engine, self.work, self.rig, shares)
+        memory = estimate(self.case, shares)
         extra = self._offload_bytes(gpu_layers)
         if extra:
             term = Term("kv_cache", extra, "fitted", "KV of the layers in host memory, and one such layer at work")
             first = memory.gpus[0]
             gpu = GpuMemory(first.name, (*first.terms, term), first.limit_bytes, first.moment)
             memory = replace(memory, gpus=(gpu, *memory.gpus[1:]))
-        out = sum(self.layer_bytes[gpu_layers:])
-        return Placement(shares, gpu_layers, memory, out, reason)
+        return Placement(shares, memory, gpu_layers, sum(self.layer_bytes[gpu_layers:]), reason)
 
     def _cost(self, share: Share, index: int) -> int:
         key = share, self.rig.gpus[index].name
         if key not in self.costs:
-            terms, _ = gpu_terms(self.spec, self.weights, self.engine, self.work, share, self.rig.gpus[index])
+            terms, _ = self.case.engine.terms(self.case, share, self.rig.gpus[index])
             self.costs[key] = sum(term.n_bytes for term in terms)
         return self.costs[key]
 
     def _offload_bytes(self, gpu_layers: int) -> int:
-        return host_layers_bytes(self.spec, self.layer_bytes, self.engine, self.work, gpu_layers)
+        return host_layers_bytes(self.case, self.layer_bytes, gpu_layers)
+
+
+@dataclass(frozen=True)
+class ParallelOption:
+    """`tensor` ranks times `pipeline` stages; `reasons` says why not, empty when the shapes allow it."""
+
+    tensor: int
+    pipeline: int
+    reasons: tuple[str, ...]
+    memory: MemoryEstimate | None  # None when the shapes forbid it
+
+    @property
+    def works(self) -> bool:
+        return not self.reasons and self.memory is not None and self.memory.fits is True
+
+    @property
+    def verdict(self) -> str:
+        """One line: possible and fits, possible and short by how much, or why not."""
+        if self.reasons or self.memory is None:
+            return "no: " + "; ".join(self.reasons)
+        if self.memory.fits:
+            return f"fits, KV cache of {self.memory.kv_capacity_tokens} tokens"
+        worst = min(gpu.free_bytes or 0 for gpu in self.memory.gpus)
+        return f"shapes allow it, but a GPU is short of {-worst / (1 << 30):.2f} GiB"
+
+    def longest_context(self, case: Case) -> int:
+        """Most tokens a sequence can have in this layout; 0 when none."""
+        shares = rank_shares(case.spec, self.tensor, self.pipeline)
+        return search_context(lambda context: bool(estimate(case.at(context), shares).fits), case.spec.extended_context)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "tensor_parallel_size": self.tensor,
+            "pipeline_parallel_size": self.pipeline,
+            "possible": not self.reasons,
+            "fits": self.memory.fits if self.memory else False,
+            "kv_capacity_tokens": self.memory.kv_capacity_tokens if self.memory else None,
+            "verdict": self.verdict,
+        }
+
+
+@dataclass(frozen=True)
+class RankLayout(Layout):
+    """Ranks of a server; without an option the shapes forbid every way, and the memory is of stages alone."""
+
+    option: ParallelOption | None
+
+    @property
+    def fits(self) -> bool:
+        return self.option is not None and self.option.works
+
+    @property
+    def how(self) -> str:
+        return f"TP {self.option.tensor} x PP {self.option.pipeline}" if self.option else ""
+
+    @property
+    def certainty(self) -> str:
+        return self.memory.certainty if self.option else "does not fit"
+
+
+def cutting_reasons(spec: ModelSpec, weights: Weights, ranks: int) -> list[str]:
+    """Why `ranks` tensor-parallel ranks cannot cut these weights, padding included; empty when they can."""
+    stored = replace(spec, intermediate_size=weights.intermediate_size)
+    return tensor_parallel_reasons(stored, weights.row_groups, ranks)
+
+
+def padded_weights(spec: ModelSpec, weights: Weights, ranks: int) -> Weights | None:
+    """These weights with the FFN padded so that `ranks` ranks can cut them; None when padding cannot bring that about.
+
+    Layers grow in proportion to the weights of their linears.
+    """
+    stored = replace(spec, intermediate_size=weights.intermediate_size)
+    width = helpful_width(stored, weights.row_groups, [ranks])
+    if not width:
+        return None
+    growth = replace(spec, intermediate_size=width).linear_parameters / stored.linear_parameters
+    layers = tuple(tuple(round(n_bytes * growth) for n_bytes in layer) for layer in weights.layers)
+    return replace(weights, layers=layers, intermediate_size=width, parts=())
+
+
+def parallel_options(case: Case) -> tuple[ParallelOption, ...]:
+    """Every way to use all GPUs of the rig with the case's server, most tensor parallelism first."""
+    count = len(case.hardware.gpus)
+    options = []
+    for tensor in sorted((n for n in range(1, count + 1) if count % n == 0), reverse=True):
+        stages = count // tensor
+        reasons = cutting_reasons(case.spec, case.weights, tensor)
+        if stages > case.spec.num_hidden_layers:
+            reasons.append(f"{stages} stages for {case.spec.num_hidden_layers} layers")
+        if unread := case.engine.refusal(case.weights.method):
+            reasons.append(unread)
+        memory = None if reasons else estimate(case, rank_shares(case.spec, tensor, stages))
+        options.append(ParallelOption(tensor, stages, tuple(reasons), memory))
+    return tuple(options)
+
+
+def best_option(options: Sequence[ParallelOption]) -> ParallelOption | None:
+    """The option that fits with the largest cache, else one that the shapes allow, else None."""
+    possible = [option for option in options if not option.reasons]
+    fitting = [option for option in possible if option.works]
+    if fitting:
+        return max(fitting, key=lambda o: (o.memory.kv_capacity_tokens or 0) if o.memory else 0)
+    return possible[0] if possible else None

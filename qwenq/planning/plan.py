@@ -7,107 +7,99 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qwenq.errors import HonestNo, PlanError
-from qwenq.formats.base import Recipe, Scheme
 from qwenq.model.spec import ModelSpec
-from qwenq.planning.engines import Engine, get_engine
-from qwenq.planning.escapes import Escape, vllm_escapes
-from qwenq.planning.kernels import compute_on
-from qwenq.planning.memory import MemoryEstimate, estimate, rank_shares
-from qwenq.planning.parallel import ParallelOption, best_option, largest_vllm_context, parallel_options
-from qwenq.planning.placement import Placement, holds, largest_context, place
-from qwenq.planning.rig import GIVEN, Gpu, Rig, catalogue, rig_of
+from qwenq.planning.case import Case, Share
+from qwenq.planning.escapes import Serving, serving
+from qwenq.planning.memory import MemoryEstimate
+from qwenq.planning.placement import Layout, Placement, place
+from qwenq.planning.rig import GIVEN, Gpu, catalogue, rig_of
 from qwenq.planning.speed import Speed, estimate_speed
 from qwenq.planning.tensor_parallel import tensor_parallel_lines, tensor_parallel_sizes
-from qwenq.planning.terms import Share, Workload
-from qwenq.planning.weights import Weights, recipe_weights
-from qwenq.units import GIB, format_gb, format_gib, format_tokens
+from qwenq.units import GIB, format_gib
 
 MAX_RECOMMENDED = 8  # GPUs of one kind
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The answer for one model, rig, engine and workload. `placement` is None for vLLM, which has `options`."""
+    """The answer to a case. `serving` is its own where its engine is a server, else the one a server would have."""
 
-    spec: ModelSpec
-    weights: Weights
-    rig: Rig
-    engine: Engine
-    work: Workload
-    fits: bool
-    memory: MemoryEstimate
-    shares: tuple[Share, ...]
-    placement: Placement | None
-    options: tuple[ParallelOption, ...]
-    chosen: ParallelOption | None
+    case: Case
+    layout: Layout
+    serving: Serving
     largest_context: int
-    offload: Placement | None  # what stays in host memory when nothing else fits
+    offload: Placement | None  # with layers in host memory, when nothing else fits
     speed: Speed
     offload_speed: Speed | None
     instead: tuple[str, ...]  # what would fit, when this does not
-    escapes: tuple[Escape, ...]  # what makes vLLM fit, when it does not as asked
+
+    @property
+    def fits(self) -> bool:
+        return self.layout.fits
 
     @property
     def certainty(self) -> str:
-        """`fits`, `tight` or `does not fit` over the whole range; a rig that no layout of vLLM can use does not fit."""
-        return self.memory.certainty if self.placement or self.chosen else "does not fit"
+        """`fits`, `tight` or `does not fit` over the whole range; a rig that no layout can use does not fit."""
+        return self.layout.certainty
+
+    @property
+    def memory(self) -> MemoryEstimate:
+        return self.layout.memory
+
+    @property
+    def shares(self) -> tuple[Share, ...]:
+        return self.layout.shares
+
+    @property
+    def placement(self) -> Placement | None:
+        """The split of layers; None for a server."""
+        return self.layout if isinstance(self.layout, Placement) else None
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What to know about the rig's GPUs, once a kind."""
-        found = []
-        for gpu in dict.fromkeys(self.rig.gpus):
+        """Remarks on the rig's GPUs, once a kind."""
+        rig, found = self.case.hardware, []
+        for gpu in dict.fromkeys(rig.gpus):
             if gpu.source == GIVEN:
                 found.append(f"{gpu.name}: {gpu.note}")
-            if self.engine.name == "qwenq" and self._writes_out(gpu):
-                major, minor = gpu.compute_capability or (0, 0)
-                found.append(
-                    f"{gpu.name}: no packed kernel (compute capability {major}.{minor}, it needs 8.0): "
-                    "weights are written out for every token"
-                )
-        if self.rig.needs_pci_order:
+            found += self.case.engine.notes(self.case, gpu)
+        if rig.needs_pci_order:
             found.append("GPUs are in the driver's order; CUDA numbers them so with CUDA_DEVICE_ORDER=PCI_BUS_ID")
         return tuple(found)
-
-    def _writes_out(self, gpu: Gpu) -> bool:
-        """Whether a newer GPU would have a packed kernel for what this one writes out."""
-        here = compute_on(gpu, self.work.value_bytes)
-        packed = {shape for part in self.weights.parts for shape in part.packed}
-        newer = replace(here, capability=max(here.capability, (8, 0)))
-        return any(shape.kind(here) != shape.kind(newer) for shape in packed)
 
     @property
     def tensor_parallel(self) -> dict[str, str]:
         """Tensor-parallel sizes of these weights, each with why not, or nothing where it works."""
-        return tensor_parallel_sizes(self._stored, self.weights.row_groups)
+        return tensor_parallel_sizes(self._stored, self.case.weights.row_groups)
 
     @property
     def tensor_parallel_lines(self) -> list[str]:
         """The same to read."""
-        return tensor_parallel_lines(self._stored, self.weights.row_groups)
+        return tensor_parallel_lines(self._stored, self.case.weights.row_groups)
 
     @property
     def _stored(self) -> ModelSpec:
-        return replace(self.spec, intermediate_size=self.weights.intermediate_size)
+        return replace(self.case.spec, intermediate_size=self.case.weights.intermediate_size)
 
     def to_json(self) -> dict[str, Any]:
+        case, rig = self.case, self.case.hardware
         return {
-            "model": self.spec.name,
-            "rig": self.rig.label,
-            "engine": self.engine.label,
-            "context": self.work.context,
-            "batch_size": self.work.batch,
+            "model": case.spec.name,
+            "rig": rig.label,
+            "engine": case.engine.label,
+            "context": case.work.context,
+            "batch_size": case.work.batch,
             "fits": self.fits,
             "certainty": self.certainty,
             "notes": list(self.notes),
             "largest_context": self.largest_context,
-            "weights": {"label": self.weights.label, "bytes": self.weights.total_bytes},
+            "weights": {"label": case.weights.label, "bytes": case.weights.total_bytes},
             "gpus": [
                 {**gpu.to_json(), "free_bytes": gpu.free_bytes, "limit_source": kind.limit_source}
-                for gpu, kind in zip(self.memory.gpus, self.rig.gpus, strict=True)
+                for gpu, kind in zip(self.memory.gpus, rig.gpus, strict=True)
             ],
             "placement": self.placement.to_json() if self.placement else None,
-            "parallel": [option.to_json() for option in self.options],
+            "parallel": [option.to_json() for option in self.serving.options],
             "tensor_parallel": self.tensor_parallel,
             "offload": self.offload.to_json() if self.offload else None,
             "speed": self.speed.to_json() if self.fits else None,  # of a split that does not fit it says nothing
@@ -116,43 +108,26 @@ class Plan:
         }
 
 
-def make_plan(spec: ModelSpec, weights: Weights, rig: Rig, engine: Engine, work: Workload) -> Plan:
-    """Plan `weights` of `spec` on `rig`; says what fits instead when they do not.
+def make_plan(case: Case) -> Plan:
+    """Plan a case on its rig; says what fits instead when it does not.
 
     Raises PlanError for a GPU the engine does not run on.
     """
-    for gpu in rig.gpus:
-        if not runs_on(engine, gpu):
+    engine = case.engine
+    for gpu in case.hardware.gpus:
+        if not engine.runs_on(gpu):
             raise PlanError(f"{engine.name} does not run on {gpu.name}", hint="--engine llama.cpp does")
-    vllm = engine if engine.name == "vllm" else get_engine("vllm")
-    vllm_work = work if engine.name == "vllm" else replace(work, kv_dtype=_vllm_kv(work.kv_dtype), prefill_chunk=0)
-    options = parallel_options(spec, weights, vllm, vllm_work, rig)
-    chosen = best_option(options)
-    offload = None
-    if engine.layered:
-        placement = place(spec, weights, rig, engine, work)
-        memory, shares, fits = placement.memory, placement.shares, placement.fits
-        longest = largest_context(spec, weights, rig, engine, work)
-        if not fits:
-            with suppress(HonestNo):  # then not even offloading helps, and the plan has none
-                offload = place(spec, weights, rig, engine, work, offload=True)
-    else:
-        placement = None
-        shares = rank_shares(spec, chosen.tensor, chosen.pipeline) if chosen else rank_shares(spec, 1, len(rig.gpus))
-        memory = estimate(spec, weights, engine, work, rig, shares)
-        fits = chosen is not None and chosen.works
-        possible = [option for option in options if not option.reasons]
-        longest = max((largest_vllm_context(spec, weights, engine, work, rig, o) for o in possible), default=0)
-    escapes = () if chosen and chosen.works else vllm_escapes(spec, weights, vllm, vllm_work, rig)
-    speed = estimate_speed(spec, weights, engine, work, rig.gpus, shares)
-    slow = None
-    if offload is not None:
-        slow = estimate_speed(spec, weights, engine, work, rig.gpus, offload.shares, offload.offloaded_bytes)
-    instead = () if fits else tuple(_instead(spec, weights, rig, engine, work, longest, escapes))
-    return Plan(
-        spec, weights, rig, engine, work, fits, memory, shares, placement, options, chosen, longest, offload, speed,
-        slow, instead, escapes,
-    )  # fmt: skip
+    served = serving(engine.served(case))
+    layout = engine.layout(case)
+    longest = engine.longest_context(case)
+    offload = slow = None
+    if engine.layered and not layout.fits:
+        with suppress(HonestNo):  # then not even offloading helps, and the plan has none
+            offload = place(case, offload=True)
+            slow = estimate_speed(case, offload.shares, offload.offloaded_bytes)
+    speed = estimate_speed(case, layout.shares)
+    instead = () if layout.fits else tuple(engine.instead(case, longest, served.escapes))
+    return Plan(case, layout, served, longest, offload, speed, slow, instead)
 
 
 @dataclass(frozen=True)
@@ -179,79 +154,24 @@ class Recommendation:
         }
 
 
-def recommend(spec: ModelSpec, weights: Weights, engine: Engine, work: Workload) -> tuple[Recommendation, ...]:
-    """Rigs of up to 8 equal GPUs that hold the model at the asked context: cheapest first, unpriced last."""
-    found = []
+def recommend(case: Case) -> tuple[Recommendation, ...]:
+    """Rigs of up to 8 equal GPUs that hold the model at the asked context: cheapest first, unpriced last.
+
+    The case's own rig does not count.
+    """
+    engine, found = case.engine, []
     for gpu in catalogue():
-        if not runs_on(engine, gpu):
+        if not engine.runs_on(gpu):
             continue
         for count in range(1, MAX_RECOMMENDED + 1):
-            rig = rig_of([gpu] * count)
-            how = how_held(spec, weights, rig, engine, work)
+            tried = replace(case, rig=rig_of([gpu] * count))
+            how = engine.how_held(tried)
             if how:
-                if engine.layered:
-                    longest = largest_context(spec, weights, rig, engine, work)
-                else:
-                    option = best_option(parallel_options(spec, weights, engine, work, rig))
-                    longest = largest_vllm_context(spec, weights, engine, work, rig, option) if option else 0
-                how += "; ROCm, not tried" if gpu.vendor == "amd" and engine.name != "llama.cpp" else ""
+                how += "; ROCm, not tried" if gpu.vendor == "amd" and not engine.rocm_tried else ""
                 how += "; memory shared with the system" if gpu.unified else ""
-                found.append(Recommendation(gpu, count, longest, how))
+                found.append(Recommendation(gpu, count, engine.longest_context(tried), how))
                 break
     return tuple(sorted(found, key=lambda r: (r.price_usd is None, r.price_usd or 0, r.count, r.gpu.name)))
-
-
-def runs_on(engine: Engine, gpu: Gpu) -> bool:
-    """Whether the engine runs on such a GPU at all: CUDA and ROCm for the torch engines, anything for llama.cpp."""
-    return engine.name == "llama.cpp" or gpu.vendor not in ("intel", "apple")
-
-
-def how_held(spec: ModelSpec, weights: Weights, rig: Rig, engine: Engine, work: Workload) -> str:
-    """How the rig holds the model: `layers split`, `TP 2 x PP 1`; empty when it does not."""
-    if engine.layered:
-        return "layers split" if holds(spec, weights, rig, engine, work) else ""
-    option = best_option(parallel_options(spec, weights, engine, work, rig))
-    return f"TP {option.tensor} x PP {option.pipeline}" if option and option.works else ""
-
-
-def _instead(
-    spec: ModelSpec,
-    weights: Weights,
-    rig: Rig,
-    engine: Engine,
-    work: Workload,
-    longest: int,
-    escapes: tuple[Escape, ...],
-) -> list[str]:
-    """What would fit on this rig, nearest first."""
-    found = []
-    if engine.name == "vllm":
-        found = [escape.text for escape in escapes]
-    elif longest:
-        found.append(f"a context of {format_tokens(longest)} with these weights")
-    if engine.layered and work.kv_dtype in ("auto", "fp16", "bf16"):
-        smaller = {"llama.cpp": "q8_0"}.get(engine.name, "fp8")
-        if engine.name != "transformers":
-            asked = replace(work, kv_dtype=smaller)
-            if how_held(spec, weights, rig, engine, asked):
-                found.append(f"--kv-cache-dtype {smaller} at {format_tokens(work.context)}")
-    if engine.name == "transformers" and not work.prefill_chunk:
-        asked = replace(work, prefill_chunk=1024)
-        if how_held(spec, weights, rig, engine, asked):
-            found.append("--prefill-chunk 1024 (the prompt in pieces)")
-    uniform = recipe_weights(spec, Recipe(Scheme(4, 128))) if _divides(spec, 128) else None
-    lighter = uniform and engine.name != "llama.cpp" and uniform.total_bytes < weights.total_bytes
-    if uniform and lighter and how_held(spec, uniform, rig, engine, work):
-        found.append(f"uniform 4-bit g128, {format_gb(uniform.total_bytes)}, at {format_tokens(work.context)}")
-    return found
-
-
-def _divides(spec: ModelSpec, group: int) -> bool:
-    return all(lin.in_features % group == 0 for lin in spec.layer_linears(0))
-
-
-def _vllm_kv(kv_dtype: str) -> str:
-    return kv_dtype if kv_dtype in ("auto", "fp16", "bf16", "fp8") else "fp8"
 
 
 def describe_gpu(plan: Plan, index: int) -> str:

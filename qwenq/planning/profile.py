@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenq.errors import PlanError
-from qwenq.planning.terms import Term
+from qwenq.planning.memory import Term
 
 KIND = "qwenq-vram-profile"
 VERSION = 1

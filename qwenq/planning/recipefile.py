@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from qwenq.errors import PlanError
-from qwenq.formats.base import GROUP_SIZES, Scheme, label_of, parse_scheme
+from qwenq.formats.base import Recipe, Scheme, get_format, label_of, parse_scheme
 from qwenq.model.spec import UNITS, ModelSpec
-from qwenq.planning.budget import Budgeted, Choice
+from qwenq.planning.budget import Budgeted, Choice, recipe_of
 from qwenq.planning.sensitivity import Unit, members_of
 
 VERSION = 1
@@ -98,8 +98,7 @@ def _scheme(spec: ModelSpec, unit: Unit, label: Any, where: str, format: str) ->
             raise PlanError(f"{label!r} is no scheme", hint="schemes are text, for instance '4-bit g128'")
         scheme = parse_scheme(label)
         if scheme is not None:
-            zero_points = not scheme.sym and not (format == "compressed-tensors" and scheme.bits == 4)
-            if scheme.group_size not in (-1, *GROUP_SIZES) or zero_points:
+            if not get_format(format).mixes_in(scheme):
                 raise PlanError(
                     f"{scheme.label} is not offered in mixed {format} checkpoints",
                     hint="groups of 128, 64 or 32, or per channel; 4 bits with zero points in compressed-tensors only",
@@ -120,3 +119,8 @@ def _line(text: str, key: str) -> str:
 
 def _quoted(text: str) -> str:
     return '"' + re.sub(r'["\\\x00-\x1f\x7f]', "_", text) + '"'
+
+
+def saved_recipe(spec: ModelSpec, path: Path) -> Recipe:
+    """The recipe of `quantize --recipe`."""
+    return recipe_of(spec, read_recipe(path, spec))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qwenq.errors import PlanError
-from qwenq.formats.base import GROUP_SIZES, Scheme, label_of, parse_scheme
+from qwenq.formats.base import ASYMMETRIC, SYMMETRIC, Scheme, label_of, parse_scheme
 from qwenq.io.json import read_object
 from qwenq.model.spec import UNITS, LinearSpec, ModelSpec
 
@@ -117,23 +117,23 @@ def members_of(spec: ModelSpec, unit: Unit) -> tuple[LinearSpec, ...]:
     return tuple(lin for lin in spec.layer_linears(unit[0]) if lin.unit == unit[1])
 
 
-def schemes_for(spec: ModelSpec, unit: str, *, asymmetric: bool = False) -> tuple[Scheme, ...]:
-    """4-bit and 8-bit schemes of every group size that divides the unit's input and packs; 4-bit asymmetric if asked.
+def options_of(asymmetric: bool) -> tuple[Scheme, ...]:
+    """Schemes that tables are of: 4 bits with zero points only if asked for."""
+    return SYMMETRIC + ASYMMETRIC if asymmetric else SYMMETRIC
 
-    Symmetric, equal over the unit, group in {32, 64, 128}: what vLLM's fused linears accept.
-    """
-    found = []
-    for bits, sym in ((4, True), (8, True), (4, False)):
-        if sym or asymmetric:
-            for group in GROUP_SIZES:
-                scheme = Scheme(bits, group, sym)
-                try:
-                    for lin in members_of(spec, (0, unit)):
-                        scheme.check(lin)
-                except PlanError:
-                    continue
-                found.append(scheme)
-    return tuple(found)
+
+def schemes_for(spec: ModelSpec, unit: str, options: Iterable[Scheme] = SYMMETRIC) -> tuple[Scheme, ...]:
+    """Those of `options` whose groups divide the unit's input and whose codes pack."""
+
+    def held(scheme: Scheme) -> bool:
+        try:
+            for lin in members_of(spec, (0, unit)):
+                scheme.check(lin)
+        except PlanError:
+            return False
+        return True
+
+    return tuple(filter(held, options))
 
 
 def prior_noise(scheme: Scheme) -> float:
@@ -155,7 +155,7 @@ def prior(spec: ModelSpec, *, asymmetric: bool = False) -> Sensitivity:
     """Sensitivities guessed from kind and depth, for planning without weights."""
     kl: dict[Unit, dict[Scheme | None, float]] = {}
     for unit in units_of(spec):
-        schemes = schemes_for(spec, unit[1], asymmetric=asymmetric)
+        schemes = schemes_for(spec, unit[1], options_of(asymmetric))
         kl[unit] = {scheme: prior_kl(spec, unit) * prior_noise(scheme) for scheme in schemes}
     return Sensitivity(spec.name, "", kl)
 

@@ -14,13 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwenq.model.spec import ModelSpec
-from qwenq.planning.engines import Engine, kv_bytes_per_value, prefill_chunk
+from qwenq.planning.case import Case, Share
 from qwenq.planning.rig import Gpu
-from qwenq.planning.terms import Share, Workload
-from qwenq.planning.torch_terms import run_weights
-from qwenq.planning.weights import Weights
 
-REPEATED_KV_TRAFFIC = 3.9
 MATRIX_RATE = 0.4  # of the dense tensor rate, in prefill; fitted 0.37 to 0.47 in vLLM
 _PCIE_LANE_GB_S = {3: 0.985, 4: 1.969, 5: 3.938}  # one direction
 
@@ -37,26 +33,6 @@ class SpeedFit:
     source: str
 
 
-_TRANSFORMERS = "Qwen2.5 A100 runs, transformers 4.46"
-_VLLM = "Qwen2.5 A100 runs, vLLM 0.6.3"
-FITS = {
-    ("transformers", "none", 16): SpeedFit(0.63e-3, 0, 1.0, 0.75, 1.21, _TRANSFORMERS),
-    ("transformers", "gptq", 8): SpeedFit(0.94e-3, 0, 1.0, 0.81, 1.20, _TRANSFORMERS),
-    ("transformers", "gptq", 4): SpeedFit(0.68e-3, 0, 1.37, 0.84, 1.10, _TRANSFORMERS),
-    ("transformers", "awq", 4): SpeedFit(0.92e-3, 0, 1.0, 0.83, 1.24, _TRANSFORMERS),
-    ("vllm", "none", 16): SpeedFit(0.112e-3, 0.030e-3, 1.17, 0.95, 1.13, _VLLM),
-    ("vllm", "gptq", 8): SpeedFit(0.146e-3, 0.015e-3, 1.05, 0.94, 1.16, _VLLM),
-    ("vllm", "gptq", 4): SpeedFit(0.144e-3, 0.0, 1.05, 0.94, 1.20, _VLLM),
-    ("vllm", "awq", 4): SpeedFit(0.148e-3, 0.007e-3, 1.05, 0.96, 1.17, _VLLM),
-}
-
-# No published run: transformers' overhead for our engine; llama.cpp reads the weights at 50 to 90 % of the bandwidth.
-UNMEASURED = {
-    "qwenq": SpeedFit(0.68e-3, 0, 1.37, 0.6, 1.6, "transformers' GPTQ runs; this engine is not measured yet"),
-    "transformers": SpeedFit(0.8e-3, 0, 1.2, 0.7, 1.4, "between transformers' measured formats"),
-    "vllm": SpeedFit(0.15e-3, 0.01e-3, 1.1, 0.8, 1.2, "between vLLM's measured formats"),
-    "llama.cpp": SpeedFit(0.0, 0, 1.5, 0.75, 1.35, "assumed: weights read at 50 to 90 % of the bandwidth"),
-}
 HOST_GB_S = (25, 80)  # a desktop CPU reading host memory: two channels of DDR4 or DDR5
 OTHER_CARD = 1.3  # the fit is of one card and host; elsewhere the range widens by this
 
@@ -77,49 +53,43 @@ class Speed:
         }
 
 
-def speed_fit(engine: Engine, weights: Weights) -> SpeedFit:
-    """The fit for an engine and a format, or the stand-in when nobody published one."""
-    return FITS.get((engine.name, weights.method, weights.bits), UNMEASURED[engine.name])
-
-
-def decode_seconds(
-    spec: ModelSpec, weights: Weights, engine: Engine, work: Workload, gpus: Sequence[Gpu], shares: Sequence[Share]
-) -> float | None:
+def decode_seconds(case: Case, shares: Sequence[Share]) -> float | None:
     """Fitted seconds of one step, a token for every sequence, at the full context; None when a bandwidth is unknown.
 
     Ranks of a stage run together. Weights that a kernel writes out in 16 bit are written and read once more.
     """
-    fit = speed_fit(engine, weights)
-    value = kv_bytes_per_value(engine, work.kv_dtype)
+    spec, weights, engine, work = case.spec, case.weights, case.engine, case.work
+    fit = engine.speed_fit(weights)
+    tokens = work.context * work.batch
     seconds = 0.0
-    for gpu, share, computed in zip(gpus, shares, _computed(spec, engine, shares), strict=True):
+    for gpu, share, computed in zip(case.hardware.gpus, shares, _computed(case, shares), strict=True):
         if not share.used and not computed:
             continue
         if gpu.bandwidth_gb_s is None:
             return None
-        layers, held = len(computed), run_weights(weights, engine, work, gpu)
+        layers, held = len(computed), engine.kept(weights, work, gpu)
         read = sum(held.layer_bytes[layer] for layer in computed) * fit.traffic
         if held.strip_bytes and work.batch >= held.strip_rows:
             read += 4 * layers * spec.linear_parameters / spec.num_hidden_layers
         if share.head:
             read += sum(weights.head or weights.embed) * fit.traffic
-        read += 2 * layers * spec.kv_size * value * work.context * work.batch
-        if engine.repeats_kv:
-            read += REPEATED_KV_TRAFFIC * 4 * layers * spec.q_size * work.context * work.batch
+        read += 2 * layers * spec.kv_size * case.kv_bytes * tokens
+        read += layers * engine.moved_in_attention(spec, tokens)
         overhead = (fit.layer_s + (fit.rank_layer_s if share.ranks > 1 else 0)) * layers
         seconds += (overhead + read / share.ranks / (gpu.bandwidth_gb_s * 1e9)) / share.ranks
     return seconds
 
 
-def prefill_seconds(spec: ModelSpec, work: Workload, gpus: Sequence[Gpu], shares: Sequence[Share]) -> float | None:
+def prefill_seconds(case: Case, shares: Sequence[Share]) -> float | None:
     """Seconds to read a prompt of the whole context at MATRIX_RATE; None when a tensor rate is unknown.
 
-    Layers in host memory are computed on the first GPU like its own, in llama.cpp too.
+    Layers in host memory are computed on the first GPU like its own, in every engine.
     """
+    spec, work = case.spec, case.work
     n, layers = work.prompt_tokens, spec.num_hidden_layers
     flops_layer = (2 * spec.linear_parameters / layers * n + 2 * n * n * spec.q_size) * work.batch
     seconds = 0.0
-    for index, (gpu, share) in enumerate(zip(gpus, shares, strict=True)):
+    for index, (gpu, share) in enumerate(zip(case.hardware.gpus, shares, strict=True)):
         computed = len(share.layers) + (len(_in_host_memory(spec, shares)) if index == 0 else 0)
         if not computed:
             continue
@@ -134,44 +104,37 @@ def _in_host_memory(spec: ModelSpec, shares: Sequence[Share]) -> range:
     return range(max(share.layers.stop for share in shares), spec.num_hidden_layers)
 
 
-def _computed(spec: ModelSpec, engine: Engine, shares: Sequence[Share]) -> list[list[int]]:
-    """Layers each GPU computes for a token. The first takes those in host memory, which llama.cpp leaves to the CPU."""
+def _computed(case: Case, shares: Sequence[Share]) -> list[list[int]]:
+    """Layers each GPU computes for a token; the first also those in host memory, unless the CPU does."""
     found = [list(share.layers) for share in shares]
-    if engine.name != "llama.cpp":
-        found[0] += _in_host_memory(spec, shares)
+    if not case.engine.host_layers_stay:
+        found[0] += _in_host_memory(case.spec, shares)
     return found
 
 
-def estimate_speed(
-    spec: ModelSpec,
-    weights: Weights,
-    engine: Engine,
-    work: Workload,
-    gpus: Sequence[Gpu],
-    shares: Sequence[Share],
-    offloaded_bytes: int = 0,
-) -> Speed:
+def estimate_speed(case: Case, shares: Sequence[Share], offloaded_bytes: int = 0) -> Speed:
     """Decode and prefill ranges; weights in host memory cross the bus once a step and once a prefill chunk.
 
-    llama.cpp's do so only in prefill: for a token the CPU reads them where they are.
+    Where the engine computes with them on the CPU they do so only in prefill: for a token they are read where they are.
     """
-    fit = speed_fit(engine, weights)
+    engine, work, gpus = case.engine, case.work, case.hardware.gpus
+    fit = engine.speed_fit(case.weights)
     wide = 1.0 if all("A100" in gpu.name for gpu in gpus) else OTHER_CARD
-    decode = decode_seconds(spec, weights, engine, work, gpus, shares)
-    prefill = prefill_seconds(spec, work, gpus, shares)
+    decode, prefill = decode_seconds(case, shares), prefill_seconds(case, shares)
     basis = fit.source
     step = chunk = (0.0, 0.0)  # seconds at least and at most that weights in host memory add
     if offloaded_bytes:
         bus = bus_gb_s(gpus[0])
         if bus is None:
             return Speed(None, None, basis + "; the bus to host memory is unknown")
-        size = prefill_chunk(engine, work.prefill_chunk, work.prompt_tokens)
+        size = engine.prefill_chunk(work)
         step = chunk = offloaded_bytes / (0.8e9 * bus), offloaded_bytes / (0.3e9 * bus)
-        each = f"step and each prefill chunk of {size} tokens"
+        chunks_of = f"{engine.chunk_word} of {size} tokens"
+        each = f"step and each {chunks_of}"
         basis += f"; {offloaded_bytes / 1e9:.1f} GB "
-        if engine.name == "llama.cpp":
+        if engine.host_layers_stay:
             low, high = HOST_GB_S
-            step, each = (offloaded_bytes / (high * 1e9), offloaded_bytes / (low * 1e9)), f"ubatch of {size} tokens"
+            step, each = (offloaded_bytes / (high * 1e9), offloaded_bytes / (low * 1e9)), chunks_of
             basis += f"read by the CPU for each step, assumed at {low} to {high} GB/s, "
         basis += f"cross the bus for each {each}, at 30 to 80 % of {bus:.0f} GB/s"
         chunks = -(-work.prompt_tokens // size)

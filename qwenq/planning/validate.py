@@ -10,15 +10,17 @@ from typing import Any
 
 from qwenq.errors import PlanError, QwenqError
 from qwenq.model.spec import ModelSpec
-from qwenq.planning.engines import get_engine, parse_environment
-from qwenq.planning.memory import estimate, even_shares
+from qwenq.planning.case import Case, Workload, even_shares
+from qwenq.planning.engines.base import ENGINES, get_engine
+from qwenq.planning.engines.torch import parse_environment
+from qwenq.planning.memory import estimate
 from qwenq.planning.models import load_spec
 from qwenq.planning.rig import Rig, find_gpu
-from qwenq.planning.terms import Workload
 from qwenq.planning.weights import Weights, published_weights
 from qwenq.units import GIB
 
 GENERATED_TOKENS = 2048  # Qwen's benchmark generates that many after the prompt
+DEFAULT_ENGINE = "transformers"  # of a table without such a column
 COLUMNS = ("model", "quant", "input_len", "mem_gib")
 
 
@@ -99,11 +101,12 @@ def errors(rows: Sequence[ValidatedRow]) -> tuple[float, float]:
 
 def _predicted(row: dict[str, str], spec: ModelSpec, weights: Weights) -> ValidatedRow:
     environment = parse_environment(row.get("env") or "")
-    engine_name = (row.get("engine") or "transformers").strip().lower()
-    if engine_name != "transformers":
-        raise PlanError(f"engine is {engine_name!r}; only transformers rows state an allocator peak")
-    libraries = {name: text for name, text in environment.items() if name not in ("transformers", "vllm")}
-    engine = get_engine("transformers", environment.get("transformers", ""), libraries)
+    name = (row.get("engine") or DEFAULT_ENGINE).strip().lower()
+    if name not in ENGINES or not ENGINES[name].states_peak:
+        stating = " and ".join(kind.name for kind in ENGINES.values() if kind.states_peak)
+        raise PlanError(f"engine is {name!r}; only {stating} rows state an allocator peak")
+    libraries = {library: text for library, text in environment.items() if library not in ENGINES}
+    engine = get_engine(name, environment.get(name, ""), libraries)
     prompt, measured = int(row["input_len"] or ""), float(row["mem_gib"] or "")
     if not 0 < measured < float("inf"):
         raise PlanError(f"mem_gib is {row['mem_gib']!r}, wanted a positive number")
@@ -113,5 +116,5 @@ def _predicted(row: dict[str, str], spec: ModelSpec, weights: Weights) -> Valida
     work = Workload(context=prompt + GENERATED_TOKENS, prompt=prompt)
     spec = replace(spec, extended_context=max(spec.extended_context, work.context))  # the run was made, limit or not
     card = "H100 SXM5 80GB" if "H100" in (row.get("env") or "") else "A100 SXM4 80GB"
-    found = estimate(spec, weights, engine, work, Rig((find_gpu(card),) * gpus), even_shares(spec, gpus))
+    found = estimate(Case(spec, weights, engine, work, Rig((find_gpu(card),) * gpus)), even_shares(spec, gpus))
     return ValidatedRow(row["model"], row["quant"], prompt, found.allocated_bytes / GIB, measured)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -10,13 +11,20 @@ from functools import cached_property
 from typing import Any
 
 from qwenq.errors import CheckpointError, PlanError, UnreadScheme, printable
-from qwenq.formats.base import BNB_FORMATS, Recipe, Scheme
-from qwenq.formats.registry import method_of, read_quantization_config
+from qwenq.formats.base import (
+    FORMATS,
+    SIZED,
+    Recipe,
+    SizedOnly,
+    get_format,
+    method_of,
+    read_quantization_config,
+    stated,
+)
 from qwenq.io.safetensors import TensorSpec, tensor_bytes
 from qwenq.machine import Compute
-from qwenq.model.spec import LinearSpec, ModelSpec
-from qwenq.planning.allocator import allocated_blocks
-from qwenq.planning.kernels import LayerParts, dense_from, layer_parts
+from qwenq.model.spec import ModelSpec
+from qwenq.planning.kernels import LayerParts, choose, dense_from, kept, layer_parts, strip_bytes
 from qwenq.planning.tensor_parallel import RowGroups, row_groups, same_groups
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -48,15 +56,15 @@ class Weights:
             return self
         if compute not in self._kept:
             packed = {shape for part in self.parts for shape in part.packed}
-            sizes = {shape: shape.kept(compute) for shape in packed}
+            sizes = {shape: kept(shape, compute) for shape in packed}
             self._kept[compute] = replace(
                 self,
                 layers=tuple(
                     (*(size for shape in part.packed for size in sizes[shape]), *part.others) for part in self.parts
                 ),
                 parts=(),
-                strip_bytes=max((shape.strip(compute) for shape in packed), default=0),
-                strip_rows=min((dense_from(shape.kind(compute), compute.device) for shape in packed), default=1),
+                strip_bytes=max((strip_bytes(shape, compute) for shape in packed), default=0),
+                strip_rows=min((dense_from(choose(s, compute).kind, compute.device) for s in packed), default=1),
                 source=f"{self.source}, as kernels keep it" if packed else self.source,
             )
         return self._kept[compute]
@@ -100,7 +108,7 @@ def recipe_weights(
     repeated = spec.num_hidden_layers if alike else 1
     tensors = [tuple(recipe.layer_tensors(spec, layer, dtype)) for layer in different]
     layers = tuple(tuple(t.nbytes for t in found) for found in tensors) * repeated
-    parts = [layer_parts(spec, layer, {t.name: t for t in tensors[layer]}, declared.sym) for layer in different]
+    parts = [layer_parts(spec, layer, {t.name: t for t in tensors[layer]}, recipe) for layer in different]
     return Weights(
         label=label or recipe.label,
         method=declared.method,
@@ -116,19 +124,29 @@ def recipe_weights(
     )
 
 
+def published_recipe(quant: str) -> Recipe | None:
+    """The recipe of the publisher's own files of that name; None for another name, or one that no format here reads."""
+    name = quant.upper().replace("_", "-")
+    found = ((form, scheme) for form in FORMATS.values() for known, scheme in form.published if known == name)
+    return next((Recipe(scheme, format=form.name) for form, scheme in found), None)
+
+
+def published_spec(spec: ModelSpec) -> ModelSpec:
+    """The model as the publisher's own quantized files have it, its FFN perhaps padded."""
+    return replace(spec, intermediate_size=spec.official_quantized_intermediate_size or spec.intermediate_size)
+
+
 def published_weights(spec: ModelSpec, quant: str) -> Weights:
     """Weights of the publisher's own files: `BF16`, `GPTQ-Int4`, `GPTQ-Int8`, `AWQ`, `FP8` (group 128)."""
     name = quant.upper().replace("_", "-")
     if name in ("BF16", "FP16", "F16"):
         return recipe_weights(spec, Recipe(None), label=quant)
-    if spec.official_quantized_intermediate_size:
-        spec = replace(spec, intermediate_size=spec.official_quantized_intermediate_size)
-    if name in ("GPTQ-INT4", "GPTQ-INT8"):
-        return recipe_weights(spec, Recipe(Scheme(int(name[-1]), 128)), label=quant, dtype="F16")
-    if name in ("AWQ", "AWQ-INT4"):
-        return recipe_weights(spec, Recipe(Scheme(4, 128, sym=False), format="awq"), label=quant, dtype="F16")
-    if name == "FP8":
-        return _built(spec, quant, "fp8", 8, _fp8_linear, dtype="BF16")
+    spec = published_spec(spec)
+    if (recipe := published_recipe(quant)) is not None:
+        return recipe_weights(spec, recipe, label=quant, dtype="F16")
+    for sized in SIZED.values():
+        if name in sized.published:
+            return _sized_weights(spec, quant, sized, dtype="BF16")
     raise PlanError(f"unknown quantization {quant!r}", hint="one of BF16, GPTQ-Int4, GPTQ-Int8, AWQ, FP8")
 
 
@@ -157,7 +175,7 @@ def header_weights(
             raise CheckpointError(f"no tensor of layer {layer}, config.json has {len(layers)} layers")
     declared = declared_by_config(spec, config, where)
     parts = tuple(
-        layer_parts(spec, layer, found, declared.sym, declared.sorted_columns)
+        layer_parts(spec, layer, found, declared.recipe, declared.sorted_columns)
         for layer, found in enumerate(layers)
         if declared.recipe
     )
@@ -195,33 +213,26 @@ def _outer(spec: ModelSpec, dtype: str | Callable[[str], str]) -> dict[str, Any]
     return outer
 
 
-def _built(
-    spec: ModelSpec, label: str, method: str, bits: int, linear: Callable[[LinearSpec], Iterator[int]], dtype: str
-) -> Weights:
+def _sized_weights(spec: ModelSpec, label: str, sized: SizedOnly, dtype: str) -> Weights:
     sizes = [t.nbytes for t in spec.layer_tensors(0, dtype) if not _is_linear_weight(spec, t.name)]
     for lin in spec.layer_linears(0):
-        sizes += linear(lin)
+        sizes += sized.linear_bytes(lin)
     return Weights(
         label=label,
-        method=method,
-        bits=bits,
-        group_size=128,
+        method=sized.method,
+        bits=sized.bits,
+        group_size=sized.group_size,
         layers=(tuple(sizes),) * spec.num_hidden_layers,
         widest_linear=max(lin.parameters for lin in spec.layer_linears(0)),
         intermediate_size=spec.intermediate_size,
         source="every tensor of the format, byte for byte",
-        row_groups=same_groups([128]),
+        row_groups=same_groups([sized.group_size]),
         **_outer(spec, dtype),
     )
 
 
 def _is_linear_weight(spec: ModelSpec, name: str) -> bool:
     return name.endswith(".weight") and any(name == lin.name + ".weight" for lin in spec.layer_linears(0))
-
-
-def _fp8_linear(lin: LinearSpec) -> Iterator[int]:
-    yield lin.parameters
-    yield tensor_bytes("F32", (-(-lin.out_features // 128), -(-lin.in_features // 128)))
 
 
 @dataclass(frozen=True)
@@ -236,18 +247,12 @@ class Declared:
     unread: str = ""  # why it does not
     sorted_columns: bool = False  # GPTQ that stored its columns out of order
 
-    def sym(self, lin: LinearSpec) -> bool:
-        """Whether a linear has no zero points of its own."""
-        scheme = self.recipe.scheme_of(lin) if self.recipe else None
-        return scheme is None or scheme.sym
-
 
 def declared_by_recipe(spec: ModelSpec, recipe: Recipe, sorted_columns: bool = False) -> Declared:
     """What a recipe's checkpoint declares."""
     schemes = [scheme for lin in spec.linears if (scheme := recipe.scheme_of(lin)) is not None]
-    method = "bitsandbytes" if recipe.format in BNB_FORMATS else recipe.format
     return Declared(
-        method=method if schemes else "none",
+        method=get_format(recipe.format).method if schemes else "none",
         bits=Counter(scheme.bits for scheme in schemes).most_common(1)[0][0] if schemes else 16,
         group_size=max((scheme.group_size for scheme in schemes), default=0),
         row_groups=row_groups(spec, recipe),
@@ -265,26 +270,18 @@ def declared_by_config(spec: ModelSpec, config: Mapping[str, Any], where: str) -
     if not found:
         return declared_by_recipe(spec, Recipe(None))
     try:
-        recipe = read_quantization_config(found, where).recipe(spec)
+        quantization = read_quantization_config(found, where)
     except UnreadScheme as error:
         return _as_stated(found, error.message)
+    recipe = quantization.recipe(spec)
     recipe.check(spec)
-    return declared_by_recipe(spec, recipe, found.get("desc_act") is True)
+    return declared_by_recipe(spec, recipe, quantization.sorted_columns)
 
 
 def _as_stated(config: Mapping[str, Any], unread: str) -> Declared:
-    method = method_of(config)
-    if method == "compressed-tensors":
-        bits, groups = _compressed(config)
-    elif method == "fp8":
-        bits, groups = [8], _blocks(config.get("weight_block_size"))
-    elif method == "bitsandbytes":
-        bits, groups = [4], []  # what it has in 8 bits is read
-    else:
-        bits = _whole([config.get("bits", config.get("w_bit"))])
-        groups = _whole([config.get("group_size", config.get("q_group_size"))])
+    bits, groups = stated(config)
     return Declared(
-        method=method,
+        method=method_of(config),
         bits=Counter(bits).most_common(1)[0][0] if bits else 16,
         group_size=max(groups, default=0),
         row_groups=same_groups(sorted(set(groups))),
@@ -293,23 +290,27 @@ def _as_stated(config: Mapping[str, Any], unread: str) -> Declared:
     )
 
 
-def _compressed(config: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-    """Bits and group sizes of all config groups."""
-    groups = config.get("config_groups")
-    found = [group.get("weights") for group in _objects(groups.values() if isinstance(groups, Mapping) else ())]
-    bits = _whole(weights.get("num_bits") for weights in _objects(found))
-    sizes = _whole(weights.get("group_size") for weights in _objects(found))
-    return bits, sizes + [size for weights in _objects(found) for size in _blocks(weights.get("block_structure"))]
+MIB = 1 << 20
 
 
-def _blocks(shape: Any) -> list[int]:
-    """Columns of the blocks that share a scale, of their [rows, columns]."""
-    return _whole(shape[1:2]) if isinstance(shape, list) else []
+def allocated_bytes(sizes: Iterable[int]) -> int:
+    """`torch.cuda.memory_allocated` after tensors of these sizes, in this order, on an empty GPU."""
+    return sum(allocated_blocks(sizes))
 
 
-def _objects(values: Iterable[Any]) -> list[Mapping[str, Any]]:
-    return [value for value in values if isinstance(value, Mapping)]
-
-
-def _whole(values: Iterable[Any]) -> list[int]:
-    return [value for value in values if type(value) is int and value]
+def allocated_blocks(sizes: Iterable[int]) -> Iterator[int]:
+    """Bytes counted for each tensor."""
+    free: list[int] = []
+    for size in sizes:
+        wanted = -(-size // 512) * 512
+        if wanted > MIB:
+            fit = bisect_left(free, wanted)
+            if fit < len(free):
+                block = free.pop(fit)
+            else:
+                block = 20 * MIB if wanted < 10 * MIB else -(-wanted // (2 * MIB)) * (2 * MIB)
+            if block - wanted > MIB:
+                insort(free, block - wanted)
+            else:
+                wanted = block
+        yield wanted

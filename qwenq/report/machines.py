@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from qwenq.errors import QwenqError, UsageError
-from qwenq.io.json import shown
+from qwenq.errors import CheckpointError, QwenqError, UsageError
+from qwenq.formats.base import UNTRIED, Loader, Variant, get_format, plain_loaders, read_quantization_config
 from qwenq.model.spec import ModelSpec
-from qwenq.planning.engines import Engine, get_engine
-from qwenq.planning.memory import MemoryEstimate, estimate
-from qwenq.planning.models import load_model, model_weights
-from qwenq.planning.parallel import best_option, cutting_reasons, largest_vllm_context, parallel_options
-from qwenq.planning.placement import largest_context
-from qwenq.planning.plan import runs_on
+from qwenq.planning.case import Case, Workload
+from qwenq.planning.engines.base import ENGINES, Engine, get_engine
+from qwenq.planning.memory import TERM_NAMES, MemoryEstimate, estimate
+from qwenq.planning.models import WeightsAsked, load_model, model_weights
+from qwenq.planning.placement import cutting_reasons
 from qwenq.planning.rig import Rig, find_gpu, parse_rig
-from qwenq.planning.terms import TERM_NAMES, Workload
 from qwenq.planning.weights import Weights
 from qwenq.report.benchmarks import Measurement, gpu_peaks
 from qwenq.report.document import MISSING, Block, Code, Figure, Items, Paragraph, Section, Small, Table, Text, number
@@ -168,7 +167,7 @@ def loaders_section(loaded: Sequence[Loaded], missing: Sequence[str]) -> Section
     """Engines by variant: whether they read it, and over how many GPUs they can cut it."""
     blocks: list[Block] = []
     if loaded:
-        loaders = [loaders_of(one.quantization, one.weights.bits, one.weights.group_size, one.mixed) for one in loaded]
+        loaders = [one.loaders for one in loaded]
         names = list(dict.fromkeys(loader.name for row in loaders for loader in row))
         rows: list[tuple[Text, ...]] = []
         for name in names:
@@ -226,8 +225,7 @@ class Loaded:
     run: Run
     spec: ModelSpec
     weights: Weights
-    quantization: str  # quant_method of config.json, or gptq_v2
-    mixed: bool
+    loaders: tuple[Loader, ...]
 
     @property
     def tensor_parallel(self) -> dict[int, str]:
@@ -241,28 +239,27 @@ def load(run: Run, engine: str) -> Loaded | str:
         return f"{run.name}: no tensors beside its manifest"
     try:
         model = load_model(str(run.directory))
-        weights = model_weights(model, engine)
+        weights = model_weights(model, WeightsAsked(gguf=get_engine(engine).needs_gguf))
     except QwenqError as error:
         return f"{run.name}: {error.message}"
-    quantization = model.config.get("quantization_config")
-    method = "none"
-    if isinstance(quantization, dict):
-        method = str(quantization.get("quant_method", "bitsandbytes"))
-        if quantization.get("checkpoint_format") == "gptq_v2":
-            method = "gptq_v2"
-    schemes = {scheme for layer in run.layers for scheme in layer.schemes}
-    return Loaded(run, model.spec, weights, shown(method, 40), len(schemes) > 1)
+    mixed = len({scheme for layer in run.layers for scheme in layer.schemes}) > 1
+    return Loaded(run, model.spec, weights, loaders_of(model.config, Variant(weights.bits, weights.group_size, mixed)))
+
+
+def loaders_of(config: Mapping[str, Any], variant: Variant) -> tuple[Loader, ...]:
+    """Engines for a checkpoint with that config.json, as its format knows them."""
+    try:
+        stored = read_quantization_config(config.get("quantization_config"), "config.json")
+    except CheckpointError:  # 16 bit
+        return tuple(plain_loaders())
+    return tuple(get_format(stored.format).loaders(variant._replace(version=stored.version)))
 
 
 def longest_context(loaded: Loaded, rig: Rig, engine: Engine) -> int | None:
     """Most tokens of one sequence with everything on the rig's GPUs; 0 when none, None where the engine cannot run."""
-    if not all(runs_on(engine, gpu) for gpu in rig.gpus):
+    if not all(engine.runs_on(gpu) for gpu in rig.gpus):
         return None
-    spec, weights, work = loaded.spec, loaded.weights, Workload(1)
-    if engine.layered:
-        return largest_context(spec, weights, rig, engine, work)
-    option = best_option(parallel_options(spec, weights, engine, work, rig))
-    return largest_vllm_context(spec, weights, engine, work, rig, option) if option else 0
+    return engine.longest_context(Case(loaded.spec, loaded.weights, engine, Workload(1), rig))
 
 
 def contexts_of(spec: ModelSpec) -> list[int]:
@@ -278,8 +275,7 @@ def contexts_of(spec: ModelSpec) -> list[int]:
 
 def memory_by_context(loaded: Loaded, engine: Engine) -> list[MemoryEstimate]:
     """The estimate at each context, everything on one GPU."""
-    spec, weights = loaded.spec, loaded.weights
-    return [estimate(spec, weights, engine, Workload(context)) for context in contexts_of(spec)]
+    return [estimate(Case(loaded.spec, loaded.weights, engine, Workload(c))) for c in contexts_of(loaded.spec)]
 
 
 def rigs_named(names: tuple[str, ...]) -> list[Rig]:
@@ -289,75 +285,9 @@ def rigs_named(names: tuple[str, ...]) -> list[Rig]:
 
 def engine_named(name: str) -> Engine:
     """The engine; PlanError for one that nobody knows, or that reads none of these checkpoints."""
-    if name == "llama.cpp":
-        raise UsageError("llama.cpp reads GGUF, not these checkpoints", hint="--engine qwenq, transformers or vllm")
-    return get_engine(name)
-
-
-UNTRIED = "untried"
-_CPU = "CPU: logits equal"
-_PLAIN = "CPU: logits equal, 8-bit products by plain torch"  # vLLM's CPU build has kernels for 4 bits only
-_TESTS = "CPU: in the tests"
-
-
-@dataclass(frozen=True)
-class Loader:
-    """One engine and one checkpoint; `reason` says why it does not read it, empty when it does."""
-
-    name: str
-    tensor_parallel: bool
-    tried: str
-    reason: str = ""
-
-
-def loaders_of(method: str, bits: int, group_size: int, mixed: bool) -> list[Loader]:
-    """Engines for a checkpoint of quant_method `method`; `mixed`: several schemes in it."""
-    vllm_group = group_size in (-1, 32, 64, 128)
-    group_reason = "" if vllm_group else f"groups of {group_size}"
-
-    def engine(name: str, *, parallel: bool = False, tried: str = UNTRIED, reason: str = "") -> Loader:
-        return Loader(name, parallel, tried if not reason else UNTRIED, reason)
-
-    def servers(tried: str, reason: str = group_reason) -> list[Loader]:
-        return [
-            engine("vLLM", parallel=True, tried=tried, reason=reason),
-            engine("SGLang", parallel=True, reason=reason),
-        ]
-
-    qwenq, gguf = engine("qwenq", tried=_TESTS), engine("llama.cpp", reason="GGUF only")
-    packed = _PLAIN if mixed or bits == 8 else _CPU
-    if method == "gptq":
-        uniform = "mixed bits" if mixed else ""
-        return [
-            qwenq,
-            engine("GPTQModel", tried=_CPU),
-            engine("transformers (optimum, GPTQModel)", tried=UNTRIED if group_size == -1 else _CPU, reason=uniform),
-            engine("AutoGPTQ 0.7.1", tried=_CPU, reason=uniform),
-            *servers(packed),
-            engine("ExLlamaV2", reason=uniform or ("" if bits == 4 else "4 bits only")),
-            gguf,
-        ]
-    if method == "gptq_v2":  # zero points stored as they are: asymmetric
-        return [
-            qwenq,
-            engine("GPTQModel", tried=_CPU),
-            engine("transformers (optimum, GPTQModel)", reason="mixed bits" if mixed else ""),
-            engine("AutoGPTQ 0.7.1", reason="gptq_v2"),
-            *servers(UNTRIED, "asymmetric"),
-            gguf,
-        ]
-    if method == "compressed-tensors":
-        return [qwenq, engine("transformers (compressed-tensors)", tried=_CPU), *servers(packed), gguf]
-    if method == "awq":
-        four = "4 bits only" if bits != 4 else ""
-        return [
-            qwenq,
-            engine("GPTQModel", tried=_CPU, reason=four),
-            engine("transformers (optimum, GPTQModel)", tried=_CPU, reason=four),
-            *servers(_CPU, four or group_reason),
-            gguf,
-        ]
-    if method == "bitsandbytes":
-        weights = engine("transformers (bitsandbytes)", tried="CPU: weights equal")
-        return [qwenq, weights, engine("vLLM"), gguf]
-    return [qwenq, engine("transformers", tried=_CPU), *servers(_CPU, "")]
+    engine = get_engine(name)
+    if engine.needs_gguf:
+        readers = [other for other, kind in ENGINES.items() if not kind.needs_gguf]
+        hint = f"--engine {', '.join(readers[:-1])} or {readers[-1]}"
+        raise UsageError(f"{name} reads GGUF, not these checkpoints", hint=hint)
+    return engine

@@ -10,11 +10,9 @@ from typing import Any
 
 from qwenq.errors import HonestNo, RunError
 from qwenq.model.spec import ModelSpec
-from qwenq.planning.engines import get_engine
-from qwenq.planning.rig import Rig
+from qwenq.planning.case import Case, Share, Workload
+from qwenq.planning.engines.torch import OWN
 from qwenq.planning.speed import Speed, estimate_speed
-from qwenq.planning.terms import Share, Workload
-from qwenq.planning.torch_terms import run_weights
 from qwenq.planning.weights import Weights
 from qwenq.runtime.load import LoadOptions, LoadPlan, asked_of_machine, check_disk, plan_load
 from qwenq.runtime.model import DISK
@@ -87,15 +85,16 @@ class Forecast:
 def forecast(spec: ModelSpec, weights: Weights, options: LoadOptions) -> Forecast:
     """The plan that a load with these options would follow on this machine; HonestNo when the model does not fit."""
     rig, work, room = asked_of_machine(spec, options)
+    case = Case(spec, weights, OWN, work, rig)
     try:
-        plan = plan_load(spec, weights, rig, work, room)
+        plan = plan_load(case, room)
         if plan.disk_bytes:
             check_disk(options.offload_directory or Path(tempfile.gettempdir()), plan.disk_bytes)
     except RunError as error:
         raise HonestNo(error.message, hint=error.hint) from None
-    devices = _held(plan, weights, rig, work, room)
+    devices = _held(case, plan, room)
     dtype = str(options.dtype)[6:]
-    return Forecast(spec.name, weights, work, dtype, plan, devices, _speed(spec, weights, plan, rig, work))
+    return Forecast(spec.name, weights, work, dtype, plan, devices, _speed(case, plan))
 
 
 def share_of(places: Mapping[str, int | str], index: int, layers: int) -> Share:
@@ -110,9 +109,10 @@ def share_of(places: Mapping[str, int | str], index: int, layers: int) -> Share:
     )
 
 
-def _held(plan: LoadPlan, weights: Weights, rig: Rig | None, work: Workload, room: int) -> tuple[Held, ...]:
+def _held(case: Case, plan: LoadPlan, room: int) -> tuple[Held, ...]:
     counts: dict[int | str, int] = {}
-    for layer in range(len(weights.layers)):
+    rig = case.rig
+    for layer in range(len(case.weights.layers)):
         place = plan.device_map[f"model.layers.{layer}"]
         counts[place] = counts.get(place, 0) + 1
     found = []
@@ -125,23 +125,23 @@ def _held(plan: LoadPlan, weights: Weights, rig: Rig | None, work: Workload, roo
             for index, name in enumerate(names)
         ]
         if counts.get(CPU):
-            found.append(Held("CPU", counts[CPU], _in_host_memory(plan, weights, rig, work), room))
+            found.append(Held("CPU", counts[CPU], _in_host_memory(case, plan), room))
     if plan.disk_bytes:
         found.append(Held("disk", counts[DISK], plan.disk_bytes, None))
     return tuple(found)
 
 
-def _in_host_memory(plan: LoadPlan, weights: Weights, rig: Rig, work: Workload) -> int:
+def _in_host_memory(case: Case, plan: LoadPlan) -> int:
     """Bytes of the layers beside a rig's own, as they cross to the first GPU to be computed there."""
-    held = run_weights(weights, get_engine("qwenq"), work, rig.gpus[0])
+    held = OWN.kept(case.weights, case.work, case.hardware.gpus[0])
     return sum(n for k, n in enumerate(held.layer_bytes) if plan.device_map[f"model.layers.{k}"] == CPU)
 
 
-def _speed(spec: ModelSpec, weights: Weights, plan: LoadPlan, rig: Rig | None, work: Workload) -> Speed:
+def _speed(case: Case, plan: LoadPlan) -> Speed:
     if plan.disk_bytes:
         return Speed(None, None, "not predicted: layers are read from disk for every token")
-    if rig is None:
+    if case.rig is None:
         return Speed(None, None, "not predicted for CPUs; a short answer tells (`qwenq run CHECKPOINT -p hi -n 32`)")
-    shares = [share_of(plan.device_map, index, len(weights.layers)) for index in range(len(rig.gpus))]
-    away = _in_host_memory(plan, weights, rig, work)
-    return estimate_speed(spec, weights, get_engine("qwenq"), work, rig.gpus, shares, away)
+    layers = len(case.weights.layers)
+    shares = [share_of(plan.device_map, index, layers) for index in range(len(case.rig.gpus))]
+    return estimate_speed(case, shares, _in_host_memory(case, plan))

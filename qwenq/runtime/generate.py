@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qwenq.errors import RunError, UsageError
 from qwenq.pipeline.monitor import memory_errors
-from qwenq.planning.engines import QWENQ_PREFILL_CHUNK
+from qwenq.planning.engines.torch import QWENQ_PREFILL_CHUNK
 from qwenq.runtime.cache import FP8, KvCache
 from qwenq.runtime.model import RunningModel, compute_device
 

@@ -1,6 +1,7 @@
 """Linears that stay packed while they multiply, on the kernels torch itself ships.
 
-Which one a linear becomes depends on its bits, groups, shape, activation dtype and device: `planning.kernels.choose`.
+Which one a linear becomes depends on how its format describes it, on activation dtype and device:
+`planning.kernels.choose`.
 Shapes: x [..., in]; M rows of x; O outputs, I inputs, G groups of K columns.
 
 - Int4Linear: 4-bit codes in the layout of `_weight_int4pack_mm_for_cpu` or of tinygemm (`_weight_int4pack_mm`). Both
@@ -16,41 +17,36 @@ Shapes: x [..., in]; M rows of x; O outputs, I inputs, G groups of K columns.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwenq.formats.qtensor import QTensor
+from qwenq.formats.base import PackedShape
+from qwenq.formats.bitsandbytes import Nf4Blocks
 from qwenq.machine import Compute
 from qwenq.model.devices import multiply_into, product_dtype
-from qwenq.planning.kernels import Choice, choose, dense_from, kernel_group, strip_weights
+from qwenq.planning.kernels import Choice, Kind, choose, dense_from, kernel_group, strip_weights
+from qwenq.solver.grid import QTensor
 
 STORED_DENSE_FROM = 4  # rows from which a 16-bit weight is multiplied in `product_dtype`; below, memory is the limit
 _PACK_ROWS = 1024  # outputs packed at a time: int32 codes of a whole linear would be 8 times its packed size
 
 
 def packed_linear(
-    q: QTensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device, order_I: Tensor | None = None
+    stored: QTensor | Nf4Blocks, shape: PackedShape, bias: Tensor | None, dtype: torch.dtype, device: torch.device
 ) -> tuple[nn.Module, Choice]:
-    """The module that multiplies with `q`; `order_I` is the order its columns were sorted into (act-order)."""
-    rows, columns = q.codes_OI.shape
-    group = columns // q.scales_OG.shape[1]
+    """The module that multiplies with `stored`, which its format describes as `shape`, and why that module."""
+    if shape.sym and isinstance(stored, QTensor) and not _symmetric(stored):
+        shape = replace(shape, sym=False)  # only the config calls it symmetric
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
-    compute = Compute(str(dtype)[6:], device.type, capability)
-    choice = choose(q.scheme.bits, group, rows, columns, _symmetric(q), compute)
-    module: nn.Module
-    if choice.kind == "int8":
-        module = Int8Linear(q, bias, dtype, device, order_I)
-    elif choice.kind == "tiled":
-        module = TiledLinear(q, bias, dtype, device, order_I)
-    else:
-        module = Int4Linear(q, bias, dtype, device, order_I)
-    return module.requires_grad_(False), choice
+    choice = choose(shape, Compute(str(dtype)[6:], device.type, capability))
+    return _MODULES[choice.kind](stored, bias, dtype, device).requires_grad_(False), choice
 
 
 def _symmetric(q: QTensor) -> bool:
-    return bool((q.zeros_OG == q.scheme.zero).all())
+    return bool((q.zeros_OG == q.integers.zero).all())
 
 
 def _parameter(value: Tensor) -> nn.Parameter:
@@ -60,11 +56,11 @@ def _parameter(value: Tensor) -> nn.Parameter:
 class _Linear(nn.Module):
     """What the packed linears share: sizes, bias, and columns sorted by group."""
 
-    def __init__(self, q: QTensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device, order: Tensor | None):
+    def __init__(self, q: QTensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.out_features, self.in_features = q.codes_OI.shape
         self.bias = None if bias is None else _parameter(bias.to(device=device, dtype=dtype))
-        self.order = None if order is None else _parameter(order.to(device))
+        self.order = None if q.order_I is None else _parameter(q.order_I.to(device))
 
     def rows_of(self, x: Tensor) -> Tensor:
         """x as [M, in], columns in the order of the groups."""
@@ -85,18 +81,18 @@ class Int4Linear(_Linear):
     [1, G, O, 2], which saves 4 bytes a group; others have their own, [2, G, O, 2].
     """
 
-    def __init__(self, q: QTensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device, order: Tensor | None):
-        super().__init__(q, bias, dtype, device, order)
+    def __init__(self, q: QTensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(q, bias, dtype, device)
         wide = self.in_features // q.scales_OG.shape[1]
         self.group = kernel_group(wide)
         self.cuda_packed = device.type == "cuda"
         self.centred = _symmetric(q)
-        self.halves = q.scheme.bits // 4
+        self.halves = q.integers.bits // 4
         self.dense_from = dense_from("int4" if self.halves == 1 else "int4 halves", device.type)
         self.packed = _parameter(pack_int4(q.codes_OI.to(device), self.halves))
         # Pairs per kernel group: a wider group repeats its own.
         scale_GO = q.scales_OG.float().to(device).T.repeat_interleave(wide // self.group, 0)
-        shift_GO = (q.scheme.zero - q.zeros_OG.float()).to(device).T.repeat_interleave(wide // self.group, 0)
+        shift_GO = (q.integers.zero - q.zeros_OG.float()).to(device).T.repeat_interleave(wide // self.group, 0)
         scale_GO = scale_GO.to(dtype).float()  # rounded first, so that offsets are those of the rounded scale
         if self.halves == 1:
             offsets = [scale_GO * shift_GO]
@@ -166,8 +162,8 @@ class Int4Linear(_Linear):
 class Int8Linear(_Linear):
     """8-bit codes with one scale a row: `_weight_int8pack_mm`, the float32 scale applied to its product; bfloat16."""
 
-    def __init__(self, q: QTensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device, order: Tensor | None):
-        super().__init__(q, bias, dtype, device, order)
+    def __init__(self, q: QTensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(q, bias, dtype, device)
         self.codes = _parameter((q.codes_OI.to(device) ^ 128).view(torch.int8).contiguous())  # code - 128
         self.scale = _parameter(q.scales_OG[:, 0].float().to(device))
         self.ones = _parameter(torch.ones(self.out_features, dtype=dtype, device=device))
@@ -190,10 +186,10 @@ class Int8Linear(_Linear):
 class TiledLinear(_Linear):
     """Codes as they are (4-bit ones two a byte), dequantized in float32 strip by strip for every call."""
 
-    def __init__(self, q: QTensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device, order: Tensor | None):
-        super().__init__(q, bias, dtype, device, order)
+    def __init__(self, q: QTensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(q, bias, dtype, device)
         codes_OI = q.codes_OI.to(device)
-        self.bits = q.scheme.bits
+        self.bits = q.integers.bits
         self.columns = self.in_features + self.in_features % 2
         if self.bits == 4:  # a byte holds a column of the left half and one of the right half
             if self.columns != self.in_features:
@@ -202,7 +198,7 @@ class TiledLinear(_Linear):
         self.codes = _parameter(codes_OI.contiguous())
         self.scales = _parameter(q.scales_OG.to(device).contiguous())
         self.zeros = None if _symmetric(q) else _parameter(q.zeros_OG.to(device).contiguous())
-        self.zero = q.scheme.zero
+        self.zero = q.integers.zero
 
     def forward(self, x: Tensor) -> Tensor:
         x_MI = self.rows_of(x)
@@ -231,20 +227,13 @@ class Nf4Linear(nn.Module):
     rounded to the dtype they came from, as bitsandbytes does.
     """
 
-    def __init__(
-        self,
-        blocks: tuple[Tensor, Tensor, Tensor, torch.dtype],
-        shape: tuple[int, int],
-        bias: Tensor | None,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, stored: Nf4Blocks, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        codes, table, absmax, self.stored_dtype = blocks
-        self.out_features, self.in_features = shape
-        self.codes = _parameter(codes.to(device).view(shape[0], -1))
+        self.out_features, self.in_features = stored.shape
+        self.stored_dtype, table = stored.dtype, stored.table
+        self.codes = _parameter(stored.codes.to(device).view(self.out_features, -1))
         self.table = _parameter(torch.stack((table.repeat_interleave(16), table.repeat(16)), 1).to(device))  # by byte
-        self.absmax = _parameter(absmax.to(device).view(shape[0], -1))
+        self.absmax = _parameter(stored.absmax.to(device).view(self.out_features, -1))
         self.bias = None if bias is None else _parameter(bias.to(device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -263,6 +252,15 @@ class Nf4Linear(nn.Module):
         absmax = self.absmax[start:stop]
         w = F.embedding(self.codes[start:stop].int(), self.table).view(*absmax.shape, -1)
         return w.mul_(absmax[:, :, None]).view(absmax.shape[0], self.in_features).to(self.stored_dtype)
+
+
+_MODULES: dict[Kind, Callable[..., nn.Module]] = {
+    "int4": Int4Linear,
+    "int4 halves": Int4Linear,
+    "int8": Int8Linear,
+    "tiled": TiledLinear,
+    "nf4": Nf4Linear,
+}
 
 
 class StoredLinear(nn.Module):

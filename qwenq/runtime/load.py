@@ -19,13 +19,11 @@ from qwenq.machine import available_ram, resident_bytes, return_freed_memory
 from qwenq.model.devices import check_gpus
 from qwenq.model.spec import ModelSpec
 from qwenq.pipeline.monitor import device_name, shortage
-from qwenq.planning.engines import QWENQ_PREFILL_CHUNK, get_engine
-from qwenq.planning.memory import NOT_ALLOCATED, check_context
-from qwenq.planning.offload import DeviceMap, host_map, host_need, spill_to_disk
-from qwenq.planning.placement import place
+from qwenq.planning.case import Case, Workload, check_context
+from qwenq.planning.engines.torch import OWN, QWENQ_PREFILL_CHUNK
+from qwenq.planning.memory import NOT_ALLOCATED
+from qwenq.planning.placement import DeviceMap, host_map, place, spill_to_disk
 from qwenq.planning.rig import Rig, device
-from qwenq.planning.terms import Workload
-from qwenq.planning.torch_terms import run_weights
 from qwenq.planning.weights import Weights as WeightBytes
 from qwenq.planning.weights import header_weights
 from qwenq.runtime.model import (
@@ -107,24 +105,18 @@ class Loaded:
         return rows
 
 
-def plan_load(
-    spec: ModelSpec, weights: WeightBytes, rig: Rig | None, work: Workload, cpu_room: int
-) -> LoadPlan:
-    """Place a model on GPUs, host memory and disk; RunError, naming device and shortfall, when it cannot be.
+def plan_load(case: Case, cpu_room: int) -> LoadPlan:
+    """Place a model on GPUs, host memory and disk; RunError, naming device and missing bytes, when it cannot be.
 
     `cpu_room`: bytes of host memory to use at most.
     """
-    return (
-        _plan_host(spec, weights, work, cpu_room)
-        if rig is None
-        else _plan_rig(spec, weights, rig, work, cpu_room)
-    )
+    return _plan_host(case, cpu_room) if case.rig is None else _plan_rig(case, case.rig, cpu_room)
 
 
-def _plan_host(spec: ModelSpec, weights: WeightBytes, work: Workload, room: int) -> LoadPlan:
-    weights = run_weights(weights, get_engine("qwenq"), work, device("CPU"))
-    need = host_need(spec, weights, work).total_bytes
-    devices = host_map(spec)
+def _plan_host(case: Case, room: int) -> LoadPlan:
+    weights = OWN.kept(case.weights, case.work, device("CPU"))
+    need = sum(term.n_bytes for term in OWN.host_terms(case))
+    devices = host_map(case.spec)
     if need <= room:
         return LoadPlan(devices, {"CPU": need}, f"{format_gb(need)} in host memory")
     layers = sum(weights.layer_bytes)
@@ -136,13 +128,12 @@ def _plan_host(spec: ModelSpec, weights: WeightBytes, work: Workload, room: int)
     return replace(plan, predicted={"CPU": need - plan.disk_bytes + one})
 
 
-def _plan_rig(spec: ModelSpec, weights: WeightBytes, rig: Rig, work: Workload, room: int) -> LoadPlan:
-    engine = get_engine("qwenq")
-    placement = place(spec, weights, rig, engine, work)
+def _plan_rig(case: Case, rig: Rig, room: int) -> LoadPlan:
+    placement = place(case)
     if not placement.fits:
         whole = placement
         try:
-            placement = place(spec, weights, rig, engine, work, offload=True)
+            placement = place(case, offload=True)
         except HonestNo as error:
             tight = whole.memory.tightest
             have = tight.limit_bytes or 0
@@ -157,7 +148,7 @@ def _plan_rig(spec: ModelSpec, weights: WeightBytes, rig: Rig, work: Workload, r
     devices = placement.device_map()
     if placement.offloaded_bytes <= room:
         return LoadPlan(devices, predicted, placement.reason)
-    moved = run_weights(weights, engine, work, rig.gpus[0])  # what is not on a GPU computes on the first one
+    moved = OWN.kept(case.weights, case.work, rig.gpus[0])  # layers that are not on a GPU compute on the first one
     spilled = spill_to_disk(devices, moved, room)
     plan = _with_disk(spilled, moved, predicted)
     return replace(plan, reason=f"{placement.reason}; {plan.reason}")
@@ -203,7 +194,7 @@ def load_from(
 ) -> Iterator[Loaded]:
     """Load weights of any source; layers on disk are deleted at the end."""
     rig, work, room = asked_of_machine(spec, options)
-    plan = plan_load(spec, sizes, rig, work, room)
+    plan = plan_load(Case(spec, sizes, OWN, work, rig), room)
     modeling_code(spec)
     check_gpus([compute_device(where, plan.device_map) for where in plan.device_map.values()])
     return_freed_memory()

@@ -9,13 +9,12 @@ import torch
 
 from qwenq.errors import PlanError, RunError
 from qwenq.pipeline.monitor import gpu_at
-from qwenq.planning.engines import get_engine
-from qwenq.planning.memory import NOT_ALLOCATED
-from qwenq.planning.offload import host_layers_bytes, host_need
+from qwenq.planning.case import Case, Workload
+from qwenq.planning.engines.torch import OWN
+from qwenq.planning.memory import NOT_ALLOCATED, Term
+from qwenq.planning.placement import host_layers_bytes
 from qwenq.planning.profile import MeasuredRow
 from qwenq.planning.rig import Gpu
-from qwenq.planning.terms import Term, Workload
-from qwenq.planning.torch_terms import run_weights, torch_terms
 from qwenq.planning.weights import Weights
 from qwenq.runtime.forecast import share_of
 from qwenq.runtime.generate import Session, Timing
@@ -61,18 +60,18 @@ def measure(
 
 def _rows(found: Loaded, weights: Weights, work: Workload, phase: str) -> list[MeasuredRow]:
     peaks = read_peaks(found.model.devices, found.base_rss)
-    rows, engine = [], get_engine("qwenq")
+    rows, case = [], Case(found.model.spec, weights, OWN, work)
     for device, peak in zip(found.model.devices, peaks, strict=True):
         if device.type == "cuda":
             index = device.index or 0
             kind = peak.device.removeprefix(f"GPU {index} ")
             share = share_of(found.model.device_map, index, len(weights.layers))
-            terms, _ = torch_terms(found.model.spec, weights, engine, work, share, gpu_at(index), phase)
+            terms, _ = OWN.terms(case, share, gpu_at(index), phase)
             if device == compute_device("cpu", found.model.device_map):
-                terms = (*terms, _host_layers(found, weights, work, gpu_at(index)))
+                terms = (*terms, _host_layers(found, case, gpu_at(index)))
         else:
             kind = "CPU"
-            terms = host_need(found.model.spec, weights, work, phase).terms
+            terms = OWN.host_terms(case, phase)
         exact, working = _parts(terms)
         rows.append(
             MeasuredRow(
@@ -83,12 +82,11 @@ def _rows(found: Loaded, weights: Weights, work: Workload, phase: str) -> list[M
     return rows
 
 
-def _host_layers(found: Loaded, weights: Weights, work: Workload, gpu: Gpu) -> Term:
-    """What layers in host memory and on disk take on the GPU that computes them."""
-    spec, engine = found.model.spec, get_engine("qwenq")
-    inside = sum(isinstance(found.model.device_map[f"model.layers.{k}"], int) for k in range(spec.num_hidden_layers))
-    layer_bytes = run_weights(weights, engine, work, gpu).layer_bytes
-    need = host_layers_bytes(spec, layer_bytes, engine, work, inside)
+def _host_layers(found: Loaded, case: Case, gpu: Gpu) -> Term:
+    """Bytes that layers in host memory and on disk take on the GPU that computes them."""
+    layers = range(case.spec.num_hidden_layers)
+    inside = sum(isinstance(found.model.device_map[f"model.layers.{k}"], int) for k in layers)
+    need = host_layers_bytes(case, OWN.kept(case.weights, case.work, gpu).layer_bytes, inside)
     return Term("kv_cache", need, "fitted", "KV of the layers in host memory, and one such layer at work")
 
 

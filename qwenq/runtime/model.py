@@ -22,18 +22,14 @@ from torch import Tensor, nn
 
 from qwenq.checkpoint.reader import Checkpoint
 from qwenq.errors import CheckpointError
-from qwenq.formats.base import linear_tensors
-from qwenq.formats.pack_bnb import nf4_blocks
-from qwenq.formats.packing import unpack_sorted
-from qwenq.formats.qtensor import QTensor
-from qwenq.formats.storage import unpack_linear
+from qwenq.formats.base import get_format
 from qwenq.machine import return_freed_memory
 from qwenq.model.layer import MODULES, model_config
 from qwenq.model.spec import LinearSpec, ModelSpec
 from qwenq.pipeline.monitor import memory_errors
 from qwenq.planning.kernels import Choice
 from qwenq.runtime.cache import ATTENTION, register
-from qwenq.runtime.linear import Nf4Linear, StoredLinear, packed_linear
+from qwenq.runtime.linear import StoredLinear, packed_linear
 
 
 @dataclass(frozen=True)
@@ -109,28 +105,10 @@ class CheckpointWeights:
             weight = self.tensor(lin.name + ".weight", device)
             # in the activations' dtype when that is 16 bit too
             return StoredLinear(weight if dtype == torch.float32 else weight.to(dtype), bias, dtype), None
-        names = [t.name for t in linear_tensors(stored.format, scheme, lin) if t.name != lin.name + ".bias"]
-        packed = {name.removeprefix(lin.name + "."): self.tensor(name, device) for name in names}
-        if stored.format == "gptq":
-            q, order = unpack_sorted(packed, scheme, stored.version, lin.name)
-            return packed_linear(q, bias, dtype, device, order)
-        if stored.format == "bnb-nf4":
-            return self._nf4(lin, packed, bias, dtype, device)
-        found = unpack_linear(stored, scheme, lin, packed)
-        assert isinstance(found, QTensor)
-        return packed_linear(found, bias, dtype, device)
-
-    def _nf4(
-        self, lin: LinearSpec, packed: dict[str, Tensor], bias: Tensor | None, dtype: torch.dtype, device: torch.device
-    ) -> tuple[nn.Module, Choice]:
-        shape = lin.out_features, lin.in_features
-        if lin.in_features % 64:
-            raise CheckpointError(
-                f"{lin.name}: NF4 blocks of 64 run over the ends of its {lin.in_features} inputs",
-                hint="`qwenq convert` it to another format",
-            )
-        blocks = nf4_blocks(packed, shape, lin.name)
-        return Nf4Linear(blocks, shape, bias, dtype, device), Choice("nf4", "NF4: torch ships no kernel for its table")
+        form = get_format(stored.format)
+        packed = {n.removeprefix(lin.name + "."): self.tensor(n, device) for n in form.packed_names(scheme, lin)}
+        found = form.unpack_to_run(packed, scheme, lin, stored.version)
+        return packed_linear(found, form.packed_shape(scheme, lin), bias, dtype, device)
 
 
 def build_model(

@@ -12,8 +12,8 @@ import torch
 from qwenq.errors import RunError
 from qwenq.machine import forget_peak_rss, peak_rss_bytes, return_freed_memory
 from qwenq.pipeline.monitor import device_name, gpu_at
+from qwenq.planning.memory import context_term
 from qwenq.planning.rig import Rig
-from qwenq.planning.terms import context_term
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwenq.formats.base import Recipe
-from qwenq.formats.qtensor import QTensor
+from qwenq.formats.base import Recipe, get_format
 from qwenq.model.spec import LinearSpec, ModelSpec
 from qwenq.planning.kernels import Choice
 from qwenq.runtime.linear import StoredLinear, packed_linear
+from qwenq.solver.grid import QTensor
 
 
 def synthetic_config(spec: ModelSpec) -> dict[str, Any]:
@@ -58,4 +58,5 @@ class SyntheticWeights:
         codes = torch.randint(0, scheme.levels, (lin.out_features, lin.in_features), dtype=torch.uint8, device=device)
         scales = torch.full(shape, spread, dtype=torch.float16, device=device)
         zeros = torch.full(shape, scheme.zero, dtype=torch.uint8, device=device)
-        return packed_linear(QTensor(codes, scales, zeros, scheme), bias, dtype, device)
+        q = QTensor(codes, (scales, zeros), scheme.grid())
+        return packed_linear(q, get_format(self.recipe.format).packed_shape(scheme, lin), bias, dtype, device)

@@ -4,8 +4,9 @@ The form used here is the one of QuIP (Chee et al. 2023, theorem 6), which gives
 factor of the Hessian and needs no inverse: with H = L L' (L lower triangular) and columns taken from the last to the
 first, the value to round for column k is  w_k + sum over j > k of (w_j - q_j) L[j, k] / L[k, k].
 
-What is solved first is then improved by coordinate descent on tr(E (H + damp) E'): in turn each group's scale is
-fitted to its codes, and each column rounded again with all others as they stand.
+What is solved first is then improved by coordinate descent on tr(E (H + damp) E'): in turn each group's parameters are
+fitted to its codes, and each column rounded again with all others as they stand. What values a group may take, and how
+its parameters are found, is the grid's own business (solver/grid.py).
 
 Shapes: I input columns, O output rows, K columns of one group, T tokens, G groups. Work tensors are transposed,
 [I, O], so that a column of the weight is contiguous; weights of one unit lie side by side along O.
@@ -22,9 +23,7 @@ import torch
 from torch import Tensor
 
 from qwenq.errors import QwenqError
-from qwenq.formats.base import Scheme
-from qwenq.formats.qtensor import QTensor
-from qwenq.solver.grid import absmax_grid, float16_scale, round_to_grid, search_grid
+from qwenq.solver.grid import ColumnRounder, Grid, Parameters, QTensor
 
 DAMP_PERCENT = 0.02  # of the mean of the Hessian's diagonal, as a fraction: the field's name for it
 DAMP_TRIES = 4  # each ten times the last, and from the second on at least ten times LEAST_DAMP
@@ -134,59 +133,74 @@ def factor_lower(h_II: Tensor, damp: float) -> bool:
     return True
 
 
-def processing_order(diagonal_I: Tensor, scheme: Scheme) -> Tensor:
+def processing_order(diagonal_I: Tensor, grid: Grid) -> Tensor:
     """Column order in which the most active column comes last and groups stay whole: `g_idx` remains trivial."""
-    width = scheme.group_width(diagonal_I.numel())
-    diagonal_GK = diagonal_I.view(-1, width)
-    first_G1 = width * torch.arange(diagonal_GK.shape[0], device=diagonal_I.device)[:, None]
-    order_GK = diagonal_GK.argsort(dim=1, stable=True) + first_G1
-    return order_GK[diagonal_GK.sum(1).argsort(stable=True)].reshape(-1)
+    order_UK, active_U = torch.arange(diagonal_I.numel(), device=diagonal_I.device)[:, None], diagonal_I
+    for width in reversed(grid.widths(diagonal_I.numel())):  # from columns to sub-groups to groups
+        inner = width // order_UK.shape[1]
+        active_UN = active_U.view(-1, inner)
+        by_activity_UN1 = active_UN.argsort(dim=1, stable=True)[:, :, None]
+        order_UK = order_UK.view(-1, inner, order_UK.shape[1]).take_along_dim(by_activity_UN1, 1).view(-1, width)
+        active_U = active_UN.sum(1)
+    return order_UK[active_U.argsort(stable=True)].reshape(-1)
+
+
+class _GroupParameters:
+    """Parameters of all groups, [n, O] each, filled group by group and part by part of the rows."""
+
+    def __init__(self, groups: int, rows: int) -> None:
+        self.groups, self.rows = groups, rows
+        self.kept: tuple[Tensor, ...] = ()
+
+    def put(self, index: int, part: slice, found: Parameters) -> None:
+        """Keep what was found for rows `part` of group `index`."""
+        if not self.kept:
+            self.kept = tuple(p_NO.new_empty(self.groups * len(p_NO), self.rows) for p_NO in found)
+        for kept_NO, p_NO in zip(self.kept, found, strict=True):
+            kept_NO[index * len(p_NO) : (index + 1) * len(p_NO), part] = p_NO
+
+    def of(self, index: int, part: slice) -> Parameters:
+        """Those of rows `part` of group `index`."""
+        counts = [len(kept_NO) // self.groups for kept_NO in self.kept]
+        return tuple(kept[index * n : (index + 1) * n, part] for kept, n in zip(self.kept, counts, strict=True))
 
 
 def _solve_columns(
-    t_KO: Tensor,
-    e_KO: Tensor,
-    codes_KO: Tensor,
-    r_KK: Tensor,
-    inverse_O: Tensor,
-    scale_O: Tensor,
-    zero_O: Tensor,
-    top: int,
+    t_KO: Tensor, e_KO: Tensor, codes_KO: Tensor, r_KK: Tensor, round_column: ColumnRounder, first: int = 0
 ) -> None:
-    """Round columns from the last to the first, halving recursively so that most corrections are matrix products.
+    """Round columns from the last to the first, halving recursively so that most corrections are matmuls.
 
     In: `e_KO` the weights, `t_KO` the weights plus the corrections from columns outside this range.
     Out: `e_KO` weights minus rounded weights, `t_KO` the values that were rounded, `codes_KO` codes in float32.
+    `first`: of these columns, counted in their group.
     """
     columns = t_KO.shape[0]
     if columns > LEAF:
         half = columns // 2
-        _solve_columns(t_KO[half:], e_KO[half:], codes_KO[half:], r_KK[half:, half:], inverse_O, scale_O, zero_O, top)
+        _solve_columns(t_KO[half:], e_KO[half:], codes_KO[half:], r_KK[half:, half:], round_column, first + half)
         t_KO[:half].addmm_(r_KK[half:, :half].T, e_KO[half:])
-        _solve_columns(t_KO[:half], e_KO[:half], codes_KO[:half], r_KK[:half, :half], inverse_O, scale_O, zero_O, top)
+        _solve_columns(t_KO[:half], e_KO[:half], codes_KO[:half], r_KK[:half, :half], round_column, first)
         return
     for k in range(columns - 1, -1, -1):
-        value_O, code_O = t_KO[k], codes_KO[k]
+        value_O = t_KO[k]
         if k + 1 < columns:
             value_O.addmv_(e_KO[k + 1 :].T, r_KK[k + 1 :, k])
-        torch.addcmul(zero_O, value_O, inverse_O, out=code_O)
-        code_O.round_().clamp_(0, top)
-        e_KO[k].addcmul_(code_O - zero_O, scale_O, value=-1)
+        round_column(first + k, value_O, codes_KO[k], e_KO[k])
 
 
-def _solve_gptq(e_IO: Tensor, h_II: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes uint8 [I, O], scales and zeros float32 [G, O].
+def _solve_gptq(e_IO: Tensor, h_II: Tensor, grid: Grid) -> tuple[Tensor, _GroupParameters]:
+    """Codes uint8 [I, O], and parameters of all groups.
 
     `h_II` holds L below and on the diagonal. `e_IO` comes in as the weights and leaves as weights - rounded weights.
-    With all corrections made, an error e of column k costs (L[k, k] e)**2: the weight of the scale search.
+    With all corrections made, an error e of column k costs (L[k, k] e)**2: its importance when a group is fitted.
     """
     columns, rows = e_IO.shape
-    width = scheme.group_width(columns)
+    width = grid.group_width(columns)
     span = max(width, SPAN // width * width)
     at_once = ROWS_AT_ONCE if e_IO.device.type == "cpu" else rows
     pivots_I = h_II.diagonal().clone()
     codes_IO = torch.empty(columns, rows, dtype=torch.uint8, device=e_IO.device)
-    scales_GO, zeros_GO = (torch.empty(columns // width, rows, device=e_IO.device) for _ in range(2))
+    parameters = _GroupParameters(columns // width, rows)
     for start in range((columns - 1) // span * span, -1, -span):
         stop = min(start + span, columns)
         r_SS = h_II[start:stop, start:stop].tril() / pivots_I[start:stop]
@@ -201,61 +215,50 @@ def _solve_gptq(e_IO: Tensor, h_II: Tensor, scheme: Scheme) -> tuple[Tensor, Ten
                 # the weights as they stand when this group's turn comes, were the group itself not rounded
                 moved_KO = torch.linalg.solve_triangular(r_KK.T, p_SO[group, part], upper=True, unitriangular=True)
                 e_KO = w_KO + moved_KO
-                scale_O, zero_O = search_grid(e_KO, pivots_I[whole].square(), scheme)
+                found = grid.fit(e_KO, pivots_I[whole].square())
                 q_KO = torch.empty_like(e_KO)
-                _solve_columns(e_KO.clone(), e_KO, q_KO, r_KK, 1 / scale_O, scale_O, zero_O, scheme.levels - 1)
+                _solve_columns(e_KO.clone(), e_KO, q_KO, r_KK, grid.column_rounder(found, width))
                 codes_IO[whole, part] = q_KO
-                index = (start + low) // width
-                scales_GO[index, part], zeros_GO[index, part] = scale_O, zero_O
+                parameters.put((start + low) // width, part, found)
                 w_KO.copy_(e_KO.sub_(moved_KO))
                 if low:
                     p_SO[:low, part].addmm_(r_SS[group, :low].T, w_KO)
-    return codes_IO, scales_GO, zeros_GO
+    return codes_IO, parameters
 
 
 def _descend(
     e_IO: Tensor,
     codes_IO: Tensor,
-    scales_GO: Tensor,
-    zeros_GO: Tensor,
+    parameters: _GroupParameters,
     h_II: Tensor,
-    diagonal_I: Tensor,
-    damp: float,
-    scheme: Scheme,
+    damped_I: Tensor,
+    grid: Grid,
 ) -> None:
-    """One sweep of descent on tr(E (H + damp) E') over scales and codes, all in place.
+    """One sweep of descent on tr(E (H + damp) E') over parameters and codes, all in place.
 
-    `h_II` holds H above its diagonal, which is `diagonal_I`. For column k, all else fixed, the best value to round is
-    q_k + (H E)_k / H_kk. A scale keeps its sign.
+    `h_II` holds H above its diagonal; `damped_I` is the diagonal of H + damp. For column k, all else fixed, the best
+    value to round is q_k + (H E)_k / H_kk.
     """
     columns, rows = e_IO.shape
-    width = scheme.group_width(columns)
+    width = grid.group_width(columns)
     at_once = ROWS_AT_ONCE if e_IO.device.type == "cpu" else rows
     for index in range(columns // width - 1, -1, -1):
         start, stop = index * width, (index + 1) * width
         group = slice(start, stop)
         corner_KK = h_II[group, group].triu(1)
         corner_KK += corner_KK.T.clone()
-        corner_KK.diagonal().copy_(diagonal_I[group] + damp)
-        pull_KO = corner_KK @ e_IO[group]
-        pull_KO.addmm_(h_II[:start, group].T, e_IO[:start]).addmm_(h_II[group, stop:], e_IO[stop:])
+        corner_KK.diagonal().copy_(damped_I[group])
+        slope_KO = corner_KK @ e_IO[group]
+        slope_KO.addmm_(h_II[:start, group].T, e_IO[:start]).addmm_(h_II[group, stop:], e_IO[stop:])
         r_KK = corner_KK / corner_KK.diagonal()
         for first in range(0, rows, at_once):
             part = slice(first, first + at_once)
-            zero_O, scale_O, e_KO = zeros_GO[index, part], scales_GO[index, part], e_IO[group, part]
-            code_KO = codes_IO[group, part].float()
-            unit_KO = code_KO - zero_O
-            spread_KO = corner_KK @ unit_KO
-            step_O = (unit_KO * pull_KO[:, part]).sum(0) / (unit_KO * spread_KO).sum(0)
-            fitted_O = float16_scale(scale_O + step_O.nan_to_num_(0.0, 0.0, 0.0))
-            fitted_O = torch.where((fitted_O < 0) == (scale_O < 0), fitted_O, scale_O)
-            change_O = scale_O - fitted_O
-            e_KO.addcmul_(unit_KO, change_O)
-            pull_KO[:, part].addcmul_(spread_KO, change_O)
-            scale_O.copy_(fitted_O)
-            moved_KO = unit_KO.mul_(fitted_O)  # in: the rounded weights; out: how much they fell
-            t_KO = moved_KO + pull_KO[:, part] / corner_KK.diagonal()[:, None]
-            _solve_columns(t_KO, moved_KO, code_KO, r_KK, 1 / fitted_O, fitted_O, zero_O, scheme.levels - 1)
+            e_KO, code_KO = e_IO[group, part], codes_IO[group, part].float()
+            found, moved_KO = grid.refit(parameters.of(index, part), code_KO, corner_KK, e_KO, slope_KO[:, part])
+            parameters.put(index, part, found)
+            # moved_KO in: the values of the codes; out: how much they fell
+            t_KO = moved_KO + slope_KO[:, part] / corner_KK.diagonal()[:, None]
+            _solve_columns(t_KO, moved_KO, code_KO, r_KK, grid.column_rounder(found, width))
             e_KO.add_(moved_KO)
             codes_IO[group, part] = code_KO
 
@@ -297,21 +300,21 @@ def _pulled(shortfall: Shortfall, order_I: Tensor, h_II: Tensor) -> Tensor:
     return _solve_upper(fit_IO.mul_(share_O), h_II)
 
 
-def _solve_rounding(e_IO: Tensor, weight_I: Tensor | None, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scales and zeros by rounding to nearest: absmax scales, or searched ones when weights are given."""
+def _solve_rounding(e_IO: Tensor, importance_I: Tensor | None, grid: Grid) -> tuple[Tensor, _GroupParameters]:
+    """Codes and parameters by rounding to nearest; groups are fitted by `importance_I`, or just spanned without it."""
     columns, rows = e_IO.shape
-    width = scheme.group_width(columns)
+    width = grid.group_width(columns)
     codes_IO = torch.empty(columns, rows, dtype=torch.uint8, device=e_IO.device)
-    scales_GO, zeros_GO = (torch.empty(columns // width, rows, device=e_IO.device) for _ in range(2))
+    parameters = _GroupParameters(columns // width, rows)
     for index in range(columns // width):
         group = slice(index * width, (index + 1) * width)
         w_KO = e_IO[group]
-        grid = absmax_grid(w_KO, scheme) if weight_I is None else search_grid(w_KO, weight_I[group], scheme)
-        scales_GO[index], zeros_GO[index] = grid
-        q_KO = round_to_grid(w_KO, *grid, scheme)
+        found = grid.fit(w_KO, None if importance_I is None else importance_I[group])
+        parameters.put(index, slice(None), found)
+        q_KO = grid.round(w_KO, found)
         codes_IO[group] = q_KO
-        w_KO.sub_(q_KO.sub_(grid[1]).mul_(grid[0]))
-    return codes_IO, scales_GO, zeros_GO
+        w_KO.sub_(grid.dequantize(q_KO, found))
+    return codes_IO, parameters
 
 
 def mean_of_live(diagonal_I: Tensor) -> float:
@@ -358,9 +361,7 @@ def _check_finite(
     if h_II is not None:
         for start in range(0, h_II.shape[0], FACTOR_BLOCK):
             if not math.isfinite(float(h_II[start : start + FACTOR_BLOCK, start:].abs().max())):
-                raise QwenqError(
-                    f"{', '.join(weights)}: the Hessian of their inputs is not finite", hint=_OVERFLOWED
-                )
+                raise QwenqError(f"{', '.join(weights)}: the Hessian of their inputs is not finite", hint=_OVERFLOWED)
     for name, shortfall in (shortfalls or {}).items():
         for sums_IO in (shortfall.whole_IO, shortfall.half_IO):
             for part_KO in sums_IO.split(FACTOR_BLOCK):
@@ -371,7 +372,7 @@ def _check_finite(
 def solve_unit(
     weights: Mapping[str, Tensor],
     h_II: Tensor | None,
-    scheme: Scheme,
+    grid: Grid,
     *,
     damp_percent: float = DAMP_PERCENT,
     method: str = "gptq",
@@ -383,7 +384,7 @@ def solve_unit(
 
     `h_II` (float32 [in, in]) is the sum of x x' over calibration tokens, not normalised; its upper triangle is read
     and **it is overwritten**. `damp_percent` is a fraction of the mean diagonal, raised tenfold while the factor does
-    not exist (0: from LEAST_DAMP on); after DAMP_TRIES weights are rounded to the nearest value of a searched grid and
+    not exist (0: from LEAST_DAMP on); after DAMP_TRIES weights are rounded to the nearest value of a fitted grid and
     `fallback` says so.
     `shortfalls` (by name, overwritten): sums over as many tokens of what outputs are short of. Weights are first moved
     by the share `pull` of what `_pulled` makes of them, and error figures count from there.
@@ -391,7 +392,7 @@ def solve_unit(
     Raises QwenqError, naming tensors, for non-finite or ill-fitting input, and for scales that overflowed from it.
     """
     columns = next(iter(weights.values())).shape[1]
-    width = scheme.group_width(columns)
+    width = grid.group_width(columns)
     for name, w_OI in weights.items():
         if w_OI.shape[1] != columns or columns % width or (h_II is not None and h_II.shape != (columns, columns)):
             raise QwenqError(
@@ -412,7 +413,7 @@ def solve_unit(
     order_I = torch.arange(columns, device=device)
     if h_II is not None:
         mirror_upper(h_II)
-        order_I = processing_order(diagonal_I, scheme)
+        order_I = processing_order(diagonal_I, grid)
         permute_symmetric(h_II, order_I)
         e_IO, diagonal_I = e_IO[order_I], diagonal_I[order_I]
     parts = [slice(stop - size, stop) for stop, size in zip(itertools.accumulate(sizes), sizes, strict=True)]
@@ -422,35 +423,36 @@ def solve_unit(
 
     tried, fallback = 0.0, ""
     if h_II is None or method == "rtn":
-        codes_IO, scales_GO, zeros_GO = _solve_rounding(e_IO, None, scheme)
+        codes_IO, parameters = _solve_rounding(e_IO, None, grid)
     else:
         tried, fallback = _factor(h_II, diagonal_I, damp_percent)
         damp = tried * mean_of_live(diagonal_I)
         if fallback:
-            weight_I = diagonal_I.clamp(min=0) + max(1e-3 * float(diagonal_I.mean()), 1e-12)
-            codes_IO, scales_GO, zeros_GO = _solve_rounding(e_IO, weight_I, scheme)
+            importance_I = diagonal_I.clamp(min=0) + max(1e-3 * float(diagonal_I.mean()), 1e-12)
+            codes_IO, parameters = _solve_rounding(e_IO, importance_I, grid)
         else:
             for part_IO, name in zip(e_IO.split(sizes, dim=1), weights, strict=True):
                 if shortfalls is not None and name in shortfalls:
                     part_IO.add_(_pulled(shortfalls[name], order_I, h_II), alpha=pull)
-            codes_IO, scales_GO, zeros_GO = _solve_gptq(e_IO, h_II, scheme)
+            codes_IO, parameters = _solve_gptq(e_IO, h_II, grid)
             for _ in range(sweeps):
-                _descend(e_IO, codes_IO, scales_GO, zeros_GO, h_II, diagonal_I, damp, scheme)
+                _descend(e_IO, codes_IO, parameters, h_II, diagonal_I + damp, grid)
     errors = [math.nan if h_II is None else _quadratic(e_IO[:, rows], h_II, diagonal_I) for rows in samples]
     weight_error_O = torch.linalg.vector_norm(e_IO, dim=0).square()
-    groups_G = order_I.view(-1, width)[:, 0].div(width, rounding_mode="floor").argsort()
-    codes_IO, scales_GO, zeros_GO = codes_IO[order_I.argsort()], scales_GO[groups_G], zeros_GO[groups_G]
+    codes_IO, found = codes_IO[order_I.argsort()], [_in_column_order(p_NO, order_I) for p_NO in parameters.kept]
 
     out: dict[str, tuple[QTensor, SolveStats]] = {}
     for name, part, error, signal in zip(weights, parts, errors, signals, strict=True):
-        tensor = QTensor(
-            codes_IO[:, part].T.contiguous(),
-            scales_GO[:, part].T.half().contiguous(),
-            zeros_GO[:, part].T.to(torch.uint8).contiguous(),
-            scheme,
-        )
-        if not bool(tensor.scales_OG.isfinite().all()):
+        stored = [p[:, part].T.to(dtype).contiguous() for p, dtype in zip(found, grid.stored_dtypes, strict=True)]
+        if any(p_ON.is_floating_point() and not bool(p_ON.isfinite().all()) for p_ON in stored):
             raise QwenqError(f"{name}: scales are not finite", hint="its weights or inputs are too large for float32")
+        tensor = QTensor(codes_IO[:, part].T.contiguous(), tuple(stored), grid)
         weight_error, weight_signal = (float(x_O[part].double().sum()) for x_O in (weight_error_O, weight_norm_O))
         out[name] = (tensor, SolveStats(error, signal, weight_error, weight_signal, tried, fallback))
     return out
+
+
+def _in_column_order(p_NO: Tensor, order_I: Tensor) -> Tensor:
+    """Parameters found in processing order, sorted by the columns they belong to."""
+    width = len(order_I) // len(p_NO)
+    return p_NO[order_I.view(-1, width)[:, 0].div(width, rounding_mode="floor").argsort()]

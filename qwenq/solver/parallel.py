@@ -11,17 +11,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from qwenq.formats.base import Scheme
-from qwenq.formats.qtensor import QTensor
 from qwenq.machine import LANES_UP_TO, MOST_LANES
 from qwenq.solver.gptq import Shortfall, SolveStats, solve_unit
+from qwenq.solver.grid import Grid, QTensor
 
 
 def solve_rows(
     devices: Sequence[torch.device],
     weights: Mapping[str, Tensor],
     h_II: Tensor | None,
-    scheme: Scheme,
+    grid: Grid,
     *,
     shortfalls: Mapping[str, Shortfall] | None = None,
     **options: Any,
@@ -33,7 +32,7 @@ def solve_rows(
     """
     count = min(len(devices), *(len(w_OI) for w_OI in weights.values()))
     if count == 1 or h_II is None:
-        return solve_unit(weights, h_II, scheme, shortfalls=shortfalls, **options)
+        return solve_unit(weights, h_II, grid, shortfalls=shortfalls, **options)
 
     def bounds(size: int, k: int) -> tuple[int, int]:
         return size * k // count, size * (k + 1) // count
@@ -51,7 +50,7 @@ def solve_rows(
             solve_unit,
             {name: rows(w_OI, k) for name, w_OI in weights.items()},
             h_II.to(devices[k], copy=k > 0),
-            scheme,
+            grid,
             shortfalls=shortfalls and {name: short(name, k) for name in shortfalls},
             **options,
         )
@@ -76,13 +75,15 @@ def _load_linalg(device: torch.device) -> None:
 def _joined(parts: Sequence[tuple[QTensor, SolveStats]], device: torch.device) -> tuple[QTensor, SolveStats]:
     tensors, stats = zip(*parts, strict=True)
 
-    def rows(name: str) -> Tensor:
-        return torch.cat([getattr(tensor, name).to(device) for tensor in tensors])
-
     def total(name: str) -> float:
         return sum(getattr(stat, name) for stat in stats)
 
-    return QTensor(rows("codes_OI"), rows("scales_OG"), rows("zeros_OG"), tensors[0].scheme), SolveStats(
+    def joined(pieces: Sequence[Tensor]) -> Tensor:
+        return torch.cat([piece.to(device) for piece in pieces])
+
+    parameters = tuple(joined(pieces) for pieces in zip(*(tensor.parameters for tensor in tensors), strict=True))
+    codes_OI = joined([tensor.codes_OI for tensor in tensors])
+    return QTensor(codes_OI, parameters, tensors[0].grid), SolveStats(
         total("error"),
         total("signal"),
         total("weight_error"),

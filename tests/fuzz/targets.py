@@ -16,7 +16,7 @@ import numpy as np
 from fuzz.mutate import encode, mutate_bytes, mutate_json, mutate_value
 from qwenq.checkpoint.manifest import JOURNAL_NAME, MANIFEST_NAME, encode_manifest, verify
 from qwenq.checkpoint.reader import open_checkpoint, read_config
-from qwenq.formats.registry import read_quantization_config
+from qwenq.formats.base import read_quantization_config
 from qwenq.io.json import read_object
 from qwenq.io.safetensors import INDEX_NAME, checkpoint_tensors, read_header
 from qwenq.model.layer import Network

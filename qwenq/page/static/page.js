@@ -70,7 +70,7 @@ function showControls() {
     $(key).value = String(state[key]);
     if ($(key).value !== String(state[key])) { $(key).selectedIndex = 0; state[key] = Number($(key).value); }
   }
-  $("group_size").disabled = state.bits === 16 || state.engine === "llama.cpp";
+  $("group_size").disabled = state.bits === 16 || offered.gguf_engines.includes(state.engine);
   $("context").max = limit / 1024 - 1;
   $("context").value = toSlider(state.context);
   $("context").setAttribute("aria-valuetext", `${tokens(state.context)} tokens`);

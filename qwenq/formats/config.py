@@ -1,0 +1,102 @@
+"""Values out of other people's configs: schemes, lists of names, and regular expressions, read and checked.
+
+A regular expression is compiled only when no name can make matching it take long. It is refused when a repeat holds
+another repeat or a choice, which takes exponential time on the wrong name, when it has many unbounded repeats (each
+multiplies the time by the name's length), or a backward reference.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+from qwenq.errors import CheckpointError, PlanError, UnreadScheme
+from qwenq.formats.base import Scheme
+from qwenq.io.json import shown
+
+PACKED_BITS = range(2, 9)  # that one tool or another packs
+
+MAX_CHARACTERS = 20_000  # a choice of all linears of a large model by their names is half as long
+MAX_UNBOUNDED = 4  # `.*` and their like; on a name of 60 characters that is half a million steps
+_TOKEN = re.compile(
+    r"\\(?P<escape>.)|(?P<set>\[\^?\]?(?:\\.|[^\]\\])*\])|(?P<open>\((?:\?(?:P?<[A-Za-z_]\w*>|<?[=!]|[aimsux-]*:|>)?)?)"
+    r"|(?P<close>\))|(?P<repeat>[*+]|\{\d*,?\d*\})|(?P<maybe>\?)|(?P<choice>\|)|.",
+    re.DOTALL,
+)
+
+
+def read_scheme(bits: Any, group_size: Any, sym: Any, where: str) -> Scheme:
+    """A scheme of integer codes; CheckpointError for what this project cannot read."""
+    if type(bits) is not int or type(group_size) is not int:
+        raise CheckpointError(f"{where}: bits is {bits!r} and group_size {group_size!r}, wanted whole numbers")
+    try:
+        return Scheme(bits, group_size, bool(sym))
+    except PlanError as error:
+        other = bits not in (4, 8) and bits in PACKED_BITS
+        raise (UnreadScheme if other else CheckpointError)(f"{where}: {error.message}") from None
+
+
+def read_names(value: Any, where: str) -> list[str]:
+    """A list of texts; None is an empty one."""
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise CheckpointError(f"{where} is {str(value)[:80]!r}, wanted a list of names")
+    return value
+
+
+def read_pattern(pattern: Any, where: str) -> re.Pattern[str]:
+    """A regular expression, to be matched from the start of a module's name."""
+    if not isinstance(pattern, str):
+        raise CheckpointError(f"{where} has a bad pattern {shown(repr(pattern))} (not text)")
+    if len(pattern) > MAX_CHARACTERS:
+        raise CheckpointError(f"{where} has a pattern of {len(pattern)} characters, more than {MAX_CHARACTERS}")
+    if reason := _slow(pattern):
+        raise CheckpointError(
+            f"{where} has the pattern {shown(pattern, 60)}, which could take forever ({reason}): refused",
+            hint="write the names out, or without repeats inside repeats",
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what Python may once read otherwise
+            return re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise CheckpointError(f"{where} has a bad pattern {shown(repr(pattern))} ({error})") from None
+
+
+def _slow(pattern: str) -> str:
+    """Why matching could take long; empty when it cannot. May refuse a harmless pattern, never passes a slow one."""
+    unbounded = 0
+    groups = [False]  # for each open group: whether it holds a repeat or a choice
+    closed = False  # the last thing was a group that does
+    after_repeat = False
+    for token in _TOKEN.finditer(pattern):
+        kind, text = token.lastgroup, token[0]
+        was_closed, closed = closed, False
+        was_repeat, after_repeat = after_repeat, False
+        if kind == "escape" and (text[1].isdigit() and text[1] != "0"):
+            return "a backward reference"
+        if kind == "open":
+            if text in ("(?", "(?>"):
+                return f"the group {shown(pattern[token.start() : token.start() + 6])}"
+            groups.append(False)
+        elif kind == "close" and len(groups) > 1:
+            closed = groups.pop()
+            groups[-1] = groups[-1] or closed
+        elif kind == "choice":
+            groups[-1] = True
+        elif kind in ("repeat", "maybe"):
+            if was_repeat and text in "+?":  # lazy or possessive
+                continue
+            if was_closed and kind == "repeat":
+                return "a repeat or a choice inside a repeat"
+            groups[-1] = True
+            after_repeat = True
+            unbounded += kind == "repeat" and not text.startswith("{")
+            if text.startswith("{"):
+                low, _, high = text[1:-1].partition(",")
+                if max((int(n) for n in (low, high) if n), default=0) > 1000:
+                    return f"{shown(text, 20)} repeats"
+                unbounded += "," in text
+    return f"{unbounded} unbounded repeats" if unbounded > MAX_UNBOUNDED else ""

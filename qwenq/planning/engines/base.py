@@ -1,0 +1,491 @@
+"""Engines: an object for each, with everything the planner knows of it, and the registry of their names.
+
+An engine is a class of one file here: a `LayeredEngine`, which runs whole layers GPU after GPU, or a `ServerEngine`,
+whose tensor and pipeline parallel ranks fill a part of each GPU with KV cache. docs/adding-an-engine.md says how to add
+one.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar, TypedDict
+
+from qwenq.errors import HonestNo, PlanError, UsageError
+from qwenq.formats.base import Recipe, Scheme
+from qwenq.model.spec import ModelSpec
+from qwenq.planning.case import Case, Share, Workload, rank_shares
+from qwenq.planning.escapes import Escape, Serving, serving
+from qwenq.planning.memory import Allowance, MemoryEstimate, Term, estimate
+from qwenq.planning.placement import (
+    Layout,
+    ParallelOption,
+    RankLayout,
+    best_option,
+    cutting_reasons,
+    parallel_options,
+    place,
+    search_context,
+    splits,
+)
+from qwenq.planning.plan import Plan
+from qwenq.planning.rig import Gpu
+from qwenq.planning.speed import SpeedFit
+from qwenq.planning.weights import Weights, allocated_bytes, recipe_weights
+from qwenq.units import format_gb, format_gib, format_tokens
+
+Version = tuple[int, ...]
+SIXTEEN_BIT = ("auto", "fp16", "bf16")  # KV caches of 2 bytes a value
+
+
+@dataclass(frozen=True)
+class Engine(ABC):
+    """An engine at a version; `libraries` holds the versions of what it loads (`autogptq`, `gptqmodel`, `autoawq`)."""
+
+    name: ClassVar[str]
+    latest: ClassVar[Version]  # the newest that the facts were checked for
+    kv_dtypes: ClassVar[Mapping[str, float]]  # bytes of a cached value, scales included
+    title: ClassVar[str] = ""  # as its authors write it; empty: as `name`
+    versioned: ClassVar[bool] = True  # the label names the version
+    smaller_kv: ClassVar[str] = ""  # the KV dtype to offer in place of 16 bits
+    own_chunk: ClassVar[int] = 0  # prompt tokens computed at once; 0: the whole prompt
+    chunk_word: ClassVar[str] = "prefill chunk"
+    needs_gguf: ClassVar[bool] = False  # it loads GGUF files, not what `quantize` writes
+    unread: ClassVar[Mapping[str, str]] = {}  # method of weights -> why it does not load them
+    vendors_without: ClassVar[tuple[str, ...]] = ("intel", "apple")  # whose GPUs it does not run on
+    rocm_tried: ClassVar[bool] = False
+    layered: ClassVar[bool] = True  # layers on different GPUs run one after the other (no tensor parallelism)
+    host_layers_stay: ClassVar[bool] = False  # the CPU computes layers in host memory; else they move to the first GPU
+    copies_tied_head: ClassVar[bool] = False  # and keeps the embedding elsewhere
+    states_peak: ClassVar[bool] = False  # published runs of it state torch's allocator peak
+    context_flag: ClassVar[str] = ""  # of a server's command
+    utilization_flag: ClassVar[str] = ""
+
+    version: Version
+    libraries: tuple[tuple[str, Version], ...] = ()
+
+    @property
+    def label(self) -> str:
+        """`transformers 4.46.0`; `llama.cpp`."""
+        name = self.title or self.name
+        return f"{name} {'.'.join(map(str, self.version))}" if self.versioned else name
+
+    def library(self, name: str) -> Version | None:
+        return dict(self.libraries).get(name)
+
+    def kv_bytes(self, kv_dtype: str) -> float:
+        """Bytes of one cached value; UsageError when the engine has no such cache."""
+        if kv_dtype not in self.kv_dtypes:
+            raise UsageError(f"{self.name} has no {kv_dtype!r} KV cache", hint=f"one of {', '.join(self.kv_dtypes)}")
+        return self.kv_dtypes[kv_dtype]
+
+    def refusal(self, method: str) -> str:
+        """Why it does not load weights stored as `method`, one of `Weights.method`; empty when it does."""
+        return self.unread.get(method, "")
+
+    def prefill_chunk(self, work: Workload) -> int:
+        """Prompt tokens computed at once: as asked, or its own."""
+        return min(work.prompt_tokens, work.prefill_chunk or self.own_chunk or work.prompt_tokens)
+
+    def runs_on(self, gpu: Gpu) -> bool:
+        """Whether it runs on such a GPU at all."""
+        return gpu.vendor not in self.vendors_without
+
+    def notes(self, case: Case, gpu: Gpu) -> list[str]:
+        """Remarks on running a case on a kind of GPU."""
+        return []
+
+    def with_profile(self, path: Path) -> Engine:
+        """The engine with its memory corrected by measurements, a file; UsageError where none can be."""
+        raise UsageError(f"--profile corrects this project's own engine, not {self.name}")
+
+    def kept(self, weights: Weights, work: Workload, gpu: Gpu) -> Weights:
+        """Weights as the engine keeps them on `gpu`: about as stored, in all but this project's own."""
+        return weights
+
+    @abstractmethod
+    def terms(self, case: Case, share: Share, gpu: Gpu) -> tuple[tuple[Term, ...], str]:
+        """Memory of one GPU that holds `share`, at its worst moment, and the name of that moment."""
+
+    def allowance(self, case: Case, shares: Sequence[Share], needed: Sequence[tuple[Term, ...]]) -> Allowance:
+        """Bytes it may take of each of the rig's GPUs, which need the terms `needed`."""
+        return Allowance(case.hardware.limits)
+
+    def asked_part(self, case: Case) -> float:
+        """The part of each GPU to begin with."""
+        return 1.0
+
+    @abstractmethod
+    def speed_fit(self, weights: Weights) -> SpeedFit:
+        """Constants of its speed with such weights, or their stand-in where nobody published a run."""
+
+    def moved_in_attention(self, spec: ModelSpec, tokens: int) -> float:
+        """Bytes a layer moves in one step beside its weights and cache, which holds `tokens`."""
+        return 0
+
+    @abstractmethod
+    def layouts(self, case: Case) -> tuple[Layout, ...]:
+        """Ways to use the case's rig, the best first."""
+
+    def layout(self, case: Case) -> Layout:
+        """The best of them."""
+        return self.layouts(case)[0]
+
+    @abstractmethod
+    def estimate(self, case: Case, ranks: int = 0) -> MemoryEstimate:
+        """Memory in the best layout, without a rig on one GPU; `ranks`: tensor parallel size where it is asked for."""
+
+    @abstractmethod
+    def longest_context(self, case: Case) -> int:
+        """Most tokens a sequence can have with everything on the GPUs, at most the model's own limit; 0 when none."""
+
+    @abstractmethod
+    def how_held(self, case: Case) -> str:
+        """How the rig holds the case: `layers split`, `TP 2 x PP 1`; empty when it does not."""
+
+    def check_ranks(self, ranks: int) -> None:
+        """UsageError for a tensor parallel size that it cannot have."""
+        if ranks < 0:
+            raise UsageError(f"tensor parallel size is {ranks}, wanted at least 1")
+
+    def cache_notes(self, memory: MemoryEstimate) -> list[str]:
+        """Remarks on a cache whose size the engine decides."""
+        return []
+
+    @abstractmethod
+    def served(self, case: Case) -> Case:
+        """The case as a server would have it: this engine when it is one, else the server plans show beside it."""
+
+    @abstractmethod
+    def instead(self, case: Case, longest: int, escapes: Sequence[Escape]) -> Iterator[str]:
+        """Changes with which a case that does not fit would; `longest`: its longest context, 0 when none."""
+
+    def uniform_instead(self, case: Case) -> Iterator[str]:
+        """Plain 4 bits, where they are lighter and fit."""
+        if self.needs_gguf or any(lin.in_features % 128 for lin in case.spec.layer_linears(0)):
+            return
+        uniform = recipe_weights(case.spec, Recipe(Scheme(4, 128)))
+        if uniform.total_bytes < case.weights.total_bytes and self.how_held(replace(case, weights=uniform)):
+            yield f"uniform 4-bit g128, {format_gb(uniform.total_bytes)}, at {format_tokens(case.work.context)}"
+
+    def command(self, plan: Plan) -> str:
+        """Lines to paste that carry out a plan, one of another engine too; empty: `qwenq run` does."""
+        return ""
+
+
+@dataclass(frozen=True)
+class LayeredEngine(Engine):
+    """An engine that splits whole layers over GPUs, which run one after the other."""
+
+    def layouts(self, case: Case) -> tuple[Layout, ...]:
+        return (place(case),)
+
+    def estimate(self, case: Case, ranks: int = 0) -> MemoryEstimate:
+        self.check_ranks(ranks)
+        return estimate(case) if case.rig is None else place(case).memory
+
+    def longest_context(self, case: Case) -> int:
+        return search_context(lambda context: splits(case.at(context)), case.spec.extended_context)
+
+    def how_held(self, case: Case) -> str:
+        return "layers split" if splits(case) else ""
+
+    def check_ranks(self, ranks: int) -> None:
+        super().check_ranks(ranks)
+        if ranks:
+            raise UsageError(f"{self.name} has no tensor parallelism here", hint=f"--engine {SERVER} has")
+
+    def served(self, case: Case) -> Case:
+        server = get_engine(SERVER)
+        assert isinstance(server, ServerEngine)
+        return server.adopted(case)
+
+    def instead(self, case: Case, longest: int, escapes: Sequence[Escape]) -> Iterator[str]:
+        if longest:
+            yield f"a context of {format_tokens(longest)} with these weights"
+        smaller = self.smaller_kv
+        if smaller and case.work.kv_dtype in SIXTEEN_BIT and self.how_held(case.asking(kv_dtype=smaller)):
+            yield f"--kv-cache-dtype {smaller} at {format_tokens(case.work.context)}"
+        if not (self.own_chunk or case.work.prefill_chunk) and self.how_held(case.asking(prefill_chunk=1024)):
+            yield "--prefill-chunk 1024 (the prompt in pieces)"
+        yield from self.uniform_instead(case)
+
+
+@dataclass(frozen=True)
+class ServerEngine(Engine):
+    """An engine of tensor x pipeline parallel ranks, each of which fills its part of a GPU with KV cache.
+
+    The part holds the terms `inside` and the cache; the terms `outside` come on top of it.
+    """
+
+    layered: ClassVar[bool] = False
+    block_tokens: ClassVar[int] = 1  # the cache is made of
+    inside: ClassVar[tuple[str, ...]]
+    outside: ClassVar[tuple[str, ...]]
+    outside_said: ClassVar[str] = "CUDA graphs and context"
+
+    @abstractmethod
+    def own_part(self, case: Case, share: Share, gpu: Gpu) -> float:
+        """The part of a GPU that it takes when none is asked for, of `part_of`."""
+
+    def asked_part(self, case: Case) -> float:
+        """As asked, or its own on the GPU where that is least."""
+        gpus = case.hardware.gpus
+        return case.work.gpu_memory_utilization or min(
+            self.own_part(case, rank_shares(case.spec, len(gpus))[0], gpu) for gpu in gpus
+        )
+
+    def part_of(self, terms: Sequence[Term], total: int) -> int:
+        """Bytes that the part is counted of: a GPU's `total`."""
+        return total
+
+    def inside_bytes(self, terms: Sequence[Term]) -> int:
+        """Bytes of a part before the cache gets the rest."""
+        return sum(t.n_bytes for t in terms if t.name in self.inside)
+
+    def outside_bytes(self, terms: Sequence[Term]) -> int:
+        return sum(t.n_bytes for t in terms if t.name in self.outside)
+
+    def allowance(self, case: Case, shares: Sequence[Share], needed: Sequence[tuple[Term, ...]]) -> Allowance:
+        """One part for all GPUs, as asked or, rounded down, as much as leaves each its `outside` bytes.
+
+        A server fills its part with KV cache whatever the context, so with more it would run out of memory later.
+        """
+        gpus, totals = case.hardware.gpus, [gpu.limit_bytes for gpu in case.hardware.gpus]
+        bases = [self.part_of(terms, total) for terms, total in zip(needed, totals, strict=True)]
+        used = [index for index, share in enumerate(shares) if share.used]
+        parts = []
+        for k in used:
+            most = math.floor(1000 * (case.hardware.limits[k] - self.outside_bytes(needed[k])) / bases[k]) / 1000
+            asked = case.work.gpu_memory_utilization or self.own_part(case, shares[k], gpus[k])
+            parts.append(max(0.0, min(asked, most)))
+        part = min(parts)
+        left = [bases[k] * part - self.inside_bytes(needed[k]) for k in used]
+        capacity = min(self._cache_tokens(case, shares[k], n) for k, n in zip(used, left, strict=True))
+        limits = (round(base * part) + self.outside_bytes(t) for base, t in zip(bases, needed, strict=True))
+        return Allowance(tuple(limits), capacity, part)
+
+    def token_bytes(self, case: Case, share: Share) -> int:
+        """KV bytes of one token on one rank; heads are copied when there are fewer than ranks."""
+        heads = max(1, case.spec.num_key_value_heads // share.ranks)
+        return int(2 * len(share.layers) * heads * case.spec.head_dim * case.kv_bytes)
+
+    def cache_bytes(self, case: Case, share: Share) -> int:
+        """KV bytes of one rank for the whole batch, in whole blocks."""
+        blocks = -(-case.work.context // self.block_tokens) * case.work.batch
+        return blocks * self.block_tokens * self.token_bytes(case, share)
+
+    def _cache_tokens(self, case: Case, share: Share, left: float) -> int:
+        """Tokens that `left` bytes hold on one rank, in whole blocks; 0 when nothing is left."""
+        per_block = self.block_tokens * self.token_bytes(case, share)
+        return max(0, int(left // per_block)) * self.block_tokens if per_block else 0
+
+    def rank_weights(self, case: Case, share: Share) -> int:
+        """Bytes of a rank's weights: fused linears cut by rank, norms whole, one rotary table; allocator rounding."""
+        spec, weights = case.spec, case.weights
+        r, h, i = share.ranks, spec.hidden_size, weights.intermediate_size
+        shapes = ((spec.q_size + 2 * spec.kv_size) * h, spec.q_size * h, 2 * i * h, i * h)
+        sizes: list[int] = [part // r for part in weights.embed] if share.embed else []
+        for layer in share.layers:
+            stored = weights.layer_bytes[layer]
+            sizes += [round(stored / sum(shapes) * shape / r) for shape in shapes]
+        if share.head:
+            sizes += [*weights.norm, *(part // r for part in weights.head)]
+            if not weights.head and not share.embed:
+                sizes += [part // r for part in weights.embed]  # a tied head on another stage is a copy
+        sizes.append(2 * spec.max_position_embeddings * spec.head_dim)
+        return allocated_bytes(sizes)
+
+    def layouts(self, case: Case) -> tuple[Layout, ...]:
+        """Ranks that the shapes allow, the best first; stages alone where they allow none."""
+        options = parallel_options(case)
+        best = best_option(options)
+        if best is None:
+            shares = rank_shares(case.spec, 1, len(case.hardware.gpus))
+            return (RankLayout(shares, estimate(case, shares), None),)
+        others = [option for option in options if option is not best]
+        return tuple(
+            RankLayout(rank_shares(case.spec, option.tensor, option.pipeline), option.memory, option)
+            for option in (best, *others)
+            if option.memory
+        )
+
+    def estimate(self, case: Case, ranks: int = 0) -> MemoryEstimate:
+        return estimate(case, rank_shares(case.spec, *self._ranks(case, ranks)))
+
+    def _ranks(self, case: Case, asked: int) -> tuple[int, int]:
+        """(tensor, pipeline) ranks: as asked, else the best the rig and the shapes allow; PlanError when none is."""
+        self.check_ranks(asked)
+        count = len(case.rig.gpus) if case.rig else asked or 1
+        if asked:
+            reasons = cutting_reasons(case.spec, case.weights, asked)
+            if count % asked:
+                reasons.append(f"{count} GPUs are not divisible by {asked}")
+            if reasons:
+                raise PlanError(f"tensor parallel size {asked} is not possible: {reasons[0]}")
+            return asked, count // asked
+        if case.rig is None:
+            return 1, 1
+        option = best_option(parallel_options(case))
+        if option is None:
+            raise PlanError(
+                f"{self.title} cannot use {case.rig.label}", hint="`qwenq plan` says why for every layout"
+            )
+        return option.tensor, option.pipeline
+
+    def longest_context(self, case: Case) -> int:
+        """In the layout with the largest cache where one fits as asked, else in any."""
+        options = [option for option in parallel_options(case) if not option.reasons]
+        best = best_option(options)
+        tried = [best] if best and best.works else options
+        return max((option.longest_context(case) for option in tried), default=0)
+
+    def how_held(self, case: Case) -> str:
+        layout = self.layout(case)
+        return layout.how if layout.fits else ""
+
+    def served(self, case: Case) -> Case:
+        return case
+
+    def adopted(self, case: Case) -> Case:
+        """A case of another engine under this one: with its own chunks, and the nearest KV cache it has."""
+        kv = case.work.kv_dtype if case.work.kv_dtype in self.kv_dtypes else self.smaller_kv
+        return replace(case, engine=self, work=replace(case.work, kv_dtype=kv, prefill_chunk=0))
+
+    def serving(self, plan: Plan) -> Serving:
+        """A plan's own ranks where they are of this engine, else those it would have."""
+        own = plan.serving.case.engine.name == self.name
+        return plan.serving if own else serving(self.adopted(plan.case))
+
+    def instead(self, case: Case, longest: int, escapes: Sequence[Escape]) -> Iterator[str]:
+        yield from (escape.text for escape in escapes)
+        yield from self.uniform_instead(case)
+
+    def cache_notes(self, memory: MemoryEstimate) -> list[str]:
+        """How many tokens the cache holds, and what comes on top of the part where that is less than asked."""
+        lines = [f"{self.title}'s KV cache would hold {memory.kv_capacity_tokens} tokens"]
+        asked, part = self.asked_part(memory.case), memory.gpu_memory_utilization
+        if part is not None and part != asked:
+            outside = max(self.outside_bytes(gpu.terms) for gpu in memory.gpus)
+            lines.append(
+                f"{self.title} can have {part:g} of each GPU, not {asked:g}: {self.outside_said} come on top, "
+                + format_gib(outside)
+            )
+        return lines
+
+    @abstractmethod
+    def words(self, case: Case, option: ParallelOption, checkpoint: str) -> list[str]:
+        """The words of the command that serves `checkpoint` so."""
+
+    def command(self, plan: Plan) -> str:
+        """A command that fits, after a comment on what had to be changed; only a comment where none does."""
+        for gpu in plan.case.hardware.gpus:
+            if not self.runs_on(gpu):
+                return f"# {self.title} does not run on {gpu.name}"
+        found = self.serving(plan)
+        case, option = found.case, found.chosen
+        reason = (option or found.options[0]).verdict
+        if option is not None and option.works:
+            lines = self._part_note(case, option)
+        elif found.escapes:
+            escape = found.escapes[0]
+            case, option = replace(case, work=escape.work), escape.option
+            lines = [f"# as asked it does not fit ({reason}); it does with {escape.text}"]
+        else:
+            return f"# {self.title} does not fit, whatever its flags: {reason}"
+        return "\n".join([*lines, pci_order(case) + shlex.join(self.words(case, option, "CHECKPOINT"))])
+
+    def _part_note(self, case: Case, option: ParallelOption) -> list[str]:
+        """A comment where the server can have less of a GPU than asked."""
+        part, asked = option.memory.gpu_memory_utilization if option.memory else None, self.asked_part(case)
+        if part is None or part == asked:
+            return []
+        return [f"# {self.utilization_flag} {part:g}, not {asked:g}: {self.outside_said} come on top of it"]
+
+    def plan_words(self, plan: Plan, checkpoint: str, hosts: int = 1) -> list[str]:
+        """`words` for a plan of this engine that works; HonestNo, with the reason, for one that does not.
+
+        On several hosts tensor parallelism stays inside a host, whose GPUs are the rig's first 1/`hosts`.
+        """
+        found, case = plan.serving, plan.case
+        inside = len(case.hardware.gpus) // hosts
+        options = [option for option in found.options if option.works and inside % option.tensor == 0]
+        if not options:
+            raise HonestNo(
+                f"{self.title} cannot serve {case.weights.label} at a context of {case.work.context} on "
+                f"{case.hardware.label}: " + (found.chosen or found.options[0]).verdict,
+                hint=f"`qwenq plan --engine {self.name}` shows every layout; --engine qwenq places layers freely",
+            )
+        chosen = found.chosen if found.chosen in options else max(options, key=lambda option: option.tensor)
+        assert chosen is not None
+        return self.words(case, chosen, checkpoint)
+
+
+def pci_order(case: Case) -> str:
+    """The beginning of a shell line where CUDA might number a rig's GPUs otherwise than the plan."""
+    return "CUDA_DEVICE_ORDER=PCI_BUS_ID " if case.hardware.needs_pci_order else ""
+
+
+class Yarn(TypedDict):
+    """YaRN's rope parameters, as transformers names them."""
+
+    rope_type: str
+    factor: float
+    original_max_position_embeddings: int
+
+
+def yarn_of(case: Case) -> Yarn | None:
+    """YaRN for a context beyond the trained one; none for Llama, whose own scaling stays."""
+    original = case.spec.max_position_embeddings
+    if case.work.context <= original or case.spec.model_type == "llama":
+        return None
+    return {
+        "rope_type": "yarn",
+        "factor": float(-(-case.work.context // original)),
+        "original_max_position_embeddings": original,
+    }
+
+
+def yarn_reach(yarn: Yarn) -> int:
+    """The context that these parameters give."""
+    return round(yarn["factor"] * yarn["original_max_position_embeddings"])
+
+
+ENGINES: dict[str, type[Engine]] = {}  # by name, in the order they are offered
+SERVER = "vllm"  # whose ranks every plan shows
+SHOWN = (SERVER, "transformers", "llama.cpp")  # whose commands every plan shows
+
+
+def register(engine: type[Engine]) -> type[Engine]:
+    """Class decorator: offer an engine by its name."""
+    ENGINES[engine.name] = engine
+    return engine
+
+
+def get_engine(name: str, version: str = "", libraries: Mapping[str, str] | None = None) -> Engine:
+    """The engine called `name`, at `version` or the newest one the facts were checked for."""
+    if name not in ENGINES:
+        raise UsageError(f"unknown engine {name!r}", hint=f"one of {', '.join(ENGINES)}")
+    kind = ENGINES[name]
+    found = tuple((library, parse_version(text)) for library, text in (libraries or {}).items())
+    return kind(parse_version(version) if version else kind.latest, found)
+
+
+def parse_version(text: str) -> Version:
+    """(4, 46, 0) of `4.46.0`; text after the numbers is ignored."""
+    match = re.match(r"\d+(\.\d+)*", text.strip().lstrip("vb"))
+    if not match:
+        raise UsageError(f"not a version: {text!r}", hint="write for instance 4.46.0")
+    return tuple(int(part) for part in match[0].split("."))
+
+
+def plan_commands(plan: Plan) -> dict[str, str]:
+    """Lines to paste, by engine: of those every plan shows, and of the plan's own."""
+    own = plan.case.engine
+    engines = {name: get_engine(name) for name in SHOWN} | {own.name: own}
+    return {name: lines for name, engine in engines.items() if (lines := engine.command(plan))}

@@ -1,0 +1,517 @@
+"""transformers, and this project's own engine built on its modules: torch tensors, layer by layer.
+
+Facts by version are read from the sources of transformers 4.38.2, 4.41.2, 4.42.4, 4.43.4, 4.44.2, 4.45.2, 4.46.0,
+4.48.3, 4.51.3 and 5.23.0 and of AutoGPTQ and AutoAWQ; each says which.
+
+Temporary memory is counted from transformers' modelling code (Qwen2Model, Qwen2DecoderLayer, Qwen2MLP,
+Qwen2FlashAttention2; the same variables live in 4.38 to 5.x, in Qwen3 and Llama): tensors alive together at the worst
+moment. Symbols: n rows (batch x tokens of the chunk), H hidden size, I intermediate size, Q query width, K key width,
+d head size, V vocabulary, c cached tokens. 2 bytes a value or as said.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+from qwenq.machine import SCORE_BYTES
+from qwenq.model.spec import ModelSpec
+from qwenq.planning.case import Case, Share, Workload, whole
+from qwenq.planning.engines.base import LayeredEngine, register, yarn_of, yarn_reach
+from qwenq.planning.kernels import choose, compute_on, strip_weights
+from qwenq.planning.memory import NOT_ALLOCATED, Term, context_term, merged, ranged, slack_term
+from qwenq.planning.placement import Placement, place
+from qwenq.planning.plan import Plan
+from qwenq.planning.profile import Profile, read_profile
+from qwenq.planning.rig import Gpu, device
+from qwenq.planning.speed import SpeedFit
+from qwenq.planning.weights import Weights, allocated_bytes
+from qwenq.units import GIB
+
+CUBLAS_WORKSPACE = 8_519_680  # discuss.pytorch.org/t/178671; 32 MiB on Hopper (pytorch#120925)
+CUBLAS_WORKSPACE_HOPPER = 32 << 20
+QWENQ_PREFILL_CHUNK = 2048
+REPEATED_KV_TRAFFIC = 3.9  # times the bytes of repeated keys and values; fitted
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """How an engine multiplies with packed weights; bytes per weight of the widest linear.
+
+    `static`: a buffer kept for good. `peak`: temporaries while dequantizing, before the output exists. `hold`: the
+    dequantized matrix kept during the multiplication. Temporaries only from `min_rows` rows on.
+    """
+
+    name: str
+    static: float = 0.0
+    peak: float = 0.0
+    hold: float = 0.0
+    min_rows: int = 1
+    source: str = ""
+
+
+DENSE = Kernel("16-bit matrix product", source="no dequantization")
+EXLLAMA_V1 = Kernel("ExLlama v1", static=2, source="AutoGPTQ autogptq_post_init: temp_dq, fp16")
+CUDA_OLD = Kernel(
+    "AutoGPTQ cuda_old",
+    peak=6,  # int32 shift (4) and its int16 copy (2), then int16, difference, fp16 product (2 + 2 + 2)
+    hold=2,
+    min_rows=128,
+    source="AutoGPTQ qlinear_cuda_old.py, from kernel_switch_threshold = 128 rows on",
+)
+AWQ_GEMM = Kernel(
+    "AutoAWQ gemm", peak=2, hold=2, min_rows=1024, source="AutoAWQ WQLinearMMFunction, from 1,024 rows on"
+)
+MARLIN = Kernel("Marlin", source="repacked weights, workspace of a few KB")
+STRIPS = Kernel("strips", source="weights written out strip by strip")  # how much: Weights.kept
+PER_LINEAR = Kernel("dequantize per linear", peak=2, hold=2, source="one linear in 16 bit at a time, its upper bound")
+UNPACKED = {"none": DENSE, "fp8": DENSE}  # methods without packed weights
+KERNELS = UNPACKED | {"awq": AWQ_GEMM, "bitsandbytes": PER_LINEAR, "compressed-tensors": PER_LINEAR}
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes alive at one moment besides weights and KV cache, and which moment that is."""
+
+    n_bytes: int
+    moment: str
+    dequantization: int = 0  # the part of `n_bytes` that is dequantized weights
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A forward pass on one GPU: `rows` rows in flight, `cached` tokens x batch in the cache (with them)."""
+
+    case: Case  # with weights as the engine keeps them
+    share: Share
+    rows: int
+    cached: int
+    widens: bool = False  # matmuls of 16-bit values are computed in float32
+    read_back_bytes: int = 0  # of cached keys and values in the activations' dtype, where the cache has another
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Bytes of each kind that are alive at one moment."""
+
+    name: str
+    kv_cache: int
+    activations: int = 0
+    logits: int = 0
+    dequantization: int = 0
+
+    @property
+    def working(self) -> int:
+        return self.kv_cache + self.activations + self.logits + self.dequantization
+
+
+@dataclass(frozen=True)
+class TorchEngine(LayeredEngine):
+    """An engine of transformers' modules; its kinds and versions differ in what the properties say."""
+
+    @property
+    def full_logits(self) -> bool:
+        """Logits of every prompt position, then a float32 copy."""
+        return False
+
+    @property
+    def rotary_per_layer(self) -> bool:
+        """Each layer keeps cosine and sine tables of the model's whole context."""
+        return False
+
+    @property
+    def copies_cache(self) -> bool:
+        """The previous cache is held while the next is built."""
+        return False
+
+    @property
+    def repeats_kv(self) -> bool:
+        """Attention expands keys and values to all heads."""
+        return False
+
+    def kernel_for(self, weights: Weights) -> Kernel:
+        """The kernel that multiplies with weights of such a method and bits."""
+        return KERNELS.get(weights.method, MARLIN)
+
+    def terms(self, case: Case, share: Share, gpu: Gpu, phase: str = "") -> tuple[tuple[Term, ...], str]:
+        """Terms of one GPU at its worst moment, and the name of that moment; with `phase`, of `prefill` or `decode`."""
+        case = replace(case, weights=self.kept(case.weights, case.work, gpu))
+        weights, kernel, n_layers = case.weights, self.kernel_for(case.weights), len(share.layers)
+        held = held_bytes(weights, share)
+        static = int(kernel.static * weights.widest_linear) if n_layers else 0
+        max_positions = case.spec.max_position_embeddings
+        tables = 4 * n_layers * max_positions * case.spec.head_dim if self.rotary_per_layer else 0
+        moments = self.moments(case, share, gpu)
+        asked = [m for m in moments if not phase or m.name.startswith("decoding") == (phase == "decode")]
+        unasked = Moment(phase, self.cache_bytes(case, share, gpu)[1])
+        worst = max(asked or [unasked], key=lambda moment: moment.working)
+        workspace = CUBLAS_WORKSPACE_HOPPER if any(part in gpu.name for part in ("H100", "H200")) else CUBLAS_WORKSPACE
+        last_logits = self.logits_peak(self.prefill_pass(case, share, gpu)).moment
+        terms = [
+            Term("weights", held + tables, "exact", _weights_source(weights, tables)),
+            Term("kv_cache", worst.kv_cache, "exact", self._kv_source(case.work)),
+            ranged("activations", worst.activations, "fitted", f"tensors alive: {worst.name}", 0.98, 1.03),
+            ranged("logits", worst.logits, "fitted", last_logits, 0.98, 1.02),
+            ranged(
+                "dequantization", static + worst.dequantization, "fitted", f"{kernel.name}: {kernel.source}", 0.9, 1.0
+            ),
+            Term("non_torch", workspace, "reported", "cuBLAS workspace, pytorch forum 178671 and pytorch#120925"),
+            context_term(gpu.name),
+            slack_term(worst.working, held if weights.strip_bytes else 0),
+        ]
+        return merged(self.corrected(terms, gpu)), worst.name
+
+    def corrected(self, terms: Sequence[Term], gpu: Gpu) -> Sequence[Term]:
+        """Terms as measurements of this kind of GPU have them, where there are any."""
+        return terms
+
+    def moments(self, case: Case, share: Share, gpu: Gpu) -> list[Moment]:
+        """Moments at which one GPU may need the most; `case` has weights as the engine keeps them."""
+        at_prompt, at_end = self.cache_bytes(case, share, gpu)
+        prefill, found = self.prefill_pass(case, share, gpu), list[Moment]()
+        if share.layers:
+            found.append(_moment(self.prefill_peak(prefill), at_prompt))
+            found += self.attention_moments(prefill, gpu, at_prompt)
+            step = self.decode_peak(self.decode_pass(case, share, gpu))
+            kept = at_end * (2 if self.copies_cache else 1)
+            found.append(_moment(step, kept, "decoding: ", case.work.value_bytes // 2))
+        logits = self.logits_peak(prefill)
+        found.append(Moment(logits.moment, at_prompt, logits=logits.n_bytes))
+        return found
+
+    def cache_bytes(self, case: Case, share: Share, gpu: Gpu) -> tuple[int, int]:
+        """Bytes of the share's KV cache after the prompt, and at the end of the context."""
+        wide = case.work.value_bytes // 2 if case.work.kv_dtype == "auto" else 1
+        per_token = 2 * len(share.layers) * case.spec.kv_size * (case.kv_bytes * wide) * case.work.batch
+        return int(per_token * case.work.prompt_tokens), int(per_token * case.work.context)
+
+    def prefill_pass(self, case: Case, share: Share, gpu: Gpu) -> Pass:
+        """The last chunk of the prompt."""
+        rows = self.prefill_chunk(case.work) * case.work.batch
+        return Pass(case, share, rows, case.work.prompt_tokens * case.work.batch)
+
+    def decode_pass(self, case: Case, share: Share, gpu: Gpu) -> Pass:
+        """The last token of each sequence."""
+        return Pass(case, share, case.work.batch, case.work.context * case.work.batch)
+
+    def attention_moments(self, prefill: Pass, gpu: Gpu, kv_cache: int) -> list[Moment]:
+        """Moments of attention, where it has no flash kernel."""
+        return []
+
+    def prefill_peak(self, prefill: Pass) -> Peak:
+        """Worst moment inside a decoder layer.
+
+        Alive throughout: the model's input embeddings (first GPU only), the layer's input, and inside the layer the
+        residual and the normed input of the block that runs, with the rotary cosine and sine.
+        """
+        spec, weights, rows = prefill.case.spec, prefill.case.weights, prefill.rows
+        value_bytes, kernel = prefill.case.work.value_bytes, self.kernel_for(weights)
+        h, i, q, k = spec.hidden_size, weights.intermediate_size, spec.q_size, spec.kv_size
+        outside = (h if prefill.share.embed else 0) + h + (0 if self.rotary_per_layer else 2 * spec.head_dim)
+        dequantize = rows >= kernel.min_rows
+        before = int(kernel.peak * weights.widest_linear) if dequantize else 0  # temporaries before the output exists
+        during = int(kernel.hold * weights.widest_linear) if dequantize else 0
+        if rows >= weights.strip_rows:
+            during += weights.strip_bytes
+
+        def wide(columns: int, outputs: int) -> int:
+            """Bytes of a matmul's inputs in float32, and of a row block of its outputs."""
+            block = min(outputs, strip_weights(columns, "cuda") // columns)
+            return 4 * rows * (columns + block) if prefill.widens else 0
+
+        each = rows * value_bytes  # bytes of one value of every row
+        in_mlp = (outside + 2 * h) * each  # and the residual and the normed input
+        in_attention = (outside + h) * each  # there the layer's input is the residual itself
+        back = prefill.read_back_bytes
+        moments = [
+            Peak(in_mlp + 3 * i * each, "gate times up in the MLP"),  # silu(gate), up, product
+            Peak(in_mlp + i * each + before, "dequantizing up_proj", before),
+            Peak(in_mlp + 2 * i * each + during + wide(h, i), "up_proj", during),
+            Peak(in_mlp + (i + h) * each + during + wide(i, h), "down_proj", during),
+            Peak(in_attention + (3 * q + 2 * k) * each + back, "cached keys and values read back"),
+            Peak(in_attention + (2 * q + h) * each + back + during, "o_proj"),  # while keys and values are held
+            Peak(in_attention + (4 * q + 2 * k) * each, "rotary embedding"),  # q, q cos, rotated q sin, sum; k, v
+            Peak((outside + 5 * h) * each, "norm in float32"),  # residual, float32 copy, its square or product
+        ]
+        if spec.qk_norm:
+            moments.append(Peak(in_attention + 5 * q * each, "query norm"))  # q, float32 copy, its square or product
+        if self.repeats_kv and k != q:
+            repeated = 2 * q * (each + prefill.cached * value_bytes)
+            moments.append(Peak(in_attention + repeated, "repeated keys and values"))
+        return max(moments, key=lambda peak: peak.n_bytes)
+
+    def logits_peak(self, prefill: Pass) -> Peak:
+        """Logits after a prompt: of all positions in old transformers, of the last one of each sequence now."""
+        spec, share, rows = prefill.case.spec, prefill.share, prefill.rows
+        v = spec.vocab_size
+        if not self.full_logits:
+            n_bytes = prefill.case.work.batch * v * (2 + 4 + 4 + 4) if share.head else 0
+            return Peak(n_bytes, "logits of the last position, float32, probabilities")
+        if share.head:
+            return Peak(rows * (v * (2 + 4) + spec.hidden_size * 2), "logits of every position and their float32 copy")
+        # accelerate brings the output back to the device of the input (AlignDevicesHook, io_same_device)
+        n_bytes = rows * v * 4 if share.embed and share.gpus > 1 else 0
+        return Peak(n_bytes, "float32 logits of every position, brought back")
+
+    def grown_bytes(self, step: Pass) -> int:
+        """Bytes alive in one layer beside its cache while a token is added: torch.cat has old and new keys together."""
+        return int(step.cached * step.case.spec.kv_size * step.case.kv_bytes)
+
+    def decode_peak(self, step: Pass) -> Peak:
+        """One new token a sequence: growing one layer's keys, expanding them, or writing weights out."""
+        spec, weights = step.case.spec, step.case.weights
+        written = weights.strip_bytes if step.rows >= weights.strip_rows else 0
+        repeated = 4 * spec.q_size * step.cached if self.repeats_kv and spec.kv_size != spec.q_size else 0
+        logits = step.rows * spec.vocab_size * (2 + 4 + 4 + 4) if step.share.head else 0
+        worst = max(self.grown_bytes(step), repeated, logits, written)
+        moment = "keys and values repeated to all heads" if worst == repeated else "a layer's keys while they grow"
+        if worst == written > 0:
+            return Peak(worst, "weights written out", written)
+        return Peak(worst, "sampling" if worst == logits else moment)
+
+    def _kv_source(self, work: Workload) -> str:
+        text = f"2 x layers x KV width x tokens, {work.kv_dtype}"
+        return text + ("; twice at the end of a step" if self.copies_cache else "")
+
+
+def _moment(peak: Peak, kv_cache: int, prefix: str = "", wide: int = 1) -> Moment:
+    """A peak beside the cache; activations of `wide` times 16 bits."""
+    rest = wide * (peak.n_bytes - peak.dequantization)
+    return Moment(prefix + peak.moment, kv_cache, rest, dequantization=peak.dequantization)
+
+
+def held_bytes(weights: Weights, share: Share) -> int:
+    """Bytes of the share's weights on the GPU, with what the allocator adds to each tensor."""
+    embed, layers, head = weights.allocated
+    return (embed if share.embed else 0) + sum(layers[layer] for layer in share.layers) + (head if share.head else 0)
+
+
+def _weights_source(weights: Weights, tables: int) -> str:
+    return weights.source + "; torch's allocator rounding" + ("; rotary tables of each layer" if tables else "")
+
+
+@register
+@dataclass(frozen=True)
+class QwenqEngine(TorchEngine):
+    """This project's own engine: packed kernels, a cache made at once, attention by blocks without a flash kernel."""
+
+    name = "qwenq"
+    latest = (0, 1)
+    versioned = False
+    kv_dtypes: ClassVar = {"auto": 2.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0}
+    smaller_kv = "fp8"
+    own_chunk = QWENQ_PREFILL_CHUNK
+
+    profile: Profile | None = None  # measured on the rig
+
+    def with_profile(self, path: Path) -> QwenqEngine:
+        return replace(self, profile=read_profile(path))
+
+    def corrected(self, terms: Sequence[Term], gpu: Gpu) -> Sequence[Term]:
+        return self.profile.corrected(gpu.name, terms) if self.profile else terms
+
+    def kept(self, weights: Weights, work: Workload, gpu: Gpu) -> Weights:
+        return weights.kept(compute_on(gpu, work.value_bytes))
+
+    def kernel_for(self, weights: Weights) -> Kernel:
+        return UNPACKED.get(weights.method, STRIPS)
+
+    def cache_bytes(self, case: Case, share: Share, gpu: Gpu) -> tuple[int, int]:
+        """Made at once for the whole context, a tensor of keys and one of values a layer."""
+        _, at_end = super().cache_bytes(case, share, gpu)
+        tensors = 2 * len(share.layers)
+        if gpu.name != "CPU" and tensors:
+            at_end = allocated_bytes([at_end // tensors] * tensors)
+        return at_end, at_end
+
+    def prefill_pass(self, case: Case, share: Share, gpu: Gpu) -> Pass:
+        plain = super().prefill_pass(case, share, gpu)
+        widens = compute_on(gpu, case.work.value_bytes).widens
+        return replace(plain, widens=widens, read_back_bytes=_read_back(case) * plain.cached)
+
+    def decode_pass(self, case: Case, share: Share, gpu: Gpu) -> Pass:
+        plain = super().decode_pass(case, share, gpu)
+        widens = compute_on(gpu, case.work.value_bytes).widens
+        copied = _read_back(case) + (8 * case.spec.kv_size if widens else 0)  # keys and values for a float32 matmul
+        return replace(plain, widens=widens, read_back_bytes=copied * plain.cached // (case.work.value_bytes // 2))
+
+    def grown_bytes(self, step: Pass) -> int:
+        return step.read_back_bytes
+
+    def attention_moments(self, prefill: Pass, gpu: Gpu, kv_cache: int) -> list[Moment]:
+        """By blocks where there is no flash kernel (qwenq/model/attention.py)."""
+        spec, value_bytes = prefill.case.spec, prefill.case.work.value_bytes
+        if gpu.name == "CPU" or compute_on(gpu, value_bytes).has_flash:
+            return []
+        states = value_bytes // 2 * 2 * prefill.rows * (3 * spec.hidden_size + spec.q_size + 2 * spec.head_dim)
+        return [Moment("attention by blocks", kv_cache, states + _by_blocks(prefill) + prefill.read_back_bytes)]
+
+    def notes(self, case: Case, gpu: Gpu) -> list[str]:
+        """Whether a newer GPU would have a packed kernel for weights that this one writes out."""
+        here = compute_on(gpu, case.work.value_bytes)
+        packed = {shape for part in case.weights.parts for shape in part.packed}
+        newer = replace(here, capability=max(here.capability, (8, 0)))
+        if all(choose(shape, here) == choose(shape, newer) for shape in packed):
+            return []
+        major, minor = gpu.compute_capability or (0, 0)
+        return [
+            f"{gpu.name}: no packed kernel (compute capability {major}.{minor}, it needs 8.0): "
+            "weights are written out for every token"
+        ]
+
+    def speed_fit(self, weights: Weights) -> SpeedFit:
+        """No published run: transformers' overhead."""
+        return SpeedFit(0.68e-3, 0, 1.37, 0.6, 1.6, "transformers' GPTQ runs; this engine is not measured yet")
+
+    def host_terms(self, case: Case, phase: str = "") -> tuple[Term, ...]:
+        """Weights, cache and working memory of a run on a CPU, beyond the empty process."""
+        weights = self.kept(case.weights, case.work, device("CPU"))
+        terms, _ = self.terms(replace(case, weights=weights), whole(case.spec), device("CPU"), phase)
+        found = []
+        for term in terms:
+            if term.name not in (*NOT_ALLOCATED, "non_torch"):
+                # bytes of the tensors: the additions of a CUDA allocator do not happen here
+                n_bytes = weights.total_bytes if term.name == "weights" else term.n_bytes
+                found.append(replace(term, n_bytes=n_bytes, low_bytes=n_bytes, high_bytes=n_bytes))
+        return tuple(found)
+
+
+OWN = QwenqEngine(QwenqEngine.latest)
+
+
+def _read_back(case: Case) -> int:
+    """Bytes of one token's keys and values read back in the activations' dtype, where the cache has another."""
+    same = "bf16" if case.work.value_bytes == 2 else ""
+    return 0 if case.work.kv_dtype in ("auto", same) else 2 * case.spec.kv_size * case.work.value_bytes
+
+
+def _by_blocks(prefill: Pass) -> int:
+    """Bytes of attention without a flash kernel: float32 keys and queries, output, scores.
+
+    Where the device widens 16-bit matmuls, values are copied in float32 too, and probabilities are not rounded.
+    """
+    spec = prefill.case.spec
+    scores = max(SCORE_BYTES, 16 * 4 * spec.num_attention_heads * prefill.cached)
+    copied, alive = (2, 2) if prefill.widens else (1, 3)
+    return copied * 4 * spec.kv_size * prefill.cached + (4 + 2 + 2) * spec.q_size * prefill.rows + alive * scores
+
+
+_RUNS = "Qwen2.5 A100 runs, transformers 4.46"
+SPEEDS = {
+    ("none", 16): SpeedFit(0.63e-3, 0, 1.0, 0.75, 1.21, _RUNS),
+    ("gptq", 8): SpeedFit(0.94e-3, 0, 1.0, 0.81, 1.20, _RUNS),
+    ("gptq", 4): SpeedFit(0.68e-3, 0, 1.37, 0.84, 1.10, _RUNS),
+    ("awq", 4): SpeedFit(0.92e-3, 0, 1.0, 0.83, 1.24, _RUNS),
+}
+UNMEASURED = SpeedFit(0.8e-3, 0, 1.2, 0.7, 1.4, "between transformers' measured formats")
+
+
+@register
+@dataclass(frozen=True)
+class TransformersEngine(TorchEngine):
+    """`AutoModelForCausalLM` with `generate`; by its version and by the libraries of packed weights it loads."""
+
+    name = "transformers"
+    latest = (5, 17)
+    kv_dtypes: ClassVar = {"auto": 2.0, "fp16": 2.0, "bf16": 2.0}
+    unread: ClassVar = {
+        "gguf": "transformers reads GPTQ and 16-bit checkpoints, not GGUF: plan with --engine transformers"
+    }
+    states_peak = True
+
+    @property
+    def full_logits(self) -> bool:
+        """Before 4.45 (#31292)."""
+        return self.version < (4, 45)
+
+    @property
+    def rotary_per_layer(self) -> bool:
+        """Before 4.45."""
+        return self.version < (4, 45)
+
+    @property
+    def copies_cache(self) -> bool:
+        """`generate` with tuple caches: before 4.42."""
+        return self.version < (4, 42)
+
+    @property
+    def repeats_kv(self) -> bool:
+        """In the flash-attention path: before 4.48."""
+        return self.version < (4, 48)
+
+    def kernel_for(self, weights: Weights) -> Kernel:
+        """GPTQ by the library: AutoGPTQ's where it is one of `libraries`, else GPTQModel's on Ampere and later."""
+        if weights.method not in KERNELS and self.library("autogptq") is not None:
+            return EXLLAMA_V1 if weights.bits == 4 else CUDA_OLD
+        return super().kernel_for(weights)
+
+    def moments(self, case: Case, share: Share, gpu: Gpu) -> list[Moment]:
+        found = super().moments(case, share, gpu)
+        if self.kernel_for(case.weights) == AWQ_GEMM and case.spec.tie_word_embeddings and share.embed:
+            found.append(Moment("loading: the tied head before it is tied", 0, sum(case.weights.embed)))
+        return found
+
+    def speed_fit(self, weights: Weights) -> SpeedFit:
+        return SPEEDS.get((weights.method, weights.bits), UNMEASURED)
+
+    def moved_in_attention(self, spec: ModelSpec, tokens: int) -> float:
+        return REPEATED_KV_TRAFFIC * 4 * spec.q_size * tokens if self.repeats_kv else 0
+
+    def command(self, plan: Plan) -> str:
+        """`max_memory` and `device_map` as Python, for `AutoModelForCausalLM.from_pretrained`."""
+        if unread := self.refusal(plan.case.weights.method):
+            return f"# {unread}"
+        case, rig = plan.case, plan.case.hardware
+        placement = plan.offload or plan.placement
+        if placement is None:
+            work = Workload(case.work.context, case.work.batch, prefill_chunk=case.work.prefill_chunk)
+            placement = place(replace(case, engine=self, work=work))
+        memory: dict[int | str, str] = {index: f"{limit * 0.97 / GIB:.1f}GiB" for index, limit in enumerate(rig.limits)}
+        if placement.offloaded_bytes:
+            memory["cpu"] = f"{placement.offloaded_bytes / GIB + 4:.0f}GiB"
+        lines = [f"max_memory = {memory}", f"device_map = {_compact(placement)}"]
+        if rig.needs_pci_order:
+            lines.insert(0, 'import os; os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # before torch asks for a GPU')
+        if yarn := yarn_of(case):
+            lines += [
+                f"yarn = {yarn}",
+                'config = AutoConfig.from_pretrained("CHECKPOINT")',
+                "config.rope_parameters = config.rope_parameters | yarn  # transformers 4: config.rope_scaling = yarn",
+                f"config.max_position_embeddings = {yarn_reach(yarn)}  # then from_pretrained(..., config=config)",
+            ]
+        return "\n".join(lines)
+
+
+def _compact(placement: Placement) -> str:
+    """The device map as Python that counts layers in ranges."""
+    parts = []
+    last: int | str = "cpu"
+    for index, share in enumerate(placement.shares):
+        if share.embed:
+            parts += [f'"model.embed_tokens": {index}', f'"model.rotary_emb": {index}']
+        if share.layers:
+            parts.append(_layer_range(share.layers.start, share.layers.stop, str(index)))
+        if share.head:
+            last = index
+    total = len(placement.memory.weights.layers)
+    if placement.gpu_layers < total:
+        parts.append(_layer_range(placement.gpu_layers, total, '"cpu"'))
+    shown = f'"{last}"' if isinstance(last, str) else str(last)
+    return "{" + ", ".join([*parts, f'"model.norm": {shown}', f'"lm_head": {shown}']) + "}"
+
+
+def _layer_range(start: int, stop: int, device: str) -> str:
+    return f'**{{f"model.layers.{{i}}": {device} for i in range({start}, {stop})}}'
+
+
+_ENV = re.compile(r"([A-Za-z][A-Za-z._-]*?)[ =_-]*v?(\d+(?:\.\d+)+)")
+_ENV_NAMES = {"transformers": "transformers", "vllm": "vllm", "autogptq": "autogptq", "auto_gptq": "autogptq",
+              "auto-gptq": "autogptq", "gptqmodel": "gptqmodel", "autoawq": "autoawq"}  # fmt: skip
+
+
+def parse_environment(text: str) -> dict[str, str]:
+    """Library versions out of a free text such as `A100-80GB cu121 transformers4.46.0 AutoGPTQ0.7.1`."""
+    return {_ENV_NAMES[m[1].lower()]: m[2] for m in _ENV.finditer(text) if m[1].lower() in _ENV_NAMES}
