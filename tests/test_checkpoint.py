@@ -181,8 +181,8 @@ def test_packed_linears_mean_what_the_format_says(
         got = state[lin.name.removeprefix("model.layers.0.") + ".weight"]
         assert got.dtype == torch.float32
         torch.testing.assert_close(got.double(), wanted, rtol=1e-6, atol=0)
-        stored = checkpoint.linear(lin)  # still packed, unless its groups are out of order
-        assert isinstance(stored, torch.Tensor if shuffled else QTensor)
+        stored = checkpoint.linear(lin)
+        assert isinstance(stored, QTensor) and (stored.order_I is not None) == shuffled
         assert torch.equal(stored if isinstance(stored, torch.Tensor) else stored.dequantize(), got)
     assert torch.equal(state["self_attn.v_proj.bias"], tensors["model.layers.0.self_attn.v_proj.bias"])
 

@@ -384,8 +384,7 @@ class Format(ABC):
         return any(not scheme.sym for scheme in self.options)
 
     def mixes_in(self, scheme: Scheme) -> bool:
-        """Whether a recipe file may ask for `scheme` in a mixture: an option, or one group a row instead of its groups.
-        """
+        """Whether a recipe file may ask for `scheme` in a mixture: an option, or one group a row where groups are."""
         bits, sym, codes = scheme.bits, scheme.sym, scheme.codes
         per_row = scheme.group_size == -1 and any((o.bits, o.sym, o.codes) == (bits, sym, codes) for o in self.options)
         return per_row or scheme in self.options
@@ -405,9 +404,10 @@ class Format(ABC):
     ) -> list[TensorSpec]:
         """Tensors of a linear, in 16 bit where `scheme` is None; its bias last."""
         weight, bias = lin.name + ".weight", lin.name + ".bias"
-        found = [TensorSpec(weight, dtype_of(weight), (lin.out_features, lin.in_features))]
         if scheme is not None:
             found = list(self.tensors(scheme, lin, dtype_of))
+        else:
+            found = [TensorSpec(weight, dtype_of(weight), (lin.out_features, lin.in_features))]
         return [*found, TensorSpec(bias, dtype_of(bias), (lin.out_features,))] if lin.bias else found
 
     def packed_names(self, scheme: Scheme, lin: LinearSpec) -> list[str]:
@@ -423,8 +423,10 @@ class Format(ABC):
         """Whether a stored tensor has the shape that `tensors` says."""
         return stored.shape == wanted.shape
 
-    def packed_shape(self, scheme: Scheme, lin: LinearSpec, *, sorted_columns: bool = False) -> PackedShape:
-        """How this project's own engine sees a linear; it is what the kernel is chosen by."""
+    def packed_shape(self, scheme: Scheme, lin: LinearSpec, *, sorted_columns: bool = False) -> PackedShape | None:
+        """How this project's own engine sees a linear: its kernel is chosen by that. None where no kernel runs it."""
+        if not isinstance(scheme.meaning, IntegerCodes):
+            return None
         beside = (2 * lin.out_features,) if lin.bias else ()
         order = (8 * lin.in_features,) if sorted_columns else ()
         width = scheme.group_width(lin.in_features)
@@ -483,21 +485,26 @@ class Format(ABC):
         """
 
     def unpack_to_run(self, tensors: Mapping[str, Tensor], scheme: Scheme, lin: LinearSpec, version: str = "") -> Any:
-        """What a kernel is built from: a QTensor, or what the kernel of `packed_shape` takes instead.
+        """What the kernel of `packed_shape` is built from: a QTensor of integer codes, or what it takes instead.
 
         CheckpointError for what no kernel runs.
         """
+        if self.packed_shape(scheme, lin) is None:
+            raise CheckpointError(
+                f"{lin.name}: no kernel here multiplies with {scheme.label} of {self.name}",
+                hint="`qwenq eval` reads it, and the engines it was made for run it",
+            )
         return self.unpack(tensors, scheme, lin, version)
 
     # ------------------------------------------------------------------ who reads it
 
-    @abstractmethod
     def loaders(self, variant: Variant) -> list[Loader]:
         """Engines for such a checkpoint, what was tried, and why they do not read it."""
+        return [QWENQ]
 
-    @abstractmethod
     def by_transformers(self, recipe: Recipe, schemes: set[Scheme]) -> ByTransformers:
         """How transformers loads a checkpoint by `recipe`; `schemes`: those in it."""
+        return ByTransformers(reason="transformers does not read this format.")
 
 
 class SizedOnly(ABC):

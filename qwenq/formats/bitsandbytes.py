@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qwenq.errors import CheckpointError, PlanError, UnreadScheme, UsageError
@@ -167,7 +167,8 @@ class Nf4(Bitsandbytes):
         return stored.shape == wanted.shape or (wanted.name.endswith(NF4_STATE) and len(stored.shape) == 1)
 
     def packed_shape(self, scheme: Scheme, lin: LinearSpec, *, sorted_columns: bool = False) -> PackedShape:
-        return replace(super().packed_shape(scheme, lin), group=BLOCK, table=True)
+        beside = (2 * lin.out_features,) if lin.bias else ()
+        return PackedShape(4, BLOCK, lin.out_features, lin.in_features, True, beside, table=True)
 
     def round(self, weight_OI: Tensor, lin: LinearSpec) -> dict[str, Tensor]:
         """Of a weight in float16, bfloat16 or float32; the dtype is stored too, and reading gives it back in it."""

@@ -153,9 +153,11 @@ def layer_parts(
     for lin in spec.layer_linears(layer):
         found = {name: t for name, t in tensors.items() if name.startswith(lin.name + ".")}
         inside |= found.keys()
-        scheme = recipe.scheme_of(lin)
+        scheme, shape = recipe.scheme_of(lin), None
         if scheme is not None and found.keys() >= set(form.packed_names(scheme, lin)):
-            packed.append(form.packed_shape(scheme, lin, sorted_columns=sorted_columns))
+            shape = form.packed_shape(scheme, lin, sorted_columns=sorted_columns)
+        if shape is not None:
+            packed.append(shape)
         else:
             others += [_sixteen_bit(t) for t in found.values()]
     others += [_sixteen_bit(t) for name, t in tensors.items() if name not in inside]

@@ -107,8 +107,9 @@ class CheckpointWeights:
             return StoredLinear(weight if dtype == torch.float32 else weight.to(dtype), bias, dtype), None
         form = get_format(stored.format)
         packed = {n.removeprefix(lin.name + "."): self.tensor(n, device) for n in form.packed_names(scheme, lin)}
-        found = form.unpack_to_run(packed, scheme, lin, stored.version)
-        return packed_linear(found, form.packed_shape(scheme, lin), bias, dtype, device)
+        found, shape = form.unpack_to_run(packed, scheme, lin, stored.version), form.packed_shape(scheme, lin)
+        assert shape is not None  # or it would not have been unpacked
+        return packed_linear(found, shape, bias, dtype, device)
 
 
 def build_model(

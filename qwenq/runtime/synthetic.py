@@ -53,10 +53,11 @@ class SyntheticWeights:
         if scheme is None:
             weight = self.tensor(lin.name + ".weight", device)
             return StoredLinear(weight if dtype == torch.float32 else weight.to(dtype), bias, dtype), None
-        shape = lin.out_features, scheme.groups(lin.in_features)
+        groups = lin.out_features, scheme.groups(lin.in_features)
         spread = lin.in_features**-0.5 / (scheme.levels / 3.5)  # a uniform code's spread is levels / sqrt(12)
         codes = torch.randint(0, scheme.levels, (lin.out_features, lin.in_features), dtype=torch.uint8, device=device)
-        scales = torch.full(shape, spread, dtype=torch.float16, device=device)
-        zeros = torch.full(shape, scheme.zero, dtype=torch.uint8, device=device)
-        q = QTensor(codes, (scales, zeros), scheme.grid())
-        return packed_linear(q, get_format(self.recipe.format).packed_shape(scheme, lin), bias, dtype, device)
+        scales = torch.full(groups, spread, dtype=torch.float16, device=device)
+        zeros = torch.full(groups, scheme.zero, dtype=torch.uint8, device=device)
+        shape = get_format(self.recipe.format).packed_shape(scheme, lin)
+        assert shape is not None  # codes are integers
+        return packed_linear(QTensor(codes, (scales, zeros), scheme.grid()), shape, bias, dtype, device)
