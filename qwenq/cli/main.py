@@ -121,6 +121,7 @@ class _Deferred(TyperCommand):
             alone = typer.Typer(add_completion=False)
             alone.command(self.name, cls=_Command)(found)
             command = typer.main.get_command(alone)
+        command.name = self.name
         for each in (command, *getattr(command, "commands", {}).values()):
             _read_plainly(each)
         return command

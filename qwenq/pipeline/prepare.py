@@ -81,7 +81,8 @@ def _measured_before(work: Path) -> Path | None:
     path = work / SENSITIVITY_NAME
     if not path.is_file():
         return None
-    if file_sha256(path) != Journal.load(work).beside.get(SENSITIVITY_NAME):
+    beside = Journal.load(work).beside
+    if beside is not None and file_sha256(path) != beside.get(SENSITIVITY_NAME):
         raise JobError(
             f"{path}: damaged, it is not what the journal says was measured",
             hint="delete it, and it is measured again",

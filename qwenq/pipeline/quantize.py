@@ -150,7 +150,8 @@ class _Run:
         beside = {name: hashlib.sha256(content).hexdigest() for name, content in self.job.beside}
         if self.resume and not never_begun(self.work):
             journal = Journal.load(self.work)
-            refuse_changes(journal.job | {"beside": journal.beside}, described | {"beside": beside}, self.work)
+            kept = beside if journal.beside is None else journal.beside
+            refuse_changes(journal.job | {"beside": kept}, described | {"beside": beside}, self.work)
             configs = (INDEX_NAME, "config.json", "quantize_config.json", CARD_NAME)
             refuse_strangers(self.work, {*self.files, *configs, *COPIED_FILES, *beside})
             if (result := finished_before(self.work, self.job.out, journal)) is not None:
