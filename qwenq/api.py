@@ -258,11 +258,11 @@ def verify(
     none = layers is not None and len(layers) == 0
     if base is None or none or result.findings:
         return result
-    from qwenq.pipeline.reproduce import rederive
+    from qwenq.pipeline.reproduce import reproduce
 
     manifest, _ = read_manifest(directory)
     wanted = range(len(manifest["layers"])) if isinstance(layers, str) else layers
-    again, findings = rederive(directory, base, manifest, wanted, calibration=calibration, listen=progress)
+    again, findings = reproduce(directory, base, manifest, wanted, calibration=calibration, listen=progress)
     left = tuple(layer for layer in result.layers_not_made_again if layer not in again)
     return replace(result, layers_made_again=again, layers_not_made_again=left, findings=tuple(findings))
 

@@ -19,6 +19,7 @@ import torch
 
 from qwenq.checkpoint.reader import open_source
 from qwenq.formats.base import Recipe, Scheme
+from qwenq.model.architectures import ARCHITECTURES
 from qwenq.pipeline.config import QuantizeConfig
 from qwenq.pipeline.job import QuantizeJob, QuantizeResult
 from qwenq.pipeline.quantize import quantize
@@ -52,7 +53,7 @@ def make_random_model(
     """A random checkpoint at `path`, saved by transformers in several shards."""
     import transformers
 
-    prefix = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}[model_type]
+    prefix = ARCHITECTURES[model_type].classes
     shape = {
         "vocab_size": 1024, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,

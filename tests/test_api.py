@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 
 import qwenq
 import qwenq.api
+from qwenq.checkpoint.manifest import current_names
 from qwenq.cli.main import app
 from qwenq.errors import CheckpointError, UsageError
-from qwenq.pipeline.config import EvaluateConfig, QuantizeConfig, current_job
+from qwenq.pipeline.config import EvaluateConfig, QuantizeConfig
 from qwenq.planning.questions import Question
 from qwenq.results import BlockResult
 
@@ -160,8 +161,8 @@ def test_old_names_are_read() -> None:
     }  # fmt: skip
     config = QuantizeConfig.from_manifest(old)
     assert (config.error_correction, config.error_correction_share, config.calibration_dtype) == (1.0, 0.5, "bfloat16")
-    assert config == QuantizeConfig.from_manifest(current_job(old))
-    assert current_job(old)["options"] == {
+    assert config == QuantizeConfig.from_manifest(current_names(old))
+    assert current_names(old)["options"] == {
         "method": "gptq", "damp_percent": 0.02, "fold": True, "error_correction": 1.0, "error_correction_share": 0.5,
     }  # fmt: skip
     for broken in (old | {"seed": "0"}, old | {"options": {"sweeps": 1}}, old | {"compute_dtype": "float8"}, {}):

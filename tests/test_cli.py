@@ -238,7 +238,7 @@ def test_errors_of_sources(
     edit_json(path / "config.json", quantization_config=None, model_type="qwen2_moe")
     refusal(
         run(*command(path)),
-        f"{path}/config.json: model_type 'qwen2_moe' is not supported (wanted one of qwen2, qwen3, llama)",
+        f"{path}/config.json: model_type 'qwen2_moe' is not supported (wanted one of qwen2, qwen3, llama, mistral)",
         "mixture-of-experts and vision models are outside this tool",
     )
     (path / "config.json").write_text(json.dumps(config))

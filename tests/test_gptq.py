@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from qwenq.errors import QwenqError
 from qwenq.solver import gptq
 from qwenq.solver.gptq import (
-    Shortfall,
+    ResidualCovariance,
     add_to_hessian,
     factor_lower,
     mirror_upper,
@@ -128,7 +128,7 @@ def test_each_sweep_lowers_the_error(grid):
     assert errors[2] < errors[0] - 0.1
 
 
-def test_shortfalls_move_the_outputs():
+def test_residuals_move_the_outputs():
     """Outputs go the asked share of the way to what they are short of, as far as inputs can tell, before rounding."""
     x_TI = correlated(64, tokens=600)
     h_II = x_TI.T @ x_TI
@@ -137,17 +137,18 @@ def test_shortfalls_move_the_outputs():
     shift_OI = 0.1 * torch.randn(16, 64, generator=generator)
     asked_TO = x_TI @ shift_OI.T
     options = {"damp_percent": 1e-6}
-    for pull in (1.0, 0.5):
-        shortfalls = {"b": Shortfall(x_TI.T @ asked_TO, 0.5 * x_TI.T @ asked_TO)}
-        solved = solve_unit(weights, h_II.clone(), IntegerGrid(8, 32), **options, shortfalls=shortfalls, pull=pull)
+    for correction in (1.0, 0.5):
+        residuals = {"b": ResidualCovariance(x_TI.T @ asked_TO, 0.5 * x_TI.T @ asked_TO)}
+        options |= {"residuals": residuals, "error_correction": correction}
+        solved = solve_unit(weights, h_II.clone(), IntegerGrid(8, 32), **options)
         moved_TO = x_TI @ (solved["b"][0].dequantize() - weights["b"]).T
-        assert (moved_TO - pull * asked_TO).square().mean() < 0.01 * asked_TO.square().mean()
+        assert (moved_TO - correction * asked_TO).square().mean() < 0.01 * asked_TO.square().mean()
         assert solved["b"][1].error_db < -40
     alone = solve_unit({"a": weights["a"]}, h_II.clone(), IntegerGrid(8, 32), **options)
     assert (solved["a"][0].codes_OI != alone["a"][0].codes_OI).float().mean() < 0.1
 
 
-def test_shortfalls_count_as_far_as_both_halves_agree():
+def test_residuals_count_as_far_as_both_halves_agree():
     """By the definition: kept is 1 - |D|^2 / |S|^2 of the fit, in coordinates where the damped Hessian is 1."""
     x_TI = correlated(64, tokens=600)
     h_II = x_TI.T @ x_TI
@@ -163,8 +164,8 @@ def test_shortfalls_count_as_far_as_both_halves_agree():
     whole_IO = 1e4 * (first_IO + second_IO)
     wanted_OI = torch.linalg.solve(h_II + damp * torch.eye(64), whole_IO).T * share_O[:, None]
     found = solve_unit(
-        weights, h_II.clone(), IntegerGrid(8, 32), damp_percent=0.5, pull=1.0, sweeps=0,
-        shortfalls={"w": Shortfall(whole_IO.clone(), 1e4 * first_IO)},
+        weights, h_II.clone(), IntegerGrid(8, 32), damp_percent=0.5, error_correction=1.0, sweeps=0,
+        residuals={"w": ResidualCovariance(whole_IO.clone(), 1e4 * first_IO)},
     )["w"][0].dequantize() - weights["w"]  # fmt: skip
     assert wanted_OI.abs().mean() > 0.3
     assert (found - wanted_OI)[[0, 3]].abs().mean() < 0.05 * wanted_OI[[0, 3]].abs().mean()
@@ -346,13 +347,13 @@ def test_damping_escalates_from_nothing_too(damp_percent, second):
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("value", [math.inf, math.nan])
-def test_shortfalls_that_are_not_finite_are_named(half, value):
+def test_residuals_that_are_not_finite_are_named(half, value):
     w_OI, h_II = problem(columns=64)
     sums = torch.zeros(64, 24), torch.zeros(64, 24)
     sums[half][3, 5] = value
     with pytest.raises(QwenqError, match=r"^layers\.3\.o: what its outputs are short of is not finite$"):
-        short = {"layers.3.o": Shortfall(*sums)}
-        solve_unit({"layers.3.o": w_OI}, h_II, IntegerGrid(4, 64), shortfalls=short, pull=1.0)
+        short = {"layers.3.o": ResidualCovariance(*sums)}
+        solve_unit({"layers.3.o": w_OI}, h_II, IntegerGrid(4, 64), residuals=short, error_correction=1.0)
 
 
 def test_scales_that_overflowed_are_named():
@@ -360,7 +361,8 @@ def test_scales_that_overflowed_are_named():
     w_OI, h_II = problem(columns=64)
     whole_IO = torch.full((64, 24), 3e38)
     with pytest.raises(QwenqError, match=r"^o: scales are not finite$"):
-        solve_unit({"o": w_OI}, h_II, IntegerGrid(4, 64), shortfalls={"o": Shortfall(whole_IO, whole_IO / 2)}, pull=1.0)
+        residuals = {"o": ResidualCovariance(whole_IO, whole_IO / 2)}
+        solve_unit({"o": w_OI}, h_II, IntegerGrid(4, 64), residuals=residuals, error_correction=1.0)
 
 
 def test_fallback_is_recorded_and_rounds_with_searched_scales():

@@ -26,10 +26,10 @@ from qwenq.checkpoint.manifest import JOURNAL_NAME, LOCK_NAME, MANIFEST_NAME
 from qwenq.checkpoint.reader import open_checkpoint, open_source
 from qwenq.errors import CheckpointError, JobError, PlanError, QwenqError, UsageError
 from qwenq.formats.base import Recipe, Scheme
-from qwenq.pipeline.activations import new_streams
+from qwenq.pipeline.activations import embed_tokens
 from qwenq.pipeline.evaluate import evaluate
 from qwenq.pipeline.job import QuantizeJob, partial_directory
-from qwenq.pipeline.preflight import Tokens, preflight
+from qwenq.pipeline.preflight import PlannedJob, Tokens, preflight
 from qwenq.pipeline.quantize import quantize
 from qwenq.text.tokens import TokenWindows
 
@@ -76,8 +76,10 @@ def test_predicted_bytes_are_written_bytes(recipe: Recipe, tied: bool, random_mo
     source = random_model(tie_word_embeddings=tied)
     job = small_job(source, tmp_path / "out", recipe=recipe)
     check = preflight(
-        job.source.spec, recipe, Tokens(6, 3, 32), compute_bytes=4, on_gpu=False, out=tmp_path,
-        dtype_of=job.stored_dtype, source_dtype_of=job.source.dtype_of,
+        PlannedJob(
+            job.source.spec, recipe, Tokens(6, 3, 32), compute_bytes=4, out=tmp_path,
+            dtype_of=job.stored_dtype, source_dtype_of=job.source.dtype_of,
+        )
     )  # fmt: skip
     result = quantize(job)
     files = sorted((tmp_path / "out").glob("*.safetensors"))
@@ -128,14 +130,15 @@ def test_folding_changes_norms_alone(random_model: Make, tmp_path: Path) -> None
     assert changed == {name for name in norms if ".1." not in name}
 
 
-def test_folding_and_pulling_each_lose_less(tiny: Path, calib: Path, heldout: Path, tmp_path: Path) -> None:
+def test_folding_and_error_correction_each_lose_less(tiny: Path, calib: Path, heldout: Path, tmp_path: Path) -> None:
     kl = {}
-    for fold, pull in ((False, 0.0), (True, 0.0), (True, 1.0)):
+    for fold, correction in ((False, 0.0), (True, 0.0), (True, 1.0)):
         job = small_job(
-            tiny, tmp_path / f"{fold}-{pull}", fold=fold, error_correction=pull, recipe=Recipe(Scheme(4, 64)),
+            tiny, tmp_path / f"{fold}-{correction}", fold=fold, error_correction=correction,
+            recipe=Recipe(Scheme(4, 64)),
             calibration=text_windows(calib, tiny, 128, 64), evaluation=text_windows(heldout, tiny, 128, 24),
         )  # fmt: skip
-        kl[fold, pull] = quantize(job).drift.kl.mean
+        kl[fold, correction] = quantize(job).drift.kl.mean
     assert kl[True, 0.0] < kl[False, 0.0]
     assert kl[True, 1.0] < 0.85 * kl[True, 0.0]
 
@@ -198,7 +201,7 @@ def test_a_fallback_is_recorded_and_shown(random_model: Make, tmp_path: Path, mo
 def test_spilled_hidden_states_change_nothing(random_model: Make, tmp_path: Path, monkeypatch: Any) -> None:
     source = random_model()
     quantize(small_job(source, tmp_path / "a"))
-    monkeypatch.setattr(qwenq.pipeline.quantize, "new_streams", partial(new_streams, spill_bytes=0))
+    monkeypatch.setattr(qwenq.pipeline.quantize, "embed_tokens", partial(embed_tokens, spill_bytes=0))
     quantize(small_job(source, tmp_path / "b"))
     assert_same(tmp_path / "a", tmp_path / "b")
 

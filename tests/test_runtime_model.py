@@ -210,10 +210,11 @@ def test_what_goes_to_disk(random_model: Make) -> None:
     checkpoint = open_checkpoint(random_model())
     weights, everything = sizes(checkpoint), host_map(checkpoint.spec)
     one = weights.layer_bytes[0]
-    assert spill_to_disk(everything, weights, 3 * one) == everything
-    assert [k for k, v in spill_to_disk(everything, weights, 2 * one).items() if v == "disk"] == ["model.layers.2"]
+    assert spill_to_disk(checkpoint.spec, everything, weights, 3 * one) == everything
+    spilled = spill_to_disk(checkpoint.spec, everything, weights, 2 * one)
+    assert [k for k, v in spilled.items() if v == "disk"] == ["model.layers.2"]
     on_gpu = everything | {"model.layers.0": 0, "model.layers.1": 1}
-    assert spill_to_disk(on_gpu, weights, 0) == on_gpu | {"model.layers.2": "disk"}
+    assert spill_to_disk(checkpoint.spec, on_gpu, weights, 0) == on_gpu | {"model.layers.2": "disk"}
 
 
 def test_a_cpu_too_small_uses_the_disk_or_says_what_is_missing(random_model: Make, tmp_path: Path) -> None:

@@ -89,9 +89,11 @@ def test_eight_bits_cost_the_square_of_the_step(table: Sensitivity, measured_kl:
 
 @pytest.mark.slow
 def test_ten_random_recipes_are_ranked_rightly(table: Sensitivity, measured_kl: Callable, tiny: Path) -> None:
-    """Ranks as the default solver leaves them; levels as the solver leaves them that the table is of, without pulls."""
+    """Ranks as the default solver leaves them; levels as the solver leaves them that the table is of, without error
+
+    correction."""
     rng = random.Random(1)
-    predicted, found, unpulled = [], [], []
+    predicted, found, uncorrected = [], [], []
     for _ in range(10):
         share = rng.random()
         choice: dict = {}
@@ -101,9 +103,9 @@ def test_ten_random_recipes_are_ranked_rightly(table: Sensitivity, measured_kl: 
             choice[unit] = rng.choice(narrow if rng.random() < share else wide)
         predicted.append(sum(table.loss(unit, scheme) for unit, scheme in choice.items()))
         found.append(measured_kl(choice))
-        unpulled.append(measured_kl(choice, error_correction=0.0))
-    assert rank_correlation(predicted, found) >= 0.9 and rank_correlation(predicted, unpulled) >= 0.9
-    assert all(0.6 < p / f < 1.6 for p, f in zip(predicted, unpulled, strict=True))
+        uncorrected.append(measured_kl(choice, error_correction=0.0))
+    assert rank_correlation(predicted, found) >= 0.9 and rank_correlation(predicted, uncorrected) >= 0.9
+    assert all(0.6 < p / f < 1.6 for p, f in zip(predicted, uncorrected, strict=True))
 
 
 @torch.no_grad()
@@ -204,7 +206,7 @@ def test_a_stopped_job_goes_on_with_the_table_it_measured(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("qwenq.pipeline.workers.Replicas.run_layer", stop)
+        patched.setattr("qwenq.pipeline.workers.Workers.run_layer", stop)
         assert run(*command, "-o", out, "--bpw", "5").exit_code == 130
     assert (tmp_path / "out.partial" / SENSITIVITY_NAME).is_file()
     changed = run(*command, "-o", out, "--bpw", "6", "--resume")

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from qwenq.formats.base import Scheme
 from qwenq.model.layer import Network
-from qwenq.model.spec import UNITS
 from qwenq.pipeline.fisher import _errors
 from qwenq.pipeline.preflight import errors_bytes
 from qwenq.planning.sensitivity import schemes_for
@@ -40,8 +39,8 @@ def test_a_layer_is_solved_in_what_the_dry_run_says(name: str) -> None:
         h_NTH = torch.empty(16, 512, spec.hidden_size, dtype=torch.bfloat16)
         errors, _ = _errors(network, spec, h_NTH, 0.02, False)
         held = gpu.allocated - before
-    assert {unit: len(by_scheme) for unit, by_scheme in errors.items()} == {
-        unit: sum(scheme.bits == 4 for scheme in schemes_for(spec, unit)) for unit in UNITS
+    assert {stage: len(by_scheme) for stage, by_scheme in errors.items()} == {
+        stage: sum(scheme.bits == 4 for scheme in schemes_for(spec, stage)) for stage in ("qkv", "o", "gate_up", "down")
     }
     kinds = {(e.device.type, e.dtype) for rows in errors.values() for row in rows.values() for e in row.values()}
     assert kinds == {("cpu", torch.bfloat16)}

@@ -115,6 +115,17 @@ def read_manifest(directory: Path) -> tuple[dict[str, Any], list[Finding]]:
     return document, findings
 
 
+_RENAMED_OPTIONS = {"pull": "error_correction", "pull_share": "error_correction_share"}
+
+
+def current_names(job: Mapping[str, Any]) -> dict[str, Any]:
+    """A job as a manifest or journal describes it, the keys of earlier versions under today's names."""
+    options = job.get("options")
+    if not isinstance(options, Mapping):
+        return dict(job)
+    return {**job, "options": {_RENAMED_OPTIONS.get(key, key): value for key, value in options.items()}}
+
+
 def check_files(directory: Path, manifest: Mapping[str, Any]) -> Iterator[Finding]:
     """Every file that is missing, changed, or there without being in the manifest."""
     wanted: dict[str, str] = manifest["files"] | manifest["run"]["files"]

@@ -15,7 +15,7 @@ from qwenq.cli.console import LayerProgress, drift_table, err, out, print_json, 
 from qwenq.cli.options import fetched, options_of, warn_of_shipped
 from qwenq.errors import ExcludedOptions, PlanError
 from qwenq.formats.base import label_of
-from qwenq.model.spec import UNITS, ModelSpec, family_spec
+from qwenq.model.spec import ModelSpec, family_spec
 from qwenq.pipeline.config import QuantizeConfig
 from qwenq.pipeline.dryrun import DryRun, dry_run
 from qwenq.planning.budget import Budgeted
@@ -180,9 +180,10 @@ def recipe_table(spec: ModelSpec, found: Budgeted) -> Table:
     title = f"recipe: {format_gb(found.file_bytes)}, {found.bits_per_linear_weight:.3f} bits per linear weight"
     table = Table(title=title)
     table.add_column("layers")
-    for unit in UNITS:
-        table.add_column(unit)
-    rows = [tuple(label_of(found.choice[layer, unit]) for unit in UNITS) for layer in range(spec.num_hidden_layers)]
+    stages = [stage.name for stage in spec.architecture.stages]
+    for stage in stages:
+        table.add_column(stage)
+    rows = [tuple(label_of(found.choice[layer, stage]) for stage in stages) for layer in range(spec.num_hidden_layers)]
     start = 0
     for layer, row in enumerate(rows):
         if layer + 1 == len(rows) or rows[layer + 1] != row:

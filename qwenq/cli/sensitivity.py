@@ -23,7 +23,6 @@ from qwenq.cli.options import (
     options_of,
 )
 from qwenq.formats.base import label_of
-from qwenq.model.spec import UNITS
 from qwenq.pipeline.config import QuantizeConfig, carry_zero_points
 from qwenq.planning.sensitivity import Sensitivity
 
@@ -72,11 +71,12 @@ def sensitivity_table(found: Sensitivity) -> Table:
     """KL of each unit at its coarsest 4-bit scheme, or its first where it has none, layer by layer."""
     table = Table(title=f"KL (millinats a token) of one unit alone at 4 bits, {found.model}")
     table.add_column("layer", justify="right")
-    for unit in UNITS:
-        first = next(iter(found.kl[0, unit]))
-        table.add_column(f"{unit} {label_of(first).removeprefix('4-bit ')}", justify="right")
+    stages = [stage for layer, stage in found.kl if layer == 0]
+    for stage in stages:
+        first = next(iter(found.kl[0, stage]))
+        table.add_column(f"{stage} {label_of(first).removeprefix('4-bit ')}", justify="right")
     layers = sorted({layer for layer, _ in found.kl})
     for layer in layers:
-        cells = (next(iter(found.kl[layer, unit].values())) for unit in UNITS)
+        cells = (next(iter(found.kl[layer, stage].values())) for stage in stages)
         table.add_row(str(layer), *(f"{1000 * value:.4f}" for value in cells))
     return table

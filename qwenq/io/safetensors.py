@@ -6,7 +6,6 @@ shape and `data_offsets`, relative to the data; `__metadata__` maps text to text
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -226,6 +225,8 @@ SAMPLE_BYTES = 4096  # of each tensor; a fine-tuned model differs in all of them
 
 def fingerprint(directory: Path) -> str:
     """SHA-256 over name, dtype, shape and first bytes of each tensor, by name: the same however files are cut."""
+    import hashlib
+
     digest = hashlib.sha256()
     tensors = checkpoint_tensors(directory)
     for name in sorted(tensors):

@@ -10,13 +10,13 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from qwenq.checkpoint.manifest import MANIFEST_NAME
+from qwenq.checkpoint.manifest import MANIFEST_NAME, current_names
 from qwenq.errors import CheckpointError, ExcludedOptions, PlanError, UsageError
 from qwenq.formats.base import FORMATS, Recipe, Scheme, get_format, mixing, names_of
 from qwenq.io.safetensors import FLOATS
 from qwenq.machine import has_bfloat16
 from qwenq.model.spec import ModelSpec
-from qwenq.pipeline.preflight import PULL_SHARE, Tokens, chosen_pull
+from qwenq.pipeline.preflight import ERROR_CORRECTION_SHARE, Tokens, chosen_error_correction
 from qwenq.planning.budget import (
     Budgeted,
     choose_for_bits,
@@ -31,7 +31,6 @@ from qwenq.units import parse_size, parse_tokens
 
 DEFAULT_EVALUATION_WINDOWS = 20  # at most, where no number is given
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
-_RENAMED = {"pull": "error_correction", "pull_share": "error_correction_share"}  # in manifests and journals until 0.1
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class QuantizeConfig:
     damp_percent: float | None = None  # share of the mean Hessian diagonal
     fold: bool = True  # channel scales into norms and up_proj
     error_correction: float | None = None  # 0 to 1, of o_proj and down_proj
-    error_correction_share: float = PULL_SHARE  # of the calibration windows that it is read from
+    error_correction_share: float = ERROR_CORRECTION_SHARE  # of the calibration windows that it is read from
     # machine
     device: str = "auto"  # cpu, or GPUs: cuda:0,cuda:1
     dtype: str = "auto"  # of tensors that are not quantized; auto keeps their bytes
@@ -221,7 +220,7 @@ class QuantizeConfig:
     @staticmethod
     def from_json(options: Mapping[str, Any]) -> QuantizeConfig:
         """The configuration that `to_json` gave; TypeError for an option that there is not, or of another type."""
-        given = current_names(options)
+        given: dict[str, Any] = current_names({"options": options})["options"]
         kinds = get_type_hints(QuantizeConfig)
         for name, value in given.items():
             wanted = get_args(kinds[name]) or (kinds[name],) if name in kinds else ()
@@ -250,17 +249,6 @@ def unreadable(error: Exception) -> CheckpointError:
         f"{MANIFEST_NAME}: its job cannot be read ({type(error).__name__}: {error})",
         hint="another version of qwenq wrote it",
     )
-
-
-def current_names(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options by today's names, whenever they were written."""
-    return {_RENAMED.get(name, name): value for name, value in options.items()}
-
-
-def current_job(job: Mapping[str, Any]) -> dict[str, Any]:
-    """The `job` of a manifest or a journal with its options by today's names."""
-    options = job.get("options")
-    return {**job, "options": current_names(options)} if isinstance(options, Mapping) else dict(job)
 
 
 def flag(option: str) -> str:
@@ -374,7 +362,7 @@ class Resolution:
 
         PlanError where it is asked for and cannot be had from so few windows.
         """
-        strength = chosen_pull(
+        strength = chosen_error_correction(
             self.config.error_correction, self.recipe, self.spec,
             windows=windows.calibration, length=windows.length, share=self.config.error_correction_share,
         )  # fmt: skip

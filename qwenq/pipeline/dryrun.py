@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,8 +10,8 @@ from typing import Any
 
 from qwenq.formats.base import label_of
 from qwenq.io.safetensors import fingerprint
-from qwenq.machine import LANES_UP_TO, MOST_LANES, total_memory
-from qwenq.model.spec import UNITS, ModelSpec
+from qwenq.machine import total_memory
+from qwenq.model.spec import ModelSpec
 from qwenq.pipeline.config import (
     DEFAULT_EVALUATION_WINDOWS,
     QuantizeConfig,
@@ -19,7 +20,16 @@ from qwenq.pipeline.config import (
     device_names,
     tokens_of,
 )
-from qwenq.pipeline.preflight import DEFAULT_WINDOWS, SET_TOKENS, Preflight, preflight, sensitivity_bytes
+from qwenq.pipeline.preflight import (
+    DEFAULT_WINDOWS,
+    MOST_WORKERS,
+    SET_TOKENS,
+    WORKERS_UP_TO,
+    PlannedJob,
+    Preflight,
+    preflight,
+    sensitivity_bytes,
+)
 from qwenq.pipeline.source import source_shapes
 from qwenq.planning.budget import Budgeted
 from qwenq.planning.rig import sees_gpu
@@ -103,15 +113,17 @@ def dry_run(model: str, config: QuantizeConfig, output: Path | None = None) -> D
     settled = found.settled(windows)
     tokens = tokens_of(settled, windows)
     check = preflight(
-        found.spec,
-        found.recipe,
-        tokens,
-        compute_bytes=found.compute_bytes,
-        on_gpu=on_gpu,
-        out=output or Path.cwd() / "out",
-        dtype_of=found.dtype_of,
-        source_dtype_of=source.dtype_of,
-        source_spec=source.spec,
+        PlannedJob(
+            found.spec,
+            found.recipe,
+            tokens,
+            compute_bytes=found.compute_bytes,
+            on_gpu=on_gpu,
+            out=output or Path.cwd() / "out",
+            dtype_of=found.dtype_of,
+            source_dtype_of=source.dtype_of,
+            source_spec=source.spec,
+        )
     )
     measuring = None
     if found.measures(windows):
@@ -127,7 +139,7 @@ def dry_run(model: str, config: QuantizeConfig, output: Path | None = None) -> D
         calibration_dtype=settled.calibration_dtype,
         compute_dtype=settled.compute_dtype,
         device=device,
-        lanes=1 if on_gpu or found.spec.intermediate_size > LANES_UP_TO else MOST_LANES,
+        lanes=1 if on_gpu or found.spec.intermediate_size > WORKERS_UP_TO else MOST_WORKERS,
     )
     warnings += _lacking(check, measuring, output is None)
     local = source.directory is not None
@@ -144,8 +156,8 @@ def recipe_json(found: Budgeted) -> dict[str, Any]:
         "file_bytes": found.file_bytes,
         "bits_per_linear_weight": found.bits_per_linear_weight,
         "layers": [
-            {unit: label_of(found.choice[layer, unit]) for unit in UNITS}
-            for layer in range(len(found.choice) // len(UNITS))
+            {stage: label_of(scheme) for (_, stage), scheme in row}
+            for _, row in itertools.groupby(found.choice.items(), key=lambda item: item[0][0])
         ],
     }
 

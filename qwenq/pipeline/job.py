@@ -18,7 +18,7 @@ from qwenq.machine import numerics
 from qwenq.pipeline.block import SolverOptions, passes
 from qwenq.pipeline.config import QuantizeConfig, Windows
 from qwenq.pipeline.preflight import original_windows
-from qwenq.pipeline.workers import Replicas
+from qwenq.pipeline.workers import Workers
 from qwenq.results import BlockResult, DriftReport
 from qwenq.solver.gptq import DAMP_PERCENT
 from qwenq.text.tokens import TokenWindows
@@ -94,17 +94,17 @@ class QuantizeJob:
         windows, length = self.calibration.ids.shape
         return original_windows(self.source.spec, windows, length, self.config.error_correction_share)
 
-    def passes(self, stream: str) -> list[range] | None:
-        """In which ranges of windows a stream of calibration tokens goes through a layer; None for another stream."""
-        if self.calibration is None or stream not in ("calibration", "original"):
+    def passes(self, name: str) -> list[range] | None:
+        """In which ranges of windows hidden states of calibration go through a layer; None for others."""
+        if self.calibration is None or name not in ("calibration", "original"):
             return None
-        pulled = self.original_windows
-        return passes(len(self.calibration.ids) if stream == "calibration" else pulled, pulled)
+        corrected = self.original_windows
+        return passes(len(self.calibration.ids) if name == "calibration" else corrected, corrected)
 
-    def replicas(self, dtype: torch.dtype, windows: TokenWindows | None) -> Replicas:
-        """Lanes on the job's devices for these windows, or for those of the evaluation."""
+    def workers(self, dtype: torch.dtype, windows: TokenWindows | None) -> Workers:
+        """Workers on the job's devices for these windows, or for those of the evaluation."""
         spec, length = self.source.spec, (windows or self.evaluation).ids.shape[1]
-        return Replicas(self.source.config, spec, dtype=dtype, window_tokens=length, devices=self.devices)
+        return Workers(self.source.config, spec, dtype=dtype, window_tokens=length, devices=self.devices)
 
     def stored_dtype(self, name: str) -> str:
         """safetensors dtype in which tensor `name` is written when it is not quantized."""

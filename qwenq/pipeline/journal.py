@@ -17,10 +17,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from qwenq.checkpoint.manifest import JOURNAL_NAME, LOCK_NAME
+from qwenq.checkpoint.manifest import JOURNAL_NAME, LOCK_NAME, current_names
 from qwenq.errors import JobError, printable
 from qwenq.io.durable import TORN_ENDING, write_bytes
-from qwenq.pipeline.config import current_job
 
 
 class Journal:
@@ -67,12 +66,14 @@ class Journal:
             raise JobError(f"{path}: its first line is damaged", hint=f"delete {directory} and start anew")
         journal = Journal(path, rows, len(lines) - len(rows))
         journal._check = check
+        rows[0]["job"] = current_names(rows[0]["job"])
         return journal
 
     @property
     def job(self) -> dict[str, Any]:
         """Everything that decides the output, as `QuantizeJob.describe` gives it."""
-        return current_job(self.rows[0]["job"])
+        job: dict[str, Any] = self.rows[0]["job"]
+        return job
 
     @property
     def beside(self) -> dict[str, str] | None:

@@ -9,20 +9,19 @@ from typing import Any
 
 import torch
 
-from qwenq.checkpoint.manifest import MANIFEST_NAME, Finding
+from qwenq.checkpoint.manifest import MANIFEST_NAME, Finding, current_names
 from qwenq.checkpoint.reader import Checkpoint, open_checkpoint, open_source
 from qwenq.checkpoint.shards import output_files
 from qwenq.errors import CalibrationError, CheckpointError, JobError, QwenqError
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.io.tensors import raw_bytes
 from qwenq.machine import numerics
-from qwenq.pipeline.activations import Streams, new_streams
+from qwenq.pipeline.activations import HiddenStates, LayerRunner, TokenSets, embed_tokens
 from qwenq.pipeline.config import QuantizeConfig, unreadable
 from qwenq.pipeline.job import DTYPES, QuantizeJob
 from qwenq.pipeline.monitor import StageClock
 from qwenq.pipeline.preflight import DEFAULT_WINDOWS
 from qwenq.pipeline.quantize import make_layer
-from qwenq.pipeline.workers import Replicas
 from qwenq.text.calibration import load_windows, set_names
 from qwenq.text.tokens import ModelTokenizer, TokenWindows
 
@@ -33,7 +32,7 @@ def sample(layers: int) -> tuple[int, ...]:
 
 
 @torch.inference_mode()
-def rederive(
+def reproduce(
     directory: Path,
     source: Path,
     manifest: Mapping[str, Any],
@@ -58,21 +57,22 @@ def rederive(
     here, then = numerics(job.devices), manifest["job"].get("numerics")
     torch.set_num_threads(_threads(then))
     files = list(output_files(spec, job.recipe, job.stored_dtype))
-    calibrator = job.replicas(DTYPES[job.config.calibration_dtype], job.calibration)
+    calibrator = job.workers(DTYPES[job.config.calibration_dtype], job.calibration)
     findings: list[Finding] = []
     made: list[int] = []
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            streams = _streams(job, Path(scratch))
+            states = _hidden_states(job, Path(scratch))
+            runner = LayerRunner(states.states, {"calibration": calibrator, "original": calibrator}, job.passes)
             for layer in range(wanted[-1] + 1):
                 if layer not in wanted:
                     if job.calibration is not None:
                         listen(f"layer {layer}: replaying")
-                        _replay(job, calibrator, layer, written, streams)
+                        runner.replay(layer, job.source.finite_layer_state, written.layer_state)
                     continue
                 listen(f"layer {layer}: making it again")
                 state = job.source.finite_layer_state(layer)
-                tensors, _ = make_layer(job, calibrator, layer, state, streams, StageClock())
+                tensors, _ = make_layer(job, calibrator, layer, state, states, StageClock())
                 made.append(layer)
                 if problem := _difference(tensors, written):
                     findings.append(
@@ -96,7 +96,7 @@ def _widened(source: Checkpoint, manifest: Mapping[str, Any]) -> Checkpoint:
 def read_job(manifest: Mapping[str, Any], source: Checkpoint, out: Path, calibration: str | None = None) -> QuantizeJob:
     """The job that a manifest describes; CheckpointError for a description that makes none."""
     try:
-        job = manifest["job"]
+        job = current_names(manifest["job"])
         if "convert" in job:
             raise JobError(
                 "converted from another format: no layer was solved here",
@@ -160,27 +160,15 @@ def _calibration(text: Any, seed: int, source: Checkpoint, given: str | None) ->
     )
 
 
-def _streams(job: QuantizeJob, scratch: Path) -> Streams:
-    return new_streams(
-        job.source,
-        job.calibration.ids if job.calibration else None,
+def _hidden_states(job: QuantizeJob, scratch: Path) -> HiddenStates:
+    tokens = TokenSets(
         job.evaluation.ids,
-        dtype=torch.float32,
-        calibration_dtype=DTYPES[job.config.calibration_dtype],
-        original_windows=job.original_windows,
-        spill_directory=scratch,
-        convert=job.convert,
+        torch.float32,
+        job.calibration.ids if job.calibration else None,
+        DTYPES[job.config.calibration_dtype],
+        job.original_windows,
     )
-
-
-def _replay(job: QuantizeJob, replicas: Replicas, layer: int, written: Checkpoint, streams: Streams) -> None:
-    states = {"calibration": written.layer_state(layer)}
-    if "original" in streams.states:
-        states["original"] = job.source.finite_layer_state(layer)
-    for name, state in states.items():
-        replicas.fill(state)
-        replicas.run_layer(streams.states[name], job.passes(name))
-        replicas.release()
+    return embed_tokens(job.source, tokens, scratch, job.convert)
 
 
 def _difference(tensors: Mapping[str, torch.Tensor], written: Checkpoint) -> str:

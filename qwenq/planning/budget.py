@@ -16,7 +16,7 @@ from qwenq.model.spec import ModelSpec
 from qwenq.planning.case import Case
 from qwenq.planning.knapsack import approximate, solve
 from qwenq.planning.sensitivity import Sensitivity, Unit, members_of, prior, schemes_for, units_of
-from qwenq.planning.tensor_parallel import padded_width, tensor_parallel_reasons
+from qwenq.planning.tensor_parallel import cut_by_input, padded_width, tensor_parallel_reasons, widens_with_ffn
 from qwenq.planning.weights import recipe_weights
 from qwenq.units import format_gb, format_tokens
 
@@ -263,14 +263,15 @@ def widened(spec: ModelSpec, ranks: int, uniform: Recipe | None) -> ModelSpec:
     if uniform is None:
         down, o = max(GROUP_SIZES), min(GROUP_SIZES)
     wide = replace(spec, intermediate_size=padded_width(spec.intermediate_size, down, ranks))
-    if reasons := tensor_parallel_reasons(wide, {"down": (down,), "o": (o,)}, ranks):
+    groups = {stage.name: (down if widens_with_ffn(stage) else o,) for stage in cut_by_input(spec)}
+    if reasons := tensor_parallel_reasons(wide, groups, ranks):
         raise PlanError(f"--pad-for-tp {ranks}: {reasons[0]}", hint="padding the FFN cannot change that")
     return wide
 
 
 def cut_by(spec: ModelSpec, table: Sensitivity, ranks: int) -> Sensitivity:
     """The table without schemes whose groups would straddle `ranks` GPUs."""
-    widths = {"o": spec.q_size // ranks, "down": spec.intermediate_size // ranks}
+    widths = {stage.name: spec.size(stage.inputs) // ranks for stage in cut_by_input(spec)}
     kl = {
         unit: {s: kl for s, kl in row.items() if s is None or widths.get(unit[1], 0) % s.group_size == 0}
         for unit, row in table.kl.items()

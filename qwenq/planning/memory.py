@@ -150,6 +150,7 @@ class MemoryEstimate:
     gpus: tuple[GpuMemory, ...]
     kv_capacity_tokens: int | None = None  # of a server that gives its cache the rest of a GPU
     gpu_memory_utilization: float | None = None  # a server's part of each GPU: as asked, or the most that is possible
+    asked_utilization: float | None = None
 
     @property
     def work(self) -> Workload:
@@ -239,6 +240,7 @@ class Allowance:
     limits: tuple[int | None, ...]
     kv_capacity_tokens: int | None = None
     gpu_memory_utilization: float | None = None
+    asked_utilization: float | None = None  # before the GPU's own limit
 
 
 def estimate(case: Case, shares: Sequence[Share] = ()) -> MemoryEstimate:
@@ -260,4 +262,6 @@ def estimate(case: Case, shares: Sequence[Share] = ()) -> MemoryEstimate:
         GpuMemory(gpu.name, terms, limit, moment)
         for gpu, (terms, moment), limit in zip(kinds, needed, allowed.limits, strict=True)
     )
-    return MemoryEstimate(case, gpus, allowed.kv_capacity_tokens, allowed.gpu_memory_utilization)
+    return MemoryEstimate(
+        case, gpus, allowed.kv_capacity_tokens, allowed.gpu_memory_utilization, allowed.asked_utilization
+    )

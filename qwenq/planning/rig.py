@@ -5,19 +5,19 @@ A GPU that the catalogue lacks goes by its memory, `2x 24GB`: whether a model fi
 
 from __future__ import annotations
 
-import csv
 import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from qwenq.errors import PlanError, UsageError
 from qwenq.units import GIB, format_gib
 
+_CATALOGUE = Path(__file__).parents[1] / "data" / "gpus.csv"
 ASSUMED_USABLE = 0.98  # of the nominal memory, where nobody has published what CUDA sees; known cards: 0.93 to 1.00
 MAX_GPUS = 64
 GIVEN = "given"  # the source of a GPU named by its memory
@@ -96,7 +96,9 @@ def device(name: str) -> Gpu:
 @cache
 def catalogue() -> tuple[Gpu, ...]:
     """Every known GPU, from the shipped table."""
-    text = resources.files("qwenq").joinpath("data/gpus.csv").read_text(encoding="utf-8")
+    import csv
+
+    text = _CATALOGUE.read_text(encoding="utf-8")
     return tuple(_gpu(row) for row in csv.DictReader(text.splitlines()))
 
 

@@ -12,16 +12,18 @@ from typing import Any
 from qwenq.errors import PlanError
 from qwenq.formats.base import ASYMMETRIC, SYMMETRIC, Scheme, label_of, parse_scheme
 from qwenq.io.json import read_object
-from qwenq.model.spec import UNITS, LinearSpec, ModelSpec
+from qwenq.model.architectures import known_stages
+from qwenq.model.spec import LinearSpec, ModelSpec
 
 VERSION = 1
 SENSITIVITY_NAME = "qwenq-sensitivity.json"  # in a checkpoint: the table its recipe was chosen by
-Unit = tuple[int, str]  # layer, one of UNITS
+Unit = tuple[int, str]  # layer, name of a stage: linears that engines fuse
 
 # Prior: KL in nats a token when one unit alone is 4-bit g128, for a model of PRIOR_LAYERS layers, and what the ends of
 # the network add. Rounded from a table measured on the demo's model (reports/budget.md); a large model loses less, but
 # for choosing only proportions matter.
 PRIOR_KL = {"qkv": 2.0e-3, "o": 0.4e-3, "gate_up": 2.5e-3, "down": 1.6e-3}
+PRIOR_OTHER_KL = 1.6e-3  # of a stage that is none of these
 PRIOR_LAYERS = 30
 PRIOR_ENDS = {"first": 2.0, "last": 2.0}
 PRIOR_GROUP = {128: 1.0, 64: 0.85, 32: 0.70, -1: 1.6}
@@ -108,13 +110,13 @@ class Sensitivity:
 def units_of(spec: ModelSpec) -> Iterator[Unit]:
     """Every unit, layer by layer, in the order they run."""
     for layer in range(spec.num_hidden_layers):
-        for unit in UNITS:
-            yield layer, unit
+        for stage in spec.architecture.stages:
+            yield layer, stage.name
 
 
 def members_of(spec: ModelSpec, unit: Unit) -> tuple[LinearSpec, ...]:
     """The linears of one unit."""
-    return tuple(lin for lin in spec.layer_linears(unit[0]) if lin.unit == unit[1])
+    return spec.stage_linears(*unit)
 
 
 def options_of(asymmetric: bool) -> tuple[Scheme, ...]:
@@ -148,7 +150,7 @@ def prior_kl(spec: ModelSpec, unit: Unit) -> float:
     layers = spec.num_hidden_layers
     depth = layer / max(layers - 1, 1)
     ends = PRIOR_ENDS["first"] * math.exp(-layer / 2) + PRIOR_ENDS["last"] * math.exp((depth - 1) * 10)
-    return PRIOR_KL[kind] * PRIOR_LAYERS / layers * (1 + round(ends, 1))
+    return PRIOR_KL.get(kind, PRIOR_OTHER_KL) * PRIOR_LAYERS / layers * (1 + round(ends, 1))
 
 
 def prior(spec: ModelSpec, *, asymmetric: bool = False) -> Sensitivity:
@@ -177,7 +179,7 @@ def read_sensitivity(path: Path) -> Sensitivity:
     kl: dict[Unit, dict[Scheme | None, float]] = {}
     for key, row in rows.items():
         layer, _, unit = key.partition(".")
-        if not layer.isascii() or not layer.isdigit() or unit not in UNITS or not isinstance(row, Mapping):
+        if not layer.isascii() or not layer.isdigit() or unit not in known_stages() or not isinstance(row, Mapping):
             raise PlanError(f"{path}: {key[:40]!r} is no unit", hint="the file is damaged")
         entries: dict[Scheme | None, float] = {}
         for label, value in row.items():

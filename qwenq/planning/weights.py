@@ -159,17 +159,18 @@ def header_weights(
     """
     layers: list[dict[str, TensorSpec]] = [{} for _ in range(spec.num_hidden_layers)]
     outer: dict[str, list[int]] = {"embed": [], "norm": [], "head": []}
+    embedding = spec.architecture.embedding.rpartition(".")[2]
     for tensor in tensors.values():
         match = _LAYER.search(tensor.name)
         if match:
             if int(match[1]) >= len(layers):
                 raise CheckpointError(f"{tensor.name}: config.json has only {len(layers)} layers")
             layers[int(match[1])][tensor.name] = tensor
-        elif "lm_head" in tensor.name:
+        elif spec.architecture.head in tensor.name:
             if not spec.tie_word_embeddings:
                 outer["head"].append(tensor.nbytes)
         else:
-            outer["embed" if "embed" in tensor.name else "norm"].append(tensor.nbytes)
+            outer["embed" if embedding in tensor.name else "norm"].append(tensor.nbytes)
     for layer, found in enumerate(layers):
         if not found:
             raise CheckpointError(f"no tensor of layer {layer}, config.json has {len(layers)} layers")
@@ -208,7 +209,7 @@ def _widest_linear(spec: ModelSpec, declared: Declared) -> int:
 def _outer(spec: ModelSpec, dtype: str | Callable[[str], str]) -> dict[str, Any]:
     outer: dict[str, tuple[int, ...]] = {"embed": (), "norm": (), "head": ()}
     for tensor in spec.outer_tensors():
-        key = "head" if "lm_head" in tensor.name else "embed" if "embed" in tensor.name else "norm"
+        key = {spec.embedding_tensor: "embed", spec.norm_tensor: "norm"}.get(tensor.name, "head")
         outer[key] += (tensor_bytes(dtype if isinstance(dtype, str) else dtype(tensor.name), tensor.shape),)
     return outer
 
@@ -226,7 +227,7 @@ def _sized_weights(spec: ModelSpec, label: str, sized: SizedOnly, dtype: str) ->
         widest_linear=max(lin.parameters for lin in spec.layer_linears(0)),
         intermediate_size=spec.intermediate_size,
         source="every tensor of the format, byte for byte",
-        row_groups=same_groups([sized.group_size]),
+        row_groups=same_groups(spec, [sized.group_size]),
         **_outer(spec, dtype),
     )
 
@@ -272,19 +273,19 @@ def declared_by_config(spec: ModelSpec, config: Mapping[str, Any], where: str) -
     try:
         quantization = read_quantization_config(found, where)
     except UnreadScheme as error:
-        return _as_stated(found, error.message)
+        return _as_stated(spec, found, error.message)
     recipe = quantization.recipe(spec)
     recipe.check(spec)
     return declared_by_recipe(spec, recipe, quantization.sorted_columns)
 
 
-def _as_stated(config: Mapping[str, Any], unread: str) -> Declared:
+def _as_stated(spec: ModelSpec, config: Mapping[str, Any], unread: str) -> Declared:
     bits, groups = stated(config)
     return Declared(
         method=method_of(config),
         bits=Counter(bits).most_common(1)[0][0] if bits else 16,
         group_size=max(groups, default=0),
-        row_groups=same_groups(sorted(set(groups))),
+        row_groups=same_groups(spec, sorted(set(groups))),
         recipe=None,
         unread=unread,
     )

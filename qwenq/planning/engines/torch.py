@@ -236,7 +236,7 @@ class TorchEngine(LayeredEngine):
             Peak(in_attention + (4 * q + 2 * k) * each, "rotary embedding"),  # q, q cos, rotated q sin, sum; k, v
             Peak((outside + 5 * h) * each, "norm in float32"),  # residual, float32 copy, its square or product
         ]
-        if spec.qk_norm:
+        if spec.architecture.qk_norms:
             moments.append(Peak(in_attention + 5 * q * each, "query norm"))  # q, float32 copy, its square or product
         if self.repeats_kv and k != q:
             repeated = 2 * q * (each + prefill.cached * value_bytes)
@@ -462,7 +462,7 @@ class TransformersEngine(TorchEngine):
 
     def command(self, plan: Plan) -> str:
         """`max_memory` and `device_map` as Python, for `AutoModelForCausalLM.from_pretrained`."""
-        if unread := self.refusal(plan.case.weights.method):
+        if unread := self.refusal(plan.case.weights):
             return f"# {unread}"
         case, rig = plan.case, plan.case.hardware
         placement = plan.offload or plan.placement
@@ -487,24 +487,24 @@ class TransformersEngine(TorchEngine):
 
 def _compact(placement: Placement) -> str:
     """The device map as Python that counts layers in ranges."""
-    parts = []
+    names, parts = placement.memory.case.spec.architecture, list[str]()
     last: int | str = "cpu"
     for index, share in enumerate(placement.shares):
         if share.embed:
-            parts += [f'"model.embed_tokens": {index}', f'"model.rotary_emb": {index}']
+            parts += [f'"{names.embedding}": {index}', f'"{names.rotary}": {index}']
         if share.layers:
-            parts.append(_layer_range(share.layers.start, share.layers.stop, str(index)))
+            parts.append(_layer_range(names.layers, share.layers, str(index)))
         if share.head:
             last = index
     total = len(placement.memory.weights.layers)
     if placement.gpu_layers < total:
-        parts.append(_layer_range(placement.gpu_layers, total, '"cpu"'))
+        parts.append(_layer_range(names.layers, range(placement.gpu_layers, total), '"cpu"'))
     shown = f'"{last}"' if isinstance(last, str) else str(last)
-    return "{" + ", ".join([*parts, f'"model.norm": {shown}', f'"lm_head": {shown}']) + "}"
+    return "{" + ", ".join([*parts, f'"{names.norm}": {shown}', f'"{names.head}": {shown}']) + "}"
 
 
-def _layer_range(start: int, stop: int, device: str) -> str:
-    return f'**{{f"model.layers.{{i}}": {device} for i in range({start}, {stop})}}'
+def _layer_range(prefix: str, layers: range, device: str) -> str:
+    return f'**{{f"{prefix}.{{i}}": {device} for i in range({layers.start}, {layers.stop})}}'
 
 
 _ENV = re.compile(r"([A-Za-z][A-Za-z._-]*?)[ =_-]*v?(\d+(?:\.\d+)+)")

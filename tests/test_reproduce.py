@@ -20,13 +20,13 @@ from qwenq.cli.main import app
 from qwenq.errors import CalibrationError, CheckpointError, JobError
 from qwenq.io.tensors import write_shard
 from qwenq.pipeline.quantize import quantize
-from qwenq.pipeline.reproduce import rederive, sample
+from qwenq.pipeline.reproduce import reproduce, sample
 
 Make = Callable[..., Path]
 
 
 def made_again(out: Path, source: Path, **options: Any) -> Any:
-    return rederive(out, source, read_manifest(out)[0], **options)
+    return reproduce(out, source, read_manifest(out)[0], **options)
 
 
 def calibrated(source: Path, out: Path, calib: Path, **changes: Any) -> Path:
@@ -106,7 +106,7 @@ def test_what_cannot_be_made_again_says_why(tiny: Path, calib: Path, heldout: Pa
         "seed": "0",
     }.items():
         with pytest.raises(CheckpointError, match="its job cannot be read"):
-            rederive(out, tiny, manifest | {"job": manifest["job"] | {key: value}})
+            reproduce(out, tiny, manifest | {"job": manifest["job"] | {key: value}})
 
 
 def test_threads_are_set_as_they_were(tiny: Path, tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_threads_are_set_as_they_were(tiny: Path, tmp_path: Path) -> None:
     manifest = read_manifest(out)[0]
     manifest["job"]["numerics"]["threads"] = 2
     seen: list[int] = []
-    rederive(out, tiny, manifest, [0], listen=lambda line: seen.append(torch.get_num_threads()))
+    reproduce(out, tiny, manifest, [0], listen=lambda line: seen.append(torch.get_num_threads()))
     assert seen == [2] and torch.get_num_threads() == 1
 
 
