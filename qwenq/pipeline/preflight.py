@@ -62,7 +62,7 @@ class Tokens:
 def default_error_correction(recipe: Recipe, spec: ModelSpec, tokens: int) -> float:
     """1 where anything is in 4 bits and calibration tokens are enough for the columns of down, else 0.
 
-    What 8 bits lose is of the size of what bfloat16 hidden states blur; what few tokens say of many columns is mostly noise.
+    8 bits lose about as much as bfloat16 hidden states blur; what few tokens say of many columns is mostly noise.
     """
     if tokens < CORRECTION_LEAST_A_COLUMN * spec.intermediate_size:
         return 0.0
