@@ -35,7 +35,7 @@ from qwenq.planning.budget import Budgeted
 from qwenq.planning.rig import sees_gpu
 from qwenq.units import format_gb
 
-_TEXT_FILES = (".txt", ".md", ".jsonl", ".parquet", ".npy")
+_TEXT_FILES = (".txt", ".md", ".jsonl", ".json", ".parquet", ".npy", ".gz")
 
 
 @dataclass(frozen=True)
