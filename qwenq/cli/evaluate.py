@@ -21,7 +21,8 @@ def evaluate(
     text: Annotated[
         str,
         typer.Option(
-            help="Held-out text: a set's name, or a .txt, .jsonl, .parquet or .npy file.", rich_help_panel=TEXT
+            help="Held-out text: a set's name, or a .txt, .jsonl, .json, .parquet (also .gz) or .npy file.",
+            rich_help_panel=TEXT,
         ),
     ] = EvaluateConfig.text,
     num_samples: Annotated[

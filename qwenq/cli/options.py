@@ -48,7 +48,9 @@ SequenceLength = Annotated[int, typer.Option(help="Tokens a window.", min=2, met
 Calibration = Annotated[
     str,
     typer.Option(
-        help="A set's name, or a .txt, .jsonl, .parquet, .npy file.", metavar="TEXT", rich_help_panel=TEXT
+        help="A set's name, or a .txt, .jsonl, .json, .parquet (also .gz) or .npy file.",
+        metavar="TEXT",
+        rich_help_panel=TEXT,
     ),
 ]
 
