@@ -534,7 +534,7 @@ class LoadedModel:
                 ids.append(token)
                 yield token
 
-        return self._chat.stream(noted())
+        return self._chat.stream(noted(), asked)
 
     def close(self) -> None:
         """Let go of weights and cache."""
