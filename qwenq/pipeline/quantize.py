@@ -40,12 +40,13 @@ from qwenq.machine import forget_peak_rss, host_facts, keep_freed_memory, peak_r
 from qwenq.pipeline.activations import HiddenStates, LayerRunner, TokenSets, embed_tokens
 from qwenq.pipeline.block import BlockSolver, CalibrationStates, round_block, round_layer
 from qwenq.pipeline.card import CARD_NAME, model_card
+from qwenq.pipeline.config import tokens_of
 from qwenq.pipeline.evaluate import HeadWeights, measure_drift
 from qwenq.pipeline.job import DTYPES, QuantizeJob, QuantizeResult, partial_directory, refuse_place
 from qwenq.pipeline.journal import Journal, locked, never_begun, refuse_changes
 from qwenq.pipeline.monitor import StageClock, memory_errors
 from qwenq.pipeline.output import COPIED_FILES, Output, give_name
-from qwenq.pipeline.preflight import PlannedJob, Tokens, preflight
+from qwenq.pipeline.preflight import PlannedJob, preflight
 from qwenq.pipeline.workers import Workers
 from qwenq.results import BlockResult, DriftReport, LayerResult, finite_json
 from qwenq.solver.equalize import FoldedLayer
@@ -98,15 +99,9 @@ def check_places(job: QuantizeJob, resume: bool) -> None:
         PlannedJob(
             job.source.spec,
             job.recipe,
-            Tokens(
-                job.calibration.ids.shape[0] if job.calibration else 0,
-                job.evaluation.ids.shape[0],
-                job.evaluation.ids.shape[1],
-                DTYPES[job.calibration_dtype].itemsize,
-                job.options.error_correction_share if job.options.error_correction else 0.0,
-            ),
-            compute_bytes=DTYPES[job.compute_dtype].itemsize,
-            on_gpu=job.device != "cpu",
+            tokens_of(job.config, job.windows),
+            compute_bytes=DTYPES[job.config.compute_dtype].itemsize,
+            on_gpu=job.config.device != "cpu",
             out=job.out,
             dtype_of=job.stored_dtype,
             source_dtype_of=job.source.dtype_of,
@@ -133,12 +128,12 @@ class _Run:
                 job.recipe, self.spec, damp_percent=job.options.damp_percent, method=job.options.method
             )
         }
-        if job.dtype != "auto":
+        if job.config.dtype != "auto":
             config.pop("torch_dtype", None)
-            config["dtype"] = job.dtype
+            config["dtype"] = job.config.dtype
         self.output = Output(work, job.out, job.recipe, config, shards)
-        evaluating = job.workers(DTYPES[job.compute_dtype], job.evaluation)
-        self.calibrator = job.workers(DTYPES[job.calibration_dtype], job.calibration)
+        evaluating = job.workers(DTYPES[job.config.compute_dtype], job.evaluation)
+        self.calibrator = job.workers(DTYPES[job.config.calibration_dtype], job.calibration)
         self.workers = {"reference": evaluating, "quantized": evaluating}
         self.workers |= {"calibration": self.calibrator, "original": self.calibrator}
         if evaluating.dtype != torch.float32:
@@ -157,7 +152,8 @@ class _Run:
         beside = {name: hashlib.sha256(content).hexdigest() for name, content in self.job.beside}
         if self.resume and not never_begun(self.work):
             journal = Journal.load(self.work)
-            refuse_changes(journal.job | {"beside": journal.beside}, described | {"beside": beside}, self.work)
+            kept = beside if journal.beside is None else journal.beside
+            refuse_changes(journal.job | {"beside": kept}, described | {"beside": beside}, self.work)
             refuse_strangers(self.work, {*self.output.names, *beside})
             if (result := finished_before(self.work, self.job.out, journal)) is not None:
                 give_name(self.work, self.job.out)
@@ -269,7 +265,7 @@ class _Run:
 
     def _drift(self, states: HiddenStates) -> DriftReport:
         reference = HeadWeights(self.job.source)
-        quantized = HeadWeights(self.job.source, self.job.convert) if self.job.dtype != "auto" else reference
+        quantized = HeadWeights(self.job.source, self.job.convert) if self.job.config.dtype != "auto" else reference
         network = self.workers["reference"].first
         return measure_drift(network, reference, quantized, states.states, self.job.evaluation)
 
@@ -340,7 +336,7 @@ def make_layer(
 
 
 def _kept(job: QuantizeJob, layer: int, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What is not quantized of a layer, as it is written."""
+    """Tensors of a layer that are not quantized, as they are written."""
     linears = job.source.spec.layer_linears(layer)
     quantized = {lin.path + ".weight" for lin in linears if job.recipe.scheme_of(lin) is not None}
     prefix = job.source.spec.layer_prefix(layer)
@@ -378,7 +374,7 @@ def describe_result(
 
 
 def finished_before(work: Path, out: Path, journal: Journal) -> QuantizeResult | None:
-    """What a run made that was killed after its manifest was written; None when anything is not as it says."""
+    """Result of a run that was killed after its manifest was written; None when anything is not as it says."""
     try:
         manifest, findings = read_manifest(work)
     except QwenqError:
@@ -402,7 +398,7 @@ def finished_before(work: Path, out: Path, journal: Journal) -> QuantizeResult |
 
 
 def job_warnings(layers: tuple[BlockResult, ...], drift: DriftReport, overlap: float | None) -> tuple[str, ...]:
-    """What a reader must not miss, fallbacks first."""
+    """Lines that a reader must not miss, fallbacks first."""
     fallen = [result for block in layers for result in block.linears if result.fallback]
     lines = [f"{result.name}: fell back to rounding to nearest ({result.fallback})" for result in fallen]
     if drift.non_finite:
