@@ -20,7 +20,8 @@ from qwenq.errors import CheckpointError
 from qwenq.io.durable import file_sha256
 from qwenq.io.safetensors import read_header
 from qwenq.io.tensors import read_into, write_shard
-from qwenq.pipeline.preflight import NOISE_WINDOWS, SPILL_BYTES, scratch_width
+from qwenq.pipeline.config import NOISE_WINDOWS, SPILL_BYTES
+from qwenq.pipeline.preflight import scratch_width
 from qwenq.pipeline.workers import Workers
 
 Convert = Callable[[str, torch.Tensor], torch.Tensor]

@@ -32,9 +32,9 @@ from qwenq.model.layer import Network
 from qwenq.model.spec import ModelSpec
 from qwenq.pipeline.activations import embed
 from qwenq.pipeline.block import batches
+from qwenq.pipeline.config import BACKWARD_TOKENS, PROBE_TOKENS, PROBE_WINDOWS, SAMPLES, SOLVER_WINDOWS
 from qwenq.pipeline.evaluate import HeadWeights
 from qwenq.pipeline.monitor import memory_errors
-from qwenq.pipeline.preflight import BACKWARD_TOKENS, PROBE_TOKENS, PROBE_WINDOWS, SAMPLES, SOLVER_WINDOWS
 from qwenq.planning.sensitivity import PRIOR_8_BIT, Sensitivity, Unit, options_of, schemes_for, units_of
 from qwenq.solver.gptq import DAMP_PERCENT, add_to_hessian, solve_unit
 from qwenq.text.tokens import TokenWindows
