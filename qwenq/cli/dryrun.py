@@ -33,7 +33,7 @@ from qwenq.planning.rig import sees_gpu
 from qwenq.units import format_gb
 
 DEFAULT_EVALUATION_WINDOWS = 20
-_FILES = (".txt", ".md", ".jsonl", ".parquet", ".npy")
+_FILES = (".txt", ".md", ".jsonl", ".json", ".parquet", ".npy", ".gz")
 
 
 @dataclass(frozen=True)
