@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from qwenq.checkpoint.manifest import JOURNAL_NAME, LOCK_NAME, current_names
-from qwenq.errors import JobError, printable
+from qwenq.errors import JobError
+from qwenq.escaping import printable
 from qwenq.io.durable import TORN_ENDING, write_bytes
 
 
