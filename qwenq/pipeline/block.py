@@ -223,7 +223,7 @@ class BlockSolver:
         with self.clock.time(f"solve {stage.name}"):
             for later, sums in moments.items():  # scales of its rows: needed before they are rounded
                 self.folded.fold(later, sums.total()[0])
-            if self._folds(stage):
+            if stage.folds_into == stage.norm and self._folds(stage):
                 scales_I = self.folded.fold(stage, hessian.diagonal())
                 hessian.div_(scales_I[:, None]).div_(scales_I)
             self._take_kept()

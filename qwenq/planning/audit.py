@@ -44,7 +44,20 @@ class Audit:
     disagreements: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"spec": _spec_json(self.spec)}
+
+
+def _spec_json(spec: ModelSpec) -> dict[str, Any]:
+    """The spec's fields, and in the place of configuration keys which linears of the first layer have biases."""
+    biased = {lin.kind for lin in spec.layer_linears(0) if lin.bias}
+    fields = asdict(spec)
+    del fields["bias_keys"]
+    return fields | {
+        "attention_bias": "q_proj" in biased,
+        "o_bias": "o_proj" in biased,
+        "mlp_bias": "down_proj" in biased,
+        "qk_norm": bool(spec.architecture.qk_norms),
+    }
 
 
 def audit(

@@ -28,8 +28,6 @@ from qwenq.model.spec import ModelSpec
 from qwenq.planning.kernels import LayerParts, choose, dense_from, kept, layer_parts, strip_bytes
 from qwenq.planning.tensor_parallel import RowGroups, row_groups, same_groups
 
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-
 
 @dataclass(frozen=True)
 class Weights:
@@ -161,8 +159,9 @@ def header_weights(
     layers: list[dict[str, TensorSpec]] = [{} for _ in range(spec.num_hidden_layers)]
     outer: dict[str, list[int]] = {"embed": [], "norm": [], "head": []}
     embedding = spec.architecture.embedding.rpartition(".")[2]
+    layer_name = re.compile(rf"(?:^|\.){re.escape(spec.architecture.layers.rpartition('.')[2])}\.(\d+)\.")
     for tensor in tensors.values():
-        match = _LAYER.search(tensor.name)
+        match = layer_name.search(tensor.name)
         if match:
             if int(match[1]) >= len(layers):
                 raise CheckpointError(f"{tensor.name}: config.json has only {len(layers)} layers")
