@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
 MAX_VALUES = 1_000_000  # of a JSON file: the header of 100,000 tensors has 800,000
+MAX_SMALL_BYTES = 100_000_000  # of a file beside the weights: the largest tokenizers have 35 MB
 MAX_DIGITS = 100  # of a whole number: more than any size, and little enough that it still is a float
 _MAX_NAME_BYTES = 255  # what file systems take
 
@@ -38,7 +40,8 @@ def open_regular(
     try:
         handle = os.open(path, flags)
     except OSError as reason:
-        raise error(f"{shown(str(path))}: {reason.strerror}") from None
+        linked = not follow and reason.errno == errno.ELOOP
+        raise error(f"{shown(str(path))}: {'a link' if linked else reason.strerror}") from None
     except ValueError:  # a zero byte, or half of a surrogate pair, in its name
         raise error(f"{shown(str(path))}: no name a file can have") from None
     if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -47,9 +50,11 @@ def open_regular(
     return os.fdopen(handle, "rb")
 
 
-def read_limited(path: Path, limit: int, error: type[QwenqError] = CheckpointError) -> bytes:
+def read_limited(
+    path: Path, limit: int, error: type[QwenqError] = CheckpointError, *, follow: bool = True
+) -> bytes:
     """All of a regular file of at most `limit` bytes; `error` for a larger one, before its content is read."""
-    with open_regular(path, error) as file:
+    with open_regular(path, error, follow=follow) as file:
         _check_size(path, os.fstat(file.fileno()).st_size, limit, error)
         data = file.read(limit + 1)
     _check_size(path, len(data), limit, error)  # it grew, or it is one of those that have no size

@@ -7,6 +7,7 @@ quoted in the metadata and escaped in the text.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 from qwenq.checkpoint.manifest import changed
 from qwenq.escaping import code, markdown, shown, table, yaml_text
 from qwenq.formats.base import Recipe, get_format, label_of
-from qwenq.io.json import inside
+from qwenq.io.json import MAX_SMALL_BYTES, inside, read_limited
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.tensor_parallel import row_groups, tensor_parallel_sizes
 from qwenq.units import format_gb
@@ -115,15 +116,12 @@ def source_license(source: Path, hashes: Mapping[str, str] | None = None) -> dic
 def _beginning(directory: Path, name: str, hashes: Mapping[str, str] | None) -> str:
     path = inside(directory, name)
     text, digest = b"", None
-    if path.is_file():
-        with open(path, "rb") as file:
-            text = file.read(_README_BYTES)
-            digest = hashlib.sha256(text)
-            while more := file.read(_README_BYTES):
-                digest.update(more)
-    if hashes is not None and hashes.get(name) != (digest.hexdigest() if digest else None):
+    if os.path.lexists(path):
+        text = read_limited(path, MAX_SMALL_BYTES)
+        digest = hashlib.sha256(text).hexdigest()
+    if hashes is not None and hashes.get(name) != digest:
         raise changed(path)
-    return text.decode("utf-8", errors="replace").removeprefix("\ufeff")
+    return text[:_README_BYTES].decode("utf-8", errors="replace").removeprefix("\ufeff")
 
 
 def _warnings(warnings: Sequence[str]) -> Iterator[str]:
