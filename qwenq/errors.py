@@ -7,6 +7,7 @@
     |-- HubError          a model cannot be had from the hub
     |-- PlanError         a rig, context or scheme cannot be planned with
     |   `-- UsageError    exit code 2: an option's value, or options together, mean nothing whatever the model
+    |       `-- ExcludedOptions   options that cannot be given together, or not without another
     |-- JobError          an output directory or a resumed job is not usable
     |-- RunError          a model cannot be loaded, run or served on this machine
     `-- HonestNo          exit code 3: the answer is no (does not fit, drift over the limit)
@@ -55,6 +56,10 @@ class UsageError(PlanError):
     """An option's value, or options together, that mean nothing whatever the model and the machine are."""
 
     exit_code = 2
+
+
+class ExcludedOptions(UsageError):
+    """Options that cannot be given together, or one that means nothing without another."""
 
 
 class JobError(QwenqError):

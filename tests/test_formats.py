@@ -19,7 +19,6 @@ from qwenq.errors import PlanError
 from qwenq.formats.base import FORMATS, Recipe, Scheme
 from qwenq.formats.bitsandbytes import INT8_ROWS, NF4
 from qwenq.model.layer import model_config
-from qwenq.pipeline.block import SolverOptions
 from qwenq.pipeline.evaluate import evaluate
 from qwenq.pipeline.preflight import PlannedJob, Tokens, preflight
 from qwenq.pipeline.quantize import quantize
@@ -47,7 +46,7 @@ RECIPES = {
 
 def job_of(recipe: Recipe, source: Path, out: Path, **changes: Any) -> Any:
     if recipe.format.startswith("bnb"):
-        changes |= {"calibration": None, "options": SolverOptions(method="rtn")}
+        changes |= {"calibration": None, "method": "rtn"}
     return small_job(source, out, recipe=recipe, **changes)
 
 

@@ -71,9 +71,8 @@ def close(found: Tensor, wanted: Tensor, limit: float) -> bool:
 
 
 def quantized(source: Path, out: Path, recipe: Recipe, **changes: Any) -> Checkpoint:
-    from qwenq.pipeline.block import SolverOptions
 
-    quantize(small_job(source, out, recipe=recipe, calibration=None, options=SolverOptions(method="rtn"), **changes))
+    quantize(small_job(source, out, recipe=recipe, calibration=None, method="rtn", **changes))
     return open_checkpoint(out)
 
 

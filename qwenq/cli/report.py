@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from qwenq.cli.console import out, print_json, warn
-from qwenq.cli.models import JsonFlag
+from qwenq.cli.options import JsonFlag
 
 
 def report(

@@ -22,7 +22,7 @@ from qwenq.model.architectures import Stage
 from qwenq.model.layer import Network
 from qwenq.model.spec import LinearSpec, ModelSpec
 from qwenq.pipeline.monitor import StageClock
-from qwenq.pipeline.preflight import BATCH_TOKENS, PULL_SHARE, scratch_width
+from qwenq.pipeline.preflight import BATCH_TOKENS, ERROR_CORRECTION_SHARE, scratch_width
 from qwenq.pipeline.workers import Workers, WorkerSums
 from qwenq.results import LayerResult
 from qwenq.solver.equalize import FoldedLayer
@@ -41,7 +41,7 @@ class SolverOptions:
     damp_percent: float = DAMP_PERCENT  # share of the mean Hessian diagonal added to the diagonal
     fold: bool = True  # fold channel scales into norms and up_proj (solver/equalize.py)
     error_correction: float = 1.0  # how far o and down are moved towards the 16-bit hidden states before rounding
-    error_correction_share: float = PULL_SHARE  # of the calibration windows: they cost a pass of theirs
+    error_correction_share: float = ERROR_CORRECTION_SHARE  # of the calibration windows: they cost a pass of theirs
 
 
 def batches(windows: int, tokens: int, budget_tokens: int = BATCH_TOKENS) -> Iterator[slice]:

@@ -51,22 +51,26 @@ class Journal:
         if not os.path.lexists(path):
             raise JobError(f"{directory}: no {JOURNAL_NAME} in it, so nothing to resume", hint="leave --resume out")
         lines = [line for line in read_limited(path, _MAX_BYTES, JobError, follow=False).split(b"\n") if line]
+        checked = not (lines and _without_checksums(lines[0]))
         rows: list[dict[str, Any]] = []
         check = ""
         for line in lines:
             try:
                 row = json.loads(line)
-                del row["check"]
-                wanted, check = _line(row, check)
+                if checked:
+                    del row["check"]
+                    wanted, check = _line(row, check)
+                    whole = line == wanted
+                else:
+                    whole = isinstance(row, dict) and "check" not in row
             except (ValueError, RecursionError, KeyError, TypeError):
                 break
-            if line != wanted:
+            if not whole:
                 break
             rows.append(row)
         first = rows[0] if rows else {}
-        if not all(isinstance(first.get(key), dict) for key in ("job", "beside")):
-            damage = "is damaged, or of an earlier version without checksums"
-            raise JobError(f"{path}: its first line {damage}", hint=f"delete {directory} and start anew")
+        if not isinstance(first.get("job"), dict) or not isinstance(first.get("beside", {}), dict):
+            raise JobError(f"{path}: its first line is damaged", hint=f"delete {directory} and start anew")
         journal = Journal(path, rows, len(lines) - len(rows))
         journal._check = check
         rows[0]["job"] = current_names(rows[0]["job"])
@@ -74,13 +78,14 @@ class Journal:
 
     @property
     def job(self) -> dict[str, Any]:
+        """Everything that decides the output, as `QuantizeJob.describe` gives it."""
         job: dict[str, Any] = self.rows[0]["job"]
         return job
 
     @property
-    def beside(self) -> dict[str, str]:
-        """SHA-256 of the files that the job put into the directory as they are, by name."""
-        beside: dict[str, str] = self.rows[0]["beside"]
+    def beside(self) -> dict[str, str] | None:
+        """SHA-256 of the files that the job put into the directory as they are, by name; None where 0.1.0 began it."""
+        beside: dict[str, str] | None = self.rows[0].get("beside")
         return beside
 
     @property
@@ -115,6 +120,15 @@ def _line(row: Mapping[str, Any], before: str) -> tuple[bytes, str]:
     text = json.dumps(row, separators=(",", ":"), ensure_ascii=False)
     check = hashlib.sha256((before + text).encode()).hexdigest()
     return f'{text[:-1]},"check":"{check}"}}'.encode(), check
+
+
+def _without_checksums(first: bytes) -> bool:
+    """Whether a journal's first line is as 0.1.0 wrote it: the job and nothing else. Going on adds checksums."""
+    try:
+        row = json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and row.keys() == {"job"}
 
 
 def never_begun(directory: Path) -> bool:
