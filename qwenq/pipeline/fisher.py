@@ -24,6 +24,7 @@ import torch
 from qwenq.checkpoint.reader import SLICE_ROWS, Checkpoint
 from qwenq.errors import CalibrationError, JobError
 from qwenq.formats.base import Scheme
+from qwenq.io.durable import new_file
 from qwenq.io.safetensors import fingerprint
 from qwenq.io.tensors import raw_bytes, read_into
 from qwenq.machine import free_disk, keep_freed_memory, versions
@@ -161,7 +162,7 @@ class _States:
 
     def write(self, name: str, layer: int, h_NTH: torch.Tensor) -> None:
         self.shapes[name] = h_NTH.shape
-        with open(self.directory / f"{name}-{layer}", "wb") as file:
+        with new_file(self.directory / f"{name}-{layer}") as file:
             file.write(raw_bytes(h_NTH.to(_STORED)))
 
     def read(self, name: str, layer: int) -> torch.Tensor:
