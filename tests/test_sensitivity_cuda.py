@@ -37,7 +37,7 @@ def test_a_layer_is_solved_in_what_the_dry_run_says(name: str) -> None:
         gpu = fake.allocators[0]
         before = gpu.allocated
         h_NTH = torch.empty(16, 512, spec.hidden_size, dtype=torch.bfloat16)
-        errors, _ = _errors(network, spec, h_NTH, 0.02, False)
+        errors, _ = _errors(network, h_NTH, False)
         held = gpu.allocated - before
     assert {stage: len(by_scheme) for stage, by_scheme in errors.items()} == {
         stage: sum(scheme.bits == 4 for scheme in schemes_for(spec, stage)) for stage in ("qkv", "o", "gate_up", "down")

@@ -37,7 +37,7 @@ class HiddenStates:
     scratch: torch.Tensor
 
     def without_calibration(self) -> HiddenStates:
-        """What the divergence is read from, after the last layer: the rest of the memory can go."""
+        """The states that the divergence is read from, after the last layer; the rest of the memory can go."""
         kept = {name: states for name, states in self.states.items() if name not in ("calibration", "original")}
         return HiddenStates(kept, self.scratch.new_empty(0))
 

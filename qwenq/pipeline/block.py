@@ -35,7 +35,7 @@ MOMENT_STRIDE = 16  # of the tokens from which moments behind a linear are estim
 
 @dataclass(frozen=True)
 class SolverOptions:
-    """What the solver is asked to do, the same for every layer."""
+    """Settings of the solver, the same for every layer."""
 
     method: str = "gptq"  # gptq, or rtn: round to nearest with absmax scales, the baseline, without calibration
     damp_percent: float = DAMP_PERCENT  # share of the mean Hessian diagonal added to the diagonal
@@ -258,8 +258,9 @@ class BlockSolver:
     def _residual_covariance(
         self, lin: LinearSpec, produce: Produce, wanted_NTH: Tensor, hessians: WorkerSums
     ) -> ResidualCovariance:
-        """What outputs of the unrounded weights lack, against the inputs, over the windows of `wanted_NTH`; adds these
-        to `hessians`, both halves one after the other.
+        """Cross-covariance of the inputs and what outputs of the unrounded weights lack, over windows of `wanted_NTH`.
+
+        Adds these to `hessians`, both halves one after the other.
         """
         wanted_products = WorkerSums(self.workers, lin.in_features, lin.out_features)  # of x y', y wanted outputs
 
@@ -300,7 +301,7 @@ class BlockSolver:
         return _by_scheme(self.spec.stage_linears(self.layer, stage), self.recipe)
 
     def _take_kept(self) -> None:
-        """What is not quantized is computed with as it will be stored."""
+        """Compute with everything that is not quantized as it will be stored."""
         for name, tensor in self.folded.kept.items():
             self.workers.set_parameter(name, tensor)
 

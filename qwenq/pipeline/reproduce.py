@@ -187,7 +187,7 @@ def _difference(tensors: Mapping[str, torch.Tensor], written: Checkpoint) -> str
 
 
 def _why(then: Any, here: Mapping[str, Any]) -> str:
-    """What of the machine is not as it was, which changes last bits."""
+    """Differences of the machine that change last bits."""
     was = then if isinstance(then, Mapping) else {}
     changes = [f"{key} {was.get(key)}, here {value}" for key, value in here.items() if was.get(key) != value]
     changes = [change for change in changes if not change.startswith("threads ")]  # set as they were
