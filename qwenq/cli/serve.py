@@ -28,6 +28,7 @@ from qwenq.cli.options import (
     RunDtype,
     fetched,
     load_words,
+    option,
 )
 from qwenq.cli.run import print_forecast, stored_question
 from qwenq.errors import PlanError, RunError, UsageError
@@ -44,39 +45,21 @@ def serve(
     model: Model,
     host: Annotated[
         str,
-        typer.Option("--host", help="Address to listen on; loopback unless told otherwise.", rich_help_panel=SERVER),
+        option(SERVER, "--host", help="Address to listen on; loopback unless told otherwise."),
     ] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option("--port", min=0, max=65535, help="0: any free one.", rich_help_panel=SERVER)
-    ] = 8000,
+    port: Annotated[int, option(SERVER, "--port", min=0, max=65535, help="0: any free one.")] = 8000,
     served_model_name: Annotated[
         str,
-        typer.Option(
-            "--served-model-name",
-            help="What clients call the model. Default: the directory's name.",
-            rich_help_panel=SERVER,
-        ),
+        option(SERVER, "--served-model-name", help="What clients call the model. Default: the directory's name."),
     ] = "",
     api_key: Annotated[
         str,
-        typer.Option(
-            "--api-key",
-            envvar="QWENQ_API_KEY",
-            help="What clients must send.",
-            show_envvar=True,
-            rich_help_panel=SERVER,
-        ),
+        option(SERVER, "--api-key", envvar="QWENQ_API_KEY", help="What clients must send.", show_envvar=True),
     ] = "",
-    max_queue: Annotated[
-        int, typer.Option("--max-queue", min=0, help="Requests that may wait.", rich_help_panel=SERVER)
-    ] = 16,
+    max_queue: Annotated[int, option(SERVER, "--max-queue", min=0, help="Requests that may wait.")] = 16,
     engine: Annotated[
         str,
-        typer.Option(
-            "--engine",
-            help="vllm or qwenq; auto: vLLM where it is installed and there is a GPU.",
-            rich_help_panel=ENGINE,
-        ),
+        option(ENGINE, "--engine", help="vllm or qwenq; auto: vLLM where it is installed and there is a GPU."),
     ] = "auto",
     max_model_len: MaxModelLen = "",
     prefill_chunk: PrefillChunk = 2048,
@@ -87,25 +70,15 @@ def serve(
     offload_dir: OffloadDir = None,
     gpu: Annotated[
         str,
-        typer.Option(
-            "--gpu",
-            help='vLLM: the rig of one host, "2x RTX 3090". Default: this machine\'s.',
-            rich_help_panel=MACHINE,
-        ),
+        option(MACHINE, "--gpu", help='vLLM: the rig of one host, "2x RTX 3090". Default: this machine\'s.'),
     ] = "",
     hosts: Annotated[
         str,
-        typer.Option(
-            "--hosts", help="vLLM over several equal hosts, the first one leading: a,b,c.", rich_help_panel=MACHINE
-        ),
+        option(MACHINE, "--hosts", help="vLLM over several equal hosts, the first one leading: a,b,c."),
     ] = "",
     dry_run: Annotated[
         bool,
-        typer.Option(
-            "--dry-run",
-            help="Print vLLM's commands, or what our own server would load; start nothing.",
-            rich_help_panel=JOB,
-        ),
+        option(JOB, "--dry-run", help="Print vLLM's commands, or what our own server would load; start nothing."),
     ] = False,
 ) -> None:
     """Serve a checkpoint on OpenAI's API: /v1/models, /v1/chat/completions, /v1/completions, with streaming.
