@@ -40,6 +40,8 @@ from qwenq.formats.base import PackedShape, Recipe, Scheme
 from qwenq.formats.bitsandbytes import Nf4Blocks
 from qwenq.machine import host_facts, versions
 from qwenq.model.attention import causal_attention
+from qwenq.planning.case import Case
+from qwenq.planning.engines.torch import OWN
 from qwenq.planning.kernels import row_block_weights
 from qwenq.planning.models import load_spec
 from qwenq.planning.weights import recipe_weights
@@ -699,7 +701,8 @@ def _largest(notes: Notes, recipe: Recipe) -> tuple[Any, int]:
         def fits(context: int, spec: Any = spec, weights: Any = weights) -> bool:
             options = LoadOptions(max_model_len=context)
             try:
-                plan = plan_load(spec, weights, *_rig_first(spec, options))
+                rig, work, room = asked_of_machine(spec, options)
+                plan = plan_load(Case(spec, weights, OWN, work, rig), room)
             except QwenqError:
                 return False
             return all(isinstance(place, int) for place in plan.device_map.values())
@@ -712,10 +715,6 @@ def _largest(notes: Notes, recipe: Recipe) -> tuple[Any, int]:
             low, high = (middle, high) if fits(1024 * middle) else (low, middle)
         return spec, 1024 * low
     raise RuntimeError("no model of the family fits")
-
-
-def _rig_first(spec: Any, options: LoadOptions) -> tuple[Any, Any, int]:
-    return asked_of_machine(spec, options)
 
 
 def _contexts(notes: Notes, found: Any, weights: Any, contexts: Sequence[int], setting: str = "") -> None:

@@ -21,7 +21,7 @@ import torch
 
 from qwenq.checkpoint.reader import open_source
 from qwenq.io.safetensors import fingerprint
-from qwenq.pipeline.block import SolverOptions
+from qwenq.pipeline.config import QuantizeConfig
 from qwenq.pipeline.job import QuantizeJob
 from qwenq.pipeline.quantize import quantize
 from qwenq.planning.budget import recipe_of
@@ -58,6 +58,9 @@ def main() -> None:
     calibration, evaluation = (
         windows_of(path, count) for path, count in zip((args.calibration, args.evaluation), args.windows, strict=True)
     )
+    config = QuantizeConfig(
+        device="cpu", compute_dtype="float32", calibration_dtype="bfloat16", error_correction=1.0
+    )
     draw = random.Random(0)
     predicted, measured, bits = [], [], []
     args.work.mkdir(parents=True, exist_ok=True)
@@ -69,7 +72,7 @@ def main() -> None:
             choice[unit] = draw.choice([s for s in schemes_for(source.spec, unit[1]) if s.bits == asked])
         recipe = recipe_of(source.spec, choice)
         out = args.work / f"recipe-{number}"
-        job = QuantizeJob(source, out, recipe, calibration, evaluation, SolverOptions(), calibration_dtype="bfloat16")
+        job = QuantizeJob(source, out, recipe, config, calibration, evaluation)
         measured.append(quantize(job).drift.kl.mean)
         predicted.append(sum(table.loss(unit, scheme) for unit, scheme in choice.items()))
         bits.append(recipe.bits_per_linear_weight(source.spec))

@@ -59,6 +59,12 @@ def host_facts() -> dict[str, Any]:
     }
 
 
+def has_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16 (AVX-512 BF16, AMX, Arm's BF16)."""
+    words = {word for line in _lines("/proc/cpuinfo") for word in line.split()}
+    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
 def forget_peak_rss() -> None:
     """Count the process's peak memory from here on, where the system lets a process say so (Linux, proc(5))."""
     with suppress(OSError):

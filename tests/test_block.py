@@ -13,9 +13,9 @@ from conftest import small_job, text_windows
 
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.model.spec import family_spec
-from qwenq.pipeline.block import SolverOptions, batches
+from qwenq.pipeline.block import batches
+from qwenq.pipeline.config import default_error_correction
 from qwenq.pipeline.monitor import StageClock
-from qwenq.pipeline.preflight import default_pull
 from qwenq.pipeline.quantize import quantize
 from qwenq.solver.gptq import solve_linears
 
@@ -53,7 +53,7 @@ def test_eight_bits_alone_and_few_tokens_are_not_corrected() -> None:
     assert spec is not None
 
     def pull(recipe: Recipe, tokens: int = 65536) -> float:
-        return default_pull(recipe, spec, tokens)
+        return default_error_correction(recipe, spec, tokens)
 
     assert pull(Recipe(four)) == pull(Recipe(eight, (("a", four),))) == 1.0
     assert pull(Recipe(eight)) == pull(Recipe(eight, (("a", None),))) == 0.0
@@ -69,7 +69,7 @@ def test_all_windows_count_their_tokens_alike(
     """
     window = text_windows(calib, tiny, 256, 1)
     windows = replace(window, ids=window.ids.repeat(16, 1))
-    monkeypatch.setattr("qwenq.pipeline.preflight.PULL_TOKENS_A_COLUMN", 0)
+    monkeypatch.setattr("qwenq.pipeline.config.CORRECTION_TOKENS_A_COLUMN", 0)
     found: dict[float, list[torch.Tensor]] = {}
     for share in (0.0, 0.5, 1.0):
         kept = found.setdefault(share, [])
@@ -79,8 +79,8 @@ def test_all_windows_count_their_tokens_alike(
             return solve_linears(weights, h_II, *rest, **options)
 
         monkeypatch.setattr("qwenq.solver.parallel.solve_linears", solve)
-        options = SolverOptions(error_correction_share=share, error_correction=0.5 if share else 0.0)
-        quantize(small_job(tiny, tmp_path / str(share), calibration=windows, options=options))
+        options = {"error_correction_share": share, "error_correction": 0.5 if share else 0.0}
+        quantize(small_job(tiny, tmp_path / str(share), calibration=windows, **options))
     for none, half, every in zip(*(found[share][:4] for share in (0.0, 0.5, 1.0)), strict=True):
         assert torch.allclose(half, every, rtol=0.05, atol=0.01 * float(every.mean()))
         assert torch.allclose(half, none, rtol=0.05, atol=0.01 * float(every.mean()))

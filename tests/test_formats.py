@@ -19,9 +19,9 @@ from qwenq.errors import PlanError
 from qwenq.formats.base import FORMATS, Recipe, Scheme
 from qwenq.formats.bitsandbytes import INT8_ROWS, NF4
 from qwenq.model.layer import model_config
-from qwenq.pipeline.block import SolverOptions
+from qwenq.pipeline.config import Tokens
 from qwenq.pipeline.evaluate import evaluate
-from qwenq.pipeline.preflight import PlannedJob, Tokens, preflight
+from qwenq.pipeline.preflight import PlannedJob, preflight
 from qwenq.pipeline.quantize import quantize
 
 Make = Callable[..., Path]
@@ -47,7 +47,7 @@ RECIPES = {
 
 def job_of(recipe: Recipe, source: Path, out: Path, **changes: Any) -> Any:
     if recipe.format.startswith("bnb"):
-        changes |= {"calibration": None, "options": SolverOptions(method="rtn")}
+        changes |= {"calibration": None, "method": "rtn"}
     return small_job(source, out, recipe=recipe, **changes)
 
 

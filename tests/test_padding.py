@@ -18,7 +18,6 @@ from qwenq.checkpoint.reader import open_checkpoint, open_source
 from qwenq.cli.main import app
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.model.layer import Network
-from qwenq.pipeline.block import SolverOptions
 from qwenq.pipeline.evaluate import evaluate
 from qwenq.pipeline.quantize import quantize
 from qwenq.solver.equalize import channel_scales
@@ -57,7 +56,7 @@ def test_a_padded_checkpoint_is_the_unpadded_one(
     sums over more columns are rounded in another way, and one code that falls otherwise moves those that follow.
     """
     texts = {"calibration": text_windows(calib, tiny, 128, 12), "evaluation": text_windows(heldout, tiny, 128, 2)}
-    options = {"recipe": Recipe(Scheme(4, 128)), "options": SolverOptions(method=method)} | texts
+    options = {"recipe": Recipe(Scheme(4, 128)), "method": method} | texts
     if method == "rtn":
         options["calibration"] = None
     plain = quantize(small_job(tiny, tmp_path / "plain", **options))

@@ -8,6 +8,7 @@ import random
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,6 @@ from qwenq.errors import CalibrationError, CheckpointError, JobError, PlanError
 from qwenq.formats.base import Scheme
 from qwenq.io.safetensors import fingerprint
 from qwenq.model.layer import Network
-from qwenq.pipeline.block import SolverOptions
 from qwenq.pipeline.evaluate import HeadWeights
 from qwenq.pipeline.fisher import _States, measure_sensitivity, sampled_gradients, split_windows
 from qwenq.pipeline.job import QuantizeJob
@@ -28,7 +28,7 @@ from qwenq.pipeline.quantize import quantize
 from qwenq.planning.budget import recipe_of
 from qwenq.planning.sensitivity import SENSITIVITY_NAME, Sensitivity, encode_sensitivity, read_sensitivity, units_of
 from qwenq.text.tokens import TokenWindows
-from tests.conftest import text_windows
+from tests.conftest import settled, text_windows
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "120", "TERM": "dumb"}
 
@@ -52,10 +52,11 @@ def measured_kl(
     """KL of a choice on text that neither solver nor table has seen, by the pipeline."""
     calibration, evaluation = text_windows(calib, tiny, 256), text_windows(heldout, tiny, 128, 20)
 
-    def measure(choice: dict, options: SolverOptions = SolverOptions()) -> float:
+    def measure(choice: dict, **options: Any) -> float:
         source = open_source(tiny)
         out = tmp_path_factory.mktemp("recipe") / "out"
-        job = QuantizeJob(source, out, recipe_of(source.spec, choice), calibration, evaluation, options)
+        recipe = recipe_of(source.spec, choice)
+        job = QuantizeJob(source, out, recipe, settled(**options), calibration, evaluation)
         return quantize(job).drift.kl.mean
 
     return measure
@@ -102,7 +103,7 @@ def test_ten_random_recipes_are_ranked_rightly(table: Sensitivity, measured_kl: 
             choice[unit] = rng.choice(narrow if rng.random() < share else wide)
         predicted.append(sum(table.loss(unit, scheme) for unit, scheme in choice.items()))
         found.append(measured_kl(choice))
-        uncorrected.append(measured_kl(choice, SolverOptions(error_correction=0.0)))
+        uncorrected.append(measured_kl(choice, error_correction=0.0))
     assert rank_correlation(predicted, found) >= 0.9 and rank_correlation(predicted, uncorrected) >= 0.9
     assert all(0.6 < p / f < 1.6 for p, f in zip(predicted, uncorrected, strict=True))
 

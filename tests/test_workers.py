@@ -13,10 +13,10 @@ import torch
 from conftest import small_job
 
 from qwenq.checkpoint.reader import open_checkpoint
-from qwenq.cli.models import pick_device
 from qwenq.errors import PlanError
 from qwenq.model.layer import Network
 from qwenq.pipeline.block import passes
+from qwenq.pipeline.config import pick_device
 from qwenq.pipeline.quantize import quantize
 from qwenq.pipeline.workers import Workers, WorkerSums, cpu_workers
 from qwenq.solver.gptq import ResidualCovariance, solve_linears
@@ -158,7 +158,7 @@ def test_shares_of_rows_are_solved_as_the_whole_is() -> None:
 def test_a_job_on_several_devices_loses_what_it_loses_on_one(tiny: Path, tmp_path: Path) -> None:
     job = small_job(tiny, tmp_path / "one")
     one = quantize(job)
-    two = quantize(replace(job, out=tmp_path / "two", device="cpu,cpu"))
+    two = quantize(replace(job, out=tmp_path / "two", config=replace(job.config, device="cpu,cpu")))
     assert two.drift.kl.mean == pytest.approx(one.drift.kl.mean, rel=0.1)
     for a, b in zip(one.layers, two.layers, strict=True):
         for x, y in zip(a.linears, b.linears, strict=True):

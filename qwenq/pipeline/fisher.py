@@ -24,6 +24,7 @@ import torch
 from qwenq.checkpoint.reader import SLICE_ROWS, Checkpoint
 from qwenq.errors import CalibrationError, JobError
 from qwenq.formats.base import Scheme
+from qwenq.io.durable import new_file
 from qwenq.io.safetensors import fingerprint
 from qwenq.io.tensors import raw_bytes, read_into
 from qwenq.machine import free_disk, keep_freed_memory, versions
@@ -32,9 +33,9 @@ from qwenq.model.layer import Network
 from qwenq.model.spec import ModelSpec
 from qwenq.pipeline.activations import embed
 from qwenq.pipeline.block import batches
+from qwenq.pipeline.config import BACKWARD_TOKENS, PROBE_TOKENS, PROBE_WINDOWS, SAMPLES, SOLVER_WINDOWS
 from qwenq.pipeline.evaluate import HeadWeights
 from qwenq.pipeline.monitor import memory_errors
-from qwenq.pipeline.preflight import BACKWARD_TOKENS, PROBE_TOKENS, PROBE_WINDOWS, SAMPLES, SOLVER_WINDOWS
 from qwenq.planning.sensitivity import PRIOR_8_BIT, Sensitivity, Unit, options_of, schemes_for, units_of
 from qwenq.solver.gptq import DAMP_PERCENT, add_to_hessian, solve_linears
 from qwenq.text.tokens import TokenWindows
@@ -87,7 +88,6 @@ def measure_sensitivity(
     compute_dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     scratch: Path,
-    damp_percent: float = DAMP_PERCENT,
     listen: Callable[[str], None] = lambda line: None,
 ) -> Sensitivity:
     """Measure every group under every scheme the probe asks for. `scratch` keeps hidden states of both token sets."""
@@ -115,7 +115,7 @@ def measure_sensitivity(
             noise: dict[Unit, dict[Scheme, float]] = {}
             for layer in reversed(range(spec.num_hidden_layers)):
                 network.fill(source.finite_layer_state(layer))
-                errors, lost = _errors(network, spec, states.read("solver", layer), damp_percent, probe.asymmetric)
+                errors, lost = _errors(network, states.read("solver", layer), probe.asymmetric)
                 found, gradient = _backward(network, errors, states.read("probe", layer), gradient)
                 scores |= {(layer, stage): by_scheme for stage, by_scheme in found.items()}
                 noise |= {(layer, stage): by_scheme for stage, by_scheme in lost.items()}
@@ -143,7 +143,7 @@ def measure_sensitivity(
         "probe_windows": list(probe.probe_NT.shape),
         "samples": probe.samples,
         "seed": probe.seed,
-        "damp_percent": damp_percent,
+        "damp_percent": DAMP_PERCENT,
         "compute_dtype": str(compute_dtype).removeprefix("torch."),
         "eight_bit": f"{PRIOR_8_BIT:.6f} of 4 bits in the same groups",
         "versions": versions(),
@@ -162,11 +162,11 @@ class _States:
 
     def write(self, name: str, layer: int, h_NTH: torch.Tensor) -> None:
         self.shapes[name] = h_NTH.shape
-        with open(self.directory / f"{name}-{layer}", "wb") as file:
+        with new_file(self.directory / f"{name}-{layer}") as file:
             file.write(raw_bytes(h_NTH.to(_STORED)))
 
     def read(self, name: str, layer: int) -> torch.Tensor:
-        """What was written, which is deleted."""
+        """The states as written; their file is deleted."""
         h_NTH = torch.empty(self.shapes[name], dtype=_STORED)
         path = self.directory / f"{name}-{layer}"
         read_into(path, 0, h_NTH)
@@ -204,7 +204,7 @@ def _offered(spec: ModelSpec, stage: str, asymmetric: bool) -> tuple[Scheme, ...
 
 
 def _errors(
-    network: Network, spec: ModelSpec, h_NTH: torch.Tensor, damp_percent: float, asymmetric: bool
+    network: Network, h_NTH: torch.Tensor, asymmetric: bool
 ) -> tuple[dict[str, dict[Scheme, dict[str, torch.Tensor]]], dict[str, dict[Scheme, float]]]:
     """GPTQ's weight errors [out, in] of each linear, by stage, 4-bit scheme and path in the layer, in bfloat16 on the
     CPU;
@@ -214,14 +214,15 @@ def _errors(
     """
     errors: dict[str, dict[Scheme, dict[str, torch.Tensor]]] = {}
     lost: dict[str, dict[Scheme, float]] = {}
-    for stage in spec.architecture.stages:
+    for stage in network.spec.architecture.stages:
         hessian_II = _hessian(network, stage, h_NTH).cpu()
         weights = {path: network.weight(path).float() for path in stage.paths}
         errors[stage.name], lost[stage.name] = {}, {}
-        schemes = list(dict.fromkeys(replace(scheme, bits=4) for scheme in _offered(spec, stage.name, asymmetric)))
+        offered = _offered(network.spec, stage.name, asymmetric)
+        schemes = list(dict.fromkeys(replace(scheme, bits=4) for scheme in offered))
         for scheme in schemes:
             own_II = hessian_II.to(network.device, copy=scheme != schemes[-1])  # overwritten
-            solved = solve_linears(weights, own_II, scheme.grid(), damp_percent=damp_percent, sweeps=0)
+            solved = solve_linears(weights, own_II, scheme.grid(), damp_percent=DAMP_PERCENT, sweeps=0)
             del own_II
             errors[stage.name][scheme] = {
                 path: qtensor.dequantize().sub_(weights[path]).to(torch.bfloat16).cpu()

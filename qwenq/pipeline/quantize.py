@@ -23,6 +23,7 @@ import torch
 
 from qwenq.checkpoint.manifest import (
     JOURNAL_NAME,
+    MANIFEST_NAME,
     SCRATCH_PREFIX,
     check_files,
     current_names,
@@ -34,18 +35,20 @@ from qwenq.checkpoint.shards import output_files
 from qwenq.errors import CheckpointError, JobError, QwenqError
 from qwenq.formats.base import get_format, quantization_config, read_quantization_config
 from qwenq.io.durable import file_sha256, make_directory, write_bytes
+from qwenq.io.fields import Fields
 from qwenq.io.safetensors import read_header
 from qwenq.io.tensors import write_shard
 from qwenq.machine import forget_peak_rss, host_facts, keep_freed_memory, peak_rss_bytes, return_freed_memory, versions
 from qwenq.pipeline.activations import HiddenStates, LayerRunner, TokenSets, embed_tokens
 from qwenq.pipeline.block import BlockSolver, CalibrationStates, round_block, round_layer
 from qwenq.pipeline.card import CARD_NAME, model_card
+from qwenq.pipeline.config import tokens_of
 from qwenq.pipeline.evaluate import HeadWeights, measure_drift
 from qwenq.pipeline.job import DTYPES, QuantizeJob, QuantizeResult, partial_directory, refuse_place
 from qwenq.pipeline.journal import Journal, locked, never_begun, refuse_changes
 from qwenq.pipeline.monitor import StageClock, memory_errors
 from qwenq.pipeline.output import COPIED_FILES, Output, give_name
-from qwenq.pipeline.preflight import PlannedJob, Tokens, preflight
+from qwenq.pipeline.preflight import PlannedJob, preflight
 from qwenq.pipeline.workers import Workers
 from qwenq.results import BlockResult, DriftReport, LayerResult, finite_json
 from qwenq.solver.equalize import FoldedLayer
@@ -98,15 +101,9 @@ def check_places(job: QuantizeJob, resume: bool) -> None:
         PlannedJob(
             job.source.spec,
             job.recipe,
-            Tokens(
-                job.calibration.ids.shape[0] if job.calibration else 0,
-                job.evaluation.ids.shape[0],
-                job.evaluation.ids.shape[1],
-                DTYPES[job.calibration_dtype].itemsize,
-                job.options.error_correction_share if job.options.error_correction else 0.0,
-            ),
-            compute_bytes=DTYPES[job.compute_dtype].itemsize,
-            on_gpu=job.device != "cpu",
+            tokens_of(job.config, job.windows),
+            compute_bytes=DTYPES[job.config.compute_dtype].itemsize,
+            on_gpu=job.config.device != "cpu",
             out=job.out,
             dtype_of=job.stored_dtype,
             source_dtype_of=job.source.dtype_of,
@@ -133,12 +130,12 @@ class _Run:
                 job.recipe, self.spec, damp_percent=job.options.damp_percent, method=job.options.method
             )
         }
-        if job.dtype != "auto":
+        if job.config.dtype != "auto":
             config.pop("torch_dtype", None)
-            config["dtype"] = job.dtype
+            config["dtype"] = job.config.dtype
         self.output = Output(work, job.out, job.recipe, config, shards)
-        evaluating = job.workers(DTYPES[job.compute_dtype], job.evaluation)
-        self.calibrator = job.workers(DTYPES[job.calibration_dtype], job.calibration)
+        evaluating = job.workers(DTYPES[job.config.compute_dtype], job.evaluation)
+        self.calibrator = job.workers(DTYPES[job.config.calibration_dtype], job.calibration)
         self.workers = {"reference": evaluating, "quantized": evaluating}
         self.workers |= {"calibration": self.calibrator, "original": self.calibrator}
         if evaluating.dtype != torch.float32:
@@ -157,7 +154,8 @@ class _Run:
         beside = {name: hashlib.sha256(content).hexdigest() for name, content in self.job.beside}
         if self.resume and not never_begun(self.work):
             journal = Journal.load(self.work)
-            refuse_changes(journal.job | {"beside": journal.beside}, described | {"beside": beside}, self.work)
+            kept = beside if journal.beside is None else journal.beside
+            refuse_changes(journal.job | {"beside": kept}, described | {"beside": beside}, self.work)
             refuse_strangers(self.work, {*self.output.names, *beside})
             if (result := finished_before(self.work, self.job.out, journal)) is not None:
                 give_name(self.work, self.job.out)
@@ -226,21 +224,36 @@ class _Run:
         if journal.dropped:
             lines = f"{JOURNAL_NAME}: {journal.dropped} of its lines, from line {len(journal.rows) + 1} on"
             self.listen(f"{lines}, torn or damaged: their layers are done again")
-        for row in rows:
-            path = self.work / row["file"]
-            if not path.is_file() or file_sha256(path) != row["sha256"]:
-                self.listen(f"layer {row['layer']}: its file is missing or damaged, it and what follows is done again")
+        for layer, row in enumerate(rows[: self.spec.num_hidden_layers]):
+            if problem := self._problem(layer, row):
+                self.listen(f"layer {layer}: {problem}, it and what follows is done again")
                 break
             good += 1
         journal.keep_layers(good)
         known = next(
             (k for k in range(good, 0, -1) if (s := rows[k - 1].get("state"))
-             and states.restore(self.work / s["file"], s["sha256"])), 0
+             and states.restore(self.work / s["file"], str(s.get("sha256")))), 0
         )  # fmt: skip
         for layer in range(known, good):
             self.listen(f"layer {layer}: replaying")
             runner.replay(layer, self.job.source.finite_layer_state, self._written_layer)
         return good
+
+    def _problem(self, layer: int, row: Mapping[str, Any]) -> str:
+        """Why a row of the journal is not to be relied on; empty when it is."""
+        try:
+            whole = BlockResult.from_json(row.get("result")).layer == layer == row["layer"]
+        except ValueError:
+            whole = False
+        state = row.get("state", {"file": _STATE_FILES[0]})
+        if not whole or row.get("file") != self.files[layer + 1] or not isinstance(state, Mapping):
+            return "its line in the journal is not a layer's"
+        if state.get("file") not in _STATE_FILES:
+            return "its line in the journal names a state that is none"
+        path = self.work / self.files[layer + 1]
+        if not path.is_file() or file_sha256(path) != row.get("sha256"):
+            return "its file is missing or damaged"
+        return ""
 
     def _written_layer(self, layer: int) -> dict[str, torch.Tensor]:
         tensors = read_header(self.work / self.files[layer + 1])
@@ -269,7 +282,7 @@ class _Run:
 
     def _drift(self, states: HiddenStates) -> DriftReport:
         reference = HeadWeights(self.job.source)
-        quantized = HeadWeights(self.job.source, self.job.convert) if self.job.dtype != "auto" else reference
+        quantized = HeadWeights(self.job.source, self.job.convert) if self.job.config.dtype != "auto" else reference
         network = self.workers["reference"].first
         return measure_drift(network, reference, quantized, states.states, self.job.evaluation)
 
@@ -340,7 +353,7 @@ def make_layer(
 
 
 def _kept(job: QuantizeJob, layer: int, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What is not quantized of a layer, as it is written."""
+    """Tensors of a layer that are not quantized, as they are written."""
     linears = job.source.spec.layer_linears(layer)
     quantized = {lin.path + ".weight" for lin in linears if job.recipe.scheme_of(lin) is not None}
     prefix = job.source.spec.layer_prefix(layer)
@@ -378,7 +391,7 @@ def describe_result(
 
 
 def finished_before(work: Path, out: Path, journal: Journal) -> QuantizeResult | None:
-    """What a run made that was killed after its manifest was written; None when anything is not as it says."""
+    """Result of a run that was killed after its manifest was written; None when anything is not as it says."""
     try:
         manifest, findings = read_manifest(work)
     except QwenqError:
@@ -386,23 +399,27 @@ def finished_before(work: Path, out: Path, journal: Journal) -> QuantizeResult |
     scratch = SCRATCH_PREFIX
     if findings or any(not finding.file.startswith(scratch) for finding in check_files(work, manifest)):
         return None
-    if current_names(manifest["job"]) != journal.job:
+    fields = Fields(manifest, MANIFEST_NAME, "")
+    try:
+        if current_names(fields.sub("job").value) != journal.job:
+            return None
+        return QuantizeResult(
+            out=out,
+            drift=DriftReport.from_json(fields.sub("drift").value),
+            layers=tuple(BlockResult.from_json(row.get("result")) for row in journal.layers),
+            tensor_bytes=fields.whole("tensor_bytes"),
+            file_bytes=fields.whole("file_bytes"),
+            bits_per_linear_weight=fields.number("bits_per_linear_weight"),
+            seconds=fields.sub("run").number("seconds"),
+            peak_rss_bytes=fields.sub("run").whole("peak_rss_bytes"),
+            warnings=tuple(fields.texts("warnings")),
+        )
+    except (CheckpointError, ValueError):
         return None
-    return QuantizeResult(
-        out=out,
-        drift=DriftReport.from_json(manifest["drift"]),
-        layers=tuple(BlockResult.from_json(row["result"]) for row in journal.layers),
-        tensor_bytes=manifest["tensor_bytes"],
-        file_bytes=manifest["file_bytes"],
-        bits_per_linear_weight=manifest["bits_per_linear_weight"],
-        seconds=manifest["run"]["seconds"],
-        peak_rss_bytes=manifest["run"]["peak_rss_bytes"],
-        warnings=tuple(manifest["warnings"]),
-    )
 
 
 def job_warnings(layers: tuple[BlockResult, ...], drift: DriftReport, overlap: float | None) -> tuple[str, ...]:
-    """What a reader must not miss, fallbacks first."""
+    """Lines that a reader must not miss, fallbacks first."""
     fallen = [result for block in layers for result in block.linears if result.fallback]
     lines = [f"{result.name}: fell back to rounding to nearest ({result.fallback})" for result in fallen]
     if drift.non_finite:

@@ -39,7 +39,7 @@ _OVERFLOWED = "activations overflowed: compute in bfloat16 or float32"
 
 @dataclass(frozen=True)
 class SolveStats:
-    """What one linear, or some of its rows, lost. dB figures are 10 log10 of error over signal; -inf for no error."""
+    """Losses of one linear, or of some of its rows. dB figures are 10 log10 of error over signal; -inf for no error."""
 
     error: float  # tr(E H E') over STAT_ROWS rows: of outputs on calibration inputs; nan without H
     signal: float  # tr(W H W') over the same rows
@@ -59,7 +59,9 @@ class SolveStats:
 
 @dataclass(frozen=True)
 class ResidualCovariance:
-    """What outputs of the unrounded weights are short of: sums of x r' over tokens, float32 [in, out]."""
+    """Cross-covariance of inputs x and residuals r, which outputs of the unrounded weights lack: sums of x r' over
+    tokens, float32 [in, out].
+    """
 
     whole_IO: Tensor
     half_IO: Tensor  # over the first half of the tokens alone, as many as in the other half
