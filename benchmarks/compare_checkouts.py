@@ -52,6 +52,7 @@ REWORDED: list[tuple[str, str]] = [
     (r"up to (\d) lanes", r"up to \1 workers"),
     (r"\bpull ([\d.]+), pull_share ", r"error_correction \1, error_correction_share "),
     (r"--pull(-share|)(?=[ '])", r"--error-correction\1"),
+    (r"strips: weights written out strip by strip", "row blocks: weights written out in row blocks"),
 ]
 
 # Keys that only AFTER has, as `parent.key` or `key`: left out of its JSON.

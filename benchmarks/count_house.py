@@ -13,7 +13,8 @@
 - a parameter: any but self, cls, *args and **kwargs; a command is a function that Typer calls;
 - a comparison: ==, !=, in, not in, is, isinstance, match, startswith, a table or a lookup against names of formats or
   engines, outside their homes: literals, constants that hold such names, objects and classes called so (VLLM,
-  AwqFormat). `method == "gptq"` is of the solver, and lookups by the name of a package are of versions: neither counts.
+  AwqFormat). `method == "gptq"` and `solver == "gptq"` are of the solver, and lookups by the name of a package are of
+  versions: neither counts.
 """
 
 from __future__ import annotations
@@ -350,9 +351,9 @@ def _object(node: ast.AST, names: set[str]) -> bool:
 
 
 def _is_method(node: ast.AST) -> bool:
-    """The solver's method, which shares the name gptq with a format; `quant_method` is a format's."""
+    """The solver, or its method, which shares the name gptq with a format; `quant_method` is a format's."""
     text = ast.unparse(node)
-    return text.rpartition(".")[2].strip("'\"]") == "method"
+    return text.rpartition(".")[2].strip("'\"]") in ("method", "solver")
 
 
 # ---------------------------------------------------------------------- output

@@ -12,7 +12,7 @@ from qwenq.errors import CheckpointError
 from qwenq.formats.bitsandbytes import BNB_INT8, BNB_NF4, INT8_ROWS, NF4
 from qwenq.model.spec import LinearSpec
 
-LIN = LinearSpec("a.b", "o", 0, 64, 2, False)  # [2, 64]
+LIN = LinearSpec("a.b", "b", "o", 0, 64, 2, False)  # [2, 64]
 STATE = "weight.quant_state.bitsandbytes__nf4"
 
 

@@ -16,7 +16,7 @@ from qwenq.formats.compressed_tensors import COMPRESSED_TENSORS
 from qwenq.model.spec import LinearSpec
 from qwenq.solver.grid import IntegerGrid, QTensor
 
-LIN = LinearSpec("a.b", "o", 0, 64, 8, False)
+LIN = LinearSpec("a.b", "b", "o", 0, 64, 8, False)
 
 
 def random_q(seed: int, scheme: Scheme, rows: int, columns: int) -> QTensor:

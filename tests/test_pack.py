@@ -21,7 +21,7 @@ def random_q(seed, bits, group, rows, columns, sym=True):
 
 
 def unpack_gptq(packed, grid, version="gptq", name="linear"):
-    lin = LinearSpec(name, "o", 0, 0, 0, False)
+    lin = LinearSpec(name, "b", "o", 0, 0, 0, False)
     return GPTQ.unpack(packed, Scheme(grid.bits, grid.group_size, grid.sym), lin, version)
 
 
@@ -116,7 +116,7 @@ def test_others_group_order_is_honoured():
     wanted = q.scales_OG.float()[:, uneven["g_idx"].long()] * (q.codes_OI.float() - 8)
     assert torch.equal(dequantize_gptq(uneven, q.grid), wanted)
     with pytest.raises(CheckpointError, match=r"^a\.b: g_idx makes groups of 4 to 16 columns$"):
-        GPTQ.unpack_to_run(uneven, Scheme(4, 8), LinearSpec("a.b", "o", 0, 32, 8, False))
+        GPTQ.unpack_to_run(uneven, Scheme(4, 8), LinearSpec("a.b", "b", "o", 0, 32, 8, False))
     without = {k: v for k, v in packed.items() if k != "g_idx"}
     assert torch.equal(dequantize_gptq(without, q.grid), q.dequantize())
 

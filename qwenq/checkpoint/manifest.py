@@ -256,7 +256,7 @@ def _hash_with_cuts(path: Path, offsets: list[int]) -> tuple[str, Cuts]:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was checked, and everything that is not as the manifest says."""
+    """The count of what was checked, and everything that is not as the manifest says."""
 
     digest: str  # the manifest's own: equal for two runs of one command
     files: int

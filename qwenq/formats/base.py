@@ -52,7 +52,7 @@ class Scheme:
 
     @property
     def meaning(self) -> Codes:
-        """What the codes mean."""
+        """The meaning of its codes."""
         return CODES[self.codes]
 
     @property
@@ -82,12 +82,12 @@ class Scheme:
         self.meaning.check_linear(self, lin)
 
     def grid(self) -> Grid:
-        """What the solver rounds to; PlanError for codes that a library's own functions make."""
+        """Its grid, which the solver rounds to; PlanError for codes that a library's own functions make."""
         return self.meaning.grid(self)
 
 
 class Codes:
-    """What codes of a scheme mean. A format that brings codes of its own makes an object of a subclass."""
+    """The meaning of a scheme's codes. A format that brings codes of its own makes an object of a subclass."""
 
     name: str  # as `Scheme.codes` says it
 
@@ -281,7 +281,7 @@ class Quantization:
 
 @dataclass(frozen=True)
 class PackedShape:
-    """What decides the kernel of a packed linear, and so the memory it takes while it runs.
+    """A packed linear as its kernel is chosen by, and so the memory it takes while it runs.
 
     `table`: codes are entries of a table of values, in blocks of `group`; otherwise integers in groups of `group`
     columns. `beside`: bytes of bias and column order.
@@ -312,7 +312,7 @@ class Loader:
 
 
 class Variant(NamedTuple):
-    """What of a checkpoint decides which engines read it."""
+    """Traits of a checkpoint by which engines read it or do not."""
 
     bits: int  # of most linears
     group_size: int  # the largest
@@ -495,7 +495,7 @@ class Format(ABC):
         """
 
     def unpack_to_run(self, tensors: Mapping[str, Tensor], scheme: Scheme, lin: LinearSpec, version: str = "") -> Any:
-        """What the kernel of `packed_shape` is built from: a QTensor of integer codes, or what it takes instead.
+        """A stored linear for the kernel of `packed_shape`: a QTensor of integer codes, or what it takes instead.
 
         CheckpointError for what no kernel runs.
         """

@@ -69,7 +69,7 @@ INT8_ROWS = Scheme(8, -1)  # LLM.int8: one scale a row
 
 
 class Bitsandbytes(Format):
-    """What both widths share: the config, and who reads it."""
+    """The config and the readers that both widths share."""
 
     method = "bitsandbytes"
     note = "no calibration"

@@ -209,7 +209,7 @@ def _weights(scheme: Scheme) -> dict[str, Any]:
 
 
 def _name_pattern(name: str, where: str) -> re.Pattern[str]:
-    """What `name` of a targets or ignore list matches, from the start of a module's name."""
+    """The pattern of `name` in a targets or ignore list, matched from the start of a module's name."""
     if name == "Linear":
         return _ANY
     return read_pattern(name[3:] if name.startswith("re:") else re.escape(name) + "$", where)
