@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from qwenq.errors import CalibrationError
-from qwenq.text.calibration import _documents, overlap, set_names
+from qwenq.text.calibration import _corpus, overlap, set_names
 
 SETS = Path(__file__).parent.parent / "calibration"
 KINDS = {"chat", "prose", "code", "math", "tables", "chinese", "multilingual"}
@@ -134,7 +134,8 @@ ASKED = {
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_ask_for_the_right_rows(name: str, datasets: Any) -> None:
     dataset, subset, split, rows = ASKED[name]
-    found, provenance = _documents(name)
+    corpus = _corpus(name)
+    found, provenance = corpus.documents, corpus.provenance
     ((args, kwargs),) = datasets.calls
     assert args == ((dataset, subset) if args[1:] else (dataset,))
     assert kwargs == {"split": split, "revision": kwargs.get("revision"), "streaming": True}
@@ -161,7 +162,7 @@ def test_recipes_are_complete_and_described(name: str) -> None:
 def test_without_the_datasets_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(CalibrationError) as caught:
-        _documents("c4")
+        _corpus("c4")
     assert "c4" in caught.value.message and "allenai/c4" in caught.value.message
     assert "qwenq[hub]" in caught.value.hint and "builtin" in caught.value.hint
 
@@ -172,10 +173,10 @@ def test_a_set_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch, datasets: An
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(CalibrationError) as caught:
-        _documents("wikitext2")
+        _corpus("wikitext2")
     assert "Couldn't reach the Hub" in caught.value.message and "\n" not in caught.value.message
     assert "network" in caught.value.hint
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: Rows([{"body": "another column"}]))
     with pytest.raises(CalibrationError, match="neither `text` nor `messages`"):
-        _documents("wikitext2")
+        _corpus("wikitext2")

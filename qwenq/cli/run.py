@@ -192,7 +192,7 @@ def _answer(found: Loaded, session: Session, chat: Chat, ids: list[int], samplin
             yield token
 
     text = ""
-    for part in chat.stream(noted()):
+    for part in chat.stream(noted(), ids):
         text += part
         if not json:
             print(part, end="", flush=True)
@@ -275,7 +275,7 @@ def _foreign(
     with redirect_stdout(sys.stderr):  # both log to stdout
         loaded: Any = GptqModelEngine(directory) if engine == "gptqmodel" else VllmEngine(directory, **length)
         tokens = list(loaded.generate(ids, sampling, chat.stop_ids, timing))
-    text = "".join(chat.stream(tokens))
+    text = "".join(chat.stream(tokens, ids))
     if json:
         print_json({"text": text, "token_ids": tokens, "timing": timing.to_json(), "engine": engine})
         return

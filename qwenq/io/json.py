@@ -6,10 +6,11 @@ import json
 import math
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwenq.errors import CheckpointError, printable
+from qwenq.errors import CheckpointError, QwenqError, printable
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -19,10 +20,41 @@ _MAX_NAME_BYTES = 255  # what file systems take
 
 def read_object(path: Path, limit: int = 10_000_000) -> dict[str, Any]:
     """A JSON object from a file of at most `limit` bytes: no repeated keys, no NaN; CheckpointError otherwise."""
-    size = _regular_size(path)
+    return parse_object(read_limited(path, limit), shown(path.name))
+
+
+def open_regular(path: Path, error: type[QwenqError] = CheckpointError) -> BufferedReader:
+    """A regular file, opened for reading without waiting; `error` for a FIFO, a device, a folder or no file."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError as reason:
+        raise error(f"{shown(str(path))}: {reason.strerror}") from None
+    except ValueError:  # a zero byte, or half of a surrogate pair, in its name
+        raise error(f"{shown(str(path))}: no name a file can have") from None
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise error(f"{shown(str(path))}: not a regular file")
+    return os.fdopen(handle, "rb")
+
+
+def read_limited(path: Path, limit: int, error: type[QwenqError] = CheckpointError) -> bytes:
+    """All of a regular file of at most `limit` bytes; `error` for a larger one, before its content is read."""
+    with open_regular(path, error) as file:
+        _check_size(path, os.fstat(file.fileno()).st_size, limit, error)
+        data = file.read(limit + 1)
+    _check_size(path, len(data), limit, error)  # it grew, or it is one of those that have no size
+    return data
+
+
+def check_regular(path: Path, limit: int, error: type[QwenqError] = CheckpointError) -> None:
+    """Raise `error` unless `path` is a regular file of at most `limit` bytes: others' code is to open it."""
+    with open_regular(path, error) as file:
+        _check_size(path, os.fstat(file.fileno()).st_size, limit, error)
+
+
+def _check_size(path: Path, size: int, limit: int, error: type[QwenqError]) -> None:
     if size > limit:
-        raise CheckpointError(f"{shown(path.name)}: {size} bytes, more than the {limit} such a file can need")
-    return parse_object(path.read_bytes(), shown(path.name))
+        raise error(f"{shown(path.name)}: {size} bytes, more than the {limit} such a file can need")
 
 
 def parse_object(text: bytes, where: str) -> dict[str, Any]:

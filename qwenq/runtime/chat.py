@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tokenizers.decoders import DecodeStream
-
 from qwenq.errors import CheckpointError, UsageError
-from qwenq.io.json import inside, read_object
+from qwenq.io.json import inside, read_object, shown
 from qwenq.runtime.generate import Sampling
+from qwenq.text.conversation import Message
 from qwenq.text.tokens import ModelTokenizer
 
-Message = dict[str, str]
 _GENERATION = "generation_config.json"
-_SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
+_MOST = {"temperature": 1000, "top_p": 1, "top_k": 1 << 31, "repetition_penalty": 100}
+_SAMPLING = tuple(_MOST)
 
 
 @dataclass(frozen=True)
@@ -35,24 +34,34 @@ class Chat:
     def has_template(self) -> bool:
         return self.tokenizer.has_chat_template
 
-    def prompt_ids(self, messages: list[Message]) -> list[int]:
-        """A conversation up to where the model answers. CalibrationError when the template refuses it."""
-        return self.text_ids(self.tokenizer.render_chat(messages, answer=True))
+    def prompt_ids(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Message] = (),
+        settings: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """A conversation up to where the model answers, tokens as the template writes them.
+
+        settings: what the template is told beside it (`chat_template_kwargs`). CalibrationError for what the template
+        refuses or would leave out, and for messages that are none.
+        """
+        text = self.tokenizer.render_chat(messages, tools=tools, settings=settings, answer=True)
+        return self.tokenizer.encode([text])[0]
 
     def text_ids(self, text: str) -> list[int]:
-        """Plain text, as it stands."""
-        return self.tokenizer.encode([text])[0]
+        """Plain text, begun as the tokenizer begins one: with a BOS token, if its post-processor adds that."""
+        return self.tokenizer.encode([text], special=True)[0]
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """End tokens of generation_config.json, config.json and, for a chat, the template's end of turn."""
+        """End tokens of generation_config.json, config.json and the tokenizer, and the usual ends of a turn."""
         found: set[int] = set()
         for config in (self._generation, read_object(inside(self.directory, "config.json"))):
             ids = config.get("eos_token_id")
             found |= {i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int}
         ends = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>")
         found |= {i for end in ends if (i := self.tokenizer.id_of(end)) is not None}
-        return frozenset(found)
+        return frozenset(found | ({self.tokenizer.eos} if self.tokenizer.eos is not None else set()))
 
     def sampling(self, **asked: Any) -> Sampling:
         """The model's own generation_config.json, overridden by what is asked (None: not asked).
@@ -61,11 +70,7 @@ class Chat:
         """
         settings: dict[str, Any] = {}
         if self._generation.get("do_sample"):
-            settings = {
-                key: value
-                for key in _SAMPLING
-                if isinstance(value := self._generation.get(key), int | float) and not isinstance(value, bool)
-            }
+            settings = {key: self._setting(key) for key in _SAMPLING if self._generation.get(key) is not None}
             settings.setdefault("temperature", 1.0)
             try:
                 Sampling(**settings)
@@ -73,12 +78,19 @@ class Chat:
                 raise CheckpointError(f"{self.directory / _GENERATION}: {error.message}", hint="mend it") from None
         return Sampling(**settings | {key: value for key, value in asked.items() if value is not None})
 
-    def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Text of token ids as soon as it is whole characters; special tokens are left out."""
-        decoder = DecodeStream(skip_special_tokens=True)
-        for token in ids:
-            if (text := self.tokenizer.step(decoder, token)) is not None:
-                yield text
+    def stream(self, ids: Iterable[int], prompt: Sequence[int] = ()) -> Iterator[str]:
+        """Text of token ids as soon as it is whole characters, special tokens left out, following `prompt`."""
+        return self.tokenizer.stream(ids, prompt)
+
+    def _setting(self, key: str) -> int | float:
+        """A number of generation_config.json, `top_k` as a whole one however it is written."""
+        value, path = self._generation[key], self.directory / _GENERATION
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise CheckpointError(f"{path}: {key} is {shown(repr(value))}, wanted a number", hint="mend it")
+        if abs(value) > _MOST[key] or (key == "top_k" and value != int(value)):
+            wanted = f"{'a whole number' if key == 'top_k' else 'a number'} of at most {_MOST[key]:,}"
+            raise CheckpointError(f"{path}: {key} is {shown(repr(value), 40)}, wanted {wanted}", hint="mend it")
+        return int(value) if key == "top_k" else float(value)
 
     @cached_property
     def _generation(self) -> dict[str, Any]:

@@ -242,5 +242,7 @@ def next_token(logits_V: Tensor, seen: Sequence[int], sampling: Sampling, genera
         scores_V, order_V = torch.sort(logits_V, descending=True, stable=True)
     p_V = torch.softmax((scores_V - scores_V[0]) / sampling.temperature, 0)
     if sampling.top_p < 1:
-        p_V = torch.where(p_V.cumsum(0) - p_V < sampling.top_p, p_V, 0.0)
+        kept_V = p_V.cumsum(0) - p_V < sampling.top_p
+        kept_V[0] = True  # a top_p too small for a float32 keeps the likeliest too
+        p_V = torch.where(kept_V, p_V, 0.0)
     return int(order_V[torch.multinomial(p_V, 1, generator=generator)])

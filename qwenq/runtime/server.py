@@ -235,7 +235,7 @@ class Service:
         """Text as it is made, up to the first of `stops`; what could begin one is held back until it is known."""
         tokens = self.session.generate(ids, sampling, timing, lambda: gone() or self.closing.is_set())
         held = ""
-        for text in self.chat.stream(tokens):
+        for text in self.chat.stream(tokens, ids):
             held += text
             found = min((at for stop in stops if (at := held.find(stop)) >= 0), default=-1)
             if found >= 0:

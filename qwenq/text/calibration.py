@@ -2,20 +2,20 @@
 
 `builtin` is the text under calibration/builtin, written for this project, with a share read from the running Python's
 own documentation and library. `heldout` is other text of the same kinds, for measuring drift. A recipe
-(calibration/NAME.toml) names a hub data set. A file may be .txt, .jsonl (`text`, or `messages`), .parquet, or .npy
-(int64 token ids [windows, tokens], used as they are).
+(calibration/NAME.toml) names a hub data set. A file may be text or rows of any kind that `corpus` and `conversation`
+read, or .npy (int64 token ids [windows, tokens], used as they are).
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
+import os
 import platform
 import re
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -24,26 +24,19 @@ import numpy as np
 import torch
 
 from qwenq.errors import CalibrationError
-from qwenq.io.json import shown
+from qwenq.io.json import open_regular, shown
 from qwenq.model.spec import ModelSpec
-from qwenq.text.tokens import ModelTokenizer, TokenWindows, check_length, check_windows, pack_windows
+from qwenq.text.conversation import Document
+from qwenq.text.corpus import ENDINGS, Corpus, Sample, read_corpus, read_jsonl, read_rows
+from qwenq.text.tokens import ModelTokenizer, TokenWindows, TooShort, check_length, check_windows, pack_windows
 
 PYTHON_SHARE = 0.25  # of the built-in set's characters; the rest is written for this project
 _PYTHON_MODULES = ("argparse", "textwrap", "statistics", "fractions", "heapq", "json.decoder", "csv", "shlex")
 _SHINGLE_WORDS = 13
 _WORD = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]|[^\s\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]+")
+_OVERLAP_CHARACTERS = 4 << 20  # of a large file
+_MOST_CHARACTERS = 64 << 20  # of a large file, for as many windows as are asked for
 _ENOUGH = 4  # documents are read until they hold this many times the characters that are likely to be needed
-
-
-@dataclass(frozen=True)
-class Document:
-    """One document: plain text, or a conversation for the model's chat template."""
-
-    text: str
-    messages: tuple[dict[str, str], ...] = ()
-
-    def render(self, tokenizer: ModelTokenizer) -> str:
-        return tokenizer.render_chat(list(self.messages)) if self.messages else self.text
 
 
 def load_windows(
@@ -55,57 +48,111 @@ def load_windows(
     count: int | None,
     seed: int | None,
     up_to: int | None = None,
+    strict: bool = False,
 ) -> TokenWindows:
     """Windows of `length` tokens from the set or file `name`.
 
     seed: shuffles documents and spreads windows over the text; None keeps order (evaluation). count: exactly so many;
-    None: all there are, at most `up_to`. Raises CalibrationError for text that is missing, empty or too short.
+    None: all there are, at most `up_to`. A row that is no document, or a conversation that the chat template refuses,
+    is left out and counted (`skipped_rows`), unless `strict` or more than BAD_ROWS_IN_100 are such.
+    Raises CalibrationError for text that is missing, empty or too short.
     """
     if name.endswith(".npy"):
-        ids = _token_file(Path(name))
-        if count is not None and count > len(ids):
-            raise CalibrationError(f"{name}: {len(ids)} windows, {count} asked for", hint=f"--num-samples {len(ids)}")
-        ids = ids[: count or up_to]
+        ids = _token_file(Path(name), count, up_to)
         check_windows(ids, spec.vocab_size, spec.extended_context, name)
         return TokenWindows(ids, Path(name).name, {"kind": "token ids"})
     check_length(length, spec.extended_context, name)
-    documents, provenance = _documents(name)
-    if not any(d.text.strip() or d.messages for d in documents):
-        raise CalibrationError(f"{name}: no text in it", hint="an empty set calibrates nothing")
-    if seed is not None:
-        order = np.random.default_rng(seed).permutation(len(documents))
-        documents = [documents[k] for k in order]
-    target = count or up_to
-    if target is not None:
-        documents = _first(documents, target * length * _ENOUGH * 4)
-    texts = [d.render(tokenizer) for d in documents]
-    ids = pack_windows(tokenizer.encode(texts), tokenizer.separator, length, count, spread=seed, where=name)
-    if count is None and up_to is not None:
-        ids = ids[:up_to]
-    check_windows(ids, spec.vocab_size, spec.extended_context, name)
-    if any(d.messages for d in documents):
-        provenance = provenance | {"chat": "model's template" if tokenizer.has_chat_template else "ChatML"}
-    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-    shown = name if name in set_names() else Path(name).name
-    return TokenWindows(ids, shown, provenance | {"text_sha256": digest, "characters": sum(map(len, texts))})
+    asked = _Asked(name, length, count, seed, up_to, strict)
+    enough = asked.enough
+    while True:
+        corpus = _corpus(name, Sample(enough, seed), strict)
+        try:
+            return asked.windows(corpus, enough, tokenizer, spec)
+        except TooShort:
+            if not corpus.sampled or enough is None or enough > _MOST_CHARACTERS:
+                raise
+            enough *= 4  # of a large file there is more: a table of spaces has few tokens
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The windows that are wanted of a text."""
+
+    name: str
+    length: int
+    count: int | None
+    seed: int | None
+    up_to: int | None
+    strict: bool
+
+    @property
+    def enough(self) -> int | None:
+        """Characters that are likely to hold the windows _ENOUGH times; None: all there are."""
+        target = self.count or self.up_to
+        return None if target is None else target * self.length * _ENOUGH * 4
+
+    def windows(self, corpus: Corpus, enough: int | None, tokenizer: ModelTokenizer, spec: ModelSpec) -> TokenWindows:
+        documents = corpus.documents
+        if not any(d.text.strip() or d.messages for d in documents):
+            raise CalibrationError(f"{self.name}: no text in it", hint="an empty set calibrates nothing")
+        if self.seed is not None:
+            order = np.random.default_rng(self.seed).permutation(len(documents))
+            documents = [documents[k] for k in order]
+        if enough is not None:
+            documents = _first(documents, enough)
+        documents, texts, refused = _texts(documents, tokenizer)
+        if refused and self.strict:
+            raise refused[0]
+        provenance = Corpus(documents, corpus.provenance).without(refused).provenance
+        streams = _encoded(documents, texts, tokenizer)
+        ids = pack_windows(streams, tokenizer.separator, self.length, self.count, spread=self.seed, where=self.name)
+        if self.count is None and self.up_to is not None:
+            ids = ids[: self.up_to]
+        check_windows(ids, spec.vocab_size, spec.extended_context, self.name)
+        if any(d.messages for d in documents):
+            provenance = provenance | {"chat": "model's template" if tokenizer.has_chat_template else "ChatML"}
+        digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+        shown = self.name if self.name in set_names() else Path(self.name).name
+        return TokenWindows(ids, shown, provenance | {"text_sha256": digest, "characters": sum(map(len, texts))})
+
+
+def _texts(
+    documents: Sequence[Document], tokenizer: ModelTokenizer
+) -> tuple[list[Document], list[str], list[CalibrationError]]:
+    """Documents and their texts, conversations through the chat template; and why those it refuses are not there."""
+    kept, texts, refused = [], [], []
+    rendered = tokenizer.render_chats([d for d in documents if d.messages])
+    for document in documents:
+        text = next(rendered) if document.messages else document.text
+        if isinstance(text, CalibrationError):
+            refused.append(text)
+        else:
+            kept.append(document)
+            texts.append(text)
+    return kept, texts, refused
+
+
+def _encoded(documents: Sequence[Document], texts: Sequence[str], tokenizer: ModelTokenizer) -> list[list[int]]:
+    """Token ids of each text: plain ones as the tokenizer begins and ends them, chats as the template does."""
+    plain = iter(tokenizer.encode([t for d, t in zip(documents, texts, strict=True) if not d.messages], special=True))
+    chats = iter(tokenizer.encode([t for d, t in zip(documents, texts, strict=True) if d.messages]))
+    return [next(chats if document.messages else plain) for document in documents]
 
 
 def overlap(calibration: str, evaluation: str) -> float:
     """Share of the evaluation text's 13-word shingles that also occur in the calibration text.
 
-    Scripts written without spaces count every character as a word.
+    Scripts written without spaces count every character as a word. Of large files a sample is compared.
     """
+    sample = Sample(_OVERLAP_CHARACTERS, 0)
 
-    def shingles(name: str) -> set[tuple[str, ...]]:
-        found: set[tuple[str, ...]] = set()
-        for document in _documents(name)[0]:
-            text = document.text or " ".join(m["content"] for m in document.messages)
-            words = _WORD.findall(text)
-            found.update(tuple(words[i : i + _SHINGLE_WORDS]) for i in range(len(words) - _SHINGLE_WORDS + 1))
-        return found
+    def shingles(name: str) -> Iterator[int]:
+        for document in _corpus(name, sample).documents:
+            words = _WORD.findall(document.words)
+            yield from (hash(tuple(words[i : i + _SHINGLE_WORDS])) for i in range(len(words) - _SHINGLE_WORDS + 1))
 
-    held = shingles(evaluation)
-    return len(held & shingles(calibration)) / max(len(held), 1)
+    held = set(shingles(evaluation))
+    return len(held.intersection(shingles(calibration))) / max(len(held), 1)
 
 
 def set_names() -> list[str]:
@@ -118,84 +165,27 @@ def _directory() -> Path:
     return packaged if packaged.is_dir() else Path(__file__).parent.parent.parent / "calibration"
 
 
-def _documents(name: str) -> tuple[list[Document], dict[str, Any]]:
+def _corpus(name: str, sample: Sample = Sample(), strict: bool = False) -> Corpus:
     if name == "builtin":
-        written = [d for path in sorted((_directory() / "builtin").glob("*.jsonl")) for d in _jsonl(path)]
-        size = sum(len(d.text) + sum(len(m["content"]) for m in d.messages) for d in written)
+        written = [d for path in sorted((_directory() / "builtin").glob("*.jsonl")) for d in read_jsonl(path)]
+        size = sum(document.characters for document in written)
         python, provenance = _python_documents(round(size * PYTHON_SHARE / (1 - PYTHON_SHARE)))
-        return written + python, provenance
+        return Corpus(written + python, provenance)
     if name == "heldout":
-        return [d for path in sorted((_directory() / "heldout").glob("*.jsonl")) for d in _jsonl(path)], {"kind": "set"}
+        files = sorted((_directory() / "heldout").glob("*.jsonl"))
+        return Corpus([d for path in files for d in read_jsonl(path)], {"kind": "set"})
     recipe = _directory() / f"{name}.toml"
     if "/" not in name and recipe.is_file():
-        return _hub_documents(recipe)
+        return _hub_corpus(recipe, strict)
     path = Path(name)
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise CalibrationError(
-            f"{name}: no such calibration set or file",
-            hint=f"sets: {', '.join(set_names())}; files: .txt, .jsonl, .parquet, .npy",
+            f"{name}: no such calibration set or file", hint=f"sets: {', '.join(set_names())}; files: {ENDINGS}"
         )
-    readers = {".txt": _plain, ".md": _plain, ".jsonl": _jsonl, ".parquet": _parquet}
-    if path.suffix not in readers:
-        raise CalibrationError(f"{name}: cannot read {path.suffix or 'a file without an ending'}", hint=".txt, .jsonl")
-    file_digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return list(readers[path.suffix](path)), {"kind": "file", "file_sha256": file_digest}
+    return read_corpus(path, sample, strict)
 
 
-def _plain(path: Path) -> Iterator[Document]:
-    try:
-        yield Document(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path}: not UTF-8 text (byte {error.start})") from None
-
-
-def _jsonl(path: Path) -> Iterator[Document]:
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    row = json.loads(line.decode("utf-8"))
-                except (ValueError, RecursionError) as error:
-                    raise CalibrationError(f"{path}, line {number}: not JSON ({error})") from None
-                yield _row(row, f"{path}, line {number}")
-
-
-def _row(row: Any, where: str) -> Document:
-    if isinstance(row, dict) and isinstance(row.get("messages"), list) and row["messages"]:
-        messages = row["messages"]
-        if not all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages):
-            raise CalibrationError(f"{where}: messages want role and content, both text")
-        turns = tuple(
-            {"role": _unicode(str(m["role"]), where), "content": _unicode(m["content"], where)} for m in messages
-        )
-        return Document("", turns)
-    if isinstance(row, dict) and isinstance(row.get("text"), str):
-        return Document(_unicode(row["text"], where))
-    raise CalibrationError(f"{where}: neither `text` nor `messages` in it")
-
-
-def _unicode(text: str, where: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise CalibrationError(f"{where}: half of a surrogate pair in it, which is no text") from None
-    return text
-
-
-def _parquet(path: Path) -> Iterator[Document]:
-    try:
-        import pyarrow.parquet as parquet
-    except ModuleNotFoundError:
-        raise CalibrationError(f"{path}: reading Parquet needs pyarrow", hint="pip install 'qwenq[parquet]'") from None
-    try:
-        rows = parquet.read_table(path).to_pylist()
-    except (OSError, ValueError) as error:  # pyarrow's own errors are children of these
-        raise CalibrationError(f"{path}: not a Parquet file ({str(error).splitlines()[0]})") from None
-    for number, row in enumerate(rows, 1):
-        yield _row(row, f"{path}, row {number}")
-
-
-def _hub_documents(recipe: Path) -> tuple[list[Document], dict[str, Any]]:
+def _hub_corpus(recipe: Path, strict: bool) -> Corpus:
     wanted = tomllib.loads(recipe.read_text(encoding="utf-8"))
     try:
         dataset, split, rows, columns = (wanted[key] for key in ("dataset", "split", "rows", "columns"))
@@ -219,11 +209,12 @@ def _hub_documents(recipe: Path) -> tuple[list[Document], dict[str, Any]]:
             f"calibration set {recipe.stem}: {dataset} could not be read ({reason})",
             hint="check the network and HF_ENDPOINT, or --calibration builtin",
         ) from None
-    documents = [_row(row, recipe.stem) for row in taken]
-    if wanted.get("join") is not None:  # rows are lines of longer texts: put them together again
-        documents = [Document(str(wanted["join"]).join(d.text for d in documents))]
     known = ("dataset", "subset", "split", "revision", "rows")
-    return documents, {"kind": "hub"} | {key: wanted[key] for key in known if key in wanted}
+    provenance = {"kind": "hub"} | {key: wanted[key] for key in known if key in wanted}
+    corpus = Corpus.collect(read_rows(taken, lambda number: f"{recipe.stem}, row {number}"), provenance, strict)
+    if wanted.get("join") is not None:  # rows are lines of longer texts: put them together again
+        return replace(corpus, documents=[Document(str(wanted["join"]).join(d.text for d in corpus.documents))])
+    return corpus
 
 
 def _python_documents(characters: int) -> tuple[list[Document], dict[str, Any]]:
@@ -261,13 +252,15 @@ def _first(documents: Sequence[Document], characters: int) -> list[Document]:
     kept, total = [], 0
     for document in documents:
         kept.append(document)
-        total += len(document.text) + sum(len(m["content"]) for m in document.messages)
+        total += document.characters
         if total >= characters:
             break
     return kept
 
 
-def _token_file(path: Path) -> torch.Tensor:
+def _token_file(path: Path, count: int | None, up_to: int | None) -> torch.Tensor:
+    """The first `count` windows of a token file, int64 [windows, tokens]; or all, at most `up_to`."""
+    open_regular(path, CalibrationError).close()
     try:
         array = np.load(
             path, mmap_mode="r", allow_pickle=False
@@ -278,4 +271,6 @@ def _token_file(path: Path) -> torch.Tensor:
         raise CalibrationError(f"{path}: an archive, wanted one NumPy array")
     if array.ndim != 2 or array.dtype.kind not in "iu" or not array.size:
         raise CalibrationError(f"{path}: {array.dtype} {list(array.shape)}, wanted whole numbers [windows, tokens]")
-    return torch.from_numpy(array.astype(np.int64))
+    if count is not None and count > len(array):
+        raise CalibrationError(f"{path}: {len(array)} windows, {count} asked for", hint=f"--num-samples {len(array)}")
+    return torch.from_numpy(array[: count or up_to].astype(np.int64))

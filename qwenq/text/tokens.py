@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,119 +14,263 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
 
 from qwenq.errors import CalibrationError, CheckpointError
-from qwenq.io.json import inside, read_object, shown
+from qwenq.io.json import check_regular, inside, read_limited, read_object, shown
+from qwenq.text.conversation import Document, Message, fitted, read_messages
+from qwenq.text.rendering import MAX_TEMPLATE_BYTES, Rendering, TemplateFault, render
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "tokenizer.model",
 )  # fmt: skip
+MAX_TOKENIZER_BYTES = 100_000_000  # the largest published ones have 35 MB
+_TRANSFORMERS_READS = {  # and how large each may be
+    "tokenizer.json": MAX_TOKENIZER_BYTES, "tokenizer_config.json": 10_000_000, "vocab.json": 50_000_000,
+    "merges.txt": 50_000_000, "special_tokens_map.json": 1_000_000,
+    "added_tokens.json": 10_000_000, "chat_template.jinja": MAX_TEMPLATE_BYTES,
+    "chat_template.json": 10_000_000, "tokenizer.model": 50_000_000, "config.json": 10_000_000,
+}  # fmt: skip
+_MORE_TEMPLATES = "additional_chat_templates"
+_PLACES = ("fast_tokenizer_files", "tokenizer_file", "vocab_file", "merges_file", "spm_file", "gguf_file",
+           "tokenizer_object", "init_inputs")  # fmt: skip
 _SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>")
-_MAX_TOKENIZER_BYTES = 200_000_000
+_PIECE_CHARACTERS = 4 << 20  # encoded at once: 400 MB of the library's memory
+_CHAT_S, _CHAT_S_PER_MB = 10, 1  # processor time of all conversations of a text
 
 
 @dataclass(frozen=True)
 class ModelTokenizer:
-    """The tokenizer of a checkpoint directory, read from `tokenizer.json` alone: no code of the model's is run."""
+    """The tokenizer of a checkpoint directory, as transformers reads it: no code of the model's is run.
+
+    `tokenizer.json` decides: AutoTokenizer would build Qwen's own splitting for every `model_type: qwen2`, whatever
+    the file says, and a model is run with the tokens it was trained on. AutoTokenizer's class reads the directories
+    that have `vocab.json` and `merges.txt` alone, or `tokenizer.model`.
+    """
 
     directory: Path
 
     @cached_property
-    def _tokenizer(self) -> Tokenizer:
-        path = inside(self.directory, "tokenizer.json")
+    def _fast(self) -> Any:
+        """transformers' tokenizer, padding and truncation that the file was saved with put off."""
+        self._check_files()
+        whole = (self.directory / "tokenizer.json").is_file()
+        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        try:
+            if whole:
+                from transformers import PreTrainedTokenizerFast
+
+                fast = PreTrainedTokenizerFast.from_pretrained(str(self.directory), **options)
+            else:
+                from transformers import AutoTokenizer
+
+                fast = AutoTokenizer.from_pretrained(str(self.directory), **options)
+            fast.backend_tokenizer.no_padding()
+            fast.backend_tokenizer.no_truncation()
+        except BaseException as error:  # transformers raises anything, and the library beneath it panics
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            raise self._unreadable(error) from None
+        return fast
+
+    def _unreadable(self, error: BaseException) -> CheckpointError:
+        """The error of a directory that transformers does not read, naming the file at fault."""
+        reason = shown(" ".join(str(error).split()) or type(error).__name__)
+        path = self.directory / "tokenizer.json"
         if not path.is_file():
+            return CheckpointError(f"{self.directory}: transformers makes no tokenizer of its files ({reason})")
+        try:
+            Tokenizer.from_str(read_limited(path, MAX_TOKENIZER_BYTES).decode("utf-8"))
+        except BaseException as cause:
+            if isinstance(cause, KeyboardInterrupt | SystemExit):
+                raise
+            return CheckpointError(f"{path}: not a tokenizer ({shown(str(cause))})")
+        config = self.directory / "tokenizer_config.json"
+        return CheckpointError(f"{config}: not a tokenizer's configuration ({reason})")
+
+    def _check_files(self) -> None:
+        """Raise CheckpointError unless what transformers will open is regular, small enough and in the directory."""
+        present = {name for name in _TRANSFORMERS_READS if os.path.lexists(inside(self.directory, name))}
+        if not present & {"tokenizer.json", "tokenizer.model"} and not present >= {"vocab.json", "merges.txt"}:
             raise CheckpointError(
                 f"{self.directory}: no tokenizer.json",
                 hint="save the fast tokenizer there: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
             )
-        if path.stat().st_size > _MAX_TOKENIZER_BYTES:
-            raise CheckpointError(f"{path}: {path.stat().st_size} bytes is too large for a tokenizer")
-        try:
-            return Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        except BaseException as error:  # the library raises bare Exception for malformed files, and panics on some
-            if isinstance(error, KeyboardInterrupt | SystemExit):
-                raise
-            raise CheckpointError(f"{path}: not a tokenizer ({shown(str(error))})") from None
+        for name in sorted(present):
+            check_regular(self.directory / name, _TRANSFORMERS_READS[name])
+        more = self.directory / _MORE_TEMPLATES
+        if more.is_dir():
+            if more.is_symlink():
+                raise CheckpointError(f"{_MORE_TEMPLATES} links to another directory: refused")
+            for path in more.glob("*.jinja"):
+                check_regular(inside(more, path.name), MAX_TEMPLATE_BYTES)
+        if "tokenizer_config.json" in present:
+            settings = read_object(self.directory / "tokenizer_config.json")
+            for key in _PLACES if "tokenizer.json" not in present else _PLACES[:1]:
+                if settings.get(key):
+                    raise CheckpointError(f"tokenizer_config.json: {key} names other files: refused")
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        backend: Tokenizer = self._fast.backend_tokenizer
+        return backend
 
     @cached_property
     def sha256(self) -> str:
-        """Digest of `tokenizer.json`."""
-        return hashlib.sha256(inside(self.directory, "tokenizer.json").read_bytes()).hexdigest()
+        """Digest of `tokenizer.json`, or of the files in its place."""
+        self._check_files()
+        whole = (self.directory / "tokenizer.json").is_file()
+        names = ["tokenizer.json"] if whole else ["vocab.json", "merges.txt", "tokenizer.model"]
+        digest = hashlib.sha256()
+        for name in names:
+            if (self.directory / name).is_file():
+                digest.update(read_limited(self.directory / name, _TRANSFORMERS_READS[name]))
+        return digest.hexdigest()
 
     @property
     def vocabulary(self) -> dict[str, int]:
         return dict(self._tokenizer.get_vocab(with_added_tokens=True))
 
     @cached_property
+    def eos(self) -> int | None:
+        """The end token that the tokenizer's own files name."""
+        token = self._fast.eos_token
+        return None if token is None else self.id_of(str(token))
+
+    @cached_property
     def separator(self) -> int:
-        """The token put between documents: the end-of-text token, else the config's eos_token_id."""
+        """The token put between documents: the end-of-text token, else config.json's or the tokenizer's end token."""
         for text in _SEPARATORS:
             if (token := self._tokenizer.token_to_id(text)) is not None:
                 return int(token)
-        eos = read_object(inside(self.directory, "config.json")).get("eos_token_id")
+        config = inside(self.directory, "config.json")
+        eos = read_object(config).get("eos_token_id") if config.exists() else None
         eos = eos[0] if isinstance(eos, list) and eos else eos
-        if not isinstance(eos, int):
+        if type(eos) is int:
+            return eos
+        if self.eos is None:
             raise CheckpointError(f"{self.directory}: no end-of-text token in tokenizer.json or config.json")
-        return eos
+        return self.eos
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without added special tokens."""
+    def encode(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
+        """Token ids of each text; with `special` what the tokenizer puts around plain text too, a BOS token say."""
+        found: list[list[int]] = []
         try:
-            self._tokenizer.no_truncation()
-            return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+            for batch in _batches(texts, _PIECE_CHARACTERS):
+                encodings = self._tokenizer.encode_batch_fast(batch, add_special_tokens=special)
+                found += [encoding.ids for encoding in encodings]
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
             reason = shown(str(error))
             raise CheckpointError(f"{self.directory}: its tokenizer.json cannot encode ({reason})") from None
+        return found
 
     def id_of(self, token: str) -> int | None:
         """The id of a token by its text."""
         found: int | None = self._tokenizer.token_to_id(token)
         return found
 
-    def step(self, decoder: Any, token: int) -> str | None:
-        """Feed one id to a DecodeStream of the tokenizers library: new whole characters, or None."""
-        text: str | None = decoder.step(self._tokenizer, token)
-        return text
+    def stream(self, ids: Iterable[int], prompt: Sequence[int] = ()) -> Iterator[str]:
+        """Text of ids as soon as it is whole characters, special tokens left out.
 
-    def render_chat(self, messages: list[dict[str, str]], *, answer: bool = False) -> str:
+        The last token of `prompt` is its context: a first word keeps the space that a text's first word has not.
+        """
+        decoder = DecodeStream(ids=list(prompt[-1:]), skip_special_tokens=True)
+        for token in ids:
+            text: str | None = decoder.step(self._tokenizer, token)
+            if text is not None:
+                yield text
+
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Message] = (),
+        settings: Mapping[str, Any] | None = None,
+        answer: bool = False,
+    ) -> str:
         """A conversation as the model's chat template writes it; ChatML when the checkpoint has no template.
 
-        With `answer`, up to where the model's answer begins.
+        settings: what the template is told beside it. With `answer`, up to where the model's answer begins.
+        CalibrationError for what it refuses, would leave out, or takes too much time, memory or output for.
         """
-        if self._chat is not None:
+        document = Document("", read_messages(messages), tuple(tools), settings or {})
+        text, _ = self._rendered(document, "messages", answer)
+        return text
+
+    def render_chats(self, documents: Sequence[Document]) -> Iterator[str | CalibrationError]:
+        """Each conversation as the template writes it, or why not; CalibrationError when all take too long."""
+        characters = sum(document.characters for document in documents)
+        seconds, limit = 0.0, _CHAT_S + _CHAT_S_PER_MB * characters / 1e6
+        for number, document in enumerate(documents, 1):
             try:
-                return str(self._chat.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer))
-            except Exception as error:  # whatever the template's own code raises
-                reason = " ".join(str(error).split()) or type(error).__name__
+                text, took = self._rendered(document, f"conversation {number}", False)
+            except _Refusal as error:
+                yield error
+                continue
+            seconds += took
+            if seconds > limit:
                 raise CalibrationError(
-                    f"{self.directory}: its chat template refused a conversation ({reason})",
+                    f"{self.directory}: its chat template took {seconds:.0f} s for {number} of {len(documents)} "
+                    f"conversations",
                     hint="plain `text` needs no template",
-                ) from None
-        turns = [f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages]
-        return "".join(turns) + ("<|im_start|>assistant\n" if answer else "")
+                )
+            yield text
+
+    def _rendered(self, document: Document, where: str, answer: bool) -> tuple[str, float]:
+        template = self._template(bool(document.tools))
+        try:
+            messages = fitted(document, template, where)
+        except CalibrationError as error:
+            raise _Refusal(error.message, hint=error.hint) from None
+        if template is None:
+            turns = [f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages]
+            return "".join(turns) + ("<|im_start|>assistant\n" if answer else ""), 0.0
+        try:
+            settings = {**self._fast.special_tokens_map, **document.settings}
+            return render(Rendering(template, messages, document.tools or None, answer, settings))
+        except TemplateFault as fault:
+            reason, hint = shown(" ".join(str(fault).split())), "plain `text` needs no template"
+            if fault.limit:
+                message = f"{self.directory}: its chat template went over a limit on a conversation ({reason})"
+                raise CalibrationError(message, hint=hint) from None
+            message = f"{self.directory}: its chat template refused a conversation ({reason})"
+            raise _Refusal(message, hint=hint) from None
+
+    def _template(self, tools: bool) -> str | None:
+        if not self.has_chat_template:
+            return None
+        try:
+            found = self._fast.get_chat_template(None, [{}] if tools else None)
+        except ValueError as error:  # several templates and no default
+            raise CheckpointError(f"{self.directory}: {shown(' '.join(str(error).split()))}") from None
+        if not isinstance(found, str):
+            raise CheckpointError(f"{self.directory}: its chat template is a {type(found).__name__}, wanted text")
+        return found
 
     @property
     def has_chat_template(self) -> bool:
-        return self._chat is not None
+        return bool(self._fast.chat_template)
 
-    @cached_property
-    def _chat(self) -> Any:
-        for name in TOKENIZER_FILES:
-            inside(self.directory, name)  # transformers follows links anywhere
-        config = self.directory / "tokenizer_config.json"
-        jinja = self.directory / "chat_template.jinja"
-        if not jinja.is_file() and not (config.is_file() and read_object(config).get("chat_template")):
-            return None
-        from transformers import PreTrainedTokenizerFast
 
-        try:
-            return PreTrainedTokenizerFast.from_pretrained(str(self.directory), local_files_only=True)
-        except Exception as error:  # whatever a malformed tokenizer_config.json makes transformers raise
-            reason = shown(" ".join(str(error).split()) or type(error).__name__)
-            raise CheckpointError(f"{config}: not a tokenizer's configuration ({reason})") from None
+class _Refusal(CalibrationError):
+    """One conversation is refused; the next one may not be."""
+
+
+def _batches(texts: Sequence[str], characters: int) -> Iterator[list[str]]:
+    """The texts in order, about so many characters at a time."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        if batch and size + len(text) > characters:
+            yield batch
+            batch, size = [], 0
+        batch.append(text)
+        size += len(text)
+    if batch:
+        yield batch
 
 
 @dataclass(frozen=True)
@@ -150,6 +295,10 @@ class TokenWindows:
             "tokens_sha256": self.sha256,
             **self.provenance,
         }
+
+
+class TooShort(CalibrationError):
+    """A text has fewer windows than are asked for."""
 
 
 def check_length(length: int, limit: int, where: str) -> None:
@@ -185,20 +334,20 @@ def pack_windows(
     """Join documents with `separator` between them and cut full windows [count, length], without padding.
 
     count None takes all there are. spread: seed for drawing windows from all over a longer text, or None for the
-    first ones. Raises CalibrationError when the text is too short.
+    first ones. Raises TooShort.
     """
     stream = np.fromiter(
         (t for k, ids in enumerate(documents) for t in ((separator, *ids) if k else ids)), dtype=np.int64
     )
     available = len(stream) // length
     if available == 0:
-        raise CalibrationError(
+        raise TooShort(
             f"{where}: {len(stream)} tokens, shorter than one window of {length}",
             hint=f"--sequence-length {max(len(stream), 2)} or less, or more text",
         )
     wanted = available if count is None else count
     if wanted > available:
-        raise CalibrationError(
+        raise TooShort(
             f"{where}: {available} windows of {length} tokens, {wanted} asked for",
             hint=f"--num-samples {available}, or more text",
         )
