@@ -8,12 +8,9 @@ import os
 import stat
 from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qwenq.errors import CheckpointError, QwenqError, printable
-
-if TYPE_CHECKING:
-    from starlette.requests import Request
 
 _MAX_NAME_BYTES = 255  # what file systems take
 
@@ -138,18 +135,3 @@ def _regular_size(path: Path) -> int:
     if not stat.S_ISREG(info.st_mode):
         raise CheckpointError(f"{shown(str(path))}: not a regular file")
     return info.st_size
-
-
-class TooLarge(Exception):
-    """A body over the limit."""
-
-
-async def read_body(request: Request, limit: int) -> bytes:
-    """The whole body; TooLarge at the first byte beyond `limit`, whatever the headers promised."""
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > limit:
-            raise TooLarge
-        parts.append(part)
-    return b"".join(parts)
