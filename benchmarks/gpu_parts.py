@@ -40,7 +40,7 @@ from qwenq.errors import QwenqError
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.machine import host_facts, versions
 from qwenq.model.attention import causal_attention
-from qwenq.planning.kernels import strip_weights
+from qwenq.planning.kernels import row_block_weights
 from qwenq.planning.models import load_spec
 from qwenq.planning.weights import recipe_weights
 from qwenq.runtime import measure as measuring
@@ -446,9 +446,9 @@ def _linear(notes: Notes, case: LinearCase) -> None:
 
 def _written_out(notes: Notes, case: LinearCase, module: Int4Linear, q: QTensor) -> None:
     """Weights read back from the packed layout: exact where there are no zero points, but for the bfloat16 scale."""
-    step = strip_weights(case.inputs, notes.device.type) // case.inputs
+    step = row_block_weights(case.inputs, notes.device.type) // case.inputs
     stop = min(step, case.outputs)
-    found = module.weight_strip(0, stop)
+    found = module.weight_block(0, stop)
     if found is None:
         notes.same(f"{case.label}: the layout is known", False, notes.device.type == "cpu")
         return

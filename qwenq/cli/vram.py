@@ -69,7 +69,9 @@ KvDtype = Annotated[
 PrefillChunk = Annotated[
     int, _option(WORKLOAD, "--prefill-chunk", metavar="N", help="Prompt tokens at once. Default: the engine's.")
 ]
-EngineName = Annotated[str, _option(ENGINE, "--engine", metavar="NAME", help=f"{engine_names()}. Default {Question.engine}.")]
+EngineName = Annotated[
+    str, _option(ENGINE, "--engine", metavar="NAME", help=f"{engine_names()}. Default {Question.engine}.")
+]
 EngineVersion = Annotated[str, _option(ENGINE, "--engine-version", metavar="VERSION", help="Such as 4.46.0.")]
 MaxNumSeqs = Annotated[
     int, _option(ENGINE, "--max-num-seqs", metavar="N", help="A server's limit. Default: its own for the GPU.")

@@ -24,7 +24,7 @@ from qwenq.formats.base import (
 from qwenq.io.safetensors import TensorSpec, tensor_bytes
 from qwenq.machine import Compute
 from qwenq.model.spec import ModelSpec
-from qwenq.planning.kernels import LayerParts, choose, dense_from, kept, layer_parts, strip_bytes
+from qwenq.planning.kernels import LayerParts, choose, dense_from, kept, layer_parts, row_block_bytes
 from qwenq.planning.tensor_parallel import RowGroups, row_groups, same_groups
 
 
@@ -45,8 +45,8 @@ class Weights:
     source: str
     row_groups: RowGroups = field(default_factory=dict)  # of linears that tensor parallelism cuts by input
     parts: tuple[LayerParts, ...] = ()  # layers as this project's own engine reads them; empty: it keeps them as stored
-    strip_bytes: int = 0  # of `kept`: most that one strip takes while weights are written out
-    strip_rows: int = 1  # of `kept`: rows from which they are
+    row_block_bytes: int = 0  # of `kept`: most that one row block takes while weights are written out
+    written_from: int = 1  # of `kept`: rows from which they are
 
     def kept(self, compute: Compute) -> Weights:
         """The same with layers as this project's own engine keeps them in memory when it computes like that."""
@@ -61,8 +61,8 @@ class Weights:
                     (*(size for shape in part.packed for size in sizes[shape]), *part.others) for part in self.parts
                 ),
                 parts=(),
-                strip_bytes=max((strip_bytes(shape, compute) for shape in packed), default=0),
-                strip_rows=min((dense_from(choose(s, compute).kind, compute.device) for s in packed), default=1),
+                row_block_bytes=max((row_block_bytes(shape, compute) for shape in packed), default=0),
+                written_from=min((dense_from(choose(s, compute).kind, compute.device) for s in packed), default=1),
                 source=f"{self.source}, as kernels keep it" if packed else self.source,
             )
         return self._kept[compute]
@@ -249,7 +249,7 @@ class Declared:
 
 
 def declared_by_recipe(spec: ModelSpec, recipe: Recipe, sorted_columns: bool = False) -> Declared:
-    """What a recipe's checkpoint declares."""
+    """The declaration of a recipe's checkpoint."""
     schemes = [scheme for lin in spec.linears if (scheme := recipe.scheme_of(lin)) is not None]
     return Declared(
         method=get_format(recipe.format).method if schemes else "none",
@@ -262,7 +262,7 @@ def declared_by_recipe(spec: ModelSpec, recipe: Recipe, sorted_columns: bool = F
 
 
 def declared_by_config(spec: ModelSpec, config: Mapping[str, Any], where: str) -> Declared:
-    """What config.json declares, read and refused as when the checkpoint is opened.
+    """The declaration of config.json, read and refused as when the checkpoint is opened.
 
     A scheme that this version does not read is no reason not to size the weights: then what is stated is believed.
     """
@@ -299,7 +299,12 @@ def allocated_bytes(sizes: Iterable[int]) -> int:
 
 
 def allocated_blocks(sizes: Iterable[int]) -> Iterator[int]:
-    """Bytes counted for each tensor."""
+    """Bytes that torch's CUDA caching allocator counts for each of these tensors, loaded and never freed.
+
+    Rules of c10/cuda/CUDACachingAllocator.cpp: sizes round up to 512 bytes; up to 1 MiB come from a pool of small
+    blocks; larger ones take the best-fitting free block, else a new segment of 20 MiB (below 10 MiB) or of whole 2 MiB;
+    a block is split only when more than 1 MiB would be left, otherwise all of it counts as allocated.
+    """
     free: list[int] = []
     for size in sizes:
         wanted = -(-size // 512) * 512

@@ -103,7 +103,7 @@ def mirror_upper(h_II: Tensor) -> None:
 
 
 def permute_symmetric(h_II: Tensor, order_I: Tensor) -> None:
-    """h[order][:, order], in place, with one strip of extra memory."""
+    """h[order][:, order], in place, with one row block of extra memory."""
     width = h_II.shape[0]
     for start in range(0, width, FACTOR_BLOCK):
         h_II[start : start + FACTOR_BLOCK] = h_II[start : start + FACTOR_BLOCK, order_I]
