@@ -50,6 +50,7 @@ REWORDED: list[tuple[str, str]] = [
     (r"o and down pulled, by (\d+) of them", r"error correction of o and down from \1 of them"),
     (r"nothing pulled", "no error correction"),
     (r"up to (\d) lanes", r"up to \1 workers"),
+    (r"\bpull ([\d.]+), pull_share ", r"error_correction \1, error_correction_share "),
     (r"--pull(-share|)(?=[ '])", r"--error-correction\1"),
     (r"every unit stays in 16 bit", "every fused group stays in 16 bit"),
     (r"is no unit\b", "is no fused group"),

@@ -26,6 +26,7 @@ from qwenq.cli.options import (
     RunDtype,
     fetched,
     load_words,
+    option,
     warn_of_shipped,
 )
 from qwenq.errors import RunError, UsageError
@@ -42,39 +43,25 @@ if TYPE_CHECKING:
 SMALL_DIFFERENCE = 64 << 20  # between a peak and its prediction: what allocators and libraries do, no error to be told
 MaxNewTokens = Annotated[
     int | None,
-    typer.Option(
-        "--max-new-tokens", "-n", min=1, help="Tokens of an answer. Default: at most 512.", rich_help_panel=ANSWER
-    ),
+    option(ANSWER, "--max-new-tokens", "-n", min=1, help="Tokens of an answer. Default: at most 512."),
 ]
 Temperature = Annotated[
     float | None,
-    typer.Option(
-        "--temperature", help="0: always the likeliest token. Default: the model's own setting.", rich_help_panel=ANSWER
-    ),
+    option(ANSWER, "--temperature", help="0: always the likeliest token. Default: the model's own setting."),
 ]
-EngineName = Annotated[
-    str, typer.Option("--engine", help="qwenq; or gptqmodel or vllm, where installed.", rich_help_panel=ENGINE)
-]
+EngineName = Annotated[str, option(ENGINE, "--engine", help="qwenq; or gptqmodel or vllm, where installed.")]
 
 
 def run(
     context: typer.Context,
     model: Model,
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="One question; without it a chat.", rich_help_panel=ANSWER)
-    ] = None,
-    system: Annotated[
-        str, typer.Option("--system", help="System message of the chat.", rich_help_panel=ANSWER)
-    ] = "",
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the text as it is, without a template.", rich_help_panel=ANSWER)
-    ] = False,
+    prompt: Annotated[str | None, option(ANSWER, "--prompt", "-p", help="One question; without it a chat.")] = None,
+    system: Annotated[str, option(ANSWER, "--system", help="System message of the chat.")] = "",
+    raw: Annotated[bool, option(ANSWER, "--raw", help="Continue the text as it is, without a template.")] = False,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
-    top_p: Annotated[
-        float | None, typer.Option("--top-p", help="Draw from the likeliest of this share.", rich_help_panel=ANSWER)
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the draws.", rich_help_panel=ANSWER)] = 0,
+    top_p: Annotated[float | None, option(ANSWER, "--top-p", help="Draw from the likeliest of this share.")] = None,
+    seed: Annotated[int, option(ANSWER, "--seed", help="Of the draws.")] = 0,
     max_model_len: MaxModelLen = "",
     prefill_chunk: PrefillChunk = 2048,
     kv_cache_dtype: KvDtype = "auto",
@@ -85,11 +72,7 @@ def run(
     offload_dir: OffloadDir = None,
     dry_run: Annotated[
         bool,
-        typer.Option(
-            "--dry-run",
-            help="Say where layers would go, what devices would hold, how fast; load none.",
-            rich_help_panel=JOB,
-        ),
+        option(JOB, "--dry-run", help="Say where layers would go, what devices would hold, how fast; load none."),
     ] = False,
     json: JsonFlag = False,
 ) -> None:
