@@ -136,9 +136,9 @@ def sensitivity(
     """
     from qwenq.checkpoint.reader import open_source
     from qwenq.io.durable import write_bytes
+    from qwenq.pipeline.config import DEFAULT_WINDOWS
     from qwenq.pipeline.fisher import measure_sensitivity, split_windows
     from qwenq.pipeline.job import DTYPES
-    from qwenq.pipeline.preflight import DEFAULT_WINDOWS
     from qwenq.planning.sensitivity import encode_sensitivity
     from qwenq.text.calibration import load_windows
     from qwenq.text.tokens import ModelTokenizer

@@ -14,8 +14,8 @@ from conftest import small_job, text_windows
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.model.spec import family_spec
 from qwenq.pipeline.block import batches
+from qwenq.pipeline.config import default_error_correction
 from qwenq.pipeline.monitor import StageClock
-from qwenq.pipeline.preflight import default_error_correction
 from qwenq.pipeline.quantize import quantize
 from qwenq.solver.gptq import solve_unit
 
@@ -69,7 +69,7 @@ def test_all_windows_count_their_tokens_alike(
     """
     window = text_windows(calib, tiny, 256, 1)
     windows = replace(window, ids=window.ids.repeat(16, 1))
-    monkeypatch.setattr("qwenq.pipeline.preflight.CORRECTION_TOKENS_A_COLUMN", 0)
+    monkeypatch.setattr("qwenq.pipeline.config.CORRECTION_TOKENS_A_COLUMN", 0)
     found: dict[float, list[torch.Tensor]] = {}
     for share in (0.0, 0.5, 1.0):
         kept = found.setdefault(share, [])

@@ -13,19 +13,21 @@ from fake_gpus import FakeGpus
 from test_quantize_cuda import layer, of
 from torch import Tensor
 
-from qwenq.formats.base import Scheme
 from qwenq.model.layer import Network
 from qwenq.pipeline.fisher import _errors
 from qwenq.pipeline.preflight import errors_bytes
 from qwenq.planning.sensitivity import schemes_for
 from qwenq.runtime.synthetic import synthetic_config
 from qwenq.solver import gptq
+from qwenq.solver.grid import Grid
 
 
-def rounded(e_IO: Tensor, h_II: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
-    groups = scheme.groups(len(e_IO))
-    scales_GO, zeros_GO = (e_IO.new_empty(groups, e_IO.shape[1]) for _ in range(2))
-    return torch.empty_like(e_IO, dtype=torch.uint8), scales_GO, zeros_GO
+def rounded(e_IO: Tensor, h_II: Tensor, grid: Grid) -> tuple[Tensor, gptq._GroupParameters]:
+    columns, rows = e_IO.shape
+    parameters = gptq._GroupParameters(columns // grid.group_width(columns), rows)
+    for group in range(parameters.groups):
+        parameters.put(group, slice(None), (e_IO.new_empty(1, rows), e_IO.new_empty(1, rows)))
+    return torch.empty_like(e_IO, dtype=torch.uint8), parameters
 
 
 @pytest.mark.parametrize("name", ["Qwen2.5-0.5B", "Qwen2.5-72B"])

@@ -14,7 +14,7 @@ import torch
 from qwenq.checkpoint.manifest import SourceFiles, Stamp, changed, stamp
 from qwenq.errors import CheckpointError
 from qwenq.formats.base import Format, Quantization, Recipe, get_format, read_quantization_config
-from qwenq.io.json import inside, model_name, read_object
+from qwenq.io.json import inside, model_name, open_regular, read_object
 from qwenq.io.safetensors import TensorLocation, TensorSpec, checkpoint_tensors
 from qwenq.io.tensors import TORCH_DTYPES, raw_bytes
 from qwenq.model.spec import LinearSpec, ModelSpec, spec_from_config
@@ -97,7 +97,7 @@ class Checkpoint:
         digest = cuts.state_at(first) if cuts else None
         data = torch.empty(last - first, dtype=torch.uint8)
         view = raw_bytes(data)
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             file.seek(first)
             for at in range(0, len(view), _CHUNK):
                 piece = view[at : at + _CHUNK]

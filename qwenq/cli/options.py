@@ -83,7 +83,7 @@ Context = Annotated[
     str | None, option(BUDGET, "--context", "-c", metavar="N", help="Tokens that --fit leaves room for. Default 8k.")
 ]
 FitEngine = Annotated[
-    str | None, option(BUDGET, "--engine", metavar="NAME", help="Engine of --fit: qwenq, transformers or vllm.")
+    str | None, option(BUDGET, "--engine", metavar="NAME", help="Engine of --fit: qwenq, transformers, vllm, sglang.")
 ]
 RecipeFile = Annotated[Path | None, option(BUDGET, metavar="FILE", help="A recipe file, perhaps edited.")]
 SensitivityFile = Annotated[

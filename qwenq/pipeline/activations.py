@@ -17,10 +17,11 @@ import torch
 
 from qwenq.checkpoint.reader import SLICE_ROWS, Checkpoint
 from qwenq.errors import CheckpointError
-from qwenq.io.durable import file_sha256
+from qwenq.io.durable import file_sha256, new_file
 from qwenq.io.safetensors import read_header
 from qwenq.io.tensors import read_into, write_shard
-from qwenq.pipeline.preflight import NOISE_WINDOWS, SPILL_BYTES, scratch_width
+from qwenq.pipeline.config import NOISE_WINDOWS, SPILL_BYTES
+from qwenq.pipeline.preflight import scratch_width
 from qwenq.pipeline.workers import Workers
 
 Convert = Callable[[str, torch.Tensor], torch.Tensor]
@@ -169,7 +170,6 @@ def _allocate(shape: Sequence[int], dtype: torch.dtype, spill: Path | None) -> t
         size *= dim
     if spill is None or size == 0:
         return torch.empty(*shape, dtype=dtype)
-    spill.unlink(missing_ok=True)
-    with open(spill, "wb") as file:
+    with new_file(spill) as file:
         os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)  # a full disk is an error here, not a crash later
     return torch.from_file(str(spill), shared=True, size=size, dtype=dtype).view(*shape)

@@ -21,8 +21,9 @@ from qwenq.formats.base import Recipe, Scheme, get_format
 from qwenq.model.architectures import Stage
 from qwenq.model.layer import Network
 from qwenq.model.spec import LinearSpec, ModelSpec
+from qwenq.pipeline.config import BATCH_TOKENS, ERROR_CORRECTION_SHARE
 from qwenq.pipeline.monitor import StageClock
-from qwenq.pipeline.preflight import BATCH_TOKENS, ERROR_CORRECTION_SHARE, scratch_width
+from qwenq.pipeline.preflight import scratch_width
 from qwenq.pipeline.workers import Workers, WorkerSums
 from qwenq.results import LayerResult
 from qwenq.solver.equalize import FoldedLayer

@@ -24,6 +24,7 @@ import torch
 from qwenq.checkpoint.reader import SLICE_ROWS, Checkpoint
 from qwenq.errors import CalibrationError, JobError
 from qwenq.formats.base import Scheme
+from qwenq.io.durable import new_file
 from qwenq.io.safetensors import fingerprint
 from qwenq.io.tensors import raw_bytes, read_into
 from qwenq.machine import free_disk, keep_freed_memory, versions
@@ -32,9 +33,9 @@ from qwenq.model.layer import Network
 from qwenq.model.spec import ModelSpec
 from qwenq.pipeline.activations import embed
 from qwenq.pipeline.block import batches
+from qwenq.pipeline.config import BACKWARD_TOKENS, PROBE_TOKENS, PROBE_WINDOWS, SAMPLES, SOLVER_WINDOWS
 from qwenq.pipeline.evaluate import HeadWeights
 from qwenq.pipeline.monitor import memory_errors
-from qwenq.pipeline.preflight import BACKWARD_TOKENS, PROBE_TOKENS, PROBE_WINDOWS, SAMPLES, SOLVER_WINDOWS
 from qwenq.planning.sensitivity import PRIOR_8_BIT, Sensitivity, Unit, options_of, schemes_for, units_of
 from qwenq.solver.gptq import DAMP_PERCENT, add_to_hessian, solve_unit
 from qwenq.text.tokens import TokenWindows
@@ -161,7 +162,7 @@ class _States:
 
     def write(self, name: str, layer: int, h_NTH: torch.Tensor) -> None:
         self.shapes[name] = h_NTH.shape
-        with open(self.directory / f"{name}-{layer}", "wb") as file:
+        with new_file(self.directory / f"{name}-{layer}") as file:
             file.write(raw_bytes(h_NTH.to(_STORED)))
 
     def read(self, name: str, layer: int) -> torch.Tensor:

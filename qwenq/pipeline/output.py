@@ -13,7 +13,7 @@ from qwenq.checkpoint.shards import encode_index
 from qwenq.errors import JobError
 from qwenq.formats.base import Recipe, get_format
 from qwenq.io.durable import copy_synced, sync_directory, write_bytes, write_json
-from qwenq.io.json import inside
+from qwenq.io.json import MAX_SMALL_BYTES, check_regular, inside
 from qwenq.io.safetensors import INDEX_NAME, TensorSpec
 from qwenq.pipeline.card import CARD_NAME
 from qwenq.text.tokens import TOKENIZER_FILES
@@ -42,7 +42,8 @@ class Output:
         copied = {}
         for name in COPIED_FILES:
             path = inside(source, name)
-            if path.is_file():
+            if os.path.lexists(path):
+                check_regular(path, MAX_SMALL_BYTES)
                 copied[name] = copy_synced(path, self.work / name)
             if copied.get(name) != hashes.get(name):
                 raise changed(path)

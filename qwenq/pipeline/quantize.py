@@ -23,6 +23,7 @@ import torch
 
 from qwenq.checkpoint.manifest import (
     JOURNAL_NAME,
+    MANIFEST_NAME,
     SCRATCH_PREFIX,
     check_files,
     current_names,
@@ -34,6 +35,7 @@ from qwenq.checkpoint.shards import output_files
 from qwenq.errors import CheckpointError, JobError, QwenqError
 from qwenq.formats.base import get_format, quantization_config, read_quantization_config
 from qwenq.io.durable import file_sha256, make_directory, write_bytes
+from qwenq.io.fields import Fields
 from qwenq.io.safetensors import read_header
 from qwenq.io.tensors import write_shard
 from qwenq.machine import forget_peak_rss, host_facts, keep_freed_memory, peak_rss_bytes, return_freed_memory, versions
@@ -222,21 +224,36 @@ class _Run:
         if journal.dropped:
             lines = f"{JOURNAL_NAME}: {journal.dropped} of its lines, from line {len(journal.rows) + 1} on"
             self.listen(f"{lines}, torn or damaged: their layers are done again")
-        for row in rows:
-            path = self.work / row["file"]
-            if not path.is_file() or file_sha256(path) != row["sha256"]:
-                self.listen(f"layer {row['layer']}: its file is missing or damaged, it and what follows is done again")
+        for layer, row in enumerate(rows[: self.spec.num_hidden_layers]):
+            if problem := self._problem(layer, row):
+                self.listen(f"layer {layer}: {problem}, it and what follows is done again")
                 break
             good += 1
         journal.keep_layers(good)
         known = next(
             (k for k in range(good, 0, -1) if (s := rows[k - 1].get("state"))
-             and states.restore(self.work / s["file"], s["sha256"])), 0
+             and states.restore(self.work / s["file"], str(s.get("sha256")))), 0
         )  # fmt: skip
         for layer in range(known, good):
             self.listen(f"layer {layer}: replaying")
             runner.replay(layer, self.job.source.finite_layer_state, self._written_layer)
         return good
+
+    def _problem(self, layer: int, row: Mapping[str, Any]) -> str:
+        """Why a row of the journal is not to be relied on; empty when it is."""
+        try:
+            whole = BlockResult.from_json(row.get("result")).layer == layer == row["layer"]
+        except ValueError:
+            whole = False
+        state = row.get("state", {"file": _STATE_FILES[0]})
+        if not whole or row.get("file") != self.files[layer + 1] or not isinstance(state, Mapping):
+            return "its line in the journal is not a layer's"
+        if state.get("file") not in _STATE_FILES:
+            return "its line in the journal names a state that is none"
+        path = self.work / self.files[layer + 1]
+        if not path.is_file() or file_sha256(path) != row.get("sha256"):
+            return "its file is missing or damaged"
+        return ""
 
     def _written_layer(self, layer: int) -> dict[str, torch.Tensor]:
         tensors = read_header(self.work / self.files[layer + 1])
@@ -382,19 +399,23 @@ def finished_before(work: Path, out: Path, journal: Journal) -> QuantizeResult |
     scratch = SCRATCH_PREFIX
     if findings or any(not finding.file.startswith(scratch) for finding in check_files(work, manifest)):
         return None
-    if current_names(manifest["job"]) != journal.job:
+    fields = Fields(manifest, MANIFEST_NAME, "")
+    try:
+        if current_names(fields.sub("job").value) != journal.job:
+            return None
+        return QuantizeResult(
+            out=out,
+            drift=DriftReport.from_json(fields.sub("drift").value),
+            layers=tuple(BlockResult.from_json(row.get("result")) for row in journal.layers),
+            tensor_bytes=fields.whole("tensor_bytes"),
+            file_bytes=fields.whole("file_bytes"),
+            bits_per_linear_weight=fields.number("bits_per_linear_weight"),
+            seconds=fields.sub("run").number("seconds"),
+            peak_rss_bytes=fields.sub("run").whole("peak_rss_bytes"),
+            warnings=tuple(fields.texts("warnings")),
+        )
+    except (CheckpointError, ValueError):
         return None
-    return QuantizeResult(
-        out=out,
-        drift=DriftReport.from_json(manifest["drift"]),
-        layers=tuple(BlockResult.from_json(row["result"]) for row in journal.layers),
-        tensor_bytes=manifest["tensor_bytes"],
-        file_bytes=manifest["file_bytes"],
-        bits_per_linear_weight=manifest["bits_per_linear_weight"],
-        seconds=manifest["run"]["seconds"],
-        peak_rss_bytes=manifest["run"]["peak_rss_bytes"],
-        warnings=tuple(manifest["warnings"]),
-    )
 
 
 def job_warnings(layers: tuple[BlockResult, ...], drift: DriftReport, overlap: float | None) -> tuple[str, ...]:

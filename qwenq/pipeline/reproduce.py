@@ -17,10 +17,9 @@ from qwenq.formats.base import Recipe, Scheme
 from qwenq.io.tensors import raw_bytes
 from qwenq.machine import numerics
 from qwenq.pipeline.activations import HiddenStates, LayerRunner, TokenSets, embed_tokens
-from qwenq.pipeline.config import QuantizeConfig, unreadable
+from qwenq.pipeline.config import DEFAULT_WINDOWS, QuantizeConfig, unreadable
 from qwenq.pipeline.job import DTYPES, QuantizeJob
 from qwenq.pipeline.monitor import StageClock
-from qwenq.pipeline.preflight import DEFAULT_WINDOWS
 from qwenq.pipeline.quantize import make_layer
 from qwenq.text.calibration import load_windows, set_names
 from qwenq.text.tokens import ModelTokenizer, TokenWindows

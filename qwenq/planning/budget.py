@@ -67,9 +67,10 @@ def choose_for_bytes(
             f"{format_gb(target_bytes)}: there is nothing to quantize",
             hint=reach,
         )
-    found = _choose(spec, table, costs, target_bytes - fixed, dtype_of, format, format_gb(target_bytes), exact)
-    assert found is not None and found.file_bytes <= target_bytes
-    return found
+    choice, bound = _solved(table, costs, target_bytes - fixed, exact=exact)
+    found = describe_choice(spec, table, choice, dtype_of, format, target=format_gb(target_bytes))
+    assert found.file_bytes <= target_bytes
+    return replace(found, bound_kl=bound)
 
 
 def reachable_bytes(spec: ModelSpec, table: Sensitivity, dtype_of: DtypeOf, format: str = "gptq") -> tuple[int, int]:
@@ -98,11 +99,10 @@ def choose_for_bits(
             f"{spec.name}: {float(bits):g} bits per linear weight are out of reach",
             hint=f"reachable: {math.ceil(smallest * 10_000) / 10_000:.4f} to below 16",
         )
-    found = _choose(
-        spec, table, costs, bits * weights // 1, dtype_of, format, f"{float(bits):g} bits per linear weight", True
-    )
-    assert found is not None and sum(costs[unit][scheme] for unit, scheme in found.choice.items()) <= bits * weights
-    return found
+    choice, bound = _solved(table, costs, bits * weights // 1)
+    assert sum(costs[unit][scheme] for unit, scheme in choice.items()) <= bits * weights
+    target = f"{float(bits):g} bits per linear weight"
+    return replace(describe_choice(spec, table, choice, dtype_of, format, target=target), bound_kl=bound)
 
 
 def describe_choice(
@@ -195,25 +195,17 @@ def _stored_bits(spec: ModelSpec, unit: Unit, scheme: Scheme | None, format: str
     return sum(get_format(format).stored_bits(scheme, lin) for lin in members_of(spec, unit))
 
 
-def _choose(
-    spec: ModelSpec,
-    table: Sensitivity,
-    costs: Mapping[Unit, Mapping[Scheme | None, int]],
-    budget: int,
-    dtype_of: DtypeOf,
-    format: str,
-    target: str,
-    exact: bool,
-) -> Budgeted | None:
-    units = list(units_of(spec))
+def _solved(
+    table: Sensitivity, costs: Mapping[Unit, Mapping[Scheme | None, int]], budget: int, *, exact: bool = True
+) -> tuple[Choice, float]:
+    """The choice of least loss whose cost is within the budget, which the cheapest is, and a bound of any such loss."""
     options: list[Sequence[tuple[int, float]]] = [
-        [(cost, table.loss(unit, scheme)) for scheme, cost in costs[unit].items()] for unit in units
+        [(cost, table.loss(unit, scheme)) for scheme, cost in row.items()] for unit, row in costs.items()
     ]
     solution = (solve if exact else approximate)(options, budget)
-    if solution is None:
-        return None
-    choice = {unit: list(costs[unit])[k] for unit, k in zip(units, solution.chosen, strict=True)}
-    return replace(describe_choice(spec, table, choice, dtype_of, format, target=target), bound_kl=solution.bound)
+    assert solution is not None
+    chosen = zip(costs.items(), solution.chosen, strict=True)
+    return {unit: list(row)[k] for (unit, row), k in chosen}, solution.bound
 
 
 _STEP = 0.001  # of the target: how finely it is searched

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from qwenq.errors import CheckpointError, PlanError, UnreadScheme, printable
+from qwenq.errors import CheckpointError, PlanError, UnreadScheme
+from qwenq.escaping import printable
 from qwenq.formats.base import (
     FORMATS,
     SIZED,

@@ -46,6 +46,7 @@ class Kernel:
     """
 
     name: str
+    methods: tuple[str, ...] = ()  # of weights that go to it whatever the libraries
     static: float = 0.0
     peak: float = 0.0
     hold: float = 0.0
@@ -53,7 +54,7 @@ class Kernel:
     source: str = ""
 
 
-DENSE = Kernel("16-bit matrix product", source="no dequantization")
+DENSE = Kernel("16-bit matrix product", ("none", "fp8"), source="no dequantization")
 EXLLAMA_V1 = Kernel("ExLlama v1", static=2, source="AutoGPTQ autogptq_post_init: temp_dq, fp16")
 CUDA_OLD = Kernel(
     "AutoGPTQ cuda_old",
@@ -63,13 +64,15 @@ CUDA_OLD = Kernel(
     source="AutoGPTQ qlinear_cuda_old.py, from kernel_switch_threshold = 128 rows on",
 )
 AWQ_GEMM = Kernel(
-    "AutoAWQ gemm", peak=2, hold=2, min_rows=1024, source="AutoAWQ WQLinearMMFunction, from 1,024 rows on"
+    "AutoAWQ gemm", ("awq",), peak=2, hold=2, min_rows=1024, source="AutoAWQ WQLinearMMFunction, from 1,024 rows on"
 )
+PER_LINEAR = Kernel(
+    "dequantize per linear", ("bitsandbytes", "compressed-tensors"), peak=2, hold=2,
+    source="one linear in 16 bit at a time, its upper bound",
+)  # fmt: skip
 MARLIN = Kernel("Marlin", source="repacked weights, workspace of a few KB")
 STRIPS = Kernel("strips", source="weights written out strip by strip")  # how much: Weights.kept
-PER_LINEAR = Kernel("dequantize per linear", peak=2, hold=2, source="one linear in 16 bit at a time, its upper bound")
-UNPACKED = {"none": DENSE, "fp8": DENSE}  # methods without packed weights
-KERNELS = UNPACKED | {"awq": AWQ_GEMM, "bitsandbytes": PER_LINEAR, "compressed-tensors": PER_LINEAR}
+KERNELS = {method: kernel for kernel in (DENSE, AWQ_GEMM, PER_LINEAR) for method in kernel.methods}
 
 
 @dataclass(frozen=True)
@@ -304,6 +307,7 @@ class QwenqEngine(TorchEngine):
     kv_dtypes: ClassVar = {"auto": 2.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0}
     smaller_kv = "fp8"
     own_chunk = QWENQ_PREFILL_CHUNK
+    started = True
 
     profile: Profile | None = None  # measured on the rig
 
@@ -317,7 +321,7 @@ class QwenqEngine(TorchEngine):
         return weights.kept(compute_on(gpu, work.value_bytes))
 
     def kernel_for(self, weights: Weights) -> Kernel:
-        return UNPACKED.get(weights.method, STRIPS)
+        return DENSE if weights.method in DENSE.methods else STRIPS
 
     def cache_bytes(self, case: Case, share: Share, gpu: Gpu) -> tuple[int, int]:
         """Made at once for the whole context, a tensor of keys and one of values a layer."""
