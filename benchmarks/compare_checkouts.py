@@ -53,10 +53,13 @@ REWORDED: list[tuple[str, str]] = [
     (r"\bpull ([\d.]+), pull_share ", r"error_correction \1, error_correction_share "),
     (r"--pull(-share|)(?=[ '])", r"--error-correction\1"),
     (r"strips: weights written out strip by strip", "row blocks: weights written out in row blocks"),
+    (r"every unit stays in 16 bit", "every fused group stays in 16 bit"),
+    (r"is no unit\b", "is no fused group"),
+    (r"strips: weights written out strip by strip", "row blocks: weights written out row block by row block"),
 ]
 
 # Keys that only AFTER has, as `parent.key` or `key`: left out of its JSON.
-ADDED_KEYS: set[str] = set()
+ADDED_KEYS: set[str] = {"layers_not_made_again"}
 
 # Regular expressions (multi-line) for text that only AFTER prints: left out of its text.
 ADDED_TEXT: list[str] = []

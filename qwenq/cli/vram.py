@@ -69,7 +69,9 @@ KvDtype = Annotated[
 PrefillChunk = Annotated[
     int, _option(WORKLOAD, "--prefill-chunk", metavar="N", help="Prompt tokens at once. Default: the engine's.")
 ]
-EngineName = Annotated[str, _option(ENGINE, "--engine", metavar="NAME", help=f"{engine_names()}. Default {Question.engine}.")]
+EngineName = Annotated[
+    str, _option(ENGINE, "--engine", metavar="NAME", help=f"{engine_names()}. Default {Question.engine}.")
+]
 EngineVersion = Annotated[str, _option(ENGINE, "--engine-version", metavar="VERSION", help="Such as 4.46.0.")]
 MaxNumSeqs = Annotated[
     int, _option(ENGINE, "--max-num-seqs", metavar="N", help="A server's limit. Default: its own for the GPU.")
@@ -211,10 +213,14 @@ def serve_command(
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any free one.")] = 8321,
+    allowed_hosts: Annotated[
+        str, typer.Option("--allowed-hosts", help="Names it is reached by, beside addresses and local ones; *: any.")
+    ] = "",
 ) -> None:
     """Open the page: sliders, charts and a rig builder over the same numbers."""
     try:
-        from qwenq.page.app import listen, run_page
+        from qwenq.io.http import is_loopback, listen
+        from qwenq.page.app import run_page
     except ImportError as error:
         raise PlanError(f"the page needs {error.name}", hint="pip install 'qwenq[page]'") from None
     try:
@@ -226,7 +232,9 @@ def serve_command(
     with bound:
         print(f"http://{host if host != '0.0.0.0' else 'localhost'}:{bound.getsockname()[1]}/", flush=True)
         print("Ctrl-C ends it", file=sys.stderr)
-        run_page(bound, host)
+        if not is_loopback(host):
+            print(f"warning: {host} is reached from other machines; the page asks nobody for a key", file=sys.stderr)
+        run_page(bound, [name.strip() for name in allowed_hosts.split(",") if name.strip()])
 
 
 @vram_app.command("export")

@@ -19,7 +19,7 @@ from qwenq.model.spec import ModelSpec
 from qwenq.planning.rig import Gpu
 
 KERNEL_GROUPS = (256, 128, 64, 32)
-DENSE_ROWS = 112  # measured on AVX-512: below it the kernel is faster than writing weights out and a dense product
+DENSE_ROWS = 112  # measured on AVX-512: below it the kernel is faster than writing weights out and a dense matmul
 INT8_ROWS_CUDA = 4  # `_weight_int8pack_mm` there has one thread an output and reads weights again for each row
 ROW_BLOCK = 1 << 20  # weights written out at a time on a CPU; their float32 fits the last-level cache
 ROW_BLOCK_CUDA = 1 << 24
@@ -67,7 +67,7 @@ class Choice:
 def choose(shape: PackedShape, compute: Compute = Compute()) -> Choice:
     """The kernel of a packed linear, chosen once: by what its format says of it.
 
-    On GPUs 8-bit codes with one scale a row run as two tinygemm products where that can be: torch's int8 kernel there
+    On GPUs 8-bit codes with one scale a row run as two tinygemm matmuls where that can be: torch's int8 kernel there
     is a plain loop (aten/src/ATen/native/cuda/int8mm.cu).
     """
     if shape.table:

@@ -250,7 +250,7 @@ class Declared:
 
 
 def declared_by_recipe(spec: ModelSpec, recipe: Recipe, sorted_columns: bool = False) -> Declared:
-    """What a recipe's checkpoint declares."""
+    """The declaration of a recipe's checkpoint."""
     schemes = [scheme for lin in spec.linears if (scheme := recipe.scheme_of(lin)) is not None]
     return Declared(
         method=get_format(recipe.format).method if schemes else "none",
@@ -263,7 +263,7 @@ def declared_by_recipe(spec: ModelSpec, recipe: Recipe, sorted_columns: bool = F
 
 
 def declared_by_config(spec: ModelSpec, config: Mapping[str, Any], where: str) -> Declared:
-    """What config.json declares, read and refused as when the checkpoint is opened.
+    """The declaration of config.json, read and refused as when the checkpoint is opened.
 
     A scheme that this version does not read is no reason not to size the weights: then what is stated is believed.
     """
@@ -300,7 +300,12 @@ def allocated_bytes(sizes: Iterable[int]) -> int:
 
 
 def allocated_blocks(sizes: Iterable[int]) -> Iterator[int]:
-    """Bytes counted for each tensor."""
+    """Bytes that torch's CUDA caching allocator counts for each of these tensors, loaded and never freed.
+
+    Rules of c10/cuda/CUDACachingAllocator.cpp: sizes round up to 512 bytes; up to 1 MiB come from a pool of small
+    blocks; larger ones take the best-fitting free block, else a new segment of 20 MiB (below 10 MiB) or of whole 2 MiB;
+    a block is split only when more than 1 MiB would be left, otherwise all of it counts as allocated.
+    """
     free: list[int] = []
     for size in sizes:
         wanted = -(-size // 512) * 512

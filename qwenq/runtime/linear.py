@@ -54,7 +54,7 @@ def _parameter(value: Tensor) -> nn.Parameter:
 
 
 class _Linear(nn.Module):
-    """Sizes, bias and columns sorted by group, as all packed linears have them."""
+    """The part that packed linears share: sizes, bias, and columns sorted by group."""
 
     def __init__(self, q: QTensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()

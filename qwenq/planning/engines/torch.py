@@ -54,11 +54,11 @@ class Kernel:
     source: str = ""
 
 
-DENSE = Kernel("16-bit matrix product", ("none", "fp8"), source="no dequantization")
+DENSE = Kernel("16-bit matmul", ("none", "fp8"), source="no dequantization")
 EXLLAMA_V1 = Kernel("ExLlama v1", static=2, source="AutoGPTQ autogptq_post_init: temp_dq, fp16")
 CUDA_OLD = Kernel(
     "AutoGPTQ cuda_old",
-    peak=6,  # int32 shift (4) and its int16 copy (2), then int16, difference, fp16 product (2 + 2 + 2)
+    peak=6,  # int32 shift (4) and its int16 copy (2), then int16, difference, fp16 values (2 + 2 + 2)
     hold=2,
     min_rows=128,
     source="AutoGPTQ qlinear_cuda_old.py, from kernel_switch_threshold = 128 rows on",
