@@ -33,7 +33,7 @@ OPTIONS = {
     "--json",
     "sensitivity": "--output -o --calibration --num-samples -n --sequence-length --seed --asymmetric --device "
     "--compute-dtype --json",
-    "serve": "--host --port --served-model-name --allowed-hosts --api-key --max-queue --engine --max-model-len -c "
+    "serve": "--host --port --allowed-hosts --served-model-name --api-key --max-queue --engine --max-model-len -c "
     "--prefill-chunk --kv-cache-dtype --compute-dtype --gpu-memory --cpu-memory --offload-dir --gpu --hosts --dry-run",
     "inspect": "--expect-params --json",
     "convert": "--format --json",
@@ -48,7 +48,7 @@ OPTIONS = {
     "--max-num-seqs --gpu-memory-utilization --expect-params --profile --json --csv",
     "vram validate": "--json",
     "vram gpus": "--json",
-    "vram serve": "--allowed-hosts --host --port",
+    "vram serve": "--host --port --allowed-hosts",
     "vram export": "--output -o --max-model-len -c --bits --kv-cache-dtype --group-size --batch-size --engine "
     "--prefill-chunk --gpu",
     "vram measure": "--synthetic --bits --group-size --max-model-len -c --prefill-chunk --kv-cache-dtype "
@@ -118,7 +118,7 @@ def test_help_fits_a_screen(name: str) -> None:
     assert sum(line.startswith("╭─ Options ") for line in lines) == 1
 
 
-@pytest.mark.parametrize("name", ["quantize", "run", "serve", "eval", "vram measure"])
+@pytest.mark.parametrize("name", ["quantize", "run", "serve", "eval", "plan", "vram estimate", "vram measure"])
 def test_many_options_are_grouped(name: str) -> None:
     words = name.split()
     options = [p for p in command(*words).params if p.param_type_name == "option"]
