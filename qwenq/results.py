@@ -58,7 +58,8 @@ _LINEAR: dict[str, tuple[type, ...]] = {
     "fallback": (str,),
 }  # fmt: skip
 _BLOCK: dict[str, tuple[type, ...]] = {
-    "layer": (int,), "linears": (list, tuple), "stream_error_db": _NUMBER_OR_NONE, "seconds": _NUMBER, "stages_s": (dict,),
+    "layer": (int,), "linears": (list, tuple), "stream_error_db": _NUMBER_OR_NONE, "seconds": _NUMBER,
+    "stages_s": (dict,),
 }  # fmt: skip
 
 
