@@ -136,9 +136,9 @@ def sensitivity(
     """
     from qwenq.checkpoint.reader import open_source
     from qwenq.io.durable import write_bytes
+    from qwenq.pipeline.config import DEFAULT_WINDOWS
     from qwenq.pipeline.fisher import measure_sensitivity, split_windows
     from qwenq.pipeline.job import DTYPES
-    from qwenq.pipeline.preflight import DEFAULT_WINDOWS
     from qwenq.planning.sensitivity import encode_sensitivity
     from qwenq.text.calibration import load_windows
     from qwenq.text.tokens import ModelTokenizer
@@ -534,7 +534,7 @@ class LoadedModel:
                 ids.append(token)
                 yield token
 
-        return self._chat.stream(noted())
+        return self._chat.stream(noted(), asked)
 
     def close(self) -> None:
         """Let go of weights and cache."""

@@ -29,22 +29,20 @@ from qwenq.formats.base import Recipe, Scheme
 from qwenq.model.architectures import ARCHITECTURES, Architecture, Linear, SlidingWindow, Stage
 from qwenq.model.layer import Network
 from qwenq.model.spec import spec_from_config
-from qwenq.pipeline.block import SolverOptions
 from qwenq.pipeline.quantize import quantize
 from qwenq.pipeline.reproduce import reproduce
 
 Make = Callable[..., Path]
-ROUNDED = SolverOptions(method="rtn")
 
 
 def checked(source: Path, out: Path, recipe: Recipe) -> None:
     """Quantized; better than rounded; every layer made again has the same bytes."""
     job = small_job(source, out, recipe=recipe)
     kl = quantize(job).drift.kl.mean
-    rounded = quantize(replace(job, out=out.with_name("rtn"), calibration=None, options=ROUNDED)).drift.kl.mean
+    rtn = small_job(source, out.with_name("rtn"), recipe=recipe, calibration=None, method="rtn")
+    rounded = quantize(rtn).drift.kl.mean
     assert 0 < kl < rounded
-    made = reproduce(out.with_name("rtn"), source, read_manifest(out.with_name("rtn"))[0], range(2))
-    assert made[1] == []
+    assert reproduce(rtn.out, source, read_manifest(rtn.out)[0], range(2))[1] == []
     written = open_checkpoint(out)
     assert written.recipe == recipe and written.spec == replace(job.source.spec, name=written.spec.name)
 
@@ -238,8 +236,8 @@ def test_folding_leaves_the_function_of_a_made_up_layer(made_up: Path, tmp_path:
     """In 8 bits nearly nothing is lost, whatever is folded: scales went where they belong."""
     kl, norms = [], []
     for fold in (False, True):
-        options = SolverOptions(fold=fold, error_correction=0.0)
-        job = small_job(made_up, tmp_path / str(fold), recipe=Recipe(Scheme(8, 32)), options=options)
+        recipe = Recipe(Scheme(8, 32))
+        job = small_job(made_up, tmp_path / str(fold), recipe=recipe, fold=fold, error_correction=0.0)
         kl.append(quantize(job).drift.kl.mean)
         written = open_checkpoint(job.out)
         norms.append([written.read(f"decoder.blocks.0.{name}") for name in ("norm_1.weight", "ffn.one.bias")])

@@ -14,10 +14,10 @@ from conftest import small_job, text_windows
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.model.spec import family_spec
 from qwenq.pipeline.block import batches
+from qwenq.pipeline.config import default_error_correction
 from qwenq.pipeline.monitor import StageClock
-from qwenq.pipeline.preflight import default_error_correction
 from qwenq.pipeline.quantize import quantize
-from qwenq.solver.gptq import solve_unit
+from qwenq.solver.gptq import solve_linears
 
 
 @pytest.mark.parametrize(("windows", "length"), [(9, 512), (10, 2048), (7, 300), (1, 5000)])
@@ -69,16 +69,16 @@ def test_all_windows_count_their_tokens_alike(
     """
     window = text_windows(calib, tiny, 256, 1)
     windows = replace(window, ids=window.ids.repeat(16, 1))
-    monkeypatch.setattr("qwenq.pipeline.preflight.CORRECTION_TOKENS_A_COLUMN", 0)
+    monkeypatch.setattr("qwenq.pipeline.config.CORRECTION_TOKENS_A_COLUMN", 0)
     found: dict[float, list[torch.Tensor]] = {}
     for share in (0.0, 0.5, 1.0):
         kept = found.setdefault(share, [])
 
         def solve(weights: Any, h_II: torch.Tensor, *rest: Any, kept: list[torch.Tensor] = kept, **options: Any) -> Any:
             kept.append(h_II.diagonal().clone())
-            return solve_unit(weights, h_II, *rest, **options)
+            return solve_linears(weights, h_II, *rest, **options)
 
-        monkeypatch.setattr("qwenq.solver.parallel.solve_unit", solve)
+        monkeypatch.setattr("qwenq.solver.parallel.solve_linears", solve)
         options = {"error_correction_share": share, "error_correction": 0.5 if share else 0.0}
         quantize(small_job(tiny, tmp_path / str(share), calibration=windows, **options))
     for none, half, every in zip(*(found[share][:4] for share in (0.0, 0.5, 1.0)), strict=True):

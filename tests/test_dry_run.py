@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from qwenq.cli.main import app
 from qwenq.machine import total_memory
 from qwenq.model.spec import family_spec
-from qwenq.pipeline.preflight import SET_TOKENS, original_windows, sensitivity_bytes
+from qwenq.pipeline.config import SET_TOKENS, original_windows
+from qwenq.pipeline.preflight import sensitivity_bytes
 from tests.conftest import text_windows
 
 GB = 10**9

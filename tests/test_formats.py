@@ -19,8 +19,9 @@ from qwenq.errors import PlanError
 from qwenq.formats.base import FORMATS, Recipe, Scheme
 from qwenq.formats.bitsandbytes import INT8_ROWS, NF4
 from qwenq.model.layer import model_config
+from qwenq.pipeline.config import Tokens
 from qwenq.pipeline.evaluate import evaluate
-from qwenq.pipeline.preflight import PlannedJob, Tokens, preflight
+from qwenq.pipeline.preflight import PlannedJob, preflight
 from qwenq.pipeline.quantize import quantize
 
 Make = Callable[..., Path]

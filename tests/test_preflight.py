@@ -15,15 +15,8 @@ from qwenq.errors import JobError, PlanError
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.machine import free_disk
 from qwenq.model.spec import ModelSpec, family_spec, spec_from_config
-from qwenq.pipeline.preflight import (
-    PlannedJob,
-    Preflight,
-    Tokens,
-    hidden_state_bytes,
-    original_windows,
-    peak_bytes,
-    preflight,
-)
+from qwenq.pipeline.config import Tokens, original_windows
+from qwenq.pipeline.preflight import PlannedJob, Preflight, hidden_state_bytes, peak_bytes, preflight
 from qwenq.planning.tensor_parallel import (
     padded_width,
     row_groups,

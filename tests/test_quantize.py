@@ -27,9 +27,10 @@ from qwenq.checkpoint.reader import open_checkpoint, open_source
 from qwenq.errors import CheckpointError, JobError, PlanError, QwenqError, UsageError
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.pipeline.activations import embed_tokens
+from qwenq.pipeline.config import Tokens
 from qwenq.pipeline.evaluate import evaluate
 from qwenq.pipeline.job import QuantizeJob, partial_directory
-from qwenq.pipeline.preflight import PlannedJob, Tokens, preflight
+from qwenq.pipeline.preflight import PlannedJob, preflight
 from qwenq.pipeline.quantize import quantize
 from qwenq.text.tokens import TokenWindows
 

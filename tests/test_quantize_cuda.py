@@ -20,8 +20,9 @@ from qwenq.model.spec import ModelSpec, family_spec
 from qwenq.pipeline import monitor as clock_module
 from qwenq.pipeline import workers as workers_module
 from qwenq.pipeline.block import BlockSolver, CalibrationStates, SolverOptions, round_block
+from qwenq.pipeline.config import Tokens, original_windows
 from qwenq.pipeline.monitor import StageClock
-from qwenq.pipeline.preflight import Tokens, original_windows, peak_bytes, scratch_width
+from qwenq.pipeline.preflight import peak_bytes, scratch_width
 from qwenq.pipeline.workers import Workers
 from qwenq.runtime.synthetic import synthetic_config
 from qwenq.solver import gptq

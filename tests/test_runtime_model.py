@@ -55,7 +55,7 @@ def reference(checkpoint: Checkpoint) -> Tensor:
     """transformers' own model filled with the float32 weights that `eval` computes with."""
     import transformers
 
-    name = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}[checkpoint.spec.model_type]
+    name = checkpoint.spec.architecture.classes
     model = getattr(transformers, name + "ForCausalLM")(model_config(checkpoint.config, checkpoint.spec))
     outer = {n: checkpoint.read(n).float() for n in ("model.embed_tokens.weight", "model.norm.weight")}
     state = outer | {"lm_head.weight": checkpoint.read(checkpoint.head_name).float()}
@@ -129,7 +129,7 @@ def test_other_formats_stay_packed_too(recipe: Recipe, kernel: str, random_model
     assert weights < 2 * 128 * 256 * (0.45 if kernel in ("int4", "nf4") else 0.75)  # against 16 bit
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama", "mistral"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_sixteen_bit_models_and_chunks(kind: str, tied: bool, random_model: Make) -> None:
     checkpoint = open_checkpoint(random_model(model_type=kind, tie_word_embeddings=tied))

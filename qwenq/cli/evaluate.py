@@ -10,7 +10,7 @@ import typer
 
 from qwenq import api
 from qwenq.cli.console import LayerProgress, drift_table, out, print_json
-from qwenq.cli.options import JOB, TEXT, ComputeDtype, Device, JsonFlag, Model, SequenceLength, fetched
+from qwenq.cli.options import JOB, TEXT, ComputeDtype, Device, JsonFlag, Model, SequenceLength, fetched, option
 from qwenq.errors import PlanError
 from qwenq.pipeline.config import EvaluateConfig
 
@@ -20,25 +20,20 @@ def evaluate(
     reference: Annotated[str, typer.Option(help="The 16-bit checkpoint, or another one: a directory or a hub name.")],
     text: Annotated[
         str,
-        typer.Option(
-            help="Held-out text: a set's name, or a .txt, .jsonl, .json, .parquet (also .gz) or .npy file.",
-            rich_help_panel=TEXT,
-        ),
+        option(TEXT, help="Held-out text: a set's name, or a .txt, .jsonl, .json, .parquet (also .gz) or .npy file."),
     ] = EvaluateConfig.text,
     num_samples: Annotated[
         int | None,
-        typer.Option("--num-samples", "-n", min=1, help="Windows. Default: all, at most 20.", rich_help_panel=TEXT),
+        option(TEXT, "--num-samples", "-n", min=1, help="Windows. Default: all, at most 20."),
     ] = EvaluateConfig.num_samples,
     sequence_length: SequenceLength = EvaluateConfig.sequence_length,
     max_kl: Annotated[
         float | None,
-        typer.Option(min=0.0, help="Exit with 3 when the mean KL is above this.", rich_help_panel=JOB),
+        option(JOB, min=0.0, help="Exit with 3 when the mean KL is above this."),
     ] = None,
     max_ppl_increase: Annotated[
         str | None,
-        typer.Option(
-            metavar="PERCENT", help="Exit with 3 when perplexity rises by more, for instance 2%.", rich_help_panel=JOB
-        ),
+        option(JOB, metavar="PERCENT", help="Exit with 3 when perplexity rises by more, for instance 2%."),
     ] = None,
     device: Device = EvaluateConfig.device,
     compute_dtype: ComputeDtype = EvaluateConfig.compute_dtype,

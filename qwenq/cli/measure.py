@@ -27,6 +27,7 @@ from qwenq.cli.options import (
     RunDtype,
     fetched,
     load_words,
+    option,
 )
 from qwenq.errors import HonestNo, PlanError, UsageError
 from qwenq.units import GIB, format_tokens, parse_tokens
@@ -39,21 +40,13 @@ def measure(
     ] = None,
     synthetic: Annotated[
         str,
-        typer.Option(
-            "--synthetic",
-            help="Random weights of this model's shapes instead: Qwen2.5-72B.",
-            rich_help_panel=WEIGHTS,
-        ),
+        option(WEIGHTS, "--synthetic", help="Random weights of this model's shapes instead: Qwen2.5-72B."),
     ] = "",
-    bits: Annotated[
-        int, typer.Option("--bits", help="Of the random weights: 4, 8, or 16.", rich_help_panel=WEIGHTS)
-    ] = 4,
-    group_size: Annotated[
-        int, typer.Option("--group-size", help="Of the random weights.", rich_help_panel=WEIGHTS)
-    ] = 128,
+    bits: Annotated[int, option(WEIGHTS, "--bits", help="Of the random weights: 4, 8, or 16.")] = 4,
+    group_size: Annotated[int, option(WEIGHTS, "--group-size", help="Of the random weights.")] = 128,
     max_model_len: Annotated[
         str,
-        typer.Option("--max-model-len", "-c", help="Contexts, e.g. 1k,8k,32k.", rich_help_panel=ENGINE),
+        option(ENGINE, "--max-model-len", "-c", help="Contexts, e.g. 1k,8k,32k."),
     ] = "1k,4k",
     prefill_chunk: PrefillChunk = 2048,
     kv_cache_dtype: KvDtype = "auto",
@@ -63,9 +56,7 @@ def measure(
     offload_dir: OffloadDir = None,
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output", "-o", help="Keep the rows for `qwenq vram --profile FILE`.", rich_help_panel=JOB
-        ),
+        option(JOB, "--output", "-o", help="Keep the rows for `qwenq vram --profile FILE`."),
     ] = None,
     json: JsonFlag = False,
 ) -> None:

@@ -17,242 +17,172 @@ ASYMMETRIC = names_of((form for form in FORMATS.values() if form.asymmetric), "a
 BITS, BUDGET, TEXT, SOLVER, MACHINE, JOB = "Bits", "Bits to a budget", "Text", "Solver", "Machine", "Job"
 ENGINE, ANSWER, SERVER, WEIGHTS = "Engine", "Answer", "Server", "Weights"
 
+
+def option(panel: str, *names: str, help: str, **more: Any) -> Any:
+    """An option that stands in a panel of its command's help; without `names` it is called as its parameter."""
+    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
+
+
 # ---------------------------------------------------------------------- everywhere
 
 Model = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="A checkpoint directory, or a hub name such as Qwen/Qwen2.5-7B-Instruct."),
 ]
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.", rich_help_panel=JOB)]
+JsonFlag = Annotated[bool, option(JOB, "--json", help="Print one JSON object instead of tables.")]
 Device = Annotated[
     str,
-    typer.Option(
+    option(
+        MACHINE,
+        metavar="DEVICE",
         help="cpu, cuda:N or cuda:N,cuda:M; auto: every GPU there is, or cpu.",
-        metavar="DEVICE", show_default=False, rich_help_panel=MACHINE,
+        show_default=False,
     ),
-]  # fmt: skip
+]
 OneDevice = Annotated[
-    str,
-    typer.Option(
-        "--device", help="auto, cpu or cuda:N.", metavar="DEVICE", show_default=False, rich_help_panel=MACHINE
-    ),
+    str, option(MACHINE, "--device", metavar="DEVICE", help="auto, cpu or cuda:N.", show_default=False)
 ]
 ComputeDtype = Annotated[
     str,
-    typer.Option(
+    option(
+        MACHINE,
+        metavar="DTYPE",
         help="Of activations: float32 (auto on a CPU), bfloat16 (on a GPU).",
-        metavar="DTYPE", show_default=False, rich_help_panel=MACHINE,
+        show_default=False,
     ),
-]  # fmt: skip
-SequenceLength = Annotated[int, typer.Option(help="Tokens a window.", min=2, metavar="N", rich_help_panel=TEXT)]
+]
+SequenceLength = Annotated[int, option(TEXT, metavar="N", help="Tokens a window.", min=2)]
 Calibration = Annotated[
-    str,
-    typer.Option(
-        help="A set's name, or a .txt, .jsonl, .json, .parquet (also .gz) or .npy file.",
-        metavar="TEXT",
-        rich_help_panel=TEXT,
-    ),
+    str, option(TEXT, metavar="TEXT", help="A set's name, or a .txt, .jsonl, .json, .parquet (also .gz) or .npy file.")
 ]
 
 # ---------------------------------------------------------------------- quantize
 
-Output = Annotated[
-    Path,
-    typer.Option(
-        "--output", "-o", help="Directory to make.", metavar="DIR", show_default=False, rich_help_panel=JOB
-    ),
-]
-Bits = Annotated[
-    int | None, typer.Option(help="4 or 8, for every linear. Default 4.", metavar="N", rich_help_panel=BITS)
-]
+Output = Annotated[Path, option(JOB, "--output", "-o", metavar="DIR", help="Directory to make.", show_default=False)]
+Bits = Annotated[int | None, option(BITS, metavar="N", help="4 or 8, for every linear. Default 4.")]
 GroupSize = Annotated[
-    int | None,
-    typer.Option(
-        help="Columns a scale: 128, 64, 32, -1 (row). Default 128.", metavar="N", rich_help_panel=BITS
-    ),
+    int | None, option(BITS, metavar="N", help="Columns a scale: 128, 64, 32, -1 (row). Default 128.")
 ]
-Format = Annotated[
-    str,
-    typer.Option(
-        "--format", help=", ".join(FORMATS) + ".", metavar="NAME", rich_help_panel=BITS
-    ),
-]
+Format = Annotated[str, option(BITS, "--format", metavar="NAME", help=", ".join(FORMATS) + ".")]
 Asymmetric = Annotated[
     bool | None,
-    typer.Option(
-        "--asymmetric/--symmetric",
-        help=f"Zero points for each group. Default: only for {ASYMMETRIC}.",
-        rich_help_panel=BITS,
-    ),
+    option(BITS, "--asymmetric/--symmetric", help=f"Zero points for each group. Default: only for {ASYMMETRIC}."),
 ]
 PadForTp = Annotated[
-    int | None,
-    typer.Option(
-        help="Widen the FFN with zeros to split on so many GPUs.", min=1, metavar="GPUS", rich_help_panel=BITS
-    ),
+    int | None, option(BITS, metavar="GPUS", help="Widen the FFN with zeros to split on so many GPUs.", min=1)
 ]
 TargetSize = Annotated[
-    str | None,
-    typer.Option(
-        help="Best mixed bits of shard files at most so large, e.g. 47GB.", metavar="SIZE", rich_help_panel=BUDGET
-    ),
+    str | None, option(BUDGET, metavar="SIZE", help="Best mixed bits of shard files at most so large, e.g. 47GB.")
 ]
 BitsPerWeight = Annotated[
     str | None,
-    typer.Option(
-        "--bpw", help="Best mixed bits of at most so many a linear weight, e.g. 5.",
-        metavar="BITS", rich_help_panel=BUDGET,
-    ),
-]  # fmt: skip
-Fit = Annotated[
-    str | None,
-    typer.Option(
-        help='Best mixed bits that fit a rig, e.g. "2x RTX 3090".', metavar="RIG", rich_help_panel=BUDGET
-    ),
+    option(BUDGET, "--bpw", metavar="BITS", help="Best mixed bits of at most so many a linear weight, e.g. 5."),
 ]
+Fit = Annotated[str | None, option(BUDGET, metavar="RIG", help='Best mixed bits that fit a rig, e.g. "2x RTX 3090".')]
 Context = Annotated[
-    str | None,
-    typer.Option(
-        "--context", "-c", help="Tokens that --fit leaves room for. Default 8k.", metavar="N", rich_help_panel=BUDGET
-    ),
+    str | None, option(BUDGET, "--context", "-c", metavar="N", help="Tokens that --fit leaves room for. Default 8k.")
 ]
 FitEngine = Annotated[
-    str | None,
-    typer.Option(
-        "--engine", help="Engine of --fit: qwenq, transformers or vllm.", metavar="NAME", rich_help_panel=BUDGET
-    ),
+    str | None, option(BUDGET, "--engine", metavar="NAME", help="Engine of --fit: qwenq, transformers, vllm, sglang.")
 ]
-RecipeFile = Annotated[
-    Path | None, typer.Option(help="A recipe file, perhaps edited.", metavar="FILE", rich_help_panel=BUDGET)
-]
+RecipeFile = Annotated[Path | None, option(BUDGET, metavar="FILE", help="A recipe file, perhaps edited.")]
 SensitivityFile = Annotated[
-    Path | None,
-    typer.Option(
-        help="A table that `qwenq sensitivity` wrote for this model.", metavar="FILE", rich_help_panel=BUDGET
-    ),
+    Path | None, option(BUDGET, metavar="FILE", help="A table that `qwenq sensitivity` wrote for this model.")
 ]
 SaveRecipe = Annotated[
-    Path | None,
-    typer.Option(
-        help="With --dry-run: write the recipe there, to edit and give back.", metavar="FILE", rich_help_panel=BUDGET
-    ),
+    Path | None, option(BUDGET, metavar="FILE", help="With --dry-run: write the recipe there, to edit and give back.")
 ]
 NumSamples = Annotated[
     int | None,
-    typer.Option(
-        "--num-samples", "-n", help="Calibration windows. Default: all, at most 128.",
-        min=1, metavar="N", rich_help_panel=TEXT,
-    ),
-]  # fmt: skip
-Seed = Annotated[int, typer.Option(help="Decides which windows are drawn.", min=0, metavar="N", rich_help_panel=TEXT)]
-EvalText = Annotated[str, typer.Option(help="Held-out text for the divergence.", metavar="TEXT", rich_help_panel=TEXT)]
+    option(TEXT, "--num-samples", "-n", metavar="N", help="Calibration windows. Default: all, at most 128.", min=1),
+]
+Seed = Annotated[int, option(TEXT, metavar="N", help="Decides which windows are drawn.", min=0)]
+EvalText = Annotated[str, option(TEXT, metavar="TEXT", help="Held-out text for the divergence.")]
 EvalSamples = Annotated[
-    int | None,
-    typer.Option(
-        help="Held-out windows. Default: all, at most 20.", min=1, metavar="N", rich_help_panel=TEXT
-    ),
+    int | None, option(TEXT, metavar="N", help="Held-out windows. Default: all, at most 20.", min=1)
 ]
-Method = Annotated[
-    str | None, typer.Option(help="gptq (default) or rtn, rounding to nearest.", metavar="NAME", rich_help_panel=SOLVER)
-]
+Method = Annotated[str | None, option(SOLVER, metavar="NAME", help="gptq (default) or rtn, rounding to nearest.")]
 DampPercent = Annotated[
     float | None,
-    typer.Option(
-        help="Damping, of the mean Hessian diagonal. Default 0.02.",
-        min=0.0, max=1.0, metavar="SHARE", rich_help_panel=SOLVER,
-    ),
-]  # fmt: skip
+    option(SOLVER, metavar="SHARE", help="Damping, of the mean Hessian diagonal. Default 0.02.", min=0.0, max=1.0),
+]
 Fold = Annotated[
     bool,
-    typer.Option(
-        "--fold/--no-fold", help="Channel scales in norms and up_proj; off: LoRA fits.",
-        show_default=False, rich_help_panel=BITS,
-    ),
-]  # fmt: skip
+    option(BITS, "--fold/--no-fold", help="Channel scales in norms and up_proj; off: LoRA fits.", show_default=False),
+]
 ErrorCorrection = Annotated[
     float | None,
-    typer.Option(
+    option(
+        SOLVER,
+        metavar="X",
         help="Strength, for o and down. Default: 1; 0 where all is in 8 bits or there is little text.",
-        min=0.0, max=1.0, metavar="X", rich_help_panel=SOLVER,
+        min=0.0,
+        max=1.0,
     ),
-]  # fmt: skip
+]
 ErrorCorrectionShare = Annotated[
     float,
-    typer.Option(
+    option(
+        SOLVER,
+        metavar="SHARE",
         help="Share of the calibration windows that it reads; 1 loses less and takes longer.",
-        min=0.0, max=1.0, metavar="SHARE", rich_help_panel=SOLVER,
+        min=0.0,
+        max=1.0,
     ),
-]  # fmt: skip
+]
 CalibrationDtype = Annotated[
     str,
-    typer.Option(
-        help="Of calibration: float32, bfloat16 (auto where native).",
-        metavar="DTYPE", show_default=False, rich_help_panel=MACHINE,
-    ),
-]  # fmt: skip
+    option(MACHINE, metavar="DTYPE", help="Of calibration: float32, bfloat16 (auto where native).", show_default=False),
+]
 StoredDtype = Annotated[
     str,
-    typer.Option(
+    option(
+        MACHINE,
+        metavar="DTYPE",
         help="Of unquantized tensors: float16, bfloat16; auto: kept as is.",
-        metavar="DTYPE", show_default=False, rich_help_panel=MACHINE,
+        show_default=False,
     ),
-]  # fmt: skip
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Read headers only; print sizes, memory and disk.", rich_help_panel=JOB)
 ]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on with a stopped job: same command, plus this.", rich_help_panel=JOB)
-]
+DryRun = Annotated[bool, option(JOB, "--dry-run", help="Read headers only; print sizes, memory and disk.")]
+Resume = Annotated[bool, option(JOB, "--resume", help="Go on with a stopped job: same command, plus this.")]
 
 # ---------------------------------------------------------------------- load, run and serve
 
 MaxModelLen = Annotated[
     str,
-    typer.Option(
-        "--max-model-len", "-c", help="Context in tokens, prompt and answer, e.g. 16k. Default 4k.",
-        metavar="N", rich_help_panel=ENGINE,
+    option(
+        ENGINE, "--max-model-len", "-c", metavar="N", help="Context in tokens, prompt and answer, e.g. 16k. Default 4k."
     ),
-]  # fmt: skip
+]
 PrefillChunk = Annotated[
-    int,
-    typer.Option(
-        "--prefill-chunk", help="Prompt tokens computed at once.", min=1, metavar="N", rich_help_panel=ENGINE
-    ),
+    int, option(ENGINE, "--prefill-chunk", metavar="N", help="Prompt tokens computed at once.", min=1)
 ]
 GpuMemory = Annotated[
     str,
-    typer.Option(
-        "--gpu-memory", help="Limit a GPU, e.g. 20GiB, or 20GiB,10GiB. Default: what is free.",
-        metavar="SIZE", rich_help_panel=MACHINE,
-    ),
-]  # fmt: skip
-CpuMemory = Annotated[
-    str,
-    typer.Option(
-        "--cpu-memory", help="Limit of host memory, the rest goes to disk. Default: free.",
-        metavar="SIZE", rich_help_panel=MACHINE,
-    ),
-]  # fmt: skip
-OffloadDir = Annotated[
-    Path | None,
-    typer.Option(
-        "--offload-dir", help="Where layers on disk are kept while it runs.", metavar="DIR", rich_help_panel=MACHINE
+    option(
+        MACHINE, "--gpu-memory", metavar="SIZE", help="Limit a GPU, e.g. 20GiB, or 20GiB,10GiB. Default: what is free."
     ),
 ]
-KvDtype = Annotated[
+CpuMemory = Annotated[
     str,
-    typer.Option(
-        "--kv-cache-dtype", help="auto, bf16, fp16 or fp8.",
-        metavar="DTYPE", show_default=False, rich_help_panel=ENGINE,
-    ),
-]  # fmt: skip
+    option(MACHINE, "--cpu-memory", metavar="SIZE", help="Limit of host memory, the rest goes to disk. Default: free."),
+]
+OffloadDir = Annotated[
+    Path | None, option(MACHINE, "--offload-dir", metavar="DIR", help="Where layers on disk are kept while it runs.")
+]
+KvDtype = Annotated[
+    str, option(ENGINE, "--kv-cache-dtype", metavar="DTYPE", help="auto, bf16, fp16 or fp8.", show_default=False)
+]
 RunDtype = Annotated[
     str,
-    typer.Option(
-        "--compute-dtype", help="bfloat16 (auto; packed kernels) or float32 (exact, slower).",
-        metavar="DTYPE", show_default=False, rich_help_panel=ENGINE,
+    option(
+        ENGINE,
+        "--compute-dtype",
+        metavar="DTYPE",
+        help="bfloat16 (auto; packed kernels) or float32 (exact, slower).",
+        show_default=False,
     ),
-]  # fmt: skip
+]
 
 
 # ---------------------------------------------------------------------- what they mean

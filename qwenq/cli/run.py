@@ -26,6 +26,7 @@ from qwenq.cli.options import (
     RunDtype,
     fetched,
     load_words,
+    option,
     warn_of_shipped,
 )
 from qwenq.errors import RunError, UsageError
@@ -35,45 +36,32 @@ from qwenq.units import format_gb
 if TYPE_CHECKING:
     from qwenq.planning.questions import Question
     from qwenq.runtime.chat import Chat
+    from qwenq.runtime.foreign import ForeignEngine
     from qwenq.runtime.generate import Sampling, Session
     from qwenq.runtime.load import Loaded, LoadOptions
 
 SMALL_DIFFERENCE = 64 << 20  # between a peak and its prediction: what allocators and libraries do, no error to be told
 MaxNewTokens = Annotated[
     int | None,
-    typer.Option(
-        "--max-new-tokens", "-n", min=1, help="Tokens of an answer. Default: at most 512.", rich_help_panel=ANSWER
-    ),
+    option(ANSWER, "--max-new-tokens", "-n", min=1, help="Tokens of an answer. Default: at most 512."),
 ]
 Temperature = Annotated[
     float | None,
-    typer.Option(
-        "--temperature", help="0: always the likeliest token. Default: the model's own setting.", rich_help_panel=ANSWER
-    ),
+    option(ANSWER, "--temperature", help="0: always the likeliest token. Default: the model's own setting."),
 ]
-EngineName = Annotated[
-    str, typer.Option("--engine", help="qwenq; or gptqmodel or vllm, where installed.", rich_help_panel=ENGINE)
-]
+EngineName = Annotated[str, option(ENGINE, "--engine", help="qwenq; or gptqmodel or vllm, where installed.")]
 
 
 def run(
     context: typer.Context,
     model: Model,
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="One question; without it a chat.", rich_help_panel=ANSWER)
-    ] = None,
-    system: Annotated[
-        str, typer.Option("--system", help="System message of the chat.", rich_help_panel=ANSWER)
-    ] = "",
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the text as it is, without a template.", rich_help_panel=ANSWER)
-    ] = False,
+    prompt: Annotated[str | None, option(ANSWER, "--prompt", "-p", help="One question; without it a chat.")] = None,
+    system: Annotated[str, option(ANSWER, "--system", help="System message of the chat.")] = "",
+    raw: Annotated[bool, option(ANSWER, "--raw", help="Continue the text as it is, without a template.")] = False,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
-    top_p: Annotated[
-        float | None, typer.Option("--top-p", help="Draw from the likeliest of this share.", rich_help_panel=ANSWER)
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the draws.", rich_help_panel=ANSWER)] = 0,
+    top_p: Annotated[float | None, option(ANSWER, "--top-p", help="Draw from the likeliest of this share.")] = None,
+    seed: Annotated[int, option(ANSWER, "--seed", help="Of the draws.")] = 0,
     max_model_len: MaxModelLen = "",
     prefill_chunk: PrefillChunk = 2048,
     kv_cache_dtype: KvDtype = "auto",
@@ -84,11 +72,7 @@ def run(
     offload_dir: OffloadDir = None,
     dry_run: Annotated[
         bool,
-        typer.Option(
-            "--dry-run",
-            help="Say where layers would go, what devices would hold, how fast; load none.",
-            rich_help_panel=JOB,
-        ),
+        option(JOB, "--dry-run", help="Say where layers would go, what devices would hold, how fast; load none."),
     ] = False,
     json: JsonFlag = False,
 ) -> None:
@@ -99,13 +83,15 @@ def run(
     """
     from qwenq.checkpoint.reader import open_checkpoint
     from qwenq.runtime.chat import Chat
-    from qwenq.runtime.foreign import check_engine
+    from qwenq.runtime.foreign import foreign_engine
     from qwenq.runtime.generate import Sampling, Session, new_tokens
     from qwenq.runtime.load import describe, loaded
 
-    if dry_run and engine != "qwenq":
-        raise UsageError(f"--dry-run is of qwenq's own engine, not {engine}", hint="`qwenq plan --engine`")
-    check_engine(engine)
+    foreign = foreign_engine(engine)
+    if foreign is not None:
+        if dry_run:
+            raise UsageError(f"--dry-run is of qwenq's own engine, not {engine}", hint="`qwenq plan --engine`")
+        foreign.check_installed()
     asked: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     Sampling(**{name: value for name, value in asked.items() if value is not None})  # before anything is downloaded
     options = load_options(**load_words(context))
@@ -130,10 +116,16 @@ def run(
         raw = True
     ids = _ids(chat, prompt, system, raw) if prompt is not None else None
     own = options.work(checkpoint.spec).context  # checked against the model, for other engines too
-    room = own if engine == "qwenq" or options.max_model_len else checkpoint.spec.extended_context
+    room = own if foreign is None or options.max_model_len else checkpoint.spec.extended_context
     new_tokens(1 if ids is None else len(ids), sampling.max_new_tokens, room)  # here, not after minutes of loading
-    if engine != "qwenq":
-        _foreign(engine, directory, chat, ids, sampling, options, json)
+    if foreign is not None:
+        if ids is None:
+            raise UsageError(
+                f"--engine {engine} answers one question", hint="give it with --prompt, or use `qwenq serve`"
+            )
+        with redirect_stdout(sys.stderr):  # all of them log to stdout
+            answering = foreign(directory, options.max_model_len)
+        _answer_foreign(answering, chat, ids, sampling, json)
         return
     with loaded(checkpoint, options) as found:
         if not json:
@@ -264,29 +256,16 @@ def _talk(found: Loaded, session: Session, chat: Chat, sampling: Sampling, syste
             messages = [*turn, {"role": "assistant", "content": text}]
 
 
-def _foreign(
-    engine: str,
-    directory: Path,
-    chat: Chat,
-    ids: list[int] | None,
-    sampling: Sampling,
-    options: LoadOptions,
-    json: bool,
-) -> None:
-    from qwenq.runtime.foreign import GptqModelEngine, VllmEngine
+def _answer_foreign(engine: ForeignEngine, chat: Chat, ids: list[int], sampling: Sampling, json: bool) -> None:
     from qwenq.runtime.generate import Timing
 
-    if ids is None:
-        raise UsageError(f"--engine {engine} answers one question", hint="give it with --prompt, or use `qwenq serve`")
-    length = {"max_model_len": options.max_model_len} if options.max_model_len else {}
     timing = Timing()
-    with redirect_stdout(sys.stderr):  # both log to stdout
-        loaded: Any = GptqModelEngine(directory) if engine == "gptqmodel" else VllmEngine(directory, **length)
-        tokens = list(loaded.generate(ids, sampling, chat.stop_ids, timing))
+    with redirect_stdout(sys.stderr):
+        tokens = list(engine.generate(ids, sampling, chat.stop_ids, timing))
     text = "".join(chat.stream(tokens, ids))
     if json:
-        print_json({"text": text, "token_ids": tokens, "timing": timing.to_json(), "engine": engine})
+        print_json({"text": text, "token_ids": tokens, "timing": timing.to_json(), "engine": engine.name})
         return
     print(text)
     speed = timing.new_tokens / timing.decode_seconds if timing.decode_seconds else 0.0
-    print(f"{engine}: {timing.new_tokens} tokens, {speed:.2f} tokens/s with the prompt", file=sys.stderr)
+    print(f"{engine.name}: {timing.new_tokens} tokens, {speed:.2f} tokens/s with the prompt", file=sys.stderr)

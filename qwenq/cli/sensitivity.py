@@ -20,6 +20,7 @@ from qwenq.cli.options import (
     OneDevice,
     SequenceLength,
     fetched,
+    option,
     options_of,
 )
 from qwenq.formats.base import label_of
@@ -30,20 +31,14 @@ from qwenq.planning.sensitivity import Sensitivity
 def sensitivity(
     context: typer.Context,
     model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.", rich_help_panel=JOB)] = Path(
-        "sensitivity.json"
-    ),
+    output: Annotated[Path, option(JOB, "--output", "-o", help="File to write.")] = Path("sensitivity.json"),
     calibration: Calibration = QuantizeConfig.calibration,
     num_samples: Annotated[
         int | None,
-        typer.Option(
-            "--num-samples", "-n", min=2, help="Calibration windows. Default: all, at most 128.", rich_help_panel=TEXT
-        ),
+        option(TEXT, "--num-samples", "-n", min=2, help="Calibration windows. Default: all, at most 128."),
     ] = QuantizeConfig.num_samples,
     sequence_length: SequenceLength = QuantizeConfig.sequence_length,
-    seed: Annotated[
-        int, typer.Option(min=0, help="Decides windows and sampled labels.", rich_help_panel=TEXT)
-    ] = QuantizeConfig.seed,
+    seed: Annotated[int, option(TEXT, min=0, help="Decides windows and sampled labels.")] = QuantizeConfig.seed,
     asymmetric: Annotated[
         bool, typer.Option("--asymmetric", help=f"4 bits with zero points too, which {carry_zero_points()} carries.")
     ] = False,

@@ -6,13 +6,14 @@ import importlib.util
 import os
 import shlex
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qwenq.api import load_options
+from qwenq.cli.console import warn
 from qwenq.cli.options import (
     ENGINE,
     JOB,
@@ -28,6 +29,7 @@ from qwenq.cli.options import (
     RunDtype,
     fetched,
     load_words,
+    option,
 )
 from qwenq.cli.run import print_forecast, stored_question
 from qwenq.errors import PlanError, RunError, UsageError
@@ -35,7 +37,7 @@ from qwenq.errors import PlanError, RunError, UsageError
 if TYPE_CHECKING:
     from qwenq.runtime.load import LoadOptions
 
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
+AUTO = "auto"
 
 
 def serve(
@@ -43,39 +45,25 @@ def serve(
     model: Model,
     host: Annotated[
         str,
-        typer.Option("--host", help="Address to listen on; loopback unless told otherwise.", rich_help_panel=SERVER),
+        option(SERVER, "--host", help="Address to listen on; loopback unless told otherwise."),
     ] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option("--port", min=0, max=65535, help="0: any free one.", rich_help_panel=SERVER)
-    ] = 8000,
+    port: Annotated[int, option(SERVER, "--port", min=0, max=65535, help="0: any free one.")] = 8000,
     served_model_name: Annotated[
         str,
-        typer.Option(
-            "--served-model-name",
-            help="What clients call the model. Default: the directory's name.",
-            rich_help_panel=SERVER,
-        ),
+        option(SERVER, "--served-model-name", help="What clients call the model. Default: the directory's name."),
     ] = "",
     api_key: Annotated[
         str,
-        typer.Option(
-            "--api-key",
-            envvar="QWENQ_API_KEY",
-            help="What clients must send.",
-            show_envvar=True,
-            rich_help_panel=SERVER,
-        ),
+        option(SERVER, "--api-key", envvar="QWENQ_API_KEY", help="What clients must send.", show_envvar=True),
     ] = "",
-    max_queue: Annotated[
-        int, typer.Option("--max-queue", min=0, help="Requests that may wait.", rich_help_panel=SERVER)
-    ] = 16,
+    allowed_hosts: Annotated[
+        str,
+        option(SERVER, "--allowed-hosts", help="Names it is reached by, beside addresses and local ones; *: any."),
+    ] = "",
+    max_queue: Annotated[int, option(SERVER, "--max-queue", min=0, help="Requests that may wait.")] = 16,
     engine: Annotated[
         str,
-        typer.Option(
-            "--engine",
-            help="vllm or qwenq; auto: vLLM where it is installed and there is a GPU.",
-            rich_help_panel=ENGINE,
-        ),
+        option(ENGINE, "--engine", help="vllm or qwenq; auto: vLLM where it is installed and there is a GPU."),
     ] = "auto",
     max_model_len: MaxModelLen = "",
     prefill_chunk: PrefillChunk = 2048,
@@ -86,25 +74,15 @@ def serve(
     offload_dir: OffloadDir = None,
     gpu: Annotated[
         str,
-        typer.Option(
-            "--gpu",
-            help='vLLM: the rig of one host, "2x RTX 3090". Default: this machine\'s.',
-            rich_help_panel=MACHINE,
-        ),
+        option(MACHINE, "--gpu", help='vLLM: the rig of one host, "2x RTX 3090". Default: this machine\'s.'),
     ] = "",
     hosts: Annotated[
         str,
-        typer.Option(
-            "--hosts", help="vLLM over several equal hosts, the first one leading: a,b,c.", rich_help_panel=MACHINE
-        ),
+        option(MACHINE, "--hosts", help="vLLM over several equal hosts, the first one leading: a,b,c."),
     ] = "",
     dry_run: Annotated[
         bool,
-        typer.Option(
-            "--dry-run",
-            help="Print vLLM's commands, or what our own server would load; start nothing.",
-            rich_help_panel=JOB,
-        ),
+        option(JOB, "--dry-run", help="Print vLLM's commands, or what our own server would load; start nothing."),
     ] = False,
 ) -> None:
     """Serve a checkpoint on OpenAI's API: /v1/models, /v1/chat/completions, /v1/completions, with streaming.
@@ -112,13 +90,19 @@ def serve(
     With several hosts vLLM's own Ray commands are printed, to be typed on each of them. With --dry-run a hub name is
     planned for by its headers; nothing is downloaded.
     """
-    if engine not in ("auto", "vllm", "qwenq"):
-        raise UsageError(f"unknown engine {engine!r}", hint="auto, vllm or qwenq")
-    if engine == "qwenq" and (gpu or hosts):
+    from qwenq.planning.engines.base import ENGINES
+
+    kind = ENGINES.get(engine)
+    if engine != AUTO and (kind is None or not kind.started):
+        raise UsageError(f"unknown engine {engine!r}", hint=f"{AUTO}, vllm or qwenq")
+    here = kind is not None and kind.layered
+    if here and (gpu or hosts):
         raise UsageError("--gpu and --hosts are of vLLM's commands", hint="--engine vllm, or leave them out")
     installed = importlib.util.find_spec("vllm") is not None
     options = load_options(**load_words(context))
-    ours = engine == "qwenq" or (engine == "auto" and not (gpu or hosts) and not (installed and _has_gpu()))
+    ours = here or (kind is None and not (gpu or hosts) and not (installed and _has_gpu()))
+    if allowed_hosts and not ours:
+        raise UsageError("--allowed-hosts is of qwenq's own server", hint="--engine qwenq, or leave it out")
     name = served_model_name or (Path(model).resolve().name if Path(model).is_dir() else model)
     leads = [h.strip() for h in hosts.split(",") if h.strip()]
     if dry_run and ours:
@@ -129,7 +113,8 @@ def serve(
         return
     directory = fetched(model)
     if ours:
-        _serve_here(directory, name, options, host, port, api_key, max_queue)
+        names = tuple(each.strip() for each in allowed_hosts.split(",") if each.strip())
+        _serve_here(directory, options, _Door(name, host, port, api_key, names, max_queue))
         return
     lines = vllm_commands(str(directory), name, options, gpu, leads, host, port)
     if not installed:
@@ -177,13 +162,21 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _serve_here(
-    directory: Path, name: str, options: LoadOptions, host: str, port: int, api_key: str, max_queue: int
-) -> None:
-    try:
-        import uvicorn
+@dataclass(frozen=True)
+class _Door:
+    """How clients reach the model."""
 
-        from qwenq.page.app import listen
+    name: str
+    host: str
+    port: int
+    api_key: str
+    allowed_hosts: tuple[str, ...]
+    max_queue: int
+
+
+def _serve_here(directory: Path, options: LoadOptions, door: _Door) -> None:
+    try:
+        from qwenq.io.http import Server, is_loopback, listen
         from qwenq.runtime.server import Line, Service, make_app
     except ImportError as error:
         raise RunError(f"the server needs {error.name}", hint="pip install 'qwenq[page]'") from None
@@ -194,25 +187,20 @@ def _serve_here(
 
     checkpoint = open_checkpoint(directory)
     chat = Chat(directory, checkpoint.spec.vocab_size)
+    host = door.host
     try:
-        bound = listen(host, port)
+        bound = listen(host, door.port)
     except OSError as error:
         raise RunError(
-            f"cannot listen on {host} port {port}: {error.strerror or error}", hint="choose another with --port"
+            f"cannot listen on {host} port {door.port}: {error.strerror or error}", hint="choose another with --port"
         ) from None
     with bound, loaded(checkpoint, options) as found:
         for line in describe(found):
             print(line, file=sys.stderr)
         session = Session(found.model, found.work.context, options.prefill_chunk, options.kv_dtype, chat.stop_ids)
-        service = Service(session, chat, name, Line(max_queue), api_key)
-        app = make_app(service) if host in LOOPBACK else make_app(service, ("*",))
-
-        class Server(uvicorn.Server):
-            def handle_exit(self, sig: int, frame: object) -> None:
-                service.closing.set()  # answers end at their next token
-                super().handle_exit(sig, frame)  # type: ignore[arg-type]
-
-        print(f"http://{host}:{bound.getsockname()[1]}/v1", flush=True)
+        service = Service(session, chat, door.name, Line(door.max_queue), door.api_key)
+        print(f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}/v1", flush=True)
         print("Ctrl-C ends it", file=sys.stderr)
-        config = uvicorn.Config(app, log_level="warning", server_header=False, timeout_graceful_shutdown=10)
-        Server(config).run(sockets=[bound])
+        if not door.api_key and not is_loopback(host):
+            warn(f"{host} is reached from other machines, and no --api-key is asked for: whoever reaches it may use it")
+        Server(make_app(service, door.allowed_hosts), service.closing.set).run(sockets=[bound])

@@ -9,14 +9,11 @@ import os
 import stat
 from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qwenq.errors import CheckpointError, QwenqError
 from qwenq.escaping import printable
 from qwenq.escaping import shown as shown
-
-if TYPE_CHECKING:
-    from starlette.requests import Request
 
 MAX_VALUES = 1_000_000  # of a JSON file: the header of 100,000 tensors has 800,000
 MAX_SMALL_BYTES = 100_000_000  # of a file beside the weights: the largest tokenizers have 35 MB
@@ -149,18 +146,3 @@ def model_name(directory: Path) -> str:
 
 def _exists(path: Path) -> bool:
     return os.path.lexists(path)
-
-
-class TooLarge(Exception):
-    """A body over the limit."""
-
-
-async def read_body(request: Request, limit: int) -> bytes:
-    """The whole body; TooLarge at the first byte beyond `limit`, whatever the headers promised."""
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > limit:
-            raise TooLarge
-        parts.append(part)
-    return b"".join(parts)

@@ -147,12 +147,12 @@ class Network:
     # ------------------------------------------------------------------ stage by stage
 
     def normed(self, stage: Stage, h: torch.Tensor) -> torch.Tensor:
-        """h entering the block of `stage` -> what the block reads, x of its first stage."""
+        """h entering the block of `stage` -> input of the block, x of its first stage."""
         x: torch.Tensor = self._layer.get_submodule(self.spec.architecture.first_of_block(stage).norm)(h)
         return x
 
     def within(self, stage: Stage, x: torch.Tensor) -> torch.Tensor:
-        """What the block of `stage` reads -> x of that stage: the block runs up to the stage's first linear."""
+        """Input of the block of `stage` -> x of that stage: the block runs up to the stage's first linear."""
         if stage.norm:
             return x
         block, attention = self._layer.get_submodule(stage.block), self.spec.architecture.attention

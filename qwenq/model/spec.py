@@ -78,7 +78,7 @@ class ModelSpec:
         return f"{self.architecture.layers}.{layer}"
 
     def layer_prefix(self, layer: int) -> str:
-        """What names of a layer's tensors begin with: `model.layers.3.`"""
+        """The beginning of the names of a layer's tensors: `model.layers.3.`"""
         return self.layer_name(layer) + "."
 
     def size(self, *names: str) -> int:
@@ -273,7 +273,7 @@ def refuse_experts(name: str) -> None:
 
 
 def near_names(name: str) -> str:
-    """What to write instead of a name that is neither a directory nor shipped."""
+    """A suggestion in the place of a name that is neither a directory nor shipped."""
     families = {family.lower(): family for family in family_configs()}
     near = difflib.get_close_matches(name.lower().rpartition("/")[2], families, n=3, cutoff=0.75)
     if near:

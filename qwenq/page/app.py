@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import shlex
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from functools import lru_cache
 from importlib import resources
 from typing import Any, Literal
 
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.concurrency import run_in_threadpool
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from qwenq.errors import PlanError, QwenqError
-from qwenq.io.json import TooLarge, read_body
+from qwenq.io.http import BadBody, BodyReader, Guard, Server
 from qwenq.model.spec import family_configs, family_spec
 from qwenq.planning.engines.base import ENGINES, get_engine
 from qwenq.planning.memory import TERM_NAMES
@@ -162,28 +160,22 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
-def make_app(hosts: tuple[str, ...] = (*LOOPBACK, "[::1]")) -> FastAPI:
-    """The application; requests for other host names than `hosts` are refused (a page elsewhere cannot ask us)."""
+def make_app(allowed_hosts: Collection[str] = ()) -> FastAPI:
+    """The application; clients that a web page elsewhere could make a browser be are refused (io.http)."""
     app = FastAPI(title="qwenq vram", docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
-
-    @app.middleware("http")
-    async def with_headers(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        response = await call_next(request)
-        for name, value in HEADERS.items():
-            response.headers.setdefault(name, value)
-        return response
-
+    app.add_middleware(
+        Guard, refusal=lambda problem: {"error": problem, "hint": ""}, allowed=allowed_hosts, headers=HEADERS
+    )
+    bodies = BodyReader(MAX_BODY_BYTES)
     for path, (name, kind) in FILES.items():
         content = resources.files("qwenq.page").joinpath("static", name).read_bytes()
         app.add_api_route(path, _serve(content, kind), methods=["GET"])
     app.add_api_route("/plotly.min.js", _serve(plotly_script(), "text/javascript; charset=utf-8"), methods=["GET"])
     app.add_api_route("/api/choices", choices, methods=["GET"])
-    app.add_api_route("/api/estimate", _asked(answer), methods=["POST"])
-    app.add_api_route("/api/recommend", _asked(recommended), methods=["POST"])
+    app.add_api_route("/api/estimate", _asked(bodies, answer), methods=["POST"])
+    app.add_api_route("/api/recommend", _asked(bodies, recommended), methods=["POST"])
     return app
 
 
@@ -192,25 +184,9 @@ def plotly_script() -> bytes:
     return resources.files("plotly").joinpath("package_data", "plotly.min.js").read_bytes()
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; OSError when the address is taken or not ours."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind((host, port))
-        bound.listen(128)
-    except OSError:
-        bound.close()
-        raise
-    return bound
-
-
-def run_page(bound: socket.socket, host: str) -> None:
-    """Serve on `bound` until interrupted. On an address other than loopback any host name is answered."""
-    app = make_app() if host in LOOPBACK else make_app(("*",))
-    config = uvicorn.Config(app, log_level="warning", server_header=False)
-    uvicorn.Server(config).run(sockets=[bound])
+def run_page(bound: socket.socket, allowed_hosts: Collection[str] = ()) -> None:
+    """Serve on `bound` until interrupted."""
+    Server(make_app(allowed_hosts)).run(sockets=[bound])
 
 
 def _serve(content: bytes, kind: str) -> Callable[[], Response]:
@@ -220,15 +196,15 @@ def _serve(content: bytes, kind: str) -> Callable[[], Response]:
     return endpoint
 
 
-def _asked(work: Callable[[Ask], Any]) -> Callable[[Request], Awaitable[Response]]:
-    """An endpoint that reads an Ask: 413 for a large body, 422 for bad JSON and for what cannot be answered."""
+def _asked(bodies: BodyReader, work: Callable[[Ask], Any]) -> Callable[[Request], Awaitable[Response]]:
+    """An endpoint that reads an Ask: 408 and 413 for its body, 422 for bad JSON and for what cannot be answered."""
 
     async def endpoint(request: Request) -> Response:
         try:
-            ask = Ask.model_validate_json(await read_body(request, MAX_BODY_BYTES))
+            ask = Ask.model_validate_json(await bodies.read(request))
             return JSONResponse(await run_in_threadpool(work, ask))
-        except TooLarge:
-            return JSONResponse({"error": f"more than {MAX_BODY_BYTES} bytes", "hint": ""}, status_code=413)
+        except BadBody as error:
+            return JSONResponse({"error": error.message, "hint": ""}, status_code=error.status)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False, include_context=False)[0]
             where = ".".join(str(part) for part in first["loc"]) or "body"

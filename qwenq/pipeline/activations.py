@@ -20,7 +20,8 @@ from qwenq.errors import CheckpointError
 from qwenq.io.durable import file_sha256, new_file
 from qwenq.io.safetensors import read_header
 from qwenq.io.tensors import read_into, write_shard
-from qwenq.pipeline.preflight import NOISE_WINDOWS, SPILL_BYTES, scratch_width
+from qwenq.pipeline.config import NOISE_WINDOWS, SPILL_BYTES
+from qwenq.pipeline.preflight import scratch_width
 from qwenq.pipeline.workers import Workers
 
 Convert = Callable[[str, torch.Tensor], torch.Tensor]
@@ -37,7 +38,7 @@ class HiddenStates:
     scratch: torch.Tensor
 
     def without_calibration(self) -> HiddenStates:
-        """What the divergence is read from, after the last layer: the rest of the memory can go."""
+        """The states that the divergence is read from, after the last layer; the rest of the memory can go."""
         kept = {name: states for name, states in self.states.items() if name not in ("calibration", "original")}
         return HiddenStates(kept, self.scratch.new_empty(0))
 

@@ -21,8 +21,9 @@ from qwenq.formats.base import Recipe, Scheme, get_format
 from qwenq.model.architectures import Stage
 from qwenq.model.layer import Network
 from qwenq.model.spec import LinearSpec, ModelSpec
+from qwenq.pipeline.config import BATCH_TOKENS, ERROR_CORRECTION_SHARE
 from qwenq.pipeline.monitor import StageClock
-from qwenq.pipeline.preflight import BATCH_TOKENS, ERROR_CORRECTION_SHARE, scratch_width
+from qwenq.pipeline.preflight import scratch_width
 from qwenq.pipeline.workers import Workers, WorkerSums
 from qwenq.results import LayerResult
 from qwenq.solver.equalize import FoldedLayer
@@ -35,7 +36,7 @@ MOMENT_STRIDE = 16  # of the tokens from which moments behind a linear are estim
 
 @dataclass(frozen=True)
 class SolverOptions:
-    """What the solver is asked to do, the same for every layer."""
+    """Settings of the solver, the same for every layer."""
 
     method: str = "gptq"  # gptq, or rtn: round to nearest with absmax scales, the baseline, without calibration
     damp_percent: float = DAMP_PERCENT  # share of the mean Hessian diagonal added to the diagonal
@@ -258,8 +259,9 @@ class BlockSolver:
     def _residual_covariance(
         self, lin: LinearSpec, produce: Produce, wanted_NTH: Tensor, hessians: WorkerSums
     ) -> ResidualCovariance:
-        """What outputs of the unrounded weights lack, against the inputs, over the windows of `wanted_NTH`; adds these
-        to `hessians`, both halves one after the other.
+        """Cross-covariance of the inputs and what outputs of the unrounded weights lack, over windows of `wanted_NTH`.
+
+        Adds these to `hessians`, both halves one after the other.
         """
         wanted_products = WorkerSums(self.workers, lin.in_features, lin.out_features)  # of x y', y wanted outputs
 
@@ -300,7 +302,7 @@ class BlockSolver:
         return _by_scheme(self.spec.stage_linears(self.layer, stage), self.recipe)
 
     def _take_kept(self) -> None:
-        """What is not quantized is computed with as it will be stored."""
+        """Compute with everything that is not quantized as it will be stored."""
         for name, tensor in self.folded.kept.items():
             self.workers.set_parameter(name, tensor)
 

@@ -16,7 +16,6 @@ from qwenq.formats.base import FORMATS, Recipe, Scheme, get_format, mixing, name
 from qwenq.io.safetensors import FLOATS
 from qwenq.machine import has_bfloat16
 from qwenq.model.spec import ModelSpec
-from qwenq.pipeline.preflight import ERROR_CORRECTION_SHARE, Tokens, chosen_error_correction
 from qwenq.planning.budget import (
     Budgeted,
     choose_for_bits,
@@ -29,8 +28,88 @@ from qwenq.planning.budget import (
 from qwenq.planning.sensitivity import Sensitivity, prior, read_sensitivity
 from qwenq.units import parse_size, parse_tokens
 
-DEFAULT_EVALUATION_WINDOWS = 20  # at most, where no number is given
+SPILL_BYTES = 6 << 30  # token buffers beyond this live in a memory-mapped file
+DEFAULT_WINDOWS = 128  # of calibration, at most, where no number is given
+DEFAULT_EVALUATION_WINDOWS = 20  # likewise
+SET_TOKENS = {"builtin": 43_100, "heldout": 12_300}  # about so many by Qwen2.5's tokenizer
+BATCH_TOKENS = 2048  # that go through a layer together
+ERROR_CORRECTION_SHARE = 0.5  # of the calibration windows, which run through the 16-bit layers too
+CORRECTION_TOKENS_A_COLUMN = 8  # but at least so many tokens for each input column of down, where there are so many
+CORRECTION_LEAST_A_COLUMN = 2  # with fewer they say too little to be worth that pass, unless asked for (reports/LOG.md)
+MOST_WORKERS = 4  # of a CPU, that share the windows which go through a layer together, each with its own Hessian
+WORKERS_UP_TO = 8192  # wide FFNs: beyond, matmuls alone keep cores busy, and Hessians are large
+NOISE_WINDOWS = 2  # evaluation windows that are also run in float32, when computing in a narrower type
+SOLVER_WINDOWS = 16  # of calibration, at most, for the Hessians that sensitivities' errors are solved with
+PROBE_WINDOWS, PROBE_TOKENS = 32, 128  # and other, shorter ones, at most, that the errors' effect is read on
+SAMPLES = 4  # labels a position, of a sensitivity
+BACKWARD_TOKENS = 1024  # that go backward through a layer together
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Calibration and evaluation windows of a job: counts and widths only."""
+
+    calibration_windows: int
+    evaluation_windows: int
+    length: int
+    calibration_bytes: int = 4  # of a value in the calibration windows' hidden states
+    error_correction_share: float = ERROR_CORRECTION_SHARE  # 0 without error correction
+
+    @property
+    def calibration(self) -> int:
+        return self.calibration_windows * self.length
+
+    @property
+    def evaluation(self) -> int:
+        return self.evaluation_windows * self.length
+
+    def original(self, spec: ModelSpec) -> int:
+        """Calibration tokens that run through the 16-bit layers too."""
+        return original_windows(spec, self.calibration_windows, self.length, self.error_correction_share) * self.length
+
+
+def default_error_correction(recipe: Recipe, spec: ModelSpec, tokens: int) -> float:
+    """1 where anything is in 4 bits and calibration tokens are enough for the columns of down, else 0.
+
+    8 bits lose about as much as bfloat16 hidden states blur; what few tokens say of many columns is mostly noise.
+    """
+    if tokens < CORRECTION_LEAST_A_COLUMN * spec.intermediate_size:
+        return 0.0
+    schemes = (recipe.default, *(scheme for _, scheme in recipe.overrides))
+    return 1.0 if any(scheme is not None and scheme.bits == 4 for scheme in schemes) else 0.0
+
+
+def chosen_error_correction(
+    asked: float | None, recipe: Recipe, spec: ModelSpec, *, windows: int, length: int, share: float
+) -> float:
+    """Strength of error correction: as asked, else by default; 0 where there are no two halves to compare.
+
+    PlanError where it is asked for and one window is all there is.
+    """
+    if windows == 0 or share == 0:
+        return 0.0
+    if windows < 2:
+        if asked:
+            raise PlanError(
+                f"--error-correction {asked:g}: one window of calibration has no two halves", hint="more text"
+            )
+        return 0.0
+    return default_error_correction(recipe, spec, windows * length) if asked is None else asked
+
+
+def original_windows(spec: ModelSpec, windows: int, length: int, share: float = ERROR_CORRECTION_SHARE) -> int:
+    """How many calibration windows, the first ones, run through the 16-bit layers too, for error correction.
+
+    A whole number of batches, or all windows, and of these an even number: halves are compared, as large as each other.
+    None for a share of 0.
+    """
+    if share == 0:
+        return 0
+    step = max(1, BATCH_TOKENS // length)
+    enough = CORRECTION_TOKENS_A_COLUMN * spec.intermediate_size / length
+    found = min(windows, math.ceil(max(windows * share, enough) / step) * step)
+    return found // 2 * 2
 
 
 @dataclass(frozen=True)
@@ -199,16 +278,16 @@ class QuantizeConfig:
         if self.bpw is not None:
             return choose_for_bits(spec, table, _bits(self.bpw), dtype_of, self.format)
         from qwenq.planning.case import Case, Workload
-        from qwenq.planning.engines.base import ENGINES, get_engine
+        from qwenq.planning.engines.base import engine_names, get_engine
         from qwenq.planning.rig import parse_rig
         from qwenq.planning.weights import recipe_weights
 
         assert self.fit is not None
         engine = get_engine(self.engine or "qwenq")
         if engine.needs_gguf:
-            readers = [name for name, kind in ENGINES.items() if not kind.needs_gguf]
-            hint = f"{', '.join(readers[:-1])} or {readers[-1]}"
-            raise PlanError(f"--engine {engine.name} reads GGUF, not what this writes", hint=hint)
+            raise PlanError(
+                f"--engine {engine.name} reads GGUF, not what this writes", hint=engine_names(checkpoints=True)
+            )
         work = Workload(parse_tokens(self.context or "8k"), 1)
         case = Case(spec, recipe_weights(spec, Recipe(None)), engine, work, parse_rig(self.fit))
         return choose_for_rig(case, table, dtype_of, self.format)

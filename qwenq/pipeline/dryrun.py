@@ -14,22 +14,17 @@ from qwenq.machine import total_memory
 from qwenq.model.spec import ModelSpec
 from qwenq.pipeline.config import (
     DEFAULT_EVALUATION_WINDOWS,
+    DEFAULT_WINDOWS,
+    MOST_WORKERS,
+    SET_TOKENS,
+    WORKERS_UP_TO,
     QuantizeConfig,
     Resolution,
     Windows,
     device_names,
     tokens_of,
 )
-from qwenq.pipeline.preflight import (
-    DEFAULT_WINDOWS,
-    MOST_WORKERS,
-    SET_TOKENS,
-    WORKERS_UP_TO,
-    PlannedJob,
-    Preflight,
-    preflight,
-    sensitivity_bytes,
-)
+from qwenq.pipeline.preflight import PlannedJob, Preflight, preflight, sensitivity_bytes
 from qwenq.pipeline.source import source_shapes
 from qwenq.planning.budget import Budgeted
 from qwenq.planning.rig import sees_gpu

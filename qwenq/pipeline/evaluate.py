@@ -17,7 +17,7 @@ from qwenq.pipeline.activations import LayerRunner, TokenSets, embed, embed_toke
 from qwenq.pipeline.monitor import memory_errors
 from qwenq.pipeline.workers import Workers
 from qwenq.results import DriftReport
-from qwenq.solver.metrics import LogitComparison, TokenDrift, summarise
+from qwenq.solver.metrics import LogitComparison, Reading, TokenDrift, summarise
 from qwenq.text.tokens import ModelTokenizer, TokenWindows, check_windows
 
 
@@ -138,15 +138,11 @@ def measure_drift(
         few = states["float32"].shape[0]
         pair = (reference, states["float32"]), (reference, states["reference"][:few])
         floor = float(compare_heads(network, *pair, evaluation.ids[:few]).kl.mean())
-    return summarise(
-        compare_heads(network, (reference, states["reference"]), (quantized, states["quantized"]), evaluation.ids),
-        evaluation.ids.shape[0],
-        noise_floor_kl=floor,
-        text=evaluation.text,
-        text_sha256=evaluation.sha256,
-        compute_dtype=str(network.dtype).removeprefix("torch."),
-        window_tokens=evaluation.ids.shape[1],
-    )
+    dtype = str(network.dtype).removeprefix("torch.")
+    windows, length = evaluation.ids.shape
+    reading = Reading(evaluation.text, evaluation.sha256, windows, length, dtype, floor)
+    pair = (reference, states["reference"]), (quantized, states["quantized"])
+    return summarise(compare_heads(network, *pair, evaluation.ids), reading)
 
 
 def compare_heads(

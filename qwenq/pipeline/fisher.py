@@ -33,11 +33,11 @@ from qwenq.model.layer import Network
 from qwenq.model.spec import ModelSpec
 from qwenq.pipeline.activations import embed
 from qwenq.pipeline.block import batches
+from qwenq.pipeline.config import BACKWARD_TOKENS, PROBE_TOKENS, PROBE_WINDOWS, SAMPLES, SOLVER_WINDOWS
 from qwenq.pipeline.evaluate import HeadWeights
 from qwenq.pipeline.monitor import memory_errors
-from qwenq.pipeline.preflight import BACKWARD_TOKENS, PROBE_TOKENS, PROBE_WINDOWS, SAMPLES, SOLVER_WINDOWS
-from qwenq.planning.sensitivity import PRIOR_8_BIT, Sensitivity, Unit, options_of, schemes_for, units_of
-from qwenq.solver.gptq import DAMP_PERCENT, add_to_hessian, solve_unit
+from qwenq.planning.sensitivity import PRIOR_8_BIT, FusedGroup, Sensitivity, fused_groups, options_of, schemes_for
+from qwenq.solver.gptq import DAMP_PERCENT, add_to_hessian, solve_linears
 from qwenq.text.tokens import TokenWindows
 from qwenq.units import format_gb
 
@@ -88,7 +88,6 @@ def measure_sensitivity(
     compute_dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     scratch: Path,
-    damp_percent: float = DAMP_PERCENT,
     listen: Callable[[str], None] = lambda line: None,
 ) -> Sensitivity:
     """Measure every group under every scheme the probe asks for. `scratch` keeps hidden states of both token sets."""
@@ -112,11 +111,11 @@ def measure_sensitivity(
             last_NTH = _forward(source, network, probe, states, listen)
             listen("sensitivity: gradients at the head")
             gradient = sampled_gradients(network, HeadWeights(source), last_NTH, probe.samples, probe.seed).cpu()
-            scores: dict[Unit, dict[Scheme, torch.Tensor]] = {}
-            noise: dict[Unit, dict[Scheme, float]] = {}
+            scores: dict[FusedGroup, dict[Scheme, torch.Tensor]] = {}
+            noise: dict[FusedGroup, dict[Scheme, float]] = {}
             for layer in reversed(range(spec.num_hidden_layers)):
                 network.fill(source.finite_layer_state(layer))
-                errors, lost = _errors(network, spec, states.read("solver", layer), damp_percent, probe.asymmetric)
+                errors, lost = _errors(network, states.read("solver", layer), probe.asymmetric)
                 found, gradient = _backward(network, errors, states.read("probe", layer), gradient)
                 scores |= {(layer, stage): by_scheme for stage, by_scheme in found.items()}
                 noise |= {(layer, stage): by_scheme for stage, by_scheme in lost.items()}
@@ -128,7 +127,7 @@ def measure_sensitivity(
             f"{error.filename or scratch}: {error.strerror or error}", hint="free some space, then try again"
         ) from error
     tokens = probe.probe_NT.shape[1]
-    kl: dict[Unit, dict[Scheme | None, float]] = {}
+    kl: dict[FusedGroup, dict[Scheme | None, float]] = {}
     for unit, by_scheme in scores.items():
         squares = sum(float(s.double().square().mean()) for s in by_scheme.values())
         factor = squares / (2 * tokens) / max(sum(noise[unit].values()), 1e-30)
@@ -137,14 +136,14 @@ def measure_sensitivity(
             scheme: in_four[scheme.group_size, scheme.sym] * (PRIOR_8_BIT if scheme.bits == 8 else 1.0)
             for scheme in _offered(spec, unit[1], probe.asymmetric)
         }
-    kl = {unit: kl[unit] for unit in units_of(spec)}
+    kl = {unit: kl[unit] for unit in fused_groups(spec)}
     provenance = {
         "calibration": dict(probe.calibration),
         "solver_windows": list(probe.solver_NT.shape),
         "probe_windows": list(probe.probe_NT.shape),
         "samples": probe.samples,
         "seed": probe.seed,
-        "damp_percent": damp_percent,
+        "damp_percent": DAMP_PERCENT,
         "compute_dtype": str(compute_dtype).removeprefix("torch."),
         "eight_bit": f"{PRIOR_8_BIT:.6f} of 4 bits in the same groups",
         "versions": versions(),
@@ -167,7 +166,7 @@ class _States:
             file.write(raw_bytes(h_NTH.to(_STORED)))
 
     def read(self, name: str, layer: int) -> torch.Tensor:
-        """What was written, which is deleted."""
+        """The states as written; their file is deleted."""
         h_NTH = torch.empty(self.shapes[name], dtype=_STORED)
         path = self.directory / f"{name}-{layer}"
         read_into(path, 0, h_NTH)
@@ -205,7 +204,7 @@ def _offered(spec: ModelSpec, stage: str, asymmetric: bool) -> tuple[Scheme, ...
 
 
 def _errors(
-    network: Network, spec: ModelSpec, h_NTH: torch.Tensor, damp_percent: float, asymmetric: bool
+    network: Network, h_NTH: torch.Tensor, asymmetric: bool
 ) -> tuple[dict[str, dict[Scheme, dict[str, torch.Tensor]]], dict[str, dict[Scheme, float]]]:
     """GPTQ's weight errors [out, in] of each linear, by stage, 4-bit scheme and path in the layer, in bfloat16 on the
     CPU;
@@ -215,14 +214,15 @@ def _errors(
     """
     errors: dict[str, dict[Scheme, dict[str, torch.Tensor]]] = {}
     lost: dict[str, dict[Scheme, float]] = {}
-    for stage in spec.architecture.stages:
+    for stage in network.spec.architecture.stages:
         hessian_II = _hessian(network, stage, h_NTH).cpu()
         weights = {path: network.weight(path).float() for path in stage.paths}
         errors[stage.name], lost[stage.name] = {}, {}
-        schemes = list(dict.fromkeys(replace(scheme, bits=4) for scheme in _offered(spec, stage.name, asymmetric)))
+        offered = _offered(network.spec, stage.name, asymmetric)
+        schemes = list(dict.fromkeys(replace(scheme, bits=4) for scheme in offered))
         for scheme in schemes:
             own_II = hessian_II.to(network.device, copy=scheme != schemes[-1])  # overwritten
-            solved = solve_unit(weights, own_II, scheme.grid(), damp_percent=damp_percent, sweeps=0)
+            solved = solve_linears(weights, own_II, scheme.grid(), damp_percent=DAMP_PERCENT, sweeps=0)
             del own_II
             errors[stage.name][scheme] = {
                 path: qtensor.dequantize().sub_(weights[path]).to(torch.bfloat16).cpu()

@@ -16,8 +16,7 @@ from qwenq.formats.base import Recipe
 from qwenq.io.tensors import DTYPE_NAMES
 from qwenq.machine import numerics
 from qwenq.pipeline.block import SolverOptions, passes
-from qwenq.pipeline.config import QuantizeConfig, Windows
-from qwenq.pipeline.preflight import original_windows
+from qwenq.pipeline.config import QuantizeConfig, Windows, original_windows
 from qwenq.pipeline.workers import Workers
 from qwenq.results import BlockResult, DriftReport
 from qwenq.solver.gptq import DAMP_PERCENT

@@ -10,11 +10,10 @@ from qwenq.checkpoint.reader import Checkpoint, open_source
 from qwenq.errors import JobError
 from qwenq.io.durable import file_sha256
 from qwenq.io.safetensors import fingerprint
-from qwenq.pipeline.config import DEFAULT_EVALUATION_WINDOWS, QuantizeConfig, Resolution, pick_device
+from qwenq.pipeline.config import DEFAULT_EVALUATION_WINDOWS, DEFAULT_WINDOWS, QuantizeConfig, Resolution, pick_device
 from qwenq.pipeline.fisher import measure_sensitivity, split_windows
 from qwenq.pipeline.job import DTYPES, QuantizeJob, partial_directory, windows_of
 from qwenq.pipeline.journal import Journal
-from qwenq.pipeline.preflight import DEFAULT_WINDOWS
 from qwenq.pipeline.quantize import check_places
 from qwenq.planning.budget import Budgeted
 from qwenq.planning.recipefile import RECIPE_NAME, encode_recipe

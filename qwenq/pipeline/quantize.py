@@ -353,7 +353,7 @@ def make_layer(
 
 
 def _kept(job: QuantizeJob, layer: int, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What is not quantized of a layer, as it is written."""
+    """Tensors of a layer that are not quantized, as they are written."""
     linears = job.source.spec.layer_linears(layer)
     quantized = {lin.path + ".weight" for lin in linears if job.recipe.scheme_of(lin) is not None}
     prefix = job.source.spec.layer_prefix(layer)
@@ -391,7 +391,7 @@ def describe_result(
 
 
 def finished_before(work: Path, out: Path, journal: Journal) -> QuantizeResult | None:
-    """What a run made that was killed after its manifest was written; None when anything is not as it says."""
+    """Result of a run that was killed after its manifest was written; None when anything is not as it says."""
     try:
         manifest, findings = read_manifest(work)
     except QwenqError:
@@ -419,7 +419,7 @@ def finished_before(work: Path, out: Path, journal: Journal) -> QuantizeResult |
 
 
 def job_warnings(layers: tuple[BlockResult, ...], drift: DriftReport, overlap: float | None) -> tuple[str, ...]:
-    """What a reader must not miss, fallbacks first."""
+    """Lines that a reader must not miss, fallbacks first."""
     fallen = [result for block in layers for result in block.linears if result.fallback]
     lines = [f"{result.name}: fell back to rounding to nearest ({result.fallback})" for result in fallen]
     if drift.non_finite:

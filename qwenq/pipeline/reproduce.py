@@ -17,10 +17,9 @@ from qwenq.formats.base import Recipe, Scheme
 from qwenq.io.tensors import raw_bytes
 from qwenq.machine import numerics
 from qwenq.pipeline.activations import HiddenStates, LayerRunner, TokenSets, embed_tokens
-from qwenq.pipeline.config import QuantizeConfig, unreadable
+from qwenq.pipeline.config import DEFAULT_WINDOWS, QuantizeConfig, unreadable
 from qwenq.pipeline.job import DTYPES, QuantizeJob
 from qwenq.pipeline.monitor import StageClock
-from qwenq.pipeline.preflight import DEFAULT_WINDOWS
 from qwenq.pipeline.quantize import make_layer
 from qwenq.text.calibration import load_windows, set_names
 from qwenq.text.tokens import ModelTokenizer, TokenWindows
@@ -187,7 +186,7 @@ def _difference(tensors: Mapping[str, torch.Tensor], written: Checkpoint) -> str
 
 
 def _why(then: Any, here: Mapping[str, Any]) -> str:
-    """What of the machine is not as it was, which changes last bits."""
+    """Differences of the machine that change last bits."""
     was = then if isinstance(then, Mapping) else {}
     changes = [f"{key} {was.get(key)}, here {value}" for key, value in here.items() if was.get(key) != value]
     changes = [change for change in changes if not change.startswith("threads ")]  # set as they were

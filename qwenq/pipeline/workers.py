@@ -16,7 +16,7 @@ import torch
 from qwenq.model.devices import check_gpus
 from qwenq.model.layer import Network
 from qwenq.model.spec import ModelSpec
-from qwenq.pipeline.preflight import BATCH_TOKENS, MOST_WORKERS, WORKERS_UP_TO
+from qwenq.pipeline.config import BATCH_TOKENS, MOST_WORKERS, WORKERS_UP_TO
 from qwenq.solver.parallel import side_by_side
 
 

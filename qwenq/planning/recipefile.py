@@ -14,7 +14,7 @@ from qwenq.formats.base import Recipe, Scheme, get_format, label_of, parse_schem
 from qwenq.io.json import read_limited
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.budget import Budgeted, Choice, recipe_of
-from qwenq.planning.sensitivity import Unit, members_of
+from qwenq.planning.sensitivity import FusedGroup, members_of
 
 VERSION = 1
 _MAX_BYTES = 1_000_000  # a layer has 120
@@ -59,7 +59,7 @@ def save_recipe(path: Path, spec: ModelSpec, found: Budgeted) -> None:
 
 
 def read_recipe(path: Path, spec: ModelSpec, format: str = "gptq") -> Choice:
-    """A recipe file for `spec` in a mixed `format`; PlanError naming line, layer and unit for what cannot be."""
+    """A recipe file for `spec` in a mixed `format`; PlanError naming line, layer and fused group for what cannot be."""
     try:
         text = read_limited(path, _MAX_BYTES, PlanError).decode("utf-8")
         if max(map(len, text.splitlines()), default=0) > _MAX_LINE:  # keys of many parts take tomllib their square
@@ -86,7 +86,7 @@ def read_recipe(path: Path, spec: ModelSpec, format: str = "gptq") -> Choice:
                 f"{path}{lines.get(key, '')}: layer {shown(key, 40)!r}, {spec.name or 'the model'} has {len(wanted)} "
                 f"layers (0 to {len(wanted) - 1})"
             )
-    choice: dict[Unit, Scheme | None] = {}
+    choice: dict[FusedGroup, Scheme | None] = {}
     stages = [stage.name for stage in spec.architecture.stages]
     for layer, key in enumerate(wanted):
         where = f"{path}{lines.get(key, '')}, layer {key}"
@@ -96,10 +96,10 @@ def read_recipe(path: Path, spec: ModelSpec, format: str = "gptq") -> Choice:
             if isinstance(row, dict):
                 got = f"has {shown(', '.join(row), 200)}"
             raise PlanError(f"{where}: {got}, wanted {', '.join(stages)}", hint="e.g. " + _example(spec))
-        for unit in stages:
-            choice[layer, unit] = _scheme(spec, (layer, unit), row[unit], f"{where}, {unit}", format)
+        for fused in stages:
+            choice[layer, fused] = _scheme(spec, (layer, fused), row[fused], f"{where}, {fused}", format)
     if not any(choice.values()):
-        raise PlanError(f"{path}: every unit stays in 16 bit, so there is nothing to quantize")
+        raise PlanError(f"{path}: every fused group stays in 16 bit, so there is nothing to quantize")
     return choice
 
 
@@ -121,7 +121,7 @@ def _example(spec: ModelSpec) -> str:
     return f"0 = {{ {cells} }}"
 
 
-def _scheme(spec: ModelSpec, unit: Unit, label: Any, where: str, format: str) -> Scheme | None:
+def _scheme(spec: ModelSpec, fused: FusedGroup, label: Any, where: str, format: str) -> Scheme | None:
     try:
         if not isinstance(label, str):
             hint = "schemes are text, for instance '4-bit g128'"
@@ -133,7 +133,7 @@ def _scheme(spec: ModelSpec, unit: Unit, label: Any, where: str, format: str) ->
                     f"{scheme.label} is not offered in mixed {format} checkpoints",
                     hint="groups of 128, 64 or 32, or per channel; 4 bits with zero points in compressed-tensors only",
                 )
-            for lin in members_of(spec, unit):
+            for lin in members_of(spec, fused):
                 scheme.check(lin)
     except PlanError as error:
         raise PlanError(f"{where}: {error.message}", hint=error.hint) from None

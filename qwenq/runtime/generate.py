@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,8 +33,16 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
-    repetition_penalty: float = 1.0
+    min_p: float = 0.0  # of the likeliest token's probability
+    repetition_penalty: float = 1.0  # of every token there is
+    presence_penalty: float = 0.0  # off the logits of new tokens, once
+    frequency_penalty: float = 0.0  # and as often as they came
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int = 0
+    min_new_tokens: int = 0  # before one that ends the answer
+    stop_ids: frozenset[int] = frozenset()  # beside the session's
+    ignore_eos: bool = False  # the session's stop tokens are tokens like others
+    repeatable: bool = False  # the same tokens whatever the cache holds: it is used for whole prefill chunks alone
 
     def __post_init__(self) -> None:
         checks = (
@@ -42,7 +50,11 @@ class Sampling:
             ("temperature", self.temperature, 0 <= self.temperature < float("inf"), "0 or more"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "more than 0, at most 1"),
             ("top_k", self.top_k, self.top_k >= 0, "0 or more"),
+            ("min_p", self.min_p, 0 <= self.min_p <= 1, "0 to 1"),
             ("repetition_penalty", self.repetition_penalty, 0.01 <= self.repetition_penalty <= 100, "0.01 to 100"),
+            ("presence_penalty", self.presence_penalty, -100 <= self.presence_penalty <= 100, "-100 to 100"),
+            ("frequency_penalty", self.frequency_penalty, -100 <= self.frequency_penalty <= 100, "-100 to 100"),
+            ("min_new_tokens", self.min_new_tokens, self.min_new_tokens >= 0, "0 or more"),
             ("seed", self.seed, -(1 << 63) <= self.seed < 1 << 63, "a whole number of 64 bits"),
         )
         for name, value, good, wanted in checks:
@@ -112,6 +124,7 @@ class Session:
     stop_ids: frozenset[int] = frozenset()
     _cache: KvCache | None = field(default=None, repr=False)
     _ids: list[int] = field(default_factory=list, repr=False)  # what the cache holds
+    _whole: int = field(default=0, repr=False)  # of these, computed in whole chunks, as without a cache
 
     def __post_init__(self) -> None:
         if self.max_model_len > self.model.spec.extended_context:
@@ -132,10 +145,12 @@ class Session:
         sampling: Sampling,
         timing: Timing | None = None,
         stopped: Callable[[], bool] = lambda: False,
+        listen: Callable[[int, Tensor], None] = lambda token, logits_V: None,
     ) -> Iterator[int]:
         """Yield new token ids until a stop token (not yielded), the limit, or `stopped()`.
 
-        RunError for what does not fit the context or the memory of a device.
+        listen: gets each of them first, with the model's logits, float32 [vocabulary]. RunError for what does not fit
+        the context or the memory of a device.
         """
         timing = timing if timing is not None else Timing()
         limit = self.new_tokens(len(ids), sampling.max_new_tokens)
@@ -145,21 +160,24 @@ class Session:
                 hint="the tokenizer belongs to another model",
             )
         generator = torch.Generator().manual_seed(sampling.seed)
+        ends = sampling.stop_ids | (frozenset() if sampling.ignore_eos else self.stop_ids)
         seen = list(ids)
         clock = time.perf_counter()
-        logits = self.prefill(ids, timing, stopped)
+        logits = self.prefill(ids, timing, stopped, repeatable=sampling.repeatable)
         timing.prefill_seconds = time.perf_counter() - clock
         if logits is None:
             return
         clock = time.perf_counter()
         for count in range(limit):
-            token = next_token(logits, seen, sampling, generator)
-            if token in self.stop_ids:
+            barred = ends if count < sampling.min_new_tokens else frozenset()
+            token = next_token(logits, seen, sampling, generator, new=count, barred=barred)
+            if token in ends:
                 timing.stopped = "stop"
                 return
             seen.append(token)
             timing.new_tokens += 1
             timing.decode_seconds = time.perf_counter() - clock
+            listen(token, logits)
             yield token
             if stopped():
                 return
@@ -169,15 +187,28 @@ class Session:
                 logits = self.forward([token])
         timing.stopped = "length"
 
-    def prefill(self, ids: Sequence[int], timing: Timing, stopped: Callable[[], bool] = lambda: False) -> Tensor | None:
-        """Bring the cache to `ids` and return the last position's logits [vocabulary]; None when `stopped()`."""
-        kept = self._common(ids)
+    def prefill(
+        self,
+        ids: Sequence[int],
+        timing: Timing,
+        stopped: Callable[[], bool] = lambda: False,
+        *,
+        repeatable: bool = False,
+    ) -> Tensor | None:
+        """Bring the cache to `ids` and return the last position's logits [vocabulary]; None when `stopped()`.
+
+        How many tokens are computed at once decides in what order a sum is taken, and so the last bits of keys, values
+        and logits. `repeatable`: the same bits as without a cache.
+        """
+        kept = self._common(ids, repeatable)
         timing.prompt_tokens, timing.cached_tokens = len(ids), kept
         logits = None
         for start in range(kept, len(ids), self.prefill_chunk):
             if stopped():
                 return None
             logits = self.forward(ids[start : start + self.prefill_chunk])
+            if start == self._whole and len(self._ids) == start + self.prefill_chunk:
+                self._whole += self.prefill_chunk
         assert logits is not None
         return logits
 
@@ -209,8 +240,11 @@ class Session:
             cache.allocate(devices, spec.num_key_value_heads, spec.head_dim, self.model.dtype)
         return cache
 
-    def _common(self, ids: Sequence[int]) -> int:
-        """Cut the cache to the longest common beginning with `ids`, leaving at least one token to compute."""
+    def _common(self, ids: Sequence[int], repeatable: bool) -> int:
+        """Cut the cache to the longest common beginning with `ids`, leaving at least one token to compute.
+
+        `repeatable`: in whole chunks.
+        """
         if self._cache is None:
             self._cache, self._ids = self._new_cache(), []
         kept = 0
@@ -218,13 +252,26 @@ class Session:
             if old != new:
                 break
             kept += 1
+        self._whole = min(self._whole, kept // self.prefill_chunk * self.prefill_chunk)
+        kept = self._whole if repeatable else kept
         self._cache.crop(kept)
         self._ids = self._ids[:kept]
         return kept
 
 
-def next_token(logits_V: Tensor, seen: Sequence[int], sampling: Sampling, generator: torch.Generator) -> int:
-    """The next token id from float32 logits; RunError when they are not numbers."""
+def next_token(
+    logits_V: Tensor,
+    seen: Sequence[int],
+    sampling: Sampling,
+    generator: torch.Generator,
+    *,
+    new: int = 0,
+    barred: Collection[int] = (),
+) -> int:
+    """The next token id from float32 logits, none of `barred`; RunError when they are not numbers.
+
+    seen: prompt and answer so far; its last `new` tokens are the answer's.
+    """
     if not bool(logits_V.isfinite().all()):
         raise RunError("the model's logits are not finite", hint="the checkpoint may be damaged: `qwenq eval` tells")
     if sampling.repetition_penalty != 1.0:
@@ -232,6 +279,15 @@ def next_token(logits_V: Tensor, seen: Sequence[int], sampling: Sampling, genera
         chosen = logits_V[ids]
         factor = sampling.repetition_penalty
         logits_V = logits_V.index_put((ids,), torch.where(chosen > 0, chosen / factor, chosen * factor))
+    if new and (sampling.presence_penalty or sampling.frequency_penalty):
+        ids, counts = torch.tensor(seen[-new:]).unique(return_counts=True)
+        logits_V = logits_V.index_add(0, ids, -(sampling.presence_penalty + sampling.frequency_penalty * counts))
+    if sampling.logit_bias:
+        bias = torch.tensor(list(sampling.logit_bias.values()), dtype=logits_V.dtype)
+        logits_V = logits_V.index_add(0, torch.tensor(list(sampling.logit_bias)), bias)
+    if barred:
+        known = [token for token in barred if token < logits_V.numel()]
+        logits_V = logits_V.index_fill(0, torch.tensor(known, dtype=torch.int64), -torch.inf)
     if sampling.temperature < GREEDY_BELOW:
         return int(logits_V.argmax())
     if sampling.top_k:  # before sorting, which takes 16 ms for a vocabulary of 152,000
@@ -243,4 +299,6 @@ def next_token(logits_V: Tensor, seen: Sequence[int], sampling: Sampling, genera
         kept_V = p_V.cumsum(0) - p_V < sampling.top_p
         kept_V[0] = True  # a top_p too small for a float32 keeps the likeliest too
         p_V = torch.where(kept_V, p_V, 0.0)
+    if sampling.min_p:
+        p_V = torch.where(p_V >= sampling.min_p * p_V[0], p_V, 0.0)
     return int(order_V[torch.multinomial(p_V, 1, generator=generator)])

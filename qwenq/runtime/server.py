@@ -1,226 +1,86 @@
-"""OpenAI's chat and text completions over HTTP: what may be asked, the queue, and the JSON of the answers."""
+"""OpenAI's chat and text completions over HTTP: the queue before the model, the endpoints, and answers as they come."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
 import json
+import logging
 import threading
-import time
-import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from starlette.concurrency import iterate_in_threadpool
-from starlette.middleware.trustedhost import TrustedHostMiddleware
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
-from qwenq.errors import QwenqError, RunError
-from qwenq.io.json import TooLarge, read_body
+from qwenq.errors import CalibrationError, QwenqError, RunError, UsageError
+from qwenq.io.http import BadBody, BodyReader, Guard
+from qwenq.io.json import shown
+from qwenq.runtime.answers import Answer, Calls, Choice, LogProbs, Piece, StopTexts, usage
 from qwenq.runtime.chat import Chat
-from qwenq.runtime.generate import Sampling, Session, Timing
-
-MAX_STOPS = 4
-
-
-class _Asked(BaseModel):
-    """What both kinds of request share. Fields that would change the answer and are not supported are refused."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    model: str = ""
-    max_tokens: int | None = Field(default=None, ge=1)
-    temperature: float | None = Field(default=None, ge=0, le=10)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    stop: str | list[str] | None = None
-    stream: bool = False
-    stream_options: dict[str, Any] | None = None
-    n: int | None = None
-    logprobs: bool | int | None = None
-    logit_bias: dict[str, float] | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-
-    def check(self) -> None:
-        """RunError for what this server does not do."""
-        unsupported = {
-            "n": self.n not in (None, 1),
-            "logprobs": bool(self.logprobs),
-            "logit_bias": bool(self.logit_bias),
-            "presence_penalty": bool(self.presence_penalty),
-            "frequency_penalty": bool(self.frequency_penalty),
-        }
-        for name, wanted in unsupported.items():
-            if wanted:
-                raise RunError(f"{name} is not supported by this server", hint="leave it out")
-        if len(self.stops) > MAX_STOPS or any(not stop for stop in self.stops):
-            raise RunError(f"stop: wanted up to {MAX_STOPS} texts, none empty")
-
-    @property
-    def stops(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
-
-    @property
-    def wants_usage(self) -> bool:
-        return bool(self.stream_options and self.stream_options.get("include_usage"))
-
-    def sampling(self, chat: Chat, new_tokens: int | None) -> Sampling:
-        seed = self.seed if self.seed is not None else time.time_ns() % (1 << 62)
-        return chat.sampling(max_new_tokens=new_tokens, temperature=self.temperature, top_p=self.top_p, seed=seed)
-
-
-class TextPart(BaseModel):
-    """One part of a message's content."""
-
-    type: str
-    text: str = ""
-
-
-class ChatMessage(BaseModel):
-    """One message; content as text or as a list of text parts."""
-
-    role: str
-    content: str | list[TextPart] | None = None
-
-    def plain(self) -> dict[str, str]:
-        parts = self.content if isinstance(self.content, list) else [TextPart(type="text", text=self.content or "")]
-        for part in parts:
-            if part.type != "text":
-                raise RunError(f"a message has a part of type {part.type!r}", hint="this server reads text only")
-        return {"role": self.role, "content": "".join(part.text for part in parts)}
-
-
-class ChatRequest(_Asked):
-    """POST /v1/chat/completions."""
-
-    messages: list[ChatMessage] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
-    tools: list[Any] | None = None
-
-    def prompt_ids(self, chat: Chat) -> list[int]:
-        self.check()
-        if self.tools:
-            raise RunError("tools is not supported by this server", hint="leave it out")
-        return chat.prompt_ids([message.plain() for message in self.messages])
-
-    @property
-    def new_tokens(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
-
-
-class TextRequest(_Asked):
-    """POST /v1/completions."""
-
-    prompt: str | list[int]
-    echo: bool = False
-
-    def prompt_ids(self, chat: Chat) -> list[int]:
-        self.check()
-        if self.echo:
-            raise RunError("echo is not supported by this server", hint="leave it out")
-        if isinstance(self.prompt, str):
-            return chat.text_ids(self.prompt)
-        if not all(0 <= token < chat.vocab_size for token in self.prompt):
-            raise RunError(f"prompt has a token id outside 0..{chat.vocab_size - 1}")
-        return self.prompt
-
-    @property
-    def new_tokens(self) -> int | None:
-        return self.max_tokens
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The JSON around one answer, whole or in pieces."""
-
-    model: str
-    chat: bool
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    def _around(self, choices: list[dict[str, Any]], piece: bool) -> dict[str, Any]:
-        kind = ("chat.completion.chunk" if piece else "chat.completion") if self.chat else "text_completion"
-        prefix = "chatcmpl-" if self.chat else "cmpl-"
-        return {
-            "id": prefix + self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices,
-        }  # fmt: skip
-
-    def whole(self, text: str, timing: Timing) -> dict[str, Any]:
-        body = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        choice = {"index": 0, **body, "logprobs": None, "finish_reason": timing.stopped or "stop"}
-        return self._around([choice], False) | {"usage": usage(timing)}
-
-    def piece(self, text: str, *, first: bool = False, finish: str | None = None) -> dict[str, Any]:
-        delta: dict[str, Any] = ({"role": "assistant"} if first else {}) | ({"content": text} if text or first else {})
-        body = {"delta": delta} if self.chat else {"text": text}
-        return self._around([{"index": 0, **body, "logprobs": None, "finish_reason": finish}], True)
-
-    def usage_piece(self, timing: Timing) -> dict[str, Any]:
-        return self._around([], True) | {"usage": usage(timing)}
-
-
-def usage(timing: Timing) -> dict[str, Any]:
-    """Token counts, the cached ones of the prompt among them."""
-    return {
-        "prompt_tokens": timing.prompt_tokens,
-        "completion_tokens": timing.new_tokens,
-        "total_tokens": timing.prompt_tokens + timing.new_tokens,
-        "prompt_tokens_details": {"cached_tokens": timing.cached_tokens},
-    }
-
-
-def error_body(message: str, kind: str = "invalid_request_error", code: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
-
-
-def said(error: QwenqError) -> str:
-    """Message and hint of an error in one line."""
-    return f"{error.message} ({error.hint})" if error.hint else error.message
-
+from qwenq.runtime.generate import Session, Timing
+from qwenq.runtime.requests import ChatRequest, Order, Refused, TextRequest, said
 
 MAX_BODY_BYTES = 4 << 20
+_RETRY_AFTER_S = 5
+
+
+def error_body(
+    message: str, kind: str = "invalid_request_error", *, code: str | None = None, param: str | None = None
+) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 class Busy(Exception):
     """The line is full."""
 
 
+class Closing(Exception):
+    """The server is ending."""
+
+
 @dataclass
 class Line:
-    """Requests wait here for the model; at most `limit` of them."""
+    """One thread that works for one request after the other; at most `limit` of them wait."""
 
     limit: int
-    waiting: int = 0
-    _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _present: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "model"), repr=False)
+
+    @property
+    def waiting(self) -> int:
+        return max(0, self._present - 1)
 
     @property
     def full(self) -> bool:
-        return self._turn.locked() and self.waiting >= self.limit
+        return self._present > self.limit
 
-    @asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
-        """Wait for the model; Busy when too many do already."""
-        if self.full:
-            raise Busy
-        self.waiting += 1
-        try:
-            await self._turn.acquire()
-        finally:
-            self.waiting -= 1
-        try:
-            yield
-        finally:
-            self._turn.release()
+    def enter(self, work: Callable[[], None]) -> Future[None]:
+        """Have `work` done when its turn comes; cancelling what is returned gives its place up. Busy when full."""
+        with self._lock:
+            if self.full:
+                raise Busy
+            self._present += 1
+        future = self._thread.submit(work)
+        future.add_done_callback(self._leave)
+        return future
+
+    def _leave(self, future: Future[None]) -> None:
+        with self._lock:
+            self._present -= 1
 
 
 @dataclass
 class Service:
-    """What the endpoints share. `closing` ends every answer at its next token."""
+    """Shared by the endpoints. `closing` ends every answer at its next token."""
 
     session: Session
     chat: Chat
@@ -229,133 +89,265 @@ class Service:
     api_key: str = ""
     closing: threading.Event = field(default_factory=threading.Event)
 
-    def pieces(
-        self, ids: list[int], sampling: Sampling, stops: list[str], timing: Timing, gone: Callable[[], bool]
-    ) -> Iterator[str]:
-        """Text as it is made, up to the first of `stops`; what could begin one is held back until it is known."""
-        tokens = self.session.generate(ids, sampling, timing, lambda: gone() or self.closing.is_set())
-        held = ""
+    def pieces(self, order: Order, number: int, timing: Timing, gone: Callable[[], bool]) -> Iterator[Piece]:
+        """One of an order's answers as it is made."""
+        prompt, repetition = divmod(number, order.count)
+        ids, sampling = order.prompts[prompt], order.samplings[prompt]
+        seed = (sampling.seed + repetition + (1 << 63)) % (1 << 64) - (1 << 63)
+        sampling = replace(sampling, seed=seed)
+        noted = LogProbs(order.logprobs or 0, self.chat.tokenizer.text_of) if order.logprobs is not None else None
+        stops = StopTexts(order.stops)
+        calls = Calls(1 if order.one_call else len(ids) + sampling.max_new_tokens) if order.tools else None
+        listen = {"listen": noted.note} if noted else {}
+        tokens = self.session.generate(ids, sampling, timing, lambda: gone() or self.closing.is_set(), **listen)
+
+        def shown(text: str, end: bool = False) -> Iterator[Piece]:
+            parts = [text] if calls is None else [*calls.feed(text), *(calls.end() if end else ())]
+            pieces = [Piece(part) if isinstance(part, str) else Piece(call=part) for part in parts if part]
+            drawn = noted.take() if noted else ()
+            if drawn:
+                pieces = [replace(pieces[0], drawn=drawn), *pieces[1:]] if pieces else [Piece(drawn=drawn)]
+            yield from pieces
+
         for text in self.chat.stream(tokens, ids):
-            held += text
-            found = min((at for stop in stops if (at := held.find(stop)) >= 0), default=-1)
-            if found >= 0:
+            early = timing.new_tokens <= sampling.min_new_tokens
+            yield from shown(text if early else stops.feed(text))
+            if stops.found:
                 timing.stopped = "stop"
-                yield held[:found]
-                return
-            keep = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
-            if len(held) > keep:
-                yield held[: len(held) - keep]
-                held = held[len(held) - keep :]
-        if held:
-            yield held
+                break
+        yield from shown(stops.end(), end=True)
 
 
-def make_app(service: Service, hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "[::1]")) -> FastAPI:
-    """The application. Requests for other host names than `hosts` are refused, so a web page elsewhere cannot ask."""
+def make_app(service: Service, allowed_hosts: Collection[str] = ()) -> FastAPI:
+    """The application.
+
+    Clients that a web page elsewhere could make a browser be are refused (io.http); with a key, which no page knows,
+    any host name is answered.
+    """
     app = FastAPI(title="qwenq", docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
+    allowed = [*allowed_hosts, *(["*"] if service.api_key else [])]
+    app.add_middleware(Guard, refusal=error_body, allowed=allowed, headers={"X-Content-Type-Options": "nosniff"})
+    bodies, reader = BodyReader(MAX_BODY_BYTES), ThreadPoolExecutor(1, "requests")
+    entry = {"id": service.name, "object": "model", "created": 0, "owned_by": "qwenq"}
+    entry |= {"max_model_len": service.session.max_model_len}
 
     async def models(request: Request) -> Response:
-        if not _allowed(service, request):
-            return _refused()
-        entry = {"id": service.name, "object": "model", "created": 0, "owned_by": "qwenq"}
-        return JSONResponse({"object": "list", "data": [entry | {"max_model_len": service.session.max_model_len}]})
+        if not _has_key(service, request):
+            return _unauthorized()
+        return JSONResponse({"object": "list", "data": [entry]})
+
+    async def model(request: Request) -> Response:
+        if not _has_key(service, request):
+            return _unauthorized()
+        return JSONResponse(entry) if request.path_params["name"] == service.name else _not_found(service)
 
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok", "waiting": service.line.waiting})
 
     async def chat_completions(request: Request) -> Response:
-        return await _complete(service, request, ChatRequest)
+        return await complete(request, ChatRequest)
 
     async def completions(request: Request) -> Response:
-        return await _complete(service, request, TextRequest)
+        return await complete(request, TextRequest)
 
+    async def complete(request: Request, kind: type[ChatRequest] | type[TextRequest]) -> Response:
+        """Answer, or say in OpenAI's shape why not: 400 bad request, 401, 404 model, 408, 413 body, 429 line full."""
+        if not _has_key(service, request):
+            return _unauthorized()
+        if service.line.full:
+            return _busy(service)
+        try:
+            body = await bodies.read(request)
+            read = asyncio.get_running_loop().run_in_executor(reader, _understood, service, kind, body)
+            asked, order = await read
+        except BadBody as error:
+            return JSONResponse(error_body(error.message), error.status)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+            where = shown(".".join(str(part) for part in first["loc"] if part != "[key]")) or "body"
+            param = str(first["loc"][0]) if first["loc"] else None
+            return JSONResponse(error_body(f"{where}: {first['msg']}", param=param), 400)
+        except Refused as error:
+            if error.code == "model_not_found":
+                return _not_found(service)
+            return JSONResponse(error_body(said(error), param=error.param, code=error.code), 400)
+        except (CalibrationError, UsageError) as error:  # what a template refuses
+            message = said(error).replace(str(service.chat.directory), service.name)
+            return JSONResponse(error_body(message, param="messages"), 400)
+        except QwenqError as error:
+            return JSONResponse(error_body(said(error), "server_error"), 500)
+        try:
+            work = _Work(service, order)
+        except Busy:
+            return _busy(service)
+        answer = Answer(service.name, kind is ChatRequest, order.logprobs is not None)
+        if asked.stream:
+            return _Stream(answer, work, asked.wants_usage)
+        return await _whole(answer, work, request)
+
+    async def other(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return JSONResponse(error_body(error.detail), error.status_code, headers=dict(error.headers or {}))
+
+    app.add_exception_handler(HTTPException, other)
     app.add_api_route("/v1/models", models, methods=["GET"])
+    app.add_api_route("/v1/models/{name:path}", model, methods=["GET"])
     app.add_api_route("/health", health, methods=["GET"])
     app.add_api_route("/v1/chat/completions", chat_completions, methods=["POST"])
     app.add_api_route("/v1/completions", completions, methods=["POST"])
     return app
 
 
-def _allowed(service: Service, request: Request) -> bool:
-    given = request.headers.get("authorization", "").removeprefix("Bearer ")
-    return not service.api_key or hmac.compare_digest(given.encode(), service.api_key.encode())
+def _has_key(service: Service, request: Request) -> bool:
+    """Whether the request has the service's key, compared in a time that tells nothing of either."""
+    given = [value for name, value in request.headers.raw if name == b"authorization"]
+    key = given[0].strip() if len(given) == 1 else b""
+    if key[:7].lower() == b"bearer ":
+        key = key[7:].strip()
+    found, wanted = (hashlib.sha256(each).digest() for each in (key, service.api_key.encode()))
+    return not service.api_key or hmac.compare_digest(found, wanted)
 
 
-def _refused() -> Response:
-    return JSONResponse(error_body("wrong or missing API key", "authentication_error", "invalid_api_key"), 401)
+def _unauthorized() -> Response:
+    body = error_body("wrong or missing API key", "authentication_error", code="invalid_api_key")
+    return JSONResponse(body, 401, headers={"WWW-Authenticate": "Bearer"})
 
 
-async def _complete(service: Service, request: Request, kind: type[ChatRequest] | type[TextRequest]) -> Response:
-    """Answer, or say in OpenAI's shape why not: 400 bad request, 401, 404 model, 413 body, 429 line full."""
-    if not _allowed(service, request):
-        return _refused()
-    try:
-        asked = kind.model_validate_json(await read_body(request, MAX_BODY_BYTES))
-        if asked.model not in ("", service.name):
-            body = error_body(f"the model here is {service.name!r}", code="model_not_found")
-            return JSONResponse(body, 404)
-        ids = asked.prompt_ids(service.chat)
-        sampling = asked.sampling(service.chat, asked.new_tokens)
-        service.session.new_tokens(len(ids), sampling.max_new_tokens)
-    except TooLarge:
-        return JSONResponse(error_body(f"the body is larger than {MAX_BODY_BYTES} bytes"), 413)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "body"
-        return JSONResponse(error_body(f"{where}: {first['msg']}"), 400)
-    except QwenqError as error:
-        code = "context_length_exceeded" if "in a context of" in error.message else None
-        return JSONResponse(error_body(said(error), code=code), 400)
-    answer, timing = Answer(service.name, kind is ChatRequest), Timing()
-    gone = threading.Event()
-
-    async def text() -> AsyncIterator[str]:
-        """Pieces when it is their turn; who stops reading stops the generation at its next token."""
-        async with service.line.turn():
-            async for piece in iterate_in_threadpool(service.pieces(ids, sampling, asked.stops, timing, gone.is_set)):
-                yield piece
-
-    if service.line.full:
-        return _busy(service)
-    if asked.stream:
-        return StreamingResponse(_events(answer, text(), timing, asked.wants_usage), media_type="text/event-stream")
-    parts = []
-    try:
-        async for piece in text():
-            parts.append(piece)
-            if await request.is_disconnected():
-                gone.set()
-    except Busy:
-        return _busy(service)
-    except QwenqError as error:
-        return JSONResponse(error_body(said(error), "server_error"), 500)
-    return JSONResponse(answer.whole("".join(parts), timing))
+def _not_found(service: Service) -> Response:
+    body = error_body(f"the model here is {service.name!r}", code="model_not_found", param="model")
+    return JSONResponse(body, 404)
 
 
 def _busy(service: Service) -> Response:
-    body = error_body(f"{service.line.waiting} requests are waiting already", "rate_limit_error", "queue_full")
-    return JSONResponse(body, 429, headers={"Retry-After": "5"})
+    body = error_body(f"{service.line.waiting} requests are waiting already", "rate_limit_error", code="queue_full")
+    return JSONResponse(body, 429, headers={"Retry-After": str(_RETRY_AFTER_S)})
 
 
-async def _events(answer: Answer, text: AsyncIterator[str], timing: Timing, with_usage: bool) -> AsyncIterator[str]:
-    """Server-sent events of one answer. What fails after the first one is said in an event of its own."""
+def _understood(
+    service: Service, kind: type[ChatRequest] | type[TextRequest], body: bytes
+) -> tuple[ChatRequest | TextRequest, Order]:
+    asked = kind.model_validate_json(body)
+    if asked.model not in (None, "", service.name):
+        raise Refused("another model", code="model_not_found")
+    return asked, asked.order(service.chat, service.session.max_model_len)
 
-    def event(value: Any) -> str:
+
+class _Work:
+    """An order in the line, and its answers as they are made. Busy when the line is full."""
+
+    def __init__(self, service: Service, order: Order) -> None:
+        self.service, self.order = service, order
+        self.choices = [Choice(Timing()) for _ in range(len(order.prompts) * order.count)]
+        self._gone = threading.Event()
+        self._made: asyncio.Queue[tuple[int, Piece | None] | BaseException | None] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self._turn = service.line.enter(self._work)
+        self._turn.add_done_callback(self._finish)  # when its place is free again
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        return usage([len(ids) for ids in self.order.prompts], self.choices)
+
+    async def pieces(self) -> AsyncIterator[tuple[int, Piece | None]]:
+        """Pieces of the answers with their numbers, None at an answer's end; raises what ended the work."""
+        while (made := await self._made.get()) is not None:
+            if isinstance(made, BaseException):
+                raise made
+            yield made
+            if made[1] is not None:
+                self.choices[made[0]].add(made[1])
+
+    def leave(self) -> None:
+        """Give the place in the line up, or end the answer at its next token."""
+        self._gone.set()
+        self._turn.cancel()
+
+    def _work(self) -> None:
+        """Runs in the line's thread; a client that is slow to read keeps nobody from it."""
+        for number, choice in enumerate(self.choices):
+            for piece in self.service.pieces(self.order, number, choice.timing, self._gone.is_set):
+                self._put((number, piece))
+            if self._gone.is_set():
+                return
+            if self.service.closing.is_set() and not choice.timing.stopped:
+                raise Closing
+            self._put((number, None))
+
+    def _finish(self, turn: Future[None]) -> None:
+        error = None if turn.cancelled() else turn.exception()
+        if error is not None and not isinstance(error, QwenqError | Closing):
+            logging.getLogger("uvicorn.error").error("an answer failed", exc_info=error)
+            error = RunError("internal error, which the server's log has")
+        self._put(error)
+
+    def _put(self, made: tuple[int, Piece | None] | BaseException | None) -> None:
+        with suppress(RuntimeError):  # the loop has ended, and with it whoever waits
+            self._loop.call_soon_threadsafe(self._made.put_nowait, made)
+
+
+def _problem(error: Exception) -> tuple[int, dict[str, Any]]:
+    """Status and body of what ended an answer."""
+    if isinstance(error, QwenqError):
+        return 500, error_body(said(error), "server_error")
+    return 503, error_body("the server is shutting down", "server_error", code="shutting_down")
+
+
+async def _whole(answer: Answer, work: _Work, request: Request) -> Response:
+    """The answer in one piece; when the client leaves first, its place is given up."""
+
+    async def collect() -> Response:
+        try:
+            async for _ in work.pieces():
+                pass
+        except (QwenqError, Closing) as error:
+            status, body = _problem(error)
+            return JSONResponse(body, status)
+        return JSONResponse(answer.whole(work.choices, work.usage))
+
+    async def left() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    collecting, leaving = asyncio.ensure_future(collect()), asyncio.ensure_future(left())
+    try:
+        await asyncio.wait((collecting, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return collecting.result() if collecting.done() else Response(status_code=499)
+    finally:
+        work.leave()
+        collecting.cancel()
+        leaving.cancel()
+
+
+class _Stream(StreamingResponse):
+    """Server-sent events; whatever ends them ends the work."""
+
+    def __init__(self, answer: Answer, work: _Work, with_usage: bool) -> None:
+        super().__init__(_events(answer, work, with_usage), media_type="text/event-stream")
+        self.headers["Cache-Control"] = "no-cache"
+        self._work = work
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._work.leave()
+
+
+async def _events(answer: Answer, work: _Work, with_usage: bool) -> AsyncIterator[str]:
+    """Server-sent events of the answers. What fails after the first one is said in an event of its own."""
+
+    def event(value: Mapping[str, Any]) -> str:
         return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
 
     if answer.chat:
-        yield event(answer.piece("", first=True))
+        for number in range(len(work.choices)):
+            yield event(answer.begin(number))
     try:
-        async for piece in text:
-            yield event(answer.piece(piece))
-    except QwenqError as error:
-        yield event(error_body(said(error), "server_error"))
-        return
-    except Busy:
-        yield event(error_body("too many requests are waiting already", "rate_limit_error", "queue_full"))
-        return
-    yield event(answer.piece("", finish=timing.stopped or "stop"))
-    if with_usage:
-        yield event(answer.usage_piece(timing))
+        async for number, piece in work.pieces():
+            choice = work.choices[number]
+            yield event(answer.piece(number, piece, choice) if piece else answer.end(number, choice.finish))
+        if with_usage:
+            yield event(answer.usage(work.usage))
+    except (QwenqError, Closing) as error:
+        yield event(_problem(error)[1])
     yield "data: [DONE]\n\n"

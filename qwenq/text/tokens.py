@@ -173,6 +173,11 @@ class ModelTokenizer:
         found: int | None = self._tokenizer.token_to_id(token)
         return found
 
+    def text_of(self, token: int) -> str:
+        """A token by itself, special ones too; U+FFFD for a part of a character."""
+        text: str = self._tokenizer.decode([token], skip_special_tokens=False)
+        return text
+
     def stream(self, ids: Iterable[int], prompt: Sequence[int] = ()) -> Iterator[str]:
         """Text of ids as soon as it is whole characters, special tokens left out.
 

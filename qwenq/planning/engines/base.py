@@ -63,6 +63,7 @@ class Engine(ABC):
     host_layers_stay: ClassVar[bool] = False  # the CPU computes layers in host memory; else they move to the first GPU
     copies_tied_head: ClassVar[bool] = False  # and keeps the embedding elsewhere
     states_peak: ClassVar[bool] = False  # published runs of it state torch's allocator peak
+    started: ClassVar[bool] = False  # `qwenq serve` starts it
     context_flag: ClassVar[str] = ""  # of a server's command
     utilization_flag: ClassVar[str] = ""
 
@@ -477,6 +478,12 @@ def register(engine: type[Engine]) -> type[Engine]:
     """Class decorator: offer an engine by its name."""
     ENGINES[engine.name] = engine
     return engine
+
+
+def engine_names(*, checkpoints: bool = False) -> str:
+    """`qwenq, transformers or vllm`; `checkpoints`: of those alone that load safetensors checkpoints."""
+    *names, last = (name for name, kind in ENGINES.items() if not (checkpoints and kind.needs_gguf))
+    return f"{', '.join(names)} or {last}"
 
 
 def get_engine(name: str, version: str = "", libraries: Mapping[str, str] | None = None) -> Engine:

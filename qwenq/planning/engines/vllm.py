@@ -43,6 +43,7 @@ class VllmEngine(ServerEngine):
     latest = (0, 19)
     kv_dtypes: ClassVar = {"auto": 2.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0}
     smaller_kv = "fp8"
+    started = True
     unread: ClassVar = {"gguf": "GGUF is llama.cpp's format"}
     block_tokens = 16
     inside = ("weights", "activations", "non_torch")
