@@ -240,10 +240,10 @@ class Place:
 
             replacing = os.replace
 
-            def replace(source: Any, target: Any) -> None:
+            def replace(source: Any, target: Any, **folders: Any) -> None:
                 if Path(target) == self.out:
                     raise Stop
-                replacing(source, target)
+                replacing(source, target, **folders)
 
             os.replace = replace
             try:

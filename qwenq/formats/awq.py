@@ -28,7 +28,7 @@ from qwenq.formats.base import (
     integer_engines,
     register,
 )
-from qwenq.formats.config import PACKED_BITS, read_names, read_scheme
+from qwenq.formats.config import PACKED_BITS, check_count, read_names, read_pattern, read_scheme
 from qwenq.io.safetensors import TensorSpec
 from qwenq.model.spec import LinearSpec, ModelSpec
 
@@ -94,7 +94,8 @@ class Awq(Format):
                 f"{where}: AWQ zero_point is {config.get('zero_point')!r}, wanted true"
             )
         kept = read_names(config.get("modules_to_not_convert"), f"{where}: modules_to_not_convert")
-        rules = tuple((re.compile(".*" + re.escape(name)), None) for name in kept)
+        check_count(kept, f"{where}: modules_to_not_convert")
+        rules = tuple((read_pattern(".*" + re.escape(name), f"{where}: modules_to_not_convert"), None) for name in kept)
         return Quantization("awq", read_scheme(bits, group_size, False, where), rules)
 
     def pack(self, q: QTensor, version: str = "") -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwenq.errors import CheckpointError, PlanError, UnreadScheme, UsageError
+from qwenq.escaping import shown
 from qwenq.io.safetensors import TensorSpec
 from qwenq.model.spec import LinearSpec, ModelSpec
 
@@ -114,7 +115,7 @@ class IntegerCodes(Codes):
     """4- or 8-bit integers packed into int32, with a scale and a zero point for each group."""
 
     name = "int"
-    _LABEL = re.compile(r"(?P<bits>\d+)-bit(?: (?P<row>per channel)| g(?P<group>\d+))(?P<asym> asym)?")
+    _LABEL = re.compile(r"(?P<bits>[48])-bit(?: (?P<row>per channel)| g(?P<group>[0-9]{1,6}))(?P<asym> asym)?")
 
     def check(self, scheme: Scheme) -> None:
         if scheme.bits not in (4, 8):
@@ -140,7 +141,7 @@ class IntegerCodes(Codes):
 
     def parse(self, label: str) -> Scheme | None:
         match = self._LABEL.fullmatch(label)
-        if not match or match["bits"] not in ("4", "8"):
+        if not match:
             return None
         return Scheme(int(match["bits"]), -1 if match["row"] else int(match["group"]), sym=not match["asym"])
 
@@ -165,7 +166,7 @@ def parse_scheme(label: str) -> Scheme | None:
     found = next((scheme for codes in CODES.values() if (scheme := codes.parse(text)) is not None), None)
     if found is None:
         raise PlanError(
-            f"{label[:40]!r} is no scheme", hint="for instance 4-bit g128, 8-bit g32, 4-bit per channel or 16-bit"
+            f"{shown(label, 40)!r} is no scheme", hint="for instance 4-bit g128, 8-bit g32, 4-bit per channel or 16-bit"
         )
     return found
 
@@ -250,16 +251,38 @@ def _by_name(dtype: StoredDtype | str) -> StoredDtype:
     return (lambda name: dtype) if isinstance(dtype, str) else dtype
 
 
+MAX_STEPS = 300_000_000  # of matching, patterns times names: about three seconds
+
+
+@dataclass(frozen=True)
+class NamePattern:
+    """A regular expression for modules' names, matched from the beginning; `steps`: the most that one name may take."""
+
+    expression: re.Pattern[str]
+    steps: int
+
+    def match(self, module: str) -> bool:
+        return self.expression.match(module) is not None
+
+
+@dataclass(frozen=True)
+class ExactNames:
+    """Modules by their own names, however many."""
+
+    names: frozenset[str]
+    steps: int = 1
+
+    def match(self, module: str) -> bool:
+        return module in self.names
+
+
 @dataclass(frozen=True)
 class Quantization:
-    """How each linear is stored, as a config says: the first of `rules` whose pattern matches a module's name decides.
-
-    A pattern is matched from the beginning of the name.
-    """
+    """How each linear is stored, as a config says: the first of `rules` that matches a module's name decides."""
 
     format: str  # one of FORMATS
     default: Scheme | None  # where no rule matches; None leaves the linear in 16 bit
-    rules: tuple[tuple[re.Pattern[str], Scheme | None], ...] = ()
+    rules: tuple[tuple[NamePattern | ExactNames, Scheme | None], ...] = ()
     version: str = ""  # of the format, where there are several
     sorted_columns: bool = False  # columns may be stored out of the order of their groups
 
@@ -268,7 +291,17 @@ class Quantization:
         return next((scheme for pattern, scheme in self.rules if pattern.match(module)), self.default)
 
     def recipe(self, spec: ModelSpec) -> Recipe:
-        """The same, as a recipe over the model's linears; the most frequent scheme stands for a missing default."""
+        """The same, as a recipe over the model's linears; the most frequent scheme stands for a missing default.
+
+        CheckpointError for rules that would take long over so many names.
+        """
+        steps, names = sum(rule.steps for rule, _ in self.rules), len(spec.linears)
+        if steps * names > MAX_STEPS:
+            raise CheckpointError(
+                f"quantization_config: {len(self.rules)} patterns for the names of {names} linears could take long: "
+                "refused",
+                hint="write patterns without `.*`, or several names in one",
+            )
         found = [(lin.name, self.scheme_of(lin.name)) for lin in spec.linears]
         default = self.default
         if default is None:
@@ -613,7 +646,7 @@ def read_quantization_config(config: Any, where: str) -> Quantization:
         method = config.get("quant_method")
         known = dict.fromkeys(form.method for form in FORMATS.values())
         raise (UnreadScheme if isinstance(method, str) else CheckpointError)(
-            f"{where}: quant_method is {str(method)[:40]!r}, wanted one of {', '.join(known)}",
+            f"{where}: quant_method is {shown(str(method), 40)!r}, wanted one of {', '.join(known)}",
             hint="this version reads 16-bit checkpoints and these",
         )
     return form.read_config(config, where)

@@ -24,6 +24,7 @@ from qwenq.formats.base import (
     Codes,
     Format,
     Loader,
+    NamePattern,
     PackedShape,
     Quantization,
     Recipe,
@@ -33,7 +34,7 @@ from qwenq.formats.base import (
     Variant,
     register,
 )
-from qwenq.formats.config import read_names, read_pattern
+from qwenq.formats.config import check_count, read_names, read_pattern
 from qwenq.io.safetensors import FLOATS, TensorSpec
 from qwenq.model.spec import LinearSpec, ModelSpec
 
@@ -122,6 +123,7 @@ class Bitsandbytes(Format):
                 raise UnreadScheme(f"{where}: 4-bit type {kind!r} stored as {storage!r}, wanted 'nf4' as 'uint8'")
             scheme = NF4_NESTED if config.get("bnb_4bit_use_double_quant") else NF4
         kept = read_names(config.get("llm_int8_skip_modules"), f"{where}: llm_int8_skip_modules")
+        check_count(kept, f"{where}: llm_int8_skip_modules")
         rules = tuple((_skip_pattern(name, f"{where}: llm_int8_skip_modules"), None) for name in kept)
         return Quantization(form.name, scheme, rules)
 
@@ -269,7 +271,7 @@ def _state_json(lin: LinearSpec, dtype: str) -> bytes:
     return json.dumps(state).encode()
 
 
-def _skip_pattern(name: str, where: str) -> re.Pattern[str]:
+def _skip_pattern(name: str, where: str) -> NamePattern:
     """transformers' rule: a pattern up to a module boundary from the start, or the end of the name."""
     return read_pattern(rf"(?:{name})(?:(?<=\.)|(?=\.|$))|.*{re.escape(name)}$", where)
 

@@ -11,20 +11,22 @@ or the class `Linear`; when several match, they count in this order. `ignore` co
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from qwenq import __version__
 from qwenq.errors import CheckpointError, PlanError, UnreadScheme
+from qwenq.escaping import shown
 from qwenq.formats.base import (
     ASYMMETRIC,
     CPU_LOGITS,
     PLAIN_8_BIT,
     SYMMETRIC,
     ByTransformers,
+    ExactNames,
     Format,
     Loader,
+    NamePattern,
     Quantization,
     Recipe,
     Scheme,
@@ -36,7 +38,7 @@ from qwenq.formats.base import (
     register,
     whole_numbers,
 )
-from qwenq.formats.config import read_names, read_pattern, read_scheme
+from qwenq.formats.config import check_count, read_names, read_pattern, read_scheme
 from qwenq.io.safetensors import TensorSpec
 from qwenq.model.spec import LinearSpec, ModelSpec
 
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
 
     from qwenq.solver.grid import QTensor
 
-_ANY = re.compile("")
+_LINEAR = "Linear"  # a module's class: every linear
 
 
 class CompressedTensors(Format):
@@ -112,28 +114,24 @@ class CompressedTensors(Format):
         groups = config.get("config_groups")
         if not isinstance(groups, Mapping) or not groups:
             raise CheckpointError(f"{where}: config_groups is missing or empty")
-        rules: list[tuple[re.Pattern[str], Scheme | None]] = []
-        for name in read_names(config.get("ignore"), f"{where}: ignore"):
-            rules.append((_name_pattern(name, f"{where}: ignore"), None))
-        exact: list[tuple[re.Pattern[str], Scheme | None]] = []
-        patterns: list[tuple[str, re.Pattern[str], Scheme | None]] = []
+        ignored = read_names(config.get("ignore"), f"{where}: ignore")
+        rules = [(matcher, None) for matcher in _matchers(ignored, f"{where}: ignore")]
+        exact: list[tuple[NamePattern | ExactNames, Scheme | None]] = []
+        patterns: list[tuple[NamePattern | ExactNames, Scheme | None]] = []
         default = None
         for key, group in groups.items():
-            here = f"{where}: config_groups {key}"
+            here = f"{where}: config_groups {shown(key, 40)}"
             if not isinstance(group, Mapping):
                 raise CheckpointError(f"{here} is {type(group).__name__}, wanted an object")
             scheme = _scheme(group, here)
-            for target in read_names(group.get("targets"), f"{here}: targets"):
-                if target == "Linear":
-                    default = scheme
-                elif target.startswith("re:"):
-                    patterns.append((target, _name_pattern(target, f"{here}: targets"), scheme))
-                else:
-                    exact.append((_name_pattern(target, f"{here}: targets"), scheme))
-        patterns.sort(key=lambda entry: entry[0])
-        return Quantization(
-            "compressed-tensors", default, (*rules, *exact, *((pattern, scheme) for _, pattern, scheme in patterns))
-        )
+            targets = read_names(group.get("targets"), f"{here}: targets")
+            if _LINEAR in targets:
+                default = scheme
+            for matcher in _matchers([name for name in targets if name != _LINEAR], f"{here}: targets"):
+                (exact if isinstance(matcher, ExactNames) else patterns).append((matcher, scheme))
+            check_count(patterns, f"{where}: config_groups")
+        patterns.sort(key=lambda rule: _text(rule[0]))
+        return Quantization("compressed-tensors", default, (*rules, *exact, *patterns))
 
     def stated(self, config: Mapping[str, Any]) -> tuple[list[int], list[int]]:
         """Those of all config groups."""
@@ -208,11 +206,19 @@ def _weights(scheme: Scheme) -> dict[str, Any]:
     }
 
 
-def _name_pattern(name: str, where: str) -> re.Pattern[str]:
-    """The pattern of `name` in a targets or ignore list, matched from the start of a module's name."""
-    if name == "Linear":
-        return _ANY
-    return read_pattern(name[3:] if name.startswith("re:") else re.escape(name) + "$", where)
+def _matchers(names: list[str], where: str) -> list[NamePattern | ExactNames]:
+    """What the names of a targets or ignore list match: those written out together, and each pattern."""
+    written = [name.removeprefix("re:") for name in names if name.startswith("re:")]
+    check_count(written, where)
+    if _LINEAR in names:
+        written.append("")
+    exact = ExactNames(frozenset(name for name in names if not name.startswith("re:")))
+    found: list[NamePattern | ExactNames] = [exact] if exact.names else []
+    return found + [read_pattern(pattern, where) for pattern in written]
+
+
+def _text(matcher: NamePattern | ExactNames) -> str:
+    return matcher.expression.pattern if isinstance(matcher, NamePattern) else ""
 
 
 def _scheme(group: Mapping[str, Any], where: str) -> Scheme:

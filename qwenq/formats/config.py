@@ -7,18 +7,23 @@ multiplies the time by the name's length), or a backward reference.
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
+from collections.abc import Sized
 from typing import Any
 
 from qwenq.errors import CheckpointError, PlanError, UnreadScheme
-from qwenq.formats.base import Scheme
+from qwenq.formats.base import NamePattern, Scheme
 from qwenq.io.json import shown
 
 PACKED_BITS = range(2, 9)  # that one tool or another packs
 
 MAX_CHARACTERS = 20_000  # a choice of all linears of a large model by their names is half as long
+MAX_NAMES = 20_000  # of one list: all linears of the largest model it may be
+MAX_PATTERNS = 4000  # of one config, and as many names
 MAX_UNBOUNDED = 4  # `.*` and their like; on a name of 60 characters that is half a million steps
+_NAME_CHARACTERS = 35  # of a linear's name, by which the steps of a pattern are reckoned
 _TOKEN = re.compile(
     r"\\(?P<escape>.)|(?P<set>\[\^?\]?(?:\\.|[^\]\\])*\])|(?P<open>\((?:\?(?:P?<[A-Za-z_]\w*>|<?[=!]|[aimsux-]*:|>)?)?)"
     r"|(?P<close>\))|(?P<repeat>[*+]|\{\d*,?\d*\})|(?P<maybe>\?)|(?P<choice>\|)|.",
@@ -43,16 +48,25 @@ def read_names(value: Any, where: str) -> list[str]:
         return []
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise CheckpointError(f"{where} is {str(value)[:80]!r}, wanted a list of names")
+    if len(value) > MAX_NAMES:
+        raise CheckpointError(f"{where} has {len(value)} names, more than {MAX_NAMES}")
     return value
 
 
-def read_pattern(pattern: Any, where: str) -> re.Pattern[str]:
+def check_count(patterns: Sized, where: str) -> None:
+    """CheckpointError for more patterns than a config has, before one is compiled."""
+    if len(patterns) > MAX_PATTERNS:
+        raise CheckpointError(f"{where} has {len(patterns)} patterns, more than {MAX_PATTERNS}: refused")
+
+
+def read_pattern(pattern: Any, where: str) -> NamePattern:
     """A regular expression, to be matched from the start of a module's name."""
     if not isinstance(pattern, str):
         raise CheckpointError(f"{where} has a bad pattern {shown(repr(pattern))} (not text)")
     if len(pattern) > MAX_CHARACTERS:
         raise CheckpointError(f"{where} has a pattern of {len(pattern)} characters, more than {MAX_CHARACTERS}")
-    if reason := _slow(pattern):
+    reason, unbounded = _slow(pattern)
+    if reason:
         raise CheckpointError(
             f"{where} has the pattern {shown(pattern, 60)}, which could take forever ({reason}): refused",
             hint="write the names out, or without repeats inside repeats",
@@ -60,13 +74,16 @@ def read_pattern(pattern: Any, where: str) -> re.Pattern[str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what Python may once read otherwise
-            return re.compile(pattern)
+            return NamePattern(re.compile(pattern), math.comb(_NAME_CHARACTERS + unbounded, unbounded))
     except (re.error, RecursionError, OverflowError) as error:
         raise CheckpointError(f"{where} has a bad pattern {shown(repr(pattern))} ({error})") from None
 
 
-def _slow(pattern: str) -> str:
-    """Why matching could take long; empty when it cannot. May refuse a harmless pattern, never passes a slow one."""
+def _slow(pattern: str) -> tuple[str, int]:
+    """Why matching could take long, empty when it cannot, and the number of unbounded repeats.
+
+    May refuse a harmless pattern, never passes a slow one.
+    """
     unbounded = 0
     groups = [False]  # for each open group: whether it holds a repeat or a choice
     closed = False  # the last thing was a group that does
@@ -76,10 +93,10 @@ def _slow(pattern: str) -> str:
         was_closed, closed = closed, False
         was_repeat, after_repeat = after_repeat, False
         if kind == "escape" and (text[1].isdigit() and text[1] != "0"):
-            return "a backward reference"
+            return "a backward reference", 0
         if kind == "open":
             if text in ("(?", "(?>"):
-                return f"the group {shown(pattern[token.start() : token.start() + 6])}"
+                return f"the group {shown(pattern[token.start() : token.start() + 6])}", 0
             groups.append(False)
         elif kind == "close" and len(groups) > 1:
             closed = groups.pop()
@@ -90,13 +107,13 @@ def _slow(pattern: str) -> str:
             if was_repeat and text in "+?":  # lazy or possessive
                 continue
             if was_closed and kind == "repeat":
-                return "a repeat or a choice inside a repeat"
+                return "a repeat or a choice inside a repeat", 0
             groups[-1] = True
             after_repeat = True
             unbounded += kind == "repeat" and not text.startswith("{")
             if text.startswith("{"):
                 low, _, high = text[1:-1].partition(",")
                 if max((int(n) for n in (low, high) if n), default=0) > 1000:
-                    return f"{shown(text, 20)} repeats"
+                    return f"{shown(text, 20)} repeats", 0
                 unbounded += "," in text
-    return f"{unbounded} unbounded repeats" if unbounded > MAX_UNBOUNDED else ""
+    return (f"{unbounded} unbounded repeats" if unbounded > MAX_UNBOUNDED else ""), unbounded

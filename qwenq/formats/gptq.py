@@ -31,7 +31,7 @@ from qwenq.formats.base import (
     integer_engines,
     register,
 )
-from qwenq.formats.config import read_pattern, read_scheme
+from qwenq.formats.config import check_count, read_pattern, read_scheme
 from qwenq.io.safetensors import TensorSpec
 from qwenq.model.architectures import Stage
 from qwenq.model.spec import LinearSpec, ModelSpec
@@ -111,6 +111,7 @@ class Gptq(Format):
         entries = config.get("dynamic") or {}
         if not isinstance(entries, Mapping):
             raise CheckpointError(f"{where}: dynamic is {type(entries).__name__}, wanted an object")
+        check_count(entries, f"{where}: dynamic")
         for key, override in entries.items():
             excluded = key.startswith("-:")
             pattern = read_pattern(key.removeprefix("-:").removeprefix("+:"), f"{where}: dynamic")

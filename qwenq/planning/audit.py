@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qwenq.escaping import shown
 from qwenq.formats.base import Recipe, get_format, read_quantization_config, recognized
 from qwenq.io.json import inside, read_object
-from qwenq.io.safetensors import INDEX_NAME, TensorSpec
+from qwenq.io.safetensors import INDEX_NAME, MAX_HEADER_BYTES, TensorSpec
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.tensor_parallel import row_groups, tensor_parallel_sizes
 from qwenq.planning.weights import published_recipe, published_spec
@@ -84,7 +85,8 @@ def audit(
             recipe = read_quantization_config(quantization, "config.json").recipe(spec)
             scheme = f"{recipe.default.label if recipe.default else '16-bit'}, {recipe.format}"
         else:  # a method this version cannot read: shapes and totals are still worth an audit
-            scheme = str(quantization.get("quant_method")) if isinstance(quantization, Mapping) else "unknown"
+            method = quantization.get("quant_method") if isinstance(quantization, Mapping) else "unknown"
+            scheme = shown(str(method), 40)
     if tensors is not None and readable:
         problems += _compare(recipe, spec, tensors)
     if expect_parameters is not None and abs(spec.parameters - expect_parameters) > _TOLERANCE * expect_parameters:
@@ -116,7 +118,7 @@ def index_total(directory: Path) -> int | None:
     """`total_size` as the index of a sharded checkpoint states it."""
     if not (directory / INDEX_NAME).is_file():
         return None
-    metadata = read_object(inside(directory, INDEX_NAME), limit=100_000_000).get("metadata")
+    metadata = read_object(inside(directory, INDEX_NAME), limit=MAX_HEADER_BYTES).get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, Mapping) else None
     return int(total) if isinstance(total, int | float) else None
 
@@ -129,7 +131,7 @@ def _compare(recipe: Recipe, spec: ModelSpec, tensors: Mapping[str, TensorSpec])
             problems.append(f"{name}: the config needs it, no shard has it")
         elif not get_format(recipe.format).same_shape(tensors[name], want):
             problems.append(f"{name}: shape {list(tensors[name].shape)}, the config says {list(want.shape)}")
-    problems += [f"{name}: stored, but the config has no place for it" for name in tensors if name not in needed]
+    problems += [f"{shown(name)}: stored, but the config has no place for it" for name in tensors if name not in needed]
     return problems
 
 
@@ -144,7 +146,7 @@ def _parts(spec: ModelSpec, tensors: Iterable[TensorSpec]) -> tuple[Part, ...]:
             return "embedding (and head)" if spec.tie_word_embeddings else "embedding"
         if name.startswith(names.head):
             return "head"
-        if "norm" in name.rsplit(".", 2)[-2]:
+        if "norm" in name.rpartition(".")[0].rpartition(".")[2]:
             return "norms"
         return "attention" if f".{names.attention}." in name else "mlp" if ".mlp." in name else "other"
 

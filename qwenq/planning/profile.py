@@ -7,20 +7,21 @@ context, and what torch reserves beyond its peak the slack. A device with one ro
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qwenq.errors import PlanError
+from qwenq.errors import CheckpointError, PlanError
+from qwenq.io.json import read_object
 from qwenq.planning.memory import Term
 
 KIND = "qwenq-vram-profile"
 VERSION = 1
 WORKING = ("activations", "logits", "dequantization")
 _MAX_BYTES = 4_000_000
+_MAX_ROWS = 10_000
 
 
 @dataclass(frozen=True)
@@ -164,19 +165,18 @@ def profile_json(rows: Sequence[MeasuredRow], facts: Mapping[str, Any]) -> dict[
 def read_profile(path: Path) -> Profile:
     """A measured profile; its fits are made again from its rows. PlanError for a file that is none."""
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise PlanError(f"{path}: too large for a profile")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or "not JSON"
-        raise PlanError(f"{path}: {reason}", hint="wanted what `qwenq vram measure -o FILE` writes") from None
-    if not isinstance(content, dict) or content.get("kind") != KIND or content.get("version") != VERSION:
+        content = read_object(path, limit=_MAX_BYTES)
+    except CheckpointError as error:
+        raise PlanError(error.message, hint="wanted what `qwenq vram measure -o FILE` writes") from None
+    if content.get("kind") != KIND or content.get("version") != VERSION:
         raise PlanError(
             f"{path}: not a profile of version {VERSION}", hint="write one with `qwenq vram measure -o FILE`"
         )
     rows = content.get("rows")
     if not isinstance(rows, list) or not rows:
         raise PlanError(f"{path}: no rows")
+    if len(rows) > _MAX_ROWS:
+        raise PlanError(f"{path}: {len(rows)} rows, more than {_MAX_ROWS}")
     return Profile(path.name, fit_rows([_row(row, f"{path}: row {k}") for k, row in enumerate(rows, 1)]))
 
 

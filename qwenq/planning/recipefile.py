@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from qwenq.errors import PlanError
+from qwenq.escaping import shown
 from qwenq.formats.base import Recipe, Scheme, get_format, label_of, parse_scheme
+from qwenq.io.json import read_limited
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.budget import Budgeted, Choice, recipe_of
 from qwenq.planning.sensitivity import FusedGroup, members_of
 
 VERSION = 1
+_MAX_BYTES = 1_000_000  # a layer has 120
+_MAX_LINE = 2000  # characters
+_KEY = re.compile(r"""\s*["']?([^"'\s=]{1,40})["']?\s*=""")
 RECIPE_NAME = "qwenq-recipe.toml"
 _WIDTH = 18  # of a quoted scheme and its comma
 
@@ -56,17 +61,21 @@ def save_recipe(path: Path, spec: ModelSpec, found: Budgeted) -> None:
 def read_recipe(path: Path, spec: ModelSpec, format: str = "gptq") -> Choice:
     """A recipe file for `spec` in a mixed `format`; PlanError naming line, layer and fused group for what cannot be."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_limited(path, _MAX_BYTES, PlanError).decode("utf-8")
+        if max(map(len, text.splitlines()), default=0) > _MAX_LINE:  # keys of many parts take tomllib their square
+            raise PlanError(f"{path}: a line of more than {_MAX_LINE} characters")
         found = tomllib.loads(text)
-    except OSError as error:
-        raise PlanError(f"{path}: {error.strerror}", hint="qwenq quantize MODEL --target-size 47GB --dry-run "
-                        "--save-recipe FILE writes one") from None  # fmt: skip
+    except PlanError as error:
+        hint = "qwenq quantize MODEL --target-size 47GB --dry-run --save-recipe FILE writes one"
+        raise PlanError(error.message, hint=hint) from None
     except UnicodeDecodeError:
         raise PlanError(f"{path}: not UTF-8 text") from None
-    except tomllib.TOMLDecodeError as error:
-        raise PlanError(f"{path}: {error}", hint="the file is TOML; one line a layer under [layer]") from None
+    except (ValueError, RecursionError) as error:  # a date that is none, a number of 5,000 digits, lists in lists
+        reason = "nested too deep" if isinstance(error, RecursionError) else shown(str(error), 200)
+        raise PlanError(f"{path}: {reason}", hint="the file is TOML; one line a layer under [layer]") from None
     if found.get("version") != VERSION:
-        raise PlanError(f"{path}: version is {found.get('version')!r}, wanted {VERSION}")
+        raise PlanError(f"{path}: version is {shown(str(found.get('version')), 40)!r}, wanted {VERSION}")
+    lines = _lines(text)
     layers = found.get("layer")
     if not isinstance(layers, dict):
         raise PlanError(f"{path}: no [layer] table", hint="one line a layer, e.g. " + _example(spec))
@@ -74,16 +83,18 @@ def read_recipe(path: Path, spec: ModelSpec, format: str = "gptq") -> Choice:
     for key in layers:
         if key not in wanted:
             raise PlanError(
-                f"{path}{_line(text, key)}: layer {key!r}, {spec.name or 'the model'} has {len(wanted)} layers "
-                f"(0 to {len(wanted) - 1})"
+                f"{path}{lines.get(key, '')}: layer {shown(key, 40)!r}, {spec.name or 'the model'} has {len(wanted)} "
+                f"layers (0 to {len(wanted) - 1})"
             )
     choice: dict[FusedGroup, Scheme | None] = {}
     stages = [stage.name for stage in spec.architecture.stages]
     for layer, key in enumerate(wanted):
-        where = f"{path}{_line(text, key)}, layer {key}"
+        where = f"{path}{lines.get(key, '')}, layer {key}"
         row = layers.get(key)
         if not isinstance(row, dict) or set(row) != set(stages):
-            got = "missing" if row is None else f"has {', '.join(row)}" if isinstance(row, dict) else "is no table"
+            got = "missing" if row is None else "is no table"
+            if isinstance(row, dict):
+                got = f"has {shown(', '.join(row), 200)}"
             raise PlanError(f"{where}: {got}, wanted {', '.join(stages)}", hint="e.g. " + _example(spec))
         for fused in stages:
             choice[layer, fused] = _scheme(spec, (layer, fused), row[fused], f"{where}, {fused}", format)
@@ -113,7 +124,8 @@ def _example(spec: ModelSpec) -> str:
 def _scheme(spec: ModelSpec, fused: FusedGroup, label: Any, where: str, format: str) -> Scheme | None:
     try:
         if not isinstance(label, str):
-            raise PlanError(f"{label!r} is no scheme", hint="schemes are text, for instance '4-bit g128'")
+            hint = "schemes are text, for instance '4-bit g128'"
+            raise PlanError(f"{shown(str(label), 40)!r} is no scheme", hint=hint)
         scheme = parse_scheme(label)
         if scheme is not None:
             if not get_format(format).mixes_in(scheme):
@@ -128,11 +140,13 @@ def _scheme(spec: ModelSpec, fused: FusedGroup, label: Any, where: str, format: 
     return scheme
 
 
-def _line(text: str, key: str) -> str:
-    """`, line 14` of a layer's row, or nothing when it is written in another way."""
-    pattern = re.compile(rf"""\s*["']?{re.escape(key)}["']?\s*=""")
-    rows = [n for n, line in enumerate(text.splitlines(), 1) if pattern.match(line)]
-    return f", line {rows[0]}" if rows else ""
+def _lines(text: str) -> dict[str, str]:
+    """`, line 14` of each row by its key, but of those that are written in another way."""
+    found: dict[str, str] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if match := _KEY.match(line):
+            found.setdefault(match[1], f", line {number}")
+    return found
 
 
 def _quoted(text: str) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +18,8 @@ from qwenq.model.architectures import known_stages
 from qwenq.model.spec import LinearSpec, ModelSpec
 
 VERSION = 1
+_MAX_BYTES = 10_000_000  # 1,000 decoder layers have 2 MB
+_LAYER = re.compile(r"[0-9]{1,4}")
 SENSITIVITY_NAME = "qwenq-sensitivity.json"  # in a checkpoint: the table its recipe was chosen by
 FusedGroup = tuple[int, str]  # layer, name of a stage: linears that engines fuse
 
@@ -164,9 +168,9 @@ def prior(spec: ModelSpec, *, asymmetric: bool = False) -> Sensitivity:
 
 def read_sensitivity(path: Path) -> Sensitivity:
     """A table that `qwenq sensitivity` wrote; PlanError naming the entry that is not right."""
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise PlanError(f"{path}: no such file", hint="write one with qwenq sensitivity MODEL -o FILE")
-    found = read_object(path, limit=100_000_000)
+    found = read_object(path, limit=_MAX_BYTES)
     if found.get("kind") != "qwenq sensitivity" or found.get("version") != VERSION:
         raise PlanError(
             f"{path}: kind {str(found.get('kind'))[:40]!r}, version {str(found.get('version'))[:20]}, "
@@ -179,7 +183,7 @@ def read_sensitivity(path: Path) -> Sensitivity:
     kl: dict[FusedGroup, dict[Scheme | None, float]] = {}
     for key, row in rows.items():
         layer, _, fused = key.partition(".")
-        if not layer.isascii() or not layer.isdigit() or fused not in known_stages() or not isinstance(row, Mapping):
+        if not _LAYER.fullmatch(layer) or fused not in known_stages() or not isinstance(row, Mapping):
             raise PlanError(f"{path}: {key[:40]!r} is no fused group", hint="the file is damaged")
         entries: dict[Scheme | None, float] = {}
         for label, value in row.items():
