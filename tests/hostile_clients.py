@@ -467,10 +467,13 @@ def crowd(target: Target, count: int, report: Report) -> None:
     bad: list[str] = []
 
     def one(number: int) -> None:
-        asked = target.good | ({"stream": bool(number % 2)} if target.post == CHAT else {})
-        status, body = exchange(target, request(target.post, json.dumps(asked).encode()))
+        asked = target.good | ({"stream": bool(number % 2)} if target.post == CHAT else {"context": 8000 + number})
+        try:
+            status, body = exchange(target, request(target.post, json.dumps(asked).encode()))
+        except OSError as error:
+            status, body = 0, str(error).encode()
         found[status] += 1
-        if status not in (200, 429) or (status == 200 and b'"error"' in body):
+        if status not in (200, 429, 503) or (status == 200 and b'"error"' in body):
             bad.append(f"crowd: status {status}, {body[:80]!r}")
 
     threads = [threading.Thread(target=one, args=(number,)) for number in range(count)]

@@ -12,12 +12,12 @@ import torch
 from starlette.types import ASGIApp
 
 from qwenq.checkpoint.reader import open_checkpoint
-from qwenq.io.http import Server, listen
+from qwenq.io.http import Line, Server, listen
 from qwenq.planning.placement import host_map
 from qwenq.runtime.chat import Chat
 from qwenq.runtime.generate import Sampling, Session
 from qwenq.runtime.model import CheckpointWeights, build_model
-from qwenq.runtime.server import Line, Service
+from qwenq.runtime.server import Service
 
 
 def make_service(path: Path, *, dtype: torch.dtype = torch.float32, queue: int = 1, context: int = 400) -> Service:

@@ -453,7 +453,8 @@ def test_continues_requests(address: str, service: Service) -> None:
     chat = {
         "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "The sea?"}],
         "model": "tiny", "max_tokens": 64, "temperature": 0.5, "top_p": None, "frequency_penalty": None,
-        "presence_penalty": None, "stream": True, "stop": ["<|im_start|>", "<|im_end|>"], "stream_options": {"include_usage": True},
+        "presence_penalty": None, "stream": True, "stop": ["<|im_start|>", "<|im_end|>"],
+        "stream_options": {"include_usage": True},
     }  # fmt: skip
     answer = httpx.post(address + "/v1/chat/completions", json=chat, headers=headers, timeout=60)
     assert answer.status_code == 200 and answer.text.rstrip().endswith("data: [DONE]")

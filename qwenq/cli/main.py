@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from typing import Annotated, Any
 
@@ -85,6 +84,4 @@ app.command("plan")(plan)
 
 def main() -> None:
     """Console entry: run the command line."""
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `qwenq ... | head` ends quietly
     app()
