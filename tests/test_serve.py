@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,53 +18,32 @@ import httpx
 import openai
 import pytest
 import torch
+from serving import direct, make_service, served, until
 from typer.testing import CliRunner
 
-from qwenq.checkpoint.reader import open_checkpoint
 from qwenq.cli.main import app as cli
-from qwenq.io.http import Server, listen
-from qwenq.planning.placement import host_map
-from qwenq.runtime.chat import Chat
-from qwenq.runtime.generate import Sampling, Session
-from qwenq.runtime.model import CheckpointWeights, build_model
-from qwenq.runtime.server import Line, Service, make_app
+from qwenq.io.http import listen
+from qwenq.runtime.generate import Session
+from qwenq.runtime.server import Service, make_app
 
 ASK = [{"role": "user", "content": "Tell me about the sea."}]
 
 
 @pytest.fixture(scope="module")
 def service(tiny: Path) -> Service:
-    checkpoint = open_checkpoint(tiny)
-    model = build_model(
-        CheckpointWeights(checkpoint), checkpoint.config, checkpoint.spec, host_map(checkpoint.spec),
-        dtype=torch.float32,
-    )  # fmt: skip
-    chat = Chat(tiny, checkpoint.spec.vocab_size)
-    return Service(Session(model, 400, stop_ids=chat.stop_ids), chat, "tiny", Line(1))
+    return make_service(tiny)
 
 
 @pytest.fixture(scope="module")
 def address(service: Service) -> Iterator[str]:
-    with listen("127.0.0.1", 0) as bound:
-        server = Server(make_app(service))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
-        server.should_exit = True
-        thread.join(20)
+    with served(make_app(service)) as found:
+        yield found
 
 
 @pytest.fixture
 def client(address: str) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=address + "/v1", api_key="none", max_retries=0, timeout=60) as found:
         yield found
-
-
-def direct(service: Service, ids: list[int], new: int) -> str:
-    session = service.session
-    return "".join(service.chat.stream(session.generate(ids, Sampling(max_new_tokens=new))))
 
 
 def test_the_openai_client(client: openai.OpenAI, service: Service) -> None:
@@ -142,6 +121,14 @@ def test_other_host_names_and_keys(address: str, service: Service, monkeypatch: 
     assert httpx.get(address + "/v1/models").status_code == 401
     assert httpx.get(address + "/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
     assert httpx.post(address + "/v1/completions", json={"prompt": "x"}).status_code == 401
+    for key in ("Bearer  secret", "bearer secret", "secret"):
+        assert httpx.get(address + "/v1/models/tiny", headers={"Authorization": key}).status_code == 200
+    for key in ("Bearer secre", "Bearer secret1", "Bearer", "Basic secret", "Bearer Bearer secret"):
+        assert httpx.get(address + "/v1/models/tiny", headers={"Authorization": key}).status_code == 401
+    monkeypatch.setattr(service, "api_key", "schlüssel")
+    given = [(b"Authorization", "Bearer schlüssel".encode())]
+    assert httpx.get(address + "/v1/models", headers=given).status_code == 200
+    assert httpx.get(address + "/v1/models", headers=given * 2).status_code == 401
 
 
 def test_one_at_a_time_the_rest_in_line(address: str, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,13 +165,6 @@ def test_one_at_a_time_the_rest_in_line(address: str, service: Service, monkeypa
     until(lambda: httpx.get(address + "/health").json() == {"status": "ok", "waiting": 0})
 
 
-def until(true: Callable[[], bool], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it did not come"
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_the_model(
     stream: bool, address: str, service: Service, monkeypatch: pytest.MonkeyPatch
@@ -207,6 +187,117 @@ def test_a_client_that_leaves_frees_the_model(
             httpx.post(address + "/v1/completions", json=asked, timeout=0.3)
     after = httpx.post(address + "/v1/completions", json={"prompt": "x", "max_tokens": 1}, timeout=60)
     assert after.status_code == 200 and time.monotonic() - clock < 6  # not the 390 x 20 ms of the first answer
+
+
+def test_clients_that_leave_the_line_are_never_computed(
+    address: str, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Streaming or not: their places are free at once, and the model never sees their prompts."""
+    hold, prompts = threading.Event(), []
+    generate, forward = Session.generate, Session.forward
+
+    def noted(session: Session, ids: Any, *rest: Any, **more: Any) -> Any:
+        prompts.append(list(ids))
+        return generate(session, ids, *rest, **more)
+
+    def slow(session: Session, ids: Any) -> Any:
+        hold.wait(20)
+        return forward(session, ids)
+
+    monkeypatch.setattr(Session, "generate", noted)
+    monkeypatch.setattr(Session, "forward", slow)
+    monkeypatch.setattr(service.line, "limit", 4)
+    asked = {"max_tokens": 2, "temperature": 0}
+    first = threading.Thread(target=httpx.post, args=(address + "/v1/completions",), kwargs={
+        "json": asked | {"prompt": [1]}, "timeout": 60})  # fmt: skip
+    first.start()
+    until(lambda: prompts == [[1]])
+
+    def leave(stream: bool) -> None:
+        with pytest.raises(httpx.ReadTimeout), httpx.Client(timeout=0.5) as client:
+            client.post(address + "/v1/completions", json=asked | {"prompt": [2], "stream": stream})
+
+    leaving = [threading.Thread(target=leave, args=(stream,)) for stream in (False, True, False, True)]
+    for thread in leaving:
+        thread.start()
+    until(lambda: service.line.waiting == 4)
+    for thread in leaving:
+        thread.join()
+    until(lambda: service.line.waiting == 0)
+    hold.set()
+    first.join(30)
+    assert httpx.post(address + "/v1/completions", json=asked | {"prompt": [3]}, timeout=60).status_code == 200
+    assert prompts == [[1], [3]]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_six_at_once_are_answered_or_told_to_come_later(
+    stream: bool, address: str, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold, forward = threading.Event(), Session.forward
+
+    def slow(session: Session, ids: Any) -> Any:
+        hold.wait(20)
+        return forward(session, ids)
+
+    monkeypatch.setattr(Session, "forward", slow)
+    asked = {"messages": ASK, "max_tokens": 2, "stream": stream}
+    found: list[tuple[int, str]] = []
+
+    def ask() -> None:
+        answer = httpx.post(address + "/v1/chat/completions", json=asked, timeout=60)
+        found.append((answer.status_code, answer.text))
+
+    threads = [threading.Thread(target=ask) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    until(lambda: len(found) == 4)  # one is answered, one waits
+    hold.set()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(status for status, _ in found) == [200, 200, 429, 429, 429, 429]
+    assert not any("error" in text for status, text in found if status == 200)
+
+
+def test_an_empty_line_takes_one_after_the_other(service: Service, monkeypatch: pytest.MonkeyPatch, tiny: Path) -> None:
+    """With nobody allowed to wait, the place is free again before the answer is out."""
+    monkeypatch.setattr(service.line, "limit", 0)
+    with served(make_app(service)) as address, httpx.Client(base_url=address, timeout=60) as client:
+        found = [client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code for _ in range(50)]
+    assert set(found) == {200}
+
+
+@pytest.mark.parametrize("cached", [0, 30, 59])
+def test_the_same_seed_gives_the_same_text_whatever_is_cached(cached: int, tiny: Path) -> None:
+    """In bfloat16, where one row alone is summed in another order than many at once."""
+    service = make_service(tiny, dtype=torch.bfloat16)
+    ids = [(k * 37) % 1000 for k in range(60)]
+    asked = {"prompt": ids, "max_tokens": 60, "temperature": 1.0}
+    with served(make_app(service)) as address, httpx.Client(base_url=address, timeout=60) as client:
+
+        def text(seed: int) -> str:
+            return client.post("/v1/completions", json=asked | {"seed": seed}).json()["choices"][0]["text"]
+
+        for seed in range(6):
+            service.session.release()
+            cold = text(seed)
+            if cached:
+                other = {"prompt": [*ids[:cached], 5, 5], "max_tokens": 3}
+                assert client.post("/v1/completions", json=other).status_code == 200
+            assert text(seed) == cold
+        again = client.post("/v1/completions", json=asked).json()
+        assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == 59  # without a seed all of it is used
+
+
+def test_whole_chunks_stay_in_the_cache_of_a_seeded_request(tiny: Path) -> None:
+    service = make_service(tiny, dtype=torch.bfloat16)
+    service.session.prefill_chunk = 16
+    ids = [(k * 37) % 1000 for k in range(60)]
+    asked = {"prompt": ids, "max_tokens": 8, "temperature": 1.0, "seed": 3}
+    with served(make_app(service)) as address, httpx.Client(base_url=address, timeout=60) as client:
+        cold, warm = (client.post("/v1/completions", json=asked).json() for _ in range(2))
+    assert cold["choices"] == warm["choices"]
+    assert [each["usage"]["prompt_tokens_details"]["cached_tokens"] for each in (cold, warm)] == [0, 48]
 
 
 def test_a_failure_in_the_middle_is_said(
@@ -238,6 +329,30 @@ def test_the_command_ends_cleanly(tiny: Path) -> None:
             assert "data: [DONE]" in list(lines)
         assert process.wait(30) in (0, -signal.SIGINT, 130)
         assert "Traceback" not in process.stderr.read()
+
+
+def test_who_waits_when_the_server_ends_is_told_so(tiny: Path) -> None:
+    service = make_service(tiny)
+    with served(make_app(service)) as address:
+        service.closing.set()
+        answer = httpx.post(address + "/v1/completions", json={"prompt": "x"}, timeout=60)
+        assert answer.status_code == 503 and answer.json()["error"]["code"] == "shutting_down"
+        stream = httpx.post(address + "/v1/completions", json={"prompt": "x", "stream": True}, timeout=60).text
+    assert '"code": "shutting_down"' in stream and stream.endswith("data: [DONE]\n\n")
+
+
+def test_open_addresses_without_a_key_are_warned_of(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwenq.io.http.Server.run", lambda self, sockets: None)
+
+    def said(*options: str) -> str:
+        words = ["serve", str(tiny), "--engine", "qwenq", "--port", "0", *options]
+        result = CliRunner(env={"COLUMNS": "120", "TERM": "dumb"}).invoke(cli, words)
+        assert result.exit_code == 0, result.output
+        return result.stderr
+
+    assert "warning: 0.0.0.0 is reached from other machines" in said("--host", "0.0.0.0")
+    for options in (["--host", "0.0.0.0", "--api-key", "x"], ["--host", "127.0.0.2"], []):
+        assert "warning" not in said(*options)
 
 
 def test_what_vllm_would_be_told(tiny: Path) -> None:

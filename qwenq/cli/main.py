@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import re
-import signal
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -234,6 +233,4 @@ def command(name: str, *subcommands: str) -> Any:
 
 def main() -> None:
     """Console entry: run the command line."""
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `qwenq ... | head` ends quietly
     app()

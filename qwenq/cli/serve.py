@@ -176,8 +176,8 @@ class _Door:
 
 def _serve_here(directory: Path, options: LoadOptions, door: _Door) -> None:
     try:
-        from qwenq.io.http import Server, is_loopback, listen
-        from qwenq.runtime.server import Line, Service, make_app
+        from qwenq.io.http import Line, Server, is_loopback, listen
+        from qwenq.runtime.server import Service, make_app
     except ImportError as error:
         raise RunError(f"the server needs {error.name}", hint="pip install 'qwenq[page]'") from None
     from qwenq.checkpoint.reader import open_checkpoint

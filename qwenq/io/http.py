@@ -6,9 +6,11 @@ import asyncio
 import ipaddress
 import re
 import socket
+import threading
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import h11
@@ -19,6 +21,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
+T = TypeVar("T")
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::\d{1,5})?")
 _UNREGISTRABLE = (".localhost", ".local", ".internal", ".lan", ".home.arpa")  # nobody can buy a name under these
 
@@ -57,6 +60,60 @@ class BodyReader:
             raise BadBody(408, f"the body did not come in {self.limit_s:g} s") from None
         finally:
             self._held -= len(body)
+
+
+class Busy(Exception):
+    """Too many requests wait already."""
+
+
+@dataclass
+class Line:
+    """One thread that works for one request after the other; at most `limit` of them wait."""
+
+    limit: int
+    _present: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "line"), repr=False)
+
+    @property
+    def waiting(self) -> int:
+        return max(0, self._present - 1)
+
+    @property
+    def full(self) -> bool:
+        return self._present > self.limit
+
+    def enter(self, work: Callable[[], T]) -> Future[T]:
+        """Have `work` done when its turn comes; cancelling what is returned gives its place up. Busy when full."""
+        with self._lock:
+            if self.full:
+                raise Busy
+            self._present += 1
+        future = self._thread.submit(work)
+        future.add_done_callback(self._leave)
+        return future
+
+    def _leave(self, future: Future[T]) -> None:
+        with self._lock:
+            self._present -= 1
+
+
+async def while_there(request: Request, work: asyncio.Future[T]) -> T:
+    """The result of `work`, which is cancelled when the client leaves first: ClientDisconnect. The body is read."""
+
+    async def left() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    leaving = asyncio.ensure_future(left())
+    try:
+        await asyncio.wait((work, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ClientDisconnect
+        return work.result()
+    finally:
+        work.cancel()
+        leaving.cancel()
 
 
 def is_loopback(host: str) -> bool:

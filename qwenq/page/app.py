@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import shlex
 import socket
 from collections.abc import Awaitable, Callable, Collection
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import resources
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from starlette.concurrency import run_in_threadpool
 
 from qwenq.errors import PlanError, QwenqError
-from qwenq.io.http import BadBody, BodyReader, Guard, Server
+from qwenq.io.http import BadBody, BodyReader, Busy, Guard, Line, Server, while_there
 from qwenq.model.spec import family_configs, family_spec
 from qwenq.planning.engines.base import ENGINES, get_engine
 from qwenq.planning.memory import TERM_NAMES
@@ -72,6 +72,7 @@ def resolve(ask: Ask) -> Resolved:
     ).resolve()
 
 
+@lru_cache(maxsize=128)
 def answer(ask: Ask) -> dict[str, Any]:
     """Estimates at the asked context and along the chart, the largest context, and the command that says the same."""
     question = resolve(ask)
@@ -146,6 +147,7 @@ def _chart_point(estimate_json: dict[str, Any]) -> dict[str, Any]:
 
 
 MAX_BODY_BYTES = 16_384
+MAX_WAITING = 8
 FILES = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
@@ -168,14 +170,14 @@ def make_app(allowed_hosts: Collection[str] = ()) -> FastAPI:
     app.add_middleware(
         Guard, refusal=lambda problem: {"error": problem, "hint": ""}, allowed=allowed_hosts, headers=HEADERS
     )
-    bodies = BodyReader(MAX_BODY_BYTES)
+    bodies, line = BodyReader(MAX_BODY_BYTES), Line(MAX_WAITING)
     for path, (name, kind) in FILES.items():
         content = resources.files("qwenq.page").joinpath("static", name).read_bytes()
         app.add_api_route(path, _serve(content, kind), methods=["GET"])
     app.add_api_route("/plotly.min.js", _serve(plotly_script(), "text/javascript; charset=utf-8"), methods=["GET"])
     app.add_api_route("/api/choices", choices, methods=["GET"])
-    app.add_api_route("/api/estimate", _asked(bodies, answer), methods=["POST"])
-    app.add_api_route("/api/recommend", _asked(bodies, recommended), methods=["POST"])
+    app.add_api_route("/api/estimate", _asked(bodies, line, answer), methods=["POST"])
+    app.add_api_route("/api/recommend", _asked(bodies, line, recommended), methods=["POST"])
     return app
 
 
@@ -196,13 +198,20 @@ def _serve(content: bytes, kind: str) -> Callable[[], Response]:
     return endpoint
 
 
-def _asked(bodies: BodyReader, work: Callable[[Ask], Any]) -> Callable[[Request], Awaitable[Response]]:
-    """An endpoint that reads an Ask: 408 and 413 for its body, 422 for bad JSON and for what cannot be answered."""
+def _asked(bodies: BodyReader, line: Line, work: Callable[[Ask], Any]) -> Callable[[Request], Awaitable[Response]]:
+    """An endpoint that reads an Ask and answers in its turn.
+
+    408 and 413 for its body, 422 for bad JSON and for what cannot be answered, 503 when too many wait.
+    """
 
     async def endpoint(request: Request) -> Response:
         try:
             ask = Ask.model_validate_json(await bodies.read(request))
-            return JSONResponse(await run_in_threadpool(work, ask))
+            turn = asyncio.wrap_future(line.enter(partial(work, ask)))
+            return JSONResponse(await while_there(request, turn))
+        except Busy:
+            body = {"error": f"{line.waiting} questions are waiting already", "hint": "ask again in a moment"}
+            return JSONResponse(body, status_code=503, headers={"Retry-After": "5"})
         except BadBody as error:
             return JSONResponse({"error": error.message, "hint": ""}, status_code=error.status)
         except ValidationError as error:

@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from qwenq.errors import CalibrationError, QwenqError, RunError, UsageError
-from qwenq.io.http import BadBody, BodyReader, Guard
+from qwenq.io.http import BadBody, BodyReader, Busy, Guard, Line, while_there
 from qwenq.io.json import shown
 from qwenq.runtime.answers import Answer, Calls, Choice, LogProbs, Piece, StopTexts, usage
 from qwenq.runtime.chat import Chat
@@ -38,44 +38,8 @@ def error_body(
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-class Busy(Exception):
-    """The line is full."""
-
-
 class Closing(Exception):
     """The server is ending."""
-
-
-@dataclass
-class Line:
-    """One thread that works for one request after the other; at most `limit` of them wait."""
-
-    limit: int
-    _present: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
-    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "model"), repr=False)
-
-    @property
-    def waiting(self) -> int:
-        return max(0, self._present - 1)
-
-    @property
-    def full(self) -> bool:
-        return self._present > self.limit
-
-    def enter(self, work: Callable[[], None]) -> Future[None]:
-        """Have `work` done when its turn comes; cancelling what is returned gives its place up. Busy when full."""
-        with self._lock:
-            if self.full:
-                raise Busy
-            self._present += 1
-        future = self._thread.submit(work)
-        future.add_done_callback(self._leave)
-        return future
-
-    def _leave(self, future: Future[None]) -> None:
-        with self._lock:
-            self._present -= 1
 
 
 @dataclass
@@ -304,18 +268,10 @@ async def _whole(answer: Answer, work: _Work, request: Request) -> Response:
             return JSONResponse(body, status)
         return JSONResponse(answer.whole(work.choices, work.usage))
 
-    async def left() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    collecting, leaving = asyncio.ensure_future(collect()), asyncio.ensure_future(left())
     try:
-        await asyncio.wait((collecting, leaving), return_when=asyncio.FIRST_COMPLETED)
-        return collecting.result() if collecting.done() else Response(status_code=499)
+        return await while_there(request, asyncio.ensure_future(collect()))
     finally:
         work.leave()
-        collecting.cancel()
-        leaving.cancel()
 
 
 class _Stream(StreamingResponse):
