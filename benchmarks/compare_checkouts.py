@@ -52,6 +52,9 @@ REWORDED: list[tuple[str, str]] = [
     (r"up to (\d) lanes", r"up to \1 workers"),
     (r"\bpull ([\d.]+), pull_share ", r"error_correction \1, error_correction_share "),
     (r"--pull(-share|)(?=[ '])", r"--error-correction\1"),
+    (r"every unit stays in 16 bit", "every fused group stays in 16 bit"),
+    (r"is no unit\b", "is no fused group"),
+    (r"strips: weights written out strip by strip", "row blocks: weights written out row block by row block"),
 ]
 
 # Keys that only AFTER has, as `parent.key` or `key`: left out of its JSON.

@@ -25,7 +25,7 @@ from qwenq.pipeline.config import QuantizeConfig
 from qwenq.pipeline.job import QuantizeJob
 from qwenq.pipeline.quantize import quantize
 from qwenq.planning.budget import recipe_of
-from qwenq.planning.sensitivity import read_sensitivity, schemes_for, units_of
+from qwenq.planning.sensitivity import fused_groups, read_sensitivity, schemes_for
 from qwenq.text.tokens import TokenWindows
 
 
@@ -67,7 +67,7 @@ def main() -> None:
     for number in range(args.recipes):
         wide = draw.random()  # how often a unit gets 8 bits
         choice = {}
-        for unit in units_of(source.spec):
+        for unit in fused_groups(source.spec):
             asked = 8 if draw.random() < wide else 4
             choice[unit] = draw.choice([s for s in schemes_for(source.spec, unit[1]) if s.bits == asked])
         recipe = recipe_of(source.spec, choice)

@@ -26,7 +26,7 @@ from qwenq.pipeline.fisher import _States, measure_sensitivity, sampled_gradient
 from qwenq.pipeline.job import QuantizeJob
 from qwenq.pipeline.quantize import quantize
 from qwenq.planning.budget import recipe_of
-from qwenq.planning.sensitivity import SENSITIVITY_NAME, Sensitivity, encode_sensitivity, read_sensitivity, units_of
+from qwenq.planning.sensitivity import SENSITIVITY_NAME, Sensitivity, encode_sensitivity, fused_groups, read_sensitivity
 from qwenq.text.tokens import TokenWindows
 from tests.conftest import settled, text_windows
 
@@ -75,14 +75,14 @@ def rank_correlation(a: list[float], b: list[float]) -> float:
 def test_one_unit_alone_costs_what_the_table_says(
     unit: tuple[int, str], scheme: Scheme, table: Sensitivity, measured_kl: Callable, tiny: Path
 ) -> None:
-    choice = dict.fromkeys(units_of(open_source(tiny).spec))
+    choice = dict.fromkeys(fused_groups(open_source(tiny).spec))
     found = measured_kl(choice | {unit: scheme})
     assert 0.6 < table.loss(unit, scheme) / found < 1.6
 
 
 def test_eight_bits_cost_the_square_of_the_step(table: Sensitivity, measured_kl: Callable, tiny: Path) -> None:
     """All units in 8 bits: far below what any one costs in 4, and predicted within a factor of two."""
-    choice = dict.fromkeys(units_of(open_source(tiny).spec), Scheme(8, 64))
+    choice = dict.fromkeys(fused_groups(open_source(tiny).spec), Scheme(8, 64))
     predicted = sum(table.loss(unit, scheme) for unit, scheme in choice.items())
     assert 0.5 < predicted / measured_kl(choice) < 2
 

@@ -36,8 +36,8 @@ from qwenq.pipeline.block import batches
 from qwenq.pipeline.config import BACKWARD_TOKENS, PROBE_TOKENS, PROBE_WINDOWS, SAMPLES, SOLVER_WINDOWS
 from qwenq.pipeline.evaluate import HeadWeights
 from qwenq.pipeline.monitor import memory_errors
-from qwenq.planning.sensitivity import PRIOR_8_BIT, Sensitivity, Unit, options_of, schemes_for, units_of
-from qwenq.solver.gptq import DAMP_PERCENT, add_to_hessian, solve_unit
+from qwenq.planning.sensitivity import PRIOR_8_BIT, FusedGroup, Sensitivity, fused_groups, options_of, schemes_for
+from qwenq.solver.gptq import DAMP_PERCENT, add_to_hessian, solve_linears
 from qwenq.text.tokens import TokenWindows
 from qwenq.units import format_gb
 
@@ -111,8 +111,8 @@ def measure_sensitivity(
             last_NTH = _forward(source, network, probe, states, listen)
             listen("sensitivity: gradients at the head")
             gradient = sampled_gradients(network, HeadWeights(source), last_NTH, probe.samples, probe.seed).cpu()
-            scores: dict[Unit, dict[Scheme, torch.Tensor]] = {}
-            noise: dict[Unit, dict[Scheme, float]] = {}
+            scores: dict[FusedGroup, dict[Scheme, torch.Tensor]] = {}
+            noise: dict[FusedGroup, dict[Scheme, float]] = {}
             for layer in reversed(range(spec.num_hidden_layers)):
                 network.fill(source.finite_layer_state(layer))
                 errors, lost = _errors(network, states.read("solver", layer), probe.asymmetric)
@@ -127,7 +127,7 @@ def measure_sensitivity(
             f"{error.filename or scratch}: {error.strerror or error}", hint="free some space, then try again"
         ) from error
     tokens = probe.probe_NT.shape[1]
-    kl: dict[Unit, dict[Scheme | None, float]] = {}
+    kl: dict[FusedGroup, dict[Scheme | None, float]] = {}
     for unit, by_scheme in scores.items():
         squares = sum(float(s.double().square().mean()) for s in by_scheme.values())
         factor = squares / (2 * tokens) / max(sum(noise[unit].values()), 1e-30)
@@ -136,7 +136,7 @@ def measure_sensitivity(
             scheme: in_four[scheme.group_size, scheme.sym] * (PRIOR_8_BIT if scheme.bits == 8 else 1.0)
             for scheme in _offered(spec, unit[1], probe.asymmetric)
         }
-    kl = {unit: kl[unit] for unit in units_of(spec)}
+    kl = {unit: kl[unit] for unit in fused_groups(spec)}
     provenance = {
         "calibration": dict(probe.calibration),
         "solver_windows": list(probe.solver_NT.shape),
@@ -222,7 +222,7 @@ def _errors(
         schemes = list(dict.fromkeys(replace(scheme, bits=4) for scheme in offered))
         for scheme in schemes:
             own_II = hessian_II.to(network.device, copy=scheme != schemes[-1])  # overwritten
-            solved = solve_unit(weights, own_II, scheme.grid(), damp_percent=DAMP_PERCENT, sweeps=0)
+            solved = solve_linears(weights, own_II, scheme.grid(), damp_percent=DAMP_PERCENT, sweeps=0)
             del own_II
             errors[stage.name][scheme] = {
                 path: qtensor.dequantize().sub_(weights[path]).to(torch.bfloat16).cpu()

@@ -1,4 +1,4 @@
-"""What a model is made of, and whether its config, its tensors' headers and its stated totals agree."""
+"""A model's parts, and whether its config, its tensors' headers and its stated totals agree."""
 
 from __future__ import annotations
 

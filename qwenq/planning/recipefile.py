@@ -12,7 +12,7 @@ from qwenq.errors import PlanError
 from qwenq.formats.base import Recipe, Scheme, get_format, label_of, parse_scheme
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.budget import Budgeted, Choice, recipe_of
-from qwenq.planning.sensitivity import Unit, members_of
+from qwenq.planning.sensitivity import FusedGroup, members_of
 
 VERSION = 1
 RECIPE_NAME = "qwenq-recipe.toml"
@@ -54,7 +54,7 @@ def save_recipe(path: Path, spec: ModelSpec, found: Budgeted) -> None:
 
 
 def read_recipe(path: Path, spec: ModelSpec, format: str = "gptq") -> Choice:
-    """A recipe file for `spec` in a mixed `format`; PlanError naming line, layer and unit for what cannot be."""
+    """A recipe file for `spec` in a mixed `format`; PlanError naming line, layer and fused group for what cannot be."""
     try:
         text = path.read_text(encoding="utf-8")
         found = tomllib.loads(text)
@@ -77,7 +77,7 @@ def read_recipe(path: Path, spec: ModelSpec, format: str = "gptq") -> Choice:
                 f"{path}{_line(text, key)}: layer {key!r}, {spec.name or 'the model'} has {len(wanted)} layers "
                 f"(0 to {len(wanted) - 1})"
             )
-    choice: dict[Unit, Scheme | None] = {}
+    choice: dict[FusedGroup, Scheme | None] = {}
     stages = [stage.name for stage in spec.architecture.stages]
     for layer, key in enumerate(wanted):
         where = f"{path}{_line(text, key)}, layer {key}"
@@ -85,10 +85,10 @@ def read_recipe(path: Path, spec: ModelSpec, format: str = "gptq") -> Choice:
         if not isinstance(row, dict) or set(row) != set(stages):
             got = "missing" if row is None else f"has {', '.join(row)}" if isinstance(row, dict) else "is no table"
             raise PlanError(f"{where}: {got}, wanted {', '.join(stages)}", hint="e.g. " + _example(spec))
-        for unit in stages:
-            choice[layer, unit] = _scheme(spec, (layer, unit), row[unit], f"{where}, {unit}", format)
+        for fused in stages:
+            choice[layer, fused] = _scheme(spec, (layer, fused), row[fused], f"{where}, {fused}", format)
     if not any(choice.values()):
-        raise PlanError(f"{path}: every unit stays in 16 bit, so there is nothing to quantize")
+        raise PlanError(f"{path}: every fused group stays in 16 bit, so there is nothing to quantize")
     return choice
 
 
@@ -110,7 +110,7 @@ def _example(spec: ModelSpec) -> str:
     return f"0 = {{ {cells} }}"
 
 
-def _scheme(spec: ModelSpec, unit: Unit, label: Any, where: str, format: str) -> Scheme | None:
+def _scheme(spec: ModelSpec, fused: FusedGroup, label: Any, where: str, format: str) -> Scheme | None:
     try:
         if not isinstance(label, str):
             raise PlanError(f"{label!r} is no scheme", hint="schemes are text, for instance '4-bit g128'")
@@ -121,7 +121,7 @@ def _scheme(spec: ModelSpec, unit: Unit, label: Any, where: str, format: str) ->
                     f"{scheme.label} is not offered in mixed {format} checkpoints",
                     hint="groups of 128, 64 or 32, or per channel; 4 bits with zero points in compressed-tensors only",
                 )
-            for lin in members_of(spec, unit):
+            for lin in members_of(spec, fused):
                 scheme.check(lin)
     except PlanError as error:
         raise PlanError(f"{where}: {error.message}", hint=error.hint) from None

@@ -32,7 +32,7 @@ class Gpu:
     memory_gib: float
     usable_gib: float | None
     bandwidth_gb_s: float | None
-    tensor_tflops: float | None  # dense 16-bit products with tensor cores
+    tensor_tflops: float | None  # dense 16-bit matmuls with tensor cores
     nvlink_gb_s: float | None  # both directions; 0: none
     bus: str
     power_w: float | None
@@ -89,7 +89,7 @@ class Rig:
 
 
 def device(name: str) -> Gpu:
-    """What is estimated where no GPU of a rig is meant: the `CPU`, or some `GPU`."""
+    """A device that is no GPU of a rig: the `CPU`, or some `GPU`."""
     return Gpu(name, "", 0, None, None, None, None, "", None, None, "", "")
 
 

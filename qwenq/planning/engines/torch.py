@@ -21,7 +21,7 @@ from qwenq.machine import SCORE_BYTES
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.case import Case, Share, Workload, whole
 from qwenq.planning.engines.base import LayeredEngine, register, yarn_of, yarn_reach
-from qwenq.planning.kernels import choose, compute_on, strip_weights
+from qwenq.planning.kernels import choose, compute_on, row_block_weights
 from qwenq.planning.memory import NOT_ALLOCATED, Term, context_term, merged, ranged, slack_term
 from qwenq.planning.placement import Placement, place
 from qwenq.planning.plan import Plan
@@ -54,11 +54,11 @@ class Kernel:
     source: str = ""
 
 
-DENSE = Kernel("16-bit matrix product", ("none", "fp8"), source="no dequantization")
+DENSE = Kernel("16-bit matmul", ("none", "fp8"), source="no dequantization")
 EXLLAMA_V1 = Kernel("ExLlama v1", static=2, source="AutoGPTQ autogptq_post_init: temp_dq, fp16")
 CUDA_OLD = Kernel(
     "AutoGPTQ cuda_old",
-    peak=6,  # int32 shift (4) and its int16 copy (2), then int16, difference, fp16 product (2 + 2 + 2)
+    peak=6,  # int32 shift (4) and its int16 copy (2), then int16, difference, fp16 values (2 + 2 + 2)
     hold=2,
     min_rows=128,
     source="AutoGPTQ qlinear_cuda_old.py, from kernel_switch_threshold = 128 rows on",
@@ -71,7 +71,7 @@ PER_LINEAR = Kernel(
     source="one linear in 16 bit at a time, its upper bound",
 )  # fmt: skip
 MARLIN = Kernel("Marlin", source="repacked weights, workspace of a few KB")
-STRIPS = Kernel("strips", source="weights written out strip by strip")  # how much: Weights.kept
+ROW_BLOCKS = Kernel("row blocks", source="weights written out in row blocks")  # how much: Weights.kept
 KERNELS = {method: kernel for kernel in (DENSE, AWQ_GEMM, PER_LINEAR) for method in kernel.methods}
 
 
@@ -163,7 +163,7 @@ class TorchEngine(LayeredEngine):
             ),
             Term("non_torch", workspace, "reported", "cuBLAS workspace, pytorch forum 178671 and pytorch#120925"),
             context_term(gpu.name),
-            slack_term(worst.working, held if weights.strip_bytes else 0),
+            slack_term(worst.working, held if weights.row_block_bytes else 0),
         ]
         return merged(self.corrected(terms, gpu)), worst.name
 
@@ -217,12 +217,12 @@ class TorchEngine(LayeredEngine):
         dequantize = rows >= kernel.min_rows
         before = int(kernel.peak * weights.widest_linear) if dequantize else 0  # temporaries before the output exists
         during = int(kernel.hold * weights.widest_linear) if dequantize else 0
-        if rows >= weights.strip_rows:
-            during += weights.strip_bytes
+        if rows >= weights.dense_from:
+            during += weights.row_block_bytes
 
         def wide(columns: int, outputs: int) -> int:
             """Bytes of a matmul's inputs in float32, and of a row block of its outputs."""
-            block = min(outputs, strip_weights(columns, "cuda") // columns)
+            block = min(outputs, row_block_weights(columns, "cuda") // columns)
             return 4 * rows * (columns + block) if prefill.widens else 0
 
         each = rows * value_bytes  # bytes of one value of every row
@@ -266,7 +266,7 @@ class TorchEngine(LayeredEngine):
     def decode_peak(self, step: Pass) -> Peak:
         """One new token a sequence: growing one layer's keys, expanding them, or writing weights out."""
         spec, weights = step.case.spec, step.case.weights
-        written = weights.strip_bytes if step.rows >= weights.strip_rows else 0
+        written = weights.row_block_bytes if step.rows >= weights.dense_from else 0
         repeated = 4 * spec.q_size * step.cached if self.repeats_kv and spec.kv_size != spec.q_size else 0
         logits = step.rows * spec.vocab_size * (2 + 4 + 4 + 4) if step.share.head else 0
         worst = max(self.grown_bytes(step), repeated, logits, written)
@@ -321,7 +321,7 @@ class QwenqEngine(TorchEngine):
         return weights.kept(compute_on(gpu, work.value_bytes))
 
     def kernel_for(self, weights: Weights) -> Kernel:
-        return DENSE if weights.method in DENSE.methods else STRIPS
+        return DENSE if weights.method in DENSE.methods else ROW_BLOCKS
 
     def cache_bytes(self, case: Case, share: Share, gpu: Gpu) -> tuple[int, int]:
         """Made at once for the whole context, a tensor of keys and one of values a layer."""
