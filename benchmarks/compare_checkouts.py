@@ -55,7 +55,6 @@ REWORDED: list[tuple[str, str]] = [
     (r"strips: weights written out strip by strip", "row blocks: weights written out in row blocks"),
     (r"every unit stays in 16 bit", "every fused group stays in 16 bit"),
     (r"is no unit\b", "is no fused group"),
-    (r"strips: weights written out strip by strip", "row blocks: weights written out row block by row block"),
 ]
 
 # Keys that only AFTER has, as `parent.key` or `key`: left out of its JSON.

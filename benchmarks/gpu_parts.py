@@ -615,14 +615,14 @@ class TimedSession(Session):
     times: list[dict[str, Any]] = []  # noqa: RUF012, one list for all sessions of a part
     whole_up_to = 1 << 60
 
-    def prefill(self, ids: Any, timing: Any, stopped: Any = lambda: False) -> Any:
+    def prefill(self, ids: Any, timing: Any, stopped: Any = lambda: False, *, repeatable: bool = False) -> Any:
         self.times.append({"context": self.max_model_len, "token_ms": []})
         began = time.perf_counter()
         if len(ids) <= self.whole_up_to:
-            logits, computed = super().prefill(ids, timing, stopped), len(ids)
+            logits, computed = super().prefill(ids, timing, stopped, repeatable=repeatable), len(ids)
         else:
             starts = range(0, len(ids), self.prefill_chunk)
-            self._common(ids)
+            self._common(ids, repeatable)
             logits, computed = None, 0
             for start in sorted({starts[0], starts[-1]}):
                 if start and self._cache is not None:
