@@ -30,7 +30,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from qwenq.formats.qtensor import QTensor
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -52,6 +51,7 @@ from qwenq.runtime.load import LoadOptions, asked_of_machine, load_from, loaded,
 from qwenq.runtime.peaks import driver_bytes, visible_rig
 from qwenq.runtime.synthetic import SyntheticWeights, synthetic_config
 from qwenq.solver.gptq import add_to_hessian, solve_unit
+from qwenq.solver.grid import QTensor
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_MODEL = ROOT / "tests" / "data" / "tiny-qwen2"
