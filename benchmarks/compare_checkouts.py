@@ -58,7 +58,7 @@ REWORDED: list[tuple[str, str]] = [
 ]
 
 # Keys that only AFTER has, as `parent.key` or `key`: left out of its JSON.
-ADDED_KEYS: set[str] = set()
+ADDED_KEYS: set[str] = {"layers_not_made_again"}
 
 # Regular expressions (multi-line) for text that only AFTER prints: left out of its text.
 ADDED_TEXT: list[str] = []

@@ -17,7 +17,7 @@ from qwenq.pipeline.block import batches
 from qwenq.pipeline.config import default_error_correction
 from qwenq.pipeline.monitor import StageClock
 from qwenq.pipeline.quantize import quantize
-from qwenq.solver.gptq import solve_unit
+from qwenq.solver.gptq import solve_linears
 
 
 @pytest.mark.parametrize(("windows", "length"), [(9, 512), (10, 2048), (7, 300), (1, 5000)])
@@ -76,9 +76,9 @@ def test_all_windows_count_their_tokens_alike(
 
         def solve(weights: Any, h_II: torch.Tensor, *rest: Any, kept: list[torch.Tensor] = kept, **options: Any) -> Any:
             kept.append(h_II.diagonal().clone())
-            return solve_unit(weights, h_II, *rest, **options)
+            return solve_linears(weights, h_II, *rest, **options)
 
-        monkeypatch.setattr("qwenq.solver.parallel.solve_unit", solve)
+        monkeypatch.setattr("qwenq.solver.parallel.solve_linears", solve)
         options = {"error_correction_share": share, "error_correction": 0.5 if share else 0.0}
         quantize(small_job(tiny, tmp_path / str(share), calibration=windows, **options))
     for none, half, every in zip(*(found[share][:4] for share in (0.0, 0.5, 1.0)), strict=True):

@@ -33,8 +33,8 @@ OPTIONS = {
     "--json",
     "sensitivity": "--output -o --calibration --num-samples -n --sequence-length --seed --asymmetric --device "
     "--compute-dtype --json",
-    "serve": "--host --port --served-model-name --api-key --max-queue --engine --max-model-len -c --prefill-chunk "
-    "--kv-cache-dtype --compute-dtype --gpu-memory --cpu-memory --offload-dir --gpu --hosts --dry-run",
+    "serve": "--host --port --served-model-name --allowed-hosts --api-key --max-queue --engine --max-model-len -c "
+    "--prefill-chunk --kv-cache-dtype --compute-dtype --gpu-memory --cpu-memory --offload-dir --gpu --hosts --dry-run",
     "inspect": "--expect-params --json",
     "convert": "--format --json",
     "verify": "--source --layers --all-layers --calibration --json",
@@ -48,7 +48,7 @@ OPTIONS = {
     "--max-num-seqs --gpu-memory-utilization --expect-params --profile --json --csv",
     "vram validate": "--json",
     "vram gpus": "--json",
-    "vram serve": "--host --port",
+    "vram serve": "--allowed-hosts --host --port",
     "vram export": "--output -o --max-model-len -c --bits --kv-cache-dtype --group-size --batch-size --engine "
     "--prefill-chunk --gpu",
     "vram measure": "--synthetic --bits --group-size --max-model-len -c --prefill-chunk --kv-cache-dtype "

@@ -187,7 +187,7 @@ ROW_BLOCKS: list[tuple[Scheme | str, bool, tuple[int, int]]] = [
 
 
 @pytest.mark.parametrize(("scheme", "sym", "capability"), ROW_BLOCKS)
-def test_strips_take_what_is_counted(scheme: Scheme | str, sym: bool, capability: tuple[int, int]) -> None:
+def test_row_blocks_take_what_is_counted(scheme: Scheme | str, sym: bool, capability: tuple[int, int]) -> None:
     outputs, inputs, tokens = 8192, 8192, 128
     cuda, bf16 = torch.device("cuda", 0), torch.bfloat16
     with FakeGpus(["RTX 3090"], capability) as gpus, patch.object(linear, "_symmetric", lambda q: sym):

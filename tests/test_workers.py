@@ -19,7 +19,7 @@ from qwenq.pipeline.block import passes
 from qwenq.pipeline.config import pick_device
 from qwenq.pipeline.quantize import quantize
 from qwenq.pipeline.workers import Workers, WorkerSums, cpu_workers
-from qwenq.solver.gptq import ResidualCovariance, solve_unit
+from qwenq.solver.gptq import ResidualCovariance, solve_linears
 from qwenq.solver.grid import IntegerGrid
 from qwenq.solver.parallel import side_by_side, solve_rows
 
@@ -142,7 +142,7 @@ def test_shares_of_rows_are_solved_as_the_whole_is() -> None:
         return x_TI.T @ x_TI, {name: ResidualCovariance(a + b, a.clone()) for name, (a, b) in halves.items()}
 
     h_II, residuals = given()
-    whole = solve_unit(weights, h_II, grid, residuals=residuals, error_correction=0.5)
+    whole = solve_linears(weights, h_II, grid, residuals=residuals, error_correction=0.5)
     h_II, residuals = given()
     shared = solve_rows([CPU] * 3, weights, h_II, grid, residuals=residuals, error_correction=0.5)
     for name, (q, stats) in whole.items():

@@ -76,7 +76,8 @@ class Awq(Format):
             "group_size": recipe.default.group_size,
             "zero_point": True,
             "modules_to_not_convert": [
-                spec.architecture.head, *(name for name, scheme in recipe.overrides if scheme is None)
+                spec.architecture.head,
+                *(name for name, scheme in recipe.overrides if scheme is None),
             ],
         }
 

@@ -99,7 +99,8 @@ class Bitsandbytes(Format):
             "llm_int8_enable_fp32_cpu_offload": False,
             "llm_int8_has_fp16_weight": False,
             "llm_int8_skip_modules": [
-                spec.architecture.head, *(name for name, scheme in recipe.overrides if scheme is None)
+                spec.architecture.head,
+                *(name for name, scheme in recipe.overrides if scheme is None),
             ],
             "llm_int8_threshold": 6.0,
         }

@@ -37,7 +37,7 @@ from qwenq.pipeline.config import BACKWARD_TOKENS, PROBE_TOKENS, PROBE_WINDOWS, 
 from qwenq.pipeline.evaluate import HeadWeights
 from qwenq.pipeline.monitor import memory_errors
 from qwenq.planning.sensitivity import PRIOR_8_BIT, FusedGroup, Sensitivity, fused_groups, options_of, schemes_for
-from qwenq.solver.gptq import DAMP_PERCENT, add_to_hessian, solve_unit
+from qwenq.solver.gptq import DAMP_PERCENT, add_to_hessian, solve_linears
 from qwenq.text.tokens import TokenWindows
 from qwenq.units import format_gb
 
@@ -222,7 +222,7 @@ def _errors(
         schemes = list(dict.fromkeys(replace(scheme, bits=4) for scheme in offered))
         for scheme in schemes:
             own_II = hessian_II.to(network.device, copy=scheme != schemes[-1])  # overwritten
-            solved = solve_unit(weights, own_II, scheme.grid(), damp_percent=DAMP_PERCENT, sweeps=0)
+            solved = solve_linears(weights, own_II, scheme.grid(), damp_percent=DAMP_PERCENT, sweeps=0)
             del own_II
             errors[stage.name][scheme] = {
                 path: qtensor.dequantize().sub_(weights[path]).to(torch.bfloat16).cpu()

@@ -170,5 +170,5 @@ def _sixteen_bit(tensor: TensorSpec) -> int:
 
 
 def row_block_weights(columns: int, device: str) -> int:
-    """Weights written out at a time: whole multiples of 64 outputs, so that they begin where packed blocks do."""
+    """Weights written out at a time: whole multiples of 64 outputs, so that row blocks begin where packed blocks do."""
     return columns * max(64, (ROW_BLOCK_CUDA if device == "cuda" else ROW_BLOCK) // columns // 64 * 64)

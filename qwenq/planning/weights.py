@@ -22,7 +22,7 @@ from qwenq.formats.base import (
     read_quantization_config,
     stated,
 )
-from qwenq.io.safetensors import TensorSpec, tensor_bytes
+from qwenq.io.safetensors import TensorSpec
 from qwenq.machine import Compute
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.kernels import LayerParts, choose, dense_from, kept, layer_parts, row_block_bytes
@@ -47,7 +47,7 @@ class Weights:
     row_groups: RowGroups = field(default_factory=dict)  # of linears that tensor parallelism cuts by input
     parts: tuple[LayerParts, ...] = ()  # layers as this project's own engine reads them; empty: it keeps them as stored
     row_block_bytes: int = 0  # of `kept`: most that one row block takes while weights are written out
-    written_from: int = 1  # of `kept`: rows from which they are
+    dense_from: int = 1  # of `kept`: rows from which they are
 
     def kept(self, compute: Compute) -> Weights:
         """The same with layers as this project's own engine keeps them in memory when it computes like that."""
@@ -63,7 +63,7 @@ class Weights:
                 ),
                 parts=(),
                 row_block_bytes=max((row_block_bytes(shape, compute) for shape in packed), default=0),
-                written_from=min((dense_from(choose(s, compute).kind, compute.device) for s in packed), default=1),
+                dense_from=min((dense_from(choose(s, compute).kind, compute.device) for s in packed), default=1),
                 source=f"{self.source}, as kernels keep it" if packed else self.source,
             )
         return self._kept[compute]
@@ -119,7 +119,7 @@ def recipe_weights(
         source=source,
         row_groups=declared.row_groups,
         parts=tuple(parts) * repeated,
-        **_outer(spec, dtype),
+        **_outer(spec, recipe.outer_tensors(spec, dtype)),
     )
 
 
@@ -206,11 +206,11 @@ def _widest_linear(spec: ModelSpec, declared: Declared) -> int:
     return 0 if declared.method == "none" else max(lin.parameters for lin in spec.layer_linears(0))
 
 
-def _outer(spec: ModelSpec, dtype: str | Callable[[str], str]) -> dict[str, Any]:
+def _outer(spec: ModelSpec, tensors: Iterable[TensorSpec]) -> dict[str, Any]:
     outer: dict[str, tuple[int, ...]] = {"embed": (), "norm": (), "head": ()}
-    for tensor in spec.outer_tensors():
+    for tensor in tensors:
         key = {spec.embedding_tensor: "embed", spec.norm_tensor: "norm"}.get(tensor.name, "head")
-        outer[key] += (tensor_bytes(dtype if isinstance(dtype, str) else dtype(tensor.name), tensor.shape),)
+        outer[key] += (tensor.nbytes,)
     return outer
 
 
@@ -228,7 +228,7 @@ def _sized_weights(spec: ModelSpec, label: str, sized: SizedOnly, dtype: str) ->
         intermediate_size=spec.intermediate_size,
         source="every tensor of the format, byte for byte",
         row_groups=same_groups(spec, [sized.group_size]),
-        **_outer(spec, dtype),
+        **_outer(spec, spec.outer_tensors(dtype)),
     )
 
 

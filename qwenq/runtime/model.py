@@ -148,7 +148,7 @@ def build_model(
     for layer in range(spec.num_hidden_layers):
         where, device = place(spec.layer_name(layer))
         linears = {lin.name: lin for lin in spec.layer_linears(layer)}
-        need = max(lin.parameters for lin in linears.values()) * 5  # codes, and their packing in int32 row blocks
+        need = max(lin.parameters for lin in linears.values()) * 5  # codes, and their packing in int32, in row blocks
         with memory_errors(f"loading layer {layer}", device, need, _SMALLER):
             for lin in linears.values():
                 module, choice = weights.linear(lin, dtype, device)

@@ -9,7 +9,7 @@ fitted to its codes, and each column rounded again with all others as they stand
 its parameters are found, is the grid's own business (solver/grid.py).
 
 Shapes: I input columns, O output rows, K columns of one group, T tokens, G groups. Work tensors are transposed,
-[I, O], so that a column of the weight is contiguous; weights of one unit lie side by side along O.
+[I, O], so that a column of the weight is contiguous; weights of one fused group lie side by side along O.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DAMP_PERCENT = 0.02  # of the mean of the Hessian's diagonal, as a fraction: the
 DAMP_TRIES = 4  # each ten times the last, and from the second on at least ten times LEAST_DAMP
 LEAST_DAMP = 1e-4
 FACTOR_BLOCK = 1024
-SPAN = 128  # columns whose corrections from all earlier columns are fetched in one product
+SPAN = 128  # columns whose corrections from all earlier columns are fetched in one matmul
 LEAF = 16  # columns corrected one by one
 SWEEPS = 2  # of coordinate descent
 STAT_ROWS = 1024  # rows of a weight from which its output error is estimated, evenly spaced
@@ -83,7 +83,7 @@ def decibel(error: float, signal: float) -> float:
 def add_to_hessian(h_II: Tensor, x_TI: Tensor) -> None:
     """Add x' x to the upper triangle of `h_II` (float32, in place); what lies below the diagonal means nothing.
 
-    The triangle is added in block rows, which saves almost half of the work. `solve_unit` reads the upper triangle.
+    The triangle is added in block rows, which saves almost half of the work. `solve_linears` reads the upper triangle.
     """
     width = h_II.shape[0]
     x_TI = x_TI.reshape(-1, width).float()
@@ -371,7 +371,7 @@ def _check_finite(
                     raise QwenqError(f"{name}: what its outputs are short of is not finite", hint=_OVERFLOWED)
 
 
-def solve_unit(
+def solve_linears(
     weights: Mapping[str, Tensor],
     h_II: Tensor | None,
     grid: Grid,

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from qwenq.solver.gptq import ResidualCovariance, SolveStats, solve_unit
+from qwenq.solver.gptq import ResidualCovariance, SolveStats, solve_linears
 from qwenq.solver.grid import Grid, QTensor
 
 
@@ -24,14 +24,14 @@ def solve_rows(
     residuals: Mapping[str, ResidualCovariance] | None = None,
     **options: Any,
 ) -> dict[str, tuple[QTensor, SolveStats]]:
-    """As `solve_unit`, whose arguments these are; with a Hessian, rows of every weight are divided among `devices`.
+    """As `solve_linears`, whose arguments these are; with a Hessian, rows of every weight are divided among `devices`.
 
     Each device factors a copy of the Hessian, which costs no more time than waiting for one to do it and has nothing
     to exchange. What comes back is on the first device. A device solves what it would alone, up to last bits.
     """
     count = min(len(devices), *(len(w_OI) for w_OI in weights.values()))
     if count == 1 or h_II is None:
-        return solve_unit(weights, h_II, grid, residuals=residuals, **options)
+        return solve_linears(weights, h_II, grid, residuals=residuals, **options)
 
     def bounds(size: int, k: int) -> tuple[int, int]:
         return size * k // count, size * (k + 1) // count
@@ -46,7 +46,7 @@ def solve_rows(
 
     calls = [
         partial(
-            solve_unit,
+            solve_linears,
             {name: rows(w_OI, k) for name, w_OI in weights.items()},
             h_II.to(devices[k], copy=k > 0),
             grid,

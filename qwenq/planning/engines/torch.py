@@ -71,7 +71,7 @@ PER_LINEAR = Kernel(
     source="one linear in 16 bit at a time, its upper bound",
 )  # fmt: skip
 MARLIN = Kernel("Marlin", source="repacked weights, workspace of a few KB")
-ROW_BLOCKS = Kernel("row blocks", source="weights written out row block by row block")  # how much: Weights.kept
+ROW_BLOCKS = Kernel("row blocks", source="weights written out in row blocks")  # how much: Weights.kept
 KERNELS = {method: kernel for kernel in (DENSE, AWQ_GEMM, PER_LINEAR) for method in kernel.methods}
 
 
@@ -217,7 +217,7 @@ class TorchEngine(LayeredEngine):
         dequantize = rows >= kernel.min_rows
         before = int(kernel.peak * weights.widest_linear) if dequantize else 0  # temporaries before the output exists
         during = int(kernel.hold * weights.widest_linear) if dequantize else 0
-        if rows >= weights.written_from:
+        if rows >= weights.dense_from:
             during += weights.row_block_bytes
 
         def wide(columns: int, outputs: int) -> int:
@@ -266,7 +266,7 @@ class TorchEngine(LayeredEngine):
     def decode_peak(self, step: Pass) -> Peak:
         """One new token a sequence: growing one layer's keys, expanding them, or writing weights out."""
         spec, weights = step.case.spec, step.case.weights
-        written = weights.row_block_bytes if step.rows >= weights.written_from else 0
+        written = weights.row_block_bytes if step.rows >= weights.dense_from else 0
         repeated = 4 * spec.q_size * step.cached if self.repeats_kv and spec.kv_size != spec.q_size else 0
         logits = step.rows * spec.vocab_size * (2 + 4 + 4 + 4) if step.share.head else 0
         worst = max(self.grown_bytes(step), repeated, logits, written)
