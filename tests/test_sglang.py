@@ -17,7 +17,7 @@ from qwenq.planning.engines.torch import OWN
 from qwenq.planning.memory import estimate
 from qwenq.planning.placement import parallel_options
 from qwenq.planning.plan import make_plan
-from qwenq.planning.rig import Rig, find_gpu, parse_rig, rig_of
+from qwenq.planning.rig import Rig, find_gpu, parse_rig, reserved, rig_of
 from qwenq.planning.weights import Weights, recipe_weights
 from qwenq.units import GIB
 
@@ -150,3 +150,22 @@ def test_a_plan_of_another_engine_can_be_served_too() -> None:
     plan = make_plan(replace(case(parse_rig("4x RTX 3090"), work), engine=OWN))
     assert "sglang" not in plan_commands(plan)
     assert SGLANG.command(plan).endswith("--kv-cache-dtype fp8_e4m3")
+
+
+def test_the_pool_is_a_part_of_what_is_free() -> None:
+    """With 4 GiB held by others SGLang counts its fraction of the rest, unlike vLLM, whose part is of the whole GPU."""
+    rig = parse_rig("4x RTX 3090")
+    alone, beside = (estimate(case(r, Workload(8192, gpu_memory_utilization=0.7)), rank_shares(B72, 1, 4))
+                     for r in (rig, reserved(rig, 4 * GIB)))  # fmt: skip
+    assert alone.gpu_memory_utilization == beside.gpu_memory_utilization == 0.7
+    first, second = (found.gpus[0].limit_bytes or 0 for found in (alone, beside))
+    assert first - second == pytest.approx(0.7 * 4 * GIB, abs=2)
+
+
+def test_the_longest_context_is_of_the_layout_that_has_it() -> None:
+    spec = model("Qwen2.5-32B")
+    asked = case(parse_rig("4x RTX 4090"), Workload(8192), spec, recipe_weights(spec, Recipe(None)))
+    each = [option.longest_context(asked) for option in parallel_options(asked)]
+    assert SGLANG.longest_context(asked) == max(each) == each[1] > each[0]
+    long = asked.at(spec.extended_context)  # no layout fits there: any is tried
+    assert SGLANG.how_held(long) == "" and SGLANG.longest_context(long) == max(each)
