@@ -63,8 +63,8 @@ def test_generation_settings_however_they_are_written(settings: Any, wanted: Any
     ("settings", "message"),
     [
         ('"top_k": 50.5', "top_k is 50.5, wanted a whole number of at most"),
-        ('"top_k": ' + "9" * 3000, r"top_k is 9{30,40}\.*, wanted a whole number of at most"),
-        ('"top_k": ' + "9" * 5000, "not JSON"),
+        ('"top_k": ' + "9" * 3000, "JSON holds a number of 3000 digits, more than 100"),
+        ('"top_k": ' + "9" * 5000, "JSON holds a number of 5000 digits, more than 100"),
         ('"top_k": "20"', "top_k is '20', wanted a number"),
         ('"top_k": true', "top_k is True, wanted a number"),
         ('"temperature": 1e14', "temperature is 100000000000000.0, wanted a number of at most 1,000"),

@@ -74,7 +74,7 @@ def read_recipe(path: Path, spec: ModelSpec, format: str = "gptq") -> Choice:
         reason = "nested too deep" if isinstance(error, RecursionError) else shown(str(error), 200)
         raise PlanError(f"{path}: {reason}", hint="the file is TOML; one line a layer under [layer]") from None
     if found.get("version") != VERSION:
-        raise PlanError(f"{path}: version is {shown(str(found.get('version')), 40)!r}, wanted {VERSION}")
+        raise PlanError(f"{path}: version is {shown(repr(found.get('version')), 40)}, wanted {VERSION}")
     lines = _lines(text)
     layers = found.get("layer")
     if not isinstance(layers, dict):
@@ -125,7 +125,7 @@ def _scheme(spec: ModelSpec, fused: FusedGroup, label: Any, where: str, format: 
     try:
         if not isinstance(label, str):
             hint = "schemes are text, for instance '4-bit g128'"
-            raise PlanError(f"{shown(str(label), 40)!r} is no scheme", hint=hint)
+            raise PlanError(f"{shown(repr(label), 40)} is no scheme", hint=hint)
         scheme = parse_scheme(label)
         if scheme is not None:
             if not get_format(format).mixes_in(scheme):
