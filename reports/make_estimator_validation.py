@@ -266,7 +266,7 @@ def known_section() -> list[str]:
         "The largest contexts are for chunks of 1,024; `reports/runtime.md` names 17,672 for the same rig and weights "
         "in chunks of 2,048, the default.",
         "## The page's server under random requests",
-        "Run by hand, two connections against `qwenq vram serve`, bodies from `random_body` in `tests/test_page.py` "
+        "Run by hand, two connections against `qwenq vram serve`, bodies from `random_body` in `test_page.py` "
         "(seed 20): 10,000 requests, 1,806 answered (200), 8,194 refused (422), nothing else; the server still "
         "answered and had printed no error. An earlier run found one assertion failure (a split of an absurd load), "
         "since fixed and tested.",

@@ -1,7 +1,8 @@
 """Sizes of llama.cpp's GGUF quantizations, tensor by tensor, by the rules of llama_tensor_get_type
 (src/llama-quant.cpp).
 
-Checked against published files of Qwen2.5 (tests/test_weights.py). Which tensors get more bits is llama.cpp's choice.
+Checked against published files of Qwen2.5 (tests/planning/test_weights.py). Which tensors get more bits is
+llama.cpp's choice.
 """
 
 from __future__ import annotations

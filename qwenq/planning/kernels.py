@@ -26,7 +26,7 @@ ROW_BLOCK_CUDA = 1 << 24
 Kind = Literal["int4", "int4 halves", "int8", "tiled", "nf4"]
 
 # Bytes a weight of a row block takes at most while it is written out, symmetric and with zero points: codes, their
-# reordered copy, and 16-bit or float32 values. tests/test_runtime_cuda.py counts them.
+# reordered copy, and 16-bit or float32 values. tests/runtime/test_runtime_cuda.py counts them.
 ROW_BLOCK_BYTES: Mapping[Kind, tuple[float, float]] = {
     "int4": (3, 6),
     "int4 halves": (3, 6),

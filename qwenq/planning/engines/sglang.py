@@ -8,7 +8,7 @@ graphs and parallelism by the GPU's size (python/sglang/srt/server_args.py, _han
 sglang#10975 and #15927; 0.5). Since 0.5.19 it also captures graphs of prefill chunks, 1.8 GB in one report: these are
 not counted, `--disable-prefill-cuda-graph` leaves them out.
 
-Measured: QwQ-32B in BF16 on four A10G, in March 2025, whose log gives each step (tests/test_sglang.py).
+Measured: QwQ-32B in BF16 on four A10G, in March 2025, whose log gives each step (tests/planning/test_sglang.py).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from qwenq.errors import CheckpointError
 from qwenq.io.json import inside, parse_object, read_object
 from qwenq.io.safetensors import INDEX_NAME, TensorSpec, checkpoint_tensors, read_header
 
-TINY = Path(__file__).parent / "data" / "tiny-qwen2"
+TINY = Path(__file__).parents[1] / "data" / "tiny-qwen2"
 
 
 def write(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> Path:

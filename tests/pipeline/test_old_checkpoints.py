@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 OLD = DATA / "v0.1"
 MANIFEST, JOURNAL, STATE = "qwenq-manifest.json", "qwenq-journal.jsonl", ".qwenq-state-1.safetensors"
 

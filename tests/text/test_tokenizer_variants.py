@@ -45,7 +45,7 @@ TOOLS = (
 
 @cache
 def text_to_learn() -> str:
-    return (Path(__file__).parent / "data" / "calib.txt").read_text() + "".join(TEXTS)
+    return (Path(__file__).parents[1] / "data" / "calib.txt").read_text() + "".join(TEXTS)
 
 
 def byte_level(prefix: bool = False, split: str = "", nfc: bool = False) -> Tokenizer:

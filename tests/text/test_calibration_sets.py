@@ -17,7 +17,7 @@ import pytest
 from qwenq.errors import CalibrationError
 from qwenq.text.calibration import _corpus, overlap, set_names
 
-SETS = Path(__file__).parent.parent / "calibration"
+SETS = Path(__file__).parents[2] / "calibration"
 KINDS = {"chat", "prose", "code", "math", "tables", "chinese", "multilingual"}
 RECIPES = sorted(path.stem for path in SETS.glob("*.toml"))
 

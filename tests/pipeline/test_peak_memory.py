@@ -33,7 +33,7 @@ print(json.dumps({"peak": result.peak_rss_bytes, "predicted": predicted}))
 
 
 def peaks(source: Path, out: Path) -> dict[str, int]:
-    words = [sys.executable, "-c", JOB, str(source), str(out), str(Path(__file__).parent)]
+    words = [sys.executable, "-c", JOB, str(source), str(out), str(Path(__file__).parents[1])]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
     done = subprocess.run(words, check=True, capture_output=True, text=True, env=environment)
     found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])

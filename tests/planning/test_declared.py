@@ -20,7 +20,7 @@ from qwenq.model.spec import ModelSpec, family_spec
 from qwenq.planning.placement import cutting_reasons
 from qwenq.planning.weights import Weights, declared_by_config, header_weights, published_weights, recipe_weights
 
-TINY = Path(__file__).parent / "data" / "tiny-qwen2"
+TINY = Path(__file__).parents[1] / "data" / "tiny-qwen2"
 HOSTILE = r"-:(?:\w+\.?)+!"
 
 

@@ -29,7 +29,7 @@ from qwenq.planning.tensor_parallel import padded_width
 from qwenq.planning.weights import Weights, published_weights, recipe_weights
 from qwenq.units import GIB
 
-PUBLISHED = Path(__file__).parent / "data" / "published"
+PUBLISHED = Path(__file__).parents[1] / "data" / "published"
 
 
 def model(name: str) -> ModelSpec:

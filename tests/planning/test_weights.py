@@ -14,7 +14,7 @@ from qwenq.planning.ggufsize import gguf_weights
 from qwenq.planning.models import WeightsAsked, load_model, load_spec, model_weights
 from qwenq.planning.weights import header_weights, published_weights, recipe_weights
 
-TINY = Path(__file__).parent / "data" / "tiny-qwen2"
+TINY = Path(__file__).parents[1] / "data" / "tiny-qwen2"
 
 
 def model(name: str) -> ModelSpec:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 from qwenq.cli.main import app
 from qwenq.planning.questions import Question, estimate_at
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 TABLE = DATA / "published" / "qwen25_transformers_memory.csv"
 
 

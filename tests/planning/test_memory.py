@@ -25,7 +25,7 @@ from qwenq.planning.validate import errors, read_rows
 from qwenq.planning.weights import MIB, Weights, allocated_bytes, published_weights, recipe_weights
 from qwenq.units import GIB
 
-PUBLISHED = Path(__file__).parent / "data" / "published"
+PUBLISHED = Path(__file__).parents[1] / "data" / "published"
 
 
 def model(name: str) -> ModelSpec:

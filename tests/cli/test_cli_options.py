@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from qwenq.cli.main import COMMANDS, RENAMED_FLAGS, SUBCOMMANDS, app, command
 from qwenq.pipeline.config import QuantizeConfig
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 # Scripts rely on these: add with care, remove never without a word in the changelog.
 OPTIONS = {

@@ -129,7 +129,7 @@ def test_padding_has_no_say_in_channel_scales() -> None:
 def test_pad_model_refuses_norms_of_heads(tmp_path: Path) -> None:
     """benchmarks/pad_model.py would scale Qwen3's norms of single heads like those of the residual stream."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
-    script = Path(__file__).parent.parent / "benchmarks" / "pad_model.py"
+    script = Path(__file__).parents[2] / "benchmarks" / "pad_model.py"
     words = [sys.executable, str(script), str(tmp_path), str(tmp_path / "out")]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr == f"error: {tmp_path} is a qwen3 model, wanted qwen2 or llama\n"

@@ -18,7 +18,7 @@ from qwenq.formats.base import Recipe, Scheme
 from qwenq.planning.questions import Question, Resolved
 from qwenq.planning.weights import recipe_weights
 
-TINY = Path(__file__).parent / "data" / "tiny-qwen2"
+TINY = Path(__file__).parents[1] / "data" / "tiny-qwen2"
 
 
 def run(*args: object) -> Result:
