@@ -338,6 +338,9 @@ def _leaves(target: Target, rng: random.Random) -> int:
             client.settimeout(0.05)
             with suppress(TimeoutError):
                 client.recv(rng.choice([1, 100, 2000]))
+        if rng.random() < 0.5:
+            client.shutdown(socket.SHUT_WR)  # then a reset is a broken pipe
+            time.sleep(rng.choice([0, 0.01, 0.1]))
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
     return 0
 
