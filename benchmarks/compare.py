@@ -24,8 +24,8 @@ import torch
 from qwenq import __version__
 from qwenq.checkpoint.reader import Checkpoint, open_checkpoint
 from qwenq.pipeline.activations import embed
-from qwenq.pipeline.evaluate import HeadWeights, compare_streams
-from qwenq.pipeline.workers import Replicas
+from qwenq.pipeline.evaluate import HeadWeights, compare_heads
+from qwenq.pipeline.workers import Workers
 
 DRAWS = 4000
 SUFFIXES = {"mse": " mse=2.4", "full": " pull-share 1"}
@@ -45,7 +45,7 @@ def parse_args() -> argparse.Namespace:
 @torch.inference_mode()
 def drifts(reference: Checkpoint, checkpoints: dict[str, Checkpoint], ids_NT: torch.Tensor) -> dict[str, Any]:
     """TokenDrift of each checkpoint; the 16-bit model is run once, layer by layer."""
-    network = Replicas(reference.config, reference.spec, dtype=torch.float32, window_tokens=ids_NT.shape[1])
+    network = Workers(reference.config, reference.spec, dtype=torch.float32, window_tokens=ids_NT.shape[1])
     everything = {"reference": reference} | checkpoints
     states = {name: torch.empty(*ids_NT.shape, reference.spec.hidden_size) for name in everything}
     for name, checkpoint in everything.items():
@@ -56,7 +56,7 @@ def drifts(reference: Checkpoint, checkpoints: dict[str, Checkpoint], ids_NT: to
             network.run_layer(states[name])
     base = (HeadWeights(reference), states["reference"])
     return {
-        name: compare_streams(network.first, base, (HeadWeights(checkpoint), states[name]), ids_NT)
+        name: compare_heads(network.first, base, (HeadWeights(checkpoint), states[name]), ids_NT)
         for name, checkpoint in checkpoints.items()
     }
 

@@ -42,14 +42,23 @@ from unittest.mock import patch
 # ---------------------------------------------------------------------- what may differ
 
 # JSON keys, BEFORE -> AFTER, at any depth of manifests and answers.
-RENAMED_KEYS: dict[str, str] = {}
+RENAMED_KEYS: dict[str, str] = {"pull": "error_correction", "pull_share": "error_correction_share"}
 
 # Regular expressions and their replacements, applied in order to BEFORE's texts: stdout, stderr, strings inside JSON,
 # model cards, recipe files. Layout (runs of spaces, rules of tables) does not count where one of them matched.
-REWORDED: list[tuple[str, str]] = []
+REWORDED: list[tuple[str, str]] = [
+    (r"o and down pulled, by (\d+) of them", r"error correction of o and down from \1 of them"),
+    (r"nothing pulled", "no error correction"),
+    (r"up to (\d) lanes", r"up to \1 workers"),
+    (r"\bpull ([\d.]+), pull_share ", r"error_correction \1, error_correction_share "),
+    (r"--pull(-share|)(?=[ '])", r"--error-correction\1"),
+    (r"every unit stays in 16 bit", "every fused group stays in 16 bit"),
+    (r"is no unit\b", "is no fused group"),
+    (r"strips: weights written out strip by strip", "row blocks: weights written out row block by row block"),
+]
 
 # Keys that only AFTER has, as `parent.key` or `key`: left out of its JSON.
-ADDED_KEYS: set[str] = set()
+ADDED_KEYS: set[str] = {"layers_not_made_again"}
 
 # Regular expressions (multi-line) for text that only AFTER prints: left out of its text.
 ADDED_TEXT: list[str] = []

@@ -36,11 +36,13 @@ from torch import Tensor
 
 from qwenq.checkpoint.reader import open_checkpoint
 from qwenq.errors import QwenqError
-from qwenq.formats.base import Recipe, Scheme
-from qwenq.formats.qtensor import QTensor
+from qwenq.formats.base import PackedShape, Recipe, Scheme
+from qwenq.formats.bitsandbytes import Nf4Blocks
 from qwenq.machine import host_facts, versions
 from qwenq.model.attention import causal_attention
-from qwenq.planning.kernels import strip_weights
+from qwenq.planning.case import Case
+from qwenq.planning.engines.torch import OWN
+from qwenq.planning.kernels import row_block_weights
 from qwenq.planning.models import load_spec
 from qwenq.planning.weights import recipe_weights
 from qwenq.runtime import measure as measuring
@@ -51,7 +53,8 @@ from qwenq.runtime.linear import Int4Linear, Nf4Linear, StoredLinear, packed_lin
 from qwenq.runtime.load import LoadOptions, asked_of_machine, load_from, loaded, plan_load
 from qwenq.runtime.peaks import driver_bytes, visible_rig
 from qwenq.runtime.synthetic import SyntheticWeights, synthetic_config
-from qwenq.solver.gptq import add_to_hessian, solve_unit
+from qwenq.solver.gptq import add_to_hessian, solve_linears
+from qwenq.solver.grid import QTensor
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_MODEL = ROOT / "tests" / "data" / "tiny-qwen2"
@@ -418,7 +421,12 @@ def random_codes(scheme: Scheme, outputs: int, inputs: int, device: torch.device
         zeros = torch.full(shape, scheme.zero, dtype=torch.uint8, device=device)
     else:
         zeros = torch.randint(scheme.levels // 4, 3 * scheme.levels // 4, shape, dtype=torch.uint8, device=device)
-    return QTensor(codes, scales, zeros, scheme)
+    return QTensor(codes, (scales, zeros), scheme.grid())
+
+
+def described(q: QTensor) -> PackedShape:
+    outputs, inputs = q.codes_OI.shape
+    return PackedShape(q.integers.bits, q.grid.group_width(inputs), outputs, inputs, q.integers.sym)
 
 
 def _linear(notes: Notes, case: LinearCase) -> None:
@@ -426,7 +434,7 @@ def _linear(notes: Notes, case: LinearCase) -> None:
     q = random_codes(Scheme(case.bits, case.group, case.sym), case.outputs, case.inputs)
     bias = torch.randn(case.outputs).to(dtype)
     order = torch.randperm(case.inputs) if case.sorted else None
-    module, choice = packed_linear(q, bias, dtype, notes.device, order)
+    module, choice = packed_linear(replace(q, order_I=order), described(q), bias, dtype, notes.device)
     if notes.cuda:
         notes.same(f"{case.label}: its kernel", choice.kind, case.kind)
     w_OI = q.dequantize()
@@ -446,13 +454,13 @@ def _linear(notes: Notes, case: LinearCase) -> None:
 
 def _written_out(notes: Notes, case: LinearCase, module: Int4Linear, q: QTensor) -> None:
     """Weights read back from the packed layout: exact where there are no zero points, but for the bfloat16 scale."""
-    step = strip_weights(case.inputs, notes.device.type) // case.inputs
+    step = row_block_weights(case.inputs, notes.device.type) // case.inputs
     stop = min(step, case.outputs)
-    found = module.weight_strip(0, stop)
+    found = module.weight_rows(0, stop)
     if found is None:
         notes.same(f"{case.label}: the layout is known", False, notes.device.type == "cpu")
         return
-    rounded = replace(q, scales_OG=q.scales_OG.bfloat16())
+    rounded = replace(q, parameters=(q.scales_OG.bfloat16(), q.zeros_OG))
     wanted = (rounded if case.sym else q).dequantize()[:stop].T
     notes.check(f"{case.label}: weights read back", error_of(found, wanted), 0.0 if case.sym else 0.005)
 
@@ -464,8 +472,8 @@ def _nf4(notes: Notes) -> None:
     absmax = 0.5 + torch.rand(outputs * inputs // 64)
     each = torch.stack((codes[:, 0] >> 4, codes[:, 0] & 15), 1).view(-1).long()
     w_OI = (table[each].view(-1, 64) * absmax[:, None]).view(outputs, inputs).bfloat16()
-    blocks = codes, table, absmax, torch.bfloat16
-    module = Nf4Linear(blocks, (outputs, inputs), None, torch.bfloat16, notes.device)
+    blocks = Nf4Blocks((outputs, inputs), codes, table, absmax, torch.bfloat16)
+    module = Nf4Linear(blocks, None, torch.bfloat16, notes.device)
     for rows in (1, 300):
         x = torch.randn(rows, inputs).bfloat16()
         notes.check(f"nf4, {rows} rows", error_of(module(x.to(notes.device)), x.float() @ w_OI.float().T), BFLOAT16)
@@ -548,7 +556,8 @@ def _linear_speed(notes: Notes, bits: int, outputs: int, inputs: int) -> None:
     copies = 1 if notes.tiny else max(1, math.ceil(2.5e8 / (outputs * inputs * bits / 8)))
     modules = []
     for _ in range(copies):
-        module, _ = packed_linear(random_codes(scheme, outputs, inputs, notes.device), None, dtype, notes.device)
+        q = random_codes(scheme, outputs, inputs, notes.device)
+        module, _ = packed_linear(q, described(q), None, dtype, notes.device)
         modules.append(module)
     weight_bytes = sum(p.numel() * p.element_size() for p in modules[0].parameters())
     rows: list[dict[str, Any]] = []
@@ -692,7 +701,8 @@ def _largest(notes: Notes, recipe: Recipe) -> tuple[Any, int]:
         def fits(context: int, spec: Any = spec, weights: Any = weights) -> bool:
             options = LoadOptions(max_model_len=context)
             try:
-                plan = plan_load(spec, weights, *_rig_first(spec, options))
+                rig, work, room = asked_of_machine(spec, options)
+                plan = plan_load(Case(spec, weights, OWN, work, rig), room)
             except QwenqError:
                 return False
             return all(isinstance(place, int) for place in plan.device_map.values())
@@ -705,10 +715,6 @@ def _largest(notes: Notes, recipe: Recipe) -> tuple[Any, int]:
             low, high = (middle, high) if fits(1024 * middle) else (low, middle)
         return spec, 1024 * low
     raise RuntimeError("no model of the family fits")
-
-
-def _rig_first(spec: Any, options: LoadOptions) -> tuple[Any, Any, int]:
-    return asked_of_machine(spec, options)
 
 
 def _contexts(notes: Notes, found: Any, weights: Any, contexts: Sequence[int], setting: str = "") -> None:
@@ -1216,7 +1222,7 @@ def solver(notes: Notes) -> None:
         for where in (CPU, device):
             h = torch.zeros(columns, columns, device=where)
             add_to_hessian(h, x.to(where))
-            found.append(solve_unit({"w": w.to(where)}, h, Scheme(4, 64))["w"])
+            found.append(solve_linears({"w": w.to(where)}, h, Scheme(4, 64).grid())["w"])
         (q_cpu, cpu), (q_device, there) = found
         share = float((q_cpu.codes_OI == q_device.codes_OI.cpu()).float().mean())
         notes.at_least("share of codes like the CPU's", share, 0.97)
@@ -1228,7 +1234,7 @@ def solver(notes: Notes) -> None:
             h = torch.eye(columns, device=device) * 1000 + 1
 
             def solve() -> None:
-                solve_unit({"w": w}, h.clone(), Scheme(4, 128))
+                solve_linears({"w": w}, h.clone(), Scheme(4, 128).grid())
 
             notes.fact("solve_s", {"shape": [rows, columns], "seconds": round(seconds_of(solve, device, 1, 1), 3)})
             notes.fact("solve_profile", profiled(solve, notes))
@@ -1238,7 +1244,7 @@ def solver(notes: Notes) -> None:
             w = torch.randn(rows, columns, device=device)
             h = torch.eye(columns, device=device) * 1000 + 1
             began = time.perf_counter()
-            solve_unit({"w": w}, h, Scheme(4, 128))
+            solve_linears({"w": w}, h, Scheme(4, 128).grid())
             wait(device)
             times[f"[{rows}, {columns}]"] = round(time.perf_counter() - began, 3)
             notes.fact("solve_by_shape_s", times)

@@ -21,11 +21,11 @@ import torch
 
 from qwenq.checkpoint.reader import open_source
 from qwenq.io.safetensors import fingerprint
-from qwenq.pipeline.block import SolverOptions
+from qwenq.pipeline.config import QuantizeConfig
 from qwenq.pipeline.job import QuantizeJob
 from qwenq.pipeline.quantize import quantize
 from qwenq.planning.budget import recipe_of
-from qwenq.planning.sensitivity import read_sensitivity, schemes_for, units_of
+from qwenq.planning.sensitivity import fused_groups, read_sensitivity, schemes_for
 from qwenq.text.tokens import TokenWindows
 
 
@@ -58,18 +58,21 @@ def main() -> None:
     calibration, evaluation = (
         windows_of(path, count) for path, count in zip((args.calibration, args.evaluation), args.windows, strict=True)
     )
+    config = QuantizeConfig(
+        device="cpu", compute_dtype="float32", calibration_dtype="bfloat16", error_correction=1.0
+    )
     draw = random.Random(0)
     predicted, measured, bits = [], [], []
     args.work.mkdir(parents=True, exist_ok=True)
     for number in range(args.recipes):
         wide = draw.random()  # how often a unit gets 8 bits
         choice = {}
-        for unit in units_of(source.spec):
+        for unit in fused_groups(source.spec):
             asked = 8 if draw.random() < wide else 4
             choice[unit] = draw.choice([s for s in schemes_for(source.spec, unit[1]) if s.bits == asked])
         recipe = recipe_of(source.spec, choice)
         out = args.work / f"recipe-{number}"
-        job = QuantizeJob(source, out, recipe, calibration, evaluation, SolverOptions(), calibration_dtype="bfloat16")
+        job = QuantizeJob(source, out, recipe, config, calibration, evaluation)
         measured.append(quantize(job).drift.kl.mean)
         predicted.append(sum(table.loss(unit, scheme) for unit, scheme in choice.items()))
         bits.append(recipe.bits_per_linear_weight(source.spec))

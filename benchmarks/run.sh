@@ -57,7 +57,8 @@ for tool in $tools; do
         [ "$tool" = qwenq ] || share=1
         started=$(date +%s%N)
         "$venv/bin/qwenq" quantize "$model" -o "$out/$name" --bits "$bits" --group-size "$group" \
-            --pull-share "$share" --calibration "$out/calibration-$samples.npy" --eval-text "$first" --json >"$out/$name.part" 2>"$out/$name.log"
+            --error-correction-share "$share" --calibration "$out/calibration-$samples.npy" --eval-text "$first" \
+            --json >"$out/$name.part" 2>"$out/$name.log"
         echo "{\"process_s\": $(( ($(date +%s%N) - started) / 10000000 ))e-2}" >"$out/$name.time"
         ;;
     gptqmodel | gptqmodel-mse)

@@ -7,6 +7,7 @@
     |-- HubError          a model cannot be had from the hub
     |-- PlanError         a rig, context or scheme cannot be planned with
     |   `-- UsageError    exit code 2: an option's value, or options together, mean nothing whatever the model
+    |       `-- ExcludedOptions   options that cannot be given together, or not without another
     |-- JobError          an output directory or a resumed job is not usable
     |-- RunError          a model cannot be loaded, run or served on this machine
     `-- HonestNo          exit code 3: the answer is no (does not fit, drift over the limit)
@@ -16,6 +17,10 @@ A message says what, where, got and wanted in one line; `hint` says what to do a
 
 from __future__ import annotations
 
+from qwenq.escaping import shown
+
+_LONGEST = 2000  # characters of a message or a hint
+
 
 class QwenqError(Exception):
     """One clear line for the user, with an optional hint; the command line exits with `exit_code`."""
@@ -23,13 +28,8 @@ class QwenqError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str = "") -> None:
-        self.message, self.hint = printable(message), printable(hint)
+        self.message, self.hint = shown(message, _LONGEST), shown(hint, _LONGEST)
         super().__init__(self.message)
-
-
-def printable(text: str) -> str:
-    """Text as one printable line: what a hostile file put into a message cannot move the cursor or add lines."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
 class CheckpointError(QwenqError):
@@ -56,6 +56,10 @@ class UsageError(PlanError):
     """An option's value, or options together, that mean nothing whatever the model and the machine are."""
 
     exit_code = 2
+
+
+class ExcludedOptions(UsageError):
+    """Options that cannot be given together, or one that means nothing without another."""
 
 
 class JobError(QwenqError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import shutil
@@ -10,7 +9,6 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # mallopt(3)
 
 def numerics(devices: Sequence[str]) -> dict[str, Any]:
     """What decides in which order sums are taken, and so the last bits: a resumed job needs the same."""
+    from importlib.metadata import version
+
     import torch
 
     gpus = [torch.cuda.get_device_name(device) for device in devices if device != "cpu"]
@@ -35,6 +35,8 @@ def numerics(devices: Sequence[str]) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """This program and the libraries it stands on."""
+    from importlib.metadata import version
+
     libraries = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "huggingface-hub")
     return {"qwenq": __version__, "python": platform.python_version()} | {name: version(name) for name in libraries}
 
@@ -57,6 +59,12 @@ def host_facts() -> dict[str, Any]:
     }
 
 
+def has_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16 (AVX-512 BF16, AMX, Arm's BF16)."""
+    words = {word for line in _lines("/proc/cpuinfo") for word in line.split()}
+    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
 def forget_peak_rss() -> None:
     """Count the process's peak memory from here on, where the system lets a process say so (Linux, proc(5))."""
     with suppress(OSError):
@@ -70,6 +78,8 @@ def keep_freed_memory() -> None:
     time. All threads share one heap: what one frees another may have. Larger buffers still come and go as mappings, so
     that the peak of a large model stays what it is.
     """
+    import ctypes
+
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_THRESHOLD, KEPT_BYTES)
@@ -79,6 +89,8 @@ def keep_freed_memory() -> None:
 
 def return_freed_memory() -> None:
     """Give freed heap back to the system where the C library can (glibc keeps it otherwise)."""
+    import ctypes
+
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -106,8 +118,6 @@ def _lines(path: str) -> list[str]:
         return []
 
 
-MOST_LANES = 4  # on a CPU, that share the windows which go through a layer together, each with its own Hessian
-LANES_UP_TO = 8192  # wide FFNs: beyond, products alone keep cores busy, and Hessians are large
 
 
 def free_disk(out: Path) -> int:

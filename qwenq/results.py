@@ -43,9 +43,34 @@ class BlockResult:
         return asdict(self)
 
     @staticmethod
-    def from_json(row: dict[str, Any]) -> BlockResult:
-        linears = tuple(LayerResult(**r) for r in row["linears"])
-        return BlockResult(row["layer"], linears, row["stream_error_db"], row["seconds"], row["stages_s"])
+    def from_json(row: Any) -> BlockResult:
+        """What `to_json` gave, after JSON; ValueError for anything else."""
+        block = _fields(row, _BLOCK)
+        linears = tuple(LayerResult(**_fields(linear, _LINEAR)) for linear in block["linears"])
+        _fields(block["stages_s"], dict.fromkeys(block["stages_s"], _NUMBER))
+        return BlockResult(**block | {"linears": linears})
+
+
+_NUMBER = (float, int)
+_NUMBER_OR_NONE = (float, int, type(None))
+_LINEAR: dict[str, tuple[type, ...]] = {
+    "name": (str,), "scheme": (str,), "error_db": _NUMBER_OR_NONE, "weight_error_db": _NUMBER, "damp_percent": _NUMBER,
+    "fallback": (str,),
+}  # fmt: skip
+_BLOCK: dict[str, tuple[type, ...]] = {
+    "layer": (int,), "linears": (list, tuple), "stream_error_db": _NUMBER_OR_NONE, "seconds": _NUMBER,
+    "stages_s": (dict,),
+}  # fmt: skip
+
+
+def _fields(row: Any, kinds: dict[str, tuple[type, ...]]) -> dict[str, Any]:
+    """An object of JSON with exactly these fields, of these types; ValueError otherwise."""
+    if not isinstance(row, dict) or row.keys() != kinds.keys():
+        raise ValueError("wanted an object of " + ", ".join(kinds))
+    for key, kind in kinds.items():
+        if type(row[key]) not in kind:
+            raise ValueError(f"{key} is {type(row[key]).__name__}")
+    return row
 
 
 @dataclass(frozen=True)
@@ -84,15 +109,19 @@ class DriftReport:
         return asdict(self)
 
     @staticmethod
-    def from_json(row: dict[str, Any]) -> DriftReport:
-        """Read what `finite_json` of `to_json` gave: null is a figure that was not finite."""
+    def from_json(row: Any) -> DriftReport:
+        """Read what `finite_json` of `to_json` gave: null is a figure that was not finite. ValueError for another."""
 
-        def figure(value: Any) -> Any:
-            if isinstance(value, dict):
-                return Interval(**{key: figure(part) for key, part in value.items()})
+        def figure(value: Any, kind: str) -> Any:
+            if kind == "Interval":
+                parts = _fields(value, dict.fromkeys(("mean", "low", "high"), _NUMBER_OR_NONE))
+                return Interval(**{key: figure(part, "float") for key, part in parts.items()})
             return math.nan if value is None else value
 
-        return DriftReport(**{key: figure(value) for key, value in row.items()})
+        kinds = {name: str(field.type) for name, field in DriftReport.__dataclass_fields__.items()}
+        types = {"Interval": (dict,), "float": _NUMBER_OR_NONE, "int": (int,), "str": (str,)}
+        found = _fields(row, {name: types[kind] for name, kind in kinds.items()})
+        return DriftReport(**{name: figure(value, kinds[name]) for name, value in found.items()})
 
 
 def finite_json(value: Any) -> Any:

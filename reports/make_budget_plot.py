@@ -14,7 +14,7 @@ from pathlib import Path
 from qwenq.formats.base import Scheme
 from qwenq.model.spec import spec_from_config
 from qwenq.planning.budget import choose_for_bits, describe_choice
-from qwenq.planning.sensitivity import read_sensitivity, units_of
+from qwenq.planning.sensitivity import fused_groups, read_sensitivity
 from qwenq.report.drawing import Drawing, Scale, draw_axes
 
 HERE = Path(__file__).parent
@@ -41,7 +41,7 @@ def main() -> None:
     for bits in (Fraction(n, 4) for n in range(18, 33)):
         found = choose_for_bits(spec, table, bits, stored)
         curve.append((found.bits_per_linear_weight, found.predicted_kl))
-    uniform = describe_choice(spec, table, dict.fromkeys(units_of(spec), Scheme(4, 64)), stored)
+    uniform = describe_choice(spec, table, dict.fromkeys(fused_groups(spec), Scheme(4, 64)), stored)
     drawing = Drawing(
         760, 420, "budget", "KL against bits, demo model",
         "Predicted KL of the best recipe falls from 0.17 at 4.5 bits to 0.004 at 8; measured points lie below it.",

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ import torch
 
 from qwenq.checkpoint.reader import open_source
 from qwenq.formats.base import Recipe, Scheme
-from qwenq.pipeline.block import SolverOptions
+from qwenq.model.architectures import ARCHITECTURES
+from qwenq.pipeline.config import QuantizeConfig
 from qwenq.pipeline.job import QuantizeJob, QuantizeResult
 from qwenq.pipeline.quantize import quantize
 from qwenq.text.calibration import load_windows
@@ -51,7 +53,7 @@ def make_random_model(
     """A random checkpoint at `path`, saved by transformers in several shards."""
     import transformers
 
-    prefix = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}[model_type]
+    prefix = ARCHITECTURES[model_type].classes
     shape = {
         "vocab_size": 1024, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
@@ -101,16 +103,32 @@ def edit_json() -> Callable[..., dict[str, Any]]:
 
 
 def small_job(source: Path | str, out: Path | str, **changes: Any) -> QuantizeJob:
-    """4 bits g32 of a random tiny checkpoint on 6 calibration and 3 evaluation windows of 32 random tokens."""
+    """4 bits g32 of a random tiny checkpoint on 6 calibration and 3 evaluation windows of 32 random tokens.
+
+    changes: of the job, or of its configuration.
+    """
     generator = torch.Generator().manual_seed(7)
     draws = {"calibration": (6, 32), "evaluation": (3, 32)}
     tokens = {
         name: TokenWindows(torch.randint(0, 1000, shape, generator=generator), name, {"kind": "random"})
         for name, shape in draws.items()
     }
+    parts = {field.name for field in fields(QuantizeJob)}
+    job = {name: value for name, value in changes.items() if name in parts}
+    config = settled(**{name: value for name, value in changes.items() if name not in parts})
     return QuantizeJob(
-        **({"source": open_source(Path(source)), "out": Path(out), "recipe": Recipe(Scheme(4, 32))} | tokens | changes)
+        **(
+            {"source": open_source(Path(source)), "out": Path(out), "recipe": Recipe(Scheme(4, 32)), "config": config}
+            | tokens
+            | job
+        )
     )
+
+
+def settled(**options: Any) -> QuantizeConfig:
+    """A configuration of a job on a CPU, in float32, with error correction."""
+    chosen = {"device": "cpu", "compute_dtype": "float32", "calibration_dtype": "float32", "error_correction": 1.0}
+    return QuantizeConfig(**(chosen | options))
 
 
 def text_windows(text: Path, source: Path, length: int, count: int | None = None) -> TokenWindows:
@@ -128,7 +146,7 @@ def tiny_result(tiny: Path, calib: Path, heldout: Path, tmp_path_factory: pytest
     def make(bits: int, method: str) -> QuantizeResult:
         out = tmp_path_factory.mktemp("tiny") / f"{bits}-{method}"
         job = QuantizeJob(
-            open_source(tiny), out, Recipe(Scheme(bits, 32)), calibration, evaluation, SolverOptions(method=method)
+            open_source(tiny), out, Recipe(Scheme(bits, 32)), settled(method=method), calibration, evaluation
         )
         return quantize(job)
 

@@ -48,9 +48,9 @@ class PowerCut:
                 path = os.readlink(f"/proc/self/fd/{handle}")
                 self.bytes[os.fstat(handle).st_ino] = Path(path).read_bytes()
 
-        def renamed(source: Any, target: Any) -> None:
+        def renamed(source: Any, target: Any, **folders: Any) -> None:
             self._tick()
-            replace(source, target)
+            replace(source, target, **folders)
 
         os.fsync, os.replace = synced, renamed
         try:

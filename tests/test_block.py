@@ -13,11 +13,11 @@ from conftest import small_job, text_windows
 
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.model.spec import family_spec
-from qwenq.pipeline.block import SolverOptions, batches
+from qwenq.pipeline.block import batches
+from qwenq.pipeline.config import default_error_correction
 from qwenq.pipeline.monitor import StageClock
-from qwenq.pipeline.preflight import default_pull
 from qwenq.pipeline.quantize import quantize
-from qwenq.solver.gptq import solve_unit
+from qwenq.solver.gptq import solve_linears
 
 
 @pytest.mark.parametrize(("windows", "length"), [(9, 512), (10, 2048), (7, 300), (1, 5000)])
@@ -39,21 +39,21 @@ def test_a_stage_within_a_stage_counts_for_itself_alone() -> None:
     assert clock.seconds["outer"] == pytest.approx(0.03, abs=0.02)
 
 
-def test_lanes_take_their_share_of_the_stage_around_them() -> None:
+def test_workers_take_their_share_of_the_stage_around_them() -> None:
     clock = StageClock()
-    with clock.time("outer"), clock.time_in_lane("inner", of="outer", lanes=2, device=torch.device("cpu")):
+    with clock.time("outer"), clock.time_in_worker("inner", of="outer", workers=2, device=torch.device("cpu")):
         time.sleep(0.06)
     assert clock.seconds["inner"] == pytest.approx(0.03, abs=0.01)
     assert clock.seconds["outer"] == pytest.approx(0.03, abs=0.01)
 
 
-def test_eight_bits_alone_and_few_tokens_are_not_pulled() -> None:
+def test_eight_bits_alone_and_few_tokens_are_not_corrected() -> None:
     four, eight = Scheme(4, 64), Scheme(8, 64)
     spec = family_spec("Qwen2.5-0.5B")
     assert spec is not None
 
     def pull(recipe: Recipe, tokens: int = 65536) -> float:
-        return default_pull(recipe, spec, tokens)
+        return default_error_correction(recipe, spec, tokens)
 
     assert pull(Recipe(four)) == pull(Recipe(eight, (("a", four),))) == 1.0
     assert pull(Recipe(eight)) == pull(Recipe(eight, (("a", None),))) == 0.0
@@ -69,18 +69,18 @@ def test_all_windows_count_their_tokens_alike(
     """
     window = text_windows(calib, tiny, 256, 1)
     windows = replace(window, ids=window.ids.repeat(16, 1))
-    monkeypatch.setattr("qwenq.pipeline.preflight.PULL_TOKENS_A_COLUMN", 0)
+    monkeypatch.setattr("qwenq.pipeline.config.CORRECTION_TOKENS_A_COLUMN", 0)
     found: dict[float, list[torch.Tensor]] = {}
     for share in (0.0, 0.5, 1.0):
         kept = found.setdefault(share, [])
 
         def solve(weights: Any, h_II: torch.Tensor, *rest: Any, kept: list[torch.Tensor] = kept, **options: Any) -> Any:
             kept.append(h_II.diagonal().clone())
-            return solve_unit(weights, h_II, *rest, **options)
+            return solve_linears(weights, h_II, *rest, **options)
 
-        monkeypatch.setattr("qwenq.solver.parallel.solve_unit", solve)
-        options = SolverOptions(pull_share=share, pull=0.5 if share else 0.0)
-        quantize(small_job(tiny, tmp_path / str(share), calibration=windows, options=options))
+        monkeypatch.setattr("qwenq.solver.parallel.solve_linears", solve)
+        options = {"error_correction_share": share, "error_correction": 0.5 if share else 0.0}
+        quantize(small_job(tiny, tmp_path / str(share), calibration=windows, **options))
     for none, half, every in zip(*(found[share][:4] for share in (0.0, 0.5, 1.0)), strict=True):
         assert torch.allclose(half, every, rtol=0.05, atol=0.01 * float(every.mean()))
         assert torch.allclose(half, none, rtol=0.05, atol=0.01 * float(every.mean()))

@@ -32,12 +32,12 @@ from qwenq.planning.rig import parse_rig
 from qwenq.planning.sensitivity import (
     Sensitivity,
     encode_sensitivity,
+    fused_groups,
     members_of,
     options_of,
     prior,
     read_sensitivity,
     schemes_for,
-    units_of,
 )
 from qwenq.planning.weights import recipe_weights
 
@@ -65,7 +65,7 @@ def small(layers: int = 1) -> ModelSpec:
 
 def random_table(spec: ModelSpec, seed: int) -> Sensitivity:
     rng = random.Random(seed)
-    scale = {unit: rng.uniform(0.1, 10) for unit in units_of(spec)}
+    scale = {unit: rng.uniform(0.1, 10) for unit in fused_groups(spec)}
     rows = {
         unit: {scheme: kl * scale[unit] * rng.uniform(0.9, 1.1) for scheme, kl in row.items()}
         for unit, row in prior(spec).kl.items()
@@ -109,7 +109,7 @@ def test_a_four_unit_model_by_brute_force() -> None:
     """One layer: every recipe there is, with the sizes of the files themselves."""
     spec = small()
     table = random_table(spec, 3)
-    units = list(units_of(spec))
+    units = list(fused_groups(spec))
     every = []
     for schemes in itertools.product(*([*table.kl[unit], None] for unit in units)):
         choice = dict(zip(units, schemes, strict=True))
@@ -130,7 +130,7 @@ def test_a_four_unit_model_by_brute_force() -> None:
 def test_never_worse_than_a_uniform_recipe_of_the_same_size(spec: ModelSpec, bits: int, group: int) -> None:
     scheme = Scheme(bits, group)
     for table in (prior(spec), random_table(spec, 5)):
-        uniform = describe_choice(spec, table, dict.fromkeys(units_of(spec), scheme), bf16)
+        uniform = describe_choice(spec, table, dict.fromkeys(fused_groups(spec), scheme), bf16)
         assert uniform.recipe == Recipe(scheme)
         slack = 300 * spec.num_hidden_layers  # as headers are counted from above
         found = choose_for_bytes(spec, table, uniform.file_bytes + slack, bf16)
@@ -242,7 +242,7 @@ def test_a_recipe_file_says_the_same_when_read_back(tmp_path: Path) -> None:
     found = choose_for_bytes(B7, random_table(B7, 2), 7 * 10**9, bf16)
     path = tmp_path / "r.toml"
     path.write_text(encode_recipe(B7, found))
-    shared = {unit: found.recipe.scheme_of(members_of(B7, unit)[0]) for unit in units_of(B7)}
+    shared = {unit: found.recipe.scheme_of(members_of(B7, unit)[0]) for unit in fused_groups(B7)}
     assert read_recipe(path, B7) == found.choice == shared
     lines = path.read_text().splitlines()
     assert sum(1 for line in lines if re.match(r"\d+ +=", line)) == 28 and max(map(len, lines)) < 120
@@ -260,7 +260,7 @@ BROKEN: dict[str, tuple[Callable[[str], str], str]] = {
     "syntax": (lambda t: t.replace("{", "[", 1), r"at line 12"),
     "version": (lambda t: t.replace("version = 1", "version = 9"), "version is 9, wanted 1"),
     "no table": (lambda t: t[: t.index("[layer]")], r"no \[layer\] table"),
-    "nothing": (lambda t: re.sub(r"\d-bit g\d+", "16-bit", t), "every unit stays in 16 bit"),
+    "nothing": (lambda t: re.sub(r"\d-bit g\d+", "16-bit", t), "every fused group stays in 16 bit"),
 }  # fmt: skip
 
 
@@ -290,7 +290,7 @@ def test_a_table_is_read_back_and_refused_for_another_model(tmp_path: Path) -> N
         found.check(B72)
     for edit, said in (
         (lambda t: t.replace('"version": 1', '"version": 2'), "version 2, wanted"),
-        (lambda t: t.replace('"0.qkv"', '"0.kqv"'), "'0.kqv' is no unit"),
+        (lambda t: t.replace('"0.qkv"', '"0.kqv"'), "'0.kqv' is no fused group"),
         (lambda t: re.sub(r'("4-bit g128": )[\d.e-]+', r"\1-1", t, count=1), "0.qkv, 4-bit g128: -1 is no KL"),
         (lambda t: t.replace('"measured"', '""'), "lacks kl_nats_per_token or fingerprint"),
     ):

@@ -17,10 +17,11 @@ from markdown_it import MarkdownIt
 from report_runs import changed, manifest
 from test_report import NASTY
 
+from qwenq.escaping import yaml_text
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.io.json import model_name
 from qwenq.model.spec import ModelSpec, family_spec
-from qwenq.pipeline.card import model_card, source_license, yaml_text
+from qwenq.pipeline.card import model_card, source_license
 from qwenq.pipeline.quantize import quantize
 
 MIXED = Recipe(Scheme(4, 64), (("model.layers.0.mlp.down_proj", Scheme(8, 64)), ("model.layers.1.mlp.up_proj", None)))

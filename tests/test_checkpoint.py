@@ -302,7 +302,8 @@ def test_unsupported_architecture(model_type: str | None, random_model: Make, ed
     path = random_model()
     edit_json(path / "config.json", model_type=model_type)
     assert refusal(path) == (
-        f"{path / 'config.json'}: model_type {model_type!r} is not supported (wanted one of qwen2, qwen3, llama)"
+        f"{path / 'config.json'}: model_type {model_type!r} is not supported "
+        "(wanted one of qwen2, qwen3, llama, mistral)"
     )
 
 

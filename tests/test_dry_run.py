@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from qwenq.cli.main import app
 from qwenq.machine import total_memory
 from qwenq.model.spec import family_spec
-from qwenq.pipeline.preflight import SET_TOKENS, original_windows, sensitivity_bytes
+from qwenq.pipeline.config import SET_TOKENS, original_windows
+from qwenq.pipeline.preflight import sensitivity_bytes
 from tests.conftest import text_windows
 
 GB = 10**9
@@ -49,7 +50,7 @@ def test_windows_are_those_that_the_job_reads(
     assert assumed["calibration_windows"] == job["calibration"]["windows"]
     assert assumed["evaluation_windows"] == job["evaluation"]["windows"]
     assert (assumed["calibration_dtype"], assumed["compute_dtype"]) == (job["calibration_dtype"], job["compute_dtype"])
-    assert (assumed["original_windows"] > 0) == (job["options"]["pull"] > 0)
+    assert (assumed["original_windows"] > 0) == (job["options"]["error_correction"] > 0)
 
 
 def test_more_windows_than_there_are(tiny: Path, texts: list[object], calib: Path) -> None:
@@ -83,14 +84,14 @@ def test_what_it_assumes_in_words() -> None:
     result = run("quantize", "Qwen2.5-7B", "--dry-run", "--device", "cuda:0", "-n", 64, "--pull", 1)
     assert result.exit_code == 0, result.output
     assert (
-        "assumed: about 64 calibration windows of 512 tokens of builtin in bfloat16; o and down pulled, by 64 of them; "
-        "20 evaluation windows in bfloat16; on cuda:0\n" in result.stdout
+        "assumed: about 64 calibration windows of 512 tokens of builtin in bfloat16; error correction "
+        "of o and down from 64 of them; 20 evaluation windows in bfloat16; on cuda:0\n" in result.stdout
     )
     assert re.search(r"peak memory, predicted +│ +\d", result.stdout) and "(on GPU)" not in result.stdout
     assert re.search(r"peak memory of a GPU, predicted +│ +\d", result.stdout)
     assert re.search(r"and on top the source's download +│ +15\.23 GB", result.stdout)
     on_cpu = run("quantize", "Qwen2.5-0.5B", "--group-size", 64, "--dry-run", "--device", "cpu", "--method", "rtn")
-    assert "assumed: 20 evaluation windows in float32; on cpu, up to 4 lanes\n" in on_cpu.stdout
+    assert "assumed: 20 evaluation windows in float32; on cpu, up to 4 workers\n" in on_cpu.stdout
     assert "GPU" not in on_cpu.stdout
 
 
@@ -99,7 +100,7 @@ def test_a_machine_too_small_is_warned_of(monkeypatch: pytest.MonkeyPatch, tiny:
     assert memory is not None
     meminfo = Path("/proc/meminfo").read_text().split()
     assert memory == int(meminfo[meminfo.index("MemTotal:") + 1]) * 1024
-    monkeypatch.setattr("qwenq.cli.dryrun.total_memory", lambda: 8 * GB)
+    monkeypatch.setattr("qwenq.pipeline.dryrun.total_memory", lambda: 8 * GB)
     monkeypatch.setattr("qwenq.pipeline.preflight.free_disk", lambda out: 5 * GB)
     found = dry("Qwen2.5-72B", "--device", "cpu")
     assert [re.sub(r"\d+\.\d\d", "N", line) for line in found["warnings"]] == [

@@ -147,13 +147,12 @@ def test_a_model_that_changes_meanwhile(which: str, harm: str, random_model: Mak
 
 
 def test_limits() -> None:
-    from qwenq.solver.metrics import TokenDrift, summarise
+    from qwenq.solver.metrics import Reading, TokenDrift, summarise
 
     nll = torch.linspace(1, 2, 20)
     drift: DriftReport = summarise(
-        TokenDrift(nll, nll + 0.01, torch.full((20,), 0.005), torch.ones(20), 0), 4,
-        noise_floor_kl=0.0, text="t", text_sha256="", compute_dtype="float32", window_tokens=6,
-    )  # fmt: skip
+        TokenDrift(nll, nll + 0.01, torch.full((20,), 0.005), torch.ones(20), 0), Reading("t", "", 4, 6, "float32")
+    )
     check_limits(drift, None, None)
     check_limits(drift, 0.0051, 1.1)
     with pytest.raises(HonestNo, match=r"^mean KL is 0\.0050, the limit 0\.004$") as caught:

@@ -315,7 +315,7 @@ def test_out_of_memory_of_a_cpu_says_how_much(monkeypatch: pytest.MonkeyPatch, t
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 3221225472 bytes.")
 
     checkpoint = open_checkpoint(tiny)
-    monkeypatch.setattr("qwenq.pipeline.workers.Replicas.run_layer", full)
+    monkeypatch.setattr("qwenq.pipeline.workers.Workers.run_layer", full)
     monkeypatch.setattr("qwenq.pipeline.monitor.available_ram", lambda: 1 << 30)
     with pytest.raises(RunError) as caught:
         evaluate(checkpoint, checkpoint, text_windows(heldout, tiny, 64, 2))

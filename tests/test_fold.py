@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from qwenq.model.spec import spec_from_config
-from qwenq.solver.equalize import LIMIT, NORMS, FoldedLayer, channel_scales
+from qwenq.solver.equalize import LIMIT, FoldedLayer, channel_scales
 
 CONFIG = {
     "model_type": "qwen2", "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 1,
@@ -23,26 +23,25 @@ def random_state(dtype=torch.float32):
     return {name: tensor.to(dtype) for name, tensor in state.items()}
 
 
-UNITS = ("down", "qkv", "gate_up")
+STAGES = ("down", "qkv", "gate_up")
 
 
-def fold(state, moments, units=UNITS, dtype=None):
+def fold(state, moments, stages=STAGES, dtype=None):
     """All tensors of the layer after folding, weights in float32."""
     kept = {n: t if dtype is None else t.to(dtype) for n, t in state.items() if "proj.weight" not in n}
     layer = FoldedLayer(state, kept)
-    for unit in units:
-        if unit == "down":
-            layer.fold_down(moments[unit])
-        else:
-            scales_I = layer.fold_norm(unit, moments[unit])
-            ratio_I = state[NORMS[unit]].float() / layer.kept[NORMS[unit]].float()
+    for name in stages:
+        stage = SPEC.architecture.stage(name)
+        scales_I = layer.fold(stage, moments[name])
+        if stage.folds_into == stage.norm:
+            ratio_I = state[f"{stage.norm}.weight"].float() / layer.kept[f"{stage.norm}.weight"].float()
             torch.testing.assert_close(scales_I, ratio_I.nan_to_num(1.0))  # what its inputs are divided by
     weights = {n: layer.weight(n.removesuffix(".weight")) for n in state if "proj.weight" in n}
     return weights | layer.kept
 
 
 def run_layer(state, h_TH):
-    """One Qwen2 layer without rotary embedding; also the inputs of each unit."""
+    """One Qwen2 layer without rotary embedding; also the inputs of each stage."""
     s = {name: tensor.double() for name, tensor in state.items()}
     tokens, d = h_TH.shape[0], SPEC.head_dim
 
@@ -62,15 +61,15 @@ def run_layer(state, h_TH):
     y = norm(h, s["post_attention_layernorm.weight"])
     m = torch.nn.functional.silu(linear("mlp.gate_proj", y)) * linear("mlp.up_proj", y)
     inputs = {"qkv": x, "o": a, "gate_up": y, "down": m}
-    return h + linear("mlp.down_proj", m), {unit: t.square().mean(0) for unit, t in inputs.items()}
+    return h + linear("mlp.down_proj", m), {stage: t.square().mean(0) for stage, t in inputs.items()}
 
 
-@pytest.mark.parametrize("units", [UNITS, ("qkv",), ("down",), ("down", "gate_up")])
-def test_the_function_stays(units):
+@pytest.mark.parametrize("stages", [STAGES, ("qkv",), ("down",), ("down", "gate_up")])
+def test_the_function_stays(stages):
     h_TH = torch.randn(20, 48, generator=torch.Generator().manual_seed(1))
     state = random_state()
     before, moments = run_layer(state, h_TH)
-    after, _ = run_layer(fold(state, moments, units), h_TH)
+    after, _ = run_layer(fold(state, moments, stages), h_TH)
     assert (after - before).abs().max() < 1e-5 * before.abs().max()
 
 
@@ -78,14 +77,14 @@ def test_what_changes():
     state = random_state(torch.bfloat16)
     _, moments = run_layer(state, torch.randn(20, 48))
 
-    def changed(units):
-        new = fold(state, moments, units)
+    def changed(stages):
+        new = fold(state, moments, stages)
         return {name for name in state if not torch.equal(new[name].float(), state[name].float())}
 
     assert changed(["qkv"]) == {f"self_attn.{p}_proj.weight" for p in "qkv"} | {"input_layernorm.weight"}
     assert changed(["down"]) == {"mlp.up_proj.weight", "mlp.down_proj.weight"}
     untouched = {f"self_attn.{p}_proj.bias" for p in "qkv"} | {"self_attn.o_proj.weight"}
-    assert set(state) - changed(UNITS) == untouched
+    assert set(state) - changed(STAGES) == untouched
     new = fold(state, moments, dtype=torch.float16)
     for name, tensor in new.items():
         wanted = torch.float32 if "proj.weight" in name else torch.float16

@@ -19,9 +19,9 @@ from qwenq.errors import PlanError
 from qwenq.formats.base import FORMATS, Recipe, Scheme
 from qwenq.formats.bitsandbytes import INT8_ROWS, NF4
 from qwenq.model.layer import model_config
-from qwenq.pipeline.block import SolverOptions
+from qwenq.pipeline.config import Tokens
 from qwenq.pipeline.evaluate import evaluate
-from qwenq.pipeline.preflight import Tokens, preflight
+from qwenq.pipeline.preflight import PlannedJob, preflight
 from qwenq.pipeline.quantize import quantize
 
 Make = Callable[..., Path]
@@ -47,7 +47,7 @@ RECIPES = {
 
 def job_of(recipe: Recipe, source: Path, out: Path, **changes: Any) -> Any:
     if recipe.format.startswith("bnb"):
-        changes |= {"calibration": None, "options": SolverOptions(method="rtn")}
+        changes |= {"calibration": None, "method": "rtn"}
     return small_job(source, out, recipe=recipe, **changes)
 
 
@@ -72,8 +72,10 @@ def test_predicted_bytes_are_written_bytes_and_the_recipe_is_read_back(
     recipe = RECIPES[kind]
     job = job_of(recipe, random_model(dtype=torch.bfloat16), tmp_path / "out")
     check = preflight(
-        job.source.spec, recipe, Tokens(6, 3, 32), compute_bytes=4, on_gpu=False, out=tmp_path,
-        dtype_of=job.stored_dtype, source_dtype_of=job.source.dtype_of,
+        PlannedJob(
+            job.source.spec, recipe, Tokens(6, 3, 32), compute_bytes=4, out=tmp_path,
+            dtype_of=job.stored_dtype, source_dtype_of=job.source.dtype_of,
+        )
     )  # fmt: skip
     result = quantize(job)
     files = sorted((tmp_path / "out").glob("*.safetensors"))

@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 from qwenq.errors import QwenqError
 from qwenq.solver import gptq
 from qwenq.solver.gptq import (
-    Shortfall,
+    ResidualCovariance,
     add_to_hessian,
     factor_lower,
     mirror_upper,
     permute_symmetric,
     processing_order,
-    solve_unit,
+    solve_linears,
 )
 from qwenq.solver.grid import IntegerGrid
 
@@ -70,7 +70,7 @@ def scalar_gptq(w_OI, h_II, grid, damp_percent):
 def test_equals_a_plain_loop(grid):
     w_OI, h_II = problem(rows=6)
     wanted = scalar_gptq(w_OI, h_II, grid, 0.01)
-    q, stats = solve_unit({"w": w_OI}, h_II.clone(), grid, damp_percent=0.01, sweeps=0)["w"]
+    q, stats = solve_linears({"w": w_OI}, h_II.clone(), grid, damp_percent=0.01, sweeps=0)["w"]
     found = q.dequantize()
     if grid.bits == 4:
         assert (found != wanted).float().mean() < 0.005  # a tie in the last bit may fall either way
@@ -111,9 +111,9 @@ def scalar_sweep(w_OI, h_II, q, damp):
 @pytest.mark.parametrize("grid", [IntegerGrid(4, 32), IntegerGrid(4, 64, sym=False), IntegerGrid(4, -1)], ids=str)
 def test_descent_equals_a_plain_loop(grid):
     w_OI, h_II = problem(columns=128, rows=4)
-    before = solve_unit({"w": w_OI}, h_II.clone(), grid, damp_percent=0.01, sweeps=0)["w"][0]
+    before = solve_linears({"w": w_OI}, h_II.clone(), grid, damp_percent=0.01, sweeps=0)["w"][0]
     codes, scales = scalar_sweep(w_OI, h_II, before, 0.01 * float(h_II.diagonal().mean()))
-    after = solve_unit({"w": w_OI}, h_II.clone(), grid, damp_percent=0.01, sweeps=1)["w"][0]
+    after = solve_linears({"w": w_OI}, h_II.clone(), grid, damp_percent=0.01, sweeps=1)["w"][0]
     assert (after.codes_OI != codes).float().mean() < 0.01
     torch.testing.assert_close(after.scales_OG.double(), scales, rtol=2e-3, atol=0)
     assert (after.codes_OI != before.codes_OI).any()
@@ -122,13 +122,13 @@ def test_descent_equals_a_plain_loop(grid):
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_each_sweep_lowers_the_error(grid):
     w_OI, h_II = problem(rows=32)
-    solved = [solve_unit({"w": w_OI}, h_II.clone(), grid, damp_percent=1e-4, sweeps=n)["w"][1] for n in range(4)]
+    solved = [solve_linears({"w": w_OI}, h_II.clone(), grid, damp_percent=1e-4, sweeps=n)["w"][1] for n in range(4)]
     errors = [stats.error_db for stats in solved]
     assert errors == sorted(errors, reverse=True)
     assert errors[2] < errors[0] - 0.1
 
 
-def test_shortfalls_move_the_outputs():
+def test_residuals_move_the_outputs():
     """Outputs go the asked share of the way to what they are short of, as far as inputs can tell, before rounding."""
     x_TI = correlated(64, tokens=600)
     h_II = x_TI.T @ x_TI
@@ -137,17 +137,18 @@ def test_shortfalls_move_the_outputs():
     shift_OI = 0.1 * torch.randn(16, 64, generator=generator)
     asked_TO = x_TI @ shift_OI.T
     options = {"damp_percent": 1e-6}
-    for pull in (1.0, 0.5):
-        shortfalls = {"b": Shortfall(x_TI.T @ asked_TO, 0.5 * x_TI.T @ asked_TO)}
-        solved = solve_unit(weights, h_II.clone(), IntegerGrid(8, 32), **options, shortfalls=shortfalls, pull=pull)
+    for correction in (1.0, 0.5):
+        residuals = {"b": ResidualCovariance(x_TI.T @ asked_TO, 0.5 * x_TI.T @ asked_TO)}
+        options |= {"residuals": residuals, "error_correction": correction}
+        solved = solve_linears(weights, h_II.clone(), IntegerGrid(8, 32), **options)
         moved_TO = x_TI @ (solved["b"][0].dequantize() - weights["b"]).T
-        assert (moved_TO - pull * asked_TO).square().mean() < 0.01 * asked_TO.square().mean()
+        assert (moved_TO - correction * asked_TO).square().mean() < 0.01 * asked_TO.square().mean()
         assert solved["b"][1].error_db < -40
-    alone = solve_unit({"a": weights["a"]}, h_II.clone(), IntegerGrid(8, 32), **options)
+    alone = solve_linears({"a": weights["a"]}, h_II.clone(), IntegerGrid(8, 32), **options)
     assert (solved["a"][0].codes_OI != alone["a"][0].codes_OI).float().mean() < 0.1
 
 
-def test_shortfalls_count_as_far_as_both_halves_agree():
+def test_residuals_count_as_far_as_both_halves_agree():
     """By the definition: kept is 1 - |D|^2 / |S|^2 of the fit, in coordinates where the damped Hessian is 1."""
     x_TI = correlated(64, tokens=600)
     h_II = x_TI.T @ x_TI
@@ -162,9 +163,9 @@ def test_shortfalls_count_as_far_as_both_halves_agree():
     damp = 0.5 * float(h_II.diagonal().mean())
     whole_IO = 1e4 * (first_IO + second_IO)
     wanted_OI = torch.linalg.solve(h_II + damp * torch.eye(64), whole_IO).T * share_O[:, None]
-    found = solve_unit(
-        weights, h_II.clone(), IntegerGrid(8, 32), damp_percent=0.5, pull=1.0, sweeps=0,
-        shortfalls={"w": Shortfall(whole_IO.clone(), 1e4 * first_IO)},
+    found = solve_linears(
+        weights, h_II.clone(), IntegerGrid(8, 32), damp_percent=0.5, error_correction=1.0, sweeps=0,
+        residuals={"w": ResidualCovariance(whole_IO.clone(), 1e4 * first_IO)},
     )["w"][0].dequantize() - weights["w"]  # fmt: skip
     assert wanted_OI.abs().mean() > 0.3
     assert (found - wanted_OI)[[0, 3]].abs().mean() < 0.05 * wanted_OI[[0, 3]].abs().mean()
@@ -184,8 +185,8 @@ def test_damped_solution(monkeypatch):
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_beats_rounding(grid):
     w_OI, h_II = problem()
-    solved = solve_unit({"w": w_OI}, h_II.clone(), grid)["w"][1]
-    rounded = solve_unit({"w": w_OI}, h_II.clone(), grid, method="rtn")["w"][1]
+    solved = solve_linears({"w": w_OI}, h_II.clone(), grid)["w"][1]
+    rounded = solve_linears({"w": w_OI}, h_II.clone(), grid, method="rtn")["w"][1]
     assert solved.error_db < rounded.error_db - 3
 
 
@@ -196,7 +197,7 @@ def test_diagonal_hessian_means_rounding(grid, seed):
     generator = torch.Generator().manual_seed(seed)
     w_OI = torch.randn(16, 128, generator=generator)
     diagonal_I = torch.rand(128, generator=generator) + 0.1
-    q, _ = solve_unit({"w": w_OI}, torch.diag(diagonal_I), grid, damp_percent=0.0, sweeps=0)["w"]
+    q, _ = solve_linears({"w": w_OI}, torch.diag(diagonal_I), grid, damp_percent=0.0, sweeps=0)["w"]
     width = grid.group_width(128)
     for g in range(128 // width):
         part = slice(g * width, (g + 1) * width)
@@ -215,11 +216,11 @@ def test_diagonal_hessian_means_rounding(grid, seed):
 def test_rows_are_independent(seed):
     w_OI, h_II = problem(columns=128, rows=16, seed=seed)
     grid = IntegerGrid(4, 32)
-    whole = solve_unit({"w": w_OI}, h_II.clone(), grid)["w"][0].dequantize()
+    whole = solve_linears({"w": w_OI}, h_II.clone(), grid)["w"][0].dequantize()
     rows = torch.randperm(16, generator=torch.Generator().manual_seed(seed))
-    mixed = solve_unit({"w": w_OI[rows]}, h_II.clone(), grid)["w"][0].dequantize()
+    mixed = solve_linears({"w": w_OI[rows]}, h_II.clone(), grid)["w"][0].dequantize()
     assert (mixed != whole[rows]).float().mean() < 0.01
-    parts = solve_unit({"a": w_OI[:5], "b": w_OI[5:]}, h_II.clone(), grid)
+    parts = solve_linears({"a": w_OI[:5], "b": w_OI[5:]}, h_II.clone(), grid)
     joined = torch.cat([parts["a"][0].dequantize(), parts["b"][0].dequantize()])
     assert (joined != whole).float().mean() < 0.01
 
@@ -227,7 +228,7 @@ def test_rows_are_independent(seed):
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_shapes_dtypes_and_float16_scales(grid):
     w_OI, h_II = problem(rows=16)
-    q, _ = solve_unit({"w": w_OI.bfloat16()}, h_II, grid)["w"]
+    q, _ = solve_linears({"w": w_OI.bfloat16()}, h_II, grid)["w"]
     groups = 256 // grid.group_width(256)
     assert (q.codes_OI.dtype, q.codes_OI.shape) == (torch.uint8, (16, 256))
     assert (q.scales_OG.dtype, q.scales_OG.shape) == (torch.float16, (16, groups))
@@ -241,10 +242,10 @@ def test_small_pieces_equal_one_piece(monkeypatch):
     """Blocks of the factor, of columns and of rows are a matter of speed."""
     w_OI, h_II = problem(columns=256, rows=40)
     grid = IntegerGrid(4, 32)
-    whole = solve_unit({"w": w_OI}, h_II.clone(), grid)["w"][0].dequantize()
+    whole = solve_linears({"w": w_OI}, h_II.clone(), grid)["w"][0].dequantize()
     for name, value in (("FACTOR_BLOCK", 48), ("SPAN", 64), ("LEAF", 3), ("ROWS_AT_ONCE", 7)):
         monkeypatch.setattr(gptq, name, value)
-        pieces = solve_unit({"w": w_OI}, h_II.clone(), grid)["w"][0].dequantize()
+        pieces = solve_linears({"w": w_OI}, h_II.clone(), grid)["w"][0].dequantize()
         assert (pieces != whole).float().mean() < 0.01, name
 
 
@@ -287,7 +288,7 @@ def test_order_keeps_groups_whole_and_ends_with_the_most_active():
 def test_dead_columns_are_rounded_and_spoil_nothing():
     w_OI, h_II = problem(columns=128)
     h_II[5], h_II[:, 5], h_II[64:128], h_II[:, 64:128] = 0, 0, 0, 0
-    q, stats = solve_unit({"w": w_OI}, h_II, IntegerGrid(4, 64))["w"]
+    q, stats = solve_linears({"w": w_OI}, h_II, IntegerGrid(4, 64))["w"]
     found = q.dequantize()
     assert found.isfinite().all() and stats.fallback == ""
     assert (found - w_OI)[:, 64:].abs().max() < 0.5  # still rounded to a sensible grid: real inputs may be non-zero
@@ -299,22 +300,22 @@ def test_non_finite_input_is_named(method):
     bad = w_OI.clone()
     bad[2, 7] = math.inf
     with pytest.raises(QwenqError, match=r"layers\.3\.up: 1 of 1536 weights are not finite"):
-        solve_unit({"layers.3.gate": w_OI, "layers.3.up": bad}, h_II.clone(), IntegerGrid(4, 64), method=method)
+        solve_linears({"layers.3.gate": w_OI, "layers.3.up": bad}, h_II.clone(), IntegerGrid(4, 64), method=method)
     h_II[3, 9] = math.nan
     with pytest.raises(QwenqError, match=r"layers\.3\.gate, layers\.3\.up: the Hessian of their inputs is not finite"):
-        solve_unit({"layers.3.gate": w_OI, "layers.3.up": w_OI}, h_II, IntegerGrid(4, 64), method=method)
+        solve_linears({"layers.3.gate": w_OI, "layers.3.up": w_OI}, h_II, IntegerGrid(4, 64), method=method)
 
 
 def test_ill_fitting_input_is_named():
     w_OI, h_II = problem(columns=96)
     with pytest.raises(QwenqError, match=r"a\.b: shape \[24, 96\] does not fit 96 columns in groups of 64"):
-        solve_unit({"a.b": w_OI}, h_II, IntegerGrid(4, 64))
+        solve_linears({"a.b": w_OI}, h_II, IntegerGrid(4, 64))
     with pytest.raises(QwenqError, match=r"c: shape \[24, 64\]"):
-        solve_unit({"a.b": w_OI, "c": w_OI[:, :64]}, h_II, IntegerGrid(4, 32))
+        solve_linears({"a.b": w_OI, "c": w_OI[:, :64]}, h_II, IntegerGrid(4, 32))
     with pytest.raises(QwenqError, match="method 'awq'"):
-        solve_unit({"a.b": w_OI}, h_II, IntegerGrid(4, 32), method="awq")
+        solve_linears({"a.b": w_OI}, h_II, IntegerGrid(4, 32), method="awq")
     with pytest.raises(QwenqError, match="without a Hessian"):
-        solve_unit({"a.b": w_OI}, None, IntegerGrid(4, 32))
+        solve_linears({"a.b": w_OI}, None, IntegerGrid(4, 32))
 
 
 def test_damping_escalates_and_is_recorded():
@@ -325,7 +326,7 @@ def test_damping_escalates_and_is_recorded():
     values[0] = 0
     h_II = (basis * values) @ basis.T
     h_II = h_II - 0.05 * float(h_II.diagonal().mean()) * basis[:, :1] @ basis[:, :1].T
-    _, stats = solve_unit({"w": w_OI}, h_II, IntegerGrid(4, 64), damp_percent=0.01)["w"]
+    _, stats = solve_linears({"w": w_OI}, h_II, IntegerGrid(4, 64), damp_percent=0.01)["w"]
     assert stats.damp_percent == pytest.approx(0.1)
     assert stats.fallback == ""
 
@@ -339,20 +340,20 @@ def test_damping_escalates_from_nothing_too(damp_percent, second):
     h_II = x_TI.T @ x_TI
     h_II -= 2 * damp_percent * h_II.diagonal().mean() * torch.eye(64)  # short of what the first try adds
     h_II[7] = h_II[:, 7] = 0
-    q, stats = solve_unit({"w": w_OI}, h_II, IntegerGrid(4, 64), damp_percent=damp_percent)["w"]
+    q, stats = solve_linears({"w": w_OI}, h_II, IntegerGrid(4, 64), damp_percent=damp_percent)["w"]
     assert stats.fallback == "" and stats.damp_percent == pytest.approx(second)
     assert q.dequantize().isfinite().all() and stats.error_db < -20
 
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("value", [math.inf, math.nan])
-def test_shortfalls_that_are_not_finite_are_named(half, value):
+def test_residuals_that_are_not_finite_are_named(half, value):
     w_OI, h_II = problem(columns=64)
     sums = torch.zeros(64, 24), torch.zeros(64, 24)
     sums[half][3, 5] = value
     with pytest.raises(QwenqError, match=r"^layers\.3\.o: what its outputs are short of is not finite$"):
-        short = {"layers.3.o": Shortfall(*sums)}
-        solve_unit({"layers.3.o": w_OI}, h_II, IntegerGrid(4, 64), shortfalls=short, pull=1.0)
+        short = {"layers.3.o": ResidualCovariance(*sums)}
+        solve_linears({"layers.3.o": w_OI}, h_II, IntegerGrid(4, 64), residuals=short, error_correction=1.0)
 
 
 def test_scales_that_overflowed_are_named():
@@ -360,29 +361,30 @@ def test_scales_that_overflowed_are_named():
     w_OI, h_II = problem(columns=64)
     whole_IO = torch.full((64, 24), 3e38)
     with pytest.raises(QwenqError, match=r"^o: scales are not finite$"):
-        solve_unit({"o": w_OI}, h_II, IntegerGrid(4, 64), shortfalls={"o": Shortfall(whole_IO, whole_IO / 2)}, pull=1.0)
+        residuals = {"o": ResidualCovariance(whole_IO, whole_IO / 2)}
+        solve_linears({"o": w_OI}, h_II, IntegerGrid(4, 64), residuals=residuals, error_correction=1.0)
 
 
 def test_fallback_is_recorded_and_rounds_with_searched_scales():
     w_OI, _ = problem(columns=64)
     h_II = torch.eye(64)
     h_II[0, 63] = h_II[63, 0] = 1e6
-    q, stats = solve_unit({"w": w_OI}, h_II, IntegerGrid(4, 64), damp_percent=0.01)["w"]
+    q, stats = solve_linears({"w": w_OI}, h_II, IntegerGrid(4, 64), damp_percent=0.01)["w"]
     assert stats.fallback == "no Cholesky factor up to a damping of 10: rounded to nearest"
     weight_I = torch.ones(64)
     (scale_O,), _ = IntegerGrid(4, 64).fit(w_OI.T.contiguous(), weight_I)
     assert torch.equal(q.scales_OG[:, 0].float(), scale_O)
-    _, stats = solve_unit({"w": w_OI}, torch.zeros(64, 64), IntegerGrid(4, 64))["w"]
+    _, stats = solve_linears({"w": w_OI}, torch.zeros(64, 64), IntegerGrid(4, 64))["w"]
     assert stats.fallback == "no calibration input reached it: rounded to nearest"
 
 
 def test_rounding_without_a_hessian():
     w_OI, h_II = problem(columns=64)
     grid = IntegerGrid(8, 32)
-    q, stats = solve_unit({"w": w_OI}, None, grid, method="rtn")["w"]
+    q, stats = solve_linears({"w": w_OI}, None, grid, method="rtn")["w"]
     assert math.isnan(stats.error_db) and stats.weight_error_db < -35
     assert (q.dequantize() - w_OI).abs().max() <= 0.51 * q.scales_OG.max()
-    same, with_h = solve_unit({"w": w_OI}, h_II, grid, method="rtn")["w"]
+    same, with_h = solve_linears({"w": w_OI}, h_II, grid, method="rtn")["w"]
     assert torch.equal(same.codes_OI, q.codes_OI) and with_h.error_db < -30
 
 
@@ -390,6 +392,6 @@ def test_exact_weights_lose_nothing():
     _, h_II = problem(columns=64)
     codes = torch.randint(-8, 8, (8, 64), generator=torch.Generator().manual_seed(0)).float()
     codes[:, 0] = -8
-    q, stats = solve_unit({"w": codes * 0.25}, h_II, IntegerGrid(4, 64))["w"]
+    q, stats = solve_linears({"w": codes * 0.25}, h_II, IntegerGrid(4, 64))["w"]
     assert torch.equal(q.dequantize(), codes * 0.25)
     assert stats.error_db == stats.weight_error_db == -math.inf

@@ -85,10 +85,19 @@ def test_lines_removed_doubled_or_out_of_order(tmp_path: Path) -> None:
         assert len(found.layers) == layers and found.dropped == len(lines) - 1 - layers
 
 
-def test_a_journal_without_checksums_is_refused_in_one_line(tmp_path: Path) -> None:
-    (tmp_path / JOURNAL_NAME).write_text('{"job":{"qwenq":"0.1.0"}}\n{"layer":0,"file":"0"}\n')
-    with pytest.raises(JobError, match=r"its first line is damaged, or of an earlier version without checksums$"):
-        Journal.load(tmp_path)
+def test_a_journal_of_0_1_0_has_no_checksums_and_gets_them(tmp_path: Path) -> None:
+    path = tmp_path / JOURNAL_NAME
+    path.write_text('{"job":{"seed":0,"options":{"pull":1.0,"pull_share":0.5}}}\n{"layer":0}\n{"layer":1}\n{"lay')
+    journal = Journal.load(tmp_path)
+    assert journal.job == {"seed": 0, "options": {"error_correction": 1.0, "error_correction_share": 0.5}}
+    assert [row["layer"] for row in journal.layers] == [0, 1] and journal.dropped == 1 and journal.beside is None
+    journal.keep_layers(2)
+    journal.append({"layer": 2})
+    assert path.read_bytes().count(b'"check":') == 4
+    again = Journal.load(tmp_path)
+    assert again.rows == journal.rows and again.beside is None and again.job == journal.job
+    path.write_bytes(path.read_bytes().replace(b'"layer":1', b'"layer":7'))
+    assert [row["layer"] for row in Journal.load(tmp_path).layers] == [0]
 
 
 def test_keep_layers_drops_what_follows(tmp_path: Path) -> None:

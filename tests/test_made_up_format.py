@@ -1,4 +1,4 @@
-"""A format that nobody has, added in one file's worth of lines: quantized, sized, read back, refused where it must be."""
+"""A format that nobody has, added in a few lines: quantized, sized, read back, refused where it must be."""
 
 from __future__ import annotations
 

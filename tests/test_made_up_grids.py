@@ -8,7 +8,7 @@ from made_up_grids import LEVELS, SuperBlockGrid, TableGrid
 from test_gptq import correlated
 from torch import Tensor
 
-from qwenq.solver.gptq import processing_order, solve_unit
+from qwenq.solver.gptq import processing_order, solve_linears
 from qwenq.solver.grid import Grid, QTensor
 from qwenq.solver.parallel import solve_rows
 
@@ -40,8 +40,8 @@ def lost(w_OI: Tensor, q: QTensor, h_II: Tensor) -> float:
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: type(grid).__name__)
 def test_solved_is_better_than_rounded_to_nearest(grid: Grid) -> None:
     w_OI, h_II = problem()
-    solved, stats = solve_unit({"w": w_OI}, h_II.clone(), grid)["w"]
-    rounded, _ = solve_unit({"w": w_OI}, h_II.clone(), grid, method="rtn")["w"]
+    solved, stats = solve_linears({"w": w_OI}, h_II.clone(), grid)["w"]
+    rounded, _ = solve_linears({"w": w_OI}, h_II.clone(), grid, method="rtn")["w"]
     assert lost(w_OI, solved, h_II) < 0.4 * lost(w_OI, rounded, h_II)
     assert torch.equal(solved.dequantize(), by_hand(solved)), "parameters lie where their columns do"
     signal = float((w_OI.double() @ h_II.double() * w_OI.double()).sum())
@@ -54,14 +54,14 @@ def test_solved_is_better_than_rounded_to_nearest(grid: Grid) -> None:
 def test_each_sweep_lowers_the_error(grid: Grid) -> None:
     w_OI, h_II = problem()
     errors = [
-        lost(w_OI, solve_unit({"w": w_OI}, h_II.clone(), grid, sweeps=sweeps)["w"][0], h_II) for sweeps in range(3)
+        lost(w_OI, solve_linears({"w": w_OI}, h_II.clone(), grid, sweeps=sweeps)["w"][0], h_II) for sweeps in range(3)
     ]
     assert errors == sorted(errors, reverse=True) and errors[2] < 0.97 * errors[0]
 
 
 def test_rows_may_be_solved_apart() -> None:
     w_OI, h_II = problem(rows=9)
-    whole, _ = solve_unit({"w": w_OI}, h_II.clone(), SuperBlockGrid())["w"]
+    whole, _ = solve_linears({"w": w_OI}, h_II.clone(), SuperBlockGrid())["w"]
     parts, _ = solve_rows([torch.device("cpu")] * 2, {"w": w_OI}, h_II.clone(), SuperBlockGrid())["w"]
     assert [p.shape for p in parts.parameters] == [p.shape for p in whole.parameters]
     assert (parts.codes_OI != whole.codes_OI).float().mean() < 0.01

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenq.results import DriftReport, finite_json
-from qwenq.solver.metrics import METRICS_VERSION, LogitComparison, TokenDrift, summarise
+from qwenq.solver.metrics import METRICS_VERSION, LogitComparison, Reading, TokenDrift, summarise
 
 
 def rows(seed: int, tokens: int = 5, vocabulary: int = 11, spread: float = 3.0) -> torch.Tensor:
@@ -30,10 +30,7 @@ def compare(p_TV: torch.Tensor, q_TV: torch.Tensor, targets_T: torch.Tensor, ste
 
 
 def report(tokens: TokenDrift, windows: int, window_tokens: int = 5) -> DriftReport:
-    return summarise(
-        tokens, windows, noise_floor_kl=0.0, text="t", text_sha256="0", compute_dtype="float32",
-        window_tokens=window_tokens,
-    )  # fmt: skip
+    return summarise(tokens, Reading("t", "0", windows, window_tokens, "float32"))
 
 
 def test_by_hand() -> None:

@@ -18,7 +18,6 @@ from qwenq.checkpoint.reader import open_checkpoint, open_source
 from qwenq.cli.main import app
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.model.layer import Network
-from qwenq.pipeline.block import SolverOptions
 from qwenq.pipeline.evaluate import evaluate
 from qwenq.pipeline.quantize import quantize
 from qwenq.solver.equalize import channel_scales
@@ -52,12 +51,12 @@ def test_a_padded_layer_computes_the_same(model_type: str, random_model: Callabl
 def test_a_padded_checkpoint_is_the_unpadded_one(
     method: str, tiny: Path, calib: Path, heldout: Path, tmp_path: Path
 ) -> None:
-    """Rounded to nearest, logits are equal. GPTQ's first layer has equal codes, folding and pulls included; after that
+    """Rounded to nearest, logits are equal. GPTQ's first layer has equal codes, folded and corrected; after that
 
     sums over more columns are rounded in another way, and one code that falls otherwise moves those that follow.
     """
     texts = {"calibration": text_windows(calib, tiny, 128, 12), "evaluation": text_windows(heldout, tiny, 128, 2)}
-    options = {"recipe": Recipe(Scheme(4, 128)), "options": SolverOptions(method=method)} | texts
+    options = {"recipe": Recipe(Scheme(4, 128)), "method": method} | texts
     if method == "rtn":
         options["calibration"] = None
     plain = quantize(small_job(tiny, tmp_path / "plain", **options))
@@ -70,8 +69,8 @@ def test_a_padded_checkpoint_is_the_unpadded_one(
     assert padded.drift.kl.mean == pytest.approx(plain.drift.kl.mean, rel=0.1)
     for lin in narrow.spec.layer_linears(0):
         ours = wide.linear_weight(lin)
-        if lin.unit in ("gate_up", "down"):
-            rows, columns = (384, 128) if lin.unit == "gate_up" else (128, 384)
+        if lin.stage in ("gate_up", "down"):
+            rows, columns = (384, 128) if lin.stage == "gate_up" else (128, 384)
             assert not ours[rows:].any() and not ours[:, columns:].any()
             ours = ours[:rows, :columns]
         assert float((ours == narrow.linear_weight(lin)).float().mean()) > 0.999, lin.name

@@ -22,7 +22,8 @@ import torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[3])
 from conftest import small_job
-from qwenq.pipeline.preflight import Tokens, peak_bytes
+from qwenq.pipeline.config import Tokens
+from qwenq.pipeline.preflight import peak_bytes
 from qwenq.pipeline.quantize import quantize
 job = small_job(sys.argv[1], sys.argv[2])
 result = quantize(job)

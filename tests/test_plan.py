@@ -209,7 +209,7 @@ def test_flags_of_a_layered_plan() -> None:
         "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
         "max_position_embeddings": 131072,  # vLLM 0.32 refuses a longer --max-model-len, whatever the factor
     }
-    llama = replace(B72, model_type="llama", attention_bias=False)
+    llama = replace(B72, model_type="llama")
     other = make_plan(replace(yarn.case, spec=llama, weights=recipe_weights(llama, Recipe(Scheme(4, 128)))))
     assert "--hf-overrides" not in VLLM.command(other), "its base would be replaced by Qwen's, without a word"
     assert "yarn" not in LLAMA_CPP.command(other) and "yarn" not in TRANSFORMERS.command(other)

@@ -15,7 +15,8 @@ from qwenq.errors import JobError, PlanError
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.machine import free_disk
 from qwenq.model.spec import ModelSpec, family_spec, spec_from_config
-from qwenq.pipeline.preflight import Preflight, Tokens, original_windows, peak_bytes, preflight, stream_bytes
+from qwenq.pipeline.config import Tokens, original_windows
+from qwenq.pipeline.preflight import PlannedJob, Preflight, hidden_state_bytes, peak_bytes, preflight
 from qwenq.planning.tensor_parallel import (
     padded_width,
     row_groups,
@@ -44,7 +45,7 @@ def qwen72() -> ModelSpec:
 
 
 def dry_run(spec: ModelSpec, recipe: Recipe) -> Preflight:
-    return preflight(spec, recipe, TOKENS, compute_bytes=4, on_gpu=False, out=None)
+    return preflight(PlannedJob(spec, recipe, TOKENS, compute_bytes=4))
 
 
 @pytest.mark.parametrize(("scheme", "wanted"), [(Scheme(4, 128), 41_489_965_056), (Scheme(8, 128), 76_870_557_696)])
@@ -165,9 +166,7 @@ def test_padded_widths(width: int, group: int, ranks: int, wanted: int) -> None:
 
 def test_the_padded_72b_has_the_size_of_the_published_one(qwen72: ModelSpec) -> None:
     wide = replace(qwen72, intermediate_size=padded_width(29568, 128, 8))
-    check = preflight(
-        wide, Recipe(Scheme(4)), TOKENS, compute_bytes=4, on_gpu=False, out=None, source_spec=qwen72
-    )
+    check = preflight(PlannedJob(wide, Recipe(Scheme(4)), TOKENS, compute_bytes=4, source_spec=qwen72))
     assert check.tensor_bytes == published_weights(qwen72, "GPTQ-Int4").total_bytes == 41_620_750_336
     assert check.source_tensor_bytes == 145_412_407_296
     assert set(check.tensor_parallel.values()) == {""}
@@ -214,11 +213,11 @@ def test_hidden_states_by_hand() -> None:
     former through two models; and the noise floor's.
     """
     spec = spec_of()
-    assert stream_bytes(spec, Tokens(3, 2, 10), 4) == (3 + 2 + 2 + 2) * 10 * 64 * 4
-    assert stream_bytes(spec, Tokens(3, 2, 10, 2), 4) == (3 + 2) * 10 * 64 * 2 + (2 + 2) * 10 * 64 * 4
-    assert stream_bytes(spec, Tokens(3, 2, 10, 2), 2) == (3 + 2 + 2 + 2) * 10 * 64 * 2 + 2 * 10 * 64 * 4
-    assert stream_bytes(spec, Tokens(3, 1, 10, 2), 2) == (3 + 2 + 1 + 1) * 10 * 64 * 2 + 1 * 10 * 64 * 4
-    assert stream_bytes(spec, Tokens(3, 2, 10, pull_share=0), 4) == (3 + 2 + 2) * 10 * 64 * 4
+    assert hidden_state_bytes(spec, Tokens(3, 2, 10), 4) == (3 + 2 + 2 + 2) * 10 * 64 * 4
+    assert hidden_state_bytes(spec, Tokens(3, 2, 10, 2), 4) == (3 + 2) * 10 * 64 * 2 + (2 + 2) * 10 * 64 * 4
+    assert hidden_state_bytes(spec, Tokens(3, 2, 10, 2), 2) == (3 + 2 + 2 + 2) * 10 * 64 * 2 + 2 * 10 * 64 * 4
+    assert hidden_state_bytes(spec, Tokens(3, 1, 10, 2), 2) == (3 + 2 + 1 + 1) * 10 * 64 * 2 + 1 * 10 * 64 * 4
+    assert hidden_state_bytes(spec, Tokens(3, 2, 10, error_correction_share=0), 4) == (3 + 2 + 2) * 10 * 64 * 4
 
 
 def test_windows_that_run_through_the_16_bit_layers() -> None:
@@ -247,11 +246,11 @@ def test_predicted_peaks_do_not_know_the_number_of_layers() -> None:
     assert host > 0 and gpu > 0
 
 
-def test_pulls_take_two_sums_of_down(qwen72: ModelSpec) -> None:
+def test_error_correction_takes_two_sums_of_down(qwen72: ModelSpec) -> None:
     """On top of a Hessian of 29568 and 13 bytes a weight: more than gate and up, whose 13 bytes are twice as many."""
-    with_pulls, without = (peak_bytes(qwen72, Tokens(64, 8, 512, 2, share), 4, True)[1] for share in (0.5, 0.0))
+    corrected, without = (peak_bytes(qwen72, Tokens(64, 8, 512, 2, share), 4, True)[1] for share in (0.5, 0.0))
     layer = 2 * (2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 29568)
-    assert with_pulls == layer + 4 * 29568**2 + 21 * 8192 * 29568
+    assert corrected == layer + 4 * 29568**2 + 21 * 8192 * 29568
     assert without == layer + max(4 * 29568**2 + 13 * 8192 * 29568, 4 * 8192**2 + 26 * 8192 * 29568)
 
 

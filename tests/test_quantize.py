@@ -24,18 +24,18 @@ from safetensors.torch import load_file, save_file
 import qwenq.pipeline.quantize
 from qwenq.checkpoint.manifest import JOURNAL_NAME, LOCK_NAME, MANIFEST_NAME
 from qwenq.checkpoint.reader import open_checkpoint, open_source
-from qwenq.errors import CheckpointError, JobError, PlanError, QwenqError
+from qwenq.errors import CheckpointError, JobError, PlanError, QwenqError, UsageError
 from qwenq.formats.base import Recipe, Scheme
-from qwenq.pipeline.activations import new_streams
-from qwenq.pipeline.block import SolverOptions
+from qwenq.pipeline.activations import embed_tokens
+from qwenq.pipeline.config import Tokens
 from qwenq.pipeline.evaluate import evaluate
 from qwenq.pipeline.job import QuantizeJob, partial_directory
-from qwenq.pipeline.preflight import Tokens, preflight
+from qwenq.pipeline.preflight import PlannedJob, preflight
 from qwenq.pipeline.quantize import quantize
 from qwenq.text.tokens import TokenWindows
 
 Make = Callable[..., Path]
-UNFOLDED = SolverOptions(fold=False, pull=0.0)
+UNFOLDED = {"fold": False, "error_correction": 0.0}
 MIXED = Recipe(
     Scheme(4, 32),
     (
@@ -77,8 +77,10 @@ def test_predicted_bytes_are_written_bytes(recipe: Recipe, tied: bool, random_mo
     source = random_model(tie_word_embeddings=tied)
     job = small_job(source, tmp_path / "out", recipe=recipe)
     check = preflight(
-        job.source.spec, recipe, Tokens(6, 3, 32), compute_bytes=4, on_gpu=False, out=tmp_path,
-        dtype_of=job.stored_dtype, source_dtype_of=job.source.dtype_of,
+        PlannedJob(
+            job.source.spec, recipe, Tokens(6, 3, 32), compute_bytes=4, out=tmp_path,
+            dtype_of=job.stored_dtype, source_dtype_of=job.source.dtype_of,
+        )
     )  # fmt: skip
     result = quantize(job)
     files = sorted((tmp_path / "out").glob("*.safetensors"))
@@ -95,7 +97,7 @@ def test_predicted_bytes_are_written_bytes(recipe: Recipe, tied: bool, random_mo
 def test_what_is_not_quantized_is_the_sources_bytes(random_model: Make, tmp_path: Path) -> None:
     source = random_model(dtype=torch.bfloat16)
     (source / "generation_config.json").write_text('{"odd":   "spacing"}')
-    quantize(small_job(source, tmp_path / "out", options=UNFOLDED))
+    quantize(small_job(source, tmp_path / "out", **UNFOLDED))
     before, after = tensors_of(source), tensors_of(tmp_path / "out")
     kept = [name for name in after if name in before]
     for name in kept:
@@ -112,7 +114,7 @@ def test_what_is_not_quantized_is_the_sources_bytes(random_model: Make, tmp_path
 def test_folding_changes_norms_alone(random_model: Make, tmp_path: Path) -> None:
     """And only those before units that are quantized whole; the function stays, as the drift at 8 bits shows."""
     source = random_model(dtype=torch.bfloat16)
-    plain = quantize(small_job(source, tmp_path / "plain", recipe=Recipe(Scheme(8, 32)), options=UNFOLDED))
+    plain = quantize(small_job(source, tmp_path / "plain", recipe=Recipe(Scheme(8, 32)), **UNFOLDED))
     folded = quantize(small_job(source, tmp_path / "folded", recipe=Recipe(Scheme(8, 32))))
     assert folded.drift.kl.mean < 2 * plain.drift.kl.mean < 1e-3
     quantize(small_job(source, tmp_path / "out", recipe=MIXED))
@@ -129,15 +131,15 @@ def test_folding_changes_norms_alone(random_model: Make, tmp_path: Path) -> None
     assert changed == {name for name in norms if ".1." not in name}
 
 
-def test_folding_and_pulling_each_lose_less(tiny: Path, calib: Path, heldout: Path, tmp_path: Path) -> None:
+def test_folding_and_error_correction_each_lose_less(tiny: Path, calib: Path, heldout: Path, tmp_path: Path) -> None:
     kl = {}
-    for fold, pull in ((False, 0.0), (True, 0.0), (True, 1.0)):
-        options = SolverOptions(fold=fold, pull=pull)
+    for fold, correction in ((False, 0.0), (True, 0.0), (True, 1.0)):
         job = small_job(
-            tiny, tmp_path / f"{fold}-{pull}", options=options, recipe=Recipe(Scheme(4, 64)),
+            tiny, tmp_path / f"{fold}-{correction}", fold=fold, error_correction=correction,
+            recipe=Recipe(Scheme(4, 64)),
             calibration=text_windows(calib, tiny, 128, 64), evaluation=text_windows(heldout, tiny, 128, 24),
         )  # fmt: skip
-        kl[fold, pull] = quantize(job).drift.kl.mean
+        kl[fold, correction] = quantize(job).drift.kl.mean
     assert kl[True, 0.0] < kl[False, 0.0]
     assert kl[True, 1.0] < 0.85 * kl[True, 0.0]
 
@@ -200,7 +202,7 @@ def test_a_fallback_is_recorded_and_shown(random_model: Make, tmp_path: Path, mo
 def test_spilled_hidden_states_change_nothing(random_model: Make, tmp_path: Path, monkeypatch: Any) -> None:
     source = random_model()
     quantize(small_job(source, tmp_path / "a"))
-    monkeypatch.setattr(qwenq.pipeline.quantize, "new_streams", partial(new_streams, spill_bytes=0))
+    monkeypatch.setattr(qwenq.pipeline.quantize, "embed_tokens", partial(embed_tokens, spill_bytes=0))
     quantize(small_job(source, tmp_path / "b"))
     assert_same(tmp_path / "a", tmp_path / "b")
 
@@ -213,7 +215,7 @@ def test_spilled_hidden_states_change_nothing(random_model: Make, tmp_path: Path
 )
 def test_conversion_of_what_is_not_quantized(stored: str, target: str, random_model: Make, tmp_path: Path) -> None:
     source = random_model(dtype=getattr(torch, stored))
-    job = small_job(source, tmp_path / "out", dtype=target, recipe=MIXED, options=UNFOLDED)
+    job = small_job(source, tmp_path / "out", dtype=target, recipe=MIXED, **UNFOLDED)
     result = quantize(job)
     before, after = tensors_of(source), tensors_of(tmp_path / "out")
     for name in set(before) & set(after):
@@ -284,7 +286,7 @@ def test_reported_errors_are_those_of_the_outputs(random_model: Make, tmp_path: 
     from transformers import Qwen2ForCausalLM
 
     source = random_model()
-    job = small_job(source, tmp_path / "out", recipe=MIXED, options=UNFOLDED)
+    job = small_job(source, tmp_path / "out", recipe=MIXED, **UNFOLDED)
     result = quantize(job)
     assert job.calibration is not None
     checkpoint = open_checkpoint(job.out)
@@ -374,7 +376,7 @@ def killed_at(step: int, job: QuantizeJob, interval: float, resume: bool = False
         (1e9, 4, {"dtype": "bfloat16"}),  # never saved: layers are replayed, from tensors as they were written
         (0.0, 9, {"compute_dtype": "bfloat16"}),
         (1e9, 9, {"compute_dtype": "bfloat16", "recipe": MIXED}),
-        (1e9, 9, {"options": SolverOptions(method="rtn"), "calibration": None}),
+        (1e9, 9, {"method": "rtn", "calibration": None}),
     ],
     ids=["states", "replay", "bfloat16 states", "bfloat16 replay", "rounding"],
 )
@@ -508,8 +510,8 @@ def test_changes_are_refused_by_name(stopped: QuantizeJob) -> None:
     changes: dict[str, tuple[dict[str, Any], str]] = {
         "seed": ({"seed": 3}, "seed was 0, now 3"),
         "bits": ({"recipe": Recipe(Scheme(8, 32))}, "scheme.bits was 4, now 8"),
-        "damping": ({"options": SolverOptions(damp_percent=0.05)}, f"options.damp_percent was {damping}, now 0.05"),
-        "method": ({"options": SolverOptions(method="rtn")}, "options.method was 'gptq', now 'rtn'"),
+        "damping": ({"damp_percent": 0.05}, f"options.damp_percent was {damping}, now 0.05"),
+        "method": ({"method": "rtn"}, "options.method was 'gptq', now 'rtn'"),
         "dtype": ({"dtype": "bfloat16"}, "dtype was 'auto', now 'bfloat16'"),
         "compute dtype": ({"compute_dtype": "bfloat16"}, "compute_dtype was 'float32', now 'bfloat16'"),
         "calibration": ({"calibration": other}, "calibration.text was 'calibration', now 'other.txt'"),
@@ -704,5 +706,5 @@ def test_activations_that_are_not_finite_are_named(random_model: Make, tmp_path:
 
 
 def test_float16_calibrates_nothing(random_model: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(JobError, match=r"^calibration_dtype is 'float16', wanted float32 or bfloat16$"):
+    with pytest.raises(UsageError, match=r"^--calibration-dtype float16: wanted float32, bfloat16 or auto$"):
         small_job(random_model(), tmp_path / "out", calibration_dtype="float16")

@@ -18,11 +18,12 @@ from fake_gpus import Allocator, FakeGpus
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.model.spec import ModelSpec, family_spec
 from qwenq.pipeline import monitor as clock_module
-from qwenq.pipeline import workers as replicas_module
-from qwenq.pipeline.block import BlockSolver, CalibrationStreams, SolverOptions, round_block
+from qwenq.pipeline import workers as workers_module
+from qwenq.pipeline.block import BlockSolver, CalibrationStates, SolverOptions, round_block
+from qwenq.pipeline.config import Tokens, original_windows
 from qwenq.pipeline.monitor import StageClock
-from qwenq.pipeline.preflight import Tokens, original_windows, peak_bytes, scratch_width
-from qwenq.pipeline.workers import Replicas
+from qwenq.pipeline.preflight import peak_bytes, scratch_width
+from qwenq.pipeline.workers import Workers
 from qwenq.runtime.synthetic import synthetic_config
 from qwenq.solver import gptq
 from qwenq.solver import parallel as rows
@@ -44,40 +45,41 @@ def one_after_the_other(calls: list[Callable[[], Any]]) -> list[Any]:
 
 def layer(spec: ModelSpec) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """A layer's tensors in host memory, and those that are not weights of linears."""
-    prefix = "model.layers.0."
+    prefix = spec.layer_prefix(0)
     state = {
         t.name.removeprefix(prefix): torch.empty(t.shape, dtype=torch.bfloat16) for t in spec.layer_tensors(0)
     }
-    weights = {lin.name.removeprefix(prefix) + ".weight" for lin in spec.layer_linears(0)}
+    weights = {lin.path + ".weight" for lin in spec.layer_linears(0)}
     return state, {name: tensor for name, tensor in state.items() if name not in weights}
 
 
 def traced_layer(
-    spec: ModelSpec, recipe: Recipe, gpus: list[str], windows: int, pull: float
+    spec: ModelSpec, recipe: Recipe, gpus: list[str], windows: int, correction: float
 ) -> tuple[list[Allocator], int, dict[str, torch.Tensor]]:
     """Quantize a layer: what each GPU's allocator saw, the dry run's prediction in bytes, and the packed tensors."""
-    tokens = Tokens(windows, 4, LENGTH, calibration_bytes=2, **({} if pull else {"pull_share": 0.0}))
-    count = original_windows(spec, windows, LENGTH, tokens.pull_share)
+    tokens = Tokens(windows, 4, LENGTH, calibration_bytes=2, **({} if correction else {"error_correction_share": 0.0}))
+    count = original_windows(spec, windows, LENGTH, tokens.error_correction_share)
     with ExitStack() as stack:
-        for module in (replicas_module, rows):
+        for module in (workers_module, rows):
             stack.enter_context(patch.object(module, "side_by_side", one_after_the_other))
         stack.enter_context(patch.object(gptq, "_solve_columns", lambda *operands: None))
         fake = stack.enter_context(FakeGpus(gpus))
         stack.enter_context(torch.inference_mode())
         devices = [f"cuda:{index}" for index in range(len(gpus))]
-        held = Replicas(synthetic_config(spec), spec, dtype=torch.bfloat16, window_tokens=LENGTH, devices=devices)
+        held = Workers(synthetic_config(spec), spec, dtype=torch.bfloat16, window_tokens=LENGTH, devices=devices)
         state, kept = layer(spec)
         held.fill(state)
         hidden = torch.empty(windows, LENGTH, spec.hidden_size, dtype=torch.bfloat16)
         scratch = torch.empty(windows * LENGTH * scratch_width(spec), dtype=torch.bfloat16)
-        streams = CalibrationStreams(hidden, hidden[:count].clone() if count else None, scratch)
+        states = CalibrationStates(hidden, hidden[:count].clone() if count else None, scratch)
         folded = FoldedLayer(state, kept, devices[0])
-        packed, _ = BlockSolver(held, spec, 0, recipe, folded, streams, SolverOptions(pull=pull), StageClock()).run()
+        options = SolverOptions(error_correction=correction)
+        packed, _ = BlockSolver(held, spec, 0, recipe, folded, states, options, StageClock()).run()
         return fake.allocators, peak_bytes(spec, tokens, 2, on_gpu=True)[1], packed
 
 
 @pytest.mark.parametrize(
-    ("name", "gpus", "pull"),
+    ("name", "gpus", "correction"),
     [
         ("Qwen2.5-0.5B", 1, 0.0),
         ("Qwen2.5-0.5B", 1, 1.0),
@@ -86,9 +88,9 @@ def traced_layer(
         ("Qwen2.5-1.5B", 2, 1.0),
     ],
 )
-def test_a_layer_takes_what_the_dry_run_says(name: str, gpus: int, pull: float) -> None:
+def test_a_layer_takes_what_the_dry_run_says(name: str, gpus: int, correction: float) -> None:
     spec, recipe = of(name), Recipe(Scheme(4, 128 if "3B" in name else 64))
-    allocators, predicted, packed = traced_layer(spec, recipe, ["RTX 3090"] * gpus, 16, pull)
+    allocators, predicted, packed = traced_layer(spec, recipe, ["RTX 3090"] * gpus, 16, correction)
     assert {tensor.device.type for tensor in packed.values()} == {"cpu"}
     stored = {t.name for lin in spec.layer_linears(0) for t in recipe.linear_tensors(lin)}
     assert set(packed) == {name for name in stored if not name.endswith(".bias")}
@@ -114,9 +116,9 @@ def test_stages_wait_for_what_gpus_were_given(monkeypatch: pytest.MonkeyPatch) -
         with clock.time("part"):
             given[1] = now["now"]
             now["now"] += 1
-        with clock.time_in_lane("lane", of="whole", lanes=2, device=torch.device("cuda:1")):
+        with clock.time_in_worker("worker", of="whole", workers=2, device=torch.device("cuda:1")):
             given[1] = now["now"]
-    assert clock.seconds == {"part": 5.0, "lane": 2.5, "whole": 7.5}
+    assert clock.seconds == {"part": 5.0, "worker": 2.5, "whole": 7.5}
     quiet = StageClock(["cpu"])
     with quiet.time("part"):
         given[0] = now["now"]

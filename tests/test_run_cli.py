@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 from click.testing import Result
 from typer.testing import CliRunner
 
@@ -31,15 +30,6 @@ def refusal(result: Result, message: str, hint: str | None = None, code: int = 1
     assert result.stdout == ""
     wanted = [f"error: {message}", f"hint: {hint}"] if hint else [f"error: {message}"]
     assert result.stderr.splitlines()[-len(wanted) :] == wanted
-
-
-def test_the_options_are_frozen() -> None:
-    parameters = typer.main.get_command(app).commands["run"].params
-    assert {o for p in parameters if p.param_type_name == "option" for o in p.opts} == {
-        "--prompt", "-p", "--system", "--raw", "--max-new-tokens", "-n", "--temperature", "--top-p", "--seed",
-        "--max-model-len", "-c", "--prefill-chunk", "--gpu-memory", "--cpu-memory", "--offload-dir",
-        "--kv-cache-dtype", "--compute-dtype", "--engine", "--dry-run", "--json",
-    }  # fmt: skip
 
 
 def test_one_question(tiny: Path) -> None:

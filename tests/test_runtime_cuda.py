@@ -20,7 +20,7 @@ from qwenq.formats.bitsandbytes import Nf4Blocks
 from qwenq.machine import SCORE_BYTES, Compute
 from qwenq.model.attention import causal_attention
 from qwenq.model.spec import ModelSpec, family_spec
-from qwenq.planning.kernels import STRIP_BYTES, choose, kept_bytes, strip_bytes, strip_weights
+from qwenq.planning.kernels import ROW_BLOCK_BYTES, choose, kept_bytes, row_block_bytes, row_block_weights
 from qwenq.planning.profile import MeasuredRow
 from qwenq.planning.weights import allocated_bytes, recipe_weights
 from qwenq.runtime import linear, measure
@@ -173,7 +173,7 @@ def test_scores_stay_small_without_a_flash_kernel() -> None:
         assert gpus.allocators[0].allocated_peak - before < 4 * key.numel() + 8 * query.numel() + 3 * scores
 
 
-STRIPS: list[tuple[Scheme | str, bool, tuple[int, int]]] = [
+ROW_BLOCKS: list[tuple[Scheme | str, bool, tuple[int, int]]] = [
     (Scheme(4, 128), True, (8, 6)),
     (Scheme(4, 128), False, (8, 6)),
     (Scheme(8, 128), True, (8, 6)),
@@ -186,8 +186,8 @@ STRIPS: list[tuple[Scheme | str, bool, tuple[int, int]]] = [
 ]
 
 
-@pytest.mark.parametrize(("scheme", "sym", "capability"), STRIPS)
-def test_strips_take_what_is_counted(scheme: Scheme | str, sym: bool, capability: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("scheme", "sym", "capability"), ROW_BLOCKS)
+def test_row_blocks_take_what_is_counted(scheme: Scheme | str, sym: bool, capability: tuple[int, int]) -> None:
     outputs, inputs, tokens = 8192, 8192, 128
     cuda, bf16 = torch.device("cuda", 0), torch.bfloat16
     with FakeGpus(["RTX 3090"], capability) as gpus, patch.object(linear, "_symmetric", lambda q: sym):
@@ -219,13 +219,13 @@ def test_strips_take_what_is_counted(scheme: Scheme | str, sym: bool, capability
         before = gpu.allocated
         module(x)
         found = gpu.allocated_peak - before - 2 * tokens * outputs
-    strip = strip_weights(inputs, "cuda")
-    wanted = strip_bytes(shape, compute) / strip
-    if compute.widens:  # float32 copies of the inputs, and of a strip's outputs
-        wanted += 4 * tokens * (inputs + (2 if kind == "int8" else 1) * strip // inputs) / strip
+    block = row_block_weights(inputs, "cuda")
+    wanted = row_block_bytes(shape, compute) / block
+    if compute.widens:  # float32 copies of the inputs, and of a row block's outputs
+        wanted += 4 * tokens * (inputs + (2 if kind == "int8" else 1) * block // inputs) / block
     else:
-        assert wanted == STRIP_BYTES[kind][0 if sym else 1]
-    assert wanted - 0.3 < found / strip < wanted + 0.15, (kind, sym, found / strip)
+        assert wanted == ROW_BLOCK_BYTES[kind][0 if sym else 1]
+    assert wanted - 0.3 < found / block < wanted + 0.15, (kind, sym, found / block)
 
 
 def test_no_room_for_the_cache_is_one_line_with_the_gpu() -> None:

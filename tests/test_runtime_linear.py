@@ -91,15 +91,15 @@ def test_products_in_float32_are_exact(
     assert torch.equal(module(x), x @ q.dequantize().T) or relative(module(x), x @ q.dequantize().T) < 1e-6
 
 
-def test_strips_meet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights written out in several strips, the last one short, give what one strip gives."""
+def test_row_blocks_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights written out in several row blocks, the last one short, give what one row block gives."""
     q = random_q(4, 32, 208, 64)
     wide, _ = packed_linear(q, None, BF16)
     exact, _ = packed_linear(q, None, torch.float32)
     x = torch.randn(DENSE_ROWS, 64)
     once, exactly = wide(x.to(BF16)), exact(x)
-    monkeypatch.setattr(kernels, "STRIP", 64 * 64)
-    assert linear.strip_rows(64, CPU) == 64
+    monkeypatch.setattr(kernels, "ROW_BLOCK", 64 * 64)
+    assert linear.block_rows(64, CPU) == 64
     assert torch.equal(wide(x.to(BF16)), once) and relative(exact(x), exactly) < 1e-6
 
 
@@ -156,9 +156,9 @@ def test_a_layout_that_loses_codes_is_not_read(monkeypatch: pytest.MonkeyPatch) 
     module, _ = packed_linear(random_q(4, 32, 64, 64), None, BF16)
     x = torch.randn(DENSE_ROWS, 64).to(BF16)
     dense = module(x)
-    assert isinstance(module, Int4Linear) and module.weight_strip(0, 64) is not None
+    assert isinstance(module, Int4Linear) and module.weight_rows(0, 64) is not None
     monkeypatch.setattr(linear, "_ORDERS", {(CPU, rows, 1): None for rows in (64, 32, 16)})
-    assert module.weight_strip(0, 64) is None
+    assert module.weight_rows(0, 64) is None
     assert relative(module(x), dense) < 2**-7  # the kernel then takes every row count
 
 

@@ -55,7 +55,7 @@ def reference(checkpoint: Checkpoint) -> Tensor:
     """transformers' own model filled with the float32 weights that `eval` computes with."""
     import transformers
 
-    name = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}[checkpoint.spec.model_type]
+    name = checkpoint.spec.architecture.classes
     model = getattr(transformers, name + "ForCausalLM")(model_config(checkpoint.config, checkpoint.spec))
     outer = {n: checkpoint.read(n).float() for n in ("model.embed_tokens.weight", "model.norm.weight")}
     state = outer | {"lm_head.weight": checkpoint.read(checkpoint.head_name).float()}
@@ -71,9 +71,8 @@ def close(found: Tensor, wanted: Tensor, limit: float) -> bool:
 
 
 def quantized(source: Path, out: Path, recipe: Recipe, **changes: Any) -> Checkpoint:
-    from qwenq.pipeline.block import SolverOptions
 
-    quantize(small_job(source, out, recipe=recipe, calibration=None, options=SolverOptions(method="rtn"), **changes))
+    quantize(small_job(source, out, recipe=recipe, calibration=None, method="rtn", **changes))
     return open_checkpoint(out)
 
 
@@ -130,7 +129,7 @@ def test_other_formats_stay_packed_too(recipe: Recipe, kernel: str, random_model
     assert weights < 2 * 128 * 256 * (0.45 if kernel in ("int4", "nf4") else 0.75)  # against 16 bit
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama", "mistral"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_sixteen_bit_models_and_chunks(kind: str, tied: bool, random_model: Make) -> None:
     checkpoint = open_checkpoint(random_model(model_type=kind, tie_word_embeddings=tied))
@@ -211,10 +210,11 @@ def test_what_goes_to_disk(random_model: Make) -> None:
     checkpoint = open_checkpoint(random_model())
     weights, everything = sizes(checkpoint), host_map(checkpoint.spec)
     one = weights.layer_bytes[0]
-    assert spill_to_disk(everything, weights, 3 * one) == everything
-    assert [k for k, v in spill_to_disk(everything, weights, 2 * one).items() if v == "disk"] == ["model.layers.2"]
+    assert spill_to_disk(checkpoint.spec, everything, weights, 3 * one) == everything
+    spilled = spill_to_disk(checkpoint.spec, everything, weights, 2 * one)
+    assert [k for k, v in spilled.items() if v == "disk"] == ["model.layers.2"]
     on_gpu = everything | {"model.layers.0": 0, "model.layers.1": 1}
-    assert spill_to_disk(on_gpu, weights, 0) == on_gpu | {"model.layers.2": "disk"}
+    assert spill_to_disk(checkpoint.spec, on_gpu, weights, 0) == on_gpu | {"model.layers.2": "disk"}
 
 
 def test_a_cpu_too_small_uses_the_disk_or_says_what_is_missing(random_model: Make, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from qwenq.errors import HonestNo, QwenqError, RunError
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.machine import Compute
 from qwenq.model import devices
+from qwenq.model.architectures import ARCHITECTURES
 from qwenq.model.spec import ModelSpec, family_spec
 from qwenq.pipeline import monitor
 from qwenq.planning.case import Case, Workload
@@ -165,7 +166,7 @@ def test_layers_in_host_memory_compute_where_their_cache_is(tmp_path: Path, monk
         "model.embed_tokens": 1, "model.layers.0": 0, "model.layers.1": "cpu", "model.layers.2": "disk",
     }  # fmt: skip
     network = SimpleNamespace()
-    dispatch.dispatch(network, places, tmp_path, {})
+    dispatch.dispatch(network, ARCHITECTURES["qwen2"], places, tmp_path, {})
     assert told["device_map"] == places == network.hf_device_map
     assert told["main_device"] == compute_device("cpu", places) == torch.device("cuda", 1)
 
@@ -186,7 +187,7 @@ def test_only_blocks_whose_input_comes_from_elsewhere_are_hooked(monkeypatch: py
 
     monkeypatch.setattr(dispatch, "add_hook_to_module", add_hook)
     network = SimpleNamespace(get_submodule=modules.__getitem__)
-    dispatch.dispatch(network, places, None, {})
+    dispatch.dispatch(network, ARCHITECTURES["qwen2"], places, None, {})
     first, second = (torch.device("cuda", index) for index in (0, 1))
     assert hooked == {
         "model.layers.1": ("AlignDevicesHook", second),
@@ -264,7 +265,7 @@ def test_weights_go_straight_to_their_device(tiny: Path, monkeypatch: pytest.Mon
         return module
 
     monkeypatch.setattr(model, "settled", moved)
-    monkeypatch.setattr(model, "dispatch", lambda network, devices, *unused: handed.append(dict(devices)))
+    monkeypatch.setattr(model, "dispatch", lambda network, names, devices, *unused: handed.append(dict(devices)))
     build_model(Watched(checkpoint), checkpoint.config, checkpoint.spec, places, dtype=torch.float32)
     assert handed == [places]
     assert sorted(name for name, _ in asked) == sorted(checkpoint.tensors)

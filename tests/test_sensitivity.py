@@ -8,6 +8,7 @@ import random
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,15 +21,14 @@ from qwenq.errors import CalibrationError, CheckpointError, JobError, PlanError
 from qwenq.formats.base import Scheme
 from qwenq.io.safetensors import fingerprint
 from qwenq.model.layer import Network
-from qwenq.pipeline.block import SolverOptions
 from qwenq.pipeline.evaluate import HeadWeights
 from qwenq.pipeline.fisher import _States, measure_sensitivity, sampled_gradients, split_windows
 from qwenq.pipeline.job import QuantizeJob
 from qwenq.pipeline.quantize import quantize
 from qwenq.planning.budget import recipe_of
-from qwenq.planning.sensitivity import SENSITIVITY_NAME, Sensitivity, encode_sensitivity, read_sensitivity, units_of
+from qwenq.planning.sensitivity import SENSITIVITY_NAME, Sensitivity, encode_sensitivity, fused_groups, read_sensitivity
 from qwenq.text.tokens import TokenWindows
-from tests.conftest import text_windows
+from tests.conftest import settled, text_windows
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "120", "TERM": "dumb"}
 
@@ -52,10 +52,11 @@ def measured_kl(
     """KL of a choice on text that neither solver nor table has seen, by the pipeline."""
     calibration, evaluation = text_windows(calib, tiny, 256), text_windows(heldout, tiny, 128, 20)
 
-    def measure(choice: dict, options: SolverOptions = SolverOptions()) -> float:
+    def measure(choice: dict, **options: Any) -> float:
         source = open_source(tiny)
         out = tmp_path_factory.mktemp("recipe") / "out"
-        job = QuantizeJob(source, out, recipe_of(source.spec, choice), calibration, evaluation, options)
+        recipe = recipe_of(source.spec, choice)
+        job = QuantizeJob(source, out, recipe, settled(**options), calibration, evaluation)
         return quantize(job).drift.kl.mean
 
     return measure
@@ -74,23 +75,25 @@ def rank_correlation(a: list[float], b: list[float]) -> float:
 def test_one_unit_alone_costs_what_the_table_says(
     unit: tuple[int, str], scheme: Scheme, table: Sensitivity, measured_kl: Callable, tiny: Path
 ) -> None:
-    choice = dict.fromkeys(units_of(open_source(tiny).spec))
+    choice = dict.fromkeys(fused_groups(open_source(tiny).spec))
     found = measured_kl(choice | {unit: scheme})
     assert 0.6 < table.loss(unit, scheme) / found < 1.6
 
 
 def test_eight_bits_cost_the_square_of_the_step(table: Sensitivity, measured_kl: Callable, tiny: Path) -> None:
     """All units in 8 bits: far below what any one costs in 4, and predicted within a factor of two."""
-    choice = dict.fromkeys(units_of(open_source(tiny).spec), Scheme(8, 64))
+    choice = dict.fromkeys(fused_groups(open_source(tiny).spec), Scheme(8, 64))
     predicted = sum(table.loss(unit, scheme) for unit, scheme in choice.items())
     assert 0.5 < predicted / measured_kl(choice) < 2
 
 
 @pytest.mark.slow
 def test_ten_random_recipes_are_ranked_rightly(table: Sensitivity, measured_kl: Callable, tiny: Path) -> None:
-    """Ranks as the default solver leaves them; levels as the solver leaves them that the table is of, without pulls."""
+    """Ranks as the default solver leaves them; levels as the solver leaves them that the table is of, without error
+
+    correction."""
     rng = random.Random(1)
-    predicted, found, unpulled = [], [], []
+    predicted, found, uncorrected = [], [], []
     for _ in range(10):
         share = rng.random()
         choice: dict = {}
@@ -100,9 +103,9 @@ def test_ten_random_recipes_are_ranked_rightly(table: Sensitivity, measured_kl: 
             choice[unit] = rng.choice(narrow if rng.random() < share else wide)
         predicted.append(sum(table.loss(unit, scheme) for unit, scheme in choice.items()))
         found.append(measured_kl(choice))
-        unpulled.append(measured_kl(choice, SolverOptions(pull=0.0)))
-    assert rank_correlation(predicted, found) >= 0.9 and rank_correlation(predicted, unpulled) >= 0.9
-    assert all(0.6 < p / f < 1.6 for p, f in zip(predicted, unpulled, strict=True))
+        uncorrected.append(measured_kl(choice, error_correction=0.0))
+    assert rank_correlation(predicted, found) >= 0.9 and rank_correlation(predicted, uncorrected) >= 0.9
+    assert all(0.6 < p / f < 1.6 for p, f in zip(predicted, uncorrected, strict=True))
 
 
 @torch.no_grad()
@@ -203,7 +206,7 @@ def test_a_stopped_job_goes_on_with_the_table_it_measured(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("qwenq.pipeline.workers.Replicas.run_layer", stop)
+        patched.setattr("qwenq.pipeline.workers.Workers.run_layer", stop)
         assert run(*command, "-o", out, "--bpw", "5").exit_code == 130
     assert (tmp_path / "out.partial" / SENSITIVITY_NAME).is_file()
     changed = run(*command, "-o", out, "--bpw", "6", "--resume")

@@ -13,20 +13,21 @@ from fake_gpus import FakeGpus
 from test_quantize_cuda import layer, of
 from torch import Tensor
 
-from qwenq.formats.base import Scheme
 from qwenq.model.layer import Network
-from qwenq.model.spec import UNITS
 from qwenq.pipeline.fisher import _errors
 from qwenq.pipeline.preflight import errors_bytes
 from qwenq.planning.sensitivity import schemes_for
 from qwenq.runtime.synthetic import synthetic_config
 from qwenq.solver import gptq
+from qwenq.solver.grid import Grid
 
 
-def rounded(e_IO: Tensor, h_II: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
-    groups = scheme.groups(len(e_IO))
-    scales_GO, zeros_GO = (e_IO.new_empty(groups, e_IO.shape[1]) for _ in range(2))
-    return torch.empty_like(e_IO, dtype=torch.uint8), scales_GO, zeros_GO
+def rounded(e_IO: Tensor, h_II: Tensor, grid: Grid) -> tuple[Tensor, gptq._GroupParameters]:
+    columns, rows = e_IO.shape
+    parameters = gptq._GroupParameters(columns // grid.group_width(columns), rows)
+    for group in range(parameters.groups):
+        parameters.put(group, slice(None), (e_IO.new_empty(1, rows), e_IO.new_empty(1, rows)))
+    return torch.empty_like(e_IO, dtype=torch.uint8), parameters
 
 
 @pytest.mark.parametrize("name", ["Qwen2.5-0.5B", "Qwen2.5-72B"])
@@ -38,10 +39,10 @@ def test_a_layer_is_solved_in_what_the_dry_run_says(name: str) -> None:
         gpu = fake.allocators[0]
         before = gpu.allocated
         h_NTH = torch.empty(16, 512, spec.hidden_size, dtype=torch.bfloat16)
-        errors, _ = _errors(network, spec, h_NTH, 0.02, False)
+        errors, _ = _errors(network, h_NTH, False)
         held = gpu.allocated - before
-    assert {unit: len(by_scheme) for unit, by_scheme in errors.items()} == {
-        unit: sum(scheme.bits == 4 for scheme in schemes_for(spec, unit)) for unit in UNITS
+    assert {stage: len(by_scheme) for stage, by_scheme in errors.items()} == {
+        stage: sum(scheme.bits == 4 for scheme in schemes_for(spec, stage)) for stage in ("qkv", "o", "gate_up", "down")
     }
     kinds = {(e.device.type, e.dtype) for rows in errors.values() for row in rows.values() for e in row.values()}
     assert kinds == {("cpu", torch.bfloat16)}

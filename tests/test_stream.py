@@ -23,6 +23,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 tied": ("qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
     "llama": ("llama", {"num_key_value_heads": 4}),
     "llama with attention and mlp biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mistral with a window of all it reads": ("mistral", {"sliding_window": 256, "num_key_value_heads": 4}),
 }
 
 
@@ -76,7 +78,7 @@ def test_yarn_as_model_cards_write_it(random_model: Callable[..., Path], edit_js
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["qwen2 untied", "qwen3", "llama with attention and mlp biases"])
+@pytest.mark.parametrize("kind", ["qwen2 untied", "qwen3", "llama with attention and mlp biases", "mistral"])
 def test_stage_by_stage_is_the_whole_layer_bit_for_bit(
     kind: str, dtype: torch.dtype, random_model: Callable[..., Path]
 ) -> None:
@@ -87,10 +89,13 @@ def test_stage_by_stage_is_the_whole_layer_bit_for_bit(
     network.fill(checkpoint.layer_state(1))
     h = torch.randn(3, 50, 64, generator=torch.Generator().manual_seed(2)).to(dtype)
     whole = network.forward(h)
-    after_attention = network.add_attention(h, network.attend(network.attention_input(h)))
-    staged = network.add_mlp(after_attention, network.gate(network.mlp_input(after_attention)))
+    staged = h
+    for stage in checkpoint.spec.architecture.stages:
+        assert torch.equal(network.entering(stage, h), network.within(stage, network.normed(stage, staged)))
+        if stage.adds:
+            staged = network.add(stage, staged, network.within(stage, network.normed(stage, staged)))
     assert torch.equal(whole, staged)
-    assert torch.equal(network.forward(h), whole)  # the borrowed o_proj is back in its place
+    assert torch.equal(network.forward(h), whole)  # nothing stops it any more
 
 
 def test_attention_sees_no_later_token(tiny: Path) -> None:
@@ -134,4 +139,5 @@ def test_saved_configs_say_what_these_tests_mean(random_model: Callable[..., Pat
     config = json.loads((random_model("model", "qwen2", rope_parameters=YARN) / "config.json").read_text())
     assert config["rope_parameters"]["rope_type"] == "yarn"
     spec = open_checkpoint(random_model("other", "llama", attention_bias=True)).spec
-    assert spec.attention_bias and spec.o_bias and not spec.mlp_bias
+    biased = {lin.kind for lin in spec.layer_linears(0) if lin.bias}
+    assert biased == {"q_proj", "k_proj", "v_proj", "o_proj"}

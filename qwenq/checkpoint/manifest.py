@@ -19,12 +19,12 @@ from typing import Any
 
 from qwenq.errors import CheckpointError, JobError
 from qwenq.io.durable import TORN_ENDING, file_sha256, write_bytes
-from qwenq.io.json import inside, parse_object, shown
+from qwenq.io.json import MAX_SMALL_BYTES, check_regular, inside, open_regular, parse_object, read_limited, shown
 
 MANIFEST_NAME = "qwenq-manifest.json"
 SCRATCH_PREFIX = ".qwenq-"  # states, spilled buffers and the lock: gone before the directory gets its name
 _VERSION = 1
-_MAX_BYTES = 100_000_000
+_MAX_BYTES = 32_000_000  # 1,000 decoder layers have 5 MB
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,10 @@ def write_manifest(work: Path, described: Mapping[str, Any], known: Mapping[str,
 
 
 def refuse_strangers(work: Path, names: Collection[str]) -> None:
-    """Raise JobError for the first file of `work` that is neither one of `names` nor a job's own."""
+    """Raise JobError for the first file of `work` that is neither one of `names` nor a job's own, and for any link."""
     for path in sorted(work.iterdir()):
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise JobError(f"{path}: a link or no regular file", hint="move it elsewhere, then go on with --resume")
         scratch = path.name.startswith(SCRATCH_PREFIX) or path.name.endswith(TORN_ENDING)
         if not scratch and path.name not in (*names, MANIFEST_NAME, JOURNAL_NAME):
             raise JobError(f"{path}: not a file of this job", hint="move it elsewhere, then go on with --resume")
@@ -91,9 +93,7 @@ def read_manifest(directory: Path) -> tuple[dict[str, Any], list[Finding]]:
             f"{shown(str(directory))}: no {MANIFEST_NAME} in it",
             hint="`qwenq quantize` writes one; checkpoints of other tools have none",
         )
-    if path.stat().st_size > _MAX_BYTES:
-        raise CheckpointError(f"{MANIFEST_NAME}: {path.stat().st_size} bytes, more than such a file can need")
-    data = path.read_bytes()
+    data = read_limited(path, _MAX_BYTES)
     document = parse_object(data, MANIFEST_NAME)
     if document.get("manifest") != _VERSION:
         raise CheckpointError(
@@ -115,6 +115,17 @@ def read_manifest(directory: Path) -> tuple[dict[str, Any], list[Finding]]:
     return document, findings
 
 
+_RENAMED_OPTIONS = {"pull": "error_correction", "pull_share": "error_correction_share"}
+
+
+def current_names(job: Mapping[str, Any]) -> dict[str, Any]:
+    """A job as a manifest or journal describes it, the keys of earlier versions under today's names."""
+    options = job.get("options")
+    if not isinstance(options, Mapping):
+        return dict(job)
+    return {**job, "options": {_RENAMED_OPTIONS.get(key, key): value for key, value in options.items()}}
+
+
 def check_files(directory: Path, manifest: Mapping[str, Any]) -> Iterator[Finding]:
     """Every file that is missing, changed, or there without being in the manifest."""
     wanted: dict[str, str] = manifest["files"] | manifest["run"]["files"]
@@ -125,11 +136,15 @@ def check_files(directory: Path, manifest: Mapping[str, Any]) -> Iterator[Findin
             yield Finding(shown(name), error.message)
             continue
         if not path.exists():
-            yield Finding(name, "missing")
-        elif not path.is_file():
-            yield Finding(name, "changed: not a regular file")
-        elif (found := file_sha256(path)) != digest:
-            yield Finding(name, f"changed: SHA-256 {found}, the manifest has {shown(digest, 64)}")
+            yield Finding(shown(name), "missing")
+            continue
+        try:
+            found = hash_of(path)
+        except CheckpointError as error:
+            yield Finding(shown(name), f"changed: {error.message.removeprefix(f'{shown(str(path))}: ')}")
+            continue
+        if found != digest:
+            yield Finding(shown(name), f"changed: SHA-256 {found}, the manifest has {shown(digest, 64)}")
     for path in sorted(directory.iterdir()):
         if path.name not in wanted and path.name not in (MANIFEST_NAME, LOCK_NAME):
             yield Finding(shown(path.name), "extra: the manifest does not name it")
@@ -175,12 +190,12 @@ class SourceFiles:
         read = SourceFiles(directory, {}, {})
         for name in names:
             path = inside(directory, name)
-            if path.is_file():
+            if os.path.lexists(path):
                 read.stamps[name] = stamp(path)
                 if cuts is not None and path in cuts:
                     read.hashes[name], read.cuts[path] = _hash_with_cuts(path, sorted({0, *cuts[path]}))
                 else:
-                    read.hashes[name] = file_sha256(path)
+                    read.hashes[name] = hash_of(path)
         return read
 
     def refuse_replaced(self) -> None:
@@ -193,6 +208,13 @@ class SourceFiles:
                 same = False
             if not same:
                 raise changed(self.directory / name)
+
+
+def hash_of(path: Path) -> str:
+    """SHA-256 of a checkpoint's file; CheckpointError for none, and for one beside the weights that is as large."""
+    if path.suffix != ".safetensors":
+        check_regular(path, MAX_SMALL_BYTES)
+    return file_sha256(path)
 
 
 def stamp(path: Path) -> Stamp | None:
@@ -217,7 +239,7 @@ def changed(path: Path) -> CheckpointError:
 def _hash_with_cuts(path: Path, offsets: list[int]) -> tuple[str, Cuts]:
     digest, states = hashlib.sha256(), []
     piece = memoryview(bytearray(_CHUNK))
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         at = 0
         for offset in offsets:
             while at < offset:
@@ -286,9 +308,15 @@ def check_source(source: Path, named: Mapping[str, str]) -> Iterator[Finding]:
             yield Finding(shown(name), error.message)
             continue
         if not path.is_file():
-            yield Finding(str(path), "missing: the manifest names it as a file of the source")
-        elif (found := file_sha256(path)) != digest:
-            yield Finding(str(path), f"another file: SHA-256 {found}, quantized was {shown(digest, 64)}")
+            yield Finding(shown(str(path)), "missing: the manifest names it as a file of the source")
+            continue
+        try:
+            found = hash_of(path)
+        except CheckpointError as error:
+            yield Finding(shown(str(path)), error.message)
+            continue
+        if found != digest:
+            yield Finding(shown(str(path)), f"another file: SHA-256 {found}, quantized was {shown(digest, 64)}")
 
 
 JOURNAL_NAME = "qwenq-journal.jsonl"

@@ -14,16 +14,15 @@ import torch
 from qwenq.checkpoint.manifest import SourceFiles, Stamp, changed, stamp
 from qwenq.errors import CheckpointError
 from qwenq.formats.base import Format, Quantization, Recipe, get_format, read_quantization_config
-from qwenq.io.json import inside, model_name, read_object, shown
+from qwenq.io.json import inside, model_name, open_regular, read_object
 from qwenq.io.safetensors import TensorLocation, TensorSpec, checkpoint_tensors
 from qwenq.io.tensors import TORCH_DTYPES, raw_bytes
-from qwenq.model.spec import SLIDING_WINDOW, LinearSpec, ModelSpec, spec_from_config
+from qwenq.model.spec import LinearSpec, ModelSpec, spec_from_config
 from qwenq.solver.grid import QTensor
 
 FLOAT_DTYPES = ("F16", "BF16", "F32")
 SLICE_ROWS = 4096  # of the vocabulary: rows of the embedding and the head that are read at a time
 _CHUNK = 1 << 20  # bytes: hashed while they are in the processor's cache
-_EMBEDDING = "model.embed_tokens.weight"
 
 # Stored by some checkpoints, read by none: buffers that transformers computes itself.
 _IGNORED_ENDINGS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
@@ -59,7 +58,7 @@ class Checkpoint:
         cuts: dict[Path, set[int]] = {path: set() for path in self.files}
         for name, location in self.tensors.items():
             cuts[location.file] |= {location.start, location.end}
-            if name in (_EMBEDDING, self.head_name):
+            if name in (self.spec.embedding_tensor, self.head_name):
                 rows = max(1, location.spec.shape[0])
                 step = SLICE_ROWS * ((location.end - location.start) // rows)
                 cuts[location.file] |= set(range(location.start, location.end, step)) if step else set()
@@ -98,7 +97,7 @@ class Checkpoint:
         digest = cuts.state_at(first) if cuts else None
         data = torch.empty(last - first, dtype=torch.uint8)
         view = raw_bytes(data)
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             file.seek(first)
             for at in range(0, len(view), _CHUNK):
                 piece = view[at : at + _CHUNK]
@@ -131,7 +130,7 @@ class Checkpoint:
 
     def layer_state(self, layer: int) -> dict[str, torch.Tensor]:
         """Parameters of decoder layer `layer`, under names relative to it, packed linears dequantized."""
-        prefix = f"model.layers.{layer}."
+        prefix = self.spec.layer_prefix(layer)
         linears = {lin.name: lin for lin in self.spec.layer_linears(layer)}
         state = {}
         for tensor in self.spec.layer_tensors(layer):
@@ -145,7 +144,7 @@ class Checkpoint:
         """`layer_state`; CheckpointError, naming it, for a tensor that is not finite."""
         state = self.layer_state(layer)
         if (bad := non_finite(state.items())) is not None:
-            name = f"model.layers.{layer}.{bad}"
+            name = self.spec.layer_prefix(layer) + bad
             where = self.tensors[name].file if name in self.tensors else self.directory
             raise CheckpointError(
                 f"{where}: {name} holds a NaN or an infinity",
@@ -168,7 +167,7 @@ class Checkpoint:
         """Ask the system to read a layer's bytes into its page cache meanwhile; nothing where it cannot be asked."""
         if not hasattr(os, "posix_fadvise"):
             return
-        prefix = f"model.layers.{layer}."
+        prefix = self.spec.layer_prefix(layer)
         ranges = [(t.file, t.start, t.end - t.start) for name, t in self.tensors.items() if name.startswith(prefix)]
         for path in {path for path, _, _ in ranges}:
             with open(path, "rb") as file:
@@ -180,7 +179,7 @@ class Checkpoint:
 
     @property
     def head_name(self) -> str:
-        return _EMBEDDING if self.spec.tie_word_embeddings else "lm_head.weight"
+        return self.spec.head_tensor
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
@@ -189,7 +188,6 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     opened = _stamps(directory)
     config = read_config(directory)
     spec = spec_from_config(config, where=str(directory / "config.json"), name=model_name(directory))
-    _refuse_sparse(config, spec, directory)
     stored = checkpoint_tensors(directory)
     quantized = None
     if config.get("quantization_config"):
@@ -200,7 +198,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     _audit(directory, needed, stored, get_format(recipe.format))
     ignored = tuple(sorted(set(stored) - set(needed)))
     for name in ignored:
-        tied_head = spec.tie_word_embeddings and name == "lm_head.weight"
+        tied_head = spec.tie_word_embeddings and name == spec.architecture.head + ".weight"
         if not (tied_head or name.endswith(_IGNORED_ENDINGS) or (quantized and name.endswith(".bias"))):
             raise CheckpointError(
                 f"{stored[name].file.name}: tensor {name} has no place in a {spec.model_type} model",
@@ -234,18 +232,6 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not Path(directory).is_dir():
         raise CheckpointError(f"{directory}: no such directory", hint="give a checkpoint directory or a hub name")
     return read_object(inside(Path(directory), "config.json"))
-
-
-def _refuse_sparse(config: Mapping[str, Any], spec: ModelSpec, directory: Path) -> None:
-    """Raise CheckpointError where a window that slides is shorter than what the model reads; null is no window."""
-    window = config.get("sliding_window", SLIDING_WINDOW)
-    whole = isinstance(window, int) and window >= spec.extended_context
-    if config.get("use_sliding_window") and window is not None and not whole:
-        raise CheckpointError(
-            f"{directory / 'config.json'}: use_sliding_window with a window of {shown(str(window), 40)} tokens is not "
-            f"supported, the model reads {spec.extended_context}",
-            hint="set use_sliding_window to false (as all published Qwen2.5 models have it)",
-        )
 
 
 def _audit(

@@ -16,7 +16,7 @@ def output_files(spec: ModelSpec, recipe: Recipe, dtype_of: Callable[[str], str]
     dtype_of gives the stored dtype of each tensor that is not quantized.
     """
     total = spec.num_hidden_layers + 2
-    outer = [TensorSpec(t.name, dtype_of(t.name), t.shape) for t in spec.outer_tensors()]
+    outer = list(recipe.outer_tensors(spec, dtype_of))
     layers = (list(recipe.layer_tensors(spec, k, dtype_of)) for k in range(spec.num_hidden_layers))
     parts = [outer[:1], *layers, outer[1:]]
     return {f"model-{k:05d}-of-{total:05d}.safetensors": part for k, part in enumerate(parts, 1)}

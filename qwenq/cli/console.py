@@ -1,4 +1,4 @@
-"""What the commands share: tables to stdout, progress to stderr, one JSON serializer."""
+"""Output of all commands: tables to stdout, progress and warnings to stderr, one JSON serializer."""
 
 from __future__ import annotations
 
@@ -29,11 +29,16 @@ def warn(line: str) -> None:
     err.print(f"[yellow]warning:[/] {escape(line)}", soft_wrap=True)
 
 
+def print_step(line: str) -> None:
+    """A line of progress to stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
 class LayerProgress:
     """A live bar on a terminal, one plain line a layer elsewhere; both to stderr."""
 
-    def __init__(self, total: int, *, quiet: bool = False) -> None:
-        self.total, self.quiet, self.done = total, quiet, 0
+    def __init__(self, total: int | None = None, *, quiet: bool = False) -> None:
+        self.total, self.quiet, self.done = total, quiet, 0  # None: told later, or never
         self.started = time.perf_counter()
         self.live = sys.stderr.isatty() and not quiet
         self.bar = Progress(
@@ -56,6 +61,13 @@ class LayerProgress:
         if self.live:
             self.bar.stop()
 
+    def __call__(self, event: BlockResult | str) -> None:
+        """A step's line, or a finished layer's figures."""
+        if isinstance(event, str):
+            self.say(event)
+        else:
+            self.layer(event)
+
     def say(self, line: str) -> None:
         """A step that is not a layer."""
         if self.live:
@@ -74,6 +86,7 @@ class LayerProgress:
         if self.live:
             self.bar.update(self.task, completed=result.layer + 1, description=f"layer {result.layer} {errors}")
         elif not self.quiet:
+            assert self.total is not None
             left = (self.total - result.layer - 1) * (time.perf_counter() - self.started) / self.done
             stream = f", stream {result.stream_error_db:.1f} dB" if result.stream_error_db is not None else ""
             print(
@@ -83,10 +96,10 @@ class LayerProgress:
                 flush=True,
             )
 
-    def step(self, layer: int) -> None:
+    def step(self, done: int, total: int) -> None:
         """A finished layer without figures."""
         if self.live:
-            self.bar.update(self.task, completed=layer + 1, description="evaluating")
+            self.bar.update(self.task, total=total, completed=done, description="evaluating")
 
 
 def drift_table(drift: DriftReport, reference: str = "16-bit") -> Table:

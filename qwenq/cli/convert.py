@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
+from qwenq import api
 from qwenq.cli.console import out as stdout
 from qwenq.cli.console import print_json
-from qwenq.cli.format import check_format
-from qwenq.cli.models import JsonFlag
+from qwenq.cli.options import JsonFlag
 from qwenq.formats.base import FORMATS, names_of
 from qwenq.units import format_gb, format_seconds
 
@@ -22,7 +22,11 @@ def convert(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to make.")],
     format: Annotated[
         str,
-        typer.Option("--format", help=names_of(form for form in FORMATS.values() if form.integer_codes) + "."),
+        typer.Option(
+            "--format",
+            help=names_of(form for form in FORMATS.values() if form.integer_codes) + ".",
+            metavar="NAME",
+        ),
     ],
     json: JsonFlag = False,
 ) -> None:
@@ -30,12 +34,7 @@ def convert(
 
     Between formats of integer codes; refused when the format cannot hold them.
     """
-    check_format(format)
-
-    from qwenq.checkpoint.reader import open_checkpoint
-    from qwenq.pipeline.convert import convert as run
-
-    made = run(open_checkpoint(source), out, format)
+    made = api.convert(source, out, format)
     if json:
         print_json(made.to_json())
         return

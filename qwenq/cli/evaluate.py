@@ -3,31 +3,40 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from qwenq import api
 from qwenq.cli.console import LayerProgress, drift_table, out, print_json
-from qwenq.cli.models import ComputeDtype, Device, JsonFlag, Model
+from qwenq.cli.options import JOB, TEXT, ComputeDtype, Device, JsonFlag, Model, SequenceLength, fetched, option
 from qwenq.errors import PlanError
+from qwenq.pipeline.config import EvaluateConfig
 
 
 def evaluate(
     model: Model,
     reference: Annotated[str, typer.Option(help="The 16-bit checkpoint, or another one: a directory or a hub name.")],
     text: Annotated[
-        str, typer.Option(help="Held-out text: a set's name, or a .txt, .jsonl, .parquet or .npy file.")
-    ] = "heldout",
+        str,
+        option(TEXT, help="Held-out text: a set's name, or a .txt, .jsonl, .json, .parquet (also .gz) or .npy file."),
+    ] = EvaluateConfig.text,
     num_samples: Annotated[
-        int | None, typer.Option("--num-samples", "-n", min=1, help="Windows. Default: all, at most 20.")
+        int | None,
+        option(TEXT, "--num-samples", "-n", min=1, help="Windows. Default: all, at most 20."),
+    ] = EvaluateConfig.num_samples,
+    sequence_length: SequenceLength = EvaluateConfig.sequence_length,
+    max_kl: Annotated[
+        float | None,
+        option(JOB, min=0.0, help="Exit with 3 when the mean KL is above this."),
     ] = None,
-    sequence_length: Annotated[int, typer.Option("--sequence-length", min=2, help="Tokens a window.")] = 512,
-    max_kl: Annotated[float | None, typer.Option(min=0.0, help="Exit with 3 when the mean KL is above this.")] = None,
     max_ppl_increase: Annotated[
-        str | None, typer.Option(metavar="PERCENT", help="Exit with 3 when perplexity rises by more, for instance 2%.")
+        str | None,
+        option(JOB, metavar="PERCENT", help="Exit with 3 when perplexity rises by more, for instance 2%."),
     ] = None,
-    device: Device = "auto",
-    compute_dtype: ComputeDtype = "auto",
+    device: Device = EvaluateConfig.device,
+    compute_dtype: ComputeDtype = EvaluateConfig.compute_dtype,
     json: JsonFlag = False,
 ) -> None:
     """Measure what a checkpoint lost against its 16-bit reference: perplexity, KL divergence, top-1 agreement.
@@ -35,29 +44,26 @@ def evaluate(
     Both are streamed layer by layer, so neither has to fit into memory.
     """
     increase = _percent(max_ppl_increase)
-
-    from qwenq.checkpoint.reader import open_checkpoint
-    from qwenq.cli.models import pick_compute_dtype, pick_device, resolve_model
-    from qwenq.pipeline.evaluate import check_comparable, check_limits
-    from qwenq.pipeline.evaluate import evaluate as run
-    from qwenq.pipeline.job import DTYPES
-    from qwenq.text.calibration import load_windows
-    from qwenq.text.tokens import ModelTokenizer
-
-    checkpoint, base = open_checkpoint(resolve_model(model)), open_checkpoint(resolve_model(reference))
-    check_comparable(checkpoint, base)
-    windows = load_windows(
-        text, ModelTokenizer(base.directory), base.spec, length=sequence_length, count=num_samples, seed=None, up_to=20
-    )
-    picked = pick_device(device)
-    kind = DTYPES[pick_compute_dtype(compute_dtype, picked)]
-    with LayerProgress(base.spec.num_hidden_layers, quiet=json) as progress:
-        drift = run(checkpoint, base, windows, compute_dtype=kind, devices=picked.split(","), listen=progress.step)
+    checkpoint, base = fetched(model), fetched(reference)
+    with LayerProgress(quiet=json) as progress:
+        drift = api.evaluate(
+            checkpoint, base, text=text, num_samples=num_samples, sequence_length=sequence_length,
+            device=device, compute_dtype=compute_dtype, progress=progress.step,
+        )  # fmt: skip
     if json:
         print_json(drift.to_json())
     else:
-        out.print(drift_table(drift, f"reference in {base.recipe.label}" if base.quantized else "16-bit"))
+        out.print(drift_table(drift, _name_of(base)))
+    from qwenq.pipeline.evaluate import check_limits
+
     check_limits(drift, max_kl, increase)
+
+
+def _name_of(reference: Path) -> str:
+    from qwenq.checkpoint.reader import open_checkpoint
+
+    base = open_checkpoint(reference)
+    return f"reference in {base.recipe.label}" if base.quantized else "16-bit"
 
 
 def _percent(text: str | None) -> float | None:

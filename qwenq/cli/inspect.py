@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from qwenq import api
 from qwenq.cli.console import out, print_json
-from qwenq.cli.models import JsonFlag, warn_of_shipped
+from qwenq.cli.options import JsonFlag, warn_of_shipped
 from qwenq.errors import HonestNo, UsageError
 from qwenq.units import format_gb
 
@@ -29,23 +30,10 @@ def inspect(
     """
     expected = _count(expect_params)
 
-    from qwenq.io.hub import fetch_headers
-    from qwenq.io.safetensors import checkpoint_tensors
-    from qwenq.planning.audit import audit, index_total, published_shapes
-    from qwenq.planning.models import load_model
-
-    found = load_model(model)
-    tensors = total = shipped = None
-    spec = found.spec
-    if found.directory is not None:
-        tensors = {name: location.spec for name, location in checkpoint_tensors(found.directory).items()}
-        total = index_total(found.directory)
-    elif found.hub:
-        tensors = {name: location.spec for name, location in fetch_headers(model).items()}
-    else:
+    found = api.inspect(model, expected)
+    spec, result = found.spec, found.audit
+    if found.shipped:
         warn_of_shipped(model)
-        spec, shipped = published_shapes(spec, found.published or "BF16")
-    result = audit(spec, found.config, tensors, shipped=shipped, expect_parameters=expected, index_total_bytes=total)
     if json:
         print_json(result.to_json())
     else:

@@ -1,31 +1,142 @@
-"""The `qwenq` command: every failure of ours becomes one line, a hint and an exit code."""
+"""The `qwenq` command: a table of commands, each imported when it is asked for; errors as one line and a hint."""
 
 from __future__ import annotations
 
+import importlib
+import os
+import re
 import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from qwenq import __version__
-from qwenq.cli.convert import convert
-from qwenq.cli.demo import demo
-from qwenq.cli.evaluate import evaluate
-from qwenq.cli.inspect import inspect
-from qwenq.cli.measure import measure
-from qwenq.cli.plan import plan
-from qwenq.cli.quantize import quantize
-from qwenq.cli.report import report
-from qwenq.cli.run import run
-from qwenq.cli.sensitivity import sensitivity
-from qwenq.cli.serve import serve
-from qwenq.cli.verify import verify
-from qwenq.cli.vram import vram_app
 from qwenq.errors import QwenqError
 
 
+@dataclass(frozen=True)
+class Entry:
+    """Where a command is defined, and its line in the list of commands (the first of its docstring)."""
+
+    module: str
+    name: str  # of the function, or of a Typer application with subcommands
+    help: str
+
+
+COMMANDS = {
+    "quantize": Entry(
+        "quantize", "quantize",
+        "Turn a 16-bit checkpoint into a 4-bit, 8-bit or mixed one, layer by layer, and measure what was lost.",
+    ),
+    "eval": Entry(
+        "evaluate", "evaluate",
+        "Measure what a checkpoint lost against its 16-bit reference: perplexity, KL divergence, top-1 agreement.",
+    ),
+    "run": Entry(
+        "run", "run",
+        "Run a checkpoint, weights packed, over the GPUs, host memory and disk of this machine, and talk to it.",
+    ),
+    "sensitivity": Entry(
+        "sensitivity", "sensitivity",
+        "Measure how much KL each unit of MODEL costs at each scheme; `qwenq quantize --sensitivity FILE` reads it.",
+    ),
+    "serve": Entry(
+        "serve", "serve",
+        "Serve a checkpoint on OpenAI's API: /v1/models, /v1/chat/completions, /v1/completions, with streaming.",
+    ),
+    "inspect": Entry(
+        "inspect", "inspect",
+        "Print shapes, parameters, bytes by part and KV bytes a token; audit config against headers and stated totals.",
+    ),
+    "convert": Entry(
+        "convert", "convert",
+        "Store a quantized checkpoint's codes in another format, bit for bit, without solving or rounding anything.",
+    ),
+    "verify": Entry(
+        "verify", "verify",
+        "Check every file of a checkpoint against its manifest: missing, changed or extra ones are named, one a line.",
+    ),
+    "report": Entry(
+        "report", "report",
+        "Write report.html, one file that needs no network, and report.md, from the manifests of finished runs.",
+    ),
+    "demo": Entry(
+        "demo", "demo",
+        "Fetch a real 135M model, quantize it to 8 and 4 bits, measure the drift, write the report as page and "
+        "Markdown.",
+    ),
+    "vram": Entry(
+        "vram", "vram_app",
+        "Memory a model needs on a rig. `qwenq vram MODEL` is short for `qwenq vram estimate MODEL`.",
+    ),
+    "plan": Entry(
+        "plan", "plan", "Plan MODEL on a rig. Exit code 3 when it does not fit; the plan is printed all the same."
+    ),
+}  # fmt: skip
+# Subcommands that are defined in modules of their own.
+SUBCOMMANDS = {
+    "vram": {
+        "measure": Entry(
+            "measure", "measure", "Run a model at each context and print its real peaks beside the estimate."
+        ),
+    },
+}  # fmt: skip
+RENAMED_FLAGS = {"--pull": "--error-correction", "--pull-share": "--error-correction-share"}
+
+
+class _Command(TyperCommand):
+    """A command that takes renamed flags by their old names too."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        options = args[: args.index("--")] if "--" in args else args
+        renamed = [_renamed(word) for word in options]
+        return super().parse_args(ctx, renamed + args[len(options) :])
+
+
+def _renamed(word: str) -> str:
+    flag, equals, value = word.partition("=")
+    return RENAMED_FLAGS.get(flag, flag) + equals + value
+
+
+class _Deferred(TyperCommand):
+    """A command's name and help line; its module is imported when it is invoked, or asked how it is completed."""
+
+    def __init__(self, name: str, entry: Entry, more: Iterable[_Deferred] = ()) -> None:
+        super().__init__(name=name, help=entry.help)
+        self.entry, self.more = entry, more
+
+    def load(self) -> Any:
+        """The real command."""
+        found = getattr(importlib.import_module(f"qwenq.cli.{self.entry.module}"), self.entry.name)
+        if isinstance(found, typer.Typer):
+            command: Any = typer.main.get_group(found)
+            for deferred in self.more:
+                command.add_command(deferred)
+        else:
+            alone = typer.Typer(add_completion=False)
+            alone.command(self.name, cls=_Command)(found)
+            command = typer.main.get_command(alone)
+        command.name = self.name
+        for each in (command, *getattr(command, "commands", {}).values()):
+            _read_plainly(each)
+        return command
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        return self.load().make_context(info_name, args, parent=parent, **extra)
+
+
 class _Commands(TyperGroup):
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        for name, entry in COMMANDS.items():
+            more = tuple(_Deferred(sub, found) for sub, found in SUBCOMMANDS.get(name, {}).items())
+            self.add_command(_Deferred(name, entry, more))
+        _read_plainly(self)
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
@@ -38,14 +149,58 @@ class _Commands(TyperGroup):
             print("interrupted", file=sys.stderr)
             raise typer.Exit(130) from None
 
-    def list_commands(self, ctx: Any) -> list[str]:
-        return list(self.commands)
+
+def _read_plainly(command: Any) -> None:
+    """Make a command take plain values as they are: Typer reads each by pydantic, whose import outlasts a plan.
+
+    Whatever is not plainly right is left to Typer, which says what is wrong. Older versions of it know no pydantic.
+    """
+    listed = command.get_params
+
+    def get_params(ctx: Any) -> list[Any]:
+        parameters = list(listed(ctx))
+        for parameter in parameters:
+            descriptor = getattr(parameter, "type_descriptor", None)
+            if descriptor is not None and not parameter.multiple and parameter.nargs == 1:
+                parameter.process_value = _Plainly(parameter, descriptor.annotation)
+        return parameters
+
+    command.get_params = get_params
+
+
+@dataclass(frozen=True)
+class _Plainly:
+    """The value of a parameter of type `kind`, plain or else as Typer reads it."""
+
+    parameter: Any
+    kind: Any
+
+    def __call__(self, ctx: Any, value: Any) -> Any:
+        parameter = self.parameter
+        plain = _plain(self.kind, value, parameter.min, parameter.max)
+        if plain is None and (value is not None or parameter.required):
+            return type(parameter).process_value(parameter, ctx, value)
+        return parameter.callback(ctx, parameter, plain) if parameter.callback is not None else plain
+
+
+def _plain(kind: Any, value: Any, least: float | None, most: float | None) -> Any:
+    """`value` as the plain type `kind`; None where that takes more than a look."""
+    if kind is Path and isinstance(value, str | Path):
+        path = Path(value)
+        return path if not path.exists() or os.access(path, os.R_OK) else None
+    if kind is int and isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,18}", value):
+        value = int(value)
+    if kind is float and isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,18}(\.[0-9]{1,18})?", value):
+        value = float(value)
+    if type(value) is not kind or kind not in (str, int, float):
+        return None
+    inside = (least is None or value >= least) and (most is None or value <= most)
+    return value if inside else None
 
 
 app = typer.Typer(
     cls=_Commands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Quantize Qwen2.5-72B-class models on machines that cannot hold them; plan, measure and run them on yours.",
@@ -67,19 +222,13 @@ def _options(
     pass
 
 
-app.command("quantize")(quantize)
-app.command("eval")(evaluate)
-app.command("run")(run)
-app.command("sensitivity")(sensitivity)
-app.command("serve")(serve)
-app.command("inspect")(inspect)
-app.command("convert")(convert)
-app.command("verify")(verify)
-app.command("report")(report)
-app.command("demo")(demo)
-vram_app.command("measure")(measure)
-app.add_typer(vram_app, name="vram")
-app.command("plan")(plan)
+def command(name: str, *subcommands: str) -> Any:
+    """A command as Typer has it, for instance `command("vram", "estimate")`."""
+    found: Any = typer.main.get_command(app).commands[name].load()  # type: ignore[attr-defined]
+    for subcommand in subcommands:
+        found = found.commands[subcommand]
+        found = found.load() if isinstance(found, _Deferred) else found
+    return found
 
 
 def main() -> None:

@@ -12,31 +12,51 @@ from typing import Annotated, Any
 import typer
 
 from qwenq import __version__
+from qwenq.api import load_options
 from qwenq.cli.console import print_json
-from qwenq.cli.models import JsonFlag, resolve_model
-from qwenq.cli.run import ComputeDtype, CpuMemory, GpuMemory, KvDtype, OffloadDir, PrefillChunk, load_options
+from qwenq.cli.options import (
+    ENGINE,
+    JOB,
+    WEIGHTS,
+    CpuMemory,
+    GpuMemory,
+    JsonFlag,
+    KvDtype,
+    OffloadDir,
+    PrefillChunk,
+    RunDtype,
+    fetched,
+    load_words,
+    option,
+)
 from qwenq.errors import HonestNo, PlanError, UsageError
 from qwenq.units import GIB, format_tokens, parse_tokens
 
 
 def measure(
+    context: typer.Context,
     checkpoint: Annotated[
         str | None, typer.Argument(metavar="CHECKPOINT", help="A checkpoint directory, or a hub name.")
     ] = None,
     synthetic: Annotated[
-        str, typer.Option("--synthetic", help="Random weights of this model's shapes instead: Qwen2.5-72B.")
+        str,
+        option(WEIGHTS, "--synthetic", help="Random weights of this model's shapes instead: Qwen2.5-72B."),
     ] = "",
-    bits: Annotated[int, typer.Option("--bits", help="Of the random weights: 4, 8, or 16.")] = 4,
-    group_size: Annotated[int, typer.Option("--group-size", help="Of the random weights.")] = 128,
-    max_model_len: Annotated[str, typer.Option("--max-model-len", "-c", help="Contexts, e.g. 1k,8k,32k.")] = "1k,4k",
+    bits: Annotated[int, option(WEIGHTS, "--bits", help="Of the random weights: 4, 8, or 16.")] = 4,
+    group_size: Annotated[int, option(WEIGHTS, "--group-size", help="Of the random weights.")] = 128,
+    max_model_len: Annotated[
+        str,
+        option(ENGINE, "--max-model-len", "-c", help="Contexts, e.g. 1k,8k,32k."),
+    ] = "1k,4k",
     prefill_chunk: PrefillChunk = 2048,
+    kv_cache_dtype: KvDtype = "auto",
+    compute_dtype: RunDtype = "auto",
     gpu_memory: GpuMemory = "",
     cpu_memory: CpuMemory = "",
     offload_dir: OffloadDir = None,
-    kv_cache_dtype: KvDtype = "auto",
-    compute_dtype: ComputeDtype = "auto",
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Keep the rows for `qwenq vram --profile FILE`.")
+        Path | None,
+        option(JOB, "--output", "-o", help="Keep the rows for `qwenq vram --profile FILE`."),
     ] = None,
     json: JsonFlag = False,
 ) -> None:
@@ -54,12 +74,12 @@ def measure(
     if output is not None and output.exists():
         raise PlanError(f"{output}: exists", hint="choose another name with -o")
     contexts = sorted({parse_tokens(part) for part in max_model_len.split(",")})
-    options = load_options(
-        str(max(contexts)), prefill_chunk, gpu_memory, cpu_memory, offload_dir, kv_cache_dtype, compute_dtype
-    )
+    words = load_words(context)
+    words["max_model_len"] = max(contexts)
+    options = load_options(**words)
     opened = _synthetic(synthetic, bits, group_size, options) if synthetic else _stored(str(checkpoint), options)
-    weights, context = opened
-    with context as found:
+    weights, held = opened
+    with held as found:
         for line in describe(found):
             print(line, file=sys.stderr)
         rows, ended = run(found, weights, contexts, lambda line: print(line, file=sys.stderr))
@@ -81,7 +101,7 @@ def _stored(checkpoint: str, options: Any) -> tuple[Any, Any]:
     from qwenq.checkpoint.reader import open_checkpoint
     from qwenq.runtime.load import loaded, stored_sizes
 
-    opened = open_checkpoint(resolve_model(checkpoint))
+    opened = open_checkpoint(fetched(checkpoint))
     return stored_sizes(opened), loaded(opened, options)
 
 

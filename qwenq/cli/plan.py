@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from qwenq.cli.vram import (
+    RIG,
+    WORKLOAD,
     BatchSize,
     Bits,
     Checkpoint,
@@ -19,6 +21,7 @@ from qwenq.cli.vram import (
     Json,
     KvDtype,
     MaxNumSeqs,
+    Model,
     PadForTp,
     PrefillChunk,
     RecipeFile,
@@ -38,12 +41,17 @@ NOT_FITTING = 3  # exit code of an honest no
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help="Family name (Qwen2.5-72B), directory or hub name.")],
-    context: Annotated[str, typer.Option("--context", "--max-model-len", "-c", help="Tokens, e.g. 16k.")] = "8k",
+    model: Model,
+    context: Annotated[
+        str,
+        typer.Option("--context", "--max-model-len", "-c", metavar="N", help="Tokens: 16k.", rich_help_panel=WORKLOAD),
+    ] = "8k",
     gpu: GpuRig = None,
-    detect: Annotated[bool, typer.Option("--detect", help="This machine's GPUs and their free memory.")] = False,
+    detect: Annotated[
+        bool, typer.Option("--detect", help="This machine's GPUs, their free memory.", rich_help_panel=RIG)
+    ] = False,
     recommend_rigs: Annotated[
-        bool, typer.Option("--recommend", help="List rigs that hold the model at this context.")
+        bool, typer.Option("--recommend", help="Rigs that hold the model at this context.", rich_help_panel=RIG)
     ] = False,
     bits: Bits = None,
     group_size: GroupSize = None,

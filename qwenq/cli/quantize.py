@@ -1,253 +1,99 @@
-"""`qwenq quantize`: the main job."""
+"""`qwenq quantize`: the main job, and its dry run."""
 
 from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
 
 import typer
+from rich.markup import escape
+from rich.table import Table
 
+from qwenq.cli import options as ask
 from qwenq.cli.console import LayerProgress, drift_table, err, out, print_json, warn
-from qwenq.cli.dryrun import DEFAULT_EVALUATION_WINDOWS, Asked, dry_run_of
-from qwenq.cli.format import Asymmetric, Format, pick_method
-from qwenq.cli.models import (
-    CalibrationDtype,
-    ComputeDtype,
-    Device,
-    JsonFlag,
-    Model,
-    StoredDtype,
-    check_stored_dtype,
-    pick_calibration_dtype,
-    pick_compute_dtype,
-)
-from qwenq.cli.recipe import (
-    BitsPerWeight,
-    Context,
-    Fit,
-    FitEngine,
-    PadForTp,
-    RecipeFile,
-    SaveRecipe,
-    SensitivityFile,
-    TargetSize,
-    Wanted,
-    prediction_line,
-    recipe_table,
-)
-from qwenq.cli.sensitivity import measure
-from qwenq.errors import PlanError
-from qwenq.formats.base import Recipe
-from qwenq.io.safetensors import FLOATS
-from qwenq.pipeline.preflight import DEFAULT_WINDOWS, PULL_SHARE, chosen_pull
-from qwenq.planning.sensitivity import SENSITIVITY_NAME, encode_sensitivity
+from qwenq.cli.options import fetched, options_of, warn_of_shipped
+from qwenq.errors import ExcludedOptions, PlanError
+from qwenq.formats.base import label_of
+from qwenq.model.spec import ModelSpec, family_spec
+from qwenq.pipeline.config import QuantizeConfig
+from qwenq.pipeline.dryrun import DryRun, dry_run
+from qwenq.planning.budget import Budgeted
 from qwenq.units import format_gb, format_seconds
 
 
 def quantize(
-    model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to make.")] = Path(),
-    bits: Annotated[int | None, typer.Option(help="4 or 8, for every linear. Default 4.")] = None,
-    group_size: Annotated[
-        int | None, typer.Option(help="Columns that share a scale: 128, 64, 32, or -1 for the row. Default 128.")
-    ] = None,
-    target_size: TargetSize = None,
-    bpw: BitsPerWeight = None,
-    fit: Fit = None,
-    context: Context = None,
-    engine: FitEngine = None,
-    recipe_file: RecipeFile = None,
-    sensitivity: SensitivityFile = None,
-    save_recipe: SaveRecipe = None,
-    pad_for_tp: PadForTp = None,
-    format: Format = "gptq",
-    asymmetric: Asymmetric = None,
-    calibration: Annotated[
-        str, typer.Option(help="A set's name, or a .txt, .jsonl, .parquet or .npy file.")
-    ] = "builtin",
-    num_samples: Annotated[
-        int | None, typer.Option("--num-samples", "-n", min=1, help="Calibration windows. Default: all, at most 128.")
-    ] = None,
-    sequence_length: Annotated[int, typer.Option("--sequence-length", min=2, help="Tokens a window.")] = 512,
-    seed: Annotated[int, typer.Option(min=0, help="Decides which calibration windows are drawn.")] = 0,
-    eval_text: Annotated[str, typer.Option(help="Held-out text for the drift: a set's name or a file.")] = "heldout",
-    eval_samples: Annotated[int | None, typer.Option(min=1, help="Held-out windows. Default: all, at most 20.")] = None,
-    method: Annotated[
-        str | None, typer.Option(help="gptq (default), or rtn: round to nearest, the baseline, without calibration.")
-    ] = None,
-    damp_percent: Annotated[
-        float | None,
-        typer.Option(min=0.0, max=1.0, help="Damping, as a share of the mean Hessian diagonal. Default: 0.02 (2 %)."),
-    ] = None,
-    fold: Annotated[
-        bool,
-        typer.Option(
-            "--fold/--no-fold",
-            help="Fold channel scales into norms and up_proj: less is lost. --no-fold keeps norms as they are, so that "
-            "LoRA adapters of the original model fit.",
-        ),
-    ] = True,
-    pull: Annotated[
-        float | None,
-        typer.Option(
-            min=0.0,
-            max=1.0,
-            help="How far o and down are moved, before rounding, to answer for what earlier layers lost, where both "
-            "halves of the calibration windows agree on it. 0 saves a pass of them through the 16-bit layers. "
-            "Default: 1, and 0 where all is in 8 bits or there are fewer than 2 calibration tokens a column of down.",
-        ),
-    ] = None,
-    pull_share: Annotated[
-        float,
-        typer.Option(
-            min=0.0,
-            max=1.0,
-            help="Share of the calibration windows that --pull reads, but 8 tokens a column of down where there are so "
-            "many. 1 loses less and takes longer, 0 is --pull 0.",
-        ),
-    ] = PULL_SHARE,
-    device: Device = "auto",
-    dtype: StoredDtype = "auto",
-    compute_dtype: ComputeDtype = "auto",
-    calibration_dtype: CalibrationDtype = "auto",
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Read headers only; print sizes, memory and disk.")
-    ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a stopped job: same command, plus this.")
-    ] = False,
-    json: JsonFlag = False,
+    context_: typer.Context,
+    model: ask.Model,
+    output: ask.Output = Path(),
+    bits: ask.Bits = QuantizeConfig.bits,
+    group_size: ask.GroupSize = QuantizeConfig.group_size,
+    format: ask.Format = QuantizeConfig.format,
+    asymmetric: ask.Asymmetric = QuantizeConfig.asymmetric,
+    fold: ask.Fold = QuantizeConfig.fold,
+    pad_for_tp: ask.PadForTp = QuantizeConfig.pad_for_tp,
+    target_size: ask.TargetSize = QuantizeConfig.target_size,
+    bpw: ask.BitsPerWeight = QuantizeConfig.bpw,
+    fit: ask.Fit = QuantizeConfig.fit,
+    context: ask.Context = QuantizeConfig.context,
+    engine: ask.FitEngine = QuantizeConfig.engine,
+    recipe: ask.RecipeFile = QuantizeConfig.recipe,
+    sensitivity: ask.SensitivityFile = QuantizeConfig.sensitivity,
+    save_recipe: ask.SaveRecipe = None,
+    calibration: ask.Calibration = QuantizeConfig.calibration,
+    num_samples: ask.NumSamples = QuantizeConfig.num_samples,
+    sequence_length: ask.SequenceLength = QuantizeConfig.sequence_length,
+    seed: ask.Seed = QuantizeConfig.seed,
+    eval_text: ask.EvalText = QuantizeConfig.eval_text,
+    eval_samples: ask.EvalSamples = QuantizeConfig.eval_samples,
+    method: ask.Method = QuantizeConfig.method,
+    damp_percent: ask.DampPercent = QuantizeConfig.damp_percent,
+    error_correction: ask.ErrorCorrection = QuantizeConfig.error_correction,
+    error_correction_share: ask.ErrorCorrectionShare = QuantizeConfig.error_correction_share,
+    device: ask.Device = QuantizeConfig.device,
+    dtype: ask.StoredDtype = QuantizeConfig.dtype,
+    compute_dtype: ask.ComputeDtype = QuantizeConfig.compute_dtype,
+    calibration_dtype: ask.CalibrationDtype = QuantizeConfig.calibration_dtype,
+    dry_run: ask.DryRun = False,
+    resume: ask.Resume = False,
+    json: ask.JsonFlag = False,
 ) -> None:
     """Turn a 16-bit checkpoint into a 4-bit, 8-bit or mixed one, layer by layer, and measure what was lost.
 
-    MODEL is a directory or a hub name; peak memory is one layer, not the model. The result is in GPTQ format, or in
-    another --format; the README has a table of loaders that were tried.
+    Layers are streamed: peak memory is one layer's, not the model's.
     """
-    method = pick_method(format, method)
-    check_stored_dtype(dtype)
-    pick_compute_dtype(compute_dtype, device)
-    pick_calibration_dtype(calibration_dtype, device)
-    wanted = Wanted(
-        bits, group_size, target_size, bpw, fit, context, engine, recipe_file, sensitivity, save_recipe,
-        format, asymmetric, pad_for_tp,
-    )  # fmt: skip
-    wanted.check(dry_run)
+    try:
+        config: QuantizeConfig = options_of(context_, QuantizeConfig)
+    except ExcludedOptions as error:
+        raise typer.BadParameter(error.message) from None
+    if save_recipe is not None and not (dry_run and config.mixed):
+        raise typer.BadParameter("--save-recipe goes with --dry-run and --target-size, --bpw, --fit or --recipe")
+    place = output if output != Path() else None
     if dry_run:
-        dry_run_of(
-            Asked(
-                model, output, calibration, num_samples, sequence_length, seed, eval_text, eval_samples, method, pull,
-                pull_share, device, dtype, compute_dtype, calibration_dtype,
-            ),
-            wanted,
-            json,
-        )  # fmt: skip
-        return
-    if output == Path():
+        _dry_run(model, config, place, save_recipe, json)
+    elif place is None:
         raise PlanError("no output directory", hint="give one with -o DIR")
+    else:
+        _quantize(model, config, place, resume, json)
 
-    from qwenq.checkpoint.reader import open_source
-    from qwenq.cli.models import pick_device, resolve_model
-    from qwenq.io.safetensors import fingerprint
-    from qwenq.pipeline.block import SolverOptions
-    from qwenq.pipeline.job import QuantizeJob, partial_directory
-    from qwenq.pipeline.quantize import check_places
+
+def _quantize(model: str, config: QuantizeConfig, output: Path, resume: bool, json: bool) -> None:
+    from qwenq.pipeline.prepare import prepare
     from qwenq.pipeline.quantize import quantize as run
-    from qwenq.planning.recipefile import RECIPE_NAME, encode_recipe
-    from qwenq.solver.gptq import DAMP_PERCENT
-    from qwenq.text.calibration import load_windows, overlap
-    from qwenq.text.tokens import ModelTokenizer
 
-    source = open_source(resolve_model(model))
-    if pad_for_tp is not None:
-        source = source.padded(wanted.widened(source.spec).intermediate_size)
-    stored = source.dtype_of if dtype == "auto" else lambda name: FLOATS[dtype]
-    table = wanted.table(source.spec, fingerprint(source.directory), partial_directory(output) if resume else None)
-    wanted.check_method(method, table)
-    chosen = wanted.choose(source.spec, table, stored) if wanted.mixed else None  # a prior's, until there is a table
-    recipe = chosen.recipe if chosen else wanted.uniform()
-    recipe.check(source.spec)
-    tokenizer = ModelTokenizer(source.directory)
-    picked = pick_device(device)
-
-    def pulled(recipe: Recipe) -> float:
-        count, length = windows.ids.shape if windows else (0, 0)
-        return chosen_pull(pull, recipe, source.spec, windows=count, length=length, share=pull_share)
-
-    windows = None
-    if method == "gptq":  # rounding to nearest reads no calibration text
-        windows = load_windows(
-            calibration,
-            tokenizer,
-            source.spec,
-            length=sequence_length,
-            count=num_samples,
-            seed=seed,
-            up_to=DEFAULT_WINDOWS,
-        )
-    held_out = load_windows(
-        eval_text,
-        tokenizer,
-        source.spec,
-        length=windows.ids.shape[1] if windows else sequence_length,
-        count=eval_samples,
-        seed=None,
-        up_to=DEFAULT_EVALUATION_WINDOWS,
-    )
-    compared = windows is not None and not calibration.endswith(".npy") and not eval_text.endswith(".npy")
-    job = QuantizeJob(
-        source=source,
-        out=output,
-        recipe=recipe,
-        calibration=windows,
-        evaluation=held_out,
-        options=SolverOptions(
-            method=method,
-            damp_percent=DAMP_PERCENT if damp_percent is None else damp_percent,
-            fold=fold and method == "gptq",
-            pull=pulled(recipe),
-            pull_share=pull_share,
-        ),
-        device=picked,
-        compute_dtype=pick_compute_dtype(compute_dtype, picked),
-        calibration_dtype=pick_calibration_dtype(calibration_dtype, picked),
-        dtype=dtype,
-        seed=seed,
-        overlap=overlap(calibration, eval_text) if compared else None,
-    )
-    for name in source.ignored:
+    prepared = prepare(fetched(model), output, config, resume=resume)
+    spec = prepared.source.spec
+    for name in prepared.source.ignored:
         warn(f"{name} is stored but not used by the model: left out")
-    with LayerProgress(source.spec.num_hidden_layers, quiet=json) as progress:
+    with LayerProgress(spec.num_hidden_layers, quiet=json) as progress:
         try:
-            if table is None and wanted.budgeted and windows is not None:
-                check_places(job, resume)
-                scratch = output.absolute().parent
-                scratch.mkdir(parents=True, exist_ok=True)
-                table = measure(
-                    source, windows, seed, job.devices[0], job.compute_dtype, scratch, progress, bool(asymmetric)
-                )
-                chosen = wanted.choose(source.spec, table, stored)
-            if chosen:
-                files = {RECIPE_NAME: encode_recipe(source.spec, chosen).encode()}
-                files |= {SENSITIVITY_NAME: encode_sensitivity(table)} if table else {}
-                options = replace(job.options, pull=pulled(chosen.recipe))
-                job = replace(job, recipe=chosen.recipe, options=options, beside=tuple(files.items()))
-                if not json:
-                    err.print(recipe_table(source.spec, chosen))
-                    err.print(prediction_line(chosen), soft_wrap=True)
-            result = run(
-                job, resume=resume, listen=lambda e: progress.say(e) if isinstance(e, str) else progress.layer(e)
-            )
+            prepared = prepared.measured(resume=resume, listen=progress.say)
+            if prepared.budgeted and not json:
+                err.print(recipe_table(spec, prepared.budgeted))
+                err.print(prediction_line(prepared.budgeted), soft_wrap=True)
+            result = run(prepared.job, resume=resume, listen=progress)
         except KeyboardInterrupt:
-            again = [a for a in sys.argv[1:] if a != "--resume"]
-            partial = partial_directory(output)
-            if not partial.exists():
-                print("\nstopped; nothing was begun", file=sys.stderr)
-                raise typer.Exit(130) from None
-            print(f"\nstopped; {partial} keeps what is done. Go on with:", file=sys.stderr)
-            print(f"  qwenq {shlex.join(again)} --resume", file=sys.stderr)
+            _say_how_to_go_on(output)
             raise typer.Exit(130) from None
     if json:
         print_json(result.to_json())
@@ -256,9 +102,102 @@ def quantize(
         warn(line)
     out.print(drift_table(result.drift))
     out.print(
-        f"{result.out}: {job.recipe.label}, {format_gb(result.file_bytes)} "
+        f"{result.out}: {prepared.resolution.recipe.label}, {format_gb(result.file_bytes)} "
         f"({result.bits_per_linear_weight:.2f} bits per linear weight), {format_seconds(result.seconds)}, "
         f"peak {format_gb(result.peak_rss_bytes)} of memory",
         soft_wrap=True,
         markup=False,
     )
+
+
+def _say_how_to_go_on(output: Path) -> None:
+    from qwenq.pipeline.job import partial_directory
+
+    partial = partial_directory(output)
+    if not partial.exists():
+        print("\nstopped; nothing was begun", file=sys.stderr)
+        return
+    again = [word for word in sys.argv[1:] if word != "--resume"]
+    print(f"\nstopped; {partial} keeps what is done. Go on with:", file=sys.stderr)
+    print(f"  qwenq {shlex.join(again)} --resume", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------- dry run
+
+
+def _dry_run(model: str, config: QuantizeConfig, output: Path | None, save_to: Path | None, json: bool) -> None:
+    """Print sizes, peaks, disk and warnings; raises JobError where the disk of a given output is too small."""
+    if not Path(model).is_dir() and family_spec(model) is not None:
+        warn_of_shipped(model)
+    found = dry_run(model, config, output)
+    if save_to is not None and found.budgeted is not None:
+        from qwenq.planning.recipefile import save_recipe
+
+        save_recipe(save_to, found.spec, found.budgeted)
+    if json:
+        print_json(found.to_json())
+        return
+    out.print(_sizes_table(found))
+    out.print(found.assumed.line(config.calibration), soft_wrap=True, markup=False)
+    if found.budgeted:
+        out.print(recipe_table(found.spec, found.budgeted))
+        out.print(prediction_line(found.budgeted), soft_wrap=True)
+    for line in found.warnings:
+        warn(line)
+    if output is not None:  # without an output directory the disk it will be on is a guess
+        found.preflight.check_disk(output)
+
+
+def _sizes_table(found: DryRun) -> Table:
+    check = found.preflight
+    table = Table(title=f"dry run: {escape(check.model)} to {check.scheme} ({check.format})")
+    table.add_column("what")
+    table.add_column("", justify="right")
+    for unit, label in check.units.items():
+        table.add_row(f"{unit}: {label}", format_gb(check.unit_bytes[unit]))
+    table.add_row("all tensors", f"{format_gb(check.tensor_bytes)} ({check.tensor_bytes} bytes)")
+    table.add_row("files", f"{format_gb(check.file_bytes)} ({check.file_bytes} bytes)")
+    table.add_row("source tensors", format_gb(check.source_tensor_bytes))
+    table.add_row("bits per linear weight", f"{check.bits_per_linear_weight:.3f}")
+    peaks = [("", check.peak_ram_bytes, check.peak_vram_bytes)]
+    if found.sensitivity_bytes:
+        peaks.append((", measuring sensitivities", *found.sensitivity_bytes))
+    for what, host, gpu in peaks:
+        table.add_row(f"peak memory, predicted{what}", format_gb(host))
+        if gpu:
+            table.add_row(f"peak memory of a GPU, predicted{what}", format_gb(gpu))
+    table.add_row("disk needed (hidden states included)", format_gb(check.disk_needed_bytes))
+    if not found.local:
+        table.add_row("and on top the source's download", format_gb(check.source_tensor_bytes))
+    table.add_row("disk free", format_gb(check.disk_free_bytes or 0))
+    for ranks, reason in check.tensor_parallel.items():
+        table.add_row(f"tensor parallel {ranks}", reason or "yes")
+    return table
+
+
+def recipe_table(spec: ModelSpec, found: Budgeted) -> Table:
+    """One line for each run of layers with equal schemes."""
+    title = f"recipe: {format_gb(found.file_bytes)}, {found.bits_per_linear_weight:.3f} bits per linear weight"
+    table = Table(title=title)
+    table.add_column("layers")
+    stages = [stage.name for stage in spec.architecture.stages]
+    for stage in stages:
+        table.add_column(stage)
+    rows = [tuple(label_of(found.choice[layer, stage]) for stage in stages) for layer in range(spec.num_hidden_layers)]
+    start = 0
+    for layer, row in enumerate(rows):
+        if layer + 1 == len(rows) or rows[layer + 1] != row:
+            table.add_row(str(start) if start == layer else f"{start}-{layer}", *row)
+            start = layer + 1
+    return table
+
+
+def prediction_line(found: Budgeted) -> str:
+    """The loss predicted for a recipe, and what the prediction rests on."""
+    proof = ""
+    if found.bound_kl is not None:
+        gap = found.predicted_kl - found.bound_kl
+        proof = "; no recipe of this size is predicted to lose less"
+        if gap > 1e-9 * found.predicted_kl:
+            proof = f"; no recipe of this size is predicted to lose less than {found.bound_kl:.5f}"
+    return f"predicted KL {found.predicted_kl:.5f} nats a token (sensitivities: {found.sensitivity}){proof}"

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from qwenq.cli.console import out, print_json, warn
-from qwenq.cli.models import JsonFlag
+from qwenq.cli.options import JsonFlag
 
 
 def report(
@@ -27,7 +27,7 @@ def report(
     gpu: Annotated[
         list[str] | None, typer.Option("--gpu", help="A rig, as in `qwenq plan`, repeatable. Default: common ones.")
     ] = None,
-    engine: Annotated[str, typer.Option(help="Whose memory is estimated: qwenq, transformers or vllm.")] = "qwenq",
+    engine: Annotated[str, typer.Option(help="Whose memory: qwenq, transformers, vllm or sglang.")] = "qwenq",
     json: JsonFlag = False,
 ) -> None:
     """Write report.html, one file that needs no network, and report.md, from the manifests of finished runs.

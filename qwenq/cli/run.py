@@ -9,97 +9,70 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qwenq.api import load_options
 from qwenq.cli.console import print_json, warn
-from qwenq.cli.models import JsonFlag, Model, resolve_model, stored_question
+from qwenq.cli.options import (
+    ANSWER,
+    ENGINE,
+    JOB,
+    CpuMemory,
+    GpuMemory,
+    JsonFlag,
+    KvDtype,
+    MaxModelLen,
+    Model,
+    OffloadDir,
+    PrefillChunk,
+    RunDtype,
+    fetched,
+    load_words,
+    option,
+    warn_of_shipped,
+)
 from qwenq.errors import RunError, UsageError
-from qwenq.units import format_gb, parse_size, parse_tokens
+from qwenq.pipeline.source import no_checkpoint
+from qwenq.units import format_gb
 
 if TYPE_CHECKING:
+    from qwenq.planning.questions import Question
     from qwenq.runtime.chat import Chat
+    from qwenq.runtime.foreign import ForeignEngine
     from qwenq.runtime.generate import Sampling, Session
     from qwenq.runtime.load import Loaded, LoadOptions
 
 SMALL_DIFFERENCE = 64 << 20  # between a peak and its prediction: what allocators and libraries do, no error to be told
-MaxModelLen = Annotated[
-    str, typer.Option("--max-model-len", "-c", help="Context in tokens, prompt and answer, e.g. 16k. Default 4k.")
-]
-PrefillChunk = Annotated[int, typer.Option("--prefill-chunk", min=1, help="Prompt tokens computed at once.")]
-GpuMemory = Annotated[
-    str, typer.Option("--gpu-memory", help="Limit per GPU, e.g. 20GiB, or 20GiB,10GiB. Default: what is free.")
-]
-CpuMemory = Annotated[
-    str,
-    typer.Option("--cpu-memory", help="Limit of host memory; what is over goes to disk. Default: free."),
-]
-OffloadDir = Annotated[Path | None, typer.Option("--offload-dir", help="Where layers on disk are kept while it runs.")]
-KvDtype = Annotated[str, typer.Option("--kv-cache-dtype", help="auto, bf16, fp16 or fp8.")]
-ComputeDtype = Annotated[
-    str,
-    typer.Option("--compute-dtype", help="bfloat16 (packed kernels) or float32 (exact, slower); auto: bfloat16."),
-]
 MaxNewTokens = Annotated[
-    int | None, typer.Option("--max-new-tokens", "-n", min=1, help="Tokens of an answer. Default: at most 512.")
+    int | None,
+    option(ANSWER, "--max-new-tokens", "-n", min=1, help="Tokens of an answer. Default: at most 512."),
 ]
 Temperature = Annotated[
-    float | None, typer.Option("--temperature", help="0: always the likeliest token. Default: the model's own setting.")
+    float | None,
+    option(ANSWER, "--temperature", help="0: always the likeliest token. Default: the model's own setting."),
 ]
-EngineName = Annotated[
-    str, typer.Option("--engine", help="qwenq; or gptqmodel or vllm, where installed.")
-]  # fmt: skip
-
-
-def load_options(
-    max_model_len: str,
-    prefill_chunk: int,
-    gpu_memory: str,
-    cpu_memory: str,
-    offload_dir: Path | None,
-    kv_cache_dtype: str,
-    compute_dtype: str,
-) -> LoadOptions:
-    """Options as typed, understood; a QwenqError for what is not."""
-    from qwenq.runtime.generate import KV_DTYPES
-    from qwenq.runtime.load import LoadOptions
-
-    if kv_cache_dtype not in KV_DTYPES:
-        raise UsageError(f"--kv-cache-dtype {kv_cache_dtype}: wanted {', '.join(KV_DTYPES)}")
-    if compute_dtype not in ("auto", "bfloat16", "float32"):
-        raise UsageError(
-            f"--compute-dtype {compute_dtype}: wanted bfloat16, float32 or auto",
-            hint="float16 overflows in Qwen2.5's activations",
-        )
-    if offload_dir is not None and not offload_dir.is_dir():
-        raise RunError(f"--offload-dir {offload_dir}: no such directory")
-    return LoadOptions(
-        max_model_len=parse_tokens(max_model_len) if max_model_len else 0,
-        prefill_chunk=prefill_chunk,
-        kv_dtype=kv_cache_dtype,
-        compute_dtype=compute_dtype,
-        gpu_memory=tuple(parse_size(part) for part in gpu_memory.split(",")) if gpu_memory else (),
-        cpu_memory=parse_size(cpu_memory) if cpu_memory else 0,
-        offload_directory=offload_dir,
-    )
+EngineName = Annotated[str, option(ENGINE, "--engine", help="qwenq; or gptqmodel or vllm, where installed.")]
 
 
 def run(
+    context: typer.Context,
     model: Model,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="One question; without it a chat.")] = None,
-    system: Annotated[str, typer.Option("--system", help="System message of the chat.")] = "",
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without a template.")] = False,
+    prompt: Annotated[str | None, option(ANSWER, "--prompt", "-p", help="One question; without it a chat.")] = None,
+    system: Annotated[str, option(ANSWER, "--system", help="System message of the chat.")] = "",
+    raw: Annotated[bool, option(ANSWER, "--raw", help="Continue the text as it is, without a template.")] = False,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
-    top_p: Annotated[float | None, typer.Option("--top-p", help="Draw from the likeliest of this share.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the draws.")] = 0,
+    top_p: Annotated[float | None, option(ANSWER, "--top-p", help="Draw from the likeliest of this share.")] = None,
+    seed: Annotated[int, option(ANSWER, "--seed", help="Of the draws.")] = 0,
     max_model_len: MaxModelLen = "",
     prefill_chunk: PrefillChunk = 2048,
+    kv_cache_dtype: KvDtype = "auto",
+    compute_dtype: RunDtype = "auto",
+    engine: EngineName = "qwenq",
     gpu_memory: GpuMemory = "",
     cpu_memory: CpuMemory = "",
     offload_dir: OffloadDir = None,
-    kv_cache_dtype: KvDtype = "auto",
-    compute_dtype: ComputeDtype = "auto",
-    engine: EngineName = "qwenq",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say where layers would go, what devices would hold, how fast; load none.")
+        bool,
+        option(JOB, "--dry-run", help="Say where layers would go, what devices would hold, how fast; load none."),
     ] = False,
     json: JsonFlag = False,
 ) -> None:
@@ -110,18 +83,18 @@ def run(
     """
     from qwenq.checkpoint.reader import open_checkpoint
     from qwenq.runtime.chat import Chat
-    from qwenq.runtime.foreign import check_engine
+    from qwenq.runtime.foreign import foreign_engine
     from qwenq.runtime.generate import Sampling, Session, new_tokens
     from qwenq.runtime.load import describe, loaded
 
-    if dry_run and engine != "qwenq":
-        raise UsageError(f"--dry-run is of qwenq's own engine, not {engine}", hint="`qwenq plan --engine`")
-    check_engine(engine)
+    foreign = foreign_engine(engine)
+    if foreign is not None:
+        if dry_run:
+            raise UsageError(f"--dry-run is of qwenq's own engine, not {engine}", hint="`qwenq plan --engine`")
+        foreign.check_installed()
     asked: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     Sampling(**{name: value for name, value in asked.items() if value is not None})  # before anything is downloaded
-    options = load_options(
-        max_model_len, prefill_chunk, gpu_memory, cpu_memory, offload_dir, kv_cache_dtype, compute_dtype
-    )
+    options = load_options(**load_words(context))
     if prompt == "":
         raise UsageError("--prompt: the prompt is empty", hint="write one, or leave --prompt out for a chat")
     if options.max_model_len and max_new_tokens and max_new_tokens >= options.max_model_len:
@@ -134,7 +107,7 @@ def run(
         return
     if json and prompt is None:
         raise UsageError("--json answers one question", hint="give it with --prompt")
-    directory = resolve_model(model)
+    directory = fetched(model)
     checkpoint = open_checkpoint(directory)
     chat = Chat(directory, checkpoint.spec.vocab_size)
     sampling = chat.sampling(**asked)
@@ -143,10 +116,16 @@ def run(
         raw = True
     ids = _ids(chat, prompt, system, raw) if prompt is not None else None
     own = options.work(checkpoint.spec).context  # checked against the model, for other engines too
-    context = own if engine == "qwenq" or options.max_model_len else checkpoint.spec.extended_context
-    new_tokens(1 if ids is None else len(ids), sampling.max_new_tokens, context)  # here, not after minutes of loading
-    if engine != "qwenq":
-        _foreign(engine, directory, chat, ids, sampling, options, json)
+    room = own if foreign is None or options.max_model_len else checkpoint.spec.extended_context
+    new_tokens(1 if ids is None else len(ids), sampling.max_new_tokens, room)  # here, not after minutes of loading
+    if foreign is not None:
+        if ids is None:
+            raise UsageError(
+                f"--engine {engine} answers one question", hint="give it with --prompt, or use `qwenq serve`"
+            )
+        with redirect_stdout(sys.stderr):  # all of them log to stdout
+            answering = foreign(directory, options.max_model_len)
+        _answer_foreign(answering, chat, ids, sampling, json)
         return
     with loaded(checkpoint, options) as found:
         if not json:
@@ -157,6 +136,27 @@ def run(
             _answer(found, session, chat, ids, sampling, json)
         else:
             _talk(found, session, chat, sampling, system, raw)
+
+
+def stored_question(model: str, engine: str, **asked: Any) -> Question:
+    """A question to the planner about a checkpoint as it is stored, downloading nothing.
+
+    Headers of a directory, or of the hub; a shipped model's hub name stands for the shipped shapes, in 16 bits unless
+    it says otherwise.
+    """
+    from qwenq.io.hub import is_hub_name
+    from qwenq.planning.models import load_model
+    from qwenq.planning.questions import Question
+
+    if Path(model).is_dir():
+        return Question(model, checkpoint=Path(model), engine=engine, **asked)
+    if not is_hub_name(model):
+        raise no_checkpoint(model)
+    found = load_model(model)
+    if not found.hub:
+        warn_of_shipped(model)
+    bits = None if found.hub or found.published else 16
+    return Question(model, bits=bits, engine=engine, **asked)
 
 
 def print_forecast(model: str, options: LoadOptions, json: bool) -> None:
@@ -256,29 +256,16 @@ def _talk(found: Loaded, session: Session, chat: Chat, sampling: Sampling, syste
             messages = [*turn, {"role": "assistant", "content": text}]
 
 
-def _foreign(
-    engine: str,
-    directory: Path,
-    chat: Chat,
-    ids: list[int] | None,
-    sampling: Sampling,
-    options: LoadOptions,
-    json: bool,
-) -> None:
-    from qwenq.runtime.foreign import GptqModelEngine, VllmEngine
+def _answer_foreign(engine: ForeignEngine, chat: Chat, ids: list[int], sampling: Sampling, json: bool) -> None:
     from qwenq.runtime.generate import Timing
 
-    if ids is None:
-        raise UsageError(f"--engine {engine} answers one question", hint="give it with --prompt, or use `qwenq serve`")
-    length = {"max_model_len": options.max_model_len} if options.max_model_len else {}
     timing = Timing()
-    with redirect_stdout(sys.stderr):  # both log to stdout
-        loaded: Any = GptqModelEngine(directory) if engine == "gptqmodel" else VllmEngine(directory, **length)
-        tokens = list(loaded.generate(ids, sampling, chat.stop_ids, timing))
+    with redirect_stdout(sys.stderr):
+        tokens = list(engine.generate(ids, sampling, chat.stop_ids, timing))
     text = "".join(chat.stream(tokens, ids))
     if json:
-        print_json({"text": text, "token_ids": tokens, "timing": timing.to_json(), "engine": engine})
+        print_json({"text": text, "token_ids": tokens, "timing": timing.to_json(), "engine": engine.name})
         return
     print(text)
     speed = timing.new_tokens / timing.decode_seconds if timing.decode_seconds else 0.0
-    print(f"{engine}: {timing.new_tokens} tokens, {speed:.2f} tokens/s with the prompt", file=sys.stderr)
+    print(f"{engine.name}: {timing.new_tokens} tokens, {speed:.2f} tokens/s with the prompt", file=sys.stderr)

@@ -12,59 +12,77 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qwenq.api import load_options
 from qwenq.cli.console import warn
-from qwenq.cli.models import Model, resolve_model, stored_question
-from qwenq.cli.run import (
-    ComputeDtype,
+from qwenq.cli.options import (
+    ENGINE,
+    JOB,
+    MACHINE,
+    SERVER,
     CpuMemory,
     GpuMemory,
     KvDtype,
     MaxModelLen,
+    Model,
     OffloadDir,
     PrefillChunk,
-    load_options,
-    print_forecast,
+    RunDtype,
+    fetched,
+    load_words,
+    option,
 )
+from qwenq.cli.run import print_forecast, stored_question
 from qwenq.errors import PlanError, RunError, UsageError
 
 if TYPE_CHECKING:
     from qwenq.runtime.load import LoadOptions
 
+AUTO = "auto"
+
 
 def serve(
+    context: typer.Context,
     model: Model,
-    host: Annotated[str, typer.Option("--host", help="Address to listen on; loopback unless told otherwise.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any free one.")] = 8000,
+    host: Annotated[
+        str,
+        option(SERVER, "--host", help="Address to listen on; loopback unless told otherwise."),
+    ] = "127.0.0.1",
+    port: Annotated[int, option(SERVER, "--port", min=0, max=65535, help="0: any free one.")] = 8000,
     served_model_name: Annotated[
-        str, typer.Option("--served-model-name", help="What clients call the model. Default: the directory's name.")
+        str,
+        option(SERVER, "--served-model-name", help="What clients call the model. Default: the directory's name."),
     ] = "",
     api_key: Annotated[
-        str, typer.Option("--api-key", envvar="QWENQ_API_KEY", help="What clients must send.", show_envvar=True)
+        str,
+        option(SERVER, "--api-key", envvar="QWENQ_API_KEY", help="What clients must send.", show_envvar=True),
     ] = "",
     allowed_hosts: Annotated[
-        str, typer.Option("--allowed-hosts", help="Names it is reached by, beside addresses and local ones; *: any.")
+        str,
+        option(SERVER, "--allowed-hosts", help="Names it is reached by, beside addresses and local ones; *: any."),
     ] = "",
-    max_queue: Annotated[int, typer.Option("--max-queue", min=0, help="Requests that may wait.")] = 16,
+    max_queue: Annotated[int, option(SERVER, "--max-queue", min=0, help="Requests that may wait.")] = 16,
+    engine: Annotated[
+        str,
+        option(ENGINE, "--engine", help="vllm or qwenq; auto: vLLM where it is installed and there is a GPU."),
+    ] = "auto",
     max_model_len: MaxModelLen = "",
     prefill_chunk: PrefillChunk = 2048,
+    kv_cache_dtype: KvDtype = "auto",
+    compute_dtype: RunDtype = "auto",
     gpu_memory: GpuMemory = "",
     cpu_memory: CpuMemory = "",
     offload_dir: OffloadDir = None,
-    kv_cache_dtype: KvDtype = "auto",
-    compute_dtype: ComputeDtype = "auto",
-    engine: Annotated[
-        str, typer.Option("--engine", help="vllm or qwenq; auto: vLLM where it is installed and there is a GPU.")
-    ] = "auto",
     gpu: Annotated[
-        str, typer.Option("--gpu", help='vLLM: the rig of one host, "2x RTX 3090". Default: this machine\'s.')
+        str,
+        option(MACHINE, "--gpu", help='vLLM: the rig of one host, "2x RTX 3090". Default: this machine\'s.'),
     ] = "",
     hosts: Annotated[
-        str, typer.Option("--hosts", help="vLLM over several equal hosts, the first one leading: a,b,c.")
+        str,
+        option(MACHINE, "--hosts", help="vLLM over several equal hosts, the first one leading: a,b,c."),
     ] = "",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print vLLM's commands, or what our own server would load; start nothing.")
+        bool,
+        option(JOB, "--dry-run", help="Print vLLM's commands, or what our own server would load; start nothing."),
     ] = False,
 ) -> None:
     """Serve a checkpoint on OpenAI's API: /v1/models, /v1/chat/completions, /v1/completions, with streaming.
@@ -72,15 +90,17 @@ def serve(
     With several hosts vLLM's own Ray commands are printed, to be typed on each of them. With --dry-run a hub name is
     planned for by its headers; nothing is downloaded.
     """
-    if engine not in ("auto", "vllm", "qwenq"):
-        raise UsageError(f"unknown engine {engine!r}", hint="auto, vllm or qwenq")
-    if engine == "qwenq" and (gpu or hosts):
+    from qwenq.planning.engines.base import ENGINES
+
+    kind = ENGINES.get(engine)
+    if engine != AUTO and (kind is None or not kind.started):
+        raise UsageError(f"unknown engine {engine!r}", hint=f"{AUTO}, vllm or qwenq")
+    here = kind is not None and kind.layered
+    if here and (gpu or hosts):
         raise UsageError("--gpu and --hosts are of vLLM's commands", hint="--engine vllm, or leave them out")
     installed = importlib.util.find_spec("vllm") is not None
-    options = load_options(
-        max_model_len, prefill_chunk, gpu_memory, cpu_memory, offload_dir, kv_cache_dtype, compute_dtype
-    )
-    ours = engine == "qwenq" or (engine == "auto" and not (gpu or hosts) and not (installed and _has_gpu()))
+    options = load_options(**load_words(context))
+    ours = here or (kind is None and not (gpu or hosts) and not (installed and _has_gpu()))
     if allowed_hosts and not ours:
         raise UsageError("--allowed-hosts is of qwenq's own server", hint="--engine qwenq, or leave it out")
     name = served_model_name or (Path(model).resolve().name if Path(model).is_dir() else model)
@@ -91,7 +111,7 @@ def serve(
     if dry_run or len(leads) > 1:  # nothing is started here, so nothing is downloaded
         print("\n".join(vllm_commands(model, name, options, gpu, leads, host, port)))
         return
-    directory = resolve_model(model)
+    directory = fetched(model)
     if ours:
         names = tuple(each.strip() for each in allowed_hosts.split(",") if each.strip())
         _serve_here(directory, options, _Door(name, host, port, api_key, names, max_queue))

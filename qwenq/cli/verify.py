@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from qwenq.cli.console import out, print_json
-from qwenq.cli.models import JsonFlag
-from qwenq.errors import CheckpointError, UsageError
-from qwenq.io.json import shown
+from qwenq import api
+from qwenq.cli.console import out, print_json, print_step
+from qwenq.cli.options import JsonFlag
+from qwenq.errors import UsageError
 
 
 def verify(
@@ -43,25 +41,14 @@ def verify(
         raise UsageError("--layers and --all-layers exclude each other")
     chosen = _numbers(layers)
 
-    from qwenq.checkpoint.manifest import verify as run
-
-    for place in (directory, source):
-        if place is not None and not place.is_dir():
-            raise CheckpointError(f"{shown(str(place))}: no such directory")
-    result = run(directory, source)
-    again: tuple[int, ...] = ()
-    if source is not None and layers != "none" and not result.findings:
-        from qwenq.checkpoint.manifest import read_manifest
-        from qwenq.pipeline.reproduce import rederive
-
-        manifest, _ = read_manifest(directory)
-        again, findings = rederive(
-            directory, source, manifest, range(len(manifest["layers"])) if all_layers else chosen,
-            calibration=calibration,
-            listen=lambda line: None if json else print(line, file=sys.stderr, flush=True),
-        )  # fmt: skip
-        left = tuple(layer for layer in result.layers_not_made_again if layer not in again)
-        result = replace(result, layers_made_again=again, layers_not_made_again=left, findings=tuple(findings))
+    result = api.verify(
+        directory,
+        source,
+        layers="all" if all_layers else () if layers == "none" else chosen,
+        calibration=calibration,
+        progress=(lambda line: None) if json else print_step,
+    )
+    again = result.layers_made_again
     if json:
         print_json(result.to_json())
     else:
@@ -73,8 +60,8 @@ def verify(
             out.print(f"{directory}: {result.files} files{read}, all as in its manifest", soft_wrap=True, markup=False)
             out.print(f"digest {result.digest}", soft_wrap=True, markup=False)
             if result.layers_not_made_again:
-                layers = f"layers {_spans(result.layers_not_made_again)}"
-                out.print(f"not made again: {layers} (--all-layers makes every one)", soft_wrap=True, markup=False)
+                left = f"layers {_spans(result.layers_not_made_again)}"
+                out.print(f"not made again: {left} (--all-layers makes every one)", soft_wrap=True, markup=False)
     if result.findings:
         raise typer.Exit(1)
 

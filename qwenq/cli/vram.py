@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from qwenq.errors import PlanError, UsageError
+from qwenq.planning.engines.base import engine_names
 from qwenq.planning.questions import Question, contexts_of, spread
 
 
@@ -33,46 +34,68 @@ vram_app = typer.Typer(
     no_args_is_help=True,
     help="Memory a model needs on a rig. `qwenq vram MODEL` is short for `qwenq vram estimate MODEL`.",
 )
-Bits = Annotated[int | None, typer.Option("--bits", help="4, 8, or 16 for not quantized. Default 4.")]
+WEIGHTS, WORKLOAD, ENGINE, RIG, ANSWER = "Weights", "Workload", "Engine", "Rig", "Answer"
+
+
+def _option(panel: str, *names: str, help: str, metavar: str | None = None, **more: Any) -> Any:
+    """An option in a panel of the help, which says defaults in words where they need saying."""
+    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel, show_default=False, **more)
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Family name (Qwen2.5-72B), directory or hub name.")]
+Bits = Annotated[int | None, _option(WEIGHTS, "--bits", metavar="N", help="4, 8, or 16: not quantized. Default 4.")]
 GroupSize = Annotated[
-    int | None, typer.Option("--group-size", help="Weights per scale: 128, 64, 32, or -1 for a row. Default 128.")
+    int | None, _option(WEIGHTS, "--group-size", metavar="N", help="128, 64, 32, or -1: a row. Default 128.")
 ]
 TargetSize = Annotated[
-    str | None, typer.Option("--target-size", help="Mixed bits as quantize chooses them for this size, e.g. 47GB.")
+    str | None, _option(WEIGHTS, "--target-size", metavar="SIZE", help="Mixed bits as quantize chooses: 47GB.")
 ]
 RecipeFile = Annotated[
-    Path | None, typer.Option("--recipe", help="A recipe file, as `quantize --save-recipe` writes it.")
+    Path | None, _option(WEIGHTS, "--recipe", metavar="FILE", help="A recipe of `quantize --save-recipe`.")
 ]
 Checkpoint = Annotated[
-    Path | None, typer.Option("--checkpoint", help="Directory of a real checkpoint; only its headers are read.")
+    Path | None, _option(WEIGHTS, "--checkpoint", metavar="DIR", help="A real checkpoint; its headers are read.")
 ]
 PadForTp = Annotated[
-    int | None, typer.Option("--pad-for-tp", min=1, help="The FFN widened as by `quantize --pad-for-tp`.")
-]
-KvDtype = Annotated[str, typer.Option("--kv-cache-dtype", help="auto, fp16, bf16, fp8; llama.cpp: q8_0, q4_0.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", help="Sequences at once.")]
-EngineName = Annotated[str, typer.Option("--engine", help="qwenq, transformers, vllm or llama.cpp.")]
-EngineVersion = Annotated[str, typer.Option("--engine-version", help="Version of the engine, e.g. 4.46.0.")]
-PrefillChunk = Annotated[int, typer.Option("--prefill-chunk", help="Prompt tokens at once. 0: the engine's own.")]
-GpuRig = Annotated[str | None, typer.Option("--gpu", help='The rig: "2x RTX 3090", "RTX 4090 + 2x RTX 3060 12GB".')]
-Reserve = Annotated[str, typer.Option("--reserve", help="Kept free on every GPU, e.g. 1GiB for a desktop.")]
-MaxNumSeqs = Annotated[int, typer.Option("--max-num-seqs", help="vLLM's limit. 0: its default for the GPU.")]
-Utilization = Annotated[
-    float | None, typer.Option("--gpu-memory-utilization", help="A server's part of each GPU. vLLM's own: 0.9.")
+    int | None, _option(WEIGHTS, "--pad-for-tp", metavar="N", min=1, help="FFN padded as by `quantize --pad-for-tp`.")
 ]
 ExpectParams = Annotated[
-    str | None, typer.Option("--expect-params", help="Stated parameters, e.g. 72.7B; refused if the shapes disagree.")
+    str | None, _option(WEIGHTS, "--expect-params", metavar="N", help="Refuse shapes that do not make 72.7B, say.")
 ]
+BatchSize = Annotated[int, _option(WORKLOAD, "--batch-size", metavar="N", help="Sequences at once. Default 1.")]
+KvDtype = Annotated[
+    str, _option(WORKLOAD, "--kv-cache-dtype", metavar="DTYPE", help="auto, fp16, bf16, fp8, or the engine's own.")
+]
+PrefillChunk = Annotated[
+    int, _option(WORKLOAD, "--prefill-chunk", metavar="N", help="Prompt tokens at once. Default: the engine's.")
+]
+EngineName = Annotated[
+    str, _option(ENGINE, "--engine", metavar="NAME", help=f"{engine_names()}. Default {Question.engine}.")
+]
+EngineVersion = Annotated[str, _option(ENGINE, "--engine-version", metavar="VERSION", help="Such as 4.46.0.")]
+MaxNumSeqs = Annotated[
+    int, _option(ENGINE, "--max-num-seqs", metavar="N", help="A server's limit. Default: its own for the GPU.")
+]
+Utilization = Annotated[
+    float | None,
+    _option(ENGINE, "--gpu-memory-utilization", metavar="PART", help="A server's part of a GPU. vLLM's own: 0.9."),
+]
+GpuRig = Annotated[
+    str | None, _option(RIG, "--gpu", metavar="RIG", help='"2x RTX 3090", "RTX 4090 + 2x RTX 3060 12GB".')
+]
+Reserve = Annotated[str, _option(RIG, "--reserve", metavar="SIZE", help="Kept free on every GPU: 1GiB, for a desktop.")]
 ProfileFile = Annotated[
-    Path | None, typer.Option("--profile", help="Measured on the rig by `qwenq vram measure -o FILE`.")
+    Path | None, _option(RIG, "--profile", metavar="FILE", help="Measured there by `qwenq vram measure -o FILE`.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Machine-readable.")]
+Json = Annotated[bool, _option(ANSWER, "--json", help="Machine-readable.")]
 
 
 @vram_app.command("estimate")
 def estimate_command(
-    model: Annotated[str, typer.Argument(help="Family name (Qwen2.5-72B), directory or hub name.")],
-    max_model_len: Annotated[str, typer.Option("--max-model-len", "-c", help="Contexts, e.g. 1k,8k,32k,128k.")] = "",
+    model: Model,
+    max_model_len: Annotated[
+        str, _option(WORKLOAD, "--max-model-len", "-c", metavar="N,...", help="Contexts: 1k,8k,32k,128k.")
+    ] = "",
     bits: Bits = None,
     group_size: GroupSize = None,
     target_size: TargetSize = None,
@@ -87,14 +110,14 @@ def estimate_command(
     gpu: GpuRig = None,
     reserve: Reserve = "",
     tensor_parallel_size: Annotated[
-        int, typer.Option("--tensor-parallel-size", help="vLLM ranks. 0: what the rig allows.")
+        int, _option(ENGINE, "--tensor-parallel-size", metavar="N", help="Ranks of a server; as the rig allows.")
     ] = 0,
     max_num_seqs: MaxNumSeqs = 0,
     gpu_memory_utilization: Utilization = None,
     expect_params: ExpectParams = None,
     profile: ProfileFile = None,
     as_json: Json = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="One line a GPU and term.")] = False,
+    as_csv: Annotated[bool, _option(ANSWER, "--csv", help="One line a GPU and term.")] = False,
 ) -> None:
     """Memory of MODEL against context, per GPU, each term with its provenance."""
     if as_json and as_csv:

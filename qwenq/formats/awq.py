@@ -75,7 +75,10 @@ class Awq(Format):
             "bits": recipe.default.bits,
             "group_size": recipe.default.group_size,
             "zero_point": True,
-            "modules_to_not_convert": ["lm_head", *(name for name, scheme in recipe.overrides if scheme is None)],
+            "modules_to_not_convert": [
+                spec.architecture.head,
+                *(name for name, scheme in recipe.overrides if scheme is None),
+            ],
         }
 
     def read_config(self, config: Mapping[str, Any], where: str) -> Quantization:

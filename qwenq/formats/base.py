@@ -177,6 +177,8 @@ def label_of(scheme: Scheme | None) -> str:
 
 # ---------------------------------------------------------------------- recipes
 
+StoredDtype = Callable[[str], str]  # name of an unquantized tensor -> safetensors dtype it is stored in
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -216,27 +218,19 @@ class Recipe:
                 form.check(scheme, lin)
         form.check_together(self.schemes(spec))
 
-    def tensors(self, spec: ModelSpec, dtype: str | Callable[[str], str] = "BF16") -> Iterator[TensorSpec]:
+    def tensors(self, spec: ModelSpec, dtype: StoredDtype | str = "BF16") -> Iterator[TensorSpec]:
         """Every tensor of the quantized checkpoint; what is not quantized is stored in `dtype`, one or one a name."""
-        dtype_of = (lambda name: dtype) if isinstance(dtype, str) else dtype
-        for tensor in spec.outer_tensors():
-            yield TensorSpec(tensor.name, dtype_of(tensor.name), tensor.shape)
+        yield from self.outer_tensors(spec, dtype)
         for layer in range(spec.num_hidden_layers):
             yield from self.layer_tensors(spec, layer, dtype)
 
-    def layer_tensors(
-        self, spec: ModelSpec, layer: int, dtype: str | Callable[[str], str] = "BF16"
-    ) -> Iterator[TensorSpec]:
-        """Tensors of one decoder layer of the quantized checkpoint."""
-        dtype_of = (lambda name: dtype) if isinstance(dtype, str) else dtype
-        schemes = {lin.name: (lin, self.scheme_of(lin)) for lin in spec.layer_linears(layer)}
-        for tensor in spec.layer_tensors(layer):
-            module, _, part = tensor.name.rpartition(".")
-            lin, scheme = schemes.get(module, (None, None))
-            if lin is None or scheme is None:
-                yield TensorSpec(tensor.name, dtype_of(tensor.name), tensor.shape)
-            elif part == "weight":
-                yield from self.linear_tensors(lin, dtype_of)
+    def outer_tensors(self, spec: ModelSpec, dtype: StoredDtype | str = "BF16") -> Iterator[TensorSpec]:
+        """Those outside the decoder layers."""
+        return get_format(self.format).outer_tensors(self, spec, _by_name(dtype))
+
+    def layer_tensors(self, spec: ModelSpec, layer: int, dtype: StoredDtype | str = "BF16") -> Iterator[TensorSpec]:
+        """Those of one decoder layer."""
+        return get_format(self.format).layer_tensors(self, spec, layer, _by_name(dtype))
 
     def linear_tensors(self, lin: LinearSpec, dtype_of: StoredDtype = lambda name: "BF16") -> list[TensorSpec]:
         """Tensors of one linear, quantized or not, bias last."""
@@ -250,6 +244,10 @@ class Recipe:
         """Stored bits per weight of the quantizable linears: codes, scales and zero points, nothing beside them."""
         form = get_format(self.format)
         return sum(form.stored_bits(self.scheme_of(lin), lin) for lin in spec.linears) / spec.linear_parameters
+
+
+def _by_name(dtype: StoredDtype | str) -> StoredDtype:
+    return (lambda name: dtype) if isinstance(dtype, str) else dtype
 
 
 @dataclass(frozen=True)
@@ -279,9 +277,6 @@ class Quantization:
 
 
 # ---------------------------------------------------------------------- what a format says of itself
-
-
-StoredDtype = Callable[[str], str]  # name of an unquantized tensor -> safetensors dtype it is stored in
 
 
 @dataclass(frozen=True)
@@ -409,6 +404,21 @@ class Format(ABC):
         else:
             found = [TensorSpec(weight, dtype_of(weight), (lin.out_features, lin.in_features))]
         return [*found, TensorSpec(bias, dtype_of(bias), (lin.out_features,))] if lin.bias else found
+
+    def outer_tensors(self, recipe: Recipe, spec: ModelSpec, dtype_of: StoredDtype) -> Iterator[TensorSpec]:
+        """Tensors outside the decoder layers: embedding, last norm and, when untied, head, as stored in 16 bit."""
+        for tensor in spec.outer_tensors():
+            yield TensorSpec(tensor.name, dtype_of(tensor.name), tensor.shape)
+
+    def layer_tensors(self, recipe: Recipe, spec: ModelSpec, layer: int, dtype_of: StoredDtype) -> Iterator[TensorSpec]:
+        """Tensors of one decoder layer, as stored by `recipe`."""
+        linears = {lin.name: lin for lin in spec.layer_linears(layer)}
+        for tensor in spec.layer_tensors(layer):
+            module, _, part = tensor.name.rpartition(".")
+            if module not in linears:
+                yield TensorSpec(tensor.name, dtype_of(tensor.name), tensor.shape)
+            elif part == "weight":
+                yield from self.linear_tensors(recipe.scheme_of(linears[module]), linears[module], dtype_of)
 
     def packed_names(self, scheme: Scheme, lin: LinearSpec) -> list[str]:
         """Names of the tensors that hold a quantized linear's weight."""

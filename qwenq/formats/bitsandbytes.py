@@ -98,7 +98,10 @@ class Bitsandbytes(Format):
             "bnb_4bit_use_double_quant": False,
             "llm_int8_enable_fp32_cpu_offload": False,
             "llm_int8_has_fp16_weight": False,
-            "llm_int8_skip_modules": ["lm_head", *(name for name, scheme in recipe.overrides if scheme is None)],
+            "llm_int8_skip_modules": [
+                spec.architecture.head,
+                *(name for name, scheme in recipe.overrides if scheme is None),
+            ],
             "llm_int8_threshold": 6.0,
         }
 

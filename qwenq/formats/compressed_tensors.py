@@ -95,7 +95,7 @@ class CompressedTensors(Format):
                 }
                 for k, (scheme, names) in enumerate(members.items())
             },
-            "ignore": ["lm_head", *kept],
+            "ignore": [spec.architecture.head, *kept],
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
             "producer": {"name": "qwenq", "version": __version__},  # vLLM asks it for its name

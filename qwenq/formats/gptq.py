@@ -9,6 +9,7 @@ In the config, `dynamic` maps a regular expression on module names to an overrid
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,8 @@ from qwenq.formats.base import (
 )
 from qwenq.formats.config import read_pattern, read_scheme
 from qwenq.io.safetensors import TensorSpec
-from qwenq.model.spec import UNITS, LinearSpec, ModelSpec
+from qwenq.model.architectures import Stage
+from qwenq.model.spec import LinearSpec, ModelSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,7 +81,7 @@ class Gptq(Format):
             "pack_dtype": "int32",
         }
         if recipe.overrides:
-            config["dynamic"] = dynamic_overrides(recipe)
+            config["dynamic"] = dynamic_overrides(recipe, spec)
         config["meta"] = {"quantizer": [f"qwenq:{__version__}"]}
         if solved is not None:
             config["meta"] |= {"damp_percent": solved.damp_percent, "method": solved.method, "true_sequential": True}
@@ -227,7 +229,7 @@ def _group_sizes(index_I: Tensor, groups: int) -> list[int]:
     return sizes
 
 
-def dynamic_overrides(recipe: Recipe) -> dict[str, dict[str, Any]]:
+def dynamic_overrides(recipe: Recipe, spec: ModelSpec) -> dict[str, dict[str, Any]]:
     """`dynamic` of a mixed checkpoint: one pattern for each scheme of each fused group, with its layers.
 
     A group whose linears agree is matched under its fused name too (`qkv_proj`, `gate_up_proj`): vLLM and SGLang fuse
@@ -235,19 +237,18 @@ def dynamic_overrides(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """
     schemes = dict(recipe.overrides)
     layers: dict[tuple[str, tuple[str, ...], Scheme | None], list[int]] = {}
-    for layer, paths in _units_named(schemes):
-        found = {schemes.get(f"model.layers.{layer}.{path}", recipe.default) for path in paths}
-        fused = _FUSED.get(paths)
-        parts = [(*paths, fused) if fused else paths] if len(found) == 1 else [(path,) for path in paths]
-        for part in parts:
-            name = f"model.layers.{layer}.{part[0]}"
-            if name in schemes:
-                block = part[0].rpartition(".")[0]
+    for layer, stage in _stages_named(schemes, spec):
+        prefix = spec.layer_prefix(layer)
+        found = {schemes.get(prefix + path, recipe.default) for path in stage.paths}
+        whole = (*stage.paths, stage.fused) if stage.fused else stage.paths
+        for part in [whole] if len(found) == 1 else [(path,) for path in stage.paths]:
+            if prefix + part[0] in schemes:
                 linears = tuple(path.rpartition(".")[2] for path in part)
-                layers.setdefault((block, linears, schemes[name]), []).append(layer)
+                layers.setdefault((stage.block, linears, schemes[prefix + part[0]]), []).append(layer)
     dynamic: dict[str, dict[str, Any]] = {}
+    within = re.escape(spec.architecture.layers)
     for (block, linears, scheme), where in layers.items():
-        pattern = rf"^model\.layers\.{_either(where)}\.{block}\.{_either(linears)}$"
+        pattern = rf"^{within}\.{_either(where)}\.{re.escape(block)}\.{_either(linears)}$"
         if scheme is None:
             dynamic["-:" + pattern] = {}
         else:
@@ -255,17 +256,13 @@ def dynamic_overrides(recipe: Recipe) -> dict[str, dict[str, Any]]:
     return dynamic
 
 
-_FUSED = {UNITS["qkv"]: "self_attn.qkv_proj", UNITS["gate_up"]: "mlp.gate_up_proj"}
-
-
-def _units_named(schemes: Mapping[str, Scheme | None]) -> list[tuple[int, tuple[str, ...]]]:
-    """Layer and linears of every fused group that has an override, in order."""
-    layers = sorted({int(name.split(".")[2]) for name in schemes})
+def _stages_named(schemes: Mapping[str, Scheme | None], spec: ModelSpec) -> list[tuple[int, Stage]]:
+    """Layer and stage of every fused group that has an override, in order."""
     return [
-        (layer, paths)
-        for layer in layers
-        for paths in UNITS.values()
-        if any(f"model.layers.{layer}.{path}" in schemes for path in paths)
+        (layer, stage)
+        for layer in range(spec.num_hidden_layers)
+        for stage in spec.architecture.stages
+        if any(spec.layer_prefix(layer) + path in schemes for path in stage.paths)
     ]
 
 

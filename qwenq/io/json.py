@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -10,8 +11,13 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from qwenq.errors import CheckpointError, QwenqError, printable
+from qwenq.errors import CheckpointError, QwenqError
+from qwenq.escaping import printable
+from qwenq.escaping import shown as shown
 
+MAX_VALUES = 1_000_000  # of a JSON file: the header of 100,000 tensors has 800,000
+MAX_SMALL_BYTES = 100_000_000  # of a file beside the weights: the largest tokenizers have 35 MB
+MAX_DIGITS = 100  # of a whole number: more than any size, and little enough that it still is a float
 _MAX_NAME_BYTES = 255  # what file systems take
 
 
@@ -20,12 +26,19 @@ def read_object(path: Path, limit: int = 10_000_000) -> dict[str, Any]:
     return parse_object(read_limited(path, limit), shown(path.name))
 
 
-def open_regular(path: Path, error: type[QwenqError] = CheckpointError) -> BufferedReader:
-    """A regular file, opened for reading without waiting; `error` for a FIFO, a device, a folder or no file."""
+def open_regular(
+    path: Path, error: type[QwenqError] = CheckpointError, *, follow: bool = True
+) -> BufferedReader:
+    """A regular file, opened for reading without waiting; `error` for a FIFO, a device, a folder or no file.
+
+    follow: through a symbolic link too.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        handle = os.open(path, flags)
     except OSError as reason:
-        raise error(f"{shown(str(path))}: {reason.strerror}") from None
+        linked = not follow and reason.errno == errno.ELOOP
+        raise error(f"{shown(str(path))}: {'a link' if linked else reason.strerror}") from None
     except ValueError:  # a zero byte, or half of a surrogate pair, in its name
         raise error(f"{shown(str(path))}: no name a file can have") from None
     if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -34,9 +47,11 @@ def open_regular(path: Path, error: type[QwenqError] = CheckpointError) -> Buffe
     return os.fdopen(handle, "rb")
 
 
-def read_limited(path: Path, limit: int, error: type[QwenqError] = CheckpointError) -> bytes:
+def read_limited(
+    path: Path, limit: int, error: type[QwenqError] = CheckpointError, *, follow: bool = True
+) -> bytes:
     """All of a regular file of at most `limit` bytes; `error` for a larger one, before its content is read."""
-    with open_regular(path, error) as file:
+    with open_regular(path, error, follow=follow) as file:
         _check_size(path, os.fstat(file.fileno()).st_size, limit, error)
         data = file.read(limit + 1)
     _check_size(path, len(data), limit, error)  # it grew, or it is one of those that have no size
@@ -55,7 +70,10 @@ def _check_size(path: Path, size: int, limit: int, error: type[QwenqError]) -> N
 
 
 def parse_object(text: bytes, where: str) -> dict[str, Any]:
-    """Parse a JSON object strictly: UTF-8, no repeated keys, no NaN or infinity, no absurd nesting."""
+    """Parse a JSON object strictly: UTF-8, no repeated keys, no NaN or infinity, no absurd nesting, number or count."""
+    values = text.count(b",") + text.count(b"[") + text.count(b"{")  # at least; counted before any is made
+    if values > MAX_VALUES:
+        raise CheckpointError(f"{where}: JSON of {values} values or more, more than the {MAX_VALUES} it can need")
 
     def refuse_constant(token: str) -> Any:
         raise CheckpointError(f"{where}: JSON holds {token}, which is no number of JSON's")
@@ -72,7 +90,13 @@ def parse_object(text: bytes, where: str) -> dict[str, Any]:
         value = float(number)
         return value if math.isfinite(value) else refuse_constant(shown(number, 40))
 
-    hooks: dict[str, Any] = {"object_pairs_hook": unique, "parse_constant": refuse_constant, "parse_float": finite}
+    def whole(number: str) -> int:
+        if len(number) > MAX_DIGITS:
+            raise CheckpointError(f"{where}: JSON holds a number of {len(number)} digits, more than {MAX_DIGITS}")
+        return int(number)
+
+    hooks: dict[str, Any] = {"object_pairs_hook": unique, "parse_constant": refuse_constant}
+    hooks |= {"parse_float": finite, "parse_int": whole}
     try:
         value = json.loads(text.decode("utf-8"), **hooks)
     except RecursionError:
@@ -98,8 +122,11 @@ def inside(directory: Path, name: str) -> Path:
         raise CheckpointError(f"file name {shown(name)} leads out of the checkpoint's directory: refused")
     if len(name.encode("utf-8", "surrogatepass")) > _MAX_NAME_BYTES:
         raise CheckpointError(f"file name {shown(name)} is too long: refused")
-    path, root = directory / name, directory.resolve()
-    target = path.resolve()
+    path = directory / name
+    try:
+        root, target = directory.resolve(), path.resolve()
+    except (OSError, RuntimeError):  # a circle, or too long a path
+        raise CheckpointError(f"{shown(str(path))}: links in a circle, or too long a path: refused") from None
     allowed = [root]
     if root.parent.name == "snapshots":
         allowed.append(root.parent.parent / "blobs")
@@ -114,24 +141,8 @@ def model_name(directory: Path) -> str:
     repository = place.parent.parent.name
     if place.parent.name == "snapshots" and repository.startswith("models--") and repository.count("--") == 2:
         return repository.removeprefix("models--").replace("--", "/")
-    return place.name
-
-
-def shown(text: str, limit: int = 120) -> str:
-    """Text from outside as one printable line of at most `limit` characters."""
-    clean = printable(text[: limit + 1])
-    return clean if len(clean) <= limit else clean[: limit - 3] + "..."
+    return printable(place.name)
 
 
 def _exists(path: Path) -> bool:
     return os.path.lexists(path)
-
-
-def _regular_size(path: Path) -> int:
-    try:
-        info = os.stat(path)
-    except OSError as error:
-        raise CheckpointError(f"{shown(str(path))}: {error.strerror}") from None
-    if not stat.S_ISREG(info.st_mode):
-        raise CheckpointError(f"{shown(str(path))}: not a regular file")
-    return info.st_size

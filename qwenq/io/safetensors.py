@@ -6,17 +6,19 @@ shape and `data_offsets`, relative to the data; `__metadata__` maps text to text
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qwenq.errors import CheckpointError
-from qwenq.io.json import _exists, _regular_size, inside, parse_object, read_object, shown
+from qwenq.io.json import _exists, inside, open_regular, parse_object, read_object, shown
 
-MAX_HEADER_BYTES = 100_000_000  # the reference reader's own limit
+MAX_HEADER_BYTES = 32_000_000  # the reference reader takes 100 MB, which no model fills
+MAX_TENSORS = 100_000  # of a checkpoint: 1,000 decoder layers of packed linears have 46,000
+MAX_NAME_CHARACTERS = 500
 MAX_DIMENSIONS = 16
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -68,9 +70,9 @@ def checkpoint_tensors(directory: Path) -> dict[str, TensorLocation]:
 def read_header(path: Path) -> dict[str, TensorLocation]:
     """Tensors of one safetensors file by name, in file order; CheckpointError unless every byte is accounted for."""
     path = Path(path)
-    size = _regular_size(path)
     where = shown(path.name)
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
         head = file.read(8)
         if len(head) < 8:
             raise CheckpointError(f"{where}: {size} bytes, too short for a safetensors file", hint="download it again")
@@ -86,6 +88,7 @@ def read_header(path: Path) -> dict[str, TensorLocation]:
             )
         text = file.read(length)
     header = parse_object(text, where)
+    _check_count(header, where)
     _check_metadata(header.pop("__metadata__", None), where)
     base = 8 + length
     entries = sorted(_entries(header, where), key=lambda entry: entry[1:])
@@ -135,6 +138,7 @@ def _indexed_tensors(directory: Path) -> dict[str, TensorLocation]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{INDEX_NAME}: weight_map is missing or empty")
+    _check_count(weight_map, INDEX_NAME)
     for name, file in weight_map.items():
         if not isinstance(file, str) or not file.endswith(".safetensors"):
             raise CheckpointError(
@@ -162,6 +166,8 @@ def _indexed_tensors(directory: Path) -> dict[str, TensorLocation]:
 def _entries(header: dict[str, Any], where: str) -> Iterator[tuple[TensorSpec, int, int]]:
     for name, entry in header.items():
         here = f"{where}: tensor {shown(name)}"
+        if not name or len(name) > MAX_NAME_CHARACTERS:
+            raise CheckpointError(f"{here}: a name of {len(name)} characters, wanted 1 to {MAX_NAME_CHARACTERS}")
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
             raise CheckpointError(f"{here}: wanted exactly dtype, shape and data_offsets")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -178,6 +184,11 @@ def _entries(header: dict[str, Any], where: str) -> Iterator[tuple[TensorSpec, i
         if end - start != wanted:
             raise CheckpointError(f"{here}: {end - start} bytes of data, but {dtype} {shape} takes {wanted}")
         yield TensorSpec(name, dtype, tuple(shape)), start, end
+
+
+def _check_count(tensors: Mapping[str, Any], where: str) -> None:
+    if len(tensors) > MAX_TENSORS:
+        raise CheckpointError(f"{where}: {len(tensors)} tensors, more than any model has ({MAX_TENSORS})")
 
 
 def _natural(value: Any) -> bool:
@@ -226,6 +237,8 @@ SAMPLE_BYTES = 4096  # of each tensor; a fine-tuned model differs in all of them
 
 def fingerprint(directory: Path) -> str:
     """SHA-256 over name, dtype, shape and first bytes of each tensor, by name: the same however files are cut."""
+    import hashlib
+
     digest = hashlib.sha256()
     tensors = checkpoint_tensors(directory)
     for name in sorted(tensors):

@@ -1,6 +1,6 @@
-"""What must be known of a device before it computes: which products it does well, and whether it can be trusted.
+"""Devices before they compute: which matmuls they do well, and whether their copies can be trusted.
 
-CPUs without AVX-512 (desktop ones: AMD's before Zen 4, Intel's Core) have no bfloat16 products worth the name: from two
+CPUs without AVX-512 (desktop ones: AMD's before Zen 4, Intel's Core) have no bfloat16 matmuls worth the name: from two
 rows on torch multiplies there in scalar code, 4 to 5 times slower than in float32 (reports/LOG.md). GPUs before compute
 capability 8.0 emulate them: a V100 does 9.6 TFLOP/s in bfloat16, 14 in float32 (lablup/mlxcel#1654; not measured here).
 """

@@ -1,8 +1,8 @@
 """The network, one decoder layer at a time: transformers' own modules on the meta device, filled from shards.
 
-A layer is used in two ways that give the same numbers: whole (`forward`), and stage by stage (`attend`,
-`add_attention`, `mlp_input`, `gate`, `add_mlp`), so that each linear can be replaced before what follows it runs.
-Shapes: h, x [B, T, hidden]; a [B, T, q_size]; m [B, T, intermediate].
+A layer is used in two ways that give the same numbers: whole (`forward`), and stage by stage (`normed`, `within`,
+`add`), so that each linear can be replaced before what follows it runs. The stages are those of the architecture.
+Shapes: h [B, T, hidden]; x [B, T, in], the input of a stage's linears.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from torch import nn
 
 from qwenq.errors import CheckpointError
 from qwenq.io.json import shown
+from qwenq.model.architectures import Stage
 from qwenq.model.attention import WINDOWS, register
 from qwenq.model.spec import ModelSpec
 
-# model_type -> (module of transformers, class prefix)
-MODULES = {
-    "qwen2": ("transformers.models.qwen2", "Qwen2"),
-    "qwen3": ("transformers.models.qwen3", "Qwen3"),
-    "llama": ("transformers.models.llama", "Llama"),
-}
 _SHAPES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 
 
 def model_config(config: Mapping[str, Any], spec: ModelSpec) -> Any:
-    """transformers' configuration object of a config.json, without its quantization, in the shapes of `spec`."""
-    package, prefix = MODULES[spec.model_type]
-    configuration = importlib.import_module(f"{package}.configuration_{spec.model_type}")
+    """transformers' configuration object of a config.json, without its quantization, in the shapes of `spec`.
+
+    A window that config.json alone makes slide is left out: those shorter than what the model reads are refused.
+    """
+    entry = spec.architecture
+    configuration = importlib.import_module(entry.modules[0])
     plain = {k: v for k, v in config.items() if k not in ("quantization_config", "torch_dtype", "dtype")}
     plain |= {name: getattr(spec, name) for name in _SHAPES}
+    if not entry.window.switch:
+        plain[entry.window.key] = None
     with _refused_by_transformers():
-        return getattr(configuration, prefix + "Config").from_dict(plain)
+        return getattr(configuration, entry.classes + "Config").from_dict(plain)
 
 
 @contextmanager
@@ -51,14 +51,25 @@ def _refused_by_transformers() -> Iterator[None]:
         ) from error
 
 
+class _Reached(Exception):
+    """The forward pass of a block has come to a linear; `x` is what enters it."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+
+def _stop(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    raise _Reached(inputs[0])
+
+
 class Network:
     """One decoder layer at a time of the model that `config` (a config.json) describes."""
 
     def __init__(
         self, config: Mapping[str, Any], spec: ModelSpec, *, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
-        package, prefix = MODULES[spec.model_type]
-        modeling = importlib.import_module(f"{package}.modeling_{spec.model_type}")
+        entry = spec.architecture
+        modeling = importlib.import_module(entry.modules[1])
         self.config = model_config(config, spec)
         register()
         self.config._attn_implementation = WINDOWS
@@ -66,14 +77,12 @@ class Network:
         self.dtype = dtype
         self.device = torch.device(device)
         with _refused_by_transformers(), torch.device("meta"):
-            self._layer = getattr(modeling, prefix + "DecoderLayer")(self.config, 0)
-            self._norm = getattr(modeling, prefix + "RMSNorm")(spec.hidden_size, eps=self.config.rms_norm_eps)
+            self._layer = getattr(modeling, entry.classes + "DecoderLayer")(self.config, 0)
+            self._norm = getattr(modeling, entry.classes + "RMSNorm")(spec.hidden_size, eps=self.config.rms_norm_eps)
         with _refused_by_transformers():
-            rotary = getattr(modeling, prefix + "RotaryEmbedding")(config=self.config)
+            rotary = getattr(modeling, entry.classes + "RotaryEmbedding")(config=self.config)
         self._layer.eval().requires_grad_(False)
         self._norm.eval().requires_grad_(False)
-        self._identity = nn.Identity()
-        self._o_proj = self._layer.self_attn.o_proj
         self._rotary = rotary.to(self.device)
         self._positions: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -137,40 +146,41 @@ class Network:
 
     # ------------------------------------------------------------------ stage by stage
 
-    def attention_input(self, h: torch.Tensor) -> torch.Tensor:
-        """h -> input of q, k and v."""
-        return self._layer.input_layernorm(h)
+    def normed(self, stage: Stage, h: torch.Tensor) -> torch.Tensor:
+        """h entering the block of `stage` -> input of the block, x of its first stage."""
+        x: torch.Tensor = self._layer.get_submodule(self.spec.architecture.first_of_block(stage).norm)(h)
+        return x
 
-    def attend(self, x: torch.Tensor) -> torch.Tensor:
-        """Input of q, k and v -> input of o_proj."""
-        attention = self._layer.self_attn
-        attention.o_proj = self._identity
+    def within(self, stage: Stage, x: torch.Tensor) -> torch.Tensor:
+        """Input of the block of `stage` -> x of that stage: the block runs up to the stage's first linear."""
+        if stage.norm:
+            return x
+        block, attention = self._layer.get_submodule(stage.block), self.spec.architecture.attention
+        positions = {"attention_mask": None, "position_embeddings": self._position_embeddings(x.shape[1])}
+        handle = self._layer.get_submodule(stage.paths[0]).register_forward_pre_hook(_stop)
         try:
-            a: torch.Tensor = attention(
-                hidden_states=x,
-                attention_mask=None,
-                position_embeddings=self._position_embeddings(x.shape[1]),
-            )[0]
+            block(x, **(positions if stage.block == attention else {}))
+        except _Reached as reached:
+            return reached.x
         finally:
-            attention.o_proj = self._o_proj
-        return a
+            handle.remove()
+        raise CheckpointError(f"{stage.block} does not run {stage.paths[0]}: not the network of its architecture")
 
-    def add_attention(self, h: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-        """h and the input of o_proj -> h after attention."""
-        return h + self._o_proj(a)
+    def entering(self, stage: Stage, h: torch.Tensor) -> torch.Tensor:
+        """h entering the layer -> x of `stage`."""
+        for earlier in self.spec.architecture.stages:
+            if earlier == stage:
+                break
+            if earlier.adds:
+                h = self.add(earlier, h, self.within(earlier, self.normed(earlier, h)))
+        x = self.normed(stage, h)
+        del h  # while the block runs, its own tensors have the memory
+        return self.within(stage, x)
 
-    def mlp_input(self, h: torch.Tensor) -> torch.Tensor:
-        """h after attention -> input of gate and up."""
-        return self._layer.post_attention_layernorm(h)
-
-    def gate(self, x: torch.Tensor) -> torch.Tensor:
-        """Input of gate and up -> input of down."""
-        mlp = self._layer.mlp
-        return mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
-
-    def add_mlp(self, h: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
-        """h after attention and the input of down -> h after this layer."""
-        return h + self._layer.mlp.down_proj(m)
+    def add(self, stage: Stage, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """h entering the block, and x of its last stage -> h after the block."""
+        out: torch.Tensor = h + self._layer.get_submodule(stage.paths[0])(x)
+        return out
 
     # ------------------------------------------------------------------ after the last layer
 

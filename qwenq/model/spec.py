@@ -1,4 +1,4 @@
-"""What a decoder-only model is made of, read from its config alone: shapes, names, counts. No tensors, no torch."""
+"""Shapes, names and counts of a decoder-only model, read from its config alone. No tensors, no torch."""
 
 from __future__ import annotations
 
@@ -8,22 +8,15 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from qwenq.errors import CheckpointError
 from qwenq.io.json import shown
 from qwenq.io.safetensors import TensorSpec
+from qwenq.model.architectures import ARCHITECTURES, Architecture, Stage
 
-SUPPORTED_MODEL_TYPES = ("qwen2", "qwen3", "llama")
-
-# Linears of one unit read the same input and are fused by engines, so they share bits, group size and Hessian.
-UNITS: dict[str, tuple[str, ...]] = {
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "o": ("self_attn.o_proj",),
-    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": ("mlp.down_proj",),
-}
+_FAMILIES = Path(__file__).parents[1] / "data" / "families.json"
 
 
 @dataclass(frozen=True)
@@ -31,7 +24,8 @@ class LinearSpec:
     """One linear of a decoder layer: `weight` is [out_features, in_features]."""
 
     name: str  # model.layers.3.mlp.down_proj
-    unit: str  # one of UNITS
+    path: str  # mlp.down_proj
+    stage: str  # of the architecture: linears of one stage are fused by engines
     layer: int
     in_features: int
     out_features: int
@@ -40,7 +34,7 @@ class LinearSpec:
     @property
     def kind(self) -> str:
         """`q_proj`, `down_proj`, ..."""
-        return self.name.rsplit(".", 1)[1]
+        return self.path.rpartition(".")[2]
 
     @property
     def parameters(self) -> int:
@@ -49,7 +43,7 @@ class LinearSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Shapes of a Qwen2, Qwen2.5, Qwen3 (dense) or Llama model, under Hugging Face's names."""
+    """Shapes of a model of one of the ARCHITECTURES, under Hugging Face's names."""
 
     model_type: str
     hidden_size: int
@@ -63,10 +57,7 @@ class ModelSpec:
     max_position_embeddings: int
     extended_context: int  # the longest context the model's card allows, YaRN included
     name: str = ""
-    attention_bias: bool = False  # q, k, v (Qwen2; Llama when its config says so)
-    o_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
+    bias_keys: tuple[str, ...] = ()  # of the architecture's, those that config.json sets
     official_quantized_intermediate_size: int | None = None  # padded width of the publisher's own GPTQ and AWQ files
 
     @property
@@ -77,23 +68,44 @@ class ModelSpec:
     def kv_size(self) -> int:
         return self.num_key_value_heads * self.head_dim
 
-    def layer_linears(self, layer: int) -> tuple[LinearSpec, ...]:
-        """The seven linears of decoder layer `layer`, in the order they run."""
-        h, i, q, kv = self.hidden_size, self.intermediate_size, self.q_size, self.kv_size
-        shape = {
-            "q_proj": (h, q, self.attention_bias),
-            "k_proj": (h, kv, self.attention_bias),
-            "v_proj": (h, kv, self.attention_bias),
-            "o_proj": (q, h, self.o_bias),
-            "gate_proj": (h, i, self.mlp_bias),
-            "up_proj": (h, i, self.mlp_bias),
-            "down_proj": (i, h, self.mlp_bias),
-        }
+    @property
+    def architecture(self) -> Architecture:
+        """The entry of the model's family."""
+        return ARCHITECTURES[self.model_type]
+
+    def layer_name(self, layer: int) -> str:
+        """`model.layers.3`"""
+        return f"{self.architecture.layers}.{layer}"
+
+    def layer_prefix(self, layer: int) -> str:
+        """The beginning of the names of a layer's tensors: `model.layers.3.`"""
+        return self.layer_name(layer) + "."
+
+    def size(self, *names: str) -> int:
+        """The sum of sizes by their names: ("q_size", "kv_size")."""
+        return sum(getattr(self, name) for name in names)
+
+    def stage_linears(self, layer: int, stage: Stage | str) -> tuple[LinearSpec, ...]:
+        """The linears of one stage of decoder layer `layer`."""
+        if isinstance(stage, str):
+            stage = self.architecture.stage(stage)
+        prefix, columns = self.layer_prefix(layer), self.size(stage.inputs)
         return tuple(
-            LinearSpec(f"model.layers.{layer}.{path}", unit, layer, *shape[path.rsplit(".", 1)[1]])
-            for unit, paths in UNITS.items()
-            for path in paths
+            LinearSpec(
+                prefix + linear.path,
+                linear.path,
+                stage.name,
+                layer,
+                columns,
+                self.size(*linear.outputs),
+                linear.bias is True or linear.bias in self.bias_keys,
+            )
+            for linear in stage.linears
         )
+
+    def layer_linears(self, layer: int) -> tuple[LinearSpec, ...]:
+        """The linears of decoder layer `layer`, in the order they run."""
+        return tuple(lin for stage in self.architecture.stages for lin in self.stage_linears(layer, stage))
 
     @cached_property
     def linears(self) -> tuple[LinearSpec, ...]:
@@ -102,23 +114,39 @@ class ModelSpec:
 
     def layer_tensors(self, layer: int, dtype: str = "BF16") -> Iterator[TensorSpec]:
         """Tensors of one 16-bit decoder layer."""
-        prefix = f"model.layers.{layer}."
-        yield TensorSpec(prefix + "input_layernorm.weight", dtype, (self.hidden_size,))
+        prefix, entry = self.layer_prefix(layer), self.architecture
+        first, *others = (stage.norm for stage in entry.stages if stage.norm)
+        yield TensorSpec(f"{prefix}{first}.weight", dtype, (self.hidden_size,))
         for lin in self.layer_linears(layer):
             yield TensorSpec(lin.name + ".weight", dtype, (lin.out_features, lin.in_features))
             if lin.bias:
                 yield TensorSpec(lin.name + ".bias", dtype, (lin.out_features,))
-        if self.qk_norm:
-            yield TensorSpec(prefix + "self_attn.q_norm.weight", dtype, (self.head_dim,))
-            yield TensorSpec(prefix + "self_attn.k_norm.weight", dtype, (self.head_dim,))
-        yield TensorSpec(prefix + "post_attention_layernorm.weight", dtype, (self.hidden_size,))
+        for norm in entry.qk_norms:
+            yield TensorSpec(f"{prefix}{norm}.weight", dtype, (self.head_dim,))
+        for norm in others:
+            yield TensorSpec(f"{prefix}{norm}.weight", dtype, (self.hidden_size,))
+
+    @property
+    def embedding_tensor(self) -> str:
+        """`model.embed_tokens.weight`"""
+        return self.architecture.embedding + ".weight"
+
+    @property
+    def norm_tensor(self) -> str:
+        """Weight of the norm after the last layer: `model.norm.weight`"""
+        return self.architecture.norm + ".weight"
+
+    @property
+    def head_tensor(self) -> str:
+        """`lm_head.weight`, or the embedding's where they are tied."""
+        return self.embedding_tensor if self.tie_word_embeddings else self.architecture.head + ".weight"
 
     def outer_tensors(self, dtype: str = "BF16") -> Iterator[TensorSpec]:
         """Tensors outside the decoder layers: embedding, final norm and, when untied, head."""
-        yield TensorSpec("model.embed_tokens.weight", dtype, (self.vocab_size, self.hidden_size))
-        yield TensorSpec("model.norm.weight", dtype, (self.hidden_size,))
+        yield TensorSpec(self.embedding_tensor, dtype, (self.vocab_size, self.hidden_size))
+        yield TensorSpec(self.norm_tensor, dtype, (self.hidden_size,))
         if not self.tie_word_embeddings:
-            yield TensorSpec("lm_head.weight", dtype, (self.vocab_size, self.hidden_size))
+            yield TensorSpec(self.head_tensor, dtype, (self.vocab_size, self.hidden_size))
 
     def tensors(self, dtype: str = "BF16") -> Iterator[TensorSpec]:
         """Every tensor of the 16-bit checkpoint."""
@@ -146,14 +174,6 @@ _LARGEST = {"num_hidden_layers": 1000, "vocab_size": 1 << 24, "hidden_size": 1 <
             "head_dim": 1 << 14, "num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12}  # fmt: skip
 _LONGEST_CONTEXT = 1 << 40
 
-# What transformers takes for a key that config.json lacks (5.23, configuration_*.py): None follows from other keys.
-_DEFAULTS: dict[str, dict[str, int | None]] = {
-    "qwen2": {"num_key_value_heads": 32, "head_dim": None},
-    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
-    "llama": {"num_key_value_heads": None, "head_dim": None},
-}
-SLIDING_WINDOW = 4096  # likewise, where use_sliding_window is set
-
 
 def _whole(config: Mapping[str, Any], key: str, where: str, default: Any = None) -> int:
     value, most = config.get(key, default), _LARGEST.get(key, _LONGEST_CONTEXT)
@@ -167,15 +187,16 @@ def _whole(config: Mapping[str, Any], key: str, where: str, default: Any = None)
 def spec_from_config(config: Mapping[str, Any], where: str = "config.json", name: str = "") -> ModelSpec:
     """Read a Hugging Face `config.json`; raises CheckpointError for what is unsupported or contradicts itself."""
     model_type = config.get("model_type")
-    if model_type not in SUPPORTED_MODEL_TYPES:
+    architecture = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
+    if architecture is None:
         raise CheckpointError(
             f"{where}: model_type {repr(model_type)[:40]} is not supported "
-            f"(wanted one of {', '.join(SUPPORTED_MODEL_TYPES)})",
+            f"(wanted one of {', '.join(ARCHITECTURES)})",
             hint="mixture-of-experts and vision models are outside this tool",
         )
     heads = _whole(config, "num_attention_heads", where)
     hidden = _whole(config, "hidden_size", where)
-    given = {**_DEFAULTS[model_type], **config}
+    given = {"num_key_value_heads": None, "head_dim": None, **architecture.defaults, **config}
     kv_heads = heads if given["num_key_value_heads"] is None else _whole(given, "num_key_value_heads", where)
     if given["head_dim"] is None and hidden % heads:
         raise CheckpointError(f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
@@ -197,10 +218,8 @@ def spec_from_config(config: Mapping[str, Any], where: str = "config.json", name
                 f"{where}: rope_scaling has factor {repr(factor)[:40]} and original length {repr(original)[:40]}"
             )
         extended = max(extended, round(factor * original))
-    llama_bias = model_type == "llama" and bool(config.get("attention_bias", False))
-    qwen3_bias = model_type == "qwen3" and bool(config.get("attention_bias", False))
-    return ModelSpec(
-        model_type=model_type,
+    spec = ModelSpec(
+        model_type=architecture.model_type,
         hidden_size=hidden,
         intermediate_size=_whole(config, "intermediate_size", where),
         num_hidden_layers=_whole(config, "num_hidden_layers", where),
@@ -212,12 +231,11 @@ def spec_from_config(config: Mapping[str, Any], where: str = "config.json", name
         max_position_embeddings=max_position,
         extended_context=_whole(config, "extended_context", where, default=extended),
         name=name,
-        attention_bias=model_type == "qwen2" or llama_bias or qwen3_bias,
-        o_bias=llama_bias or qwen3_bias,
-        mlp_bias=model_type == "llama" and bool(config.get("mlp_bias", False)),
-        qk_norm=model_type == "qwen3",
+        bias_keys=tuple(key for key in architecture.bias_keys if config.get(key, False)),
         official_quantized_intermediate_size=config.get("official_quantized_intermediate_size"),
     )
+    architecture.window.refuse(config, spec.extended_context, where)
+    return spec
 
 
 _OWNER = re.compile(r"qwen/|deepseek-ai/|meta-llama/(meta-)?")
@@ -228,7 +246,7 @@ def family_configs() -> dict[str, dict[str, Any]]:
 
     One written as `like` another has that one's figures but for its own.
     """
-    text = resources.files("qwenq").joinpath("data/families.json").read_text(encoding="utf-8")
+    text = _FAMILIES.read_text(encoding="utf-8")
     configs: dict[str, dict[str, Any]] = json.loads(text)
     return {name: configs.get(config.pop("like", ""), {}) | config for name, config in configs.items()}
 
@@ -250,12 +268,12 @@ def refuse_experts(name: str) -> None:
     if _EXPERTS.search(name):
         raise CheckpointError(
             f"{shown(name)}: mixture-of-experts models are not supported",
-            hint="dense Qwen2, Qwen2.5, Qwen3 and Llama models are",
+            hint="dense Qwen2, Qwen2.5, Qwen3, Llama and Mistral models are",
         )
 
 
 def near_names(name: str) -> str:
-    """What to write instead of a name that is neither a directory nor shipped."""
+    """A suggestion in the place of a name that is neither a directory nor shipped."""
     families = {family.lower(): family for family in family_configs()}
     near = difflib.get_close_matches(name.lower().rpartition("/")[2], families, n=3, cutoff=0.75)
     if near:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 
+from qwenq.escaping import html
 from qwenq.planning.memory import TERM_NAMES
 from qwenq.planning.questions import Spread
 from qwenq.units import GIB, format_gb, format_tokens
@@ -39,7 +39,7 @@ def comparison_html(variants: Sequence[Spread], title: str) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><h1>{escape(title)}</h1>\n"
+        f"<title>{html(title)}</title><style>{STYLE}</style></head>\n<body><h1>{html(title)}</h1>\n"
         f"<p>GiB on the GPU with the least room; the dashed line is what it offers.</p><p>{keys}</p>\n"
         + "\n".join(parts)
         + "\n</body></html>\n"
@@ -65,7 +65,7 @@ def _section(variant: Spread, top: int) -> str:
         )
     head = "<tr><th>context</th><th>all GPUs</th><th>range</th><th>tightest GPU</th><th></th></tr>"
     return (
-        f"<h2>{escape(heading)}</h2><p>{escape(where)}</p>{_bars(variant, top)}"
+        f"<h2>{html(heading)}</h2><p>{html(where)}</p>{_bars(variant, top)}"
         f'<div class="scroll"><table>{head}{"".join(rows)}</table></div>'
     )
 
@@ -90,4 +90,4 @@ def _bars(variant: Spread, top: int) -> str:
         shapes.append(f'<text x="{max(x, at) + 6:.1f}" y="{y + 16}">{gpu.total_bytes / GIB:.2f}</text>')
         if gpu.limit_bytes is not None:
             shapes.append(f'<line class="limit" x1="{at:.1f}" x2="{at:.1f}" y1="{y - 4}" y2="{y + 26}"/>')
-    return f'<svg viewBox="0 0 740 {height}" role="img" aria-label="{escape(label)}">{"".join(shapes)}</svg>'
+    return f'<svg viewBox="0 0 740 {height}" role="img" aria-label="{html(label)}">{"".join(shapes)}</svg>'

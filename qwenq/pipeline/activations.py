@@ -1,15 +1,15 @@
-"""Hidden states of every token stream of a job, spilled, saved and restored.
+"""Hidden states of every token of a job: embedded, sent through layers, spilled, saved and restored.
 
-`calibration` runs through the quantized layers on the calibration tokens, `original` through the 16-bit ones on the
+`calibration` run through the quantized layers on the calibration tokens, `original` through the 16-bit ones on the
 first windows of these.
-`reference` runs through the 16-bit layers and `quantized` through the quantized ones, on the evaluation tokens.
-`float32` (only when computing in a narrower type) is the reference again in float32, for the noise floor.
+`reference` run through the 16-bit layers and `quantized` through the quantized ones, on the evaluation tokens.
+`float32` (only when computing in a narrower type) are the reference again in float32, for the noise floor.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,26 +17,30 @@ import torch
 
 from qwenq.checkpoint.reader import SLICE_ROWS, Checkpoint
 from qwenq.errors import CheckpointError
-from qwenq.io.durable import file_sha256
+from qwenq.io.durable import file_sha256, new_file
 from qwenq.io.safetensors import read_header
 from qwenq.io.tensors import read_into, write_shard
-from qwenq.pipeline.preflight import NOISE_WINDOWS, SPILL_BYTES, scratch_width
+from qwenq.pipeline.config import NOISE_WINDOWS, SPILL_BYTES
+from qwenq.pipeline.preflight import scratch_width
+from qwenq.pipeline.workers import Workers
 
 Convert = Callable[[str, torch.Tensor], torch.Tensor]
-_EMBEDDING = "model.embed_tokens.weight"
+LayerState = dict[str, torch.Tensor]  # parameters of a layer by relative name
+THROUGH_SOURCE = ("float32", "reference", "original")
+AS_WRITTEN = ("calibration", "quantized")
 
 
 @dataclass(frozen=True)
-class Streams:
+class HiddenStates:
     """Hidden states entering the next layer, each [windows, tokens, hidden]; `scratch` is flat working space."""
 
     states: dict[str, torch.Tensor]
     scratch: torch.Tensor
 
-    def without_calibration(self) -> Streams:
-        """What the drift is read from, after the last layer: the rest of the memory can go."""
+    def without_calibration(self) -> HiddenStates:
+        """The states that the divergence is read from, after the last layer; the rest of the memory can go."""
         kept = {name: states for name, states in self.states.items() if name not in ("calibration", "original")}
-        return Streams(kept, self.scratch.new_empty(0))
+        return HiddenStates(kept, self.scratch.new_empty(0))
 
     def save(self, path: Path) -> str:
         """Write all states at `path`; returns the file's SHA-256."""
@@ -54,45 +58,82 @@ class Streams:
         return True
 
 
-def new_streams(
-    source: Checkpoint,
-    calibration_NT: torch.Tensor | None,
-    evaluation_NT: torch.Tensor,
-    *,
-    dtype: torch.dtype,
-    calibration_dtype: torch.dtype = torch.float32,
-    original_windows: int = 0,
-    spill_directory: Path,
-    spill_bytes: int = SPILL_BYTES,
-    convert: Convert = lambda name, tensor: tensor,
-) -> Streams:
-    """Embed the tokens. Without calibration tokens there is no calibration stream (evaluation of two checkpoints).
+@dataclass(frozen=True)
+class LayerRunner:
+    """Sends hidden states through a layer, those of each name by their workers; names without workers stay as they are.
 
-    convert: what the writer does to the stored embedding, which the calibration and quantized streams read.
+    passes: ranges of windows, by name, that go one after the other; None for all at once.
     """
-    spec = source.spec
+
+    states: Mapping[str, torch.Tensor]
+    workers: Mapping[str, Workers]
+    passes: Callable[[str], list[range] | None] = lambda name: None
+
+    def advance(self, state: LayerState, *names: str) -> None:
+        """Send hidden states `names`, those there are, through the layer of these parameters, in place."""
+        for name in self._present(names):
+            workers = self.workers[name]
+            workers.fill(state)
+            workers.run_layer(self.states[name], self.passes(name))
+            workers.release()
+
+    def replay(
+        self, layer: int, source: Callable[[int], LayerState], written: Callable[[int], LayerState]
+    ) -> None:
+        """Send all hidden states through `layer`, of the source or as written; what none run through is not read."""
+        for read, names in ((source, THROUGH_SOURCE), (written, AS_WRITTEN)):
+            if present := self._present(names):
+                self.advance(read(layer), *present)
+
+    def _present(self, names: Sequence[str]) -> list[str]:
+        return [name for name in names if name in self.states and name in self.workers]
+
+
+@dataclass(frozen=True)
+class TokenSets:
+    """Tokens of a job, int64 [windows, tokens], and the dtypes of their hidden states."""
+
+    evaluation_NT: torch.Tensor
+    dtype: torch.dtype
+    calibration_NT: torch.Tensor | None = None  # none where two checkpoints are compared
+    calibration_dtype: torch.dtype = torch.float32
+    original_windows: int = 0  # of calibration that run through the 16-bit layers too
+
+
+def embed_tokens(
+    source: Checkpoint,
+    tokens: TokenSets,
+    directory: Path,
+    convert: Convert = lambda name, tensor: tensor,
+    *,
+    spill_bytes: int = SPILL_BYTES,
+) -> HiddenStates:
+    """Hidden states entering the first layer; beyond `spill_bytes` they lie in files under `directory`.
+
+    convert: what the writer does to the stored embedding, which calibration and quantized hidden states begin with.
+    """
+    spec, calibration_NT = source.spec, tokens.calibration_NT
     wanted: dict[str, tuple[torch.Tensor, torch.dtype]] = {}
     if calibration_NT is not None:
-        wanted["calibration"] = (calibration_NT, calibration_dtype)
-        if original_windows:
-            wanted["original"] = (calibration_NT[:original_windows], calibration_dtype)
-    wanted["reference"] = (evaluation_NT, dtype)
-    wanted["quantized"] = (evaluation_NT, dtype)
-    if dtype != torch.float32:
-        wanted["float32"] = (evaluation_NT[:NOISE_WINDOWS], torch.float32)
+        wanted["calibration"] = (calibration_NT, tokens.calibration_dtype)
+        if tokens.original_windows:
+            wanted["original"] = (calibration_NT[: tokens.original_windows], tokens.calibration_dtype)
+    wanted["reference"] = (tokens.evaluation_NT, tokens.dtype)
+    wanted["quantized"] = (tokens.evaluation_NT, tokens.dtype)
+    if tokens.dtype != torch.float32:
+        wanted["float32"] = (tokens.evaluation_NT[:NOISE_WINDOWS], torch.float32)
     scratch = 0 if calibration_NT is None else calibration_NT.numel() * scratch_width(spec)
     total = sum(ids.numel() * spec.hidden_size * kind.itemsize for ids, kind in wanted.values())
-    spill = total + scratch * calibration_dtype.itemsize > spill_bytes
+    spill = total + scratch * tokens.calibration_dtype.itemsize > spill_bytes
     states = {
-        name: _allocate((*ids.shape, spec.hidden_size), kind, spill_directory / f".qwenq-{name}" if spill else None)
+        name: _allocate((*ids.shape, spec.hidden_size), kind, directory / f".qwenq-{name}" if spill else None)
         for name, (ids, kind) in wanted.items()
     }
     pairs = {name: (states[name], ids) for name, (ids, _) in wanted.items()}
-    written = [name for name in pairs if name in ("calibration", "quantized")]
-    embed(source, {name: pair for name, pair in pairs.items() if name not in written})
-    embed(source, {name: pairs[name] for name in written}, convert)
-    space = _allocate((scratch,), calibration_dtype, spill_directory / ".qwenq-scratch" if spill else None)
-    return Streams(states, space)
+    embed(source, {name: pair for name, pair in pairs.items() if name not in AS_WRITTEN})
+    embed(source, {name: pair for name, pair in pairs.items() if name in AS_WRITTEN}, convert)
+    space = _allocate((scratch,), tokens.calibration_dtype, directory / ".qwenq-scratch" if spill else None)
+    return HiddenStates(states, space)
 
 
 def embed(
@@ -104,20 +145,21 @@ def embed(
 
     The table is read by slices of the vocabulary, never held whole.
     """
-    vocab = source.tensors[_EMBEDDING].spec.shape[0]
+    name = source.spec.embedding_tensor
+    vocab = source.tensors[name].spec.shape[0]
     windows = [pair for states, ids in targets.values() for pair in zip(states, ids, strict=True)]
     for start in range(0, vocab, SLICE_ROWS):
         stop = min(start + SLICE_ROWS, vocab)
         here = [(h_TH, ids_T, (ids_T >= start) & (ids_T < stop)) for h_TH, ids_T in windows]
         here = [each for each in here if bool(each[2].any())]
-        table = convert(_EMBEDDING, source.read_slice(_EMBEDDING, start, stop)) if here else None
+        table = convert(name, source.read_slice(name, start, stop)) if here else None
         for h_TH, ids_T, held_T in here:
             assert table is not None
             h_TH[held_T] = table[ids_T[held_T] - start].to(h_TH.dtype)
     for states, _ in targets.values():
         if not bool(torch.isfinite(states).all()):
             raise CheckpointError(
-                f"{source.tensors[_EMBEDDING].file}: {_EMBEDDING} holds a NaN or an infinity",
+                f"{source.tensors[name].file}: {name} holds a NaN or an infinity",
                 hint="the download may be damaged: compare its SHA-256 with the repository's",
             )
 
@@ -128,7 +170,6 @@ def _allocate(shape: Sequence[int], dtype: torch.dtype, spill: Path | None) -> t
         size *= dim
     if spill is None or size == 0:
         return torch.empty(*shape, dtype=dtype)
-    spill.unlink(missing_ok=True)
-    with open(spill, "wb") as file:
+    with new_file(spill) as file:
         os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)  # a full disk is an error here, not a crash later
     return torch.from_file(str(spill), shared=True, size=size, dtype=dtype).view(*shape)

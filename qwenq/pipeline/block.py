@@ -2,6 +2,8 @@
 
 h -> norm -> [q k v] -> attention -> [o] -> + -> norm -> [gate up] -> act * -> [down] -> +
      collect, solve               collect, solve    collect, solve          collect, solve
+
+The stages, and where channel scales go, are the architecture's.
 """
 
 from __future__ import annotations
@@ -16,29 +18,31 @@ from torch import Tensor
 
 from qwenq.errors import CheckpointError
 from qwenq.formats.base import Recipe, Scheme, get_format
+from qwenq.model.architectures import Stage
 from qwenq.model.layer import Network
-from qwenq.model.spec import UNITS, LinearSpec, ModelSpec
+from qwenq.model.spec import LinearSpec, ModelSpec
+from qwenq.pipeline.config import BATCH_TOKENS, ERROR_CORRECTION_SHARE
 from qwenq.pipeline.monitor import StageClock
-from qwenq.pipeline.preflight import BATCH_TOKENS, PULL_SHARE
-from qwenq.pipeline.workers import LaneSums, Replicas
+from qwenq.pipeline.preflight import scratch_width
+from qwenq.pipeline.workers import Workers, WorkerSums
 from qwenq.results import LayerResult
 from qwenq.solver.equalize import FoldedLayer
-from qwenq.solver.gptq import DAMP_PERCENT, Shortfall, add_to_hessian, decibel, mirror_upper
+from qwenq.solver.gptq import DAMP_PERCENT, ResidualCovariance, add_to_hessian, decibel, mirror_upper
 from qwenq.solver.grid import QTensor
 from qwenq.solver.parallel import solve_rows
 
-MOMENT_STRIDE = 16  # of the tokens from which down's input moments are estimated: they count by their 16th root
+MOMENT_STRIDE = 16  # of the tokens from which moments behind a linear are estimated: they count by their 16th root
 
 
 @dataclass(frozen=True)
 class SolverOptions:
-    """What the solver is asked to do, the same for every layer."""
+    """Settings of the solver, the same for every layer."""
 
     method: str = "gptq"  # gptq, or rtn: round to nearest with absmax scales, the baseline, without calibration
     damp_percent: float = DAMP_PERCENT  # share of the mean Hessian diagonal added to the diagonal
-    fold: bool = True  # fold channel scales into norms and up_proj (quant/fold.py)
-    pull: float = 1.0  # how far o and down are moved towards what the 16-bit stream has, before they are rounded
-    pull_share: float = PULL_SHARE  # of the calibration windows that stream has: it costs a pass of theirs
+    fold: bool = True  # fold channel scales into norms and up_proj (solver/equalize.py)
+    error_correction: float = 1.0  # how far o and down are moved towards the 16-bit hidden states before rounding
+    error_correction_share: float = ERROR_CORRECTION_SHARE  # of the calibration windows: they cost a pass of theirs
 
 
 def batches(windows: int, tokens: int, budget_tokens: int = BATCH_TOKENS) -> Iterator[slice]:
@@ -48,24 +52,25 @@ def batches(windows: int, tokens: int, budget_tokens: int = BATCH_TOKENS) -> Ite
         yield slice(start, min(start + step, windows))
 
 
-def passes(windows: int, pulled: int = 0) -> list[range]:
-    """Ranges of windows that go through a layer one after the other: both halves of the pulled ones, then the rest.
+def passes(windows: int, corrected: int = 0) -> list[range]:
+    """Ranges of windows that go through a layer one after the other: both halves of the first `corrected`, then the
+    rest.
 
     Whoever replays a layer goes through it in the same ranges: parts of other sizes may end in other last bits.
     """
-    cuts = [0, pulled // 2, pulled, windows]
+    cuts = [0, corrected // 2, corrected, windows]
     return [range(start, stop) for start, stop in itertools.pairwise(cuts) if start < stop]
 
 
 @dataclass(frozen=True)
-class CalibrationStreams:
+class CalibrationStates:
     """Hidden states of the calibration tokens, [windows, tokens, hidden], and flat working space of the same dtype.
 
-    `scratch` holds at least windows * tokens * max(q_size + hidden, intermediate) values.
+    `scratch` holds at least windows * tokens * `scratch_width` values.
     """
 
     quantized_NTH: Tensor  # through quantized layers
-    original_NTH: Tensor | None  # the first windows, through 16-bit layers; None when nothing is pulled there
+    original_NTH: Tensor | None  # the first windows, through 16-bit layers; None without error correction
     scratch: Tensor
 
     def buffer(self, width: int, after: int = 0) -> Tensor:
@@ -75,20 +80,23 @@ class CalibrationStreams:
         return self.scratch[count * after : count * (after + width)].view(windows, tokens, width)
 
 
+Produce = Callable[[Network, slice], Tensor]  # a part of the windows -> the input of a stage's linears, [B, T, in]
+
+
 @dataclass
 class BlockSolver:
-    """Quantizes the layer that `replicas` hold, unit by unit; each sees what those before it make of the tokens.
+    """Quantizes the layer that `workers` hold, stage by stage; each sees what those before it make of the tokens.
 
     folded: the layer's tensors with nothing folded yet; afterwards `folded.kept` has what is to be written as it is.
-    Streams are advanced in place to the output of the layer. Afterwards the replicas hold the dequantized weights.
+    Hidden states are advanced in place to the output of the layer. Afterwards the workers hold the dequantized weights.
     """
 
-    replicas: Replicas
+    workers: Workers
     spec: ModelSpec
     layer: int
     recipe: Recipe
     folded: FoldedLayer
-    streams: CalibrationStreams
+    states: CalibrationStates
     options: SolverOptions
     clock: StageClock
     packed: dict[str, Tensor] = field(default_factory=dict)
@@ -96,209 +104,228 @@ class BlockSolver:
 
     def run(self) -> tuple[dict[str, Tensor], list[LayerResult]]:
         """Packed tensors by full name, and one result a linear."""
-        h_NTH = self.h_NTH
-        attended = self.streams.buffer(self.spec.q_size)
-        middle = self.streams.buffer(self.spec.hidden_size, after=self.spec.q_size)
-        gated = self.streams.buffer(self.spec.intermediate_size)  # takes the place of both
-        original = self.streams.original_NTH
-        if original is not None:
-            self._advance_original(original, middle)
+        wanted = self._advance_original()
         self._take_kept()
-
-        def attention_input(network: Network, part: slice) -> Tensor:
-            return network.attention_input(_on(network, h_NTH[part]))
-
-        def attend(network: Network, part: slice) -> Tensor:
-            a = network.attend(attention_input(network, part))
-            attended[part] = a.to(attended.device)
-            return a
-
-        down_moments = LaneSums(self.replicas, 1, self.spec.intermediate_size)
-
-        def after_attention(network: Network, part: slice) -> Tensor:
-            h = network.add_attention(_on(network, h_NTH[part]), _on(network, attended[part]))
-            h_NTH[part] = h.to(h_NTH.device)
-            x = network.mlp_input(h)
-            if self._folds("down"):  # scales of down's inputs are scales of up's rows: needed before up is rounded
-                sample = x[:, ::MOMENT_STRIDE]
-                down_moments.of(network).add_(network.gate(sample).float().square().sum((0, 1)))
-            return x
-
-        def gate(network: Network, part: slice) -> Tensor:
-            m = network.gate(network.mlp_input(_on(network, h_NTH[part])))
-            gated[part] = m.to(gated.device)
-            return m
-
-        def add_mlp(network: Network, part: slice) -> None:
-            h = network.add_mlp(_on(network, h_NTH[part]), _on(network, gated[part]))
-            h_NTH[part] = h.to(h_NTH.device)
-
-        self._solve_inner("qkv", attention_input)
-        after_o = None if original is None else middle[: len(original)]
-        self._solve_outer("o", attend, Network.add_attention, after_o)
-        self._solve_inner("gate_up", after_attention, down_moments)
-        self._solve_outer("down", gate, Network.add_mlp, original)
-        self._pass(add_mlp)
+        pending: Stage | None = None  # its outputs are still to be added to the hidden states
+        for stage in self.spec.architecture.stages:
+            if pending and stage.norm and stage.adds:  # it would overwrite the inputs that are still to be read
+                self._add(pending)
+                pending = None
+            schemes = self._by_scheme(stage)
+            if stage.adds and schemes:
+                self._solve_adding(stage, self._inputs(stage, pending), wanted.get(stage.name))
+            elif schemes:
+                self._solve_inner(stage, pending)
+            else:
+                self._pass(self._inputs(stage, pending))
+            pending = stage if stage.adds else None if stage.norm else pending
+        if pending:
+            self._add(pending)
         return self.packed, self.results
+
+    # ------------------------------------------------------------------ hidden states
 
     @property
     def h_NTH(self) -> Tensor:
-        return self.streams.quantized_NTH
+        return self.states.quantized_NTH
 
-    def _advance_original(self, original_NTH: Tensor, middle_NTH: Tensor) -> None:
-        """Send the 16-bit stream through the 16-bit layer, in place; `middle` gets its states after attention."""
+    def _buffer(self, stage: Stage) -> Tensor:
+        """Where the inputs of a stage that adds are kept until its weights are there."""
+        return self.states.buffer(self.spec.size(stage.inputs))
+
+    def _advance_original(self) -> dict[str, Tensor]:
+        """Send the 16-bit hidden states through the 16-bit layer, in place; what they are after each block, by the
+        stage that ends it. Nothing without error correction.
+        """
+        original_NTH = self.states.original_NTH
+        if original_NTH is None:
+            return {}
+        *inner, last = ends = [stage for stage in self.spec.architecture.stages if stage.adds]
+        hidden, width = self.spec.hidden_size, scratch_width(self.spec)
+        after = {
+            stage.name: self.states.buffer(hidden, after=width - hidden * (len(inner) - k))[: len(original_NTH)]
+            for k, stage in enumerate(inner)
+        } | {last.name: original_NTH}
 
         def advance(network: Network, part: slice) -> None:
             h = _on(network, original_NTH[part])
-            h = network.add_attention(h, network.attend(network.attention_input(h)))
-            middle_NTH[part] = h.to(middle_NTH.device)
-            original_NTH[part] = network.add_mlp(h, network.gate(network.mlp_input(h))).to(original_NTH.device)
+            for stage in ends:
+                h = network.add(stage, h, network.within(stage, network.normed(stage, h)))
+                after[stage.name][part] = h.to(original_NTH.device)
 
         self._pass(advance, passes(len(original_NTH), len(original_NTH)))
+        return after
+
+    def _inputs(
+        self, stage: Stage, pending: Stage | None, moments: Mapping[Stage, WorkerSums] | None = None
+    ) -> Produce:
+        """Inputs of a stage, for every window once. Outputs of `pending` are added before; inputs of a stage that adds
+        are kept. `moments`: sums of squares of the inputs of later stages in the block, added to on the way.
+        """
+        h_NTH = self.h_NTH
+
+        def produce(network: Network, part: slice) -> Tensor:
+            h = _on(network, h_NTH[part])
+            if stage.norm and pending:
+                h = network.add(pending, h, _on(network, self._buffer(pending)[part]))
+                h_NTH[part] = h.to(h_NTH.device)
+            normed = network.normed(stage, h)
+            del h  # while the block runs, its own tensors have the memory
+            x = network.within(stage, normed)
+            for later, sums in (moments or {}).items():
+                sampled = network.within(later, normed[:, ::MOMENT_STRIDE])
+                sums.of(network).add_(sampled.float().square().sum((0, 1)))
+            if stage.adds:
+                self._buffer(stage)[part] = x.to(h_NTH.device)
+            return x
+
+        return produce
+
+    def _add(self, stage: Stage) -> None:
+        """Add the outputs of a stage to the hidden states."""
+
+        def add(network: Network, part: slice) -> None:
+            h = network.add(stage, _on(network, self.h_NTH[part]), _on(network, self._buffer(stage)[part]))
+            self.h_NTH[part] = h.to(self.h_NTH.device)
+
+        self._pass(add)
 
     def _pass(self, function: Callable[[Network, slice], object], ranges: Sequence[range] | None = None) -> None:
-        original = self.streams.original_NTH
+        original = self.states.original_NTH
         if ranges is None:
             ranges = passes(len(self.h_NTH), 0 if original is None else len(original))
         with self.clock.time("forward"):
             for windows in ranges:
-                self.replicas.each(function, windows)
+                self.workers.each(function, windows)
 
-    def _in_lane(self, stage: str, network: Network) -> AbstractContextManager[None]:
-        lanes = len(self.replicas.networks)
-        return self.clock.time_in_lane(stage, of="forward", lanes=lanes, device=network.device)
+    def _in_worker(self, stage: str, network: Network) -> AbstractContextManager[None]:
+        return self.clock.time_in_worker(stage, of="forward", workers=len(self.workers), device=network.device)
 
-    def _solve_inner(
-        self, unit: str, produce: Callable[[Network, slice], Tensor], down_moments: LaneSums | None = None
-    ) -> None:
-        """Solve a unit that reads a norm: q, k, v or gate, up."""
-        members = _members(self.spec, self.layer, unit)
-        if not _by_scheme(members, self.recipe):
-            return self._pass(produce)
-        hessians = LaneSums(self.replicas, self.spec.hidden_size, self.spec.hidden_size)
+    # ------------------------------------------------------------------ stages
+
+    def _solve_inner(self, stage: Stage, pending: Stage | None) -> None:
+        """Solve a stage whose outputs stay within its block: q, k, v or gate, up."""
+        columns = self.spec.size(stage.inputs)
+        moments = {
+            later: WorkerSums(self.workers, 1, self.spec.size(later.inputs))
+            for later in self.spec.architecture.stages
+            if later.folds_into in stage.paths and self._folds(later)
+        }
+        produce = self._inputs(stage, pending, moments)
+        hessians = WorkerSums(self.workers, columns, columns)
 
         def collect(network: Network, part: slice) -> None:
             x = produce(network, part)
-            with self._in_lane("hessian", network):
+            with self._in_worker("hessian", network):
                 add_to_hessian(hessians.of(network), x)
 
         self._pass(collect)
         hessian = hessians.total()
-        with self.clock.time(f"solve {unit}"):
-            if down_moments is not None and self._folds("down"):
-                self.folded.fold_down(down_moments.total()[0])
-            if self._folds(unit):
-                scales_I = self.folded.fold_norm(unit, hessian.diagonal())
+        with self.clock.time(f"solve {stage.name}"):
+            for later, sums in moments.items():  # scales of its rows: needed before they are rounded
+                self.folded.fold(later, sums.total()[0])
+            if stage.folds_into == stage.norm and self._folds(stage):
+                scales_I = self.folded.fold(stage, hessian.diagonal())
                 hessian.div_(scales_I[:, None]).div_(scales_I)
             self._take_kept()
-            self._solve(members, hessian, None)
+            self._solve(stage, hessian)
 
-    def _solve_outer(
-        self,
-        unit: str,
-        produce: Callable[[Network, slice], Tensor],
-        add: Callable[[Network, Tensor, Tensor], Tensor],
-        wanted_NTH: Tensor | None,
-    ) -> None:
-        """Solve a unit whose output `add` adds to the residual stream, o or down.
+    def _solve_adding(self, stage: Stage, produce: Produce, wanted_NTH: Tensor | None) -> None:
+        """Solve a stage whose outputs are added to the hidden states, o or down.
 
         Tokens count by the inverse of the mean square of their states after it: what the next norm makes of an error.
-        The states that the first windows should come to are `wanted_NTH`; they say what the unrounded weights are
-        short of.
+        `wanted_NTH` are the states that the first windows should come to: with the Hessian of these windows they give
+        the residual cross-covariance, which the weights are corrected by.
         """
-        ((path, lin),) = _members(self.spec, self.layer, unit).items()
-        if self.recipe.scheme_of(lin) is None:
-            return self._pass(produce)
-        self.replicas.set_parameter(f"{path}.weight", self.folded.weight(path))
-        hessians = LaneSums(self.replicas, lin.in_features, lin.in_features)
-
-        def add_weighted(network: Network, x: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-            root_T1 = (after.flatten(0, 1).float().square().mean(-1, keepdim=True) + 1e-8).rsqrt()
-            x_TI = (x.flatten(0, 1) * root_T1).to(x.dtype)
-            add_to_hessian(hessians.of(network), x_TI)
-            return x_TI, root_T1
+        (lin,) = self.spec.stage_linears(self.layer, stage)
+        self.workers.set_parameter(f"{lin.path}.weight", self.folded.weight(lin.path))
+        hessians = WorkerSums(self.workers, lin.in_features, lin.in_features)
 
         def collect(network: Network, part: slice) -> None:
             x = produce(network, part)
-            after = add(network, _on(network, self.h_NTH[part]), x)
-            with self._in_lane("hessian", network):
-                add_weighted(network, x, after)
+            after = network.add(stage, _on(network, self.h_NTH[part]), x)
+            with self._in_worker("hessian", network):
+                _add_weighted(hessians.of(network), x, after)
 
-        shortfall, pulled = None, 0
+        residual, corrected = None, 0
         if wanted_NTH is not None:
-            pulled = len(wanted_NTH)
-            products = LaneSums(self.replicas, lin.in_features, lin.out_features)
-            found = []
-            for windows in passes(pulled, pulled):
-                self._add_wanted(lin, path, produce, add_weighted, wanted_NTH, windows, products)
-                hessian = hessians.total()  # of the same tokens
-                with self.clock.time("pull"):
-                    mirror_upper(hessian)
-                    short = torch.addmm(products.total(), hessian, self.folded.weight(path).T, alpha=-1)
-                    found.append(short.mul_(len(self.h_NTH) / pulled))
-            shortfall = Shortfall(whole_IO=found[1], half_IO=found[0])
-            del products
-        self._pass(collect, [range(pulled, len(self.h_NTH))])
+            corrected = len(wanted_NTH)
+            residual = self._residual_covariance(lin, produce, wanted_NTH, hessians)
+        self._pass(collect, [range(corrected, len(self.h_NTH))])
         hessian = hessians.total()
-        with self.clock.time(f"solve {unit}"):
-            self._solve({path: lin}, hessian, None if shortfall is None else {lin.name: shortfall})
+        with self.clock.time(f"solve {stage.name}"):
+            self._solve(stage, hessian, None if residual is None else {lin.name: residual})
 
-    def _add_wanted(
-        self,
-        lin: LinearSpec,
-        path: str,
-        produce: Callable[[Network, slice], Tensor],
-        add_weighted: Callable[[Network, Tensor, Tensor], tuple[Tensor, Tensor]],
-        wanted_NTH: Tensor,
-        windows: range,
-        products: LaneSums,
-    ) -> None:
-        """Add `windows` of `wanted` to the Hessian and to sums of x y', y being what a linear's outputs should be."""
+    def _residual_covariance(
+        self, lin: LinearSpec, produce: Produce, wanted_NTH: Tensor, hessians: WorkerSums
+    ) -> ResidualCovariance:
+        """Cross-covariance of the inputs and what outputs of the unrounded weights lack, over windows of `wanted_NTH`.
+
+        Adds these to `hessians`, both halves one after the other.
+        """
+        wanted_products = WorkerSums(self.workers, lin.in_features, lin.out_features)  # of x y', y wanted outputs
 
         def collect(network: Network, part: slice) -> None:
             x, wanted = produce(network, part), _on(network, wanted_NTH[part])
-            with self._in_lane("hessian", network):
-                x_TI, root_T1 = add_weighted(network, x, wanted)
-            with self._in_lane("pull", network):
+            with self._in_worker("hessian", network):
+                x_TI, root_T1 = _add_weighted(hessians.of(network), x, wanted)
+            with self._in_worker("error correction", network):
                 missing = wanted.flatten(0, 1).float() - _on(network, self.h_NTH[part]).flatten(0, 1)
                 if lin.bias:
-                    missing -= self.folded.state[f"{path}.bias"].to(missing)
-                products.of(network).add_(x_TI.T @ missing.mul_(root_T1).to(x.dtype))
+                    missing -= self.folded.state[f"{lin.path}.bias"].to(missing)
+                wanted_products.of(network).add_(x_TI.T @ missing.mul_(root_T1).to(x.dtype))
 
-        self._pass(collect, [windows])
+        found = []
+        for windows in passes(len(wanted_NTH), len(wanted_NTH)):
+            self._pass(collect, [windows])
+            hessian = hessians.total()  # of the same tokens
+            with self.clock.time("error correction"):
+                mirror_upper(hessian)
+                lacking = torch.addmm(wanted_products.total(), hessian, self.folded.weight(lin.path).T, alpha=-1)
+                found.append(lacking.mul_(len(self.h_NTH) / len(wanted_NTH)))
+        return ResidualCovariance(whole_IO=found[1], half_IO=found[0])
 
     def _solve(
-        self,
-        members: Mapping[str, LinearSpec],
-        hessian: Tensor,
-        shortfalls: Mapping[str, Shortfall] | None,
+        self, stage: Stage, hessian: Tensor, residuals: Mapping[str, ResidualCovariance] | None = None
     ) -> None:
-        schemes = _by_scheme(members, self.recipe)
-        for scheme, group in schemes.items():
+        schemes = self._by_scheme(stage)
+        for scheme, linears in schemes.items():
             own = hessian if scheme == list(schemes)[-1] else hessian.clone()
-            weights = {lin.name: self.folded.weight(path) for path, lin in group}
-            solved = _solve(group, weights, own, shortfalls, scheme, self.options, self.replicas.devices)
-            for (path, _), (qtensor, _) in zip(group, solved, strict=True):
-                self.replicas.set_parameter(path + ".weight", qtensor.dequantize())
-                self.folded.release(path)
+            group = FusedGroup(linears, scheme, {lin.name: self.folded.weight(lin.path) for lin in linears})
+            solved = group.solve(self.workers.devices, self.options, own, residuals)
+            for lin, (qtensor, _) in zip(linears, solved, strict=True):
+                self.workers.set_parameter(lin.path + ".weight", qtensor.dequantize())
+                self.folded.release(lin.path)
             _keep(solved, self.recipe, self.packed, self.results)
 
-    def _take_kept(self) -> None:
-        """What is not quantized is computed with as it will be stored."""
-        for name, tensor in self.folded.kept.items():
-            self.replicas.set_parameter(name, tensor)
+    def _by_scheme(self, stage: Stage) -> dict[Scheme, list[LinearSpec]]:
+        return _by_scheme(self.spec.stage_linears(self.layer, stage), self.recipe)
 
-    def _folds(self, unit: str) -> bool:
-        """Whether scales are folded into the inputs of a unit: all that they scale has to be rounded afterwards."""
-        scaled = ("mlp.up_proj", "mlp.down_proj") if unit == "down" else UNITS[unit]
-        linears = {lin.name: lin for lin in self.spec.layer_linears(self.layer)}
-        return self.options.fold and all(
-            self.recipe.scheme_of(linears[f"model.layers.{self.layer}.{path}"]) is not None for path in scaled
-        )
+    def _take_kept(self) -> None:
+        """Compute with everything that is not quantized as it will be stored."""
+        for name, tensor in self.folded.kept.items():
+            self.workers.set_parameter(name, tensor)
+
+    def _folds(self, stage: Stage) -> bool:
+        """Whether scales are folded into the inputs of a stage: all that they scale has to be rounded afterwards."""
+        if not self.options.fold or not stage.scaled:
+            return False
+        linears = {lin.path: lin for lin in self.spec.layer_linears(self.layer)}
+        return all(self.recipe.scheme_of(linears[path]) is not None for path in stage.scaled)
 
 
 def _on(network: Network, tensor: Tensor) -> Tensor:
     return tensor.to(network.device)
+
+
+def _add_weighted(hessian: Tensor, x: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    """Add inputs x [B, T, in], weighted by what the next norm makes of the states `after` [B, T, hidden], to a Hessian;
+    the weighted inputs [T, in] and the weights [T, 1].
+    """
+    root_T1 = (after.flatten(0, 1).float().square().mean(-1, keepdim=True) + 1e-8).rsqrt()
+    x_TI = (x.flatten(0, 1) * root_T1).to(x.dtype)
+    add_to_hessian(hessian, x_TI)
+    return x_TI, root_T1
 
 
 def round_block(
@@ -307,63 +334,62 @@ def round_block(
     """Round a layer's linears to nearest, without calibration; returns what `BlockSolver.run` does."""
     packed: dict[str, Tensor] = {}
     results: list[LayerResult] = []
-    for unit in UNITS:
-        for scheme, group in _by_scheme(_members(spec, layer, unit), recipe).items():
-            weights = {lin.name: folded.weight(path) for path, lin in group}
-            solved = _solve(group, weights, None, None, scheme, options, [torch.device(folded.device)])
-            _keep(solved, recipe, packed, results)
+    for stage in spec.architecture.stages:
+        for scheme, linears in _by_scheme(spec.stage_linears(layer, stage), recipe).items():
+            group = FusedGroup(linears, scheme, {lin.name: folded.weight(lin.path) for lin in linears})
+            _keep(group.solve([torch.device(folded.device)], options), recipe, packed, results)
     return packed, results
 
 
-def _members(spec: ModelSpec, layer: int, unit: str) -> dict[str, LinearSpec]:
-    """Linears of one unit, by their name within the layer."""
-    prefix = f"model.layers.{layer}."
-    return {lin.name.removeprefix(prefix): lin for lin in spec.layer_linears(layer) if lin.unit == unit}
-
-
-def _by_scheme(members: Mapping[str, LinearSpec], recipe: Recipe) -> dict[Scheme, list[tuple[str, LinearSpec]]]:
-    """Members of a unit grouped by scheme; those that stay in 16 bit are left out."""
-    groups: dict[Scheme, list[tuple[str, LinearSpec]]] = {}
-    for path, lin in members.items():
+def _by_scheme(linears: Sequence[LinearSpec], recipe: Recipe) -> dict[Scheme, list[LinearSpec]]:
+    """Linears grouped by scheme; those that stay in 16 bit are left out."""
+    groups: dict[Scheme, list[LinearSpec]] = {}
+    for lin in linears:
         scheme = recipe.scheme_of(lin)
         if scheme is not None:
-            groups.setdefault(scheme, []).append((path, lin))
+            groups.setdefault(scheme, []).append(lin)
     return groups
 
 
-def _solve(
-    group: list[tuple[str, LinearSpec]],
-    weights: Mapping[str, Tensor],
-    hessian: Tensor | None,
-    shortfalls: Mapping[str, Shortfall] | None,
-    scheme: Scheme,
-    options: SolverOptions,
-    devices: Sequence[torch.device],
-) -> list[tuple[QTensor, LayerResult]]:
-    """Solve linears that share inputs and scheme; in their order."""
-    if hessian is not None and not bool(torch.isfinite(hessian.diagonal()).all()):
-        names = ", ".join(lin.kind for _, lin in group)
-        raise CheckpointError(
-            f"layer {group[0][1].layer}: the activations entering {names} are not finite",
-            hint="compute in bfloat16 or float32 (--calibration-dtype), and check the source's weights",
+@dataclass(frozen=True)
+class FusedGroup:
+    """Linears that share inputs and scheme, and their weights [out, in] in float32 by name."""
+
+    linears: Sequence[LinearSpec]
+    scheme: Scheme
+    weights: Mapping[str, Tensor]
+
+    def solve(
+        self,
+        devices: Sequence[torch.device],
+        options: SolverOptions,
+        hessian: Tensor | None = None,
+        residuals: Mapping[str, ResidualCovariance] | None = None,
+    ) -> list[tuple[QTensor, LayerResult]]:
+        """Codes and results, linear by linear; CheckpointError for inputs that are not finite."""
+        if hessian is not None and not bool(torch.isfinite(hessian.diagonal()).all()):
+            names = ", ".join(lin.kind for lin in self.linears)
+            raise CheckpointError(
+                f"layer {self.linears[0].layer}: the activations entering {names} are not finite",
+                hint="compute in bfloat16 or float32 (--calibration-dtype), and check the source's weights",
+            )
+        solved = solve_rows(
+            devices,
+            self.weights,
+            hessian,
+            self.scheme.grid(),
+            residuals=residuals,
+            damp_percent=options.damp_percent,
+            method=options.method,
+            error_correction=options.error_correction,
         )
-    solved = solve_rows(
-        devices,
-        weights,
-        hessian,
-        scheme.grid(),
-        damp_percent=options.damp_percent,
-        method=options.method,
-        shortfalls=shortfalls,
-        pull=options.pull,
-    )
-    rows = []
-    for _, lin in group:
-        qtensor, stats = solved[lin.name]
-        error_db = None if hessian is None else stats.error_db
-        row = LayerResult(lin.name, scheme.label, error_db, stats.weight_error_db, stats.damp_percent, stats.fallback)
-        rows.append((qtensor, row))
-    return rows
+        rows = []
+        for lin in self.linears:
+            qtensor, stats = solved[lin.name]
+            error_db = None if hessian is None else stats.error_db
+            weight_db, damp, fallback = stats.weight_error_db, stats.damp_percent, stats.fallback
+            rows.append((qtensor, LayerResult(lin.name, self.scheme.label, error_db, weight_db, damp, fallback)))
+        return rows
 
 
 def _keep(
@@ -390,13 +416,11 @@ def round_layer(
     form = get_format(recipe.format)
     packed: dict[str, torch.Tensor] = {}
     results: list[LayerResult] = []
-    prefix = f"model.layers.{layer}."
     for lin in spec.layer_linears(layer):
         scheme = recipe.scheme_of(lin)
         if scheme is None:
             continue
-        path = lin.name.removeprefix(prefix) + ".weight"
-        weight = state[path].to(device)
+        weight = state[lin.path + ".weight"].to(device)
         tensors = form.round(weight, lin)
         found = form.unpack(tensors, scheme, lin)
         dequantized = found.dequantize() if isinstance(found, QTensor) else found.float()

@@ -7,15 +7,16 @@ quoted in the metadata and escaped in the text.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qwenq.checkpoint.manifest import changed
+from qwenq.escaping import code, markdown, shown, table, yaml_text
 from qwenq.formats.base import Recipe, get_format, label_of
-from qwenq.io.json import inside, shown
-from qwenq.markdown import code, escape, table
+from qwenq.io.json import MAX_SMALL_BYTES, inside, read_limited
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.tensor_parallel import row_groups, tensor_parallel_sizes
 from qwenq.units import format_gb
@@ -47,13 +48,14 @@ def model_card(
     """
     job = described["job"]
     name = shown(str(job["model"]))
-    converted = [f"- Quantized in the {escape(converted_from)} format, then converted bit for bit."]
+    converted = [f"- Quantized in the {markdown(converted_from)} format, then converted bit for bit."]
     lines = ["---", *_metadata(job, source_license(source, hashes), recipe), "---", ""]
-    lines += [f"# {escape(name)}, {escape(recipe.label)}", ""]
+    lines += [f"# {markdown(name)}, {markdown(recipe.label)}", ""]
     lines += [
-        f"{escape(name)} quantized by qwenq {escape(str(job['qwenq']))} to "
+        f"{markdown(name)} quantized by qwenq {markdown(str(job['qwenq']))} to "
         f"{described['bits_per_linear_weight']:.3f} bits per linear weight: {format_gb(described['file_bytes'])} of "
-        f"tensors in the {escape(recipe.format)} format. What that loses was measured against the 16-bit model, below.",
+        f"tensors in the {markdown(recipe.format)} format. What that loses was measured against the 16-bit model, "
+        "below.",
         "",
         "## Warnings and fallbacks",
         "",
@@ -80,19 +82,6 @@ def model_card(
         "- Which engines were tried with such checkpoints, and which were not, is in qwenq's README.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def yaml_text(text: str) -> str:
-    """`text` as a double-quoted YAML scalar on one line."""
-    return '"' + "".join(map(_yaml_character, text)) + '"'
-
-
-def _yaml_character(c: str) -> str:
-    if c in '"\\':
-        return "\\" + c
-    if c == " " or c.isprintable():
-        return c
-    return f"\\x{ord(c):02x}" if ord(c) < 256 else f"\\u{ord(c):04x}" if ord(c) < 65536 else f"\\U{ord(c):08x}"
 
 
 def _metadata(job: Mapping[str, Any], licence: Mapping[str, str], recipe: Recipe) -> Iterator[str]:
@@ -127,19 +116,16 @@ def source_license(source: Path, hashes: Mapping[str, str] | None = None) -> dic
 def _beginning(directory: Path, name: str, hashes: Mapping[str, str] | None) -> str:
     path = inside(directory, name)
     text, digest = b"", None
-    if path.is_file():
-        with open(path, "rb") as file:
-            text = file.read(_README_BYTES)
-            digest = hashlib.sha256(text)
-            while more := file.read(_README_BYTES):
-                digest.update(more)
-    if hashes is not None and hashes.get(name) != (digest.hexdigest() if digest else None):
+    if os.path.lexists(path):
+        text = read_limited(path, MAX_SMALL_BYTES)
+        digest = hashlib.sha256(text).hexdigest()
+    if hashes is not None and hashes.get(name) != digest:
         raise changed(path)
-    return text.decode("utf-8", errors="replace").removeprefix("\ufeff")
+    return text[:_README_BYTES].decode("utf-8", errors="replace").removeprefix("\ufeff")
 
 
 def _warnings(warnings: Sequence[str]) -> Iterator[str]:
-    yield from (f"- {escape(shown(str(line), 300))}" for line in warnings[:_MAX_WARNINGS])
+    yield from (f"- {markdown(shown(str(line), 300))}" for line in warnings[:_MAX_WARNINGS])
     if len(warnings) > _MAX_WARNINGS:
         yield f"- and {len(warnings) - _MAX_WARNINGS} more, in `qwenq-manifest.json`"
     if not warnings:
@@ -157,7 +143,7 @@ def _drift(drift: Mapping[str, Any]) -> Iterator[str]:
 
     yield (
         f"Read on {code(shown(str(drift['text'])))}: {drift['windows']} windows of {drift['window_tokens']} tokens, "
-        f"computed in {escape(str(drift['compute_dtype']))}."
+        f"computed in {markdown(str(drift['compute_dtype']))}."
     )
     yield ""
     yield from table(
@@ -202,7 +188,7 @@ def _loading(spec: ModelSpec, recipe: Recipe) -> Iterator[str]:
     yield "```"
     yield ""
     yield f"Tensor-parallel sizes (`--tensor-parallel-size`) that the shapes allow: {allowed}."
-    yield from (f"- Not {ranks}: {escape(reason)}." for ranks, reason in reasons.items() if reason)
+    yield from (f"- Not {ranks}: {markdown(reason)}." for ranks, reason in reasons.items() if reason)
 
 
 def _provenance(job: Mapping[str, Any], described: Mapping[str, Any], spec: ModelSpec, recipe: Recipe) -> Iterator[str]:
@@ -213,11 +199,11 @@ def _provenance(job: Mapping[str, Any], described: Mapping[str, Any], spec: Mode
     schemes = ", ".join(f"{count} linears {label}" for label, count in sorted(counts.items(), key=lambda c: -c[1]))
     folded = job["options"].get("fold") and job["calibration"] is not None
     kept = "embedding and head" if folded else "embedding, norms and head"
-    yield f"- Scheme: {escape(schemes)}; {kept} as in the original."
+    yield f"- Scheme: {markdown(schemes)}; {kept} as in the original."
     if folded:
         yield "- Channel scales are folded into norms and `up_proj`: adapters trained on the original do not fit."
     options = ", ".join(f"{key} {value}" for key, value in job["options"].items())
-    yield f"- Options: {escape(options)}, seed {job['seed']}."
+    yield f"- Options: {markdown(options)}, seed {job['seed']}."
     calibration = job["calibration"]
     if calibration is None:
         yield "- Calibration: none."

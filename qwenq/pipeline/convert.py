@@ -1,4 +1,4 @@
-"""The same codes in another format: packed words are unpacked and packed again, nothing is solved or rounded.
+"""The same codes in another format: unpacked and packed again, nothing is solved or rounded.
 
 One decoder layer is in memory at a time. Scales, zero points, biases and everything unquantized keep their bits.
 """
@@ -15,18 +15,18 @@ from typing import Any
 
 import torch
 
-from qwenq.checkpoint.manifest import read_manifest, write_manifest
+from qwenq.checkpoint.manifest import SourceFiles, read_manifest
 from qwenq.checkpoint.reader import Checkpoint
 from qwenq.checkpoint.shards import output_files, shard_file_bytes
 from qwenq.errors import CheckpointError, JobError, PlanError, QwenqError
 from qwenq.formats.base import Recipe, Scheme, get_format, quantization_config
-from qwenq.io.durable import make_directory, write_bytes
+from qwenq.io.durable import make_directory
 from qwenq.io.tensors import write_shard
 from qwenq.machine import forget_peak_rss, free_disk, host_facts, peak_rss_bytes, versions
 from qwenq.model.spec import LinearSpec
 from qwenq.pipeline.card import CARD_NAME, model_card
 from qwenq.pipeline.job import partial_directory, refuse_place
-from qwenq.pipeline.quantize import COPIED_FILES, copy_small_files, give_name, write_configs
+from qwenq.pipeline.output import COPIED_FILES, Output
 from qwenq.results import finite_json
 from qwenq.solver.grid import QTensor
 from qwenq.units import format_gb
@@ -34,7 +34,7 @@ from qwenq.units import format_gb
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion made."""
+    """The result of a conversion."""
 
     out: Path
     source_format: str
@@ -109,8 +109,16 @@ def convert(source: Checkpoint, out: Path, format: str, *, listen: Callable[[int
             seconds=time.perf_counter() - started,
             peak_rss_bytes=peak_rss_bytes(),
         )
-        _finish(source, recipe, work, made, hashes)
-        give_name(work, out)
+        read = source.hashed
+        assert read is not None
+        config = dict(source.config) | {"quantization_config": quantization_config(recipe, source.spec)}
+        output = Output(work, out, recipe, config, files)
+        hashes |= output.copy_small_files(source.directory, read.hashes)
+        read.refuse_replaced()
+        hashes |= output.write_configs()
+        described, card = _describe(source, recipe, read, made)
+        source.refuse_changed([CARD_NAME])
+        output.finish(finite_json(described), hashes, card)
         return made
     except OSError as error:
         raise JobError(f"{error.filename or work}: {error.strerror or error}", hint="nothing is kept") from error
@@ -147,17 +155,10 @@ def _grid(source: Checkpoint, lin: LinearSpec, scheme: Scheme) -> QTensor:
     return QTensor(found.codes_OI, (scales_OG, found.zeros_OG), scheme.grid())
 
 
-def _finish(
-    source: Checkpoint, recipe: Recipe, work: Path, made: Converted, hashes: dict[str, str]
-) -> None:
-    """Configuration, index, tokenizer, and a manifest that says what this was made from."""
-    read = source.hashed
-    assert read is not None
-    hashes |= copy_small_files(source.directory, work, read.hashes)
-    read.refuse_replaced()
-    files = output_files(source.spec, recipe, source.dtype_of)
-    config = dict(source.config) | {"quantization_config": quantization_config(recipe, source.spec)}
-    hashes |= write_configs(work, config, recipe, files)
+def _describe(
+    source: Checkpoint, recipe: Recipe, read: SourceFiles, made: Converted
+) -> tuple[dict[str, Any], str | None]:
+    """The manifest but for the files' hashes, and a card where it is known how the codes were made."""
     origin = _origin(source.directory)
     described: dict[str, Any] = {
         "job": {
@@ -176,14 +177,12 @@ def _finish(
         "made_from": origin,
         "run": {"seconds": made.seconds, "peak_rss_bytes": made.peak_rss_bytes, **host_facts()},
     }
-    if origin is not None:
-        sizes = {key: described[key] for key in ("parameters", "file_bytes", "bits_per_linear_weight")}
-        quantized_as = origin["job"]["format"]
-        other = quantized_as if quantized_as != recipe.format else ""
-        card = model_card(origin | sizes, source.directory, source.spec, recipe, converted_from=other)
-        hashes[CARD_NAME] = write_bytes(work / CARD_NAME, card.encode())
-        source.refuse_changed([CARD_NAME])
-    write_manifest(work, finite_json(described), hashes)
+    if origin is None:
+        return described, None
+    sizes = {key: described[key] for key in ("parameters", "file_bytes", "bits_per_linear_weight")}
+    quantized_as = origin["job"]["format"]
+    other = quantized_as if quantized_as != recipe.format else ""
+    return described, model_card(origin | sizes, source.directory, source.spec, recipe, converted_from=other)
 
 
 def _origin(directory: Path) -> dict[str, Any] | None:

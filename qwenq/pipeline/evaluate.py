@@ -13,11 +13,11 @@ from qwenq.checkpoint.reader import SLICE_ROWS, Checkpoint
 from qwenq.errors import CheckpointError, HonestNo
 from qwenq.machine import keep_freed_memory
 from qwenq.model.layer import Network, model_config
-from qwenq.pipeline.activations import embed, new_streams
+from qwenq.pipeline.activations import LayerRunner, TokenSets, embed, embed_tokens
 from qwenq.pipeline.monitor import memory_errors
-from qwenq.pipeline.workers import Replicas
+from qwenq.pipeline.workers import Workers
 from qwenq.results import DriftReport
-from qwenq.solver.metrics import LogitComparison, TokenDrift, summarise
+from qwenq.solver.metrics import LogitComparison, Reading, TokenDrift, summarise
 from qwenq.text.tokens import ModelTokenizer, TokenWindows, check_windows
 
 
@@ -37,34 +37,28 @@ def evaluate(
     vocab = min(checkpoint.spec.vocab_size, reference.spec.vocab_size)
     check_windows(evaluation.ids, vocab, reference.spec.extended_context, evaluation.text)
 
-    def replicas(of: Checkpoint, dtype: torch.dtype) -> Replicas:
-        return Replicas(of.config, of.spec, dtype=dtype, window_tokens=evaluation.ids.shape[1], devices=devices)
+    def workers(of: Checkpoint, dtype: torch.dtype) -> Workers:
+        return Workers(of.config, of.spec, dtype=dtype, window_tokens=evaluation.ids.shape[1], devices=devices)
 
-    network, wide = replicas(reference, compute_dtype), replicas(reference, torch.float32)
-    other = replicas(checkpoint, compute_dtype)
+    by_name = {
+        "reference": workers(reference, compute_dtype),
+        "float32": workers(reference, torch.float32),
+        "quantized": workers(checkpoint, compute_dtype),
+    }
     with (
         memory_errors("evaluating", torch.device(devices[0]), None, "make room, or fewer windows (-n)"),
         tempfile.TemporaryDirectory(prefix="qwenq-eval-") as spill,
     ):
-        streams = new_streams(reference, None, evaluation.ids, dtype=compute_dtype, spill_directory=Path(spill))
-        states = streams.states
+        states = embed_tokens(reference, TokenSets(evaluation.ids, compute_dtype), Path(spill)).states
         embed(checkpoint, {"quantized": (states["quantized"], evaluation.ids)})
+        runner = LayerRunner(states, by_name)
         for layer in range(reference.spec.num_hidden_layers):
-            state = reference.finite_layer_state(layer)
-            if "float32" in states:
-                wide.fill(state)
-                wide.run_layer(states["float32"])
-                wide.release()
-            network.fill(state)
-            network.run_layer(states["reference"])
-            network.release()
-            other.fill(checkpoint.finite_layer_state(layer))
-            other.run_layer(states["quantized"])
-            other.release()
+            runner.replay(layer, reference.finite_layer_state, checkpoint.finite_layer_state)
             reference.refuse_changed()
             checkpoint.refuse_changed()
             listen(layer)
-        drift = measure_drift(network.first, HeadWeights(reference), HeadWeights(checkpoint), states, evaluation)
+        heads = HeadWeights(reference), HeadWeights(checkpoint)
+        drift = measure_drift(by_name["reference"].first, *heads, states, evaluation)
         reference.refuse_changed()
         checkpoint.refuse_changed()
         return drift
@@ -115,14 +109,15 @@ _CHUNK_TOKENS = 1024
 
 @dataclass(frozen=True)
 class HeadWeights:
-    """Where a stream's final norm and head come from; `convert` is what the writer does to a stored tensor, by name."""
+    """A final norm and head; `convert` is what the writer does to a stored tensor, by name."""
 
     checkpoint: Checkpoint
     convert: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor
 
     @property
     def norm(self) -> torch.Tensor:
-        return self.convert("model.norm.weight", self.checkpoint.read("model.norm.weight"))
+        name = self.checkpoint.spec.norm_tensor
+        return self.convert(name, self.checkpoint.read(name))
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """Head rows start to stop, float32 [rows, hidden]."""
@@ -137,30 +132,26 @@ def measure_drift(
     states: Mapping[str, torch.Tensor],
     evaluation: TokenWindows,
 ) -> DriftReport:
-    """The drift report of streams `reference` and `quantized`, noise floor from stream `float32` where there is one."""
+    """Divergence of hidden states `quantized` from `reference`; noise floor from `float32` where there are any."""
     floor = 0.0
     if "float32" in states:
         few = states["float32"].shape[0]
         pair = (reference, states["float32"]), (reference, states["reference"][:few])
-        floor = float(compare_streams(network, *pair, evaluation.ids[:few]).kl.mean())
-    return summarise(
-        compare_streams(network, (reference, states["reference"]), (quantized, states["quantized"]), evaluation.ids),
-        evaluation.ids.shape[0],
-        noise_floor_kl=floor,
-        text=evaluation.text,
-        text_sha256=evaluation.sha256,
-        compute_dtype=str(network.dtype).removeprefix("torch."),
-        window_tokens=evaluation.ids.shape[1],
-    )
+        floor = float(compare_heads(network, *pair, evaluation.ids[:few]).kl.mean())
+    dtype = str(network.dtype).removeprefix("torch.")
+    windows, length = evaluation.ids.shape
+    reading = Reading(evaluation.text, evaluation.sha256, windows, length, dtype, floor)
+    pair = (reference, states["reference"]), (quantized, states["quantized"])
+    return summarise(compare_heads(network, *pair, evaluation.ids), reading)
 
 
-def compare_streams(
+def compare_heads(
     network: Network,
     reference: tuple[HeadWeights, torch.Tensor],
     quantized: tuple[HeadWeights, torch.Tensor],
     ids_NT: torch.Tensor,
 ) -> TokenDrift:
-    """Drift of `quantized` from `reference`: each stream its head and its last hidden states [windows, tokens, hidden].
+    """Divergence of `quantized` from `reference`, each a head and its last hidden states [windows, tokens, hidden].
 
     Vocabularies may differ by padding only; the common part is compared.
     """

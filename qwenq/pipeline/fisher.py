@@ -1,14 +1,14 @@
-r"""What each unit of a model would lose by each scheme, as KL at the head: two streamed passes over the layers.
+r"""Sensitivity of each fused group to each scheme, as KL at the head: two streamed passes over the layers.
 
     forward:   tokens --> layer 0 --> ... --> layer n-1 --> head: gradients of log p(y), y ~ p   (states kept on disk)
-    backward:  layer n-1 --> ... --> layer 0: gradients at each linear's output; GPTQ's error E of each unit and scheme
+    backward:  layer n-1 --> ... --> layer 0: gradients at each linear's output; GPTQ's error E of each group and scheme
 
 A weight error E changes the log likelihood of a window's labels by s = sum over its tokens of dY . (E x), and the KL a
-token is E[s**2] / (2 tokens) to second order (see `sampled_gradients`). All schemes of all units share the two passes,
+token is E[s**2] / (2 tokens) to second order (see `sampled_gradients`). All schemes of all groups share the two passes,
 so the cost is linear in the number of layers. Tokens that E is solved on and tokens that s is read on are not the same.
 
-Few samples make a scheme's own figure noisy, and its rounding luck is not that of a later run. So schemes of a unit
-share one factor: KL = factor * relative output error of the scheme, the factor fitted over all of the unit's schemes.
+Few samples make a scheme's own figure noisy, and its rounding luck is not that of a later run. So schemes of a group
+share one factor: KL = factor * relative output error of the scheme, the factor fitted over all of the group's schemes.
 """
 
 from __future__ import annotations
@@ -24,18 +24,20 @@ import torch
 from qwenq.checkpoint.reader import SLICE_ROWS, Checkpoint
 from qwenq.errors import CalibrationError, JobError
 from qwenq.formats.base import Scheme
+from qwenq.io.durable import new_file
 from qwenq.io.safetensors import fingerprint
 from qwenq.io.tensors import raw_bytes, read_into
 from qwenq.machine import free_disk, keep_freed_memory, versions
+from qwenq.model.architectures import Stage
 from qwenq.model.layer import Network
-from qwenq.model.spec import UNITS, ModelSpec
+from qwenq.model.spec import ModelSpec
 from qwenq.pipeline.activations import embed
 from qwenq.pipeline.block import batches
+from qwenq.pipeline.config import BACKWARD_TOKENS, PROBE_TOKENS, PROBE_WINDOWS, SAMPLES, SOLVER_WINDOWS
 from qwenq.pipeline.evaluate import HeadWeights
 from qwenq.pipeline.monitor import memory_errors
-from qwenq.pipeline.preflight import BACKWARD_TOKENS, PROBE_TOKENS, PROBE_WINDOWS, SAMPLES, SOLVER_WINDOWS
-from qwenq.planning.sensitivity import PRIOR_8_BIT, Sensitivity, Unit, options_of, schemes_for, units_of
-from qwenq.solver.gptq import DAMP_PERCENT, add_to_hessian, solve_unit
+from qwenq.planning.sensitivity import PRIOR_8_BIT, FusedGroup, Sensitivity, fused_groups, options_of, schemes_for
+from qwenq.solver.gptq import DAMP_PERCENT, add_to_hessian, solve_linears
 from qwenq.text.tokens import TokenWindows
 from qwenq.units import format_gb
 
@@ -86,10 +88,9 @@ def measure_sensitivity(
     compute_dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     scratch: Path,
-    damp_percent: float = DAMP_PERCENT,
     listen: Callable[[str], None] = lambda line: None,
 ) -> Sensitivity:
-    """Measure every unit under every scheme the probe asks for. `scratch` keeps hidden states of both token sets."""
+    """Measure every group under every scheme the probe asks for. `scratch` keeps hidden states of both token sets."""
     keep_freed_memory()
     spec = source.spec
     needed, free = state_bytes(spec, probe), free_disk(scratch)
@@ -110,14 +111,14 @@ def measure_sensitivity(
             last_NTH = _forward(source, network, probe, states, listen)
             listen("sensitivity: gradients at the head")
             gradient = sampled_gradients(network, HeadWeights(source), last_NTH, probe.samples, probe.seed).cpu()
-            scores: dict[Unit, dict[Scheme, torch.Tensor]] = {}
-            noise: dict[Unit, dict[Scheme, float]] = {}
+            scores: dict[FusedGroup, dict[Scheme, torch.Tensor]] = {}
+            noise: dict[FusedGroup, dict[Scheme, float]] = {}
             for layer in reversed(range(spec.num_hidden_layers)):
                 network.fill(source.finite_layer_state(layer))
-                errors, lost = _errors(network, spec, states.read("solver", layer), damp_percent, probe.asymmetric)
+                errors, lost = _errors(network, states.read("solver", layer), probe.asymmetric)
                 found, gradient = _backward(network, errors, states.read("probe", layer), gradient)
-                scores |= {(layer, unit): by_scheme for unit, by_scheme in found.items()}
-                noise |= {(layer, unit): by_scheme for unit, by_scheme in lost.items()}
+                scores |= {(layer, stage): by_scheme for stage, by_scheme in found.items()}
+                noise |= {(layer, stage): by_scheme for stage, by_scheme in lost.items()}
                 network.release()
                 source.refuse_changed()
                 listen(f"sensitivity: layer {layer} measured, {layer} to go")
@@ -126,7 +127,7 @@ def measure_sensitivity(
             f"{error.filename or scratch}: {error.strerror or error}", hint="free some space, then try again"
         ) from error
     tokens = probe.probe_NT.shape[1]
-    kl: dict[Unit, dict[Scheme | None, float]] = {}
+    kl: dict[FusedGroup, dict[Scheme | None, float]] = {}
     for unit, by_scheme in scores.items():
         squares = sum(float(s.double().square().mean()) for s in by_scheme.values())
         factor = squares / (2 * tokens) / max(sum(noise[unit].values()), 1e-30)
@@ -135,14 +136,14 @@ def measure_sensitivity(
             scheme: in_four[scheme.group_size, scheme.sym] * (PRIOR_8_BIT if scheme.bits == 8 else 1.0)
             for scheme in _offered(spec, unit[1], probe.asymmetric)
         }
-    kl = {unit: kl[unit] for unit in units_of(spec)}
+    kl = {unit: kl[unit] for unit in fused_groups(spec)}
     provenance = {
         "calibration": dict(probe.calibration),
         "solver_windows": list(probe.solver_NT.shape),
         "probe_windows": list(probe.probe_NT.shape),
         "samples": probe.samples,
         "seed": probe.seed,
-        "damp_percent": damp_percent,
+        "damp_percent": DAMP_PERCENT,
         "compute_dtype": str(compute_dtype).removeprefix("torch."),
         "eight_bit": f"{PRIOR_8_BIT:.6f} of 4 bits in the same groups",
         "versions": versions(),
@@ -161,11 +162,11 @@ class _States:
 
     def write(self, name: str, layer: int, h_NTH: torch.Tensor) -> None:
         self.shapes[name] = h_NTH.shape
-        with open(self.directory / f"{name}-{layer}", "wb") as file:
+        with new_file(self.directory / f"{name}-{layer}") as file:
             file.write(raw_bytes(h_NTH.to(_STORED)))
 
     def read(self, name: str, layer: int) -> torch.Tensor:
-        """What was written, which is deleted."""
+        """The states as written; their file is deleted."""
         h_NTH = torch.empty(self.shapes[name], dtype=_STORED)
         path = self.directory / f"{name}-{layer}"
         read_into(path, 0, h_NTH)
@@ -178,77 +179,68 @@ def _forward(
 ) -> torch.Tensor:
     """Keep what enters each layer; returns what leaves the last one, for the probe's windows."""
     spec = source.spec
-    streams = {
+    hidden = {
         name: (torch.empty(*ids.shape, spec.hidden_size, dtype=network.dtype), ids)
         for name, ids in (("solver", probe.solver_NT), ("probe", probe.probe_NT))
     }
-    embed(source, streams)
+    embed(source, hidden)
     for layer in range(spec.num_hidden_layers):
         network.fill(source.finite_layer_state(layer))
-        for name, (h_NTH, _) in streams.items():
+        for name, (h_NTH, _) in hidden.items():
             states.write(name, layer, h_NTH)
             for part in batches(*h_NTH.shape[:2]):
                 h_NTH[part] = network.forward(h_NTH[part].to(network.device)).to(h_NTH.device)
         network.release()
         source.refuse_changed()
         listen(f"sensitivity: layer {layer} read, of {spec.num_hidden_layers}")
-    return streams["probe"][0]
+    return hidden["probe"][0]
 
 
-def _offered(spec: ModelSpec, unit: str, asymmetric: bool) -> tuple[Scheme, ...]:
-    """What the table has of a unit; where nothing is offered, 4 bits per channel, which only a recipe file asks for."""
-    return schemes_for(spec, unit, options_of(asymmetric)) or (Scheme(4, -1),)
+def _offered(spec: ModelSpec, stage: str, asymmetric: bool) -> tuple[Scheme, ...]:
+    """Schemes the table has of a stage; where nothing is offered, 4 bits per channel, which only a recipe file asks
+    for.
+    """
+    return schemes_for(spec, stage, options_of(asymmetric)) or (Scheme(4, -1),)
 
 
 def _errors(
-    network: Network, spec: ModelSpec, h_NTH: torch.Tensor, damp_percent: float, asymmetric: bool
+    network: Network, h_NTH: torch.Tensor, asymmetric: bool
 ) -> tuple[dict[str, dict[Scheme, dict[str, torch.Tensor]]], dict[str, dict[Scheme, float]]]:
-    """GPTQ's weight errors [out, in] of each linear, by unit, 4-bit scheme and path in the layer, in bfloat16 on the
+    """GPTQ's weight errors [out, in] of each linear, by stage, 4-bit scheme and path in the layer, in bfloat16 on the
     CPU;
 
-    and by unit and scheme the energy of the output errors relative to the outputs, summed over the unit's linears. One
-    Hessian at a time is on the network's device: the layer's windows go through it up to each unit anew.
+    and by stage and scheme the energy of the output errors relative to the outputs, summed over the stage's linears.
+    One Hessian at a time is on the network's device: the layer's windows go through it up to each stage anew.
     """
     errors: dict[str, dict[Scheme, dict[str, torch.Tensor]]] = {}
     lost: dict[str, dict[Scheme, float]] = {}
-    for unit, paths in UNITS.items():
-        hessian_II = _hessian(network, spec, unit, h_NTH).cpu()
-        weights = {path: network.weight(path).float() for path in paths}
-        errors[unit], lost[unit] = {}, {}
-        schemes = list(dict.fromkeys(replace(scheme, bits=4) for scheme in _offered(spec, unit, asymmetric)))
+    for stage in network.spec.architecture.stages:
+        hessian_II = _hessian(network, stage, h_NTH).cpu()
+        weights = {path: network.weight(path).float() for path in stage.paths}
+        errors[stage.name], lost[stage.name] = {}, {}
+        offered = _offered(network.spec, stage.name, asymmetric)
+        schemes = list(dict.fromkeys(replace(scheme, bits=4) for scheme in offered))
         for scheme in schemes:
             own_II = hessian_II.to(network.device, copy=scheme != schemes[-1])  # overwritten
-            solved = solve_unit(weights, own_II, scheme.grid(), damp_percent=damp_percent, sweeps=0)
+            solved = solve_linears(weights, own_II, scheme.grid(), damp_percent=DAMP_PERCENT, sweeps=0)
             del own_II
-            errors[unit][scheme] = {
+            errors[stage.name][scheme] = {
                 path: qtensor.dequantize().sub_(weights[path]).to(torch.bfloat16).cpu()
                 for path, (qtensor, _) in solved.items()
             }
-            lost[unit][scheme] = sum(10 ** (stats.error_db / 10) for _, stats in solved.values())
+            lost[stage.name][scheme] = sum(10 ** (stats.error_db / 10) for _, stats in solved.values())
             del solved
     return errors, lost
 
 
-def _hessian(network: Network, spec: ModelSpec, unit: str, h_NTH: torch.Tensor) -> torch.Tensor:
-    """Sum of x x' over what enters a unit's linears, float32 [in, in] on the network's device."""
-    widths = {"qkv": spec.hidden_size, "o": spec.q_size, "gate_up": spec.hidden_size, "down": spec.intermediate_size}
-    hessian_II = torch.zeros(widths[unit], widths[unit], device=network.device)
+def _hessian(network: Network, stage: Stage, h_NTH: torch.Tensor) -> torch.Tensor:
+    """Sum of x x' over what enters a stage's linears, float32 [in, in] on the network's device."""
+    columns = network.spec.size(stage.inputs)
+    hessian_II = torch.zeros(columns, columns, device=network.device)
     for part in batches(*h_NTH.shape[:2]):
         h = h_NTH[part].to(device=network.device, dtype=network.dtype)
-        add_to_hessian(hessian_II, _entering(network, unit, h))
+        add_to_hessian(hessian_II, network.entering(stage, h))
     return hessian_II
-
-
-def _entering(network: Network, unit: str, h: torch.Tensor) -> torch.Tensor:
-    """The input of a unit's linears, [B, T, in], for what enters the layer."""
-    x = network.attention_input(h)
-    if unit == "qkv":
-        return x
-    x = network.attend(x)
-    if unit == "o":
-        return x
-    x = network.mlp_input(network.add_attention(h, x))
-    return x if unit == "gate_up" else network.gate(x)
 
 
 def _backward(
@@ -257,21 +249,21 @@ def _backward(
     h_NTH: torch.Tensor,
     gradient_SNTH: torch.Tensor,
 ) -> tuple[dict[str, dict[Scheme, torch.Tensor]], torch.Tensor]:
-    """Scores [samples, windows] of each unit and scheme, and the gradients at the layer's input."""
+    """Scores [samples, windows] of each stage and scheme, and the gradients at the layer's input."""
     samples, windows = gradient_SNTH.shape[:2]
     scores = {
-        unit: {scheme: torch.zeros(samples, windows) for scheme in by_scheme} for unit, by_scheme in errors.items()
+        stage: {scheme: torch.zeros(samples, windows) for scheme in by_scheme} for stage, by_scheme in errors.items()
     }
     before_SNTH = torch.empty_like(gradient_SNTH)
-    paths = [path for unit in UNITS.values() for path in unit]
+    paths = [linear.path for linear in network.spec.architecture.linears]
     for part in batches(h_NTH.shape[0], h_NTH.shape[1], BACKWARD_TOKENS):
         with torch.enable_grad(), network.recorded(paths) as recorded:
             h = h_NTH[part].to(device=network.device, dtype=network.dtype).requires_grad_(True)
             leaving = network.forward(h)
         wanted = [h, *(recorded[path][1] for path in paths)]
         changes = {
-            (unit, scheme, path): recorded[path][0].detach() @ error.to(network.device, network.dtype).T
-            for unit, by_scheme in errors.items()
+            (stage, scheme, path): recorded[path][0].detach() @ error.to(network.device, network.dtype).T
+            for stage, by_scheme in errors.items()
             for scheme, by_path in by_scheme.items()
             for path, error in by_path.items()
         }
@@ -280,8 +272,8 @@ def _backward(
             entering, *outputs = torch.autograd.grad(leaving, wanted, g, retain_graph=s + 1 < samples)
             before_SNTH[s, part] = entering.float()
             at = dict(zip(paths, outputs, strict=True))
-            for (unit, scheme, path), change in changes.items():
-                scores[unit][scheme][s, part] += (at[path] * change).sum((1, 2), dtype=torch.float32).cpu()
+            for (stage, scheme, path), change in changes.items():
+                scores[stage][scheme][s, part] += (at[path] * change).sum((1, 2), dtype=torch.float32).cpu()
     return scores, before_SNTH
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from qwenq.formats.base import Recipe
 from qwenq.io.tensors import DTYPE_NAMES
 from qwenq.machine import numerics
 from qwenq.pipeline.block import SolverOptions, passes
-from qwenq.pipeline.preflight import original_windows
-from qwenq.pipeline.workers import Replicas
+from qwenq.pipeline.config import QuantizeConfig, Windows, original_windows
+from qwenq.pipeline.workers import Workers
 from qwenq.results import BlockResult, DriftReport
+from qwenq.solver.gptq import DAMP_PERCENT
 from qwenq.text.tokens import TokenWindows
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -42,67 +43,82 @@ def refuse_place(out: Path, source: Path) -> None:
 
 @dataclass(frozen=True)
 class QuantizeJob:
-    """One quantization, entirely described: equal jobs on equal machines give equal bytes."""
+    """One quantization, entirely described: equal jobs on equal machines give equal bytes.
+
+    config: settled, so that nothing in it is left to be chosen. recipe: the bits, which the configuration names only as
+    they were asked for. calibration: None for rounding to nearest, which reads none.
+    """
 
     source: Checkpoint
     out: Path
     recipe: Recipe
-    calibration: TokenWindows | None  # None for rounding to nearest, which reads none
+    config: QuantizeConfig
+    calibration: TokenWindows | None
     evaluation: TokenWindows
-    options: SolverOptions = field(default_factory=SolverOptions)
-    device: str = "cpu"  # or GPUs that share the work: cuda:0,cuda:1
-    compute_dtype: str = "float32"  # of evaluation streams
-    calibration_dtype: str = "float32"  # of calibration streams; Hessians and solving are always in float32
-    dtype: str = "auto"  # of tensors that are not quantized; auto keeps the source's bytes
-    seed: int = 0
     overlap: float | None = None  # share of the evaluation text that is also in the calibration text
     beside: tuple[tuple[str, bytes], ...] = ()  # files put into the checkpoint as they are: the recipe it follows
 
     def __post_init__(self) -> None:
-        if self.calibration_dtype not in ("float32", "bfloat16"):
-            raise JobError(
-                f"calibration_dtype is {self.calibration_dtype!r}, wanted float32 or bfloat16",
-                hint="float16 overflows in Qwen2.5's activations, and their squares are summed",
-            )
+        settled = {name: getattr(self.config, name) for name in ("device", "compute_dtype", "calibration_dtype")}
+        if open_ := [name for name, value in settled.items() if value == "auto"]:
+            raise JobError(f"{open_[0]} is auto, wanted a choice")
+        if self.config.error_correction is None:
+            raise JobError("error_correction is open, wanted 0 to 1")
+
+    @property
+    def options(self) -> SolverOptions:
+        """What the solver is asked to do, the same for every layer."""
+        config = self.config
+        damping = DAMP_PERCENT if config.damp_percent is None else config.damp_percent
+        assert config.error_correction is not None
+        return SolverOptions(
+            config.solver, damping, config.fold, config.error_correction, config.error_correction_share
+        )
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """`device`, one by one."""
-        return tuple(self.device.split(","))
+        """The configuration's devices, one by one."""
+        return tuple(self.config.device.split(","))
+
+    @property
+    def windows(self) -> Windows:
+        """Counts of the windows."""
+        return windows_of(self.calibration, self.evaluation)
 
     @property
     def original_windows(self) -> int:
-        """Calibration windows that run through the 16-bit layers too; 0 when nothing is pulled towards these."""
-        if self.calibration is None or self.options.pull == 0:
+        """Calibration windows that run through the 16-bit layers too; 0 without error correction."""
+        if self.calibration is None or self.config.error_correction == 0:
             return 0
         windows, length = self.calibration.ids.shape
-        return original_windows(self.source.spec, windows, length, self.options.pull_share)
+        return original_windows(self.source.spec, windows, length, self.config.error_correction_share)
 
-    def passes(self, stream: str) -> list[range] | None:
-        """In which ranges of windows a stream of calibration tokens goes through a layer; None for another stream."""
-        if self.calibration is None or stream not in ("calibration", "original"):
+    def passes(self, name: str) -> list[range] | None:
+        """In which ranges of windows hidden states of calibration go through a layer; None for others."""
+        if self.calibration is None or name not in ("calibration", "original"):
             return None
-        pulled = self.original_windows
-        return passes(len(self.calibration.ids) if stream == "calibration" else pulled, pulled)
+        corrected = self.original_windows
+        return passes(len(self.calibration.ids) if name == "calibration" else corrected, corrected)
 
-    def replicas(self, dtype: torch.dtype, windows: TokenWindows | None) -> Replicas:
-        """Lanes on the job's devices for these windows, or for those of the evaluation."""
+    def workers(self, dtype: torch.dtype, windows: TokenWindows | None) -> Workers:
+        """Workers on the job's devices for these windows, or for those of the evaluation."""
         spec, length = self.source.spec, (windows or self.evaluation).ids.shape[1]
-        return Replicas(self.source.config, spec, dtype=dtype, window_tokens=length, devices=self.devices)
+        return Workers(self.source.config, spec, dtype=dtype, window_tokens=length, devices=self.devices)
 
     def stored_dtype(self, name: str) -> str:
         """safetensors dtype in which tensor `name` is written when it is not quantized."""
-        return self.source.dtype_of(name) if self.dtype == "auto" else DTYPE_NAMES[DTYPES[self.dtype]]
+        return self.source.dtype_of(name) if self.config.dtype == "auto" else DTYPE_NAMES[DTYPES[self.config.dtype]]
 
     def convert(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Unquantized tensor `name`, or rows of it, as written; CheckpointError when a value does not fit the dtype."""
-        if self.dtype == "auto" or tensor.dtype == DTYPES[self.dtype]:
+        dtype = self.config.dtype
+        if dtype == "auto" or tensor.dtype == DTYPES[dtype]:
             return tensor
-        converted = tensor.to(DTYPES[self.dtype])
+        converted = tensor.to(DTYPES[dtype])
         if bool(torch.isfinite(tensor).all()) and not bool(torch.isfinite(converted).all()):
             raise CheckpointError(
                 f"{self.source.tensors[name].file.name}: {name} holds a value of {float(tensor.abs().max()):.6g}, "
-                f"which does not fit {self.dtype}",
+                f"which does not fit {dtype}",
                 hint="--dtype bfloat16 holds it",
             )
         return converted
@@ -116,17 +132,29 @@ class QuantizeJob:
             "scheme": asdict(self.recipe.default) if self.recipe.default else None,
             "format": self.recipe.format,
             "overrides": {name: asdict(s) if s else None for name, s in self.recipe.overrides},
-            "options": asdict(self.options),
-            "device": self.device,
-            "compute_dtype": self.compute_dtype,
-            "calibration_dtype": self.calibration_dtype,
-            "dtype": self.dtype,
-            "seed": self.seed,
+            "options": {
+                "method": self.options.method,
+                "damp_percent": self.options.damp_percent,
+                "fold": self.options.fold,
+                "error_correction": self.config.error_correction,
+                "error_correction_share": self.config.error_correction_share,
+            },
+            "device": self.config.device,
+            "compute_dtype": self.config.compute_dtype,
+            "calibration_dtype": self.config.calibration_dtype,
+            "dtype": self.config.dtype,
+            "seed": self.config.seed,
             "calibration": self.calibration.to_json() if self.calibration else None,
             "evaluation": self.evaluation.to_json(),
             "overlap": self.overlap,
             "numerics": numerics(self.devices),
         }
+
+
+def windows_of(calibration: TokenWindows | None, evaluation: TokenWindows) -> Windows:
+    """Counts of the windows of two texts."""
+    length = calibration.ids.shape[1] if calibration else evaluation.ids.shape[1]
+    return Windows(len(calibration.ids) if calibration else 0, len(evaluation.ids), length)
 
 
 @dataclass(frozen=True)

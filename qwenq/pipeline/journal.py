@@ -7,19 +7,25 @@ damaged file is seen.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import socket
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from qwenq.checkpoint.manifest import JOURNAL_NAME, LOCK_NAME
-from qwenq.errors import JobError, printable
-from qwenq.io.durable import TORN_ENDING, write_bytes
+from qwenq.checkpoint.manifest import JOURNAL_NAME, LOCK_NAME, current_names
+from qwenq.errors import JobError
+from qwenq.escaping import printable
+from qwenq.io.durable import TORN_ENDING, append_synced, opened_directory, write_bytes
+from qwenq.io.json import read_limited
+
+_MAX_BYTES = 64_000_000  # a layer's line has 2,000
 
 
 class Journal:
@@ -42,37 +48,44 @@ class Journal:
     def load(directory: Path) -> Journal:
         """Read the journal; raises JobError when there is none to resume from."""
         path = directory / JOURNAL_NAME
-        if not path.is_file():
+        if not os.path.lexists(path):
             raise JobError(f"{directory}: no {JOURNAL_NAME} in it, so nothing to resume", hint="leave --resume out")
-        lines = [line for line in path.read_bytes().split(b"\n") if line]
+        lines = [line for line in read_limited(path, _MAX_BYTES, JobError, follow=False).split(b"\n") if line]
+        checked = not (lines and _without_checksums(lines[0]))
         rows: list[dict[str, Any]] = []
         check = ""
         for line in lines:
             try:
                 row = json.loads(line)
-                del row["check"]
-                wanted, check = _line(row, check)
+                if checked:
+                    del row["check"]
+                    wanted, check = _line(row, check)
+                    whole = line == wanted
+                else:
+                    whole = isinstance(row, dict) and "check" not in row
             except (ValueError, RecursionError, KeyError, TypeError):
                 break
-            if line != wanted:
+            if not whole:
                 break
             rows.append(row)
-        if not rows or not {"job", "beside"} <= rows[0].keys():
-            damage = "is damaged, or of an earlier version without checksums"
-            raise JobError(f"{path}: its first line {damage}", hint=f"delete {directory} and start anew")
+        first = rows[0] if rows else {}
+        if not isinstance(first.get("job"), dict) or not isinstance(first.get("beside", {}), dict):
+            raise JobError(f"{path}: its first line is damaged", hint=f"delete {directory} and start anew")
         journal = Journal(path, rows, len(lines) - len(rows))
         journal._check = check
+        rows[0]["job"] = current_names(rows[0]["job"])
         return journal
 
     @property
     def job(self) -> dict[str, Any]:
+        """Everything that decides the output, as `QuantizeJob.describe` gives it."""
         job: dict[str, Any] = self.rows[0]["job"]
         return job
 
     @property
-    def beside(self) -> dict[str, str]:
-        """SHA-256 of the files that the job put into the directory as they are, by name."""
-        beside: dict[str, str] = self.rows[0]["beside"]
+    def beside(self) -> dict[str, str] | None:
+        """SHA-256 of the files that the job put into the directory as they are, by name; None where 0.1.0 began it."""
+        beside: dict[str, str] | None = self.rows[0].get("beside")
         return beside
 
     @property
@@ -83,10 +96,7 @@ class Journal:
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a row and sync it."""
         line, check = _line(row, self._check)
-        with open(self.path, "ab") as file:
-            file.write(line + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_synced(self.path, line + b"\n")
         self.rows.append(dict(row))
         self._check = check
 
@@ -110,6 +120,15 @@ def _line(row: Mapping[str, Any], before: str) -> tuple[bytes, str]:
     text = json.dumps(row, separators=(",", ":"), ensure_ascii=False)
     check = hashlib.sha256((before + text).encode()).hexdigest()
     return f'{text[:-1]},"check":"{check}"}}'.encode(), check
+
+
+def _without_checksums(first: bytes) -> bool:
+    """Whether a journal's first line is as 0.1.0 wrote it: the job and nothing else. Going on adds checksums."""
+    try:
+        row = json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and row.keys() == {"job"}
 
 
 def never_begun(directory: Path) -> bool:
@@ -150,36 +169,63 @@ def locked(directory: Path) -> Iterator[str]:
     Over a network not every file system carries it: a lock left by another machine is refused until it is deleted.
     """
     path = directory / LOCK_NAME
-    handle = os.open(directory, os.O_RDONLY)
+    with opened_directory(directory) as handle, _lock_file(path, handle) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            gone = not _is_at(file, handle)
+        except BlockingIOError:
+            gone = False
+            raise JobError(
+                f"{directory}: in use by {_holder(file)[0] or 'another process'}",
+                hint="wait for it, or stop that process; then try again",
+            ) from None
+        if gone:  # its holder ended between our opening and our locking it
+            raise JobError(f"{directory}: another run was just ending there", hint="try again")
+        left, machine = _holder(file)
+        if machine and not machine & {socket.gethostname(), _boot()}:
+            raise JobError(
+                f"{directory}: locked by {left}, another machine, which cannot be asked from here",
+                hint=f"when that run has ended, delete {path} and go on",
+            )
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n{_boot()}")
+        file.flush()
+        try:
+            yield left
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(LOCK_NAME, dir_fd=handle)  # the directory may have another name by now
+
+
+def _lock_file(path: Path, directory: int) -> IO[str]:
+    """The lock's file, made if it is not there; JobError for a link or anything else that is no file of a lock's."""
+
+    def opener(name: str, flags: int) -> int:
+        flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+        handle = os.open(path.name, flags, 0o666, dir_fd=directory)
+        info = os.fstat(handle)
+        if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1:  # another name of a file that is not ours
+            os.close(handle)
+            raise OSError(errno.ELOOP, "")
+        return handle
+
     try:
-        with open(path, "a+", encoding="utf-8", errors="replace") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                gone = not path.exists() or not os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-            except BlockingIOError:
-                gone = False
-                raise JobError(
-                    f"{directory}: in use by {_holder(file)[0] or 'another process'}",
-                    hint="wait for it, or stop that process; then try again",
-                ) from None
-            if gone:  # its holder ended between our opening and our locking it
-                raise JobError(f"{directory}: another run was just ending there", hint="try again")
-            left, machine = _holder(file)
-            if machine and not machine & {socket.gethostname(), _boot()}:
-                raise JobError(
-                    f"{directory}: locked by {left}, another machine, which cannot be asked from here",
-                    hint=f"when that run has ended, delete {path} and go on",
-                )
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n{_boot()}")
-            file.flush()
-            try:
-                yield left
-            finally:
-                with suppress(FileNotFoundError):
-                    os.unlink(LOCK_NAME, dir_fd=handle)  # the directory may have another name by now
-    finally:
-        os.close(handle)
+        return open(path, "a+", encoding="utf-8", errors="replace", opener=opener)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+        raise JobError(
+            f"{path}: a link or no regular file, wanted a lock", hint="nothing of qwenq's makes one: look what it is"
+        ) from None
+
+
+def _is_at(file: IO[str], directory: int) -> bool:
+    """Whether an open lock still has its name."""
+    try:
+        named = os.stat(LOCK_NAME, dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(os.fstat(file.fileno()), named)
 
 
 def _holder(file: IO[str]) -> tuple[str, set[str]]:

@@ -41,13 +41,13 @@ class StageClock:
             self._inner_s[-1] += elapsed
 
     @contextmanager
-    def time_in_lane(self, stage: str, *, of: str, lanes: int, device: torch.device) -> Iterator[None]:
-        """What one of several lanes, on `device`, takes for `stage` while stage `of` is timed outside them all."""
+    def time_in_worker(self, stage: str, *, of: str, workers: int, device: torch.device) -> Iterator[None]:
+        """Seconds that one of several workers, on `device`, takes for `stage` while `of` is timed outside them all."""
         start = _now([device])
         try:
             yield
         finally:
-            elapsed = (_now([device]) - start) / lanes
+            elapsed = (_now([device]) - start) / workers
             with self._lock:
                 self._add(stage, elapsed)
                 self._add(of, -elapsed)

@@ -1,100 +1,37 @@
-"""What a quantization will write and need, from shapes alone: files byte for byte, disk, peak memory. No torch."""
+"""The dry run of a quantization, from shapes alone: files byte for byte, disk, peak memory. No torch."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qwenq.checkpoint.shards import output_files, shard_file_bytes
-from qwenq.errors import JobError, PlanError
+from qwenq.errors import JobError
 from qwenq.formats.base import GROUP_SIZES, Recipe
 from qwenq.io.safetensors import tensor_bytes
-from qwenq.machine import LANES_UP_TO, MOST_LANES, free_disk
-from qwenq.model.spec import LinearSpec, ModelSpec
+from qwenq.machine import free_disk
+from qwenq.model.architectures import Stage
+from qwenq.model.spec import ModelSpec
+from qwenq.pipeline.config import (
+    BACKWARD_TOKENS,
+    BATCH_TOKENS,
+    MOST_WORKERS,
+    NOISE_WINDOWS,
+    PROBE_TOKENS,
+    PROBE_WINDOWS,
+    SAMPLES,
+    SOLVER_WINDOWS,
+    SPILL_BYTES,
+    WORKERS_UP_TO,
+    Tokens,
+)
 from qwenq.planning.tensor_parallel import row_groups, tensor_parallel_sizes
 from qwenq.units import format_gb
 
 BASE_BYTES = 560_000_000  # interpreter, torch, transformers and thread pools; measured on Linux with torch 2.13
-SPILL_BYTES = 6 << 30  # token buffers beyond this live in a memory-mapped file
-DEFAULT_WINDOWS = 128  # of calibration, at most, where no number is given
-SET_TOKENS = {"builtin": 43_100, "heldout": 12_300}  # about so many by Qwen2.5's tokenizer
-BATCH_TOKENS = 2048  # that go through a layer together
-PULL_SHARE = 0.5  # of the calibration windows also run through the 16-bit layers, for o and down to be pulled there
-PULL_TOKENS_A_COLUMN = 8  # but at least so many tokens for each input column of down, where there are so many
-PULL_LEAST_A_COLUMN = 2  # with fewer they say too little to be worth that pass, unless asked for (reports/LOG.md)
-NOISE_WINDOWS = 2  # evaluation windows that are also run in float32, when computing in a narrower type
-SOLVER_WINDOWS = 16  # of calibration, at most, for the Hessians that sensitivities' errors are solved with
-PROBE_WINDOWS, PROBE_TOKENS = 32, 128  # and other, shorter ones, at most, that the errors' effect is read on
-SAMPLES = 4  # labels a position, of a sensitivity
-BACKWARD_TOKENS = 1024  # that go backward through a layer together
 _SLACK_BYTES = 1 << 20  # config, tokenizer copies are added exactly; journal and model card are not
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Calibration and evaluation windows of a job: counts and widths only."""
-
-    calibration_windows: int
-    evaluation_windows: int
-    length: int
-    calibration_bytes: int = 4  # of a value in the calibration streams
-    pull_share: float = PULL_SHARE  # 0 when nothing is pulled
-
-    @property
-    def calibration(self) -> int:
-        return self.calibration_windows * self.length
-
-    @property
-    def evaluation(self) -> int:
-        return self.evaluation_windows * self.length
-
-    def original(self, spec: ModelSpec) -> int:
-        """Calibration tokens that run through the 16-bit layers too."""
-        return original_windows(spec, self.calibration_windows, self.length, self.pull_share) * self.length
-
-
-def default_pull(recipe: Recipe, spec: ModelSpec, tokens: int) -> float:
-    """1 where anything is in 4 bits and calibration tokens are enough for the columns of down, else 0.
-
-    What 8 bits lose is of the size of what bfloat16 streams blur; what few tokens say of many columns is mostly noise.
-    """
-    if tokens < PULL_LEAST_A_COLUMN * spec.intermediate_size:
-        return 0.0
-    schemes = (recipe.default, *(scheme for _, scheme in recipe.overrides))
-    return 1.0 if any(scheme is not None and scheme.bits == 4 for scheme in schemes) else 0.0
-
-
-def chosen_pull(
-    asked: float | None, recipe: Recipe, spec: ModelSpec, *, windows: int, length: int, share: float
-) -> float:
-    """How far o and down are pulled: as asked, else by default; 0 where nothing is there to be compared in halves.
-
-    PlanError where a pull is asked for and one window is all there is.
-    """
-    if windows == 0 or share == 0:
-        return 0.0
-    if windows < 2:
-        if asked:
-            raise PlanError(f"--pull {asked:g}: one window of calibration has no two halves", hint="more text")
-        return 0.0
-    return default_pull(recipe, spec, windows * length) if asked is None else asked
-
-
-def original_windows(spec: ModelSpec, windows: int, length: int, share: float = PULL_SHARE) -> int:
-    """How many calibration windows, the first ones, run through the 16-bit layers too, for o and down to be pulled.
-
-    A whole number of batches, or all windows, and of these an even number: halves are compared, as large as each other.
-    None for a share of 0.
-    """
-    if share == 0:
-        return 0
-    step = max(1, BATCH_TOKENS // length)
-    enough = PULL_TOKENS_A_COLUMN * spec.intermediate_size / length
-    found = min(windows, math.ceil(max(windows * share, enough) / step) * step)
-    return found // 2 * 2
 
 
 @dataclass(frozen=True)
@@ -132,35 +69,40 @@ class Preflight:
             )
 
 
-def preflight(
-    spec: ModelSpec,
-    recipe: Recipe,
-    tokens: Tokens,
-    *,
-    compute_bytes: int,
-    on_gpu: bool,
-    out: Path | None,
-    dtype_of: Callable[[str], str] = lambda name: "BF16",
-    source_dtype_of: Callable[[str], str] = lambda name: "BF16",
-    source_spec: ModelSpec | None = None,
-) -> Preflight:
-    """Exact sizes and predicted peaks of quantizing `spec` by `recipe`; raises PlanError where groups do not divide."""
+@dataclass(frozen=True)
+class PlannedJob:
+    """A quantization as the dry run sees it: shapes, recipe, tokens and where it computes."""
+
+    spec: ModelSpec
+    recipe: Recipe
+    tokens: Tokens
+    compute_bytes: int  # of a value in the evaluation windows' hidden states
+    on_gpu: bool = False
+    out: Path | None = None
+    dtype_of: Callable[[str], str] = lambda name: "BF16"  # stored dtype of what is not quantized
+    source_dtype_of: Callable[[str], str] = lambda name: "BF16"
+    source_spec: ModelSpec | None = None  # where `spec` is padded
+
+
+def preflight(job: PlannedJob) -> Preflight:
+    """Exact sizes and predicted peaks of a quantization; raises PlanError where groups do not divide."""
+    spec, recipe, tokens = job.spec, job.recipe, job.tokens
     recipe.check(spec)
-    files = output_files(spec, recipe, dtype_of)
+    files = output_files(spec, recipe, job.dtype_of)
     tensor_total = sum(t.nbytes for tensors in files.values() for t in tensors)
     file_total = sum(shard_file_bytes(tensors) for tensors in files.values())
-    source_total = sum(tensor_bytes(source_dtype_of(t.name), t.shape) for t in (source_spec or spec).tensors())
-    host, device = peak_bytes(spec, tokens, compute_bytes, on_gpu)
-    streams = stream_bytes(spec, tokens, compute_bytes)
-    buffers = token_buffer_bytes(spec, tokens, compute_bytes)
+    source_total = sum(tensor_bytes(job.source_dtype_of(t.name), t.shape) for t in (job.source_spec or spec).tensors())
+    host, device = peak_bytes(spec, tokens, job.compute_bytes, job.on_gpu)
+    states = hidden_state_bytes(spec, tokens, job.compute_bytes)
+    buffers = token_buffer_bytes(spec, tokens, job.compute_bytes)
     spill = buffers if buffers > SPILL_BYTES else 0
-    units: dict[str, set[str]] = {}
-    unit_bytes: dict[str, int] = {}
+    labels: dict[str, set[str]] = {}
+    stage_bytes: dict[str, int] = {}
     for lin in spec.linears:
         scheme = recipe.scheme_of(lin)
-        units.setdefault(lin.unit, set()).add(scheme.label if scheme else "16-bit")
-        size = sum(t.nbytes for t in recipe.linear_tensors(lin, dtype_of))
-        unit_bytes[lin.unit] = unit_bytes.get(lin.unit, 0) + size
+        labels.setdefault(lin.stage, set()).add(scheme.label if scheme else "16-bit")
+        size = sum(t.nbytes for t in recipe.linear_tensors(lin, job.dtype_of))
+        stage_bytes[lin.stage] = stage_bytes.get(lin.stage, 0) + size
     return Preflight(
         model=spec.name,
         parameters=spec.parameters,
@@ -170,49 +112,51 @@ def preflight(
         tensor_bytes=tensor_total,
         file_bytes=file_total,
         source_tensor_bytes=source_total,
-        units={unit: ", ".join(sorted(labels)) for unit, labels in units.items()},
-        unit_bytes=unit_bytes,
+        units={stage: ", ".join(sorted(found)) for stage, found in labels.items()},
+        unit_bytes=stage_bytes,
         peak_ram_bytes=host,
         peak_vram_bytes=device,
-        state_bytes=2 * streams,
+        state_bytes=2 * states,
         spill_bytes=spill,
-        disk_needed_bytes=file_total + 2 * streams + spill + _SLACK_BYTES,
-        disk_free_bytes=free_disk(out) if out else None,
+        disk_needed_bytes=file_total + 2 * states + spill + _SLACK_BYTES,
+        disk_free_bytes=free_disk(job.out) if job.out else None,
         tensor_parallel=tensor_parallel_sizes(spec, row_groups(spec, recipe)),
     )
 
 
 def scratch_width(spec: ModelSpec) -> int:
-    """Values a calibration token needs beside its states: inputs of o and 16-bit states, later inputs of down."""
-    return max(spec.q_size + spec.hidden_size, spec.intermediate_size)
+    """Values a calibration token needs beside its states: inputs of the stage that ends a block, and 16-bit states
+    after this block and those behind it but the last.
+    """
+    ends = [stage for stage in spec.architecture.stages if stage.adds]
+    return max(spec.size(stage.inputs) + spec.hidden_size * (len(ends) - k) for k, stage in enumerate(ends, 1))
 
 
-def stream_bytes(spec: ModelSpec, tokens: Tokens, compute_bytes: int) -> int:
-    """Hidden states of all streams, the float32 one for the noise floor included."""
+def hidden_state_bytes(spec: ModelSpec, tokens: Tokens, compute_bytes: int) -> int:
+    """Hidden states of all tokens, in float32 for the noise floor too."""
     noise = min(NOISE_WINDOWS, tokens.evaluation_windows) * tokens.length * 4 if compute_bytes < 4 else 0
     calibration = (tokens.calibration + tokens.original(spec)) * tokens.calibration_bytes
     return (calibration + 2 * tokens.evaluation * compute_bytes + noise) * spec.hidden_size
 
 
 def token_buffer_bytes(spec: ModelSpec, tokens: Tokens, compute_bytes: int) -> int:
-    """Hidden states of all streams, and the scratch of the calibration streams."""
+    """Hidden states of all tokens, and the calibration tokens' scratch."""
     scratch = tokens.calibration * scratch_width(spec) * tokens.calibration_bytes
-    return stream_bytes(spec, tokens, compute_bytes) + scratch
+    return hidden_state_bytes(spec, tokens, compute_bytes) + scratch
 
 
 def peak_bytes(spec: ModelSpec, tokens: Tokens, compute_bytes: int, on_gpu: bool) -> tuple[int, int]:
     """Predicted peak (host, GPU) in bytes; the layer count is not in it, because one layer is held at a time."""
-    layer = spec.layer_linears(0)
-    parameters = sum(lin.parameters for lin in layer)
+    stages, width = spec.architecture.stages, _widest(spec)
+    parameters = sum(lin.parameters for lin in spec.layer_linears(0))
     source = 2 * parameters
     at_once = min(BATCH_TOKENS, tokens.calibration + tokens.evaluation)
-    part, states = at_once * spec.intermediate_size, 2 * at_once * spec.hidden_size
-    pulled = tokens.pull_share > 0
-    solving = tokens.calibration_bytes * parameters + max(_solving(unit, pulled) for unit in _units(layer))
-    width = spec.intermediate_size
-    lanes = MOST_LANES if not on_gpu and width <= LANES_UP_TO else 1
-    pulls = width * spec.hidden_size if pulled else 0
-    summing = 4 * (lanes * (width**2 + pulls) + 2 * pulls)  # of pulls also the first half's, and one being made
+    part, states = at_once * width, 2 * at_once * spec.hidden_size
+    corrects = tokens.error_correction_share > 0
+    solving = tokens.calibration_bytes * parameters + max(_solving(spec, stage, corrects) for stage in stages)
+    workers = MOST_WORKERS if not on_gpu and spec.intermediate_size <= WORKERS_UP_TO else 1
+    residual = width * spec.hidden_size if corrects else 0
+    summing = 4 * (workers * (width**2 + residual) + 2 * residual)  # also the first half's, and one being made
     calibrating = tokens.calibration_bytes * (parameters + 4 * part + states) + summing
     evaluating = compute_bytes * (parameters + 4 * part + states)
     head = 6 * 4 * 1024 * 4096 + 8 * 4096 * spec.hidden_size + 8 * tokens.evaluation * spec.hidden_size
@@ -220,7 +164,7 @@ def peak_bytes(spec: ModelSpec, tokens: Tokens, compute_bytes: int, on_gpu: bool
     buffers = token_buffer_bytes(spec, tokens, compute_bytes)
     if on_gpu:
         return BASE_BYTES + buffers + source, max(work, head)
-    at_the_head = stream_bytes(spec, replace(tokens, calibration_windows=0), compute_bytes) + head
+    at_the_head = hidden_state_bytes(spec, replace(tokens, calibration_windows=0), compute_bytes) + head
     return BASE_BYTES + max(buffers + source + work, at_the_head), 0
 
 
@@ -234,11 +178,11 @@ def sensitivity_bytes(
     largest = max(lin.parameters for lin in spec.layer_linears(0))
     schemes = (2 if asymmetric else 1) * len(GROUP_SIZES)  # that errors are solved of, in bfloat16
     states = (SOLVER_WINDOWS * length + probed) * hidden * compute_bytes
-    passing = 16 * spec.intermediate_size + 24 * hidden + (schemes + 1) * outputs  # values a token
+    passing = 16 * _widest(spec) + 24 * hidden + (schemes + 1) * outputs  # values a token
     backward = compute_bytes * (parameters + largest + BACKWARD_TOKENS * passing)
     head = 4 * probed * hidden * (3 * SAMPLES + 3) + 4 * 4096 * (hidden + 4 * 1024)
     work = max(errors_bytes(spec, length, compute_bytes), backward)
-    kept = 4 * spec.intermediate_size**2  # the Hessian, from which each scheme takes a copy
+    kept = 4 * _widest(spec) ** 2  # the Hessian, from which each scheme takes a copy
     held = 2 * parameters + schemes * 2 * parameters + 8 * SAMPLES * probed * hidden  # source, errors, gradients twice
     if on_gpu:
         return BASE_BYTES + max(states, held + kept), max(work, head)
@@ -247,19 +191,20 @@ def sensitivity_bytes(
 
 def errors_bytes(spec: ModelSpec, length: int, compute_bytes: int) -> int:
     """Predicted peak in bytes, on the device, of solving a layer for the errors that sensitivities are read from."""
-    layer, width = spec.layer_linears(0), spec.intermediate_size
+    layer, width = spec.layer_linears(0), _widest(spec)
     at_once = min(BATCH_TOKENS, SOLVER_WINDOWS * length)
     collecting = 4 * width**2 + compute_bytes * at_once * (5 * width + 4 * spec.hidden_size)
-    solving = max(_solving(unit, pulled=False) for unit in _units(layer))
+    solving = max(_solving(spec, stage, corrects=False) for stage in spec.architecture.stages)
     return compute_bytes * sum(lin.parameters for lin in layer) + max(collecting, solving)
 
 
-def _units(layer: tuple[LinearSpec, ...]) -> list[list[LinearSpec]]:
-    return [[lin for lin in layer if lin.unit == unit] for unit in dict.fromkeys(lin.unit for lin in layer)]
+def _widest(spec: ModelSpec) -> int:
+    """Columns of the widest stage that adds to the hidden states: down's inputs, the FFN."""
+    return max(spec.size(stage.inputs) for stage in spec.architecture.stages if stage.adds)
 
 
-def _solving(unit: list[LinearSpec], pulled: bool) -> int:
-    """The Hessian; float32 weights, their errors twice while they are permuted, uint8 codes; two sums of o and down."""
-    parameters = sum(lin.parameters for lin in unit)
-    shortfalls = 8 * parameters if pulled and len(unit) == 1 else 0
-    return 4 * unit[0].in_features ** 2 + 13 * parameters + shortfalls
+def _solving(spec: ModelSpec, stage: Stage, corrects: bool) -> int:
+    """The Hessian; float32 weights, their errors twice while they are permuted, uint8 codes; two sums of residuals."""
+    parameters = sum(lin.parameters for lin in spec.stage_linears(0, stage))
+    residuals = 8 * parameters if corrects and stage.adds else 0
+    return 4 * spec.size(stage.inputs) ** 2 + 13 * parameters + residuals

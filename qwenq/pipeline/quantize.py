@@ -1,9 +1,9 @@
 r"""The main job: 16-bit shards in, quantized shards out, one decoder layer at a time, journalled and resumable.
 
-    source --> layer i --> reference stream             (16-bit layer, evaluation tokens)
-                      \--> original stream              (16-bit layer, calibration windows, half or all)
-                      \--> calibration stream, solve --> shard i, journal line i
-    shard i ----------------> quantized stream           (the layer as written, evaluation tokens)
+    source --> layer i --> reference states             (16-bit layer, evaluation tokens)
+                      \--> original states              (16-bit layer, calibration windows, half or all)
+                      \--> calibration states, solve --> shard i, journal line i
+    shard i ----------------> quantized states           (the layer as written, evaluation tokens)
     final norm, head --> DriftReport
 
 Work happens in OUT.partial, which becomes OUT by one rename when everything in it is whole.
@@ -12,7 +12,6 @@ Work happens in OUT.partial, which becomes OUT by one rename when everything in 
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -24,35 +23,35 @@ import torch
 
 from qwenq.checkpoint.manifest import (
     JOURNAL_NAME,
-    LOCK_NAME,
+    MANIFEST_NAME,
     SCRATCH_PREFIX,
-    changed,
     check_files,
+    current_names,
     read_manifest,
     refuse_strangers,
-    write_manifest,
 )
 from qwenq.checkpoint.reader import Checkpoint, non_finite
-from qwenq.checkpoint.shards import encode_index, output_files
+from qwenq.checkpoint.shards import output_files
 from qwenq.errors import CheckpointError, JobError, QwenqError
-from qwenq.formats.base import Recipe, get_format, quantization_config, read_quantization_config
-from qwenq.io.durable import copy_synced, file_sha256, make_directory, sync_directory, write_bytes, write_json
-from qwenq.io.json import inside
-from qwenq.io.safetensors import INDEX_NAME, TensorSpec, read_header
+from qwenq.formats.base import get_format, quantization_config, read_quantization_config
+from qwenq.io.durable import file_sha256, make_directory, write_bytes
+from qwenq.io.fields import Fields
+from qwenq.io.safetensors import read_header
 from qwenq.io.tensors import write_shard
 from qwenq.machine import forget_peak_rss, host_facts, keep_freed_memory, peak_rss_bytes, return_freed_memory, versions
-from qwenq.pipeline.activations import Streams, new_streams
-from qwenq.pipeline.block import BlockSolver, CalibrationStreams, round_block, round_layer
+from qwenq.pipeline.activations import HiddenStates, LayerRunner, TokenSets, embed_tokens
+from qwenq.pipeline.block import BlockSolver, CalibrationStates, round_block, round_layer
 from qwenq.pipeline.card import CARD_NAME, model_card
+from qwenq.pipeline.config import tokens_of
 from qwenq.pipeline.evaluate import HeadWeights, measure_drift
 from qwenq.pipeline.job import DTYPES, QuantizeJob, QuantizeResult, partial_directory, refuse_place
 from qwenq.pipeline.journal import Journal, locked, never_begun, refuse_changes
 from qwenq.pipeline.monitor import StageClock, memory_errors
-from qwenq.pipeline.preflight import Tokens, preflight
-from qwenq.pipeline.workers import Replicas
+from qwenq.pipeline.output import COPIED_FILES, Output, give_name
+from qwenq.pipeline.preflight import PlannedJob, preflight
+from qwenq.pipeline.workers import Workers
 from qwenq.results import BlockResult, DriftReport, LayerResult, finite_json
 from qwenq.solver.equalize import FoldedLayer
-from qwenq.text.tokens import TOKENIZER_FILES
 
 _STATE_FILES = (".qwenq-state-0.safetensors", ".qwenq-state-1.safetensors")
 _STATE_INTERVAL_S = 30.0  # hidden states are saved to disk this often; layers done since are replayed on resume
@@ -99,20 +98,16 @@ def check_places(job: QuantizeJob, resume: bool) -> None:
     if resume and not work.exists():
         raise JobError(f"{work}: no unfinished job there to resume", hint="leave --resume out")
     check = preflight(
-        job.source.spec,
-        job.recipe,
-        Tokens(
-            job.calibration.ids.shape[0] if job.calibration else 0,
-            job.evaluation.ids.shape[0],
-            job.evaluation.ids.shape[1],
-            DTYPES[job.calibration_dtype].itemsize,
-            job.options.pull_share if job.options.pull else 0.0,
-        ),
-        compute_bytes=DTYPES[job.compute_dtype].itemsize,
-        on_gpu=job.device != "cpu",
-        out=job.out,
-        dtype_of=job.stored_dtype,
-        source_dtype_of=job.source.dtype_of,
+        PlannedJob(
+            job.source.spec,
+            job.recipe,
+            tokens_of(job.config, job.windows),
+            compute_bytes=DTYPES[job.config.compute_dtype].itemsize,
+            on_gpu=job.config.device != "cpu",
+            out=job.out,
+            dtype_of=job.stored_dtype,
+            source_dtype_of=job.source.dtype_of,
+        )
     )
     written = sum(p.stat().st_size for p in work.rglob("*") if p.is_file()) if work.exists() else 0
     replace(check, disk_needed_bytes=max(check.disk_needed_bytes - written, 0)).check_disk(job.out)
@@ -128,19 +123,23 @@ class _Run:
     def __init__(self, job: QuantizeJob, work: Path, resume: bool, listen: Listener) -> None:
         self.job, self.work, self.listen = job, work, listen
         self.spec = job.source.spec
-        self.dtype = DTYPES[job.compute_dtype]
-        self.files = list(output_files(self.spec, job.recipe, job.stored_dtype))
-        self.config = dict(job.source.config) | {
+        shards = output_files(self.spec, job.recipe, job.stored_dtype)
+        self.files = list(shards)
+        config = dict(job.source.config) | {
             "quantization_config": quantization_config(
                 job.recipe, self.spec, damp_percent=job.options.damp_percent, method=job.options.method
             )
         }
-        if job.dtype != "auto":
-            self.config.pop("torch_dtype", None)
-            self.config["dtype"] = job.dtype
-        self.network = job.replicas(self.dtype, job.evaluation)
-        self.float32 = job.replicas(torch.float32, job.evaluation) if self.dtype != torch.float32 else None
-        self.calibrator = job.replicas(DTYPES[job.calibration_dtype], job.calibration)
+        if job.config.dtype != "auto":
+            config.pop("torch_dtype", None)
+            config["dtype"] = job.config.dtype
+        self.output = Output(work, job.out, job.recipe, config, shards)
+        evaluating = job.workers(DTYPES[job.config.compute_dtype], job.evaluation)
+        self.calibrator = job.workers(DTYPES[job.config.calibration_dtype], job.calibration)
+        self.workers = {"reference": evaluating, "quantized": evaluating}
+        self.workers |= {"calibration": self.calibrator, "original": self.calibrator}
+        if evaluating.dtype != torch.float32:
+            self.workers["float32"] = job.workers(torch.float32, job.evaluation)
         self.resume = resume
 
     # -------------------------------------------------------------- the whole
@@ -155,9 +154,9 @@ class _Run:
         beside = {name: hashlib.sha256(content).hexdigest() for name, content in self.job.beside}
         if self.resume and not never_begun(self.work):
             journal = Journal.load(self.work)
-            refuse_changes(journal.job | {"beside": journal.beside}, described | {"beside": beside}, self.work)
-            configs = (INDEX_NAME, "config.json", "quantize_config.json", CARD_NAME)
-            refuse_strangers(self.work, {*self.files, *configs, *COPIED_FILES, *beside})
+            kept = beside if journal.beside is None else journal.beside
+            refuse_changes(journal.job | {"beside": kept}, described | {"beside": beside}, self.work)
+            refuse_strangers(self.work, {*self.output.names, *beside})
             if (result := finished_before(self.work, self.job.out, journal)) is not None:
                 give_name(self.work, self.job.out)
                 return result
@@ -165,115 +164,109 @@ class _Run:
             journal = Journal.create(self.work, described, beside)
         for name, content in self.job.beside:
             write_bytes(self.work / name, content)
-        streams = new_streams(
-            self.job.source,
-            self.job.calibration.ids if self.job.calibration else None,
+        tokens = TokenSets(
             self.job.evaluation.ids,
-            dtype=self.dtype,
-            calibration_dtype=self.calibrator.dtype,
-            original_windows=self.job.original_windows,
-            spill_directory=self.work,
-            convert=self.job.convert,
+            self.workers["reference"].dtype,
+            self.job.calibration.ids if self.job.calibration else None,
+            self.calibrator.dtype,
+            self.job.original_windows,
         )
+        states = embed_tokens(self.job.source, tokens, self.work, self.job.convert)
         self.listen("writing the embedding, the last norm and the head")
-        last = ["model.norm.weight", *([] if self.spec.tie_word_embeddings else ["lm_head.weight"])]
+        last = [self.spec.norm_tensor, *([] if self.spec.tie_word_embeddings else [self.spec.head_tensor])]
         outer = {
-            self.files[0]: self._write_outer(0, ["model.embed_tokens.weight"]),
+            self.files[0]: self._write_outer(0, [self.spec.embedding_tensor]),
             self.files[-1]: self._write_outer(len(self.files) - 1, last),
         }
-        first = self._recover(journal, streams)
+        runner = LayerRunner(states.states, self.workers, self.job.passes)
+        first = self._recover(journal, states, runner)
         saved = time.perf_counter()
         for layer in range(first, self.spec.num_hidden_layers):
-            row = self._layer(layer, streams)
+            row = self._layer(layer, states, runner)
             if time.perf_counter() - saved > _STATE_INTERVAL_S:
-                row["state"] = self._save_state(journal, streams)
+                row["state"] = self._save_state(journal, states)
                 saved = time.perf_counter()
             journal.append(row)
             self.listen(BlockResult.from_json(row["result"]))
-        streams = streams.without_calibration()
+        states = states.without_calibration()
+        del runner
         return_freed_memory()
         self.listen("measuring drift at the head")
-        drift = self._drift(streams)
+        drift = self._drift(states)
         read.refuse_replaced()
         return self._finish(journal, outer | beside, drift, started)
 
     # -------------------------------------------------------------- one layer
 
-    def _layer(self, layer: int, streams: Streams) -> dict[str, Any]:
+    def _layer(self, layer: int, states: HiddenStates, runner: LayerRunner) -> dict[str, Any]:
         start = time.perf_counter()
         clock = StageClock(self.job.devices)
         with clock.time("load"):
             state = self.job.source.finite_layer_state(layer)
             self.job.source.prefetch(layer + 1)
         with clock.time("evaluate"):
-            self._reference(streams, state)
-        tensors, results = make_layer(self.job, self.calibrator, layer, state, streams, clock)
+            runner.advance(state, "float32", "reference")
+        tensors, results = make_layer(self.job, self.calibrator, layer, state, states, clock)
         with clock.time("write"):
             sha256 = write_shard(self.work / self.files[layer + 1], tensors)
         with clock.time("evaluate"):
-            self.network.fill(self._written_layer(layer))
-            self.network.run_layer(streams.states["quantized"])
-            self.network.release()
-            error_db = _error_db(streams.states["reference"], streams.states["quantized"])
+            runner.advance(self._written_layer(layer), "quantized")
+            error_db = _error_db(states.states["reference"], states.states["quantized"])
         result = BlockResult(layer, tuple(results), error_db, time.perf_counter() - start, clock.seconds)
         return {"layer": layer, "file": self.files[layer + 1], "sha256": sha256, "result": result.to_json()}
 
-    def _reference(self, streams: Streams, state: dict[str, torch.Tensor]) -> None:
-        """Send the reference streams through the 16-bit layer."""
-        if self.float32 is not None:
-            self.float32.fill(state)
-            self.float32.run_layer(streams.states["float32"])
-            self.float32.release()
-        self.network.fill(state)
-        self.network.run_layer(streams.states["reference"])
-        self.network.release()
-
     # -------------------------------------------------------------- resuming
 
-    def _recover(self, journal: Journal, streams: Streams) -> int:
-        """Bring the streams to the first layer that is not done and whole; returns that layer."""
+    def _recover(self, journal: Journal, states: HiddenStates, runner: LayerRunner) -> int:
+        """Bring the hidden states to the first layer that is not done and whole; returns that layer."""
         rows = journal.layers
         good = 0
         if journal.dropped:
             lines = f"{JOURNAL_NAME}: {journal.dropped} of its lines, from line {len(journal.rows) + 1} on"
             self.listen(f"{lines}, torn or damaged: their layers are done again")
-        for row in rows:
-            path = self.work / row["file"]
-            if not path.is_file() or file_sha256(path) != row["sha256"]:
-                self.listen(f"layer {row['layer']}: its file is missing or damaged, it and what follows is done again")
+        for layer, row in enumerate(rows[: self.spec.num_hidden_layers]):
+            if problem := self._problem(layer, row):
+                self.listen(f"layer {layer}: {problem}, it and what follows is done again")
                 break
             good += 1
         journal.keep_layers(good)
         known = next(
             (k for k in range(good, 0, -1) if (s := rows[k - 1].get("state"))
-             and streams.restore(self.work / s["file"], s["sha256"])), 0
+             and states.restore(self.work / s["file"], str(s.get("sha256")))), 0
         )  # fmt: skip
         for layer in range(known, good):
             self.listen(f"layer {layer}: replaying")
-            state, written = self.job.source.finite_layer_state(layer), self._written_layer(layer)
-            self._reference(streams, state)
-            for network, layer_state, name in (
-                (self.calibrator, state, "original"),
-                (self.calibrator, written, "calibration"),
-                (self.network, written, "quantized"),
-            ):
-                if name in streams.states:
-                    network.fill(layer_state)
-                    network.run_layer(streams.states[name], self.job.passes(name))
-                    network.release()
+            runner.replay(layer, self.job.source.finite_layer_state, self._written_layer)
         return good
+
+    def _problem(self, layer: int, row: Mapping[str, Any]) -> str:
+        """Why a row of the journal is not to be relied on; empty when it is."""
+        try:
+            whole = BlockResult.from_json(row.get("result")).layer == layer == row["layer"]
+        except ValueError:
+            whole = False
+        state = row.get("state", {"file": _STATE_FILES[0]})
+        if not whole or row.get("file") != self.files[layer + 1] or not isinstance(state, Mapping):
+            return "its line in the journal is not a layer's"
+        if state.get("file") not in _STATE_FILES:
+            return "its line in the journal names a state that is none"
+        path = self.work / self.files[layer + 1]
+        if not path.is_file() or file_sha256(path) != row.get("sha256"):
+            return "its file is missing or damaged"
+        return ""
 
     def _written_layer(self, layer: int) -> dict[str, torch.Tensor]:
         tensors = read_header(self.work / self.files[layer + 1])
-        written = read_quantization_config(self.config["quantization_config"], "quantization_config")
-        return Checkpoint(self.work, self.config, self.spec, tensors, written, ()).layer_state(layer)
+        config = dict(self.output.config)
+        written = read_quantization_config(config["quantization_config"], "quantization_config")
+        return Checkpoint(self.work, config, self.spec, tensors, written, ()).layer_state(layer)
 
-    def _save_state(self, journal: Journal, streams: Streams) -> dict[str, str]:
+    def _save_state(self, journal: Journal, states: HiddenStates) -> dict[str, str]:
         """Save hidden states to the one of two files that the journal did not name last: one whole copy stays."""
         last = next((row["state"]["file"] for row in reversed(journal.layers) if "state" in row), None)
         file = _STATE_FILES[0] if last != _STATE_FILES[0] else _STATE_FILES[1]
         (self.work / file).unlink(missing_ok=True)  # two copies on disk, not three
-        return {"file": file, "sha256": streams.save(self.work / file)}
+        return {"file": file, "sha256": states.save(self.work / file)}
 
     # -------------------------------------------------------------- head, and the end
 
@@ -287,10 +280,11 @@ class _Run:
             tensors[name] = self.job.convert(name, tensor)
         return write_shard(self.work / self.files[number], tensors)
 
-    def _drift(self, streams: Streams) -> DriftReport:
+    def _drift(self, states: HiddenStates) -> DriftReport:
         reference = HeadWeights(self.job.source)
-        quantized = HeadWeights(self.job.source, self.job.convert) if self.job.dtype != "auto" else reference
-        return measure_drift(self.network.first, reference, quantized, streams.states, self.job.evaluation)
+        quantized = HeadWeights(self.job.source, self.job.convert) if self.job.config.dtype != "auto" else reference
+        network = self.workers["reference"].first
+        return measure_drift(network, reference, quantized, states.states, self.job.evaluation)
 
     def _finish(self, journal: Journal, hashes: dict[str, str], drift: DriftReport, started: float) -> QuantizeResult:
         """Write what is not a shard, the manifest last, and give the directory its name.
@@ -298,15 +292,14 @@ class _Run:
         hashes: SHA-256 of what was written beside the layers.
         """
         layers = tuple(BlockResult.from_json(row["result"]) for row in journal.layers)
-        files = output_files(self.spec, self.job.recipe, self.job.stored_dtype)
         hashes |= {row["file"]: row["sha256"] for row in journal.layers}
-        hashes |= copy_small_files(self.job.source.directory, self.work, journal.job["source"])
-        hashes |= write_configs(self.work, self.config, self.job.recipe, files)
+        hashes |= self.output.copy_small_files(self.job.source.directory, journal.job["source"])
+        hashes |= self.output.write_configs()
         result = QuantizeResult(
             out=self.job.out,
             drift=drift,
             layers=layers,
-            tensor_bytes=sum(t.nbytes for tensors in files.values() for t in tensors),
+            tensor_bytes=sum(t.nbytes for tensors in self.output.files.values() for t in tensors),
             file_bytes=sum((self.work / name).stat().st_size for name in self.files),
             bits_per_linear_weight=self.job.recipe.bits_per_linear_weight(self.spec),
             seconds=time.perf_counter() - started,
@@ -316,9 +309,7 @@ class _Run:
         described = describe_result(journal.job, self.spec.parameters, result, resumed=self.resume)
         read = journal.job["source"]
         card = model_card(described, self.job.source.directory, self.spec, self.job.recipe, hashes=read)
-        hashes[CARD_NAME] = write_bytes(self.work / CARD_NAME, card.encode())
-        write_manifest(self.work, described, hashes)
-        give_name(self.work, self.job.out)
+        self.output.finish(described, hashes, card)
         return result
 
 
@@ -330,71 +321,43 @@ def _error_db(reference: torch.Tensor, other: torch.Tensor) -> float | None:
 
 def make_layer(
     job: QuantizeJob,
-    calibrator: Replicas,
+    calibrator: Workers,
     layer: int,
     state: dict[str, torch.Tensor],
-    streams: Streams,
+    states: HiddenStates,
     clock: StageClock,
 ) -> tuple[dict[str, torch.Tensor], list[LayerResult]]:
     """Quantize a layer as the job says: tensors to be written, by full name, and one result a linear.
 
-    state: the layer's 16-bit tensors by their names within it, emptied on the way. The streams of the calibration
+    state: the layer's 16-bit tensors by their names within it, emptied on the way. Hidden states of the calibration
     tokens, if the job reads any, are advanced from entering the layer to leaving it.
     """
-    prefix = f"model.layers.{layer}."
+    spec = job.source.spec
+    prefix = spec.layer_prefix(layer)
     folded = FoldedLayer(state, _kept(job, layer, state), job.devices[0])
     if not get_format(job.recipe.format).solved:
         with clock.time("round"):
             stored = {name: job.convert(prefix + name, tensor) for name, tensor in state.items()}
-            packed, results = round_layer(job.source.spec, layer, job.recipe, stored, job.devices[0])
+            packed, results = round_layer(spec, layer, job.recipe, stored, job.devices[0])
     elif job.calibration is None:
         with clock.time("round"):
-            packed, results = round_block(job.source.spec, layer, job.recipe, folded, job.options)
+            packed, results = round_block(spec, layer, job.recipe, folded, job.options)
     else:
         calibrator.fill(state)
         state.clear()  # the solver lets go of each weight when it is done
-        calibration = CalibrationStreams(streams.states["calibration"], streams.states.get("original"), streams.scratch)
-        solver = BlockSolver(calibrator, job.source.spec, layer, job.recipe, folded, calibration, job.options, clock)
+        calibration = CalibrationStates(states.states["calibration"], states.states.get("original"), states.scratch)
+        solver = BlockSolver(calibrator, spec, layer, job.recipe, folded, calibration, job.options, clock)
         packed, results = solver.run()
         calibrator.release()
     return packed | {prefix + name: tensor.cpu() for name, tensor in folded.kept.items()}, results
 
 
 def _kept(job: QuantizeJob, layer: int, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What is not quantized of a layer, as it is written."""
-    prefix = f"model.layers.{layer}."
-    quantized = {
-        lin.name.removeprefix(prefix) + ".weight"
-        for lin in job.source.spec.layer_linears(layer)
-        if job.recipe.scheme_of(lin) is not None
-    }
+    """Tensors of a layer that are not quantized, as they are written."""
+    linears = job.source.spec.layer_linears(layer)
+    quantized = {lin.path + ".weight" for lin in linears if job.recipe.scheme_of(lin) is not None}
+    prefix = job.source.spec.layer_prefix(layer)
     return {name: job.convert(prefix + name, t) for name, t in state.items() if name not in quantized}
-
-
-COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json", "LICENSE")
-
-
-def copy_small_files(source: Path, work: Path, hashes: Mapping[str, str]) -> dict[str, str]:
-    """Tokenizer and licence of the source, and their SHA-256; CheckpointError where one is not that in `hashes`."""
-    copied = {}
-    for name in COPIED_FILES:
-        path = inside(source, name)
-        if path.is_file():
-            copied[name] = copy_synced(path, work / name)
-        if copied.get(name) != hashes.get(name):
-            raise changed(path)
-    return copied
-
-
-def write_configs(
-    work: Path, config: Mapping[str, Any], recipe: Recipe, files: Mapping[str, list[TensorSpec]]
-) -> dict[str, str]:
-    """The index, the configuration and the format's own small files; their SHA-256 by name."""
-    written = {INDEX_NAME: write_json(work / INDEX_NAME, encode_index(files))}
-    written["config.json"] = write_json(work / "config.json", config)
-    for name, content in get_format(recipe.format).small_files(config["quantization_config"]).items():
-        written[name] = write_json(work / name, content)
-    return written
 
 
 def describe_result(
@@ -427,24 +390,8 @@ def describe_result(
     return described
 
 
-def give_name(work: Path, out: Path) -> None:
-    """Remove what was needed to resume, and rename the finished directory."""
-    for leftover in work.glob(SCRATCH_PREFIX + "*"):
-        if leftover.name != LOCK_NAME:  # held until the directory has its name
-            leftover.unlink()
-    sync_directory(work)
-    os.replace(work, out)
-    try:
-        sync_directory(out.parent)
-    except OSError as error:
-        raise JobError(
-            f"{out}: finished, but the disk could not confirm its name ({error.strerror})",
-            hint="look after the disk, then `qwenq verify` it",
-        ) from error
-
-
 def finished_before(work: Path, out: Path, journal: Journal) -> QuantizeResult | None:
-    """What a run made that was killed after its manifest was written; None when anything is not as it says."""
+    """Result of a run that was killed after its manifest was written; None when anything is not as it says."""
     try:
         manifest, findings = read_manifest(work)
     except QwenqError:
@@ -452,23 +399,27 @@ def finished_before(work: Path, out: Path, journal: Journal) -> QuantizeResult |
     scratch = SCRATCH_PREFIX
     if findings or any(not finding.file.startswith(scratch) for finding in check_files(work, manifest)):
         return None
-    if manifest.get("job") != journal.job:
+    fields = Fields(manifest, MANIFEST_NAME, "")
+    try:
+        if current_names(fields.sub("job").value) != journal.job:
+            return None
+        return QuantizeResult(
+            out=out,
+            drift=DriftReport.from_json(fields.sub("drift").value),
+            layers=tuple(BlockResult.from_json(row.get("result")) for row in journal.layers),
+            tensor_bytes=fields.whole("tensor_bytes"),
+            file_bytes=fields.whole("file_bytes"),
+            bits_per_linear_weight=fields.number("bits_per_linear_weight"),
+            seconds=fields.sub("run").number("seconds"),
+            peak_rss_bytes=fields.sub("run").whole("peak_rss_bytes"),
+            warnings=tuple(fields.texts("warnings")),
+        )
+    except (CheckpointError, ValueError):
         return None
-    return QuantizeResult(
-        out=out,
-        drift=DriftReport.from_json(manifest["drift"]),
-        layers=tuple(BlockResult.from_json(row["result"]) for row in journal.layers),
-        tensor_bytes=manifest["tensor_bytes"],
-        file_bytes=manifest["file_bytes"],
-        bits_per_linear_weight=manifest["bits_per_linear_weight"],
-        seconds=manifest["run"]["seconds"],
-        peak_rss_bytes=manifest["run"]["peak_rss_bytes"],
-        warnings=tuple(manifest["warnings"]),
-    )
 
 
 def job_warnings(layers: tuple[BlockResult, ...], drift: DriftReport, overlap: float | None) -> tuple[str, ...]:
-    """What a reader must not miss, fallbacks first."""
+    """Lines that a reader must not miss, fallbacks first."""
     fallen = [result for block in layers for result in block.linears if result.fallback]
     lines = [f"{result.name}: fell back to rounding to nearest ({result.fallback})" for result in fallen]
     if drift.non_finite:

@@ -9,20 +9,18 @@ from typing import Any
 
 import torch
 
-from qwenq.checkpoint.manifest import MANIFEST_NAME, Finding
+from qwenq.checkpoint.manifest import MANIFEST_NAME, Finding, current_names
 from qwenq.checkpoint.reader import Checkpoint, open_checkpoint, open_source
 from qwenq.checkpoint.shards import output_files
 from qwenq.errors import CalibrationError, CheckpointError, JobError, QwenqError
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.io.tensors import raw_bytes
 from qwenq.machine import numerics
-from qwenq.pipeline.activations import Streams, new_streams
-from qwenq.pipeline.block import SolverOptions
+from qwenq.pipeline.activations import HiddenStates, LayerRunner, TokenSets, embed_tokens
+from qwenq.pipeline.config import DEFAULT_WINDOWS, QuantizeConfig, unreadable
 from qwenq.pipeline.job import DTYPES, QuantizeJob
 from qwenq.pipeline.monitor import StageClock
-from qwenq.pipeline.preflight import DEFAULT_WINDOWS
 from qwenq.pipeline.quantize import make_layer
-from qwenq.pipeline.workers import Replicas
 from qwenq.text.calibration import load_windows, set_names
 from qwenq.text.tokens import ModelTokenizer, TokenWindows
 
@@ -33,7 +31,7 @@ def sample(layers: int) -> tuple[int, ...]:
 
 
 @torch.inference_mode()
-def rederive(
+def reproduce(
     directory: Path,
     source: Path,
     manifest: Mapping[str, Any],
@@ -58,21 +56,22 @@ def rederive(
     here, then = numerics(job.devices), manifest["job"].get("numerics")
     torch.set_num_threads(_threads(then))
     files = list(output_files(spec, job.recipe, job.stored_dtype))
-    calibrator = job.replicas(DTYPES[job.calibration_dtype], job.calibration)
+    calibrator = job.workers(DTYPES[job.config.calibration_dtype], job.calibration)
     findings: list[Finding] = []
     made: list[int] = []
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            streams = _streams(job, Path(scratch))
+            states = _hidden_states(job, Path(scratch))
+            runner = LayerRunner(states.states, {"calibration": calibrator, "original": calibrator}, job.passes)
             for layer in range(wanted[-1] + 1):
                 if layer not in wanted:
                     if job.calibration is not None:
                         listen(f"layer {layer}: replaying")
-                        _replay(job, calibrator, layer, written, streams)
+                        runner.replay(layer, job.source.finite_layer_state, written.layer_state)
                     continue
                 listen(f"layer {layer}: making it again")
                 state = job.source.finite_layer_state(layer)
-                tensors, _ = make_layer(job, calibrator, layer, state, streams, StageClock())
+                tensors, _ = make_layer(job, calibrator, layer, state, states, StageClock())
                 made.append(layer)
                 if problem := _difference(tensors, written):
                     findings.append(
@@ -96,7 +95,7 @@ def _widened(source: Checkpoint, manifest: Mapping[str, Any]) -> Checkpoint:
 def read_job(manifest: Mapping[str, Any], source: Checkpoint, out: Path, calibration: str | None = None) -> QuantizeJob:
     """The job that a manifest describes; CheckpointError for a description that makes none."""
     try:
-        job = manifest["job"]
+        job = current_names(manifest["job"])
         if "convert" in job:
             raise JobError(
                 "converted from another format: no layer was solved here",
@@ -104,28 +103,22 @@ def read_job(manifest: Mapping[str, Any], source: Checkpoint, out: Path, calibra
             )
         overrides = tuple((name, Scheme(**s) if s else None) for name, s in job["overrides"].items())
         recipe = Recipe(Scheme(**job["scheme"]) if job["scheme"] else None, overrides, job["format"])
-        options = SolverOptions(**job["options"])
-        text, seed, device = job["calibration"], job["seed"], job["device"]
-        dtypes = {name: job[name] for name in ("compute_dtype", "calibration_dtype", "dtype")}
-        if any(dtype not in (*DTYPES, "auto") for dtype in dtypes.values()):
-            raise ValueError("a dtype is not one")
-        if type(seed) is not int or not isinstance(device, str):
-            raise ValueError("the seed or the device is not one")
+        text = job["calibration"]
     except JobError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, QwenqError) as error:
-        raise CheckpointError(
-            f"{MANIFEST_NAME}: its job cannot be read ({type(error).__name__}: {error})",
-            hint="another version of qwenq wrote it",
-        ) from None
+        raise unreadable(error) from None
+    config = QuantizeConfig.from_manifest(job)
     recipe.check(source.spec)
     here = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device != "cpu" and not set(device.split(",")) <= {"cuda", *(f"cuda:{k}" for k in range(here))}:
-        raise JobError(f"{MANIFEST_NAME}: made on {device}, which is not here", hint="GPUs and CPUs round differently")
-    windows = None if text is None else _calibration(text, seed, source, calibration)
+    if config.device != "cpu" and not set(config.device.split(",")) <= {"cuda", *(f"cuda:{k}" for k in range(here))}:
+        raise JobError(
+            f"{MANIFEST_NAME}: made on {config.device}, which is not here", hint="GPUs and CPUs round differently"
+        )
+    windows = None if text is None else _calibration(text, config.seed, source, calibration)
     some = windows or TokenWindows(torch.zeros(1, 2, dtype=torch.int64), "none", {})
     evaluation = TokenWindows(some.ids[:1], "none", {})
-    return QuantizeJob(source, out, recipe, windows, evaluation, options, device=device, seed=seed, **dtypes)
+    return QuantizeJob(source, out, recipe, config, windows, evaluation)
 
 
 def _calibration(text: Any, seed: int, source: Checkpoint, given: str | None) -> TokenWindows:
@@ -166,27 +159,15 @@ def _calibration(text: Any, seed: int, source: Checkpoint, given: str | None) ->
     )
 
 
-def _streams(job: QuantizeJob, scratch: Path) -> Streams:
-    return new_streams(
-        job.source,
-        job.calibration.ids if job.calibration else None,
+def _hidden_states(job: QuantizeJob, scratch: Path) -> HiddenStates:
+    tokens = TokenSets(
         job.evaluation.ids,
-        dtype=torch.float32,
-        calibration_dtype=DTYPES[job.calibration_dtype],
-        original_windows=job.original_windows,
-        spill_directory=scratch,
-        convert=job.convert,
+        torch.float32,
+        job.calibration.ids if job.calibration else None,
+        DTYPES[job.config.calibration_dtype],
+        job.original_windows,
     )
-
-
-def _replay(job: QuantizeJob, replicas: Replicas, layer: int, written: Checkpoint, streams: Streams) -> None:
-    states = {"calibration": written.layer_state(layer)}
-    if "original" in streams.states:
-        states["original"] = job.source.finite_layer_state(layer)
-    for name, state in states.items():
-        replicas.fill(state)
-        replicas.run_layer(streams.states[name], job.passes(name))
-        replicas.release()
+    return embed_tokens(job.source, tokens, scratch, job.convert)
 
 
 def _difference(tensors: Mapping[str, torch.Tensor], written: Checkpoint) -> str:
@@ -205,7 +186,7 @@ def _difference(tensors: Mapping[str, torch.Tensor], written: Checkpoint) -> str
 
 
 def _why(then: Any, here: Mapping[str, Any]) -> str:
-    """What of the machine is not as it was, which changes last bits."""
+    """Differences of the machine that change last bits."""
     was = then if isinstance(then, Mapping) else {}
     changes = [f"{key} {was.get(key)}, here {value}" for key, value in here.items() if was.get(key) != value]
     changes = [change for change in changes if not change.startswith("threads ")]  # set as they were

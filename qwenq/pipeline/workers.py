@@ -1,7 +1,7 @@
-"""One decoder layer held once a lane, and parts of the token windows sent through it side by side.
+"""One decoder layer held by every worker, and parts of the token windows sent through it side by side.
 
-A lane is a GPU, or a thread with its share of the CPU's cores: what lies between a layer's products does not keep
-cores busy, parts of the tokens do. Lanes of one device share the layer's tensors.
+A worker is a GPU, or a thread with its share of the CPU's cores: what lies between a layer's matmuls does not keep
+cores busy, parts of the tokens do. Workers of one device share the layer's tensors.
 """
 
 from __future__ import annotations
@@ -16,14 +16,22 @@ import torch
 from qwenq.model.devices import check_gpus
 from qwenq.model.layer import Network
 from qwenq.model.spec import ModelSpec
-from qwenq.pipeline.preflight import BATCH_TOKENS
-from qwenq.solver.parallel import cpu_lanes, side_by_side
+from qwenq.pipeline.config import BATCH_TOKENS, MOST_WORKERS, WORKERS_UP_TO
+from qwenq.solver.parallel import side_by_side
 
 
-class Replicas:
-    """Copies of a `Network` on `devices`, for windows of `window_tokens` tokens.
+def cpu_workers(windows: int, intermediate_size: int) -> int:
+    """Workers for so many windows at a time: as many as share these and torch's threads evenly, up to MOST_WORKERS."""
+    if intermediate_size > WORKERS_UP_TO:
+        return 1
+    threads = torch.get_num_threads()
+    return max(n for n in range(1, MOST_WORKERS + 1) if threads % n == 0 and max(1, windows) % n == 0)
 
-    A GPU takes BATCH_TOKENS tokens at a time; so do the lanes of a CPU together.
+
+class Workers:
+    """A `Network` for each worker on `devices`, for windows of `window_tokens` tokens.
+
+    A GPU takes BATCH_TOKENS tokens at a time; so do the workers of a CPU together.
     """
 
     def __init__(
@@ -38,11 +46,14 @@ class Replicas:
         self.devices = tuple(torch.device(device) for device in devices)
         check_gpus(self.devices)
         self.windows_each = max(1, BATCH_TOKENS // window_tokens)
-        lanes = self.devices
+        places = self.devices
         if self.devices == (torch.device("cpu"),):
-            lanes *= cpu_lanes(self.windows_each, spec.intermediate_size)
-            self.windows_each //= len(lanes)
-        self.networks = [Network(config, spec, dtype=dtype, device=device) for device in lanes]
+            places *= cpu_workers(self.windows_each, spec.intermediate_size)
+            self.windows_each //= len(places)
+        self.networks = [Network(config, spec, dtype=dtype, device=device) for device in places]
+
+    def __len__(self) -> int:
+        return len(self.networks)
 
     @property
     def first(self) -> Network:
@@ -70,10 +81,10 @@ class Replicas:
             network.release()
 
     def each(self, function: Callable[[Network, slice], object], windows: range) -> None:
-        """Call `function` with a lane's network and a part of the windows, until every part had its turn.
+        """Call `function` with a worker's network and a part of the windows, until every part had its turn.
 
-        After an error, or when interrupted, lanes stop behind the part they are at. Which lane gets which parts does
-        not depend on time, so what a lane sums up is the same in every run.
+        After an error, or when interrupted, workers stop behind the part they are at. Which worker gets which parts
+        does not depend on time, so what a worker sums up is the same in every run.
         """
         starts = windows[:: self.windows_each]
         parts = [slice(start, min(start + self.windows_each, windows.stop)) for start in starts]
@@ -99,7 +110,7 @@ class Replicas:
     def run_layer(self, h_NTH: torch.Tensor, passes: Sequence[range] | None = None) -> None:
         """Send hidden states [windows, tokens, hidden] through the layer as it stands, in place.
 
-        passes: ranges of windows that go one after the other, to be divided among lanes as they were before.
+        passes: ranges of windows that go one after the other, to be divided among workers as they were before.
         """
 
         def forward(network: Network, part: slice) -> None:
@@ -112,21 +123,21 @@ class Replicas:
 _ROWS_MOVED = 1024
 
 
-class LaneSums:
-    """A sum over tokens, float32 [rows, columns]: each lane adds to a part of its own, on its device."""
+class WorkerSums:
+    """A sum over tokens, float32 [rows, columns]: each worker adds to a part of its own, on its device."""
 
-    def __init__(self, replicas: Replicas, rows: int, columns: int) -> None:
-        self._networks, self._shape = replicas.networks, (rows, columns)
+    def __init__(self, workers: Workers, rows: int, columns: int) -> None:
+        self._networks, self._shape = workers.networks, (rows, columns)
         self._parts: dict[Network, torch.Tensor] = {}
 
     def of(self, network: Network) -> torch.Tensor:
-        """The part of the lane that `network` belongs to."""
+        """The part of the worker that `network` belongs to."""
         if network not in self._parts:
             self._parts[network] = torch.zeros(*self._shape, dtype=torch.float32, device=network.device)
         return self._parts[network]
 
     def total(self) -> torch.Tensor:
-        """The sum so far, on the first lane's device: its part from now on."""
+        """The sum so far, on the first worker's device: its part from now on."""
         total = self.of(self._networks[0])
         for network in self._networks[1:]:  # in the same order each time
             if network in self._parts:

@@ -1,1 +1,1 @@
-"""What a model needs on a rig, from shapes and published figures alone: memory, placement, speed, flags. No torch."""
+"""A model's needs on a rig, from shapes and published figures alone: memory, placement, speed, flags. No torch."""

@@ -1,4 +1,4 @@
-"""What a model is made of, and whether its config, its tensors' headers and its stated totals agree."""
+"""A model's parts, and whether its config, its tensors' headers and its stated totals agree."""
 
 from __future__ import annotations
 
@@ -44,7 +44,20 @@ class Audit:
     disagreements: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"spec": _spec_json(self.spec)}
+
+
+def _spec_json(spec: ModelSpec) -> dict[str, Any]:
+    """The spec's fields, and in the place of configuration keys which linears of the first layer have biases."""
+    biased = {lin.kind for lin in spec.layer_linears(0) if lin.bias}
+    fields = asdict(spec)
+    del fields["bias_keys"]
+    return fields | {
+        "attention_bias": "q_proj" in biased,
+        "o_bias": "o_proj" in biased,
+        "mlp_bias": "down_proj" in biased,
+        "qk_norm": bool(spec.architecture.qk_norms),
+    }
 
 
 def audit(
@@ -126,13 +139,14 @@ def _shipped_tensors(spec: ModelSpec, recipe: Recipe) -> Iterable[TensorSpec]:
 
 def _parts(spec: ModelSpec, tensors: Iterable[TensorSpec]) -> tuple[Part, ...]:
     def part_of(name: str) -> str:
-        if name.startswith("model.embed_tokens"):
+        names = spec.architecture
+        if name.startswith(names.embedding):
             return "embedding (and head)" if spec.tie_word_embeddings else "embedding"
-        if name.startswith("lm_head"):
+        if name.startswith(names.head):
             return "head"
         if "norm" in name.rsplit(".", 2)[-2]:
             return "norms"
-        return "attention" if ".self_attn." in name else "mlp" if ".mlp." in name else "other"
+        return "attention" if f".{names.attention}." in name else "mlp" if ".mlp." in name else "other"
 
     parameters: dict[str, int] = {}
     for tensor in spec.tensors("I8"):

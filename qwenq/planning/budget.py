@@ -15,13 +15,13 @@ from qwenq.formats.base import GROUP_SIZES, Recipe, Scheme, get_format
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.case import Case
 from qwenq.planning.knapsack import approximate, solve
-from qwenq.planning.sensitivity import Sensitivity, Unit, members_of, prior, schemes_for, units_of
-from qwenq.planning.tensor_parallel import padded_width, tensor_parallel_reasons
+from qwenq.planning.sensitivity import FusedGroup, Sensitivity, fused_groups, members_of, prior, schemes_for
+from qwenq.planning.tensor_parallel import cut_by_input, padded_width, tensor_parallel_reasons, widens_with_ffn
 from qwenq.planning.weights import recipe_weights
 from qwenq.units import format_gb, format_tokens
 
 DtypeOf = Callable[[str], str]
-Choice = Mapping[Unit, Scheme | None]
+Choice = Mapping[FusedGroup, Scheme | None]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Budgeted:
 
     recipe: Recipe
     choice: Choice
-    predicted_kl: float  # the sum of its units' own
+    predicted_kl: float  # the sum of its fused groups' own
     file_bytes: int  # of the shards, headers included
     bits_per_linear_weight: float
     bound_kl: float | None  # no recipe within the budget is predicted to lose less; None for a recipe as given
@@ -53,7 +53,7 @@ def choose_for_bytes(
     exact False: a quick good recipe instead of the best one, for trying many targets.
     """
     fixed = fixed_bytes(spec, dtype_of)
-    costs = {unit: unit_costs(spec, table, unit, dtype_of, format) for unit in units_of(spec)}
+    costs = {fused: group_costs(spec, table, fused, dtype_of, format) for fused in fused_groups(spec)}
     smallest, whole = fixed + _least(costs.values()), file_bytes(spec, Recipe(None), dtype_of)
     reach = f"reachable: {format_gb(smallest)} to below {format_gb(whole)} ({smallest} to {whole - 1} bytes)"
     if target_bytes < smallest:
@@ -67,19 +67,20 @@ def choose_for_bytes(
             f"{format_gb(target_bytes)}: there is nothing to quantize",
             hint=reach,
         )
-    found = _choose(spec, table, costs, target_bytes - fixed, dtype_of, format, format_gb(target_bytes), exact)
-    assert found is not None and found.file_bytes <= target_bytes
-    return found
+    choice, bound = _solved(table, costs, target_bytes - fixed, exact=exact)
+    found = describe_choice(spec, table, choice, dtype_of, format, target=format_gb(target_bytes))
+    assert found.file_bytes <= target_bytes
+    return replace(found, bound_kl=bound)
 
 
 def reachable_bytes(spec: ModelSpec, table: Sensitivity, dtype_of: DtypeOf, format: str = "gptq") -> tuple[int, int]:
     """The least target there is a recipe for, and the bytes in 16 bit, which a target must be below."""
-    costs = [unit_costs(spec, table, unit, dtype_of, format) for unit in units_of(spec)]
+    costs = [group_costs(spec, table, fused, dtype_of, format) for fused in fused_groups(spec)]
     return fixed_bytes(spec, dtype_of) + _least(costs), file_bytes(spec, Recipe(None), dtype_of)
 
 
 def _least(costs: Iterable[Mapping[Scheme | None, int]]) -> int:
-    """What the cheapest option of every unit takes together."""
+    """The cheapest options of all fused groups together."""
     return sum(min(options.values()) for options in costs)
 
 
@@ -88,8 +89,8 @@ def choose_for_bits(
 ) -> Budgeted:
     """Least predicted KL among recipes of at most `bits` stored bits per linear weight (codes, scales, zero points)."""
     costs = {
-        unit: {scheme: _stored_bits(spec, unit, scheme, format) for scheme in _held(spec, table, unit, format)}
-        for unit in units_of(spec)
+        fused: {scheme: _stored_bits(spec, fused, scheme, format) for scheme in _held(spec, table, fused, format)}
+        for fused in fused_groups(spec)
     }
     weights = spec.linear_parameters
     smallest = Fraction(_least(costs.values()), weights)
@@ -98,11 +99,10 @@ def choose_for_bits(
             f"{spec.name}: {float(bits):g} bits per linear weight are out of reach",
             hint=f"reachable: {math.ceil(smallest * 10_000) / 10_000:.4f} to below 16",
         )
-    found = _choose(
-        spec, table, costs, bits * weights // 1, dtype_of, format, f"{float(bits):g} bits per linear weight", True
-    )
-    assert found is not None and sum(costs[unit][scheme] for unit, scheme in found.choice.items()) <= bits * weights
-    return found
+    choice, bound = _solved(table, costs, bits * weights // 1)
+    assert sum(costs[fused][scheme] for fused, scheme in choice.items()) <= bits * weights
+    target = f"{float(bits):g} bits per linear weight"
+    return replace(describe_choice(spec, table, choice, dtype_of, format, target=target), bound_kl=bound)
 
 
 def describe_choice(
@@ -114,12 +114,12 @@ def describe_choice(
     *,
     target: str = "as written",
 ) -> Budgeted:
-    """A choice that is already made, with its size and the sum of its units' own KL."""
+    """A choice that is already made, with its size and the sum of its fused groups' own KL."""
     recipe = recipe_of(spec, choice, format)
     return Budgeted(
         recipe=recipe,
         choice=choice,
-        predicted_kl=sum(table.loss(unit, choice[unit]) for unit in units_of(spec)),
+        predicted_kl=sum(table.loss(fused, choice[fused]) for fused in fused_groups(spec)),
         file_bytes=file_bytes(spec, recipe, dtype_of),
         bits_per_linear_weight=recipe.bits_per_linear_weight(spec),
         bound_kl=None,
@@ -130,15 +130,15 @@ def describe_choice(
 
 def recipe_of(spec: ModelSpec, choice: Choice, format: str = "gptq") -> Recipe:
     """The recipe of a choice: its most frequent scheme by linears is the default, the rest are overrides."""
-    counts = Counter(scheme for unit, scheme in choice.items() if scheme for _ in members_of(spec, unit))
+    counts = Counter(scheme for fused, scheme in choice.items() if scheme for _ in members_of(spec, fused))
     default = counts.most_common(1)[0][0] if counts else None
     return Recipe(
         default,
         tuple(
-            (lin.name, choice[unit])
-            for unit in units_of(spec)
-            if choice[unit] != default
-            for lin in members_of(spec, unit)
+            (lin.name, choice[fused])
+            for fused in fused_groups(spec)
+            if choice[fused] != default
+            for lin in members_of(spec, fused)
         ),
         format,
     )
@@ -149,18 +149,18 @@ def file_bytes(spec: ModelSpec, recipe: Recipe, dtype_of: DtypeOf) -> int:
     return sum(shard_file_bytes(tensors) for tensors in output_files(spec, recipe, dtype_of).values())
 
 
-def unit_costs(
-    spec: ModelSpec, table: Sensitivity, unit: Unit, dtype_of: DtypeOf, format: str = "gptq"
+def group_costs(
+    spec: ModelSpec, table: Sensitivity, fused: FusedGroup, dtype_of: DtypeOf, format: str = "gptq"
 ) -> dict[Scheme | None, int]:
-    """Bytes of a unit's tensors and of their entries in the header, by scheme; never too few.
+    """Bytes of a fused group's tensors and of their entries in the header, by scheme; never too few.
 
     Entries are counted as the last layer's, whose names are longest: so that equal shapes cost the same in all layers.
     """
-    whole = sum(t.nbytes for t in spec.layer_tensors(unit[0], "F32"))
-    longer = len(str(spec.num_hidden_layers - 1)) - len(str(unit[0]))
-    members = members_of(spec, unit)
+    whole = sum(t.nbytes for t in spec.layer_tensors(fused[0], "F32"))
+    longer = len(str(spec.num_hidden_layers - 1)) - len(str(fused[0]))
+    members = members_of(spec, fused)
     costs: dict[Scheme | None, int] = {}
-    for scheme in _held(spec, table, unit, format):
+    for scheme in _held(spec, table, fused, format):
         total = 0
         for tensor in (t for lin in members for t in get_format(format).linear_tensors(scheme, lin, dtype_of)):
             entry = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [whole, whole]}
@@ -184,36 +184,28 @@ def fixed_bytes(spec: ModelSpec, dtype_of: DtypeOf) -> int:
     return total
 
 
-def _held(spec: ModelSpec, table: Sensitivity, unit: Unit, format: str) -> list[Scheme | None]:
-    """What a unit may be: the table's schemes that the format offers in mixtures, and 16 bit."""
-    offered = set(schemes_for(spec, unit[1], get_format(format).options))
-    return [*(scheme for scheme in table.kl[unit] if scheme in offered), None]
+def _held(spec: ModelSpec, table: Sensitivity, fused: FusedGroup, format: str) -> list[Scheme | None]:
+    """Options of a fused group: the table's schemes that the format offers in mixtures, and 16 bit."""
+    offered = set(schemes_for(spec, fused[1], get_format(format).options))
+    return [*(scheme for scheme in table.kl[fused] if scheme in offered), None]
 
 
-def _stored_bits(spec: ModelSpec, unit: Unit, scheme: Scheme | None, format: str) -> int:
-    """Bits of a unit's codes, scales and zero points, as `Recipe.bits_per_linear_weight` counts them."""
-    return sum(get_format(format).stored_bits(scheme, lin) for lin in members_of(spec, unit))
+def _stored_bits(spec: ModelSpec, fused: FusedGroup, scheme: Scheme | None, format: str) -> int:
+    """Bits of a fused group's codes, scales and zero points, as `Recipe.bits_per_linear_weight` counts them."""
+    return sum(get_format(format).stored_bits(scheme, lin) for lin in members_of(spec, fused))
 
 
-def _choose(
-    spec: ModelSpec,
-    table: Sensitivity,
-    costs: Mapping[Unit, Mapping[Scheme | None, int]],
-    budget: int,
-    dtype_of: DtypeOf,
-    format: str,
-    target: str,
-    exact: bool,
-) -> Budgeted | None:
-    units = list(units_of(spec))
+def _solved(
+    table: Sensitivity, costs: Mapping[FusedGroup, Mapping[Scheme | None, int]], budget: int, *, exact: bool = True
+) -> tuple[Choice, float]:
+    """The choice of least loss whose cost is within the budget, which the cheapest is, and a bound of any such loss."""
     options: list[Sequence[tuple[int, float]]] = [
-        [(cost, table.loss(unit, scheme)) for scheme, cost in costs[unit].items()] for unit in units
+        [(cost, table.loss(fused, scheme)) for scheme, cost in row.items()] for fused, row in costs.items()
     ]
     solution = (solve if exact else approximate)(options, budget)
-    if solution is None:
-        return None
-    choice = {unit: list(costs[unit])[k] for unit, k in zip(units, solution.chosen, strict=True)}
-    return replace(describe_choice(spec, table, choice, dtype_of, format, target=target), bound_kl=solution.bound)
+    assert solution is not None
+    chosen = zip(costs.items(), solution.chosen, strict=True)
+    return {fused: list(row)[k] for (fused, row), k in chosen}, solution.bound
 
 
 _STEP = 0.001  # of the target: how finely it is searched
@@ -263,17 +255,18 @@ def widened(spec: ModelSpec, ranks: int, uniform: Recipe | None) -> ModelSpec:
     if uniform is None:
         down, o = max(GROUP_SIZES), min(GROUP_SIZES)
     wide = replace(spec, intermediate_size=padded_width(spec.intermediate_size, down, ranks))
-    if reasons := tensor_parallel_reasons(wide, {"down": (down,), "o": (o,)}, ranks):
+    groups = {stage.name: (down if widens_with_ffn(stage) else o,) for stage in cut_by_input(spec)}
+    if reasons := tensor_parallel_reasons(wide, groups, ranks):
         raise PlanError(f"--pad-for-tp {ranks}: {reasons[0]}", hint="padding the FFN cannot change that")
     return wide
 
 
 def cut_by(spec: ModelSpec, table: Sensitivity, ranks: int) -> Sensitivity:
     """The table without schemes whose groups would straddle `ranks` GPUs."""
-    widths = {"o": spec.q_size // ranks, "down": spec.intermediate_size // ranks}
+    widths = {stage.name: spec.size(stage.inputs) // ranks for stage in cut_by_input(spec)}
     kl = {
-        unit: {s: kl for s, kl in row.items() if s is None or widths.get(unit[1], 0) % s.group_size == 0}
-        for unit, row in table.kl.items()
+        fused: {s: kl for s, kl in row.items() if s is None or widths.get(fused[1], 0) % s.group_size == 0}
+        for fused, row in table.kl.items()
     }
     return replace(table, kl=kl)
 

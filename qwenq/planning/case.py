@@ -56,7 +56,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Case:
-    """What the planner's functions take together. Without a rig GPUs are of no kind, and no limit is compared."""
+    """A question, as the planner's functions take it. Without a rig GPUs are of no kind, and no limit is compared."""
 
     spec: ModelSpec
     weights: Weights

@@ -61,8 +61,7 @@ def _layer(spec: ModelSpec, layer: int, base: str, file_type: str) -> Iterator[i
             yield 4 * lin.out_features
     yield 4 * spec.hidden_size
     yield 4 * spec.hidden_size
-    if spec.qk_norm:
-        yield 4 * spec.head_dim
+    for _ in spec.architecture.qk_norms:
         yield 4 * spec.head_dim
 
 

@@ -19,15 +19,15 @@ from qwenq.model.spec import ModelSpec
 from qwenq.planning.rig import Gpu
 
 KERNEL_GROUPS = (256, 128, 64, 32)
-DENSE_ROWS = 112  # measured on AVX-512: below it the kernel is faster than writing weights out and a dense product
+DENSE_ROWS = 112  # measured on AVX-512: below it the kernel is faster than writing weights out and a dense matmul
 INT8_ROWS_CUDA = 4  # `_weight_int8pack_mm` there has one thread an output and reads weights again for each row
-STRIP = 1 << 20  # weights written out at a time on a CPU; their float32 fits the last-level cache
-STRIP_CUDA = 1 << 24
+ROW_BLOCK = 1 << 20  # weights written out at a time on a CPU; their float32 fits the last-level cache
+ROW_BLOCK_CUDA = 1 << 24
 Kind = Literal["int4", "int4 halves", "int8", "tiled", "nf4"]
 
-# Bytes a weight of a strip takes at most while it is written out, symmetric and with zero points: codes, their
+# Bytes a weight of a row block takes at most while it is written out, symmetric and with zero points: codes, their
 # reordered copy, and 16-bit or float32 values. tests/test_runtime_cuda.py counts them.
-STRIP_BYTES: Mapping[Kind, tuple[float, float]] = {
+ROW_BLOCK_BYTES: Mapping[Kind, tuple[float, float]] = {
     "int4": (3, 6),
     "int4 halves": (3, 6),
     "int8": (2, 2),
@@ -67,7 +67,7 @@ class Choice:
 def choose(shape: PackedShape, compute: Compute = Compute()) -> Choice:
     """The kernel of a packed linear, chosen once: by what its format says of it.
 
-    On GPUs 8-bit codes with one scale a row run as two tinygemm products where that can be: torch's int8 kernel there
+    On GPUs 8-bit codes with one scale a row run as two tinygemm matmuls where that can be: torch's int8 kernel there
     is a plain loop (aten/src/ATen/native/cuda/int8mm.cu).
     """
     if shape.table:
@@ -125,11 +125,11 @@ def kept(shape: PackedShape, compute: Compute) -> list[int]:
     return [*shape.beside, *kept_bytes(shape, choose(shape, compute).kind)]
 
 
-def strip_bytes(shape: PackedShape, compute: Compute) -> int:
-    """Bytes at most while a strip of a packed linear is written out."""
+def row_block_bytes(shape: PackedShape, compute: Compute) -> int:
+    """Bytes at most while a row block of a packed linear is written out."""
     kind = choose(shape, compute).kind
-    weights = min(shape.out_features * shape.in_features, strip_weights(shape.in_features, compute.device))
-    width = STRIP_BYTES[kind][0 if shape.sym else 1]
+    weights = min(shape.out_features * shape.in_features, row_block_weights(shape.in_features, compute.device))
+    width = ROW_BLOCK_BYTES[kind][0 if shape.sym else 1]
     if compute.widens:
         width = {"int8": 4, "tiled": 5}.get(kind, width)  # float32 values, not rounded afterwards
     # a CPU writes values in float32 and then converts them; so does a GPU where there are zero points
@@ -169,6 +169,6 @@ def _sixteen_bit(tensor: TensorSpec) -> int:
     return tensor.nbytes // 2 if tensor.dtype == "F32" else tensor.nbytes
 
 
-def strip_weights(columns: int, device: str) -> int:
-    """Weights written out at a time: whole multiples of 64 outputs, so that strips begin where packed blocks do."""
-    return columns * max(64, (STRIP_CUDA if device == "cuda" else STRIP) // columns // 64 * 64)
+def row_block_weights(columns: int, device: str) -> int:
+    """Weights written out at a time: whole multiples of 64 outputs, so that row blocks begin where packed blocks do."""
+    return columns * max(64, (ROW_BLOCK_CUDA if device == "cuda" else ROW_BLOCK) // columns // 64 * 64)

@@ -32,6 +32,15 @@ class Solution:
         return self.loss <= self.bound + _EPS * max(1.0, abs(self.loss))
 
 
+@dataclass(frozen=True)
+class _Relaxed:
+    """The linear relaxation: the loss a unit of cost is worth, its own loss, and a choice within the budget."""
+
+    price: float
+    loss: float
+    greedy: list[int]
+
+
 # A choice for the groups so far: cost, loss, loss above the priced best, option of the last group, what came before.
 _State = tuple[int, float, float, int, "_State | None"]
 
@@ -42,10 +51,10 @@ def solve(groups: Sequence[Sequence[Option]], budget: int) -> Solution | None:
     if sum(options[0][0] for _, options in kept) > budget:
         return None
     indices, options = [index for index, _ in kept], [found for _, found in kept]
-    price, relaxed, greedy = _relax(options, budget)
-    beam = _search(options, budget, price, relaxed, _loss(options, greedy), _BEAM)
-    best = min((found for found in (greedy, beam) if found is not None), key=lambda c: _loss(options, c))
-    whole = _search(options, budget, price, relaxed, _loss(options, best), MAX_STATES, exact := [True])
+    relaxed = _relax(options, budget)
+    beam, _ = _search(options, budget, relaxed, _loss(options, relaxed.greedy), _BEAM)
+    best = min((found for found in (relaxed.greedy, beam) if found is not None), key=lambda c: _loss(options, c))
+    whole, complete = _search(options, budget, relaxed, _loss(options, best), MAX_STATES)
     if whole is not None and _loss(options, whole) <= _loss(options, best):
         best = whole
     loss = _loss(options, best)
@@ -53,7 +62,7 @@ def solve(groups: Sequence[Sequence[Option]], budget: int) -> Solution | None:
         tuple(index[k] for index, k in zip(indices, best, strict=True)),
         sum(found[k][0] for found, k in zip(options, best, strict=True)),
         loss,
-        loss if exact[0] else min(relaxed, loss),
+        loss if complete else min(relaxed.loss, loss),
     )
 
 
@@ -63,12 +72,12 @@ def approximate(groups: Sequence[Sequence[Option]], budget: int) -> Solution | N
     if sum(options[0][0] for _, options in kept) > budget:
         return None
     options = [found for _, found in kept]
-    _, relaxed, greedy = _relax(options, budget)
+    relaxed = _relax(options, budget)
     return Solution(
-        tuple(index[k] for (index, _), k in zip(kept, greedy, strict=True)),
-        sum(found[k][0] for found, k in zip(options, greedy, strict=True)),
-        _loss(options, greedy),
-        relaxed,
+        tuple(index[k] for (index, _), k in zip(kept, relaxed.greedy, strict=True)),
+        sum(found[k][0] for found, k in zip(options, relaxed.greedy, strict=True)),
+        _loss(options, relaxed.greedy),
+        relaxed.loss,
     )
 
 
@@ -99,10 +108,11 @@ def _hull(options: Sequence[Option]) -> list[int]:
     return hull
 
 
-def _relax(options: Sequence[Sequence[Option]], budget: int) -> tuple[float, float, list[int]]:
-    """Loss a unit of cost is worth, the relaxation's loss, and a choice within the budget: cheapest, then the best buys
+def _relax(options: Sequence[Sequence[Option]], budget: int) -> _Relaxed:
+    """The relaxation along the options' hulls.
 
-    while they fit; one that does not fit is skipped with all that build on it.
+    Its choice takes the cheapest options, then the best buys while they fit; one that does not fit is skipped with all
+    that build on it.
     """
     chosen = [0] * len(options)
     left = budget - sum(found[0][0] for found in options)
@@ -124,23 +134,22 @@ def _relax(options: Sequence[Sequence[Option]], budget: int) -> tuple[float, flo
         if chosen[g] == a and cost <= left:
             chosen[g] = b
             left -= cost
-    return price, bound, chosen
+    return _Relaxed(price, bound, chosen)
 
 
 def _search(
     options: Sequence[Sequence[Option]],
     budget: int,
-    price: float,
-    relaxed: float,
+    relaxed: _Relaxed,
     known: float,
     limit: int,
-    exact: list[bool] | None = None,
-) -> list[int] | None:
-    """The best choice whose loss is at most `known`, by dynamic programming; with more than `limit` states a step the
+) -> tuple[list[int] | None, bool]:
+    """The best choice whose loss is at most `known`, by dynamic programming, and whether it is the best for certain.
 
-    least regretted of each stretch of costs are kept and `exact` becomes False.
+    With more than `limit` states a step only the least regretted of each stretch of costs are kept.
     """
-    gap = known - relaxed + _EPS * max(1.0, abs(known))
+    price, complete = relaxed.price, True
+    gap = known - relaxed.loss + _EPS * max(1.0, abs(known))
     regrets, allowed = [], []
     for found in options:
         priced = [loss + price * cost for cost, loss in found]
@@ -175,16 +184,15 @@ def _search(
         if len(states) > limit:
             runs = (states[len(states) * n // limit : len(states) * (n + 1) // limit] for n in range(limit))
             states = [min(run, key=_regret) for run in runs]
-            if exact is not None:
-                exact[0] = False
+            complete = False
     if not states:
-        return None
+        return None, complete
     chosen, last = [0] * len(options), states[-1]
     for g in reversed(order):
         chosen[g] = last[3]
         assert last[4] is not None
         last = last[4]
-    return chosen
+    return chosen, complete
 
 
 def _regret(state: _State) -> float:

@@ -83,7 +83,7 @@ class GpuMemory:
 
     @property
     def free_bytes(self) -> int | None:
-        """What is left; negative when it does not fit."""
+        """Bytes left of the limit; negative when it does not fit."""
         return None if self.limit_bytes is None else self.limit_bytes - self.total_bytes
 
     @property
@@ -122,7 +122,7 @@ def context_term(name: str) -> Term:
 
 
 def slack_term(dynamic_bytes: int, packed_bytes: int = 0) -> Term:
-    """What the caching allocator holds beyond its tensors; no measurement on a GPU for these models.
+    """Memory that the caching allocator holds beyond its tensors; no measurement on a GPU for these models.
 
     `packed_bytes`: weights that were unpacked on the GPU, which leaves holes between them.
     """
@@ -150,6 +150,7 @@ class MemoryEstimate:
     gpus: tuple[GpuMemory, ...]
     kv_capacity_tokens: int | None = None  # of a server that gives its cache the rest of a GPU
     gpu_memory_utilization: float | None = None  # a server's part of each GPU: as asked, or the most that is possible
+    asked_utilization: float | None = None
 
     @property
     def work(self) -> Workload:
@@ -178,7 +179,7 @@ class MemoryEstimate:
 
     @property
     def allocated_bytes(self) -> int:
-        """What torch's allocator peaks at, summed over GPUs: no CUDA context, no slack."""
+        """Peak of torch's allocator, summed over GPUs: no CUDA context, no slack."""
         return sum(t.n_bytes for gpu in self.gpus for t in gpu.terms if t.name not in NOT_ALLOCATED)
 
     @property
@@ -239,6 +240,7 @@ class Allowance:
     limits: tuple[int | None, ...]
     kv_capacity_tokens: int | None = None
     gpu_memory_utilization: float | None = None
+    asked_utilization: float | None = None  # before the GPU's own limit
 
 
 def estimate(case: Case, shares: Sequence[Share] = ()) -> MemoryEstimate:
@@ -260,4 +262,6 @@ def estimate(case: Case, shares: Sequence[Share] = ()) -> MemoryEstimate:
         GpuMemory(gpu.name, terms, limit, moment)
         for gpu, (terms, moment), limit in zip(kinds, needed, allowed.limits, strict=True)
     )
-    return MemoryEstimate(case, gpus, allowed.kv_capacity_tokens, allowed.gpu_memory_utilization)
+    return MemoryEstimate(
+        case, gpus, allowed.kv_capacity_tokens, allowed.gpu_memory_utilization, allowed.asked_utilization
+    )

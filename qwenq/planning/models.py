@@ -218,10 +218,8 @@ def _of_headers(spec: ModelSpec, tensors: Mapping[str, TensorSpec], config: Mapp
 
 def _check_shapes(spec: ModelSpec, tensors: Mapping[str, TensorSpec], where: str) -> None:
     """Embedding and first norm against the config: enough to see that they are not of one model."""
-    wanted = {
-        "model.embed_tokens.weight": (spec.vocab_size, spec.hidden_size),
-        "model.layers.0.input_layernorm.weight": (spec.hidden_size,),
-    }
+    first = next(spec.layer_tensors(0))
+    wanted = {spec.embedding_tensor: (spec.vocab_size, spec.hidden_size), first.name: first.shape}
     for name, shape in wanted.items():
         if name not in tensors:
             raise CheckpointError(f"{where}: no tensor {name}", hint="is it a checkpoint of this model?")

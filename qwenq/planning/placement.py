@@ -62,19 +62,18 @@ class Placement(Layout):
 
     def device_map(self) -> DeviceMap:
         """transformers' device_map: module name to GPU index or `cpu`."""
+        spec = self.memory.case.spec
+        names = spec.architecture
         devices: DeviceMap = {}
         head: int | str = "cpu"
         for index, share in enumerate(self.shares):
             if share.embed:
-                devices["model.embed_tokens"] = index
-                devices["model.rotary_emb"] = index
-            for layer in share.layers:
-                devices[f"model.layers.{layer}"] = index
+                devices |= {names.embedding: index, names.rotary: index}
+            devices |= {spec.layer_name(layer): index for layer in share.layers}
             if share.head:
                 head = index
-        layers = len(self.memory.weights.layers)
-        devices |= {f"model.layers.{layer}": "cpu" for layer in range(self.gpu_layers, layers)}
-        return devices | {"model.norm": head, "lm_head": head}
+        devices |= {spec.layer_name(layer): "cpu" for layer in range(self.gpu_layers, spec.num_hidden_layers)}
+        return devices | {names.norm: head, names.head: head}
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -95,15 +94,16 @@ class Placement(Layout):
 
 def host_map(spec: ModelSpec) -> DeviceMap:
     """Everything on the CPU, under transformers' module names."""
-    layers = {f"model.layers.{layer}": "cpu" for layer in range(spec.num_hidden_layers)}
-    return {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", **layers, "model.norm": "cpu", "lm_head": "cpu"}
+    names = spec.architecture
+    layers = [spec.layer_name(layer) for layer in range(spec.num_hidden_layers)]
+    return dict.fromkeys((names.embedding, names.rotary, *layers, names.norm, names.head), "cpu")
 
 
-def spill_to_disk(devices: DeviceMap, weights: Weights, room_bytes: int) -> DeviceMap:
+def spill_to_disk(spec: ModelSpec, devices: DeviceMap, weights: Weights, room_bytes: int) -> DeviceMap:
     """The same map with the last of the CPU's layers on `disk`, so that the others take at most `room_bytes`."""
     found, taken, full = dict(devices), 0, False
     for layer, n_bytes in enumerate(weights.layer_bytes):
-        name = f"model.layers.{layer}"
+        name = spec.layer_name(layer)
         if devices[name] == "cpu":
             taken += n_bytes
             full = full or taken > room_bytes
@@ -338,7 +338,7 @@ def parallel_options(case: Case) -> tuple[ParallelOption, ...]:
         reasons = cutting_reasons(case.spec, case.weights, tensor)
         if stages > case.spec.num_hidden_layers:
             reasons.append(f"{stages} stages for {case.spec.num_hidden_layers} layers")
-        if unread := case.engine.refusal(case.weights.method):
+        if unread := case.engine.refusal(case.weights, tensor):
             reasons.append(unread)
         memory = None if reasons else estimate(case, rank_shares(case.spec, tensor, stages))
         options.append(ParallelOption(tensor, stages, tuple(reasons), memory))

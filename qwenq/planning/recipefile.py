@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import tomllib
 from pathlib import Path
@@ -9,9 +10,9 @@ from typing import Any
 
 from qwenq.errors import PlanError
 from qwenq.formats.base import Recipe, Scheme, get_format, label_of, parse_scheme
-from qwenq.model.spec import UNITS, ModelSpec
+from qwenq.model.spec import ModelSpec
 from qwenq.planning.budget import Budgeted, Choice, recipe_of
-from qwenq.planning.sensitivity import Unit, members_of
+from qwenq.planning.sensitivity import FusedGroup, members_of
 
 VERSION = 1
 RECIPE_NAME = "qwenq-recipe.toml"
@@ -21,7 +22,7 @@ _WIDTH = 18  # of a quoted scheme and its comma
 def encode_recipe(spec: ModelSpec, found: Budgeted) -> str:
     """The recipe as a file's text."""
     lines = [
-        "# A qwenq recipe: the scheme of each unit. q, k and v share one (qkv), and so do gate and up (gate_up).",
+        f"# A qwenq recipe: the scheme of each unit.{_fused(spec)}",
         "# Edit the schemes, then: qwenq quantize MODEL -o OUT --recipe THIS_FILE",
         "# Schemes: 4-bit g128, g64 or g32, 8-bit likewise, 16-bit; in compressed-tensors 4-bit g128 asym, ... too.",
         f"version = {VERSION}",
@@ -35,9 +36,10 @@ def encode_recipe(spec: ModelSpec, found: Budgeted) -> str:
     ]
     for layer in range(spec.num_hidden_layers):
         cells = []
-        for unit in UNITS:
-            label = f'"{label_of(found.choice[layer, unit])}"' + ("," if unit != "down" else "")
-            cells.append(f"{unit} = {label:<{_WIDTH if unit != 'down' else 0}}")
+        for stage in spec.architecture.stages:
+            last = stage is spec.architecture.stages[-1]
+            label = f'"{label_of(found.choice[layer, stage.name])}"' + ("" if last else ",")
+            cells.append(f"{stage.name} = {label:<{0 if last else _WIDTH}}")
         lines.append(f"{layer:<3}= {{ {''.join(cells)} }}")
     return "\n".join(lines) + "\n"
 
@@ -52,7 +54,7 @@ def save_recipe(path: Path, spec: ModelSpec, found: Budgeted) -> None:
 
 
 def read_recipe(path: Path, spec: ModelSpec, format: str = "gptq") -> Choice:
-    """A recipe file for `spec` in a mixed `format`; PlanError naming line, layer and unit for what cannot be."""
+    """A recipe file for `spec` in a mixed `format`; PlanError naming line, layer and fused group for what cannot be."""
     try:
         text = path.read_text(encoding="utf-8")
         found = tomllib.loads(text)
@@ -67,7 +69,7 @@ def read_recipe(path: Path, spec: ModelSpec, format: str = "gptq") -> Choice:
         raise PlanError(f"{path}: version is {found.get('version')!r}, wanted {VERSION}")
     layers = found.get("layer")
     if not isinstance(layers, dict):
-        raise PlanError(f"{path}: no [layer] table", hint="one line a layer, e.g. " + _EXAMPLE)
+        raise PlanError(f"{path}: no [layer] table", hint="one line a layer, e.g. " + _example(spec))
     wanted = [str(layer) for layer in range(spec.num_hidden_layers)]
     for key in layers:
         if key not in wanted:
@@ -75,24 +77,40 @@ def read_recipe(path: Path, spec: ModelSpec, format: str = "gptq") -> Choice:
                 f"{path}{_line(text, key)}: layer {key!r}, {spec.name or 'the model'} has {len(wanted)} layers "
                 f"(0 to {len(wanted) - 1})"
             )
-    choice: dict[Unit, Scheme | None] = {}
+    choice: dict[FusedGroup, Scheme | None] = {}
+    stages = [stage.name for stage in spec.architecture.stages]
     for layer, key in enumerate(wanted):
         where = f"{path}{_line(text, key)}, layer {key}"
         row = layers.get(key)
-        if not isinstance(row, dict) or set(row) != set(UNITS):
+        if not isinstance(row, dict) or set(row) != set(stages):
             got = "missing" if row is None else f"has {', '.join(row)}" if isinstance(row, dict) else "is no table"
-            raise PlanError(f"{where}: {got}, wanted {', '.join(UNITS)}", hint="e.g. " + _EXAMPLE)
-        for unit in UNITS:
-            choice[layer, unit] = _scheme(spec, (layer, unit), row[unit], f"{where}, {unit}", format)
+            raise PlanError(f"{where}: {got}, wanted {', '.join(stages)}", hint="e.g. " + _example(spec))
+        for fused in stages:
+            choice[layer, fused] = _scheme(spec, (layer, fused), row[fused], f"{where}, {fused}", format)
     if not any(choice.values()):
-        raise PlanError(f"{path}: every unit stays in 16 bit, so there is nothing to quantize")
+        raise PlanError(f"{path}: every fused group stays in 16 bit, so there is nothing to quantize")
     return choice
 
 
-_EXAMPLE = '0 = { qkv = "8-bit g32", o = "4-bit g64", gate_up = "4-bit g128", down = "16-bit" }'
+def _fused(spec: ModelSpec) -> str:
+    """` q, k and v share one (qkv), and so do gate and up (gate_up).`"""
+    shared: list[str] = []
+    for stage in spec.architecture.stages:
+        *kinds, last = (linear.kind.removesuffix("_proj") for linear in stage.linears)
+        if kinds:
+            shared.append(f"{', '.join(kinds)} and {last}{'' if shared else ' share one'} ({stage.name})")
+    return f" {', and so do '.join(shared)}." if shared else ""
 
 
-def _scheme(spec: ModelSpec, unit: Unit, label: Any, where: str, format: str) -> Scheme | None:
+def _example(spec: ModelSpec) -> str:
+    """A line as it may be: `0 = { qkv = "8-bit g32", o = "4-bit g64", gate_up = "4-bit g128", down = "16-bit" }`."""
+    labels = ("8-bit g32", "4-bit g64", "4-bit g128", "16-bit")
+    pairs = zip(spec.architecture.stages, itertools.cycle(labels))
+    cells = ", ".join(f'{stage.name} = "{label}"' for stage, label in pairs)
+    return f"0 = {{ {cells} }}"
+
+
+def _scheme(spec: ModelSpec, fused: FusedGroup, label: Any, where: str, format: str) -> Scheme | None:
     try:
         if not isinstance(label, str):
             raise PlanError(f"{label!r} is no scheme", hint="schemes are text, for instance '4-bit g128'")
@@ -103,7 +121,7 @@ def _scheme(spec: ModelSpec, unit: Unit, label: Any, where: str, format: str) ->
                     f"{scheme.label} is not offered in mixed {format} checkpoints",
                     hint="groups of 128, 64 or 32, or per channel; 4 bits with zero points in compressed-tensors only",
                 )
-            for lin in members_of(spec, unit):
+            for lin in members_of(spec, fused):
                 scheme.check(lin)
     except PlanError as error:
         raise PlanError(f"{where}: {error.message}", hint=error.hint) from None

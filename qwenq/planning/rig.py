@@ -5,19 +5,19 @@ A GPU that the catalogue lacks goes by its memory, `2x 24GB`: whether a model fi
 
 from __future__ import annotations
 
-import csv
 import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from qwenq.errors import PlanError, UsageError
 from qwenq.units import GIB, format_gib
 
+_CATALOGUE = Path(__file__).parents[1] / "data" / "gpus.csv"
 ASSUMED_USABLE = 0.98  # of the nominal memory, where nobody has published what CUDA sees; known cards: 0.93 to 1.00
 MAX_GPUS = 64
 GIVEN = "given"  # the source of a GPU named by its memory
@@ -32,7 +32,7 @@ class Gpu:
     memory_gib: float
     usable_gib: float | None
     bandwidth_gb_s: float | None
-    tensor_tflops: float | None  # dense 16-bit products with tensor cores
+    tensor_tflops: float | None  # dense 16-bit matmuls with tensor cores
     nvlink_gb_s: float | None  # both directions; 0: none
     bus: str
     power_w: float | None
@@ -89,14 +89,16 @@ class Rig:
 
 
 def device(name: str) -> Gpu:
-    """What is estimated where no GPU of a rig is meant: the `CPU`, or some `GPU`."""
+    """A device that is no GPU of a rig: the `CPU`, or some `GPU`."""
     return Gpu(name, "", 0, None, None, None, None, "", None, None, "", "")
 
 
 @cache
 def catalogue() -> tuple[Gpu, ...]:
     """Every known GPU, from the shipped table."""
-    text = resources.files("qwenq").joinpath("data/gpus.csv").read_text(encoding="utf-8")
+    import csv
+
+    text = _CATALOGUE.read_text(encoding="utf-8")
     return tuple(_gpu(row) for row in csv.DictReader(text.splitlines()))
 
 

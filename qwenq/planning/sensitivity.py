@@ -1,4 +1,4 @@
-"""What each unit loses by each scheme, in KL: a measured table as it is saved, and the prior used without one."""
+"""KL that each fused group loses by each scheme: a measured table as it is saved, and the prior used without one."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from typing import Any
 from qwenq.errors import PlanError
 from qwenq.formats.base import ASYMMETRIC, SYMMETRIC, Scheme, label_of, parse_scheme
 from qwenq.io.json import read_object
-from qwenq.model.spec import UNITS, LinearSpec, ModelSpec
+from qwenq.model.architectures import known_stages
+from qwenq.model.spec import LinearSpec, ModelSpec
 
 VERSION = 1
 SENSITIVITY_NAME = "qwenq-sensitivity.json"  # in a checkpoint: the table its recipe was chosen by
-Unit = tuple[int, str]  # layer, one of UNITS
+FusedGroup = tuple[int, str]  # layer, name of a stage: linears that engines fuse
 
-# Prior: KL in nats a token when one unit alone is 4-bit g128, for a model of PRIOR_LAYERS layers, and what the ends of
-# the network add. Rounded from a table measured on the demo's model (reports/budget.md); a large model loses less, but
-# for choosing only proportions matter.
+# Prior: KL in nats a token when one fused group alone is 4-bit g128, for a model of PRIOR_LAYERS layers, and more for
+# the ends of the network. Rounded from a table measured on the demo's model (reports/budget.md); a large model loses
+# less, but for choosing only proportions matter.
 PRIOR_KL = {"qkv": 2.0e-3, "o": 0.4e-3, "gate_up": 2.5e-3, "down": 1.6e-3}
+PRIOR_OTHER_KL = 1.6e-3  # of a stage that is none of these
 PRIOR_LAYERS = 30
 PRIOR_ENDS = {"first": 2.0, "last": 2.0}
 PRIOR_GROUP = {128: 1.0, 64: 0.85, 32: 0.70, -1: 1.6}
@@ -30,11 +32,11 @@ PRIOR_8_BIT = (15 / 255) ** 2  # the error's energy falls with the square of the
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """KL (nats a token) that each unit causes alone, by scheme; what stays in 16 bit causes none."""
+    """KL (nats a token) that each fused group causes alone, by scheme; what stays in 16 bit causes none."""
 
     model: str
     fingerprint: str  # of the source's files; empty for a prior, which is of no model in particular
-    kl: Mapping[Unit, Mapping[Scheme | None, float]]
+    kl: Mapping[FusedGroup, Mapping[Scheme | None, float]]
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -46,31 +48,31 @@ class Sensitivity:
         """For a reader: where the predicted figures come from."""
         return "measured" if self.measured else "a prior by kind and depth, not measured on this model"
 
-    def loss(self, unit: Unit, scheme: Scheme | None) -> float:
-        """KL of one unit under a scheme; PlanError when the table lacks it."""
+    def loss(self, fused: FusedGroup, scheme: Scheme | None) -> float:
+        """KL of one fused group under a scheme; PlanError when the table lacks it."""
         if scheme is None:
             return 0.0
         try:
-            return self.kl[unit][scheme]
+            return self.kl[fused][scheme]
         except KeyError:
             raise PlanError(
-                f"the sensitivity table has no {scheme.label} for layer {unit[0]}, {unit[1]}",
+                f"the sensitivity table has no {scheme.label} for layer {fused[0]}, {fused[1]}",
                 hint="measure it again: qwenq sensitivity MODEL",
             ) from None
 
-    def covering(self, spec: ModelSpec, choice: Mapping[Unit, Scheme | None]) -> Sensitivity:
+    def covering(self, spec: ModelSpec, choice: Mapping[FusedGroup, Scheme | None]) -> Sensitivity:
         """The same table with schemes of `choice` that it lacks filled in, by the prior's proportions to those it has.
 
         For predicting an edited recipe only: one group a row, or asymmetric grids.
         """
-        kl = {unit: dict(row) for unit, row in self.kl.items()}
-        for unit, scheme in choice.items():
-            if scheme is not None and scheme not in kl[unit]:
-                known = next(iter(self.kl[unit]), None)
+        kl = {fused: dict(row) for fused, row in self.kl.items()}
+        for fused, scheme in choice.items():
+            if scheme is not None and scheme not in kl[fused]:
+                known = next(iter(self.kl[fused]), None)
                 if known is None:  # no group divides it, so that the table offers nothing
-                    kl[unit][scheme] = prior_kl(spec, unit) * prior_noise(scheme)
+                    kl[fused][scheme] = prior_kl(spec, fused) * prior_noise(scheme)
                 else:
-                    kl[unit][scheme] = self.kl[unit][known] * prior_noise(scheme) / prior_noise(known)
+                    kl[fused][scheme] = self.kl[fused][known] * prior_noise(scheme) / prior_noise(known)
         return Sensitivity(self.model, self.fingerprint, kl, self.provenance)
 
     def check(self, spec: ModelSpec, fingerprint: str = "") -> None:
@@ -81,7 +83,7 @@ class Sensitivity:
                 f"(fingerprint {self.fingerprint[:12]}), this model is {spec.name} ({fingerprint[:12]})",
                 hint="measure this one: qwenq sensitivity MODEL",
             )
-        wanted = set(units_of(spec))
+        wanted = set(fused_groups(spec))
         if set(self.kl) != wanted:
             layers = len({layer for layer, _ in self.kl})
             raise PlanError(
@@ -92,8 +94,8 @@ class Sensitivity:
 
     def to_json(self) -> dict[str, Any]:
         rows = {
-            f"{layer}.{unit}": {label_of(scheme): kl for scheme, kl in by_scheme.items()}
-            for (layer, unit), by_scheme in self.kl.items()
+            f"{layer}.{fused}": {label_of(scheme): kl for scheme, kl in by_scheme.items()}
+            for (layer, fused), by_scheme in self.kl.items()
         }
         return {
             "kind": "qwenq sensitivity",
@@ -105,16 +107,16 @@ class Sensitivity:
         }
 
 
-def units_of(spec: ModelSpec) -> Iterator[Unit]:
-    """Every unit, layer by layer, in the order they run."""
+def fused_groups(spec: ModelSpec) -> Iterator[FusedGroup]:
+    """Every fused group, layer by layer, in the order they run."""
     for layer in range(spec.num_hidden_layers):
-        for unit in UNITS:
-            yield layer, unit
+        for stage in spec.architecture.stages:
+            yield layer, stage.name
 
 
-def members_of(spec: ModelSpec, unit: Unit) -> tuple[LinearSpec, ...]:
-    """The linears of one unit."""
-    return tuple(lin for lin in spec.layer_linears(unit[0]) if lin.unit == unit[1])
+def members_of(spec: ModelSpec, fused: FusedGroup) -> tuple[LinearSpec, ...]:
+    """The linears of one fused group."""
+    return spec.stage_linears(*fused)
 
 
 def options_of(asymmetric: bool) -> tuple[Scheme, ...]:
@@ -122,12 +124,12 @@ def options_of(asymmetric: bool) -> tuple[Scheme, ...]:
     return SYMMETRIC + ASYMMETRIC if asymmetric else SYMMETRIC
 
 
-def schemes_for(spec: ModelSpec, unit: str, options: Iterable[Scheme] = SYMMETRIC) -> tuple[Scheme, ...]:
-    """Those of `options` whose groups divide the unit's input and whose codes pack."""
+def schemes_for(spec: ModelSpec, fused: str, options: Iterable[Scheme] = SYMMETRIC) -> tuple[Scheme, ...]:
+    """Those of `options` whose groups divide the fused group's input and whose codes pack."""
 
     def held(scheme: Scheme) -> bool:
         try:
-            for lin in members_of(spec, (0, unit)):
+            for lin in members_of(spec, (0, fused)):
                 scheme.check(lin)
         except PlanError:
             return False
@@ -142,21 +144,21 @@ def prior_noise(scheme: Scheme) -> float:
     return wide * (PRIOR_8_BIT if scheme.bits == 8 else 1.0) * (1.0 if scheme.sym else 0.95)
 
 
-def prior_kl(spec: ModelSpec, unit: Unit) -> float:
-    """KL guessed for one unit alone at 4-bit g128."""
-    layer, kind = unit
+def prior_kl(spec: ModelSpec, fused: FusedGroup) -> float:
+    """KL guessed for one fused group alone at 4-bit g128."""
+    layer, kind = fused
     layers = spec.num_hidden_layers
     depth = layer / max(layers - 1, 1)
     ends = PRIOR_ENDS["first"] * math.exp(-layer / 2) + PRIOR_ENDS["last"] * math.exp((depth - 1) * 10)
-    return PRIOR_KL[kind] * PRIOR_LAYERS / layers * (1 + round(ends, 1))
+    return PRIOR_KL.get(kind, PRIOR_OTHER_KL) * PRIOR_LAYERS / layers * (1 + round(ends, 1))
 
 
 def prior(spec: ModelSpec, *, asymmetric: bool = False) -> Sensitivity:
     """Sensitivities guessed from kind and depth, for planning without weights."""
-    kl: dict[Unit, dict[Scheme | None, float]] = {}
-    for unit in units_of(spec):
-        schemes = schemes_for(spec, unit[1], options_of(asymmetric))
-        kl[unit] = {scheme: prior_kl(spec, unit) * prior_noise(scheme) for scheme in schemes}
+    kl: dict[FusedGroup, dict[Scheme | None, float]] = {}
+    for fused in fused_groups(spec):
+        schemes = schemes_for(spec, fused[1], options_of(asymmetric))
+        kl[fused] = {scheme: prior_kl(spec, fused) * prior_noise(scheme) for scheme in schemes}
     return Sensitivity(spec.name, "", kl)
 
 
@@ -174,11 +176,11 @@ def read_sensitivity(path: Path) -> Sensitivity:
     rows, fingerprint = found.get("kl_nats_per_token"), found.get("fingerprint")
     if not isinstance(rows, Mapping) or not isinstance(fingerprint, str) or not fingerprint:
         raise PlanError(f"{path}: it lacks kl_nats_per_token or fingerprint", hint="the file is damaged")
-    kl: dict[Unit, dict[Scheme | None, float]] = {}
+    kl: dict[FusedGroup, dict[Scheme | None, float]] = {}
     for key, row in rows.items():
-        layer, _, unit = key.partition(".")
-        if not layer.isascii() or not layer.isdigit() or unit not in UNITS or not isinstance(row, Mapping):
-            raise PlanError(f"{path}: {key[:40]!r} is no unit", hint="the file is damaged")
+        layer, _, fused = key.partition(".")
+        if not layer.isascii() or not layer.isdigit() or fused not in known_stages() or not isinstance(row, Mapping):
+            raise PlanError(f"{path}: {key[:40]!r} is no fused group", hint="the file is damaged")
         entries: dict[Scheme | None, float] = {}
         for label, value in row.items():
             good = isinstance(value, int | float) and not isinstance(value, bool)
@@ -190,14 +192,14 @@ def read_sensitivity(path: Path) -> Sensitivity:
             entries[scheme] = float(value)
         if not entries:
             raise PlanError(f"{path}: {key} has no scheme", hint="the file is damaged")
-        kl[int(layer), unit] = entries
+        kl[int(layer), fused] = entries
     provenance = found.get("provenance")
     model = str(found.get("model", ""))[:200]
     return Sensitivity(model, fingerprint, kl, provenance if isinstance(provenance, Mapping) else {})
 
 
 def encode_sensitivity(table: Sensitivity) -> bytes:
-    """The file's bytes: one unit a line."""
+    """The file's bytes: one fused group a line."""
     shown = table.to_json()
     rows = shown.pop("kl_nats_per_token")
     head = json.dumps(shown, indent=2, ensure_ascii=False)

@@ -69,7 +69,7 @@ def decode_seconds(case: Case, shares: Sequence[Share]) -> float | None:
             return None
         layers, held = len(computed), engine.kept(weights, work, gpu)
         read = sum(held.layer_bytes[layer] for layer in computed) * fit.traffic
-        if held.strip_bytes and work.batch >= held.strip_rows:
+        if held.row_block_bytes and work.batch >= held.dense_from:
             read += 4 * layers * spec.linear_parameters / spec.num_hidden_layers
         if share.head:
             read += sum(weights.head or weights.embed) * fit.traffic

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from qwenq.formats.base import Recipe
+from qwenq.model.architectures import Stage
 from qwenq.model.spec import ModelSpec
 
 SIZES = (1, 2, 4, 8)  # that tables show
-RowGroups = Mapping[str, tuple[int, ...]]  # "o", "down" -> group sizes met in linears cut by input
+RowGroups = Mapping[str, tuple[int, ...]]  # stage ("o", "down") -> group sizes met in linears cut by input
 
 
 def tensor_parallel_reasons(spec: ModelSpec, groups: RowGroups, ranks: int) -> list[str]:
@@ -54,9 +55,11 @@ def tensor_parallel_lines(spec: ModelSpec, groups: RowGroups) -> list[str]:
 
 def helpful_width(spec: ModelSpec, groups: RowGroups, sizes: Sequence[int]) -> int:
     """FFN width, padded for the most ranks, that lets each of `sizes` cut the model; 0 when padding does not help."""
-    wider = padded_width(spec.intermediate_size, max(groups.get("down", ()), default=1), max(sizes))
-    padded = replace(spec, intermediate_size=wider)
-    return 0 if any(tensor_parallel_reasons(padded, groups, ranks) for ranks in sizes) else wider
+    padded = [stage.name for stage in cut_by_input(spec) if widens_with_ffn(stage)]
+    group = max((size for name in padded for size in groups.get(name, ())), default=1)
+    wider = padded_width(spec.intermediate_size, group, max(sizes))
+    wide = replace(spec, intermediate_size=wider)
+    return 0 if any(tensor_parallel_reasons(wide, groups, ranks) for ranks in sizes) else wider
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,9 @@ def _problems(spec: ModelSpec, groups: RowGroups, ranks: int) -> list[_Problem]:
     if texts:
         return [_Problem(f"{text}{ranks}", f"{text}the ranks") for text in texts]
     found = []
-    for unit, width, what in (("down", inner, "FFN width"), ("o", spec.q_size, "attention width")):
-        straddling = [g for g in sorted(groups.get(unit, ()), reverse=True) if g > 0 and (width // ranks) % g]
+    for stage in reversed(cut_by_input(spec)):
+        width, what = spec.size(stage.inputs), _WIDTHS.get(stage.inputs, stage.inputs)
+        straddling = [g for g in sorted(groups.get(stage.name, ()), reverse=True) if g > 0 and (width // ranks) % g]
         if straddling:
             so = ", so a quantization group would straddle ranks"
             no = f"is not a multiple of the group size {straddling[0]}"
@@ -91,17 +95,30 @@ def _problems(spec: ModelSpec, groups: RowGroups, ranks: int) -> list[_Problem]:
 
 def row_groups(spec: ModelSpec, recipe: Recipe) -> RowGroups:
     """Group sizes of the linears that tensor parallelism cuts by input."""
-    found: dict[str, set[int]] = {"o": set(), "down": set()}
+    found: dict[str, set[int]] = {stage.name: set() for stage in cut_by_input(spec)}
     for lin in spec.linears:
         scheme = recipe.scheme_of(lin)
-        if lin.unit in found and scheme is not None:
-            found[lin.unit].add(scheme.group_size)
-    return {unit: tuple(sorted(sizes)) for unit, sizes in found.items()}
+        if lin.stage in found and scheme is not None:
+            found[lin.stage].add(scheme.group_size)
+    return {stage: tuple(sorted(sizes)) for stage, sizes in found.items()}
 
 
-def same_groups(sizes: Iterable[int]) -> RowGroups:
+def same_groups(spec: ModelSpec, sizes: Iterable[int]) -> RowGroups:
     """Groups of unknown place: met everywhere."""
-    return dict.fromkeys(("o", "down"), tuple(sizes))
+    return dict.fromkeys((stage.name for stage in cut_by_input(spec)), tuple(sizes))
+
+
+_WIDTHS = {"intermediate_size": "FFN width", "q_size": "attention width"}
+
+
+def cut_by_input(spec: ModelSpec) -> list[Stage]:
+    """Stages that tensor parallelism cuts by input: o, down."""
+    return [stage for stage in spec.architecture.stages if stage.cut == "row"]
+
+
+def widens_with_ffn(stage: Stage) -> bool:
+    """Whether padding the FFN pads the stage's inputs."""
+    return stage.inputs == "intermediate_size"
 
 
 def padded_width(width: int, group: int, ranks: int) -> int:

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from qwenq.errors import CheckpointError, PlanError, UnreadScheme, printable
+from qwenq.errors import CheckpointError, PlanError, UnreadScheme
+from qwenq.escaping import printable
 from qwenq.formats.base import (
     FORMATS,
     SIZED,
@@ -21,13 +22,11 @@ from qwenq.formats.base import (
     read_quantization_config,
     stated,
 )
-from qwenq.io.safetensors import TensorSpec, tensor_bytes
+from qwenq.io.safetensors import TensorSpec
 from qwenq.machine import Compute
 from qwenq.model.spec import ModelSpec
-from qwenq.planning.kernels import LayerParts, choose, dense_from, kept, layer_parts, strip_bytes
+from qwenq.planning.kernels import LayerParts, choose, dense_from, kept, layer_parts, row_block_bytes
 from qwenq.planning.tensor_parallel import RowGroups, row_groups, same_groups
-
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,8 @@ class Weights:
     source: str
     row_groups: RowGroups = field(default_factory=dict)  # of linears that tensor parallelism cuts by input
     parts: tuple[LayerParts, ...] = ()  # layers as this project's own engine reads them; empty: it keeps them as stored
-    strip_bytes: int = 0  # of `kept`: most that one strip takes while weights are written out
-    strip_rows: int = 1  # of `kept`: rows from which they are
+    row_block_bytes: int = 0  # of `kept`: most that one row block takes while weights are written out
+    dense_from: int = 1  # of `kept`: rows from which they are
 
     def kept(self, compute: Compute) -> Weights:
         """The same with layers as this project's own engine keeps them in memory when it computes like that."""
@@ -63,8 +62,8 @@ class Weights:
                     (*(size for shape in part.packed for size in sizes[shape]), *part.others) for part in self.parts
                 ),
                 parts=(),
-                strip_bytes=max((strip_bytes(shape, compute) for shape in packed), default=0),
-                strip_rows=min((dense_from(choose(s, compute).kind, compute.device) for s in packed), default=1),
+                row_block_bytes=max((row_block_bytes(shape, compute) for shape in packed), default=0),
+                dense_from=min((dense_from(choose(s, compute).kind, compute.device) for s in packed), default=1),
                 source=f"{self.source}, as kernels keep it" if packed else self.source,
             )
         return self._kept[compute]
@@ -120,7 +119,7 @@ def recipe_weights(
         source=source,
         row_groups=declared.row_groups,
         parts=tuple(parts) * repeated,
-        **_outer(spec, dtype),
+        **_outer(spec, recipe.outer_tensors(spec, dtype)),
     )
 
 
@@ -159,17 +158,19 @@ def header_weights(
     """
     layers: list[dict[str, TensorSpec]] = [{} for _ in range(spec.num_hidden_layers)]
     outer: dict[str, list[int]] = {"embed": [], "norm": [], "head": []}
+    embedding = spec.architecture.embedding.rpartition(".")[2]
+    layer_name = re.compile(rf"(?:^|\.){re.escape(spec.architecture.layers.rpartition('.')[2])}\.(\d+)\.")
     for tensor in tensors.values():
-        match = _LAYER.search(tensor.name)
+        match = layer_name.search(tensor.name)
         if match:
             if int(match[1]) >= len(layers):
                 raise CheckpointError(f"{tensor.name}: config.json has only {len(layers)} layers")
             layers[int(match[1])][tensor.name] = tensor
-        elif "lm_head" in tensor.name:
+        elif spec.architecture.head in tensor.name:
             if not spec.tie_word_embeddings:
                 outer["head"].append(tensor.nbytes)
         else:
-            outer["embed" if "embed" in tensor.name else "norm"].append(tensor.nbytes)
+            outer["embed" if embedding in tensor.name else "norm"].append(tensor.nbytes)
     for layer, found in enumerate(layers):
         if not found:
             raise CheckpointError(f"no tensor of layer {layer}, config.json has {len(layers)} layers")
@@ -205,11 +206,11 @@ def _widest_linear(spec: ModelSpec, declared: Declared) -> int:
     return 0 if declared.method == "none" else max(lin.parameters for lin in spec.layer_linears(0))
 
 
-def _outer(spec: ModelSpec, dtype: str | Callable[[str], str]) -> dict[str, Any]:
+def _outer(spec: ModelSpec, tensors: Iterable[TensorSpec]) -> dict[str, Any]:
     outer: dict[str, tuple[int, ...]] = {"embed": (), "norm": (), "head": ()}
-    for tensor in spec.outer_tensors():
-        key = "head" if "lm_head" in tensor.name else "embed" if "embed" in tensor.name else "norm"
-        outer[key] += (tensor_bytes(dtype if isinstance(dtype, str) else dtype(tensor.name), tensor.shape),)
+    for tensor in tensors:
+        key = {spec.embedding_tensor: "embed", spec.norm_tensor: "norm"}.get(tensor.name, "head")
+        outer[key] += (tensor.nbytes,)
     return outer
 
 
@@ -226,8 +227,8 @@ def _sized_weights(spec: ModelSpec, label: str, sized: SizedOnly, dtype: str) ->
         widest_linear=max(lin.parameters for lin in spec.layer_linears(0)),
         intermediate_size=spec.intermediate_size,
         source="every tensor of the format, byte for byte",
-        row_groups=same_groups([sized.group_size]),
-        **_outer(spec, dtype),
+        row_groups=same_groups(spec, [sized.group_size]),
+        **_outer(spec, spec.outer_tensors(dtype)),
     )
 
 
@@ -249,7 +250,7 @@ class Declared:
 
 
 def declared_by_recipe(spec: ModelSpec, recipe: Recipe, sorted_columns: bool = False) -> Declared:
-    """What a recipe's checkpoint declares."""
+    """The declaration of a recipe's checkpoint."""
     schemes = [scheme for lin in spec.linears if (scheme := recipe.scheme_of(lin)) is not None]
     return Declared(
         method=get_format(recipe.format).method if schemes else "none",
@@ -262,7 +263,7 @@ def declared_by_recipe(spec: ModelSpec, recipe: Recipe, sorted_columns: bool = F
 
 
 def declared_by_config(spec: ModelSpec, config: Mapping[str, Any], where: str) -> Declared:
-    """What config.json declares, read and refused as when the checkpoint is opened.
+    """The declaration of config.json, read and refused as when the checkpoint is opened.
 
     A scheme that this version does not read is no reason not to size the weights: then what is stated is believed.
     """
@@ -272,19 +273,19 @@ def declared_by_config(spec: ModelSpec, config: Mapping[str, Any], where: str) -
     try:
         quantization = read_quantization_config(found, where)
     except UnreadScheme as error:
-        return _as_stated(found, error.message)
+        return _as_stated(spec, found, error.message)
     recipe = quantization.recipe(spec)
     recipe.check(spec)
     return declared_by_recipe(spec, recipe, quantization.sorted_columns)
 
 
-def _as_stated(config: Mapping[str, Any], unread: str) -> Declared:
+def _as_stated(spec: ModelSpec, config: Mapping[str, Any], unread: str) -> Declared:
     bits, groups = stated(config)
     return Declared(
         method=method_of(config),
         bits=Counter(bits).most_common(1)[0][0] if bits else 16,
         group_size=max(groups, default=0),
-        row_groups=same_groups(sorted(set(groups))),
+        row_groups=same_groups(spec, sorted(set(groups))),
         recipe=None,
         unread=unread,
     )
@@ -299,7 +300,12 @@ def allocated_bytes(sizes: Iterable[int]) -> int:
 
 
 def allocated_blocks(sizes: Iterable[int]) -> Iterator[int]:
-    """Bytes counted for each tensor."""
+    """Bytes that torch's CUDA caching allocator counts for each of these tensors, loaded and never freed.
+
+    Rules of c10/cuda/CUDACachingAllocator.cpp: sizes round up to 512 bytes; up to 1 MiB come from a pool of small
+    blocks; larger ones take the best-fitting free block, else a new segment of 20 MiB (below 10 MiB) or of whole 2 MiB;
+    a block is split only when more than 1 MiB would be left, otherwise all of it counts as allocated.
+    """
     free: list[int] = []
     for size in sizes:
         wanted = -(-size // 512) * 512

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwenq.errors import CheckpointError
+from qwenq.io.fields import Fields
 from qwenq.io.json import inside, parse_object, read_object, shown
-from qwenq.report.runs import Fields
 from qwenq.results import Interval
 
 MAX_BYTES = 5_000_000

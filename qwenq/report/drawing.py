@@ -9,7 +9,8 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from html import escape
+
+from qwenq.escaping import html
 
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 2 1 2 1 2", "1 4")
 MARKERS = ("circle", "square", "triangle", "diamond", "down", "plus")
@@ -103,7 +104,7 @@ class Drawing:
     def text(self, x: float, y: float, text: str, anchor: str = "start", kind: str = "") -> None:
         named = f' class="{kind}"' if kind else ""
         end = f' text-anchor="{anchor}"' if anchor != "start" else ""
-        self.shapes.append(f'<text x="{_n(x)}" y="{_n(y)}"{end}{named}>{escape(text)}</text>')
+        self.shapes.append(f'<text x="{_n(x)}" y="{_n(y)}"{end}{named}>{html(text)}</text>')
 
     def mark(self, shape: str, x: float, y: float, kind: str, size: float = 5.0) -> None:
         """A marker centred on x, y."""
@@ -123,8 +124,8 @@ class Drawing:
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{self.width}" height="{self.height}" '
             f'viewBox="0 0 {self.width} {self.height}" role="img" aria-labelledby="{self.ident}-t {self.ident}-d">'
-            f'<title id="{self.ident}-t">{escape(self.title)}</title>'
-            f'<desc id="{self.ident}-d">{escape(self.description)}</desc>{"".join(self.shapes)}</svg>'
+            f'<title id="{self.ident}-t">{html(self.title)}</title>'
+            f'<desc id="{self.ident}-d">{html(self.description)}</desc>{"".join(self.shapes)}</svg>'
         )
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from html import escape
 from importlib import resources
 
+from qwenq.escaping import html
 from qwenq.report.document import (
     Block,
     Code,
@@ -31,14 +31,14 @@ def to_html(document: Document) -> str:
     """The page."""
     style = resources.files("qwenq").joinpath("report/report.css").read_text(encoding="utf-8")
     body = "\n".join(_section(section) for section in document.sections)
-    links = "".join(f'<li><a href="#{s.anchor}">{escape(s.title)}</a></li>' for s in document.sections)
+    links = "".join(f'<li><a href="#{s.anchor}">{html(s.title)}</a></li>' for s in document.sections)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(document.title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-        f"<header>\n<h1>{escape(document.title)}</h1>\n<p>{_text(document.subtitle)}</p>\n"
+        f"<title>{html(document.title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
+        f"<header>\n<h1>{html(document.title)}</h1>\n<p>{_text(document.subtitle)}</p>\n"
         f'<nav aria-label="Contents"><ul>{links}</ul></nav>\n</header>\n<main>\n{body}\n</main>\n'
         f'<script type="application/json" id="figures">{_json(document.data)}</script>\n</body>\n</html>\n'
     )
@@ -52,7 +52,7 @@ def _json(value: object) -> str:
 
 def _section(section: Section) -> str:
     blocks = "\n".join(line for block in section.blocks for line in _block(block))
-    return f'<section id="{section.anchor}">\n<h2>{escape(section.title)}</h2>\n{blocks}\n</section>'
+    return f'<section id="{section.anchor}">\n<h2>{html(section.title)}</h2>\n{blocks}\n</section>'
 
 
 def _block(block: Block) -> Iterator[str]:
@@ -66,7 +66,7 @@ def _block(block: Block) -> Iterator[str]:
             yield _table(block)
         case Figure(anchor, title, caption, draw, alternative):
             wide, narrow = draw(WIDE, f"{anchor}-w").svg(), draw(NARROW, f"{anchor}-n").svg()
-            heading = f"<h3>{escape(title)}</h3>\n" if title else ""
+            heading = f"<h3>{html(title)}</h3>\n" if title else ""
             yield (
                 f'<figure id="{anchor}">{heading}<div class="wide">{wide}</div>\n'
                 f'<div class="narrow">{narrow}</div>\n<figcaption>{_text(caption)}</figcaption>\n'
@@ -74,7 +74,7 @@ def _block(block: Block) -> Iterator[str]:
             )
         case Details(summary, tables):
             inner = "\n".join(map(_table, tables))
-            yield f"<details><summary>{escape(summary)}</summary>\n{inner}\n</details>"
+            yield f"<details><summary>{html(summary)}</summary>\n{inner}\n</details>"
 
 
 def _table(block: Table) -> str:
@@ -87,7 +87,7 @@ def _table(block: Table) -> str:
         + "</tr>\n"
         for row in block.rows
     )
-    caption = escape(block.caption)
+    caption = html(block.caption)
     return (
         f'<div class="scroll" role="region" aria-label="{caption}" tabindex="0"><table><caption>{caption}</caption>\n'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody></table></div>"
@@ -101,8 +101,8 @@ def _text(text: Text) -> str:
 def _part(part: Part) -> str:
     match part:
         case Code(inner):
-            return f"<code>{escape(inner)}</code>"
+            return f"<code>{html(inner)}</code>"
         case Small(inner):
-            return f"<small>{escape(inner)}</small>"
+            return f"<small>{html(inner)}</small>"
         case _:
-            return escape(part)
+            return html(part)

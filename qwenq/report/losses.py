@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+from qwenq.model.architectures import known_kinds
 from qwenq.report.benchmarks import Benchmark
 from qwenq.report.document import (
     MISSING,
@@ -33,7 +34,6 @@ from qwenq.units import GB, format_gb
 
 MAX_LINES = 20  # of warnings a run
 OWN_TOOL = "qwenq"  # as benchmarks name it
-KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def warnings_section(runs: Sequence[Run], left_out: Sequence[str] = ()) -> Section:
@@ -222,8 +222,8 @@ def _series(tool: str, tools: Sequence[str]) -> int:
 def layers_section(runs: Sequence[Run]) -> Section:
     """Error by kind of linear and layer, and what reached the residual stream."""
     blocks: list[Block] = []
-    kinds = [kind for kind in KINDS if _has(runs, kind)]
-    kinds += sorted({kind for run in runs for layer in run.layers for kind in layer.error_db} - set(KINDS))[:5]
+    kinds = [kind for kind in known_kinds() if _has(runs, kind)]
+    kinds += sorted({kind for run in runs for layer in run.layers for kind in layer.error_db} - set(kinds))[:5]
     panels = {kind: _kind_series(runs, kind) for kind in kinds if _has(runs, kind)}
     if panels:
         silent = [run.name for run in runs if not any(v is not None for la in run.layers for v in la.error_db.values())]

@@ -10,7 +10,7 @@ from qwenq.errors import CheckpointError, QwenqError, UsageError
 from qwenq.formats.base import UNTRIED, Loader, Variant, get_format, plain_loaders, read_quantization_config
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.case import Case, Workload
-from qwenq.planning.engines.base import ENGINES, Engine, get_engine
+from qwenq.planning.engines.base import Engine, engine_names, get_engine
 from qwenq.planning.memory import TERM_NAMES, MemoryEstimate, estimate
 from qwenq.planning.models import WeightsAsked, load_model, model_weights
 from qwenq.planning.placement import cutting_reasons
@@ -287,7 +287,6 @@ def engine_named(name: str) -> Engine:
     """The engine; PlanError for one that nobody knows, or that reads none of these checkpoints."""
     engine = get_engine(name)
     if engine.needs_gguf:
-        readers = [other for other, kind in ENGINES.items() if not kind.needs_gguf]
-        hint = f"--engine {', '.join(readers[:-1])} or {readers[-1]}"
+        hint = f"--engine {engine_names(checkpoints=True)}"
         raise UsageError(f"{name} reads GGUF, not these checkpoints", hint=hint)
     return engine

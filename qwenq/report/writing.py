@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from qwenq.markdown import code, escape, table
+from qwenq.escaping import code, markdown, table
 from qwenq.report.document import Block, Code, Details, Document, Figure, Items, Paragraph, Small, Table, Text, parts
 
 
 def to_markdown(document: Document) -> str:
     """The whole text, ending in one newline."""
-    lines = [f"# {escape(document.title)}", "", _text(document.subtitle)]
+    lines = [f"# {markdown(document.title)}", "", _text(document.subtitle)]
     for section in document.sections:
-        lines += ["", f"## {escape(section.title)}"]
+        lines += ["", f"## {markdown(section.title)}"]
         for block in section.blocks:
             lines += ["", *_block(block)] if not isinstance(block, Details) else []
     return "\n".join(lines) + "\n"
@@ -28,7 +28,7 @@ def _block(block: Block) -> Iterator[str]:
             yield from _table(block)
         case Figure(_, title, caption, _, alternative):
             if title:
-                yield f"### {escape(title)}"
+                yield f"### {markdown(title)}"
                 yield ""
             yield _text(caption)
             yield ""
@@ -36,7 +36,7 @@ def _block(block: Block) -> Iterator[str]:
 
 
 def _table(block: Table) -> Iterator[str]:
-    yield f"{escape(block.caption)}:"
+    yield f"{markdown(block.caption)}:"
     yield ""
     align = block.align.replace("c", "l")
     yield from table([_text(cell) for cell in block.head], [[_text(cell) for cell in row] for row in block.rows], align)
@@ -49,8 +49,8 @@ def _text(text: Text) -> str:
             case Code(inner):
                 written.append(code(inner))
             case Small(inner):
-                written.append(f" ({escape(inner)})")
+                written.append(f" ({markdown(inner)})")
             case _:
                 space = " " if part.startswith(" ") else "", " " if part.endswith(" ") and part.strip() else ""
-                written.append(space[0] + escape(part) + space[1])
+                written.append(space[0] + markdown(part) + space[1])
     return "".join(written)

@@ -97,14 +97,14 @@ def forecast(spec: ModelSpec, weights: Weights, options: LoadOptions) -> Forecas
     return Forecast(spec.name, weights, work, dtype, plan, devices, _speed(case, plan))
 
 
-def share_of(places: Mapping[str, int | str], index: int, layers: int) -> Share:
-    """What one GPU holds, read back from a device map."""
-    held = [k for k in range(layers) if places[f"model.layers.{k}"] == index]
+def share_of(spec: ModelSpec, places: Mapping[str, int | str], index: int) -> Share:
+    """The part of a model that one GPU holds, read back from a device map."""
+    held = [k for k in range(spec.num_hidden_layers) if places[spec.layer_name(k)] == index]
     gpus = len({place for place in places.values() if isinstance(place, int)})
     return Share(
         range(held[0], held[-1] + 1) if held else range(0),
-        embed=places["model.embed_tokens"] == index,
-        head=places["lm_head"] == index,
+        embed=places[spec.architecture.embedding] == index,
+        head=places[spec.architecture.head] == index,
         gpus=gpus,
     )
 
@@ -113,7 +113,7 @@ def _held(case: Case, plan: LoadPlan, room: int) -> tuple[Held, ...]:
     counts: dict[int | str, int] = {}
     rig = case.rig
     for layer in range(len(case.weights.layers)):
-        place = plan.device_map[f"model.layers.{layer}"]
+        place = plan.device_map[case.spec.layer_name(layer)]
         counts[place] = counts.get(place, 0) + 1
     found = []
     if rig is None:
@@ -134,7 +134,7 @@ def _held(case: Case, plan: LoadPlan, room: int) -> tuple[Held, ...]:
 def _in_host_memory(case: Case, plan: LoadPlan) -> int:
     """Bytes of the layers beside a rig's own, as they cross to the first GPU to be computed there."""
     held = OWN.kept(case.weights, case.work, case.hardware.gpus[0])
-    return sum(n for k, n in enumerate(held.layer_bytes) if plan.device_map[f"model.layers.{k}"] == CPU)
+    return sum(n for k, n in enumerate(held.layer_bytes) if plan.device_map[case.spec.layer_name(k)] == CPU)
 
 
 def _speed(case: Case, plan: LoadPlan) -> Speed:
@@ -142,6 +142,5 @@ def _speed(case: Case, plan: LoadPlan) -> Speed:
         return Speed(None, None, "not predicted: layers are read from disk for every token")
     if case.rig is None:
         return Speed(None, None, "not predicted for CPUs; a short answer tells (`qwenq run CHECKPOINT -p hi -n 32`)")
-    layers = len(case.weights.layers)
-    shares = [share_of(plan.device_map, index, layers) for index in range(len(case.rig.gpus))]
+    shares = [share_of(case.spec, plan.device_map, index) for index in range(len(case.rig.gpus))]
     return estimate_speed(case, shares, _in_host_memory(case, plan))

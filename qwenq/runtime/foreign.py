@@ -4,31 +4,60 @@ from __future__ import annotations
 
 import importlib.util
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import torch
 
 from qwenq.errors import RunError, UsageError
+from qwenq.planning.engines.torch import OWN
 from qwenq.runtime.generate import DEFAULT_NEW_TOKENS, GREEDY_BELOW, Sampling, Timing
 
-ENGINES = ("qwenq", "gptqmodel", "vllm")
+
+class ForeignEngine(ABC):
+    """An engine of others in this process. Tokens come all at once, when done."""
+
+    name: ClassVar[str]  # of its package, and of --engine
+    extra: ClassVar[str]  # of this project, which installs it
+
+    @abstractmethod
+    def __init__(self, directory: Path, context: int = 0) -> None:
+        """Load a checkpoint; `context`: most tokens of a sequence, 0 for the engine's own limit."""
+
+    @abstractmethod
+    def generate(
+        self, ids: Sequence[int], sampling: Sampling, stop_ids: frozenset[int], timing: Timing
+    ) -> Iterator[int]:
+        """New tokens after a prompt's, without the one that stops; `timing` is filled in."""
+
+    @classmethod
+    def check_installed(cls) -> None:
+        """RunError for an engine that is not."""
+        if importlib.util.find_spec(cls.name) is None:
+            raise RunError(
+                f"--engine {cls.name}: it is not installed", hint=f"pip install 'qwenq[{cls.extra}]', or leave it out"
+            )
 
 
-def check_engine(name: str) -> None:
-    """UsageError for an engine that is unknown, RunError for one that is not installed."""
-    if name not in ENGINES:
-        raise UsageError(f"unknown engine {name!r}", hint=f"one of {', '.join(ENGINES)}")
-    if name != "qwenq" and importlib.util.find_spec(name) is None:
-        extra = {"gptqmodel": "gptq", "vllm": "vllm"}[name]
-        raise RunError(f"--engine {name}: it is not installed", hint=f"pip install 'qwenq[{extra}]', or leave it out")
+def foreign_engine(name: str) -> type[ForeignEngine] | None:
+    """The engine called so, None for this project's own; UsageError for one that is unknown."""
+    if name == OWN.name:
+        return None
+    engines = {kind.name: kind for kind in (GptqModelEngine, VllmEngine)}
+    if name not in engines:
+        raise UsageError(f"unknown engine {name!r}", hint=f"one of {', '.join((OWN.name, *engines))}")
+    return engines[name]
 
 
-class GptqModelEngine:
-    """GPTQModel with the kernel it picks itself (Marlin, ExLlama, torch). Tokens come all at once, when done."""
+class GptqModelEngine(ForeignEngine):
+    """GPTQModel with the kernel it picks itself (Marlin, ExLlama, torch)."""
 
-    def __init__(self, directory: Path) -> None:
+    name = "gptqmodel"
+    extra = "gptq"
+
+    def __init__(self, directory: Path, context: int = 0) -> None:
         from gptqmodel import GPTQModel
 
         self.model = GPTQModel.load(str(directory))
@@ -58,13 +87,16 @@ class GptqModelEngine:
         yield from (token for token in new if token not in stop_ids)
 
 
-class VllmEngine:
-    """vLLM in this process; the plan's flags as arguments. Tokens come all at once, when done."""
+class VllmEngine(ForeignEngine):
+    """vLLM with its own defaults."""
 
-    def __init__(self, directory: Path, **arguments: Any) -> None:
+    name = "vllm"
+    extra = "vllm"
+
+    def __init__(self, directory: Path, context: int = 0) -> None:
         from vllm import LLM
 
-        self.model = LLM(model=str(directory), **arguments)
+        self.model = LLM(model=str(directory), **({"max_model_len": context} if context else {}))
 
     def generate(
         self, ids: Sequence[int], sampling: Sampling, stop_ids: frozenset[int], timing: Timing

@@ -233,9 +233,7 @@ class Session:
 
     def _new_cache(self) -> KvCache:
         spec, places = self.model.spec, self.model.device_map
-        devices = [
-            compute_device(places[f"model.layers.{layer}"], places) for layer in range(spec.num_hidden_layers)
-        ]
+        devices = [compute_device(places[spec.layer_name(k)], places) for k in range(spec.num_hidden_layers)]
         cache = KvCache(len(devices), self.max_model_len, KV_DTYPES[self.kv_dtype])
         doing, hint = f"making a cache of {self.max_model_len} tokens", "a smaller --max-model-len"
         with memory_errors(doing, devices[0], None, hint):

@@ -6,11 +6,11 @@ Shapes: x [..., in]; M rows of x; O outputs, I inputs, G groups of K columns.
 
 - Int4Linear: 4-bit codes in the layout of `_weight_int4pack_mm_for_cpu` or of tinygemm (`_weight_int4pack_mm`). Both
   take (scale, offset) pairs in the activations' dtype: w = (code - 8) * scale + offset. 8-bit codes in groups run there
-  as two products, code = 16 * high + low. From `dense_from` rows on, one strip of outputs at a time is
+  as two products, code = 16 * high + low. From `dense_from` rows on, one row block of outputs at a time is
   written out and multiplied densely, which is faster for prompts.
 - Int8Linear: `_weight_int8pack_mm`, one scale a row, kept in float32 and applied to the product.
-- Nf4Linear: bitsandbytes' table of 16 values, likewise strip by strip.
-- TiledLinear: any bits, group and dtype; strips of outputs are dequantized in float32 for every call.
+- Nf4Linear: bitsandbytes' table of 16 values, likewise in row blocks.
+- TiledLinear: any bits, group and dtype; row blocks of outputs are dequantized in float32 for every call.
 - StoredLinear: 16-bit weights kept as stored where activations have another dtype.
 """
 
@@ -27,7 +27,7 @@ from qwenq.formats.base import PackedShape
 from qwenq.formats.bitsandbytes import Nf4Blocks
 from qwenq.machine import Compute
 from qwenq.model.devices import multiply_into, product_dtype
-from qwenq.planning.kernels import Choice, Kind, choose, dense_from, kernel_group, strip_weights
+from qwenq.planning.kernels import Choice, Kind, choose, dense_from, kernel_group, row_block_weights
 from qwenq.solver.grid import QTensor
 
 STORED_DENSE_FROM = 4  # rows from which a 16-bit weight is multiplied in `product_dtype`; below, memory is the limit
@@ -54,7 +54,7 @@ def _parameter(value: Tensor) -> nn.Parameter:
 
 
 class _Linear(nn.Module):
-    """What the packed linears share: sizes, bias, and columns sorted by group."""
+    """The part that packed linears share: sizes, bias, and columns sorted by group."""
 
     def __init__(self, q: QTensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class Int4Linear(_Linear):
             return torch.ops.aten._weight_int4pack_mm(x_MI, self.packed[half], self.group, pairs)
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x_MI, self.packed[half], self.group, pairs)
 
-    def weight_strip(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
+    def weight_rows(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
         """The weight's outputs start to stop, transposed, [in, stop - start]; None in an unknown layout."""
         codes_KR = unpack_int4(self.packed[0], start, stop, self.out_features, self.in_features)
         if codes_KR is None:
@@ -148,14 +148,14 @@ class Int4Linear(_Linear):
         # On a CPU values are written in float32, which its vectors are made for; on a GPU memory is the limit.
         dtype = x_MI.dtype if self.cuda_packed and self.centred else torch.float32
         x_MI = x_MI.to(product_dtype(x_MI))
-        step = strip_rows(self.in_features, x_MI.device)
+        step = block_rows(self.in_features, x_MI.device)
         for start in range(0, self.out_features, step):
             stop = min(start + step, self.out_features)
-            w_IR = self.weight_strip(start, stop, dtype)
+            w_IR = self.weight_rows(start, stop, dtype)
             if w_IR is None:
                 return None
             multiply_into(y_MO[:, start:stop], x_MI, w_IR.to(x_MI.dtype))
-            del w_IR  # before the next strip takes its place
+            del w_IR  # before the next block takes its place
         return y_MO
 
 
@@ -175,16 +175,16 @@ class Int8Linear(_Linear):
             return self.finish((y_MO.float() * self.scale).to(x.dtype), x)
         y_MO = torch.empty(x_MI.shape[0], self.out_features, dtype=x.dtype, device=x.device)
         x_MI = x_MI.to(product_dtype(x_MI))
-        step = strip_rows(self.in_features, x.device)
+        step = block_rows(self.in_features, x.device)
         for start in range(0, self.out_features, step):
             w_RI = self.codes[start : start + step].to(x_MI.dtype)  # whole numbers to 128 are exact
             y_MO[:, start : start + step] = (x_MI @ w_RI.T) * self.scale[start : start + step]
-            del w_RI  # before the next strip takes its place
+            del w_RI  # before the next block takes its place
         return self.finish(y_MO, x)
 
 
 class TiledLinear(_Linear):
-    """Codes as they are (4-bit ones two a byte), dequantized in float32 strip by strip for every call."""
+    """Codes as they are (4-bit ones two a byte), dequantized in float32 in row blocks for every call."""
 
     def __init__(self, q: QTensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(q, bias, dtype, device)
@@ -204,13 +204,13 @@ class TiledLinear(_Linear):
         x_MI = self.rows_of(x)
         y_MO = torch.empty(x_MI.shape[0], self.out_features, dtype=x.dtype, device=x.device)
         x_MI = x_MI.to(product_dtype(x_MI))
-        step = strip_rows(self.in_features, x.device)
+        step = block_rows(self.in_features, x.device)
         for start in range(0, self.out_features, step):
             stop = min(start + step, self.out_features)
-            multiply_into(y_MO[:, start:stop], x_MI, self.weight_strip(start, stop).to(x_MI.dtype).T)
+            multiply_into(y_MO[:, start:stop], x_MI, self.weight_rows(start, stop).to(x_MI.dtype).T)
         return self.finish(y_MO, x)
 
-    def weight_strip(self, start: int, stop: int) -> Tensor:
+    def weight_rows(self, start: int, stop: int) -> Tensor:
         """The weight's outputs start to stop, float32 [stop - start, in]."""
         codes_RI, scales_RG = self.codes[start:stop], self.scales[start:stop].float()
         if self.bits == 4:
@@ -221,7 +221,7 @@ class TiledLinear(_Linear):
 
 
 class Nf4Linear(nn.Module):
-    """bitsandbytes' NF4 with blocks inside rows, looked up in float32 strip by strip for every call.
+    """bitsandbytes' NF4 with blocks inside rows, looked up in float32 in row blocks for every call.
 
     `codes` uint8 [out, in / 2], the first of two columns in the high half; `absmax` float32 [out, in / 64]. Weights are
     rounded to the dtype they came from, as bitsandbytes does.
@@ -240,14 +240,14 @@ class Nf4Linear(nn.Module):
         x_MI = x.reshape(-1, self.in_features)
         y_MO = torch.empty(x_MI.shape[0], self.out_features, dtype=x.dtype, device=x.device)
         x_MI = x_MI.to(product_dtype(x_MI))
-        step = strip_rows(self.in_features, x.device)
+        step = block_rows(self.in_features, x.device)
         for start in range(0, self.out_features, step):
-            strip = slice(start, start + step)
-            multiply_into(y_MO[:, strip], x_MI, self.weight_strip(start, start + step).to(x_MI.dtype).T)
+            block = slice(start, start + step)
+            multiply_into(y_MO[:, block], x_MI, self.weight_rows(start, start + step).to(x_MI.dtype).T)
         y = y_MO if self.bias is None else y_MO.add_(self.bias)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def weight_strip(self, start: int, stop: int) -> Tensor:
+    def weight_rows(self, start: int, stop: int) -> Tensor:
         """The weight's outputs start to stop, in the dtype it was quantized from."""
         absmax = self.absmax[start:stop]
         w = F.embedding(self.codes[start:stop].int(), self.table).view(*absmax.shape, -1)
@@ -264,7 +264,7 @@ _MODULES: dict[Kind, Callable[..., nn.Module]] = {
 
 
 class StoredLinear(nn.Module):
-    """A 16-bit weight kept as stored; for activations of another dtype it is converted strip by strip.
+    """A 16-bit weight kept as stored; for activations of another dtype it is converted in row blocks.
 
     A float16 head takes bfloat16 input in float16 instead: its products are finer and twice as fast on a CPU, and
     what comes out of the last norm cannot overflow. The inputs of other linears can.
@@ -291,16 +291,16 @@ class StoredLinear(nn.Module):
         shape, out_dtype = (x_MI.shape[0], self.out_features), dtype if self.is_head else x_MI.dtype
         y_MO = torch.empty(shape, dtype=out_dtype, device=x_MI.device)
         x_MI = x_MI.to(dtype)
-        step = strip_rows(self.in_features, x_MI.device)
+        step = block_rows(self.in_features, x_MI.device)
         for start in range(0, self.out_features, step):
-            strip = slice(start, start + step)
-            multiply_into(y_MO[:, strip], x_MI, self.weight[strip].to(dtype).T)
+            block = slice(start, start + step)
+            multiply_into(y_MO[:, block], x_MI, self.weight[block].to(dtype).T)
         return y_MO if self.bias is None else y_MO.add_(self.bias)
 
 
-def strip_rows(columns: int, device: torch.device) -> int:
-    """Outputs of a strip."""
-    return strip_weights(columns, device.type) // columns
+def block_rows(columns: int, device: torch.device) -> int:
+    """Outputs of a row block."""
+    return row_block_weights(columns, device.type) // columns
 
 
 # ---------------------------------------------------------------------- torch's 4-bit layouts
@@ -309,7 +309,7 @@ def strip_rows(columns: int, device: torch.device) -> int:
 def pack_int4(codes_OI: Tensor, halves: int = 1) -> Tensor:
     """Codes [out, in] in the kernel's layout, [halves, ...]: 4-bit ones as one, of 8-bit ones the high and low halves.
 
-    Written into place strip by strip: what is allocated and freed beside the result would leave holes between weights.
+    Written into place in row blocks: what is allocated and freed beside the result would leave holes between weights.
     """
     packed: Tensor | None = None
     for start in range(0, codes_OI.shape[0], _PACK_ROWS):

@@ -123,8 +123,8 @@ def _plan_host(case: Case, room: int) -> LoadPlan:
     outside, one = need - layers, max(weights.layer_bytes)
     if outside + one > room:
         raise shortage("CPU", outside + one, room, "a shorter --max-model-len, or a smaller --prefill-chunk")
-    devices = spill_to_disk(devices, weights, room - outside - one)
-    plan = _with_disk(devices, weights, {})
+    devices = spill_to_disk(case.spec, devices, weights, room - outside - one)
+    plan = _with_disk(case.spec, devices, weights, {})
     return replace(plan, predicted={"CPU": need - plan.disk_bytes + one})
 
 
@@ -149,13 +149,15 @@ def _plan_rig(case: Case, rig: Rig, room: int) -> LoadPlan:
     if placement.offloaded_bytes <= room:
         return LoadPlan(devices, predicted, placement.reason)
     moved = OWN.kept(case.weights, case.work, rig.gpus[0])  # layers that are not on a GPU compute on the first one
-    spilled = spill_to_disk(devices, moved, room)
-    plan = _with_disk(spilled, moved, predicted)
+    spilled = spill_to_disk(case.spec, devices, moved, room)
+    plan = _with_disk(case.spec, spilled, moved, predicted)
     return replace(plan, reason=f"{placement.reason}; {plan.reason}")
 
 
-def _with_disk(devices: DeviceMap, weights: WeightBytes, predicted: dict[str, int]) -> LoadPlan:
-    spilled = [layer for layer in range(len(weights.layers)) if devices[f"model.layers.{layer}"] == DISK]
+def _with_disk(
+    spec: ModelSpec, devices: DeviceMap, weights: WeightBytes, predicted: dict[str, int]
+) -> LoadPlan:
+    spilled = [layer for layer in range(len(weights.layers)) if devices[spec.layer_name(layer)] == DISK]
     disk = sum(weights.layer_bytes[layer] for layer in spilled)
     reason = f"{len(spilled)} layers on disk ({format_gb(disk)}), read again for every token"
     return LoadPlan(devices, predicted, reason, disk)

@@ -65,7 +65,7 @@ def _rows(found: Loaded, weights: Weights, work: Workload, phase: str) -> list[M
         if device.type == "cuda":
             index = device.index or 0
             kind = peak.device.removeprefix(f"GPU {index} ")
-            share = share_of(found.model.device_map, index, len(weights.layers))
+            share = share_of(case.spec, found.model.device_map, index)
             terms, _ = OWN.terms(case, share, gpu_at(index), phase)
             if device == compute_device("cpu", found.model.device_map):
                 terms = (*terms, _host_layers(found, case, gpu_at(index)))
@@ -85,7 +85,7 @@ def _rows(found: Loaded, weights: Weights, work: Workload, phase: str) -> list[M
 def _host_layers(found: Loaded, case: Case, gpu: Gpu) -> Term:
     """Bytes that layers in host memory and on disk take on the GPU that computes them."""
     layers = range(case.spec.num_hidden_layers)
-    inside = sum(isinstance(found.model.device_map[f"model.layers.{k}"], int) for k in layers)
+    inside = sum(isinstance(found.model.device_map[case.spec.layer_name(k)], int) for k in layers)
     need = host_layers_bytes(case, OWN.kept(case.weights, case.work, gpu).layer_bytes, inside)
     return Term("kv_cache", need, "fitted", "KV of the layers in host memory, and one such layer at work")
 

@@ -24,7 +24,8 @@ from qwenq.checkpoint.reader import Checkpoint
 from qwenq.errors import CheckpointError
 from qwenq.formats.base import get_format
 from qwenq.machine import return_freed_memory
-from qwenq.model.layer import MODULES, model_config
+from qwenq.model.architectures import Architecture
+from qwenq.model.layer import model_config
 from qwenq.model.spec import LinearSpec, ModelSpec
 from qwenq.pipeline.monitor import memory_errors
 from qwenq.planning.kernels import Choice
@@ -45,7 +46,7 @@ class RunningModel:
     @property
     def device(self) -> torch.device:
         """Where the input goes."""
-        return compute_device(self.device_map["model.embed_tokens"], self.device_map)
+        return compute_device(self.device_map[self.spec.architecture.embedding], self.device_map)
 
     @property
     def devices(self) -> tuple[torch.device, ...]:
@@ -138,15 +139,16 @@ def build_model(
     def keep(name: str, module: nn.Module, where: int | str) -> None:
         network.set_submodule(name, settled(module, name, where, offload_directory, disk_index))
 
-    where, device = place("model.embed_tokens")
+    names = spec.architecture
+    where, device = place(names.embedding)
     with memory_errors("loading the embedding", device, 2 * spec.vocab_size * spec.hidden_size, _SMALLER):
-        table = weights.tensor("model.embed_tokens.weight", device)
-        keep("model.embed_tokens", StoredEmbedding(table, dtype), where)
+        table = weights.tensor(spec.embedding_tensor, device)
+        keep(names.embedding, StoredEmbedding(table, dtype), where)
         shared[device] = table
     for layer in range(spec.num_hidden_layers):
-        where, device = place(f"model.layers.{layer}")
+        where, device = place(spec.layer_name(layer))
         linears = {lin.name: lin for lin in spec.layer_linears(layer)}
-        need = max(lin.parameters for lin in linears.values()) * 5  # codes, and their packing in int32 strips
+        need = max(lin.parameters for lin in linears.values()) * 5  # codes, and their packing in int32, in row blocks
         with memory_errors(f"loading layer {layer}", device, need, _SMALLER):
             for lin in linears.values():
                 module, choice = weights.linear(lin, dtype, device)
@@ -163,18 +165,18 @@ def build_model(
                     keep(owner, norm, where)
         return_freed_memory()  # what unpacking needed; the C library would keep it
         listen(layer)
-    where, device = place("model.norm")
-    norm = network.get_submodule("model.norm")
-    norm.weight = nn.Parameter(weights.tensor("model.norm.weight", device).to(dtype), requires_grad=False)
-    where, device = place("lm_head")
+    where, device = place(names.norm)
+    norm = network.get_submodule(names.norm)
+    norm.weight = nn.Parameter(weights.tensor(spec.norm_tensor, device).to(dtype), requires_grad=False)
+    where, device = place(names.head)
     with memory_errors("loading the head", device, 2 * spec.vocab_size * spec.hidden_size, _SMALLER):
         if not spec.tie_word_embeddings:
-            head = weights.tensor("lm_head.weight", device)
+            head = weights.tensor(spec.head_tensor, device)
         else:
             head = shared[device] if device in shared else shared.setdefault(device, table.to(device))
-        keep("lm_head", StoredLinear(head, None, dtype, is_head=True), where)
+        keep(names.head, StoredLinear(head, None, dtype, is_head=True), where)
     network.eval().requires_grad_(False)
-    dispatch(network, device_map, offload_directory, disk_index)
+    dispatch(network, names, device_map, offload_directory, disk_index)
     return_freed_memory()
     return RunningModel(network, spec, dtype, dict(device_map), choices)
 
@@ -187,13 +189,13 @@ def modeling_code(spec: ModelSpec) -> Any:
     import accelerate  # noqa: F401
 
     register()
-    return importlib.import_module(f"{MODULES[spec.model_type][0]}.modeling_{spec.model_type}")
+    return importlib.import_module(spec.architecture.modules[1])
 
 
 def _empty_network(config: Mapping[str, Any], spec: ModelSpec, dtype: torch.dtype) -> Any:
     from accelerate import init_empty_weights
 
-    modeling, prefix = modeling_code(spec), MODULES[spec.model_type][1]
+    modeling, prefix = modeling_code(spec), spec.architecture.classes
     settings = model_config(config, spec)
     settings._attn_implementation = ATTENTION
     settings.tie_word_embeddings = False  # a tied head is put in place below
@@ -235,16 +237,18 @@ def settled(
     return module
 
 
-def dispatch(network: Any, device_map: DeviceMap, offload_directory: Path | None, index: dict[str, Any]) -> None:
+def dispatch(
+    network: Any, names: Architecture, device_map: DeviceMap, offload_directory: Path | None, index: dict[str, Any]
+) -> None:
     """Have every module of `device_map` compute where it should. `index`: of what lies in `offload_directory`."""
     network.hf_device_map = dict(device_map)
     if DISK in device_map.values():
         _dispatch_with_disk(network, device_map, offload_directory, index)
         return
-    before = main = compute_device(device_map["model.embed_tokens"], device_map)
+    before = main = compute_device(device_map[names.embedding], device_map)
     for name, place in device_map.items():
         device, module = compute_device(place, device_map), network.get_submodule(name)
-        if name == "model.rotary_emb":
+        if name == names.rotary:
             module.to(device)
         elif place == "cpu" and device.type == "cuda":
             add_hook_to_module(module, HostMemoryHook(device))

@@ -27,7 +27,7 @@ def synthetic_config(spec: ModelSpec) -> dict[str, Any]:
         "vocab_size": spec.vocab_size,
         "max_position_embeddings": spec.extended_context,
         "tie_word_embeddings": spec.tie_word_embeddings,
-        **({"attention_bias": spec.attention_bias, "mlp_bias": spec.mlp_bias} if spec.model_type != "qwen2" else {}),
+        **{key: key in spec.bias_keys for key in spec.architecture.bias_keys},
     }
 
 

@@ -7,24 +7,23 @@ c = (E[x**2] / mean(w**2))**(1/4). GPTQ lets other columns answer for an error, 
 much less about what its error costs, and its best exponent is a quarter of that: measured on two models, held-out
 error against MOMENT_EXPONENT is least near 1/16 and worse than without folding at 1/4.
 
-Sources: the norm before q, k, v and before gate, up; up for down. v for o would be one too (one scale for all query
-heads that share a v channel), but gained nothing. q, k and gate are none: rotary embedding and activation follow them.
+Sources, in `Stage.folds_into`: the norm before q, k, v and before gate, up; up for down. v for o would be one too (one
+scale for all query heads that share a v channel), but gained nothing. q, k and gate are none: rotary embedding and
+activation follow them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from qwenq.model.spec import UNITS
+from qwenq.model.architectures import Stage
 
 MOMENT_EXPONENT = 1 / 16
 POWER_EXPONENT = 1 / 4
 LIMIT = 32.0  # of a channel's scale, either way
-NORMS = {"qkv": "input_layernorm.weight", "gate_up": "post_attention_layernorm.weight"}
-_UP, _DOWN = "mlp.up_proj", "mlp.down_proj"
 
 
 def channel_scales(power_I: Tensor, moment_I: Tensor) -> Tensor:
@@ -46,10 +45,10 @@ def channel_scales(power_I: Tensor, moment_I: Tensor) -> Tensor:
 class FoldedLayer:
     """A decoder layer's 16-bit tensors by relative name, and the scales folded into them so far.
 
-    `fold_down` before `fold_norm("gate_up")`: up's rows decide the scales of its columns. Weights are scaled when they
-    are asked for, in float32, to be rounded once, by the quantizer. `kept` holds what is not quantized as it will be
-    stored; folding changes norms and biases there. What a norm loses by being stored in 16 bit is made good in the
-    weights behind it.
+    Scales that go into a linear are folded before those of its own inputs: its rows decide the scales of its columns.
+    Weights are scaled when they are asked for, in float32, to be rounded once, by the quantizer. `kept` holds what is
+    not quantized as it will be stored; folding changes norms and biases there. What a norm loses by being stored in 16
+    bit is made good in the weights behind it.
     """
 
     def __init__(
@@ -74,29 +73,34 @@ class FoldedLayer:
         """Let go of a weight that is not needed any more."""
         del self.state[f"{path}.weight"]
 
-    def fold_down(self, moment_I: Tensor) -> None:
-        """Fold scales between up and down. `moment_I`: mean or sum of squares of down's inputs, unfolded."""
-        scales_I = self._scales([_DOWN], moment_I)
-        self._columns[_DOWN] = scales_I
-        self._rows[_UP] = 1 / scales_I
-        if (name := f"{_UP}.bias") in self.state:
-            self.kept[name] = self._as_stored(name, self._tensor(name) / scales_I)
+    def fold(self, stage: Stage, moment_I: Tensor) -> Tensor:
+        """Fold scales between a stage and what its channels come from (`folds_into`); returns them [I].
 
-    def fold_norm(self, unit: str, moment_I: Tensor) -> Tensor:
-        """Fold scales between a unit (`qkv` or `gate_up`) and the norm before it; returns them [I].
-
-        `moment_I`: mean or sum of squares of the unit's inputs, unfolded. Inputs are divided by what is returned.
+        `moment_I`: mean or sum of squares of the stage's inputs, unfolded. Inputs are divided by what is returned.
         """
-        name = NORMS[unit]
-        old_I = self._tensor(name)
-        stored_I = self._as_stored(name, old_I / self._scales(list(UNITS[unit]), moment_I))
-        usable_I = (stored_I != 0) & stored_I.isfinite()
-        self.kept[name] = torch.where(usable_I, stored_I, self._as_stored(name, old_I))
-        scales_I = torch.where(usable_I, old_I / stored_I.float(), 1.0)
-        self._columns |= dict.fromkeys(UNITS[unit], scales_I)
+        scales_I = self._scales(stage.paths, moment_I)
+        fold = self._into_norm if stage.folds_into == stage.norm else self._into_rows
+        scales_I = fold(stage, scales_I)
+        self._columns |= dict.fromkeys(stage.paths, scales_I)
         return scales_I
 
-    def _scales(self, paths: list[str], moment_I: Tensor) -> Tensor:
+    def _into_norm(self, stage: Stage, scales_I: Tensor) -> Tensor:
+        """Divide the norm by the scales; the scales that its stored weight makes them, 1 where that is none."""
+        name = f"{stage.norm}.weight"
+        old_I = self._tensor(name)
+        stored_I = self._as_stored(name, old_I / scales_I)
+        usable_I = (stored_I != 0) & stored_I.isfinite()
+        self.kept[name] = torch.where(usable_I, stored_I, self._as_stored(name, old_I))
+        return torch.where(usable_I, old_I / stored_I.float(), 1.0)
+
+    def _into_rows(self, stage: Stage, scales_I: Tensor) -> Tensor:
+        """Divide the rows of a linear by the scales."""
+        self._rows[stage.folds_into] = 1 / scales_I
+        if (name := f"{stage.folds_into}.bias") in self.state:
+            self.kept[name] = self._as_stored(name, self._tensor(name) / scales_I)
+        return scales_I
+
+    def _scales(self, paths: Sequence[str], moment_I: Tensor) -> Tensor:
         weights = [self.weight(path) for path in paths]
         power_I = torch.stack([w_OI.square().sum(0) for w_OI in weights]).sum(0)
         return channel_scales(power_I / sum(len(w_OI) for w_OI in weights), moment_I)

@@ -9,7 +9,7 @@ fitted to its codes, and each column rounded again with all others as they stand
 its parameters are found, is the grid's own business (solver/grid.py).
 
 Shapes: I input columns, O output rows, K columns of one group, T tokens, G groups. Work tensors are transposed,
-[I, O], so that a column of the weight is contiguous; weights of one unit lie side by side along O.
+[I, O], so that a column of the weight is contiguous; weights of one fused group lie side by side along O.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DAMP_PERCENT = 0.02  # of the mean of the Hessian's diagonal, as a fraction: the
 DAMP_TRIES = 4  # each ten times the last, and from the second on at least ten times LEAST_DAMP
 LEAST_DAMP = 1e-4
 FACTOR_BLOCK = 1024
-SPAN = 128  # columns whose corrections from all earlier columns are fetched in one product
+SPAN = 128  # columns whose corrections from all earlier columns are fetched in one matmul
 LEAF = 16  # columns corrected one by one
 SWEEPS = 2  # of coordinate descent
 STAT_ROWS = 1024  # rows of a weight from which its output error is estimated, evenly spaced
@@ -39,7 +39,7 @@ _OVERFLOWED = "activations overflowed: compute in bfloat16 or float32"
 
 @dataclass(frozen=True)
 class SolveStats:
-    """What one linear, or some of its rows, lost. dB figures are 10 log10 of error over signal; -inf for no error."""
+    """Losses of one linear, or of some of its rows. dB figures are 10 log10 of error over signal; -inf for no error."""
 
     error: float  # tr(E H E') over STAT_ROWS rows: of outputs on calibration inputs; nan without H
     signal: float  # tr(W H W') over the same rows
@@ -58,15 +58,17 @@ class SolveStats:
 
 
 @dataclass(frozen=True)
-class Shortfall:
-    """What outputs of the unrounded weights are short of: sums of x r' over tokens, float32 [in, out]."""
+class ResidualCovariance:
+    """Cross-covariance of inputs x and residuals r, which outputs of the unrounded weights lack: sums of x r' over
+    tokens, float32 [in, out].
+    """
 
     whole_IO: Tensor
     half_IO: Tensor  # over the first half of the tokens alone, as many as in the other half
 
-    def rows(self, low: int, high: int, device: torch.device) -> Shortfall:
+    def rows(self, low: int, high: int, device: torch.device) -> ResidualCovariance:
         """That of outputs low to high."""
-        return Shortfall(self.whole_IO[:, low:high].to(device), self.half_IO[:, low:high].to(device))
+        return ResidualCovariance(self.whole_IO[:, low:high].to(device), self.half_IO[:, low:high].to(device))
 
 
 def decibel(error: float, signal: float) -> float:
@@ -81,7 +83,7 @@ def decibel(error: float, signal: float) -> float:
 def add_to_hessian(h_II: Tensor, x_TI: Tensor) -> None:
     """Add x' x to the upper triangle of `h_II` (float32, in place); what lies below the diagonal means nothing.
 
-    The triangle is added in block rows, which saves almost half of the work. `solve_unit` reads the upper triangle.
+    The triangle is added in block rows, which saves almost half of the work. `solve_linears` reads the upper triangle.
     """
     width = h_II.shape[0]
     x_TI = x_TI.reshape(-1, width).float()
@@ -101,7 +103,7 @@ def mirror_upper(h_II: Tensor) -> None:
 
 
 def permute_symmetric(h_II: Tensor, order_I: Tensor) -> None:
-    """h[order][:, order], in place, with one strip of extra memory."""
+    """h[order][:, order], in place, with one row block of extra memory."""
     width = h_II.shape[0]
     for start in range(0, width, FACTOR_BLOCK):
         h_II[start : start + FACTOR_BLOCK] = h_II[start : start + FACTOR_BLOCK, order_I]
@@ -285,7 +287,7 @@ def _solve_upper(b_IO: Tensor, h_II: Tensor) -> Tensor:
     return b_IO
 
 
-def _pulled(shortfall: Shortfall, order_I: Tensor, h_II: Tensor) -> Tensor:
+def _corrected(residual: ResidualCovariance, order_I: Tensor, h_II: Tensor) -> Tensor:
     """How weights [in, out], in processing order, should move for their outputs to be less short; overwrites its input.
 
     The damped least-squares fit (L L')^-1 s of few tokens is mostly noise. The difference of the two halves' sums has
@@ -293,9 +295,9 @@ def _pulled(shortfall: Shortfall, order_I: Tensor, h_II: Tensor) -> Tensor:
     output the share of the fit that is not: the share that is kept (the positive-part rule of James and Stein, with a
     noise level that is measured, since tokens of a window are no independent draws).
     """
-    noise_IO = shortfall.half_IO.mul_(2).sub_(shortfall.whole_IO)
+    noise_IO = residual.half_IO.mul_(2).sub_(residual.whole_IO)
     noise_O = _solve_lower(noise_IO.copy_(noise_IO[order_I]), h_II).square_().sum(0)
-    fit_IO = _solve_lower(shortfall.whole_IO.copy_(shortfall.whole_IO[order_I]), h_II)
+    fit_IO = _solve_lower(residual.whole_IO.copy_(residual.whole_IO[order_I]), h_II)
     share_O = (1 - noise_O / fit_IO.square().sum(0)).nan_to_num_(0.0, 0.0, 0.0).clamp_(0, 1)
     return _solve_upper(fit_IO.mul_(share_O), h_II)
 
@@ -349,7 +351,7 @@ def _quadratic(x_IO: Tensor, h_II: Tensor, diagonal_I: Tensor) -> float:
 
 
 def _check_finite(
-    weights: Mapping[str, Tensor], h_II: Tensor | None, shortfalls: Mapping[str, Shortfall] | None
+    weights: Mapping[str, Tensor], h_II: Tensor | None, residuals: Mapping[str, ResidualCovariance] | None
 ) -> None:
     for name, w_OI in weights.items():
         if not math.isfinite(float(w_OI.abs().max())):
@@ -362,14 +364,14 @@ def _check_finite(
         for start in range(0, h_II.shape[0], FACTOR_BLOCK):
             if not math.isfinite(float(h_II[start : start + FACTOR_BLOCK, start:].abs().max())):
                 raise QwenqError(f"{', '.join(weights)}: the Hessian of their inputs is not finite", hint=_OVERFLOWED)
-    for name, shortfall in (shortfalls or {}).items():
-        for sums_IO in (shortfall.whole_IO, shortfall.half_IO):
+    for name, residual in (residuals or {}).items():
+        for sums_IO in (residual.whole_IO, residual.half_IO):
             for part_KO in sums_IO.split(FACTOR_BLOCK):
                 if not math.isfinite(float(part_KO.abs().max())):
                     raise QwenqError(f"{name}: what its outputs are short of is not finite", hint=_OVERFLOWED)
 
 
-def solve_unit(
+def solve_linears(
     weights: Mapping[str, Tensor],
     h_II: Tensor | None,
     grid: Grid,
@@ -377,8 +379,8 @@ def solve_unit(
     damp_percent: float = DAMP_PERCENT,
     method: str = "gptq",
     sweeps: int = SWEEPS,
-    shortfalls: Mapping[str, Shortfall] | None = None,
-    pull: float = 0.0,
+    residuals: Mapping[str, ResidualCovariance] | None = None,
+    error_correction: float = 0.0,
 ) -> dict[str, tuple[QTensor, SolveStats]]:
     """Quantize linears [out, in] that read the same input, sharing one factorization.
 
@@ -386,8 +388,8 @@ def solve_unit(
     and **it is overwritten**. `damp_percent` is a fraction of the mean diagonal, raised tenfold while the factor does
     not exist (0: from LEAST_DAMP on); after DAMP_TRIES weights are rounded to the nearest value of a fitted grid and
     `fallback` says so.
-    `shortfalls` (by name, overwritten): sums over as many tokens of what outputs are short of. Weights are first moved
-    by the share `pull` of what `_pulled` makes of them, and error figures count from there.
+    `residuals` (by name, overwritten): sums over as many tokens of what outputs are short of. Weights are first moved
+    by the share `error_correction` of what `_corrected` makes of them, and error figures count from there.
     `method` "rtn" rounds to nearest with absmax scales and takes the Hessian, if any, for the statistics alone.
     Raises QwenqError, naming tensors, for non-finite or ill-fitting input, and for scales that overflowed from it.
     """
@@ -401,7 +403,7 @@ def solve_unit(
             )
     if method not in ("gptq", "rtn") or (h_II is None and method == "gptq"):
         raise QwenqError(f"{', '.join(weights)}: method {method!r} with{'out' if h_II is None else ''} a Hessian")
-    _check_finite(weights, h_II, shortfalls)
+    _check_finite(weights, h_II, residuals)
 
     device = next(iter(weights.values())).device
     sizes = [w_OI.shape[0] for w_OI in weights.values()]
@@ -432,8 +434,8 @@ def solve_unit(
             codes_IO, parameters = _solve_rounding(e_IO, importance_I, grid)
         else:
             for part_IO, name in zip(e_IO.split(sizes, dim=1), weights, strict=True):
-                if shortfalls is not None and name in shortfalls:
-                    part_IO.add_(_pulled(shortfalls[name], order_I, h_II), alpha=pull)
+                if residuals is not None and name in residuals:
+                    part_IO.add_(_corrected(residuals[name], order_I, h_II), alpha=error_correction)
             codes_IO, parameters = _solve_gptq(e_IO, h_II, grid)
             for _ in range(sweeps):
                 _descend(e_IO, codes_IO, parameters, h_II, diagonal_I + damp, grid)

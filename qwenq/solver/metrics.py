@@ -28,7 +28,7 @@ class TokenDrift:
 
 
 class LogitComparison:
-    """Compares two streams' logits slice by slice of the vocabulary, so that no row is ever held whole.
+    """Compares two models' logits slice by slice of the vocabulary, so that no row is ever held whole.
 
     With logits a (reference) and b, normalisers A = sum_v exp a_v and B = sum_v exp b_v, and p_v = exp(a_v) / A:
     KL(p || q) = sum_v p_v (a_v - b_v) - log A + log B. Sums are kept relative to the largest logit so far.
@@ -80,18 +80,21 @@ class LogitComparison:
         return TokenDrift(reference_nll, nll, kl, same, int((~self.finite).sum()))
 
 
-def summarise(
-    tokens: TokenDrift,
-    windows: int,
-    *,
-    noise_floor_kl: float,
-    text: str,
-    text_sha256: str,
-    compute_dtype: str,
-    window_tokens: int,
-    seed: int = 0,
-) -> DriftReport:
+@dataclass(frozen=True)
+class Reading:
+    """The text that both models read, and how it was computed."""
+
+    text: str
+    text_sha256: str
+    windows: int
+    window_tokens: int
+    compute_dtype: str
+    noise_floor_kl: float = 0.0  # of the reference in that dtype against float32
+
+
+def summarise(tokens: TokenDrift, reading: Reading, seed: int = 0) -> DriftReport:
     """Summarise; the tokens of each window are resampled together, since they are not independent."""
+    windows = reading.windows
 
     def per_window(name: str) -> np.ndarray:
         values: torch.Tensor = getattr(tokens, name)
@@ -123,13 +126,13 @@ def summarise(
         kl_median=float(np.median(kl)),
         kl_p99=float(np.percentile(kl, 99)),
         top1_agreement=interval(same.mean(1)[picks].mean(1), same.mean()),
-        noise_floor_kl=noise_floor_kl,
+        noise_floor_kl=reading.noise_floor_kl,
         non_finite=tokens.non_finite,
         tokens=int(kl.size),
         windows=windows,
-        window_tokens=window_tokens,
-        text=text,
-        text_sha256=text_sha256,
-        compute_dtype=compute_dtype,
+        window_tokens=reading.window_tokens,
+        text=reading.text,
+        text_sha256=reading.text_sha256,
+        compute_dtype=reading.compute_dtype,
         metrics_version=METRICS_VERSION,
     )

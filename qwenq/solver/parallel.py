@@ -11,8 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from qwenq.machine import LANES_UP_TO, MOST_LANES
-from qwenq.solver.gptq import Shortfall, SolveStats, solve_unit
+from qwenq.solver.gptq import ResidualCovariance, SolveStats, solve_linears
 from qwenq.solver.grid import Grid, QTensor
 
 
@@ -22,17 +21,17 @@ def solve_rows(
     h_II: Tensor | None,
     grid: Grid,
     *,
-    shortfalls: Mapping[str, Shortfall] | None = None,
+    residuals: Mapping[str, ResidualCovariance] | None = None,
     **options: Any,
 ) -> dict[str, tuple[QTensor, SolveStats]]:
-    """As `solve_unit`, whose arguments these are; with a Hessian, rows of every weight are divided among `devices`.
+    """As `solve_linears`, whose arguments these are; with a Hessian, rows of every weight are divided among `devices`.
 
     Each device factors a copy of the Hessian, which costs no more time than waiting for one to do it and has nothing
     to exchange. What comes back is on the first device. A device solves what it would alone, up to last bits.
     """
     count = min(len(devices), *(len(w_OI) for w_OI in weights.values()))
     if count == 1 or h_II is None:
-        return solve_unit(weights, h_II, grid, shortfalls=shortfalls, **options)
+        return solve_linears(weights, h_II, grid, residuals=residuals, **options)
 
     def bounds(size: int, k: int) -> tuple[int, int]:
         return size * k // count, size * (k + 1) // count
@@ -41,17 +40,17 @@ def solve_rows(
         low, high = bounds(len(w_OI), k)
         return w_OI[low:high].to(devices[k])
 
-    def short(name: str, k: int) -> Shortfall:
-        assert shortfalls is not None
-        return shortfalls[name].rows(*bounds(len(weights[name]), k), devices[k])
+    def residual(name: str, k: int) -> ResidualCovariance:
+        assert residuals is not None
+        return residuals[name].rows(*bounds(len(weights[name]), k), devices[k])
 
     calls = [
         partial(
-            solve_unit,
+            solve_linears,
             {name: rows(w_OI, k) for name, w_OI in weights.items()},
             h_II.to(devices[k], copy=k > 0),
             grid,
-            shortfalls=shortfalls and {name: short(name, k) for name in shortfalls},
+            residuals=residuals and {name: residual(name, k) for name in residuals},
             **options,
         )
         for k in range(count)
@@ -96,14 +95,6 @@ def _joined(parts: Sequence[tuple[QTensor, SolveStats]], device: torch.device) -
 T = TypeVar("T")
 
 
-def cpu_lanes(windows: int, intermediate_size: int) -> int:
-    """Lanes for so many windows at a time: as many as share these and torch's threads evenly, MOST_LANES at most."""
-    if intermediate_size > LANES_UP_TO:
-        return 1
-    threads = torch.get_num_threads()
-    return max(n for n in range(1, MOST_LANES + 1) if threads % n == 0 and max(1, windows) % n == 0)
-
-
 def side_by_side(calls: Sequence[Callable[[], T]]) -> list[T]:
     """Results of all calls, in their order. What one raises is raised once all have ended.
 
@@ -134,7 +125,7 @@ def _pool(count: int, threads: int) -> ThreadPoolExecutor:
         torch.set_num_threads(threads)
         all_begun.wait()
 
-    pool = ThreadPoolExecutor(count, thread_name_prefix="qwenq-lane")
+    pool = ThreadPoolExecutor(count, thread_name_prefix="qwenq-worker")
     for _ in range(count):
         pool.submit(begin)
     all_begun.wait()

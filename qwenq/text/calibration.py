@@ -65,7 +65,7 @@ def load_windows(
     asked = _Asked(name, length, count, seed, up_to, strict)
     enough = asked.enough
     while True:
-        corpus = _corpus(name, Sample(enough, seed), strict)
+        corpus = _corpus(name, Sample(enough, seed, max(4096, 2 * _ENOUGH * length)), strict)
         try:
             return asked.windows(corpus, enough, tokenizer, spec)
         except TooShort:

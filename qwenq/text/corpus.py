@@ -33,7 +33,7 @@ MAX_STREAM_BYTES = 1 << 30
 MAX_WHOLE_BYTES = 256 << 20  # of a large file that is asked for whole
 BAD_ROWS_IN_100 = 10  # more, and the file is another than it seems
 ENDINGS = ".txt, .md, .jsonl, .json, .parquet, .npy; .gz of the first four"
-_BLOCKS = 256  # a sample is of at least so many places
+_SHARES = 256  # rows come from at least so many places, where there are
 _BLOCK_BYTES = (4 << 10, 64 << 10)
 _PLACES = 1 << 16
 _CHUNK_BYTES = 1 << 16
@@ -48,6 +48,7 @@ class Sample:
 
     characters: int | None = None
     seed: int | None = None
+    piece: int = 4 << 10  # bytes of running text taken at one place, where there are no rows
 
 
 @dataclass(frozen=True)
@@ -217,18 +218,18 @@ def _large_text(stream: BinaryIO, size: int, packed: bool, path: Path, sample: S
             raise _too_large_whole(path)
         yield Document(_piece(data[:limit], 0, path))
         return
-    block = _block_bytes(sample.characters)
     if packed:
-        yield from (Document(_piece(data, at, path)) for data, at in _reservoir(_groups(stream, path, block), sample))
+        pieces = _reservoir(_groups(stream, path, sample.piece), sample)
+        yield from (Document(_piece(data, at, path)) for data, at in pieces)
         return
     left = sample.characters
-    for start in _places(size, block, sample.seed):
-        stream.seek(start)
-        text = _piece(stream.read(2 * block), start, path)
-        if start and "\n" in text[: len(text) // 2]:
-            text = text[text.index("\n") + 1 :]
-        if "\n" in text[len(text) // 2 :]:
-            text = text[: text.rindex("\n") + 1]
+    for start in _places(size, sample.piece, sample.seed):
+        at = max(start - 1, 0)  # the line break before may be all there is of the line before
+        stream.seek(at)
+        data = stream.read(2 * sample.piece)
+        first = data.find(b"\n", 0, sample.piece) + 1 if start else 0
+        end = data.find(b"\n", sample.piece) + 1
+        text = _piece(data[first : end or sample.piece], at + first, path)
         yield Document(text)
         left -= len(text)
         if left <= 0:
@@ -243,18 +244,19 @@ def _large_jsonl(stream: BinaryIO, size: int, packed: bool, path: Path, sample: 
         for line, number in _reservoir(_numbered(stream, path), sample):
             yield from _json_line(line, f"{path}, line {number}")
         return
-    left, read, block = sample.characters, 0, _block_bytes(sample.characters)
+    left, read, share = sample.characters, 0, sample.characters / _SHARES
+    block = min(max(int(share), _BLOCK_BYTES[0]), _BLOCK_BYTES[1])
     for start in _places(size, block, sample.seed):
-        at = max(start - 1, 0)
+        at, here = max(start - 1, 0), 0.0
         stream.seek(at)
         if start:  # the row that began before, or the line break it ended with
             at += len(stream.readline(MAX_ROW_BYTES))
-        while at < start + block and left > 0 and (line := stream.readline(MAX_ROW_BYTES)):
+        while at < start + block and here < share and (line := stream.readline(MAX_ROW_BYTES)):
             for item in _json_line(line, f"{path}, byte {at}") if line.strip() else ():
                 yield item
-                left -= item.characters if isinstance(item, Document) else 0
+                here += item.characters if isinstance(item, Document) else 0
             at += len(line)
-        read += at - start
+        left, read = left - int(here), read + at - start
         if left <= 0 or read > MAX_WHOLE_BYTES:  # rows without end, or hardly any text in them
             return
 
@@ -315,10 +317,6 @@ def _reservoir(pieces: Iterator[tuple[bytes, int]], sample: Sample) -> list[tupl
         while size - len(kept[0][2]) >= wanted:
             size -= len(heapq.heappop(kept)[2])
     return [(piece, number) for _, number, piece in sorted(kept, reverse=True)]
-
-
-def _block_bytes(characters: int) -> int:
-    return min(max(characters // _BLOCKS, _BLOCK_BYTES[0]), _BLOCK_BYTES[1])
 
 
 def _places(size: int, block: int, seed: int) -> Iterator[int]:
@@ -455,16 +453,15 @@ def _parquet_items(table: Any, path: Path, sample: Sample) -> Iterator[Item]:
     drawn = sample.seed is not None and sample.characters is not None
     if drawn:
         groups = [int(k) for k in np.random.default_rng(sample.seed).permutation(len(groups))]
-    share = -(-(sample.characters or 0) // max(1, min(len(groups), 64)))
+    share = (sample.characters or 0) / max(1, min(len(groups), _SHARES))
     number = taken = 0
     for group in groups:
         here = 0
-        for batch in table.iter_batches(batch_size=64, row_groups=[group], columns=columns):
-            for row in batch.to_pylist():
-                number += 1
-                for item in _row(row, f"{path}, row {number}" + (f" of group {group}'s drawn" if drawn else "")):
-                    yield item
-                    here += item.characters if isinstance(item, Document) else 0
+        for row in _parquet_rows(table, group, columns):
+            number += 1
+            for item in _row(row, f"{path}, row {number}" + (" of the sample" if drawn else "")):
+                yield item
+                here += item.characters if isinstance(item, Document) else 0
             if taken + here > MAX_WHOLE_BYTES:
                 raise _too_large_whole(path)
             if drawn and here >= share:
@@ -472,6 +469,11 @@ def _parquet_items(table: Any, path: Path, sample: Sample) -> Iterator[Item]:
         taken += here
         if sample.characters is not None and taken >= sample.characters:
             return
+
+
+def _parquet_rows(table: Any, group: int, columns: list[str]) -> Iterator[Any]:
+    for batch in table.iter_batches(batch_size=64, row_groups=[group], columns=columns):
+        yield from batch.to_pylist()
 
 
 def _too_many(bad: list[CalibrationError], good: list[Document]) -> bool:

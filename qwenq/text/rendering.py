@@ -27,7 +27,7 @@ from typing import Any
 from qwenq.errors import CalibrationError
 
 MAX_TEMPLATE_BYTES = 256 << 10  # the longest published ones have 30 KB
-CPU_S = 4  # for one conversation, the template's translation included
+CPU_S = 3  # for one conversation, the template's translation included
 MEMORY_BYTES = 384 << 20  # beside what the renderer has when it starts
 OUTPUT_CHARACTERS = 256 << 10  # and OUTPUT_RATIO times what goes in
 OUTPUT_RATIO = 8

@@ -37,6 +37,7 @@ _PLACES = ("fast_tokenizer_files", "tokenizer_file", "vocab_file", "merges_file"
            "tokenizer_object", "init_inputs")  # fmt: skip
 _SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 _PIECE_CHARACTERS = 4 << 20  # encoded at once: 400 MB of the library's memory
+_CONTEXT_TOKENS = 8  # the last one alone may be a byte of a character, or a space
 _CHAT_S, _CHAT_S_PER_MB = 10, 1  # processor time of all conversations of a text
 
 
@@ -180,9 +181,9 @@ class ModelTokenizer:
     def stream(self, ids: Iterable[int], prompt: Sequence[int] = ()) -> Iterator[str]:
         """Text of ids as soon as it is whole characters, special tokens left out.
 
-        The last token of `prompt` is its context: a first word keeps the space that a text's first word has not.
+        The last tokens of `prompt` are its context: a first word keeps the space that a text's first word has not.
         """
-        decoder = DecodeStream(ids=list(prompt[-1:]), skip_special_tokens=True)
+        decoder = DecodeStream(ids=list(prompt[-_CONTEXT_TOKENS:]), skip_special_tokens=True)
         for token in ids:
             text: str | None = decoder.step(self._tokenizer, token)
             if text is not None:

@@ -21,7 +21,7 @@ from qwenq.formats.base import Recipe, Scheme
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.case import Case, Share, Workload, rank_shares
 from qwenq.planning.escapes import Escape, Serving, serving
-from qwenq.planning.memory import Allowance, MemoryEstimate, Term, estimate
+from qwenq.planning.memory import Allowance, MemoryEstimate, Term, context_term, estimate
 from qwenq.planning.placement import (
     Layout,
     ParallelOption,
@@ -37,7 +37,7 @@ from qwenq.planning.plan import Plan
 from qwenq.planning.rig import Gpu
 from qwenq.planning.speed import SpeedFit
 from qwenq.planning.weights import Weights, allocated_bytes, recipe_weights
-from qwenq.units import format_gb, format_gib, format_tokens
+from qwenq.units import GIB, format_gb, format_gib, format_tokens
 
 Version = tuple[int, ...]
 SIXTEEN_BIT = ("auto", "fp16", "bf16")  # KV caches of 2 bytes a value
@@ -63,6 +63,7 @@ class Engine(ABC):
     host_layers_stay: ClassVar[bool] = False  # the CPU computes layers in host memory; else they move to the first GPU
     copies_tied_head: ClassVar[bool] = False  # and keeps the embedding elsewhere
     states_peak: ClassVar[bool] = False  # published runs of it state torch's allocator peak
+    started: ClassVar[bool] = False  # `qwenq serve` starts it
     context_flag: ClassVar[str] = ""  # of a server's command
     utilization_flag: ClassVar[str] = ""
 
@@ -84,9 +85,9 @@ class Engine(ABC):
             raise UsageError(f"{self.name} has no {kv_dtype!r} KV cache", hint=f"one of {', '.join(self.kv_dtypes)}")
         return self.kv_dtypes[kv_dtype]
 
-    def refusal(self, method: str) -> str:
-        """Why it does not load weights stored as `method`, one of `Weights.method`; empty when it does."""
-        return self.unread.get(method, "")
+    def refusal(self, weights: Weights, ranks: int = 1) -> str:
+        """Why it does not load such weights, cut by `ranks`; empty when it does."""
+        return self.unread.get(weights.method, "")
 
     def prefill_chunk(self, work: Workload) -> int:
         """Prompt tokens computed at once: as asked, or its own."""
@@ -240,8 +241,8 @@ class ServerEngine(Engine):
             self.own_part(case, rank_shares(case.spec, len(gpus))[0], gpu) for gpu in gpus
         )
 
-    def part_of(self, terms: Sequence[Term], total: int) -> int:
-        """Bytes that the part is counted of: a GPU's `total`."""
+    def part_of(self, terms: Sequence[Term], total: int, free: int) -> int:
+        """Bytes that the part is counted of: a GPU's `total`, of which `free` bytes are to be had."""
         return total
 
     def inside_bytes(self, terms: Sequence[Term]) -> int:
@@ -256,19 +257,16 @@ class ServerEngine(Engine):
 
         A server fills its part with KV cache whatever the context, so with more it would run out of memory later.
         """
-        gpus, totals = case.hardware.gpus, [gpu.limit_bytes for gpu in case.hardware.gpus]
-        bases = [self.part_of(terms, total) for terms, total in zip(needed, totals, strict=True)]
+        gpus, free = case.hardware.gpus, case.hardware.limits
+        bases = [self.part_of(terms, gpu.limit_bytes, n) for terms, gpu, n in zip(needed, gpus, free, strict=True)]
         used = [index for index, share in enumerate(shares) if share.used]
-        parts = []
-        for k in used:
-            most = math.floor(1000 * (case.hardware.limits[k] - self.outside_bytes(needed[k])) / bases[k]) / 1000
-            asked = case.work.gpu_memory_utilization or self.own_part(case, shares[k], gpus[k])
-            parts.append(max(0.0, min(asked, most)))
-        part = min(parts)
+        asked = case.work.gpu_memory_utilization or min(self.own_part(case, shares[k], gpus[k]) for k in used)
+        room = min((free[k] - self.outside_bytes(needed[k])) / bases[k] for k in used)
+        part = max(0.0, min(asked, math.floor(1000 * room) / 1000))
         left = [bases[k] * part - self.inside_bytes(needed[k]) for k in used]
         capacity = min(self._cache_tokens(case, shares[k], n) for k, n in zip(used, left, strict=True))
         limits = (round(base * part) + self.outside_bytes(t) for base, t in zip(bases, needed, strict=True))
-        return Allowance(tuple(limits), capacity, part)
+        return Allowance(tuple(limits), capacity, part, asked)
 
     def token_bytes(self, case: Case, share: Share) -> int:
         """KV bytes of one token on one rank; heads are copied when there are fewer than ranks."""
@@ -287,9 +285,11 @@ class ServerEngine(Engine):
 
     def rank_weights(self, case: Case, share: Share) -> int:
         """Bytes of a rank's weights: fused linears cut by rank, norms whole, one rotary table; allocator rounding."""
-        spec, weights = case.spec, case.weights
-        r, h, i = share.ranks, spec.hidden_size, weights.intermediate_size
-        shapes = ((spec.q_size + 2 * spec.kv_size) * h, spec.q_size * h, 2 * i * h, i * h)
+        spec, weights, r = case.spec, case.weights, share.ranks
+        stored_spec = replace(spec, intermediate_size=weights.intermediate_size)
+        shapes = [
+            sum(lin.parameters for lin in stored_spec.stage_linears(0, stage)) for stage in spec.architecture.stages
+        ]
         sizes: list[int] = [part // r for part in weights.embed] if share.embed else []
         for layer in share.layers:
             stored = weights.layer_bytes[layer]
@@ -369,8 +369,8 @@ class ServerEngine(Engine):
     def cache_notes(self, memory: MemoryEstimate) -> list[str]:
         """How many tokens the cache holds, and what comes on top of the part where that is less than asked."""
         lines = [f"{self.title}'s KV cache would hold {memory.kv_capacity_tokens} tokens"]
-        asked, part = self.asked_part(memory.case), memory.gpu_memory_utilization
-        if part is not None and part != asked:
+        asked, part = memory.asked_utilization, memory.gpu_memory_utilization
+        if asked is not None and part is not None and part != asked:
             outside = max(self.outside_bytes(gpu.terms) for gpu in memory.gpus)
             lines.append(
                 f"{self.title} can have {part:g} of each GPU, not {asked:g}: {self.outside_said} come on top, "
@@ -391,7 +391,7 @@ class ServerEngine(Engine):
         case, option = found.case, found.chosen
         reason = (option or found.options[0]).verdict
         if option is not None and option.works:
-            lines = self._part_note(case, option)
+            lines = self._part_note(option)
         elif found.escapes:
             escape = found.escapes[0]
             case, option = replace(case, work=escape.work), escape.option
@@ -400,10 +400,11 @@ class ServerEngine(Engine):
             return f"# {self.title} does not fit, whatever its flags: {reason}"
         return "\n".join([*lines, pci_order(case) + shlex.join(self.words(case, option, "CHECKPOINT"))])
 
-    def _part_note(self, case: Case, option: ParallelOption) -> list[str]:
+    def _part_note(self, option: ParallelOption) -> list[str]:
         """A comment where the server can have less of a GPU than asked."""
-        part, asked = option.memory.gpu_memory_utilization if option.memory else None, self.asked_part(case)
-        if part is None or part == asked:
+        assert option.memory is not None  # else its shapes are not possible
+        part, asked = option.memory.gpu_memory_utilization, option.memory.asked_utilization
+        if part == asked:
             return []
         return [f"# {self.utilization_flag} {part:g}, not {asked:g}: {self.outside_said} come on top of it"]
 
@@ -424,6 +425,18 @@ class ServerEngine(Engine):
         chosen = found.chosen if found.chosen in options else max(options, key=lambda option: option.tensor)
         assert chosen is not None
         return self.words(case, chosen, checkpoint)
+
+
+def rank_context(share: Share, gpu: Gpu) -> Term:
+    """Memory a rank holds before it loads: the CUDA context, and NCCL's own when there are several ranks."""
+    base = context_term(gpu.name)
+    if share.gpus == 1:
+        return base
+    extra = round(1.02 * GIB) if "H100" in gpu.name or "H200" in gpu.name else round(0.3 * GIB)
+    return Term(
+        "context", base.n_bytes + extra, "reported", base.source + "; 1.53 GiB with several H100 (same logs)",
+        base.low_bytes, base.high_bytes + round(1.02 * GIB),
+    )  # fmt: skip
 
 
 def pci_order(case: Case) -> str:
@@ -465,6 +478,12 @@ def register(engine: type[Engine]) -> type[Engine]:
     """Class decorator: offer an engine by its name."""
     ENGINES[engine.name] = engine
     return engine
+
+
+def engine_names(*, checkpoints: bool = False) -> str:
+    """`qwenq, transformers or vllm`; `checkpoints`: of those alone that load safetensors checkpoints."""
+    *names, last = (name for name, kind in ENGINES.items() if not (checkpoints and kind.needs_gguf))
+    return f"{', '.join(names)} or {last}"
 
 
 def get_engine(name: str, version: str = "", libraries: Mapping[str, str] | None = None) -> Engine:

@@ -21,7 +21,7 @@ from qwenq.machine import SCORE_BYTES
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.case import Case, Share, Workload, whole
 from qwenq.planning.engines.base import LayeredEngine, register, yarn_of, yarn_reach
-from qwenq.planning.kernels import choose, compute_on, strip_weights
+from qwenq.planning.kernels import choose, compute_on, row_block_weights
 from qwenq.planning.memory import NOT_ALLOCATED, Term, context_term, merged, ranged, slack_term
 from qwenq.planning.placement import Placement, place
 from qwenq.planning.plan import Plan
@@ -46,6 +46,7 @@ class Kernel:
     """
 
     name: str
+    methods: tuple[str, ...] = ()  # of weights that go to it whatever the libraries
     static: float = 0.0
     peak: float = 0.0
     hold: float = 0.0
@@ -53,23 +54,25 @@ class Kernel:
     source: str = ""
 
 
-DENSE = Kernel("16-bit matrix product", source="no dequantization")
+DENSE = Kernel("16-bit matmul", ("none", "fp8"), source="no dequantization")
 EXLLAMA_V1 = Kernel("ExLlama v1", static=2, source="AutoGPTQ autogptq_post_init: temp_dq, fp16")
 CUDA_OLD = Kernel(
     "AutoGPTQ cuda_old",
-    peak=6,  # int32 shift (4) and its int16 copy (2), then int16, difference, fp16 product (2 + 2 + 2)
+    peak=6,  # int32 shift (4) and its int16 copy (2), then int16, difference, fp16 values (2 + 2 + 2)
     hold=2,
     min_rows=128,
     source="AutoGPTQ qlinear_cuda_old.py, from kernel_switch_threshold = 128 rows on",
 )
 AWQ_GEMM = Kernel(
-    "AutoAWQ gemm", peak=2, hold=2, min_rows=1024, source="AutoAWQ WQLinearMMFunction, from 1,024 rows on"
+    "AutoAWQ gemm", ("awq",), peak=2, hold=2, min_rows=1024, source="AutoAWQ WQLinearMMFunction, from 1,024 rows on"
 )
+PER_LINEAR = Kernel(
+    "dequantize per linear", ("bitsandbytes", "compressed-tensors"), peak=2, hold=2,
+    source="one linear in 16 bit at a time, its upper bound",
+)  # fmt: skip
 MARLIN = Kernel("Marlin", source="repacked weights, workspace of a few KB")
-STRIPS = Kernel("strips", source="weights written out strip by strip")  # how much: Weights.kept
-PER_LINEAR = Kernel("dequantize per linear", peak=2, hold=2, source="one linear in 16 bit at a time, its upper bound")
-UNPACKED = {"none": DENSE, "fp8": DENSE}  # methods without packed weights
-KERNELS = UNPACKED | {"awq": AWQ_GEMM, "bitsandbytes": PER_LINEAR, "compressed-tensors": PER_LINEAR}
+ROW_BLOCKS = Kernel("row blocks", source="weights written out in row blocks")  # how much: Weights.kept
+KERNELS = {method: kernel for kernel in (DENSE, AWQ_GEMM, PER_LINEAR) for method in kernel.methods}
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,7 @@ class TorchEngine(LayeredEngine):
             ),
             Term("non_torch", workspace, "reported", "cuBLAS workspace, pytorch forum 178671 and pytorch#120925"),
             context_term(gpu.name),
-            slack_term(worst.working, held if weights.strip_bytes else 0),
+            slack_term(worst.working, held if weights.row_block_bytes else 0),
         ]
         return merged(self.corrected(terms, gpu)), worst.name
 
@@ -214,12 +217,12 @@ class TorchEngine(LayeredEngine):
         dequantize = rows >= kernel.min_rows
         before = int(kernel.peak * weights.widest_linear) if dequantize else 0  # temporaries before the output exists
         during = int(kernel.hold * weights.widest_linear) if dequantize else 0
-        if rows >= weights.strip_rows:
-            during += weights.strip_bytes
+        if rows >= weights.dense_from:
+            during += weights.row_block_bytes
 
         def wide(columns: int, outputs: int) -> int:
             """Bytes of a matmul's inputs in float32, and of a row block of its outputs."""
-            block = min(outputs, strip_weights(columns, "cuda") // columns)
+            block = min(outputs, row_block_weights(columns, "cuda") // columns)
             return 4 * rows * (columns + block) if prefill.widens else 0
 
         each = rows * value_bytes  # bytes of one value of every row
@@ -236,7 +239,7 @@ class TorchEngine(LayeredEngine):
             Peak(in_attention + (4 * q + 2 * k) * each, "rotary embedding"),  # q, q cos, rotated q sin, sum; k, v
             Peak((outside + 5 * h) * each, "norm in float32"),  # residual, float32 copy, its square or product
         ]
-        if spec.qk_norm:
+        if spec.architecture.qk_norms:
             moments.append(Peak(in_attention + 5 * q * each, "query norm"))  # q, float32 copy, its square or product
         if self.repeats_kv and k != q:
             repeated = 2 * q * (each + prefill.cached * value_bytes)
@@ -263,7 +266,7 @@ class TorchEngine(LayeredEngine):
     def decode_peak(self, step: Pass) -> Peak:
         """One new token a sequence: growing one layer's keys, expanding them, or writing weights out."""
         spec, weights = step.case.spec, step.case.weights
-        written = weights.strip_bytes if step.rows >= weights.strip_rows else 0
+        written = weights.row_block_bytes if step.rows >= weights.dense_from else 0
         repeated = 4 * spec.q_size * step.cached if self.repeats_kv and spec.kv_size != spec.q_size else 0
         logits = step.rows * spec.vocab_size * (2 + 4 + 4 + 4) if step.share.head else 0
         worst = max(self.grown_bytes(step), repeated, logits, written)
@@ -304,6 +307,7 @@ class QwenqEngine(TorchEngine):
     kv_dtypes: ClassVar = {"auto": 2.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0}
     smaller_kv = "fp8"
     own_chunk = QWENQ_PREFILL_CHUNK
+    started = True
 
     profile: Profile | None = None  # measured on the rig
 
@@ -317,7 +321,7 @@ class QwenqEngine(TorchEngine):
         return weights.kept(compute_on(gpu, work.value_bytes))
 
     def kernel_for(self, weights: Weights) -> Kernel:
-        return UNPACKED.get(weights.method, STRIPS)
+        return DENSE if weights.method in DENSE.methods else ROW_BLOCKS
 
     def cache_bytes(self, case: Case, share: Share, gpu: Gpu) -> tuple[int, int]:
         """Made at once for the whole context, a tensor of keys and one of values a layer."""
@@ -462,7 +466,7 @@ class TransformersEngine(TorchEngine):
 
     def command(self, plan: Plan) -> str:
         """`max_memory` and `device_map` as Python, for `AutoModelForCausalLM.from_pretrained`."""
-        if unread := self.refusal(plan.case.weights.method):
+        if unread := self.refusal(plan.case.weights):
             return f"# {unread}"
         case, rig = plan.case, plan.case.hardware
         placement = plan.offload or plan.placement
@@ -487,24 +491,24 @@ class TransformersEngine(TorchEngine):
 
 def _compact(placement: Placement) -> str:
     """The device map as Python that counts layers in ranges."""
-    parts = []
+    names, parts = placement.memory.case.spec.architecture, list[str]()
     last: int | str = "cpu"
     for index, share in enumerate(placement.shares):
         if share.embed:
-            parts += [f'"model.embed_tokens": {index}', f'"model.rotary_emb": {index}']
+            parts += [f'"{names.embedding}": {index}', f'"{names.rotary}": {index}']
         if share.layers:
-            parts.append(_layer_range(share.layers.start, share.layers.stop, str(index)))
+            parts.append(_layer_range(names.layers, share.layers, str(index)))
         if share.head:
             last = index
     total = len(placement.memory.weights.layers)
     if placement.gpu_layers < total:
-        parts.append(_layer_range(placement.gpu_layers, total, '"cpu"'))
+        parts.append(_layer_range(names.layers, range(placement.gpu_layers, total), '"cpu"'))
     shown = f'"{last}"' if isinstance(last, str) else str(last)
-    return "{" + ", ".join([*parts, f'"model.norm": {shown}', f'"lm_head": {shown}']) + "}"
+    return "{" + ", ".join([*parts, f'"{names.norm}": {shown}', f'"{names.head}": {shown}']) + "}"
 
 
-def _layer_range(start: int, stop: int, device: str) -> str:
-    return f'**{{f"model.layers.{{i}}": {device} for i in range({start}, {stop})}}'
+def _layer_range(prefix: str, layers: range, device: str) -> str:
+    return f'**{{f"{prefix}.{{i}}": {device} for i in range({layers.start}, {layers.stop})}}'
 
 
 _ENV = re.compile(r"([A-Za-z][A-Za-z._-]*?)[ =_-]*v?(\d+(?:\.\d+)+)")

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from qwenq.planning.case import Case, Share, Workload
-from qwenq.planning.engines.base import ServerEngine, register, yarn_of, yarn_reach
-from qwenq.planning.memory import Term, context_term, merged, ranged
+from qwenq.planning.engines.base import ServerEngine, rank_context, register, yarn_of, yarn_reach
+from qwenq.planning.memory import Term, merged, ranged
 from qwenq.planning.placement import ParallelOption
 from qwenq.planning.rig import Gpu
 from qwenq.planning.speed import SpeedFit
@@ -43,6 +43,7 @@ class VllmEngine(ServerEngine):
     latest = (0, 19)
     kv_dtypes: ClassVar = {"auto": 2.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0}
     smaller_kv = "fp8"
+    started = True
     unread: ClassVar = {"gguf": "GGUF is llama.cpp's format"}
     block_tokens = 16
     inside = ("weights", "activations", "non_torch")
@@ -64,7 +65,7 @@ class VllmEngine(ServerEngine):
             ranged("activations", peak, "fitted", f"{moment}; {_LOGS}", 0.95, 1.1),
             non_torch(share, gpu.name),
             ranged("graphs", graphs, "fitted", f"0.0173 GiB a layer and 0.386 / TP^(2/3); {_LOGS}", 0.85, 1.25),
-            start(share, gpu.name),
+            rank_context(share, gpu),
         ]
         return merged(terms), moment
 
@@ -120,18 +121,6 @@ def non_torch(share: Share, gpu: str) -> Term:
     return Term(
         "non_torch", round(0.43 * GIB), "reported", "0.25 to 0.43 GiB on PCIe cards with older vLLM; 2.1 on H100",
         round(0.25 * GIB), round(2.1 * GIB),
-    )  # fmt: skip
-
-
-def start(share: Share, gpu: str) -> Term:
-    """Memory a rank holds before it loads: the CUDA context, and NCCL's own when there are several ranks."""
-    base = context_term(gpu)
-    if share.gpus == 1:
-        return base
-    extra = round(1.02 * GIB) if "H100" in gpu or "H200" in gpu else round(0.3 * GIB)
-    return Term(
-        "context", base.n_bytes + extra, "reported", base.source + "; 1.53 GiB with several H100 (same logs)",
-        base.low_bytes, base.high_bytes + round(1.02 * GIB),
     )  # fmt: skip
 
 

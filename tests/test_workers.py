@@ -1,4 +1,4 @@
-"""Work done side by side: every part once, results in order, errors kept, the same result with any number of lanes."""
+"""Work done side by side: every part once, results in order, errors kept, the same result with any number of them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import torch
 from conftest import small_job
 
 from qwenq.checkpoint.reader import open_checkpoint
-from qwenq.cli.models import pick_device
 from qwenq.errors import PlanError
 from qwenq.model.layer import Network
 from qwenq.pipeline.block import passes
+from qwenq.pipeline.config import pick_device
 from qwenq.pipeline.quantize import quantize
-from qwenq.pipeline.workers import LaneSums, Replicas
-from qwenq.solver.gptq import Shortfall, solve_unit
+from qwenq.pipeline.workers import Workers, WorkerSums, cpu_workers
+from qwenq.solver.gptq import ResidualCovariance, solve_linears
 from qwenq.solver.grid import IntegerGrid
-from qwenq.solver.parallel import cpu_lanes, side_by_side, solve_rows
+from qwenq.solver.parallel import side_by_side, solve_rows
 
 CPU = torch.device("cpu")
 
@@ -34,15 +34,15 @@ def threads() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("count", "windows", "lanes"),
+    ("count", "windows", "workers"),
     [
         *[(1, 4, 1), (2, 4, 2), (2, 1, 1), (3, 4, 1), (3, 6, 3), (5, 4, 1), (6, 4, 2), (6, 2, 2), (2, 5, 1)],
         *[(16, 4, 4), (16, 8, 4), (16, 0, 1)],
     ],
 )
-def test_lanes_share_threads_evenly(count: int, windows: int, lanes: int, threads: None) -> None:
+def test_workers_share_threads_evenly(count: int, windows: int, workers: int, threads: None) -> None:
     torch.set_num_threads(count)
-    assert cpu_lanes(windows, 8192) == lanes and cpu_lanes(windows, 8193) == 1
+    assert cpu_workers(windows, 8192) == workers and cpu_workers(windows, 8193) == 1
 
 
 def test_calls_run_at_once_each_with_its_share_of_threads(threads: None) -> None:
@@ -77,31 +77,31 @@ def test_an_error_waits_for_the_others() -> None:
     assert done.is_set()
 
 
-def test_every_window_goes_through_once_and_always_in_the_same_lane(tiny: Path, threads: None) -> None:
+def test_every_window_goes_through_once_and_always_by_the_same_worker(tiny: Path, threads: None) -> None:
     torch.set_num_threads(4)
     source = open_checkpoint(tiny)
-    replicas = Replicas(source.config, source.spec, dtype=torch.float32, window_tokens=512)  # 4 windows at a time
+    workers = Workers(source.config, source.spec, dtype=torch.float32, window_tokens=512)  # 4 windows at a time
     shares = [[(2, 3), (6, 7), (10, 11)], [(3, 4), (7, 8), (11, 12)], [(4, 5), (8, 9)], [(5, 6), (9, 10)]]
-    assert all(parts_of(replicas, range(2, 12)) == shares for _ in range(3))
-    two = Replicas(source.config, source.spec, dtype=torch.float32, window_tokens=512, devices=("cpu", "cpu"))
+    assert all(parts_of(workers, range(2, 12)) == shares for _ in range(3))
+    two = Workers(source.config, source.spec, dtype=torch.float32, window_tokens=512, devices=("cpu", "cpu"))
     assert parts_of(two, range(14)) == [[(0, 4), (8, 12)], [(4, 8), (12, 14)]], "devices take whole batches"
 
 
-def parts_of(replicas: Replicas, windows: range) -> list[list[tuple[int, int]]]:
-    """The parts that each lane gets, by lane."""
-    seen: dict[Network, list[tuple[int, int]]] = {network: [] for network in replicas.networks}
-    replicas.each(lambda network, part: seen[network].append((part.start, part.stop)), windows)
+def parts_of(workers: Workers, windows: range) -> list[list[tuple[int, int]]]:
+    """The parts that each worker gets."""
+    seen: dict[Network, list[tuple[int, int]]] = {network: [] for network in workers.networks}
+    workers.each(lambda network, part: seen[network].append((part.start, part.stop)), windows)
     return list(seen.values())
 
 
-def test_lanes_sum_in_parts(tiny: Path, threads: None) -> None:
+def test_workers_sum_in_parts(tiny: Path, threads: None) -> None:
     torch.set_num_threads(2)
     source = open_checkpoint(tiny)
-    replicas = Replicas(source.config, source.spec, dtype=torch.float32, window_tokens=512)
-    sums, x_TI = LaneSums(replicas, 1, 3), torch.randn(9, 3)
-    replicas.each(lambda network, part: sums.of(network).add_(x_TI[part].sum(0)), range(6))
+    workers = Workers(source.config, source.spec, dtype=torch.float32, window_tokens=512)
+    sums, x_TI = WorkerSums(workers, 1, 3), torch.randn(9, 3)
+    workers.each(lambda network, part: sums.of(network).add_(x_TI[part].sum(0)), range(6))
     torch.testing.assert_close(sums.total(), x_TI[:6].sum(0, keepdim=True))
-    replicas.each(lambda network, part: sums.of(network).add_(x_TI[part].sum(0)), range(6, 9))
+    workers.each(lambda network, part: sums.of(network).add_(x_TI[part].sum(0)), range(6, 9))
     torch.testing.assert_close(sums.total(), x_TI.sum(0, keepdim=True))
     assert sums.total().data_ptr() == sums.total().data_ptr()
 
@@ -110,24 +110,24 @@ def test_replicas_share_tensors_and_give_what_a_network_gives(tiny: Path, thread
     torch.set_num_threads(2)
     source = open_checkpoint(tiny)
     network = Network(source.config, source.spec, dtype=torch.float32)
-    replicas = Replicas(source.config, source.spec, dtype=torch.float32, window_tokens=512)
-    assert len(replicas.networks) == 2
+    workers = Workers(source.config, source.spec, dtype=torch.float32, window_tokens=512)
+    assert len(workers.networks) == 2
     state = source.layer_state(1)
     h_NTH = torch.randn(5, 512, source.spec.hidden_size)
     for change in (None, torch.randn_like(state["mlp.up_proj.weight"], dtype=torch.float32)):
         network.fill(state)
-        replicas.fill(state)
+        workers.fill(state)
         if change is not None:
             network.set_parameter("mlp.up_proj.weight", change)
-            replicas.set_parameter("mlp.up_proj.weight", change)
-        ups = [copy.weight("mlp.up_proj").data_ptr() for copy in replicas.networks]
+            workers.set_parameter("mlp.up_proj.weight", change)
+        ups = [copy.weight("mlp.up_proj").data_ptr() for copy in workers.networks]
         assert ups[0] == ups[1], "no second copy on the same device"
         found = h_NTH.clone()
         with torch.inference_mode():
-            replicas.run_layer(found)
+            workers.run_layer(found)
             torch.testing.assert_close(found, network.forward(h_NTH), rtol=1e-5, atol=1e-5)
-    replicas.release()
-    assert {p.device.type for copy in replicas.networks for p in copy.parameters().values()} == {"meta"}
+    workers.release()
+    assert {p.device.type for copy in workers.networks for p in copy.parameters().values()} == {"meta"}
 
 
 def test_shares_of_rows_are_solved_as_the_whole_is() -> None:
@@ -137,13 +137,14 @@ def test_shares_of_rows_are_solved_as_the_whole_is() -> None:
     halves = {name: (torch.randn(128, len(w_OI)), torch.randn(128, len(w_OI))) for name, w_OI in weights.items()}
     grid = IntegerGrid(4, 64)
 
-    def given() -> tuple[torch.Tensor, dict[str, Shortfall]]:
-        return x_TI.T @ x_TI, {name: Shortfall(a + b, a.clone()) for name, (a, b) in halves.items()}  # overwritten
+    def given() -> tuple[torch.Tensor, dict[str, ResidualCovariance]]:
+        # overwritten by who is given it
+        return x_TI.T @ x_TI, {name: ResidualCovariance(a + b, a.clone()) for name, (a, b) in halves.items()}
 
-    h_II, shortfalls = given()
-    whole = solve_unit(weights, h_II, grid, shortfalls=shortfalls, pull=0.5)
-    h_II, shortfalls = given()
-    shared = solve_rows([CPU] * 3, weights, h_II, grid, shortfalls=shortfalls, pull=0.5)
+    h_II, residuals = given()
+    whole = solve_linears(weights, h_II, grid, residuals=residuals, error_correction=0.5)
+    h_II, residuals = given()
+    shared = solve_rows([CPU] * 3, weights, h_II, grid, residuals=residuals, error_correction=0.5)
     for name, (q, stats) in whole.items():
         found, found_stats = shared[name]
         assert found.codes_OI.shape == q.codes_OI.shape and found.grid == grid
@@ -157,7 +158,7 @@ def test_shares_of_rows_are_solved_as_the_whole_is() -> None:
 def test_a_job_on_several_devices_loses_what_it_loses_on_one(tiny: Path, tmp_path: Path) -> None:
     job = small_job(tiny, tmp_path / "one")
     one = quantize(job)
-    two = quantize(replace(job, out=tmp_path / "two", device="cpu,cpu"))
+    two = quantize(replace(job, out=tmp_path / "two", config=replace(job.config, device="cpu,cpu")))
     assert two.drift.kl.mean == pytest.approx(one.drift.kl.mean, rel=0.1)
     for a, b in zip(one.layers, two.layers, strict=True):
         for x, y in zip(a.linears, b.linears, strict=True):
@@ -196,10 +197,10 @@ def test_devices_that_are_none(asked: str, monkeypatch: pytest.MonkeyPatch) -> N
         pick_device(asked)
 
 
-def test_an_error_stops_the_other_lanes_behind_their_part(tiny: Path, threads: None) -> None:
+def test_an_error_stops_the_other_workers_behind_their_part(tiny: Path, threads: None) -> None:
     torch.set_num_threads(2)
     source = open_checkpoint(tiny)
-    replicas = Replicas(source.config, source.spec, dtype=torch.float32, window_tokens=1024)
+    workers = Workers(source.config, source.spec, dtype=torch.float32, window_tokens=1024)
     seen: list[int] = []
     failed = threading.Event()
 
@@ -212,7 +213,7 @@ def test_an_error_stops_the_other_lanes_behind_their_part(tiny: Path, threads: N
         time.sleep(0.05)
 
     with pytest.raises(ValueError, match="this one"):
-        replicas.each(work, range(40))
+        workers.each(work, range(40))
     assert set(seen) <= {0, 1}
 
 

@@ -19,15 +19,14 @@ from qwenq.checkpoint.manifest import MANIFEST_NAME, encode_manifest, read_manif
 from qwenq.cli.main import app
 from qwenq.errors import CalibrationError, CheckpointError, JobError
 from qwenq.io.tensors import write_shard
-from qwenq.pipeline.block import SolverOptions
 from qwenq.pipeline.quantize import quantize
-from qwenq.pipeline.reproduce import rederive, sample
+from qwenq.pipeline.reproduce import reproduce, sample
 
 Make = Callable[..., Path]
 
 
 def made_again(out: Path, source: Path, **options: Any) -> Any:
-    return rederive(out, source, read_manifest(out)[0], **options)
+    return reproduce(out, source, read_manifest(out)[0], **options)
 
 
 def calibrated(source: Path, out: Path, calib: Path, **changes: Any) -> Path:
@@ -38,7 +37,7 @@ def calibrated(source: Path, out: Path, calib: Path, **changes: Any) -> Path:
 def test_a_padded_checkpoint_is_made_from_the_padded_source(tiny: Path, calib: Path, tmp_path: Path) -> None:
     from qwenq.checkpoint.reader import open_source
 
-    job = small_job(tiny, tmp_path / "out", calibration=None, options=SolverOptions(method="rtn"))
+    job = small_job(tiny, tmp_path / "out", calibration=None, method="rtn")
     quantize(replace(job, source=open_source(tiny).padded(512)))
     assert made_again(tmp_path / "out", tiny) == ((0, 2, 3), [])
     assert made_again(tmp_path / "out", tiny, layers=[2]) == ((2,), [])
@@ -56,7 +55,7 @@ def test_layers_made_again_are_the_written_ones(kind: str, tiny: Path, calib: Pa
 
     changes: dict[str, Any] = {"recipe": FORMATS[kind]} if kind in FORMATS else {}
     if kind == "rtn":
-        changes = {"options": SolverOptions(method="rtn"), "calibration": None}
+        changes = {"method": "rtn", "calibration": None}
     elif not kind.startswith("bnb"):
         spec = open_source(tiny).spec
         changes["calibration"] = load_windows(
@@ -71,7 +70,7 @@ def test_layers_made_again_are_the_written_ones(kind: str, tiny: Path, calib: Pa
 def test_a_forged_layer_is_named(tiny: Path, tmp_path: Path) -> None:
     """One code of layer 1 changed, and every hash of the manifest made right again: only making it again shows it."""
     out = tmp_path / "out"
-    quantize(small_job(tiny, out, options=SolverOptions(method="rtn"), calibration=None))
+    quantize(small_job(tiny, out, method="rtn", calibration=None))
     name = "model-00003-of-00006.safetensors"
     tensors = load_file(out / name)
     tensors["model.layers.1.mlp.up_proj.qweight"][3, 5] ^= 1
@@ -107,22 +106,22 @@ def test_what_cannot_be_made_again_says_why(tiny: Path, calib: Path, heldout: Pa
         "seed": "0",
     }.items():
         with pytest.raises(CheckpointError, match="its job cannot be read"):
-            rederive(out, tiny, manifest | {"job": manifest["job"] | {key: value}})
+            reproduce(out, tiny, manifest | {"job": manifest["job"] | {key: value}})
 
 
 def test_threads_are_set_as_they_were(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    quantize(small_job(tiny, out, options=SolverOptions(method="rtn"), calibration=None))
+    quantize(small_job(tiny, out, method="rtn", calibration=None))
     manifest = read_manifest(out)[0]
     manifest["job"]["numerics"]["threads"] = 2
     seen: list[int] = []
-    rederive(out, tiny, manifest, [0], listen=lambda line: seen.append(torch.get_num_threads()))
+    reproduce(out, tiny, manifest, [0], listen=lambda line: seen.append(torch.get_num_threads()))
     assert seen == [2] and torch.get_num_threads() == 1
 
 
 def test_the_command(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    quantize(small_job(tiny, out, options=SolverOptions(method="rtn"), calibration=None))
+    quantize(small_job(tiny, out, method="rtn", calibration=None))
     words = ["verify", str(out), "--source", str(tiny)]
     good = CliRunner().invoke(app, [*words, "--layers", "1"])
     assert good.exit_code == 0 and "layers 1 made again, all as in its manifest" in good.stdout

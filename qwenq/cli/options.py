@@ -1,0 +1,211 @@
+"""Options that several commands take, or that are many; each with its help and the panel of the help it stands in."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qwenq.api import LoadWords
+from qwenq.cli.console import print_step, warn
+from qwenq.formats.base import FORMATS, names_of
+from qwenq.pipeline.source import model_directory
+
+ASYMMETRIC = names_of((form for form in FORMATS.values() if form.asymmetric), "and")
+BITS, BUDGET, TEXT, SOLVER, MACHINE, JOB = "Bits", "Bits to a budget", "Text", "Solver", "Machine", "Job"
+ENGINE, ANSWER, SERVER, WEIGHTS = "Engine", "Answer", "Server", "Weights"
+
+
+def option(panel: str, *names: str, help: str, **more: Any) -> Any:
+    """An option that stands in a panel of its command's help; without `names` it is called as its parameter."""
+    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
+
+
+# ---------------------------------------------------------------------- everywhere
+
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A checkpoint directory, or a hub name such as Qwen/Qwen2.5-7B-Instruct."),
+]
+JsonFlag = Annotated[bool, option(JOB, "--json", help="Print one JSON object instead of tables.")]
+Device = Annotated[
+    str,
+    option(
+        MACHINE,
+        metavar="DEVICE",
+        help="cpu, cuda:N or cuda:N,cuda:M; auto: every GPU there is, or cpu.",
+        show_default=False,
+    ),
+]
+OneDevice = Annotated[
+    str, option(MACHINE, "--device", metavar="DEVICE", help="auto, cpu or cuda:N.", show_default=False)
+]
+ComputeDtype = Annotated[
+    str,
+    option(
+        MACHINE,
+        metavar="DTYPE",
+        help="Of activations: float32 (auto on a CPU), bfloat16 (on a GPU).",
+        show_default=False,
+    ),
+]
+SequenceLength = Annotated[int, option(TEXT, metavar="N", help="Tokens a window.", min=2)]
+Calibration = Annotated[
+    str, option(TEXT, metavar="TEXT", help="A set's name, or a .txt, .jsonl, .json, .parquet (also .gz) or .npy file.")
+]
+
+# ---------------------------------------------------------------------- quantize
+
+Output = Annotated[Path, option(JOB, "--output", "-o", metavar="DIR", help="Directory to make.", show_default=False)]
+Bits = Annotated[int | None, option(BITS, metavar="N", help="4 or 8, for every linear. Default 4.")]
+GroupSize = Annotated[
+    int | None, option(BITS, metavar="N", help="Columns a scale: 128, 64, 32, -1 (row). Default 128.")
+]
+Format = Annotated[str, option(BITS, "--format", metavar="NAME", help=", ".join(FORMATS) + ".")]
+Asymmetric = Annotated[
+    bool | None,
+    option(BITS, "--asymmetric/--symmetric", help=f"Zero points for each group. Default: only for {ASYMMETRIC}."),
+]
+PadForTp = Annotated[
+    int | None, option(BITS, metavar="GPUS", help="Widen the FFN with zeros to split on so many GPUs.", min=1)
+]
+TargetSize = Annotated[
+    str | None, option(BUDGET, metavar="SIZE", help="Best mixed bits of shard files at most so large, e.g. 47GB.")
+]
+BitsPerWeight = Annotated[
+    str | None,
+    option(BUDGET, "--bpw", metavar="BITS", help="Best mixed bits of at most so many a linear weight, e.g. 5."),
+]
+Fit = Annotated[str | None, option(BUDGET, metavar="RIG", help='Best mixed bits that fit a rig, e.g. "2x RTX 3090".')]
+Context = Annotated[
+    str | None, option(BUDGET, "--context", "-c", metavar="N", help="Tokens that --fit leaves room for. Default 8k.")
+]
+FitEngine = Annotated[
+    str | None, option(BUDGET, "--engine", metavar="NAME", help="Engine of --fit: qwenq, transformers, vllm, sglang.")
+]
+RecipeFile = Annotated[Path | None, option(BUDGET, metavar="FILE", help="A recipe file, perhaps edited.")]
+SensitivityFile = Annotated[
+    Path | None, option(BUDGET, metavar="FILE", help="A table that `qwenq sensitivity` wrote for this model.")
+]
+SaveRecipe = Annotated[
+    Path | None, option(BUDGET, metavar="FILE", help="With --dry-run: write the recipe there, to edit and give back.")
+]
+NumSamples = Annotated[
+    int | None,
+    option(TEXT, "--num-samples", "-n", metavar="N", help="Calibration windows. Default: all, at most 128.", min=1),
+]
+Seed = Annotated[int, option(TEXT, metavar="N", help="Decides which windows are drawn.", min=0)]
+EvalText = Annotated[str, option(TEXT, metavar="TEXT", help="Held-out text for the divergence.")]
+EvalSamples = Annotated[
+    int | None, option(TEXT, metavar="N", help="Held-out windows. Default: all, at most 20.", min=1)
+]
+Method = Annotated[str | None, option(SOLVER, metavar="NAME", help="gptq (default) or rtn, rounding to nearest.")]
+DampPercent = Annotated[
+    float | None,
+    option(SOLVER, metavar="SHARE", help="Damping, of the mean Hessian diagonal. Default 0.02.", min=0.0, max=1.0),
+]
+Fold = Annotated[
+    bool,
+    option(BITS, "--fold/--no-fold", help="Channel scales in norms and up_proj; off: LoRA fits.", show_default=False),
+]
+ErrorCorrection = Annotated[
+    float | None,
+    option(
+        SOLVER,
+        metavar="X",
+        help="Strength, for o and down. Default: 1; 0 where all is in 8 bits or there is little text.",
+        min=0.0,
+        max=1.0,
+    ),
+]
+ErrorCorrectionShare = Annotated[
+    float,
+    option(
+        SOLVER,
+        metavar="SHARE",
+        help="Share of the calibration windows that it reads; 1 loses less and takes longer.",
+        min=0.0,
+        max=1.0,
+    ),
+]
+CalibrationDtype = Annotated[
+    str,
+    option(MACHINE, metavar="DTYPE", help="Of calibration: float32, bfloat16 (auto where native).", show_default=False),
+]
+StoredDtype = Annotated[
+    str,
+    option(
+        MACHINE,
+        metavar="DTYPE",
+        help="Of unquantized tensors: float16, bfloat16; auto: kept as is.",
+        show_default=False,
+    ),
+]
+DryRun = Annotated[bool, option(JOB, "--dry-run", help="Read headers only; print sizes, memory and disk.")]
+Resume = Annotated[bool, option(JOB, "--resume", help="Go on with a stopped job: same command, plus this.")]
+
+# ---------------------------------------------------------------------- load, run and serve
+
+MaxModelLen = Annotated[
+    str,
+    option(
+        ENGINE, "--max-model-len", "-c", metavar="N", help="Context in tokens, prompt and answer, e.g. 16k. Default 4k."
+    ),
+]
+PrefillChunk = Annotated[
+    int, option(ENGINE, "--prefill-chunk", metavar="N", help="Prompt tokens computed at once.", min=1)
+]
+GpuMemory = Annotated[
+    str,
+    option(
+        MACHINE, "--gpu-memory", metavar="SIZE", help="Limit a GPU, e.g. 20GiB, or 20GiB,10GiB. Default: what is free."
+    ),
+]
+CpuMemory = Annotated[
+    str,
+    option(MACHINE, "--cpu-memory", metavar="SIZE", help="Limit of host memory, the rest goes to disk. Default: free."),
+]
+OffloadDir = Annotated[
+    Path | None, option(MACHINE, "--offload-dir", metavar="DIR", help="Where layers on disk are kept while it runs.")
+]
+KvDtype = Annotated[
+    str, option(ENGINE, "--kv-cache-dtype", metavar="DTYPE", help="auto, bf16, fp16 or fp8.", show_default=False)
+]
+RunDtype = Annotated[
+    str,
+    option(
+        ENGINE,
+        "--compute-dtype",
+        metavar="DTYPE",
+        help="bfloat16 (auto; packed kernels) or float32 (exact, slower).",
+        show_default=False,
+    ),
+]
+
+
+# ---------------------------------------------------------------------- what they mean
+
+
+def options_of(context: typer.Context, kind: Any, **others: Any) -> Any:
+    """A dataclass of options, `kind`, from a command's parameters of the same names; `others` take precedence."""
+    given = {f.name: context.params[f.name] for f in fields(kind) if f.name in context.params}
+    return kind(**given | others)
+
+
+def load_words(context: typer.Context) -> LoadWords:
+    """How to load a checkpoint, from a command's parameters."""
+    given: Any = {name: context.params[name] for name in LoadWords.__annotations__ if name in context.params}
+    return given
+
+
+def fetched(model: str) -> Path:
+    """The directory of MODEL, downloaded with its progress shown; PlanError for what is none."""
+    return model_directory(model, print_step)
+
+
+def warn_of_shipped(model: str) -> None:
+    """Say that a hub name's shapes are those shipped with qwenq. A family's bare name asks for nothing else."""
+    if "/" in model:
+        warn(f"{model}: shapes as shipped with qwenq, no header was read")

@@ -1,0 +1,540 @@
+"""Every option of a quantization, and their resolution on a model: one for command line, dry run and job. No torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from qwenq.checkpoint.manifest import MANIFEST_NAME, current_names
+from qwenq.errors import CheckpointError, ExcludedOptions, PlanError, UsageError
+from qwenq.formats.base import FORMATS, Recipe, Scheme, get_format, mixing, names_of
+from qwenq.io.safetensors import FLOATS
+from qwenq.machine import has_bfloat16
+from qwenq.model.spec import ModelSpec
+from qwenq.planning.budget import (
+    Budgeted,
+    choose_for_bits,
+    choose_for_bytes,
+    choose_for_rig,
+    cut_by,
+    describe_choice,
+    widened,
+)
+from qwenq.planning.sensitivity import Sensitivity, prior, read_sensitivity
+from qwenq.units import parse_size, parse_tokens
+
+SPILL_BYTES = 6 << 30  # token buffers beyond this live in a memory-mapped file
+DEFAULT_WINDOWS = 128  # of calibration, at most, where no number is given
+DEFAULT_EVALUATION_WINDOWS = 20  # likewise
+SET_TOKENS = {"builtin": 43_100, "heldout": 12_300}  # about so many by Qwen2.5's tokenizer
+BATCH_TOKENS = 2048  # that go through a layer together
+ERROR_CORRECTION_SHARE = 0.5  # of the calibration windows, which run through the 16-bit layers too
+CORRECTION_TOKENS_A_COLUMN = 8  # but at least so many tokens for each input column of down, where there are so many
+CORRECTION_LEAST_A_COLUMN = 2  # with fewer they say too little to be worth that pass, unless asked for (reports/LOG.md)
+MOST_WORKERS = 4  # of a CPU, that share the windows which go through a layer together, each with its own Hessian
+WORKERS_UP_TO = 8192  # wide FFNs: beyond, matmuls alone keep cores busy, and Hessians are large
+NOISE_WINDOWS = 2  # evaluation windows that are also run in float32, when computing in a narrower type
+SOLVER_WINDOWS = 16  # of calibration, at most, for the Hessians that sensitivities' errors are solved with
+PROBE_WINDOWS, PROBE_TOKENS = 32, 128  # and other, shorter ones, at most, that the errors' effect is read on
+SAMPLES = 4  # labels a position, of a sensitivity
+BACKWARD_TOKENS = 1024  # that go backward through a layer together
+_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Calibration and evaluation windows of a job: counts and widths only."""
+
+    calibration_windows: int
+    evaluation_windows: int
+    length: int
+    calibration_bytes: int = 4  # of a value in the calibration windows' hidden states
+    error_correction_share: float = ERROR_CORRECTION_SHARE  # 0 without error correction
+
+    @property
+    def calibration(self) -> int:
+        return self.calibration_windows * self.length
+
+    @property
+    def evaluation(self) -> int:
+        return self.evaluation_windows * self.length
+
+    def original(self, spec: ModelSpec) -> int:
+        """Calibration tokens that run through the 16-bit layers too."""
+        return original_windows(spec, self.calibration_windows, self.length, self.error_correction_share) * self.length
+
+
+def default_error_correction(recipe: Recipe, spec: ModelSpec, tokens: int) -> float:
+    """1 where anything is in 4 bits and calibration tokens are enough for the columns of down, else 0.
+
+    8 bits lose about as much as bfloat16 hidden states blur; what few tokens say of many columns is mostly noise.
+    """
+    if tokens < CORRECTION_LEAST_A_COLUMN * spec.intermediate_size:
+        return 0.0
+    schemes = (recipe.default, *(scheme for _, scheme in recipe.overrides))
+    return 1.0 if any(scheme is not None and scheme.bits == 4 for scheme in schemes) else 0.0
+
+
+def chosen_error_correction(
+    asked: float | None, recipe: Recipe, spec: ModelSpec, *, windows: int, length: int, share: float
+) -> float:
+    """Strength of error correction: as asked, else by default; 0 where there are no two halves to compare.
+
+    PlanError where it is asked for and one window is all there is.
+    """
+    if windows == 0 or share == 0:
+        return 0.0
+    if windows < 2:
+        if asked:
+            raise PlanError(
+                f"--error-correction {asked:g}: one window of calibration has no two halves", hint="more text"
+            )
+        return 0.0
+    return default_error_correction(recipe, spec, windows * length) if asked is None else asked
+
+
+def original_windows(spec: ModelSpec, windows: int, length: int, share: float = ERROR_CORRECTION_SHARE) -> int:
+    """How many calibration windows, the first ones, run through the 16-bit layers too, for error correction.
+
+    A whole number of batches, or all windows, and of these an even number: halves are compared, as large as each other.
+    None for a share of 0.
+    """
+    if share == 0:
+        return 0
+    step = max(1, BATCH_TOKENS // length)
+    enough = CORRECTION_TOKENS_A_COLUMN * spec.intermediate_size / length
+    found = min(windows, math.ceil(max(windows * share, enough) / step) * step)
+    return found // 2 * 2
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """Every option of `qwenq quantize` but the model and the place of the output.
+
+    Values are the command line's: sizes, budgets and contexts in words ("47GB", "5", "16k"), None or "auto" for a
+    choice that depends on the model or the machine. UsageError for values and combinations that mean nothing.
+    """
+
+    # bits: one scheme, or the best mixture within a budget
+    bits: int | None = None  # 4 or 8; 4 by default
+    group_size: int | None = None  # columns that share a scale: 128, 64, 32 or -1, the row; 128 by default
+    format: str = "gptq"
+    asymmetric: bool | None = None  # zero points of each group's own; for awq by default
+    target_size: str | None = None  # bytes of the shard files, at most
+    bpw: str | None = None  # stored bits a linear weight, at most
+    fit: str | None = None  # a rig
+    context: str | None = None  # tokens `fit` leaves room for; 8k by default
+    engine: str | None = None  # that `fit` plans for; qwenq by default
+    recipe: Path | None = None  # a recipe file
+    sensitivity: Path | None = None  # a table that `qwenq sensitivity` wrote
+    pad_for_tp: int | None = None  # GPUs whose cuts no group straddles, once the FFN is widened
+    # text
+    calibration: str = "builtin"  # a set's name, or a file
+    num_samples: int | None = None  # windows; all by default, at most DEFAULT_WINDOWS
+    sequence_length: int = 512  # tokens a window
+    seed: int = 0
+    eval_text: str = "heldout"
+    eval_samples: int | None = None  # windows; all by default, at most DEFAULT_EVALUATION_WINDOWS
+    # solver
+    method: str | None = None  # gptq, or rtn: rounding to nearest
+    damp_percent: float | None = None  # share of the mean Hessian diagonal
+    fold: bool = True  # channel scales into norms and up_proj
+    error_correction: float | None = None  # 0 to 1, of o_proj and down_proj
+    error_correction_share: float = ERROR_CORRECTION_SHARE  # of the calibration windows that it is read from
+    # machine
+    device: str = "auto"  # cpu, or GPUs: cuda:0,cuda:1
+    dtype: str = "auto"  # of tensors that are not quantized; auto keeps their bytes
+    compute_dtype: str = "auto"  # of evaluation activations
+    calibration_dtype: str = "auto"  # of calibration activations
+
+    def __post_init__(self) -> None:
+        self.solver  # noqa: B018
+        if self.dtype not in ("auto", "float16", "bfloat16"):
+            raise UsageError(f"--dtype {self.dtype}: wanted auto, float16 or bfloat16")
+        pick_compute_dtype(self.compute_dtype, self.device)
+        pick_calibration_dtype(self.calibration_dtype, self.device)
+        self._check_numbers()
+        self._check_together()
+
+    def _check_numbers(self) -> None:
+        """Ranges that the command line states too."""
+        for name, least, most in (
+            ("num_samples", 1, math.inf), ("eval_samples", 1, math.inf), ("sequence_length", 2, math.inf),
+            ("seed", 0, math.inf), ("damp_percent", 0, 1), ("error_correction", 0, 1),
+            ("error_correction_share", 0, 1), ("pad_for_tp", 1, math.inf),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                wanted = f"at least {least}" if most == math.inf else f"{least} to {most}"
+                raise UsageError(f"{flag(name)} {value}: wanted {wanted}")
+
+    def _check_together(self) -> None:
+        ways = {flag(name): getattr(self, name) for name in ("target_size", "bpw", "fit", "recipe")}
+        given = [name for name, value in ways.items() if value is not None]
+        for name in ("bits", "group_size"):
+            if getattr(self, name) is not None and given:
+                raise ExcludedOptions(
+                    f"{flag(name)} and {given[0]} exclude each other: one scheme, or the best mixture"
+                )
+        if len(given) > 1:
+            raise ExcludedOptions(f"{' and '.join(given)} exclude each other")
+        if self.asymmetric is not None and self.recipe is not None:
+            raise ExcludedOptions("--asymmetric and --recipe exclude each other: the recipe says it unit by unit")
+        form = get_format(check_format(self.format))
+        if self.asymmetric and given and not form.mixes_zero_points:
+            raise ExcludedOptions(
+                f"--asymmetric with {given[0]} wants --format {carry_zero_points()}: no other mixed format's zero "
+                "points are read by engines"
+            )
+        if given and not form.mixes:
+            raise ExcludedOptions(f"{given[0]} wants a --format that mixes bits: {names_of(mixing())}")
+        for name in ("context", "engine"):
+            if getattr(self, name) is not None and self.fit is None:
+                raise ExcludedOptions(f"{flag(name)} goes with --fit")
+        if self.sensitivity is not None and not given:
+            raise ExcludedOptions("--sensitivity goes with --target-size, --bpw, --fit or --recipe")
+        if self.target_size is not None:
+            parse_size(self.target_size)
+        if self.bpw is not None:
+            _bits(self.bpw)
+        if self.fit is not None:
+            parse_tokens(self.context or "8k")
+        if not self.mixed:
+            self.uniform()
+
+    @property
+    def mixed(self) -> bool:
+        """Not one scheme, but a mixture."""
+        return any(value is not None for value in (self.target_size, self.bpw, self.fit, self.recipe))
+
+    @property
+    def budgeted(self) -> bool:
+        """A budget to optimize for, which needs sensitivities; a recipe file needs none."""
+        return self.mixed and self.recipe is None
+
+    @property
+    def solver(self) -> str:
+        """gptq unless told otherwise; some formats are always rounded."""
+        if self.method not in (None, "gptq", "rtn"):
+            raise UsageError(f"--method {self.method}: wanted gptq or rtn")
+        form = get_format(check_format(self.format))
+        if not form.solved:
+            if self.method == "gptq":
+                raise UsageError(
+                    f"--format {self.format} rounds by {form.method}' own functions", hint="leave --method out"
+                )
+            return "rtn"
+        return self.method or "gptq"
+
+    def uniform(self) -> Recipe:
+        """One scheme for all linears: 4-bit g128 unless said otherwise, or the format's own.
+
+        UsageError when the format cannot hold it.
+        """
+        form = get_format(check_format(self.format))
+        if (fixed := form.fixed) is not None:
+            only = {"bits": fixed.bits, "group_size": fixed.group_size, "asymmetric": False}
+            for name, value in only.items():
+                if getattr(self, name) not in (None, value):
+                    raise UsageError(
+                        f"--format {self.format} is {fixed.label}: {flag(name)} is no choice", hint="leave it out"
+                    )
+            return Recipe(fixed, format=self.format)
+        asymmetric = form.asymmetric if self.asymmetric is None else self.asymmetric
+        bits, group_size = 4 if self.bits is None else self.bits, 128 if self.group_size is None else self.group_size
+        scheme = Scheme(bits, group_size, not asymmetric)
+        form.check_scheme(scheme)
+        return Recipe(scheme, format=self.format)
+
+    def widened(self, spec: ModelSpec) -> ModelSpec:
+        """The model with its FFN padded as asked, so that no group straddles ranks; PlanError when that cannot help."""
+        if self.pad_for_tp is None:
+            return spec
+        return widened(spec, self.pad_for_tp, None if self.mixed else self.uniform())
+
+    def choose(self, spec: ModelSpec, table: Sensitivity | None, dtype_of: Callable[[str], str]) -> Budgeted:
+        """The mixture asked for; sensitivities are the prior's when there is no table. Zero points only if asked for.
+
+        dtype_of: of each tensor that is not quantized, as it will be written.
+        """
+        table = table or prior(spec, asymmetric=bool(self.asymmetric))
+        if not self.asymmetric and self.recipe is None:
+            kept = {unit: {s: kl for s, kl in row.items() if s is None or s.sym} for unit, row in table.kl.items()}
+            table = replace(table, kl=kept)
+        if self.pad_for_tp is not None:
+            table = cut_by(spec, table, self.pad_for_tp)
+        if self.recipe is not None:
+            from qwenq.planning.recipefile import read_recipe
+
+            choice = read_recipe(self.recipe, spec, self.format)
+            return describe_choice(spec, table.covering(spec, choice), choice, dtype_of, self.format)
+        if self.target_size is not None:
+            return choose_for_bytes(spec, table, parse_size(self.target_size), dtype_of, self.format)
+        if self.bpw is not None:
+            return choose_for_bits(spec, table, _bits(self.bpw), dtype_of, self.format)
+        from qwenq.planning.case import Case, Workload
+        from qwenq.planning.engines.base import engine_names, get_engine
+        from qwenq.planning.rig import parse_rig
+        from qwenq.planning.weights import recipe_weights
+
+        assert self.fit is not None
+        engine = get_engine(self.engine or "qwenq")
+        if engine.needs_gguf:
+            raise PlanError(
+                f"--engine {engine.name} reads GGUF, not what this writes", hint=engine_names(checkpoints=True)
+            )
+        work = Workload(parse_tokens(self.context or "8k"), 1)
+        case = Case(spec, recipe_weights(spec, Recipe(None)), engine, work, parse_rig(self.fit))
+        return choose_for_rig(case, table, dtype_of, self.format)
+
+    def to_json(self) -> dict[str, Any]:
+        """Every option by its name; paths as text."""
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
+    @staticmethod
+    def from_json(options: Mapping[str, Any]) -> QuantizeConfig:
+        """The configuration that `to_json` gave; TypeError for an option that there is not, or of another type."""
+        given: dict[str, Any] = current_names({"options": options})["options"]
+        kinds = get_type_hints(QuantizeConfig)
+        for name, value in given.items():
+            wanted = get_args(kinds[name]) or (kinds[name],) if name in kinds else ()
+            wanted = (*wanted, str) if Path in wanted else (*wanted, int) if float in wanted else wanted
+            if type(value) not in wanted:
+                raise TypeError(f"{name} is {value!r}" if name in kinds else f"no option {name}")
+        paths = {name: Path(given[name]) for name in ("recipe", "sensitivity") if given.get(name) is not None}
+        return QuantizeConfig(**given | paths)
+
+    @staticmethod
+    def from_manifest(job: Mapping[str, Any]) -> QuantizeConfig:
+        """The options that a manifest's `job` names: the solver's, dtypes, device and seed.
+
+        Bits and format are in its recipe, windows in its texts. CheckpointError for what makes no configuration.
+        """
+        kept = ("device", "compute_dtype", "calibration_dtype", "dtype", "seed")
+        try:
+            return QuantizeConfig.from_json({name: job[name] for name in kept} | dict(job["options"]))
+        except (KeyError, TypeError, ValueError, AttributeError, PlanError) as error:
+            raise unreadable(error) from None
+
+
+def unreadable(error: Exception) -> CheckpointError:
+    """The refusal of a manifest whose job makes none."""
+    return CheckpointError(
+        f"{MANIFEST_NAME}: its job cannot be read ({type(error).__name__}: {error})",
+        hint="another version of qwenq wrote it",
+    )
+
+
+def flag(option: str) -> str:
+    """An option as the command line spells it."""
+    return "--" + option.replace("_", "-")
+
+
+def check_format(format: str) -> str:
+    """The format; UsageError for one that there is not."""
+    if format not in FORMATS:
+        raise UsageError(f"--format {format}: wanted one of {', '.join(FORMATS)}")
+    return format
+
+
+def carry_zero_points() -> str:
+    """Names of formats that mix bits and zero points."""
+    return names_of(form for form in FORMATS.values() if form.mixes_zero_points)
+
+
+def _bits(text: str) -> Fraction:
+    try:
+        return Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise PlanError(f"--bpw {text[:40]}: not a number of bits", hint="for instance 5.0") from None
+
+
+# ---------------------------------------------------------------------- on a model, on a machine
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Calibration and evaluation windows: how many, and their length in tokens."""
+
+    calibration: int  # 0 for rounding to nearest, which reads none
+    evaluation: int
+    length: int
+    counted: bool = True  # in the texts themselves, by the model's tokenizer
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """A configuration on a model and a device: dry run and job choose bits, dtypes and error correction here.
+
+    config: with method, device and dtypes chosen. spec: of the model as it is written, FFN padded. table: sensitivities
+    that are known beforehand. budgeted: the mixture, by a prior's sensitivities where there is no table yet.
+    """
+
+    config: QuantizeConfig
+    spec: ModelSpec
+    dtype_of: Callable[[str], str]
+    table: Sensitivity | None
+    budgeted: Budgeted | None
+
+    @staticmethod
+    def of(
+        config: QuantizeConfig,
+        spec: ModelSpec,
+        source_dtype_of: Callable[[str], str],
+        *,
+        device: str,
+        fingerprint: str = "",
+        measured: Path | None = None,
+    ) -> Resolution:
+        """Apply `config` to a 16-bit model; PlanError for what it does not allow.
+
+        device: `cpu` or `cuda...`, what `auto` has become. fingerprint: of the source's files, empty when they are not
+        here. measured: sensitivities that a stopped job has measured already.
+        """
+        method = config.solver
+        settled = replace(
+            config,
+            method=method,
+            fold=config.fold and method == "gptq",
+            device=device,
+            compute_dtype=pick_compute_dtype(config.compute_dtype, device),
+            calibration_dtype=pick_calibration_dtype(config.calibration_dtype, device),
+        )
+        wide = config.widened(spec)
+        dtype_of = source_dtype_of if config.dtype == "auto" else lambda name: FLOATS[config.dtype]
+        table = _table(config, wide, fingerprint, measured) if config.mixed else None
+        if config.budgeted and table is None and method == "rtn":
+            raise PlanError("--method rtn measures no sensitivities", hint="give them with --sensitivity FILE")
+        budgeted = config.choose(wide, table, dtype_of) if config.mixed else None
+        found = Resolution(settled, wide, dtype_of, table, budgeted)
+        found.recipe.check(wide)
+        return found
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.budgeted.recipe if self.budgeted else self.config.uniform()
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.config.device != "cpu"
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of a value in evaluation activations."""
+        return _BYTES[self.config.compute_dtype]
+
+    def measures(self, windows: Windows) -> bool:
+        """Whether sensitivities have to be measured first."""
+        return self.config.budgeted and self.table is None and windows.calibration > 0
+
+    def measured(self, table: Sensitivity) -> Resolution:
+        """With the mixture chosen by measured sensitivities."""
+        return replace(self, table=table, budgeted=self.config.choose(self.spec, table, self.dtype_of))
+
+    def settled(self, windows: Windows) -> QuantizeConfig:
+        """The configuration with error correction chosen too.
+
+        PlanError where it is asked for and cannot be had from so few windows.
+        """
+        strength = chosen_error_correction(
+            self.config.error_correction, self.recipe, self.spec,
+            windows=windows.calibration, length=windows.length, share=self.config.error_correction_share,
+        )  # fmt: skip
+        return replace(self.config, error_correction=strength)
+
+
+def tokens_of(settled: QuantizeConfig, windows: Windows) -> Tokens:
+    """Counts and widths that sizes and peaks are predicted from."""
+    share = settled.error_correction_share if settled.error_correction else 0.0
+    return Tokens(windows.calibration, windows.evaluation, windows.length, _BYTES[settled.calibration_dtype], share)
+
+
+def _table(config: QuantizeConfig, spec: ModelSpec, fingerprint: str, measured: Path | None) -> Sensitivity | None:
+    """The table given, or the one measured before, checked to be this model's; None without one."""
+    path = config.sensitivity or measured
+    if path is None:
+        return None
+    found = read_sensitivity(path)
+    try:
+        found.check(spec, fingerprint)
+    except PlanError as error:
+        raise PlanError(f"{path}: {error.message}", hint=error.hint) from None
+    if config.asymmetric and config.budgeted and all(s is None or s.sym for row in found.kl.values() for s in row):
+        raise PlanError(
+            f"{path}: it has no asymmetric schemes", hint="measure them: qwenq sensitivity MODEL --asymmetric"
+        )
+    return found
+
+
+def device_names(device: str) -> list[str]:
+    """The devices that --device names, one by one; UsageError for what names none."""
+    names = device.split(",")
+    if device != "cpu" and not all(name == "cuda" or re.fullmatch(r"cuda:\d+", name) for name in names):
+        raise UsageError(f"--device {device}: wanted auto, cpu, cuda:N or cuda:N,cuda:M")
+    return names
+
+
+def pick_device(device: str, *, several: bool = True) -> str:
+    """What is computed on: cpu, or GPUs with commas between them; imports torch.
+
+    `auto` becomes all (without `several` the first of them) that torch sees, or cpu where it sees none.
+    """
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        return ",".join(f"cuda:{k}" for k in range(count if several else min(count, 1))) or "cpu"
+    names = device_names(device)
+    if device == "cpu":
+        return device
+    if count == 0:
+        raise PlanError(f"--device {device}: no CUDA GPU is visible to torch", hint="--device cpu")
+    numbers = [0 if name == "cuda" else int(name.removeprefix("cuda:")) for name in names]
+    if max(numbers) >= count or len(set(numbers)) < len(numbers):
+        raise PlanError(f"--device {device}: torch sees cuda:0 to cuda:{count - 1}, each can be named once")
+    if len(numbers) > 1 and not several:
+        raise UsageError(f"--device {device}: this command uses one GPU", hint=f"--device {names[0]}")
+    return ",".join(f"cuda:{number}" for number in numbers)
+
+
+def pick_compute_dtype(compute_dtype: str, device: str) -> str:
+    """The dtype activations are computed in; float16 is refused: Qwen2.5 overflows it, and CPUs crawl in it."""
+    if compute_dtype == "auto":
+        return "float32" if device == "cpu" else "bfloat16"
+    if compute_dtype not in ("float32", "bfloat16"):
+        raise UsageError(
+            f"--compute-dtype {compute_dtype}: wanted float32, bfloat16 or auto",
+            hint="float16 overflows in Qwen2.5's activations and is very slow on CPUs",
+        )
+    return compute_dtype
+
+
+def pick_calibration_dtype(calibration_dtype: str, device: str) -> str:
+    """The dtype calibration activations are computed in; auto: bfloat16, unless this CPU has no instructions for it."""
+    if calibration_dtype not in ("auto", "float32", "bfloat16"):
+        raise UsageError(f"--calibration-dtype {calibration_dtype}: wanted float32, bfloat16 or auto")
+    if calibration_dtype != "auto":
+        return calibration_dtype
+    return "bfloat16" if device.startswith("cuda") or has_bfloat16() else "float32"
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Options of `qwenq eval` but the two checkpoints; UsageError for values that mean nothing."""
+
+    text: str = "heldout"  # a set's name, or a file
+    num_samples: int | None = None  # windows; all by default, at most DEFAULT_EVALUATION_WINDOWS
+    sequence_length: int = 512  # tokens a window
+    device: str = "auto"  # cpu, or GPUs: cuda:0,cuda:1
+    compute_dtype: str = "auto"  # of activations
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_samples", 1), ("sequence_length", 2)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UsageError(f"{flag(name)} {value}: wanted at least {least}")

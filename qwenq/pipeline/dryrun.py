@@ -1,0 +1,214 @@
+"""The dry run: sizes and peaks of a quantization, their assumptions, and shortages of this machine. No torch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qwenq.formats.base import label_of
+from qwenq.io.safetensors import fingerprint
+from qwenq.machine import total_memory
+from qwenq.model.spec import ModelSpec
+from qwenq.pipeline.config import (
+    DEFAULT_EVALUATION_WINDOWS,
+    DEFAULT_WINDOWS,
+    MOST_WORKERS,
+    SET_TOKENS,
+    WORKERS_UP_TO,
+    QuantizeConfig,
+    Resolution,
+    Windows,
+    device_names,
+    tokens_of,
+)
+from qwenq.pipeline.preflight import PlannedJob, Preflight, preflight, sensitivity_bytes
+from qwenq.pipeline.source import source_shapes
+from qwenq.planning.budget import Budgeted
+from qwenq.planning.rig import sees_gpu
+from qwenq.units import format_gb
+
+_TEXT_FILES = (".txt", ".md", ".jsonl", ".json", ".parquet", ".npy", ".gz")
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """What sizes and peaks count with."""
+
+    calibration_windows: int
+    evaluation_windows: int
+    window_tokens: int
+    counted: bool  # in the text itself, by the model's tokenizer
+    original_windows: int  # that o_proj and down_proj are corrected by
+    calibration_dtype: str
+    compute_dtype: str
+    device: str
+    lanes: int  # CPU workers, at most
+
+    def line(self, calibration: str) -> str:
+        """In words; calibration: the text's name."""
+        about = "" if self.counted else "about "
+        parts = [f"{self.evaluation_windows} evaluation windows in {self.compute_dtype}"]
+        if self.calibration_windows:
+            corrected = f"error correction of o and down from {self.original_windows} of them"
+            parts = [
+                f"{about}{self.calibration_windows} calibration windows of {self.window_tokens} tokens of "
+                f"{calibration} in {self.calibration_dtype}",
+                corrected if self.original_windows else "no error correction",
+                *parts,
+            ]
+        workers = f", up to {self.lanes} workers" if self.lanes > 1 else ""
+        return f"assumed: {'; '.join(parts)}; on {self.device}{workers}"
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """The answer: exact sizes, predicted peaks, and the assumptions behind them. Bytes."""
+
+    preflight: Preflight
+    spec: ModelSpec  # as written, FFN padded
+    budgeted: Budgeted | None  # the mixture, if one was asked for
+    sensitivity_bytes: tuple[int, int] | None  # peaks of measuring them, host and GPU; None when they are not measured
+    assumed: Assumed
+    local: bool  # the source is on this machine
+    warnings: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        check = self.preflight
+        more: dict[str, Any] = {
+            "device": self.assumed.device.partition(":")[0],
+            "assumed": asdict(self.assumed),
+            "warnings": list(self.warnings),
+            "source_download_bytes": 0 if self.local else check.source_tensor_bytes,
+        }
+        if self.sensitivity_bytes:
+            host, device = self.sensitivity_bytes
+            more |= {"sensitivity_ram_bytes": host, "sensitivity_vram_bytes": device}
+        if self.budgeted:
+            more["recipe"] = recipe_json(self.budgeted)
+        return check.to_json() | more
+
+
+def dry_run(model: str, config: QuantizeConfig, output: Path | None = None) -> DryRun:
+    """What quantizing `model` as configured comes to. Reads headers, and the texts when the tokenizer is here.
+
+    output: where it would be written, whose disk is asked; None for the current directory's.
+    """
+    source = source_shapes(model)
+    on_gpu = sees_gpu() if config.device == "auto" else device_names(config.device) != ["cpu"]
+    place = "cuda" if on_gpu else "cpu"
+    device = config.device if on_gpu and config.device != "auto" else place
+    found = Resolution.of(
+        config, source.spec, source.dtype_of, device=device,
+        fingerprint=fingerprint(source.directory) if source.directory and config.mixed else "",
+    )  # fmt: skip
+    windows, warnings = _windows(found.config, model, source.spec)
+    settled = found.settled(windows)
+    tokens = tokens_of(settled, windows)
+    check = preflight(
+        PlannedJob(
+            found.spec,
+            found.recipe,
+            tokens,
+            compute_bytes=found.compute_bytes,
+            on_gpu=on_gpu,
+            out=output or Path.cwd() / "out",
+            dtype_of=found.dtype_of,
+            source_dtype_of=source.dtype_of,
+            source_spec=source.spec,
+        )
+    )
+    measuring = None
+    if found.measures(windows):
+        measuring = sensitivity_bytes(
+            found.spec, windows.length, found.compute_bytes, on_gpu, bool(config.asymmetric)
+        )
+    assumed = Assumed(
+        calibration_windows=windows.calibration,
+        evaluation_windows=windows.evaluation,
+        window_tokens=windows.length,
+        counted=windows.counted,
+        original_windows=tokens.original(found.spec) // windows.length,
+        calibration_dtype=settled.calibration_dtype,
+        compute_dtype=settled.compute_dtype,
+        device=device,
+        lanes=1 if on_gpu or found.spec.intermediate_size > WORKERS_UP_TO else MOST_WORKERS,
+    )
+    warnings += _lacking(check, measuring, output is None)
+    local = source.directory is not None
+    return DryRun(check, found.spec, found.budgeted, measuring, assumed, local, tuple(warnings))
+
+
+def recipe_json(found: Budgeted) -> dict[str, Any]:
+    """The recipe, its prediction and its bound."""
+    return {
+        "target": found.target,
+        "predicted_kl": found.predicted_kl,
+        "bound_kl": found.bound_kl,
+        "sensitivity": found.sensitivity,
+        "file_bytes": found.file_bytes,
+        "bits_per_linear_weight": found.bits_per_linear_weight,
+        "layers": [
+            {stage: label_of(scheme) for (_, stage), scheme in row}
+            for _, row in itertools.groupby(found.choice.items(), key=lambda item: item[0][0])
+        ],
+    }
+
+
+def _windows(config: QuantizeConfig, model: str, spec: ModelSpec) -> tuple[Windows, list[str]]:
+    """Windows that a job would read, and a warning where these are fewer than asked for."""
+    calibrated = config.solver == "gptq"
+    most = config.num_samples or DEFAULT_WINDOWS
+    most_held = config.eval_samples or DEFAULT_EVALUATION_WINDOWS
+    if (Path(model) / "tokenizer.json").is_file():
+        count = _counter(Path(model), spec)
+        windows, length, counted = 0, config.sequence_length, True
+        if calibrated:
+            windows, length, counted = count(config.calibration, most, length, config.seed)
+        held_out, _, _ = count(config.eval_text, most_held, length, None)
+    else:
+        length, counted = config.sequence_length, False
+
+        def known(name: str, most: int) -> int:
+            return min(most, max(1, SET_TOKENS[name] // length)) if name in SET_TOKENS else most
+
+        windows, held_out = known(config.calibration, most) if calibrated else 0, known(config.eval_text, most_held)
+    warnings = []
+    for option, name, wanted, found in (
+        ("--num-samples", config.calibration, config.num_samples if calibrated else None, windows),
+        ("--eval-samples", config.eval_text, config.eval_samples, held_out),
+    ):
+        if wanted is not None and found < wanted:
+            about = "" if counted else "about "
+            warnings.append(f"{option} {wanted}: {name} has {about}{found} windows of {length} tokens")
+    return Windows(windows, held_out, length, counted), warnings
+
+
+def _counter(directory: Path, spec: ModelSpec) -> Callable[[str, int, int, int | None], tuple[int, int, bool]]:
+    """A function that counts a text's windows, `most` at most, as a job draws them; sets of the hub are not fetched."""
+    from qwenq.text.calibration import load_windows
+    from qwenq.text.tokens import ModelTokenizer
+
+    tokenizer = ModelTokenizer(directory)
+
+    def count(name: str, most: int, length: int, seed: int | None) -> tuple[int, int, bool]:
+        if name not in SET_TOKENS and not name.endswith(_TEXT_FILES):
+            return most, length, False
+        ids = load_windows(name, tokenizer, spec, length=length, count=None, seed=seed, up_to=most).ids
+        return ids.shape[0], ids.shape[1], True
+
+    return count
+
+
+def _lacking(check: Preflight, measuring: tuple[int, int] | None, placeless: bool) -> list[str]:
+    """What this machine has too little of, a line each; of disk only where no output says which is meant."""
+    lines = []
+    ram, peak = total_memory(), max(check.peak_ram_bytes, measuring[0] if measuring else 0)
+    if ram is not None and peak > ram:
+        lines.append(f"the predicted peak of memory is {format_gb(peak)}, this machine has {format_gb(ram)}")
+    free, needed = check.disk_free_bytes, check.disk_needed_bytes
+    if placeless and free is not None and needed > free:
+        lines.append(f"{format_gb(needed)} of disk are needed, {format_gb(free)} are free here: choose another with -o")
+    return lines

@@ -1,0 +1,79 @@
+"""The end of every job that writes a checkpoint: what is not a shard, the manifest last, and the directory's name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwenq.checkpoint.manifest import LOCK_NAME, SCRATCH_PREFIX, changed, write_manifest
+from qwenq.checkpoint.shards import encode_index
+from qwenq.errors import JobError
+from qwenq.formats.base import Recipe, get_format
+from qwenq.io.durable import copy_synced, sync_directory, write_bytes, write_json
+from qwenq.io.json import MAX_SMALL_BYTES, check_regular, inside
+from qwenq.io.safetensors import INDEX_NAME, TensorSpec
+from qwenq.pipeline.card import CARD_NAME
+from qwenq.text.tokens import TOKENIZER_FILES
+
+COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json", "LICENSE")
+
+
+@dataclass(frozen=True)
+class Output:
+    """A checkpoint in the making: written in `work`, which becomes `out` when all of it is whole."""
+
+    work: Path
+    out: Path
+    recipe: Recipe
+    config: Mapping[str, Any]  # config.json as it is written
+    files: Mapping[str, list[TensorSpec]]  # the shards
+
+    @property
+    def names(self) -> set[str]:
+        """Every file that a checkpoint may have but those that its job puts beside, and the manifest."""
+        small = get_format(self.recipe.format).small_files(self.config["quantization_config"])
+        return {*self.files, *small, *COPIED_FILES, INDEX_NAME, "config.json", CARD_NAME}
+
+    def copy_small_files(self, source: Path, hashes: Mapping[str, str]) -> dict[str, str]:
+        """Tokenizer and licence of the source, and their SHA-256; CheckpointError where one is not that in `hashes`."""
+        copied = {}
+        for name in COPIED_FILES:
+            path = inside(source, name)
+            if os.path.lexists(path):
+                check_regular(path, MAX_SMALL_BYTES)
+                copied[name] = copy_synced(path, self.work / name)
+            if copied.get(name) != hashes.get(name):
+                raise changed(path)
+        return copied
+
+    def write_configs(self) -> dict[str, str]:
+        """The index, the configuration and the format's own small files; their SHA-256 by name."""
+        written = {INDEX_NAME: write_json(self.work / INDEX_NAME, encode_index(self.files))}
+        written["config.json"] = write_json(self.work / "config.json", self.config)
+        small = get_format(self.recipe.format).small_files(self.config["quantization_config"])
+        return written | {name: write_json(self.work / name, content) for name, content in small.items()}
+
+    def finish(self, described: Mapping[str, Any], hashes: Mapping[str, str], card: str | None) -> None:
+        """Write the card, if any, and the manifest, and rename the directory. hashes: SHA-256 of all other files."""
+        beside = {} if card is None else {CARD_NAME: write_bytes(self.work / CARD_NAME, card.encode())}
+        write_manifest(self.work, described, {**hashes, **beside})
+        give_name(self.work, self.out)
+
+
+def give_name(work: Path, out: Path) -> None:
+    """Remove what was needed to resume, and rename the finished directory."""
+    for leftover in work.glob(SCRATCH_PREFIX + "*"):
+        if leftover.name != LOCK_NAME:  # held until the directory has its name
+            leftover.unlink()
+    sync_directory(work)
+    os.replace(work, out)
+    try:
+        sync_directory(out.parent)
+    except OSError as error:
+        raise JobError(
+            f"{out}: finished, but the disk could not confirm its name ({error.strerror})",
+            hint="look after the disk, then `qwenq verify` it",
+        ) from error

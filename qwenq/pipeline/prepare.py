@@ -1,0 +1,134 @@
+"""From a configuration and a model's directory to a job that can run: texts read, bits and devices chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from qwenq.checkpoint.reader import Checkpoint, open_source
+from qwenq.errors import JobError
+from qwenq.io.durable import file_sha256
+from qwenq.io.safetensors import fingerprint
+from qwenq.pipeline.config import DEFAULT_EVALUATION_WINDOWS, DEFAULT_WINDOWS, QuantizeConfig, Resolution, pick_device
+from qwenq.pipeline.fisher import measure_sensitivity, split_windows
+from qwenq.pipeline.job import DTYPES, QuantizeJob, partial_directory, windows_of
+from qwenq.pipeline.journal import Journal
+from qwenq.pipeline.quantize import check_places
+from qwenq.planning.budget import Budgeted
+from qwenq.planning.recipefile import RECIPE_NAME, encode_recipe
+from qwenq.planning.sensitivity import SENSITIVITY_NAME, encode_sensitivity
+from qwenq.text.calibration import load_windows, overlap
+from qwenq.text.tokens import ModelTokenizer, TokenWindows
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """A job whose bits are a prior's choice, where a budget has no sensitivities yet, until these are measured."""
+
+    resolution: Resolution
+    source: Checkpoint  # FFN padded as asked
+    out: Path
+    calibration: TokenWindows | None
+    evaluation: TokenWindows
+    overlap: float | None
+
+    @property
+    def budgeted(self) -> Budgeted | None:
+        """The mixture; None for one scheme."""
+        return self.resolution.budgeted
+
+    @property
+    def job(self) -> QuantizeJob:
+        found, files = self.resolution, {}
+        if found.budgeted:
+            files[RECIPE_NAME] = encode_recipe(self.source.spec, found.budgeted).encode()
+        if found.budgeted and found.table:
+            files[SENSITIVITY_NAME] = encode_sensitivity(found.table)
+        return QuantizeJob(
+            source=self.source,
+            out=self.out,
+            recipe=found.recipe,
+            config=found.settled(windows_of(self.calibration, self.evaluation)),
+            calibration=self.calibration,
+            evaluation=self.evaluation,
+            overlap=self.overlap,
+            beside=tuple(files.items()),
+        )
+
+    def measured(self, *, resume: bool = False, listen: Callable[[str], None] = lambda line: None) -> Preparation:
+        """With sensitivities measured, if a budget needs them; `listen` gets a line of text at each step."""
+        if self.calibration is None or not self.resolution.measures(windows_of(self.calibration, self.evaluation)):
+            return self
+        check_places(self.job, resume)
+        scratch = self.out.absolute().parent
+        scratch.mkdir(parents=True, exist_ok=True)
+        config = self.resolution.config
+        table = measure_sensitivity(
+            self.source,
+            split_windows(self.calibration, seed=config.seed, asymmetric=bool(config.asymmetric)),
+            compute_dtype=DTYPES[config.compute_dtype],
+            device=config.device.split(",")[0],
+            scratch=scratch,
+            listen=listen,
+        )
+        return replace(self, resolution=self.resolution.measured(table))
+
+
+def _measured_before(work: Path) -> Path | None:
+    """The sensitivities that a stopped job measured; None without, JobError where they are not those in its journal."""
+    path = work / SENSITIVITY_NAME
+    if not path.is_file():
+        return None
+    beside = Journal.load(work).beside
+    if beside is not None and file_sha256(path) != beside.get(SENSITIVITY_NAME):
+        raise JobError(
+            f"{path}: damaged, it is not what the journal says was measured",
+            hint="delete it, and it is measured again",
+        )
+    return path
+
+
+def prepare(directory: Path, out: Path, config: QuantizeConfig, *, resume: bool = False) -> Preparation:
+    """Open the model at `directory`, choose what the configuration leaves open and read the texts.
+
+    Raises QwenqError for a model, a text or a combination that cannot be used.
+    """
+    source = open_source(directory)
+    device = pick_device(config.device)
+    found = Resolution.of(
+        config,
+        source.spec,
+        source.dtype_of,
+        device=device,
+        fingerprint=fingerprint(source.directory) if config.mixed else "",
+        measured=_measured_before(partial_directory(out)) if resume and config.mixed else None,
+    )
+    if config.pad_for_tp is not None:
+        source = source.padded(found.spec.intermediate_size)
+    tokenizer = ModelTokenizer(source.directory)
+    calibration = None
+    if config.solver == "gptq":  # rounding to nearest reads no calibration text
+        calibration = load_windows(
+            config.calibration,
+            tokenizer,
+            source.spec,
+            length=config.sequence_length,
+            count=config.num_samples,
+            seed=config.seed,
+            up_to=DEFAULT_WINDOWS,
+        )
+    evaluation = load_windows(
+        config.eval_text,
+        tokenizer,
+        source.spec,
+        length=calibration.ids.shape[1] if calibration else config.sequence_length,
+        count=config.eval_samples,
+        seed=None,
+        up_to=DEFAULT_EVALUATION_WINDOWS,
+    )
+    texts = (config.calibration, config.eval_text)
+    compared = calibration is not None and not any(text.endswith(".npy") for text in texts)
+    shared = overlap(*texts) if compared else None
+    found.settled(windows_of(calibration, evaluation))  # what cannot be corrected is refused here
+    return Preparation(found, source, out, calibration, evaluation, shared)

@@ -1,0 +1,66 @@
+"""A MODEL argument as a checkpoint directory, fetched if need be, or as shapes and dtypes read from headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwenq.errors import PlanError
+from qwenq.io.json import shown
+from qwenq.model.spec import ModelSpec, family_spec
+
+
+def model_directory(model: str, listen: Callable[[str], None] = lambda line: None, hint: str = "") -> Path:
+    """The local directory of `model`, downloaded when it is a hub name; else PlanError, with `hint`.
+
+    listen: is told how far a download is.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return path
+    from qwenq.io.hub import fetch_model, is_hub_name
+
+    if is_hub_name(model):
+        return fetch_model(model, listen=listen)
+    raise no_checkpoint(model, hint)
+
+
+def no_checkpoint(model: str, hint: str = "") -> PlanError:
+    """The refusal of what is neither a directory nor a hub name."""
+    family = family_spec(model)
+    if not hint and family is not None:
+        hint = f"{family.name} is a family, for sizes and plans; a checkpoint is Qwen/{family.name} or a directory"
+    return PlanError(
+        f"{shown(model)}: neither a directory nor a hub name (owner/name)",
+        hint=hint or "give the folder that holds config.json, or for instance Qwen/Qwen2.5-7B-Instruct",
+    )
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A 16-bit model as its headers describe it, or as shipped with this package: BF16 throughout."""
+
+    spec: ModelSpec
+    dtype_of: Callable[[str], str]
+    directory: Path | None  # None for what is not on this machine
+
+
+def source_shapes(model: str) -> Shapes:
+    """Shapes of a family, a directory or a hub model, whose headers alone are fetched. QwenqError for anything else."""
+    local = Path(model).is_dir()
+    family = None if local else family_spec(model)
+    if family is not None:
+        return Shapes(family, lambda name: "BF16", None)
+    from qwenq.io.hub import is_hub_name
+
+    if not local and is_hub_name(model):
+        from qwenq.planning.models import load_model, source_dtypes
+
+        found = load_model(model)
+        return Shapes(found.spec, source_dtypes(found), None)
+    from qwenq.checkpoint.reader import open_source
+
+    hint = "for sizes alone a family name works: qwenq quantize Qwen2.5-72B --bits 4 --dry-run"
+    source = open_source(model_directory(model, hint=hint))
+    return Shapes(source.spec, source.dtype_of, source.directory)

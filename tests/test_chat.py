@@ -1,0 +1,81 @@
+"""A running model's tokenizer: its end tokens, its generation settings, plain text against chats."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, processors
+
+from qwenq.errors import CheckpointError
+from qwenq.runtime.chat import Chat
+from qwenq.runtime.generate import Sampling, next_token
+
+
+@pytest.fixture
+def model(tiny: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny, tmp_path / "model"))
+
+
+def test_an_end_token_that_only_the_tokenizer_names(model: Path, edit_json: Any) -> None:
+    content = (model / "tokenizer.json").read_text().replace("<|im_end|>", "<|turn_end|>")
+    (model / "tokenizer.json").write_text(content)
+    settings = (model / "tokenizer_config.json").read_text().replace("<|im_end|>", "<|turn_end|>")
+    (model / "tokenizer_config.json").write_text(settings)
+    edit_json(model / "config.json", eos_token_id=1021)
+    (model / "generation_config.json").unlink(missing_ok=True)
+    assert Chat(model, 1024).stop_ids == {1021, 1023}
+
+
+def test_plain_text_begins_with_bos_and_a_chat_as_its_template_says(model: Path) -> None:
+    own = Tokenizer.from_file(str(model / "tokenizer.json"))
+    own.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 1021)]
+    )
+    own.save(str(model / "tokenizer.json"))
+    chat = Chat(model, 1024)
+    assert chat.text_ids("The sea") == own.encode("The sea").ids and chat.text_ids("The sea")[0] == 1021
+    prompt = chat.prompt_ids([{"role": "user", "content": "Hi"}])
+    assert 1021 not in prompt and prompt[0] == 1022
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({"top_k": 20.0}, {"top_k": 20}),
+        ({"top_k": 20, "top_p": 1, "temperature": 1}, {"top_k": 20, "top_p": 1.0, "temperature": 1.0}),
+        ({"top_k": None, "top_p": 1e-320}, {"top_k": 0, "top_p": 1e-320, "temperature": 1.0}),
+    ],
+)
+def test_generation_settings_however_they_are_written(settings: Any, wanted: Any, model: Path) -> None:
+    (model / "generation_config.json").write_text(json.dumps({"do_sample": True} | settings))
+    found = Chat(model, 1024).sampling()
+    assert {key: getattr(found, key) for key in wanted} == wanted and type(found.top_k) is int
+    token = next_token(torch.tensor([0.0, 3.0, 1.0, 2.0]), [0], found, torch.Generator().manual_seed(0))
+    assert 0 <= token < 4 and (found.top_p > 0.5 or token == 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ('"top_k": 50.5', "top_k is 50.5, wanted a whole number of at most"),
+        ('"top_k": ' + "9" * 3000, r"top_k is 9{30,40}\.*, wanted a whole number of at most"),
+        ('"top_k": ' + "9" * 5000, "not JSON"),
+        ('"top_k": "20"', "top_k is '20', wanted a number"),
+        ('"top_k": true', "top_k is True, wanted a number"),
+        ('"temperature": 1e14', "temperature is 100000000000000.0, wanted a number of at most 1,000"),
+        ('"temperature": -1', "temperature is -1.0, wanted 0 or more"),
+        ('"top_p": 0', "top_p is 0.0, wanted more than 0"),
+        ('"repetition_penalty": [1]', r"repetition_penalty is \[1\], wanted a number"),
+    ],
+)
+def test_absurd_generation_settings_are_one_line(settings: str, message: str, model: Path) -> None:
+    (model / "generation_config.json").write_text('{"do_sample": true, ' + settings + "}")
+    with pytest.raises(CheckpointError, match=message) as caught:
+        Chat(model, 1024).sampling()
+    assert len(caught.value.message) < 300
+    assert Sampling()  # and without the file's settings there are others

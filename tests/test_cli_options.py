@@ -1,0 +1,208 @@
+"""Commands as a table: options frozen, grouped and documented; old names; start-up; completion in the shell."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from qwenq.cli.main import COMMANDS, RENAMED_FLAGS, SUBCOMMANDS, app, command
+from qwenq.pipeline.config import QuantizeConfig
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+# Scripts rely on these: add with care, remove never without a word in the changelog.
+OPTIONS = {
+    "quantize": "--output -o --bits --group-size --format --asymmetric --symmetric --fold --no-fold --pad-for-tp "
+    "--target-size --bpw --fit --context -c --engine --recipe --sensitivity --save-recipe --calibration --num-samples "
+    "-n --sequence-length --seed --eval-text --eval-samples --method --damp-percent --error-correction "
+    "--error-correction-share --device --dtype --compute-dtype --calibration-dtype --dry-run --resume --json",
+    "eval": "--reference --text --num-samples -n --sequence-length --max-kl --max-ppl-increase --device "
+    "--compute-dtype --json",
+    "run": "--prompt -p --system --raw --max-new-tokens -n --temperature --top-p --seed --max-model-len -c "
+    "--prefill-chunk --kv-cache-dtype --compute-dtype --engine --gpu-memory --cpu-memory --offload-dir --dry-run "
+    "--json",
+    "sensitivity": "--output -o --calibration --num-samples -n --sequence-length --seed --asymmetric --device "
+    "--compute-dtype --json",
+    "serve": "--host --port --served-model-name --allowed-hosts --api-key --max-queue --engine --max-model-len -c "
+    "--prefill-chunk --kv-cache-dtype --compute-dtype --gpu-memory --cpu-memory --offload-dir --gpu --hosts --dry-run",
+    "inspect": "--expect-params --json",
+    "convert": "--format --json",
+    "verify": "--source --layers --all-layers --calibration --json",
+    "report": "--output -o --title --benchmarks --measured --gpu --engine --json",
+    "demo": "--output -o --report",
+    "plan": "--context --max-model-len -c --gpu --detect --recommend --bits --group-size --target-size --recipe "
+    "--checkpoint --pad-for-tp --kv-cache-dtype --batch-size --engine --engine-version --prefill-chunk --reserve "
+    "--max-num-seqs --gpu-memory-utilization --expect-params --json",
+    "vram estimate": "--max-model-len -c --bits --group-size --target-size --recipe --checkpoint --pad-for-tp "
+    "--kv-cache-dtype --batch-size --engine --engine-version --prefill-chunk --gpu --reserve --tensor-parallel-size "
+    "--max-num-seqs --gpu-memory-utilization --expect-params --profile --json --csv",
+    "vram validate": "--json",
+    "vram gpus": "--json",
+    "vram serve": "--allowed-hosts --host --port",
+    "vram export": "--output -o --max-model-len -c --bits --kv-cache-dtype --group-size --batch-size --engine "
+    "--prefill-chunk --gpu",
+    "vram measure": "--synthetic --bits --group-size --max-model-len -c --prefill-chunk --kv-cache-dtype "
+    "--compute-dtype --gpu-memory --cpu-memory --offload-dir --output -o --json",
+}
+
+
+def commands() -> Iterator[tuple[str, Any]]:
+    for name in COMMANDS:
+        found = command(name)
+        subcommands = getattr(found, "commands", {})
+        yield from ((f"{name} {sub}", command(name, sub)) for sub in subcommands)
+        if not subcommands:
+            yield name, found
+
+
+def run(*words: object, **environment: str) -> Any:
+    return CliRunner(env={"COLUMNS": "100", "TERM": "dumb"} | environment).invoke(app, [str(word) for word in words])
+
+
+def python(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_options_are_frozen() -> None:
+    found = {
+        name: {flag for p in each.params if p.param_type_name == "option" for flag in (*p.opts, *p.secondary_opts)}
+        for name, each in commands()
+    }
+    assert found == {name: set(words.split()) for name, words in OPTIONS.items()}
+
+
+def test_every_option_of_a_configuration_is_one_of_the_command() -> None:
+    parameters = {p.name: p for p in command("quantize").params}
+    for field in fields(QuantizeConfig):
+        assert parameters[field.name].default == field.default, field.name
+        assert "--" + field.name.replace("_", "-") in parameters[field.name].opts
+
+
+def test_old_names_work_and_are_not_shown() -> None:
+    shown = run("quantize", "--help").stdout
+    assert "--error-correction " in shown and "--error-correction-share " in shown and "--pull" not in shown
+    dry = ("quantize", "Qwen2.5-7B", "--dry-run", "--json")
+
+    def states(*words: object) -> int:
+        return json.loads(run(*dry, "-n", 64, *words).stdout)["state_bytes"]
+
+    new = states("--error-correction", 1, "--error-correction-share=1")
+    assert new == states("--pull=1", "--pull-share", 1) > states("--pull", 0) == states("--error-correction", 0)
+    wrong = run(*dry, "--pull", 2)
+    assert wrong.exit_code == 2 and "'--error-correction'" in wrong.stderr
+    assert set(RENAMED_FLAGS.values()) <= set(OPTIONS["quantize"].split())
+    after = run("run", "--", "--pull")  # no option there, but the model's name
+    assert after.exit_code == 1 and "--pull: neither a directory" in after.stderr
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_help_fits_a_screen(name: str) -> None:
+    result = run(*name.split(), "--help")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert len(lines) <= 70 and max(map(len, lines)) <= 100
+    assert sum(line.startswith("╭─ Options ") for line in lines) == 1
+
+
+@pytest.mark.parametrize("name", ["quantize", "run", "serve", "eval", "vram measure"])
+def test_many_options_are_grouped(name: str) -> None:
+    words = name.split()
+    options = [p for p in command(*words).params if p.param_type_name == "option"]
+    panels = {p.rich_help_panel for p in options}
+    assert len(panels) >= 3
+    if len(options) > 12:
+        assert None not in panels
+
+
+def test_the_list_of_commands_says_what_each_says_itself() -> None:
+    listed = {name: (entry.help, command(name)) for name, entry in COMMANDS.items()}
+    listed |= {
+        f"{name} {sub}": (entry.help, command(name, sub))
+        for name, subs in SUBCOMMANDS.items()
+        for sub, entry in subs.items()
+    }
+    for name, (text, found) in listed.items():
+        assert " ".join(inspect.cleandoc(found.help).split("\n\n")[0].split()) == text, name
+
+
+def test_the_reference_is_made_from_the_commands() -> None:
+    done = subprocess.run(
+        [sys.executable, DOCS / "make_cli_reference.py", "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# ---------------------------------------------------------------------- start-up
+
+
+@pytest.mark.parametrize(
+    ("words", "absent"),
+    [
+        ("--version", {"rich", "pydantic", "qwenq.planning", "qwenq.pipeline", "numpy"}),
+        ("--help", {"pydantic", "qwenq.planning", "qwenq.pipeline", "numpy"}),
+        ("vram Qwen2.5-72B", {"rich", "pydantic", "torch", "numpy", "qwenq.pipeline", "qwenq.cli.plan"}),
+        ("plan Qwen2.5-72B --gpu 2x24GB", {"rich", "pydantic", "torch", "numpy", "qwenq.pipeline"}),
+        ("quantize Qwen2.5-72B --dry-run --seed 3", {"pydantic", "torch", "numpy", "qwenq.runtime", "qwenq.report"}),
+    ],
+)
+def test_a_command_imports_what_it_needs(words: str, absent: set[str]) -> None:
+    code = (
+        f"import sys; sys.argv = ['qwenq', *{words.split()!r}]\n"
+        "from qwenq.cli.main import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code, end\n"
+        f"found = {absent!r} & set(sys.modules); assert not found, found"
+    )
+    python(code)
+
+
+@pytest.mark.parametrize(
+    ("value", "read"),
+    [
+        ("--seed=7", 7), ("--seed=+7", 7), ("--seed= 7", 7), ("--seed=7_0", 70), ("--seed=-1", None),
+        ("--seed=x", None), ("--damp-percent=.5", 0.5), ("--damp-percent=5e-1", 0.5), ("--damp-percent=0", 0.0),
+        ("--damp-percent=1.01", None), ("--damp-percent=nan", None), ("--sensitivity=", Path()), ("--fit=", ""),
+    ],
+)  # fmt: skip
+def test_values_are_read_as_typer_reads_them(value: str, read: Any) -> None:
+    found = command("quantize")
+    name = value.partition("=")[0][2:].replace("-", "_")
+    if read is None:
+        with pytest.raises(Exception, match="Input should be"):
+            found.make_context("quantize", ["m", value])
+    else:
+        given = found.make_context("quantize", ["m", value]).params[name]
+        assert (given, type(given)) == (read, type(read))
+
+
+# ---------------------------------------------------------------------- completion
+
+
+@pytest.mark.parametrize(
+    ("typed", "wanted"),
+    [
+        ("qwenq q", ["quantize"]), ("qwenq vram m", ["measure"]), ("qwenq vram measure --syn", ["--synthetic"]),
+        ("qwenq quantize --err", ["--error-correction", "--error-correction-share"]),
+    ],
+)  # fmt: skip
+def test_the_shell_completes(typed: str, wanted: list[str]) -> None:
+    code = "import sys; sys.argv = ['qwenq']\nfrom qwenq.cli.main import main\nmain()"
+    done = python(
+        code, _QWENQ_COMPLETE="complete_bash", COMP_WORDS=typed, COMP_CWORD=str(len(typed.split()) - 1),
+        _TYPER_COMPLETE_ARGS=typed,
+    )  # fmt: skip
+    assert done.split() == wanted
