@@ -544,6 +544,8 @@ def campaign(target: Target, report: Report, cases: int, *, seed: int, whole: bo
             exchange(target, request(target.post, json.dumps(target.good).encode()))
         report.cases += 300
         report.rss_mib.append(target.rss_mib())
+        if report.rss_mib[-1] - report.rss_mib[-2] > 50:
+            report.faults.append(f"memory grew in 300 good requests and what was before: {report.rss_mib} MiB")
     if not target.is_well():
         report.faults.append("a good request is not answered at the end")
     if max(report.rss_mib) - report.rss_mib[0] > 512:
