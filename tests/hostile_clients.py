@@ -338,6 +338,9 @@ def _leaves(target: Target, rng: random.Random) -> int:
             client.settimeout(0.05)
             with suppress(TimeoutError):
                 client.recv(rng.choice([1, 100, 2000]))
+        if rng.random() < 0.5:
+            client.shutdown(socket.SHUT_WR)  # then a reset is a broken pipe
+            time.sleep(rng.choice([0, 0.01, 0.1]))
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
     return 0
 
@@ -541,6 +544,8 @@ def campaign(target: Target, report: Report, cases: int, *, seed: int, whole: bo
             exchange(target, request(target.post, json.dumps(target.good).encode()))
         report.cases += 300
         report.rss_mib.append(target.rss_mib())
+        if report.rss_mib[-1] - report.rss_mib[-2] > 50:
+            report.faults.append(f"memory grew in 300 good requests and what was before: {report.rss_mib} MiB")
     if not target.is_well():
         report.faults.append("a good request is not answered at the end")
     if max(report.rss_mib) - report.rss_mib[0] > 512:

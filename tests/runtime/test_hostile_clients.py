@@ -57,6 +57,7 @@ def test_clients_that_leave_do_not_end_the_server() -> None:
             with target.connect() as client:
                 client.sendall(request("/plotly.min.js", method="GET") * 2)
                 client.recv(100)
+                client.shutdown(socket.SHUT_WR)  # then a reset is a broken pipe
                 time.sleep(pause)
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
             assert target.process.poll() is None
