@@ -20,6 +20,7 @@ from typing import Any
 from qwenq.errors import CheckpointError, JobError
 from qwenq.io.durable import TORN_ENDING, file_sha256, write_bytes
 from qwenq.io.json import MAX_SMALL_BYTES, check_regular, inside, open_regular, parse_object, read_limited, shown
+from qwenq.io.safetensors import read_header
 
 MANIFEST_NAME = "qwenq-manifest.json"
 SCRATCH_PREFIX = ".qwenq-"  # states, spilled buffers and the lock: gone before the directory gets its name
@@ -141,7 +142,7 @@ def check_files(directory: Path, manifest: Mapping[str, Any]) -> Iterator[Findin
         try:
             found = hash_of(path)
         except CheckpointError as error:
-            yield Finding(shown(name), f"changed: {error.message.removeprefix(f'{shown(str(path))}: ')}")
+            yield Finding(shown(name), f"changed: {error.message.partition(': ')[2] or error.message}")
             continue
         if found != digest:
             yield Finding(shown(name), f"changed: SHA-256 {found}, the manifest has {shown(digest, 64)}")
@@ -211,8 +212,12 @@ class SourceFiles:
 
 
 def hash_of(path: Path) -> str:
-    """SHA-256 of a checkpoint's file; CheckpointError for none, and for one beside the weights that is as large."""
-    if path.suffix != ".safetensors":
+    """SHA-256 of a checkpoint's file; CheckpointError for what is none: weights whose size is not that of their header,
+    and others that are as large as weights.
+    """
+    if path.suffix == ".safetensors":
+        read_header(path)
+    else:
         check_regular(path, MAX_SMALL_BYTES)
     return file_sha256(path)
 

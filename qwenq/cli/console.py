@@ -1,37 +1,39 @@
-"""Output of all commands: tables to stdout, progress and warnings to stderr, one JSON serializer."""
+"""Tables to stdout, warnings and progress to stderr, by rich."""
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-from qwenq.results import BlockResult, DriftReport, finite_json
+from qwenq.cli.plain import print_step
+from qwenq.escaping import printable, printable_lines
+from qwenq.results import BlockResult, DriftReport
 from qwenq.units import format_seconds
 
-out = Console(highlight=False, soft_wrap=False)
-err = Console(stderr=True, highlight=False)
+
+class _PlainConsole(Console):
+    """A console to which every string means itself: no markup, no emoji, and nothing that moves the cursor."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, markup=False, emoji=False, highlight=False)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable_lines(text), **options)
 
 
-def print_json(value: Any) -> None:
-    """JSON to stdout; figures that are not finite become null."""
-    print(json.dumps(finite_json(value), indent=2, ensure_ascii=False))
+out = _PlainConsole()
+err = _PlainConsole(stderr=True)
 
 
 def warn(line: str) -> None:
     """One line to stderr, however long."""
-    err.print(f"[yellow]warning:[/] {escape(line)}", soft_wrap=True)
-
-
-def print_step(line: str) -> None:
-    """A line of progress to stderr."""
-    print(line, file=sys.stderr, flush=True)
+    err.print(Text.assemble(("warning:", "yellow"), " ", printable(line)), soft_wrap=True)
 
 
 class LayerProgress:
@@ -42,9 +44,9 @@ class LayerProgress:
         self.started = time.perf_counter()
         self.live = sys.stderr.isatty() and not quiet
         self.bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
-            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.completed}/{task.total}", markup=False),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -71,9 +73,9 @@ class LayerProgress:
     def say(self, line: str) -> None:
         """A step that is not a layer."""
         if self.live:
-            self.bar.update(self.task, description=line)
+            self.bar.update(self.task, description=printable(line))
         elif not self.quiet:
-            print(line, file=sys.stderr, flush=True)
+            print_step(line)
 
     def layer(self, result: BlockResult) -> None:
         """A finished layer: its worst linear's error, seconds, time left."""
@@ -89,11 +91,9 @@ class LayerProgress:
             assert self.total is not None
             left = (self.total - result.layer - 1) * (time.perf_counter() - self.started) / self.done
             stream = f", stream {result.stream_error_db:.1f} dB" if result.stream_error_db is not None else ""
-            print(
+            print_step(
                 f"layer {result.layer + 1}/{self.total}  {errors}{stream}  {format_seconds(result.seconds)}  "
-                f"left {format_seconds(left)}",
-                file=sys.stderr,
-                flush=True,
+                f"left {format_seconds(left)}"
             )
 
     def step(self, done: int, total: int) -> None:
@@ -105,7 +105,7 @@ class LayerProgress:
 def drift_table(drift: DriftReport, reference: str = "16-bit") -> Table:
     """The drift report as a table of one figure a row; `reference` says what it was measured against."""
     size = f"{drift.windows} x {drift.window_tokens} tokens, {drift.compute_dtype}"
-    table = Table(title=f"drift on {escape(drift.text)} ({size})")
+    table = Table(title=f"drift on {drift.text} ({size})")
     table.add_column("figure")
     table.add_column("value", justify="right")
     table.add_column("95 % interval", justify="right")

@@ -9,8 +9,8 @@ import typer
 
 from qwenq import api
 from qwenq.cli.console import out as stdout
-from qwenq.cli.console import print_json
 from qwenq.cli.options import JsonFlag
+from qwenq.cli.plain import print_json
 from qwenq.formats.base import FORMATS, names_of
 from qwenq.units import format_gb, format_seconds
 
@@ -42,5 +42,4 @@ def convert(
         f"{made.out}: {made.scheme}, {made.source_format} to {made.format}, {format_gb(made.file_bytes)}, "
         f"{format_seconds(made.seconds)}, peak {format_gb(made.peak_rss_bytes)} of memory",
         soft_wrap=True,
-        markup=False,
     )

@@ -78,4 +78,4 @@ def demo(
     )
     page = report.with_suffix(".html")
     write_report(compose(load_runs([directory / name for name in _RUNS]), extras), page, report)
-    out.print(f"report: {page}, {report}", soft_wrap=True, markup=False)
+    out.print(f"report: {page}, {report}", soft_wrap=True)

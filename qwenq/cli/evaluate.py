@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 
 from qwenq import api
-from qwenq.cli.console import LayerProgress, drift_table, out, print_json
+from qwenq.cli.console import LayerProgress, drift_table, out
 from qwenq.cli.options import JOB, TEXT, ComputeDtype, Device, JsonFlag, Model, SequenceLength, fetched, option
+from qwenq.cli.plain import print_json
 from qwenq.errors import PlanError
 from qwenq.pipeline.config import EvaluateConfig
 

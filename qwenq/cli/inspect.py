@@ -8,8 +8,9 @@ import typer
 from rich.table import Table
 
 from qwenq import api
-from qwenq.cli.console import out, print_json
+from qwenq.cli.console import out
 from qwenq.cli.options import JsonFlag, warn_of_shipped
+from qwenq.cli.plain import print_json
 from qwenq.errors import HonestNo, UsageError
 from qwenq.units import format_gb
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,6 +18,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from qwenq import __version__
+from qwenq.cli.plain import print_line, print_step
 from qwenq.errors import QwenqError
 
 
@@ -85,6 +89,7 @@ SUBCOMMANDS = {
         ),
     },
 }  # fmt: skip
+_NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory")  # torch's, in a RuntimeError
 RENAMED_FLAGS = {"--pull": "--error-correction", "--pull-share": "--error-correction-share"}
 
 
@@ -141,13 +146,39 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except QwenqError as error:
-            print(f"error: {error.message}", file=sys.stderr)
-            if error.hint:
-                print(f"hint: {error.hint}", file=sys.stderr)
-            raise typer.Exit(error.exit_code) from None
+            raise _told(error) from None
+        except (OSError, MemoryError, RuntimeError, UnicodeError) as error:
+            if (refused := _refused_by_system(error)) is None:
+                raise
+            raise _told(refused) from None
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+            print_step("interrupted")
             raise typer.Exit(130) from None
+
+
+def _told(error: QwenqError) -> typer.Exit:
+    """The exit that an error makes, after its one line and its hint."""
+    print_step(f"error: {error.message}")
+    if error.hint:
+        print_step(f"hint: {error.hint}")
+    return typer.Exit(error.exit_code)
+
+
+def _refused_by_system(error: Exception) -> QwenqError | None:
+    """What files, memory or names of files refuse anywhere, in one line; None for a fault of this program."""
+    if isinstance(error, UnicodeError):
+        return QwenqError(f"text that is not UTF-8 ({error})")
+    if isinstance(error, OSError):
+        if error.errno is None:
+            return None
+        hint = "raise the limit: ulimit -n" if error.errno == errno.EMFILE else ""
+        where = f"{error.filename}: " if error.filename else ""
+        return QwenqError(f"{where}{error.strerror or os.strerror(error.errno)}", hint=hint)
+    if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
+        return QwenqError("out of memory", hint="end other programs, or ask for less at once")
+    if "Too many open files" in str(error):
+        return QwenqError("Too many open files", hint="raise the limit: ulimit -n")
+    return None
 
 
 def _read_plainly(command: Any) -> None:
@@ -209,7 +240,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"qwenq {__version__}")
+        print_line(f"qwenq {__version__}")
         raise typer.Exit()
 
 
@@ -233,4 +264,9 @@ def command(name: str, *subcommands: str) -> Any:
 
 def main() -> None:
     """Console entry: run the command line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding does not hold
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     app()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json as encoding
 import platform
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +12,6 @@ import typer
 
 from qwenq import __version__
 from qwenq.api import load_options
-from qwenq.cli.console import print_json
 from qwenq.cli.options import (
     ENGINE,
     JOB,
@@ -29,6 +27,7 @@ from qwenq.cli.options import (
     load_words,
     option,
 )
+from qwenq.cli.plain import print_json, print_line, print_step
 from qwenq.errors import HonestNo, PlanError, UsageError
 from qwenq.units import GIB, format_tokens, parse_tokens
 
@@ -81,8 +80,8 @@ def measure(
     weights, held = opened
     with held as found:
         for line in describe(found):
-            print(line, file=sys.stderr)
-        rows, ended = run(found, weights, contexts, lambda line: print(line, file=sys.stderr))
+            print_step(line)
+        rows, ended = run(found, weights, contexts, print_step)
         facts = _facts(found, weights, synthetic or str(checkpoint))
     from qwenq.planning.profile import profile_json
 
@@ -92,7 +91,7 @@ def measure(
     if json:
         print_json(result)
     else:
-        print("\n".join(_table(result)))
+        print_line("\n".join(_table(result)))
     if ended:
         raise HonestNo(f"memory ran out, {ended}", hint="the contexts before it are above")
 

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from qwenq.api import LoadWords
-from qwenq.cli.console import print_step, warn
+from qwenq.cli.console import warn
+from qwenq.cli.plain import print_step
 from qwenq.formats.base import FORMATS, names_of
 from qwenq.pipeline.source import model_directory
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
+from qwenq.cli.plain import print_json, print_line
 from qwenq.cli.vram import (
     RIG,
     WORKLOAD,
@@ -105,17 +105,17 @@ def plan(
     if recommend_rigs:
         rigs = recommend(case)
         if as_json:
-            print(json.dumps({"model": asked.spec.name, "rigs": [found.to_json() for found in rigs]}, indent=2))
+            print_json({"model": asked.spec.name, "rigs": [found.to_json() for found in rigs]})
         else:
-            print("\n".join(_recommended(case, rigs)))
+            print_line("\n".join(_recommended(case, rigs)))
         if not rigs:
             raise typer.Exit(NOT_FITTING)
         return
     found = make_plan(case)
     if as_json:
-        print(json.dumps(found.to_json() | {"flags": plan_commands(found)}, indent=2))
+        print_json(found.to_json() | {"flags": plan_commands(found)})
     else:
-        print("\n".join(_text(found)))
+        print_line("\n".join(_text(found)))
     if not found.fits:
         raise typer.Exit(NOT_FITTING)
 

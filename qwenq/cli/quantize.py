@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from qwenq.cli import options as ask
-from qwenq.cli.console import LayerProgress, drift_table, err, out, print_json, warn
+from qwenq.cli.console import LayerProgress, drift_table, err, out, warn
 from qwenq.cli.options import fetched, options_of, warn_of_shipped
+from qwenq.cli.plain import print_json, print_step
 from qwenq.errors import ExcludedOptions, PlanError
 from qwenq.formats.base import label_of
 from qwenq.model.spec import ModelSpec, family_spec
@@ -106,7 +106,6 @@ def _quantize(model: str, config: QuantizeConfig, output: Path, resume: bool, js
         f"({result.bits_per_linear_weight:.2f} bits per linear weight), {format_seconds(result.seconds)}, "
         f"peak {format_gb(result.peak_rss_bytes)} of memory",
         soft_wrap=True,
-        markup=False,
     )
 
 
@@ -115,11 +114,11 @@ def _say_how_to_go_on(output: Path) -> None:
 
     partial = partial_directory(output)
     if not partial.exists():
-        print("\nstopped; nothing was begun", file=sys.stderr)
+        print_step("\nstopped; nothing was begun")
         return
     again = [word for word in sys.argv[1:] if word != "--resume"]
-    print(f"\nstopped; {partial} keeps what is done. Go on with:", file=sys.stderr)
-    print(f"  qwenq {shlex.join(again)} --resume", file=sys.stderr)
+    print_step(f"\nstopped; {partial} keeps what is done. Go on with:")
+    print_step(f"  qwenq {shlex.join(again)} --resume")
 
 
 # ---------------------------------------------------------------------- dry run
@@ -138,7 +137,7 @@ def _dry_run(model: str, config: QuantizeConfig, output: Path | None, save_to: P
         print_json(found.to_json())
         return
     out.print(_sizes_table(found))
-    out.print(found.assumed.line(config.calibration), soft_wrap=True, markup=False)
+    out.print(found.assumed.line(config.calibration), soft_wrap=True)
     if found.budgeted:
         out.print(recipe_table(found.spec, found.budgeted))
         out.print(prediction_line(found.budgeted), soft_wrap=True)
@@ -150,7 +149,7 @@ def _dry_run(model: str, config: QuantizeConfig, output: Path | None, save_to: P
 
 def _sizes_table(found: DryRun) -> Table:
     check = found.preflight
-    table = Table(title=f"dry run: {escape(check.model)} to {check.scheme} ({check.format})")
+    table = Table(title=f"dry run: {check.model} to {check.scheme} ({check.format})")
     table.add_column("what")
     table.add_column("", justify="right")
     for unit, label in check.units.items():

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from qwenq.cli.console import out, print_json, warn
+from qwenq.cli.console import out, warn
 from qwenq.cli.options import JsonFlag
+from qwenq.cli.plain import print_json
 
 
 def report(
@@ -56,4 +57,4 @@ def report(
     if json:
         print_json({"html": str(page), "markdown": str(markdown)})
     else:
-        out.print(f"report: {page}, {markdown}", soft_wrap=True, markup=False)
+        out.print(f"report: {page}, {markdown}", soft_wrap=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qwenq.api import load_options
-from qwenq.cli.console import print_json, warn
+from qwenq.cli.console import warn
 from qwenq.cli.options import (
     ANSWER,
     ENGINE,
@@ -29,6 +29,7 @@ from qwenq.cli.options import (
     option,
     warn_of_shipped,
 )
+from qwenq.cli.plain import print_json, print_line, print_step
 from qwenq.errors import RunError, UsageError
 from qwenq.pipeline.source import no_checkpoint
 from qwenq.units import format_gb
@@ -130,7 +131,7 @@ def run(
     with loaded(checkpoint, options) as found:
         if not json:
             for line in describe(found):
-                print(line, file=sys.stderr)
+                print_step(line)
         session = Session(found.model, found.work.context, options.prefill_chunk, options.kv_dtype, chat.stop_ids)
         if ids is not None:
             _answer(found, session, chat, ids, sampling, json)
@@ -168,7 +169,7 @@ def print_forecast(model: str, options: LoadOptions, json: bool) -> None:
     if json:
         print_json(found.to_json())
     else:
-        print("\n".join(found.lines()))
+        print_line("\n".join(found.lines()))
 
 
 def _ids(chat: Chat, prompt: str, system: str, raw: bool) -> list[int]:
@@ -195,7 +196,7 @@ def _answer(found: Loaded, session: Session, chat: Chat, ids: list[int], samplin
     for part in chat.stream(noted(), ids):
         text += part
         if not json:
-            print(part, end="", flush=True)
+            print_line(part, end="")
     rows = found.beside_prediction(read_peaks(devices, found.base_rss))
     if json:
         print_json(
@@ -212,19 +213,17 @@ def _answer(found: Loaded, session: Session, chat: Chat, ids: list[int], samplin
             }
         )
         return text
-    print(flush=True)
-    print(
+    print_line()
+    print_step(
         f"prompt {timing.prompt_tokens} tokens, {timing.prefill_speed:.1f} tokens/s; "
         f"answer {timing.new_tokens} tokens, {timing.decode_speed:.2f} tokens/s",
-        file=sys.stderr,
     )
     for row in rows:
         small = abs(row["allocated_bytes"] - row["predicted_bytes"]) < SMALL_DIFFERENCE
         error = f" ({row['error_percent']:+.1f} %)" if row["error_percent"] is not None and not small else ""
-        print(
+        print_step(
             f"{row['device']}: peak {format_gb(row['allocated_bytes'])}, predicted "
             f"{format_gb(row['predicted_bytes'])}{error}",
-            file=sys.stderr,
         )
     return text
 
@@ -233,10 +232,10 @@ def _talk(found: Loaded, session: Session, chat: Chat, sampling: Sampling, syste
     """Turn after turn from stdin; an empty line is skipped, /clear forgets, end of input or /exit ends."""
     messages = [{"role": "system", "content": system}] if system else []
     if sys.stdin.isatty():
-        print("a line is a turn; /clear forgets what was said, /exit or Ctrl-D ends", file=sys.stderr)
+        print_step("a line is a turn; /clear forgets what was said, /exit or Ctrl-D ends")
     while True:
         if sys.stdin.isatty():
-            print("> ", end="", file=sys.stderr, flush=True)
+            print_step("> ", end="")
         line = sys.stdin.readline()
         if not line or line.strip() == "/exit":
             return
@@ -250,7 +249,7 @@ def _talk(found: Loaded, session: Session, chat: Chat, sampling: Sampling, syste
         try:
             text = _answer(found, session, chat, ids, sampling, False)
         except RunError as error:  # the context is full, say: the model stays loaded
-            print(f"error: {error.message}\nhint: {error.hint}; /clear forgets the dialogue", file=sys.stderr)
+            print_step(f"error: {error.message}\nhint: {error.hint}; /clear forgets the dialogue")
             continue
         if not raw:
             messages = [*turn, {"role": "assistant", "content": text}]
@@ -266,6 +265,6 @@ def _answer_foreign(engine: ForeignEngine, chat: Chat, ids: list[int], sampling:
     if json:
         print_json({"text": text, "token_ids": tokens, "timing": timing.to_json(), "engine": engine.name})
         return
-    print(text)
+    print_line(text)
     speed = timing.new_tokens / timing.decode_seconds if timing.decode_seconds else 0.0
-    print(f"{engine.name}: {timing.new_tokens} tokens, {speed:.2f} tokens/s with the prompt", file=sys.stderr)
+    print_step(f"{engine.name}: {timing.new_tokens} tokens, {speed:.2f} tokens/s with the prompt")

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from qwenq import api
-from qwenq.cli.console import LayerProgress, out, print_json
+from qwenq.cli.console import LayerProgress, out
 from qwenq.cli.options import (
     JOB,
     TEXT,
@@ -23,6 +23,7 @@ from qwenq.cli.options import (
     option,
     options_of,
 )
+from qwenq.cli.plain import print_json
 from qwenq.formats.base import label_of
 from qwenq.pipeline.config import QuantizeConfig, carry_zero_points
 from qwenq.planning.sensitivity import Sensitivity
@@ -59,7 +60,7 @@ def sensitivity(
         print_json(found.to_json())
         return
     out.print(sensitivity_table(found))
-    out.print(f"{output}: serves any budget of this model", soft_wrap=True, markup=False)
+    out.print(f"{output}: serves any budget of this model", soft_wrap=True)
 
 
 def sensitivity_table(found: Sensitivity) -> Table:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import shlex
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -31,6 +30,7 @@ from qwenq.cli.options import (
     load_words,
     option,
 )
+from qwenq.cli.plain import print_line, print_step
 from qwenq.cli.run import print_forecast, stored_question
 from qwenq.errors import PlanError, RunError, UsageError
 
@@ -109,7 +109,7 @@ def serve(
         print_forecast(model, options, json=False)
         return
     if dry_run or len(leads) > 1:  # nothing is started here, so nothing is downloaded
-        print("\n".join(vllm_commands(model, name, options, gpu, leads, host, port)))
+        print_line("\n".join(vllm_commands(model, name, options, gpu, leads, host, port)))
         return
     directory = fetched(model)
     if ours:
@@ -119,7 +119,7 @@ def serve(
     lines = vllm_commands(str(directory), name, options, gpu, leads, host, port)
     if not installed:
         raise RunError("--engine vllm: it is not installed", hint="pip install 'qwenq[vllm]', or --engine qwenq")
-    print(lines[0], file=sys.stderr, flush=True)
+    print_step(lines[0])
     environment = os.environ | ({"VLLM_API_KEY": api_key} if api_key else {})
     words = shlex.split(lines[0])
     if "=" in words[0]:  # as a shell would take it
@@ -196,11 +196,11 @@ def _serve_here(directory: Path, options: LoadOptions, door: _Door) -> None:
         ) from None
     with bound, loaded(checkpoint, options) as found:
         for line in describe(found):
-            print(line, file=sys.stderr)
+            print_step(line)
         session = Session(found.model, found.work.context, options.prefill_chunk, options.kv_dtype, chat.stop_ids)
         service = Service(session, chat, door.name, Line(door.max_queue), door.api_key)
-        print(f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}/v1", flush=True)
-        print("Ctrl-C ends it", file=sys.stderr)
+        print_line(f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}/v1")
+        print_step("Ctrl-C ends it")
         if not door.api_key and not is_loopback(host):
             warn(f"{host} is reached from other machines, and no --api-key is asked for: whoever reaches it may use it")
         Server(make_app(service, door.allowed_hosts), service.closing.set).run(sockets=[bound])

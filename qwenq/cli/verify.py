@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 
 from qwenq import api
-from qwenq.cli.console import out, print_json, print_step
+from qwenq.cli.console import out
 from qwenq.cli.options import JsonFlag
+from qwenq.cli.plain import print_json, print_step
 from qwenq.errors import UsageError
 
 
@@ -53,15 +54,15 @@ def verify(
         print_json(result.to_json())
     else:
         for finding in result.findings:
-            out.print(str(finding), soft_wrap=True, markup=False)
+            out.print(str(finding), soft_wrap=True)
         if not result.findings:
             read = f", {result.source_files} files of the source" if source else ""
             read += f", layers {', '.join(map(str, again))} made again" if again else ""
-            out.print(f"{directory}: {result.files} files{read}, all as in its manifest", soft_wrap=True, markup=False)
-            out.print(f"digest {result.digest}", soft_wrap=True, markup=False)
+            out.print(f"{directory}: {result.files} files{read}, all as in its manifest", soft_wrap=True)
+            out.print(f"digest {result.digest}", soft_wrap=True)
             if result.layers_not_made_again:
                 left = f"layers {_spans(result.layers_not_made_again)}"
-                out.print(f"not made again: {left} (--all-layers makes every one)", soft_wrap=True, markup=False)
+                out.print(f"not made again: {left} (--all-layers makes every one)", soft_wrap=True)
     if result.findings:
         raise typer.Exit(1)
 

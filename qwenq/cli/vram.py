@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from qwenq.cli.plain import print_json, print_line, print_step
 from qwenq.errors import PlanError, UsageError
 from qwenq.planning.engines.base import engine_names
 from qwenq.planning.questions import Question, contexts_of, spread
@@ -145,16 +145,16 @@ def estimate_command(
     ).resolve()
     answer = spread(question, contexts_of(question, max_model_len))
     for misfit in question.misfits:
-        print(f"warning: {question.engine.name} does not run on {misfit.name}", file=sys.stderr)
+        print_step(f"warning: {question.engine.name} does not run on {misfit.name}")
     if as_json:
-        print(json.dumps(answer.to_json(), indent=2))
+        print_json(answer.to_json())
     elif as_csv:
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(["context", "gpu", "name", "term", "bytes", "low_bytes", "high_bytes", "provenance", "source"])
         writer.writerows(answer.csv_rows())
     else:
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
-        print("\n".join(answer.text(colour)))
+        print_line("\n".join(answer.text(colour)))
 
 
 @vram_app.command("validate")
@@ -167,12 +167,12 @@ def validate_command(
 
     rows, skipped = read_rows(file)
     for line in skipped:
-        print(f"warning: {line}", file=sys.stderr)
+        print_step(f"warning: {line}")
     if as_json:
-        print(json.dumps(summary(rows), indent=2))
+        print_json(summary(rows))
         return
     for row in rows:
-        print(
+        print_line(
             f"{row.model:<24} {row.quant:<10} {row.input_len:>7} tokens  predicted {row.predicted_gib:7.2f} GiB  "
             f"published {row.mem_gib:7.2f} GiB  {row.error_percent:+6.2f} %"
         )
@@ -184,7 +184,7 @@ def validate_command(
     for name, part in parts.items():
         if part:
             mean, largest = errors(part)
-            print(f"{name}: {len(part)}, mean error {mean:.2f} %, largest {largest:.2f} %")
+            print_line(f"{name}: {len(part)}, mean error {mean:.2f} %, largest {largest:.2f} %")
 
 
 @vram_app.command("gpus")
@@ -195,13 +195,13 @@ def gpus_command(as_json: Json = False) -> None:
     from qwenq.planning.rig import catalogue
 
     if as_json:
-        print(json.dumps([asdict(gpu) for gpu in catalogue()], indent=2))
+        print_json([asdict(gpu) for gpu in catalogue()])
         return
-    print(f"{'GPU':<24}{'GiB':>6}{'usable':>8}{'GB/s':>7}{'TFLOPS':>8}{'W':>5}{'USD':>7}  source")
+    print_line(f"{'GPU':<24}{'GiB':>6}{'usable':>8}{'GB/s':>7}{'TFLOPS':>8}{'W':>5}{'USD':>7}  source")
     for gpu in catalogue():
         cells = [gpu.usable_gib, gpu.bandwidth_gb_s, gpu.tensor_tflops, gpu.power_w, gpu.price_usd]
         shown = [f"{cell:g}" if cell is not None else "?" for cell in cells]
-        print(
+        print_line(
             f"{gpu.name:<24}{gpu.memory_gib:>6g}{shown[0]:>8}{shown[1]:>7}{shown[2]:>8}{shown[3]:>5}{shown[4]:>7}  "
             f"{gpu.source}"
         )
@@ -230,10 +230,10 @@ def serve_command(
             f"cannot listen on {host} port {port}: {error.strerror or error}", hint="choose another with --port"
         ) from None
     with bound:
-        print(f"http://{host if host != '0.0.0.0' else 'localhost'}:{bound.getsockname()[1]}/", flush=True)
-        print("Ctrl-C ends it", file=sys.stderr)
+        print_line(f"http://{host if host != '0.0.0.0' else 'localhost'}:{bound.getsockname()[1]}/")
+        print_step("Ctrl-C ends it")
         if not is_loopback(host):
-            print(f"warning: {host} is reached from other machines; the page asks nobody for a key", file=sys.stderr)
+            print_step(f"warning: {host} is reached from other machines; the page asks nobody for a key")
         run_page(bound, [name.strip() for name in allowed_hosts.split(",") if name.strip()])
 
 
@@ -279,4 +279,4 @@ def export_command(
         output.write_text(comparison_html(variants, title), encoding="utf-8")
     except OSError as error:
         raise PlanError(f"{output}: {error.strerror}", hint="choose another name with -o") from None
-    print(output)
+    print_line(str(output))

@@ -180,7 +180,7 @@ def _whole(config: Mapping[str, Any], key: str, where: str, default: Any = None)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise CheckpointError(f"{where}: {key} is {repr(value)[:40]}, wanted a positive whole number")
     if value > most:
-        raise CheckpointError(f"{where}: {key} is {value:.6g}, more than any model has ({most})")
+        raise CheckpointError(f"{where}: {key} is {min(value, 10**300):.6g}, more than any model has ({most})")
     return value
 
 

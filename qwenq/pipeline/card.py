@@ -203,17 +203,18 @@ def _provenance(job: Mapping[str, Any], described: Mapping[str, Any], spec: Mode
     if folded:
         yield "- Channel scales are folded into norms and `up_proj`: adapters trained on the original do not fit."
     options = ", ".join(f"{key} {value}" for key, value in job["options"].items())
-    yield f"- Options: {markdown(options)}, seed {job['seed']}."
+    yield f"- Options: {markdown(shown(options, 2000))}, seed {job['seed']}."
     calibration = job["calibration"]
     if calibration is None:
         yield "- Calibration: none."
     else:
         yield (
             f"- Calibration: {code(shown(str(calibration['text'])))}, {calibration['windows']} x "
-            f"{calibration['window_tokens']} tokens, SHA-256 `{calibration['tokens_sha256']}`."
+            f"{calibration['window_tokens']} tokens, SHA-256 {code(shown(str(calibration['tokens_sha256'])))}."
         )
     evaluation = job["evaluation"]
-    yield f"- Evaluation: {code(shown(str(evaluation['text'])))}, SHA-256 `{evaluation['tokens_sha256']}`."
+    hashed = code(shown(str(evaluation["tokens_sha256"])))
+    yield f"- Evaluation: {code(shown(str(evaluation['text'])))}, SHA-256 {hashed}."
     yield f"- {described['parameters']:,} parameters; {len(job['source'])} source files."
     yield (
         "- `qwenq-manifest.json` has the SHA-256 of every source and output file, and the error of every linear; "

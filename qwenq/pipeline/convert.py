@@ -15,17 +15,19 @@ from typing import Any
 
 import torch
 
-from qwenq.checkpoint.manifest import SourceFiles, read_manifest
+from qwenq.checkpoint.manifest import MANIFEST_NAME, SourceFiles, read_manifest
 from qwenq.checkpoint.reader import Checkpoint
 from qwenq.checkpoint.shards import output_files, shard_file_bytes
 from qwenq.errors import CheckpointError, JobError, PlanError, QwenqError
 from qwenq.formats.base import Recipe, Scheme, get_format, quantization_config
 from qwenq.io.durable import make_directory
+from qwenq.io.fields import Fields
 from qwenq.io.tensors import write_shard
 from qwenq.machine import forget_peak_rss, free_disk, host_facts, peak_rss_bytes, versions
 from qwenq.model.spec import LinearSpec
 from qwenq.pipeline.card import CARD_NAME, model_card
 from qwenq.pipeline.job import partial_directory, refuse_place
+from qwenq.pipeline.monitor import memory_errors
 from qwenq.pipeline.output import COPIED_FILES, Output
 from qwenq.results import finite_json
 from qwenq.solver.grid import QTensor
@@ -91,35 +93,36 @@ def convert(source: Checkpoint, out: Path, format: str, *, listen: Callable[[int
     except OSError as error:
         raise JobError(f"{work}: {error.strerror}", hint="choose another OUT") from None
     try:
-        source = source.hash_files(COPIED_FILES)
-        hashes = {}
-        for number, (file, specs) in enumerate(files.items()):
-            wanted = {spec.name for spec in specs}
-            tensors = _layer(source, recipe, number - 1) if 0 < number < len(files) - 1 else {}
-            tensors |= {name: source.read(name) for name in wanted - set(tensors)}
-            hashes[file] = write_shard(work / file, {name: tensors[name] for name in wanted})
-            listen(number)
-        made = Converted(
-            out=out,
-            source_format=source.recipe.format,
-            format=format,
-            scheme=recipe.label,
-            tensor_bytes=sum(t.nbytes for specs in files.values() for t in specs),
-            file_bytes=file_bytes,
-            seconds=time.perf_counter() - started,
-            peak_rss_bytes=peak_rss_bytes(),
-        )
-        read = source.hashed
-        assert read is not None
-        config = dict(source.config) | {"quantization_config": quantization_config(recipe, source.spec)}
-        output = Output(work, out, recipe, config, files)
-        hashes |= output.copy_small_files(source.directory, read.hashes)
-        read.refuse_replaced()
-        hashes |= output.write_configs()
-        described, card = _describe(source, recipe, read, made)
-        source.refuse_changed([CARD_NAME])
-        output.finish(finite_json(described), hashes, card)
-        return made
+        with memory_errors("converting", torch.device("cpu"), None, "end other programs"):
+            source = source.hash_files(COPIED_FILES)
+            hashes = {}
+            for number, (file, specs) in enumerate(files.items()):
+                wanted = {spec.name for spec in specs}
+                tensors = _layer(source, recipe, number - 1) if 0 < number < len(files) - 1 else {}
+                tensors |= {name: source.read(name) for name in wanted - set(tensors)}
+                hashes[file] = write_shard(work / file, {name: tensors[name] for name in wanted})
+                listen(number)
+            made = Converted(
+                out=out,
+                source_format=source.recipe.format,
+                format=format,
+                scheme=recipe.label,
+                tensor_bytes=sum(t.nbytes for specs in files.values() for t in specs),
+                file_bytes=file_bytes,
+                seconds=time.perf_counter() - started,
+                peak_rss_bytes=peak_rss_bytes(),
+            )
+            read = source.hashed
+            assert read is not None
+            config = dict(source.config) | {"quantization_config": quantization_config(recipe, source.spec)}
+            output = Output(work, out, recipe, config, files)
+            hashes |= output.copy_small_files(source.directory, read.hashes)
+            read.refuse_replaced()
+            hashes |= output.write_configs()
+            described, card = _describe(source, recipe, read, made)
+            source.refuse_changed([CARD_NAME])
+            output.finish(finite_json(described), hashes, card)
+            return made
     except OSError as error:
         raise JobError(f"{error.filename or work}: {error.strerror or error}", hint="nothing is kept") from error
     finally:
@@ -198,6 +201,32 @@ def _origin(directory: Path) -> dict[str, Any] | None:
     if findings:
         return None
     if "made_from" in manifest:
-        handed_on: dict[str, Any] | None = manifest["made_from"]
-        return handed_on
-    return {key: manifest[key] for key in ("digest", "job", "drift", "warnings", "layers")}
+        if manifest["made_from"] is None:
+            return None
+        origin = dict(Fields(manifest, MANIFEST_NAME, "").sub("made_from").value)
+    else:
+        origin = {key: manifest.get(key) for key in ("digest", "job", "drift", "warnings", "layers")}
+    _check_origin(Fields(origin, MANIFEST_NAME, ""))
+    return origin
+
+
+def _check_origin(fields: Fields) -> None:
+    """Raise CheckpointError for a field of a wrong type among those that a model card is written from."""
+    job, drift = fields.sub("job"), fields.sub("drift")
+    fields.texts("warnings")
+    for key in ("model", "qwenq", "format"):
+        job.text(key)
+    job.sub("options")
+    job.sub("source")
+    job.whole("seed")
+    for text in (job.sub("evaluation"), *([job.sub("calibration")] if job.value.get("calibration") else [])):
+        text.text("text")
+        text.text("tokens_sha256")
+        text.whole("windows")
+        text.whole("window_tokens")
+    for key in ("kl", "top1_agreement", "perplexity_increase_percent"):
+        drift.interval(key)
+    for key in ("perplexity", "reference_perplexity"):
+        drift.number(key)
+    for key in ("windows", "window_tokens"):
+        drift.whole(key)

@@ -66,7 +66,7 @@ def _now(devices: Sequence[torch.device | str]) -> float:
 
 _TORCH_OOM = re.compile(r"Tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)\. GPU (\d+)")
 _TORCH_CPU_OOM = re.compile(r"tried to allocate (\d+) bytes")
-_NO_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+_NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory", "ALLOC_FAILED")
 _UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from qwenq.errors import CheckpointError
 from qwenq.io.fields import Fields
-from qwenq.io.json import inside, parse_object, read_object, shown
+from qwenq.io.json import inside, parse_object, read_limited, read_object, shown
 from qwenq.results import Interval
 
-MAX_BYTES = 5_000_000
+MAX_BYTES, MAX_RESULTS = 1_000_000, 200
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,14 @@ class Benchmark:
 def read_benchmarks(file: Path) -> tuple[Benchmark, ...]:
     """The results in a file; CheckpointError names the line that is not one."""
     try:
-        if file.stat().st_size > MAX_BYTES:
-            raise CheckpointError(f"{shown(file.name)}: more than the {MAX_BYTES} bytes such a file can need")
-        lines = file.read_bytes().splitlines()
-    except OSError as error:
-        raise CheckpointError(f"{shown(str(file))}: {error.strerror}", hint="--benchmarks takes JSON lines") from None
+        lines = read_limited(file, MAX_BYTES).splitlines()
+    except CheckpointError as error:
+        raise CheckpointError(error.message, hint="--benchmarks takes JSON lines") from None
     found = []
     for number, line in enumerate(lines, 1):
         if line.strip():
+            if len(found) == MAX_RESULTS:
+                raise CheckpointError(f"{shown(file.name)}: more than {MAX_RESULTS} results")
             where = f"{shown(file.name)} line {number}"
             found.append(_benchmark(Fields(parse_object(line, where), where, "")))
     return tuple(found)

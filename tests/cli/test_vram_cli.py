@@ -232,8 +232,8 @@ def test_validate_bad_tables(tmp_path: Path) -> None:
 
     assert "no column input_len, mem_gib" in said("model,quant\n")
     assert "no row that can be predicted" in said("model,quant,input_len,mem_gib\n")
-    found = said("model,quant,input_len,mem_gib\nQwen2.5-7B,AWQ,x,5\n")
-    assert "line 2: input_len is 'x', wanted a whole number" in found
+    wanted = "line 2: input_len is 'x', wanted a whole number"
+    assert wanted in said("model,quant,input_len,mem_gib\nQwen2.5-7B,AWQ,x,5\n")
     assert "line 2: mem_gib is '0'" in said("model,quant,input_len,mem_gib\nQwen2.5-7B,AWQ,1,0\n")
     table.write_text("model,quant,input_len,mem_gib\nQwen2.5-7B,AWQ,1,5.39\nGPT-5,AWQ,1,5\n")
     result = run("vram", "validate", str(table))

@@ -48,7 +48,8 @@ class TooSlow(BaseException):
 
 def workplace(root: Path) -> Workplace:
     tiny = TESTS / "data" / "tiny-qwen2"
-    return make_workplace(root / "cases", tiny, {n: small_job(tiny, root / n, recipe=r) for n, r in RECIPES.items()})
+    jobs = {n: small_job(tiny, root / n, recipe=r) for n, r in RECIPES.items()}
+    return make_workplace(root / "cases", tiny, jobs, small_job(tiny, root / "unfinished"))
 
 
 def run(place: Workplace, cases: int, seed: int, only: str = "") -> dict[str, Any]:

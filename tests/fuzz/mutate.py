@@ -7,12 +7,17 @@ import json
 from random import Random
 from typing import Any
 
-NUMBERS = (-1, 0, 1, 3, 255, 1 << 31, (1 << 63) - 1, 1 << 63, 1 << 64, 10**30, -(1 << 63), 0.5, -0.0, 1e308, 5e-324)
+NUMBERS = (-1, 0, 1, 3, 255, 1 << 31, (1 << 63) - 1, 1 << 63, 1 << 64, 10**30, -(1 << 63), 0.5, -0.0, 1e308, 5e-324,
+           10**99, 10**400, -(10**4000), 1e14, 50.5)  # fmt: skip
 TEXTS = (
     "", "..", "../../etc/passwd", "/etc/passwd", "a" * 5000, "\x00", "\x1b[31m", "\n", "😀", "\ud800", "NaN", "model",
     "x/y.safetensors", "..\\x.safetensors", "__metadata__", "F64", "I32", "BF16", "gptq", "qwen2", "(a+)+$", ".*" * 30,
     "re:(x|x)*y", "{{ 7 * 7 }}", "%s%n", "null", "model.safetensors", "http://example.invalid/x.py--X", "16-bit",
+    "[/x]", "[bold red]x", "[link=http://example.invalid]x[/link]", ":warning:", "\x9b31m", "\u202eabc",
+    "<script>", "&lt;", "|x|", "```", "4-bit g" + "9" * 5000, "9" * 5000, "1e999", "0.0", "a.b", ".",
+    "/", "\x7f\r", "x" * 20_000, "=HYPERLINK()",
 )  # fmt: skip
+GROWN = 0.004  # of the cases: they are large, and take their time
 CUTS = (0.0, 0.01, 0.5, 0.99)
 
 
@@ -68,6 +73,8 @@ def _place(draw: Random, holder: list[Any]) -> tuple[Any, Any]:
 def mutate_json(draw: Random, value: Any) -> bytes:
     """JSON text of a damaged value, or damaged text of the value."""
     kind = draw.randrange(10)
+    if draw.random() < GROWN:
+        return grow(draw, encode(value))
     if kind < 7:
         return encode(mutate_value(draw, value, draw.choice((1, 1, 2, 5))))
     data = encode(value)
@@ -82,12 +89,22 @@ def mutate_json(draw: Random, value: Any) -> bytes:
     return data[:at] + draw.choice(bombs) + data[at:]
 
 
+def grow(draw: Random, data: bytes) -> bytes:
+    """A piece of `data`, up to 64 bytes, repeated up to a million times; some 8 MB at most."""
+    at, length = draw.randrange(len(data) + 1), draw.choice((1, 1, 2, 5, 8, 20, 64))
+    piece = data[at : at + length]
+    times = min(draw.choice((1000, 100_000, 1_000_000)), 8_000_000 // max(len(piece), 1))
+    return data[:at] + piece * times + data[at:]
+
+
 def encode(value: Any) -> bytes:
     return json.dumps(value).encode("utf-8", "surrogatepass")
 
 
 def mutate_bytes(draw: Random, data: bytes) -> bytes:
     """Flipped, cut, doubled, inserted or overwritten bytes."""
+    if draw.random() < GROWN:
+        return grow(draw, data)
     out = bytearray(data)
     for _ in range(draw.choice((1, 1, 1, 3, 20))):
         kind, at = draw.randrange(6), draw.randrange(len(out) + 1)

@@ -13,18 +13,20 @@ from typing import Any
 
 import numpy as np
 
+from fuzz.commands import Commands
 from fuzz.mutate import encode, mutate_bytes, mutate_json, mutate_value
 from qwenq.checkpoint.manifest import JOURNAL_NAME, MANIFEST_NAME, encode_manifest, verify
 from qwenq.checkpoint.reader import open_checkpoint, read_config
-from qwenq.formats.base import read_quantization_config
+from qwenq.formats.base import parse_scheme, read_quantization_config
 from qwenq.io.json import read_object
-from qwenq.io.safetensors import INDEX_NAME, checkpoint_tensors, read_header
+from qwenq.io.safetensors import INDEX_NAME, checkpoint_tensors, fingerprint, read_header
 from qwenq.model.layer import Network
 from qwenq.model.spec import ModelSpec, spec_from_config
 from qwenq.pipeline.journal import Journal
 from qwenq.pipeline.quantize import quantize
 from qwenq.planning.audit import audit, index_total
 from qwenq.planning.recipefile import read_recipe
+from qwenq.planning.sensitivity import prior
 from qwenq.planning.validate import read_rows
 from qwenq.report.compose import Extras, compose, write_report
 from qwenq.report.runs import load_runs
@@ -52,6 +54,9 @@ class Workplace:
         self.config = json.loads((tiny / "config.json").read_bytes())
         self.index = json.loads((tiny / INDEX_NAME).read_bytes())
         self.shard = min(tiny.glob("*.safetensors"), key=lambda path: path.stat().st_size).read_bytes()
+        self.sensitivity = prior(self.spec).to_json() | {"fingerprint": fingerprint(tiny)}
+        self.commands = Commands(self)
+        self.unfinished_job: Any = None
         self.configs = [json.loads((p / "config.json").read_bytes()) for p in finished.values()]
 
     def targets(self) -> list[Target]:
@@ -71,6 +76,15 @@ class Workplace:
             Target("journal", self.journal, 2),
             Target("recipe file", self.recipe, 2),
             Target("measurements", self.measurements, 2),
+            Target("labels", self.labels, 1),
+            Target("commands on a checkpoint", self.commands.checkpoint, 0.6),
+            Target("commands on a signed manifest", self.commands.signed, 0.6),
+            Target("commands with a table", self.commands.tables, 0.6),
+            Target("names of tensors", self.commands.names, 0.3),
+            Target("special files", self.commands.special_files, 0.3),
+            Target("special files as options", self.commands.special_options, 0.3),
+            Target("paths", self.commands.places, 0.3),
+            Target("journal with right checksums", self.commands.rows, 0.03),
         ]
 
     def write(self, name: str, data: bytes) -> Path:
@@ -211,15 +225,24 @@ class Workplace:
         data = f'version = 1\nmodel = "tiny"\n[layer]\n{rows}'.encode()
         return read_recipe(self.write("recipe.toml", mutate_bytes(draw, data)), self.spec)
 
+    def labels(self, draw: Random) -> Any:
+        label = draw.choice(("4-bit g128", "8-bit per channel", "4-bit g32 asym", "16-bit", "NF4 g64"))
+        return parse_scheme(mutate_bytes(draw, label.encode()).decode("utf-8", "replace"))
+
     def measurements(self, draw: Random) -> Any:
         data = b"model,quant,input_len,mem_gib\nQwen2.5-7B-Instruct,GPTQ-Int4,6144,7.23\nQwen2.5-7B,BF16,1,14.92\n"
         return read_rows(self.write("runs.csv", mutate_bytes(draw, data)))
 
 
-def make_workplace(root: Path, tiny: Path, jobs: dict[str, Any]) -> Workplace:
-    """Quantize the tiny model once for each format in `jobs`, then damage what came out."""
+def make_workplace(root: Path, tiny: Path, jobs: dict[str, Any], unfinished: Any) -> Workplace:
+    """Quantize the tiny model once for each format in `jobs`, then damage what came out.
+
+    unfinished: a job to be stopped and resumed.
+    """
     finished = {}
     for name, job in jobs.items():
         quantize(job)
         finished[name] = job.out
-    return Workplace(root, tiny, finished)
+    place = Workplace(root, tiny, finished)
+    place.unfinished_job = unfinished
+    return place

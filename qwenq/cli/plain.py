@@ -1,0 +1,29 @@
+"""Lines and JSON of all commands: whatever text is in them, nothing moves the cursor. Costs no import."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any
+
+from qwenq.escaping import json_text, printable_lines
+from qwenq.results import finite_json
+
+_PAINTED = re.compile(r"(\x1b\[[0-9;]+m[█|]\x1b\[0m)")  # the bars of a chart, the only colours of plain lines
+
+
+def print_json(value: Any) -> None:
+    """JSON to stdout; figures that are not finite become null."""
+    print(json_text(finite_json(value)))
+
+
+def print_line(text: str = "", *, end: str = "\n") -> None:
+    """Plain lines to stdout; painted bars of a chart stay painted."""
+    parts = _PAINTED.split(text)
+    shown = (part if k % 2 else printable_lines(part) for k, part in enumerate(parts))
+    print("".join(shown), end=end, flush=True)
+
+
+def print_step(line: str, *, end: str = "\n") -> None:
+    """A line of progress to stderr."""
+    print(printable_lines(line), end=end, file=sys.stderr, flush=True)
