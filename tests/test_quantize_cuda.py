@@ -141,7 +141,7 @@ def test_linear_algebra_is_loaded_before_gpus_ask_for_it_at_once(monkeypatch: py
         with FakeGpus(["RTX 3090", "RTX 3090"]):
             devices = [torch.device(f"cuda:{k}") for k in range(2)]
             weights = {"w": torch.empty(8, 64, device=devices[0])}
-            rows.solve_rows(devices, weights, torch.empty(64, 64, device=devices[0]), Scheme(4, 64))
+            rows.solve_rows(devices, weights, torch.empty(64, 64, device=devices[0]), Scheme(4, 64).grid())
     assert asked == ["cuda:0", "cuda:1", *["work"] * 4], "on each, before any work, and once a process"
 
 
