@@ -264,6 +264,8 @@ def command(name: str, *subcommands: str) -> Any:
 
 def main() -> None:
     """Console entry: run the command line."""
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `qwenq ... | head` ends quietly
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding does not hold

@@ -367,3 +367,12 @@ def test_ctrl_c_prints_the_command_that_goes_on(command: Callable[..., list[str]
     resumed = run(*printed[1:])
     assert resumed.exit_code == 0 and (tmp_path / "my out" / "config.json").exists()
     assert "layer 1/4  worst" not in resumed.stderr and "layer 4/4  worst" in resumed.stderr
+
+
+def test_a_reader_that_has_enough_ends_a_command_quietly() -> None:
+    words = [sys.executable, "-m", "qwenq", "vram", "Qwen2.5-72B", "-c", ",".join(map(str, range(1, 65))), "--csv"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        assert child.stdout is not None and child.stderr is not None
+        assert child.stdout.readline()
+        child.stdout.close()
+        assert child.stderr.read() == b""
