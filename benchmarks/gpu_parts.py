@@ -917,7 +917,7 @@ def quantize(notes: Notes) -> None:
     """Small models quantized on the device and on a CPU, twice, and once killed and resumed."""
     work, device = notes.work, notes.device.type
     layers, hidden = (2, 128) if notes.tiny else (6, 1024)
-    random_model = work / "random"
+    random_model = work / "random-model"  # "random" is a run and its output
     shape = {"ffn": 2 * hidden if notes.tiny else 2816, "heads": hidden // (64 if notes.tiny else 128), "shared": 2}
     with notes.step("make the random model"):
         make_checkpoint(random_model, hidden=hidden, layers=layers, device=notes.device, **shape)
@@ -1171,7 +1171,7 @@ def model(notes: Notes) -> None:
     if notes.tiny:
         return
     with notes.step("qwenq eval"):
-        words = ["eval", str(work / "trained-4"), "--reference", str(TINY_MODEL), "--eval-text", str(HELD_OUT),
+        words = ["eval", str(work / "trained-4"), "--reference", str(TINY_MODEL), "--text", str(HELD_OUT),
                  "--sequence-length", "64", "--device", device, "--json"]  # fmt: skip
         notes.fact("eval", Run("eval", words, {}, work / "eval.log").start().finish(notes.left))
     with notes.step("qwenq sensitivity"):

@@ -26,7 +26,7 @@ def attend(
     rows = query.view(batch, key.shape[1], heads // key.shape[1], width)  # heads that share keys: rows of one product
     dtype = product_dtype(query)
     out = F.scaled_dot_product_attention(rows.to(dtype), key.to(dtype), value.to(dtype), scale=scaling)
-    return out.view(batch, heads, 1, width).transpose(1, 2).to(query.dtype).contiguous(), None
+    return out.reshape(batch, heads, 1, width).transpose(1, 2).to(query.dtype).contiguous(), None
 
 
 def register() -> None:

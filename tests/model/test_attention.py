@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from qwenq.model import attention
 from qwenq.model.attention import BLOCKED_KEYS, causal_attention
+from qwenq.runtime.cache import attend
 
 
 def some(heads: int, shared: int, tokens: int, keys: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -80,3 +83,16 @@ def test_torchs_own_kernel_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = some(2, 1, 40, BLOCKED_KEYS + 1, torch.float32)
     with torch.inference_mode():
         torch.testing.assert_close(causal_attention(q, k, v, 0.25).double(), exact(q, k, v, 0.25), rtol=1e-5, atol=1e-5)
+
+
+def test_one_token_whose_output_is_laid_out_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels for GPUs return other strides than CPU ones, in float32 with heads behind tokens."""
+    query, key, value = torch.randn(1, 8, 1, 16), torch.randn(1, 2, 5, 16), torch.randn(1, 2, 5, 16)
+    wanted, _ = attend(torch.nn.Module(), query, key, value, None, 0.25)
+    usual = torch.nn.functional.scaled_dot_product_attention
+
+    def laid_out_otherwise(*args: Any, **named: Any) -> torch.Tensor:
+        return usual(*args, **named).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", laid_out_otherwise)
+    assert torch.equal(attend(torch.nn.Module(), query, key, value, None, 0.25)[0], wanted)
