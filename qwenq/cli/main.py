@@ -169,7 +169,7 @@ def _refused_by_system(error: Exception) -> QwenqError | None:
     if isinstance(error, UnicodeError):
         return QwenqError(f"text that is not UTF-8 ({error})")
     if isinstance(error, OSError):
-        if error.errno is None:
+        if error.errno in (None, errno.EPIPE):  # `qwenq ... | head` ends quietly: click knows how
             return None
         hint = "raise the limit: ulimit -n" if error.errno == errno.EMFILE else ""
         where = f"{error.filename}: " if error.filename else ""
@@ -264,8 +264,6 @@ def command(name: str, *subcommands: str) -> Any:
 
 def main() -> None:
     """Console entry: run the command line."""
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `qwenq ... | head` ends quietly
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding does not hold

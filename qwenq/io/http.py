@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import re
-import signal
 import socket
 import threading
 from collections.abc import Callable, Collection, Mapping
@@ -280,8 +279,6 @@ class Server(uvicorn.Server):
         )  # fmt: skip
         super().__init__(config)
         self._closing = closing
-        if hasattr(signal, "SIGPIPE") and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # a client that is gone ends its connection, not the server
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         self._closing()

@@ -29,14 +29,14 @@ _WHAT_FITS = -1  # llama.cpp's word for no limit
 # Fields that cannot change an answer's text.
 _IGNORED = frozenset(
     ("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-     "prediction", "request_id", "priority", "cache_salt", "cache_prompt", "include_reasoning",
+     "prediction", "request_id", "priority", "cache_salt", "cache_prompt",
      "timings_per_token", "return_progress", "spaces_between_special_tokens")
 )  # fmt: skip
 # Fields that are let through at the value that asks for nothing.
 _UNASKED: Mapping[str, tuple[Any, ...]] = {
     "best_of": (1,), "echo": (False,), "suffix": ("",), "response_format": ({"type": "text"},),
     "functions": ([],), "function_call": ("none", "auto"), "modalities": (["text"],), "verbosity": ("medium",),
-    "reasoning_effort": ("none",), "thinking": ({"type": "disabled"},),
+    "include_reasoning": (True,),
     "use_beam_search": (False,), "length_penalty": (1.0,), "early_stopping": (False,),
     "include_stop_str_in_output": (False,), "skip_special_tokens": (True,), "add_generation_prompt": (True,),
     "continue_final_message": (False,), "allowed_token_ids": ([],), "bad_words": ([],), "documents": ([],),
@@ -48,6 +48,7 @@ _INSTEAD = {
     "repeat_penalty": "repetition_penalty is", "enable_thinking": "chat_template_kwargs takes it",
     "n_predict": "max_tokens is", "functions": "tools is", "function_call": "tools is", "best_of": "n is",
     "reasoning_effort": "chat_template_kwargs takes what the model's template reads",
+    "thinking": "chat_template_kwargs takes what the model's template reads",
     "echo": "the prompt is what was sent",
 }  # fmt: skip
 _Token = Annotated[int, Field(ge=0, lt=1 << 31)]
