@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenq.errors import PlanError, UsageError
+from qwenq.machine import has_triton
 from qwenq.units import GIB, format_gib
 
 _CATALOGUE = Path(__file__).parents[1] / "data" / "gpus.csv"
@@ -42,6 +43,7 @@ class Gpu:
     note: str = ""
     tensor_derived: bool = False
     compute_capability: tuple[int, int] | None = None  # NVIDIA's; None: unknown, or of another vendor
+    triton: bool = True  # whether Triton is installed beside it: known of this machine's GPUs, else taken to be so
 
     @property
     def limit_bytes(self) -> int:
@@ -300,14 +302,16 @@ def sees_gpu() -> bool:
 
 
 def known_gpu(name: str, total: int, capability: tuple[int, int] | None) -> Gpu:
-    """The catalogue's GPU of this name and memory, else one whose figures are unknown but for its memory."""
+    """This machine's GPU: the catalogue's of this name and memory, else one of which only its memory is known."""
     same = [gpu for gpu in matching_gpus(name) if abs(gpu.memory_gib * GIB - total) <= 0.1 * total]
+    triton = has_triton()
     if len(same) == 1:
-        return replace(same[0], compute_capability=capability or same[0].compute_capability)
+        return replace(same[0], compute_capability=capability or same[0].compute_capability, triton=triton)
     memory = total / GIB
     return Gpu(
-        name, "nvidia", memory, memory, None, None, None, "", None, None, "", "NVML", compute_capability=capability
-    )
+        name, "nvidia", memory, memory, None, None, None, "", None, None, "", "NVML",
+        compute_capability=capability, triton=triton,
+    )  # fmt: skip
 
 
 def _visible(nvml: Any, every: list[Any], environment: Mapping[str, str]) -> list[Any]:

@@ -60,7 +60,7 @@ class RunningModel:
         return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
 
     def fallbacks(self) -> dict[str, int]:
-        """Why linears are not on torch's packed kernels, and how many each reason concerns."""
+        """Why linears are not on a faster kernel, and how many each reason concerns."""
         reasons = [choice.reason for choice in self.choices.values() if choice.reason]
         return {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}
 
