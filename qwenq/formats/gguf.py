@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,6 @@ from qwenq.errors import CheckpointError, PlanError, UsageError
 from qwenq.escaping import shown
 from qwenq.formats.base import (
     CODES,
-    LLAMA_CPP,
     QWENQ,
     ByTransformers,
     Codes,
@@ -49,7 +48,9 @@ if TYPE_CHECKING:
 class _Field(ABC):
     """Some bytes of every block: what they hold of its codes [N, values] and parameters ([N, n] each), both ways."""
 
-    n_bytes: Callable[[int], int]  # from the values of a block
+    @abstractmethod
+    def n_bytes(self, values: int) -> int:
+        """Of a block of so many values."""
 
     @abstractmethod
     def put(self, codes_NK: Tensor, parameters: Sequence[Tensor]) -> Tensor:
@@ -414,10 +415,9 @@ class Gguf(Format):
     container = "gguf"
     mixes = True
     options = tuple(type_scheme(kind) for kind in WRITTEN)
+    outer = True
     mixtures = tuple(MIXTURES)
-    default_mixtures = DEFAULTS
-    holds_outer = True
-    published = tuple((f"GGUF-{name}", None) for name in ())
+    mixture_of_bits = DEFAULTS
 
     def check_scheme(self, scheme: Scheme) -> None:
         if not isinstance(scheme.meaning, BlockCodes):
@@ -440,13 +440,10 @@ class Gguf(Format):
         rest = tuple((lin.name, schemes[lin.name]) for lin in spec.linears if schemes[lin.name] != default)
         return Recipe(default, (*outer, *rest), self.name)
 
-    def notes(self, spec: ModelSpec, mixture: str) -> list[str]:
-        """What a mixture could not be as its name says, a line each."""
-        if mixture not in MIXTURES:
-            return []
-        fallen: dict[tuple[str, int, str], list[str]] = {}
-        for module, kind in wanted_types(spec, mixture).items():
-            lin = next(lin for lin in (*spec.outer_linears, *spec.linears) if lin.name == module)
+    def notes(self, name: str, spec: ModelSpec) -> list[str]:
+        types, fallen = wanted_types(spec, name), dict[tuple[str, int, str], list[str]]()
+        for lin in (*spec.outer_linears, *spec.linears):
+            kind = types[lin.name]
             stored = fallback(kind, lin.in_features)
             if stored != kind and kind not in SOURCES:
                 fallen.setdefault((kind, lin.in_features, stored), []).append(lin.kind)
@@ -473,18 +470,19 @@ class Gguf(Format):
 
     def config(self, recipe: Recipe, spec: ModelSpec, solved: Solved | None = None) -> dict[str, Any]:
         """Types by module, as the tensors of the file have them; a GGUF file has no config.json to hold it."""
-        types: dict[str, list[str]] = {}
-        for name, scheme in recipe.overrides:
-            types.setdefault("16-bit" if scheme is None else scheme.label, []).append(name)
-        default = "16-bit" if recipe.default is None else recipe.default.label
-        return {"quant_method": "gguf", "default": default, "tensors": types}
+        types = {lin.name: recipe.outer_scheme(lin) for lin in spec.outer_linears}
+        types |= {lin.name: recipe.scheme_of(lin) for lin in spec.linears}
+        return {"quant_method": self.method, "types": {name: s.codes for name, s in types.items() if s is not None}}
 
     def read_config(self, config: Mapping[str, Any], where: str) -> Quantization:
-        default, tensors = config.get("default"), config.get("tensors")
-        if not isinstance(default, str) or not isinstance(tensors, Mapping):
+        types = config.get("types")
+        if not isinstance(types, Mapping):
             raise CheckpointError(f"{where}: no types of a GGUF file")
-        rules = tuple((ExactNames(frozenset(names)), _read_type(kind, where)) for kind, names in tensors.items())
-        return Quantization(self.name, _read_type(default, where), rules)
+        names: dict[str, set[str]] = {}
+        for module, kind in types.items():
+            names.setdefault(str(kind), set()).add(module)
+        rules = tuple((ExactNames(frozenset(found)), _read_type(kind, where)) for kind, found in names.items())
+        return Quantization(self.name, None, rules)
 
     def pack(self, q: QTensor, version: str = "") -> dict[str, Tensor]:
         return {"weight": pack_blocks(_type_of(q.grid), q.codes_OI, q.parameters)}
@@ -509,7 +507,7 @@ class Gguf(Format):
 
 
 def _read_type(label: str, where: str) -> Scheme | None:
-    if label == "16-bit":
+    if label in (*SOURCES, "F32"):
         return None
     if label not in WRITTEN:
         raise CheckpointError(f"{where}: {shown(label, 40)} is no type of GGUF that this version solves")
