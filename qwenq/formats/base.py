@@ -202,6 +202,10 @@ class Recipe:
     def scheme_of(self, lin: LinearSpec) -> Scheme | None:
         return self._by_name.get(lin.name, self.default)
 
+    def outer_scheme(self, lin: LinearSpec) -> Scheme | None:
+        """The scheme of embedding or head, which stay in 16 bit unless they are named."""
+        return self._by_name.get(lin.name)
+
     def schemes(self, spec: ModelSpec) -> set[Scheme]:
         """Those met in the model's linears."""
         return {scheme for lin in spec.linears if (scheme := self.scheme_of(lin)) is not None}
@@ -216,6 +220,9 @@ class Recipe:
         form = get_format(self.format)
         for lin in spec.linears:
             if (scheme := self.scheme_of(lin)) is not None:
+                form.check(scheme, lin)
+        for lin in spec.outer_linears:
+            if (scheme := self.outer_scheme(lin)) is not None:
                 form.check(scheme, lin)
         form.check_together(self.schemes(spec))
 
@@ -306,7 +313,10 @@ class Quantization:
         default = self.default
         if default is None:
             default = next(iter(Counter(scheme for _, scheme in found if scheme).most_common(1)), (None, 0))[0]
-        return Recipe(default, tuple((name, scheme) for name, scheme in found if scheme != default), self.format)
+        outer = spec.outer_linears if get_format(self.format).outer else ()
+        others = [(lin.name, self.scheme_of(lin.name)) for lin in outer]
+        others += [(name, scheme) for name, scheme in found if scheme != default]
+        return Recipe(default, tuple(others), self.format)
 
 
 # ---------------------------------------------------------------------- what a format says of itself
@@ -379,6 +389,9 @@ class Format(ABC):
     container: str = "safetensors"
     mixes: bool = False  # several schemes in one checkpoint
     options: tuple[Scheme, ...] = ()  # schemes that a mixture may be chosen from
+    outer: bool = False  # embedding and head are quantized too
+    mixtures: tuple[str, ...] = ()  # fixed ones, that have names: Q4_K_M
+    mixture_of_bits: Mapping[int, str] = {}  # those that --bits means
     asymmetric: bool = False  # by default
     fixed: Scheme | None = None  # the only scheme that may be asked for
     solved: bool = True  # by this project's solver; else rounded by functions of the library that defines the format
@@ -406,6 +419,14 @@ class Format(ABC):
                 hint=f"mixed bits go into --format {names_of(sorted(mixing(), key=lambda form: form.name))}",
             )
 
+    def mixture(self, name: str, spec: ModelSpec) -> Recipe:
+        """The recipe that one of `mixtures` means for a model; UsageError for another name."""
+        raise UsageError(f"format {self.name} has no mixtures with names, got {shown(name, 40)}")
+
+    def notes(self, name: str, spec: ModelSpec) -> list[str]:
+        """Where a mixture cannot be what its name says, a line each."""
+        return []
+
     @property
     def mixes_zero_points(self) -> bool:
         """Whether a mixture may have zero points of each group's own."""
@@ -422,6 +443,10 @@ class Format(ABC):
         return scheme
 
     # ------------------------------------------------------------------ tensors and sizes
+
+    def stored_dtype(self, name: str, dtype: str) -> str:
+        """safetensors dtype in which unquantized tensor `name` is stored where the source or --dtype has `dtype`."""
+        return dtype
 
     @abstractmethod
     def tensors(self, scheme: Scheme, lin: LinearSpec, dtype_of: StoredDtype) -> Iterator[TensorSpec]:
