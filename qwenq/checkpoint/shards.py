@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -133,6 +134,7 @@ class GGUFFiles(StoredFiles):
     stem: str
     metadata: Mapping[str, Any] = field(default_factory=dict)
     split_bytes: int | None = None
+    others: Mapping[str, Sequence[float]] = field(default_factory=dict)  # further float32 tensors, by GGUF name
     whole = True
 
     @cached_property
@@ -143,7 +145,8 @@ class GGUFFiles(StoredFiles):
     @cached_property
     def _layouts(self) -> dict[str, Layout]:
         named = [replace(tensor, name=self._theirs.get(tensor.name, tensor.name)) for tensor in self.tensors]
-        return split_layouts(self.stem, self.metadata, named, self.split_bytes)
+        others = [BlockTensor(name, "F32", (len(values),)) for name, values in self.others.items()]
+        return split_layouts(self.stem, self.metadata, [*named, *others], self.split_bytes)
 
     @cached_property
     def _places(self) -> dict[str, tuple[str, int]]:
@@ -174,6 +177,9 @@ class GGUFFiles(StoredFiles):
             with new_file(path) as file:
                 os.posix_fallocate(file.fileno(), 0, made.size)  # a full disk is an error here
                 file.write(made.header)
+                for other in self.others.keys() & made.offsets.keys():
+                    file.seek(made.offsets[other])
+                    file.write(struct.pack(f"<{len(self.others[other])}f", *self.others[other]))
                 file.flush()
                 os.fsync(file.fileno())
         sync_directory(work)
@@ -253,6 +259,7 @@ class Beside:
     name: str = ""  # of the file, where it is not `model`
     metadata: Mapping[str, Any] = field(default_factory=dict)
     split_bytes: int | None = None
+    others: Mapping[str, Sequence[float]] = field(default_factory=dict)  # tensors of the container's own, float32
 
 
 NOTHING = Beside()
@@ -268,7 +275,7 @@ def stored_files(
     if get_format(recipe.format).container == "safetensors":
         return Shards(parts)
     blocks: list[list[TensorSpec]] = [[BlockTensor(t.name, t.dtype, t.shape) for t in part] for part in parts]
-    return GGUFFiles(blocks, spec, beside.name or "model", beside.metadata, beside.split_bytes)
+    return GGUFFiles(blocks, spec, beside.name or "model", beside.metadata, beside.split_bytes, beside.others)
 
 
 def shard_file_bytes(tensors: list[TensorSpec]) -> int:

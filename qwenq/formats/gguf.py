@@ -457,6 +457,12 @@ class Gguf(Format):
             for (kind, columns, stored), kinds in fallen.items()
         ]
 
+    def file_metadata(self, recipe: Recipe, mixture: str) -> dict[str, Any]:
+        """`general.file_type`: for types of one's own that of the mixture whose tensors are mostly of the same."""
+        mostly = recipe.default.codes if recipe.default else "F16"
+        like = mixture or next(name for name, found in MIXTURES.items() if found.base == mostly)
+        return {"general.file_type": MIXTURES[like].number, "general.quantization_version": 2}
+
     def stored_dtype(self, name: str, dtype: str) -> str:
         """Norms and biases in float32; matrices that are not quantized in 16 bit."""
         vector = name.endswith(".bias") or "norm" in name.removesuffix(".weight").rpartition(".")[2]

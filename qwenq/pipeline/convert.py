@@ -26,7 +26,8 @@ from qwenq.io.tensors import TORCH_DTYPES
 from qwenq.machine import forget_peak_rss, free_disk, host_facts, peak_rss_bytes, versions
 from qwenq.model.spec import LinearSpec
 from qwenq.pipeline.card import CARD_NAME, model_card
-from qwenq.pipeline.job import container_of, partial_directory, refuse_place
+from qwenq.pipeline.container import container_of
+from qwenq.pipeline.job import partial_directory, refuse_place
 from qwenq.pipeline.monitor import memory_errors
 from qwenq.pipeline.output import COPIED_FILES, Output
 from qwenq.results import finite_json
@@ -77,7 +78,7 @@ def target_recipe(source: Checkpoint, format: str) -> Recipe:
 def target_files(source: Checkpoint, recipe: Recipe) -> StoredFiles:
     """The files of `source` converted to the recipe's format."""
     stored_dtype = get_format(recipe.format).stored_dtype
-    container = container_of(source, recipe, recipe.label.removeprefix("mixed, mostly "))
+    container = container_of(source.spec, recipe, source.config, source.directory)
     return stored_files(source.spec, recipe, lambda name: stored_dtype(name, source.dtype_of(name)), container)
 
 

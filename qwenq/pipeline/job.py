@@ -18,15 +18,14 @@ from qwenq.errors import CheckpointError, JobError
 from qwenq.formats.base import Recipe, get_format
 from qwenq.io.tensors import DTYPE_NAMES, TORCH_DTYPES
 from qwenq.machine import numerics
-from qwenq.model.metadata import metadata_of_config
 from qwenq.pipeline.block import SolverOptions, passes
 from qwenq.pipeline.config import QuantizeConfig, Windows, original_windows
+from qwenq.pipeline.container import container_of
 from qwenq.pipeline.workers import Workers
 from qwenq.results import BlockResult, DriftReport
 from qwenq.solver.gptq import DAMP_PERCENT, round_rows
 from qwenq.solver.grid import QTensor
 from qwenq.text.tokens import TokenWindows
-from qwenq.units import parse_size
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -124,7 +123,10 @@ class QuantizeJob:
     @cached_property
     def container(self) -> Beside:
         """What these files hold beside tensors."""
-        return container_of(self.source, self.recipe, self.config.mixture, self.config.split_size)
+        source, config = self.source, self.config
+        return container_of(
+            source.spec, self.recipe, source.config, source.directory, config.mixture, config.split_size
+        )
 
     @property
     def notes(self) -> list[str]:
@@ -197,15 +199,6 @@ class QuantizeJob:
             "overlap": self.overlap,
             "numerics": numerics(self.devices),
         } | ({"files": self.files.names} if self.files.whole else {})
-
-
-def container_of(source: Checkpoint, recipe: Recipe, mixture: str = "", split_size: str | None = None) -> Beside:
-    """What the files of a checkpoint hold beside its tensors: nothing, but for containers that are a whole model."""
-    if get_format(recipe.format).container == "safetensors":
-        return Beside()
-    name = f"{source.spec.name or 'model'}-{mixture or 'mixed'}"
-    metadata = metadata_of_config(source.spec, source.config)
-    return Beside(name, metadata, None if split_size is None else parse_size(split_size))
 
 
 def windows_of(calibration: TokenWindows | None, evaluation: TokenWindows) -> Windows:
