@@ -311,12 +311,67 @@ for _name in WRITTEN:
     CODES[_name] = BlockCodes(_name, int(_name.lstrip("IQ")[0]), sym=_name not in _AFFINE)
 
 
+class ReadOnlyCodes(BlockCodes):
+    """Codes of a type that gguf-py dequantizes, and this project reads but does not make."""
+
+    def parse(self, label: str) -> Scheme | None:
+        return None
+
+    def grid(self, scheme: Scheme) -> Grid:
+        raise PlanError(f"{self.name} is read here, not written", hint=f"types that are: {', '.join(WRITTEN)}")
+
+
+_READ_ONLY = {
+    "IQ1_S": 1, "IQ1_M": 1, "IQ2_XXS": 2, "IQ2_XS": 2, "IQ2_S": 2, "IQ3_XXS": 3, "IQ3_S": 3, "TQ1_0": 1, "TQ2_0": 2,
+    "MXFP4": 4, "NVFP4": 4,
+}  # fmt: skip
+for _name, _bits in _READ_ONLY.items():
+    CODES[_name] = ReadOnlyCodes(_name, _bits, sym=True)
+
+
 def type_scheme(kind: str) -> Scheme:
     """The scheme of a GGML type."""
     found = CODES[kind]
     assert isinstance(found, BlockCodes)
     bits, values, sym = found.scheme_fields
     return Scheme(bits, values, sym, codes=kind)
+
+
+# ---------------------------------------------------------------------- values
+
+
+def dequantize_blocks(kind: str, data_OB: Tensor) -> Tensor:
+    """Values of whole rows, float32 [out, in], from their bytes, uint8; CheckpointError where gguf-py is needed and
+    not installed.
+    """
+    if kind in WRITTEN:
+        return _quantized(kind, data_OB).dequantize()
+    import numpy as np
+    import torch
+
+    try:
+        import gguf
+    except ModuleNotFoundError:
+        raise CheckpointError(
+            f"GGUF's {kind} is read with the gguf package, which is not there", hint="pip install 'qwenq[gguf]'"
+        ) from None
+    with np.errstate(all="ignore"):  # what is no number is found where it is used
+        values_OI = gguf.quants.dequantize(data_OB.cpu().numpy(), gguf.GGMLQuantizationType[kind])
+    return torch.from_numpy(values_OI).to(data_OB.device)
+
+
+def _quantized(kind: str, data_OB: Tensor) -> QTensor:
+    """A weight's codes and parameters on the type's grid."""
+    import torch
+
+    from qwenq.solver.grid import IntegerGrid, QTensor
+
+    grid = type_scheme(kind).grid()
+    codes_OI, parameters = unpack_blocks(kind, data_OB)
+    if isinstance(grid, IntegerGrid):
+        zero = torch.full(parameters[0].shape, grid.zero, dtype=torch.uint8, device=codes_OI.device)
+        parameters.append(zero)
+    return QTensor(codes_OI, tuple(parameters), grid)
 
 
 # ---------------------------------------------------------------------- llama.cpp's mixtures
@@ -497,17 +552,11 @@ class Gguf(Format):
     def pack(self, q: QTensor, version: str = "") -> dict[str, Tensor]:
         return {"weight": pack_blocks(_type_of(q.grid), q.codes_OI, q.parameters)}
 
-    def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme, lin: LinearSpec, version: str = "") -> QTensor:
-        import torch
-
-        from qwenq.solver.grid import IntegerGrid, QTensor
-
-        grid = scheme.grid()
-        codes_OI, parameters = unpack_blocks(scheme.codes, tensors["weight"])
-        if isinstance(grid, IntegerGrid):
-            zero = torch.full(parameters[0].shape, grid.zero, dtype=torch.uint8, device=codes_OI.device)
-            parameters.append(zero)
-        return QTensor(codes_OI, tuple(parameters), grid)
+    def unpack(
+        self, tensors: Mapping[str, Tensor], scheme: Scheme, lin: LinearSpec, version: str = ""
+    ) -> QTensor | Tensor:
+        kind, data_OB = scheme.codes, tensors["weight"]
+        return _quantized(kind, data_OB) if kind in WRITTEN else dequantize_blocks(kind, data_OB)
 
     def loaders(self, variant: Variant) -> list[Loader]:
         return [QWENQ, Loader("llama.cpp"), Loader("Ollama"), *servers("", "GGUF is not its format")]
@@ -519,8 +568,9 @@ class Gguf(Format):
 def _read_type(label: str, where: str) -> Scheme | None:
     if label in (*SOURCES, "F32"):
         return None
-    if label not in WRITTEN:
-        raise CheckpointError(f"{where}: {shown(label, 40)} is no type of GGUF that this version solves")
+    read = (*WRITTEN, *_READ_ONLY)
+    if label not in read:
+        raise CheckpointError(f"{where}: weights of type {shown(label, 40)} are not read", hint=f"read: {', '.join(read)}")
     return type_scheme(label)
 
 

@@ -38,7 +38,7 @@ class GGUFModel:
     """An opened GGUF model under Hugging Face's names: `tensors` as stored, rows of q and k in llama.cpp's order.
 
     `config` is what its config.json would say; `quantization_config` in it has `quant_method` "gguf" and `types`, the
-    GGML type of each linear by its name, where any is quantized.
+    GGML type of each linear, the embedding and the head by its name, where any is quantized.
     """
 
     file: GGUFFile
@@ -73,7 +73,8 @@ def open_gguf(path: Path) -> GGUFModel:
                 f"its metadata wants {list(tensor.shape)}"
             )
         tensors[tensor.name] = replace(location, spec=replace(location.spec, name=tensor.name))
-    types = {lin.name: tensors[lin.name + ".weight"].spec.dtype for lin in spec.linears}
+    modules = [lin.name for lin in (*spec.outer_linears, *spec.linears)]
+    types = {module: tensors[module + ".weight"].spec.dtype for module in modules}
     if any(kind not in PLAIN_TYPES for kind in types.values()):
         config["quantization_config"] = {"quant_method": METHOD, "types": types}
     return GGUFModel(file, config, spec, tensors)
