@@ -29,6 +29,8 @@ def quantize(
     bits: ask.Bits = QuantizeConfig.bits,
     group_size: ask.GroupSize = QuantizeConfig.group_size,
     format: ask.Format = QuantizeConfig.format,
+    gguf_type: ask.GgufType = QuantizeConfig.gguf_type,
+    split_size: ask.SplitSize = QuantizeConfig.split_size,
     asymmetric: ask.Asymmetric = QuantizeConfig.asymmetric,
     fold: ask.Fold = QuantizeConfig.fold,
     pad_for_tp: ask.PadForTp = QuantizeConfig.pad_for_tp,

@@ -427,6 +427,10 @@ class Format(ABC):
         """Where a mixture cannot be what its name says, a line each."""
         return []
 
+    def file_metadata(self, recipe: Recipe, mixture: str) -> dict[str, Any]:
+        """What a container with metadata says of the recipe; mixture: its name, or empty."""
+        return {}
+
     @property
     def mixes_zero_points(self) -> bool:
         """Whether a mixture may have zero points of each group's own."""

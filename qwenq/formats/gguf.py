@@ -34,6 +34,7 @@ from qwenq.formats.base import (
 )
 from qwenq.io.gguf import TYPES, BlockTensor
 from qwenq.io.safetensors import TensorSpec
+from qwenq.model.metadata import names_in_gguf
 from qwenq.model.spec import LinearSpec, ModelSpec
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class _Half(_Field):
 
 @dataclass(frozen=True)
 class _Bits(_Field):
-    """`bits` bits of every code, from bit `low` on: `lanes` bytes hold the first lanes' lowest, the next lanes' above."""
+    """`bits` bits of every code, from bit `low` on: `lanes` bytes hold the lowest of so many codes, the next above."""
 
     bits: int
     lanes: int
@@ -93,7 +94,8 @@ class _Bits(_Field):
         return values * self.bits // 8
 
     def put(self, codes_NK: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-        part_NCSL = ((codes_NK >> self.low) & ((1 << self.bits) - 1)).view(len(codes_NK), -1, 8 // self.bits, self.lanes)
+        part_NK = (codes_NK >> self.low) & ((1 << self.bits) - 1)
+        part_NCSL = part_NK.view(len(codes_NK), -1, 8 // self.bits, self.lanes)
         out_NCL = part_NCSL[:, :, 0].clone()
         for k in range(1, 8 // self.bits):
             out_NCL |= part_NCSL[:, :, k] << (k * self.bits)
@@ -279,7 +281,7 @@ class BlockCodes(Codes):
     def check_linear(self, scheme: Scheme, lin: LinearSpec) -> None:
         if lin.in_features % self.values:
             raise PlanError(
-                f"{lin.name}: {self.name} has blocks of {self.values}, which do not divide its {lin.in_features} inputs",
+                f"{lin.name}: blocks of {self.values} ({self.name}) do not divide its {lin.in_features} inputs",
                 hint=f"llama.cpp falls back to {fallback(self.name, lin.in_features)} there",
             )
 
@@ -434,7 +436,9 @@ def _linear_type(spec: ModelSpec, name: str, lin: LinearSpec) -> str:
             "Q5_K_M": "Q6_K" if more else "",
             "Q4_K_S": "Q5_K" if layer < 4 else "",
         }.get(name, "")
-        many = layers == 80 and spec.model_type in ("qwen2", "llama") and spec.num_key_value_heads < spec.num_attention_heads
+        family = names_in_gguf(spec.architecture).architecture
+        grouped = spec.num_key_value_heads < spec.num_attention_heads
+        many = layers == 80 and (family == "qwen2" or (family == "llama" and grouped))  # its "70B"
         return "Q5_K" if many and (kind or MIXTURES[name].base) in ("Q3_K", "Q4_K") else kind
     if lin.kind == "down_proj":
         return {
@@ -507,6 +511,12 @@ class Gguf(Format):
             f"({len(kinds)} tensors), as llama.cpp has it"
             for (kind, columns, stored), kinds in fallen.items()
         ]
+
+    def file_metadata(self, recipe: Recipe, mixture: str) -> dict[str, Any]:
+        """`general.file_type`: for types of one's own that of the mixture whose tensors are mostly of the same."""
+        mostly = recipe.default.codes if recipe.default else "F16"
+        like = mixture or next(name for name, found in MIXTURES.items() if found.base == mostly)
+        return {"general.file_type": MIXTURES[like].number, "general.quantization_version": 2}
 
     def stored_dtype(self, name: str, dtype: str) -> str:
         """Norms and biases in float32; matrices that are not quantized in 16 bit."""

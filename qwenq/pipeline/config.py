@@ -70,14 +70,14 @@ class Tokens:
 
 
 def default_error_correction(recipe: Recipe, spec: ModelSpec, tokens: int) -> float:
-    """1 where anything is in 4 bits and calibration tokens are enough for the columns of down, else 0.
+    """1 where anything is in fewer than 8 bits and calibration tokens are enough for the columns of down, else 0.
 
     8 bits lose about as much as bfloat16 hidden states blur; what few tokens say of many columns is mostly noise.
     """
     if tokens < CORRECTION_LEAST_A_COLUMN * spec.intermediate_size:
         return 0.0
     schemes = (recipe.default, *(scheme for _, scheme in recipe.overrides))
-    return 1.0 if any(scheme is not None and scheme.bits == 4 for scheme in schemes) else 0.0
+    return 1.0 if any(scheme is not None and scheme.bits < 8 for scheme in schemes) else 0.0
 
 
 def chosen_error_correction(
@@ -124,6 +124,8 @@ class QuantizeConfig:
     bits: int | None = None  # 4 or 8; 4 by default
     group_size: int | None = None  # columns that share a scale: 128, 64, 32 or -1, the row; 128 by default
     format: str = "gptq"
+    gguf_type: str | None = None  # one of llama.cpp's mixtures: Q4_K_M
+    split_size: str | None = None  # of a GGUF file's tensors, at most; more go into further files
     asymmetric: bool | None = None  # zero points of each group's own; for awq by default
     target_size: str | None = None  # bytes of the shard files, at most
     bpw: str | None = None  # stored bits a linear weight, at most
@@ -176,7 +178,7 @@ class QuantizeConfig:
     def _check_together(self) -> None:
         ways = {flag(name): getattr(self, name) for name in ("target_size", "bpw", "fit", "recipe")}
         given = [name for name, value in ways.items() if value is not None]
-        for name in ("bits", "group_size"):
+        for name in ("bits", "group_size", "gguf_type"):
             if getattr(self, name) is not None and given:
                 raise ExcludedOptions(
                     f"{flag(name)} and {given[0]} exclude each other: one scheme, or the best mixture"
@@ -204,8 +206,15 @@ class QuantizeConfig:
             _bits(self.bpw)
         if self.fit is not None:
             parse_tokens(self.context or "8k")
-        if not self.mixed:
-            self.uniform()
+        for name in ("gguf_type", "split_size"):
+            if getattr(self, name) is not None and form.container != "gguf":
+                raise ExcludedOptions(f"{flag(name)} goes with --format gguf")
+        if self.split_size is not None:
+            parse_size(self.split_size)
+        if form.mixtures:
+            self.mixture  # noqa: B018
+        elif not self.mixed:
+            self.scheme()
 
     @property
     def mixed(self) -> bool:
@@ -231,7 +240,34 @@ class QuantizeConfig:
             return "rtn"
         return self.method or "gptq"
 
-    def uniform(self) -> Recipe:
+    @property
+    def mixture(self) -> str:
+        """The format's own mixture that is asked for; empty where it has none, or for a budget."""
+        form = get_format(check_format(self.format))
+        if not form.mixtures or self.mixed:
+            return ""
+        for name in ("group_size", "asymmetric"):
+            if getattr(self, name) is not None:
+                raise UsageError(f"--format {self.format}: {flag(name)} is no choice, types have their own")
+        if self.gguf_type is None:
+            bits = 4 if self.bits is None else self.bits
+            if bits not in form.mixture_of_bits:
+                wanted = " or ".join(map(str, form.mixture_of_bits))
+                raise UsageError(f"--bits {bits}: wanted {wanted}", hint="--gguf-type names any mixture")
+            return form.mixture_of_bits[bits]
+        if self.bits is not None:
+            raise ExcludedOptions("--bits and --gguf-type exclude each other")
+        if self.gguf_type not in form.mixtures:
+            raise UsageError(f"--gguf-type {self.gguf_type[:40]}: wanted one of {', '.join(form.mixtures)}")
+        return self.gguf_type
+
+    def uniform(self, spec: ModelSpec) -> Recipe:
+        """The recipe where there is no budget: one scheme for all linears, or one of the format's own mixtures."""
+        if self.mixture:
+            return get_format(self.format).mixture(self.mixture, spec)
+        return Recipe(self.scheme(), format=self.format)
+
+    def scheme(self) -> Scheme:
         """One scheme for all linears: 4-bit g128 unless said otherwise, or the format's own.
 
         UsageError when the format cannot hold it.
@@ -244,18 +280,18 @@ class QuantizeConfig:
                     raise UsageError(
                         f"--format {self.format} is {fixed.label}: {flag(name)} is no choice", hint="leave it out"
                     )
-            return Recipe(fixed, format=self.format)
+            return fixed
         asymmetric = form.asymmetric if self.asymmetric is None else self.asymmetric
         bits, group_size = 4 if self.bits is None else self.bits, 128 if self.group_size is None else self.group_size
         scheme = Scheme(bits, group_size, not asymmetric)
         form.check_scheme(scheme)
-        return Recipe(scheme, format=self.format)
+        return scheme
 
     def widened(self, spec: ModelSpec) -> ModelSpec:
         """The model with its FFN padded as asked, so that no group straddles ranks; PlanError when that cannot help."""
         if self.pad_for_tp is None:
             return spec
-        return widened(spec, self.pad_for_tp, None if self.mixed else self.uniform())
+        return widened(spec, self.pad_for_tp, None if self.mixed else Recipe(self.scheme(), format=self.format))
 
     def choose(self, spec: ModelSpec, table: Sensitivity | None, dtype_of: Callable[[str], str]) -> Budgeted:
         """The mixture asked for; sensitivities are the prior's when there is no table. Zero points only if asked for.
@@ -406,7 +442,11 @@ class Resolution:
             calibration_dtype=pick_calibration_dtype(config.calibration_dtype, device),
         )
         wide = config.widened(spec)
-        dtype_of = source_dtype_of if config.dtype == "auto" else lambda name: FLOATS[config.dtype]
+        stored_dtype = get_format(config.format).stored_dtype
+
+        def dtype_of(name: str) -> str:
+            return stored_dtype(name, source_dtype_of(name) if config.dtype == "auto" else FLOATS[config.dtype])
+
         table = _table(config, wide, fingerprint, measured) if config.mixed else None
         if config.budgeted and table is None and method == "rtn":
             raise PlanError("--method rtn measures no sensitivities", hint="give them with --sensitivity FILE")
@@ -417,7 +457,7 @@ class Resolution:
 
     @property
     def recipe(self) -> Recipe:
-        return self.budgeted.recipe if self.budgeted else self.config.uniform()
+        return self.budgeted.recipe if self.budgeted else self.config.uniform(self.spec)
 
     @property
     def on_gpu(self) -> bool:

@@ -17,15 +17,16 @@ import torch
 
 from qwenq.checkpoint.manifest import MANIFEST_NAME, SourceFiles, read_manifest
 from qwenq.checkpoint.reader import Checkpoint
-from qwenq.checkpoint.shards import output_files, shard_file_bytes
+from qwenq.checkpoint.shards import StoredFiles, stored_files
 from qwenq.errors import CheckpointError, JobError, PlanError, QwenqError
 from qwenq.formats.base import Recipe, Scheme, get_format, quantization_config
 from qwenq.io.durable import make_directory
 from qwenq.io.fields import Fields
-from qwenq.io.tensors import write_shard
+from qwenq.io.tensors import TORCH_DTYPES
 from qwenq.machine import forget_peak_rss, free_disk, host_facts, peak_rss_bytes, versions
 from qwenq.model.spec import LinearSpec
 from qwenq.pipeline.card import CARD_NAME, model_card
+from qwenq.pipeline.container import container_of
 from qwenq.pipeline.job import partial_directory, refuse_place
 from qwenq.pipeline.monitor import memory_errors
 from qwenq.pipeline.output import COPIED_FILES, Output
@@ -74,6 +75,13 @@ def target_recipe(source: Checkpoint, format: str) -> Recipe:
     return changed
 
 
+def target_files(source: Checkpoint, recipe: Recipe) -> StoredFiles:
+    """The files of `source` converted to the recipe's format."""
+    stored_dtype = get_format(recipe.format).stored_dtype
+    container = container_of(source.spec, recipe, source.config, source.directory)
+    return stored_files(source.spec, recipe, lambda name: stored_dtype(name, source.dtype_of(name)), container)
+
+
 @torch.inference_mode()
 def convert(source: Checkpoint, out: Path, format: str, *, listen: Callable[[int], None] = lambda k: None) -> Converted:
     """Write `source` at `out` in another format; `listen` is told each finished file. Raises QwenqError in one line."""
@@ -81,8 +89,8 @@ def convert(source: Checkpoint, out: Path, format: str, *, listen: Callable[[int
     forget_peak_rss()
     recipe = target_recipe(source, format)
     refuse_place(out, source.directory)
-    files = output_files(source.spec, recipe, source.dtype_of)
-    file_bytes = sum(shard_file_bytes(tensors) for tensors in files.values())
+    files = target_files(source, recipe)
+    file_bytes = files.file_bytes
     if file_bytes > (free := free_disk(out)):
         raise JobError(f"{out}: needs {format_gb(file_bytes)} of disk, {format_gb(free)} are free")
     work = partial_directory(out)
@@ -95,19 +103,22 @@ def convert(source: Checkpoint, out: Path, format: str, *, listen: Callable[[int
     try:
         with memory_errors("converting", torch.device("cpu"), None, "end other programs"):
             source = source.hash_files(COPIED_FILES)
-            hashes = {}
-            for number, (file, specs) in enumerate(files.items()):
-                wanted = {spec.name for spec in specs}
-                tensors = _layer(source, recipe, number - 1) if 0 < number < len(files) - 1 else {}
-                tensors |= {name: source.read(name) for name in wanted - set(tensors)}
-                hashes[file] = write_shard(work / file, {name: tensors[name] for name in wanted})
+            files.begin(work)
+            parts = {}
+            for number, specs in enumerate(files.parts):
+                wanted = {spec.name: spec for spec in specs}
+                tensors = _layer(source, recipe, number - 1) if 0 < number < len(files.parts) - 1 else {}
+                for name in wanted.keys() - tensors.keys():
+                    tensors[name] = source.read(name).to(TORCH_DTYPES[wanted[name].dtype])
+                parts[number] = files.write(work, number, {name: tensors[name] for name in wanted})
                 listen(number)
+            hashes = files.hashes(work, parts)
             made = Converted(
                 out=out,
                 source_format=source.recipe.format,
                 format=format,
                 scheme=recipe.label,
-                tensor_bytes=sum(t.nbytes for specs in files.values() for t in specs),
+                tensor_bytes=files.tensor_bytes,
                 file_bytes=file_bytes,
                 seconds=time.perf_counter() - started,
                 peak_rss_bytes=peak_rss_bytes(),
@@ -155,7 +166,9 @@ def _grid(source: Checkpoint, lin: LinearSpec, scheme: Scheme) -> QTensor:
         raise CheckpointError(f"{lin.name}: its scales are {found.scales_OG.dtype}, and float16 does not hold them")
     if scheme.sym and not bool((found.zeros_OG == scheme.zero).all()):
         raise CheckpointError(f"{lin.name}: the config says symmetric, its zero points are not all {scheme.zero}")
-    return QTensor(found.codes_OI, (scales_OG, found.zeros_OG), scheme.grid())
+    finer = found.codes_OI.shape[1] // scheme.group_width(lin.in_features) // scales_OG.shape[1]
+    scales_OG, zeros_OG = (p_OG.repeat_interleave(finer, 1) for p_OG in (scales_OG, found.zeros_OG))
+    return QTensor(found.codes_OI, (scales_OG, zeros_OG), scheme.grid())
 
 
 def _describe(

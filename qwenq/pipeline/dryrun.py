@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qwenq.formats.base import label_of
+from qwenq.formats.base import get_format, label_of
 from qwenq.io.safetensors import fingerprint
 from qwenq.machine import total_memory
 from qwenq.model.spec import ModelSpec
@@ -24,6 +24,7 @@ from qwenq.pipeline.config import (
     device_names,
     tokens_of,
 )
+from qwenq.pipeline.container import container_of
 from qwenq.pipeline.preflight import PlannedJob, Preflight, preflight, sensitivity_bytes
 from qwenq.pipeline.source import source_shapes
 from qwenq.planning.budget import Budgeted
@@ -118,6 +119,9 @@ def dry_run(model: str, config: QuantizeConfig, output: Path | None = None) -> D
             dtype_of=found.dtype_of,
             source_dtype_of=source.dtype_of,
             source_spec=source.spec,
+            beside=container_of(
+                found.spec, found.recipe, source.config, source.directory, config.mixture, config.split_size
+            ),
         )
     )
     measuring = None
@@ -136,6 +140,8 @@ def dry_run(model: str, config: QuantizeConfig, output: Path | None = None) -> D
         device=device,
         lanes=1 if on_gpu or found.spec.intermediate_size > WORKERS_UP_TO else MOST_WORKERS,
     )
+    if found.config.mixture:
+        warnings += get_format(config.format).notes(found.config.mixture, found.spec)
     warnings += _lacking(check, measuring, output is None)
     local = source.directory is not None
     return DryRun(check, found.spec, found.budgeted, measuring, assumed, local, tuple(warnings))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from qwenq.errors import PlanError
 from qwenq.io.gguf import is_gguf
@@ -45,6 +46,7 @@ class Shapes:
     spec: ModelSpec
     dtype_of: Callable[[str], str]
     directory: Path | None  # None for what is not on this machine
+    config: Mapping[str, Any] = field(default_factory=dict)  # config.json, where there is one
 
 
 def source_shapes(model: str) -> Shapes:
@@ -52,16 +54,16 @@ def source_shapes(model: str) -> Shapes:
     local = Path(model).is_dir() or is_gguf(model)
     family = None if local else family_spec(model)
     if family is not None:
-        return Shapes(family, lambda name: "BF16", None)
+        return Shapes(family, lambda name: "BF16", None, {})
     from qwenq.io.hub import is_hub_name
 
     if not local and is_hub_name(model):
         from qwenq.planning.models import load_model, source_dtypes
 
         found = load_model(model)
-        return Shapes(found.spec, source_dtypes(found), None)
+        return Shapes(found.spec, source_dtypes(found), None, found.config)
     from qwenq.checkpoint.reader import open_source
 
     hint = "for sizes alone a family name works: qwenq quantize Qwen2.5-72B --bits 4 --dry-run"
     source = open_source(model_directory(model, hint=hint))
-    return Shapes(source.spec, source.dtype_of, source.directory)
+    return Shapes(source.spec, source.dtype_of, source.directory, source.config)

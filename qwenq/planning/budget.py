@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from qwenq.checkpoint.shards import output_files, shard_file_bytes
+from qwenq.checkpoint.shards import shard_file_bytes, stored_files
 from qwenq.errors import HonestNo, PlanError
 from qwenq.formats.base import GROUP_SIZES, Recipe, Scheme, get_format
 from qwenq.model.spec import ModelSpec
@@ -146,7 +146,7 @@ def recipe_of(spec: ModelSpec, choice: Choice, format: str = "gptq") -> Recipe:
 
 def file_bytes(spec: ModelSpec, recipe: Recipe, dtype_of: DtypeOf) -> int:
     """Bytes of all shard files, headers included."""
-    return sum(shard_file_bytes(tensors) for tensors in output_files(spec, recipe, dtype_of).values())
+    return stored_files(spec, recipe, dtype_of).file_bytes
 
 
 def group_costs(
@@ -174,7 +174,7 @@ def fixed_bytes(spec: ModelSpec, dtype_of: DtypeOf) -> int:
 
     A layer's file is counted as if its norms alone were in it, with offsets of the longest kind.
     """
-    files = list(output_files(spec, Recipe(None), dtype_of).values())
+    files = stored_files(spec, Recipe(None), dtype_of).parts
     total = shard_file_bytes(files[0]) + shard_file_bytes(files[-1])
     for layer in range(spec.num_hidden_layers):
         owned = {lin.name for lin in spec.layer_linears(layer)}

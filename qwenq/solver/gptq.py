@@ -334,6 +334,14 @@ def _solve_rounding(e_IO: Tensor, importance_I: Tensor | None, grid: Grid) -> tu
     return codes_IO, parameters
 
 
+def round_rows(w_OI: Tensor, grid: Grid) -> QTensor:
+    """A weight rounded to nearest on fitted grids, all columns counting the same; rows do not depend on each other."""
+    e_IO = w_OI.T.contiguous()
+    codes_IO, parameters = _solve_rounding(e_IO, torch.ones(len(e_IO), device=e_IO.device), grid)
+    kept = zip(parameters.kept, grid.stored_dtypes, strict=True)
+    return QTensor(codes_IO.T.contiguous(), tuple(p_NO.T.to(dtype).contiguous() for p_NO, dtype in kept), grid)
+
+
 def mean_of_live(diagonal_I: Tensor) -> float:
     """Mean of the Hessian's diagonal over columns that any input reached: padded columns change nothing. 0 for none."""
     live_I = diagonal_I[diagonal_I > 0]

@@ -501,7 +501,8 @@ class SuperAffineGrid(Grid):
             grown_O += shift_O * (shift_O * total - 2 * slope_O)
             better_O = grown_O < 0
             change_O, shift_O = torch.where(better_O, change_O, 0.0), torch.where(better_O, shift_O, 0.0)
-            s_SO[sub], m_SO[sub] = torch.where(better_O, wanted_O, s_SO[sub]), torch.where(better_O, lowest_O, m_SO[sub])
+            s_SO[sub] = torch.where(better_O, wanted_O, s_SO[sub])
+            m_SO[sub] = torch.where(better_O, lowest_O, m_SO[sub])
             error_KO[own].addcmul_(code_NO, change_O, value=-1).sub_(shift_O)
             slope_KO.addcmul_(spread_KO, change_O, value=-1).addcmul_(ones_K[:, None], shift_O[None], value=-1)
         found = d_1O, dmin_1O, s_SO, m_SO
