@@ -74,7 +74,7 @@ class _Half(_Field):
     def put(self, codes_NK: Tensor, parameters: Sequence[Tensor]) -> Tensor:
         import torch
 
-        return parameters[self.index].to(torch.float16).contiguous().view(torch.uint8)
+        return parameters[self.index].to(torch.float16).reshape(-1).view(torch.uint8).view(-1, 2)
 
     def take(self, data_NB: Tensor, codes_NK: Tensor, parameters: list[Tensor | None]) -> None:
         import torch

@@ -30,7 +30,7 @@ from qwenq.checkpoint.manifest import (
     read_manifest,
     refuse_strangers,
 )
-from qwenq.checkpoint.reader import SLICE_ROWS, Checkpoint, non_finite
+from qwenq.checkpoint.reader import SLICE_ROWS, Checkpoint, GGUFCheckpoint, non_finite
 from qwenq.errors import CheckpointError, JobError, QwenqError
 from qwenq.formats.base import get_format, quantization_config, read_quantization_config
 from qwenq.io.durable import make_directory, write_bytes
@@ -254,7 +254,8 @@ class _Run:
         tensors = self.files.locations(self.work, layer + 1)
         config = dict(self.output.config)
         written = read_quantization_config(config["quantization_config"], "quantization_config")
-        return Checkpoint(self.work, config, self.spec, tensors, written, ()).layer_state(layer)
+        kind, place = (GGUFCheckpoint, self.work / self.files.names[0]) if self.files.whole else (Checkpoint, self.work)
+        return kind(place, config, self.spec, tensors, written, ()).layer_state(layer)
 
     def _save_state(self, journal: Journal, states: HiddenStates) -> dict[str, str]:
         """Save hidden states to the one of two files that the journal did not name last: one whole copy stays."""
