@@ -394,19 +394,15 @@ def inspect(model: StrPath, expect_parameters: float | None = None) -> Inspectio
     model: a directory, a hub name (headers alone are fetched) or a family's name. expect_parameters: the total that the
     model card states. Disagreements are answered, not raised. Raises CheckpointError for files that cannot be read.
     """
-    from qwenq.io.hub import fetch_headers
-    from qwenq.io.safetensors import checkpoint_tensors
     from qwenq.planning.audit import audit, index_total, published_shapes
-    from qwenq.planning.models import load_model
+    from qwenq.planning.models import load_model, stored_tensors
 
     found = load_model(str(model))
     tensors = total = recipe = None
     spec = found.spec
-    if found.directory is not None:
-        tensors = {name: location.spec for name, location in checkpoint_tensors(found.directory).items()}
-        total = index_total(found.directory)
-    elif found.hub:
-        tensors = {name: location.spec for name, location in fetch_headers(str(model)).items()}
+    if found.directory is not None or found.hub:
+        tensors = stored_tensors(found)
+        total = index_total(found.directory) if found.directory is not None else None
     else:
         spec, recipe = published_shapes(spec, found.published or "BF16")
     result = audit(

@@ -1,4 +1,4 @@
-"""A MODEL argument as a checkpoint directory, fetched if need be, or as shapes and dtypes read from headers alone."""
+"""A MODEL argument as a checkpoint on disk, fetched if need be, or as shapes and dtypes read from headers alone."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from qwenq.errors import PlanError
+from qwenq.io.gguf import is_gguf
 from qwenq.io.json import shown
 from qwenq.model.spec import ModelSpec, family_spec
 
 
 def model_directory(model: str, listen: Callable[[str], None] = lambda line: None, hint: str = "") -> Path:
-    """The local directory of `model`, downloaded when it is a hub name; else PlanError, with `hint`.
+    """The local directory, or GGUF file, of `model`, downloaded when it is a hub name; else PlanError, with `hint`.
 
     listen: is told how far a download is.
     """
     path = Path(model)
-    if path.is_dir():
+    if path.is_dir() or is_gguf(path):
         return path
     from qwenq.io.hub import fetch_model, is_hub_name
 
@@ -50,7 +51,7 @@ class Shapes:
 
 def source_shapes(model: str) -> Shapes:
     """Shapes of a family, a directory or a hub model, whose headers alone are fetched. QwenqError for anything else."""
-    local = Path(model).is_dir()
+    local = Path(model).is_dir() or is_gguf(model)
     family = None if local else family_spec(model)
     if family is not None:
         return Shapes(family, lambda name: "BF16", None, {})
