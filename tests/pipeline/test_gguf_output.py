@@ -67,7 +67,7 @@ def test_what_gguf_py_reads_is_what_was_evaluated(mixture: str, random_model: Ma
         assert np.array_equal(state[path].float().numpy(), theirs[f"blk.1.{name}"].reshape(state[path].shape))
     drift = evaluate(written, job.source, job.evaluation)
     assert drift.kl.mean == pytest.approx(result.drift.kl.mean, rel=1e-6, abs=1e-12)
-    assert drift.kl.mean < (1e-6 if mixture == "BF16" else 1.0)
+    assert drift.kl.mean < (1e-6 if mixture == "BF16" else 3.0)
 
 
 def test_metadata(random_model: Make, tmp_path: Path) -> None:
