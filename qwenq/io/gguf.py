@@ -134,6 +134,22 @@ class GGUFFile:
             )
         return cls(path, first.metadata, *_join(path, named["stem"], count, first))
 
+    def numbers(self, name: str, most: int = 1 << 16) -> list[float]:
+        """All values of an F32 tensor; CheckpointError for another type, or more than `most` values."""
+        location = self.tensors[name]
+        count = (location.end - location.start) // 4
+        if location.spec.dtype != "F32" or count > most:
+            raise CheckpointError(
+                f"{shown(location.file.name)}: {name} is {location.spec.dtype} {list(location.spec.shape)}, "
+                f"wanted F32 and at most {most} values"
+            )
+        with open_regular(location.file) as file:
+            file.seek(location.start)
+            data = file.read(4 * count)
+        if len(data) != 4 * count:
+            raise CheckpointError(f"{shown(location.file.name)}: changed while it was being read")
+        return list(struct.unpack(f"<{count}f", data))
+
 
 def is_gguf(path: Path | str) -> bool:
     """Whether a path is that of a GGUF file, by its ending and without opening it."""
@@ -143,6 +159,12 @@ def is_gguf(path: Path | str) -> bool:
 def split_name(stem: str, number: int, count: int) -> str:
     """`NAME-00001-of-00003.gguf` for the first file, `number` 0."""
     return f"{stem}-{number + 1:05d}-of-{count:05d}{ENDING}"
+
+
+def split_stem(path: Path) -> str:
+    """`NAME` of NAME.gguf and of NAME-00001-of-00003.gguf."""
+    named = _SPLIT_NAME.fullmatch(path.name)
+    return named["stem"] if named else path.stem
 
 
 # ---------------------------------------------------------------------- reading
