@@ -310,7 +310,8 @@ class QuantizeConfig:
             wanted = (*wanted, str) if Path in wanted else (*wanted, int) if float in wanted else wanted
             if type(value) not in wanted:
                 raise TypeError(f"{name} is {value!r}" if name in kinds else f"no option {name}")
-        paths = {name: Path(given[name]) for name in ("recipe", "sensitivity", "save_imatrix") if given.get(name) is not None}
+        places = ("recipe", "sensitivity", "save_imatrix")
+        paths = {name: Path(given[name]) for name in places if given.get(name) is not None}
         return QuantizeConfig(**given | paths)
 
     @staticmethod

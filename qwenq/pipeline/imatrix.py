@@ -1,8 +1,8 @@
 """Importance matrices for `llama-quantize --imatrix`, from the calibration pass that a job makes anyway.
 
-A GGUF file of llama.cpp's form: `general.type` is "imatrix"; of each linear it has `NAME.in_sum2`, float32 [in], the sum
-over tokens of its squared inputs, and `NAME.counts`, float32 [1], the tokens. The sums are the diagonal of the Hessian
-that GPTQ solves with, before channel scales are folded and tokens weighted. Format: llama.cpp's
+A GGUF file of llama.cpp's form: `general.type` is "imatrix"; of each linear it has `NAME.in_sum2`, float32 [in], the
+sum over tokens of its squared inputs, and `NAME.counts`, float32 [1], the tokens. The sums are the diagonal of the
+Hessian that GPTQ solves with, before channel scales are folded and tokens weighted. Format: llama.cpp's
 tools/imatrix/imatrix.cpp (save_imatrix) and common/imatrix-loader.cpp.
 """
 
@@ -24,16 +24,10 @@ from qwenq.io.safetensors import read_header
 from qwenq.io.tensors import raw_bytes, read_into, spec_of, write_shard
 from qwenq.model.architectures import Stage
 from qwenq.model.layer import Network
+from qwenq.model.metadata import gguf_names
 from qwenq.model.spec import ModelSpec
 from qwenq.pipeline.workers import Workers, WorkerSums
 from qwenq.text.tokens import TokenWindows
-
-# GGUF's names of linears, by their paths within a layer (gguf-py, tensor_mapping.py)
-_NAMES = {
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}  # fmt: skip
 
 
 class InputSquares:
@@ -58,8 +52,12 @@ class InputSquares:
                 for name, sums_I in found.items()}  # fmt: skip
 
 
-def check_place(path: Path, *, resume: bool) -> None:
-    """Raise JobError where no file can be made at `path`; a stopped job that goes on may have made it already."""
+def check_imatrix(path: Path, spec: ModelSpec, *, resume: bool) -> None:
+    """Raise JobError where no file can be made at `path`, CheckpointError for a model without GGUF names.
+
+    A stopped job that goes on may have made the file already.
+    """
+    gguf_names(spec)
     if path.exists() and not resume:
         raise JobError(f"{path}: exists already", hint="choose another --save-imatrix, or delete it")
     if path.is_dir() or not path.absolute().parent.is_dir():
@@ -87,14 +85,13 @@ def write_imatrix(path: Path, work: Path, source: Checkpoint, calibration: Token
         "imatrix.chunk_size": length,
     }
     counts_1 = torch.tensor([windows * length], dtype=torch.float32)
-    found: dict[str, Tensor] = {}
+    names, found = gguf_names(source.spec), dict[str, Tensor]()
     for layer in range(source.spec.num_hidden_layers):
         squares = _read_layer(work, layer)
         for stage in source.spec.architecture.stages:
             for linear in stage.linears:
-                name = f"blk.{layer}.{_NAMES[linear.path]}.weight"
-                stored = source.tensors[f"{source.spec.layer_prefix(layer)}{linear.path}.weight"]
-                columns = stored.spec.shape[1]  # without those that padding adds
+                weight = f"{source.spec.layer_prefix(layer)}{linear.path}.weight"
+                name, columns = names[weight], source.tensors[weight].spec.shape[1]  # without those of padding
                 found[f"{name}.in_sum2"] = squares[stage.name][:columns]
                 found[f"{name}.counts"] = counts_1
     write_gguf(path, metadata, found)

@@ -44,7 +44,7 @@ from qwenq.pipeline.block import BlockSolver, CalibrationStates, round_block, ro
 from qwenq.pipeline.card import CARD_NAME, model_card
 from qwenq.pipeline.config import tokens_of
 from qwenq.pipeline.evaluate import HeadWeights, measure_drift
-from qwenq.pipeline.imatrix import InputSquares, check_place, is_kept, keep_layer, write_imatrix
+from qwenq.pipeline.imatrix import InputSquares, check_imatrix, is_kept, keep_layer, write_imatrix
 from qwenq.pipeline.job import DTYPES, QuantizeJob, QuantizeResult, partial_directory, refuse_place
 from qwenq.pipeline.journal import Journal, locked, never_begun, refuse_changes
 from qwenq.pipeline.monitor import StageClock, memory_errors
@@ -95,7 +95,7 @@ def check_places(job: QuantizeJob, resume: bool) -> None:
     work = partial_directory(job.out)
     refuse_place(job.out, job.source.directory)
     if job.config.save_imatrix is not None:
-        check_place(job.config.save_imatrix, resume=resume)
+        check_imatrix(job.config.save_imatrix, job.source.spec, resume=resume)
     if work.exists() and not resume:
         raise _unfinished(work)
     if resume and not work.exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -13,7 +14,6 @@ from conftest import small_job, text_windows
 from transformers import AutoModelForCausalLM
 
 import qwenq.pipeline.quantize
-from qwenq.checkpoint.reader import open_source
 from qwenq.errors import ExcludedOptions, JobError
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.pipeline.config import QuantizeConfig
@@ -94,12 +94,10 @@ def test_the_checkpoint_is_the_same_without(random_model: Make, tmp_path: Path) 
 
 def test_padding_of_the_ffn_is_left_out(random_model: Make, tmp_path: Path) -> None:
     """Whoever gives the file to llama-quantize has the source's widths."""
-    source = random_model()
-    width = open_source(source).spec.intermediate_size
-    path = tmp_path / "imatrix.gguf"
-    quantize(small_job(open_source(source).directory, tmp_path / "out", source=open_source(source).padded(width + 32),
-                       save_imatrix=path))  # fmt: skip
-    assert len(read(path)["blk.0.ffn_down.weight.in_sum2"]) == width
+    job = small_job(random_model(), tmp_path / "out", save_imatrix=tmp_path / "imatrix.gguf")
+    width = job.source.spec.intermediate_size
+    quantize(replace(job, source=job.source.padded(width + 32)))
+    assert len(read(tmp_path / "imatrix.gguf")["blk.0.ffn_down.weight.in_sum2"]) == width
 
 
 @pytest.mark.parametrize("damage", ["none", "lost", "changed"])
@@ -161,6 +159,6 @@ def test_places_and_methods_that_cannot_be(random_model: Make, tmp_path: Path) -
     (tmp_path / "there").write_bytes(b"")
     for place, wanted in (("there", "exists already"), ("none/imatrix.gguf", "no place for a file")):
         with pytest.raises(JobError, match=wanted):
-            quantize(small_job(random_model(place.replace("/", "")), tmp_path / "out", save_imatrix=tmp_path / place))
+            quantize(small_job(random_model(f"model-{place[:4]}"), tmp_path / "out", save_imatrix=tmp_path / place))
         assert not (tmp_path / "out.partial").exists()
     assert (tmp_path / "there").read_bytes() == b""
