@@ -76,6 +76,7 @@ class QuantizeOptions(TypedDict, total=False):
     fold: bool
     error_correction: float | None
     error_correction_share: float
+    save_imatrix: Path | None
     device: str
     dtype: str
     compute_dtype: str
@@ -172,7 +173,7 @@ def sensitivity(
 def _paths(options: QuantizeOptions) -> Any:
     """Options with text where a path is wanted made one."""
     given: dict[str, Any] = dict(options)
-    for name in ("recipe", "sensitivity"):
+    for name in ("recipe", "sensitivity", "save_imatrix"):
         if isinstance(given.get(name), str):
             given[name] = Path(given[name])
     return given

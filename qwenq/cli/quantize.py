@@ -52,6 +52,7 @@ def quantize(
     damp_percent: ask.DampPercent = QuantizeConfig.damp_percent,
     error_correction: ask.ErrorCorrection = QuantizeConfig.error_correction,
     error_correction_share: ask.ErrorCorrectionShare = QuantizeConfig.error_correction_share,
+    save_imatrix: ask.SaveImatrix = QuantizeConfig.save_imatrix,
     device: ask.Device = QuantizeConfig.device,
     dtype: ask.StoredDtype = QuantizeConfig.dtype,
     compute_dtype: ask.ComputeDtype = QuantizeConfig.compute_dtype,

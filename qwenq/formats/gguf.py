@@ -570,7 +570,8 @@ def _read_type(label: str, where: str) -> Scheme | None:
         return None
     read = (*WRITTEN, *_READ_ONLY)
     if label not in read:
-        raise CheckpointError(f"{where}: weights of type {shown(label, 40)} are not read", hint=f"read: {', '.join(read)}")
+        hint = f"read: {', '.join(read)}"
+        raise CheckpointError(f"{where}: weights of type {shown(label, 40)} are not read", hint=hint)
     return type_scheme(label)
 
 

@@ -148,6 +148,8 @@ class QuantizeConfig:
     fold: bool = True  # channel scales into norms and up_proj
     error_correction: float | None = None  # 0 to 1, of o_proj and down_proj
     error_correction_share: float = ERROR_CORRECTION_SHARE  # of the calibration windows that it is read from
+    # beside the checkpoint
+    save_imatrix: Path | None = None  # an importance matrix of the model, in llama.cpp's form
     # machine
     device: str = "auto"  # cpu, or GPUs: cuda:0,cuda:1
     dtype: str = "auto"  # of tensors that are not quantized; auto keeps their bytes
@@ -200,6 +202,8 @@ class QuantizeConfig:
                 raise ExcludedOptions(f"{flag(name)} goes with --fit")
         if self.sensitivity is not None and not given:
             raise ExcludedOptions("--sensitivity goes with --target-size, --bpw, --fit or --recipe")
+        if self.save_imatrix is not None and self.solver == "rtn":
+            raise ExcludedOptions("--save-imatrix comes from calibration: rounding to nearest reads none")
         if self.target_size is not None:
             parse_size(self.target_size)
         if self.bpw is not None:
@@ -342,7 +346,8 @@ class QuantizeConfig:
             wanted = (*wanted, str) if Path in wanted else (*wanted, int) if float in wanted else wanted
             if type(value) not in wanted:
                 raise TypeError(f"{name} is {value!r}" if name in kinds else f"no option {name}")
-        paths = {name: Path(given[name]) for name in ("recipe", "sensitivity") if given.get(name) is not None}
+        places = ("recipe", "sensitivity", "save_imatrix")
+        paths = {name: Path(given[name]) for name in places if given.get(name) is not None}
         return QuantizeConfig(**given | paths)
 
     @staticmethod
