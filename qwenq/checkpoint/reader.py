@@ -96,8 +96,6 @@ class Checkpoint:
         """One tensor as stored, a private copy on the CPU; CheckpointError when its bytes are not those hashed."""
         location = self.tensors[name]
         data = self._bytes(location.file, location.start, location.end)
-        if location.spec.dtype not in TORCH_DTYPES:  # blocks of a GGUF type, row by row
-            return data.reshape(location.spec.shape[0], -1)
         return data.view(TORCH_DTYPES[location.spec.dtype]).reshape(location.spec.shape)
 
     def read_slice(self, name: str, start: int, stop: int) -> torch.Tensor:

@@ -244,14 +244,6 @@ def in_pairs(spec: ModelSpec, name: str, tensor: Tensor) -> Tensor:
     return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
-def in_halves(spec: ModelSpec, name: str, tensor: Tensor) -> Tensor:
-    """The inverse of `in_pairs`."""
-    heads = paired_heads(spec, name)
-    if not heads:
-        return tensor
-    return tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-
-
 @dataclass(frozen=True)
 class Beside:
     """What a container holds besides tensors of the recipe."""

@@ -151,6 +151,10 @@ StoredDtype = Annotated[
         show_default=False,
     ),
 ]
+SaveImatrix = Annotated[
+    Path | None,
+    option(JOB, metavar="FILE", help="Write the model's importance matrix there too, for `llama-quantize --imatrix`."),
+]
 DryRun = Annotated[bool, option(JOB, "--dry-run", help="Read headers only; print sizes, memory and disk.")]
 Resume = Annotated[bool, option(JOB, "--resume", help="Go on with a stopped job: same command, plus this.")]
 

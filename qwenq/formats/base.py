@@ -106,6 +106,10 @@ class Codes:
         """The scheme with that label; None for what is no label of these codes, or is not chosen by its label."""
         return None
 
+    def noise(self, scheme: Scheme) -> float | None:
+        """Energy of the rounding error relative to 4-bit integers in groups of 128, a rule of thumb; None: unknown."""
+        return None
+
     def grid(self, scheme: Scheme) -> Grid:
         """The grid of the scheme."""
         raise PlanError(f"{scheme.label} is rounded by a library's own functions, not solved")
@@ -389,6 +393,7 @@ class Format(ABC):
     note: str = ""  # in help texts, after the name: "4-bit"
     tags: tuple[str, ...]  # of a model card
     container: str = "safetensors"
+    engine: str = "qwenq"  # that --fit plans for where none is named
     mixes: bool = False  # several schemes in one checkpoint
     options: tuple[Scheme, ...] = ()  # schemes that a mixture may be chosen from
     outer: bool = False  # embedding and head are quantized too
@@ -437,6 +442,18 @@ class Format(ABC):
     def mixes_zero_points(self) -> bool:
         """Whether a mixture may have zero points of each group's own."""
         return any(not scheme.sym for scheme in self.options)
+
+    def offered(self, lin: LinearSpec, options: Sequence[Scheme] | None = None) -> tuple[Scheme, ...]:
+        """Schemes that mixtures are chosen from for a linear: those of `options` that it divides into."""
+
+        def held(scheme: Scheme) -> bool:
+            try:
+                scheme.check(lin)
+            except PlanError:
+                return False
+            return True
+
+        return tuple(filter(held, self.options if options is None else options))
 
     def mixes_in(self, scheme: Scheme) -> bool:
         """Whether a recipe file may ask for `scheme` in a mixture: an option, or one group a row where groups are."""

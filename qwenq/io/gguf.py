@@ -151,6 +151,11 @@ class GGUFFile:
         return list(struct.unpack(f"<{count}f", data))
 
 
+def check_file(path: Path) -> None:
+    """Raise CheckpointError unless one file, of a split any, has the size that its header says."""
+    _read(path)
+
+
 def is_gguf(path: Path | str) -> bool:
     """Whether a path is that of a GGUF file, by its ending and without opening it."""
     return Path(path).suffix.lower() == ENDING and Path(path).is_file()

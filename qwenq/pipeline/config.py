@@ -7,10 +7,12 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from qwenq.checkpoint.manifest import MANIFEST_NAME, current_names
+from qwenq.checkpoint.shards import NOTHING, Beside
 from qwenq.errors import CheckpointError, ExcludedOptions, PlanError, UsageError
 from qwenq.formats.base import FORMATS, Recipe, Scheme, get_format, mixing, names_of
 from qwenq.io.safetensors import FLOATS
@@ -148,6 +150,8 @@ class QuantizeConfig:
     fold: bool = True  # channel scales into norms and up_proj
     error_correction: float | None = None  # 0 to 1, of o_proj and down_proj
     error_correction_share: float = ERROR_CORRECTION_SHARE  # of the calibration windows that it is read from
+    # beside the checkpoint
+    save_imatrix: Path | None = None  # an importance matrix of the model, in llama.cpp's form
     # machine
     device: str = "auto"  # cpu, or GPUs: cuda:0,cuda:1
     dtype: str = "auto"  # of tensors that are not quantized; auto keeps their bytes
@@ -200,6 +204,8 @@ class QuantizeConfig:
                 raise ExcludedOptions(f"{flag(name)} goes with --fit")
         if self.sensitivity is not None and not given:
             raise ExcludedOptions("--sensitivity goes with --target-size, --bpw, --fit or --recipe")
+        if self.save_imatrix is not None and self.solver == "rtn":
+            raise ExcludedOptions("--save-imatrix comes from calibration: rounding to nearest reads none")
         if self.target_size is not None:
             parse_size(self.target_size)
         if self.bpw is not None:
@@ -293,40 +299,49 @@ class QuantizeConfig:
             return spec
         return widened(spec, self.pad_for_tp, None if self.mixed else Recipe(self.scheme(), format=self.format))
 
-    def choose(self, spec: ModelSpec, table: Sensitivity | None, dtype_of: Callable[[str], str]) -> Budgeted:
+    def choose(
+        self,
+        spec: ModelSpec,
+        table: Sensitivity | None,
+        dtype_of: Callable[[str], str],
+        beside: Callable[[Recipe], Beside] = lambda recipe: NOTHING,
+    ) -> Budgeted:
         """The mixture asked for; sensitivities are the prior's when there is no table. Zero points only if asked for.
 
-        dtype_of: of each tensor that is not quantized, as it will be written.
+        dtype_of: of each tensor that is not quantized, as it will be written. beside: what its files hold beside them.
         """
-        table = table or prior(spec, asymmetric=bool(self.asymmetric))
-        if not self.asymmetric and self.recipe is None:
+        form = get_format(self.format)
+        table = table or prior(spec, self.format, asymmetric=bool(self.asymmetric))
+        if not self.asymmetric and self.recipe is None and not form.outer:
             kept = {unit: {s: kl for s, kl in row.items() if s is None or s.sym} for unit, row in table.kl.items()}
             table = replace(table, kl=kept)
+        held = beside(Recipe(form.options[0] if form.options else None, (), self.format))  # the same for any recipe
         if self.pad_for_tp is not None:
             table = cut_by(spec, table, self.pad_for_tp)
         if self.recipe is not None:
             from qwenq.planning.recipefile import read_recipe
 
             choice = read_recipe(self.recipe, spec, self.format)
-            return describe_choice(spec, table.covering(spec, choice), choice, dtype_of, self.format)
+            return describe_choice(spec, table.covering(spec, choice), choice, dtype_of, self.format, beside=held)
         if self.target_size is not None:
-            return choose_for_bytes(spec, table, parse_size(self.target_size), dtype_of, self.format)
+            return choose_for_bytes(spec, table, parse_size(self.target_size), dtype_of, self.format, beside=held)
         if self.bpw is not None:
-            return choose_for_bits(spec, table, _bits(self.bpw), dtype_of, self.format)
+            return choose_for_bits(spec, table, _bits(self.bpw), dtype_of, self.format, beside=held)
         from qwenq.planning.case import Case, Workload
         from qwenq.planning.engines.base import engine_names, get_engine
         from qwenq.planning.rig import parse_rig
         from qwenq.planning.weights import recipe_weights
 
         assert self.fit is not None
-        engine = get_engine(self.engine or "qwenq")
-        if engine.needs_gguf:
+        engine = get_engine(self.engine or form.engine)
+        if engine.needs_gguf != (form.container == "gguf"):
             raise PlanError(
-                f"--engine {engine.name} reads GGUF, not what this writes", hint=engine_names(checkpoints=True)
+                f"--engine {engine.name} does not read --format {self.format}",
+                hint=engine_names(checkpoints=form.container != "gguf"),
             )
         work = Workload(parse_tokens(self.context or "8k"), 1)
         case = Case(spec, recipe_weights(spec, Recipe(None)), engine, work, parse_rig(self.fit))
-        return choose_for_rig(case, table, dtype_of, self.format)
+        return choose_for_rig(case, table, dtype_of, self.format, held)
 
     def to_json(self) -> dict[str, Any]:
         """Every option by its name; paths as text."""
@@ -342,7 +357,8 @@ class QuantizeConfig:
             wanted = (*wanted, str) if Path in wanted else (*wanted, int) if float in wanted else wanted
             if type(value) not in wanted:
                 raise TypeError(f"{name} is {value!r}" if name in kinds else f"no option {name}")
-        paths = {name: Path(given[name]) for name in ("recipe", "sensitivity") if given.get(name) is not None}
+        places = ("recipe", "sensitivity", "save_imatrix")
+        paths = {name: Path(given[name]) for name in places if given.get(name) is not None}
         return QuantizeConfig(**given | paths)
 
     @staticmethod
@@ -416,6 +432,7 @@ class Resolution:
     dtype_of: Callable[[str], str]
     table: Sensitivity | None
     budgeted: Budgeted | None
+    beside: Callable[[Recipe], Beside] = lambda recipe: NOTHING
 
     @staticmethod
     def of(
@@ -426,11 +443,12 @@ class Resolution:
         device: str,
         fingerprint: str = "",
         measured: Path | None = None,
+        beside: Callable[[ModelSpec, Recipe], Beside] = lambda spec, recipe: NOTHING,
     ) -> Resolution:
         """Apply `config` to a 16-bit model; PlanError for what it does not allow.
 
         device: `cpu` or `cuda...`, what `auto` has become. fingerprint: of the source's files, empty when they are not
-        here. measured: sensitivities that a stopped job has measured already.
+        here. measured: sensitivities that a stopped job has measured already. beside: what files hold beside tensors.
         """
         method = config.solver
         settled = replace(
@@ -450,8 +468,9 @@ class Resolution:
         table = _table(config, wide, fingerprint, measured) if config.mixed else None
         if config.budgeted and table is None and method == "rtn":
             raise PlanError("--method rtn measures no sensitivities", hint="give them with --sensitivity FILE")
-        budgeted = config.choose(wide, table, dtype_of) if config.mixed else None
-        found = Resolution(settled, wide, dtype_of, table, budgeted)
+        held = partial(beside, wide)
+        budgeted = config.choose(wide, table, dtype_of, held) if config.mixed else None
+        found = Resolution(settled, wide, dtype_of, table, budgeted, held)
         found.recipe.check(wide)
         return found
 
@@ -474,7 +493,8 @@ class Resolution:
 
     def measured(self, table: Sensitivity) -> Resolution:
         """With the mixture chosen by measured sensitivities."""
-        return replace(self, table=table, budgeted=self.config.choose(self.spec, table, self.dtype_of))
+        chosen = self.config.choose(self.spec, table, self.dtype_of, self.beside)
+        return replace(self, table=table, budgeted=chosen)
 
     def settled(self, windows: Windows) -> QuantizeConfig:
         """The configuration with error correction chosen too.
@@ -501,7 +521,7 @@ def _table(config: QuantizeConfig, spec: ModelSpec, fingerprint: str, measured: 
         return None
     found = read_sensitivity(path)
     try:
-        found.check(spec, fingerprint)
+        found.check(spec, fingerprint, config.format)
     except PlanError as error:
         raise PlanError(f"{path}: {error.message}", hint=error.hint) from None
     if config.asymmetric and config.budgeted and all(s is None or s.sym for row in found.kl.values() for s in row):

@@ -169,14 +169,16 @@ def peak_bytes(spec: ModelSpec, tokens: Tokens, compute_bytes: int, on_gpu: bool
 
 
 def sensitivity_bytes(
-    spec: ModelSpec, length: int, compute_bytes: int, on_gpu: bool, asymmetric: bool = False
+    spec: ModelSpec, length: int, compute_bytes: int, on_gpu: bool, schemes: int = len(GROUP_SIZES)
 ) -> tuple[int, int]:
-    """Predicted peak (host, GPU) in bytes of measuring sensitivities on windows of `length` tokens; see peak_bytes."""
+    """Predicted peak (host, GPU) in bytes of measuring sensitivities on windows of `length` tokens; see peak_bytes.
+
+    schemes: that errors are solved of, in bfloat16.
+    """
     hidden, probed = spec.hidden_size, PROBE_WINDOWS * PROBE_TOKENS
     parameters = sum(lin.parameters for lin in spec.layer_linears(0))
     outputs = sum(lin.out_features for lin in spec.layer_linears(0))
     largest = max(lin.parameters for lin in spec.layer_linears(0))
-    schemes = (2 if asymmetric else 1) * len(GROUP_SIZES)  # that errors are solved of, in bfloat16
     states = (SOLVER_WINDOWS * length + probed) * hidden * compute_bytes
     passing = 16 * _widest(spec) + 24 * hidden + (schemes + 1) * outputs  # values a token
     backward = compute_bytes * (parameters + largest + BACKWARD_TOKENS * passing)

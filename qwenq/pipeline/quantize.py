@@ -30,7 +30,7 @@ from qwenq.checkpoint.manifest import (
     read_manifest,
     refuse_strangers,
 )
-from qwenq.checkpoint.reader import SLICE_ROWS, Checkpoint, non_finite
+from qwenq.checkpoint.reader import SLICE_ROWS, Checkpoint, GGUFCheckpoint, non_finite
 from qwenq.errors import CheckpointError, JobError, QwenqError
 from qwenq.formats.base import get_format, quantization_config, read_quantization_config
 from qwenq.io.durable import make_directory, write_bytes
@@ -41,6 +41,7 @@ from qwenq.pipeline.block import BlockSolver, CalibrationStates, round_block, ro
 from qwenq.pipeline.card import CARD_NAME, model_card
 from qwenq.pipeline.config import tokens_of
 from qwenq.pipeline.evaluate import HeadWeights, measure_drift
+from qwenq.pipeline.imatrix import InputSquares, check_imatrix, is_kept, keep_layer, write_imatrix
 from qwenq.pipeline.job import DTYPES, QuantizeJob, QuantizeResult, partial_directory, refuse_place
 from qwenq.pipeline.journal import Journal, locked, never_begun, refuse_changes
 from qwenq.pipeline.monitor import StageClock, memory_errors
@@ -90,6 +91,8 @@ def check_places(job: QuantizeJob, resume: bool) -> None:
     """Raise JobError when the output, an unfinished job or a disk too small is in the way."""
     work = partial_directory(job.out)
     refuse_place(job.out, job.source.directory)
+    if job.config.save_imatrix is not None:
+        check_imatrix(job.config.save_imatrix, job.source.spec, resume=resume)
     if work.exists() and not resume:
         raise _unfinished(work)
     if resume and not work.exists():
@@ -202,14 +205,17 @@ class _Run:
             self.job.source.prefetch(layer + 1)
         with clock.time("evaluate"):
             runner.advance(state, "float32", "reference")
-        tensors, results = make_layer(self.job, self.calibrator, layer, state, states, clock)
+        squares = None if self.job.config.save_imatrix is None else InputSquares(self.calibrator, self.spec)
+        tensors, results = make_layer(self.job, self.calibrator, layer, state, states, clock, squares)
         with clock.time("write"):
             sha256 = self.files.write(self.work, layer + 1, tensors)
+            kept = {} if squares is None else {"imatrix": keep_layer(self.work, layer, squares.totals())}
         with clock.time("evaluate"):
             runner.advance(self._written_layer(layer), "quantized")
             error_db = _error_db(states.states["reference"], states.states["quantized"])
         result = BlockResult(layer, tuple(results), error_db, time.perf_counter() - start, clock.seconds)
-        return {"layer": layer, "file": self.files.file_of(layer + 1), "sha256": sha256, "result": result.to_json()}
+        file = self.files.file_of(layer + 1)
+        return {"layer": layer, "file": file, "sha256": sha256, "result": result.to_json()} | kept
 
     # -------------------------------------------------------------- resuming
 
@@ -248,13 +254,16 @@ class _Run:
             return "its line in the journal names a state that is none"
         if self.files.sha256(self.work, layer + 1) != row.get("sha256"):
             return "its file is missing or damaged"
+        if self.job.config.save_imatrix is not None and not is_kept(self.work, layer, row.get("imatrix")):
+            return "its part of the importance matrix is missing or damaged"
         return ""
 
     def _written_layer(self, layer: int) -> dict[str, torch.Tensor]:
         tensors = self.files.locations(self.work, layer + 1)
         config = dict(self.output.config)
         written = read_quantization_config(config["quantization_config"], "quantization_config")
-        return Checkpoint(self.work, config, self.spec, tensors, written, ()).layer_state(layer)
+        kind, place = (GGUFCheckpoint, self.work / self.files.names[0]) if self.files.whole else (Checkpoint, self.work)
+        return kind(place, config, self.spec, tensors, written, ()).layer_state(layer)
 
     def _save_state(self, journal: Journal, states: HiddenStates) -> dict[str, str]:
         """Save hidden states to the one of two files that the journal did not name last: one whole copy stays."""
@@ -307,6 +316,9 @@ class _Run:
         hashes |= self.files.hashes(self.work, parts)
         hashes |= self.output.copy_small_files(self.job.source.directory, journal.job["source"])
         hashes |= self.output.write_configs()
+        if self.job.config.save_imatrix is not None:
+            assert self.job.calibration is not None
+            write_imatrix(self.job.config.save_imatrix, self.work, self.job.source, self.job.calibration)
         result = QuantizeResult(
             out=self.job.out,
             drift=drift,
@@ -338,11 +350,12 @@ def make_layer(
     state: dict[str, torch.Tensor],
     states: HiddenStates,
     clock: StageClock,
+    squares: InputSquares | None = None,
 ) -> tuple[dict[str, torch.Tensor], list[LayerResult]]:
     """Quantize a layer as the job says: tensors to be written, by full name, and one result a linear.
 
     state: the layer's 16-bit tensors by their names within it, emptied on the way. Hidden states of the calibration
-    tokens, if the job reads any, are advanced from entering the layer to leaving it.
+    tokens, if the job reads any, are advanced from entering the layer to leaving it; `squares` takes in their inputs.
     """
     spec = job.source.spec
     prefix = spec.layer_prefix(layer)
@@ -358,7 +371,7 @@ def make_layer(
         calibrator.fill(state)
         state.clear()  # the solver lets go of each weight when it is done
         calibration = CalibrationStates(states.states["calibration"], states.states.get("original"), states.scratch)
-        solver = BlockSolver(calibrator, spec, layer, job.recipe, folded, calibration, job.options, clock)
+        solver = BlockSolver(calibrator, spec, layer, job.recipe, folded, calibration, job.options, clock, squares)
         packed, results = solver.run()
         calibrator.release()
     return packed | {prefix + name: tensor.cpu() for name, tensor in folded.kept.items()}, results
