@@ -56,6 +56,8 @@ class QuantizeOptions(TypedDict, total=False):
     bits: int | None
     group_size: int | None
     format: str
+    gguf_type: str | None
+    split_size: str | None
     asymmetric: bool | None
     target_size: str | None
     bpw: str | None
@@ -76,6 +78,7 @@ class QuantizeOptions(TypedDict, total=False):
     fold: bool
     error_correction: float | None
     error_correction_share: float
+    save_imatrix: Path | None
     device: str
     dtype: str
     compute_dtype: str
@@ -131,7 +134,7 @@ def sensitivity(
 ) -> Sensitivity:
     """Measure the KL (nats a token) that each fused group of a model causes at each scheme, and write it to `output`.
 
-    Of the options only text, seed, `asymmetric`, `device` (one GPU) and `compute_dtype` count. Hidden states lie beside
+    Of the options only text, seed, `format`, `asymmetric`, `device` (one GPU) and `compute_dtype` count. Hidden states lie beside
     `output`, or in the current directory, meanwhile. Raises QwenqError.
     """
     from qwenq.checkpoint.reader import open_source
@@ -158,7 +161,9 @@ def sensitivity(
     device = pick_device(settings.device, several=False)
     found = measure_sensitivity(
         source,
-        split_windows(windows, seed=settings.seed, asymmetric=bool(settings.asymmetric)),
+        split_windows(
+            windows, seed=settings.seed, asymmetric=bool(settings.asymmetric), format=settings.format
+        ),
         compute_dtype=DTYPES[pick_compute_dtype(settings.compute_dtype, device)],
         device=device,
         scratch=scratch,
@@ -172,7 +177,7 @@ def sensitivity(
 def _paths(options: QuantizeOptions) -> Any:
     """Options with text where a path is wanted made one."""
     given: dict[str, Any] = dict(options)
-    for name in ("recipe", "sensitivity"):
+    for name in ("recipe", "sensitivity", "save_imatrix"):
         if isinstance(given.get(name), str):
             given[name] = Path(given[name])
     return given
@@ -394,19 +399,15 @@ def inspect(model: StrPath, expect_parameters: float | None = None) -> Inspectio
     model: a directory, a hub name (headers alone are fetched) or a family's name. expect_parameters: the total that the
     model card states. Disagreements are answered, not raised. Raises CheckpointError for files that cannot be read.
     """
-    from qwenq.io.hub import fetch_headers
-    from qwenq.io.safetensors import checkpoint_tensors
     from qwenq.planning.audit import audit, index_total, published_shapes
-    from qwenq.planning.models import load_model
+    from qwenq.planning.models import load_model, stored_tensors
 
     found = load_model(str(model))
     tensors = total = recipe = None
     spec = found.spec
-    if found.directory is not None:
-        tensors = {name: location.spec for name, location in checkpoint_tensors(found.directory).items()}
-        total = index_total(found.directory)
-    elif found.hub:
-        tensors = {name: location.spec for name, location in fetch_headers(str(model)).items()}
+    if found.directory is not None or found.hub:
+        tensors = stored_tensors(found)
+        total = index_total(found.directory) if found.directory is not None else None
     else:
         spec, recipe = published_shapes(spec, found.published or "BF16")
     result = audit(

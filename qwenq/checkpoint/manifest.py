@@ -19,6 +19,7 @@ from typing import Any
 
 from qwenq.errors import CheckpointError, JobError
 from qwenq.io.durable import TORN_ENDING, file_sha256, write_bytes
+from qwenq.io.gguf import ENDING, check_file
 from qwenq.io.json import MAX_SMALL_BYTES, check_regular, inside, open_regular, parse_object, read_limited, shown
 from qwenq.io.safetensors import read_header
 
@@ -217,6 +218,8 @@ def hash_of(path: Path) -> str:
     """
     if path.suffix == ".safetensors":
         read_header(path)
+    elif path.suffix == ENDING:
+        check_file(path)
     else:
         check_regular(path, MAX_SMALL_BYTES)
     return file_sha256(path)

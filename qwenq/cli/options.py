@@ -11,7 +11,7 @@ import typer
 from qwenq.api import LoadWords
 from qwenq.cli.console import warn
 from qwenq.cli.plain import print_step
-from qwenq.formats.base import FORMATS, names_of
+from qwenq.formats.base import FORMATS, get_format, names_of
 from qwenq.pipeline.source import model_directory
 
 ASYMMETRIC = names_of((form for form in FORMATS.values() if form.asymmetric), "and")
@@ -65,6 +65,13 @@ GroupSize = Annotated[
     int | None, option(BITS, metavar="N", help="Columns a scale: 128, 64, 32, -1 (row). Default 128.")
 ]
 Format = Annotated[str, option(BITS, "--format", metavar="NAME", help=", ".join(FORMATS) + ".")]
+GgufType = Annotated[
+    str | None,
+    option(BITS, metavar="NAME", help="Of --format gguf: " + ", ".join(get_format("gguf").mixtures) + "."),
+]
+SplitSize = Annotated[
+    str | None, option(BITS, metavar="SIZE", help="Of --format gguf: tensors a file holds at most, for instance 50GB.")
+]
 Asymmetric = Annotated[
     bool | None,
     option(BITS, "--asymmetric/--symmetric", help=f"Zero points for each group. Default: only for {ASYMMETRIC}."),
@@ -143,6 +150,10 @@ StoredDtype = Annotated[
         help="Of unquantized tensors: float16, bfloat16; auto: kept as is.",
         show_default=False,
     ),
+]
+SaveImatrix = Annotated[
+    Path | None,
+    option(JOB, metavar="FILE", help="Write the model's importance matrix there too, for `llama-quantize --imatrix`."),
 ]
 DryRun = Annotated[bool, option(JOB, "--dry-run", help="Read headers only; print sizes, memory and disk.")]
 Resume = Annotated[bool, option(JOB, "--resume", help="Go on with a stopped job: same command, plus this.")]

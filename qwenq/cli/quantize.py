@@ -19,6 +19,7 @@ from qwenq.model.spec import ModelSpec, family_spec
 from qwenq.pipeline.config import QuantizeConfig
 from qwenq.pipeline.dryrun import DryRun, dry_run
 from qwenq.planning.budget import Budgeted
+from qwenq.planning.sensitivity import OUTER
 from qwenq.units import format_gb, format_seconds
 
 
@@ -29,6 +30,8 @@ def quantize(
     bits: ask.Bits = QuantizeConfig.bits,
     group_size: ask.GroupSize = QuantizeConfig.group_size,
     format: ask.Format = QuantizeConfig.format,
+    gguf_type: ask.GgufType = QuantizeConfig.gguf_type,
+    split_size: ask.SplitSize = QuantizeConfig.split_size,
     asymmetric: ask.Asymmetric = QuantizeConfig.asymmetric,
     fold: ask.Fold = QuantizeConfig.fold,
     pad_for_tp: ask.PadForTp = QuantizeConfig.pad_for_tp,
@@ -50,6 +53,7 @@ def quantize(
     damp_percent: ask.DampPercent = QuantizeConfig.damp_percent,
     error_correction: ask.ErrorCorrection = QuantizeConfig.error_correction,
     error_correction_share: ask.ErrorCorrectionShare = QuantizeConfig.error_correction_share,
+    save_imatrix: ask.SaveImatrix = QuantizeConfig.save_imatrix,
     device: ask.Device = QuantizeConfig.device,
     dtype: ask.StoredDtype = QuantizeConfig.dtype,
     compute_dtype: ask.ComputeDtype = QuantizeConfig.compute_dtype,
@@ -179,7 +183,7 @@ def recipe_table(spec: ModelSpec, found: Budgeted) -> Table:
     title = f"recipe: {format_gb(found.file_bytes)}, {found.bits_per_linear_weight:.3f} bits per linear weight"
     table = Table(title=title)
     table.add_column("layers")
-    stages = [stage.name for stage in spec.architecture.stages]
+    stages = [name for layer, name in found.choice if layer == 0]
     for stage in stages:
         table.add_column(stage)
     rows = [tuple(label_of(found.choice[layer, stage]) for stage in stages) for layer in range(spec.num_hidden_layers)]
@@ -188,6 +192,8 @@ def recipe_table(spec: ModelSpec, found: Budgeted) -> Table:
         if layer + 1 == len(rows) or rows[layer + 1] != row:
             table.add_row(str(start) if start == layer else f"{start}-{layer}", *row)
             start = layer + 1
+    outer = [f"{name} {label_of(scheme)}" for (layer, name), scheme in found.choice.items() if layer == OUTER]
+    table.caption = ", ".join(outer) or None
     return table
 
 

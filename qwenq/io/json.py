@@ -21,9 +21,9 @@ MAX_DIGITS = 100  # of a whole number: more than any size, and little enough tha
 _MAX_NAME_BYTES = 255  # what file systems take
 
 
-def read_object(path: Path, limit: int = 10_000_000) -> dict[str, Any]:
-    """A JSON object from a file of at most `limit` bytes: no repeated keys, no NaN; CheckpointError otherwise."""
-    return parse_object(read_limited(path, limit), shown(path.name))
+def read_object(path: Path, limit: int = 10_000_000, most: int = MAX_VALUES) -> dict[str, Any]:
+    """A JSON object of at most `limit` bytes and `most` values: no repeated keys, no NaN; CheckpointError otherwise."""
+    return parse_object(read_limited(path, limit), shown(path.name), most)
 
 
 def open_regular(
@@ -69,11 +69,11 @@ def _check_size(path: Path, size: int, limit: int, error: type[QwenqError]) -> N
         raise error(f"{shown(path.name)}: {size} bytes, more than the {limit} such a file can need")
 
 
-def parse_object(text: bytes, where: str) -> dict[str, Any]:
+def parse_object(text: bytes, where: str, most: int = MAX_VALUES) -> dict[str, Any]:
     """Parse a JSON object strictly: UTF-8, no repeated keys, no NaN or infinity, no absurd nesting, number or count."""
     values = text.count(b",") + text.count(b"[") + text.count(b"{")  # at least; counted before any is made
-    if values > MAX_VALUES:
-        raise CheckpointError(f"{where}: JSON of {values} values or more, more than the {MAX_VALUES} it can need")
+    if values > most:
+        raise CheckpointError(f"{where}: JSON of {values} values or more, more than the {most} it can need")
 
     def refuse_constant(token: str) -> Any:
         raise CheckpointError(f"{where}: JSON holds {token}, which is no number of JSON's")

@@ -11,7 +11,6 @@ import torch
 
 from qwenq.checkpoint.manifest import MANIFEST_NAME, Finding, current_names
 from qwenq.checkpoint.reader import Checkpoint, open_checkpoint, open_source
-from qwenq.checkpoint.shards import output_files
 from qwenq.errors import CalibrationError, CheckpointError, JobError, QwenqError
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.io.tensors import raw_bytes
@@ -55,7 +54,6 @@ def reproduce(
     written = open_checkpoint(directory)
     here, then = numerics(job.devices), manifest["job"].get("numerics")
     torch.set_num_threads(_threads(then))
-    files = list(output_files(spec, job.recipe, job.stored_dtype))
     calibrator = job.workers(DTYPES[job.config.calibration_dtype], job.calibration)
     findings: list[Finding] = []
     made: list[int] = []
@@ -75,7 +73,7 @@ def reproduce(
                 made.append(layer)
                 if problem := _difference(tensors, written):
                     findings.append(
-                        Finding(files[layer + 1], f"layer {layer}, made again, {problem}{_why(then, here)}")
+                        Finding(job.files.file_of(layer + 1), f"layer {layer}, made again, {problem}{_why(then, here)}")
                     )
                     break  # what follows would be made from other hidden states
     finally:

@@ -83,7 +83,7 @@ def audit(
         readable = recognized(quantization) is not None
         if readable:
             recipe = read_quantization_config(quantization, "config.json").recipe(spec)
-            scheme = f"{recipe.default.label if recipe.default else '16-bit'}, {recipe.format}"
+            scheme = f"{recipe.label}, {recipe.format}"
         else:  # a method this version cannot read: shapes and totals are still worth an audit
             method = quantization.get("quant_method") if isinstance(quantization, Mapping) else "unknown"
             scheme = shown(str(method), 40)

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwenq.checkpoint.headers import read_headers
 from qwenq.errors import CheckpointError, PlanError, UsageError
 from qwenq.formats.base import Recipe, Scheme
+from qwenq.io.gguf import is_gguf
 from qwenq.io.json import inside, read_object, shown
-from qwenq.io.safetensors import INDEX_NAME, TensorSpec, checkpoint_tensors
+from qwenq.io.safetensors import INDEX_NAME, TensorLocation, TensorSpec
 from qwenq.model.spec import ModelSpec, family_spec, near_names, refuse_experts, spec_from_config
 from qwenq.planning.ggufsize import BITS_TO_TYPE, gguf_weights
 from qwenq.planning.weights import Weights, header_weights, published_weights, recipe_weights
@@ -22,7 +24,7 @@ _STATED_KEYS = ("num_parameters", "total_parameters", "n_params", "parameters")
 
 @dataclass(frozen=True)
 class Model:
-    """A model's shapes, and where they came from; `directory` holds its headers when it is on disk."""
+    """A model's shapes, and where they came from; `directory`, or GGUF file, holds its headers when it is on disk."""
 
     spec: ModelSpec
     config: Mapping[str, Any]
@@ -64,7 +66,8 @@ def model_weights(model: Model, asked: WeightsAsked = WeightsAsked()) -> Weights
     spec, bits, ranks = model.spec, asked.bits, asked.pad_for_tp
     if asked.checkpoint is not None:
         _refuse_padding(ranks)
-        return _checkpoint_weights(spec, asked.checkpoint, read_object(inside(asked.checkpoint, "config.json")))
+        stored = read_headers(asked.checkpoint)
+        return _of_headers(spec, _specs(stored.tensors), stored.config, str(asked.checkpoint))
     mixed = {"--target-size": asked.target_bytes, "--recipe": asked.recipe}
     if asked.gguf:
         return _gguf(spec, bits, mixed | {"--group-size": asked.group_size, "--pad-for-tp": ranks})
@@ -108,21 +111,23 @@ def _own_weights(model: Model) -> Weights | None:
     """Weights of the model's own files; None where there are none to be asked."""
     if model.published:
         return published_weights(model.spec, model.published)
-    stored = _stored_tensors(model)
+    stored = stored_tensors(model)
     return _of_headers(model.spec, stored, model.config, str(model.directory or model.hub)) if stored else None
 
 
-def _stored_tensors(model: Model) -> dict[str, TensorSpec]:
-    """Headers of a directory or hub model; empty for a family, and for a directory without weights."""
+def stored_tensors(model: Model) -> dict[str, TensorSpec]:
+    """Headers of a directory, GGUF file or hub model; empty for a family, and for a directory without weights."""
     if model.directory is not None:
-        if not _has_tensors(model.directory):
-            return {}
-        return {name: location.spec for name, location in checkpoint_tensors(model.directory).items()}
+        return _specs(read_headers(model.directory).tensors) if _has_tensors(model.directory) else {}
     if not model.hub:
         return {}
     from qwenq.io.hub import fetch_headers
 
-    return {name: location.spec for name, location in fetch_headers(model.hub).items()}
+    return _specs(fetch_headers(model.hub))
+
+
+def _specs(tensors: Mapping[str, TensorLocation]) -> dict[str, TensorSpec]:
+    return {name: location.spec for name, location in tensors.items()}
 
 
 def source_dtypes(model: Model) -> Callable[[str], str]:
@@ -136,7 +141,7 @@ def source_dtypes(model: Model) -> Callable[[str], str]:
             f"{where}: already quantized{f' ({model.published})' if model.published else ''}",
             hint="plan from the original 16-bit checkpoint",
         )
-    stored = _stored_tensors(model)
+    stored = stored_tensors(model)
     if not stored:
         return lambda name: "BF16"
     _check_shapes(model.spec, stored, where)
@@ -173,6 +178,9 @@ def _refuse_padding(ranks: int | None) -> None:
 
 def _find(model: str) -> Model:
     path = Path(model)
+    if is_gguf(path):
+        found = read_headers(path)
+        return Model(found.spec, found.config, directory=path)
     if (path / "config.json").is_file():
         config = read_object(inside(path, "config.json"))
         spec = spec_from_config(config, where=shown(str(path / "config.json")), name=path.resolve().name)
@@ -203,12 +211,7 @@ def _from_hub(model: str) -> Model:
 
 
 def _has_tensors(directory: Path) -> bool:
-    return (directory / INDEX_NAME).exists() or any(directory.glob("*.safetensors"))
-
-
-def _checkpoint_weights(spec: ModelSpec, directory: Path, config: Mapping[str, Any]) -> Weights:
-    tensors = {name: location.spec for name, location in checkpoint_tensors(directory).items()}
-    return _of_headers(spec, tensors, config, str(directory))
+    return is_gguf(directory) or (directory / INDEX_NAME).exists() or any(directory.glob("*.safetensors"))
 
 
 def _of_headers(spec: ModelSpec, tensors: Mapping[str, TensorSpec], config: Mapping[str, Any], where: str) -> Weights:

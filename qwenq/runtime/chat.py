@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from qwenq.checkpoint.headers import read_config
 from qwenq.errors import CheckpointError, UsageError
 from qwenq.io.json import inside, read_object, shown
 from qwenq.runtime.generate import Sampling
@@ -56,7 +57,7 @@ class Chat:
     def stop_ids(self) -> frozenset[int]:
         """End tokens of generation_config.json, config.json and the tokenizer, and the usual ends of a turn."""
         found: set[int] = set()
-        for config in (self._generation, read_object(inside(self.directory, "config.json"))):
+        for config in (self._generation, read_config(self.directory)):
             ids = config.get("eos_token_id")
             found |= {i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int}
         ends = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>")

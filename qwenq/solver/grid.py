@@ -58,6 +58,15 @@ class Grid(ABC):
         importance_K: float32 [K]. None: the values just span the weights, which is plain rounding to nearest.
         """
 
+    def fit_within(
+        self, parameters: Parameters, sub: int, w_NO: Tensor, importance_N: Tensor
+    ) -> tuple[Parameters, Parameters]:
+        """Parameters of a group with those of one innermost sub-group (see `widths`) found anew: all, and its alone.
+
+        It is asked when the sub-group's turn comes, of grids that have sub-groups. What all of them share stays.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no sub-groups")
+
     @abstractmethod
     def round(self, w_KO: Tensor, parameters: Parameters) -> Tensor:
         """Nearest codes, 0 to 255, in float32 [K, O]."""

@@ -16,16 +16,19 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from qwenq.checkpoint.headers import read_config
 from qwenq.errors import CalibrationError, CheckpointError
+from qwenq.io.durable import write_json
+from qwenq.io.gguf import GGUFFile, is_gguf
 from qwenq.io.json import check_regular, inside, read_limited, read_object, shown
 from qwenq.text.conversation import Document, Message, fitted, read_messages
 from qwenq.text.rendering import MAX_TEMPLATE_BYTES, Rendering, TemplateFault, render
+from qwenq.text.vocabulary import MAX_TOKENIZER_BYTES, Vocabulary, has_tokenizer, vocabulary_of_metadata
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "tokenizer.model",
 )  # fmt: skip
-MAX_TOKENIZER_BYTES = 100_000_000  # the largest published ones have 35 MB
 _TRANSFORMERS_READS = {  # and how large each may be
     "tokenizer.json": MAX_TOKENIZER_BYTES, "tokenizer_config.json": 10_000_000, "vocab.json": 50_000_000,
     "merges.txt": 50_000_000, "special_tokens_map.json": 1_000_000,
@@ -43,18 +46,20 @@ _CHAT_S, _CHAT_S_PER_MB = 10, 1  # processor time of all conversations of a text
 
 @dataclass(frozen=True)
 class ModelTokenizer:
-    """The tokenizer of a checkpoint directory, as transformers reads it: no code of the model's is run.
+    """The tokenizer of a checkpoint, as transformers reads it: no code of the model's is run.
 
     `tokenizer.json` decides: AutoTokenizer would build Qwen's own splitting for every `model_type: qwen2`, whatever
     the file says, and a model is run with the tokens it was trained on. AutoTokenizer's class reads the directories
-    that have `vocab.json` and `merges.txt` alone, or `tokenizer.model`.
+    that have `vocab.json` and `merges.txt` alone, or `tokenizer.model`. A GGUF file's is in its metadata.
     """
 
-    directory: Path
+    directory: Path  # or a GGUF file
 
     @cached_property
     def _fast(self) -> Any:
         """transformers' tokenizer, padding and truncation that the file was saved with put off."""
+        if self._vocabulary is not None:
+            return _tokenizer_of(self._vocabulary, self.directory)
         self._check_files()
         whole = (self.directory / "tokenizer.json").is_file()
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -74,6 +79,13 @@ class ModelTokenizer:
                 raise
             raise self._unreadable(error) from None
         return fast
+
+    @cached_property
+    def _vocabulary(self) -> Vocabulary | None:
+        """Of a GGUF file."""
+        if not is_gguf(self.directory):
+            return None
+        return vocabulary_of_metadata(GGUFFile.open(self.directory).metadata, shown(str(self.directory)))
 
     def _unreadable(self, error: BaseException) -> CheckpointError:
         """The error of a directory that transformers does not read, naming the file at fault."""
@@ -119,7 +131,9 @@ class ModelTokenizer:
 
     @cached_property
     def sha256(self) -> str:
-        """Digest of `tokenizer.json`, or of the files in its place."""
+        """Digest of `tokenizer.json`, or of what is in its place."""
+        if self._vocabulary is not None:
+            return hashlib.sha256(json.dumps(self._vocabulary.document, sort_keys=True).encode()).hexdigest()
         self._check_files()
         whole = (self.directory / "tokenizer.json").is_file()
         names = ["tokenizer.json"] if whole else ["vocab.json", "merges.txt", "tokenizer.model"]
@@ -145,8 +159,8 @@ class ModelTokenizer:
         for text in _SEPARATORS:
             if (token := self._tokenizer.token_to_id(text)) is not None:
                 return int(token)
-        config = inside(self.directory, "config.json")
-        eos = read_object(config).get("eos_token_id") if config.exists() else None
+        there = self._vocabulary is not None or inside(self.directory, "config.json").exists()
+        eos = read_config(self.directory).get("eos_token_id") if there else None
         eos = eos[0] if isinstance(eos, list) and eos else eos
         if type(eos) is int:
             return eos
@@ -259,6 +273,39 @@ class ModelTokenizer:
     @property
     def has_chat_template(self) -> bool:
         return bool(self._fast.chat_template)
+
+
+def _tokenizer_of(vocabulary: Vocabulary, path: Path) -> Any:
+    """transformers' tokenizer of a GGUF file's metadata."""
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        backend = Tokenizer.from_str(json.dumps(vocabulary.document, ensure_ascii=False))
+        return PreTrainedTokenizerFast(
+            tokenizer_object=backend, chat_template=vocabulary.chat_template, **vocabulary.special
+        )
+    except BaseException as error:  # transformers raises anything, and the library beneath it panics
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise CheckpointError(f"{path}: no tokenizer can be made of its metadata ({shown(str(error))})") from None
+
+
+def write_tokenizer(source: Path, directory: Path) -> dict[str, str]:
+    """Write the tokenizer of a GGUF file as a directory's files, and return their SHA-256 by name.
+
+    Nothing for another source, or a file without a tokenizer; CheckpointError for one that is not read.
+    """
+    if not is_gguf(source):
+        return {}
+    metadata = GGUFFile.open(source).metadata
+    if not has_tokenizer(metadata):
+        return {}
+    found = vocabulary_of_metadata(metadata, shown(str(source)))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **found.special}
+    if found.chat_template is not None:
+        settings["chat_template"] = found.chat_template
+    content = {"tokenizer.json": found.document, "tokenizer_config.json": settings}
+    return {name: write_json(directory / name, value) for name, value in content.items()}
 
 
 class _Refusal(CalibrationError):
