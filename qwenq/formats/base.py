@@ -331,7 +331,8 @@ class PackedShape:
     """A packed linear as its kernel is chosen by, and so the memory it takes while it runs.
 
     `table`: codes are entries of a table of values, in blocks of `group`; otherwise integers in groups of `group`
-    columns. `beside`: bytes of bias and column order.
+    columns. `beside`: bytes of bias and column order. `blocks`: GGML type of a GGUF file's weight, whose bytes are kept
+    as they are where no kernel takes its codes.
     """
 
     bits: int
@@ -341,6 +342,7 @@ class PackedShape:
     sym: bool
     beside: tuple[int, ...] = ()
     table: bool = False
+    blocks: str = ""
 
 
 UNTRIED = "untried"
@@ -461,8 +463,16 @@ class Format(ABC):
         return per_row or scheme in self.options
 
     def held_as(self, scheme: Scheme) -> Scheme:
-        """The scheme that holds codes of `scheme` from another format; `check` says whether it can."""
+        """The scheme that holds integer codes of `scheme` from another format; `check` says whether it can."""
         return scheme
+
+    def as_integers(self, scheme: Scheme) -> Scheme:
+        """The scheme of integer codes that says the same, for another format to hold; PlanError where there is none."""
+        return scheme
+
+    def integers(self, q: QTensor, lin: LinearSpec) -> QTensor:
+        """A linear of `as_integers`, from one as `unpack` gives it; CheckpointError, naming it, unless it is exact."""
+        return q
 
     # ------------------------------------------------------------------ tensors and sizes
 
