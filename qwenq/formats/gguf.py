@@ -536,18 +536,6 @@ class Gguf(Format):
     mixtures = tuple(MIXTURES)
     mixture_of_bits = DEFAULTS
 
-    def held_as(self, scheme: Scheme) -> Scheme:
-        """Symmetric integers of groups of 32, or whole multiples of it, are those of Q4_0 and Q8_0."""
-        known = {4: "Q4_0", 8: "Q8_0"}.get(scheme.bits)
-        if scheme.codes == "int" and scheme.sym and known and scheme.group_size % 32 == 0:
-            return type_scheme(known)
-        if scheme.codes == "int":
-            raise PlanError(
-                f"format gguf cannot hold {scheme.label}",
-                hint="Q4_0 and Q8_0 hold symmetric integers in groups of 32, 64 and 128",
-            )
-        return scheme
-
     def check_scheme(self, scheme: Scheme) -> None:
         if not isinstance(scheme.meaning, BlockCodes):
             raise PlanError(f"format gguf cannot hold {scheme.label}", hint=f"types: {', '.join(WRITTEN)}")
