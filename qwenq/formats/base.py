@@ -331,7 +331,8 @@ class PackedShape:
     """A packed linear as its kernel is chosen by, and so the memory it takes while it runs.
 
     `table`: codes are entries of a table of values, in blocks of `group`; otherwise integers in groups of `group`
-    columns. `beside`: bytes of bias and column order.
+    columns. `beside`: bytes of bias and column order. `blocks`: GGML type of a GGUF file's weight, whose bytes are kept
+    as they are where no kernel takes its codes.
     """
 
     bits: int
@@ -341,6 +342,7 @@ class PackedShape:
     sym: bool
     beside: tuple[int, ...] = ()
     table: bool = False
+    blocks: str = ""
 
 
 UNTRIED = "untried"

@@ -23,6 +23,7 @@ from qwenq.formats.base import (
     ExactNames,
     Format,
     Loader,
+    PackedShape,
     Quantization,
     Recipe,
     Scheme,
@@ -38,6 +39,7 @@ from qwenq.model.metadata import names_in_gguf
 from qwenq.model.spec import LinearSpec, ModelSpec
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from qwenq.solver.grid import Grid, QTensor
@@ -382,6 +384,51 @@ def _quantized(kind: str, data_OB: Tensor) -> QTensor:
     return QTensor(codes_OI, tuple(parameters), grid)
 
 
+_KERNEL_CODES = ("Q4_0", "Q8_0", "Q4_1", "Q4_K")  # in groups of 32 that have a scale, and a minimum or a zero point
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A weight as a GGUF file has it, to run from: `data_OB` uint8 [out, bytes of a row]."""
+
+    kind: str
+    data_OB: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[out, in]"""
+        found = TYPES[self.kind]
+        return self.data_OB.shape[0], self.data_OB.shape[1] // found.n_bytes * found.values
+
+    def to(self, device: torch.device) -> Blocks:
+        return Blocks(self.kind, self.data_OB.to(device))
+
+    def integers(self) -> QTensor:
+        """Integer codes of one of the kernels' types; minima as zero points, which are float32 and no whole numbers."""
+        import torch
+
+        from qwenq.solver.grid import IntegerGrid, QTensor
+
+        found = _quantized(self.kind, self.data_OB)
+        if isinstance(found.grid, IntegerGrid):
+            return found
+        scale_OG, minimum_OG = scales_and_minima(found)
+        constant_OG = scale_OG == 0  # then all weights are the minimum: code 0 under a zero point of -1
+        codes_OI = found.codes_OI.masked_fill(constant_OG.repeat_interleave(32, 1), 0)
+        zeros_OG = torch.where(constant_OG, -1.0, -minimum_OG / scale_OG)
+        return QTensor(codes_OI, (torch.where(constant_OG, minimum_OG, scale_OG), zeros_OG), IntegerGrid(4, 32, False))
+
+
+def scales_and_minima(q: QTensor) -> tuple[Tensor, Tensor]:
+    """Float32 [out, groups] each, so that a weight is scale * code + minimum: of Q4_1, Q5_1, Q2_K, Q4_K and Q5_K."""
+    if len(q.parameters) == 2:
+        scale_OG, minimum_OG = (p_OG.float() for p_OG in q.parameters)
+        return scale_OG, minimum_OG
+    d_ON, dmin_ON, s_OS, m_OS = (p_ON.float() for p_ON in q.parameters)
+    groups = s_OS.shape[1] // d_ON.shape[1]
+    return d_ON.repeat_interleave(groups, 1) * s_OS, -dmin_ON.repeat_interleave(groups, 1) * m_OS
+
+
 # ---------------------------------------------------------------------- llama.cpp's mixtures
 
 _FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "IQ4_XS": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
@@ -572,6 +619,16 @@ class Gguf(Format):
     ) -> QTensor | Tensor:
         kind, data_OB = scheme.codes, tensors["weight"]
         return _quantized(kind, data_OB) if kind in WRITTEN else dequantize_blocks(kind, data_OB)
+
+    def packed_shape(self, scheme: Scheme, lin: LinearSpec, *, sorted_columns: bool = False) -> PackedShape:
+        kind, beside = scheme.codes, (2 * lin.out_features,) if lin.bias else ()
+        plain, shape = kind in _KERNEL_CODES, (lin.out_features, lin.in_features)
+        return PackedShape(scheme.bits, 32, *shape, scheme.sym, beside, table=not plain, blocks=kind)
+
+    def unpack_to_run(
+        self, tensors: Mapping[str, Tensor], scheme: Scheme, lin: LinearSpec, version: str = ""
+    ) -> Blocks:
+        return Blocks(scheme.codes, tensors["weight"])
 
     def loaders(self, variant: Variant) -> list[Loader]:
         return [QWENQ, Loader("llama.cpp"), Loader("Ollama"), *servers("", "GGUF is not its format")]

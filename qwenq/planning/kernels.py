@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from qwenq.formats.base import PackedShape, Recipe, get_format
+from qwenq.io.gguf import TYPES
 from qwenq.io.safetensors import TensorSpec
 from qwenq.machine import Compute
 from qwenq.model.spec import ModelSpec
@@ -23,7 +24,7 @@ DENSE_ROWS = 112  # measured on AVX-512: below it the kernel is faster than writ
 INT8_ROWS_CUDA = 4  # `_weight_int8pack_mm` there has one thread an output and reads weights again for each row
 ROW_BLOCK = 1 << 20  # weights written out at a time on a CPU; their float32 fits the last-level cache
 ROW_BLOCK_CUDA = 1 << 24
-Kind = Literal["int4", "int4 halves", "int8", "tiled", "nf4"]
+Kind = Literal["int4", "int4 halves", "int8", "tiled", "nf4", "blocks"]
 
 # Bytes a weight of a row block takes at most while it is written out, symmetric and with zero points: codes, their
 # reordered copy, and 16-bit or float32 values. tests/runtime/test_runtime_cuda.py counts them.
@@ -33,12 +34,13 @@ ROW_BLOCK_BYTES: Mapping[Kind, tuple[float, float]] = {
     "int8": (2, 2),
     "tiled": (6, 6),
     "nf4": (6, 6),
+    "blocks": (13, 13),  # codes, their values in float32, those times scales, and 16 bit; reckoned, not measured
 }
 
 
 def dense_from(kind: Kind, device: str) -> int:
     """Rows from which a linear of this kernel writes its weights out."""
-    if kind in ("tiled", "nf4"):
+    if kind in ("tiled", "nf4", "blocks"):
         return 1
     if kind == "int8" and device == "cuda":
         return INT8_ROWS_CUDA
@@ -70,6 +72,8 @@ def choose(shape: PackedShape, compute: Compute = Compute()) -> Choice:
     On GPUs 8-bit codes with one scale a row run as two tinygemm matmuls where that can be: torch's int8 kernel there
     is a plain loop (aten/src/ATen/native/cuda/int8mm.cu).
     """
+    if shape.blocks:
+        return _blocks(shape, compute)
     if shape.table:
         return Choice("nf4", "NF4: torch ships no kernel for its table")
     if compute.dtype != "bfloat16":
@@ -82,6 +86,15 @@ def choose(shape: PackedShape, compute: Compute = Compute()) -> Choice:
     if int8 and (compute.device == "cpu" or found.kind == "tiled"):
         return Choice("int8")
     return found
+
+
+def _blocks(shape: PackedShape, compute: Compute) -> Choice:
+    """torch's 4-bit kernel for a GGUF weight whose codes it takes, else row blocks out of the bytes as they are."""
+    kind = shape.blocks
+    if shape.table or shape.bits not in (4, 8):
+        return Choice("blocks", f"{kind}: torch ships no kernel for it, so row blocks are written out")
+    found = choose(replace(shape, blocks=""), compute)
+    return found if found.kind != "tiled" else Choice("blocks", f"{kind} in row blocks: {found.reason}")
 
 
 def _four_bit(shape: PackedShape, compute: Compute) -> Choice:
@@ -112,6 +125,9 @@ def kept_bytes(shape: PackedShape, kind: Kind) -> list[int]:
         return [weights, 4 * outputs, 2 * outputs]
     if kind == "nf4":
         return [math.ceil(weights / 2), 256 * 2 * 4, 4 * math.ceil(weights / shape.group)]
+    if kind == "blocks":
+        found = TYPES[shape.blocks]
+        return [weights // found.values * found.n_bytes]
     if kind == "tiled":
         codes = outputs * math.ceil(inputs / 2) if shape.bits == 4 else weights
         groups = outputs * (inputs // shape.group)

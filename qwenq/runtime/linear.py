@@ -11,6 +11,7 @@ Shapes: x [..., in]; M rows of x; O outputs, I inputs, G groups of K columns.
 - Int8Linear: `_weight_int8pack_mm`, one scale a row, kept in float32 and applied to the product.
 - Nf4Linear: bitsandbytes' table of 16 values, likewise in row blocks.
 - TiledLinear: any bits, group and dtype; row blocks of outputs are dequantized in float32 for every call.
+- BlockLinear: a GGUF weight as the file has it, of any type, likewise in row blocks.
 - StoredLinear: 16-bit weights kept as stored where activations have another dtype.
 """
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from qwenq.formats.base import PackedShape
 from qwenq.formats.bitsandbytes import Nf4Blocks
+from qwenq.formats.gguf import Blocks, dequantize_blocks
 from qwenq.machine import Compute
 from qwenq.model.devices import multiply_into, product_dtype
 from qwenq.planning.kernels import Choice, Kind, choose, dense_from, kernel_group, row_block_weights
@@ -35,13 +37,19 @@ _PACK_ROWS = 1024  # outputs packed at a time: int32 codes of a whole linear wou
 
 
 def packed_linear(
-    stored: QTensor | Nf4Blocks, shape: PackedShape, bias: Tensor | None, dtype: torch.dtype, device: torch.device
+    stored: QTensor | Nf4Blocks | Blocks,
+    shape: PackedShape,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> tuple[nn.Module, Choice]:
     """The module that multiplies with `stored`, which its format describes as `shape`, and why that module."""
     if shape.sym and isinstance(stored, QTensor) and not _symmetric(stored):
         shape = replace(shape, sym=False)  # only the config calls it symmetric
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
     choice = choose(shape, Compute(str(dtype)[6:], device.type, capability))
+    if isinstance(stored, Blocks) and choice.kind != "blocks":
+        stored = stored.integers()
     return _MODULES[choice.kind](stored, bias, dtype, device).requires_grad_(False), choice
 
 
@@ -254,12 +262,52 @@ class Nf4Linear(nn.Module):
         return w.mul_(absmax[:, :, None]).view(absmax.shape[0], self.in_features).to(self.stored_dtype)
 
 
+class BlockLinear(nn.Module):
+    """A GGUF weight, its bytes as they are: row blocks of outputs are dequantized in float32 for every call."""
+
+    def __init__(
+        self, stored: Blocks, bias: Tensor | None, dtype: torch.dtype, device: torch.device, *, is_head: bool = False
+    ) -> None:
+        super().__init__()
+        self.kind = stored.kind
+        self.out_features, self.in_features = stored.shape
+        self.data = _parameter(stored.data_OB.to(device))
+        self.bias = None if bias is None else _parameter(bias.to(device=device, dtype=dtype))
+        self.is_head = is_head
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_MI = x.reshape(-1, self.in_features)
+        out_dtype = torch.float32 if self.is_head else x.dtype
+        y_MO = torch.empty(x_MI.shape[0], self.out_features, dtype=out_dtype, device=x.device)
+        x_MI = x_MI.to(product_dtype(x_MI))
+        step = block_rows(self.in_features, x.device)
+        for start in range(0, self.out_features, step):
+            block = slice(start, start + step)
+            multiply_into(y_MO[:, block], x_MI, dequantize_blocks(self.kind, self.data[block]).to(x_MI.dtype).T)
+        y = y_MO if self.bias is None else y_MO.add_(self.bias)
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+class BlockEmbedding(nn.Module):
+    """An embedding table of a GGUF file, its bytes as they are: rows are dequantized as they are looked up."""
+
+    def __init__(self, stored: Blocks, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.kind, self.dtype = stored.kind, dtype
+        self.data = _parameter(stored.data_OB)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = dequantize_blocks(self.kind, self.data[ids.reshape(-1)]).to(self.dtype)
+        return rows.view(*ids.shape, -1)
+
+
 _MODULES: dict[Kind, Callable[..., nn.Module]] = {
     "int4": Int4Linear,
     "int4 halves": Int4Linear,
     "int8": Int8Linear,
     "tiled": TiledLinear,
     "nf4": Nf4Linear,
+    "blocks": BlockLinear,
 }
 
 
