@@ -19,6 +19,7 @@ from qwenq.planning.tensor_parallel import helpful_width, tensor_parallel_reason
 from qwenq.planning.weights import Weights
 
 DeviceMap = dict[str, int | str]
+NEARLY = 0.9  # of the largest cache, for which ranks side by side, who are faster, are not given up
 
 
 @dataclass(frozen=True)
@@ -332,10 +333,12 @@ def padded_weights(spec: ModelSpec, weights: Weights, ranks: int) -> Weights | N
 def parallel_options(case: Case) -> tuple[ParallelOption, ...]:
     """Every way to use all GPUs of the rig with the case's server, most tensor parallelism first."""
     count = len(case.hardware.gpus)
+    kinds = dict.fromkeys(gpu.name for gpu in case.hardware.gpus if not case.engine.runs_on(gpu))
+    barred = [f"{case.engine.title} does not run on {name}" for name in kinds]
     options = []
     for tensor in sorted((n for n in range(1, count + 1) if count % n == 0), reverse=True):
         stages = count // tensor
-        reasons = cutting_reasons(case.spec, case.weights, tensor)
+        reasons = [*barred, *cutting_reasons(case.spec, case.weights, tensor)]
         if stages > case.spec.num_hidden_layers:
             reasons.append(f"{stages} stages for {case.spec.num_hidden_layers} layers")
         if unread := case.engine.refusal(case.weights, tensor):
@@ -346,9 +349,10 @@ def parallel_options(case: Case) -> tuple[ParallelOption, ...]:
 
 
 def best_option(options: Sequence[ParallelOption]) -> ParallelOption | None:
-    """The option that fits with the largest cache, else one that the shapes allow, else None."""
+    """Of those that fit the most ranks side by side with nearly the largest cache, else one that the shapes allow."""
     possible = [option for option in options if not option.reasons]
-    fitting = [option for option in possible if option.works]
+    fitting = [(option.memory.kv_capacity_tokens or 0, option) for option in possible if option.works and option.memory]
     if fitting:
-        return max(fitting, key=lambda o: (o.memory.kv_capacity_tokens or 0) if o.memory else 0)
+        enough = NEARLY * max(tokens for tokens, _ in fitting)
+        return max((option for tokens, option in fitting if tokens >= enough), key=lambda option: option.tensor)
     return possible[0] if possible else None

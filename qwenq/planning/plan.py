@@ -57,11 +57,17 @@ class Plan:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Remarks on the rig's GPUs, once a kind."""
-        rig, found = self.case.hardware, []
+        """Remarks on the rig's GPUs, once a kind, and on the engine's version."""
+        rig, found = self.case.hardware, list[str]()
+        if note := self.case.engine.version_note:
+            found.append(note)
         for gpu in dict.fromkeys(rig.gpus):
             if gpu.source == GIVEN:
                 found.append(f"{gpu.name}: {gpu.note}")
+            if gpu.unified:
+                found.append(f"{gpu.name}: memory is shared with the system")
+            if not rig.free_bytes and gpu.limit_source != "published":
+                found.append(f"{gpu.name}: limit {gpu.limit_source}")
             found += self.case.engine.notes(self.case, gpu)
         if rig.needs_pci_order:
             found.append("GPUs are in the driver's order; CUDA numbers them so with CUDA_DEVICE_ORDER=PCI_BUS_ID")

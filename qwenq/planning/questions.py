@@ -167,6 +167,7 @@ class Spread:
             "engine": q.engine.label,
             "weights": {"label": q.weights.label, "bytes": q.weights.total_bytes, "source": q.weights.source},
             "rig": q.rig.label if q.rig else None,
+            "notes": [q.engine.version_note] if q.engine.version_note else [],
             "estimates": [found.to_json() for found in self.estimates],
         }
 
@@ -195,6 +196,8 @@ class Spread:
             kinds = {gpu.name: gpu for gpu in q.rig.gpus}
             lines += [f"  limit of {gpu.name}: {gpu.limit_source}" for gpu in kinds.values() if not q.rig.free_bytes]
             lines += [f"  {gpu.name}: memory is shared with the system" for gpu in kinds.values() if gpu.unified]
+        if q.engine.version_note:
+            lines.append(f"  {q.engine.version_note}")
         return lines
 
     def _table(self) -> list[str]:

@@ -49,6 +49,7 @@ class Engine(ABC):
 
     name: ClassVar[str]
     latest: ClassVar[Version]  # the newest that the facts were checked for
+    oldest: ClassVar[Version] = ()  # and the oldest
     kv_dtypes: ClassVar[Mapping[str, float]]  # bytes of a cached value, scales included
     title: ClassVar[str] = ""  # as its authors write it; empty: as `name`
     versioned: ClassVar[bool] = True  # the label names the version
@@ -66,6 +67,7 @@ class Engine(ABC):
     started: ClassVar[bool] = False  # `qwenq serve` starts it
     context_flag: ClassVar[str] = ""  # of a server's command
     utilization_flag: ClassVar[str] = ""
+    eager_flag: ClassVar[str] = ""  # of a server's command that leaves out CUDA graphs
 
     version: Version
     libraries: tuple[tuple[str, Version], ...] = ()
@@ -78,6 +80,18 @@ class Engine(ABC):
 
     def library(self, name: str) -> Version | None:
         return dict(self.libraries).get(name)
+
+    @property
+    def version_note(self) -> str:
+        """That nobody checked this version, and which one's facts stand in; empty where one of that line was."""
+        if not self.versioned or not self.oldest:
+            return ""
+        shown = ".".join(map(str, self.version))
+        if self.version[: len(self.latest)] > self.latest:
+            return f"{self.title or self.name} {shown} was not checked: counted as {'.'.join(map(str, self.latest))}"
+        if self.version < self.oldest:
+            return f"{self.title or self.name} {shown} was not checked: counted as {'.'.join(map(str, self.oldest))}"
+        return ""
 
     def kv_bytes(self, kv_dtype: str) -> float:
         """Bytes of one cached value; UsageError when the engine has no such cache."""
@@ -226,9 +240,21 @@ class ServerEngine(Engine):
 
     layered: ClassVar[bool] = False
     block_tokens: ClassVar[int] = 1  # the cache is made of
-    inside: ClassVar[tuple[str, ...]]
-    outside: ClassVar[tuple[str, ...]]
-    outside_said: ClassVar[str] = "CUDA graphs and context"
+
+    @property
+    @abstractmethod
+    def inside(self) -> tuple[str, ...]:
+        """Names of the terms in the part."""
+
+    @property
+    @abstractmethod
+    def outside(self) -> tuple[str, ...]:
+        """Names of the terms on top of it."""
+
+    @property
+    def outside_said(self) -> str:
+        """The same to read."""
+        return "CUDA graphs and context"
 
     @abstractmethod
     def own_part(self, case: Case, share: Share, gpu: Gpu) -> float:
@@ -293,7 +319,8 @@ class ServerEngine(Engine):
         sizes: list[int] = [part // r for part in weights.embed] if share.embed else []
         for layer in share.layers:
             stored = weights.layer_bytes[layer]
-            sizes += [round(stored / sum(shapes) * shape / r) for shape in shapes]
+            for shape in shapes:
+                sizes += _fused_tensors(weights, round(stored / sum(shapes) * shape / r), shape // r)
         if share.head:
             sizes += [*weights.norm, *(part // r for part in weights.head)]
             if not weights.head and not share.embed:
@@ -339,11 +366,9 @@ class ServerEngine(Engine):
         return option.tensor, option.pipeline
 
     def longest_context(self, case: Case) -> int:
-        """In the layout with the largest cache where one fits as asked, else in any."""
+        """In the layout that has the longest."""
         options = [option for option in parallel_options(case) if not option.reasons]
-        best = best_option(options)
-        tried = [best] if best and best.works else options
-        return max((option.longest_context(case) for option in tried), default=0)
+        return max((option.longest_context(case) for option in options), default=0)
 
     def how_held(self, case: Case) -> str:
         layout = self.layout(case)
@@ -425,6 +450,18 @@ class ServerEngine(Engine):
         chosen = found.chosen if found.chosen in options else max(options, key=lambda option: option.tensor)
         assert chosen is not None
         return self.words(case, chosen, checkpoint)
+
+
+def _fused_tensors(weights: Weights, n_bytes: int, parameters: int) -> list[int]:
+    """A rank's part of a fused linear, `n_bytes`, tensor by tensor: codes, scales of 16 bits, the rest.
+
+    Each is rounded by the allocator on its own, 0.06 GiB of 40 layers.
+    """
+    if weights.bits == 16 or weights.group_size <= 0:
+        return [n_bytes]
+    codes, scales = parameters * weights.bits // 8, 2 * parameters // weights.group_size
+    rest = n_bytes - codes - scales
+    return [codes, rest, scales] if rest >= 0 else [n_bytes]
 
 
 def rank_context(share: Share, gpu: Gpu) -> Term:

@@ -419,7 +419,8 @@ class TransformersEngine(TorchEngine):
     """`AutoModelForCausalLM` with `generate`; by its version and by the libraries of packed weights it loads."""
 
     name = "transformers"
-    latest = (5, 17)
+    oldest = (4, 37)
+    latest = (5, 23)
     kv_dtypes: ClassVar = {"auto": 2.0, "fp16": 2.0, "bf16": 2.0}
     unread: ClassVar = {
         "gguf": "transformers reads GPTQ and 16-bit checkpoints, not GGUF: plan with --engine transformers"
