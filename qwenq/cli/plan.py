@@ -175,10 +175,17 @@ def _recommended(case: Case, rigs: tuple[Recommendation, ...]) -> list[str]:
         f"{format_tokens(case.work.context)} with {case.engine.label}:"
     ]
     for found in rigs:
-        price = "price unknown" if found.price_usd is None else f"${found.price_usd:,.0f} ({found.gpu.price_basis})"
+        power = "" if found.power_w is None else f"{found.power_w:,.0f} W"
         lines.append(
-            f"  {found.count}x {found.gpu.name:<28} {price:<28} up to {found.largest_context // 1024}k; " + found.how
+            f"  {found.count}x {found.gpu.name:<28} {_price(found):<28} {power:<8} up to "
+            f"{found.largest_context // 1024}k; {found.how}"
         )
     if not rigs:
         lines.append("  none of up to 8 equal GPUs")
     return lines
+
+
+def _price(found: Recommendation) -> str:
+    if found.used_price_usd is not None:
+        return f"${found.used_price_usd:,.0f} (used)"
+    return "price unknown" if found.price_usd is None else f"${found.price_usd:,.0f} ({found.gpu.price_basis})"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import sys
 from pathlib import Path
@@ -149,6 +148,8 @@ def estimate_command(
     if as_json:
         print_json(answer.to_json())
     elif as_csv:
+        import csv
+
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(["context", "gpu", "name", "term", "bytes", "low_bytes", "high_bytes", "provenance", "source"])
         writer.writerows(answer.csv_rows())

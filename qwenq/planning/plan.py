@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -149,35 +150,54 @@ class Recommendation:
     def price_usd(self) -> float | None:
         return None if self.gpu.price_usd is None else self.gpu.price_usd * self.count
 
+    @property
+    def used_price_usd(self) -> float | None:
+        return None if self.gpu.used_price_usd is None else self.gpu.used_price_usd * self.count
+
+    @property
+    def likely_usd(self) -> float | None:
+        """Used where a source has that, else new."""
+        return self.price_usd if self.used_price_usd is None else self.used_price_usd
+
+    @property
+    def power_w(self) -> float | None:
+        return None if self.gpu.power_w is None else self.gpu.power_w * self.count
+
     def to_json(self) -> dict[str, Any]:
         return {
             "gpu": self.gpu.name,
             "count": self.count,
             "price_usd": self.price_usd,
             "price_basis": self.gpu.price_basis or None,
+            "used_price_usd": self.used_price_usd,
+            "power_w": self.power_w,
             "largest_context": self.largest_context,
             "how": self.how,
         }
 
 
 def recommend(case: Case) -> tuple[Recommendation, ...]:
-    """Rigs of up to 8 equal GPUs that hold the model at the asked context: cheapest first, unpriced last.
+    """Rigs of up to 8 equal GPUs that hold the model at the asked context: fewest cards first, then cheapest.
 
-    The case's own rig does not count.
+    The case's own rig does not count. Prices are of used cards where a source has them; then by power, unknown last.
     """
     engine, found = case.engine, []
+    finder = engine.rig_finder(case)
     for gpu in catalogue():
         if not engine.runs_on(gpu):
             continue
         for count in range(1, MAX_RECOMMENDED + 1):
             tried = replace(case, rig=rig_of([gpu] * count))
-            how = engine.how_held(tried)
+            how = finder.how_held(tried)
             if how:
                 how += "; ROCm, not tried" if gpu.vendor == "amd" and not engine.rocm_tried else ""
                 how += "; memory shared with the system" if gpu.unified else ""
-                found.append(Recommendation(gpu, count, engine.longest_context(tried), how))
+                found.append(Recommendation(gpu, count, finder.longest_context(tried), how))
                 break
-    return tuple(sorted(found, key=lambda r: (r.price_usd is None, r.price_usd or 0, r.count, r.gpu.name)))
+    unknown = math.inf
+    return tuple(
+        sorted(found, key=lambda r: (r.count, r.likely_usd or unknown, r.power_w or unknown, r.gpu.name))
+    )
 
 
 def describe_gpu(plan: Plan, index: int) -> str:
