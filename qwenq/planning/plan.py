@@ -19,6 +19,33 @@ from qwenq.planning.tensor_parallel import tensor_parallel_lines, tensor_paralle
 from qwenq.units import GIB, format_gib
 
 MAX_RECOMMENDED = 8  # GPUs of one kind
+HOST_PROCESS = 3 * GIB  # Python, libraries and the system beside layers in host memory; assumed
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """What a plan puts into the machine's own memory, and what there is (None: not said)."""
+
+    weights_bytes: int
+    kv_bytes: int
+    limit_bytes: int | None
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weights_bytes + self.kv_bytes + HOST_PROCESS
+
+    @property
+    def fits(self) -> bool | None:
+        return None if self.limit_bytes is None else self.total_bytes <= self.limit_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "weights_bytes": self.weights_bytes,
+            "kv_cache_bytes": self.kv_bytes,
+            "total_bytes": self.total_bytes,
+            "limit_bytes": self.limit_bytes,
+            "fits": self.fits,
+        }
 
 
 @dataclass(frozen=True)
@@ -55,6 +82,16 @@ class Plan:
     def placement(self) -> Placement | None:
         """The split of layers; None for a server."""
         return self.layout if isinstance(self.layout, Placement) else None
+
+    @property
+    def host(self) -> HostMemory | None:
+        """The machine's own memory with layers offloaded to it; None where nothing is."""
+        if self.offload is None:
+            return None
+        spec, work, engine = self.case.spec, self.case.work, self.case.engine
+        out = spec.num_hidden_layers - self.offload.gpu_layers if engine.host_layers_stay else 0
+        kv = int(2 * out * spec.kv_size * self.case.kv_bytes * work.context * work.batch)
+        return HostMemory(self.offload.offloaded_bytes, kv, self.case.hardware.host_bytes or None)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -110,6 +147,7 @@ class Plan:
             "tensor_parallel": self.tensor_parallel,
             "offload": self.offload.to_json() if self.offload else None,
             "speed": self.speed.to_json() if self.fits else None,  # of a split that does not fit it says nothing
+            "host": self.host.to_json() if self.host else None,
             "offload_speed": self.offload_speed.to_json() if self.offload_speed else None,
             "instead": list(self.instead),
         }

@@ -503,6 +503,10 @@ class TransformersEngine(TorchEngine):
         """In the flash-attention path: before 4.48."""
         return self.version < (4, 48)
 
+    def kept(self, weights: Weights, work: Workload, gpu: Gpu) -> Weights:
+        """A tied head of an FP8 checkpoint is held a second time."""
+        return replace(weights, head=weights.embed) if weights.method == "fp8" and not weights.head else weights
+
     def kernel_for(self, weights: Weights) -> Kernel:
         """GPTQ by the library: AutoGPTQ's where it is one of `libraries`, else GPTQModel's on Ampere and later."""
         if weights.method not in KERNELS and self.library("autogptq") is not None:
@@ -511,7 +515,15 @@ class TransformersEngine(TorchEngine):
 
     def moments(self, case: Case, share: Share, gpu: Gpu) -> list[Moment]:
         found = super().moments(case, share, gpu)
-        if self.kernel_for(case.weights) == AWQ_GEMM and case.spec.tie_word_embeddings and share.embed:
+        keeps_logits = share.embed if share.gpus > 1 else share.head
+        if self.full_logits and self.copies_cache and share.layers and keeps_logits:
+            # `generate` holds the outputs of the step before while the cache is copied: W + 2 KV(n) + 4 V n
+            rows = self.prefill_pass(case, share, gpu).rows
+            name = "first step: the cache copied beside the prompt's logits"
+            found.append(Moment(name, at_prompt=2, logits=4 * rows * case.spec.vocab_size))
+        # Seen with 4.46 and AutoAWQ 0.2.6, not with Qwen2's tables (4.38) and Qwen3's (4.51).
+        tied = case.spec.tie_word_embeddings and self.version[:2] == (4, 46)
+        if tied and self.kernel_for(case.weights) == AWQ_GEMM and share.embed:
             found.append(Moment("loading: the tied head before it is tied", activations=sum(case.weights.embed)))
         return found
 
