@@ -129,8 +129,12 @@ def slack_term(dynamic_bytes: int, packed_bytes: int = 0) -> Term:
     source = "3 % of what comes and goes, as unsloth keeps free"
     if packed_bytes:
         source += "; 1 % of packed weights for holes between them, as traced (reports/runtime.md)"
-    low, n_bytes, high = (round(share * dynamic_bytes + 0.01 * packed_bytes) for share in (0, 0.03, 0.08))
+    low, n_bytes, high = (slack_bytes(dynamic_bytes, packed_bytes, share) for share in (0, 0.03, 0.08))
     return Term("slack", n_bytes, "reported", source, low, high)
+
+
+def slack_bytes(dynamic_bytes: int, packed_bytes: int = 0, share: float = 0.03) -> int:
+    return round(share * dynamic_bytes + 0.01 * packed_bytes)
 
 
 def merged(terms: Sequence[Term]) -> tuple[Term, ...]:

@@ -7,7 +7,7 @@ Engines without tensor parallelism run GPU after GPU: contiguous layers each, em
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -152,29 +152,46 @@ def place(case: Case, *, offload: bool = False) -> Placement:
     return split.placement(filled, kept, reason)
 
 
-def splits(case: Case) -> bool:
-    """Whether some split keeps every layer on the GPUs."""
-    return _Splitter(case).fill(case.spec.num_hidden_layers, 0) is not None
+Costs = dict[Hashable, Callable[[range], int]]  # of a case, by GPUs that are alike and what else they hold
 
 
-def search_context(fits: Callable[[int], bool], limit: int) -> int:
-    """Largest context in 1..limit that `fits`, which is true below and false above it; 0 when it never is."""
-    low, high = 0, limit
+def splits(case: Case, costs: Costs | None = None) -> bool:
+    """Whether some split keeps every layer on the GPUs; `costs` is kept between calls for the same case."""
+    split = _Splitter(case, costs)
+    return sum(split.limits) >= sum(split.layer_bytes) and split.fill(case.spec.num_hidden_layers, 0) is not None
+
+
+def search_context(fits: Callable[[int], bool], limit: int, step: int = 1) -> int:
+    """Largest context in 1..limit that `fits`, which is true below and false above it; 0 when it never is.
+
+    Of multiples of `step` alone, and the limit.
+    """
+    low, high = 0, -(-limit // step) * step
     if fits(limit):
         return limit
-    while high - low > 1:
-        middle = (low + high) // 2
+    while high - low > step:
+        middle = (low + high) // (2 * step) * step
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
+
+
+def _with(share: Share, layers: int) -> Share:
+    """The share with so many layers from its start."""
+    start = share.layers.start
+    return Share(range(start, start + layers), share.embed, share.head, share.ranks, share.gpus)
 
 
 class _Splitter:
     """Fills a case's GPUs in order."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, costs: Costs | None = None) -> None:
         self.case, self.rig = case, case.hardware
         self.layer_bytes = case.engine.kept(case.weights, case.work, self.rig.gpus[0]).layer_bytes
-        self.costs: dict[tuple[Share, str], int] = {}
+        self.costs: Costs = {} if costs is None else costs
+        self.limits = self.rig.limits
+        known = {gpu.name: gpu for gpu in self.rig.gpus}
+        alike = {name: case.engine.alike(case, gpu) for name, gpu in known.items()}
+        self.alike = [alike[gpu.name] for gpu in self.rig.gpus]
         self.tied_first = case.spec.tie_word_embeddings and not case.engine.copies_tied_head
 
     def fill(self, layers: int, room: int) -> tuple[Share, ...] | None:
@@ -192,26 +209,40 @@ class _Splitter:
         start, gpus = 0, len(self.rig.gpus)
         for index in range(gpus):
             share = Share(range(start, start), embed=index == 0, head=index == head, gpus=gpus)
-            limit = self.rig.limits[index] - room - (self._offload_bytes(layers) if index == 0 else 0)
+            limit = self.limits[index] - room - (self._offload_bytes(layers) if index == 0 else 0)
             if share.used and self._cost(share, index) > limit:
                 return None
-            low, high = 0, layers - start if index < count else 0
-            while low < high:
-                middle = (low + high + 1) // 2
-                if self._cost(replace(share, layers=range(start, start + middle)), index) <= limit:
-                    low = middle
-                else:
-                    high = middle - 1
-            shares.append(replace(share, layers=range(start, start + low)))
-            start += low
+            most = self._most(share, index, limit, layers - start) if index < count else 0
+            shares.append(_with(share, most))
+            start += most
         return tuple(shares) if start == layers else None
+
+    def _most(self, share: Share, index: int, limit: int, layers: int) -> int:
+        """Most layers, from the share's start, that take at most `limit` bytes; guessed as if all were alike first."""
+        if not layers:
+            return 0
+        everything = self._cost(_with(share, layers), index)
+        if everything <= limit:
+            return layers
+        one = self._cost(_with(share, 1), index)
+        if one > limit:
+            return 0
+        low, high = 1, layers  # fits, does not fit
+        guess = 1 + int((layers - 1) * (limit - one) / max(1, everything - one))
+        for tried in (guess, guess + 1):
+            if low < tried < high:
+                low, high = (tried, high) if self._cost(_with(share, tried), index) <= limit else (low, tried)
+        while high - low > 1:
+            tried = (low + high) // 2
+            low, high = (tried, high) if self._cost(_with(share, tried), index) <= limit else (low, tried)
+        return low
 
     def widest(self, layers: int) -> tuple[Share, ...]:
         """The split with the most room on the fullest GPU (a negative room when it does not fit)."""
         gpus = len(self.rig.gpus)
         everything = Share(range(layers), embed=True, head=True, gpus=gpus)
         most = max(self._cost(everything, index) for index in range(gpus)) + self._offload_bytes(layers)
-        low, high = min(self.rig.limits) - most, max(self.rig.limits)
+        low, high = min(self.limits) - most, max(self.limits)
         best = self.fill(layers, low)  # with that little room any one GPU could hold everything
         assert best is not None
         while high - low > 1 << 20:
@@ -242,11 +273,11 @@ class _Splitter:
         return Placement(shares, memory, gpu_layers, sum(self.layer_bytes[gpu_layers:]), reason)
 
     def _cost(self, share: Share, index: int) -> int:
-        key = share, self.rig.gpus[index].name
-        if key not in self.costs:
-            terms, _ = self.case.engine.terms(self.case, share, self.rig.gpus[index])
-            self.costs[key] = sum(term.n_bytes for term in terms)
-        return self.costs[key]
+        gpu = self.rig.gpus[index]
+        kind = self.alike[index], share.embed, share.head, min(share.gpus, 2)
+        if kind not in self.costs:
+            self.costs[kind] = self.case.engine.layer_costs(self.case, share, gpu)
+        return self.costs[kind](share.layers)
 
     def _offload_bytes(self, gpu_layers: int) -> int:
         return host_layers_bytes(self.case, self.layer_bytes, gpu_layers)
@@ -277,8 +308,16 @@ class ParallelOption:
 
     def longest_context(self, case: Case) -> int:
         """Most tokens a sequence can have in this layout; 0 when none."""
-        shares = rank_shares(case.spec, self.tensor, self.pipeline)
-        return search_context(lambda context: bool(estimate(case.at(context), shares).fits), case.spec.extended_context)
+        shares, limit = rank_shares(case.spec, self.tensor, self.pipeline), case.spec.extended_context
+
+        def fits(context: int) -> bool:
+            return bool(estimate(case.at(context), shares).fits)
+
+        room = estimate(case.at(1), shares).kv_capacity_tokens or 0
+        likely = min(limit, room // case.work.batch)  # right where nothing but the cache grows with the context
+        if likely and fits(likely) and (likely == limit or not fits(likely + 1)):
+            return likely
+        return search_context(fits, limit)
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenq.errors import PlanError, UsageError
+from qwenq.machine import available_ram
 from qwenq.units import GIB, format_gib
 
 _CATALOGUE = Path(__file__).parents[1] / "data" / "gpus.csv"
@@ -103,6 +104,7 @@ class Rig:
     gpus: tuple[Gpu, ...]
     free_bytes: tuple[int, ...] = ()
     reserve_bytes: int = 0  # kept free on every GPU, for a desktop for instance
+    host_bytes: int = 0  # of the machine's own memory; 0: unknown
     needs_pci_order: bool = False  # CUDA may number these GPUs otherwise, unless CUDA_DEVICE_ORDER=PCI_BUS_ID
 
     @property
@@ -348,6 +350,7 @@ def detect_rig() -> Rig:
         )
     return Rig(
         tuple(gpu for gpu, _ in read),
+        host_bytes=available_ram(),
         free_bytes=tuple(free for _, free in read),
         needs_pci_order=len(kinds) > 1 and os.environ.get(ORDER) != PCI_ORDER,
     )

@@ -18,7 +18,7 @@ from qwenq.formats.base import Recipe, Scheme
 from qwenq.machine import Compute
 from qwenq.model.spec import ModelSpec, family_spec
 from qwenq.planning.budget import sized_recipe
-from qwenq.planning.case import Case, Workload, even_shares, rank_shares
+from qwenq.planning.case import Case, Share, Workload, even_shares, rank_shares
 from qwenq.planning.engines.base import get_engine
 from qwenq.planning.ggufsize import gguf_weights
 from qwenq.planning.placement import Placement, cutting_reasons, parallel_options, place
@@ -222,15 +222,50 @@ def test_flags_of_a_layered_plan() -> None:
 
 def test_recommendations_are_sorted_and_priced() -> None:
     found = recommend(Case(B72, INT4, get_engine("qwenq"), Workload(16384)))
-    priced = [r for r in found if r.price_usd is not None]
-    assert list(found[: len(priced)]) == priced  # unpriced last
-    prices = [r.price_usd or 0 for r in priced]
-    assert prices == sorted(prices)
-    assert any(r.gpu.name == "RTX 3090" and r.count == 2 for r in found)
+    assert [r.count for r in found] == sorted(r.count for r in found)  # fewest cards first
+    for count in range(1, 9):
+        prices = [r.likely_usd for r in found if r.count == count]
+        known = [price for price in prices if price is not None]
+        assert prices == sorted(known) + [None] * (len(prices) - len(known))  # then cheapest, unpriced last
+    used = next(r for r in found if r.gpu.name == "RTX 3090")
+    assert (used.count, used.price_usd, used.used_price_usd, used.power_w) == (2, 2998, 1400, 700)
+    assert used.gpu.used_price_usd == 700 and find_gpu("A100 SXM4 80GB").used_price_usd is None
     names = [r.gpu.name for r in found]
-    assert names.index("RTX 4060 Ti 16GB") < names.index("H100 PCIe 80GB"), "4 for $1,996 before one for $30,000"
+    assert names.index("RTX 3090") < names.index("RTX 4060 Ti 16GB") < names.index("RTX 4060"), "2, 4 and 8 cards"
     assert all(r.gpu.vendor in ("nvidia", "amd") and r.largest_context >= 16384 for r in found)
     assert any(r.gpu.vendor == "apple" for r in recommend(Case(B72, INT4, get_engine("llama.cpp"), Workload(16384))))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    name=st.sampled_from(["Qwen2.5-0.5B", "Qwen2.5-7B", "Qwen2.5-72B", "Qwen3-14B"]),
+    engine=st.sampled_from(["qwenq", "transformers", "transformers 4.38.2", "transformers 4.41.2"]),
+    quant=st.sampled_from(["BF16", "GPTQ-Int4", "AWQ"]),
+    gpu=st.sampled_from(["RTX 3090", "H100 SXM5 80GB", "V100 PCIe 16GB"]),
+    context=st.integers(1, 30000),
+    batch=st.integers(1, 3),
+    data=st.data(),
+)
+def test_costs_in_closed_form_are_the_terms(
+    name: str, engine: str, quant: str, gpu: str, context: int, batch: int, data: st.DataObject
+) -> None:
+    """Byte for byte, whatever a GPU holds."""
+    spec = model(name)
+    which, _, version = engine.partition(" ")
+    case = Case(spec, published_weights(spec, quant), get_engine(which, version), Workload(context, batch))
+    start = data.draw(st.integers(0, spec.num_hidden_layers))
+    layers = range(start, data.draw(st.integers(start, spec.num_hidden_layers)))
+    share = Share(layers, data.draw(st.booleans()), data.draw(st.booleans()), gpus=data.draw(st.integers(1, 3)))
+    terms, _ = case.engine.terms(case, share, find_gpu(gpu))
+    assert case.engine.layer_costs(case, share, find_gpu(gpu))(layers) == sum(term.n_bytes for term in terms)
+
+
+def test_recommended_contexts_are_the_plans_in_steps_of_1024() -> None:
+    case = Case(B72, INT4, get_engine("qwenq"), Workload(8192))
+    for found in recommend(case)[:6]:
+        rig = rig_of([found.gpu] * found.count)
+        longest = case.engine.longest_context(replace(case, rig=rig))
+        assert found.largest_context <= longest < found.largest_context + 1024
 
 
 def test_engines_run_where_they_run() -> None:

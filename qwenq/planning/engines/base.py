@@ -11,7 +11,7 @@ import math
 import re
 import shlex
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, TypedDict
@@ -23,6 +23,7 @@ from qwenq.planning.case import Case, Share, Workload, rank_shares
 from qwenq.planning.escapes import Escape, Serving, serving
 from qwenq.planning.memory import Allowance, MemoryEstimate, Term, context_term, estimate
 from qwenq.planning.placement import (
+    Costs,
     Layout,
     ParallelOption,
     RankLayout,
@@ -127,6 +128,18 @@ class Engine(ABC):
     def terms(self, case: Case, share: Share, gpu: Gpu) -> tuple[tuple[Term, ...], str]:
         """Memory of one GPU that holds `share`, at its worst moment, and the name of that moment."""
 
+    def layer_costs(self, case: Case, share: Share, gpu: Gpu) -> Callable[[range], int]:
+        """Bytes of all terms by the layers that a GPU holds, for shares that are otherwise like `share`."""
+
+        def cost(layers: range) -> int:
+            return sum(term.n_bytes for term in self.terms(case, replace(share, layers=layers), gpu)[0])
+
+        return cost
+
+    def alike(self, case: Case, gpu: Gpu) -> Hashable:
+        """A key that GPUs have in common of which the terms of the case are the same."""
+        return gpu.name
+
     def allowance(self, case: Case, shares: Sequence[Share], needed: Sequence[tuple[Term, ...]]) -> Allowance:
         """Bytes it may take of each of the rig's GPUs, which need the terms `needed`."""
         return Allowance(case.hardware.limits)
@@ -163,6 +176,10 @@ class Engine(ABC):
     def how_held(self, case: Case) -> str:
         """How the rig holds the case: `layers split`, `TP 2 x PP 1`; empty when it does not."""
 
+    def rig_finder(self, case: Case) -> RigFinder:
+        """What answers for many rigs of one case."""
+        return RigFinder(self)
+
     def check_ranks(self, ranks: int) -> None:
         """UsageError for a tensor parallel size that it cannot have."""
         if ranks < 0:
@@ -193,6 +210,39 @@ class Engine(ABC):
         return ""
 
 
+class RigFinder:
+    """How a rig holds a case and up to which context, asked of one case on many rigs."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def how_held(self, case: Case) -> str:
+        return self.engine.how_held(case)
+
+    def longest_context(self, case: Case) -> int:
+        return self.engine.longest_context(case)
+
+
+class LayerFinder(RigFinder):
+    """Keeps costs by context between rigs; contexts in steps of STEP tokens."""
+
+    STEP: ClassVar[int] = 1024
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        self.costs: dict[int, Costs] = {}
+
+    def _splits(self, case: Case) -> bool:
+        return splits(case, self.costs.setdefault(case.work.context, {}))
+
+    def how_held(self, case: Case) -> str:
+        return "layers split" if self._splits(case) else ""
+
+    def longest_context(self, case: Case) -> int:
+        asked, limit = case.work.context, case.spec.extended_context
+        return max(asked, search_context(lambda context: self._splits(case.at(context)), limit, self.STEP))
+
+
 @dataclass(frozen=True)
 class LayeredEngine(Engine):
     """An engine that splits whole layers over GPUs, which run one after the other."""
@@ -209,6 +259,9 @@ class LayeredEngine(Engine):
 
     def how_held(self, case: Case) -> str:
         return "layers split" if splits(case) else ""
+
+    def rig_finder(self, case: Case) -> RigFinder:
+        return LayerFinder(self)
 
     def check_ranks(self, ranks: int) -> None:
         super().check_ranks(ranks)
@@ -311,6 +364,12 @@ class ServerEngine(Engine):
 
     def rank_weights(self, case: Case, share: Share) -> int:
         """Bytes of a rank's weights: fused linears cut by rank, norms whole, one rotary table; allocator rounding."""
+        known = case.weights.by_share
+        if (share, case.spec) not in known:
+            known[share, case.spec] = self._rank_weights(case, share)
+        return known[share, case.spec]
+
+    def _rank_weights(self, case: Case, share: Share) -> int:
         spec, weights, r = case.spec, case.weights, share.ranks
         stored_spec = replace(spec, intermediate_size=weights.intermediate_size)
         shapes = [
