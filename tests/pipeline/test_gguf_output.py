@@ -121,6 +121,34 @@ def test_predicted_bytes_are_written_bytes_and_parts_verify(random_model: Make, 
     assert [f.file for f in verify(out).findings] == [files[1].name]
 
 
+def test_layers_are_made_again_from_the_source(random_model: Make, calib: Path, tmp_path: Path) -> None:
+    source, out = random_model(**WIDE), tmp_path / "out"
+    text = ["--calibration", calib, "--eval-text", calib, "-n", 4, "--sequence-length", 64, "--eval-samples", 2]
+    run("quantize", source, "-o", out, "--format", "gguf", *text)
+    assert run("verify", out, "--source", source, "--calibration", calib)["layers_made_again"] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "llama"])
+def test_a_type_for_each_tensor_within_a_size(model_type: str, random_model: Make, calib: Path, tmp_path: Path) -> None:
+    source, out = random_model(model_type=model_type, **WIDE), tmp_path / "out"
+    text = ["--calibration", calib, "--eval-text", calib, "-n", 6, "--sequence-length", 64, "--eval-samples", 2]
+    ask = ["quantize", source, "-o", out, "--format", "gguf", "--target-size", "1.2MB", *text]
+    planned, made = run(*ask, "--dry-run"), run(*ask)
+    size = next(out.glob("*.gguf")).stat().st_size
+    assert 1_180_000 < made["file_bytes"] == size <= 1_200_000
+    assert 1_180_000 < planned["file_bytes"] <= 1_200_000
+    types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(next(out.glob("*.gguf"))).tensors if "weight" in t.name}
+    assert len(set(types.values())) > 3
+    table = json.loads((out / "qwenq-sensitivity.json").read_text())["kl_nats_per_token"]
+    assert set(table["outer.head"]) == set(table["0.q_proj"]) == {
+        "Q8_0", "Q6_K", "Q5_K", "IQ4_NL", "Q4_K", "IQ4_XS", "Q3_K", "Q2_K",
+    }  # fmt: skip
+    assert table["0.q_proj"]["Q2_K"] > table["0.q_proj"]["Q4_K"] > table["0.q_proj"]["Q6_K"] > 0
+    again = run("quantize", source, "-o", tmp_path / "again", "--format", "gguf", "--recipe", out / "qwenq-recipe.toml",
+                *text)  # fmt: skip
+    assert again["file_bytes"] == made["file_bytes"] and again["drift"]["kl"] == made["drift"]["kl"]
+
+
 def test_fallbacks_are_said(tiny: Path, calib: Path, heldout: Path, tmp_path: Path) -> None:
     text = ["--calibration", calib, "--eval-text", heldout, "-n", 2, "--sequence-length", 64, "--eval-samples", 2]
     ask = ["quantize", tiny, "-o", tmp_path / "out", "--format", "gguf", *text]
