@@ -216,6 +216,15 @@ class GGUFCheckpoint(Checkpoint):
         """The same with its files hashed; what lies beside a GGUF file is not its own."""
         return super().hash_files(())
 
+    def refuse_changed(self, names: Iterable[str] | None = None) -> None:
+        """Raise CheckpointError for the first of its files that was written to or replaced since it was opened."""
+        super().refuse_changed()
+
+    def dtype_of(self, name: str) -> str:
+        """Of a tensor that is stored in blocks F16, in which its values are kept where they are not packed."""
+        dtype = super().dtype_of(name)
+        return dtype if dtype in TORCH_DTYPES else "F16"
+
     def read(self, name: str) -> torch.Tensor:
         """One tensor: as stored, or float32 of blocks."""
         return self._values(name, self.read_packed(name))

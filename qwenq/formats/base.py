@@ -462,8 +462,16 @@ class Format(ABC):
         return per_row or scheme in self.options
 
     def held_as(self, scheme: Scheme) -> Scheme:
-        """The scheme that holds codes of `scheme` from another format; `check` says whether it can."""
+        """The scheme that holds integer codes of `scheme` from another format; `check` says whether it can."""
         return scheme
+
+    def as_integers(self, scheme: Scheme) -> Scheme:
+        """The scheme of integer codes that says the same, for another format to hold; PlanError where there is none."""
+        return scheme
+
+    def integers(self, q: QTensor, lin: LinearSpec) -> QTensor:
+        """A linear of `as_integers`, from one as `unpack` gives it; CheckpointError, naming it, unless it is exact."""
+        return q
 
     # ------------------------------------------------------------------ tensors and sizes
 

@@ -384,6 +384,7 @@ def _quantized(kind: str, data_OB: Tensor) -> QTensor:
     return QTensor(codes_OI, tuple(parameters), grid)
 
 
+_INTEGERS = {"Q4_0": Scheme(4, 32), "Q8_0": Scheme(8, 32), "Q4_1": Scheme(4, 32, sym=False)}
 _KERNEL_CODES = ("Q4_0", "Q8_0", "Q4_1", "Q4_K")  # in groups of 32 that have a scale, and a minimum or a zero point
 
 
@@ -573,6 +574,42 @@ class Gguf(Format):
         found = super().offered(lin, options)
         worse = {"Q4_0", "Q4_1", "Q5_0", "Q5_1"} if any(s.codes == "Q5_K" for s in found) else {"Q4_0"}
         return tuple(scheme for scheme in found if scheme.codes not in worse)
+
+    def held_as(self, scheme: Scheme) -> Scheme:
+        """Symmetric groups of whole blocks: their scale is repeated in each."""
+        found = {(4, True): "Q4_0", (8, True): "Q8_0"}.get((scheme.bits, scheme.sym))
+        if found is None or (scheme.group_size > 0 and scheme.group_size % TYPES[found].values):
+            raise PlanError(
+                f"{scheme.label} to gguf: no type of GGUF holds its codes as they are",
+                hint="symmetric ones in groups of 32, 64 or 128 are Q4_0's and Q8_0's",
+            )
+        return type_scheme(found)
+
+    def as_integers(self, scheme: Scheme) -> Scheme:
+        found = _INTEGERS.get(scheme.codes)
+        if found is None:
+            raise PlanError(
+                f"GGUF's {scheme.codes} stores other values than 4- or 8-bit codes on a grid of float16 scales",
+                hint=f"convert goes from {', '.join(_INTEGERS)}; `qwenq quantize` makes it from the 16-bit checkpoint",
+            )
+        return found
+
+    def integers(self, q: QTensor, lin: LinearSpec) -> QTensor:
+        """Q4_1's minima as zero points, where they are whole multiples of their scales."""
+        import torch
+
+        from qwenq.solver.grid import IntegerGrid, QTensor
+
+        if isinstance(q.grid, IntegerGrid):
+            return q
+        scale_OG, minimum_OG = scales_and_minima(q)
+        zero_OG = torch.where(minimum_OG == 0, 0.0, -minimum_OG / scale_OG).nan_to_num(-1.0, -1.0, -1.0).round()
+        if not bool(((zero_OG >= 0) & (zero_OG <= 15) & (-zero_OG * scale_OG == minimum_OG)).all()):
+            raise CheckpointError(
+                f"{lin.name}: minima of its Q4_1 groups are no whole multiples of their scales, so no zero points say "
+                "the same"
+            )
+        return QTensor(q.codes_OI, (q.parameters[0], zero_OG.to(torch.uint8)), IntegerGrid(4, 32, False))
 
     def file_metadata(self, recipe: Recipe, mixture: str) -> dict[str, Any]:
         """`general.file_type`: for types of one's own that of the mixture whose tensors are mostly of the same."""

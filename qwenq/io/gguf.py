@@ -219,7 +219,7 @@ def _read(path: Path) -> _Header:
     where = shown(path.name)
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        data = file.read(MAX_HEADER_BYTES)
+        data = file.read(min(size, MAX_HEADER_BYTES))
     if data[:4] != _MAGIC:
         hint = "this is a git-lfs pointer, not the weights: run `git lfs pull`" if data[:8] == b"version " else ""
         raise CheckpointError(f"{where}: not a GGUF file (it begins with {shown(repr(data[:4]))})", hint=hint)

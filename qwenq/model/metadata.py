@@ -239,6 +239,7 @@ def config_of_metadata(
         "rope_theta": read.number("rope.freq_base", 10000.0),
         "tie_word_embeddings": names.head + ".weight" not in shapes,
         "use_sliding_window": False,
+        "torch_dtype": "float16",
     }
     if scaling := _scaling_of_metadata(read, factors, config):
         config["rope_scaling"] = scaling

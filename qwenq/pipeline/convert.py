@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from qwenq.checkpoint.manifest import MANIFEST_NAME, SourceFiles, read_manifest
-from qwenq.checkpoint.reader import Checkpoint
+from qwenq.checkpoint.reader import Checkpoint, non_finite
 from qwenq.checkpoint.shards import StoredFiles, stored_files
 from qwenq.errors import CheckpointError, JobError, PlanError, QwenqError
 from qwenq.formats.base import Recipe, Scheme, get_format, quantization_config
@@ -32,6 +32,7 @@ from qwenq.pipeline.monitor import memory_errors
 from qwenq.pipeline.output import COPIED_FILES, Output
 from qwenq.results import finite_json
 from qwenq.solver.grid import QTensor
+from qwenq.text.tokens import write_tokenizer
 from qwenq.units import format_gb
 
 
@@ -67,9 +68,10 @@ def target_recipe(source: Checkpoint, format: str) -> Recipe:
             )
 
     def held(scheme: Scheme | None) -> Scheme | None:
-        return None if scheme is None else form.held_as(scheme)
+        return None if scheme is None else form.held_as(get_format(recipe.format).as_integers(scheme))
 
-    overrides = tuple((name, held(scheme)) for name, scheme in recipe.overrides)
+    outside = {lin.name for lin in source.spec.outer_linears}  # a format that packs them too is no reason for the other
+    overrides = tuple((name, held(scheme)) for name, scheme in recipe.overrides if name not in outside)
     changed = Recipe(held(recipe.default), overrides, format)
     changed.check(source.spec)
     return changed
@@ -110,6 +112,8 @@ def convert(source: Checkpoint, out: Path, format: str, *, listen: Callable[[int
                 tensors = _layer(source, recipe, number - 1) if 0 < number < len(files.parts) - 1 else {}
                 for name in wanted.keys() - tensors.keys():
                     tensors[name] = source.read(name).to(TORCH_DTYPES[wanted[name].dtype])
+                    if non_finite([(name, tensors[name])]) is not None:
+                        raise CheckpointError(f"{source.directory}: {name} holds what no {wanted[name].dtype} is")
                 parts[number] = files.write(work, number, {name: tensors[name] for name in wanted})
                 listen(number)
             hashes = files.hashes(work, parts)
@@ -128,6 +132,8 @@ def convert(source: Checkpoint, out: Path, format: str, *, listen: Callable[[int
             config = dict(source.config) | {"quantization_config": quantization_config(recipe, source.spec)}
             output = Output(work, out, recipe, config, files)
             hashes |= output.copy_small_files(source.directory, read.hashes)
+            if not files.whole:
+                hashes |= write_tokenizer(source.directory, work)
             read.refuse_replaced()
             hashes |= output.write_configs()
             described, card = _describe(source, recipe, read, made)
@@ -156,6 +162,8 @@ def _layer(source: Checkpoint, recipe: Recipe, layer: int) -> dict[str, torch.Te
 def _grid(source: Checkpoint, lin: LinearSpec, scheme: Scheme) -> QTensor:
     """The linear's codes under `scheme`, its scales in float16; CheckpointError when they cannot be kept so."""
     found = source.linear(lin)
+    if isinstance(found, QTensor):
+        found = get_format(source.recipe.format).integers(found, lin)
     if not isinstance(found, QTensor) or found.order_I is not None:
         raise CheckpointError(
             f"{lin.name}: its groups are out of order (act-order): no other format holds them",
@@ -175,7 +183,7 @@ def _describe(
     source: Checkpoint, recipe: Recipe, read: SourceFiles, made: Converted
 ) -> tuple[dict[str, Any], str | None]:
     """The manifest but for the files' hashes, and a card where it is known how the codes were made."""
-    origin = _origin(source.directory)
+    origin = _origin(source)
     described: dict[str, Any] = {
         "job": {
             "convert": {"from": made.source_format, "to": made.format},
@@ -201,17 +209,17 @@ def _describe(
     return described, model_card(origin | sizes, source.directory, source.spec, recipe, converted_from=other)
 
 
-def _origin(directory: Path) -> dict[str, Any] | None:
+def _origin(source: Checkpoint) -> dict[str, Any] | None:
     """What the manifest of the checkpoint that was quantized says of its making, its drift and its layers' errors: the
     codes are the same.
 
     A converted checkpoint hands on what it was made from. None without a manifest that is as it was written.
     """
     try:
-        manifest, findings = read_manifest(directory)
+        manifest, findings = read_manifest(source.folder)
     except QwenqError:
         return None
-    if findings:
+    if findings or not set(source.own_files) <= manifest["files"].keys():
         return None
     if "made_from" in manifest:
         if manifest["made_from"] is None:

@@ -100,7 +100,7 @@ class CheckpointWeights:
 
     def table(self, name: str, device: torch.device) -> Tensor | Blocks:
         """Embedding or head: as a tensor, or as a GGUF file has it."""
-        kind = self.checkpoint.dtype_of(name)
+        kind = self.checkpoint.tensors[name].spec.dtype
         if kind in TORCH_DTYPES:
             return self.tensor(name, device)
         return Blocks(kind, self.checkpoint.read_packed(name).to(device))

@@ -18,11 +18,12 @@ from tokenizers.decoders import DecodeStream
 
 from qwenq.checkpoint.headers import read_config
 from qwenq.errors import CalibrationError, CheckpointError
+from qwenq.io.durable import write_json
 from qwenq.io.gguf import GGUFFile, is_gguf
 from qwenq.io.json import check_regular, inside, read_limited, read_object, shown
 from qwenq.text.conversation import Document, Message, fitted, read_messages
 from qwenq.text.rendering import MAX_TEMPLATE_BYTES, Rendering, TemplateFault, render
-from qwenq.text.vocabulary import MAX_TOKENIZER_BYTES, Vocabulary, vocabulary_of_metadata
+from qwenq.text.vocabulary import MAX_TOKENIZER_BYTES, Vocabulary, has_tokenizer, vocabulary_of_metadata
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
@@ -287,6 +288,24 @@ def _tokenizer_of(vocabulary: Vocabulary, path: Path) -> Any:
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         raise CheckpointError(f"{path}: no tokenizer can be made of its metadata ({shown(str(error))})") from None
+
+
+def write_tokenizer(source: Path, directory: Path) -> dict[str, str]:
+    """Write the tokenizer of a GGUF file as a directory's files, and return their SHA-256 by name.
+
+    Nothing for another source, or a file without a tokenizer; CheckpointError for one that is not read.
+    """
+    if not is_gguf(source):
+        return {}
+    metadata = GGUFFile.open(source).metadata
+    if not has_tokenizer(metadata):
+        return {}
+    found = vocabulary_of_metadata(metadata, shown(str(source)))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **found.special}
+    if found.chat_template is not None:
+        settings["chat_template"] = found.chat_template
+    content = {"tokenizer.json": found.document, "tokenizer_config.json": settings}
+    return {name: write_json(directory / name, value) for name, value in content.items()}
 
 
 class _Refusal(CalibrationError):

@@ -77,10 +77,15 @@ class Vocabulary:
     chat_template: str | None
 
 
+def has_tokenizer(metadata: Mapping[str, Any]) -> bool:
+    """Whether a GGUF file has a tokenizer at all."""
+    return metadata.get(_MODEL) is not None
+
+
 def vocabulary_of_metadata(metadata: Mapping[str, Any], where: str) -> Vocabulary:
     """The tokenizer of a GGUF file; CheckpointError where there is none, or one that is no known byte-level BPE."""
     kind = metadata.get(_MODEL)
-    if kind is None:
+    if not has_tokenizer(metadata):
         raise CheckpointError(
             f"{where}: no tokenizer in its metadata",
             hint="take a file with one; inspect, vram, plan and convert work without",
