@@ -15,7 +15,7 @@ from qwenq.io.gguf import is_gguf
 from qwenq.io.json import inside, read_object, shown
 from qwenq.io.safetensors import INDEX_NAME, TensorLocation, TensorSpec
 from qwenq.model.spec import ModelSpec, family_spec, near_names, refuse_experts, spec_from_config
-from qwenq.planning.ggufsize import BASE, BITS_TO_TYPE, gguf_weights
+from qwenq.planning.ggufsize import BITS_TO_TYPE, gguf_types, gguf_weights, is_gguf_type
 from qwenq.planning.weights import Weights, header_weights, published_weights, recipe_weights
 
 _PUBLISHED = re.compile(r"(.*?)-(GPTQ-Int[48]|AWQ|FP8)", re.IGNORECASE)
@@ -71,6 +71,9 @@ def model_weights(model: Model, asked: WeightsAsked = WeightsAsked()) -> Weights
         return _of_headers(spec, _specs(stored.tensors), stored.config, str(asked.checkpoint))
     mixed = {"--target-size": asked.target_bytes, "--recipe": asked.recipe}
     if asked.gguf:
+        plain = asked.bits is None and not asked.format
+        if plain and is_gguf(model.directory or "") and (found := _own_weights(model)) is not None:
+            return found
         return _gguf(spec, asked, mixed | {"--group-size": asked.group_size, "--pad-for-tp": ranks})
     if asked.format:
         return _of_format(spec, asked, mixed)
@@ -170,7 +173,7 @@ def _gguf(spec: ModelSpec, asked: WeightsAsked, others: Mapping[str, object]) ->
     if asked.format and asked.format.upper() != "GGUF":
         if asked.format.lower() in (*FORMATS, *ALIASES, *SIZED):
             raise UsageError(
-                f"--format {asked.format} is no GGUF type, which llama.cpp reads", hint=f"one of {', '.join(BASE)}"
+                f"--format {asked.format} is no GGUF type, which llama.cpp reads", hint=f"one of {', '.join(gguf_types())}"
             )
         return gguf_weights(spec, asked.format.upper())
     bits = 4 if asked.bits is None else asked.bits
@@ -185,7 +188,7 @@ ALIASES = {"nf4": "bnb-nf4", "int8": "bnb-int8", "ct": "compressed-tensors"}
 def _of_format(spec: ModelSpec, asked: WeightsAsked, mixed: Mapping[str, object]) -> Weights:
     """Uniform weights in a format by name; UsageError for one that there is not, or that has no such scheme."""
     name = ALIASES.get(asked.format.lower(), asked.format.lower())
-    if asked.format.upper() in BASE or name == "gguf":
+    if is_gguf_type(asked.format) or name == "gguf":
         raise UsageError(f"--format {asked.format} is GGUF", hint="--engine llama.cpp reads it")
     given = [option for option, value in mixed.items() if value is not None]
     if given:
