@@ -173,7 +173,8 @@ def _gguf(spec: ModelSpec, asked: WeightsAsked, others: Mapping[str, object]) ->
     if asked.format and asked.format.upper() != "GGUF":
         if asked.format.lower() in (*FORMATS, *ALIASES, *SIZED):
             raise UsageError(
-                f"--format {asked.format} is no GGUF type, which llama.cpp reads", hint=f"one of {', '.join(gguf_types())}"
+                f"--format {asked.format} is no GGUF type, which llama.cpp reads",
+                hint=f"one of {', '.join(gguf_types())}",
             )
         return gguf_weights(spec, asked.format.upper())
     bits = 4 if asked.bits is None else asked.bits

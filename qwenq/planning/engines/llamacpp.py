@@ -1,9 +1,9 @@
 """llama.cpp with flash attention: GGUF weights in whole layers, compute buffers sized by the ubatch, by build.
 
 Sources: llama.cpp's own reservation, read with llama-fit-params of llama-cpp-python 0.3.36 on files of the real shapes
-(reports/llamacpp.md), which gives the 119 and 148.09 MiB that newer builds logged for Qwen2.5-14B and 7B; for older ones
-ollama#5913 (72B, 313.0 MiB), llama.cpp#11337 (32B, 307.0 MiB; q8_0 cache 4352 MiB), unsloth PR#7637 (mask). Where layers
-go: llama-model.cpp, load_tensors.
+(reports/llamacpp.md), which gives the 119 and 148.09 MiB that newer builds logged for Qwen2.5-14B and 7B; for older
+ones ollama#5913 (72B, 313.0 MiB), llama.cpp#11337 (32B, 307.0 MiB; q8_0 cache 4352 MiB), unsloth PR#7637 (mask). Where
+layers go: llama-model.cpp, load_tensors.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ class LlamaCppEngine(LayeredEngine):
 
         `-ngl` counts layers and the output, of which the first layers stay on the CPU; `-ts` shares these out.
         """
-        work = case.work
-        words = ["llama-server", "-m", file, "-ngl", str(placement.gpu_layers + 1), "-c", str(work.context * work.batch)]
+        work, offloaded = case.work, placement.gpu_layers + 1
+        words = ["llama-server", "-m", file, "-ngl", str(offloaded), "-c", str(work.context * work.batch)]
         words += ["-fa", "on"]
         if self.few_outputs:
             words += ["--fit", "off"]  # else it changes what is not said
