@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from qwenq.pipeline.convert import Converted
     from qwenq.pipeline.dryrun import DryRun
     from qwenq.pipeline.job import QuantizeResult
+    from qwenq.pipeline.reference_logits import SavedLogits
     from qwenq.planning.audit import Audit
     from qwenq.planning.plan import Plan, Recommendation
     from qwenq.planning.questions import Question, Spread
@@ -200,22 +201,26 @@ def evaluate(
     model: StrPath,
     reference: StrPath,
     *,
+    save_reference_logits: StrPath | SavedLogits | None = None,
     progress: Callable[[int, int], None] = _nothing,
     **options: Unpack[EvaluateOptions],
 ) -> DriftReport:
     """KL divergence, perplexity and top-1 agreement of a checkpoint against another, both streamed layer by layer.
 
     model, reference: directories or hub names, 16-bit or quantized. progress: gets the layers done and their number.
+    save_reference_logits: a file to write for `llama-perplexity --kl-divergence`, about 300 kB a position of a Qwen2.5.
     KL in nats a token, with 95 % confidence intervals. Raises CheckpointError where the two cannot be compared.
     """
     from qwenq.checkpoint.reader import open_checkpoint
     from qwenq.pipeline.evaluate import check_comparable
     from qwenq.pipeline.evaluate import evaluate as run
     from qwenq.pipeline.job import DTYPES
+    from qwenq.pipeline.reference_logits import SavedLogits
     from qwenq.text.calibration import load_windows
     from qwenq.text.tokens import ModelTokenizer
 
     config = EvaluateConfig(**options)
+    saved = save_reference_logits
     checkpoint = open_checkpoint(model_directory(str(model)))
     base = open_checkpoint(model_directory(str(reference)))
     check_comparable(checkpoint, base)
@@ -232,6 +237,7 @@ def evaluate(
         compute_dtype=DTYPES[pick_compute_dtype(config.compute_dtype, device)],
         devices=device.split(","),
         listen=lambda layer: progress(layer + 1, layers),
+        saved=SavedLogits(Path(saved)) if isinstance(saved, str | Path) else saved,
     )
 
 

@@ -36,6 +36,10 @@ def evaluate(
         str | None,
         option(JOB, metavar="PERCENT", help="Exit with 3 when perplexity rises by more, for instance 2%."),
     ] = None,
+    save_reference_logits: Annotated[
+        Path | None,
+        option(JOB, metavar="FILE", help="Write the reference's logits too, for `llama-perplexity --kl-divergence`."),
+    ] = None,
     device: Device = EvaluateConfig.device,
     compute_dtype: ComputeDtype = EvaluateConfig.compute_dtype,
     json: JsonFlag = False,
@@ -46,15 +50,24 @@ def evaluate(
     """
     increase = _percent(max_ppl_increase)
     checkpoint, base = fetched(model), fetched(reference)
+    saved = None
     with LayerProgress(quiet=json) as progress:
+        if save_reference_logits is not None:
+            from qwenq.pipeline.reference_logits import SavedLogits
+
+            saved = SavedLogits(save_reference_logits, progress.say)
         drift = api.evaluate(
             checkpoint, base, text=text, num_samples=num_samples, sequence_length=sequence_length,
-            device=device, compute_dtype=compute_dtype, progress=progress.step,
+            save_reference_logits=saved, device=device, compute_dtype=compute_dtype, progress=progress.step,
         )  # fmt: skip
     if json:
-        print_json(drift.to_json())
+        found = {"file": str(saved.path), "bytes": saved.n_bytes, "kl": saved.kl} if saved else None
+        print_json(drift.to_json() | ({"reference_logits": found} if found else {}))
     else:
         out.print(drift_table(drift, _name_of(base)))
+        if saved is not None:
+            line = f"KL at the positions in {saved.path}, which llama-perplexity counts: {saved.kl:.6f}"
+            out.print(line, soft_wrap=True)
     from qwenq.pipeline.evaluate import check_limits
 
     check_limits(drift, max_kl, increase)

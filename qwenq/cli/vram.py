@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import sys
 from pathlib import Path
@@ -47,6 +46,10 @@ Bits = Annotated[int | None, _option(WEIGHTS, "--bits", metavar="N", help="4, 8,
 GroupSize = Annotated[
     int | None, _option(WEIGHTS, "--group-size", metavar="N", help="128, 64, 32, or -1: a row. Default 128.")
 ]
+FormatName = Annotated[
+    str,
+    _option(WEIGHTS, "--format", metavar="NAME", help="gptq, awq, compressed-tensors, nf4, int8, fp8, or a GGUF type."),
+]
 TargetSize = Annotated[
     str | None, _option(WEIGHTS, "--target-size", metavar="SIZE", help="Mixed bits as quantize chooses: 47GB.")
 ]
@@ -78,8 +81,10 @@ MaxNumSeqs = Annotated[
 ]
 Utilization = Annotated[
     float | None,
-    _option(ENGINE, "--gpu-memory-utilization", metavar="PART", help="A server's part of a GPU. vLLM's own: 0.9."),
+    _option(ENGINE, "--gpu-memory-utilization", metavar="PART", help="A server's part of a GPU. vLLM's own: 0.92."),
 ]
+EnforceEager = Annotated[bool, _option(ENGINE, "--enforce-eager", help="A server without CUDA graphs.")]
+HostRam = Annotated[str, _option(RIG, "--ram", metavar="SIZE", help="The machine's own memory, for offloading: 64GB.")]
 GpuRig = Annotated[
     str | None, _option(RIG, "--gpu", metavar="RIG", help='"2x RTX 3090", "RTX 4090 + 2x RTX 3060 12GB".')
 ]
@@ -98,6 +103,7 @@ def estimate_command(
     ] = "",
     bits: Bits = None,
     group_size: GroupSize = None,
+    format: FormatName = "",
     target_size: TargetSize = None,
     recipe: RecipeFile = None,
     checkpoint: Checkpoint = None,
@@ -114,6 +120,7 @@ def estimate_command(
     ] = 0,
     max_num_seqs: MaxNumSeqs = 0,
     gpu_memory_utilization: Utilization = None,
+    enforce_eager: EnforceEager = False,
     expect_params: ExpectParams = None,
     profile: ProfileFile = None,
     as_json: Json = False,
@@ -126,6 +133,7 @@ def estimate_command(
         model=model,
         bits=bits,
         group_size=group_size,
+        format=format,
         target_size=target_size,
         recipe=recipe,
         checkpoint=checkpoint,
@@ -140,6 +148,7 @@ def estimate_command(
         tensor_parallel_size=tensor_parallel_size,
         max_num_seqs=max_num_seqs,
         gpu_memory_utilization=gpu_memory_utilization,
+        enforce_eager=enforce_eager,
         expect_params=expect_params,
         profile=profile,
     ).resolve()
@@ -149,6 +158,8 @@ def estimate_command(
     if as_json:
         print_json(answer.to_json())
     elif as_csv:
+        import csv
+
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(["context", "gpu", "name", "term", "bytes", "low_bytes", "high_bytes", "provenance", "source"])
         writer.writerows(answer.csv_rows())

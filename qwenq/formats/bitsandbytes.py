@@ -7,7 +7,6 @@ of 16 values. LLM.int8: each row stores its largest absolute value (SCB) and cod
 from __future__ import annotations
 
 import json
-import logging
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -332,6 +331,8 @@ def _without_kernels() -> Iterator[None]:
         yield
         return
     modules: dict[str, Any] = sys.modules
+    import logging
+
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     known, level = modules.get("kernels"), logger.level
     modules["kernels"] = None  # importing it raises ImportError, which the library foresees, and says aloud

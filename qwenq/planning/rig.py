@@ -6,6 +6,7 @@ A GPU that the catalogue lacks goes by its memory, `2x 24GB`: whether a model fi
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -15,13 +16,27 @@ from pathlib import Path
 from typing import Any
 
 from qwenq.errors import PlanError, UsageError
-from qwenq.machine import has_triton
+from qwenq.machine import available_ram, has_triton
 from qwenq.units import GIB, format_gib
 
 _CATALOGUE = Path(__file__).parents[1] / "data" / "gpus.csv"
-ASSUMED_USABLE = 0.98  # of the nominal memory, where nobody has published what CUDA sees; known cards: 0.93 to 1.00
+# Memory that the driver keeps, where nobody has published what CUDA sees: (GiB, part of the nameplate), the larger.
+# GeForce cards that were measured keep 0.37 GiB of 12, 0.42 and 0.48 of 24, 0.65 of 32 (usable_note of the catalogue).
+KEPT = (0.4, 0.02)
+KEPT_RANGE = (0.5, 1.6)  # times that
+KEPT_SAID = "assumed: 0.4 GiB or 2 % kept by the driver, 0.37 to 0.65 GiB on the GeForce cards that were measured"
 MAX_GPUS = 64
 GIVEN = "given"  # the source of a GPU named by its memory
+
+
+# Metal's recommendedMaxWorkingSetSize, from logs of llama.cpp: 11453 MB of 16 GiB, 17180 of 24, 22907 of 32 (two
+# thirds), 28991 of 36, 51540 of 64 (three quarters); with recent macOS 12713, 19069, 26801, 55663.
+METAL_PARTS = ((32, 2 / 3), (math.inf, 3 / 4))  # up to so many GiB, the part
+RECENT_METAL = 0.74
+METAL_SAID = (
+    "Metal's share of the memory: two thirds up to 32 GB, three quarters beyond (llama.cpp logs; up to 81 % with "
+    "recent macOS)"
+)
 
 
 @dataclass(frozen=True)
@@ -44,18 +59,38 @@ class Gpu:
     tensor_derived: bool = False
     compute_capability: tuple[int, int] | None = None  # NVIDIA's; None: unknown, or of another vendor
     triton: bool = True  # whether Triton is installed beside it: known of this machine's GPUs, else taken to be so
+    used_price_usd: float | None = None
+    usable_note: str = ""
 
     @property
     def limit_bytes(self) -> int:
         """Bytes a program can hope for, before its own CUDA context."""
-        usable = self.usable_gib if self.usable_gib is not None else self.memory_gib * ASSUMED_USABLE
-        return round(usable * GIB)
+        return round((self.usable_gib if self.usable_gib is not None else self.memory_gib - self._kept_gib) * GIB)
+
+    @property
+    def limit_range(self) -> tuple[int, int]:
+        """The least and most it may be: the same where it was published, more of a Mac's with a recent macOS."""
+        if self.vendor == "apple" and self.usable_gib is not None:
+            return self.limit_bytes, round(max(self.usable_gib, RECENT_METAL * self.memory_gib) * GIB)
+        if self.usable_gib is not None:
+            return self.limit_bytes, self.limit_bytes
+        few, many = KEPT_RANGE
+        return round((self.memory_gib - many * self._kept_gib) * GIB), round(
+            (self.memory_gib - few * self._kept_gib) * GIB
+        )
+
+    @property
+    def _kept_gib(self) -> float:
+        return max(KEPT[0], KEPT[1] * self.memory_gib)
 
     @property
     def limit_source(self) -> str:
+        if self.vendor == "apple":
+            return METAL_SAID
         if self.usable_gib is not None:
             return "published"
-        return f"assumed: {ASSUMED_USABLE:.0%} of the nameplate"
+        low, high = self.limit_range
+        return f"{KEPT_SAID}; {low / GIB:.2f} to {high / GIB:.2f} GiB here"
 
     @property
     def unified(self) -> bool:
@@ -70,6 +105,7 @@ class Rig:
     gpus: tuple[Gpu, ...]
     free_bytes: tuple[int, ...] = ()
     reserve_bytes: int = 0  # kept free on every GPU, for a desktop for instance
+    host_bytes: int = 0  # of the machine's own memory; 0: unknown
     needs_pci_order: bool = False  # CUDA may number these GPUs otherwise, unless CUDA_DEVICE_ORDER=PCI_BUS_ID
 
     @property
@@ -77,6 +113,15 @@ class Rig:
         """Usable bytes of each GPU."""
         found = self.free_bytes or tuple(gpu.limit_bytes for gpu in self.gpus)
         return tuple(max(0, limit - self.reserve_bytes) for limit in found)
+
+    @property
+    def limit_slack(self) -> tuple[tuple[int, int], ...]:
+        """Bytes by which each limit may be less and more; none of measured ones."""
+        if self.free_bytes:
+            return ((0, 0),) * len(self.gpus)
+        return tuple(
+            (gpu.limit_bytes - low, high - gpu.limit_bytes) for gpu in self.gpus for low, high in (gpu.limit_range,)
+        )
 
     @property
     def label(self) -> str:
@@ -108,6 +153,8 @@ def find_gpu(name: str) -> Gpu:
     """The GPU people mean by `name`; PlanError with near matches, or with the variants when several are meant."""
     if memory := _MEMORY.fullmatch(name):
         return _by_memory(name.strip(), float(memory[1]))
+    if memory := _MAC.fullmatch(name):
+        return _mac(float(memory[1] or memory[2]))
     found = matching_gpus(name)
     if len(found) == 1:
         return found[0]
@@ -139,12 +186,26 @@ def matching_gpus(name: str) -> list[Gpu]:
 _MEMORY = re.compile(r"\s*(\d{1,4}(?:\.\d{1,2})?)\s*gi?b\s*", re.I)
 
 
+_MAC = re.compile(r"\s*(?:mac|apple)\s+(\d{1,4})\s*gi?b\s*|\s*(\d{1,4})\s*gi?b\s+(?:mac|apple)\s*", re.I)
+
+
 def _by_memory(name: str, memory_gib: float) -> Gpu:
     """A GPU of which only the nameplate memory is known; cards' gigabytes are binary, whatever their boxes say."""
     if not 1 <= memory_gib <= 1024:
         raise UsageError(f"a GPU of {name!r}, wanted 1GB to 1024GB")
     note = "not in the catalogue: memory alone"
     return Gpu(name, "", memory_gib, None, None, None, None, "", None, None, "", GIVEN, note)
+
+
+def _mac(memory_gib: float) -> Gpu:
+    """A Mac with Apple silicon of which only the memory is known."""
+    if not 8 <= memory_gib <= 1024:
+        raise UsageError(f"a Mac of {memory_gib:g}GB, wanted 8GB to 1024GB")
+    usable = memory_gib * next(part for most, part in METAL_PARTS if memory_gib <= most)
+    note = "not in the catalogue: memory alone"
+    return Gpu(
+        f"Mac {memory_gib:g}GB", "apple", memory_gib, usable, None, None, None, "unified", None, None, "", GIVEN, note
+    )
 
 
 _COUNT = r"\d{1,3}|\d{4,}(?=\s*[x×*]\s)|\d{5,}"  # `7900xtx` is a name
@@ -243,6 +304,8 @@ def _gpu(row: dict[str, str]) -> Gpu:
         note=row["note"],
         tensor_derived=measured is None,
         compute_capability=_capability(row["compute_capability"]),
+        used_price_usd=_number(row["used_price_usd"]),
+        usable_note=row["usable_note"],
     )
 
 
@@ -288,6 +351,7 @@ def detect_rig() -> Rig:
         )
     return Rig(
         tuple(gpu for gpu, _ in read),
+        host_bytes=available_ram(),
         free_bytes=tuple(free for _, free in read),
         needs_pci_order=len(kinds) > 1 and os.environ.get(ORDER) != PCI_ORDER,
     )

@@ -15,7 +15,8 @@ def test_every_row_has_a_source_and_sane_figures() -> None:
     assert len(catalogue()) >= 35
     for gpu in catalogue():
         assert gpu.source and gpu.vendor in ("nvidia", "amd", "intel", "apple")
-        assert gpu.usable_gib is None or 0.9 * gpu.memory_gib <= gpu.usable_gib <= gpu.memory_gib
+        least = 2 / 3 - 1e-5 if gpu.vendor == "apple" else 0.9
+        assert gpu.usable_gib is None or least * gpu.memory_gib <= gpu.usable_gib <= gpu.memory_gib
         assert (gpu.price_usd is None) == (gpu.price_basis == "")
 
 
@@ -114,13 +115,59 @@ def test_compute_capabilities(capability: tuple[int, int], names: list[str]) -> 
     assert [find_gpu(name).compute_capability for name in names] == [capability] * len(names)
 
 
+@pytest.mark.parametrize(
+    ("name", "gib"),
+    [  # torch's own totals; ECC takes a sixteenth of the first four
+        ("A40", 44.45), ("A10", 22.07), ("A10G", 22.30), ("Tesla T4", 14.56), ("L4", 22.03), ("RTX 3060 12GB", 11.63),
+        ("DGX Spark (GB10)", 121.6), ("V100 SXM2 32GB", 31.73),
+    ],
+)  # fmt: skip
+def test_cards_have_less_than_their_boxes_say(name: str, gib: float) -> None:
+    gpu = find_gpu(name)
+    assert gpu.limit_bytes == round(gib * GIB) and gpu.limit_range == (gpu.limit_bytes,) * 2 and gpu.usable_note
+
+
+def test_an_assumed_limit_is_a_range_and_says_so() -> None:
+    gpu = find_gpu("RTX 4080")
+    low, high = gpu.limit_range
+    assert low < gpu.limit_bytes < high < 16 * GIB and gpu.limit_bytes == round(15.6 * GIB)
+    assert low <= 15.48 * GIB and high >= 15.6 * GIB  # totals that torch has of cards of 16 GB
+    assert "assumed" in gpu.limit_source and "15.36 to 15.80 GiB" in gpu.limit_source
+    assert Rig((gpu,), free_bytes=(GIB,)).limit_slack == ((0, 0),)
+
+
+@pytest.mark.parametrize(
+    ("name", "megabytes", "recent"),
+    [  # recommendedMaxWorkingSetSize in llama.cpp's logs, in bytes / 1e6; the second with a recent macOS
+        ("Apple M4 16GB", 11453.25, 12713.12),
+        ("Apple M2 24GB", 17179.87, 19069),
+        ("Apple M4 32GB", 22906.50, None),
+        ("Apple M3 Pro 36GB", 28991.03, None),
+        ("Mac 64GB", 51539.61, None),
+    ],
+)
+def test_a_mac_has_metals_share(name: str, megabytes: float, recent: float | None) -> None:
+    gpu = find_gpu(name)
+    assert gpu.limit_bytes / 1e6 == pytest.approx(megabytes, rel=1e-4) and gpu.unified
+    assert recent is None or gpu.limit_range[1] / 1e6 == pytest.approx(recent, rel=3e-3)
+    assert "Metal" in gpu.limit_source
+
+
+def test_macs_of_today() -> None:
+    macs = {gpu.name for gpu in catalogue() if gpu.vendor == "apple"}
+    assert {"Apple M4 Pro 48GB", "Apple M4 Max 128GB", "Apple M3 Ultra 256GB", "Apple M5 32GB"} <= macs
+    assert find_gpu("M2 Ultra").limit_bytes == 144 * GIB and find_gpu("128GB Mac").limit_bytes == 96 * GIB
+    with pytest.raises(PlanError, match="a Mac of 4GB"):
+        find_gpu("Mac 4GB")
+
+
 def test_every_nvidia_gpu_has_a_compute_capability_and_no_other_has() -> None:
     assert all((gpu.compute_capability is not None) == (gpu.vendor == "nvidia") for gpu in catalogue())
 
 
 def test_a_reserve_that_leaves_nothing() -> None:
     rig = parse_rig("RTX 3090 + RTX 3060")
-    assert reserved(rig, GIB).limits == (round(22.58 * GIB), round(11.76 * GIB) - GIB)
+    assert reserved(rig, GIB).limits == (round(22.58 * GIB), round(11.63 * GIB) - GIB)
     with pytest.raises(PlanError, match=r"--reserve 12\.00 GiB leaves nothing of GPU 1 RTX 3060 12GB") as caught:
         reserved(rig, 12 * GIB)
     assert caught.value.hint == "a smaller --reserve"
