@@ -196,12 +196,14 @@ def evaluate(
     reference: StrPath,
     *,
     progress: Callable[[int, int], None] = _nothing,
+    warn: Callable[[str], None] = _nothing,
     **options: Unpack[EvaluateOptions],
 ) -> DriftReport:
     """KL divergence, perplexity and top-1 agreement of a checkpoint against another, both streamed layer by layer.
 
     model, reference: directories or hub names, 16-bit or quantized. progress: gets the layers done and their number.
-    KL in nats a token, with 95 % confidence intervals. Raises CheckpointError where the two cannot be compared.
+    warn: gets a line for each thing that is read otherwise than a config.json says, or left out of a text. KL in nats a
+    token, with 95 % confidence intervals. Raises CheckpointError where the two cannot be compared.
     """
     from qwenq.checkpoint.reader import open_checkpoint
     from qwenq.pipeline.evaluate import check_comparable
@@ -213,6 +215,8 @@ def evaluate(
     config = EvaluateConfig(**options)
     checkpoint = open_checkpoint(model_directory(str(model)))
     base = open_checkpoint(model_directory(str(reference)))
+    for line in dict.fromkeys((*checkpoint.notes, *base.notes)):
+        warn(line)
     check_comparable(checkpoint, base)
     windows = load_windows(
         config.text, ModelTokenizer(base.directory), base.spec, length=config.sequence_length,
@@ -268,19 +272,28 @@ def verify(
 
 
 def convert(
-    checkpoint: StrPath, out: StrPath, format: str, *, progress: Callable[[int], None] = _nothing
+    checkpoint: StrPath,
+    out: StrPath,
+    format: str,
+    *,
+    progress: Callable[[int], None] = _nothing,
+    warn: Callable[[str], None] = _nothing,
 ) -> Converted:
     """Store a quantized checkpoint's codes in another format at `out`, bit for bit: nothing is solved or rounded.
 
-    format: one of integer codes: gptq, awq, compressed-tensors. progress: gets the number of each finished file. Raises
-    PlanError where the format cannot hold the codes.
+    format: one of integer codes: gptq, awq, compressed-tensors. progress: gets the number of each finished file. warn:
+    gets a line for each thing that is read otherwise than config.json says. Raises PlanError where the format cannot
+    hold the codes.
     """
     check_format(format)
 
     from qwenq.checkpoint.reader import open_checkpoint
     from qwenq.pipeline.convert import convert as run
 
-    return run(open_checkpoint(Path(checkpoint)), Path(out), format, listen=progress)
+    source = open_checkpoint(Path(checkpoint))
+    for line in source.notes:
+        warn(line)
+    return run(source, Path(out), format, listen=progress)
 
 
 # ---------------------------------------------------------------------- planning
@@ -378,6 +391,7 @@ class Inspection:
     spec: ModelSpec
     audit: Audit
     shipped: bool  # shapes as shipped with this package: no header was read
+    notes: tuple[str, ...] = ()  # a line for each thing that is read otherwise than config.json says
 
     @property
     def disagreements(self) -> tuple[str, ...]:
@@ -394,25 +408,21 @@ def inspect(model: StrPath, expect_parameters: float | None = None) -> Inspectio
     model: a directory, a hub name (headers alone are fetched) or a family's name. expect_parameters: the total that the
     model card states. Disagreements are answered, not raised. Raises CheckpointError for files that cannot be read.
     """
-    from qwenq.io.hub import fetch_headers
-    from qwenq.io.safetensors import checkpoint_tensors
     from qwenq.planning.audit import audit, index_total, published_shapes
-    from qwenq.planning.models import load_model
+    from qwenq.planning.models import load_model, stored_tensors
 
     found = load_model(str(model))
     tensors = total = recipe = None
     spec = found.spec
-    if found.directory is not None:
-        tensors = {name: location.spec for name, location in checkpoint_tensors(found.directory).items()}
-        total = index_total(found.directory)
-    elif found.hub:
-        tensors = {name: location.spec for name, location in fetch_headers(str(model)).items()}
+    if found.directory is not None or found.hub:
+        tensors = stored_tensors(found)
+        total = None if found.directory is None else index_total(found.directory)
     else:
         spec, recipe = published_shapes(spec, found.published or "BF16")
     result = audit(
         spec, found.config, tensors, shipped=recipe, expect_parameters=expect_parameters, index_total_bytes=total
     )
-    return Inspection(spec, result, tensors is None)
+    return Inspection(spec, result, tensors is None, found.notes)
 
 
 # ---------------------------------------------------------------------- run

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
+from qwenq.checkpoint.contents import is_unused, read_contents, refuse_quantized_head
 from qwenq.checkpoint.manifest import SourceFiles, Stamp, changed, stamp
 from qwenq.errors import CheckpointError
 from qwenq.formats.base import Format, Quantization, Recipe, get_format, read_quantization_config
-from qwenq.io.json import inside, model_name, open_regular, read_object
+from qwenq.io.json import inside, model_name, open_regular, read_object, shown
 from qwenq.io.safetensors import TensorLocation, TensorSpec, checkpoint_tensors
 from qwenq.io.tensors import TORCH_DTYPES, raw_bytes
 from qwenq.model.spec import LinearSpec, ModelSpec, spec_from_config
@@ -23,9 +24,6 @@ from qwenq.solver.grid import QTensor
 FLOAT_DTYPES = ("F16", "BF16", "F32")
 SLICE_ROWS = 4096  # of the vocabulary: rows of the embedding and the head that are read at a time
 _CHUNK = 1 << 20  # bytes: hashed while they are in the processor's cache
-
-# Stored by some checkpoints, read by none: buffers that transformers computes itself.
-_IGNORED_ENDINGS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 
 
 @dataclass(frozen=True)
@@ -38,6 +36,7 @@ class Checkpoint:
     tensors: dict[str, TensorLocation]
     quantized: Quantization | None
     ignored: tuple[str, ...]  # stored tensors that the model does not use
+    notes: tuple[str, ...] = ()  # a line for each thing that is read otherwise than config.json says
     opened: Mapping[str, Stamp] = field(default_factory=dict, compare=False)  # files as they were before they were read
     hashed: SourceFiles | None = field(default=None, compare=False)  # files that reads are compared with
 
@@ -188,23 +187,32 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     opened = _stamps(directory)
     config = read_config(directory)
     spec = spec_from_config(config, where=str(directory / "config.json"), name=model_name(directory))
-    stored = checkpoint_tensors(directory)
+    found = read_contents(spec, config, checkpoint_tensors(directory), str(directory))
+    spec, config, stored = found.spec, found.config, found.tensors
     quantized = None
     if config.get("quantization_config"):
         quantized = read_quantization_config(config["quantization_config"], str(directory / "config.json"))
+        refuse_quantized_head(spec, stored, str(directory))
     recipe = quantized.recipe(spec) if quantized else Recipe(None)
     recipe.check(spec)
     needed = {t.name: t for t in recipe.tensors(spec)}
-    _audit(directory, needed, stored, get_format(recipe.format))
+    _audit(directory, needed, stored, get_format(recipe.format), spec.head_tensor)
     ignored = tuple(sorted(set(stored) - set(needed)))
     for name in ignored:
-        tied_head = spec.tie_word_embeddings and name == spec.architecture.head + ".weight"
-        if not (tied_head or name.endswith(_IGNORED_ENDINGS) or (quantized and name.endswith(".bias"))):
+        if not is_unused(spec, stored[name].spec, quantized=quantized is not None):
             raise CheckpointError(
                 f"{stored[name].file.name}: tensor {name} has no place in a {spec.model_type} model",
                 hint="the config and the weights are of different models, or this is an unsupported variant",
             )
-    return Checkpoint(directory, config, spec, {n: stored[n] for n in needed}, quantized, ignored, opened)
+    whole = Checkpoint(directory, config, spec, stored, quantized, ignored, found.notes, opened)
+    for name in ignored:
+        if quantized and name.endswith(".bias") and bool(whole.read(name).any()):
+            raise CheckpointError(
+                f"{stored[name].file.name}: {name} is stored and not zero, a {spec.model_type} model as config.json "
+                "describes it has no such bias",
+                hint="other engines would leave it out or add it: take a checkpoint whose config.json says",
+            )
+    return replace(whole, tensors={name: stored[name] for name in needed})
 
 
 def _stamps(directory: Path) -> dict[str, Stamp]:
@@ -218,13 +226,16 @@ def _stamps(directory: Path) -> dict[str, Stamp]:
 def open_source(directory: Path) -> Checkpoint:
     """Like `open_checkpoint`, for a source to quantize: 16- or 32-bit floats only."""
     config = read_config(directory)
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        method = method or "unknown method"
-        raise CheckpointError(
-            f"{directory}: already quantized ({method})", hint="quantize from the original 16-bit checkpoint"
-        )
-    return open_checkpoint(directory)
+    quantization = config.get("quantization_config")
+    if not quantization:
+        return open_checkpoint(directory)
+    spec = spec_from_config(config, where=str(directory / "config.json"), name=model_name(directory))
+    read_contents(spec, config, checkpoint_tensors(directory), str(directory))  # knows where the setting is wrong
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    raise CheckpointError(
+        f"{directory}: already quantized ({shown(str(method or 'unknown method'), 40)})",
+        hint="quantize from the original 16-bit checkpoint",
+    )
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -235,13 +246,17 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def _audit(
-    directory: Path, needed: dict[str, TensorSpec], stored: dict[str, TensorLocation], form: Format
+    directory: Path, needed: dict[str, TensorSpec], stored: dict[str, TensorLocation], form: Format, head: str
 ) -> None:
     missing = [name for name in needed if name not in stored]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(
-            f"{directory}: tensor {missing[0]}{more} is in no shard", hint="download the missing shard again"
+            f"{directory}: tensor {missing[0]}{more} is in no shard",
+            hint="download the missing shard again"
+            if missing != [head]
+            else "a model saved without its head, an embedding model say, predicts no tokens; where the head is the "
+            "embedding, config.json wants tie_word_embeddings true",
         )
     for name, want in needed.items():
         have = stored[name].spec

@@ -9,6 +9,7 @@ import typer
 
 from qwenq import api
 from qwenq.cli.console import out as stdout
+from qwenq.cli.console import warn
 from qwenq.cli.options import JsonFlag
 from qwenq.cli.plain import print_json
 from qwenq.formats.base import FORMATS, names_of
@@ -34,7 +35,7 @@ def convert(
 
     Between formats of integer codes; refused when the format cannot hold them.
     """
-    made = api.convert(source, out, format)
+    made = api.convert(source, out, format, warn=warn)
     if json:
         print_json(made.to_json())
         return

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from qwenq import api
-from qwenq.cli.console import LayerProgress, drift_table, out
+from qwenq.cli.console import LayerProgress, drift_table, out, warn
 from qwenq.cli.options import JOB, TEXT, ComputeDtype, Device, JsonFlag, Model, SequenceLength, fetched, option
 from qwenq.cli.plain import print_json
 from qwenq.errors import PlanError
@@ -49,7 +49,7 @@ def evaluate(
     with LayerProgress(quiet=json) as progress:
         drift = api.evaluate(
             checkpoint, base, text=text, num_samples=num_samples, sequence_length=sequence_length,
-            device=device, compute_dtype=compute_dtype, progress=progress.step,
+            device=device, compute_dtype=compute_dtype, progress=progress.step, warn=warn,
         )  # fmt: skip
     if json:
         print_json(drift.to_json())

@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from qwenq import api
-from qwenq.cli.console import out
+from qwenq.cli.console import out, warn
 from qwenq.cli.options import JsonFlag, warn_of_shipped
 from qwenq.cli.plain import print_json
 from qwenq.errors import HonestNo, UsageError
@@ -35,6 +35,8 @@ def inspect(
     spec, result = found.spec, found.audit
     if found.shipped:
         warn_of_shipped(model)
+    for line in found.notes:
+        warn(line)
     if json:
         print_json(result.to_json())
     else:

@@ -101,6 +101,8 @@ def _stored(checkpoint: str, options: Any) -> tuple[Any, Any]:
     from qwenq.runtime.load import loaded, stored_sizes
 
     opened = open_checkpoint(fetched(checkpoint))
+    for line in opened.notes:
+        print_step(f"warning: {line}")
     return stored_sizes(opened), loaded(opened, options)
 
 

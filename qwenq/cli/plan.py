@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from qwenq.cli.plain import print_json, print_line
+from qwenq.cli.plain import print_json, print_line, print_step
 from qwenq.cli.vram import (
     RIG,
     WORKLOAD,
@@ -98,6 +98,8 @@ def plan(
         expect_params=expect_params,
         rig=rig,
     ).resolve()
+    for line in asked.notes:
+        print_step(f"warning: {line}")
     contexts = contexts_of(asked, context)
     if len(contexts) != 1:
         raise UsageError("one context, please", hint="`qwenq vram` takes several")

@@ -85,6 +85,8 @@ def _quantize(model: str, config: QuantizeConfig, output: Path, resume: bool, js
     spec = prepared.source.spec
     for name in prepared.source.ignored:
         warn(f"{name} is stored but not used by the model: left out")
+    for line in prepared.source.notes:
+        warn(line)
     with LayerProgress(spec.num_hidden_layers, quiet=json) as progress:
         try:
             prepared = prepared.measured(resume=resume, listen=progress.say)
@@ -99,7 +101,8 @@ def _quantize(model: str, config: QuantizeConfig, output: Path, resume: bool, js
         print_json(result.to_json())
         return
     for line in result.warnings:
-        warn(line)
+        if line not in prepared.source.notes:  # said at the start
+            warn(line)
     out.print(drift_table(result.drift))
     out.print(
         f"{result.out}: {prepared.resolution.recipe.label}, {format_gb(result.file_bytes)} "

@@ -110,6 +110,8 @@ def run(
         raise UsageError("--json answers one question", hint="give it with --prompt")
     directory = fetched(model)
     checkpoint = open_checkpoint(directory)
+    for line in checkpoint.notes:
+        warn(line)
     chat = Chat(directory, checkpoint.spec.vocab_size)
     sampling = chat.sampling(**asked)
     if not raw and not chat.has_template:

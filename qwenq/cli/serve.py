@@ -186,6 +186,8 @@ def _serve_here(directory: Path, options: LoadOptions, door: _Door) -> None:
     from qwenq.runtime.load import describe, loaded
 
     checkpoint = open_checkpoint(directory)
+    for line in checkpoint.notes:
+        warn(line)
     chat = Chat(directory, checkpoint.spec.vocab_size)
     host = door.host
     try:

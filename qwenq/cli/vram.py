@@ -144,6 +144,8 @@ def estimate_command(
         profile=profile,
     ).resolve()
     answer = spread(question, contexts_of(question, max_model_len))
+    for line in question.notes:
+        print_step(f"warning: {line}")
     for misfit in question.misfits:
         print_step(f"warning: {question.engine.name} does not run on {misfit.name}")
     if as_json:

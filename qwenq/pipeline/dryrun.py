@@ -138,7 +138,7 @@ def dry_run(model: str, config: QuantizeConfig, output: Path | None = None) -> D
     )
     warnings += _lacking(check, measuring, output is None)
     local = source.directory is not None
-    return DryRun(check, found.spec, found.budgeted, measuring, assumed, local, tuple(warnings))
+    return DryRun(check, found.spec, found.budgeted, measuring, assumed, local, (*source.notes, *warnings))
 
 
 def recipe_json(found: Budgeted) -> dict[str, Any]:

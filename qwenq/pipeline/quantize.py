@@ -304,7 +304,7 @@ class _Run:
             bits_per_linear_weight=self.job.recipe.bits_per_linear_weight(self.spec),
             seconds=time.perf_counter() - started,
             peak_rss_bytes=peak_rss_bytes(),
-            warnings=job_warnings(layers, drift, self.job.overlap),
+            warnings=(*self.job.source.notes, *job_warnings(layers, drift, self.job.overlap)),
         )
         described = describe_result(journal.job, self.spec.parameters, result, resumed=self.resume)
         read = journal.job["source"]

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qwenq.checkpoint.contents import is_unused
 from qwenq.escaping import shown
 from qwenq.formats.base import Recipe, get_format, read_quantization_config, recognized
 from qwenq.io.json import inside, read_object
@@ -131,7 +132,9 @@ def _compare(recipe: Recipe, spec: ModelSpec, tensors: Mapping[str, TensorSpec])
             problems.append(f"{name}: the config needs it, no shard has it")
         elif not get_format(recipe.format).same_shape(tensors[name], want):
             problems.append(f"{name}: shape {list(tensors[name].shape)}, the config says {list(want.shape)}")
-    problems += [f"{shown(name)}: stored, but the config has no place for it" for name in tensors if name not in needed]
+    for name in tensors:
+        if name not in needed and not is_unused(spec, tensors[name], quantized=recipe.default is not None):
+            problems.append(f"{shown(name)}: stored, but the config has no place for it")
     return problems
 
 

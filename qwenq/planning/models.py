@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qwenq.checkpoint.contents import Contents, read_contents
 from qwenq.errors import CheckpointError, PlanError, UsageError
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.io.json import inside, read_object, shown
@@ -29,6 +30,7 @@ class Model:
     directory: Path | None = None
     hub: str = ""  # its hub name, when config.json came from there
     published: str = ""  # GPTQ-Int4, GPTQ-Int8, AWQ, FP8 when the name says so
+    notes: tuple[str, ...] = ()  # a line for each thing that is read otherwise than config.json says
 
 
 def load_spec(model: str) -> ModelSpec:
@@ -39,6 +41,9 @@ def load_spec(model: str) -> ModelSpec:
 def load_model(model: str, expect_parameters: float | None = None) -> Model:
     """A model by family name, directory or hub name, its stated totals checked against its shapes."""
     found = _find(model)
+    if found.spec.tie_word_embeddings:  # unless another head is stored
+        stored = _contents(found)
+        found = replace(found, spec=stored.spec, config=stored.config, notes=stored.notes)
     _audit(found, expect_parameters)
     return found
 
@@ -108,21 +113,27 @@ def _own_weights(model: Model) -> Weights | None:
     """Weights of the model's own files; None where there are none to be asked."""
     if model.published:
         return published_weights(model.spec, model.published)
-    stored = _stored_tensors(model)
+    stored = stored_tensors(model)
     return _of_headers(model.spec, stored, model.config, str(model.directory or model.hub)) if stored else None
 
 
-def _stored_tensors(model: Model) -> dict[str, TensorSpec]:
+def stored_tensors(model: Model) -> dict[str, TensorSpec]:
     """Headers of a directory or hub model; empty for a family, and for a directory without weights."""
-    if model.directory is not None:
-        if not _has_tensors(model.directory):
-            return {}
-        return {name: location.spec for name, location in checkpoint_tensors(model.directory).items()}
-    if not model.hub:
-        return {}
-    from qwenq.io.hub import fetch_headers
+    return {name: location.spec for name, location in _contents(model).tensors.items()}
 
-    return {name: location.spec for name, location in fetch_headers(model.hub).items()}
+
+def _contents(model: Model) -> Contents:
+    """What a directory or hub model has stored: headers, and where a head is tied, what of both tells them apart."""
+    where = shown(str(model.directory or model.hub or model.spec.name))
+    if model.directory is not None and _has_tensors(model.directory):
+        return read_contents(model.spec, model.config, checkpoint_tensors(model.directory), where)
+    if model.directory is not None or not model.hub:
+        return Contents(model.spec, dict(model.config), {})
+    from qwenq.io.hub import fetch_headers, same_start
+
+    return read_contents(
+        model.spec, model.config, fetch_headers(model.hub), where, lambda one, other: same_start(model.hub, one, other)
+    )
 
 
 def source_dtypes(model: Model) -> Callable[[str], str]:
@@ -136,7 +147,7 @@ def source_dtypes(model: Model) -> Callable[[str], str]:
             f"{where}: already quantized{f' ({model.published})' if model.published else ''}",
             hint="plan from the original 16-bit checkpoint",
         )
-    stored = _stored_tensors(model)
+    stored = stored_tensors(model)
     if not stored:
         return lambda name: "BF16"
     _check_shapes(model.spec, stored, where)
@@ -207,8 +218,13 @@ def _has_tensors(directory: Path) -> bool:
 
 
 def _checkpoint_weights(spec: ModelSpec, directory: Path, config: Mapping[str, Any]) -> Weights:
-    tensors = {name: location.spec for name, location in checkpoint_tensors(directory).items()}
-    return _of_headers(spec, tensors, config, str(directory))
+    """Weights as a directory has them, whose own config.json says whether the head is tied."""
+    tied = bool(config.get("tie_word_embeddings", spec.tie_word_embeddings))
+    found = read_contents(
+        replace(spec, tie_word_embeddings=tied), config, checkpoint_tensors(directory), shown(str(directory))
+    )
+    tensors = {name: location.spec for name, location in found.tensors.items()}
+    return _of_headers(found.spec, tensors, config, str(directory))
 
 
 def _of_headers(spec: ModelSpec, tensors: Mapping[str, TensorSpec], config: Mapping[str, Any], where: str) -> Weights:

@@ -1,0 +1,259 @@
+"""Tensors beside config.json: a tied head that is another, bare names, quantized heads, left-over settings."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import small_job
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from qwenq import api
+from qwenq.checkpoint.reader import open_checkpoint, open_source
+from qwenq.cli.main import app
+from qwenq.errors import CheckpointError, UnreadScheme
+from qwenq.formats.base import Recipe, Scheme
+from qwenq.model.spec import family_configs, family_spec, spec_from_config
+from qwenq.pipeline.quantize import quantize
+from qwenq.planning.models import Model, WeightsAsked, model_weights
+
+Edit = Callable[..., dict[str, Any]]
+Make = Callable[..., Path]
+HEAD = "lm_head.weight"
+NOTE = (
+    "config.json ties the head to the embedding, but lm_head.weight is stored and is another: it is kept "
+    "(tie_word_embeddings false)"
+)
+IDS = torch.randint(0, 1000, (2, 16), generator=torch.Generator().manual_seed(1))
+
+
+def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
+    """Put all tensors, changed, into one file without an index."""
+    tensors = {name: t for file in sorted(directory.glob("*.safetensors")) for name, t in load_file(file).items()}
+    change(tensors)
+    for file in directory.glob("model*safetensors*"):
+        file.unlink()
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "model.safetensors")
+    return directory
+
+
+def head_of(seed: int) -> torch.Tensor:
+    return torch.randn(1024, 64, generator=torch.Generator().manual_seed(seed)).half()
+
+
+@pytest.fixture
+def merged(random_model: Make) -> Path:
+    """A model that says its head is the embedding and stores another, as merged adapters are saved."""
+    path = random_model("merged", tie_word_embeddings=True)
+    return rewrite(path, lambda t: t.update({HEAD: head_of(3)}))
+
+
+@pytest.fixture
+def copied(random_model: Make) -> Path:
+    """A tied model that stores its embedding a second time, as its head."""
+    path = random_model("copied", tie_word_embeddings=True)
+    return rewrite(path, lambda t: t.update({HEAD: t["model.embed_tokens.weight"].clone()}))
+
+
+def logits(path: Path, edit_json: Edit) -> torch.Tensor:
+    """transformers' own, of an untied model."""
+    edit_json(path / "config.json", tie_word_embeddings=False)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with torch.inference_mode():
+        return model(IDS).logits
+
+
+# ---------------------------------------------------------------------- a head of its own
+
+
+def test_a_head_that_is_another_is_kept_and_said_once(merged: Path, edit_json: Edit) -> None:
+    found = open_checkpoint(merged)
+    assert found.notes == (NOTE,) and found.ignored == () and found.config["tie_word_embeddings"] is False
+    assert torch.equal(found.read(found.head_name), head_of(3))
+    done = CliRunner().invoke(app, ["inspect", str(merged)])
+    assert done.exit_code == 0 and done.stderr.count(NOTE) == 1
+    assert "head tied to the embedding" in done.stdout
+
+
+def test_a_head_equal_to_the_embedding_is_no_fault(copied: Path) -> None:
+    found = open_checkpoint(copied)
+    assert found.notes == () and found.spec.tie_word_embeddings and found.ignored == (HEAD,)
+    done = CliRunner().invoke(app, ["inspect", str(copied)])
+    assert done.exit_code == 0 and done.stderr == ""
+
+
+def test_a_head_that_differs_in_its_last_byte_or_its_dtype_is_another(copied: Path, merged: Path) -> None:
+    def last(t: dict[str, torch.Tensor]) -> None:
+        t[HEAD][-1, -1] += 1
+
+    assert open_checkpoint(rewrite(copied, last)).notes == (NOTE,)
+    rewrite(merged, lambda t: t.update({HEAD: t["model.embed_tokens.weight"].float()}))
+    assert open_checkpoint(merged).notes == (NOTE,)
+
+
+def test_quantize_writes_the_head_and_says_that_it_is_not_tied(merged: Path, tmp_path: Path, edit_json: Edit) -> None:
+    result = quantize(small_job(merged, tmp_path / "out"))
+    assert result.warnings[0] == NOTE
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    written = open_checkpoint(tmp_path / "out")
+    assert written.notes == () and torch.equal(written.read(HEAD), head_of(3))
+    wanted = torch.nn.functional.cross_entropy(
+        logits(merged, edit_json)[:, :-1].reshape(-1, 1024), IDS[:, 1:].reshape(-1)
+    )
+    assert wanted > 0  # transformers reads it untied too
+
+
+def test_eval_and_run_use_the_stored_head(merged: Path, tmp_path: Path, edit_json: Edit) -> None:
+    untied = tmp_path / "untied"
+    untied.mkdir()
+    for file in merged.iterdir():
+        os.link(file, untied / file.name)
+    (untied / "config.json").unlink()
+    config = json.loads((merged / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (untied / "config.json").write_text(json.dumps(config))
+    text = tmp_path / "text.txt"
+    text.write_text("one two three four five six seven eight nine ten. " * 60)
+    said: list[str] = []
+    options: dict[str, Any] = {"text": str(text), "sequence_length": 32, "num_samples": 2, "device": "cpu"}
+    drift = api.evaluate(merged, untied, warn=said.append, **options)
+    assert drift.kl.mean == 0 and said == [NOTE]
+    with api.load(merged, max_model_len=64, compute_dtype="float32") as model:
+        answer = model.generate("one two", raw=True, max_new_tokens=1, temperature=0)
+        asked = model._chat.text_ids("one two")
+    model = AutoModelForCausalLM.from_pretrained(untied, dtype=torch.float32)
+    with torch.inference_mode():
+        assert answer.token_ids == (int(model(torch.tensor([asked])).logits[0, -1].argmax()),)
+
+
+def test_convert_keeps_the_head(merged: Path, tmp_path: Path, edit_json: Edit) -> None:
+    quantize(small_job(merged, tmp_path / "gptq"))
+    edit_json(tmp_path / "gptq" / "config.json", tie_word_embeddings=True)  # another tool's mistake
+    said: list[str] = []
+    api.convert(tmp_path / "gptq", tmp_path / "ct", "compressed-tensors", warn=said.append)
+    found = open_checkpoint(tmp_path / "ct")
+    assert said == [NOTE] and found.notes == () and torch.equal(found.read(HEAD), head_of(3))
+
+
+def test_sizes_count_the_head(merged: Path, copied: Path) -> None:
+    def size(path: Path, *options: str) -> tuple[int, str]:
+        done = CliRunner().invoke(app, ["vram", str(path), "-c", "128", "--json", *options])
+        assert done.exit_code == 0, done.stderr
+        return json.loads(done.stdout)["weights"]["bytes"], done.stderr
+
+    for options in ((), ("--bits", "4", "--group-size", "32")):
+        with_head, said = size(merged, *options)
+        assert said == f"warning: {NOTE}\n"
+        assert (with_head - size(copied, *options)[0], size(copied)[1]) == (2 * 1024 * 64, "")
+    assert size(merged, "--checkpoint", str(merged)) == size(merged)
+    dry = api.dry_run(merged, bits=4, group_size=32, sequence_length=32)
+    assert dry.warnings[0] == NOTE
+
+
+def test_sizes_of_a_checkpoint_that_unties_a_tied_familys_head(tmp_path: Path) -> None:
+    """`vram FAMILY --checkpoint DIR`: the directory's own config.json decides."""
+    spec = family_spec("Qwen2.5-0.5B")
+    assert spec is not None and spec.tie_word_embeddings
+    small = {"num_hidden_layers": 1, "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64}
+    config = family_configs()["Qwen2.5-0.5B"] | small | {"tie_word_embeddings": False, "num_attention_heads": 2}
+    untied = spec_from_config(config)
+    tensors = {t.name: torch.zeros(t.shape, dtype=torch.bfloat16) for t in untied.tensors()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = model_weights(Model(replace(untied, tie_word_embeddings=True), {}), WeightsAsked(checkpoint=tmp_path))
+    assert weights.head == (2 * 64 * 64,)
+
+
+# ---------------------------------------------------------------------- bare names
+
+
+def test_names_without_model_are_read(random_model: Make, tmp_path: Path) -> None:
+    """As embedding models are saved, from the class without a head: `layers.0...`, `embed_tokens.weight`."""
+    path = random_model("bare", "qwen3", tie_word_embeddings=True, head_dim=16)
+    wanted = open_checkpoint(path).read("model.layers.1.mlp.up_proj.weight")
+
+    def bare(t: dict[str, torch.Tensor]) -> None:
+        for name in list(t):
+            t[name.removeprefix("model.")] = t.pop(name)
+
+    rewrite(path, bare)
+    found = open_checkpoint(path)
+    assert torch.equal(found.read("model.layers.1.mlp.up_proj.weight"), wanted) and found.ignored == ()
+    assert api.inspect(path).disagreements == ()
+    quantize(small_job(path, tmp_path / "out", recipe=Recipe(Scheme(4, 32))))
+    assert open_checkpoint(tmp_path / "out").recipe.default == Scheme(4, 32)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float16)
+    assert torch.equal(model.model.layers[1].mlp.up_proj.weight, wanted)
+
+
+def test_an_embedding_model_without_a_head_is_named(random_model: Make) -> None:
+    path = random_model("bare")
+
+    def bare(t: dict[str, torch.Tensor]) -> None:
+        del t[HEAD]
+        for name in list(t):
+            t[name.removeprefix("model.")] = t.pop(name)
+
+    rewrite(path, bare)
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(path)
+    assert caught.value.message == f"{path}: tensor lm_head.weight is in no shard"
+    assert "embedding model" in caught.value.hint
+
+
+# ---------------------------------------------------------------------- quantized heads, left-over settings
+
+
+@pytest.fixture
+def four_bits(random_model: Make, tmp_path: Path) -> Path:
+    quantize(small_job(random_model("source"), tmp_path / "four"))
+    return tmp_path / "four"
+
+
+@pytest.mark.parametrize("part", ["qweight", "weight_packed", "weight.absmax", "SCB"])
+def test_a_quantized_head_is_refused_by_name(part: str, four_bits: Path) -> None:
+    def pack(t: dict[str, torch.Tensor]) -> None:
+        t[f"lm_head.{part}"] = torch.zeros(8, 1024, dtype=torch.int32)
+        if "weight." not in part and part != "SCB":
+            del t[HEAD]
+
+    rewrite(four_bits, pack)
+    with pytest.raises(UnreadScheme) as caught:
+        open_checkpoint(four_bits)
+    assert caught.value.message.startswith(f"{four_bits}: the head is quantized (lm_head.")
+    done = CliRunner().invoke(app, ["vram", str(four_bits), "-c", "128", "--json"])
+    assert done.exit_code == 0 and json.loads(done.stdout)["weights"]["bytes"]  # sizes are known all the same
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "fp8", "compressed-tensors", "mystery"])
+@pytest.mark.parametrize("opener", [open_source, open_checkpoint])
+def test_a_left_over_quantization_config_is_called_that(
+    method: str, opener: Callable[[Path], Any], random_model: Make, edit_json: Edit
+) -> None:
+    path = random_model()
+    said = {"quant_method": method, "bits": 4, "group_size": 32, "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    edit_json(path / "config.json", quantization_config=said | {"format": "float-quantized"})
+    with pytest.raises(CheckpointError) as caught:
+        opener(path)
+    assert caught.value.message == (
+        f"{path}: config.json says quantized ({method}), but every linear is stored in 16 bits"
+    )
+    assert "remove quantization_config from config.json" in caught.value.hint
+
+
+def test_a_bias_that_a_quantizer_added_is_left_out_only_when_it_is_zero(four_bits: Path) -> None:
+    """AutoGPTQ writes zero biases for linears that have none; others (bias correction) would be lost."""
+    name = "model.layers.1.mlp.up_proj.bias"
+    rewrite(four_bits, lambda t: t.update({name: torch.zeros(96, dtype=torch.float16)}))
+    assert open_checkpoint(four_bits).ignored == (name,)
+    rewrite(four_bits, lambda t: t[name].__setitem__(7, 0.5))
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(four_bits)
+    assert caught.value.message.startswith(f"model.safetensors: {name} is stored and not zero")
