@@ -5,9 +5,11 @@ Torch is not needed for it: planning asks too.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from qwenq.errors import CheckpointError, UnreadScheme
@@ -19,6 +21,8 @@ from qwenq.model.spec import ModelSpec
 
 # Stored by some checkpoints, read by none: buffers that transformers computes itself.
 _BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+_PACKED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight.absmax", ".SCB")
+_OTHER_CONFIGS = ("quantize_config.json", "quant_config.json", "quantization_config.json")  # of older tools
 _CHUNK = 1 << 20  # bytes compared at once
 Same = Callable[[TensorLocation, TensorLocation], bool]
 
@@ -119,6 +123,21 @@ def refuse_quantized_head(spec: ModelSpec, stored: Iterable[str], where: str) ->
             "does not read",
             hint="engines that the checkpoint was made for run it; `qwenq quantize` leaves the head in 16 bits",
         )
+
+
+def refuse_undescribed(stored: Iterable[str], directory: Path) -> None:
+    """Raise CheckpointError for quantized tensors beside a config.json that has no `quantization_config`."""
+    packed = next((name for name in sorted(stored) if name.endswith(_PACKED)), None)
+    if packed is None:
+        return
+    beside = next((name for name in _OTHER_CONFIGS if os.path.lexists(directory / name)), None)
+    raise CheckpointError(
+        f"{directory}: {shown(packed)} is a quantized tensor, but config.json has no quantization_config",
+        hint=f"{beside} says how it is quantized: put its content into config.json as quantization_config, with its "
+        "quant_method"
+        if beside
+        else "take config.json from the weights' own repository",
+    )
 
 
 def is_unused(spec: ModelSpec, tensor: TensorSpec, *, quantized: bool) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qwenq.checkpoint.contents import is_unused, read_contents, refuse_quantized_head
+from qwenq.checkpoint.contents import is_unused, read_contents, refuse_quantized_head, refuse_undescribed
 from qwenq.checkpoint.manifest import SourceFiles, Stamp, changed, stamp
 from qwenq.errors import CheckpointError
 from qwenq.formats.base import Format, Quantization, Recipe, get_format, read_quantization_config
@@ -116,8 +116,15 @@ class Checkpoint:
         if self.quantized is None or (scheme := self.quantized.scheme_of(lin.name)) is None:
             return self.read(lin.name + ".weight")
         form = get_format(self.quantized.format)
-        packed = {n.removeprefix(lin.name + "."): self.read(n) for n in form.packed_names(scheme, lin)}
+        packed = {name.removeprefix(lin.name + "."): self.read(name) for name in self.packed_names(lin)}
         return form.unpack(packed, scheme, lin, self.quantized.version)
+
+    def packed_names(self, lin: LinearSpec) -> list[str]:
+        """Stored tensors that hold the weight of a quantized linear."""
+        scheme = self.quantized.scheme_of(lin.name) if self.quantized else None
+        if self.quantized is None or scheme is None:
+            return []
+        return [name for name in get_format(self.quantized.format).packed_names(scheme, lin) if name in self.tensors]
 
     def linear_weight(self, lin: LinearSpec) -> torch.Tensor:
         """Weight [out, in] of one linear: as stored when it is 16-bit, dequantized to float32 when packed."""
@@ -193,10 +200,13 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     if config.get("quantization_config"):
         quantized = read_quantization_config(config["quantization_config"], str(directory / "config.json"))
         refuse_quantized_head(spec, stored, str(directory))
+    else:
+        refuse_undescribed(stored, directory)
     recipe = quantized.recipe(spec) if quantized else Recipe(None)
     recipe.check(spec)
-    needed = {t.name: t for t in recipe.tensors(spec)}
-    _audit(directory, needed, stored, get_format(recipe.format), spec.head_tensor)
+    form, in_order = get_format(recipe.format), quantized is None or not quantized.sorted_columns
+    needed = {t.name: t for t in recipe.tensors(spec) if t.name in stored or form.lacks(stored, t.name) or not in_order}
+    _audit(directory, needed, stored, form, spec.head_tensor)
     ignored = tuple(sorted(set(stored) - set(needed)))
     for name in ignored:
         if not is_unused(spec, stored[name].spec, quantized=quantized is not None):

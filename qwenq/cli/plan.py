@@ -78,6 +78,8 @@ def plan(
         from qwenq.planning.rig import detect_rig
 
         rig = detect_rig()
+        for line in rig.notes:
+            print_step(f"warning: {line}")
     asked = Question(
         model=model,
         bits=bits,

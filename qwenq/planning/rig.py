@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenq.errors import PlanError, UsageError
+from qwenq.machine import available_ram, total_memory
 from qwenq.units import GIB, format_gib
 
 _CATALOGUE = Path(__file__).parents[1] / "data" / "gpus.csv"
@@ -69,6 +70,7 @@ class Rig:
     free_bytes: tuple[int, ...] = ()
     reserve_bytes: int = 0  # kept free on every GPU, for a desktop for instance
     needs_pci_order: bool = False  # CUDA may number these GPUs otherwise, unless CUDA_DEVICE_ORDER=PCI_BUS_ID
+    notes: tuple[str, ...] = ()  # how a limit was found, where the driver did not tell
 
     @property
     def limits(self) -> tuple[int, ...]:
@@ -315,9 +317,10 @@ def detect_rig() -> Rig:
             hint=f"unset {VISIBLE}, or name the rig with --gpu",
         )
     return Rig(
-        tuple(gpu for gpu, _ in read),
-        free_bytes=tuple(free for _, free in read),
+        tuple(gpu for gpu, _, _ in read),
+        free_bytes=tuple(free for _, free, _ in read),
         needs_pci_order=len(kinds) > 1 and os.environ.get(ORDER) != PCI_ORDER,
+        notes=tuple(dict.fromkeys(note for _, _, note in read if note)),
     )
 
 
@@ -364,11 +367,24 @@ def _visible(nvml: Any, every: list[Any], environment: Mapping[str, str]) -> lis
     return found
 
 
-def _read(nvml: Any, handle: Any) -> tuple[Gpu, int]:
-    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+def _read(nvml: Any, handle: Any) -> tuple[Gpu, int, str]:
+    """A GPU, its free bytes, and a note where those are the system's: GPUs without memory of their own tell none."""
+    name, note = str(nvml.nvmlDeviceGetName(handle)), ""
+    try:
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+        total, free = int(memory.total), int(memory.free)
+    except nvml.NVMLError:  # DGX Spark: not supported
+        total = free = 0
+    if not total:
+        total, free = total_memory() or 0, available_ram()
+        if not 0 < free <= total:
+            raise PlanError(
+                f"{name}: neither the driver nor the system tells its memory", hint="name the rig with --gpu"
+            )
+        note = f"{name}: the driver tells no memory, so what the system has free counts: {format_gib(free)}"
     try:
         major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
         capability = (int(major), int(minor))
     except nvml.NVMLError:  # an old driver, or a part of a GPU
         capability = None
-    return known_gpu(str(nvml.nvmlDeviceGetName(handle)), int(memory.total), capability), int(memory.free)
+    return known_gpu(name, total, capability), free, note

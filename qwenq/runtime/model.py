@@ -107,7 +107,8 @@ class CheckpointWeights:
             # in the activations' dtype when that is 16 bit too
             return StoredLinear(weight if dtype == torch.float32 else weight.to(dtype), bias, dtype), None
         form = get_format(stored.format)
-        packed = {n.removeprefix(lin.name + "."): self.tensor(n, device) for n in form.packed_names(scheme, lin)}
+        names = self.checkpoint.packed_names(lin)
+        packed = {name.removeprefix(lin.name + "."): self.tensor(name, device) for name in names}
         found, shape = form.unpack_to_run(packed, scheme, lin, stored.version), form.packed_shape(scheme, lin)
         assert shape is not None  # or it would not have been unpacked
         return packed_linear(found, shape, bias, dtype, device)

@@ -257,3 +257,52 @@ def test_a_bias_that_a_quantizer_added_is_left_out_only_when_it_is_zero(four_bit
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(four_bits)
     assert caught.value.message.startswith(f"model.safetensors: {name} is stored and not zero")
+
+
+# ---------------------------------------------------------------------- AutoRound, GPTQ without order, no config
+
+
+@pytest.mark.parametrize(("packing", "asymmetric"), [("auto_round:auto_gptq", False), ("auto_round:gptqmodel", True)])
+def test_auto_round_is_read_value_for_value(
+    packing: str, asymmetric: bool, random_model: Make, tmp_path: Path, edit_json: Edit
+) -> None:
+    """The tensors of GPTQ without `g_idx`, of version 1 or 2; and they run."""
+    recipe = Recipe(Scheme(4, 32, sym=not asymmetric), (("model.layers.1.mlp.up_proj", None),))
+    out = quantize(small_job(random_model(), tmp_path / "out", recipe=recipe)).out
+    wanted = [open_checkpoint(out).layer_state(layer) for layer in range(3)]
+    rewrite(out, lambda t: [t.pop(name) for name in list(t) if name.endswith(".g_idx")])
+    config = {
+        "quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": not asymmetric, "data_type": "int",
+        "packing_format": packing, "autoround_version": "0.9.2", "iters": 200, "seqlen": 2048, "nsamples": 128,
+        "block_name_to_quantize": "model.layers", "extra_config": {"model.layers.1.mlp.up_proj": {"bits": 16}},
+    }  # fmt: skip
+    edit_json(out / "config.json", quantization_config=config)
+    found = open_checkpoint(out)
+    for layer, state in enumerate(wanted):
+        read = found.layer_state(layer)
+        assert all(torch.equal(read[name], tensor) for name, tensor in state.items())
+    assert api.inspect(out).disagreements == ()
+    with api.load(out, max_model_len=64) as model:
+        assert model.generate("one two", raw=True, max_new_tokens=3, temperature=0).token_ids
+
+
+def test_gptq_out_of_order_needs_its_order(four_bits: Path, edit_json: Edit) -> None:
+    rewrite(four_bits, lambda t: [t.pop(name) for name in list(t) if name.endswith("0.mlp.up_proj.g_idx")])
+    assert open_checkpoint(four_bits).linear_weight(open_checkpoint(four_bits).spec.linears[0]).shape == (64, 64)
+    config = json.loads((four_bits / "config.json").read_text())["quantization_config"]
+    edit_json(four_bits / "config.json", quantization_config=config | {"desc_act": True})
+    with pytest.raises(CheckpointError, match=r"model.layers.0.mlp.up_proj.g_idx is in no shard"):
+        open_checkpoint(four_bits)
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_quantized_tensors_that_config_json_does_not_describe(beside: bool, four_bits: Path, edit_json: Edit) -> None:
+    """Older tools wrote quantize_config.json alone."""
+    edit_json(four_bits / "config.json", quantization_config=None)
+    if not beside:
+        (four_bits / "quantize_config.json").unlink()
+    for opener in (open_source, open_checkpoint):
+        with pytest.raises(CheckpointError) as caught:
+            opener(four_bits)
+        assert "is a quantized tensor, but config.json has no quantization_config" in caught.value.message
+        assert caught.value.hint.startswith("quantize_config.json says how" if beside else "take config.json from")

@@ -99,7 +99,8 @@ def test_uneven_rig() -> None:
 
 def test_tied_head_stays_with_the_embedding() -> None:
     spec = model("Qwen2.5-3B")
-    case = Case(spec, published_weights(spec, "BF16"), get_engine("qwenq"), Workload(32768), parse_rig("2x RTX 3060 12GB"))
+    rig = parse_rig("2x RTX 3060 12GB")
+    case = Case(spec, published_weights(spec, "BF16"), get_engine("qwenq"), Workload(32768), rig)
     found = place(case)
     assert found.shares[0].embed and found.shares[0].head and found.device_map()["lm_head"] == 0
 
