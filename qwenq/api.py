@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
 from qwenq.errors import CheckpointError, JobError, UsageError
-from qwenq.io.json import shown
+from qwenq.io.json import followed_links, shown
 from qwenq.pipeline.config import (
     DEFAULT_EVALUATION_WINDOWS,
     EvaluateConfig,
@@ -71,6 +71,7 @@ class QuantizeOptions(TypedDict, total=False):
     seed: int
     eval_text: str
     eval_samples: int | None
+    strict: bool
     method: str | None
     damp_percent: float | None
     fold: bool
@@ -153,8 +154,10 @@ def sensitivity(
     source = open_source(model_directory(str(model), progress))
     windows = load_windows(
         settings.calibration, ModelTokenizer(source.directory), source.spec, length=settings.sequence_length,
-        count=settings.num_samples, seed=settings.seed, up_to=DEFAULT_WINDOWS,
+        count=settings.num_samples, seed=settings.seed, up_to=DEFAULT_WINDOWS, strict=settings.strict,
     )  # fmt: skip
+    for line in filter(None, (*source.notes, windows.left_out)):
+        progress(f"warning: {line}")
     device = pick_device(settings.device, several=False)
     found = measure_sensitivity(
         source,
@@ -189,6 +192,7 @@ class EvaluateOptions(TypedDict, total=False):
     sequence_length: int
     device: str
     compute_dtype: str
+    strict: bool
 
 
 def evaluate(
@@ -221,7 +225,10 @@ def evaluate(
     windows = load_windows(
         config.text, ModelTokenizer(base.directory), base.spec, length=config.sequence_length,
         count=config.num_samples, seed=None, up_to=DEFAULT_EVALUATION_WINDOWS,
+        strict=config.strict,
     )  # fmt: skip
+    if windows.left_out:
+        warn(windows.left_out)
     device = pick_device(config.device)
     layers = base.spec.num_hidden_layers
     return run(
@@ -582,5 +589,5 @@ def load(
 
 __all__ = [
     "Answer", "EvaluateConfig", "Inspection", "LoadedModel", "QuantizeConfig", "convert", "dry_run", "estimate",
-    "evaluate", "inspect", "load", "plan", "quantize", "recommend", "sensitivity", "verify",
+    "evaluate", "followed_links", "inspect", "load", "plan", "quantize", "recommend", "sensitivity", "verify",
 ]  # fmt: skip

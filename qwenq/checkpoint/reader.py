@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from qwenq.checkpoint.contents import is_unused, read_contents, refuse_quantized_head, refuse_undescribed
-from qwenq.checkpoint.manifest import SourceFiles, Stamp, changed, stamp
+from qwenq.checkpoint.manifest import SourceFiles, Stamp, changed, files_in, stamp
 from qwenq.errors import CheckpointError
 from qwenq.formats.base import Format, Quantization, Recipe, get_format, read_quantization_config
 from qwenq.io.json import inside, model_name, open_regular, read_object, shown
@@ -229,7 +229,7 @@ def _stamps(directory: Path) -> dict[str, Stamp]:
     """Every file of a directory as it is now; empty where there is none."""
     if not directory.is_dir():
         return {}
-    found = {path.name: stamp(path) for path in directory.iterdir()}
+    found = {path.relative_to(directory).as_posix(): stamp(path) for path in files_in(directory)}
     return {name: file for name, file in found.items() if file is not None}
 
 

@@ -10,7 +10,7 @@ import typer
 from qwenq import api
 from qwenq.cli.console import out as stdout
 from qwenq.cli.console import warn
-from qwenq.cli.options import JsonFlag
+from qwenq.cli.options import FollowLinks, JsonFlag
 from qwenq.cli.plain import print_json
 from qwenq.formats.base import FORMATS, names_of
 from qwenq.units import format_gb, format_seconds
@@ -29,6 +29,7 @@ def convert(
             metavar="NAME",
         ),
     ],
+    follow_links: FollowLinks = False,
     json: JsonFlag = False,
 ) -> None:
     """Store a quantized checkpoint's codes in another format, bit for bit, without solving or rounding anything.

@@ -10,7 +10,19 @@ import typer
 
 from qwenq import api
 from qwenq.cli.console import LayerProgress, drift_table, out, warn
-from qwenq.cli.options import JOB, TEXT, ComputeDtype, Device, JsonFlag, Model, SequenceLength, fetched, option
+from qwenq.cli.options import (
+    JOB,
+    TEXT,
+    ComputeDtype,
+    Device,
+    FollowLinks,
+    JsonFlag,
+    Model,
+    SequenceLength,
+    Strict,
+    fetched,
+    option,
+)
 from qwenq.cli.plain import print_json
 from qwenq.errors import PlanError
 from qwenq.pipeline.config import EvaluateConfig
@@ -38,6 +50,8 @@ def evaluate(
     ] = None,
     device: Device = EvaluateConfig.device,
     compute_dtype: ComputeDtype = EvaluateConfig.compute_dtype,
+    strict: Strict = EvaluateConfig.strict,
+    follow_links: FollowLinks = False,
     json: JsonFlag = False,
 ) -> None:
     """Measure what a checkpoint lost against its 16-bit reference: perplexity, KL divergence, top-1 agreement.
@@ -49,7 +63,7 @@ def evaluate(
     with LayerProgress(quiet=json) as progress:
         drift = api.evaluate(
             checkpoint, base, text=text, num_samples=num_samples, sequence_length=sequence_length,
-            device=device, compute_dtype=compute_dtype, progress=progress.step, warn=warn,
+            device=device, compute_dtype=compute_dtype, strict=strict, progress=progress.step, warn=warn,
         )  # fmt: skip
     if json:
         print_json(drift.to_json())

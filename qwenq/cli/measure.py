@@ -17,6 +17,7 @@ from qwenq.cli.options import (
     JOB,
     WEIGHTS,
     CpuMemory,
+    FollowLinks,
     GpuMemory,
     JsonFlag,
     KvDtype,
@@ -57,6 +58,7 @@ def measure(
         Path | None,
         option(JOB, "--output", "-o", help="Keep the rows for `qwenq vram --profile FILE`."),
     ] = None,
+    follow_links: FollowLinks = False,
     json: JsonFlag = False,
 ) -> None:
     """Run a model at each context and print its real peaks beside the estimate.

@@ -16,6 +16,7 @@ from qwenq.cli.vram import (
     EngineName,
     EngineVersion,
     ExpectParams,
+    FollowLinks,
     GpuRig,
     GroupSize,
     Json,
@@ -68,6 +69,7 @@ def plan(
     max_num_seqs: MaxNumSeqs = 0,
     gpu_memory_utilization: Utilization = None,
     expect_params: ExpectParams = None,
+    follow_links: FollowLinks = False,
     as_json: Json = False,
 ) -> None:
     """Plan MODEL on a rig. Exit code 3 when it does not fit; the plan is printed all the same."""

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from qwenq.cli import links
 from qwenq.cli.plain import print_json, print_line, print_step
 from qwenq.errors import PlanError, UsageError
 from qwenq.planning.engines.base import engine_names
@@ -87,6 +88,7 @@ Reserve = Annotated[str, _option(RIG, "--reserve", metavar="SIZE", help="Kept fr
 ProfileFile = Annotated[
     Path | None, _option(RIG, "--profile", metavar="FILE", help="Measured there by `qwenq vram measure -o FILE`.")
 ]
+FollowLinks = Annotated[bool, _option(WEIGHTS, "--follow-links", help=links.HELP, callback=links.follow_links)]
 Json = Annotated[bool, _option(ANSWER, "--json", help="Machine-readable.")]
 
 
@@ -116,6 +118,7 @@ def estimate_command(
     gpu_memory_utilization: Utilization = None,
     expect_params: ExpectParams = None,
     profile: ProfileFile = None,
+    follow_links: FollowLinks = False,
     as_json: Json = False,
     as_csv: Annotated[bool, _option(ANSWER, "--csv", help="One line a GPU and term.")] = False,
 ) -> None:

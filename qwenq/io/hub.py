@@ -23,7 +23,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from qwenq.errors import CheckpointError, HubError, QwenqError
-from qwenq.io.json import open_regular, read_object, shown
+from qwenq.io.json import TEMPLATES, open_regular, read_object, shown
 from qwenq.io.safetensors import (
     INDEX_NAME,
     MAX_HEADER_BYTES,
@@ -119,7 +119,8 @@ def fetch_model(name: str, revision: str | None = None, listen: Listener = lambd
         weights = _weight_files(repo)
         directory = _fetch_config(repo, revision)
         index = [INDEX_NAME] if weights != [SINGLE_NAME] and INDEX_NAME in repo.files else []
-        wanted = [f for f in SMALL_FILES if f in repo.files] + index + weights
+        templates = [f for f in repo.files if re.fullmatch(rf"{TEMPLATES}/[^/]+\.jinja", f)]
+        wanted = [f for f in SMALL_FILES if f in repo.files] + templates + index + weights
         missing = [f for f in wanted if not (directory / f).is_file()]
         if missing:
             _download(repo, directory, missing, listen)

@@ -28,7 +28,7 @@ from qwenq.model.spec import LinearSpec
 from qwenq.pipeline.card import CARD_NAME, model_card
 from qwenq.pipeline.job import partial_directory, refuse_place
 from qwenq.pipeline.monitor import memory_errors
-from qwenq.pipeline.output import COPIED_FILES, Output
+from qwenq.pipeline.output import Output, copied_files
 from qwenq.results import finite_json
 from qwenq.solver.grid import QTensor
 from qwenq.units import format_gb
@@ -94,7 +94,8 @@ def convert(source: Checkpoint, out: Path, format: str, *, listen: Callable[[int
         raise JobError(f"{work}: {error.strerror}", hint="choose another OUT") from None
     try:
         with memory_errors("converting", torch.device("cpu"), None, "end other programs"):
-            source = source.hash_files(COPIED_FILES)
+            copied = copied_files(source.directory)
+            source = source.hash_files(copied)
             hashes = {}
             for number, (file, specs) in enumerate(files.items()):
                 wanted = {spec.name for spec in specs}
@@ -115,7 +116,7 @@ def convert(source: Checkpoint, out: Path, format: str, *, listen: Callable[[int
             read = source.hashed
             assert read is not None
             config = dict(source.config) | {"quantization_config": quantization_config(recipe, source.spec)}
-            output = Output(work, out, recipe, config, files)
+            output = Output(work, out, recipe, config, files, copied)
             hashes |= output.copy_small_files(source.directory, read.hashes)
             read.refuse_replaced()
             hashes |= output.write_configs()

@@ -163,7 +163,7 @@ def _windows(config: QuantizeConfig, model: str, spec: ModelSpec) -> tuple[Windo
     most = config.num_samples or DEFAULT_WINDOWS
     most_held = config.eval_samples or DEFAULT_EVALUATION_WINDOWS
     if (Path(model) / "tokenizer.json").is_file():
-        count = _counter(Path(model), spec)
+        count = _counter(Path(model), spec, config.strict)
         windows, length, counted = 0, config.sequence_length, True
         if calibrated:
             windows, length, counted = count(config.calibration, most, length, config.seed)
@@ -186,7 +186,9 @@ def _windows(config: QuantizeConfig, model: str, spec: ModelSpec) -> tuple[Windo
     return Windows(windows, held_out, length, counted), warnings
 
 
-def _counter(directory: Path, spec: ModelSpec) -> Callable[[str, int, int, int | None], tuple[int, int, bool]]:
+def _counter(
+    directory: Path, spec: ModelSpec, strict: bool
+) -> Callable[[str, int, int, int | None], tuple[int, int, bool]]:
     """A function that counts a text's windows, `most` at most, as a job draws them; sets of the hub are not fetched."""
     from qwenq.text.calibration import load_windows
     from qwenq.text.tokens import ModelTokenizer
@@ -196,7 +198,7 @@ def _counter(directory: Path, spec: ModelSpec) -> Callable[[str, int, int, int |
     def count(name: str, most: int, length: int, seed: int | None) -> tuple[int, int, bool]:
         if name not in SET_TOKENS and not name.endswith(_TEXT_FILES):
             return most, length, False
-        ids = load_windows(name, tokenizer, spec, length=length, count=None, seed=seed, up_to=most).ids
+        ids = load_windows(name, tokenizer, spec, length=length, count=None, seed=seed, up_to=most, strict=strict).ids
         return ids.shape[0], ids.shape[1], True
 
     return count

@@ -66,6 +66,12 @@ class QuantizeJob:
             raise JobError("error_correction is open, wanted 0 to 1")
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """A line for each thing that is read otherwise than the model's config.json says, or left out of a text."""
+        texts = [text.left_out for text in (self.calibration, self.evaluation) if text is not None]
+        return (*self.source.notes, *filter(None, texts))
+
+    @property
     def options(self) -> SolverOptions:
         """What the solver is asked to do, the same for every layer."""
         config = self.config

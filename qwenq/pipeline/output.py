@@ -13,12 +13,17 @@ from qwenq.checkpoint.shards import encode_index
 from qwenq.errors import JobError
 from qwenq.formats.base import Recipe, get_format
 from qwenq.io.durable import copy_synced, sync_directory, write_bytes, write_json
-from qwenq.io.json import MAX_SMALL_BYTES, check_regular, inside
+from qwenq.io.json import MAX_SMALL_BYTES, TEMPLATES, check_regular, inside
 from qwenq.io.safetensors import INDEX_NAME, TensorSpec
 from qwenq.pipeline.card import CARD_NAME
-from qwenq.text.tokens import TOKENIZER_FILES
+from qwenq.text.tokens import TOKENIZER_FILES, template_files
 
-COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json", "LICENSE")
+_COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json", "LICENSE")
+
+
+def copied_files(source: Path) -> tuple[str, ...]:
+    """Names of the source's files that a checkpoint has as they are, where they are there."""
+    return (*_COPIED_FILES, *template_files(source))
 
 
 @dataclass(frozen=True)
@@ -30,20 +35,22 @@ class Output:
     recipe: Recipe
     config: Mapping[str, Any]  # config.json as it is written
     files: Mapping[str, list[TensorSpec]]  # the shards
+    copied: tuple[str, ...]  # see `copied_files`
 
     @property
     def names(self) -> set[str]:
         """Every file that a checkpoint may have but those that its job puts beside, and the manifest."""
         small = get_format(self.recipe.format).small_files(self.config["quantization_config"])
-        return {*self.files, *small, *COPIED_FILES, INDEX_NAME, "config.json", CARD_NAME}
+        return {*self.files, *small, *self.copied, INDEX_NAME, "config.json", CARD_NAME}
 
     def copy_small_files(self, source: Path, hashes: Mapping[str, str]) -> dict[str, str]:
         """Tokenizer and licence of the source, and their SHA-256; CheckpointError where one is not that in `hashes`."""
         copied = {}
-        for name in COPIED_FILES:
+        for name in self.copied:
             path = inside(source, name)
             if os.path.lexists(path):
                 check_regular(path, MAX_SMALL_BYTES)
+                (self.work / name).parent.mkdir(exist_ok=True)
                 copied[name] = copy_synced(path, self.work / name)
             if copied.get(name) != hashes.get(name):
                 raise changed(path)
@@ -68,6 +75,8 @@ def give_name(work: Path, out: Path) -> None:
     for leftover in work.glob(SCRATCH_PREFIX + "*"):
         if leftover.name != LOCK_NAME:  # held until the directory has its name
             leftover.unlink()
+    if (work / TEMPLATES).is_dir():
+        sync_directory(work / TEMPLATES)
     sync_directory(work)
     os.replace(work, out)
     try:

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from qwenq.errors import CalibrationError, CheckpointError
-from qwenq.io.json import check_regular, inside, read_limited, read_object, shown
+from qwenq.io.json import TEMPLATES, check_regular, inside, read_limited, read_object, shown
 from qwenq.text.conversation import Document, Message, fitted, read_messages
 from qwenq.text.rendering import MAX_TEMPLATE_BYTES, Rendering, TemplateFault, render
 
@@ -32,13 +32,24 @@ _TRANSFORMERS_READS = {  # and how large each may be
     "added_tokens.json": 10_000_000, "chat_template.jinja": MAX_TEMPLATE_BYTES,
     "chat_template.json": 10_000_000, "tokenizer.model": 50_000_000, "config.json": 10_000_000,
 }  # fmt: skip
-_MORE_TEMPLATES = "additional_chat_templates"
 _PLACES = ("fast_tokenizer_files", "tokenizer_file", "vocab_file", "merges_file", "spm_file", "gguf_file",
            "tokenizer_object", "init_inputs")  # fmt: skip
 _SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 _PIECE_CHARACTERS = 4 << 20  # encoded at once: 400 MB of the library's memory
 _CONTEXT_TOKENS = 8  # the last one alone may be a byte of a character, or a space
 _CHAT_S, _CHAT_S_PER_MB = 10, 1  # processor time of all conversations of a text
+
+
+def template_files(directory: Path) -> list[str]:
+    """Chat templates beside the usual one, by name, in the folder where transformers keeps them.
+
+    CheckpointError where that is a link to another directory.
+    """
+    folder = directory / TEMPLATES
+    if not folder.is_dir():
+        return []
+    inside(directory, TEMPLATES)
+    return sorted(f"{TEMPLATES}/{path.name}" for path in folder.glob("*.jinja"))
 
 
 @dataclass(frozen=True)
@@ -100,12 +111,8 @@ class ModelTokenizer:
             )
         for name in sorted(present):
             check_regular(self.directory / name, _TRANSFORMERS_READS[name])
-        more = self.directory / _MORE_TEMPLATES
-        if more.is_dir():
-            if more.is_symlink():
-                raise CheckpointError(f"{_MORE_TEMPLATES} links to another directory: refused")
-            for path in more.glob("*.jinja"):
-                check_regular(inside(more, path.name), MAX_TEMPLATE_BYTES)
+        for name in template_files(self.directory):
+            check_regular(inside(self.directory, name), MAX_TEMPLATE_BYTES)
         if "tokenizer_config.json" in present:
             settings = read_object(self.directory / "tokenizer_config.json")
             for key in _PLACES if "tokenizer.json" not in present else _PLACES[:1]:
@@ -292,6 +299,12 @@ class TokenWindows:
         """Digest of the token ids and their shape."""
         shape = json.dumps(list(self.ids.shape)).encode()
         return hashlib.sha256(shape + self.ids.numpy().tobytes()).hexdigest()
+
+    @property
+    def left_out(self) -> str:
+        """A line on rows of the text that were no documents; empty where there were none."""
+        rows, first = self.provenance.get("skipped_rows", 0), self.provenance.get("first_skipped", "")
+        return f"{self.text}: {rows} rows left out ({first}); --strict refuses them" if rows else ""
 
     def to_json(self) -> dict[str, Any]:
         return {
