@@ -304,7 +304,8 @@ class TokenWindows:
     def left_out(self) -> str:
         """A line on rows of the text that were no documents; empty where there were none."""
         rows, first = self.provenance.get("skipped_rows", 0), self.provenance.get("first_skipped", "")
-        return f"{self.text}: {rows} rows left out ({first}); --strict refuses them" if rows else ""
+        said = f"{self.text}: {rows} {'row' if rows == 1 else 'rows'} left out ({first}); --strict refuses them"
+        return said if rows else ""
 
     def to_json(self) -> dict[str, Any]:
         return {
