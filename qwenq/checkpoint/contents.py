@@ -6,7 +6,7 @@ Torch is not needed for it: planning asks too.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,8 @@ from qwenq.model.spec import ModelSpec
 # Stored by some checkpoints, read by none: buffers that transformers computes itself.
 _BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 _PACKED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight.absmax", ".SCB")
-_OTHER_CONFIGS = ("quantize_config.json", "quant_config.json", "quantization_config.json")  # of older tools
+# Where other tools describe it, in older versions at least.
+_OTHER_CONFIGS = ("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json")
 _CHUNK = 1 << 20  # bytes compared at once
 Same = Callable[[TensorLocation, TensorLocation], bool]
 
@@ -63,6 +64,7 @@ def read_contents(
     same: compares embedding and head. Raises CheckpointError, naming `where`, for 16-bit tensors whose config.json
     calls them quantized.
     """
+    _refuse_mlx(config, where)
     tensors, notes = _named(spec, stored), []
     _refuse_left_over(spec, config, tensors, where)
     head = spec.architecture.head + ".weight"
@@ -90,6 +92,24 @@ def _named(spec: ModelSpec, stored: Mapping[str, TensorLocation]) -> dict[str, T
         else replace(location, spec=replace(location.spec, name=f"{prefix}.{name}"))
         for name, location in stored.items()
     }
+
+
+def _refuse_mlx(config: Mapping[str, Any], where: str) -> None:
+    """Raise UnreadScheme for MLX's own quantization, which names no method: `quantization: {"bits": 4, ...}`."""
+    found = config.get("quantization")
+    if isinstance(found, Mapping) and "bits" in found:
+        raise UnreadScheme(
+            f"{where}: quantized by MLX ({shown(repr(found['bits']), 20)} bits), which this version does not read",
+            hint="mlx-lm runs it; take the 16-bit model, or its GPTQ or AWQ version",
+        )
+
+
+def saved_wrapped(stored: Iterable[str], missing: Sequence[str]) -> str:
+    """The beginning under which missing tensors are stored, where a wrapper's names were saved; empty otherwise."""
+    for name in stored:
+        if missing and name != missing[0] and name.endswith(missing[0]):
+            return name.removesuffix(missing[0])
+    return ""
 
 
 def _refuse_left_over(
@@ -122,6 +142,15 @@ def refuse_quantized_head(spec: ModelSpec, stored: Iterable[str], where: str) ->
             f"{where}: the head is quantized ({', '.join(shown(part, 60) for part in parts[:3])}), which this version "
             "does not read",
             hint="engines that the checkpoint was made for run it; `qwenq quantize` leaves the head in 16 bits",
+        )
+
+
+def refuse_adapter(directory: Path) -> None:
+    """Raise CheckpointError for a PEFT adapter, which has no config.json of its own."""
+    if os.path.lexists(directory / "adapter_config.json") and not os.path.lexists(directory / "config.json"):
+        raise CheckpointError(
+            f"{shown(str(directory))}: a PEFT adapter, no model",
+            hint="merge it into its base model (merge_and_unload), save that, and give its directory",
         )
 
 

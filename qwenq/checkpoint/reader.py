@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 
-from qwenq.checkpoint.contents import is_unused, read_contents, refuse_quantized_head, refuse_undescribed
+from qwenq.checkpoint.contents import (
+    is_unused,
+    read_contents,
+    refuse_adapter,
+    refuse_quantized_head,
+    refuse_undescribed,
+    saved_wrapped,
+)
 from qwenq.checkpoint.manifest import SourceFiles, Stamp, changed, files_in, stamp
 from qwenq.errors import CheckpointError
 from qwenq.formats.base import Format, Quantization, Recipe, get_format, read_quantization_config
@@ -252,6 +259,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """`config.json` of a checkpoint directory."""
     if not Path(directory).is_dir():
         raise CheckpointError(f"{directory}: no such directory", hint="give a checkpoint directory or a hub name")
+    refuse_adapter(Path(directory))
     return read_object(inside(Path(directory), "config.json"))
 
 
@@ -263,10 +271,7 @@ def _audit(
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(
             f"{directory}: tensor {missing[0]}{more} is in no shard",
-            hint="download the missing shard again"
-            if missing != [head]
-            else "a model saved without its head, an embedding model say, predicts no tokens; where the head is the "
-            "embedding, config.json wants tie_word_embeddings true",
+            hint=_where_it_went(missing, stored, head),
         )
     for name, want in needed.items():
         have = stored[name].spec
@@ -281,6 +286,24 @@ def _audit(
                 f"{stored[name].file.name}: {name} has dtype {have.dtype}, wanted {' or '.join(wanted)}",
                 hint="FP8 and integer sources are not 16-bit sources",
             )
+
+
+def _where_it_went(missing: list[str], stored: Mapping[str, TensorLocation], head: str) -> str:
+    """What to do about tensors that no shard has."""
+    if missing == [head]:
+        return (
+            "a model saved without its head, an embedding model say, predicts no tokens; where the head is the "
+            "embedding, config.json wants tie_word_embeddings true"
+        )
+    if prefix := saved_wrapped(stored, missing):
+        return (
+            f"the tensors are there under {shown(prefix, 40)}..., as a wrapper (torch.compile, DDP, PEFT) saves them: "
+            "save the model inside it"
+        )
+    adapted = next((name for name in stored if ".base_layer." in name or ".lora_" in name), None)
+    if adapted:
+        return f"{shown(adapted, 60)} is of a PEFT adapter: merge it into its base model (merge_and_unload) first"
+    return "download the missing shard again"
 
 
 def _zero_padded(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

@@ -20,6 +20,7 @@ from qwenq.escaping import shown as shown
 MAX_VALUES = 1_000_000  # of a JSON file: the header of 100,000 tensors has 800,000
 MAX_SMALL_BYTES = 100_000_000  # of a file beside the weights: the largest tokenizers have 35 MB
 MAX_DIGITS = 100  # of a whole number: more than any size, and little enough that it still is a float
+LFS_POINTER = b"version https://git-lfs"  # the beginning of what a clone without git-lfs has in a file's place
 TEMPLATES = "additional_chat_templates"  # the one folder that a checkpoint may have
 _MAX_NAME_BYTES = 255  # what file systems take
 
@@ -74,6 +75,8 @@ def _check_size(path: Path, size: int, limit: int, error: type[QwenqError]) -> N
 
 def parse_object(text: bytes, where: str) -> dict[str, Any]:
     """Parse a JSON object strictly: UTF-8, no repeated keys, no NaN or infinity, no absurd nesting, number or count."""
+    if text.startswith(LFS_POINTER):
+        raise CheckpointError(f"{where}: a git-lfs pointer, not the file", hint="run `git lfs pull` in its directory")
     values = text.count(b",") + text.count(b"[") + text.count(b"{")  # at least; counted before any is made
     if values > MAX_VALUES:
         raise CheckpointError(f"{where}: JSON of {values} values or more, more than the {MAX_VALUES} it can need")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qwenq.checkpoint.contents import Contents, read_contents
+from qwenq.checkpoint.contents import Contents, read_contents, refuse_adapter
 from qwenq.errors import CheckpointError, PlanError, UsageError
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.io.json import inside, read_object, shown
@@ -196,6 +196,7 @@ def _find(model: str) -> Model:
     if not path.exists():
         refuse_experts(model)
     if path.is_dir():
+        refuse_adapter(path)
         raise CheckpointError(f"{shown(model)}: no config.json", hint="give the folder of a Hugging Face checkpoint")
     if path.exists() or model.startswith(("/", ".", "~")) or model.count("/") != 1:
         raise CheckpointError(

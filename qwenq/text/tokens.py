@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from qwenq.errors import CalibrationError, CheckpointError
-from qwenq.io.json import TEMPLATES, check_regular, inside, read_limited, read_object, shown
+from qwenq.io.json import LFS_POINTER, TEMPLATES, check_regular, inside, read_limited, read_object, shown
 from qwenq.text.conversation import Document, Message, fitted, read_messages
 from qwenq.text.rendering import MAX_TEMPLATE_BYTES, Rendering, TemplateFault, render
 
@@ -92,8 +92,13 @@ class ModelTokenizer:
         path = self.directory / "tokenizer.json"
         if not path.is_file():
             return CheckpointError(f"{self.directory}: transformers makes no tokenizer of its files ({reason})")
+        content = read_limited(path, MAX_TOKENIZER_BYTES)
+        if content.startswith(LFS_POINTER):
+            return CheckpointError(
+                f"{path}: a git-lfs pointer, not the file", hint="run `git lfs pull` in its directory"
+            )
         try:
-            Tokenizer.from_str(read_limited(path, MAX_TOKENIZER_BYTES).decode("utf-8"))
+            Tokenizer.from_str(content.decode("utf-8"))
         except BaseException as cause:
             if isinstance(cause, KeyboardInterrupt | SystemExit):
                 raise
@@ -169,7 +174,7 @@ class ModelTokenizer:
                 encodings = self._tokenizer.encode_batch_fast(batch, add_special_tokens=special)
                 found += [encoding.ids for encoding in encodings]
         except BaseException as error:
-            if isinstance(error, KeyboardInterrupt | SystemExit):
+            if isinstance(error, KeyboardInterrupt | SystemExit | CheckpointError):
                 raise
             reason = shown(str(error))
             raise CheckpointError(f"{self.directory}: its tokenizer.json cannot encode ({reason})") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -306,3 +307,68 @@ def test_quantized_tensors_that_config_json_does_not_describe(beside: bool, four
             opener(four_bits)
         assert "is a quantized tensor, but config.json has no quantization_config" in caught.value.message
         assert caught.value.hint.startswith("quantize_config.json says how" if beside else "take config.json from")
+
+
+# ---------------------------------------------------------------------- what is no model, or not of this kind
+
+
+def test_an_adapter_is_called_one(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    save_file({"base_model.model.x.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "adapter_model.safetensors")
+    for words in (["inspect"], ["vram"], ["quantize", "-o", str(tmp_path / "out")]):
+        done = CliRunner().invoke(app, [words[0], str(tmp_path), *words[1:]])
+        assert done.exit_code == 1 and f"error: {tmp_path}: a PEFT adapter, no model" in done.stderr
+        assert "hint: merge it into its base model" in done.stderr
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model."])
+def test_names_that_a_wrapper_saved_are_recognized(prefix: str, random_model: Make) -> None:
+    path = rewrite(random_model(), lambda t: [t.__setitem__(prefix + name, t.pop(name)) for name in list(t)])
+    with pytest.raises(CheckpointError, match="is in no shard") as caught:
+        open_source(path)
+    assert caught.value.hint.startswith(f"the tensors are there under {prefix}..., as a wrapper")
+
+
+def test_an_adapter_that_was_not_merged_is_recognized(random_model: Make) -> None:
+    def wrap(t: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in t if name.endswith("q_proj.weight")]:
+            t[name.replace(".weight", ".base_layer.weight")] = t.pop(name)
+
+    with pytest.raises(CheckpointError, match="is in no shard") as caught:
+        open_source(rewrite(random_model(), wrap))
+    assert "of a PEFT adapter: merge it into its base model" in caught.value.hint
+
+
+def test_mlx_is_named(random_model: Make, edit_json: Edit) -> None:
+    """It writes `quantization` beside, in newer versions, a `quantization_config` without a method."""
+    path = random_model()
+    rewrite(path, lambda t: t.update({"model.layers.0.mlp.up_proj.scales": torch.zeros(96, 1)}))
+    found = {"group_size": 64, "bits": 4}
+    for more in ({}, {"quantization_config": found}):
+        edit_json(path / "config.json", quantization=found, **more)
+        for opener in (open_source, open_checkpoint):
+            with pytest.raises(UnreadScheme, match=r"quantized by MLX \(4 bits\)"):
+                opener(path)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "generation_config.json"])
+def test_a_pointer_of_git_lfs_is_called_one(file: str, tiny: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(tiny, tmp_path / "model"))
+    (path / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 11\n")
+    done = CliRunner().invoke(app, ["run", str(path), "-p", "hi", "--max-model-len", "64"])
+    assert done.exit_code == 1 and f"{file}: a git-lfs pointer, not the file" in done.stderr
+    assert "hint: run `git lfs pull`" in done.stderr
+
+
+@pytest.mark.parametrize(("kind", "said"), [("qwen3", False), ("qwen2", False), ("qwen2", True)])
+def test_layers_that_attend_otherwise_are_refused(
+    kind: str, said: bool, random_model: Make, edit_json: Edit
+) -> None:
+    """transformers takes `layer_types` at its word: it raises without a window, and has another function with one."""
+    path = random_model("m", kind, **({"head_dim": 16} if kind == "qwen3" else {}))
+    types = ["full_attention", "sliding_attention", "full_attention"]
+    edit_json(path / "config.json", layer_types=types, sliding_window=8, use_sliding_window=said)
+    with pytest.raises(CheckpointError, match="layer_types has 'sliding_attention', wanted full_attention alone"):
+        open_checkpoint(path)
+    edit_json(path / "config.json", layer_types=["full_attention"] * 3, sliding_window=None, use_sliding_window=False)
+    assert open_checkpoint(path).spec.num_hidden_layers == 3
