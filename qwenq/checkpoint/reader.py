@@ -183,7 +183,7 @@ class Checkpoint:
         prefix = self.spec.layer_prefix(layer)
         ranges = [(t.file, t.start, t.end - t.start) for name, t in self.tensors.items() if name.startswith(prefix)]
         for path in {path for path, _, _ in ranges}:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 for _, start, size in (each for each in ranges if each[0] == path):
                     os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_WILLNEED)
 
