@@ -16,6 +16,7 @@ from qwenq.cli.options import (
     ENGINE,
     JOB,
     CpuMemory,
+    FollowLinks,
     GpuMemory,
     JsonFlag,
     KvDtype,
@@ -75,6 +76,7 @@ def run(
         bool,
         option(JOB, "--dry-run", help="Say where layers would go, what devices would hold, how fast; load none."),
     ] = False,
+    follow_links: FollowLinks = False,
     json: JsonFlag = False,
 ) -> None:
     """Run a checkpoint, weights packed, over the GPUs, host memory and disk of this machine, and talk to it.
@@ -110,6 +112,8 @@ def run(
         raise UsageError("--json answers one question", hint="give it with --prompt")
     directory = fetched(model)
     checkpoint = open_checkpoint(directory)
+    for line in checkpoint.notes:
+        warn(line)
     chat = Chat(directory, checkpoint.spec.vocab_size)
     sampling = chat.sampling(**asked)
     if not raw and not chat.has_template:

@@ -195,7 +195,7 @@ def layer_parts(
         found = {name: t for name, t in tensors.items() if name.startswith(lin.name + ".")}
         inside |= found.keys()
         scheme, shape = recipe.scheme_of(lin), None
-        if scheme is not None and found.keys() >= set(form.packed_names(scheme, lin)):
+        if scheme is not None and not any(form.lacks(found.keys(), name) for name in form.packed_names(scheme, lin)):
             shape = form.packed_shape(scheme, lin, sorted_columns=sorted_columns)
         if shape is not None:
             packed.append(shape)
