@@ -150,10 +150,11 @@ def test_options_that_mean_nothing(command: Callable[..., list[str]]) -> None:
         (command(method="awq"), "--method awq: wanted gptq or rtn", None),
         (command(bits=5), "bits is 5, wanted 4 or 8", None),
         (
-            command(format="gguf"),
-            "--format gguf: wanted one of gptq, awq, compressed-tensors, bnb-nf4, bnb-int8",
+            command(format="exl2"),
+            "--format exl2: wanted one of gptq, awq, compressed-tensors, gguf, bnb-nf4, bnb-int8",
             None,
         ),
+        (command(format="gguf"), "--format gguf: --group-size is no choice, types have their own", "leave it out"),
         (command(format="bnb-nf4"), "--format bnb-nf4 is NF4 g64: --group-size is no choice", "leave it out"),
         (command(dtype="float64"), "--dtype float64: wanted auto, float16 or bfloat16", None),
         (
