@@ -154,7 +154,7 @@ def test_options_that_mean_nothing(command: Callable[..., list[str]]) -> None:
             "--format exl2: wanted one of gptq, awq, compressed-tensors, gguf, bnb-nf4, bnb-int8",
             None,
         ),
-        (command(format="gguf"), "--format gguf: --group-size is no choice, types have their own", "leave it out"),
+        (command(format="gguf"), "--format gguf: --group-size is no choice, types have their own", None),
         (command(format="bnb-nf4"), "--format bnb-nf4 is NF4 g64: --group-size is no choice", "leave it out"),
         (command(dtype="float64"), "--dtype float64: wanted auto, float16 or bfloat16", None),
         (
