@@ -171,7 +171,7 @@ def _windows(config: QuantizeConfig, model: str, spec: ModelSpec) -> tuple[Windo
     calibrated = config.solver == "gptq"
     most = config.num_samples or DEFAULT_WINDOWS
     most_held = config.eval_samples or DEFAULT_EVALUATION_WINDOWS
-    if (Path(model) / "tokenizer.json").is_file():
+    if any((Path(model) / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
         count = _counter(Path(model), spec, config.strict)
         windows, length, counted = 0, config.sequence_length, True
         if calibrated:
