@@ -1,4 +1,4 @@
-"""A checkpoint directory, 16-bit or quantized: its config, its audit, and its tensors read one at a time."""
+"""A checkpoint, 16-bit or quantized: its config, its audit, and its tensors read one at a time."""
 
 from __future__ import annotations
 
@@ -11,33 +11,37 @@ from typing import Any
 
 import torch
 
-from qwenq.checkpoint.manifest import SourceFiles, Stamp, changed, stamp
+from qwenq.checkpoint.contents import is_unused, refuse_quantized_head, refuse_undescribed, saved_wrapped
+from qwenq.checkpoint.headers import read_config, read_headers
+from qwenq.checkpoint.manifest import SourceFiles, Stamp, changed, files_in, stamp
 from qwenq.errors import CheckpointError
 from qwenq.formats.base import Format, Quantization, Recipe, get_format, read_quantization_config
-from qwenq.io.json import inside, model_name, open_regular, read_object
-from qwenq.io.safetensors import TensorLocation, TensorSpec, checkpoint_tensors
+from qwenq.formats.gguf import dequantize_blocks
+from qwenq.io.gguf import is_gguf
+from qwenq.io.json import open_regular, shown
+from qwenq.io.safetensors import TensorLocation, TensorSpec
 from qwenq.io.tensors import TORCH_DTYPES, raw_bytes
-from qwenq.model.spec import LinearSpec, ModelSpec, spec_from_config
+from qwenq.model.metadata import paired_heads
+from qwenq.model.spec import LinearSpec, ModelSpec
 from qwenq.solver.grid import QTensor
 
 FLOAT_DTYPES = ("F16", "BF16", "F32")
 SLICE_ROWS = 4096  # of the vocabulary: rows of the embedding and the head that are read at a time
+_WRITTEN_OUT = 1 << 22  # values of a GGUF tensor dequantized at a time
 _CHUNK = 1 << 20  # bytes: hashed while they are in the processor's cache
-
-# Stored by some checkpoints, read by none: buffers that transformers computes itself.
-_IGNORED_ENDINGS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """An opened checkpoint; every tensor the model needs is present and of the right shape."""
 
-    directory: Path
+    directory: Path  # or the GGUF file, of a split the first one
     config: dict[str, Any]
     spec: ModelSpec
     tensors: dict[str, TensorLocation]
     quantized: Quantization | None
     ignored: tuple[str, ...]  # stored tensors that the model does not use
+    notes: tuple[str, ...] = ()  # a line for each thing that is read otherwise than config.json says
     opened: Mapping[str, Stamp] = field(default_factory=dict, compare=False)  # files as they were before they were read
     hashed: SourceFiles | None = field(default=None, compare=False)  # files that reads are compared with
 
@@ -49,6 +53,16 @@ class Checkpoint:
     def files(self) -> tuple[Path, ...]:
         """The shard files, sorted by name."""
         return tuple(sorted({location.file for location in self.tensors.values()}))
+
+    @property
+    def folder(self) -> Path:
+        """The directory that its files are in."""
+        return self.directory
+
+    @property
+    def own_files(self) -> tuple[str, ...]:
+        """Names of the files that hold its tensors, and its config.json."""
+        return (*(path.name for path in self.files), "config.json")
 
     def hash_files(self, others: Iterable[str]) -> Checkpoint:
         """This checkpoint with its files, and `others` beside them, hashed: what is read from now on is compared.
@@ -62,18 +76,18 @@ class Checkpoint:
                 rows = max(1, location.spec.shape[0])
                 step = SLICE_ROWS * ((location.end - location.start) // rows)
                 cuts[location.file] |= set(range(location.start, location.end, step)) if step else set()
-        names = [*(path.name for path in self.files), "config.json", *others]
-        hashed = SourceFiles.read(self.directory, names, cuts)
+        names = [*self.own_files, *others]
+        hashed = SourceFiles.read(self.folder, names, cuts)
         self.refuse_changed(names)
         return replace(self, hashed=hashed)
 
     def refuse_changed(self, names: Iterable[str] | None = None) -> None:
         """Raise CheckpointError for the first file that was written to or replaced since the checkpoint was opened.
 
-        names: of the files; without any, those that hold tensors, and config.json.
+        names: of the files; without any, its own.
         """
-        for name in names or (*(path.name for path in self.files), "config.json"):
-            path = self.directory / name
+        for name in names or self.own_files:
+            path = self.folder / name
             if self.opened and self.opened.get(name) != stamp(path):
                 raise changed(path)
 
@@ -89,6 +103,10 @@ class Checkpoint:
         width = location.spec.nbytes // location.spec.shape[0]
         data = self._bytes(location.file, location.start + start * width, location.start + stop * width)
         return data.view(TORCH_DTYPES[location.spec.dtype]).reshape(stop - start, *location.spec.shape[1:])
+
+    def read_packed(self, name: str) -> torch.Tensor:
+        """One tensor of a quantized linear, as its format unpacks it."""
+        return self.read(name)
 
     def _bytes(self, path: Path, start: int, end: int) -> torch.Tensor:
         """Bytes start to end of a file, uint8, copied before they are compared: what is used is what was hashed."""
@@ -117,8 +135,15 @@ class Checkpoint:
         if self.quantized is None or (scheme := self.quantized.scheme_of(lin.name)) is None:
             return self.read(lin.name + ".weight")
         form = get_format(self.quantized.format)
-        packed = {n.removeprefix(lin.name + "."): self.read(n) for n in form.packed_names(scheme, lin)}
+        packed = {name.removeprefix(lin.name + "."): self.read_packed(name) for name in self.packed_names(lin)}
         return form.unpack(packed, scheme, lin, self.quantized.version)
+
+    def packed_names(self, lin: LinearSpec) -> list[str]:
+        """Stored tensors that hold the weight of a quantized linear."""
+        scheme = self.quantized.scheme_of(lin.name) if self.quantized else None
+        if self.quantized is None or scheme is None:
+            return []
+        return [name for name in get_format(self.quantized.format).packed_names(scheme, lin) if name in self.tensors]
 
     def linear_weight(self, lin: LinearSpec) -> torch.Tensor:
         """Weight [out, in] of one linear: as stored when it is 16-bit, dequantized to float32 when packed."""
@@ -170,7 +195,7 @@ class Checkpoint:
         prefix = self.spec.layer_prefix(layer)
         ranges = [(t.file, t.start, t.end - t.start) for name, t in self.tensors.items() if name.startswith(prefix)]
         for path in {path for path, _, _ in ranges}:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 for _, start, size in (each for each in ranges if each[0] == path):
                     os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_WILLNEED)
 
@@ -182,66 +207,144 @@ class Checkpoint:
         return self.spec.head_tensor
 
 
+class GGUFCheckpoint(Checkpoint):
+    """The same of a GGUF file or a split: rows of q and k are put in order, values of blocks are float32 when read."""
+
+    @property
+    def folder(self) -> Path:
+        return self.directory.parent
+
+    @property
+    def own_files(self) -> tuple[str, ...]:
+        return tuple(path.name for path in self.files)
+
+    def hash_files(self, others: Iterable[str]) -> Checkpoint:
+        """The same with its files hashed; what lies beside a GGUF file is not its own."""
+        return super().hash_files(())
+
+    def refuse_changed(self, names: Iterable[str] | None = None) -> None:
+        """Raise CheckpointError for the first of its files that was written to or replaced since it was opened."""
+        super().refuse_changed()
+
+    def dtype_of(self, name: str) -> str:
+        """Of a tensor that is stored in blocks F16, in which its values are kept where they are not packed."""
+        dtype = super().dtype_of(name)
+        return dtype if dtype in TORCH_DTYPES else "F16"
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor: as stored, or float32 of blocks."""
+        return self._values(name, self.read_packed(name))
+
+    def read_slice(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows start to stop of embedding or head, like `read`."""
+        location = self.tensors[name]
+        width = location.spec.nbytes // location.spec.shape[0]
+        data = self._bytes(location.file, location.start + start * width, location.start + stop * width)
+        return self._values(name, data.view(stop - start, width))
+
+    def read_packed(self, name: str) -> torch.Tensor:
+        """The bytes of a tensor, uint8 [rows, bytes of a row]."""
+        location = self.tensors[name]
+        data = self._bytes(location.file, location.start, location.end)
+        heads = paired_heads(self.spec, name)
+        if heads:  # rows 2 i and 2 i + 1 of a head are rows i and i + head_dim / 2 of it
+            data = data.view(heads, self.spec.head_dim // 2, 2, -1).transpose(1, 2).contiguous()
+        return data.view(location.spec.shape[0], -1)
+
+    def linear_weight(self, lin: LinearSpec) -> torch.Tensor:
+        """Weight [out, in] of one linear, without the codes of all of it beside."""
+        return self.read(lin.name + ".weight")
+
+    def _values(self, name: str, data_RB: torch.Tensor) -> torch.Tensor:
+        spec = self.tensors[name].spec
+        if spec.dtype in TORCH_DTYPES:
+            return data_RB.view(TORCH_DTYPES[spec.dtype]).reshape(len(data_RB), *spec.shape[1:])
+        values_RI = torch.empty(len(data_RB), spec.shape[1])
+        step = max(1, _WRITTEN_OUT // spec.shape[1])
+        for start in range(0, len(data_RB), step):
+            values_RI[start : start + step] = dequantize_blocks(spec.dtype, data_RB[start : start + step])
+        return values_RI
+
+
 def open_checkpoint(directory: Path) -> Checkpoint:
-    """Read config and headers of a checkpoint and check every needed tensor; raises CheckpointError in one line."""
+    """Read config and headers of a checkpoint and check every needed tensor; raises CheckpointError in one line.
+
+    directory: or a GGUF file, of a split the first one.
+    """
     directory = Path(directory)
     opened = _stamps(directory)
-    config = read_config(directory)
-    spec = spec_from_config(config, where=str(directory / "config.json"), name=model_name(directory))
-    stored = checkpoint_tensors(directory)
+    found = read_headers(directory)
+    spec, config, stored = found.spec, found.config, found.tensors
     quantized = None
     if config.get("quantization_config"):
         quantized = read_quantization_config(config["quantization_config"], str(directory / "config.json"))
+        refuse_quantized_head(spec, stored, str(directory))
+    else:
+        refuse_undescribed(stored, directory)
     recipe = quantized.recipe(spec) if quantized else Recipe(None)
     recipe.check(spec)
-    needed = {t.name: t for t in recipe.tensors(spec)}
-    _audit(directory, needed, stored, get_format(recipe.format))
+    form, in_order = get_format(recipe.format), quantized is None or not quantized.sorted_columns
+    needed = {t.name: t for t in recipe.tensors(spec) if t.name in stored or form.lacks(stored, t.name) or not in_order}
+    _audit(directory, needed, stored, form, spec.head_tensor)
     ignored = tuple(sorted(set(stored) - set(needed)))
     for name in ignored:
-        tied_head = spec.tie_word_embeddings and name == spec.architecture.head + ".weight"
-        if not (tied_head or name.endswith(_IGNORED_ENDINGS) or (quantized and name.endswith(".bias"))):
+        if not is_unused(spec, stored[name].spec, quantized=quantized is not None):
             raise CheckpointError(
                 f"{stored[name].file.name}: tensor {name} has no place in a {spec.model_type} model",
                 hint="the config and the weights are of different models, or this is an unsupported variant",
             )
-    return Checkpoint(directory, config, spec, {n: stored[n] for n in needed}, quantized, ignored, opened)
+    kind = GGUFCheckpoint if is_gguf(directory) else Checkpoint
+    whole = kind(directory, config, spec, stored, quantized, ignored, found.notes, opened)
+    for name in ignored:
+        if quantized and name.endswith(".bias") and bool(whole.read(name).any()):
+            raise CheckpointError(
+                f"{stored[name].file.name}: {name} is stored and not zero, a {spec.model_type} model as config.json "
+                "describes it has no such bias",
+                hint="other engines would leave it out or add it: take a checkpoint whose config.json says",
+            )
+    return replace(whole, tensors={name: stored[name] for name in needed})
 
 
 def _stamps(directory: Path) -> dict[str, Stamp]:
-    """Every file of a directory as it is now; empty where there is none."""
-    if not directory.is_dir():
+    """Every file of a directory, or GGUF file beside that one, as it is now; empty where there is none."""
+    if is_gguf(directory):
+        files: Iterable[Path] = directory.parent.glob("*" + directory.suffix)
+    elif directory.is_dir():
+        files = files_in(directory)
+    else:
         return {}
-    found = {path.name: stamp(path) for path in directory.iterdir()}
+    folder = directory.parent if is_gguf(directory) else directory
+    found = {path.relative_to(folder).as_posix(): stamp(path) for path in files}
     return {name: file for name, file in found.items() if file is not None}
 
 
 def open_source(directory: Path) -> Checkpoint:
-    """Like `open_checkpoint`, for a source to quantize: 16- or 32-bit floats only."""
-    config = read_config(directory)
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        method = method or "unknown method"
+    """Like `open_checkpoint`, for a source to quantize: a directory, 16- or 32-bit floats only."""
+    if is_gguf(Path(directory)):
         raise CheckpointError(
-            f"{directory}: already quantized ({method})", hint="quantize from the original 16-bit checkpoint"
+            f"{directory}: a GGUF file", hint="quantize from the original 16-bit checkpoint, a directory or a hub name"
         )
-    return open_checkpoint(directory)
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """`config.json` of a checkpoint directory."""
-    if not Path(directory).is_dir():
-        raise CheckpointError(f"{directory}: no such directory", hint="give a checkpoint directory or a hub name")
-    return read_object(inside(Path(directory), "config.json"))
+    config = read_config(directory)
+    quantization = config.get("quantization_config")
+    if not quantization:
+        return open_checkpoint(directory)
+    read_headers(directory)  # knows where the setting is wrong
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    raise CheckpointError(
+        f"{directory}: already quantized ({shown(str(method or 'unknown method'), 40)})",
+        hint="quantize from the original 16-bit checkpoint",
+    )
 
 
 def _audit(
-    directory: Path, needed: dict[str, TensorSpec], stored: dict[str, TensorLocation], form: Format
+    directory: Path, needed: dict[str, TensorSpec], stored: Mapping[str, TensorLocation], form: Format, head: str
 ) -> None:
     missing = [name for name in needed if name not in stored]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(
-            f"{directory}: tensor {missing[0]}{more} is in no shard", hint="download the missing shard again"
+            f"{directory}: tensor {missing[0]}{more} is in no shard",
+            hint=_where_it_went(missing, stored, head),
         )
     for name, want in needed.items():
         have = stored[name].spec
@@ -256,6 +359,24 @@ def _audit(
                 f"{stored[name].file.name}: {name} has dtype {have.dtype}, wanted {' or '.join(wanted)}",
                 hint="FP8 and integer sources are not 16-bit sources",
             )
+
+
+def _where_it_went(missing: list[str], stored: Mapping[str, TensorLocation], head: str) -> str:
+    """What to do about tensors that no shard has."""
+    if missing == [head]:
+        return (
+            "a model saved without its head, an embedding model say, predicts no tokens; where the head is the "
+            "embedding, config.json wants tie_word_embeddings true"
+        )
+    if prefix := saved_wrapped(stored, missing):
+        return (
+            f"the tensors are there under {shown(prefix, 40)}..., as a wrapper (torch.compile, DDP, PEFT) saves them: "
+            "save the model inside it"
+        )
+    adapted = next((name for name in stored if ".base_layer." in name or ".lora_" in name), None)
+    if adapted:
+        return f"{shown(adapted, 60)} is of a PEFT adapter: merge it into its base model (merge_and_unload) first"
+    return "download the missing shard again"
 
 
 def _zero_padded(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

@@ -59,7 +59,7 @@ def demo(
     for name, config in _RUNS.items():
         target = directory / name
         if not target.exists():
-            err.print(f"{target}: {config.uniform().label}, {config.method}")
+            err.print(f"{target}: {config.scheme().label}, {config.method}")
             resume = partial_directory(target).exists()
             prepared = prepare(model, target, config, resume=resume)
             with LayerProgress(prepared.source.spec.num_hidden_layers) as progress:

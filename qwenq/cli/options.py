@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from qwenq.api import LoadWords
+from qwenq.cli import links
 from qwenq.cli.console import warn
 from qwenq.cli.plain import print_step
 from qwenq.formats.base import FORMATS, names_of
@@ -31,6 +32,8 @@ Model = Annotated[
     typer.Argument(metavar="MODEL", help="A checkpoint directory, or a hub name such as Qwen/Qwen2.5-7B-Instruct."),
 ]
 JsonFlag = Annotated[bool, option(JOB, "--json", help="Print one JSON object instead of tables.")]
+FollowLinks = Annotated[bool, option(JOB, "--follow-links", help=links.HELP, callback=links.follow_links)]
+Strict = Annotated[bool, option(TEXT, "--strict", help="Refuse a text for one bad row.")]
 Device = Annotated[
     str,
     option(
@@ -65,6 +68,13 @@ GroupSize = Annotated[
     int | None, option(BITS, metavar="N", help="Columns a scale: 128, 64, 32, -1 (row). Default 128.")
 ]
 Format = Annotated[str, option(BITS, "--format", metavar="NAME", help=", ".join(FORMATS) + ".")]
+GgufType = Annotated[
+    str | None,
+    option(BITS, metavar="NAME", help="llama.cpp's mixture, for instance Q5_K_M."),
+]
+SplitSize = Annotated[
+    str | None, option(BITS, metavar="SIZE", help="Tensors that a GGUF file holds, at most: 50GB.")
+]
 Asymmetric = Annotated[
     bool | None,
     option(BITS, "--asymmetric/--symmetric", help=f"Zero points for each group. Default: only for {ASYMMETRIC}."),
@@ -84,7 +94,8 @@ Context = Annotated[
     str | None, option(BUDGET, "--context", "-c", metavar="N", help="Tokens that --fit leaves room for. Default 8k.")
 ]
 FitEngine = Annotated[
-    str | None, option(BUDGET, "--engine", metavar="NAME", help="Engine of --fit: qwenq, transformers, vllm, sglang.")
+    str | None,
+    option(BUDGET, "--engine", metavar="NAME", help="Of --fit: qwenq, transformers, vllm, sglang, llama.cpp."),
 ]
 RecipeFile = Annotated[Path | None, option(BUDGET, metavar="FILE", help="A recipe file, perhaps edited.")]
 SensitivityFile = Annotated[
@@ -116,7 +127,7 @@ ErrorCorrection = Annotated[
     option(
         SOLVER,
         metavar="X",
-        help="Strength, for o and down. Default: 1; 0 where all is in 8 bits or there is little text.",
+        help="Strength, for o and down. Default: 1; 0 in 8 bits, or with little text.",
         min=0.0,
         max=1.0,
     ),
@@ -143,6 +154,10 @@ StoredDtype = Annotated[
         help="Of unquantized tensors: float16, bfloat16; auto: kept as is.",
         show_default=False,
     ),
+]
+SaveImatrix = Annotated[
+    Path | None,
+    option(JOB, metavar="FILE", help="Write the importance matrix there, for llama-quantize."),
 ]
 DryRun = Annotated[bool, option(JOB, "--dry-run", help="Read headers only; print sizes, memory and disk.")]
 Resume = Annotated[bool, option(JOB, "--resume", help="Go on with a stopped job: same command, plus this.")]

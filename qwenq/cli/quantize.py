@@ -19,6 +19,7 @@ from qwenq.model.spec import ModelSpec, family_spec
 from qwenq.pipeline.config import QuantizeConfig
 from qwenq.pipeline.dryrun import DryRun, dry_run
 from qwenq.planning.budget import Budgeted
+from qwenq.planning.sensitivity import OUTER
 from qwenq.units import format_gb, format_seconds
 
 
@@ -29,6 +30,8 @@ def quantize(
     bits: ask.Bits = QuantizeConfig.bits,
     group_size: ask.GroupSize = QuantizeConfig.group_size,
     format: ask.Format = QuantizeConfig.format,
+    gguf_type: ask.GgufType = QuantizeConfig.gguf_type,
+    split_size: ask.SplitSize = QuantizeConfig.split_size,
     asymmetric: ask.Asymmetric = QuantizeConfig.asymmetric,
     fold: ask.Fold = QuantizeConfig.fold,
     pad_for_tp: ask.PadForTp = QuantizeConfig.pad_for_tp,
@@ -50,11 +53,14 @@ def quantize(
     damp_percent: ask.DampPercent = QuantizeConfig.damp_percent,
     error_correction: ask.ErrorCorrection = QuantizeConfig.error_correction,
     error_correction_share: ask.ErrorCorrectionShare = QuantizeConfig.error_correction_share,
+    save_imatrix: ask.SaveImatrix = QuantizeConfig.save_imatrix,
     device: ask.Device = QuantizeConfig.device,
     dtype: ask.StoredDtype = QuantizeConfig.dtype,
     compute_dtype: ask.ComputeDtype = QuantizeConfig.compute_dtype,
     calibration_dtype: ask.CalibrationDtype = QuantizeConfig.calibration_dtype,
+    strict: ask.Strict = QuantizeConfig.strict,
     dry_run: ask.DryRun = False,
+    follow_links: ask.FollowLinks = False,
     resume: ask.Resume = False,
     json: ask.JsonFlag = False,
 ) -> None:
@@ -85,6 +91,8 @@ def _quantize(model: str, config: QuantizeConfig, output: Path, resume: bool, js
     spec = prepared.source.spec
     for name in prepared.source.ignored:
         warn(f"{name} is stored but not used by the model: left out")
+    for line in prepared.job.notes:
+        warn(line)
     with LayerProgress(spec.num_hidden_layers, quiet=json) as progress:
         try:
             prepared = prepared.measured(resume=resume, listen=progress.say)
@@ -99,7 +107,8 @@ def _quantize(model: str, config: QuantizeConfig, output: Path, resume: bool, js
         print_json(result.to_json())
         return
     for line in result.warnings:
-        warn(line)
+        if line not in prepared.job.notes:  # said at the start
+            warn(line)
     out.print(drift_table(result.drift))
     out.print(
         f"{result.out}: {prepared.resolution.recipe.label}, {format_gb(result.file_bytes)} "
@@ -179,7 +188,7 @@ def recipe_table(spec: ModelSpec, found: Budgeted) -> Table:
     title = f"recipe: {format_gb(found.file_bytes)}, {found.bits_per_linear_weight:.3f} bits per linear weight"
     table = Table(title=title)
     table.add_column("layers")
-    stages = [stage.name for stage in spec.architecture.stages]
+    stages = [name for layer, name in found.choice if layer == 0]
     for stage in stages:
         table.add_column(stage)
     rows = [tuple(label_of(found.choice[layer, stage]) for stage in stages) for layer in range(spec.num_hidden_layers)]
@@ -188,6 +197,8 @@ def recipe_table(spec: ModelSpec, found: Budgeted) -> Table:
         if layer + 1 == len(rows) or rows[layer + 1] != row:
             table.add_row(str(start) if start == layer else f"{start}-{layer}", *row)
             start = layer + 1
+    outer = [f"{name} {label_of(scheme)}" for (layer, name), scheme in found.choice.items() if layer == OUTER]
+    table.caption = ", ".join(outer) or None
     return table
 
 

@@ -15,10 +15,12 @@ from qwenq.cli.options import (
     TEXT,
     Calibration,
     ComputeDtype,
+    FollowLinks,
     JsonFlag,
     Model,
     OneDevice,
     SequenceLength,
+    Strict,
     fetched,
     option,
     options_of,
@@ -26,7 +28,7 @@ from qwenq.cli.options import (
 from qwenq.cli.plain import print_json
 from qwenq.formats.base import label_of
 from qwenq.pipeline.config import QuantizeConfig, carry_zero_points
-from qwenq.planning.sensitivity import Sensitivity
+from qwenq.planning.sensitivity import OUTER, Sensitivity
 
 
 def sensitivity(
@@ -43,8 +45,13 @@ def sensitivity(
     asymmetric: Annotated[
         bool, typer.Option("--asymmetric", help=f"4 bits with zero points too, which {carry_zero_points()} carries.")
     ] = False,
+    format: Annotated[
+        str, option(JOB, "--format", metavar="NAME", help="Whose schemes: those of gptq serve all others but gguf.")
+    ] = QuantizeConfig.format,
     device: OneDevice = QuantizeConfig.device,
     compute_dtype: ComputeDtype = QuantizeConfig.compute_dtype,
+    strict: Strict = QuantizeConfig.strict,
+    follow_links: FollowLinks = False,
     json: JsonFlag = False,
 ) -> None:
     """Measure how much KL each unit of MODEL costs at each scheme; `qwenq quantize --sensitivity FILE` reads it.
@@ -65,13 +72,13 @@ def sensitivity(
 
 def sensitivity_table(found: Sensitivity) -> Table:
     """KL of each unit at its coarsest 4-bit scheme, or its first where it has none, layer by layer."""
-    table = Table(title=f"KL (millinats a token) of one unit alone at 4 bits, {found.model}")
+    table = Table(title=f"KL (millinats a token) of one unit alone at its first scheme, {found.model}")
     table.add_column("layer", justify="right")
     stages = [stage for layer, stage in found.kl if layer == 0]
     for stage in stages:
         first = next(iter(found.kl[0, stage]))
         table.add_column(f"{stage} {label_of(first).removeprefix('4-bit ')}", justify="right")
-    layers = sorted({layer for layer, _ in found.kl})
+    layers = sorted({layer for layer, _ in found.kl if layer != OUTER})
     for layer in layers:
         cells = (next(iter(found.kl[layer, stage].values())) for stage in stages)
         table.add_row(str(layer), *(f"{1000 * value:.4f}" for value in cells))

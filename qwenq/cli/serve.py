@@ -19,6 +19,7 @@ from qwenq.cli.options import (
     MACHINE,
     SERVER,
     CpuMemory,
+    FollowLinks,
     GpuMemory,
     KvDtype,
     MaxModelLen,
@@ -84,6 +85,7 @@ def serve(
         bool,
         option(JOB, "--dry-run", help="Print vLLM's commands, or what our own server would load; start nothing."),
     ] = False,
+    follow_links: FollowLinks = False,
 ) -> None:
     """Serve a checkpoint on OpenAI's API: /v1/models, /v1/chat/completions, /v1/completions, with streaming.
 
@@ -186,6 +188,8 @@ def _serve_here(directory: Path, options: LoadOptions, door: _Door) -> None:
     from qwenq.runtime.load import describe, loaded
 
     checkpoint = open_checkpoint(directory)
+    for line in checkpoint.notes:
+        warn(line)
     chat = Chat(directory, checkpoint.spec.vocab_size)
     host = door.host
     try:

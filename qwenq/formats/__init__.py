@@ -1,3 +1,3 @@
 """On-disk formats of quantized checkpoints, one file each; importing any of them registers all, in this order."""
 
-from qwenq.formats import gptq, awq, compressed_tensors, bitsandbytes, fp8  # noqa: F401, I001
+from qwenq.formats import gptq, awq, compressed_tensors, gguf, bitsandbytes, fp8  # noqa: F401, I001

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -104,6 +104,10 @@ class Codes:
 
     def parse(self, label: str) -> Scheme | None:
         """The scheme with that label; None for what is no label of these codes, or is not chosen by its label."""
+        return None
+
+    def noise(self, scheme: Scheme) -> float | None:
+        """Energy of the rounding error relative to 4-bit integers in groups of 128, a rule of thumb; None: unknown."""
         return None
 
     def grid(self, scheme: Scheme) -> Grid:
@@ -202,6 +206,10 @@ class Recipe:
     def scheme_of(self, lin: LinearSpec) -> Scheme | None:
         return self._by_name.get(lin.name, self.default)
 
+    def outer_scheme(self, lin: LinearSpec) -> Scheme | None:
+        """The scheme of embedding or head, which stay in 16 bit unless they are named."""
+        return self._by_name.get(lin.name)
+
     def schemes(self, spec: ModelSpec) -> set[Scheme]:
         """Those met in the model's linears."""
         return {scheme for lin in spec.linears if (scheme := self.scheme_of(lin)) is not None}
@@ -216,6 +224,9 @@ class Recipe:
         form = get_format(self.format)
         for lin in spec.linears:
             if (scheme := self.scheme_of(lin)) is not None:
+                form.check(scheme, lin)
+        for lin in spec.outer_linears:
+            if (scheme := self.outer_scheme(lin)) is not None:
                 form.check(scheme, lin)
         form.check_together(self.schemes(spec))
 
@@ -306,7 +317,10 @@ class Quantization:
         default = self.default
         if default is None:
             default = next(iter(Counter(scheme for _, scheme in found if scheme).most_common(1)), (None, 0))[0]
-        return Recipe(default, tuple((name, scheme) for name, scheme in found if scheme != default), self.format)
+        outer = spec.outer_linears if get_format(self.format).outer else ()
+        others = [(lin.name, self.scheme_of(lin.name)) for lin in outer]
+        others += [(name, scheme) for name, scheme in found if scheme != default]
+        return Recipe(default, tuple(others), self.format)
 
 
 # ---------------------------------------------------------------------- what a format says of itself
@@ -317,7 +331,8 @@ class PackedShape:
     """A packed linear as its kernel is chosen by, and so the memory it takes while it runs.
 
     `table`: codes are entries of a table of values, in blocks of `group`; otherwise integers in groups of `group`
-    columns. `beside`: bytes of bias and column order.
+    columns. `beside`: bytes of bias and column order. `blocks`: GGML type of a GGUF file's weight, whose bytes are kept
+    as they are where no kernel takes its codes.
     """
 
     bits: int
@@ -327,6 +342,7 @@ class PackedShape:
     sym: bool
     beside: tuple[int, ...] = ()
     table: bool = False
+    blocks: str = ""
 
 
 UNTRIED = "untried"
@@ -377,14 +393,20 @@ class Format(ABC):
     note: str = ""  # in help texts, after the name: "4-bit"
     tags: tuple[str, ...]  # of a model card
     container: str = "safetensors"
+    engine: str = "qwenq"  # that --fit plans for where none is named
+    widened_to: int | None = None  # columns of a block that --pad-for-tp fills up; None: what ranks ask for
     mixes: bool = False  # several schemes in one checkpoint
     options: tuple[Scheme, ...] = ()  # schemes that a mixture may be chosen from
+    outer: bool = False  # embedding and head are quantized too
+    mixtures: tuple[str, ...] = ()  # fixed ones, that have names: Q4_K_M
+    mixture_of_bits: Mapping[int, str] = {}  # those that --bits means
     asymmetric: bool = False  # by default
     fixed: Scheme | None = None  # the only scheme that may be asked for
     solved: bool = True  # by this project's solver; else rounded by functions of the library that defines the format
     integer_codes: bool = True  # codes, scales and zero points, which another such format may hold as well
     published: tuple[tuple[str, Scheme], ...] = ()  # names of the publisher's own files, in capitals, and their scheme
     descriptions: tuple[str, ...] = ()  # endings of tensors that hold neither codes nor scales nor zero points
+    optional: tuple[str, ...] = ()  # endings of tensors that other tools may leave out, for they say the usual
 
     # ------------------------------------------------------------------ what it holds
 
@@ -406,10 +428,34 @@ class Format(ABC):
                 hint=f"mixed bits go into --format {names_of(sorted(mixing(), key=lambda form: form.name))}",
             )
 
+    def mixture(self, name: str, spec: ModelSpec) -> Recipe:
+        """The recipe that one of `mixtures` means for a model; UsageError for another name."""
+        raise UsageError(f"format {self.name} has no mixtures with names, got {shown(name, 40)}")
+
+    def notes(self, name: str, spec: ModelSpec) -> list[str]:
+        """Where a mixture cannot be what its name says, a line each."""
+        return []
+
+    def file_metadata(self, recipe: Recipe, mixture: str) -> dict[str, Any]:
+        """What a container with metadata says of the recipe; mixture: its name, or empty."""
+        return {}
+
     @property
     def mixes_zero_points(self) -> bool:
         """Whether a mixture may have zero points of each group's own."""
         return any(not scheme.sym for scheme in self.options)
+
+    def offered(self, lin: LinearSpec, options: Sequence[Scheme] | None = None) -> tuple[Scheme, ...]:
+        """Schemes that mixtures are chosen from for a linear: those of `options` that it divides into."""
+
+        def held(scheme: Scheme) -> bool:
+            try:
+                scheme.check(lin)
+            except PlanError:
+                return False
+            return True
+
+        return tuple(filter(held, self.options if options is None else options))
 
     def mixes_in(self, scheme: Scheme) -> bool:
         """Whether a recipe file may ask for `scheme` in a mixture: an option, or one group a row where groups are."""
@@ -418,10 +464,22 @@ class Format(ABC):
         return per_row or scheme in self.options
 
     def held_as(self, scheme: Scheme) -> Scheme:
-        """The scheme that holds codes of `scheme` from another format; `check` says whether it can."""
+        """The scheme that holds integer codes of `scheme` from another format; `check` says whether it can."""
         return scheme
 
+    def as_integers(self, scheme: Scheme) -> Scheme:
+        """The scheme of integer codes that says the same, for another format to hold; PlanError where there is none."""
+        return scheme
+
+    def integers(self, q: QTensor, lin: LinearSpec) -> QTensor:
+        """A linear of `as_integers`, from one as `unpack` gives it; CheckpointError, naming it, unless it is exact."""
+        return q
+
     # ------------------------------------------------------------------ tensors and sizes
+
+    def stored_dtype(self, name: str, dtype: str) -> str:
+        """safetensors dtype in which unquantized tensor `name` is stored where the source or --dtype has `dtype`."""
+        return dtype
 
     @abstractmethod
     def tensors(self, scheme: Scheme, lin: LinearSpec, dtype_of: StoredDtype) -> Iterator[TensorSpec]:
@@ -456,6 +514,10 @@ class Format(ABC):
     def packed_names(self, scheme: Scheme, lin: LinearSpec) -> list[str]:
         """Names of the tensors that hold a quantized linear's weight."""
         return [t.name for t in self.tensors(scheme, lin, lambda name: "BF16")]
+
+    def lacks(self, stored: Collection[str], name: str) -> bool:
+        """Whether a checkpoint lacks a tensor that it has to have."""
+        return name not in stored and not name.endswith(self.optional)
 
     def stored_bits(self, scheme: Scheme | None, lin: LinearSpec) -> int:
         """Bits of a linear's codes, scales and zero points, or of its weight in 16 bit."""

@@ -85,6 +85,14 @@ class SlidingWindow:
     def refuse(self, config: Mapping[str, Any], context: int, where: str) -> None:
         """CheckpointError where the window is shorter than the `context` tokens a model reads; null is no window."""
         window = config.get(self.key, self.default)
+        kinds = config.get("layer_types")
+        for kind in kinds if isinstance(kinds, list) else ():
+            long = kind == "sliding_attention" and isinstance(window, int) and window >= context
+            if kind != "full_attention" and not long:
+                raise CheckpointError(
+                    f"{where}: layer_types has {shown(repr(kind), 40)}, wanted full_attention alone",
+                    hint="take a version of the model whose layers all attend to the whole text",
+                )
         off = window is None or (self.switch and not config.get(self.switch))
         if off or (isinstance(window, int) and window >= context):
             return
@@ -95,6 +103,21 @@ class SlidingWindow:
             if self.switch
             else "attention to the last tokens alone is outside this tool: take a version of the model without it",
         )
+
+
+@dataclass(frozen=True)
+class GGUFNames:
+    """The family in llama.cpp's files: `general.architecture`, and the names that modules have there.
+
+    `paired`: projections whose rows lie there as rotation by neighbouring pairs wants them, not by halves of a head.
+    """
+
+    architecture: str
+    modules: Mapping[str, str]  # within the layer: self_attn.q_proj -> attn_q
+    paired: tuple[str, ...] = ()
+    embedding: str = "token_embd"
+    norm: str = "output_norm"
+    head: str = "output"
 
 
 @dataclass(frozen=True)
@@ -117,6 +140,7 @@ class Architecture:
     rotary: str = "model.rotary_emb"
     norm: str = "model.norm"
     head: str = "lm_head"
+    gguf: GGUFNames | None = None  # None: this project neither reads nor writes its GGUF files
 
     def __post_init__(self) -> None:
         _refuse_disorder(self)
@@ -195,11 +219,29 @@ def _gated_mlp(*, bias: bool | str = False) -> tuple[Stage, Stage]:
     )
 
 
+def _gguf(architecture: str, *paired: str) -> GGUFNames:
+    """llama.cpp's names for the stages above."""
+    attention = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
+                 "q_norm": "attn_q_norm", "k_norm": "attn_k_norm"}  # fmt: skip
+    mlp = {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
+    names = {f"self_attn.{kind}": name for kind, name in attention.items()}
+    names |= {f"mlp.{kind}": name for kind, name in mlp.items()}
+    names |= {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    return GGUFNames(architecture, names, paired)
+
+
+_PAIRED = ("self_attn.q_proj", "self_attn.k_proj")
+
+# An architecture of llama.cpp's is read as the first entry that has it.
 ARCHITECTURES: dict[str, Architecture] = {
     found.model_type: found
     for found in (
         Architecture(
-            "qwen2", "Qwen2", (*_attention(qkv_bias=True), *_gated_mlp()), defaults={"num_key_value_heads": 32}
+            "qwen2",
+            "Qwen2",
+            (*_attention(qkv_bias=True), *_gated_mlp()),
+            defaults={"num_key_value_heads": 32},
+            gguf=_gguf("qwen2"),
         ),
         Architecture(
             "qwen3",
@@ -207,11 +249,13 @@ ARCHITECTURES: dict[str, Architecture] = {
             (*_attention(qkv_bias="attention_bias", o_bias="attention_bias"), *_gated_mlp()),
             qk_norms=("self_attn.q_norm", "self_attn.k_norm"),
             defaults={"num_key_value_heads": 32, "head_dim": 128},
+            gguf=_gguf("qwen3"),
         ),
         Architecture(
             "llama",
             "Llama",
             (*_attention(qkv_bias="attention_bias", o_bias="attention_bias"), *_gated_mlp(bias="mlp_bias")),
+            gguf=_gguf("llama", *_PAIRED),
         ),
         Architecture(
             "mistral",
@@ -219,6 +263,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             (*_attention(), *_gated_mlp()),
             defaults={"num_key_value_heads": 8},
             window=SlidingWindow(switch=""),
+            gguf=_gguf("llama", *_PAIRED),
         ),
     )
 }

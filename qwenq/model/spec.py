@@ -112,6 +112,13 @@ class ModelSpec:
         """Every quantizable linear, layer by layer."""
         return tuple(lin for layer in range(self.num_hidden_layers) for lin in self.layer_linears(layer))
 
+    @cached_property
+    def outer_linears(self) -> tuple[LinearSpec, ...]:
+        """Embedding and, when untied, head as linears of layer -1: some formats quantize them too."""
+        entry, shape = self.architecture, (-1, self.hidden_size, self.vocab_size, False)
+        names = [(entry.embedding, "embedding"), *([] if self.tie_word_embeddings else [(entry.head, "head")])]
+        return tuple(LinearSpec(name, name, stage, *shape) for name, stage in names)
+
     def layer_tensors(self, layer: int, dtype: str = "BF16") -> Iterator[TensorSpec]:
         """Tensors of one 16-bit decoder layer."""
         prefix, entry = self.layer_prefix(layer), self.architecture

@@ -22,6 +22,7 @@ from qwenq.model.architectures import Stage
 from qwenq.model.layer import Network
 from qwenq.model.spec import LinearSpec, ModelSpec
 from qwenq.pipeline.config import BATCH_TOKENS, ERROR_CORRECTION_SHARE
+from qwenq.pipeline.imatrix import InputSquares
 from qwenq.pipeline.monitor import StageClock
 from qwenq.pipeline.preflight import scratch_width
 from qwenq.pipeline.workers import Workers, WorkerSums
@@ -99,6 +100,7 @@ class BlockSolver:
     states: CalibrationStates
     options: SolverOptions
     clock: StageClock
+    squares: InputSquares | None = None  # takes in the inputs of all linears
     packed: dict[str, Tensor] = field(default_factory=dict)
     results: list[LayerResult] = field(default_factory=list)
 
@@ -172,6 +174,8 @@ class BlockSolver:
             normed = network.normed(stage, h)
             del h  # while the block runs, its own tensors have the memory
             x = network.within(stage, normed)
+            if self.squares is not None:
+                self.squares.add(stage, network, x)
             for later, sums in (moments or {}).items():
                 sampled = network.within(later, normed[:, ::MOMENT_STRIDE])
                 sums.of(network).add_(sampled.float().square().sum((0, 1)))
@@ -223,7 +227,9 @@ class BlockSolver:
         hessian = hessians.total()
         with self.clock.time(f"solve {stage.name}"):
             for later, sums in moments.items():  # scales of its rows: needed before they are rounded
-                self.folded.fold(later, sums.total()[0])
+                scales_I = self.folded.fold(later, sums.total()[0])
+                if self.squares is not None:
+                    self.squares.divide(later, scales_I)
             if stage.folds_into == stage.norm and self._folds(stage):
                 scales_I = self.folded.fold(stage, hessian.diagonal())
                 hessian.div_(scales_I[:, None]).div_(scales_I)

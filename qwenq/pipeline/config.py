@@ -7,10 +7,12 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from qwenq.checkpoint.manifest import MANIFEST_NAME, current_names
+from qwenq.checkpoint.shards import NOTHING, Beside
 from qwenq.errors import CheckpointError, ExcludedOptions, PlanError, UsageError
 from qwenq.formats.base import FORMATS, Recipe, Scheme, get_format, mixing, names_of
 from qwenq.io.safetensors import FLOATS
@@ -24,6 +26,7 @@ from qwenq.planning.budget import (
     cut_by,
     describe_choice,
     widened,
+    widened_to,
 )
 from qwenq.planning.sensitivity import Sensitivity, prior, read_sensitivity
 from qwenq.units import parse_size, parse_tokens
@@ -70,14 +73,14 @@ class Tokens:
 
 
 def default_error_correction(recipe: Recipe, spec: ModelSpec, tokens: int) -> float:
-    """1 where anything is in 4 bits and calibration tokens are enough for the columns of down, else 0.
+    """1 where anything is in fewer than 8 bits and calibration tokens are enough for the columns of down, else 0.
 
     8 bits lose about as much as bfloat16 hidden states blur; what few tokens say of many columns is mostly noise.
     """
     if tokens < CORRECTION_LEAST_A_COLUMN * spec.intermediate_size:
         return 0.0
     schemes = (recipe.default, *(scheme for _, scheme in recipe.overrides))
-    return 1.0 if any(scheme is not None and scheme.bits == 4 for scheme in schemes) else 0.0
+    return 1.0 if any(scheme is not None and scheme.bits < 8 for scheme in schemes) else 0.0
 
 
 def chosen_error_correction(
@@ -124,6 +127,8 @@ class QuantizeConfig:
     bits: int | None = None  # 4 or 8; 4 by default
     group_size: int | None = None  # columns that share a scale: 128, 64, 32 or -1, the row; 128 by default
     format: str = "gptq"
+    gguf_type: str | None = None  # one of llama.cpp's mixtures: Q4_K_M
+    split_size: str | None = None  # of a GGUF file's tensors, at most; more go into further files
     asymmetric: bool | None = None  # zero points of each group's own; for awq by default
     target_size: str | None = None  # bytes of the shard files, at most
     bpw: str | None = None  # stored bits a linear weight, at most
@@ -140,12 +145,15 @@ class QuantizeConfig:
     seed: int = 0
     eval_text: str = "heldout"
     eval_samples: int | None = None  # windows; all by default, at most DEFAULT_EVALUATION_WINDOWS
+    strict: bool = False  # a bad row of a text is an error, else it is left out and counted
     # solver
     method: str | None = None  # gptq, or rtn: rounding to nearest
     damp_percent: float | None = None  # share of the mean Hessian diagonal
     fold: bool = True  # channel scales into norms and up_proj
     error_correction: float | None = None  # 0 to 1, of o_proj and down_proj
     error_correction_share: float = ERROR_CORRECTION_SHARE  # of the calibration windows that it is read from
+    # beside the checkpoint
+    save_imatrix: Path | None = None  # an importance matrix of the model, in llama.cpp's form
     # machine
     device: str = "auto"  # cpu, or GPUs: cuda:0,cuda:1
     dtype: str = "auto"  # of tensors that are not quantized; auto keeps their bytes
@@ -176,7 +184,7 @@ class QuantizeConfig:
     def _check_together(self) -> None:
         ways = {flag(name): getattr(self, name) for name in ("target_size", "bpw", "fit", "recipe")}
         given = [name for name, value in ways.items() if value is not None]
-        for name in ("bits", "group_size"):
+        for name in ("bits", "group_size", "gguf_type"):
             if getattr(self, name) is not None and given:
                 raise ExcludedOptions(
                     f"{flag(name)} and {given[0]} exclude each other: one scheme, or the best mixture"
@@ -198,14 +206,23 @@ class QuantizeConfig:
                 raise ExcludedOptions(f"{flag(name)} goes with --fit")
         if self.sensitivity is not None and not given:
             raise ExcludedOptions("--sensitivity goes with --target-size, --bpw, --fit or --recipe")
+        if self.save_imatrix is not None and self.solver == "rtn":
+            raise ExcludedOptions("--save-imatrix comes from calibration: rounding to nearest reads none")
         if self.target_size is not None:
             parse_size(self.target_size)
         if self.bpw is not None:
             _bits(self.bpw)
         if self.fit is not None:
             parse_tokens(self.context or "8k")
-        if not self.mixed:
-            self.uniform()
+        for name in ("gguf_type", "split_size"):
+            if getattr(self, name) is not None and form.container != "gguf":
+                raise ExcludedOptions(f"{flag(name)} goes with --format gguf")
+        if self.split_size is not None:
+            parse_size(self.split_size)
+        if form.mixtures:
+            self.mixture  # noqa: B018
+        elif not self.mixed:
+            self.scheme()
 
     @property
     def mixed(self) -> bool:
@@ -231,7 +248,34 @@ class QuantizeConfig:
             return "rtn"
         return self.method or "gptq"
 
-    def uniform(self) -> Recipe:
+    @property
+    def mixture(self) -> str:
+        """The format's own mixture that is asked for; empty where it has none, or for a budget."""
+        form = get_format(check_format(self.format))
+        if not form.mixtures or self.mixed:
+            return ""
+        for name in ("group_size", "asymmetric"):
+            if getattr(self, name) is not None:
+                raise UsageError(f"--format {self.format}: {flag(name)} is no choice, types have their own")
+        if self.gguf_type is None:
+            bits = 4 if self.bits is None else self.bits
+            if bits not in form.mixture_of_bits:
+                wanted = " or ".join(map(str, form.mixture_of_bits))
+                raise UsageError(f"--bits {bits}: wanted {wanted}", hint="--gguf-type names any mixture")
+            return form.mixture_of_bits[bits]
+        if self.bits is not None:
+            raise ExcludedOptions("--bits and --gguf-type exclude each other")
+        if self.gguf_type not in form.mixtures:
+            raise UsageError(f"--gguf-type {self.gguf_type[:40]}: wanted one of {', '.join(form.mixtures)}")
+        return self.gguf_type
+
+    def uniform(self, spec: ModelSpec) -> Recipe:
+        """The recipe where there is no budget: one scheme for all linears, or one of the format's own mixtures."""
+        if self.mixture:
+            return get_format(self.format).mixture(self.mixture, spec)
+        return Recipe(self.scheme(), format=self.format)
+
+    def scheme(self) -> Scheme:
         """One scheme for all linears: 4-bit g128 unless said otherwise, or the format's own.
 
         UsageError when the format cannot hold it.
@@ -244,53 +288,64 @@ class QuantizeConfig:
                     raise UsageError(
                         f"--format {self.format} is {fixed.label}: {flag(name)} is no choice", hint="leave it out"
                     )
-            return Recipe(fixed, format=self.format)
+            return fixed
         asymmetric = form.asymmetric if self.asymmetric is None else self.asymmetric
         bits, group_size = 4 if self.bits is None else self.bits, 128 if self.group_size is None else self.group_size
         scheme = Scheme(bits, group_size, not asymmetric)
         form.check_scheme(scheme)
-        return Recipe(scheme, format=self.format)
+        return scheme
 
     def widened(self, spec: ModelSpec) -> ModelSpec:
         """The model with its FFN padded as asked, so that no group straddles ranks; PlanError when that cannot help."""
         if self.pad_for_tp is None:
             return spec
-        return widened(spec, self.pad_for_tp, None if self.mixed else self.uniform())
+        if (block := get_format(self.format).widened_to) is not None:
+            return widened_to(spec, block)
+        return widened(spec, self.pad_for_tp, None if self.mixed else Recipe(self.scheme(), format=self.format))
 
-    def choose(self, spec: ModelSpec, table: Sensitivity | None, dtype_of: Callable[[str], str]) -> Budgeted:
+    def choose(
+        self,
+        spec: ModelSpec,
+        table: Sensitivity | None,
+        dtype_of: Callable[[str], str],
+        beside: Callable[[Recipe], Beside] = lambda recipe: NOTHING,
+    ) -> Budgeted:
         """The mixture asked for; sensitivities are the prior's when there is no table. Zero points only if asked for.
 
-        dtype_of: of each tensor that is not quantized, as it will be written.
+        dtype_of: of each tensor that is not quantized, as it will be written. beside: what its files hold beside them.
         """
-        table = table or prior(spec, asymmetric=bool(self.asymmetric))
-        if not self.asymmetric and self.recipe is None:
+        form = get_format(self.format)
+        table = table or prior(spec, self.format, asymmetric=bool(self.asymmetric))
+        if not self.asymmetric and self.recipe is None and not form.outer:
             kept = {unit: {s: kl for s, kl in row.items() if s is None or s.sym} for unit, row in table.kl.items()}
             table = replace(table, kl=kept)
-        if self.pad_for_tp is not None:
+        held = beside(Recipe(form.options[0] if form.options else None, (), self.format))  # the same for any recipe
+        if self.pad_for_tp is not None and form.widened_to is None:
             table = cut_by(spec, table, self.pad_for_tp)
         if self.recipe is not None:
             from qwenq.planning.recipefile import read_recipe
 
             choice = read_recipe(self.recipe, spec, self.format)
-            return describe_choice(spec, table.covering(spec, choice), choice, dtype_of, self.format)
+            return describe_choice(spec, table.covering(spec, choice), choice, dtype_of, self.format, beside=held)
         if self.target_size is not None:
-            return choose_for_bytes(spec, table, parse_size(self.target_size), dtype_of, self.format)
+            return choose_for_bytes(spec, table, parse_size(self.target_size), dtype_of, self.format, beside=held)
         if self.bpw is not None:
-            return choose_for_bits(spec, table, _bits(self.bpw), dtype_of, self.format)
+            return choose_for_bits(spec, table, _bits(self.bpw), dtype_of, self.format, beside=held)
         from qwenq.planning.case import Case, Workload
         from qwenq.planning.engines.base import engine_names, get_engine
         from qwenq.planning.rig import parse_rig
         from qwenq.planning.weights import recipe_weights
 
         assert self.fit is not None
-        engine = get_engine(self.engine or "qwenq")
-        if engine.needs_gguf:
+        engine = get_engine(self.engine or form.engine)
+        if engine.needs_gguf != (form.container == "gguf"):
             raise PlanError(
-                f"--engine {engine.name} reads GGUF, not what this writes", hint=engine_names(checkpoints=True)
+                f"--engine {engine.name} does not read --format {self.format}",
+                hint=engine_names(checkpoints=form.container != "gguf"),
             )
         work = Workload(parse_tokens(self.context or "8k"), 1)
         case = Case(spec, recipe_weights(spec, Recipe(None)), engine, work, parse_rig(self.fit))
-        return choose_for_rig(case, table, dtype_of, self.format)
+        return choose_for_rig(case, table, dtype_of, self.format, held)
 
     def to_json(self) -> dict[str, Any]:
         """Every option by its name; paths as text."""
@@ -306,7 +361,8 @@ class QuantizeConfig:
             wanted = (*wanted, str) if Path in wanted else (*wanted, int) if float in wanted else wanted
             if type(value) not in wanted:
                 raise TypeError(f"{name} is {value!r}" if name in kinds else f"no option {name}")
-        paths = {name: Path(given[name]) for name in ("recipe", "sensitivity") if given.get(name) is not None}
+        places = ("recipe", "sensitivity", "save_imatrix")
+        paths = {name: Path(given[name]) for name in places if given.get(name) is not None}
         return QuantizeConfig(**given | paths)
 
     @staticmethod
@@ -380,6 +436,7 @@ class Resolution:
     dtype_of: Callable[[str], str]
     table: Sensitivity | None
     budgeted: Budgeted | None
+    beside: Callable[[Recipe], Beside] = lambda recipe: NOTHING
 
     @staticmethod
     def of(
@@ -390,11 +447,12 @@ class Resolution:
         device: str,
         fingerprint: str = "",
         measured: Path | None = None,
+        beside: Callable[[ModelSpec, Recipe], Beside] = lambda spec, recipe: NOTHING,
     ) -> Resolution:
         """Apply `config` to a 16-bit model; PlanError for what it does not allow.
 
         device: `cpu` or `cuda...`, what `auto` has become. fingerprint: of the source's files, empty when they are not
-        here. measured: sensitivities that a stopped job has measured already.
+        here. measured: sensitivities that a stopped job has measured already. beside: what files hold beside tensors.
         """
         method = config.solver
         settled = replace(
@@ -406,18 +464,23 @@ class Resolution:
             calibration_dtype=pick_calibration_dtype(config.calibration_dtype, device),
         )
         wide = config.widened(spec)
-        dtype_of = source_dtype_of if config.dtype == "auto" else lambda name: FLOATS[config.dtype]
+        stored_dtype = get_format(config.format).stored_dtype
+
+        def dtype_of(name: str) -> str:
+            return stored_dtype(name, source_dtype_of(name) if config.dtype == "auto" else FLOATS[config.dtype])
+
         table = _table(config, wide, fingerprint, measured) if config.mixed else None
         if config.budgeted and table is None and method == "rtn":
             raise PlanError("--method rtn measures no sensitivities", hint="give them with --sensitivity FILE")
-        budgeted = config.choose(wide, table, dtype_of) if config.mixed else None
-        found = Resolution(settled, wide, dtype_of, table, budgeted)
+        held = partial(beside, wide)
+        budgeted = config.choose(wide, table, dtype_of, held) if config.mixed else None
+        found = Resolution(settled, wide, dtype_of, table, budgeted, held)
         found.recipe.check(wide)
         return found
 
     @property
     def recipe(self) -> Recipe:
-        return self.budgeted.recipe if self.budgeted else self.config.uniform()
+        return self.budgeted.recipe if self.budgeted else self.config.uniform(self.spec)
 
     @property
     def on_gpu(self) -> bool:
@@ -434,7 +497,8 @@ class Resolution:
 
     def measured(self, table: Sensitivity) -> Resolution:
         """With the mixture chosen by measured sensitivities."""
-        return replace(self, table=table, budgeted=self.config.choose(self.spec, table, self.dtype_of))
+        chosen = self.config.choose(self.spec, table, self.dtype_of, self.beside)
+        return replace(self, table=table, budgeted=chosen)
 
     def settled(self, windows: Windows) -> QuantizeConfig:
         """The configuration with error correction chosen too.
@@ -461,7 +525,7 @@ def _table(config: QuantizeConfig, spec: ModelSpec, fingerprint: str, measured: 
         return None
     found = read_sensitivity(path)
     try:
-        found.check(spec, fingerprint)
+        found.check(spec, fingerprint, config.format)
     except PlanError as error:
         raise PlanError(f"{path}: {error.message}", hint=error.hint) from None
     if config.asymmetric and config.budgeted and all(s is None or s.sym for row in found.kl.values() for s in row):
@@ -532,6 +596,7 @@ class EvaluateConfig:
     sequence_length: int = 512  # tokens a window
     device: str = "auto"  # cpu, or GPUs: cuda:0,cuda:1
     compute_dtype: str = "auto"  # of activations
+    strict: bool = False  # a bad row of the text is an error, else it is left out and counted
 
     def __post_init__(self) -> None:
         for name, least in (("num_samples", 1), ("sequence_length", 2)):

@@ -16,21 +16,23 @@ from typing import Any
 import torch
 
 from qwenq.checkpoint.manifest import MANIFEST_NAME, SourceFiles, read_manifest
-from qwenq.checkpoint.reader import Checkpoint
-from qwenq.checkpoint.shards import output_files, shard_file_bytes
+from qwenq.checkpoint.reader import Checkpoint, non_finite
+from qwenq.checkpoint.shards import StoredFiles, stored_files
 from qwenq.errors import CheckpointError, JobError, PlanError, QwenqError
 from qwenq.formats.base import Recipe, Scheme, get_format, quantization_config
 from qwenq.io.durable import make_directory
 from qwenq.io.fields import Fields
-from qwenq.io.tensors import write_shard
+from qwenq.io.tensors import TORCH_DTYPES
 from qwenq.machine import forget_peak_rss, free_disk, host_facts, peak_rss_bytes, versions
 from qwenq.model.spec import LinearSpec
 from qwenq.pipeline.card import CARD_NAME, model_card
+from qwenq.pipeline.container import container_of
 from qwenq.pipeline.job import partial_directory, refuse_place
 from qwenq.pipeline.monitor import memory_errors
-from qwenq.pipeline.output import COPIED_FILES, Output
+from qwenq.pipeline.output import Output, copied_files
 from qwenq.results import finite_json
 from qwenq.solver.grid import QTensor
+from qwenq.text.tokens import write_tokenizer
 from qwenq.units import format_gb
 
 
@@ -66,12 +68,20 @@ def target_recipe(source: Checkpoint, format: str) -> Recipe:
             )
 
     def held(scheme: Scheme | None) -> Scheme | None:
-        return None if scheme is None else form.held_as(scheme)
+        return None if scheme is None else form.held_as(get_format(recipe.format).as_integers(scheme))
 
-    overrides = tuple((name, held(scheme)) for name, scheme in recipe.overrides)
+    outside = {lin.name for lin in source.spec.outer_linears}  # a format that packs them too is no reason for the other
+    overrides = tuple((name, held(scheme)) for name, scheme in recipe.overrides if name not in outside)
     changed = Recipe(held(recipe.default), overrides, format)
     changed.check(source.spec)
     return changed
+
+
+def target_files(source: Checkpoint, recipe: Recipe) -> StoredFiles:
+    """The files of `source` converted to the recipe's format."""
+    stored_dtype = get_format(recipe.format).stored_dtype
+    container = container_of(source.spec, recipe, source.config, source.directory)
+    return stored_files(source.spec, recipe, lambda name: stored_dtype(name, source.dtype_of(name)), container)
 
 
 @torch.inference_mode()
@@ -81,8 +91,8 @@ def convert(source: Checkpoint, out: Path, format: str, *, listen: Callable[[int
     forget_peak_rss()
     recipe = target_recipe(source, format)
     refuse_place(out, source.directory)
-    files = output_files(source.spec, recipe, source.dtype_of)
-    file_bytes = sum(shard_file_bytes(tensors) for tensors in files.values())
+    files = target_files(source, recipe)
+    file_bytes = files.file_bytes
     if file_bytes > (free := free_disk(out)):
         raise JobError(f"{out}: needs {format_gb(file_bytes)} of disk, {format_gb(free)} are free")
     work = partial_directory(out)
@@ -94,20 +104,26 @@ def convert(source: Checkpoint, out: Path, format: str, *, listen: Callable[[int
         raise JobError(f"{work}: {error.strerror}", hint="choose another OUT") from None
     try:
         with memory_errors("converting", torch.device("cpu"), None, "end other programs"):
-            source = source.hash_files(COPIED_FILES)
-            hashes = {}
-            for number, (file, specs) in enumerate(files.items()):
-                wanted = {spec.name for spec in specs}
-                tensors = _layer(source, recipe, number - 1) if 0 < number < len(files) - 1 else {}
-                tensors |= {name: source.read(name) for name in wanted - set(tensors)}
-                hashes[file] = write_shard(work / file, {name: tensors[name] for name in wanted})
+            copied = copied_files(source.folder)
+            source = source.hash_files(copied)
+            files.begin(work)
+            parts = {}
+            for number, specs in enumerate(files.parts):
+                wanted = {spec.name: spec for spec in specs}
+                tensors = _layer(source, recipe, number - 1) if 0 < number < len(files.parts) - 1 else {}
+                for name in wanted.keys() - tensors.keys():
+                    tensors[name] = source.read(name).to(TORCH_DTYPES[wanted[name].dtype])
+                    if non_finite([(name, tensors[name])]) is not None:
+                        raise CheckpointError(f"{source.directory}: {name} holds what no {wanted[name].dtype} is")
+                parts[number] = files.write(work, number, {name: tensors[name] for name in wanted})
                 listen(number)
+            hashes = files.hashes(work, parts)
             made = Converted(
                 out=out,
                 source_format=source.recipe.format,
                 format=format,
                 scheme=recipe.label,
-                tensor_bytes=sum(t.nbytes for specs in files.values() for t in specs),
+                tensor_bytes=files.tensor_bytes,
                 file_bytes=file_bytes,
                 seconds=time.perf_counter() - started,
                 peak_rss_bytes=peak_rss_bytes(),
@@ -115,8 +131,10 @@ def convert(source: Checkpoint, out: Path, format: str, *, listen: Callable[[int
             read = source.hashed
             assert read is not None
             config = dict(source.config) | {"quantization_config": quantization_config(recipe, source.spec)}
-            output = Output(work, out, recipe, config, files)
+            output = Output(work, out, recipe, config, files, copied)
             hashes |= output.copy_small_files(source.directory, read.hashes)
+            if not files.whole:
+                hashes |= write_tokenizer(source.directory, work)
             read.refuse_replaced()
             hashes |= output.write_configs()
             described, card = _describe(source, recipe, read, made)
@@ -145,6 +163,8 @@ def _layer(source: Checkpoint, recipe: Recipe, layer: int) -> dict[str, torch.Te
 def _grid(source: Checkpoint, lin: LinearSpec, scheme: Scheme) -> QTensor:
     """The linear's codes under `scheme`, its scales in float16; CheckpointError when they cannot be kept so."""
     found = source.linear(lin)
+    if isinstance(found, QTensor):
+        found = get_format(source.recipe.format).integers(found, lin)
     if not isinstance(found, QTensor) or found.order_I is not None:
         raise CheckpointError(
             f"{lin.name}: its groups are out of order (act-order): no other format holds them",
@@ -155,14 +175,16 @@ def _grid(source: Checkpoint, lin: LinearSpec, scheme: Scheme) -> QTensor:
         raise CheckpointError(f"{lin.name}: its scales are {found.scales_OG.dtype}, and float16 does not hold them")
     if scheme.sym and not bool((found.zeros_OG == scheme.zero).all()):
         raise CheckpointError(f"{lin.name}: the config says symmetric, its zero points are not all {scheme.zero}")
-    return QTensor(found.codes_OI, (scales_OG, found.zeros_OG), scheme.grid())
+    finer = found.codes_OI.shape[1] // scheme.group_width(lin.in_features) // scales_OG.shape[1]
+    scales_OG, zeros_OG = (p_OG.repeat_interleave(finer, 1) for p_OG in (scales_OG, found.zeros_OG))
+    return QTensor(found.codes_OI, (scales_OG, zeros_OG), scheme.grid())
 
 
 def _describe(
     source: Checkpoint, recipe: Recipe, read: SourceFiles, made: Converted
 ) -> tuple[dict[str, Any], str | None]:
     """The manifest but for the files' hashes, and a card where it is known how the codes were made."""
-    origin = _origin(source.directory)
+    origin = _origin(source)
     described: dict[str, Any] = {
         "job": {
             "convert": {"from": made.source_format, "to": made.format},
@@ -188,17 +210,17 @@ def _describe(
     return described, model_card(origin | sizes, source.directory, source.spec, recipe, converted_from=other)
 
 
-def _origin(directory: Path) -> dict[str, Any] | None:
+def _origin(source: Checkpoint) -> dict[str, Any] | None:
     """What the manifest of the checkpoint that was quantized says of its making, its drift and its layers' errors: the
     codes are the same.
 
     A converted checkpoint hands on what it was made from. None without a manifest that is as it was written.
     """
     try:
-        manifest, findings = read_manifest(directory)
+        manifest, findings = read_manifest(source.folder)
     except QwenqError:
         return None
-    if findings:
+    if findings or not set(source.own_files) <= manifest["files"].keys():
         return None
     if "made_from" in manifest:
         if manifest["made_from"] is None:

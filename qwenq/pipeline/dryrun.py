@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qwenq.formats.base import label_of
+from qwenq.formats.base import get_format, label_of
 from qwenq.io.safetensors import fingerprint
 from qwenq.machine import total_memory
 from qwenq.model.spec import ModelSpec
@@ -24,10 +24,12 @@ from qwenq.pipeline.config import (
     device_names,
     tokens_of,
 )
+from qwenq.pipeline.container import container_of
 from qwenq.pipeline.preflight import PlannedJob, Preflight, preflight, sensitivity_bytes
 from qwenq.pipeline.source import source_shapes
 from qwenq.planning.budget import Budgeted
 from qwenq.planning.rig import sees_gpu
+from qwenq.planning.sensitivity import OUTER, solved_schemes
 from qwenq.units import format_gb
 
 _TEXT_FILES = (".txt", ".md", ".jsonl", ".json", ".parquet", ".npy", ".gz")
@@ -103,6 +105,9 @@ def dry_run(model: str, config: QuantizeConfig, output: Path | None = None) -> D
     found = Resolution.of(
         config, source.spec, source.dtype_of, device=device,
         fingerprint=fingerprint(source.directory) if source.directory and config.mixed else "",
+        beside=lambda spec, recipe: container_of(
+            spec, recipe, source.config, source.directory, config.mixture, config.split_size
+        ),
     )  # fmt: skip
     windows, warnings = _windows(found.config, model, source.spec)
     settled = found.settled(windows)
@@ -118,13 +123,13 @@ def dry_run(model: str, config: QuantizeConfig, output: Path | None = None) -> D
             dtype_of=found.dtype_of,
             source_dtype_of=source.dtype_of,
             source_spec=source.spec,
+            beside=found.beside(found.recipe),
         )
     )
     measuring = None
     if found.measures(windows):
-        measuring = sensitivity_bytes(
-            found.spec, windows.length, found.compute_bytes, on_gpu, bool(config.asymmetric)
-        )
+        schemes = len(solved_schemes(found.spec, config.format, bool(config.asymmetric)))
+        measuring = sensitivity_bytes(found.spec, windows.length, found.compute_bytes, on_gpu, schemes)
     assumed = Assumed(
         calibration_windows=windows.calibration,
         evaluation_windows=windows.evaluation,
@@ -136,13 +141,16 @@ def dry_run(model: str, config: QuantizeConfig, output: Path | None = None) -> D
         device=device,
         lanes=1 if on_gpu or found.spec.intermediate_size > WORKERS_UP_TO else MOST_WORKERS,
     )
+    if found.config.mixture:
+        warnings += get_format(config.format).notes(found.config.mixture, found.spec)
     warnings += _lacking(check, measuring, output is None)
     local = source.directory is not None
-    return DryRun(check, found.spec, found.budgeted, measuring, assumed, local, tuple(warnings))
+    return DryRun(check, found.spec, found.budgeted, measuring, assumed, local, (*source.notes, *warnings))
 
 
 def recipe_json(found: Budgeted) -> dict[str, Any]:
     """The recipe, its prediction and its bound."""
+    outer = {name: label_of(scheme) for (layer, name), scheme in found.choice.items() if layer == OUTER}
     return {
         "target": found.target,
         "predicted_kl": found.predicted_kl,
@@ -152,9 +160,10 @@ def recipe_json(found: Budgeted) -> dict[str, Any]:
         "bits_per_linear_weight": found.bits_per_linear_weight,
         "layers": [
             {stage: label_of(scheme) for (_, stage), scheme in row}
-            for _, row in itertools.groupby(found.choice.items(), key=lambda item: item[0][0])
+            for layer, row in itertools.groupby(found.choice.items(), key=lambda item: item[0][0])
+            if layer != OUTER
         ],
-    }
+    } | ({"outer": outer} if outer else {})
 
 
 def _windows(config: QuantizeConfig, model: str, spec: ModelSpec) -> tuple[Windows, list[str]]:
@@ -163,7 +172,7 @@ def _windows(config: QuantizeConfig, model: str, spec: ModelSpec) -> tuple[Windo
     most = config.num_samples or DEFAULT_WINDOWS
     most_held = config.eval_samples or DEFAULT_EVALUATION_WINDOWS
     if (Path(model) / "tokenizer.json").is_file():
-        count = _counter(Path(model), spec)
+        count = _counter(Path(model), spec, config.strict)
         windows, length, counted = 0, config.sequence_length, True
         if calibrated:
             windows, length, counted = count(config.calibration, most, length, config.seed)
@@ -186,7 +195,9 @@ def _windows(config: QuantizeConfig, model: str, spec: ModelSpec) -> tuple[Windo
     return Windows(windows, held_out, length, counted), warnings
 
 
-def _counter(directory: Path, spec: ModelSpec) -> Callable[[str, int, int, int | None], tuple[int, int, bool]]:
+def _counter(
+    directory: Path, spec: ModelSpec, strict: bool
+) -> Callable[[str, int, int, int | None], tuple[int, int, bool]]:
     """A function that counts a text's windows, `most` at most, as a job draws them; sets of the hub are not fetched."""
     from qwenq.text.calibration import load_windows
     from qwenq.text.tokens import ModelTokenizer
@@ -196,7 +207,7 @@ def _counter(directory: Path, spec: ModelSpec) -> Callable[[str, int, int, int |
     def count(name: str, most: int, length: int, seed: int | None) -> tuple[int, int, bool]:
         if name not in SET_TOKENS and not name.endswith(_TEXT_FILES):
             return most, length, False
-        ids = load_windows(name, tokenizer, spec, length=length, count=None, seed=seed, up_to=most).ids
+        ids = load_windows(name, tokenizer, spec, length=length, count=None, seed=seed, up_to=most, strict=strict).ids
         return ids.shape[0], ids.shape[1], True
 
     return count

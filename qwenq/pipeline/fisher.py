@@ -14,7 +14,7 @@ share one factor: KL = factor * relative output error of the scheme, the factor 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 
 from qwenq.checkpoint.reader import SLICE_ROWS, Checkpoint
 from qwenq.errors import CalibrationError, JobError
-from qwenq.formats.base import Scheme
+from qwenq.formats.base import Scheme, get_format
 from qwenq.io.durable import new_file
 from qwenq.io.safetensors import fingerprint
 from qwenq.io.tensors import raw_bytes, read_into
@@ -36,8 +36,17 @@ from qwenq.pipeline.block import batches
 from qwenq.pipeline.config import BACKWARD_TOKENS, PROBE_TOKENS, PROBE_WINDOWS, SAMPLES, SOLVER_WINDOWS
 from qwenq.pipeline.evaluate import HeadWeights
 from qwenq.pipeline.monitor import memory_errors
-from qwenq.planning.sensitivity import PRIOR_8_BIT, FusedGroup, Sensitivity, fused_groups, options_of, schemes_for
-from qwenq.solver.gptq import DAMP_PERCENT, add_to_hessian, solve_linears
+from qwenq.planning.sensitivity import (
+    OUTER,
+    PRIOR_8_BIT,
+    FusedGroup,
+    Sensitivity,
+    fused_groups,
+    options_of,
+    schemes_for,
+)
+from qwenq.solver.gptq import DAMP_PERCENT, add_to_hessian, round_rows, solve_linears
+from qwenq.solver.grid import Grid
 from qwenq.text.tokens import TokenWindows
 from qwenq.units import format_gb
 
@@ -54,6 +63,7 @@ class Probe:
     samples: int = SAMPLES
     seed: int = 0
     asymmetric: bool = False  # 4 bits with zero points too
+    format: str = "gptq"  # whose schemes
 
 
 def state_bytes(spec: ModelSpec, probe: Probe) -> int:
@@ -63,7 +73,7 @@ def state_bytes(spec: ModelSpec, probe: Probe) -> int:
 
 
 def split_windows(
-    windows: TokenWindows, samples: int = SAMPLES, seed: int = 0, asymmetric: bool = False
+    windows: TokenWindows, samples: int = SAMPLES, seed: int = 0, asymmetric: bool = False, format: str = "gptq"
 ) -> Probe:
     """Part calibration windows: the first for the solver, pieces of the others, evenly spread, for the effect."""
     ids_NT = windows.ids
@@ -77,7 +87,7 @@ def split_windows(
     pieces_NT = ids_NT[solver:, : ids_NT.shape[1] // length * length].reshape(-1, length)
     count = min(PROBE_WINDOWS, len(pieces_NT))
     picked = torch.arange(count) * len(pieces_NT) // count
-    return Probe(ids_NT[:solver], pieces_NT[picked], windows.to_json(), samples, seed, asymmetric)
+    return Probe(ids_NT[:solver], pieces_NT[picked], windows.to_json(), samples, seed, asymmetric, format)
 
 
 @torch.no_grad()
@@ -110,18 +120,21 @@ def measure_sensitivity(
             states = _States(Path(directory), spec)
             last_NTH = _forward(source, network, probe, states, listen)
             listen("sensitivity: gradients at the head")
-            gradient = sampled_gradients(network, HeadWeights(source), last_NTH, probe.samples, probe.seed).cpu()
+            head = HeadWeights(source)
+            gradient = sampled_gradients(network, head, last_NTH, probe.samples, probe.seed).cpu()
+            outer = _head_losses(network, head, last_NTH, probe)
             scores: dict[FusedGroup, dict[Scheme, torch.Tensor]] = {}
             noise: dict[FusedGroup, dict[Scheme, float]] = {}
             for layer in reversed(range(spec.num_hidden_layers)):
                 network.fill(source.finite_layer_state(layer))
-                errors, lost = _errors(network, states.read("solver", layer), probe.asymmetric)
+                errors, lost = _errors(network, states.read("solver", layer), probe)
                 found, gradient = _backward(network, errors, states.read("probe", layer), gradient)
-                scores |= {(layer, stage): by_scheme for stage, by_scheme in found.items()}
-                noise |= {(layer, stage): by_scheme for stage, by_scheme in lost.items()}
+                scores |= {(layer, name): by_scheme for name, by_scheme in found.items()}
+                noise |= {(layer, name): by_scheme for name, by_scheme in lost.items()}
                 network.release()
                 source.refuse_changed()
                 listen(f"sensitivity: layer {layer} measured, {layer} to go")
+            _add_embedding_losses(outer, source, network.device, gradient, probe)
     except OSError as error:
         raise JobError(
             f"{error.filename or scratch}: {error.strerror or error}", hint="free some space, then try again"
@@ -131,12 +144,12 @@ def measure_sensitivity(
     for unit, by_scheme in scores.items():
         squares = sum(float(s.double().square().mean()) for s in by_scheme.values())
         factor = squares / (2 * tokens) / max(sum(noise[unit].values()), 1e-30)
-        in_four = {(scheme.group_size, scheme.sym): factor * lost for scheme, lost in noise[unit].items()}
         kl[unit] = {
-            scheme: in_four[scheme.group_size, scheme.sym] * (PRIOR_8_BIT if scheme.bits == 8 else 1.0)
-            for scheme in _offered(spec, unit[1], probe.asymmetric)
+            scheme: factor * noise[unit][_solved(scheme)] * (PRIOR_8_BIT if scheme != _solved(scheme) else 1.0)
+            for scheme in _offered(spec, unit, probe)
         }
-    kl = {unit: kl[unit] for unit in fused_groups(spec)}
+    kl |= outer
+    kl = {unit: kl[unit] for unit in fused_groups(spec, probe.format)}
     provenance = {
         "calibration": dict(probe.calibration),
         "solver_windows": list(probe.solver_NT.shape),
@@ -145,9 +158,10 @@ def measure_sensitivity(
         "seed": probe.seed,
         "damp_percent": DAMP_PERCENT,
         "compute_dtype": str(compute_dtype).removeprefix("torch."),
-        "eight_bit": f"{PRIOR_8_BIT:.6f} of 4 bits in the same groups",
         "versions": versions(),
     }
+    if not get_format(probe.format).outer:
+        provenance["eight_bit"] = f"{PRIOR_8_BIT:.6f} of 4 bits in the same groups"
     table = Sensitivity(spec.name, fingerprint(source.directory), kl, provenance)
     source.refuse_changed()
     return table
@@ -196,20 +210,25 @@ def _forward(
     return hidden["probe"][0]
 
 
-def _offered(spec: ModelSpec, stage: str, asymmetric: bool) -> tuple[Scheme, ...]:
-    """Schemes the table has of a stage; where nothing is offered, 4 bits per channel, which only a recipe file asks
+def _offered(spec: ModelSpec, unit: FusedGroup, probe: Probe) -> tuple[Scheme, ...]:
+    """Schemes the table has of a unit; where nothing is offered, 4 bits per channel, which only a recipe file asks
     for.
     """
-    return schemes_for(spec, stage, options_of(asymmetric)) or (Scheme(4, -1),)
+    form = get_format(probe.format)
+    return schemes_for(spec, unit, form, None if form.outer else options_of(probe.asymmetric)) or (Scheme(4, -1),)
+
+
+def _solved(scheme: Scheme) -> Scheme:
+    """The scheme that errors are solved of: integers' in 8 bits follow from those in 4."""
+    return replace(scheme, bits=4) if scheme.codes == "int" else scheme
 
 
 def _errors(
-    network: Network, h_NTH: torch.Tensor, asymmetric: bool
+    network: Network, h_NTH: torch.Tensor, probe: Probe
 ) -> tuple[dict[str, dict[Scheme, dict[str, torch.Tensor]]], dict[str, dict[Scheme, float]]]:
-    """GPTQ's weight errors [out, in] of each linear, by stage, 4-bit scheme and path in the layer, in bfloat16 on the
-    CPU;
+    """GPTQ's weight errors [out, in] of each linear, by unit, scheme and path in the layer, in bfloat16 on the CPU;
 
-    and by stage and scheme the energy of the output errors relative to the outputs, summed over the stage's linears.
+    and by unit and scheme the energy of the output errors relative to the outputs, summed over the unit's linears.
     One Hessian at a time is on the network's device: the layer's windows go through it up to each stage anew.
     """
     errors: dict[str, dict[Scheme, dict[str, torch.Tensor]]] = {}
@@ -217,18 +236,19 @@ def _errors(
     for stage in network.spec.architecture.stages:
         hessian_II = _hessian(network, stage, h_NTH).cpu()
         weights = {path: network.weight(path).float() for path in stage.paths}
-        errors[stage.name], lost[stage.name] = {}, {}
-        offered = _offered(network.spec, stage.name, asymmetric)
-        schemes = list(dict.fromkeys(replace(scheme, bits=4) for scheme in offered))
+        free = get_format(probe.format).outer  # then each linear is a unit of its own
+        units = {path: path.rpartition(".")[2] if free else stage.name for path in stage.paths}
+        offered = _offered(network.spec, (0, units[stage.paths[0]]), probe)
+        schemes = list(dict.fromkeys(map(_solved, offered)))
         for scheme in schemes:
             own_II = hessian_II.to(network.device, copy=scheme != schemes[-1])  # overwritten
             solved = solve_linears(weights, own_II, scheme.grid(), damp_percent=DAMP_PERCENT, sweeps=0)
             del own_II
-            errors[stage.name][scheme] = {
-                path: qtensor.dequantize().sub_(weights[path]).to(torch.bfloat16).cpu()
-                for path, (qtensor, _) in solved.items()
-            }
-            lost[stage.name][scheme] = sum(10 ** (stats.error_db / 10) for _, stats in solved.values())
+            for path, (qtensor, stats) in solved.items():
+                error = qtensor.dequantize().sub_(weights[path]).to(torch.bfloat16).cpu()
+                errors.setdefault(units[path], {}).setdefault(scheme, {})[path] = error
+                of_unit = lost.setdefault(units[path], {})
+                of_unit[scheme] = of_unit.get(scheme, 0.0) + 10 ** (stats.error_db / 10)
             del solved
     return errors, lost
 
@@ -275,6 +295,70 @@ def _backward(
             for (stage, scheme, path), change in changes.items():
                 scores[stage][scheme][s, part] += (at[path] * change).sum((1, 2), dtype=torch.float32).cpu()
     return scores, before_SNTH
+
+
+def _head_losses(
+    network: Network, head: HeadWeights, h_NTH: torch.Tensor, probe: Probe
+) -> dict[FusedGroup, dict[Scheme | None, float]]:
+    """KL that rounding the head causes, by scheme, to second order: half the variance of the logits' changes under p.
+
+    Empty for a format that leaves it in 16 bit; under the embedding's name where they are tied.
+    """
+    spec = head.checkpoint.spec
+    if not get_format(probe.format).outer:
+        return {}
+    unit = OUTER, spec.outer_linears[-1].stage
+    schemes = _offered(spec, unit, probe)
+    x_PH = network.final_norm(h_NTH.reshape(-1, h_NTH.shape[2]).float().to(network.device), head.norm)
+    log_total_P = torch.full((len(x_PH),), -torch.inf, device=network.device)
+    for w_VH in _head_slices(head, network.device):
+        for part in _chunks(len(x_PH)):
+            log_total_P[part] = torch.logaddexp(log_total_P[part], (x_PH[part] @ w_VH.T).logsumexp(1))
+    moments = {scheme: torch.zeros(2, len(x_PH), device=network.device) for scheme in schemes}
+    for w_VH in _head_slices(head, network.device):
+        wrong = {scheme: round_rows(w_VH, scheme.grid()).dequantize().sub_(w_VH) for scheme in schemes}
+        for part in _chunks(len(x_PH)):
+            p_PV = (x_PH[part] @ w_VH.T - log_total_P[part, None]).exp_()
+            for scheme, e_VH in wrong.items():
+                change_PV = x_PH[part] @ e_VH.T
+                moments[scheme][0, part] += (p_PV * change_PV).sum(1)
+                moments[scheme][1, part] += (p_PV * change_PV.square_()).sum(1)
+    return {unit: {scheme: float((b - a * a).mean()) / 2 for scheme, (a, b) in moments.items()}}
+
+
+def _head_slices(head: HeadWeights, device: torch.device) -> Iterator[torch.Tensor]:
+    """The head's rows in float32, some at a time."""
+    vocab = head.checkpoint.spec.vocab_size
+    for start in range(0, vocab, SLICE_ROWS):
+        yield head.rows(start, min(start + SLICE_ROWS, vocab)).to(device)
+
+
+def _add_embedding_losses(
+    outer: dict[FusedGroup, dict[Scheme | None, float]],
+    source: Checkpoint,
+    device: torch.device,
+    gradient_SNTH: torch.Tensor,
+    probe: Probe,
+) -> None:
+    """Add to `outer` what rounding the embedding causes, by scheme; a tied head's is there already.
+
+    gradient_SNTH: of log p with respect to what enters the first layer.
+    """
+    if not outer:
+        return
+    unit = OUTER, source.spec.outer_linears[0].stage
+    row = outer.setdefault(unit, {})
+    for scheme in _offered(source.spec, unit, probe):
+        grid = scheme.grid()
+
+        def wrong(name: str, rows_VH: torch.Tensor, grid: Grid = grid) -> torch.Tensor:
+            rows_VH = rows_VH.to(device).float()
+            return round_rows(rows_VH, grid).dequantize().sub_(rows_VH).cpu()
+
+        e_NTH = torch.empty(*probe.probe_NT.shape, source.spec.hidden_size)
+        embed(source, {"probe": (e_NTH, probe.probe_NT)}, wrong)
+        score_SN = (gradient_SNTH * e_NTH).sum((2, 3)).double()
+        row[scheme] = row.get(scheme, 0.0) + float(score_SN.square().mean()) / (2 * probe.probe_NT.shape[1])
 
 
 _CHUNK_TOKENS = 1024

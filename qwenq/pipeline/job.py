@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,18 @@ import torch
 
 from qwenq import __version__
 from qwenq.checkpoint.reader import Checkpoint
+from qwenq.checkpoint.shards import Beside, StoredFiles, stored_files
 from qwenq.errors import CheckpointError, JobError
-from qwenq.formats.base import Recipe
-from qwenq.io.tensors import DTYPE_NAMES
+from qwenq.formats.base import Recipe, get_format
+from qwenq.io.tensors import DTYPE_NAMES, TORCH_DTYPES
 from qwenq.machine import numerics
 from qwenq.pipeline.block import SolverOptions, passes
 from qwenq.pipeline.config import QuantizeConfig, Windows, original_windows
+from qwenq.pipeline.container import container_of
 from qwenq.pipeline.workers import Workers
 from qwenq.results import BlockResult, DriftReport
-from qwenq.solver.gptq import DAMP_PERCENT
+from qwenq.solver.gptq import DAMP_PERCENT, round_rows
+from qwenq.solver.grid import QTensor
 from qwenq.text.tokens import TokenWindows
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -66,6 +71,16 @@ class QuantizeJob:
             raise JobError("error_correction is open, wanted 0 to 1")
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """A line for each thing that is read otherwise than the model's config.json says, or left out of a text, and
+        for a recipe that is not what its name says.
+        """
+        texts = [text.left_out for text in (self.calibration, self.evaluation) if text is not None]
+        name = self.config.mixture
+        named = get_format(self.recipe.format).notes(name, self.source.spec) if name else []
+        return (*self.source.notes, *filter(None, texts), *named)
+
+    @property
     def options(self) -> SolverOptions:
         """What the solver is asked to do, the same for every layer."""
         config = self.config
@@ -107,18 +122,57 @@ class QuantizeJob:
 
     def stored_dtype(self, name: str) -> str:
         """safetensors dtype in which tensor `name` is written when it is not quantized."""
-        return self.source.dtype_of(name) if self.config.dtype == "auto" else DTYPE_NAMES[DTYPES[self.config.dtype]]
+        asked = self.source.dtype_of(name) if self.config.dtype == "auto" else DTYPE_NAMES[DTYPES[self.config.dtype]]
+        return get_format(self.recipe.format).stored_dtype(name, asked)
+
+    @cached_property
+    def files(self) -> StoredFiles:
+        """The files that it writes."""
+        return stored_files(self.source.spec, self.recipe, self.stored_dtype, self.container)
+
+    @cached_property
+    def container(self) -> Beside:
+        """What these files hold beside tensors."""
+        source, config = self.source, self.config
+        return container_of(
+            source.spec, self.recipe, source.config, source.directory, config.mixture, config.split_size
+        )
+
+    @property
+    def converts(self) -> bool:
+        """Whether embedding, last norm or head are written as other values than they are read."""
+        outer = self.source.spec.outer_linears
+        return self.config.dtype != "auto" or any(self.recipe.outer_scheme(lin) is not None for lin in outer)
+
+    def _rounded(self, name: str) -> Callable[[torch.Tensor], QTensor] | None:
+        """A function that rounds rows of the embedding or the head to their grid; None for what stays as it is.
+
+        Nothing is known of their inputs: what it makes of a row does not depend on others.
+        """
+        linears = {lin.name + ".weight": lin for lin in self.source.spec.outer_linears}
+        scheme = self.recipe.outer_scheme(linears[name]) if name in linears else None
+        if scheme is None:
+            return None
+        grid, device = scheme.grid(), self.devices[0]
+        return lambda rows_OI: round_rows(rows_OI.to(device).float(), grid)
+
+    def packer(self, name: str) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """A function from rows of the embedding or the head to their bytes; None where these are not quantized."""
+        rounded, form = self._rounded(name), get_format(self.recipe.format)
+        return None if rounded is None else lambda rows_OI: form.pack(rounded(rows_OI))["weight"].cpu()
 
     def convert(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Unquantized tensor `name`, or rows of it, as written; CheckpointError when a value does not fit the dtype."""
-        dtype = self.config.dtype
-        if dtype == "auto" or tensor.dtype == DTYPES[dtype]:
+        if (rounded := self._rounded(name)) is not None:
+            return rounded(tensor).dequantize().cpu()
+        dtype = TORCH_DTYPES[self.stored_dtype(name)]
+        if tensor.dtype == dtype:
             return tensor
-        converted = tensor.to(DTYPES[dtype])
+        converted = tensor.to(dtype)
         if bool(torch.isfinite(tensor).all()) and not bool(torch.isfinite(converted).all()):
             raise CheckpointError(
                 f"{self.source.tensors[name].file.name}: {name} holds a value of {float(tensor.abs().max()):.6g}, "
-                f"which does not fit {dtype}",
+                f"which does not fit {str(dtype).removeprefix('torch.')}",
                 hint="--dtype bfloat16 holds it",
             )
         return converted
@@ -148,7 +202,7 @@ class QuantizeJob:
             "evaluation": self.evaluation.to_json(),
             "overlap": self.overlap,
             "numerics": numerics(self.devices),
-        }
+        } | ({"files": self.files.names} if self.files.whole else {})
 
 
 def windows_of(calibration: TokenWindows | None, evaluation: TokenWindows) -> Windows:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qwenq.checkpoint.shards import output_files, shard_file_bytes
+from qwenq.checkpoint.shards import NOTHING, Beside, stored_files
 from qwenq.errors import JobError
 from qwenq.formats.base import GROUP_SIZES, Recipe
 from qwenq.io.safetensors import tensor_bytes
@@ -82,15 +82,15 @@ class PlannedJob:
     dtype_of: Callable[[str], str] = lambda name: "BF16"  # stored dtype of what is not quantized
     source_dtype_of: Callable[[str], str] = lambda name: "BF16"
     source_spec: ModelSpec | None = None  # where `spec` is padded
+    beside: Beside = NOTHING
 
 
 def preflight(job: PlannedJob) -> Preflight:
     """Exact sizes and predicted peaks of a quantization; raises PlanError where groups do not divide."""
     spec, recipe, tokens = job.spec, job.recipe, job.tokens
     recipe.check(spec)
-    files = output_files(spec, recipe, job.dtype_of)
-    tensor_total = sum(t.nbytes for tensors in files.values() for t in tensors)
-    file_total = sum(shard_file_bytes(tensors) for tensors in files.values())
+    files = stored_files(spec, recipe, job.dtype_of, job.beside)
+    tensor_total, file_total = files.tensor_bytes, files.file_bytes
     source_total = sum(tensor_bytes(job.source_dtype_of(t.name), t.shape) for t in (job.source_spec or spec).tensors())
     host, device = peak_bytes(spec, tokens, job.compute_bytes, job.on_gpu)
     states = hidden_state_bytes(spec, tokens, job.compute_bytes)
@@ -169,14 +169,16 @@ def peak_bytes(spec: ModelSpec, tokens: Tokens, compute_bytes: int, on_gpu: bool
 
 
 def sensitivity_bytes(
-    spec: ModelSpec, length: int, compute_bytes: int, on_gpu: bool, asymmetric: bool = False
+    spec: ModelSpec, length: int, compute_bytes: int, on_gpu: bool, schemes: int = len(GROUP_SIZES)
 ) -> tuple[int, int]:
-    """Predicted peak (host, GPU) in bytes of measuring sensitivities on windows of `length` tokens; see peak_bytes."""
+    """Predicted peak (host, GPU) in bytes of measuring sensitivities on windows of `length` tokens; see peak_bytes.
+
+    schemes: that errors are solved of, in bfloat16.
+    """
     hidden, probed = spec.hidden_size, PROBE_WINDOWS * PROBE_TOKENS
     parameters = sum(lin.parameters for lin in spec.layer_linears(0))
     outputs = sum(lin.out_features for lin in spec.layer_linears(0))
     largest = max(lin.parameters for lin in spec.layer_linears(0))
-    schemes = (2 if asymmetric else 1) * len(GROUP_SIZES)  # that errors are solved of, in bfloat16
     states = (SOLVER_WINDOWS * length + probed) * hidden * compute_bytes
     passing = 16 * _widest(spec) + 24 * hidden + (schemes + 1) * outputs  # values a token
     backward = compute_bytes * (parameters + largest + BACKWARD_TOKENS * passing)

@@ -11,6 +11,7 @@ from qwenq.errors import JobError
 from qwenq.io.durable import file_sha256
 from qwenq.io.safetensors import fingerprint
 from qwenq.pipeline.config import DEFAULT_EVALUATION_WINDOWS, DEFAULT_WINDOWS, QuantizeConfig, Resolution, pick_device
+from qwenq.pipeline.container import container_of
 from qwenq.pipeline.fisher import measure_sensitivity, split_windows
 from qwenq.pipeline.job import DTYPES, QuantizeJob, partial_directory, windows_of
 from qwenq.pipeline.journal import Journal
@@ -66,7 +67,9 @@ class Preparation:
         config = self.resolution.config
         table = measure_sensitivity(
             self.source,
-            split_windows(self.calibration, seed=config.seed, asymmetric=bool(config.asymmetric)),
+            split_windows(
+                self.calibration, seed=config.seed, asymmetric=bool(config.asymmetric), format=config.format
+            ),
             compute_dtype=DTYPES[config.compute_dtype],
             device=config.device.split(",")[0],
             scratch=scratch,
@@ -103,6 +106,9 @@ def prepare(directory: Path, out: Path, config: QuantizeConfig, *, resume: bool 
         device=device,
         fingerprint=fingerprint(source.directory) if config.mixed else "",
         measured=_measured_before(partial_directory(out)) if resume and config.mixed else None,
+        beside=lambda spec, recipe: container_of(
+            spec, recipe, source.config, source.directory, config.mixture, config.split_size
+        ),
     )
     if config.pad_for_tp is not None:
         source = source.padded(found.spec.intermediate_size)
@@ -117,6 +123,7 @@ def prepare(directory: Path, out: Path, config: QuantizeConfig, *, resume: bool 
             count=config.num_samples,
             seed=config.seed,
             up_to=DEFAULT_WINDOWS,
+            strict=config.strict,
         )
     evaluation = load_windows(
         config.eval_text,
@@ -126,6 +133,7 @@ def prepare(directory: Path, out: Path, config: QuantizeConfig, *, resume: bool 
         count=config.eval_samples,
         seed=None,
         up_to=DEFAULT_EVALUATION_WINDOWS,
+        strict=config.strict,
     )
     texts = (config.calibration, config.eval_text)
     compared = calibration is not None and not any(text.endswith(".npy") for text in texts)

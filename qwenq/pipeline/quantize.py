@@ -30,24 +30,22 @@ from qwenq.checkpoint.manifest import (
     read_manifest,
     refuse_strangers,
 )
-from qwenq.checkpoint.reader import Checkpoint, non_finite
-from qwenq.checkpoint.shards import output_files
+from qwenq.checkpoint.reader import SLICE_ROWS, Checkpoint, GGUFCheckpoint, non_finite
 from qwenq.errors import CheckpointError, JobError, QwenqError
 from qwenq.formats.base import get_format, quantization_config, read_quantization_config
-from qwenq.io.durable import file_sha256, make_directory, write_bytes
+from qwenq.io.durable import make_directory, write_bytes
 from qwenq.io.fields import Fields
-from qwenq.io.safetensors import read_header
-from qwenq.io.tensors import write_shard
 from qwenq.machine import forget_peak_rss, host_facts, keep_freed_memory, peak_rss_bytes, return_freed_memory, versions
 from qwenq.pipeline.activations import HiddenStates, LayerRunner, TokenSets, embed_tokens
 from qwenq.pipeline.block import BlockSolver, CalibrationStates, round_block, round_layer
 from qwenq.pipeline.card import CARD_NAME, model_card
 from qwenq.pipeline.config import tokens_of
 from qwenq.pipeline.evaluate import HeadWeights, measure_drift
+from qwenq.pipeline.imatrix import InputSquares, check_imatrix, is_kept, keep_layer, write_imatrix
 from qwenq.pipeline.job import DTYPES, QuantizeJob, QuantizeResult, partial_directory, refuse_place
 from qwenq.pipeline.journal import Journal, locked, never_begun, refuse_changes
 from qwenq.pipeline.monitor import StageClock, memory_errors
-from qwenq.pipeline.output import COPIED_FILES, Output, give_name
+from qwenq.pipeline.output import Output, copied_files, give_name
 from qwenq.pipeline.preflight import PlannedJob, preflight
 from qwenq.pipeline.workers import Workers
 from qwenq.results import BlockResult, DriftReport, LayerResult, finite_json
@@ -93,6 +91,8 @@ def check_places(job: QuantizeJob, resume: bool) -> None:
     """Raise JobError when the output, an unfinished job or a disk too small is in the way."""
     work = partial_directory(job.out)
     refuse_place(job.out, job.source.directory)
+    if job.config.save_imatrix is not None:
+        check_imatrix(job.config.save_imatrix, job.source.spec, resume=resume)
     if work.exists() and not resume:
         raise _unfinished(work)
     if resume and not work.exists():
@@ -107,6 +107,7 @@ def check_places(job: QuantizeJob, resume: bool) -> None:
             out=job.out,
             dtype_of=job.stored_dtype,
             source_dtype_of=job.source.dtype_of,
+            beside=job.container,
         )
     )
     written = sum(p.stat().st_size for p in work.rglob("*") if p.is_file()) if work.exists() else 0
@@ -123,8 +124,7 @@ class _Run:
     def __init__(self, job: QuantizeJob, work: Path, resume: bool, listen: Listener) -> None:
         self.job, self.work, self.listen = job, work, listen
         self.spec = job.source.spec
-        shards = output_files(self.spec, job.recipe, job.stored_dtype)
-        self.files = list(shards)
+        self.files = job.files
         config = dict(job.source.config) | {
             "quantization_config": quantization_config(
                 job.recipe, self.spec, damp_percent=job.options.damp_percent, method=job.options.method
@@ -133,7 +133,7 @@ class _Run:
         if job.config.dtype != "auto":
             config.pop("torch_dtype", None)
             config["dtype"] = job.config.dtype
-        self.output = Output(work, job.out, job.recipe, config, shards)
+        self.output = Output(work, job.out, job.recipe, config, self.files, copied_files(job.source.folder))
         evaluating = job.workers(DTYPES[job.config.compute_dtype], job.evaluation)
         self.calibrator = job.workers(DTYPES[job.config.calibration_dtype], job.calibration)
         self.workers = {"reference": evaluating, "quantized": evaluating}
@@ -147,7 +147,7 @@ class _Run:
     @torch.inference_mode()
     def run(self, started: float) -> QuantizeResult:
         self.listen("hashing the source")
-        self.job = replace(self.job, source=self.job.source.hash_files([CARD_NAME, *COPIED_FILES]))
+        self.job = replace(self.job, source=self.job.source.hash_files([CARD_NAME, *self.output.copied]))
         read = self.job.source.hashed
         assert read is not None
         described = self.job.describe() | {"source": read.hashes}
@@ -174,10 +174,9 @@ class _Run:
         states = embed_tokens(self.job.source, tokens, self.work, self.job.convert)
         self.listen("writing the embedding, the last norm and the head")
         last = [self.spec.norm_tensor, *([] if self.spec.tie_word_embeddings else [self.spec.head_tensor])]
-        outer = {
-            self.files[0]: self._write_outer(0, [self.spec.embedding_tensor]),
-            self.files[-1]: self._write_outer(len(self.files) - 1, last),
-        }
+        self.files.begin(self.work)
+        end = len(self.files.parts) - 1
+        outer = {0: self._write_outer(0, [self.spec.embedding_tensor]), end: self._write_outer(end, last)}
         runner = LayerRunner(states.states, self.workers, self.job.passes)
         first = self._recover(journal, states, runner)
         saved = time.perf_counter()
@@ -194,7 +193,7 @@ class _Run:
         self.listen("measuring drift at the head")
         drift = self._drift(states)
         read.refuse_replaced()
-        return self._finish(journal, outer | beside, drift, started)
+        return self._finish(journal, outer, beside, drift, started)
 
     # -------------------------------------------------------------- one layer
 
@@ -206,14 +205,17 @@ class _Run:
             self.job.source.prefetch(layer + 1)
         with clock.time("evaluate"):
             runner.advance(state, "float32", "reference")
-        tensors, results = make_layer(self.job, self.calibrator, layer, state, states, clock)
+        squares = None if self.job.config.save_imatrix is None else InputSquares(self.calibrator, self.spec)
+        tensors, results = make_layer(self.job, self.calibrator, layer, state, states, clock, squares)
         with clock.time("write"):
-            sha256 = write_shard(self.work / self.files[layer + 1], tensors)
+            sha256 = self.files.write(self.work, layer + 1, tensors)
+            kept = {} if squares is None else {"imatrix": keep_layer(self.work, layer, squares.totals())}
         with clock.time("evaluate"):
             runner.advance(self._written_layer(layer), "quantized")
             error_db = _error_db(states.states["reference"], states.states["quantized"])
         result = BlockResult(layer, tuple(results), error_db, time.perf_counter() - start, clock.seconds)
-        return {"layer": layer, "file": self.files[layer + 1], "sha256": sha256, "result": result.to_json()}
+        file = self.files.file_of(layer + 1)
+        return {"layer": layer, "file": file, "sha256": sha256, "result": result.to_json()} | kept
 
     # -------------------------------------------------------------- resuming
 
@@ -246,20 +248,22 @@ class _Run:
         except ValueError:
             whole = False
         state = row.get("state", {"file": _STATE_FILES[0]})
-        if not whole or row.get("file") != self.files[layer + 1] or not isinstance(state, Mapping):
+        if not whole or row.get("file") != self.files.file_of(layer + 1) or not isinstance(state, Mapping):
             return "its line in the journal is not a layer's"
         if state.get("file") not in _STATE_FILES:
             return "its line in the journal names a state that is none"
-        path = self.work / self.files[layer + 1]
-        if not path.is_file() or file_sha256(path) != row.get("sha256"):
+        if self.files.sha256(self.work, layer + 1) != row.get("sha256"):
             return "its file is missing or damaged"
+        if self.job.config.save_imatrix is not None and not is_kept(self.work, layer, row.get("imatrix")):
+            return "its part of the importance matrix is missing or damaged"
         return ""
 
     def _written_layer(self, layer: int) -> dict[str, torch.Tensor]:
-        tensors = read_header(self.work / self.files[layer + 1])
+        tensors = self.files.locations(self.work, layer + 1)
         config = dict(self.output.config)
         written = read_quantization_config(config["quantization_config"], "quantization_config")
-        return Checkpoint(self.work, config, self.spec, tensors, written, ()).layer_state(layer)
+        kind, place = (GGUFCheckpoint, self.work / self.files.names[0]) if self.files.whole else (Checkpoint, self.work)
+        return kind(place, config, self.spec, tensors, written, ()).layer_state(layer)
 
     def _save_state(self, journal: Journal, states: HiddenStates) -> dict[str, str]:
         """Save hidden states to the one of two files that the journal did not name last: one whole copy stays."""
@@ -273,38 +277,58 @@ class _Run:
     def _write_outer(self, number: int, names: list[str]) -> str:
         tensors = {}
         for name in names:
-            tensor = self.job.source.read(name)
-            if non_finite([(name, tensor)]):
-                file = self.job.source.tensors[name].file
-                raise CheckpointError(f"{file}: {name} holds a NaN or an infinity", hint="download it again")
-            tensors[name] = self.job.convert(name, tensor)
-        return write_shard(self.work / self.files[number], tensors)
+            pack, read = self.job.packer(name), self.job.source.read_slice
+            if pack is None:
+                tensors[name] = self.job.convert(name, self._finite(name, self.job.source.read(name)))
+                continue
+            rows = self.job.source.tensors[name].spec.shape[0]
+            starts = range(0, rows, SLICE_ROWS)
+            slices = (self._finite(name, read(name, start, min(start + SLICE_ROWS, rows))) for start in starts)
+            tensors[name] = torch.cat([pack(slice_OI) for slice_OI in slices])
+        return self.files.write(self.work, number, tensors)
+
+    def _finite(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if non_finite([(name, tensor)]):
+            file = self.job.source.tensors[name].file
+            raise CheckpointError(f"{file}: {name} holds a NaN or an infinity", hint="download it again")
+        return tensor
 
     def _drift(self, states: HiddenStates) -> DriftReport:
         reference = HeadWeights(self.job.source)
-        quantized = HeadWeights(self.job.source, self.job.convert) if self.job.config.dtype != "auto" else reference
+        quantized = HeadWeights(self.job.source, self.job.convert) if self.job.converts else reference
         network = self.workers["reference"].first
         return measure_drift(network, reference, quantized, states.states, self.job.evaluation)
 
-    def _finish(self, journal: Journal, hashes: dict[str, str], drift: DriftReport, started: float) -> QuantizeResult:
+    def _finish(
+        self,
+        journal: Journal,
+        outer: Mapping[int, str],
+        hashes: dict[str, str],
+        drift: DriftReport,
+        started: float,
+    ) -> QuantizeResult:
         """Write what is not a shard, the manifest last, and give the directory its name.
 
-        hashes: SHA-256 of what was written beside the layers.
+        outer: SHA-256 of the parts that are no layers; hashes: of what the job put beside them.
         """
         layers = tuple(BlockResult.from_json(row["result"]) for row in journal.layers)
-        hashes |= {row["file"]: row["sha256"] for row in journal.layers}
+        parts = {**outer, **{row["layer"] + 1: row["sha256"] for row in journal.layers}}
+        hashes |= self.files.hashes(self.work, parts)
         hashes |= self.output.copy_small_files(self.job.source.directory, journal.job["source"])
         hashes |= self.output.write_configs()
+        if self.job.config.save_imatrix is not None:
+            assert self.job.calibration is not None
+            write_imatrix(self.job.config.save_imatrix, self.work, self.job.source, self.job.calibration)
         result = QuantizeResult(
             out=self.job.out,
             drift=drift,
             layers=layers,
-            tensor_bytes=sum(t.nbytes for tensors in self.output.files.values() for t in tensors),
-            file_bytes=sum((self.work / name).stat().st_size for name in self.files),
+            tensor_bytes=self.files.tensor_bytes,
+            file_bytes=sum((self.work / name).stat().st_size for name in self.files.names),
             bits_per_linear_weight=self.job.recipe.bits_per_linear_weight(self.spec),
             seconds=time.perf_counter() - started,
             peak_rss_bytes=peak_rss_bytes(),
-            warnings=job_warnings(layers, drift, self.job.overlap),
+            warnings=(*self.job.notes, *job_warnings(layers, drift, self.job.overlap)),
         )
         described = describe_result(journal.job, self.spec.parameters, result, resumed=self.resume)
         read = journal.job["source"]
@@ -326,11 +350,12 @@ def make_layer(
     state: dict[str, torch.Tensor],
     states: HiddenStates,
     clock: StageClock,
+    squares: InputSquares | None = None,
 ) -> tuple[dict[str, torch.Tensor], list[LayerResult]]:
     """Quantize a layer as the job says: tensors to be written, by full name, and one result a linear.
 
     state: the layer's 16-bit tensors by their names within it, emptied on the way. Hidden states of the calibration
-    tokens, if the job reads any, are advanced from entering the layer to leaving it.
+    tokens, if the job reads any, are advanced from entering the layer to leaving it; `squares` takes in their inputs.
     """
     spec = job.source.spec
     prefix = spec.layer_prefix(layer)
@@ -346,7 +371,7 @@ def make_layer(
         calibrator.fill(state)
         state.clear()  # the solver lets go of each weight when it is done
         calibration = CalibrationStates(states.states["calibration"], states.states.get("original"), states.scratch)
-        solver = BlockSolver(calibrator, spec, layer, job.recipe, folded, calibration, job.options, clock)
+        solver = BlockSolver(calibrator, spec, layer, job.recipe, folded, calibration, job.options, clock, squares)
         packed, results = solver.run()
         calibrator.release()
     return packed | {prefix + name: tensor.cpu() for name, tensor in folded.kept.items()}, results

@@ -1,23 +1,25 @@
-"""A MODEL argument as a checkpoint directory, fetched if need be, or as shapes and dtypes read from headers alone."""
+"""A MODEL argument as a checkpoint on disk, fetched if need be, or as shapes and dtypes read from headers alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from qwenq.errors import PlanError
+from qwenq.io.gguf import is_gguf
 from qwenq.io.json import shown
 from qwenq.model.spec import ModelSpec, family_spec
 
 
 def model_directory(model: str, listen: Callable[[str], None] = lambda line: None, hint: str = "") -> Path:
-    """The local directory of `model`, downloaded when it is a hub name; else PlanError, with `hint`.
+    """The local directory, or GGUF file, of `model`, downloaded when it is a hub name; else PlanError, with `hint`.
 
     listen: is told how far a download is.
     """
     path = Path(model)
-    if path.is_dir():
+    if path.is_dir() or is_gguf(path):
         return path
     from qwenq.io.hub import fetch_model, is_hub_name
 
@@ -44,23 +46,25 @@ class Shapes:
     spec: ModelSpec
     dtype_of: Callable[[str], str]
     directory: Path | None  # None for what is not on this machine
+    config: Mapping[str, Any] = field(default_factory=dict)  # config.json, where there is one
+    notes: tuple[str, ...] = ()  # a line for each thing that is read otherwise than config.json says
 
 
 def source_shapes(model: str) -> Shapes:
     """Shapes of a family, a directory or a hub model, whose headers alone are fetched. QwenqError for anything else."""
-    local = Path(model).is_dir()
+    local = Path(model).is_dir() or is_gguf(model)
     family = None if local else family_spec(model)
     if family is not None:
-        return Shapes(family, lambda name: "BF16", None)
+        return Shapes(family, lambda name: "BF16", None, {})
     from qwenq.io.hub import is_hub_name
 
     if not local and is_hub_name(model):
         from qwenq.planning.models import load_model, source_dtypes
 
         found = load_model(model)
-        return Shapes(found.spec, source_dtypes(found), None)
+        return Shapes(found.spec, source_dtypes(found), None, found.config, found.notes)
     from qwenq.checkpoint.reader import open_source
 
     hint = "for sizes alone a family name works: qwenq quantize Qwen2.5-72B --bits 4 --dry-run"
     source = open_source(model_directory(model, hint=hint))
-    return Shapes(source.spec, source.dtype_of, source.directory)
+    return Shapes(source.spec, source.dtype_of, source.directory, source.config, source.notes)

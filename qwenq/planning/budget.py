@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from qwenq.checkpoint.shards import output_files, shard_file_bytes
+from qwenq.checkpoint.shards import NOTHING, Beside, shard_file_bytes, stored_files
 from qwenq.errors import HonestNo, PlanError
 from qwenq.formats.base import GROUP_SIZES, Recipe, Scheme, get_format
+from qwenq.io.gguf import ALIGNMENT, BlockTensor
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.case import Case
 from qwenq.planning.knapsack import approximate, solve
-from qwenq.planning.sensitivity import FusedGroup, Sensitivity, fused_groups, members_of, prior, schemes_for
+from qwenq.planning.sensitivity import OUTER, FusedGroup, Sensitivity, fused_groups, members_of, prior, schemes_for
 from qwenq.planning.tensor_parallel import cut_by_input, padded_width, tensor_parallel_reasons, widens_with_ffn
 from qwenq.planning.weights import recipe_weights
 from qwenq.units import format_gb, format_tokens
@@ -45,16 +46,17 @@ def choose_for_bytes(
     dtype_of: DtypeOf,
     format: str = "gptq",
     *,
+    beside: Beside = NOTHING,
     exact: bool = True,
 ) -> Budgeted:
-    """Least predicted KL among recipes whose shard files, every byte counted, are at most `target_bytes`.
+    """Least predicted KL among recipes whose files, every byte counted, are at most `target_bytes`.
 
     Sizes of headers are counted from above, by a few bytes a layer. HonestNo, with the range, for a target out of it.
     exact False: a quick good recipe instead of the best one, for trying many targets.
     """
-    fixed = fixed_bytes(spec, dtype_of)
-    costs = {fused: group_costs(spec, table, fused, dtype_of, format) for fused in fused_groups(spec)}
-    smallest, whole = fixed + _least(costs.values()), file_bytes(spec, Recipe(None), dtype_of)
+    fixed = fixed_bytes(spec, dtype_of, format, beside)
+    costs = {fused: group_costs(spec, table, fused, dtype_of, format) for fused in fused_groups(spec, format)}
+    smallest, whole = fixed + _least(costs.values()), file_bytes(spec, Recipe(None, (), format), dtype_of, beside)
     reach = f"reachable: {format_gb(smallest)} to below {format_gb(whole)} ({smallest} to {whole - 1} bytes)"
     if target_bytes < smallest:
         raise HonestNo(
@@ -68,15 +70,18 @@ def choose_for_bytes(
             hint=reach,
         )
     choice, bound = _solved(table, costs, target_bytes - fixed, exact=exact)
-    found = describe_choice(spec, table, choice, dtype_of, format, target=format_gb(target_bytes))
+    found = describe_choice(spec, table, choice, dtype_of, format, target=format_gb(target_bytes), beside=beside)
     assert found.file_bytes <= target_bytes
     return replace(found, bound_kl=bound)
 
 
-def reachable_bytes(spec: ModelSpec, table: Sensitivity, dtype_of: DtypeOf, format: str = "gptq") -> tuple[int, int]:
+def reachable_bytes(
+    spec: ModelSpec, table: Sensitivity, dtype_of: DtypeOf, format: str = "gptq", beside: Beside = NOTHING
+) -> tuple[int, int]:
     """The least target there is a recipe for, and the bytes in 16 bit, which a target must be below."""
-    costs = [group_costs(spec, table, fused, dtype_of, format) for fused in fused_groups(spec)]
-    return fixed_bytes(spec, dtype_of) + _least(costs), file_bytes(spec, Recipe(None), dtype_of)
+    costs = [group_costs(spec, table, fused, dtype_of, format) for fused in fused_groups(spec, format)]
+    fixed = fixed_bytes(spec, dtype_of, format, beside)
+    return fixed + _least(costs), file_bytes(spec, Recipe(None, (), format), dtype_of, beside)
 
 
 def _least(costs: Iterable[Mapping[Scheme | None, int]]) -> int:
@@ -85,14 +90,24 @@ def _least(costs: Iterable[Mapping[Scheme | None, int]]) -> int:
 
 
 def choose_for_bits(
-    spec: ModelSpec, table: Sensitivity, bits: Fraction, dtype_of: DtypeOf, format: str = "gptq"
+    spec: ModelSpec,
+    table: Sensitivity,
+    bits: Fraction,
+    dtype_of: DtypeOf,
+    format: str = "gptq",
+    *,
+    beside: Beside = NOTHING,
 ) -> Budgeted:
-    """Least predicted KL among recipes of at most `bits` stored bits per linear weight (codes, scales, zero points)."""
+    """Least predicted KL among recipes of at most `bits` stored bits per linear weight (codes, scales, zero points).
+
+    Embedding and head count with them in a format that quantizes them.
+    """
     costs = {
         fused: {scheme: _stored_bits(spec, fused, scheme, format) for scheme in _held(spec, table, fused, format)}
-        for fused in fused_groups(spec)
+        for fused in fused_groups(spec, format)
     }
-    weights = spec.linear_parameters
+    outer = spec.outer_linears if get_format(format).outer else ()
+    weights = spec.linear_parameters + sum(lin.parameters for lin in outer)
     smallest = Fraction(_least(costs.values()), weights)
     if not smallest <= bits < 16:
         raise HonestNo(
@@ -102,7 +117,7 @@ def choose_for_bits(
     choice, bound = _solved(table, costs, bits * weights // 1)
     assert sum(costs[fused][scheme] for fused, scheme in choice.items()) <= bits * weights
     target = f"{float(bits):g} bits per linear weight"
-    return replace(describe_choice(spec, table, choice, dtype_of, format, target=target), bound_kl=bound)
+    return replace(describe_choice(spec, table, choice, dtype_of, format, target=target, beside=beside), bound_kl=bound)
 
 
 def describe_choice(
@@ -113,14 +128,15 @@ def describe_choice(
     format: str = "gptq",
     *,
     target: str = "as written",
+    beside: Beside = NOTHING,
 ) -> Budgeted:
     """A choice that is already made, with its size and the sum of its fused groups' own KL."""
     recipe = recipe_of(spec, choice, format)
     return Budgeted(
         recipe=recipe,
         choice=choice,
-        predicted_kl=sum(table.loss(fused, choice[fused]) for fused in fused_groups(spec)),
-        file_bytes=file_bytes(spec, recipe, dtype_of),
+        predicted_kl=sum(table.loss(fused, choice[fused]) for fused in fused_groups(spec, format)),
+        file_bytes=file_bytes(spec, recipe, dtype_of, beside),
         bits_per_linear_weight=recipe.bits_per_linear_weight(spec),
         bound_kl=None,
         sensitivity=table.source,
@@ -130,23 +146,25 @@ def describe_choice(
 
 def recipe_of(spec: ModelSpec, choice: Choice, format: str = "gptq") -> Recipe:
     """The recipe of a choice: its most frequent scheme by linears is the default, the rest are overrides."""
-    counts = Counter(scheme for fused, scheme in choice.items() if scheme for _ in members_of(spec, fused))
+    counts = Counter(
+        scheme for fused, scheme in choice.items() if scheme and fused[0] != OUTER for _ in members_of(spec, fused)
+    )
     default = counts.most_common(1)[0][0] if counts else None
     return Recipe(
         default,
         tuple(
             (lin.name, choice[fused])
-            for fused in fused_groups(spec)
-            if choice[fused] != default
+            for fused in fused_groups(spec, format)
+            if fused[0] == OUTER or choice[fused] != default
             for lin in members_of(spec, fused)
         ),
         format,
     )
 
 
-def file_bytes(spec: ModelSpec, recipe: Recipe, dtype_of: DtypeOf) -> int:
-    """Bytes of all shard files, headers included."""
-    return sum(shard_file_bytes(tensors) for tensors in output_files(spec, recipe, dtype_of).values())
+def file_bytes(spec: ModelSpec, recipe: Recipe, dtype_of: DtypeOf, beside: Beside = NOTHING) -> int:
+    """Bytes of all files, headers included."""
+    return stored_files(spec, recipe, dtype_of, beside).file_bytes
 
 
 def group_costs(
@@ -156,10 +174,16 @@ def group_costs(
 
     Entries are counted as the last layer's, whose names are longest: so that equal shapes cost the same in all layers.
     """
+    members, form = members_of(spec, fused), get_format(format)
+    costs: dict[Scheme | None, int] = {}
+    if form.container == "gguf":  # entries of a header are as long for one type as for another
+        for scheme in _held(spec, table, fused, format):
+            tensors = (t for lin in members for t in form.linear_tensors(scheme, lin, dtype_of))
+            sizes = (BlockTensor(t.name, t.dtype, t.shape).nbytes for t in tensors)
+            costs[scheme] = sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
+        return costs
     whole = sum(t.nbytes for t in spec.layer_tensors(fused[0], "F32"))
     longer = len(str(spec.num_hidden_layers - 1)) - len(str(fused[0]))
-    members = members_of(spec, fused)
-    costs: dict[Scheme | None, int] = {}
     for scheme in _held(spec, table, fused, format):
         total = 0
         for tensor in (t for lin in members for t in get_format(format).linear_tensors(scheme, lin, dtype_of)):
@@ -169,12 +193,16 @@ def group_costs(
     return costs
 
 
-def fixed_bytes(spec: ModelSpec, dtype_of: DtypeOf) -> int:
+def fixed_bytes(spec: ModelSpec, dtype_of: DtypeOf, format: str = "gptq", beside: Beside = NOTHING) -> int:
     """Bytes that no choice changes: embedding, norms, head, and headers without the linears' entries; never too few.
 
     A layer's file is counted as if its norms alone were in it, with offsets of the longest kind.
     """
-    files = list(output_files(spec, Recipe(None), dtype_of).values())
+    if get_format(format).container == "gguf":
+        none = Sensitivity("", "", {fused: {} for fused in fused_groups(spec, format)})
+        chosen = (group_costs(spec, none, fused, dtype_of, format)[None] for fused in fused_groups(spec, format))
+        return file_bytes(spec, Recipe(None, (), format), dtype_of, beside) - sum(chosen)
+    files = stored_files(spec, Recipe(None), dtype_of).parts
     total = shard_file_bytes(files[0]) + shard_file_bytes(files[-1])
     for layer in range(spec.num_hidden_layers):
         owned = {lin.name for lin in spec.layer_linears(layer)}
@@ -186,7 +214,7 @@ def fixed_bytes(spec: ModelSpec, dtype_of: DtypeOf) -> int:
 
 def _held(spec: ModelSpec, table: Sensitivity, fused: FusedGroup, format: str) -> list[Scheme | None]:
     """Options of a fused group: the table's schemes that the format offers in mixtures, and 16 bit."""
-    offered = set(schemes_for(spec, fused[1], get_format(format).options))
+    offered = set(schemes_for(spec, fused, get_format(format)))
     return [*(scheme for scheme in table.kl[fused] if scheme in offered), None]
 
 
@@ -211,7 +239,9 @@ def _solved(
 _STEP = 0.001  # of the target: how finely it is searched
 
 
-def choose_for_rig(case: Case, table: Sensitivity, dtype_of: DtypeOf, format: str = "gptq") -> Budgeted:
+def choose_for_rig(
+    case: Case, table: Sensitivity, dtype_of: DtypeOf, format: str = "gptq", beside: Beside = NOTHING
+) -> Budgeted:
     """The recipe for the most bytes of weights that the rig holds beside KV cache and working memory.
 
     `case` has the 16-bit weights. HonestNo when they fit as they are, and when not even the smallest recipe does.
@@ -222,13 +252,16 @@ def choose_for_rig(case: Case, table: Sensitivity, dtype_of: DtypeOf, format: st
     def held(recipe: Recipe) -> bool:
         return bool(case.engine.how_held(replace(case, weights=recipe_weights(spec, recipe))))
 
-    smallest, whole = reachable_bytes(spec, table, dtype_of, format)
+    def choose(target_bytes: int, exact: bool = True) -> Budgeted:
+        return choose_for_bytes(spec, table, target_bytes, dtype_of, format, beside=beside, exact=exact)
+
+    smallest, whole = reachable_bytes(spec, table, dtype_of, format, beside)
     if case.engine.how_held(case):
         raise HonestNo(
             f"{spec.name}: its 16-bit weights ({format_gb(whole)}) fit {asked}: there is nothing to quantize",
             hint="name a size with --target-size to quantize all the same",
         )
-    if not held(choose_for_bytes(spec, table, smallest, dtype_of, format, exact=False).recipe):
+    if not held(choose(smallest, exact=False).recipe):
         raise HonestNo(
             f"{spec.name}: even the smallest recipe ({format_gb(smallest)}) does not fit {asked}",
             hint="a shorter --context, or another rig: qwenq plan MODEL --recommend",
@@ -236,14 +269,14 @@ def choose_for_rig(case: Case, table: Sensitivity, dtype_of: DtypeOf, format: st
     low, high = smallest, whole - 1
     while high - low > _STEP * low:
         middle = (low + high) // 2
-        recipe = choose_for_bytes(spec, table, middle, dtype_of, format, exact=False).recipe
+        recipe = choose(middle, exact=False).recipe
         low, high = (middle, high) if held(recipe) else (low, middle)
     while low > smallest:  # the best recipe of a size may be spread less evenly than the quick one
-        found = choose_for_bytes(spec, table, low, dtype_of, format)
+        found = choose(low)
         if held(found.recipe):
             return found
         low = max(smallest, round(low * (1 - 2 * _STEP)))
-    return choose_for_bytes(spec, table, smallest, dtype_of, format)
+    return choose(smallest)
 
 
 def widened(spec: ModelSpec, ranks: int, uniform: Recipe | None) -> ModelSpec:
@@ -259,6 +292,16 @@ def widened(spec: ModelSpec, ranks: int, uniform: Recipe | None) -> ModelSpec:
     if reasons := tensor_parallel_reasons(wide, groups, ranks):
         raise PlanError(f"--pad-for-tp {ranks}: {reasons[0]}", hint="padding the FFN cannot change that")
     return wide
+
+
+def widened_to(spec: ModelSpec, block: int) -> ModelSpec:
+    """The model with its FFN padded to whole blocks of `block`; PlanError where that buys nothing."""
+    if spec.intermediate_size % block == 0:
+        raise PlanError(
+            f"--pad-for-tp: the FFN of {spec.intermediate_size} is whole blocks of {block} already",
+            hint="leave it out: llama.cpp cuts between rows, and padding buys nothing here",
+        )
+    return replace(spec, intermediate_size=-(-spec.intermediate_size // block) * block)
 
 
 def cut_by(spec: ModelSpec, table: Sensitivity, ranks: int) -> Sensitivity:

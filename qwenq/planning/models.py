@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qwenq.checkpoint.contents import Contents, read_contents, refuse_adapter
+from qwenq.checkpoint.headers import read_config, read_headers
 from qwenq.errors import CheckpointError, PlanError, UsageError
 from qwenq.formats.base import FORMATS, SIZED, Recipe, Scheme, get_format
+from qwenq.io.gguf import is_gguf
 from qwenq.io.json import inside, read_object, shown
-from qwenq.io.safetensors import INDEX_NAME, TensorSpec, checkpoint_tensors
+from qwenq.io.safetensors import INDEX_NAME, TensorLocation, TensorSpec, checkpoint_tensors
 from qwenq.model.spec import ModelSpec, family_spec, near_names, refuse_experts, spec_from_config
-from qwenq.planning.ggufsize import BASE, BITS_TO_TYPE, gguf_weights
+from qwenq.planning.ggufsize import BITS_TO_TYPE, gguf_types, gguf_weights, is_gguf_type
 from qwenq.planning.weights import Weights, header_weights, published_weights, recipe_weights
 
 _PUBLISHED = re.compile(r"(.*?)-(GPTQ-Int[48]|AWQ|FP8)", re.IGNORECASE)
@@ -22,13 +25,14 @@ _STATED_KEYS = ("num_parameters", "total_parameters", "n_params", "parameters")
 
 @dataclass(frozen=True)
 class Model:
-    """A model's shapes, and where they came from; `directory` holds its headers when it is on disk."""
+    """A model's shapes, and where they came from; `directory`, or GGUF file, holds its headers when it is on disk."""
 
     spec: ModelSpec
     config: Mapping[str, Any]
     directory: Path | None = None
     hub: str = ""  # its hub name, when config.json came from there
     published: str = ""  # GPTQ-Int4, GPTQ-Int8, AWQ, FP8 when the name says so
+    notes: tuple[str, ...] = ()  # a line for each thing that is read otherwise than config.json says
 
 
 def load_spec(model: str) -> ModelSpec:
@@ -39,6 +43,9 @@ def load_spec(model: str) -> ModelSpec:
 def load_model(model: str, expect_parameters: float | None = None) -> Model:
     """A model by family name, directory or hub name, its stated totals checked against its shapes."""
     found = _find(model)
+    if found.spec.tie_word_embeddings:  # unless another head is stored
+        stored = _contents(found)
+        found = replace(found, spec=stored.spec, config=stored.config, notes=stored.notes)
     _audit(found, expect_parameters)
     return found
 
@@ -65,9 +72,12 @@ def model_weights(model: Model, asked: WeightsAsked = WeightsAsked()) -> Weights
     spec, bits, ranks = model.spec, asked.bits, asked.pad_for_tp
     if asked.checkpoint is not None:
         _refuse_padding(ranks)
-        return _checkpoint_weights(spec, asked.checkpoint, read_object(inside(asked.checkpoint, "config.json")))
+        return _checkpoint_weights(spec, asked.checkpoint)
     mixed = {"--target-size": asked.target_bytes, "--recipe": asked.recipe}
     if asked.gguf:
+        plain = asked.bits is None and not asked.format
+        if plain and is_gguf(model.directory or "") and (found := _own_weights(model)) is not None:
+            return found
         return _gguf(spec, asked, mixed | {"--group-size": asked.group_size, "--pad-for-tp": ranks})
     if asked.format:
         return _of_format(spec, asked, mixed)
@@ -111,21 +121,33 @@ def _own_weights(model: Model) -> Weights | None:
     """Weights of the model's own files; None where there are none to be asked."""
     if model.published:
         return published_weights(model.spec, model.published)
-    stored = _stored_tensors(model)
+    stored = stored_tensors(model)
     return _of_headers(model.spec, stored, model.config, str(model.directory or model.hub)) if stored else None
 
 
-def _stored_tensors(model: Model) -> dict[str, TensorSpec]:
-    """Headers of a directory or hub model; empty for a family, and for a directory without weights."""
-    if model.directory is not None:
-        if not _has_tensors(model.directory):
-            return {}
-        return {name: location.spec for name, location in checkpoint_tensors(model.directory).items()}
-    if not model.hub:
-        return {}
-    from qwenq.io.hub import fetch_headers
+def stored_tensors(model: Model) -> dict[str, TensorSpec]:
+    """Headers of a directory, GGUF file or hub model; empty for a family, and for a directory without weights."""
+    return _specs(_contents(model).tensors)
 
-    return {name: location.spec for name, location in fetch_headers(model.hub).items()}
+
+def _specs(tensors: Mapping[str, TensorLocation]) -> dict[str, TensorSpec]:
+    return {name: location.spec for name, location in tensors.items()}
+
+
+def _contents(model: Model) -> Contents:
+    """What a checkpoint or hub model has stored: headers, and where a head is tied, what of both tells them apart."""
+    where = shown(str(model.directory or model.hub or model.spec.name))
+    if model.directory is not None and _has_tensors(model.directory):
+        if is_gguf(model.directory):
+            return read_headers(model.directory)
+        return read_contents(model.spec, model.config, checkpoint_tensors(model.directory), where)
+    if model.directory is not None or not model.hub:
+        return Contents(model.spec, dict(model.config), {})
+    from qwenq.io.hub import fetch_headers, same_start
+
+    return read_contents(
+        model.spec, model.config, fetch_headers(model.hub), where, lambda one, other: same_start(model.hub, one, other)
+    )
 
 
 def source_dtypes(model: Model) -> Callable[[str], str]:
@@ -139,7 +161,7 @@ def source_dtypes(model: Model) -> Callable[[str], str]:
             f"{where}: already quantized{f' ({model.published})' if model.published else ''}",
             hint="plan from the original 16-bit checkpoint",
         )
-    stored = _stored_tensors(model)
+    stored = stored_tensors(model)
     if not stored:
         return lambda name: "BF16"
     _check_shapes(model.spec, stored, where)
@@ -165,7 +187,8 @@ def _gguf(spec: ModelSpec, asked: WeightsAsked, others: Mapping[str, object]) ->
     if asked.format and asked.format.upper() != "GGUF":
         if asked.format.lower() in (*FORMATS, *ALIASES, *SIZED):
             raise UsageError(
-                f"--format {asked.format} is no GGUF type, which llama.cpp reads", hint=f"one of {', '.join(BASE)}"
+                f"--format {asked.format} is no GGUF type, which llama.cpp reads",
+                hint=f"one of {', '.join(gguf_types())}",
             )
         return gguf_weights(spec, asked.format.upper())
     bits = 4 if asked.bits is None else asked.bits
@@ -180,7 +203,7 @@ ALIASES = {"nf4": "bnb-nf4", "int8": "bnb-int8", "ct": "compressed-tensors"}
 def _of_format(spec: ModelSpec, asked: WeightsAsked, mixed: Mapping[str, object]) -> Weights:
     """Uniform weights in a format by name; UsageError for one that there is not, or that has no such scheme."""
     name = ALIASES.get(asked.format.lower(), asked.format.lower())
-    if asked.format.upper() in BASE or name == "gguf":
+    if is_gguf_type(asked.format) or name == "gguf":
         raise UsageError(f"--format {asked.format} is GGUF", hint="--engine llama.cpp reads it")
     given = [option for option, value in mixed.items() if value is not None]
     if given:
@@ -219,6 +242,9 @@ def _refuse_padding(ranks: int | None) -> None:
 
 def _find(model: str) -> Model:
     path = Path(model)
+    if is_gguf(path):
+        found = read_headers(path)
+        return Model(found.spec, found.config, directory=path)
     if (path / "config.json").is_file():
         config = read_object(inside(path, "config.json"))
         spec = spec_from_config(config, where=shown(str(path / "config.json")), name=path.resolve().name)
@@ -231,6 +257,7 @@ def _find(model: str) -> Model:
     if not path.exists():
         refuse_experts(model)
     if path.is_dir():
+        refuse_adapter(path)
         raise CheckpointError(f"{shown(model)}: no config.json", hint="give the folder of a Hugging Face checkpoint")
     if path.exists() or model.startswith(("/", ".", "~")) or model.count("/") != 1:
         raise CheckpointError(
@@ -249,12 +276,19 @@ def _from_hub(model: str) -> Model:
 
 
 def _has_tensors(directory: Path) -> bool:
-    return (directory / INDEX_NAME).exists() or any(directory.glob("*.safetensors"))
+    return is_gguf(directory) or (directory / INDEX_NAME).exists() or any(directory.glob("*.safetensors"))
 
 
-def _checkpoint_weights(spec: ModelSpec, directory: Path, config: Mapping[str, Any]) -> Weights:
-    tensors = {name: location.spec for name, location in checkpoint_tensors(directory).items()}
-    return _of_headers(spec, tensors, config, str(directory))
+def _checkpoint_weights(spec: ModelSpec, path: Path) -> Weights:
+    """Weights as a checkpoint has them, whose own config says whether the head is tied."""
+    if is_gguf(path):
+        found = read_headers(path)
+    else:
+        config = read_config(path)
+        tied = bool(config.get("tie_word_embeddings", spec.tie_word_embeddings))
+        own = replace(spec, tie_word_embeddings=tied)
+        found = read_contents(own, config, checkpoint_tensors(path), shown(str(path)))
+    return _of_headers(spec if is_gguf(path) else found.spec, _specs(found.tensors), found.config, str(path))
 
 
 def _of_headers(spec: ModelSpec, tensors: Mapping[str, TensorSpec], config: Mapping[str, Any], where: str) -> Weights:

@@ -47,7 +47,7 @@ class Layout(ABC):
 
 @dataclass(frozen=True)
 class Placement(Layout):
-    """Layers split over GPUs, and why so. Layers from `gpu_layers` on are in host memory."""
+    """Layers split over GPUs, and why so. The others are in host memory."""
 
     gpu_layers: int
     offloaded_bytes: int  # weights in host memory
@@ -56,6 +56,10 @@ class Placement(Layout):
     @property
     def fits(self) -> bool:
         return bool(self.memory.fits) and self.offloaded_bytes == 0
+
+    @property
+    def host_layers(self) -> range:
+        return host_range(self.memory.case, self.gpu_layers)
 
     @property
     def how(self) -> str:
@@ -73,7 +77,7 @@ class Placement(Layout):
             devices |= {spec.layer_name(layer): index for layer in share.layers}
             if share.head:
                 head = index
-        devices |= {spec.layer_name(layer): "cpu" for layer in range(self.gpu_layers, spec.num_hidden_layers)}
+        devices |= {spec.layer_name(layer): "cpu" for layer in self.host_layers}
         return devices | {names.norm: head, names.head: head}
 
     def to_json(self) -> dict[str, Any]:
@@ -111,6 +115,12 @@ def spill_to_disk(spec: ModelSpec, devices: DeviceMap, weights: Weights, room_by
             if full:
                 found[name] = "disk"
     return found
+
+
+def host_range(case: Case, gpu_layers: int) -> range:
+    """The layers in host memory where so many are on the GPUs: the last ones, or as the engine has it the first."""
+    layers = case.spec.num_hidden_layers
+    return range(layers - gpu_layers) if case.engine.host_layers_first else range(gpu_layers, layers)
 
 
 def host_layers_bytes(case: Case, layer_bytes: Sequence[int], gpu_layers: int) -> int:
@@ -204,16 +214,18 @@ class _Splitter:
     def _fill_before(self, layers: int, room: int, head: int, count: int) -> tuple[Share, ...] | None:
         """Greedy: each of the first `count` GPUs takes as much as it can; the head is on GPU `head`."""
         shares: list[Share] = []
-        start, gpus = 0, len(self.rig.gpus)
+        gpus = len(self.rig.gpus)
+        first = self.case.spec.num_hidden_layers - layers if self.case.engine.host_layers_first else 0
+        start, stop = first, first + layers
         for index in range(gpus):
             share = Share(range(start, start), embed=index == 0, head=index == head, gpus=gpus)
             limit = self.limits[index] - room - (self._offload_bytes(layers) if index == 0 else 0)
             if share.used and self._cost(share, index) > limit:
                 return None
-            most = self._most(share, index, limit, layers - start) if index < count else 0
+            most = self._most(share, index, limit, stop - start) if index < count else 0
             shares.append(_with(share, most))
             start += most
-        return tuple(shares) if start == layers else None
+        return tuple(shares) if start == stop else None
 
     def _most(self, share: Share, index: int, limit: int, layers: int) -> int:
         """Most layers, from the share's start, that take at most `limit` bytes; guessed as if all were alike first."""
@@ -268,7 +280,8 @@ class _Splitter:
             first = memory.gpus[0]
             gpu = GpuMemory(first.name, (*first.terms, term), first.limit_bytes, first.moment)
             memory = replace(memory, gpus=(gpu, *memory.gpus[1:]))
-        return Placement(shares, memory, gpu_layers, sum(self.layer_bytes[gpu_layers:]), reason)
+        offloaded = sum(self.layer_bytes[layer] for layer in host_range(self.case, gpu_layers))
+        return Placement(shares, memory, gpu_layers, offloaded, reason)
 
     def _cost(self, share: Share, index: int) -> int:
         gpu = self.rig.gpus[index]

@@ -10,11 +10,11 @@ from typing import Any
 
 from qwenq.errors import PlanError
 from qwenq.escaping import shown
-from qwenq.formats.base import Recipe, Scheme, get_format, label_of, parse_scheme
+from qwenq.formats.base import Format, Recipe, Scheme, get_format, label_of, parse_scheme
 from qwenq.io.json import read_limited
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.budget import Budgeted, Choice, recipe_of
-from qwenq.planning.sensitivity import FusedGroup, members_of
+from qwenq.planning.sensitivity import OUTER, FusedGroup, fused_groups, members_of
 
 VERSION = 1
 _MAX_BYTES = 1_000_000  # a layer has 120
@@ -22,14 +22,25 @@ _MAX_LINE = 2000  # characters
 _KEY = re.compile(r"""\s*["']?([^"'\s=]{1,40})["']?\s*=""")
 RECIPE_NAME = "qwenq-recipe.toml"
 _WIDTH = 18  # of a quoted scheme and its comma
+_WIDTH_OF_TYPES = 10  # likewise, of GGUF's
+
+
+def _units(spec: ModelSpec, form: Format, layer: int) -> list[str]:
+    """Names of what a scheme is chosen for in one layer, or outside of all."""
+    return [name for at, name in fused_groups(spec, form.name) if at == layer]
 
 
 def encode_recipe(spec: ModelSpec, found: Budgeted) -> str:
     """The recipe as a file's text."""
+    form = get_format(found.recipe.format)
+    wanted = f" --format {form.name}" if form.outer else ""
+    schemes = "4-bit g128, g64 or g32, 8-bit likewise, 16-bit; in compressed-tensors 4-bit g128 asym, ... too"
+    if form.outer:
+        schemes = ", ".join(scheme.label for scheme in form.options) + ", 16-bit"
     lines = [
-        f"# A qwenq recipe: the scheme of each unit.{_fused(spec)}",
-        "# Edit the schemes, then: qwenq quantize MODEL -o OUT --recipe THIS_FILE",
-        "# Schemes: 4-bit g128, g64 or g32, 8-bit likewise, 16-bit; in compressed-tensors 4-bit g128 asym, ... too.",
+        f"# A qwenq recipe: the scheme of each {'tensor' if form.outer else f'unit.{_fused(spec)}'}",
+        f"# Edit the schemes, then: qwenq quantize MODEL -o OUT{wanted} --recipe THIS_FILE",
+        f"# Schemes: {schemes}.",
         f"version = {VERSION}",
         f"model = {_quoted(spec.name)}",
         f"target = {_quoted(found.target)}",
@@ -37,14 +48,17 @@ def encode_recipe(spec: ModelSpec, found: Budgeted) -> str:
         f"bits_per_linear_weight = {found.bits_per_linear_weight:.4f}",
         f"predicted_kl = {found.predicted_kl:.6g}  # nats a token; sensitivities: {found.sensitivity}",
         "",
-        "[layer]",
     ]
+    if outer := _units(spec, form, OUTER):
+        lines += ["[outer]", *(f'{name} = "{label_of(found.choice[OUTER, name])}"' for name in outer), ""]
+    lines.append("[layer]")
+    width = _WIDTH_OF_TYPES if form.outer else _WIDTH
     for layer in range(spec.num_hidden_layers):
-        cells = []
-        for stage in spec.architecture.stages:
-            last = stage is spec.architecture.stages[-1]
-            label = f'"{label_of(found.choice[layer, stage.name])}"' + ("" if last else ",")
-            cells.append(f"{stage.name} = {label:<{0 if last else _WIDTH}}")
+        cells, names = [], _units(spec, form, layer)
+        for name in names:
+            last = name == names[-1]
+            label = f'"{label_of(found.choice[layer, name])}"' + ("" if last else ",")
+            cells.append(f"{name} = {label:<{0 if last else width}}")
         lines.append(f"{layer:<3}= {{ {''.join(cells)} }}")
     return "\n".join(lines) + "\n"
 
@@ -87,7 +101,13 @@ def read_recipe(path: Path, spec: ModelSpec, format: str = "gptq") -> Choice:
                 f"layers (0 to {len(wanted) - 1})"
             )
     choice: dict[FusedGroup, Scheme | None] = {}
-    stages = [stage.name for stage in spec.architecture.stages]
+    form = get_format(format)
+    if outer := _units(spec, form, OUTER):
+        row, where = found.get("outer"), f"{path}, [outer]"
+        if not isinstance(row, dict) or set(row) != set(outer):
+            raise PlanError(f"{where}: wanted {' and '.join(outer)}", hint=f'e.g. {outer[0]} = "Q6_K"')
+        choice |= {(OUTER, name): _scheme(spec, (OUTER, name), row[name], f"{where}, {name}", format) for name in outer}
+    stages = _units(spec, form, 0)
     for layer, key in enumerate(wanted):
         where = f"{path}{lines.get(key, '')}, layer {key}"
         row = layers.get(key)
@@ -95,7 +115,8 @@ def read_recipe(path: Path, spec: ModelSpec, format: str = "gptq") -> Choice:
             got = "missing" if row is None else "is no table"
             if isinstance(row, dict):
                 got = f"has {shown(', '.join(row), 200)}"
-            raise PlanError(f"{where}: {got}, wanted {', '.join(stages)}", hint="e.g. " + _example(spec))
+            hint = "--format gguf names each linear" if form.outer else "e.g. " + _example(spec)
+            raise PlanError(f"{where}: {got}, wanted {', '.join(stages)}", hint=hint)
         for fused in stages:
             choice[layer, fused] = _scheme(spec, (layer, fused), row[fused], f"{where}, {fused}", format)
     if not any(choice.values()):
@@ -131,7 +152,9 @@ def _scheme(spec: ModelSpec, fused: FusedGroup, label: Any, where: str, format: 
             if not get_format(format).mixes_in(scheme):
                 raise PlanError(
                     f"{scheme.label} is not offered in mixed {format} checkpoints",
-                    hint="groups of 128, 64 or 32, or per channel; 4 bits with zero points in compressed-tensors only",
+                    hint=f"one of {', '.join(s.label for s in get_format(format).options)}"
+                    if get_format(format).outer
+                    else "groups of 128, 64 or 32, or per channel; 4 bits with zero points in compressed-tensors only",
                 )
             for lin in members_of(spec, fused):
                 scheme.check(lin)

@@ -6,28 +6,31 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from qwenq.errors import PlanError
-from qwenq.formats.base import ASYMMETRIC, SYMMETRIC, Scheme, label_of, parse_scheme
+from qwenq.formats.base import ASYMMETRIC, SYMMETRIC, Format, Scheme, get_format, label_of, parse_scheme
 from qwenq.io.json import read_object
-from qwenq.model.architectures import known_stages
+from qwenq.model.architectures import known_kinds, known_stages
 from qwenq.model.spec import LinearSpec, ModelSpec
 
 VERSION = 1
 _MAX_BYTES = 10_000_000  # 1,000 decoder layers have 2 MB
 _LAYER = re.compile(r"[0-9]{1,4}")
 SENSITIVITY_NAME = "qwenq-sensitivity.json"  # in a checkpoint: the table its recipe was chosen by
-FusedGroup = tuple[int, str]  # layer, name of a stage: linears that engines fuse
+FusedGroup = tuple[int, str]  # layer, name of a stage: linears that engines fuse; or one linear's kind, where none do
+OUTER = -1  # the layer of embedding and head
+_OUTER_NAME = "outer"
 
 # Prior: KL in nats a token when one fused group alone is 4-bit g128, for a model of PRIOR_LAYERS layers, and more for
 # the ends of the network. Rounded from a table measured on the demo's model (reports/budget.md); a large model loses
 # less, but for choosing only proportions matter.
 PRIOR_KL = {"qkv": 2.0e-3, "o": 0.4e-3, "gate_up": 2.5e-3, "down": 1.6e-3}
 PRIOR_OTHER_KL = 1.6e-3  # of a stage that is none of these
+PRIOR_OUTER_KL = 2.0e-3  # of embedding and of head
 PRIOR_LAYERS = 30
 PRIOR_ENDS = {"first": 2.0, "last": 2.0}
 PRIOR_GROUP = {128: 1.0, 64: 0.85, 32: 0.70, -1: 1.6}
@@ -79,17 +82,22 @@ class Sensitivity:
                     kl[fused][scheme] = self.kl[fused][known] * prior_noise(scheme) / prior_noise(known)
         return Sensitivity(self.model, self.fingerprint, kl, self.provenance)
 
-    def check(self, spec: ModelSpec, fingerprint: str = "") -> None:
-        """PlanError unless the table is of this model: of these files when their fingerprint is known."""
+    def check(self, spec: ModelSpec, fingerprint: str = "", format: str = "gptq") -> None:
+        """PlanError unless the table is of this model (of these files when their fingerprint is known) and a format."""
         if self.measured and fingerprint and fingerprint != self.fingerprint:
             raise PlanError(
                 f"the sensitivity table was measured on {self.model or 'another model'} "
                 f"(fingerprint {self.fingerprint[:12]}), this model is {spec.name} ({fingerprint[:12]})",
                 hint="measure this one: qwenq sensitivity MODEL",
             )
-        wanted = set(fused_groups(spec))
+        wanted = set(fused_groups(spec, format))
         if set(self.kl) != wanted:
-            layers = len({layer for layer, _ in self.kl})
+            layers = len({layer for layer, _ in self.kl if layer != OUTER})
+            if layers == spec.num_hidden_layers:
+                raise PlanError(
+                    f"the sensitivity table was measured for other formats than {format}",
+                    hint=f"measure it again: qwenq sensitivity MODEL --format {format}",
+                )
             raise PlanError(
                 f"the sensitivity table is of {self.model or 'another model'} with {layers} layers, "
                 f"{spec.name or 'this model'} has {spec.num_hidden_layers}",
@@ -98,8 +106,8 @@ class Sensitivity:
 
     def to_json(self) -> dict[str, Any]:
         rows = {
-            f"{layer}.{fused}": {label_of(scheme): kl for scheme, kl in by_scheme.items()}
-            for (layer, fused), by_scheme in self.kl.items()
+            f"{_OUTER_NAME if layer == OUTER else layer}.{fused}": {label_of(scheme): kl for scheme, kl in row.items()}
+            for (layer, fused), row in self.kl.items()
         }
         return {
             "kind": "qwenq sensitivity",
@@ -111,8 +119,15 @@ class Sensitivity:
         }
 
 
-def fused_groups(spec: ModelSpec) -> Iterator[FusedGroup]:
-    """Every fused group, layer by layer, in the order they run."""
+def fused_groups(spec: ModelSpec, format: str = "gptq") -> Iterator[FusedGroup]:
+    """What a scheme is chosen for: every fused group, layer by layer, in the order they run.
+
+    In a format that holds embedding and head too, nothing is fused: these, then every linear.
+    """
+    if get_format(format).outer:
+        yield from ((OUTER, lin.stage) for lin in spec.outer_linears)
+        yield from ((lin.layer, lin.kind) for lin in spec.linears)
+        return
     for layer in range(spec.num_hidden_layers):
         for stage in spec.architecture.stages:
             yield layer, stage.name
@@ -120,7 +135,12 @@ def fused_groups(spec: ModelSpec) -> Iterator[FusedGroup]:
 
 def members_of(spec: ModelSpec, fused: FusedGroup) -> tuple[LinearSpec, ...]:
     """The linears of one fused group."""
-    return spec.stage_linears(*fused)
+    layer, name = fused
+    if layer == OUTER:
+        return tuple(lin for lin in spec.outer_linears if lin.stage == name)
+    if any(name == stage.name for stage in spec.architecture.stages):
+        return spec.stage_linears(layer, name)
+    return tuple(lin for lin in spec.layer_linears(layer) if lin.kind == name)
 
 
 def options_of(asymmetric: bool) -> tuple[Scheme, ...]:
@@ -128,22 +148,27 @@ def options_of(asymmetric: bool) -> tuple[Scheme, ...]:
     return SYMMETRIC + ASYMMETRIC if asymmetric else SYMMETRIC
 
 
-def schemes_for(spec: ModelSpec, fused: str, options: Iterable[Scheme] = SYMMETRIC) -> tuple[Scheme, ...]:
-    """Those of `options` whose groups divide the fused group's input and whose codes pack."""
+def schemes_for(
+    spec: ModelSpec, fused: FusedGroup, form: Format, options: Sequence[Scheme] | None = None
+) -> tuple[Scheme, ...]:
+    """Those of `options`, or of the format's, that every member of a fused group divides into."""
+    first, *others = (form.offered(lin, options) for lin in members_of(spec, fused))
+    return tuple(scheme for scheme in first if all(scheme in found for found in others))
 
-    def held(scheme: Scheme) -> bool:
-        try:
-            for lin in members_of(spec, (0, fused)):
-                scheme.check(lin)
-        except PlanError:
-            return False
-        return True
 
-    return tuple(filter(held, options))
+def solved_schemes(spec: ModelSpec, format: str, asymmetric: bool = False) -> tuple[Scheme, ...]:
+    """Schemes that a measurement solves errors of: those offered, but 8-bit integers, which follow from 4 bits."""
+    form, found = get_format(format), dict[Scheme, None]()
+    for fused in fused_groups(spec, format):
+        offered = schemes_for(spec, fused, form, None if form.outer else options_of(asymmetric))
+        found |= dict.fromkeys(replace(s, bits=4) if s.codes == "int" else s for s in offered)
+    return tuple(found)
 
 
 def prior_noise(scheme: Scheme) -> float:
     """Energy of the rounding error relative to 4-bit g128, as a rule of thumb."""
+    if (known := scheme.meaning.noise(scheme)) is not None:
+        return known
     wide = PRIOR_GROUP.get(scheme.group_size, 1.0)
     return wide * (PRIOR_8_BIT if scheme.bits == 8 else 1.0) * (1.0 if scheme.sym else 0.95)
 
@@ -151,17 +176,22 @@ def prior_noise(scheme: Scheme) -> float:
 def prior_kl(spec: ModelSpec, fused: FusedGroup) -> float:
     """KL guessed for one fused group alone at 4-bit g128."""
     layer, kind = fused
-    layers = spec.num_hidden_layers
+    if layer == OUTER:
+        return PRIOR_OUTER_KL
+    layers, shared = spec.num_hidden_layers, 1
+    for stage in spec.architecture.stages:
+        if any(linear.kind == kind for linear in stage.linears):
+            kind, shared = stage.name, len(stage.linears)
     depth = layer / max(layers - 1, 1)
     ends = PRIOR_ENDS["first"] * math.exp(-layer / 2) + PRIOR_ENDS["last"] * math.exp((depth - 1) * 10)
-    return PRIOR_KL.get(kind, PRIOR_OTHER_KL) * PRIOR_LAYERS / layers * (1 + round(ends, 1))
+    return PRIOR_KL.get(kind, PRIOR_OTHER_KL) / shared * PRIOR_LAYERS / layers * (1 + round(ends, 1))
 
 
-def prior(spec: ModelSpec, *, asymmetric: bool = False) -> Sensitivity:
+def prior(spec: ModelSpec, format: str = "gptq", *, asymmetric: bool = False) -> Sensitivity:
     """Sensitivities guessed from kind and depth, for planning without weights."""
-    kl: dict[FusedGroup, dict[Scheme | None, float]] = {}
-    for fused in fused_groups(spec):
-        schemes = schemes_for(spec, fused[1], options_of(asymmetric))
+    form, kl = get_format(format), dict[FusedGroup, dict[Scheme | None, float]]()
+    for fused in fused_groups(spec, format):
+        schemes = schemes_for(spec, fused, form, None if form.outer else options_of(asymmetric))
         kl[fused] = {scheme: prior_kl(spec, fused) * prior_noise(scheme) for scheme in schemes}
     return Sensitivity(spec.name, "", kl)
 
@@ -183,7 +213,8 @@ def read_sensitivity(path: Path) -> Sensitivity:
     kl: dict[FusedGroup, dict[Scheme | None, float]] = {}
     for key, row in rows.items():
         layer, _, fused = key.partition(".")
-        if not _LAYER.fullmatch(layer) or fused not in known_stages() or not isinstance(row, Mapping):
+        known = fused in (*known_stages(), *known_kinds()) if _LAYER.fullmatch(layer) else layer == _OUTER_NAME
+        if not known or not isinstance(row, Mapping):
             raise PlanError(f"{path}: {key[:40]!r} is no fused group", hint="the file is damaged")
         entries: dict[Scheme | None, float] = {}
         for label, value in row.items():
@@ -196,7 +227,7 @@ def read_sensitivity(path: Path) -> Sensitivity:
             entries[scheme] = float(value)
         if not entries:
             raise PlanError(f"{path}: {key} has no scheme", hint="the file is damaged")
-        kl[int(layer), fused] = entries
+        kl[OUTER if layer == _OUTER_NAME else int(layer), fused] = entries
     provenance = found.get("provenance")
     model = str(found.get("model", ""))[:200]
     return Sensitivity(model, fingerprint, kl, provenance if isinstance(provenance, Mapping) else {})

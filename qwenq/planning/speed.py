@@ -106,9 +106,10 @@ def prefill_seconds(case: Case, shares: Sequence[Share]) -> float | None:
     return seconds
 
 
-def _in_host_memory(spec: ModelSpec, shares: Sequence[Share]) -> range:
-    """Layers that no GPU holds: the last ones."""
-    return range(max(share.layers.stop for share in shares), spec.num_hidden_layers)
+def _in_host_memory(spec: ModelSpec, shares: Sequence[Share]) -> list[int]:
+    """Layers that no GPU holds."""
+    held = {layer for share in shares for layer in share.layers}
+    return [layer for layer in range(spec.num_hidden_layers) if layer not in held]
 
 
 def _computed(case: Case, shares: Sequence[Share]) -> list[list[int]]:

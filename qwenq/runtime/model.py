@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from qwenq.checkpoint.reader import Checkpoint
 from qwenq.errors import CheckpointError
 from qwenq.formats.base import get_format
+from qwenq.formats.gguf import Blocks
+from qwenq.io.tensors import TORCH_DTYPES
 from qwenq.machine import return_freed_memory
 from qwenq.model.architectures import Architecture
 from qwenq.model.layer import model_config
@@ -30,7 +32,7 @@ from qwenq.model.spec import LinearSpec, ModelSpec
 from qwenq.pipeline.monitor import memory_errors
 from qwenq.planning.kernels import Choice
 from qwenq.runtime.cache import ATTENTION, register
-from qwenq.runtime.linear import StoredLinear, packed_linear
+from qwenq.runtime.linear import BlockEmbedding, BlockLinear, StoredLinear, packed_linear
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class RunningModel:
         return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
 
     def fallbacks(self) -> dict[str, int]:
-        """Why linears are not on torch's packed kernels, and how many each reason concerns."""
+        """Why linears are not on a faster kernel, and how many each reason concerns."""
         reasons = [choice.reason for choice in self.choices.values() if choice.reason]
         return {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}
 
@@ -82,6 +84,8 @@ class Weights(Protocol):
 
     def tensor(self, name: str, device: torch.device) -> Tensor: ...
 
+    def table(self, name: str, device: torch.device) -> Tensor | Blocks: ...
+
     def linear(self, lin: LinearSpec, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Choice | None]: ...
 
 
@@ -92,7 +96,16 @@ class CheckpointWeights:
         self.checkpoint = checkpoint
 
     def tensor(self, name: str, device: torch.device) -> Tensor:
-        value = self.checkpoint.read(name).to(device)
+        return self._finite(name, self.checkpoint.read(name).to(device))
+
+    def table(self, name: str, device: torch.device) -> Tensor | Blocks:
+        """Embedding or head: as a tensor, or as a GGUF file has it."""
+        kind = self.checkpoint.tensors[name].spec.dtype
+        if kind in TORCH_DTYPES:
+            return self.tensor(name, device)
+        return Blocks(kind, self.checkpoint.read_packed(name).to(device))
+
+    def _finite(self, name: str, value: Tensor) -> Tensor:
         if value.is_floating_point() and value.ndim == 1 and not bool(value.isfinite().all()):
             raise CheckpointError(f"{name} holds a NaN or an infinity", hint="the checkpoint may be damaged")
         return value
@@ -107,7 +120,11 @@ class CheckpointWeights:
             # in the activations' dtype when that is 16 bit too
             return StoredLinear(weight if dtype == torch.float32 else weight.to(dtype), bias, dtype), None
         form = get_format(stored.format)
-        packed = {n.removeprefix(lin.name + "."): self.tensor(n, device) for n in form.packed_names(scheme, lin)}
+        names = self.checkpoint.packed_names(lin)
+        packed = {
+            name.removeprefix(lin.name + "."): self._finite(name, self.checkpoint.read_packed(name).to(device))
+            for name in names
+        }
         found, shape = form.unpack_to_run(packed, scheme, lin, stored.version), form.packed_shape(scheme, lin)
         assert shape is not None  # or it would not have been unpacked
         return packed_linear(found, shape, bias, dtype, device)
@@ -130,7 +147,7 @@ def build_model(
     """
     network = _empty_network(config, spec, dtype)
     choices: dict[str, Choice] = {}
-    shared: dict[torch.device, Tensor] = {}  # a tied table, once a device
+    shared: dict[torch.device, Tensor | Blocks] = {}  # a tied table, once a device
     disk_index: dict[str, Any] = {}
 
     def place(module: str) -> tuple[int | str, torch.device]:
@@ -142,8 +159,9 @@ def build_model(
     names = spec.architecture
     where, device = place(names.embedding)
     with memory_errors("loading the embedding", device, 2 * spec.vocab_size * spec.hidden_size, _SMALLER):
-        table = weights.tensor(spec.embedding_tensor, device)
-        keep(names.embedding, StoredEmbedding(table, dtype), where)
+        table = weights.table(spec.embedding_tensor, device)
+        embedding = BlockEmbedding(table, dtype) if isinstance(table, Blocks) else StoredEmbedding(table, dtype)
+        keep(names.embedding, embedding, where)
         shared[device] = table
     for layer in range(spec.num_hidden_layers):
         where, device = place(spec.layer_name(layer))
@@ -171,10 +189,13 @@ def build_model(
     where, device = place(names.head)
     with memory_errors("loading the head", device, 2 * spec.vocab_size * spec.hidden_size, _SMALLER):
         if not spec.tie_word_embeddings:
-            head = weights.tensor(spec.head_tensor, device)
+            head = weights.table(spec.head_tensor, device)
         else:
             head = shared[device] if device in shared else shared.setdefault(device, table.to(device))
-        keep(names.head, StoredLinear(head, None, dtype, is_head=True), where)
+        if isinstance(head, Blocks):
+            keep(names.head, BlockLinear(head, None, dtype, device, is_head=True), where)
+        else:
+            keep(names.head, StoredLinear(head, None, dtype, is_head=True), where)
     network.eval().requires_grad_(False)
     dispatch(network, names, device_map, offload_directory, disk_index)
     return_freed_memory()

@@ -46,6 +46,10 @@ class SyntheticWeights:
         wide = shape[-1] if len(shape) > 1 else 1
         return torch.randn(shape, dtype=torch.bfloat16, device=device).mul_(wide**-0.5 if len(shape) > 1 else 0.02)
 
+    def table(self, name: str, device: torch.device) -> Tensor:
+        """Embedding or head."""
+        return self.tensor(name, device)
+
     def linear(self, lin: LinearSpec, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Choice | None]:
         """One linear, packed at once."""
         bias = self.tensor(lin.name + ".bias", device) if lin.bias else None

@@ -198,6 +198,7 @@ def _solve_gptq(e_IO: Tensor, h_II: Tensor, grid: Grid) -> tuple[Tensor, _GroupP
     """
     columns, rows = e_IO.shape
     width = grid.group_width(columns)
+    inner = grid.widths(columns)[-1]
     span = max(width, SPAN // width * width)
     at_once = ROWS_AT_ONCE if e_IO.device.type == "cpu" else rows
     pivots_I = h_II.diagonal().clone()
@@ -210,21 +211,35 @@ def _solve_gptq(e_IO: Tensor, h_II: Tensor, grid: Grid) -> tuple[Tensor, _GroupP
         p_SO.div_(pivots_I[start:stop, None])
         for first in range(0, rows, at_once):
             part = slice(first, first + at_once)
-            for low in range(stop - start - width, -1, -width):
-                group = slice(low, low + width)
-                whole = slice(start + low, start + low + width)
-                r_KK, w_KO = r_SS[group, group], e_IO[whole, part]
-                # the weights as they stand when this group's turn comes, were the group itself not rounded
-                moved_KO = torch.linalg.solve_triangular(r_KK.T, p_SO[group, part], upper=True, unitriangular=True)
+            found: Parameters = ()
+
+            def moved(columns: slice, part: slice = part, r_SS: Tensor = r_SS, p_SO: Tensor = p_SO) -> Tensor:
+                """How far weights have moved when these columns' turn comes, were they not rounded themselves."""
+                r_KK = r_SS[columns, columns]
+                return torch.linalg.solve_triangular(r_KK.T, p_SO[columns, part], upper=True, unitriangular=True)
+
+            for low in range(stop - start - inner, -1, -inner):
+                own, whole = slice(low, low + inner), slice(start + low, start + low + inner)
+                moved_KO, w_KO = moved(own), e_IO[whole, part]
                 e_KO = w_KO + moved_KO
-                found = grid.fit(e_KO, pivots_I[whole].square())
+                if inner == width:
+                    found = grid.fit(e_KO, pivots_I[whole].square())
+                    rounder = grid.column_rounder(found, width)
+                else:
+                    if (low + inner) % width == 0:
+                        group = slice(low + inner - width, low + inner)
+                        at = slice(start + group.start, start + group.stop)
+                        found = grid.fit(e_IO[at, part] + moved(group), pivots_I[at].square())
+                    found, narrow = grid.fit_within(found, low % width // inner, e_KO, pivots_I[whole].square())
+                    rounder = grid.column_rounder(narrow, inner)
                 q_KO = torch.empty_like(e_KO)
-                _solve_columns(e_KO.clone(), e_KO, q_KO, r_KK, grid.column_rounder(found, width))
+                _solve_columns(e_KO.clone(), e_KO, q_KO, r_SS[own, own], rounder)
                 codes_IO[whole, part] = q_KO
-                parameters.put((start + low) // width, part, found)
+                if low % width == 0:
+                    parameters.put((start + low) // width, part, found)
                 w_KO.copy_(e_KO.sub_(moved_KO))
                 if low:
-                    p_SO[:low, part].addmm_(r_SS[group, :low].T, w_KO)
+                    p_SO[:low, part].addmm_(r_SS[own, :low].T, w_KO)
     return codes_IO, parameters
 
 
@@ -317,6 +332,14 @@ def _solve_rounding(e_IO: Tensor, importance_I: Tensor | None, grid: Grid) -> tu
         codes_IO[group] = q_KO
         w_KO.sub_(grid.dequantize(q_KO, found))
     return codes_IO, parameters
+
+
+def round_rows(w_OI: Tensor, grid: Grid) -> QTensor:
+    """A weight rounded to nearest on fitted grids, all columns counting the same; rows do not depend on each other."""
+    e_IO = w_OI.T.contiguous()
+    codes_IO, parameters = _solve_rounding(e_IO, torch.ones(len(e_IO), device=e_IO.device), grid)
+    kept = zip(parameters.kept, grid.stored_dtypes, strict=True)
+    return QTensor(codes_IO.T.contiguous(), tuple(p_NO.T.to(dtype).contiguous() for p_NO, dtype in kept), grid)
 
 
 def mean_of_live(diagonal_I: Tensor) -> float:

@@ -58,6 +58,17 @@ class Grid(ABC):
         importance_K: float32 [K]. None: the values just span the weights, which is plain rounding to nearest.
         """
 
+    def fit_within(
+        self, parameters: Parameters, sub: int, w_NO: Tensor, importance_N: Tensor
+    ) -> tuple[Parameters, Parameters]:
+        """Parameters of a group with those of one innermost sub-group (see `widths`) found anew: all, and its alone.
+
+        It is asked when the sub-group's turn comes, of grids that have sub-groups. What all of them share stays.
+        """
+        count = self.group_size // len(w_NO)
+        parts = ((sub * len(p_NO) // count, max(1, len(p_NO) // count), p_NO) for p_NO in parameters)
+        return parameters, tuple(p_NO[low : low + size] for low, size, p_NO in parts)
+
     @abstractmethod
     def round(self, w_KO: Tensor, parameters: Parameters) -> Tensor:
         """Nearest codes, 0 to 255, in float32 [K, O]."""

@@ -16,23 +16,25 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from qwenq.checkpoint.headers import read_config
 from qwenq.errors import CalibrationError, CheckpointError
-from qwenq.io.json import check_regular, inside, read_limited, read_object, shown
+from qwenq.io.durable import write_json
+from qwenq.io.gguf import GGUFFile, is_gguf
+from qwenq.io.json import LFS_POINTER, TEMPLATES, check_regular, inside, read_limited, read_object, shown
 from qwenq.text.conversation import Document, Message, fitted, read_messages
 from qwenq.text.rendering import MAX_TEMPLATE_BYTES, Rendering, TemplateFault, render
+from qwenq.text.vocabulary import MAX_TOKENIZER_BYTES, Vocabulary, has_tokenizer, vocabulary_of_metadata
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "tokenizer.model",
 )  # fmt: skip
-MAX_TOKENIZER_BYTES = 100_000_000  # the largest published ones have 35 MB
 _TRANSFORMERS_READS = {  # and how large each may be
     "tokenizer.json": MAX_TOKENIZER_BYTES, "tokenizer_config.json": 10_000_000, "vocab.json": 50_000_000,
     "merges.txt": 50_000_000, "special_tokens_map.json": 1_000_000,
     "added_tokens.json": 10_000_000, "chat_template.jinja": MAX_TEMPLATE_BYTES,
     "chat_template.json": 10_000_000, "tokenizer.model": 50_000_000, "config.json": 10_000_000,
 }  # fmt: skip
-_MORE_TEMPLATES = "additional_chat_templates"
 _PLACES = ("fast_tokenizer_files", "tokenizer_file", "vocab_file", "merges_file", "spm_file", "gguf_file",
            "tokenizer_object", "init_inputs")  # fmt: skip
 _SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>")
@@ -41,20 +43,34 @@ _CONTEXT_TOKENS = 8  # the last one alone may be a byte of a character, or a spa
 _CHAT_S, _CHAT_S_PER_MB = 10, 1  # processor time of all conversations of a text
 
 
+def template_files(directory: Path) -> list[str]:
+    """Chat templates beside the usual one, by name, in the folder where transformers keeps them.
+
+    CheckpointError where that is a link to another directory.
+    """
+    folder = directory / TEMPLATES
+    if not folder.is_dir():
+        return []
+    inside(directory, TEMPLATES)
+    return sorted(f"{TEMPLATES}/{path.name}" for path in folder.glob("*.jinja"))
+
+
 @dataclass(frozen=True)
 class ModelTokenizer:
-    """The tokenizer of a checkpoint directory, as transformers reads it: no code of the model's is run.
+    """The tokenizer of a checkpoint, as transformers reads it: no code of the model's is run.
 
     `tokenizer.json` decides: AutoTokenizer would build Qwen's own splitting for every `model_type: qwen2`, whatever
     the file says, and a model is run with the tokens it was trained on. AutoTokenizer's class reads the directories
-    that have `vocab.json` and `merges.txt` alone, or `tokenizer.model`.
+    that have `vocab.json` and `merges.txt` alone, or `tokenizer.model`. A GGUF file's is in its metadata.
     """
 
-    directory: Path
+    directory: Path  # or a GGUF file
 
     @cached_property
     def _fast(self) -> Any:
         """transformers' tokenizer, padding and truncation that the file was saved with put off."""
+        if self._vocabulary is not None:
+            return _tokenizer_of(self._vocabulary, self.directory)
         self._check_files()
         whole = (self.directory / "tokenizer.json").is_file()
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -75,14 +91,26 @@ class ModelTokenizer:
             raise self._unreadable(error) from None
         return fast
 
+    @cached_property
+    def _vocabulary(self) -> Vocabulary | None:
+        """Of a GGUF file."""
+        if not is_gguf(self.directory):
+            return None
+        return vocabulary_of_metadata(GGUFFile.open(self.directory).metadata, shown(str(self.directory)))
+
     def _unreadable(self, error: BaseException) -> CheckpointError:
         """The error of a directory that transformers does not read, naming the file at fault."""
         reason = shown(" ".join(str(error).split()) or type(error).__name__)
         path = self.directory / "tokenizer.json"
         if not path.is_file():
             return CheckpointError(f"{self.directory}: transformers makes no tokenizer of its files ({reason})")
+        content = read_limited(path, MAX_TOKENIZER_BYTES)
+        if content.startswith(LFS_POINTER):
+            return CheckpointError(
+                f"{path}: a git-lfs pointer, not the file", hint="run `git lfs pull` in its directory"
+            )
         try:
-            Tokenizer.from_str(read_limited(path, MAX_TOKENIZER_BYTES).decode("utf-8"))
+            Tokenizer.from_str(content.decode("utf-8"))
         except BaseException as cause:
             if isinstance(cause, KeyboardInterrupt | SystemExit):
                 raise
@@ -100,12 +128,8 @@ class ModelTokenizer:
             )
         for name in sorted(present):
             check_regular(self.directory / name, _TRANSFORMERS_READS[name])
-        more = self.directory / _MORE_TEMPLATES
-        if more.is_dir():
-            if more.is_symlink():
-                raise CheckpointError(f"{_MORE_TEMPLATES} links to another directory: refused")
-            for path in more.glob("*.jinja"):
-                check_regular(inside(more, path.name), MAX_TEMPLATE_BYTES)
+        for name in template_files(self.directory):
+            check_regular(inside(self.directory, name), MAX_TEMPLATE_BYTES)
         if "tokenizer_config.json" in present:
             settings = read_object(self.directory / "tokenizer_config.json")
             for key in _PLACES if "tokenizer.json" not in present else _PLACES[:1]:
@@ -119,7 +143,9 @@ class ModelTokenizer:
 
     @cached_property
     def sha256(self) -> str:
-        """Digest of `tokenizer.json`, or of the files in its place."""
+        """Digest of `tokenizer.json`, or of what is in its place."""
+        if self._vocabulary is not None:
+            return hashlib.sha256(json.dumps(self._vocabulary.document, sort_keys=True).encode()).hexdigest()
         self._check_files()
         whole = (self.directory / "tokenizer.json").is_file()
         names = ["tokenizer.json"] if whole else ["vocab.json", "merges.txt", "tokenizer.model"]
@@ -145,8 +171,8 @@ class ModelTokenizer:
         for text in _SEPARATORS:
             if (token := self._tokenizer.token_to_id(text)) is not None:
                 return int(token)
-        config = inside(self.directory, "config.json")
-        eos = read_object(config).get("eos_token_id") if config.exists() else None
+        there = self._vocabulary is not None or inside(self.directory, "config.json").exists()
+        eos = read_config(self.directory).get("eos_token_id") if there else None
         eos = eos[0] if isinstance(eos, list) and eos else eos
         if type(eos) is int:
             return eos
@@ -162,7 +188,7 @@ class ModelTokenizer:
                 encodings = self._tokenizer.encode_batch_fast(batch, add_special_tokens=special)
                 found += [encoding.ids for encoding in encodings]
         except BaseException as error:
-            if isinstance(error, KeyboardInterrupt | SystemExit):
+            if isinstance(error, KeyboardInterrupt | SystemExit | CheckpointError):
                 raise
             reason = shown(str(error))
             raise CheckpointError(f"{self.directory}: its tokenizer.json cannot encode ({reason})") from None
@@ -261,6 +287,39 @@ class ModelTokenizer:
         return bool(self._fast.chat_template)
 
 
+def _tokenizer_of(vocabulary: Vocabulary, path: Path) -> Any:
+    """transformers' tokenizer of a GGUF file's metadata."""
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        backend = Tokenizer.from_str(json.dumps(vocabulary.document, ensure_ascii=False))
+        return PreTrainedTokenizerFast(
+            tokenizer_object=backend, chat_template=vocabulary.chat_template, **vocabulary.special
+        )
+    except BaseException as error:  # transformers raises anything, and the library beneath it panics
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise CheckpointError(f"{path}: no tokenizer can be made of its metadata ({shown(str(error))})") from None
+
+
+def write_tokenizer(source: Path, directory: Path) -> dict[str, str]:
+    """Write the tokenizer of a GGUF file as a directory's files, and return their SHA-256 by name.
+
+    Nothing for another source, or a file without a tokenizer; CheckpointError for one that is not read.
+    """
+    if not is_gguf(source):
+        return {}
+    metadata = GGUFFile.open(source).metadata
+    if not has_tokenizer(metadata):
+        return {}
+    found = vocabulary_of_metadata(metadata, shown(str(source)))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **found.special}
+    if found.chat_template is not None:
+        settings["chat_template"] = found.chat_template
+    content = {"tokenizer.json": found.document, "tokenizer_config.json": settings}
+    return {name: write_json(directory / name, value) for name, value in content.items()}
+
+
 class _Refusal(CalibrationError):
     """One conversation is refused; the next one may not be."""
 
@@ -292,6 +351,13 @@ class TokenWindows:
         """Digest of the token ids and their shape."""
         shape = json.dumps(list(self.ids.shape)).encode()
         return hashlib.sha256(shape + self.ids.numpy().tobytes()).hexdigest()
+
+    @property
+    def left_out(self) -> str:
+        """A line on rows of the text that were no documents; empty where there were none."""
+        rows, first = self.provenance.get("skipped_rows", 0), self.provenance.get("first_skipped", "")
+        said = f"{self.text}: {rows} {'row' if rows == 1 else 'rows'} left out ({first}); --strict refuses them"
+        return said if rows else ""
 
     def to_json(self) -> dict[str, Any]:
         return {

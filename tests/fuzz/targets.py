@@ -6,18 +6,20 @@ import io
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import numpy as np
+from gguf_bytes import File, tiny_file
 
 from fuzz.commands import Commands
-from fuzz.mutate import encode, mutate_bytes, mutate_json, mutate_value
+from fuzz.mutate import NUMBERS, encode, mutate_bytes, mutate_json, mutate_value
 from qwenq.checkpoint.manifest import JOURNAL_NAME, MANIFEST_NAME, encode_manifest, verify
 from qwenq.checkpoint.reader import open_checkpoint, read_config
 from qwenq.formats.base import parse_scheme, read_quantization_config
+from qwenq.io.gguf import GGUFFile
 from qwenq.io.json import read_object
 from qwenq.io.safetensors import INDEX_NAME, checkpoint_tensors, fingerprint, read_header
 from qwenq.model.layer import Network
@@ -25,6 +27,7 @@ from qwenq.model.spec import ModelSpec, spec_from_config
 from qwenq.pipeline.journal import Journal
 from qwenq.pipeline.quantize import quantize
 from qwenq.planning.audit import audit, index_total
+from qwenq.planning.models import load_model, model_weights
 from qwenq.planning.recipefile import read_recipe
 from qwenq.planning.sensitivity import prior
 from qwenq.planning.validate import read_rows
@@ -54,6 +57,8 @@ class Workplace:
         self.config = json.loads((tiny / "config.json").read_bytes())
         self.index = json.loads((tiny / INDEX_NAME).read_bytes())
         self.shard = min(tiny.glob("*.safetensors"), key=lambda path: path.stat().st_size).read_bytes()
+        kinds = {"attn_q": "Q4_0", "attn_k": "Q8_0", "ffn_gate": "Q5_0", "ffn_down": "Q5_1", "output": "Q8_0"}
+        self.gguf_file = tiny_file(tiny, types=kinds)
         self.sensitivity = prior(self.spec).to_json() | {"fingerprint": fingerprint(tiny)}
         self.commands = Commands(self)
         self.unfinished_job: Any = None
@@ -63,6 +68,8 @@ class Workplace:
         return [
             Target("safetensors header", self.header, 4),
             Target("index", self.shard_index, 3),
+            Target("GGUF file", self.gguf, 3),
+            Target("split GGUF file", self.split_gguf, 0.5),
             Target("config.json", self.model_config, 3),
             Target("quantization_config", self.quantization, 3),
             Target("network of a config", self.network, 0.5),
@@ -103,6 +110,54 @@ class Workplace:
         text = mutate_json(draw, json.loads(data[8 : 8 + length]))
         size = len(text) if draw.random() < 0.9 else draw.choice((0, 1, len(text) - 1, len(text) + 1, 10**8, 2**63))
         return size.to_bytes(8, "little") + text + data[8 + length :]
+
+    def gguf(self, draw: Random) -> Any:
+        """A whole model: its metadata, tensors, tokenizer and one layer's values."""
+        path = self.write("model.gguf", self.damaged_gguf(draw, self.gguf_file))
+        found = open_checkpoint(path)
+        tokenizer = ModelTokenizer(path)
+        said = tokenizer.encode(["one two", ""]), tokenizer.separator
+        if draw.random() < 0.2:
+            said += (tokenizer.render_chat([{"role": "user", "content": "x"}]),)
+        weights = model_weights(load_model(str(path))).total_bytes
+        return said, weights, found.finite_layer_state(0), found.read_slice(found.head_name, 0, 2)
+
+    def split_gguf(self, draw: Random) -> Any:
+        """The same cut in three, one of which is damaged."""
+        half, parts = len(self.gguf_file.tensors) // 3, []
+        for number in range(3):
+            split = [["split.no", 2, number], ["split.count", 2, 3], ["split.tensors.count", 5, 3 * half]]
+            entries = (self.gguf_file.entries if number == 0 else []) + split
+            tensors = [[name, sizes, 24, 0] for name, sizes, _, _ in self.gguf_file.tensors[half * number :][:half]]
+            for entry in tensors:  # bytes, in the place of all types
+                entry[1:] = [[4], 24, 32 * tensors.index(entry)]
+            parts.append(replace(self.gguf_file, entries=entries, tensors=tensors, data=bytes(32 * half)))
+        broken = draw.randrange(3)
+        paths = [
+            self.write(f"split-0000{k + 1}-of-00003.gguf", self.damaged_gguf(draw, p) if k == broken else p.encode())
+            for k, p in enumerate(parts)
+        ]
+        return GGUFFile.open(paths[draw.choice((0, 0, 0, 0, 1))])
+
+    def damaged_gguf(self, draw: Random, file: File) -> bytes:
+        kind = draw.randrange(10)
+        if kind < 7:
+            part = draw.choice(("entries", "entries", "tensors", "both"))
+            entries, tensors = file.entries, file.tensors
+            if part != "tensors":
+                entries = mutate_value(draw, entries, draw.choice((1, 1, 2, 5)))
+            if part != "entries":
+                tensors = mutate_value(draw, tensors, draw.choice((1, 1, 2, 5)))
+            lists = [value if isinstance(value, list) else [] for value in (entries, tensors)]
+            return replace(file, entries=lists[0], tensors=lists[1]).encode()
+        if kind == 7:
+            number = draw.choice(NUMBERS)
+            field = draw.choice(("version", "tensor_count", "entry_count"))
+            return replace(file, **{field: number}).encode()
+        header = file.header()
+        if kind == 8:
+            return mutate_bytes(draw, header) + bytes(-len(header) % 32) + file.data
+        return mutate_bytes(draw, file.encode())
 
     def shard_index(self, draw: Random) -> Any:
         folder = self.root / "indexed"

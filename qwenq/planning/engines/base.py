@@ -65,6 +65,7 @@ class Engine(ABC):
     rocm_tried: ClassVar[bool] = False
     layered: ClassVar[bool] = True  # layers on different GPUs run one after the other (no tensor parallelism)
     host_layers_stay: ClassVar[bool] = False  # the CPU computes layers in host memory; else they move to the first GPU
+    host_layers_first: ClassVar[bool] = False  # layers in host memory are a model's first ones, not its last
     copies_tied_head: ClassVar[bool] = False  # and keeps the embedding elsewhere
     states_peak: ClassVar[bool] = False  # published runs of it state torch's allocator peak
     started: ClassVar[bool] = False  # `qwenq serve` starts it

@@ -1,0 +1,61 @@
+"""What a file that is a whole model holds beside its tensors: shapes, tokenizer, origin and licence. No torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from qwenq.checkpoint.shards import NOTHING, Beside
+from qwenq.formats.base import Recipe, get_format
+from qwenq.model.metadata import ROPE_FACTORS, metadata_of_config, rope_factors
+from qwenq.model.spec import ModelSpec
+from qwenq.pipeline.card import source_license
+from qwenq.text.vocabulary import metadata_of_tokenizer
+from qwenq.units import parse_size
+
+_HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]{0,95})/([A-Za-z0-9][\w.-]{0,95})", re.ASCII)
+
+
+def container_of(
+    spec: ModelSpec,
+    recipe: Recipe,
+    config: Mapping[str, Any],
+    directory: Path | None,
+    mixture: str = "",
+    split_size: str | None = None,
+) -> Beside:
+    """For the files of a model stored by `recipe`; nothing where its container has files beside it for all of this.
+
+    config: its config.json. directory: None where the model is not on this machine: then its tokenizer is missing.
+    mixture: the recipe's name, if it has one. CheckpointError for a tokenizer that cannot be written.
+    """
+    form = get_format(recipe.format)
+    if form.container == "safetensors":
+        return NOTHING
+    shapes = metadata_of_config(spec, config)
+    architecture = "general.architecture"
+    metadata: dict[str, Any] = {architecture: shapes.pop(architecture), "general.type": "model"}
+    metadata |= dict(_origin(spec, directory))
+    metadata |= form.file_metadata(recipe, mixture) | shapes
+    if directory is not None:
+        metadata |= metadata_of_tokenizer(directory, spec.vocab_size)
+    factors = rope_factors(spec, config)
+    stem = f"{spec.name.rpartition('/')[2] or 'model'}-{mixture or 'mixed'}"
+    split_bytes = None if split_size is None else parse_size(split_size)
+    return Beside(stem, metadata, split_bytes, {} if factors is None else {ROPE_FACTORS: factors})
+
+
+def _origin(spec: ModelSpec, directory: Path | None) -> Iterator[tuple[str, Any]]:
+    """Name, licence, and the model that it was made from."""
+    yield "general.name", spec.name.rpartition("/")[2] or "model"
+    yield "general.quantized_by", "qwenq"
+    if directory is not None:
+        for key, value in source_license(directory).items():
+            yield f"general.{key.replace('_', '.')}", value
+    if hub := _HUB_NAME.fullmatch(spec.name):
+        yield "general.base_model.count", 1
+        yield "general.base_model.0.name", hub[2]
+        yield "general.base_model.0.organization", hub[1]
+        yield "general.base_model.0.repo_url", f"https://huggingface.co/{spec.name}"

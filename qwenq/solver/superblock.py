@@ -1,0 +1,509 @@
+"""Grids of GGUF's types beside plain integers: minima, unequal levels, and coded scales under a super-block's own.
+
+A super-block is K columns in S sub-groups of N. Its scales (and minima) are small integers times one float16 for all:
+
+    SuperGrid        d * s * u(code)                u: code - zero, or a table of levels
+    SuperAffineGrid  (d * s) * code - (dmin * m)    s, m >= 0
+
+Parameters are found alternately: each sub-group's own best, the float16 that they are multiples of, the integers again.
+Products are taken in the order in which llama.cpp takes them, so that every value is its value, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qwenq.solver.grid import ColumnRounder, Grid, Parameters, float16_scale, move
+
+SHRINK = (1.1, 1.04, 1.0, 0.96, 0.92, 0.88, 0.84, 0.78, 0.7)  # candidates, as in solver/grid.py
+ROUNDS = 2  # of super-block scale and sub-groups' integers in turn
+MAX_FLOAT16 = 65504.0
+
+
+def _float16(value: Tensor) -> Tensor:
+    """As stored, in float32; tiny ones may become 0, which holds an empty block."""
+    return value.nan_to_num(0.0, 0.0, 0.0).clamp_(-MAX_FLOAT16, MAX_FLOAT16).half().float()
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    """1 / scale; 0 where there is no scale."""
+    return torch.where(scale == 0, 0.0, 1 / scale)
+
+
+def _quotient(top: Tensor, bottom: Tensor) -> Tensor:
+    """top / bottom, 0 where that is no number."""
+    return (top / bottom).nan_to_num_(0.0, 0.0, 0.0)
+
+
+def _as_found(value: Tensor) -> Tensor:
+    return value
+
+
+def _affine_search(
+    w_SNO: Tensor,
+    importance_SN1: Tensor,
+    top: int,
+    *,
+    positive: bool,
+    stored: Callable[[Tensor], Tensor] = _as_found,
+    stored_minimum: Callable[[Tensor], Tensor] = _as_found,
+) -> tuple[Tensor, Tensor]:
+    """Scale and minimum [S, O] of `scale * code - minimum`, codes 0 to `top`, of least weighted error.
+
+    Each candidate gives codes; scale and minimum of least squares for these codes, and what they leave of the error
+    once they are `stored`, follow from a few sums. positive: no minimum below 0.
+    """
+    low_SO, high_SO = w_SNO.amin(1), w_SNO.amax(1)
+    if positive:
+        low_SO = low_SO.clamp(max=0)
+    weighted_SNO = w_SNO * importance_SN1
+    p_S1, w_SO = importance_SN1.sum(1), weighted_SNO.sum(1)
+    least_SO, scale_SO, minimum_SO = torch.full_like(low_SO, torch.inf), (high_SO - low_SO) / top, -low_SO
+    for shrink in SHRINK:
+        inverse_SO = _inverse((high_SO - low_SO) * (shrink / top))
+        middle_SO = (high_SO + low_SO) * ((1 - shrink) / 2) if not positive else 0.0
+        start_SO = low_SO * shrink + middle_SO
+        q_SNO = ((w_SNO - start_SO[:, None]) * inverse_SO[:, None]).round_().clamp_(0, top)
+        wq_SO = (weighted_SNO * q_SNO).sum(1)
+        q_SO = (importance_SN1 * q_SNO).sum(1)
+        qq_SO = (importance_SN1 * q_SNO.square_()).sum(1)
+        s_SO = _quotient(p_S1 * wq_SO - q_SO * w_SO, p_S1 * qq_SO - q_SO * q_SO)
+        if positive:
+            s_SO = torch.where(s_SO * q_SO < w_SO, _quotient(wq_SO, qq_SO), s_SO)
+        s_SO = stored(s_SO)
+        m_SO = (s_SO * q_SO - w_SO) / p_S1
+        m_SO = stored_minimum(m_SO.clamp_(min=0) if positive else m_SO)
+        error_SO = s_SO * (s_SO * qq_SO - 2 * wq_SO)  # over what is lost with nothing but zeros
+        error_SO += m_SO * (m_SO * p_S1 + 2 * (w_SO - s_SO * q_SO))
+        better_SO = (error_SO < least_SO) & (s_SO > 0)
+        least_SO = torch.where(better_SO, error_SO, least_SO)
+        scale_SO, minimum_SO = torch.where(better_SO, s_SO, scale_SO), torch.where(better_SO, m_SO, minimum_SO)
+    return scale_SO, minimum_SO
+
+
+@dataclass(frozen=True)
+class AffineGrid(Grid):
+    """scale * code + minimum, both float16, one of each a group: GGUF's Q4_1 and Q5_1. Parameters: [1, O] each."""
+
+    bits: int
+    group_size: int = 32
+
+    stored_dtypes = (torch.float16, torch.float16)
+
+    @property
+    def top(self) -> int:
+        """The largest code."""
+        return (1 << self.bits) - 1
+
+    def fit(self, w_KO: Tensor, importance_K: Tensor | None = None) -> Parameters:
+        if importance_K is None:
+            low_1O, high_1O = w_KO.amin(0, keepdim=True), w_KO.amax(0, keepdim=True)
+            return _float16((high_1O - low_1O) / self.top), _float16(low_1O)
+        scale_1O, minimum_1O = _affine_search(w_KO[None], importance_K[None, :, None], self.top, positive=False)
+        return _float16(scale_1O), _float16(-minimum_1O)
+
+    def round(self, w_KO: Tensor, parameters: Parameters) -> Tensor:
+        scale_1O, minimum_1O = parameters
+        return ((w_KO - minimum_1O) * _inverse(scale_1O)).round_().clamp_(0, self.top)
+
+    def dequantize(self, codes_KO: Tensor, parameters: Parameters) -> Tensor:
+        scale_GO, minimum_GO = (p_GO.float() for p_GO in parameters)
+        codes_GKO = codes_KO.float().unflatten(0, (len(scale_GO), -1))
+        return (codes_GKO * scale_GO[:, None]).add_(minimum_GO[:, None]).flatten(0, 1)
+
+    def column_rounder(self, parameters: Parameters, columns: int) -> ColumnRounder:
+        (scale_O,), (minimum_O,) = parameters
+        return _affine_rounder([_inverse(scale_O)], [scale_O], [-minimum_O], columns, self.top)
+
+    def refit(
+        self, parameters: Parameters, codes_KO: Tensor, h_KK: Tensor, error_KO: Tensor, slope_KO: Tensor
+    ) -> tuple[Parameters, Tensor]:
+        scale_1O, minimum_1O = parameters
+        before_KO = self.dequantize(codes_KO, parameters)
+        step_O, raise_O = _least_squares(codes_KO, h_KK @ codes_KO, h_KK.sum(1), float(h_KK.sum()), slope_KO)
+        found = _float16(scale_1O + step_O), _float16(minimum_1O + raise_O)
+        after_KO = self.dequantize(codes_KO, found)
+        move(after_KO - before_KO, h_KK, error_KO, slope_KO)
+        return found, after_KO
+
+
+def _least_squares(
+    unit_KO: Tensor, spread_KO: Tensor, h_K: Tensor, h_sum: float, slope_KO: Tensor
+) -> tuple[Tensor, Tensor]:
+    """How far scale and an added constant [O] of some columns should move: two normal equations a row.
+
+    spread_KO: H times the units; h_K, h_sum: H times ones, and its sum, over the same columns.
+    """
+    uu_O, u1_O = (unit_KO * spread_KO).sum(0), h_K @ unit_KO
+    us_O, s_O = (unit_KO * slope_KO).sum(0), slope_KO.sum(0)
+    both_O = uu_O * h_sum - u1_O * u1_O
+    return _quotient(us_O * h_sum - s_O * u1_O, both_O), _quotient(s_O * uu_O - us_O * u1_O, both_O)
+
+
+def _affine_rounder(
+    inverses: list[Tensor] | Tensor,
+    scales: list[Tensor] | Tensor,
+    minima: list[Tensor] | Tensor,
+    columns: int,
+    top: int,
+) -> ColumnRounder:
+    """Rounds to `scale * code - minimum`, one of each for every so many columns."""
+    width = columns // len(scales)
+
+    def round_column(k: int, value_O: Tensor, code_O: Tensor, error_O: Tensor) -> None:
+        scale_O, minimum_O = scales[k // width], minima[k // width]
+        torch.mul(value_O + minimum_O, inverses[k // width], out=code_O)
+        code_O.round_().clamp_(0, top)
+        error_O.sub_(code_O * scale_O).add_(minimum_O)
+
+    return round_column
+
+
+# ---------------------------------------------------------------------- one scale
+
+
+class _Units:
+    """Codes as multiples of a scale: integers around a zero point, or a table of levels, which rise."""
+
+    def __init__(self, bits: int, levels: tuple[int, ...]) -> None:
+        self.zero, self.top = 1 << (bits - 1), (1 << bits) - 1
+        self.levels = torch.tensor(levels, dtype=torch.float32)
+        self.between = (self.levels[1:] + self.levels[:-1]) / 2
+        self.most = float(max(levels, key=abs)) if levels else -float(self.zero)
+
+    def of(self, codes: Tensor) -> Tensor:
+        """Units of codes, float32."""
+        if not len(self.levels):
+            return codes.float() - self.zero
+        return self.levels.to(codes.device)[codes.int()]
+
+    def nearest(self, value: Tensor) -> Tensor:
+        """Codes, float32, of the units nearest to values in units."""
+        if not len(self.levels):
+            return value.round().add_(self.zero).clamp_(0, self.top)
+        return torch.bucketize(value.contiguous(), self.between.to(value.device)).float()
+
+
+def _scale_search(
+    w_SNO: Tensor, importance_SN1: Tensor, units: _Units, stored: Callable[[Tensor], Tensor] = _as_found
+) -> Tensor:
+    """Scales [S, O] of least weighted error, as `stored`; the longer end of the units lies towards the longer tail, or
+    either end where units are unequal.
+    """
+    low_SO, high_SO = w_SNO.amin(1), w_SNO.amax(1)
+    far_SO = torch.where(high_SO > -low_SO, high_SO, low_SO)
+    full_SO = far_SO / units.most
+    weighted_SNO = w_SNO * importance_SN1
+    best_SO, scale_SO = torch.full_like(full_SO, -torch.inf), full_SO
+    for shrink in SHRINK if not len(units.levels) else (*SHRINK, *(-shrink for shrink in SHRINK)):
+        u_SNO = units.of(units.nearest(w_SNO * _inverse(full_SO * shrink)[:, None]))
+        cross_SO = (weighted_SNO * u_SNO).sum(1)
+        norm_SO = (importance_SN1 * u_SNO.square_()).sum(1)
+        found_SO = stored(_quotient(cross_SO, norm_SO))
+        gain_SO = found_SO * (2 * cross_SO - found_SO * norm_SO)
+        better_SO = gain_SO > best_SO
+        best_SO = torch.where(better_SO, gain_SO, best_SO)
+        scale_SO = torch.where(better_SO, found_SO, scale_SO)
+    return scale_SO
+
+
+IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # of llama.cpp's IQ4 types
+
+
+@dataclass(frozen=True)
+class TableGrid(Grid):
+    """scale * level, a float16 a group and a table of unequal levels: GGUF's IQ4_NL. Parameter: scale [1, O]."""
+
+    group_size: int = 32
+    levels: tuple[int, ...] = IQ4_LEVELS
+
+    stored_dtypes = (torch.float16,)
+
+    @property
+    def _units(self) -> _Units:
+        return _Units(4, self.levels)
+
+    def fit(self, w_KO: Tensor, importance_K: Tensor | None = None) -> Parameters:
+        units = self._units
+        if importance_K is None:
+            return (float16_scale(w_KO.abs().amax(0, keepdim=True) / units.most),)
+        return (float16_scale(_scale_search(w_KO[None], importance_K[None, :, None], units)),)
+
+    def round(self, w_KO: Tensor, parameters: Parameters) -> Tensor:
+        return self._units.nearest(w_KO / parameters[0])
+
+    def dequantize(self, codes_KO: Tensor, parameters: Parameters) -> Tensor:
+        scale_GO = parameters[0].float()
+        units_GKO = self._units.of(codes_KO).unflatten(0, (len(scale_GO), -1))
+        return (units_GKO * scale_GO[:, None]).flatten(0, 1)
+
+    def column_rounder(self, parameters: Parameters, columns: int) -> ColumnRounder:
+        return _unit_rounder(parameters[0], columns, self._units)
+
+    def refit(
+        self, parameters: Parameters, codes_KO: Tensor, h_KK: Tensor, error_KO: Tensor, slope_KO: Tensor
+    ) -> tuple[Parameters, Tensor]:
+        unit_KO = self._units.of(codes_KO)
+        spread_KO = h_KK @ unit_KO
+        step_O = _quotient((unit_KO * slope_KO).sum(0), (unit_KO * spread_KO).sum(0))
+        found_1O = float16_scale(parameters[0] + step_O)
+        change_1O = found_1O - parameters[0]
+        error_KO.sub_(unit_KO * change_1O)
+        slope_KO.sub_(spread_KO * change_1O)
+        return (found_1O,), unit_KO * found_1O
+
+
+def _unit_rounder(scale_SO: Tensor, columns: int, units: _Units) -> ColumnRounder:
+    width, inverse_SO = columns // len(scale_SO), _inverse(scale_SO)
+
+    def round_column(k: int, value_O: Tensor, code_O: Tensor, error_O: Tensor) -> None:
+        code_O.copy_(units.nearest(value_O * inverse_SO[k // width]))
+        error_O.addcmul_(units.of(code_O), scale_SO[k // width], value=-1)
+
+    return round_column
+
+
+# ---------------------------------------------------------------------- super-blocks
+
+
+@dataclass(frozen=True)
+class SuperGrid(Grid):
+    """d * s * u(code): d a float16 for all 256 columns [1, O], s an integer for each sub-group [S, O].
+
+    GGUF's Q3_K and Q6_K (u: code - zero), and IQ4_XS (u: a table of levels).
+    """
+
+    bits: int
+    sub_size: int  # columns of a sub-group
+    lowest: int  # of s: -32 or -128; the highest is -1 - lowest
+    levels: tuple[int, ...] = ()
+    group_size: int = 256
+
+    stored_dtypes = (torch.float16, torch.int8)
+
+    @property
+    def _units(self) -> _Units:
+        return _Units(self.bits, self.levels)
+
+    def widths(self, columns: int) -> tuple[int, ...]:
+        return self.group_size, self.sub_size
+
+    def _coded(self, scale_SO: Tensor, d_1O: Tensor) -> Tensor:
+        """The integers nearest to scales; those of what an empty block has are 0."""
+        return (scale_SO * _inverse(d_1O)).round_().clamp_(self.lowest, -1 - self.lowest)
+
+    def fit(self, w_KO: Tensor, importance_K: Tensor | None = None) -> Parameters:
+        units, w_SNO = self._units, w_KO.unflatten(0, (-1, self.sub_size))
+        if importance_K is None:
+            low_SO, high_SO = w_SNO.amin(1), w_SNO.amax(1)
+            scale_SO = torch.where(high_SO > -low_SO, high_SO, low_SO) / units.most
+            d_1O = self._super(scale_SO)
+            return d_1O, self._coded(scale_SO, d_1O)
+        p_SN1 = importance_K.view(-1, self.sub_size, 1)
+        scale_SO = _scale_search(w_SNO, p_SN1, units)
+        d_1O = self._super(scale_SO)
+        s_SO = self._coded(scale_SO, d_1O)
+        for _ in range(ROUNDS):
+            u_SNO = units.of(units.nearest(w_SNO * _inverse(d_1O * s_SO)[:, None]))
+            cross_SO, norm_SO = (p_SN1 * w_SNO * u_SNO).sum(1), (p_SN1 * u_SNO.square()).sum(1)
+            d_1O = _float16(_quotient((s_SO * cross_SO).sum(0, True), (s_SO * s_SO * norm_SO).sum(0, True)))
+            s_SO = self._coded(_quotient(cross_SO, norm_SO), d_1O)
+        return d_1O, s_SO
+
+    def fit_within(
+        self, parameters: Parameters, sub: int, w_NO: Tensor, importance_N: Tensor
+    ) -> tuple[Parameters, Parameters]:
+        d_1O, s_SO = parameters
+        scale_1O = _scale_search(
+            w_NO[None], importance_N[None, :, None], self._units, lambda scale_SO: self._coded(scale_SO, d_1O) * d_1O
+        )
+        s_1O = self._coded(scale_1O, d_1O)
+        s_SO[sub] = s_1O[0]
+        return (d_1O, s_SO), (d_1O, s_1O)
+
+    def _super(self, scale_SO: Tensor) -> Tensor:
+        """The largest scale is the lowest integer times d."""
+        return _float16(scale_SO.gather(0, scale_SO.abs().argmax(0, keepdim=True)) / self.lowest)
+
+    def _scale(self, parameters: Parameters) -> Tensor:
+        """d * s of every sub-group, [S, O]."""
+        d_GO, s_SO = (p_NO.float() for p_NO in parameters)
+        return (d_GO[:, None] * s_SO.unflatten(0, (len(d_GO), -1))).flatten(0, 1)
+
+    def round(self, w_KO: Tensor, parameters: Parameters) -> Tensor:
+        scale_SO = self._scale(parameters)
+        w_SNO = w_KO.unflatten(0, (len(scale_SO), -1))
+        return self._units.nearest(w_SNO * _inverse(scale_SO)[:, None]).flatten(0, 1)
+
+    def dequantize(self, codes_KO: Tensor, parameters: Parameters) -> Tensor:
+        scale_SO = self._scale(parameters)
+        units_SNO = self._units.of(codes_KO).unflatten(0, (len(scale_SO), -1))
+        return (units_SNO * scale_SO[:, None]).flatten(0, 1)
+
+    def column_rounder(self, parameters: Parameters, columns: int) -> ColumnRounder:
+        return _unit_rounder(self._scale(parameters), columns, self._units)
+
+    def refit(
+        self, parameters: Parameters, codes_KO: Tensor, h_KK: Tensor, error_KO: Tensor, slope_KO: Tensor
+    ) -> tuple[Parameters, Tensor]:
+        """Each sub-group's integer in turn, then the super-block's scale, where that lowers the error."""
+        d_1O, s_SO = parameters[0], parameters[1].clone()
+        unit_SNO = self._units.of(codes_KO).unflatten(0, (-1, self.sub_size))
+        whole_KO = torch.zeros_like(slope_KO)  # H times s * units
+        for sub in range(len(s_SO)):
+            own = slice(sub * self.sub_size, (sub + 1) * self.sub_size)
+            unit_NO = unit_SNO[sub]
+            spread_KO = h_KK[:, own] @ unit_NO
+            gain_O, norm_O = (unit_NO * slope_KO[own]).sum(0), (unit_NO * spread_KO[own]).sum(0)
+            wanted_O = self._coded(s_SO[sub] * d_1O[0] + _quotient(gain_O, norm_O), d_1O)[0]
+            change_O = (wanted_O - s_SO[sub]) * d_1O[0]
+            change_O = torch.where(change_O * (change_O * norm_O - 2 * gain_O) < 0, change_O, 0.0)
+            s_SO[sub] = torch.where(change_O == 0, s_SO[sub], wanted_O)
+            error_KO[own].addcmul_(unit_NO, change_O, value=-1)
+            slope_KO.addcmul_(spread_KO, change_O, value=-1)
+            whole_KO.addcmul_(spread_KO, s_SO[sub])
+        all_KO = (unit_SNO * s_SO[:, None]).flatten(0, 1)
+        gain_O, norm_O = (all_KO * slope_KO).sum(0), (all_KO * whole_KO).sum(0)
+        change_1O = _float16(d_1O + _quotient(gain_O, norm_O)) - d_1O
+        change_1O = torch.where(change_1O * (change_1O * norm_O - 2 * gain_O) < 0, change_1O, 0.0)
+        error_KO.addcmul_(all_KO, change_1O, value=-1)
+        slope_KO.addcmul_(whole_KO, change_1O, value=-1)
+        found = d_1O + change_1O, s_SO
+        return found, self.dequantize(codes_KO, found)
+
+
+@dataclass(frozen=True)
+class SuperAffineGrid(Grid):
+    """(d * s) * code - (dmin * m): d, dmin a float16 each for all 256 columns [1, O], s, m for each sub-group [S, O].
+
+    GGUF's Q2_K, Q4_K and Q5_K.
+    """
+
+    bits: int
+    sub_size: int
+    most: int  # of s and m: 15 or 63
+    group_size: int = 256
+
+    stored_dtypes = (torch.float16, torch.float16, torch.uint8, torch.uint8)
+
+    @property
+    def top(self) -> int:
+        """The largest code."""
+        return (1 << self.bits) - 1
+
+    def widths(self, columns: int) -> tuple[int, ...]:
+        return self.group_size, self.sub_size
+
+    def _coded(self, value_SO: Tensor, d_1O: Tensor) -> Tensor:
+        return (value_SO * _inverse(d_1O)).round_().clamp_(0, self.most)
+
+    def fit(self, w_KO: Tensor, importance_K: Tensor | None = None) -> Parameters:
+        w_SNO = w_KO.unflatten(0, (-1, self.sub_size))
+        if importance_K is None:
+            minimum_SO = -w_SNO.amin(1).clamp(max=0)
+            scale_SO = (w_SNO.amax(1) + minimum_SO).clamp_(min=0) / self.top
+        else:
+            p_SN1 = importance_K.view(-1, self.sub_size, 1)
+            scale_SO, minimum_SO = _affine_search(w_SNO, p_SN1, self.top, positive=True)
+        d_1O, dmin_1O = (_float16(x_SO.amax(0, keepdim=True) / self.most) for x_SO in (scale_SO, minimum_SO))
+        s_SO, m_SO = self._coded(scale_SO, d_1O), self._coded(minimum_SO, dmin_1O)
+        if importance_K is None:
+            return d_1O, dmin_1O, s_SO, m_SO
+        pw_SNO = p_SN1 * w_SNO
+        w_SO, p_S1 = pw_SNO.sum(1), p_SN1.sum(1)
+        for _ in range(ROUNDS):
+            q_SNO = self._nearest(w_SNO, d_1O * s_SO, dmin_1O * m_SO)
+            wq_SO, q_SO, qq_SO = (pw_SNO * q_SNO).sum(1), (p_SN1 * q_SNO).sum(1), (p_SN1 * q_SNO.square()).sum(1)
+            # least squares over the whole super-block: (d, dmin) of the integers as they are
+            ss_1O, sm_1O, mm_1O = (
+                (a * b).sum(0, True) for a, b in ((s_SO * s_SO, qq_SO), (s_SO * m_SO, q_SO), (m_SO * m_SO, p_S1))
+            )
+            sw_1O, mw_1O = (s_SO * wq_SO).sum(0, True), (m_SO * w_SO).sum(0, True)
+            both_1O = ss_1O * mm_1O - sm_1O * sm_1O
+            found_1O = _quotient(mm_1O * sw_1O - sm_1O * mw_1O, both_1O)
+            lower_1O = _quotient(sm_1O * sw_1O - ss_1O * mw_1O, both_1O)
+            good_1O = (found_1O > 0) & (lower_1O > 0)
+            d_1O = torch.where(good_1O, _float16(found_1O), d_1O)
+            dmin_1O = torch.where(good_1O, _float16(lower_1O), dmin_1O)
+            # then each sub-group's own: its scale, and its minimum for the scale that it got
+            free_SO = _quotient(p_S1 * wq_SO - q_SO * w_SO, p_S1 * qq_SO - q_SO * q_SO)
+            s_SO = torch.where(free_SO > 0, self._coded(free_SO, d_1O), s_SO)
+            m_SO = self._coded(_quotient(d_1O * s_SO * q_SO - w_SO, p_S1.expand_as(w_SO)), dmin_1O)
+        return d_1O, dmin_1O, s_SO, m_SO
+
+    def fit_within(
+        self, parameters: Parameters, sub: int, w_NO: Tensor, importance_N: Tensor
+    ) -> tuple[Parameters, Parameters]:
+        d_1O, dmin_1O, s_SO, m_SO = parameters
+        scale_1O, minimum_1O = _affine_search(
+            w_NO[None],
+            importance_N[None, :, None],
+            self.top,
+            positive=True,
+            stored=lambda scale_SO: self._coded(scale_SO, d_1O) * d_1O,
+            stored_minimum=lambda minimum_SO: self._coded(minimum_SO, dmin_1O) * dmin_1O,
+        )
+        s_1O, m_1O = self._coded(scale_1O, d_1O), self._coded(minimum_1O, dmin_1O)
+        s_SO[sub], m_SO[sub] = s_1O[0], m_1O[0]
+        return (d_1O, dmin_1O, s_SO, m_SO), (d_1O, dmin_1O, s_1O, m_1O)
+
+    def _scales(self, parameters: Parameters) -> tuple[Tensor, Tensor]:
+        """d * s and dmin * m of every sub-group, [S, O] each."""
+        d_GO, dmin_GO, s_SO, m_SO = (p_NO.float() for p_NO in parameters)
+        scale_SO, minimum_SO = (
+            (x_GO[:, None] * c_SO.unflatten(0, (len(x_GO), -1))).flatten(0, 1)
+            for x_GO, c_SO in ((d_GO, s_SO), (dmin_GO, m_SO))
+        )
+        return scale_SO, minimum_SO
+
+    def _nearest(self, w_SNO: Tensor, scale_SO: Tensor, minimum_SO: Tensor) -> Tensor:
+        return ((w_SNO + minimum_SO[:, None]) * _inverse(scale_SO)[:, None]).round_().clamp_(0, self.top)
+
+    def round(self, w_KO: Tensor, parameters: Parameters) -> Tensor:
+        scale_SO, minimum_SO = self._scales(parameters)
+        return self._nearest(w_KO.unflatten(0, (len(scale_SO), -1)), scale_SO, minimum_SO).flatten(0, 1)
+
+    def dequantize(self, codes_KO: Tensor, parameters: Parameters) -> Tensor:
+        scale_SO, minimum_SO = self._scales(parameters)
+        codes_SNO = codes_KO.float().unflatten(0, (len(scale_SO), -1))
+        return (codes_SNO * scale_SO[:, None]).sub_(minimum_SO[:, None]).flatten(0, 1)
+
+    def column_rounder(self, parameters: Parameters, columns: int) -> ColumnRounder:
+        scale_SO, minimum_SO = self._scales(parameters)
+        return _affine_rounder(_inverse(scale_SO), scale_SO, minimum_SO, columns, self.top)
+
+    def refit(
+        self, parameters: Parameters, codes_KO: Tensor, h_KK: Tensor, error_KO: Tensor, slope_KO: Tensor
+    ) -> tuple[Parameters, Tensor]:
+        """Scale and minimum of each sub-group in turn, where that lowers the error."""
+        d_1O, dmin_1O = parameters[:2]
+        s_SO, m_SO = (p_SO.clone() for p_SO in parameters[2:])
+        codes_SNO = codes_KO.unflatten(0, (-1, self.sub_size))
+        for sub in range(len(s_SO)):
+            own = slice(sub * self.sub_size, (sub + 1) * self.sub_size)
+            h_KN, code_NO = h_KK[:, own], codes_SNO[sub]
+            spread_KO, ones_K = h_KN @ code_NO, h_KN.sum(1)
+            own_slope_NO, total = slope_KO[own], float(ones_K[own].sum())
+            step_O, raise_O = _least_squares(code_NO, spread_KO[own], ones_K[own], total, own_slope_NO)
+            wanted_O = self._coded(s_SO[sub] * d_1O[0] + step_O, d_1O)[0]
+            change_O = (wanted_O - s_SO[sub]) * d_1O[0]
+            # the constant of least error once the scale has moved by so much
+            u1_O, slope_O = ones_K[own] @ code_NO, own_slope_NO.sum(0)
+            raise_O = (slope_O - change_O * u1_O) / total
+            lowest_O = self._coded(m_SO[sub] * dmin_1O[0] - raise_O, dmin_1O)[0]
+            shift_O = (m_SO[sub] - lowest_O) * dmin_1O[0]
+            uu_O, us_O = (code_NO * spread_KO[own]).sum(0), (code_NO * own_slope_NO).sum(0)
+            grown_O = change_O * (change_O * uu_O + 2 * shift_O * u1_O - 2 * us_O)
+            grown_O += shift_O * (shift_O * total - 2 * slope_O)
+            better_O = grown_O < 0
+            change_O, shift_O = torch.where(better_O, change_O, 0.0), torch.where(better_O, shift_O, 0.0)
+            s_SO[sub] = torch.where(better_O, wanted_O, s_SO[sub])
+            m_SO[sub] = torch.where(better_O, lowest_O, m_SO[sub])
+            error_KO[own].addcmul_(code_NO, change_O, value=-1).sub_(shift_O)
+            slope_KO.addcmul_(spread_KO, change_O, value=-1).addcmul_(ones_K[:, None], shift_O[None], value=-1)
+        found = d_1O, dmin_1O, s_SO, m_SO
+        return found, self.dequantize(codes_KO, found)

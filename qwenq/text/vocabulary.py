@@ -1,0 +1,336 @@
+"""A byte-level BPE tokenizer as GGUF metadata, both ways: tokens, their types, merges, splitting, special tokens.
+
+GGUF names how text is split before merges (`tokenizer.ggml.pre`) where tokenizer.json spells it out, so only known
+splittings can go either way; SPLITTINGS has them. Types of tokens: 1 normal, 3 control (left out of what is shown), 4
+of the user's (matched whole), 5 unused, which pads a vocabulary to the rows of the embedding. No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwenq.errors import CheckpointError
+from qwenq.io.json import inside, read_limited, read_object, shown
+from qwenq.text.rendering import MAX_TEMPLATE_BYTES
+
+MAX_TOKENIZER_BYTES = 100_000_000  # the largest published ones have 35 MB
+MAX_TOKENIZER_VALUES = 5_000_000  # and 1,300,000 values
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
+_MODEL, _TOKENS, _TYPES, _MERGES = (f"tokenizer.ggml.{key}" for key in ("model", "tokens", "token_type", "merges"))
+_TEMPLATE = "tokenizer.chat_template"
+_SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # in tokenizer_config.json, and in GGUF
+
+_QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LLAMA3 = _QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+
+
+@dataclass(frozen=True)
+class Splitting:
+    """How text is split before merges, under llama.cpp's names, the first of which is written."""
+
+    names: tuple[str, ...]
+    pattern: str = ""  # empty: GPT-2's, which is the byte-level pre-tokenizer's own
+    digits: bool = False  # one by one, before that
+    normalizer: str = ""  # of tokenizer.json, which llama.cpp does without
+    ignore_merges: bool = False  # a piece that is a token is taken whole
+    begins: bool = False  # with a BOS token, unless the metadata says otherwise
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """The pre-tokenizers of tokenizer.json."""
+        found: list[dict[str, Any]] = []
+        if self.digits:
+            found.append({"type": "Digits", "individual_digits": True})
+        if self.pattern:
+            pattern = {"Regex": self.pattern}
+            found.append({"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False})
+        return [*found, _byte_level(use_regex=not self.pattern)]
+
+
+# Of llama.cpp's unicode and vocabulary sources; the patterns are those of the publishers' own tokenizer.json.
+SPLITTINGS = (
+    Splitting(("qwen2", "deepseek-r1-qwen"), _QWEN2, normalizer="NFC"),
+    Splitting(("llama-bpe", "llama3", "llama-v3"), _LLAMA3, ignore_merges=True, begins=True),
+    Splitting(("smollm",), digits=True),
+    Splitting(("gpt-2",)),
+)
+
+
+def _byte_level(*, use_regex: bool) -> dict[str, Any]:
+    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": use_regex}
+
+
+# ---------------------------------------------------------------------- from metadata
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer out of GGUF metadata: `document` is its tokenizer.json, `special` its named tokens (`bos_token`)."""
+
+    document: dict[str, Any]
+    special: dict[str, str]
+    chat_template: str | None
+
+
+def has_tokenizer(metadata: Mapping[str, Any]) -> bool:
+    """Whether a GGUF file has a tokenizer at all."""
+    return metadata.get(_MODEL) is not None
+
+
+def vocabulary_of_metadata(metadata: Mapping[str, Any], where: str) -> Vocabulary:
+    """The tokenizer of a GGUF file; CheckpointError where there is none, or one that is no known byte-level BPE."""
+    kind = metadata.get(_MODEL)
+    if not has_tokenizer(metadata):
+        raise CheckpointError(
+            f"{where}: no tokenizer in its metadata",
+            hint="take a file with one; inspect, vram, plan and convert work without",
+        )
+    if kind != "gpt2":
+        raise CheckpointError(
+            f"{where}: {_MODEL} is {shown(repr(kind), 40)}, wanted gpt2: only byte-level BPE tokenizers are read"
+        )
+    split = _named_splitting(metadata, where)
+    tokens, merges = _list(metadata, _TOKENS, str, where), _list(metadata, _MERGES, str, where)
+    types = _list(metadata, _TYPES, int, where) if _TYPES in metadata else [NORMAL] * len(tokens)
+    if len(types) != len(tokens):
+        raise CheckpointError(f"{where}: {len(types)} token types for {len(tokens)} tokens")
+    ids: dict[str, int] = {}
+    for place, (token, type_) in enumerate(zip(tokens, types, strict=True)):
+        if type_ != UNUSED and ids.setdefault(token, place) != place:
+            raise CheckpointError(f"{where}: {_TOKENS} has {shown(token, 40)} twice, as {ids[token]} and {place}")
+    pairs = [merge.split(" ") for merge in merges]
+    for merge, pair in zip(merges, pairs, strict=True):
+        if len(pair) != 2 or pair[0] not in ids or pair[1] not in ids or pair[0] + pair[1] not in ids:
+            raise CheckpointError(f"{where}: {_MERGES} has {shown(merge, 40)}, not two tokens that make one")
+    special = {
+        f"{ours}_token": tokens[number]
+        for ours, theirs in _SPECIAL.items()
+        if (number := _token_id(metadata, theirs, len(tokens), where)) is not None
+    }
+    template = metadata.get(_TEMPLATE)
+    if template is not None and (not isinstance(template, str) or len(template.encode()) > MAX_TEMPLATE_BYTES):
+        raise CheckpointError(f"{where}: {_TEMPLATE} is no text of at most {MAX_TEMPLATE_BYTES} bytes")
+    added = [
+        {"id": number, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+         "special": type_ == CONTROL}
+        for number, (token, type_) in enumerate(zip(tokens, types, strict=True))
+        if type_ in (CONTROL, USER_DEFINED) and token
+    ]  # fmt: skip
+    begins = metadata.get("tokenizer.ggml.add_bos_token", split.begins) is True
+    document = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": {"type": split.normalizer} if split.normalizer else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": split.steps},
+        "post_processor": _beginning(special.get("bos_token") if begins else None, ids),
+        "decoder": _byte_level(use_regex=True),
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": split.ignore_merges,
+            "vocab": ids,
+            "merges": pairs,
+        },
+    }
+    return Vocabulary(document, special, template)
+
+
+def _named_splitting(metadata: Mapping[str, Any], where: str) -> Splitting:
+    name = metadata.get("tokenizer.ggml.pre")
+    for split in SPLITTINGS:
+        if name in split.names:
+            return split
+    raise CheckpointError(
+        f"{where}: tokenizer.ggml.pre is {shown(repr(name), 40)}, wanted one of "
+        f"{', '.join(split.names[0] for split in SPLITTINGS)}: text would be split otherwise than in training"
+    )
+
+
+def _beginning(bos: str | None, ids: Mapping[str, int]) -> dict[str, Any]:
+    byte_level = _byte_level(use_regex=True)
+    if bos is None or bos not in ids:
+        return byte_level
+    first, text = {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    second = [{"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
+    template = {
+        "type": "TemplateProcessing",
+        "single": [first, text],
+        "pair": [first, text, *second],
+        "special_tokens": {bos: {"id": bos, "ids": [ids[bos]], "tokens": [bos]}},
+    }
+    return {"type": "Sequence", "processors": [byte_level, template]}
+
+
+def _list(metadata: Mapping[str, Any], key: str, kind: type, where: str) -> list[Any]:
+    found = metadata.get(key)
+    if not isinstance(found, list) or not all(type(value) is kind for value in found):
+        wanted = {str: "texts", int: "whole numbers"}[kind]
+        raise CheckpointError(f"{where}: {key} is {shown(repr(found)[:60], 40)}, wanted an array of {wanted}")
+    return found
+
+
+def _token_id(metadata: Mapping[str, Any], name: str, tokens: int, where: str) -> int | None:
+    key = f"tokenizer.ggml.{name}_token_id"
+    found = metadata.get(key)
+    if found is not None and (type(found) is not int or not 0 <= found < tokens):
+        raise CheckpointError(f"{where}: {key} is {shown(repr(found), 40)}, wanted the id of one of {tokens} tokens")
+    return found
+
+
+# ---------------------------------------------------------------------- to metadata
+
+
+def metadata_of_tokenizer(directory: Path, vocab_size: int) -> dict[str, Any]:
+    """GGUF metadata of a checkpoint directory's tokenizer and chat template; `vocab_size`: rows of the embedding.
+
+    CheckpointError for a tokenizer that is no known byte-level BPE, or has more tokens than that.
+    """
+    path = inside(directory, "tokenizer.json")
+    if not path.is_file():
+        raise CheckpointError(
+            f"{directory}: no tokenizer.json",
+            hint="save the fast tokenizer there: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
+        )
+    document = read_object(path, MAX_TOKENIZER_BYTES, MAX_TOKENIZER_VALUES)
+    model, where = document.get("model"), shown(str(path))
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not _is_byte_level(document):
+        kind = model.get("type") if isinstance(model, dict) else None
+        raise CheckpointError(
+            f"{where}: a tokenizer of type {shown(str(kind), 40)}, wanted byte-level BPE, the only one written to GGUF"
+        )
+    split = _described_splitting(document, where)
+    config_path = inside(directory, "tokenizer_config.json")
+    settings = read_object(config_path) if config_path.is_file() else {}
+    tokens, types = _tokens(document, model, vocab_size, where)
+    found: dict[str, Any] = {
+        _MODEL: "gpt2",
+        "tokenizer.ggml.pre": split.names[0],
+        _TOKENS: tokens,
+        _TYPES: types,
+        _MERGES: [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", [])],
+    }
+    model_config = read_object(inside(directory, "config.json"))
+    ids = {token: number for number, token in enumerate(tokens)}
+    for ours, theirs in _SPECIAL.items():
+        named = settings.get(f"{ours}_token")
+        text = named.get("content") if isinstance(named, dict) else named
+        number = ids.get(text) if isinstance(text, str) else None
+        number = model_config.get(f"{ours}_token_id") if number is None else number
+        number = number[0] if isinstance(number, list) and number else number
+        if type(number) is int and 0 <= number < vocab_size:
+            found[f"tokenizer.ggml.{theirs}_token_id"] = number
+    found["tokenizer.ggml.add_bos_token"] = _begins(document.get("post_processor"))
+    return found | dict(_templates(directory, settings))
+
+
+def _is_byte_level(document: Mapping[str, Any]) -> bool:
+    return any(step.get("type") == "ByteLevel" for step in _flat(document.get("decoder"), "decoders"))
+
+
+def _flat(found: Any, key: str) -> Iterator[Mapping[str, Any]]:
+    """The steps of a pre-tokenizer, decoder or post-processor, those of a sequence one by one."""
+    if isinstance(found, Mapping):
+        if found.get("type") == "Sequence":
+            for step in found.get(key) or ():
+                yield from _flat(step, key)
+        else:
+            yield found
+
+
+def _signature(steps: Iterator[Mapping[str, Any]]) -> list[Any]:
+    """By which two pre-tokenizers are known to be the same."""
+    found: list[Any] = []
+    for step in steps:
+        if step.get("type") == "Digits":
+            found.append(("Digits", step.get("individual_digits")))
+        elif step.get("type") == "ByteLevel":
+            found.append(("ByteLevel", step.get("use_regex", True), step.get("add_prefix_space")))
+        else:
+            found.append((step.get("type"), str(step.get("pattern")), step.get("behavior"), step.get("invert")))
+    return found
+
+
+def _described_splitting(document: Mapping[str, Any], where: str) -> Splitting:
+    ours = _signature(_flat(document.get("pre_tokenizer"), "pretokenizers"))
+    for split in SPLITTINGS:
+        if ours == _signature(iter(split.steps)):
+            return split
+    raise CheckpointError(
+        f"{where}: its way of splitting text has no name that is known here, so llama.cpp could not be told "
+        f"({shown(str(ours), 120)})",
+        hint=f"known: {', '.join(split.names[0] for split in SPLITTINGS)}",
+    )
+
+
+def _tokens(
+    document: Mapping[str, Any], model: Mapping[str, Any], vocab_size: int, where: str
+) -> tuple[list[str], list[int]]:
+    """Tokens by id and their types; ids that no token has are unused."""
+    vocab, added = model.get("vocab"), document.get("added_tokens") or []
+    if not isinstance(vocab, dict) or not isinstance(added, list):
+        raise CheckpointError(f"{where}: no vocabulary")
+    tokens = [f"[PAD{number}]" for number in range(vocab_size)]
+    types = [UNUSED] * vocab_size
+    entries = [(text, number, NORMAL) for text, number in vocab.items()]
+    for each in added:
+        text, number = (each.get("content"), each.get("id")) if isinstance(each, dict) else (None, None)
+        entries.append((text, number, CONTROL if _is_control(each) else USER_DEFINED))
+    for text, number, type_ in entries:
+        if not isinstance(text, str) or type(number) is not int:
+            raise CheckpointError(f"{where}: token {shown(repr(text), 40)} has the id {shown(repr(number), 40)}")
+        if not 0 <= number < vocab_size:
+            raise CheckpointError(
+                f"{where}: token {shown(text, 40)} has the id {number}, the embedding has {vocab_size} rows"
+            )
+        tokens[number], types[number] = text, type_
+    return tokens, types
+
+
+def _is_control(token: Any) -> bool:
+    """Whether an added token is left out of what is shown: those marked so, and by their looks, as llama.cpp does."""
+    if not isinstance(token, dict):
+        return False
+    text = str(token.get("content"))
+    return bool(token.get("special")) or (text.startswith("<|") and text.endswith("|>"))
+
+
+def _begins(processor: Any) -> bool:
+    """Whether the tokenizer puts a special token before plain text."""
+    for step in _flat(processor, "processors"):
+        single = step.get("single")
+        if step.get("type") == "TemplateProcessing" and isinstance(single, list) and single:
+            return "SpecialToken" in single[0]
+    return False
+
+
+def _templates(directory: Path, settings: Mapping[str, Any]) -> Iterator[tuple[str, str | list[str]]]:
+    """The chat template, as transformers finds it; further ones under their names."""
+    path = inside(directory, "chat_template.jinja")
+    found = settings.get("chat_template")
+    if path.is_file():
+        found = read_limited(path, MAX_TEMPLATE_BYTES).decode("utf-8", "replace")
+    if isinstance(found, str):
+        yield _TEMPLATE, found
+    elif isinstance(found, list):
+        named = {
+            each["name"]: each["template"]
+            for each in found
+            if isinstance(each, dict) and isinstance(each.get("name"), str) and isinstance(each.get("template"), str)
+        }
+        if "default" in named:
+            yield _TEMPLATE, named.pop("default")
+        if named:
+            yield "tokenizer.chat_templates", list(named)
+            yield from ((f"{_TEMPLATE}.{name}", template) for name, template in named.items())

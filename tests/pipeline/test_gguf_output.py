@@ -1,0 +1,285 @@
+"""Quantized to GGUF: read by gguf-py, sized to the byte, split, resumed, verified, evaluated."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from conftest import small_job
+from test_quantize import FORKS, assert_same
+from typer.testing import CliRunner
+
+import qwenq.pipeline.quantize
+from qwenq.checkpoint.manifest import verify
+from qwenq.checkpoint.reader import open_checkpoint
+from qwenq.cli.main import app
+from qwenq.errors import CheckpointError
+from qwenq.formats.base import Recipe, Scheme, get_format
+from qwenq.pipeline.evaluate import evaluate
+from qwenq.pipeline.job import QuantizeJob
+from qwenq.pipeline.quantize import quantize
+
+Make = Callable[..., Path]
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2}
+
+
+def gguf_job(source: Path, out: Path, mixture: str = "Q4_K_M", **changes: Any) -> QuantizeJob:
+    job = small_job(source, out, format="gguf", gguf_type=mixture, **changes)
+    recipe = get_format("gguf").mixture(mixture, job.source.spec)
+    return QuantizeJob(job.source, job.out, recipe, job.config, job.calibration, job.evaluation)
+
+
+def run(*words: object, code: int = 0) -> Any:
+    result = CliRunner().invoke(app, [str(word) for word in (*words, "--json")])
+    assert result.exit_code == code, (result.output, result.exception)
+    return json.loads(result.stdout) if code == 0 else result.stderr
+
+
+def values(file: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a file in float32, by gguf-py."""
+    reader = gguf.GGUFReader(file)
+    return {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}
+
+
+@pytest.mark.parametrize("mixture", ["Q4_K_M", "Q2_K", "Q3_K_M", "IQ4_XS", "Q5_1", "Q8_0", "BF16"])
+def test_what_gguf_py_reads_is_what_was_evaluated(mixture: str, random_model: Make, tmp_path: Path) -> None:
+    source = random_model(**WIDE, dtype=torch.bfloat16, tie_word_embeddings=mixture == "Q2_K")
+    job = gguf_job(source, tmp_path / "out", mixture)
+    result = quantize(job)
+    file = tmp_path / "out" / f"model-{mixture}.gguf"
+    assert job.files.names == [file.name] and job.files.file_bytes == file.stat().st_size == result.file_bytes
+    reader = gguf.GGUFReader(file)
+    assert sum(int(t.n_bytes) for t in reader.tensors) == result.tensor_bytes
+    written = open_checkpoint(file)
+    theirs = values(file)
+    assert len(theirs) == len(list(written.spec.tensors()))
+    assert np.array_equal(written.read("model.embed_tokens.weight").float().numpy(), theirs["token_embd.weight"])
+    state = written.layer_state(1)
+    for path, name in (("mlp.down_proj.weight", "ffn_down.weight"), ("self_attn.q_proj.bias", "attn_q.bias")):
+        assert np.array_equal(state[path].float().numpy(), theirs[f"blk.1.{name}"].reshape(state[path].shape))
+    drift = evaluate(written, job.source, job.evaluation)
+    assert drift.kl.mean == pytest.approx(result.drift.kl.mean, rel=1e-6, abs=1e-12)
+    assert drift.kl.mean < (1e-6 if mixture == "BF16" else 3.0)
+
+
+def test_metadata(random_model: Make, tmp_path: Path) -> None:
+    source = random_model("Owner", **WIDE)
+    (source / "README.md").write_text("---\nlicense: apache-2.0\n---\n# It\n")
+    quantize(gguf_job(source, tmp_path / "out"))
+    reader = gguf.GGUFReader(tmp_path / "out" / "Owner-Q4_K_M.gguf")
+    found = {name: field.contents() for name, field in reader.fields.items()}
+    assert found["general.architecture"] == "qwen2" and found["general.name"] == "Owner"
+    assert found["general.file_type"] == 15 and found["general.quantization_version"] == 2
+    assert found["general.license"] == "apache-2.0"
+    assert found["qwen2.block_count"] == 3 and found["qwen2.feed_forward_length"] == 512
+    assert found["tokenizer.ggml.model"] == "gpt2" and len(found["tokenizer.ggml.tokens"]) == 1024
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "Owner-Q4_K_M.gguf", "README.md", "qwenq-journal.jsonl", "qwenq-manifest.json",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_other_families(model_type: str, random_model: Make, tmp_path: Path) -> None:
+    """Llama's heads are interleaved in the file, and read back as they were."""
+    source = random_model(model_type=model_type, hidden_size=128, intermediate_size=256)
+    job = gguf_job(source, tmp_path / "out", "Q8_0")
+    result = quantize(job)
+    (file,) = (tmp_path / "out").glob("*.gguf")
+    drift = evaluate(open_checkpoint(file), job.source, job.evaluation)
+    assert drift.kl.mean == pytest.approx(result.drift.kl.mean, rel=1e-6) and drift.kl.mean < 0.01
+    q = job.source.read("model.layers.0.self_attn.q_proj.weight").float().numpy()
+    theirs = values(file)["blk.0.attn_q.weight"]
+    head = len(q) // 4
+    paired = q.reshape(4, 2, head // 2, -1).swapaxes(1, 2).reshape(q.shape) if model_type == "llama" else q
+    assert np.abs(theirs - paired).max() < 0.1 * np.abs(q).max()
+
+
+def test_predicted_bytes_are_written_bytes_and_parts_verify(random_model: Make, calib: Path, tmp_path: Path) -> None:
+    source, out = random_model(**WIDE), tmp_path / "out"
+    ask = ["quantize", source, "-o", out, "--format", "gguf", "--bits", 4, "--split-size", "500KB"]
+    text = ["--calibration", calib, "--eval-text", calib, "-n", 4, "--sequence-length", 64, "--eval-samples", 2]
+    predicted = run(*ask, *text, "--dry-run")
+    made = run(*ask, *text)
+    files = sorted(out.glob("*.gguf"))
+    assert len(files) > 2 and files[0].name == f"model-Q4_K_M-00001-of-{len(files):05d}.gguf"
+    assert predicted["file_bytes"] == made["file_bytes"] == sum(f.stat().st_size for f in files)
+    assert predicted["tensor_bytes"] == made["tensor_bytes"]
+    assert not verify(out, source).findings
+    evaluated = run("eval", files[0], "--reference", source, "--text", calib, "-n", 2, "--sequence-length", 64)
+    assert evaluated["kl"]["mean"] == pytest.approx(made["drift"]["kl"]["mean"], rel=1e-4)
+    data = bytearray(files[1].read_bytes())
+    data[-70] ^= 1
+    files[1].write_bytes(data)
+    assert [f.file for f in verify(out).findings] == [files[1].name]
+
+
+def test_layers_are_made_again_from_the_source(random_model: Make, calib: Path, tmp_path: Path) -> None:
+    source, out = random_model(**WIDE), tmp_path / "out"
+    text = ["--calibration", calib, "--eval-text", calib, "-n", 4, "--sequence-length", 64, "--eval-samples", 2]
+    run("quantize", source, "-o", out, "--format", "gguf", *text)
+    assert run("verify", out, "--source", source, "--calibration", calib)["layers_made_again"] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "llama"])
+def test_a_type_for_each_tensor_within_a_size(model_type: str, random_model: Make, calib: Path, tmp_path: Path) -> None:
+    source, out = random_model(model_type=model_type, **WIDE), tmp_path / "out"
+    text = ["--calibration", calib, "--eval-text", calib, "-n", 6, "--sequence-length", 64, "--eval-samples", 2]
+    ask = ["quantize", source, "-o", out, "--format", "gguf", "--target-size", "1.2MB", *text]
+    planned, made = run(*ask, "--dry-run"), run(*ask)
+    size = next(out.glob("*.gguf")).stat().st_size
+    assert 1_180_000 < made["file_bytes"] == size <= 1_200_000
+    assert 1_180_000 < planned["file_bytes"] <= 1_200_000
+    tensors = gguf.GGUFReader(next(out.glob("*.gguf"))).tensors
+    assert len({t.tensor_type.name for t in tensors}) > 3
+    table = json.loads((out / "qwenq-sensitivity.json").read_text())["kl_nats_per_token"]
+    assert set(table["outer.head"]) == set(table["0.q_proj"]) == {
+        "Q8_0", "Q6_K", "Q5_K", "IQ4_NL", "Q4_K", "IQ4_XS", "Q3_K", "Q2_K",
+    }  # fmt: skip
+    assert table["0.q_proj"]["Q2_K"] > table["0.q_proj"]["Q4_K"] > table["0.q_proj"]["Q6_K"] > 0
+    again = run("quantize", source, "-o", tmp_path / "again", "--format", "gguf", "--recipe", out / "qwenq-recipe.toml",
+                *text)  # fmt: skip
+    assert again["file_bytes"] == made["file_bytes"] and again["drift"]["kl"] == made["drift"]["kl"]
+
+
+@pytest.mark.parametrize(("bits", "group", "kind"), [(4, 32, "Q4_0"), (4, 128, "Q4_0"), (8, 64, "Q8_0")])
+def test_integers_are_converted_bit_for_bit(
+    bits: int, group: int, kind: str, random_model: Make, calib: Path, tmp_path: Path
+) -> None:
+    source, ints, out = random_model(**WIDE), tmp_path / "ints", tmp_path / "out"
+    text = ["--calibration", calib, "--eval-text", calib, "-n", 4, "--sequence-length", 64, "--eval-samples", 2]
+    run("quantize", source, "-o", ints, "--bits", bits, "--group-size", group, *text)
+    made = run("convert", ints, out, "--format", "gguf")
+    (file,) = out.glob("*.gguf")
+    assert made["file_bytes"] == file.stat().st_size
+    before, after = open_checkpoint(ints), open_checkpoint(file)
+    theirs = values(file)
+    for lin in before.spec.linears:
+        weight = before.linear_weight(lin)
+        assert torch.equal(weight, after.linear_weight(lin))
+    assert np.array_equal(before.linear_weight(before.spec.linears[0]).numpy(), theirs["blk.0.attn_q.weight"])
+    tensors = {t.name: t.tensor_type.name for t in gguf.GGUFReader(file).tensors}
+    assert tensors["blk.2.ffn_down.weight"] == kind and tensors["token_embd.weight"] == "F16"
+    assert tensors["blk.0.attn_norm.weight"] == "F32"
+    assert not verify(out).findings
+
+
+def test_what_no_type_holds_is_not_converted(random_model: Make, tmp_path: Path) -> None:
+    source = random_model(**WIDE)
+    quantize(small_job(source, tmp_path / "ints", recipe=Recipe(Scheme(4, 32, sym=False))))
+    said = run("convert", tmp_path / "ints", tmp_path / "out", "--format", "gguf", code=1)
+    assert said.startswith("error: 4-bit g32 asym to gguf: no type of GGUF holds its codes")
+
+
+def test_padding_to_whole_blocks(random_model: Make, calib: Path, tmp_path: Path) -> None:
+    """An FFN of 448 falls back; padded to 512 its rows are whole, and the function is the same."""
+    source = random_model(**(WIDE | {"intermediate_size": 448}))
+    text = ["--calibration", calib, "--eval-text", calib, "-n", 4, "--sequence-length", 64, "--eval-samples", 2]
+    ask = ["quantize", source, "--format", "gguf", "--gguf-type", "Q4_K_S", "--pad-for-tp", 1, *text]
+    made = run(*ask, "-o", tmp_path / "out")
+    assert not any("whole blocks" in line for line in made["warnings"])
+    reader = gguf.GGUFReader(next((tmp_path / "out").glob("*.gguf")))
+    assert reader.fields["qwen2.feed_forward_length"].contents() == 512
+    down = next(t for t in reader.tensors if t.name == "blk.2.ffn_down.weight")
+    assert down.tensor_type.name == "Q4_K" and list(down.shape) == [512, 256]
+    assert not gguf.quants.dequantize(down.data, down.tensor_type)[:, 448:].any()
+    whole = random_model("whole", **WIDE)
+    said = run("quantize", whole, "--format", "gguf", "--pad-for-tp", 2, "--dry-run", *text, code=1)
+    assert "the FFN of 512 is whole blocks of 256 already" in said
+
+
+def test_fallbacks_are_said(tiny: Path, calib: Path, heldout: Path, tmp_path: Path) -> None:
+    text = ["--calibration", calib, "--eval-text", heldout, "-n", 2, "--sequence-length", 64, "--eval-samples", 2]
+    ask = ["quantize", tiny, "-o", tmp_path / "out", "--format", "gguf", *text]
+    wanted = "rows of 384 are no whole blocks of Q4_K: down_proj in Q5_0 (2 tensors), as llama.cpp has it"
+    assert wanted in run(*ask, "--dry-run")["warnings"]
+    assert wanted in run(*ask)["warnings"]
+    assert wanted in (tmp_path / "out" / "README.md").read_text()
+
+
+def run_until(source: str, out: str, after: int, resume: bool) -> None:
+    """Quantize, and be killed once `after` layers are in the journal."""
+    qwenq.pipeline.quantize._STATE_INTERVAL_S = 0.0
+    done = 0
+
+    def listen(event: Any) -> None:
+        nonlocal done
+        done += not isinstance(event, str)
+        if done == after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.set_num_threads(1)
+    quantize(gguf_job(Path(source), Path(out)), resume=resume, listen=listen)
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_killed_and_resumed_is_the_same(after: int, random_model: Make, tmp_path: Path) -> None:
+    source = random_model(**WIDE)
+    quantize(gguf_job(source, tmp_path / "whole"))
+    child = FORKS.Process(target=run_until, args=(str(source), str(tmp_path / "out"), after, False))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    quantize(gguf_job(source, tmp_path / "out"), resume=True)
+    assert_same(tmp_path / "whole", tmp_path / "out")
+
+
+def test_a_damaged_layer_is_done_again(random_model: Make, tmp_path: Path) -> None:
+    source = random_model(**WIDE)
+    quantize(gguf_job(source, tmp_path / "whole"))
+    job = gguf_job(source, tmp_path / "out")
+
+    def stop(event: Any) -> None:
+        if not isinstance(event, str) and event.layer == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(job, listen=stop)
+    work = tmp_path / "out.partial"
+    location = job.files.locations(work, 1)["model.layers.0.mlp.up_proj.weight"]
+    with open(location.file, "r+b") as file:
+        file.seek(location.start + 5)
+        file.write(b"\xff\x00")
+    lines: list[str] = []
+    quantize(job, resume=True, listen=lambda event: lines.append(str(event)))
+    assert "layer 0: its file is missing or damaged, it and what follows is done again" in lines
+    assert_same(tmp_path / "whole", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--gguf-type", "Q4_K_X"], "--gguf-type Q4_K_X: wanted one of F16, BF16, Q8_0"),
+        (["--bits", "5"], "--bits 5: wanted 4 or 8"),
+        (["--bits", "4", "--gguf-type", "Q8_0"], "--bits and --gguf-type exclude each other"),
+        (["--group-size", "64"], "--format gguf: --group-size is no choice, types have their own"),
+        (["--asymmetric"], "--format gguf: --asymmetric is no choice, types have their own"),
+    ],
+)
+def test_what_cannot_be_asked_for(words: list[str], line: str, tiny: Path) -> None:
+    assert line in run("quantize", tiny, "--dry-run", "--format", "gguf", *words, code=2)
+    assert "--gguf-type goes with --format gguf" in run("quantize", tiny, "--dry-run", "--gguf-type", "Q8_0", code=2)
+
+
+def test_a_tokenizer_that_is_no_byte_level_bpe_is_refused(
+    random_model: Make, edit_json: Callable[..., Any], tmp_path: Path
+) -> None:
+    source = random_model()
+    edit_json(source / "tokenizer.json", model={"type": "Unigram", "vocab": []})
+    with pytest.raises(CheckpointError, match="a tokenizer of type Unigram, wanted byte-level BPE"):
+        quantize(gguf_job(source, tmp_path / "out"))
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_dry_run_of_the_72b(tmp_path: Path) -> None:
+    """Without a tokenizer at hand: its 6 MB are missing."""
+    for words, wanted in ((["--bits", "4"], 47.41), (["--bits", "8"], 77.26), (["--gguf-type", "Q2_K"], 29.81)):
+        found = run("quantize", "Qwen2.5-72B", "--dry-run", "--format", "gguf", *words)
+        assert found["file_bytes"] / 1e9 == pytest.approx(wanted, rel=1e-3)
