@@ -322,6 +322,7 @@ class PlanOptions(TypedDict, total=False):
 
     bits: int | None
     group_size: int | None
+    format: str
     target_size: str | None
     recipe: Path | None
     checkpoint: Path | None
@@ -335,6 +336,8 @@ class PlanOptions(TypedDict, total=False):
     tensor_parallel_size: int
     max_num_seqs: int
     gpu_memory_utilization: float | None
+    enforce_eager: bool
+    ram: str
     expect_params: str | None
     profile: Path | None
 
