@@ -134,8 +134,8 @@ def sensitivity(
 ) -> Sensitivity:
     """Measure the KL (nats a token) that each fused group of a model causes at each scheme, and write it to `output`.
 
-    Of the options only text, seed, `format`, `asymmetric`, `device` (one GPU) and `compute_dtype` count. Hidden states lie beside
-    `output`, or in the current directory, meanwhile. Raises QwenqError.
+    Of the options only text, seed, `format`, `asymmetric`, `device` (one GPU) and `compute_dtype` count. Hidden states
+    lie beside `output`, or in the current directory, meanwhile. Raises QwenqError.
     """
     from qwenq.checkpoint.reader import open_source
     from qwenq.io.durable import write_bytes

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenq.checkpoint.manifest import MANIFEST_NAME, encode_manifest
-from qwenq.checkpoint.shards import output_files
+from qwenq.checkpoint.shards import stored_files
 from qwenq.formats.base import Recipe, Scheme, quantization_config
 from qwenq.io.safetensors import encode_header
 from qwenq.model.spec import family_configs, family_spec
@@ -126,7 +126,8 @@ def write_72b(directory: Path, content: dict[str, Any], scheme: Scheme) -> Path:
     quantization = {"quantization_config": quantization_config(recipe, spec, damp_percent=0.02, method="gptq")}
     (directory / "config.json").write_text(json.dumps(family_configs()["Qwen2.5-72B"] | quantization))
     index = {}
-    for file, tensors in output_files(spec, recipe, lambda name: "BF16").items():
+    files = stored_files(spec, recipe, lambda name: "BF16")
+    for file, tensors in zip(files.names, files.parts, strict=True):
         header, _ = encode_header({t.name: t for t in tensors})
         with open(directory / file, "wb") as written:
             written.write(header)

@@ -11,7 +11,7 @@ import typer
 from qwenq.api import LoadWords
 from qwenq.cli.console import warn
 from qwenq.cli.plain import print_step
-from qwenq.formats.base import FORMATS, get_format, names_of
+from qwenq.formats.base import FORMATS, names_of
 from qwenq.pipeline.source import model_directory
 
 ASYMMETRIC = names_of((form for form in FORMATS.values() if form.asymmetric), "and")
@@ -67,10 +67,10 @@ GroupSize = Annotated[
 Format = Annotated[str, option(BITS, "--format", metavar="NAME", help=", ".join(FORMATS) + ".")]
 GgufType = Annotated[
     str | None,
-    option(BITS, metavar="NAME", help="Of --format gguf: " + ", ".join(get_format("gguf").mixtures) + "."),
+    option(BITS, metavar="NAME", help="llama.cpp's mixture, for instance Q5_K_M."),
 ]
 SplitSize = Annotated[
-    str | None, option(BITS, metavar="SIZE", help="Of --format gguf: tensors a file holds at most, for instance 50GB.")
+    str | None, option(BITS, metavar="SIZE", help="Tensors that a GGUF file holds, at most: 50GB.")
 ]
 Asymmetric = Annotated[
     bool | None,
@@ -91,7 +91,8 @@ Context = Annotated[
     str | None, option(BUDGET, "--context", "-c", metavar="N", help="Tokens that --fit leaves room for. Default 8k.")
 ]
 FitEngine = Annotated[
-    str | None, option(BUDGET, "--engine", metavar="NAME", help="Engine of --fit: qwenq, transformers, vllm, sglang.")
+    str | None,
+    option(BUDGET, "--engine", metavar="NAME", help="Of --fit: qwenq, transformers, vllm, sglang, llama.cpp."),
 ]
 RecipeFile = Annotated[Path | None, option(BUDGET, metavar="FILE", help="A recipe file, perhaps edited.")]
 SensitivityFile = Annotated[
@@ -153,7 +154,7 @@ StoredDtype = Annotated[
 ]
 SaveImatrix = Annotated[
     Path | None,
-    option(JOB, metavar="FILE", help="Write the model's importance matrix there too, for `llama-quantize --imatrix`."),
+    option(JOB, metavar="FILE", help="Write the importance matrix there, for llama-quantize."),
 ]
 DryRun = Annotated[bool, option(JOB, "--dry-run", help="Read headers only; print sizes, memory and disk.")]
 Resume = Annotated[bool, option(JOB, "--resume", help="Go on with a stopped job: same command, plus this.")]

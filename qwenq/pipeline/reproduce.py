@@ -13,6 +13,7 @@ from qwenq.checkpoint.manifest import MANIFEST_NAME, Finding, current_names
 from qwenq.checkpoint.reader import Checkpoint, open_checkpoint, open_source
 from qwenq.errors import CalibrationError, CheckpointError, JobError, QwenqError
 from qwenq.formats.base import Recipe, Scheme
+from qwenq.io.json import inside
 from qwenq.io.tensors import raw_bytes
 from qwenq.machine import numerics
 from qwenq.pipeline.activations import HiddenStates, LayerRunner, TokenSets, embed_tokens
@@ -51,7 +52,11 @@ def reproduce(
     if not wanted or not 0 <= wanted[0] <= wanted[-1] < spec.num_hidden_layers:
         raise JobError(f"--layers: the model has layers 0 to {spec.num_hidden_layers - 1}")
     job = read_job(manifest, opened, directory, calibration)
-    written = open_checkpoint(directory)
+    whole = manifest["job"].get("files")  # names of files that are the whole model
+    first = whole[0] if isinstance(whole, list) and whole else None
+    if first is not None and first not in manifest["files"]:
+        raise unreadable(KeyError("files"))
+    written = open_checkpoint(directory if first is None else inside(directory, first))
     here, then = numerics(job.devices), manifest["job"].get("numerics")
     torch.set_num_threads(_threads(then))
     calibrator = job.workers(DTYPES[job.config.calibration_dtype], job.calibration)
@@ -72,9 +77,8 @@ def reproduce(
                 tensors, _ = make_layer(job, calibrator, layer, state, states, StageClock())
                 made.append(layer)
                 if problem := _difference(tensors, written):
-                    findings.append(
-                        Finding(job.files.file_of(layer + 1), f"layer {layer}, made again, {problem}{_why(then, here)}")
-                    )
+                    file = first or job.files.file_of(layer + 1)
+                    findings.append(Finding(file, f"layer {layer}, made again, {problem}{_why(then, here)}"))
                     break  # what follows would be made from other hidden states
     finally:
         torch.set_num_threads(here["threads"])
@@ -172,8 +176,8 @@ def _difference(tensors: Mapping[str, torch.Tensor], written: Checkpoint) -> str
     """How a layer made again differs from the written one; empty when all bytes are the same."""
     other, total, names = 0, 0, []
     for name, tensor in tensors.items():
-        stored = written.read(name)
-        if stored.shape != tensor.shape or stored.dtype != tensor.dtype:
+        stored = written.read_packed(name)
+        if stored.nbytes != tensor.nbytes:
             return f"has {name} as {list(tensor.shape)} {tensor.dtype}, written is {list(stored.shape)} {stored.dtype}"
         a, b = (torch.frombuffer(raw_bytes(t), dtype=torch.uint8) for t in (tensor, stored))
         different = int((a != b).sum())

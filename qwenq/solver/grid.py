@@ -65,7 +65,9 @@ class Grid(ABC):
 
         It is asked when the sub-group's turn comes, of grids that have sub-groups. What all of them share stays.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no sub-groups")
+        count = self.group_size // len(w_NO)
+        parts = ((sub * len(p_NO) // count, max(1, len(p_NO) // count), p_NO) for p_NO in parameters)
+        return parameters, tuple(p_NO[low : low + size] for low, size, p_NO in parts)
 
     @abstractmethod
     def round(self, w_KO: Tensor, parameters: Parameters) -> Tensor:

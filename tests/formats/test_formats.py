@@ -196,8 +196,8 @@ def test_refusals_name_format_and_scheme(recipe: Recipe, message: str, random_mo
     with pytest.raises(PlanError) as caught:
         recipe.check(open_checkpoint(random_model()).spec)
     assert caught.value.message == message and caught.value.hint
-    with pytest.raises(PlanError, match="format is 'gguf', wanted one of gptq, awq"):
-        Recipe(Scheme(4), format="gguf")
+    with pytest.raises(PlanError, match="format is 'ggml', wanted one of gptq, awq"):
+        Recipe(Scheme(4), format="ggml")
 
 
 def test_72b_sizes_by_format() -> None:
@@ -232,13 +232,14 @@ def test_quantize_inspect_and_eval(format: str, tiny: Path, heldout: Path, calib
         assert result.exit_code == 0, (result.output, result.exception)
         return json.loads(result.stdout)
 
-    size = [] if format.startswith("bnb") else ["--group-size", 32]
+    size = [] if format.startswith("bnb") or format == "gguf" else ["--group-size", 32]
     ask = ["quantize", tiny, "-o", tmp_path / "out", "--format", format, *size]
     predicted = run(*ask, "--dry-run")
     text = ["--calibration", calib, "--eval-text", heldout, "-n", 8, "--sequence-length", 64, "--eval-samples", 2]
     made = run(*ask, *text)
     assert predicted["format"] == format and predicted["file_bytes"] == made["file_bytes"]
-    inspected = run("inspect", tmp_path / "out")
+    written = next((tmp_path / "out").glob("*.gguf"), tmp_path / "out")
+    inspected = run("inspect", written)
     assert inspected["disagreements"] == [] and inspected["scheme"] == f"{predicted['scheme']}, {format}"
-    ask = ["eval", tmp_path / "out", "--reference", tiny, "--text", heldout, "-n", 2, "--sequence-length", 64]
+    ask = ["eval", written, "--reference", tiny, "--text", heldout, "-n", 2, "--sequence-length", 64]
     assert run(*ask)["kl"]["mean"] == pytest.approx(made["drift"]["kl"]["mean"], rel=1e-4)

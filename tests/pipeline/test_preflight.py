@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qwenq.checkpoint.shards import output_files
+from qwenq.checkpoint.shards import stored_files
 from qwenq.errors import JobError, PlanError
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.machine import free_disk
@@ -176,7 +176,8 @@ def test_files_hold_every_tensor_once() -> None:
     for tied in (False, True):
         spec = spec_of(tie_word_embeddings=tied)
         recipe = Recipe(Scheme(4, 32), (("model.layers.1.mlp.down_proj", None),))
-        files = output_files(spec, recipe, lambda name: "F16")
+        stored = stored_files(spec, recipe, lambda name: "F16")
+        files = dict(zip(stored.names, stored.parts, strict=True))
         assert list(files) == [f"model-{k:05d}-of-00005.safetensors" for k in range(1, 6)]
         names = [t.name for tensors in files.values() for t in tensors]
         assert sorted(names) == sorted(t.name for t in recipe.tensors(spec)) and len(names) == len(set(names))

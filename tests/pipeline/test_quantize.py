@@ -21,6 +21,7 @@ import torch
 from conftest import small_job, text_windows
 from safetensors.torch import load_file, save_file
 
+import qwenq.io.tensors
 import qwenq.pipeline.quantize
 from qwenq.checkpoint.manifest import JOURNAL_NAME, LOCK_NAME, MANIFEST_NAME
 from qwenq.checkpoint.reader import open_checkpoint, open_source
@@ -535,21 +536,21 @@ def test_a_changed_source_is_refused_by_name(stopped: QuantizeJob) -> None:
 def test_a_full_disk_is_one_line_and_can_be_resumed(random_model: Make, tmp_path: Path, monkeypatch: Any) -> None:
     source = random_model()
     quantize(small_job(source, tmp_path / "whole"))
-    real = qwenq.pipeline.quantize.write_shard
+    real = qwenq.io.tensors.write_shard
 
     def full(path: Path, tensors: Any) -> str:
         if path.name.startswith("model-00003"):
             raise OSError(28, "No space left on device", str(path))
         return real(path, tensors)
 
-    monkeypatch.setattr(qwenq.pipeline.quantize, "write_shard", full)
+    monkeypatch.setattr(qwenq.io.tensors, "write_shard", full)
     job = small_job(source, tmp_path / "out")
     with pytest.raises(JobError) as caught:
         quantize(job)
     assert caught.value.message.endswith("model-00003-of-00005.safetensors: No space left on device")
     assert "--resume" in caught.value.hint
     assert_nothing_looks_whole(job.out)
-    monkeypatch.setattr(qwenq.pipeline.quantize, "write_shard", real)
+    monkeypatch.setattr(qwenq.io.tensors, "write_shard", real)
     resumed(job)
 
 

@@ -13,8 +13,9 @@ from fake_gpus import FakeGpus
 from test_quantize_cuda import layer, of
 from torch import Tensor
 
+from qwenq.formats.base import get_format
 from qwenq.model.layer import Network
-from qwenq.pipeline.fisher import _errors
+from qwenq.pipeline.fisher import Probe, _errors
 from qwenq.pipeline.preflight import errors_bytes
 from qwenq.planning.sensitivity import schemes_for
 from qwenq.runtime.synthetic import synthetic_config
@@ -39,10 +40,11 @@ def test_a_layer_is_solved_in_what_the_dry_run_says(name: str) -> None:
         gpu = fake.allocators[0]
         before = gpu.allocated
         h_NTH = torch.empty(16, 512, spec.hidden_size, dtype=torch.bfloat16)
-        errors, _ = _errors(network, h_NTH, False)
+        errors, _ = _errors(network, h_NTH, Probe(h_NTH, h_NTH, {}))
         held = gpu.allocated - before
+    offered = {stage: schemes_for(spec, (0, stage), get_format("gptq")) for stage in ("qkv", "o", "gate_up", "down")}
     assert {stage: len(by_scheme) for stage, by_scheme in errors.items()} == {
-        stage: sum(scheme.bits == 4 for scheme in schemes_for(spec, stage)) for stage in ("qkv", "o", "gate_up", "down")
+        stage: sum(scheme.bits == 4 for scheme in schemes) for stage, schemes in offered.items()
     }
     kinds = {(e.device.type, e.dtype) for rows in errors.values() for row in rows.values() for e in row.values()}
     assert kinds == {("cpu", torch.bfloat16)}

@@ -212,15 +212,15 @@ def test_a_unit_whose_linears_differ_is_matched_by_their_names_alone() -> None:
 
 
 def test_offered_schemes() -> None:
-    labels = {s.label for s in schemes_for(B72, "down")}
+    labels = {s.label for s in schemes_for(B72, (0, "down"), GPTQ)}
     assert labels == {f"{bits}-bit g{group}" for bits in (4, 8) for group in (128, 64, 32)}
     narrow = spec_from_config(
         {"model_type": "qwen2", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 1,
          "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 64, "max_position_embeddings": 64}
     )  # fmt: skip
-    assert {s.group_size for s in schemes_for(narrow, "qkv")} == {64, 32}  # 576 = 4.5 x 128
-    assert {s.group_size for s in schemes_for(narrow, "down")} == {128, 64, 32}
-    assert any(not s.sym for s in schemes_for(B72, "o", options_of(True)))
+    assert {s.group_size for s in schemes_for(narrow, (0, "qkv"), GPTQ)} == {64, 32}  # 576 = 4.5 x 128
+    assert {s.group_size for s in schemes_for(narrow, (0, "down"), GPTQ)} == {128, 64, 32}
+    assert any(not s.sym for s in schemes_for(B72, (0, "o"), GPTQ, options_of(True)))
     found = choose_for_bytes(B7, prior(B7, asymmetric=True), 6 * 10**9, bf16, "gptq")
     assert all(scheme is None or scheme.sym for scheme in found.choice.values())
     other = choose_for_bytes(B7, prior(B7, asymmetric=True), 6 * 10**9, bf16, "compressed-tensors")
