@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
 from qwenq.errors import CheckpointError, JobError, UsageError
+from qwenq.io.gguf import gguf_model, is_gguf
 from qwenq.io.json import shown
 from qwenq.pipeline.config import (
     DEFAULT_EVALUATION_WINDOWS,
@@ -253,7 +254,8 @@ def verify(
     from qwenq.checkpoint.manifest import read_manifest
     from qwenq.checkpoint.manifest import verify as run
 
-    directory, base = Path(checkpoint), None if source is None else Path(source)
+    path, base = Path(checkpoint), None if source is None else Path(source)
+    directory = path.parent if is_gguf(path) else path
     for place in (directory, base):
         if place is not None and not place.is_dir():
             raise CheckpointError(f"{shown(str(place))}: no such directory")
@@ -285,7 +287,8 @@ def convert(
     from qwenq.checkpoint.reader import open_checkpoint
     from qwenq.pipeline.convert import convert as run
 
-    return run(open_checkpoint(Path(checkpoint)), Path(out), format, listen=progress)
+    path = Path(checkpoint)
+    return run(open_checkpoint(gguf_model(path) or path), Path(out), format, listen=progress)
 
 
 # ---------------------------------------------------------------------- planning
