@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
 from qwenq.errors import CheckpointError, JobError, UsageError
+from qwenq.io.gguf import gguf_model, is_gguf
 from qwenq.io.json import followed_links, shown
 from qwenq.pipeline.config import (
     DEFAULT_EVALUATION_WINDOWS,
@@ -270,7 +271,8 @@ def verify(
     from qwenq.checkpoint.manifest import read_manifest
     from qwenq.checkpoint.manifest import verify as run
 
-    directory, base = Path(checkpoint), None if source is None else Path(source)
+    path, base = Path(checkpoint), None if source is None else Path(source)
+    directory = path.parent if is_gguf(path) else path
     for place in (directory, base):
         if place is not None and not place.is_dir():
             raise CheckpointError(f"{shown(str(place))}: no such directory")
@@ -308,7 +310,8 @@ def convert(
     from qwenq.checkpoint.reader import open_checkpoint
     from qwenq.pipeline.convert import convert as run
 
-    source = open_checkpoint(Path(checkpoint))
+    path = Path(checkpoint)
+    source = open_checkpoint(gguf_model(path) or path)
     for line in source.notes:
         warn(line)
     return run(source, Path(out), format, listen=progress)

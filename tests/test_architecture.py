@@ -22,10 +22,10 @@ STAGES = (
 HEAVY = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
 # Answer at once: the whole of planning, and what checks, reports and commands beside it need.
 LIGHT = ("planning.*", "formats", "formats.base", "formats.config", "formats.gptq", "formats.awq",
-         "formats.compressed_tensors", "formats.bitsandbytes", "formats.fp8",
-         "io.json", "io.safetensors", "io.durable", "io.hub", "model.spec",
-         "checkpoint.manifest", "checkpoint.shards", "pipeline.preflight", "pipeline.journal", "pipeline.config",
-         "pipeline.dryrun", "pipeline.source", "report.compose", "api", "cli.*")  # fmt: skip
+         "formats.compressed_tensors", "formats.bitsandbytes", "formats.fp8", "io.json", "io.safetensors", "io.gguf",
+         "io.durable", "io.hub", "model.spec", "model.metadata", "checkpoint.manifest", "checkpoint.shards",
+         "checkpoint.headers", "pipeline.preflight", "pipeline.journal", "pipeline.config", "pipeline.dryrun",
+         "pipeline.source", "report.compose", "api", "cli.*")  # fmt: skip
 
 
 def modules() -> dict[str, Path]:

@@ -18,7 +18,10 @@ from qwenq.units import format_gb, format_seconds
 
 def convert(
     source: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="A quantized checkpoint, ours or another tool's.")
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT", help="A quantized checkpoint, ours or another tool's: a directory or a GGUF file."
+        ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to make.")],
     format: Annotated[

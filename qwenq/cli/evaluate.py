@@ -30,7 +30,7 @@ from qwenq.pipeline.config import EvaluateConfig
 
 def evaluate(
     model: Model,
-    reference: Annotated[str, typer.Option(help="The 16-bit checkpoint, or another one: a directory or a hub name.")],
+    reference: Annotated[str, typer.Option(help="The 16-bit checkpoint, or another one: like MODEL.")],
     text: Annotated[
         str,
         option(TEXT, help="Held-out text: a set's name, or a .txt, .jsonl, .json, .parquet (also .gz) or .npy file."),

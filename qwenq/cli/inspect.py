@@ -17,7 +17,10 @@ from qwenq.units import format_gb
 
 def inspect(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A directory, a hub name, or a family name such as Qwen2.5-72B.")
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A directory, a GGUF file, a hub name, or a family name such as Qwen2.5-72B."
+        ),
     ],
     expect_params: Annotated[
         str | None, typer.Option(metavar="COUNT", help="Total the model card states, for instance 72.7B.")

@@ -36,7 +36,7 @@ from qwenq.units import GIB, format_tokens, parse_tokens
 def measure(
     context: typer.Context,
     checkpoint: Annotated[
-        str | None, typer.Argument(metavar="CHECKPOINT", help="A checkpoint directory, or a hub name.")
+        str | None, typer.Argument(metavar="CHECKPOINT", help="A checkpoint directory, a GGUF file, or a hub name.")
     ] = None,
     synthetic: Annotated[
         str,

@@ -29,7 +29,10 @@ def option(panel: str, *names: str, help: str, **more: Any) -> Any:
 
 Model = Annotated[
     str,
-    typer.Argument(metavar="MODEL", help="A checkpoint directory, or a hub name such as Qwen/Qwen2.5-7B-Instruct."),
+    typer.Argument(
+        metavar="MODEL",
+        help="A checkpoint directory, a GGUF file (evaluated and run), or a hub name: Qwen/Qwen2.5-7B-Instruct.",
+    ),
 ]
 JsonFlag = Annotated[bool, option(JOB, "--json", help="Print one JSON object instead of tables.")]
 FollowLinks = Annotated[bool, option(JOB, "--follow-links", help=links.HELP, callback=links.follow_links)]

@@ -16,7 +16,10 @@ from qwenq.errors import UsageError
 
 
 def verify(
-    directory: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A directory that `qwenq quantize` made.")],
+    directory: Annotated[
+        Path,
+        typer.Argument(metavar="CHECKPOINT", help="What `qwenq quantize` made: the directory, or a GGUF file in it."),
+    ],
     source: Annotated[
         Path | None, typer.Option(help="The 16-bit checkpoint it was made from: hash its files too.")
     ] = None,

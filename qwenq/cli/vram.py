@@ -42,7 +42,9 @@ def _option(panel: str, *names: str, help: str, metavar: str | None = None, **mo
     return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel, show_default=False, **more)
 
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Family name (Qwen2.5-72B), directory or hub name.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Family name (Qwen2.5-72B), directory, GGUF file or hub name.")
+]
 Bits = Annotated[int | None, _option(WEIGHTS, "--bits", metavar="N", help="4, 8, or 16: not quantized. Default 4.")]
 GroupSize = Annotated[
     int | None, _option(WEIGHTS, "--group-size", metavar="N", help="128, 64, 32, or -1: a row. Default 128.")

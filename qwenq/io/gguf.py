@@ -161,6 +161,20 @@ def is_gguf(path: Path | str) -> bool:
     return Path(path).suffix.lower() == ENDING and Path(path).is_file()
 
 
+def gguf_model(path: Path) -> Path | None:
+    """The GGUF model at a path: that file, or the only one of a directory without a config.json; of a split its first.
+
+    None for anything else.
+    """
+    if is_gguf(path):
+        return path
+    if not path.is_dir() or (path / "config.json").exists():
+        return None
+    names = ((each, _SPLIT_NAME.fullmatch(each.name)) for each in path.glob("*" + ENDING))
+    found = [each for each, named in names if named is None or int(named["number"]) == 1]
+    return found[0] if len(found) == 1 and is_gguf(found[0]) else None
+
+
 def split_name(stem: str, number: int, count: int) -> str:
     """`NAME-00001-of-00003.gguf` for the first file, `number` 0."""
     return f"{stem}-{number + 1:05d}-of-{count:05d}{ENDING}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenq.errors import PlanError
-from qwenq.io.gguf import is_gguf
+from qwenq.io.gguf import gguf_model
 from qwenq.io.json import shown
 from qwenq.model.spec import ModelSpec, family_spec
 
@@ -19,8 +19,8 @@ def model_directory(model: str, listen: Callable[[str], None] = lambda line: Non
     listen: is told how far a download is.
     """
     path = Path(model)
-    if path.is_dir() or is_gguf(path):
-        return path
+    if path.is_dir() or gguf_model(path):
+        return gguf_model(path) or path
     from qwenq.io.hub import fetch_model, is_hub_name
 
     if is_hub_name(model):
@@ -52,7 +52,7 @@ class Shapes:
 
 def source_shapes(model: str) -> Shapes:
     """Shapes of a family, a directory or a hub model, whose headers alone are fetched. QwenqError for anything else."""
-    local = Path(model).is_dir() or is_gguf(model)
+    local = Path(model).is_dir() or gguf_model(Path(model)) is not None
     family = None if local else family_spec(model)
     if family is not None:
         return Shapes(family, lambda name: "BF16", None, {})

@@ -12,7 +12,7 @@ from qwenq.checkpoint.contents import Contents, read_contents, refuse_adapter
 from qwenq.checkpoint.headers import read_config, read_headers
 from qwenq.errors import CheckpointError, PlanError, UsageError
 from qwenq.formats.base import FORMATS, SIZED, Recipe, Scheme, get_format
-from qwenq.io.gguf import is_gguf
+from qwenq.io.gguf import gguf_model, is_gguf
 from qwenq.io.json import inside, read_object, shown
 from qwenq.io.safetensors import INDEX_NAME, TensorLocation, TensorSpec, checkpoint_tensors
 from qwenq.model.spec import ModelSpec, family_spec, near_names, refuse_experts, spec_from_config
@@ -72,7 +72,7 @@ def model_weights(model: Model, asked: WeightsAsked = WeightsAsked()) -> Weights
     spec, bits, ranks = model.spec, asked.bits, asked.pad_for_tp
     if asked.checkpoint is not None:
         _refuse_padding(ranks)
-        return _checkpoint_weights(spec, asked.checkpoint)
+        return _checkpoint_weights(spec, gguf_model(asked.checkpoint) or asked.checkpoint)
     mixed = {"--target-size": asked.target_bytes, "--recipe": asked.recipe}
     if asked.gguf:
         plain = asked.bits is None and not asked.format
@@ -242,9 +242,9 @@ def _refuse_padding(ranks: int | None) -> None:
 
 def _find(model: str) -> Model:
     path = Path(model)
-    if is_gguf(path):
-        found = read_headers(path)
-        return Model(found.spec, found.config, directory=path)
+    if (file := gguf_model(path)) is not None:
+        found = read_headers(file)
+        return Model(found.spec, found.config, directory=file)
     if (path / "config.json").is_file():
         config = read_object(inside(path, "config.json"))
         spec = spec_from_config(config, where=shown(str(path / "config.json")), name=path.resolve().name)

@@ -8,6 +8,7 @@ from typing import Any
 
 from qwenq.errors import CheckpointError, QwenqError, UsageError
 from qwenq.formats.base import UNTRIED, Loader, Variant, get_format, plain_loaders, read_quantization_config
+from qwenq.io.gguf import gguf_model
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.case import Case, Workload
 from qwenq.planning.engines.base import Engine, engine_names, get_engine
@@ -235,7 +236,7 @@ class Loaded:
 
 def load(run: Run, engine: str) -> Loaded | str:
     """The checkpoint beside the manifest, or why it cannot be planned with."""
-    if not any(run.directory.glob("*.safetensors")):
+    if not any(run.directory.glob("*.safetensors")) and gguf_model(run.directory) is None:
         return f"{run.name}: no tensors beside its manifest"
     try:
         model = load_model(str(run.directory))

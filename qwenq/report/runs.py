@@ -11,6 +11,7 @@ from typing import Any
 from qwenq.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from qwenq.errors import CheckpointError
 from qwenq.io.fields import Fields
+from qwenq.io.gguf import is_gguf
 from qwenq.io.json import shown
 from qwenq.results import Interval
 
@@ -98,10 +99,11 @@ class NoDrift(CheckpointError):
 
 
 def load_runs(directories: Sequence[Path], leave_out: Callable[[str], None] | None = None) -> tuple[Run, ...]:
-    """The runs in these checkpoint directories, in this order, by names that tell them apart; CheckpointError else.
+    """The runs in these checkpoint directories, or of GGUF files in them, in this order; CheckpointError for no run.
 
     `leave_out` is told each one without a drift, which is then left out; without it that is an error too.
     """
+    directories = [path.parent if is_gguf(path) else path for path in directories]
     resolved = [path.resolve() for path in directories]
     if len(set(resolved)) < len(resolved):
         raise CheckpointError("the same directory was given twice", hint="name each run once")

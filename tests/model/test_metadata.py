@@ -77,7 +77,7 @@ def test_weights_as_transformers_reads_them(family: str, tmp_path: Path) -> None
     if family == "llama":
         model: Any = LlamaForCausalLM(LlamaConfig(**SIZES))
     else:
-        model = Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16))
+        model = Qwen3ForCausalLM(Qwen3Config(**SIZES))
     path = tmp_path / "m.gguf"
     path.write_bytes(model_file(model, family).encode())
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf").state_dict()
