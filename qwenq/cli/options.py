@@ -91,7 +91,8 @@ Context = Annotated[
     str | None, option(BUDGET, "--context", "-c", metavar="N", help="Tokens that --fit leaves room for. Default 8k.")
 ]
 FitEngine = Annotated[
-    str | None, option(BUDGET, "--engine", metavar="NAME", help="Of --fit: qwenq, transformers, vllm, sglang, llama.cpp.")
+    str | None,
+    option(BUDGET, "--engine", metavar="NAME", help="Of --fit: qwenq, transformers, vllm, sglang, llama.cpp."),
 ]
 RecipeFile = Annotated[Path | None, option(BUDGET, metavar="FILE", help="A recipe file, perhaps edited.")]
 SensitivityFile = Annotated[

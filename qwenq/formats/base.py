@@ -394,6 +394,7 @@ class Format(ABC):
     tags: tuple[str, ...]  # of a model card
     container: str = "safetensors"
     engine: str = "qwenq"  # that --fit plans for where none is named
+    widened_to: int | None = None  # columns of a block that --pad-for-tp fills up; None: what ranks ask for
     mixes: bool = False  # several schemes in one checkpoint
     options: tuple[Scheme, ...] = ()  # schemes that a mixture may be chosen from
     outer: bool = False  # embedding and head are quantized too

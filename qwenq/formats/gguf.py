@@ -529,6 +529,7 @@ class Gguf(Format):
     tags = ("gguf",)
     container = "gguf"
     engine = "llama.cpp"
+    widened_to = 256  # so that down's rows have the K types, whatever the ranks
     mixes = True
     options = tuple(type_scheme(kind) for kind in WRITTEN)
     outer = True

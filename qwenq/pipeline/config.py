@@ -26,6 +26,7 @@ from qwenq.planning.budget import (
     cut_by,
     describe_choice,
     widened,
+    widened_to,
 )
 from qwenq.planning.sensitivity import Sensitivity, prior, read_sensitivity
 from qwenq.units import parse_size, parse_tokens
@@ -297,6 +298,8 @@ class QuantizeConfig:
         """The model with its FFN padded as asked, so that no group straddles ranks; PlanError when that cannot help."""
         if self.pad_for_tp is None:
             return spec
+        if (block := get_format(self.format).widened_to) is not None:
+            return widened_to(spec, block)
         return widened(spec, self.pad_for_tp, None if self.mixed else Recipe(self.scheme(), format=self.format))
 
     def choose(
@@ -316,7 +319,7 @@ class QuantizeConfig:
             kept = {unit: {s: kl for s, kl in row.items() if s is None or s.sym} for unit, row in table.kl.items()}
             table = replace(table, kl=kept)
         held = beside(Recipe(form.options[0] if form.options else None, (), self.format))  # the same for any recipe
-        if self.pad_for_tp is not None:
+        if self.pad_for_tp is not None and form.widened_to is None:
             table = cut_by(spec, table, self.pad_for_tp)
         if self.recipe is not None:
             from qwenq.planning.recipefile import read_recipe

@@ -294,6 +294,16 @@ def widened(spec: ModelSpec, ranks: int, uniform: Recipe | None) -> ModelSpec:
     return wide
 
 
+def widened_to(spec: ModelSpec, block: int) -> ModelSpec:
+    """The model with its FFN padded to whole blocks of `block`; PlanError where that buys nothing."""
+    if spec.intermediate_size % block == 0:
+        raise PlanError(
+            f"--pad-for-tp: the FFN of {spec.intermediate_size} is whole blocks of {block} already",
+            hint="leave it out: llama.cpp cuts between rows, and padding buys nothing here",
+        )
+    return replace(spec, intermediate_size=-(-spec.intermediate_size // block) * block)
+
+
 def cut_by(spec: ModelSpec, table: Sensitivity, ranks: int) -> Sensitivity:
     """The table without schemes whose groups would straddle `ranks` GPUs."""
     widths = {stage.name: spec.size(stage.inputs) // ranks for stage in cut_by_input(spec)}

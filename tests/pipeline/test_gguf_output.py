@@ -22,7 +22,7 @@ from qwenq.checkpoint.manifest import verify
 from qwenq.checkpoint.reader import open_checkpoint
 from qwenq.cli.main import app
 from qwenq.errors import CheckpointError
-from qwenq.formats.base import get_format
+from qwenq.formats.base import Recipe, Scheme, get_format
 from qwenq.pipeline.evaluate import evaluate
 from qwenq.pipeline.job import QuantizeJob
 from qwenq.pipeline.quantize import quantize
@@ -137,8 +137,8 @@ def test_a_type_for_each_tensor_within_a_size(model_type: str, random_model: Mak
     size = next(out.glob("*.gguf")).stat().st_size
     assert 1_180_000 < made["file_bytes"] == size <= 1_200_000
     assert 1_180_000 < planned["file_bytes"] <= 1_200_000
-    types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(next(out.glob("*.gguf"))).tensors if "weight" in t.name}
-    assert len(set(types.values())) > 3
+    tensors = gguf.GGUFReader(next(out.glob("*.gguf"))).tensors
+    assert len({t.tensor_type.name for t in tensors}) > 3
     table = json.loads((out / "qwenq-sensitivity.json").read_text())["kl_nats_per_token"]
     assert set(table["outer.head"]) == set(table["0.q_proj"]) == {
         "Q8_0", "Q6_K", "Q5_K", "IQ4_NL", "Q4_K", "IQ4_XS", "Q3_K", "Q2_K",
@@ -147,6 +147,52 @@ def test_a_type_for_each_tensor_within_a_size(model_type: str, random_model: Mak
     again = run("quantize", source, "-o", tmp_path / "again", "--format", "gguf", "--recipe", out / "qwenq-recipe.toml",
                 *text)  # fmt: skip
     assert again["file_bytes"] == made["file_bytes"] and again["drift"]["kl"] == made["drift"]["kl"]
+
+
+@pytest.mark.parametrize(("bits", "group", "kind"), [(4, 32, "Q4_0"), (4, 128, "Q4_0"), (8, 64, "Q8_0")])
+def test_integers_are_converted_bit_for_bit(
+    bits: int, group: int, kind: str, random_model: Make, calib: Path, tmp_path: Path
+) -> None:
+    source, ints, out = random_model(**WIDE), tmp_path / "ints", tmp_path / "out"
+    text = ["--calibration", calib, "--eval-text", calib, "-n", 4, "--sequence-length", 64, "--eval-samples", 2]
+    run("quantize", source, "-o", ints, "--bits", bits, "--group-size", group, *text)
+    made = run("convert", ints, out, "--format", "gguf")
+    (file,) = out.glob("*.gguf")
+    assert made["file_bytes"] == file.stat().st_size
+    before, after = open_checkpoint(ints), open_checkpoint(file)
+    theirs = values(file)
+    for lin in before.spec.linears:
+        weight = before.linear_weight(lin)
+        assert torch.equal(weight, after.linear_weight(lin))
+    assert np.array_equal(before.linear_weight(before.spec.linears[0]).numpy(), theirs["blk.0.attn_q.weight"])
+    tensors = {t.name: t.tensor_type.name for t in gguf.GGUFReader(file).tensors}
+    assert tensors["blk.2.ffn_down.weight"] == kind and tensors["token_embd.weight"] == "F16"
+    assert tensors["blk.0.attn_norm.weight"] == "F32"
+    assert not verify(out).findings
+
+
+def test_what_no_type_holds_is_not_converted(random_model: Make, tmp_path: Path) -> None:
+    source = random_model(**WIDE)
+    quantize(small_job(source, tmp_path / "ints", recipe=Recipe(Scheme(4, 32, sym=False))))
+    said = run("convert", tmp_path / "ints", tmp_path / "out", "--format", "gguf", code=1)
+    assert said.startswith("error: 4-bit g32 asym to gguf: no type of GGUF holds its codes")
+
+
+def test_padding_to_whole_blocks(random_model: Make, calib: Path, tmp_path: Path) -> None:
+    """An FFN of 448 falls back; padded to 512 its rows are whole, and the function is the same."""
+    source = random_model(**(WIDE | {"intermediate_size": 448}))
+    text = ["--calibration", calib, "--eval-text", calib, "-n", 4, "--sequence-length", 64, "--eval-samples", 2]
+    ask = ["quantize", source, "--format", "gguf", "--gguf-type", "Q4_K_S", "--pad-for-tp", 1, *text]
+    made = run(*ask, "-o", tmp_path / "out")
+    assert not any("whole blocks" in line for line in made["warnings"])
+    reader = gguf.GGUFReader(next((tmp_path / "out").glob("*.gguf")))
+    assert reader.fields["qwen2.feed_forward_length"].contents() == 512
+    down = next(t for t in reader.tensors if t.name == "blk.2.ffn_down.weight")
+    assert down.tensor_type.name == "Q4_K" and list(down.shape) == [512, 256]
+    assert not gguf.quants.dequantize(down.data, down.tensor_type)[:, 448:].any()
+    whole = random_model("whole", **WIDE)
+    said = run("quantize", whole, "--format", "gguf", "--pad-for-tp", 2, "--dry-run", *text, code=1)
+    assert "the FFN of 512 is whole blocks of 256 already" in said
 
 
 def test_fallbacks_are_said(tiny: Path, calib: Path, heldout: Path, tmp_path: Path) -> None:
