@@ -171,9 +171,10 @@ class ModelTokenizer:
     def encode(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
         """Token ids of each text; with `special` what the tokenizer puts around plain text too, a BOS token say."""
         found: list[list[int]] = []
+        tokenizer = self._tokenizer  # what is refused as it is read says so itself
         try:
             for batch in _batches(texts, _PIECE_CHARACTERS):
-                encodings = self._tokenizer.encode_batch_fast(batch, add_special_tokens=special)
+                encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=special)
                 found += [encoding.ids for encoding in encodings]
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt | SystemExit):
