@@ -170,10 +170,16 @@ def estimate_command(
 
 @vram_app.command("validate")
 def validate_command(
-    file: Annotated[Path, typer.Argument(help="CSV with model, quant, input_len, gpu_num, mem_gib and env.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="CSV: model, quant, input_len, gpu_num, mem_gib, env; generated_tokens, prefill_chunk, batch_size, "
+            "attention. Of vLLM: engine, version, gpu, gpu_memory_utilization, kv_tokens, or its log."
+        ),
+    ],
     as_json: Json = False,
 ) -> None:
-    """Predicted against published memory of transformers runs, row by row."""
+    """Predicted against published memory, row by row: transformers' peaks, the room of a server's KV cache."""
     from qwenq.planning.validate import errors, read_rows, summary
 
     rows, skipped = read_rows(file)
@@ -183,14 +189,15 @@ def validate_command(
         print_json(summary(rows))
         return
     for row in rows:
-        print_line(
-            f"{row.model:<24} {row.quant:<10} {row.input_len:>7} tokens  predicted {row.predicted_gib:7.2f} GiB  "
-            f"published {row.mem_gib:7.2f} GiB  {row.error_percent:+6.2f} %"
-        )
+        pair = f"predicted {row.predicted_gib:7.2f} GiB  published {row.mem_gib:7.2f} GiB"
+        if row.kv_tokens is not None:
+            pair = f"predicted {row.predicted_tokens:>8} tokens  logged {row.kv_tokens:>8} tokens of KV cache"
+        print_line(f"{row.model:<24} {row.quant:<10} {row.input_len:>7} tokens  {pair}  {row.error_percent:+6.2f} %")
+    peaks = [row for row in rows if row.kv_tokens is None]
     parts = {
         "all rows": rows,
-        "prompts of 6,144 tokens and more": [row for row in rows if row.input_len >= 6144],
-        "one-token prompts": [row for row in rows if row.input_len == 1],
+        "prompts of 6,144 tokens and more": [row for row in peaks if row.input_len >= 6144],
+        "one-token prompts": [row for row in peaks if row.input_len == 1],
     }
     for name, part in parts.items():
         if part:
@@ -253,9 +260,10 @@ def export_command(
     models: Annotated[list[str], typer.Argument(help="Models to compare.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.")],
     max_model_len: Annotated[str, typer.Option("--max-model-len", "-c", help="Contexts, e.g. 1k,8k,32k.")] = "",
-    bits: Annotated[str, typer.Option("--bits", help="Compared, e.g. 4,8,16.")] = "4",
+    bits: Annotated[str, typer.Option("--bits", help="Compared, e.g. 4,8,16; 4 where no format is named.")] = "",
     kv_cache_dtype: Annotated[str, typer.Option("--kv-cache-dtype", help="Compared, e.g. auto,fp8.")] = "auto",
     group_size: GroupSize = None,
+    format: FormatName = "",
     batch_size: BatchSize = 1,
     engine: EngineName = "qwenq",
     prefill_chunk: PrefillChunk = 0,
@@ -268,14 +276,15 @@ def export_command(
         raise PlanError(f"{output}: exists", hint="choose another name with -o")
     variants = []
     for model in models:
-        for width in bits.split(","):
+        for width in (bits or ("" if format else "4")).split(","):
             for kind in kv_cache_dtype.split(","):
-                if not width.strip().isdigit():
+                if width and not width.strip().isdigit():
                     raise UsageError(f"bits is {width!r}, wanted numbers such as 4,8,16")
                 question = Question(
                     model=model,
-                    bits=int(width),
+                    bits=int(width) if width else None,
                     group_size=group_size,
+                    format=format,
                     kv_cache_dtype=kind.strip(),
                     batch_size=batch_size,
                     engine=engine,

@@ -171,16 +171,13 @@ def splits(case: Case, costs: Costs | None = None) -> bool:
     return sum(split.limits) >= sum(split.layer_bytes) and split.fill(case.spec.num_hidden_layers, 0) is not None
 
 
-def search_context(fits: Callable[[int], bool], limit: int, step: int = 1) -> int:
-    """Largest context in 1..limit that `fits`, which is true below and false above it; 0 when it never is.
-
-    Of multiples of `step` alone, and the limit.
-    """
-    low, high = 0, -(-limit // step) * step
+def search_context(fits: Callable[[int], bool], limit: int) -> int:
+    """Largest context in 1..limit that `fits`, which is true below and false above it; 0 when it never is."""
+    low, high = 0, limit
     if fits(limit):
         return limit
-    while high - low > step:
-        middle = (low + high) // (2 * step) * step
+    while high - low > 1:
+        middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwenq.errors import HonestNo, PlanError
 from qwenq.model.spec import ModelSpec
@@ -17,6 +17,9 @@ from qwenq.planning.rig import GIVEN, Gpu, catalogue, rig_of
 from qwenq.planning.speed import Speed, estimate_speed
 from qwenq.planning.tensor_parallel import tensor_parallel_lines, tensor_parallel_sizes
 from qwenq.units import GIB, format_gib
+
+if TYPE_CHECKING:
+    from qwenq.planning.engines.base import RigFinder  # whose methods take plans
 
 MAX_RECOMMENDED = 8  # GPUs of one kind
 HOST_PROCESS = 3 * GIB  # Python, libraries and the system beside layers in host memory; assumed
@@ -214,13 +217,14 @@ class Recommendation:
         }
 
 
-def recommend(case: Case) -> tuple[Recommendation, ...]:
+def recommend(case: Case, finder: RigFinder | None = None) -> tuple[Recommendation, ...]:
     """Rigs of up to 8 equal GPUs that hold the model at the asked context: fewest cards first, then cheapest.
 
     The case's own rig does not count. Prices are of used cards where a source has them; then by power, unknown last.
+    `finder`: of the same question at another context.
     """
     engine, found = case.engine, []
-    finder = engine.rig_finder(case)
+    finder = finder or engine.rig_finder(case)
     for gpu in catalogue():
         if not engine.runs_on(gpu):
             continue

@@ -41,17 +41,17 @@ OPTIONS = {
     "verify": "--source --layers --all-layers --calibration --json",
     "report": "--output -o --title --benchmarks --measured --gpu --engine --json",
     "demo": "--output -o --report",
-    "plan": "--context --max-model-len -c --gpu --detect --recommend --bits --group-size --target-size --recipe "
-    "--checkpoint --pad-for-tp --kv-cache-dtype --batch-size --engine --engine-version --prefill-chunk --reserve "
-    "--max-num-seqs --gpu-memory-utilization --expect-params --json",
-    "vram estimate": "--max-model-len -c --bits --group-size --target-size --recipe --checkpoint --pad-for-tp "
+    "plan": "--context --max-model-len -c --gpu --detect --recommend --bits --group-size --format --target-size "
+    "--recipe --checkpoint --pad-for-tp --kv-cache-dtype --batch-size --engine --engine-version --prefill-chunk "
+    "--reserve --ram --max-num-seqs --gpu-memory-utilization --enforce-eager --expect-params --json",
+    "vram estimate": "--max-model-len -c --bits --group-size --format --target-size --recipe --checkpoint --pad-for-tp "
     "--kv-cache-dtype --batch-size --engine --engine-version --prefill-chunk --gpu --reserve --tensor-parallel-size "
-    "--max-num-seqs --gpu-memory-utilization --expect-params --profile --json --csv",
+    "--max-num-seqs --gpu-memory-utilization --enforce-eager --expect-params --profile --json --csv",
     "vram validate": "--json",
     "vram gpus": "--json",
     "vram serve": "--host --port --allowed-hosts",
-    "vram export": "--output -o --max-model-len -c --bits --kv-cache-dtype --group-size --batch-size --engine "
-    "--prefill-chunk --gpu",
+    "vram export": "--output -o --max-model-len -c --bits --kv-cache-dtype --group-size --format --batch-size "
+    "--engine --prefill-chunk --gpu",
     "vram measure": "--synthetic --bits --group-size --max-model-len -c --prefill-chunk --kv-cache-dtype "
     "--compute-dtype --gpu-memory --cpu-memory --offload-dir --output -o --json",
 }

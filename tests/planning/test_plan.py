@@ -262,12 +262,12 @@ def test_costs_in_closed_form_are_the_terms(
     assert case.engine.layer_costs(case, share, find_gpu(gpu))(layers) == sum(term.n_bytes for term in terms)
 
 
-def test_recommended_contexts_are_the_plans_in_steps_of_1024() -> None:
+def test_recommended_contexts_are_the_plans_in_steps() -> None:
     case = Case(B72, INT4, get_engine("qwenq"), Workload(8192))
     for found in recommend(case)[:6]:
         rig = rig_of([found.gpu] * found.count)
         longest = case.engine.longest_context(replace(case, rig=rig))
-        assert found.largest_context <= longest < found.largest_context + 1024
+        assert found.largest_context <= longest < found.largest_context + 4096
 
 
 def test_engines_run_where_they_run() -> None:

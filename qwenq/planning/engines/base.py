@@ -11,8 +11,10 @@ import math
 import re
 import shlex
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import ClassVar, TypedDict
 
@@ -132,6 +134,7 @@ class Engine(ABC):
     def layer_costs(self, case: Case, share: Share, gpu: Gpu) -> Callable[[range], int]:
         """Bytes of all terms by the layers that a GPU holds, for shares that are otherwise like `share`."""
 
+        @cache
         def cost(layers: range) -> int:
             return sum(term.n_bytes for term in self.terms(case, replace(share, layers=layers), gpu)[0])
 
@@ -225,9 +228,9 @@ class RigFinder:
 
 
 class LayerFinder(RigFinder):
-    """Keeps costs by context between rigs; contexts in steps of STEP tokens."""
+    """Keeps costs by context between rigs; contexts in steps: 1,024 tokens up to 16k, 2,048 to 32k, 4,096 beyond."""
 
-    STEP: ClassVar[int] = 1024
+    STEPS: ClassVar[tuple[int, ...]] = (*range(1024, 16384, 1024), *range(16384, 32768, 2048))
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
@@ -241,7 +244,9 @@ class LayerFinder(RigFinder):
 
     def longest_context(self, case: Case) -> int:
         asked, limit = case.work.context, case.spec.extended_context
-        return max(asked, search_context(lambda context: self._splits(case.at(context)), limit, self.STEP))
+        steps = [step for step in (*self.STEPS, *range(32768, limit, 4096)) if asked < step < limit]
+        found = bisect_left([*steps, limit], True, key=lambda context: not self._splits(case.at(context)))
+        return [asked, *steps, limit][found]
 
 
 @dataclass(frozen=True)
@@ -347,6 +352,18 @@ class ServerEngine(Engine):
         capacity = min(self._cache_tokens(case, shares[k], n) for k, n in zip(used, left, strict=True))
         limits = (round(base * part) + self.outside_bytes(t) for base, t in zip(bases, needed, strict=True))
         return Allowance(tuple(limits), capacity, part, asked)
+
+    def cache_room(self, case: Case, shares: Sequence[Share]) -> tuple[int, int]:
+        """Tokens and bytes a GPU of the KV cache in the part that is asked for, whatever finds room beside it."""
+        gpus, free = case.hardware.gpus, case.hardware.limits
+        needed = [self.terms(case, share, gpu)[0] for share, gpu in zip(shares, gpus, strict=True)]
+        asked = case.work.gpu_memory_utilization or self.asked_part(case)
+        left = [
+            asked * self.part_of(terms, gpu.limit_bytes, n) - self.inside_bytes(terms)
+            for terms, gpu, n in zip(needed, gpus, free, strict=True)
+        ]
+        tokens = min(self._cache_tokens(case, share, n) for share, n in zip(shares, left, strict=True))
+        return tokens, max(0, round(min(left)))
 
     def token_bytes(self, case: Case, share: Share) -> int:
         """KV bytes of one token on one rank; heads are copied when there are fewer than ranks."""
