@@ -47,6 +47,7 @@ class LlamaCppEngine(LayeredEngine):
     needs_gguf = True
     vendors_without = ()
     rocm_tried = True
+    started = True
     host_layers_stay = True
     host_layers_first = True  # and the output is on a GPU even then
     copies_tied_head = True  # the embedding stays in host memory
@@ -123,19 +124,19 @@ class LlamaCppEngine(LayeredEngine):
         work = Workload(case.work.context, case.work.batch, kv_dtype=kv)
         return Case(case.spec, weights, self, work, case.hardware)
 
-    def words(self, case: Case, placement: Placement, file: str) -> list[str]:
-        """The words of the command that serves the GGUF `file` so.
+    def words(self, case: Case, placement: Placement | None, file: str) -> list[str]:
+        """The words of the command that serves the GGUF `file` so, on the CPU without a placement.
 
         `-ngl` counts layers and the output, of which the first layers stay on the CPU; `-ts` shares these out.
         """
-        work, offloaded = case.work, placement.gpu_layers + 1
+        work, offloaded = case.work, self._offloaded(placement)
         words = ["llama-server", "-m", file, "-ngl", str(offloaded), "-c", str(work.context * work.batch)]
         words += ["-fa", "on"]
         if self.few_outputs:
             words += ["--fit", "off"]  # else it changes what is not said
         if work.batch > 1:
             words += ["-np", str(work.batch)]
-        if len(case.hardware.gpus) > 1:
+        if placement is not None and len(placement.shares) > 1:
             counts = [len(share.layers) + share.head for share in placement.shares]
             words += ["-sm", "layer", "-ts", ",".join(map(str, counts))]
         if work.kv_dtype not in ("auto", "fp16"):
@@ -148,6 +149,20 @@ class LlamaCppEngine(LayeredEngine):
             words += ["--rope-scaling", "yarn", "--rope-scale", f"{yarn['factor']:g}"]
             words += ["--yarn-orig-ctx", str(yarn["original_max_position_embeddings"])]
         return words
+
+    def modelfile(self, case: Case, placement: Placement | None, file: str) -> str:
+        """Ollama's Modelfile for the same; how it splits layers over GPUs is its own choice."""
+        work = case.work
+        lines = [f"FROM {file}", f"PARAMETER num_ctx {work.context}", f"PARAMETER num_gpu {self._offloaded(placement)}"]
+        if work.prefill_chunk:
+            lines.append(f"PARAMETER num_batch {work.prefill_chunk}")
+        if work.kv_dtype not in ("auto", "fp16"):
+            lines.insert(0, f"# start ollama with OLLAMA_FLASH_ATTENTION=1 OLLAMA_KV_CACHE_TYPE={work.kv_dtype}")
+        return "\n".join(lines)
+
+    def _offloaded(self, placement: Placement | None) -> int:
+        """Layers on the GPUs, the output counted."""
+        return 0 if placement is None else placement.gpu_layers + 1
 
     def command(self, plan: Plan) -> str:
         case = self.own_case(plan.case)
