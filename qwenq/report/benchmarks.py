@@ -48,7 +48,7 @@ def read_benchmarks(file: Path) -> tuple[Benchmark, ...]:
         lines = read_limited(file, MAX_BYTES).splitlines()
     except CheckpointError as error:
         raise CheckpointError(error.message, hint="--benchmarks takes JSON lines") from None
-    found = []
+    found: list[Benchmark] = []
     for number, line in enumerate(lines, 1):
         if line.strip():
             if len(found) == MAX_RESULTS:
