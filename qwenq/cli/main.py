@@ -148,12 +148,30 @@ class _Commands(TyperGroup):
         except QwenqError as error:
             raise _told(error) from None
         except (OSError, MemoryError, RuntimeError, UnicodeError) as error:
+            if _interrupts:
+                raise _interrupted() from None
             if (refused := _refused_by_system(error)) is None:
                 raise
             raise _told(refused) from None
         except KeyboardInterrupt:
-            print_step("interrupted")
-            raise typer.Exit(130) from None
+            raise _interrupted() from None
+        except Exception:
+            if not _interrupts:
+                raise
+            raise _interrupted() from None  # an import was cut short, and what needed it failed
+
+
+_interrupts: list[int] = []  # of this process; libraries swallow some while they are imported
+
+
+def _interrupt(signalled: int, frame: Any) -> None:
+    _interrupts.append(signalled)
+    raise KeyboardInterrupt
+
+
+def _interrupted() -> typer.Exit:
+    print_step("interrupted")
+    return typer.Exit(130)
 
 
 def _told(error: QwenqError) -> typer.Exit:
@@ -268,5 +286,5 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding does not hold
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, _interrupt)
     app()

@@ -26,7 +26,9 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 
 def partial_directory(out: Path) -> Path:
-    """Where a job works until it is whole."""
+    """Where a job works until it is whole; JobError for what names no directory that could be made."""
+    if not out.name:
+        raise JobError(f"{out}: no name for a new directory", hint="choose another --output")
     return out.with_name(out.name + ".partial")
 
 
