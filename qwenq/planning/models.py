@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenq.errors import CheckpointError, PlanError, UsageError
+from qwenq.escaping import printable
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.io.json import inside, read_object, shown
 from qwenq.io.safetensors import INDEX_NAME, TensorSpec, checkpoint_tensors
@@ -175,7 +176,7 @@ def _find(model: str) -> Model:
     path = Path(model)
     if (path / "config.json").is_file():
         config = read_object(inside(path, "config.json"))
-        spec = spec_from_config(config, where=shown(str(path / "config.json")), name=path.resolve().name)
+        spec = spec_from_config(config, where=shown(str(path / "config.json")), name=printable(path.resolve().name))
         return Model(spec, config, directory=path)
     match = _PUBLISHED.fullmatch(model)
     for name, published in ((model, ""), (match[1], match[2]) if match else ("", "")):
