@@ -19,7 +19,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from qwenq import __version__
 from qwenq.cli.plain import print_line, print_step
-from qwenq.errors import QwenqError
+from qwenq.errors import QwenqError, out_of_memory
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,6 @@ SUBCOMMANDS = {
         ),
     },
 }  # fmt: skip
-_NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory")  # torch's, in a RuntimeError
 RENAMED_FLAGS = {"--pull": "--error-correction", "--pull-share": "--error-correction-share"}
 
 
@@ -192,7 +191,7 @@ def _refused_by_system(error: Exception) -> QwenqError | None:
         hint = "raise the limit: ulimit -n" if error.errno == errno.EMFILE else ""
         where = f"{error.filename}: " if error.filename else ""
         return QwenqError(f"{where}{error.strerror or os.strerror(error.errno)}", hint=hint)
-    if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
+    if out_of_memory(error):
         return QwenqError("out of memory", hint="end other programs, or ask for less at once")
     if "Too many open files" in str(error):
         return QwenqError("Too many open files", hint="raise the limit: ulimit -n")

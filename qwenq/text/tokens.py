@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from qwenq.errors import CalibrationError, CheckpointError
+from qwenq.errors import CalibrationError, CheckpointError, out_of_memory
 from qwenq.io.json import check_regular, inside, read_limited, read_object, shown
 from qwenq.text.conversation import Document, Message, fitted, read_messages
 from qwenq.text.rendering import MAX_TEMPLATE_BYTES, Rendering, TemplateFault, render
@@ -70,7 +70,7 @@ class ModelTokenizer:
             fast.backend_tokenizer.no_padding()
             fast.backend_tokenizer.no_truncation()
         except BaseException as error:  # transformers raises anything, and the library beneath it panics
-            if isinstance(error, KeyboardInterrupt | SystemExit):
+            if isinstance(error, KeyboardInterrupt | SystemExit) or out_of_memory(error):
                 raise
             raise self._unreadable(error) from None
         return fast
