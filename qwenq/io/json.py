@@ -123,16 +123,21 @@ def inside(directory: Path, name: str) -> Path:
     if len(name.encode("utf-8", "surrogatepass")) > _MAX_NAME_BYTES:
         raise CheckpointError(f"file name {shown(name)} is too long: refused")
     path = directory / name
-    try:
-        root, target = directory.resolve(), path.resolve()
-    except (OSError, RuntimeError):  # a circle, or too long a path
-        raise CheckpointError(f"{shown(str(path))}: links in a circle, or too long a path: refused") from None
+    root, target = resolved(directory), resolved(path)
     allowed = [root]
     if root.parent.name == "snapshots":
         allowed.append(root.parent.parent / "blobs")
     if target.parent not in allowed:
         raise CheckpointError(f"{shown(name)} links to a file outside the checkpoint's directory: refused")
     return path
+
+
+def resolved(path: Path, error: type[QwenqError] = CheckpointError) -> Path:
+    """`path` with its links followed, whether it is there or not; `error` where they lead in a circle."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):
+        raise error(f"{shown(str(path))}: links in a circle, or too long a path: refused") from None
 
 
 def model_name(directory: Path) -> str:

@@ -13,6 +13,7 @@ from qwenq import __version__
 from qwenq.checkpoint.reader import Checkpoint
 from qwenq.errors import CheckpointError, JobError
 from qwenq.formats.base import Recipe
+from qwenq.io.json import resolved
 from qwenq.io.tensors import DTYPE_NAMES
 from qwenq.machine import numerics
 from qwenq.pipeline.block import SolverOptions, passes
@@ -34,8 +35,8 @@ def partial_directory(out: Path) -> Path:
 
 def refuse_place(out: Path, source: Path) -> None:
     """Raise JobError when `out` is there already, or is the directory `source` or inside it."""
-    resolved, source = out.absolute().resolve(), source.resolve()
-    if resolved == source or source in resolved.parents:
+    place, source = resolved(out.absolute(), JobError), resolved(source)
+    if place == source or source in place.parents:
         raise JobError(
             f"{out}: the output may not be the model's own directory or inside it", hint="choose another --output"
         )

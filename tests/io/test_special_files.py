@@ -199,6 +199,16 @@ def test_links_in_a_circle_and_long_paths(tmp_path: Path) -> None:
         read_object(inside(tmp_path / ("y/" * 3000), "a"))
 
 
+def test_directories_that_are_links_to_themselves(tiny: Path, tmp_path: Path) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    for words in (("inspect", loop), ("verify", loop), ("report", loop, "-o", tmp_path / "page"), ("vram", loop),
+                  ("plan", loop, "--gpu", "A100"), ("convert", loop, tmp_path / "c", "--format", "awq"),
+                  ("quantize", tiny, "-o", loop / "out", "--group-size", "32"), ("quantize", tiny, "-o", loop)):  # fmt: skip
+        code, said = invoke(*words)
+        assert code == 1 and said.startswith("error: ")
+
+
 @pytest.mark.parametrize("path", ["/", "x" * 300, "x/" * 2500, "a\udcffb", "/dev/null/x", "[/x]", "\x1b[31m"])
 def test_paths_that_are_none(path: str, tiny: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
