@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from qwenq import __version__
-from qwenq.cli.plain import print_line, print_step
+from qwenq.cli.plain import escape_logs, print_line, print_step
 from qwenq.errors import QwenqError, out_of_memory
 
 
@@ -146,7 +146,7 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except QwenqError as error:
             raise _told(error) from None
-        except (OSError, MemoryError, RuntimeError, UnicodeError) as error:
+        except (OSError, MemoryError, RuntimeError, UnicodeError, ImportError) as error:
             if _interrupts:
                 raise _interrupted() from None
             if (refused := _refused_by_system(error)) is None:
@@ -286,4 +286,5 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding does not hold
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, _interrupt)
+    escape_logs()
     app()

@@ -204,7 +204,7 @@ def test_directories_that_are_links_to_themselves(tiny: Path, tmp_path: Path) ->
     loop.symlink_to("loop")
     for words in (("inspect", loop), ("verify", loop), ("report", loop, "-o", tmp_path / "page"), ("vram", loop),
                   ("plan", loop, "--gpu", "A100"), ("convert", loop, tmp_path / "c", "--format", "awq"),
-                  ("quantize", tiny, "-o", loop / "out", "--group-size", "32"), ("quantize", tiny, "-o", loop)):  # fmt: skip
+                  ("quantize", tiny, "-o", loop), ("quantize", tiny, "-o", loop / "out", "--group-size", "32")):
         code, said = invoke(*words)
         assert code == 1 and said.startswith("error: ")
 
