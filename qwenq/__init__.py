@@ -5,11 +5,13 @@ The Python API is here, see docs/api.md; a name is imported when it is first use
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+TYPE_CHECKING = False  # not typing's, whose import would be the first thing that the command does
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from qwenq.api import (
         Answer,
         EvaluateConfig,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import _signal as signal  # its half in C: the other one imports enum, and is interrupted while it does
 import gc
 import os
-import signal
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 
 def end_at_once(*signalled: Any) -> None:
@@ -14,9 +17,13 @@ def end_at_once(*signalled: Any) -> None:
     os._exit(130)
 
 
+interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not under nohup
+if interruptible and __name__ == "__main__":
+    signal.signal(signal.SIGINT, end_at_once)
+
+
 def main() -> None:
     """Console entry: run the command line."""
-    interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not under nohup
     if interruptible:
         signal.signal(signal.SIGINT, end_at_once)
     gc.disable()  # until a command's modules are there: what they define stays, and looking through it costs a plan

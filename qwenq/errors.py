@@ -20,6 +20,15 @@ from __future__ import annotations
 from qwenq.escaping import shown
 
 _LONGEST = 2000  # characters of a message or a hint
+_NO_MEMORY = (
+    "can't allocate memory", "Cannot allocate memory", "out of memory", "ALLOC_FAILED", "failed to map segment",
+)  # fmt: skip
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether Python, torch, its allocators or the loader of libraries say that memory does not suffice."""
+    said = isinstance(error, RuntimeError | ImportError) and any(words in str(error) for words in _NO_MEMORY)
+    return isinstance(error, MemoryError) or said
 
 
 class QwenqError(Exception):

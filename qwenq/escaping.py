@@ -1,6 +1,6 @@
 """Text that may come from anywhere, made harmless for where it goes. Every such text passes through one of these:
 
-    a message, a log, a line on a terminal    printable, shown (which also shortens)
+    a message, a log, a line on a terminal    printable, shown (which also shortens), several (names)
     lines on a terminal                       printable_lines
     JSON on a terminal or in an answer        json_text
     Markdown: reports and model cards         markdown, code, table
@@ -14,8 +14,6 @@ import json
 import re
 from collections.abc import Sequence
 from typing import Any
-
-__all__ = ("code", "html", "json_text", "markdown", "printable", "printable_lines", "shown", "table", "yaml_text")
 
 # No text of a document has a use for these: controls, directions of writing, halves of surrogate pairs.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -37,6 +35,13 @@ def shown(text: str, limit: int = 120) -> str:
     """`text` as one printable line of at most `limit` characters."""
     clean = printable(text[: limit + 1])
     return clean if len(clean) <= limit else clean[: limit - 3] + "..."
+
+
+def several(names: Sequence[str]) -> str:
+    """Names for one line, however many: `a`, `a and b`, `a, b and 26 more`."""
+    if len(names) > 2:
+        return f"{shown(names[0])}, {shown(names[1])} and {len(names) - 2} more"
+    return " and ".join(map(shown, names))
 
 
 def printable_lines(text: str) -> str:

@@ -1,10 +1,10 @@
 """A source that changes while it is quantized, and damage to an unfinished job: random cases, judged by the bytes.
 
 Every case ends as the undisturbed run does, byte for byte, or is refused by a QwenqError of one line; wrong bytes under
-a good name, and any other exception, are what a case is there to find. Nothing here knows how the source is read: the
-file is changed at a random one of the moments at which the run opens a file of the source or tells an event.
+a good name, and any other exception, are what a case is there to find. The file is changed at a random one of the
+moments at which the run opens a file of the source, reads from it, or tells an event, as it does after each layer.
 
-    PYTHONPATH=tests python -m changing_source --sources 300 --damages 1000
+    PYTHONPATH=tests:tests/pipeline python -m changing_source --sources 300 --damages 1000
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ class Wrong(AssertionError):
 
 
 class Moments:
-    """Counts the moments of a run; `act` is called at each with its number."""
+    """Counts the moments of a run; `act` is called at each with its number. events: those that are no reading."""
 
     def __init__(self, source: Path, act: Callable[[int], None]) -> None:
         self.source, self.act, self.count = source, act, 0
+        self.events: list[int] = []
 
     def tick(self) -> None:
         self.count += 1
@@ -50,24 +51,64 @@ class Moments:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        opening, self_tick, source = builtins.open, self.tick, self.source
+        """Tick before and after a file of the source is opened, and before each of its readings."""
+        opening, os_opening, wrapping, moments = builtins.open, os.open, os.fdopen, self
+        handles: set[int] = set()
 
-        def opened(file: Any, *arguments: Any, **options: Any) -> Any:
-            inside = isinstance(file, str | Path) and Path(file).parent == source
-            if inside:
-                self_tick()
-            found = opening(file, *arguments, **options)
-            if inside:
-                self_tick()  # a change in place from here on is seen through what is open, a replaced file is not
-            return found
+        class File:
+            """A file of the source; a change in place is seen through what is open, a replaced file is not."""
 
-        builtins.open = opened
+            def __init__(self, file: Any) -> None:
+                self._file = file
+
+            def read(self, *size: int) -> bytes:
+                moments.tick()
+                found: bytes = self._file.read(*size)
+                return found
+
+            def readinto(self, buffer: Any) -> int:
+                moments.tick()
+                count: int = self._file.readinto(buffer)
+                return count
+
+            def __enter__(self) -> File:
+                return self
+
+            def __exit__(self, *error: object) -> None:
+                self._file.close()
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(self._file, name)
+
+        def told(make: Callable[..., Any], file: Any, *arguments: Any, **options: Any) -> tuple[Any, bool]:
+            inside = isinstance(file, str | Path) and Path(file).parent == self.source
+            if inside:
+                self.tick()
+            found = make(file, *arguments, **options)
+            if inside:
+                self.tick()
+            return found, inside
+
+        def opened(*arguments: Any, **options: Any) -> Any:
+            return told(opening, *arguments, **options)[0]
+
+        def os_opened(*arguments: Any, **options: Any) -> int:
+            handle, inside = told(os_opening, *arguments, **options)
+            (handles.add if inside else handles.discard)(handle)
+            return int(handle)
+
+        def wrapped(handle: int, *arguments: Any, **options: Any) -> Any:
+            file = wrapping(handle, *arguments, **options)
+            return File(file) if handle in handles else file
+
+        builtins.open, os.open, os.fdopen = opened, os_opened, wrapped
         try:
             yield
         finally:
-            builtins.open = opening
+            builtins.open, os.open, os.fdopen = opening, os_opening, wrapping
 
     def listen(self, event: Any) -> None:
+        self.events.append(self.count)
         self.tick()
 
 
@@ -85,7 +126,8 @@ class Place:
         job = self.job(self.whole)
         with moments.watching():
             quantize(job, listen=moments.listen)
-        self.moments = moments.count
+        self.moments, self.events = moments.count, moments.events
+        assert self.moments > 200, "the run's readings are not seen"
         self.files = [path.name for path in sorted(self.kept.glob("*.safetensors"))]
 
     def fresh(self) -> None:
@@ -127,7 +169,7 @@ class Place:
             width = 1 if how == "flip in place" else 4096
             for k in range(at, min(at + width, len(data))):
                 data[k] ^= 1 << draw.randrange(8)
-            with os.fdopen(os.open(path, os.O_WRONLY), "wb") as file:
+            with path.open("r+b") as file:
                 file.write(data)
         if keep_times:
             os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
@@ -137,7 +179,7 @@ class Place:
         self.fresh()
         name = draw.choice(self.files) if draw.random() < 0.8 else draw.choice([n for n in _SMALL if self.has(n)])
         how, keep_times = draw.choice(_HOW), draw.random() < 0.5
-        at = draw.randrange(self.moments)
+        at = draw.choice(self.events) if draw.random() < 0.3 else draw.randrange(self.moments)
         back = draw.choice(("never", "before resuming", "meanwhile"))
         back_at = at + draw.randrange(1, 40) if back == "meanwhile" else -1
         in_place, interval = draw.random() < 0.5, draw.choice((0.0, 1e9))

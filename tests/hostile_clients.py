@@ -1,6 +1,6 @@
 """Broken, slow, endless and malicious clients against `qwenq serve` and `qwenq vram serve`, over raw sockets.
 
-`python tests/hostile_clients.py --cases 6000 --json FILE` starts both servers on loopback, sends them cases of every
+`python tests/hostile_clients.py --each 200 --json FILE` starts both servers on loopback, sends them cases of every
 kind, and says how each was answered, the slowest answers, the growth of memory and what the servers logged. It ends
 by itself: each case has a deadline, and the servers are ended.
 """
@@ -8,7 +8,9 @@ by itself: each case has a deadline, and the servers are ended.
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
+import math
 import random
 import re
 import selectors
@@ -351,13 +353,57 @@ def _pipelined(target: Target, rng: random.Random) -> int:
     return exchange(target, one * rng.choice([2, 20, 300]) + last)[0]
 
 
+def _paths(target: Target, rng: random.Random) -> int:
+    """Names of files, of models and of nothing; no answer holds a file that is not the server's."""
+    path = rng.choice(
+        ["/v1/models/" + "x" * 9000, "/v1/models/../../etc/passwd", "/v1/models/%2e%2e%2f%2e%2e%2fetc%2fpasswd",
+         "/v1/models/%1b[31m%0d%0aX:%20y", "/v1/models/%ff%fe", "/v1/models/%", "/page.css/../../../../etc/passwd",
+         "/..%2f..%2f..%2fetc%2fpasswd", "//etc/passwd", "/etc/passwd", "/%00", "/api/choices/", "/v1//models", "/v1",
+         "/page.js%00.html", "/;/", "/v1/models?" + "&".join(f"k{k}=v" for k in range(900)), "/health/../health",
+         "/docs", "/openapi.json", "/redoc", "/favicon.ico", "/.env", "/static/../qwenq/api.py"]
+    )  # fmt: skip
+    status, body = exchange(target, request(path, method=rng.choice(["GET", "GET", "HEAD", "POST", "PUT", "PATCH"])))
+    return -3 if b"root:" in body or b"import" in body else status
+
+
+def _kinds_of_content(target: Target, rng: random.Random) -> int:
+    """A good body under another name, or packed."""
+    body = json.dumps(target.good).encode()
+    given = rng.choice(
+        ["text/plain", "multipart/form-data; boundary=x", "multipart/form-data", "application/x-www-form-urlencoded",
+         "application/json; charset=utf-16", "application/json; charset=" + "x" * 5000, "application/\xff", ";" * 900,
+         "application/json\x00", "", "*/*", "application/json, application/json"]
+    )  # fmt: skip
+    headers = [f"Content-Type: {given}"]
+    if rng.random() < 0.4:
+        packed = rng.choice([gzip.compress(b"x" * 3_000_000), gzip.compress(body), body])
+        body, headers = packed, [*headers, f"Content-Encoding: {rng.choice(['gzip', 'br', 'deflate', 'x' * 900])}"]
+    return exchange_of_part(target, request(target.post, body, headers=tuple(headers)))
+
+
+def _tools(target: Target, rng: random.Random) -> int:
+    """Functions that are none, thousands of them, and schemas that refer to themselves."""
+    function: dict[str, Any] = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}
+    changed: Any = dict(function)
+    changed[rng.choice(list(function))] = rng.choice([*ODD, {"$ref": "#"}, {"pattern": "(a+)+$"}, "{{ 7 * 7 }}"])
+    tool = {"type": rng.choice(["function", "function", "x", None]), "function": changed}
+    messages = rng.choice([
+        ASK["messages"], [*ASK["messages"], {"role": "tool", "content": "x" * 100_000, "tool_call_id": "\x00"}],
+        [*ASK["messages"], {"role": "assistant", "tool_calls": [{"id": 1, "function": rng.choice(ODD)}]}],
+    ])  # fmt: skip
+    asked = ASK | {"messages": messages, "tools": [tool] * rng.choice([0, 1, 1, 1, 3000])}
+    if rng.random() < 0.5:
+        asked["tool_choice"] = rng.choice([*ODD, "auto", "none", "required", {"type": "function"}])
+    return exchange(target, request(target.post, json.dumps(asked).encode()))[0]
+
+
 BOTH: dict[str, Case] = {
     "noise": _noise, "flipped bytes": _flipped, "request lines": _request_lines, "headers": _headers,
     "pages elsewhere": _other_pages, "not JSON": _not_json, "nesting": _nested, "odd values": _odd_values,
     "absurd numbers": _absurd_numbers, "large bodies": _large, "bad chunks": _bad_chunks, "cut off": _cut_off,
-    "leaving": _leaves, "pipelined": _pipelined,
+    "leaving": _leaves, "pipelined": _pipelined, "paths": _paths, "kinds of content": _kinds_of_content,
 }  # fmt: skip
-MODEL: dict[str, Case] = {"messages": _messages, "stops": _stops, "prompts": _prompts}
+MODEL: dict[str, Case] = {"messages": _messages, "stops": _stops, "prompts": _prompts, "tools": _tools}
 
 
 # ---------------------------------------------------------------------- campaigns
@@ -393,10 +439,13 @@ class ServerEnded(Exception):
     """There is nothing left to attack."""
 
 
-def attack(target: Target, cases: int, seed: int, report: Report) -> None:
-    """So many cases of every kind in turn; faults are noted."""
+def attack(target: Target, cases: int, seed: int, report: Report, limit_s: float = math.inf) -> None:
+    """So many cases, of every kind in turn, or those that `limit_s` is enough for; faults are noted."""
     kinds = BOTH | (MODEL if target.post == CHAT else {})
+    end = time.monotonic() + limit_s
     for number in range(cases):
+        if time.monotonic() > end:
+            break
         kind = list(kinds)[number % len(kinds)]
         rng = random.Random(f"{seed} {number}")
         clock = time.monotonic()
@@ -408,7 +457,8 @@ def attack(target: Target, cases: int, seed: int, report: Report) -> None:
         report.cases += 1
         report.statuses.setdefault(kind, Counter())[status] += 1
         if status not in STATUSES | {0}:
-            reason = {-1: "answered", -2: f"no answer in {ANSWER_S:g} s"}.get(status, f"status {status}")
+            reasons = {-1: "answered", -2: f"no answer in {ANSWER_S:g} s", -3: "a file of this machine"}
+            reason = reasons.get(status, f"status {status}")
             report.faults.append(f"{kind}, case {number}: {reason}")
         if took > report.slowest_s:
             report.slowest_s, report.slowest = took, f"{kind}, case {number}"
@@ -525,13 +575,15 @@ def deaf_reader(target: Target, report: Report) -> None:
     report.cases += 1
 
 
-def campaign(target: Target, report: Report, cases: int, *, seed: int, whole: bool) -> None:
+def campaign(
+    target: Target, report: Report, cases: int, *, seed: int, whole: bool, limit_s: float = math.inf
+) -> None:
     """Everything against one server; `whole` adds what takes its time."""
     for _ in range(5):
         assert target.is_well()
     attack(target, 40, seed + 1, report)  # what is loaded when it is first needed
     report.rss_mib.append(target.rss_mib())
-    attack(target, cases, seed, report)
+    attack(target, cases, seed, report, limit_s)
     report.rss_mib.append(target.rss_mib())
     crowd(target, 117 if whole else 30, report)
     endless(target, report, limit_s=ANSWER_S)
@@ -552,12 +604,14 @@ def campaign(target: Target, report: Report, cases: int, *, seed: int, whole: bo
         report.faults.append(f"memory grew: {report.rss_mib} MiB")
 
 
-def judged(running_target: Any, cases: int, *, seed: int, whole: bool) -> Report:
+def judged(
+    running_target: Any, cases: int, *, seed: int, whole: bool, limit_s: float = math.inf
+) -> Report:
     """A campaign against a server of its own, and what that logged."""
     with running_target as target:
         report = Report(target.name)
         try:
-            campaign(target, report, cases, seed=seed, whole=whole)
+            campaign(target, report, cases, seed=seed, whole=whole, limit_s=limit_s)
         except ServerEnded as ended:
             report.faults.append(str(ended))
         target.process.send_signal(signal.SIGINT)
@@ -570,13 +624,19 @@ def judged(running_target: Any, cases: int, *, seed: int, whole: bool) -> Report
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--cases", type=int, default=6000, help="of both servers together")
+    parser.add_argument("--each", type=int, default=200, help="requests of each kind to each server")
+    parser.add_argument("--limit-s", type=float, default=math.inf, help="time of these, a server")
+    parser.add_argument("--only", choices=("serve", "page"), help="one of the servers")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     clock = time.monotonic()
-    half = asked.cases // 2
-    reports = [judged(start(), half, seed=asked.seed, whole=True) for start in (serving, paging)]
+    servers = {"serve": (serving, BOTH | MODEL), "page": (paging, BOTH)}
+    chosen = [servers[asked.only]] if asked.only else list(servers.values())
+    reports = [
+        judged(start(), asked.each * len(kinds), seed=asked.seed, whole=True, limit_s=asked.limit_s)
+        for start, kinds in chosen
+    ]
     found = {"seconds": round(time.monotonic() - clock), "servers": [report.to_json() for report in reports]}
     text = json.dumps(found, indent=2)
     print(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 
 from qwenq.checkpoint.reader import open_checkpoint, read_config
 from qwenq.cli.main import app
+from qwenq.cli.plain import escape_logs
 from qwenq.errors import CalibrationError, CheckpointError, QwenqError
 from qwenq.io.json import inside, parse_object
 from qwenq.model.layer import Network
@@ -182,6 +184,16 @@ def test_what_transformers_does_not_take(key: str, value: Any, tiny: Path) -> No
     assert caught.value.message.isprintable()
 
 
+def test_a_rotary_base_that_torch_does_not_take(model: Path, edit_json: Any) -> None:
+    """A number below the limit of digits, and above what torch converts; by every way to a network."""
+    edit_json(model / "config.json", rope_theta=10**98)
+    few = ["-n", "2", "--sequence-length", "16", "-o", str(model / "s")]
+    for words in (["run", "-p", "x"], ["vram", "measure", "-c", "64"], ["sensitivity", *few]):
+        result = CliRunner().invoke(app, [*words, str(model)])
+        assert result.exit_code == 1
+        assert result.stderr.startswith("error: config.json: transformers makes no layer of it (int too big"), words
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -253,6 +265,19 @@ def test_measurements_cut_short(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("model,quant,input_len,mem_gib\nQwen2.5-7B,GPTQ-Int4\n")
     with pytest.raises(QwenqError):
         read_rows(tmp_path / "x.csv")
+
+
+def test_logs_of_libraries_move_no_cursor() -> None:
+    """transformers' own warnings quote config.json."""
+    before = logging.getLogRecordFactory()
+    try:
+        escape_logs()
+        log = logging.getLogger("somebody's")
+        record = log.makeRecord(log.name, logging.WARNING, "", 1, "unknown %s\nof %d", ("\x1b[31m", 1), None)
+        assert record.getMessage() == "unknown \\x1b[31m\nof 1"
+        assert log.makeRecord(log.name, logging.WARNING, "", 1, "%d", ("x",), None).args == ("x",)  # as it was
+    finally:
+        logging.setLogRecordFactory(before)
 
 
 def test_every_message_is_one_printable_line() -> None:

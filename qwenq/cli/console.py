@@ -41,6 +41,7 @@ class LayerProgress:
 
     def __init__(self, total: int | None = None, *, quiet: bool = False) -> None:
         self.total, self.quiet, self.done = total, quiet, 0  # None: told later, or never
+        self.fallbacks: set[str] = set()  # kinds that were told
         self.started = time.perf_counter()
         self.live = sys.stderr.isatty() and not quiet
         self.bar = Progress(
@@ -83,8 +84,9 @@ class LayerProgress:
         worst = result.worst if result.linears else None
         errors = f"worst {worst.shown_db:.1f} dB ({worst.name.rsplit('.', 1)[1]})" if worst else "kept in 16 bit"
         for linear in result.linears:
-            if linear.fallback:
-                warn(f"{linear.name}: rounded to nearest ({linear.fallback})")
+            if linear.fallback and linear.fallback not in self.fallbacks:
+                self.fallbacks.add(linear.fallback)  # the job's own warnings count how many there were
+                warn(f"{linear.name}: rounded to nearest ({linear.fallback}); more like it are counted at the end")
         if self.live:
             self.bar.update(self.task, completed=result.layer + 1, description=f"layer {result.layer} {errors}")
         elif not self.quiet:

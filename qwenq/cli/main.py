@@ -19,8 +19,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from qwenq import __version__
-from qwenq.cli.plain import print_line, print_step
-from qwenq.errors import QwenqError
+from qwenq.cli.plain import escape_logs, print_line, print_step
+from qwenq.errors import QwenqError, out_of_memory
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,6 @@ SUBCOMMANDS = {
         ),
     },
 }  # fmt: skip
-_NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory")  # torch's, in a RuntimeError
 RENAMED_FLAGS = {"--pull": "--error-correction", "--pull-share": "--error-correction-share"}
 
 
@@ -151,13 +150,31 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except QwenqError as error:
             raise _told(error) from None
-        except (OSError, MemoryError, RuntimeError, UnicodeError) as error:
+        except (OSError, MemoryError, RuntimeError, UnicodeError, ImportError) as error:
+            if _interrupts:
+                raise _interrupted() from None
             if (refused := _refused_by_system(error)) is None:
                 raise
             raise _told(refused) from None
         except KeyboardInterrupt:
-            print_step("interrupted")
-            raise typer.Exit(130) from None
+            raise _interrupted() from None
+        except Exception:
+            if not _interrupts:
+                raise
+            raise _interrupted() from None  # an import was cut short, and what needed it failed
+
+
+_interrupts: list[int] = []  # of this process; libraries swallow some while they are imported
+
+
+def _interrupt(signalled: int, frame: Any) -> None:
+    _interrupts.append(signalled)
+    raise KeyboardInterrupt
+
+
+def _interrupted() -> typer.Exit:
+    print_step("interrupted")
+    return typer.Exit(130)
 
 
 def _told(error: QwenqError) -> typer.Exit:
@@ -178,7 +195,7 @@ def _refused_by_system(error: Exception) -> QwenqError | None:
         hint = "raise the limit: ulimit -n" if error.errno == errno.EMFILE else ""
         where = f"{error.filename}: " if error.filename else ""
         return QwenqError(f"{where}{error.strerror or os.strerror(error.errno)}", hint=hint)
-    if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
+    if out_of_memory(error):
         return QwenqError("out of memory", hint="end other programs, or ask for less at once")
     if "Too many open files" in str(error):
         return QwenqError("Too many open files", hint="raise the limit: ulimit -n")
@@ -272,5 +289,6 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding does not hold
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, _interrupt)
+    escape_logs()
     app()

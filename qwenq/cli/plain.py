@@ -1,7 +1,8 @@
-"""Lines and JSON of all commands: whatever text is in them, nothing moves the cursor. Costs no import."""
+"""Lines, JSON and logs of all commands: whatever text is in them, nothing moves the cursor."""
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from typing import Any
@@ -22,6 +23,23 @@ def print_line(text: str = "", *, end: str = "\n") -> None:
     parts = _PAINTED.split(text)
     shown = (part if k % 2 else printable_lines(part) for k, part in enumerate(parts))
     print("".join(shown), end=end, flush=True)
+
+
+def escape_logs() -> None:
+    """Have every library's log say what it says in plain lines: transformers' quotes values of config.json."""
+    make = logging.getLogRecordFactory()
+
+    def made(*arguments: Any, **options: Any) -> logging.LogRecord:
+        record = make(*arguments, **options)
+        try:
+            text = record.getMessage()
+        except (TypeError, ValueError, KeyError):  # a mistake of the library's, of which logging shows a repr
+            return record
+        if (plain := printable_lines(text)) != text:
+            record.msg, record.args = plain, ()
+        return record
+
+    logging.setLogRecordFactory(made)
 
 
 def print_step(line: str, *, end: str = "\n") -> None:

@@ -14,6 +14,7 @@ from qwenq.cli.console import LayerProgress, drift_table, err, out, warn
 from qwenq.cli.options import fetched, options_of, warn_of_shipped
 from qwenq.cli.plain import print_json, print_step
 from qwenq.errors import ExcludedOptions, PlanError
+from qwenq.escaping import several
 from qwenq.formats.base import label_of
 from qwenq.model.spec import ModelSpec, family_spec
 from qwenq.pipeline.config import QuantizeConfig
@@ -89,8 +90,8 @@ def _quantize(model: str, config: QuantizeConfig, output: Path, resume: bool, js
 
     prepared = prepare(fetched(model), output, config, resume=resume)
     spec = prepared.source.spec
-    for name in prepared.source.ignored:
-        warn(f"{name} is stored but not used by the model: left out")
+    if ignored := prepared.source.ignored:
+        warn(f"{several(ignored)}: stored but not used by the model, left out")
     for line in prepared.job.notes:
         warn(line)
     with LayerProgress(spec.num_hidden_layers, quiet=json) as progress:

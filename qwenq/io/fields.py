@@ -26,6 +26,10 @@ class Fields:
             raise self._wrong(key, value, "an object")
         return Fields(value, self.file, f"{self.where}{key}.")
 
+    def optional_sub(self, key: str) -> Fields | None:
+        """None for null; an object otherwise, which may not be left out."""
+        return None if self.value.get(key, "") is None else self.sub(key)
+
     def objects(self, key: str, limit: int) -> list[Fields]:
         value = self.value.get(key)
         if not isinstance(value, list) or len(value) > limit or not all(isinstance(v, Mapping) for v in value):

@@ -134,16 +134,21 @@ def inside(directory: Path, name: str) -> Path:
     if len(name.encode("utf-8", "surrogatepass")) > _MAX_NAME_BYTES:
         raise CheckpointError(f"file name {shown(name)} is too long: refused")
     path = directory / name
-    try:
-        root, target = directory.resolve(), path.resolve()
-    except (OSError, RuntimeError):  # a circle, or too long a path
-        raise CheckpointError(f"{shown(str(path))}: links in a circle, or too long a path: refused") from None
+    root, target = resolved(directory), resolved(path)
     if target.parent not in (root, *_blobs(root)) and not _followed.count:
         raise CheckpointError(
             f"{shown(name)} links to a file outside the checkpoint's directory: refused",
             hint="--follow-links reads it all the same; only for links that you made or trust",
         )
     return path
+
+
+def resolved(path: Path, error: type[QwenqError] = CheckpointError) -> Path:
+    """`path` with its links followed, whether it is there or not; `error` where they lead in a circle."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):
+        raise error(f"{shown(str(path))}: links in a circle, or too long a path: refused") from None
 
 
 def _blobs(root: Path) -> list[Path]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qwenq.errors import CheckpointError
+from qwenq.errors import CheckpointError, out_of_memory
 from qwenq.io.json import shown
 from qwenq.model.architectures import Stage
 from qwenq.model.attention import WINDOWS, register
@@ -35,16 +35,18 @@ def model_config(config: Mapping[str, Any], spec: ModelSpec) -> Any:
     plain |= {name: getattr(spec, name) for name in _SHAPES}
     if not entry.window.switch:
         plain[entry.window.key] = None
-    with _refused_by_transformers():
+    with refused_by_transformers():
         return getattr(configuration, entry.classes + "Config").from_dict(plain)
 
 
 @contextmanager
-def _refused_by_transformers() -> Iterator[None]:
+def refused_by_transformers() -> Iterator[None]:
     """A value of config.json that transformers does not expect is the checkpoint's fault, whatever is raised."""
     try:
         yield
     except Exception as error:
+        if out_of_memory(error):
+            raise
         reason = shown(" ".join(str(error).split()) or type(error).__name__, 200)
         raise CheckpointError(
             f"config.json: transformers makes no layer of it ({reason})", hint="compare it with the publisher's own"
@@ -76,10 +78,10 @@ class Network:
         self.spec = spec
         self.dtype = dtype
         self.device = torch.device(device)
-        with _refused_by_transformers(), torch.device("meta"):
+        with refused_by_transformers(), torch.device("meta"):
             self._layer = getattr(modeling, entry.classes + "DecoderLayer")(self.config, 0)
             self._norm = getattr(modeling, entry.classes + "RMSNorm")(spec.hidden_size, eps=self.config.rms_norm_eps)
-        with _refused_by_transformers():
+        with refused_by_transformers():
             rotary = getattr(modeling, entry.classes + "RotaryEmbedding")(config=self.config)
         self._layer.eval().requires_grad_(False)
         self._norm.eval().requires_grad_(False)

@@ -241,11 +241,14 @@ def _check_origin(fields: Fields) -> None:
     job.sub("options")
     job.sub("source")
     job.whole("seed")
-    for text in (job.sub("evaluation"), *([job.sub("calibration")] if job.value.get("calibration") else [])):
+    calibration = job.optional_sub("calibration")
+    for text in (job.sub("evaluation"), *([calibration] if calibration else [])):
         text.text("text")
         text.text("tokens_sha256")
         text.whole("windows")
         text.whole("window_tokens")
+    drift.text("text")
+    drift.text("compute_dtype")
     for key in ("kl", "top1_agreement", "perplexity_increase_percent"):
         drift.interval(key)
     for key in ("perplexity", "reference_perplexity"):

@@ -16,6 +16,7 @@ from qwenq.checkpoint.reader import Checkpoint
 from qwenq.checkpoint.shards import Beside, StoredFiles, stored_files
 from qwenq.errors import CheckpointError, JobError
 from qwenq.formats.base import Recipe, get_format
+from qwenq.io.json import resolved
 from qwenq.io.tensors import DTYPE_NAMES, TORCH_DTYPES
 from qwenq.machine import numerics
 from qwenq.pipeline.block import SolverOptions, passes
@@ -31,14 +32,16 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 
 def partial_directory(out: Path) -> Path:
-    """Where a job works until it is whole."""
+    """Where a job works until it is whole; JobError for what names no directory that could be made."""
+    if not out.name:
+        raise JobError(f"{out}: no name for a new directory", hint="choose another --output")
     return out.with_name(out.name + ".partial")
 
 
 def refuse_place(out: Path, source: Path) -> None:
     """Raise JobError when `out` is there already, or is the directory `source` or inside it."""
-    resolved, source = out.absolute().resolve(), source.resolve()
-    if resolved == source or source in resolved.parents:
+    place, source = resolved(out.absolute(), JobError), resolved(source)
+    if place == source or source in place.parents:
         raise JobError(
             f"{out}: the output may not be the model's own directory or inside it", hint="choose another --output"
         )

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from qwenq.errors import QwenqError, RunError
+from qwenq.errors import QwenqError, RunError, out_of_memory
 from qwenq.machine import available_ram
 from qwenq.planning.rig import Gpu, known_gpu
 from qwenq.units import format_gib
@@ -66,7 +66,6 @@ def _now(devices: Sequence[torch.device | str]) -> float:
 
 _TORCH_OOM = re.compile(r"Tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)\. GPU (\d+)")
 _TORCH_CPU_OOM = re.compile(r"tried to allocate (\d+) bytes")
-_NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "out of memory", "ALLOC_FAILED")
 _UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
@@ -110,8 +109,7 @@ def memory_errors(doing: str, device: torch.device, need: int | None, hint: str)
     except QwenqError:
         raise
     except (MemoryError, RuntimeError) as error:  # torch's own OutOfMemoryError is a RuntimeError
-        said = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not (said or any(words in str(error) for words in _NO_MEMORY)):
+        if not out_of_memory(error):
             raise
         if found := _TORCH_OOM.search(str(error)):  # torch knows better which GPU and how much
             device, need = torch.device("cuda", int(found[3])), round(float(found[1]) * _UNITS[found[2]])

@@ -32,6 +32,7 @@ from qwenq.checkpoint.manifest import (
 )
 from qwenq.checkpoint.reader import SLICE_ROWS, Checkpoint, GGUFCheckpoint, non_finite
 from qwenq.errors import CheckpointError, JobError, QwenqError
+from qwenq.escaping import several
 from qwenq.formats.base import get_format, quantization_config, read_quantization_config
 from qwenq.io.durable import make_directory, write_bytes
 from qwenq.io.fields import Fields
@@ -445,8 +446,15 @@ def finished_before(work: Path, out: Path, journal: Journal) -> QuantizeResult |
 
 def job_warnings(layers: tuple[BlockResult, ...], drift: DriftReport, overlap: float | None) -> tuple[str, ...]:
     """Lines that a reader must not miss, fallbacks first."""
-    fallen = [result for block in layers for result in block.linears if result.fallback]
-    lines = [f"{result.name}: fell back to rounding to nearest ({result.fallback})" for result in fallen]
+    fallen: dict[str, list[str]] = {}
+    for block in layers:
+        for result in block.linears:
+            if result.fallback:
+                fallen.setdefault(result.fallback, []).append(result.name)
+    lines = []
+    for reason, names in fallen.items():
+        who = f"{len(names)} linears ({several(names)})" if len(names) > 1 else names[0]
+        lines.append(f"{who}: fell back to rounding to nearest ({reason})")
     if drift.non_finite:
         lines.append(f"{drift.non_finite} of {drift.tokens} logit rows are not finite")
     if overlap:

@@ -11,6 +11,7 @@ from typing import Any
 from qwenq.checkpoint.contents import Contents, read_contents, refuse_adapter
 from qwenq.checkpoint.headers import read_config, read_headers
 from qwenq.errors import CheckpointError, PlanError, UsageError
+from qwenq.escaping import printable
 from qwenq.formats.base import FORMATS, SIZED, Recipe, Scheme, get_format
 from qwenq.io.gguf import gguf_model, is_gguf
 from qwenq.io.json import inside, read_object, shown
@@ -247,7 +248,7 @@ def _find(model: str) -> Model:
         return Model(found.spec, found.config, directory=file)
     if (path / "config.json").is_file():
         config = read_object(inside(path, "config.json"))
-        spec = spec_from_config(config, where=shown(str(path / "config.json")), name=path.resolve().name)
+        spec = spec_from_config(config, where=shown(str(path / "config.json")), name=printable(path.resolve().name))
         return Model(spec, config, directory=path)
     match = _PUBLISHED.fullmatch(model)
     for name, published in ((model, ""), (match[1], match[2]) if match else ("", "")):

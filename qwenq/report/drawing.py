@@ -48,7 +48,8 @@ class Scale:
                 if len(ticks) > 1:
                     break
             return [k * step for k in ticks]
-        decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+        first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
+        decades = range(first, last + 1, max(1, (last - first) // (4 * about)))
         for leads in ([1], [1, 3], [1, 2, 5]):
             found = [s * 10.0**d for d in decades for s in leads if self.low <= s * 10.0**d <= self.high * 1.0001]
             if len(found) >= min(about, 4):
@@ -67,11 +68,11 @@ def text_width(text: str) -> float:
 
 
 def nice_range(values: Iterable[float], *, log: bool) -> tuple[float, float]:
-    """A range with a little room around the values."""
+    """A range with a little room around the values, which are positive and below 1e300 where `log`."""
     low, high = min(found := list(values)), max(found)
     if log:
-        room = max((high / low) ** 0.08, 1.25)
-        return low / room, high * room
+        room = min(max(math.exp(0.08 * (math.log(high) - math.log(low))), 1.25), 100.0)
+        return max(low / room, math.ulp(0.0)), high * room
     room = 0.06 * (high - low) or max(abs(high) * 0.1, 1.0)
     return low - room, high + room
 

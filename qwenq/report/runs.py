@@ -12,7 +12,7 @@ from qwenq.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from qwenq.errors import CheckpointError
 from qwenq.io.fields import Fields
 from qwenq.io.gguf import is_gguf
-from qwenq.io.json import shown
+from qwenq.io.json import resolved, shown
 from qwenq.results import Interval
 
 MAX_LAYERS = 1000
@@ -104,12 +104,12 @@ def load_runs(directories: Sequence[Path], leave_out: Callable[[str], None] | No
     `leave_out` is told each one without a drift, which is then left out; without it that is an error too.
     """
     directories = [path.parent if is_gguf(path) else path for path in directories]
-    resolved = [path.resolve() for path in directories]
-    if len(set(resolved)) < len(resolved):
+    places = [resolved(path) for path in directories]
+    if len(set(places)) < len(places):
         raise CheckpointError("the same directory was given twice", hint="name each run once")
-    names = [path.name for path in resolved]
+    names = [path.name for path in places]
     if len(set(names)) < len(names):
-        names = [f"{path.parent.name}/{path.name}" for path in resolved]
+        names = [f"{path.parent.name}/{path.name}" for path in places]
     runs = []
     for path, name in zip(directories, names, strict=True):
         try:

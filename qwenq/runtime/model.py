@@ -27,7 +27,7 @@ from qwenq.formats.gguf import Blocks
 from qwenq.io.tensors import TORCH_DTYPES
 from qwenq.machine import return_freed_memory
 from qwenq.model.architectures import Architecture
-from qwenq.model.layer import model_config
+from qwenq.model.layer import model_config, refused_by_transformers
 from qwenq.model.spec import LinearSpec, ModelSpec
 from qwenq.pipeline.monitor import memory_errors
 from qwenq.planning.kernels import Choice
@@ -221,7 +221,7 @@ def _empty_network(config: Mapping[str, Any], spec: ModelSpec, dtype: torch.dtyp
     settings._attn_implementation = ATTENTION
     settings.tie_word_embeddings = False  # a tied head is put in place below
     settings.dtype = dtype
-    with init_empty_weights():
+    with refused_by_transformers(), init_empty_weights():
         return getattr(modeling, prefix + "ForCausalLM")(settings)
 
 

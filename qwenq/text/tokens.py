@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from qwenq.checkpoint.headers import read_config
-from qwenq.errors import CalibrationError, CheckpointError
+from qwenq.errors import CalibrationError, CheckpointError, out_of_memory
 from qwenq.io.durable import write_json
 from qwenq.io.gguf import GGUFFile, is_gguf
 from qwenq.io.json import LFS_POINTER, TEMPLATES, check_regular, inside, read_limited, read_object, shown
@@ -86,7 +86,7 @@ class ModelTokenizer:
             fast.backend_tokenizer.no_padding()
             fast.backend_tokenizer.no_truncation()
         except BaseException as error:  # transformers raises anything, and the library beneath it panics
-            if isinstance(error, KeyboardInterrupt | SystemExit):
+            if isinstance(error, KeyboardInterrupt | SystemExit) or out_of_memory(error):
                 raise
             raise self._unreadable(error) from None
         return fast

@@ -16,8 +16,10 @@ from gguf_bytes import File, tiny_file
 
 from fuzz.commands import Commands
 from fuzz.mutate import NUMBERS, encode, mutate_bytes, mutate_json, mutate_value
+from fuzz.templates import Templates
 from qwenq.checkpoint.manifest import JOURNAL_NAME, MANIFEST_NAME, encode_manifest, verify
 from qwenq.checkpoint.reader import open_checkpoint, read_config
+from qwenq.errors import QwenqError
 from qwenq.formats.base import parse_scheme, read_quantization_config
 from qwenq.io.gguf import GGUFFile
 from qwenq.io.json import read_object
@@ -34,6 +36,7 @@ from qwenq.planning.validate import read_rows
 from qwenq.report.compose import Extras, compose, write_report
 from qwenq.report.runs import load_runs
 from qwenq.text.calibration import load_windows
+from qwenq.text.rendering import TemplateFault
 from qwenq.text.tokens import ModelTokenizer
 
 Case = Callable[[Random], Any]
@@ -46,6 +49,7 @@ class Target:
     name: str
     case: Case
     share: float = 1.0  # of the cases, relative
+    refusals: tuple[type[Exception], ...] = (QwenqError,)
 
 
 class Workplace:
@@ -61,6 +65,7 @@ class Workplace:
         self.gguf_file = tiny_file(tiny, types=kinds)
         self.sensitivity = prior(self.spec).to_json() | {"fingerprint": fingerprint(tiny)}
         self.commands = Commands(self)
+        self.templates = Templates(tiny)
         self.unfinished_job: Any = None
         self.configs = [json.loads((p / "config.json").read_bytes()) for p in finished.values()]
 
@@ -92,6 +97,7 @@ class Workplace:
             Target("special files as options", self.commands.special_options, 0.3),
             Target("paths", self.commands.places, 0.3),
             Target("journal with right checksums", self.commands.rows, 0.03),
+            Target("chat templates", self.templates.case, 0.02, (TemplateFault,)),
         ]
 
     def write(self, name: str, data: bytes) -> Path:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from conftest import small_job
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from qwenq.checkpoint.manifest import verify
+from qwenq.checkpoint.manifest import MANIFEST_NAME, encode_manifest, verify
 from qwenq.checkpoint.reader import Checkpoint, open_checkpoint
 from qwenq.cli.main import app
 from qwenq.errors import CheckpointError, JobError, PlanError, QwenqError
@@ -196,3 +197,39 @@ def test_the_command(random_model: Make, tmp_path: Path) -> None:
     result = run(tmp_path / "a", tmp_path / "d", "--format", "ggml")
     assert result.exit_code == 2
     assert result.stderr == f"error: --format ggml: wanted one of {', '.join(FORMATS)}\n"
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Ways to every value in nested objects; of a list its first."""
+    if isinstance(value, dict | list):
+        for key in value if isinstance(value, dict) else range(min(1, len(value))):
+            yield (*path, key)
+            yield from places(value[key], (*path, key))
+
+
+def test_any_field_of_a_manifest_may_be_missing_or_of_another_type(random_model: Make, tmp_path: Path) -> None:
+    """Whoever changes a manifest can make its digests right too: a field is used as it should be, or refused."""
+    result = quantize(small_job(random_model(num_hidden_layers=1), tmp_path / "whole"))
+    text = (result.out / MANIFEST_NAME).read_text()
+    changed = [path for path in places(json.loads(text)) if path[0] in ("job", "drift", "warnings")]
+    refused = 0
+    for number, path in enumerate(changed):
+        document = json.loads(text)
+        owner = document
+        for key in path[:-1]:
+            owner = owner[key]
+        owner[path[-1]] = (None, "", {}, [], 5)[number % 5]
+        if number % 2:
+            del owner[path[-1]]
+        run = document.pop("run")
+        content = {key: value for key, value in document.items() if key not in ("digest", "manifest")}
+        del run["digest"]
+        (result.out / MANIFEST_NAME).write_bytes(encode_manifest(content, run))
+        try:
+            convert(open_checkpoint(result.out), tmp_path / "converted", "compressed-tensors")
+        except QwenqError as error:
+            refused += 1
+            assert error.message.startswith(MANIFEST_NAME), error.message
+        else:
+            shutil.rmtree(tmp_path / "converted")
+    assert 20 < refused < len(changed)

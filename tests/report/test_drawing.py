@@ -7,10 +7,19 @@ import math
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from qwenq.report.drawing import Scale, crosses, overlaps, place_labels, spread_labels, text_width, tick_text
+from qwenq.report.drawing import (
+    Scale,
+    crosses,
+    nice_range,
+    overlaps,
+    place_labels,
+    spread_labels,
+    text_width,
+    tick_text,
+)
 from qwenq.report.plots import Point, draw_kl_size
 
 
@@ -34,6 +43,17 @@ def test_ticks_lie_inside_and_are_round(offset: float, span: float, about: int) 
     assert all(low - 1e-6 * span <= t <= low + span + 1e-6 * span for t in ticks)
     steps = {f"{(b - a) / 10 ** math.floor(math.log10(b - a) + 1e-6):.3g}" for a, b in itertools.pairwise(ticks)}
     assert steps <= {"1", "2", "5"}
+
+
+@given(st.floats(5e-324, 1e299), st.floats(5e-324, 1e299))
+def test_logarithmic_scales_hold_any_two_numbers(a: float, b: float) -> None:
+    """The smallest there is too: a KL divergence of 5e-324 is only a line of somebody's file."""
+    assume(max(a, b) > 4 * min(a, b))
+    low, high = nice_range([a, b], log=True)
+    scale = Scale(low, high, 0, 1, log=True)
+    assert 0 < low <= min(a, b) and max(a, b) < high < math.inf
+    assert 0 <= scale(a) <= 1 and 0 <= scale(b) <= 1
+    assert 1 <= len(scale.ticks(5)) <= 50
 
 
 @given(st.lists(st.floats(0, 300), min_size=1, max_size=8))
