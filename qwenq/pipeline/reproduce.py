@@ -21,7 +21,7 @@ from qwenq.pipeline.config import DEFAULT_WINDOWS, QuantizeConfig, unreadable
 from qwenq.pipeline.job import DTYPES, QuantizeJob
 from qwenq.pipeline.monitor import StageClock
 from qwenq.pipeline.quantize import make_layer
-from qwenq.text.calibration import load_windows, set_names
+from qwenq.text.calibration import load_windows, set_names, with_builtin
 from qwenq.text.tokens import ModelTokenizer, TokenWindows
 
 
@@ -125,15 +125,17 @@ def _calibration(text: Any, seed: int, source: Checkpoint, given: str | None) ->
     """The tokens the manifest names, from the named set or the file given; recognized by their SHA-256."""
     try:
         name, length, count, digest = (text[key] for key in ("text", "window_tokens", "windows", "tokens_sha256"))
-        if not isinstance(name, str) or type(length) is not int or type(count) is not int:
+        added = text.get("builtin", {}).get("windows", 0)
+        if not isinstance(name, str) or any(type(value) is not int for value in (length, count, added)):
             raise TypeError
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{MANIFEST_NAME}: job.calibration does not say which text was read") from None
     if given is None and name not in set_names():
         raise CalibrationError(
             f"calibrated on {name!r}, a file whose place is not known", hint="name it: --calibration FILE"
         )
     tokenizer = ModelTokenizer(source.directory)
+    count -= added
     for asked in (None, count):  # all there are up to a limit, or so many, which draws others
         try:
             found = load_windows(
@@ -149,6 +151,7 @@ def _calibration(text: Any, seed: int, source: Checkpoint, given: str | None) ->
             if asked is not None:
                 raise
             continue
+        found = with_builtin(found, added, tokenizer, source.spec, seed=seed)
         if found.sha256 == digest:
             return found
     raise CalibrationError(

@@ -24,8 +24,9 @@ DOCS = Path(__file__).parents[2] / "docs"
 OPTIONS = {
     "quantize": "--output -o --bits --group-size --format --asymmetric --symmetric --fold --no-fold --pad-for-tp "
     "--target-size --bpw --fit --context -c --engine --recipe --sensitivity --save-recipe --calibration --num-samples "
-    "-n --sequence-length --seed --eval-text --eval-samples --method --damp-percent --error-correction "
-    "--error-correction-share --device --dtype --compute-dtype --calibration-dtype --dry-run --resume --json",
+    "-n --builtin-share --sequence-length --seed --eval-text --eval-samples --method --damp-percent --error-correction "
+    "--error-correction-share --sink-weight --device --dtype --compute-dtype --calibration-dtype --dry-run --resume "
+    "--json",
     "eval": "--reference --text --num-samples -n --sequence-length --max-kl --max-ppl-increase --device "
     "--compute-dtype --json",
     "run": "--prompt -p --system --raw --max-new-tokens -n --temperature --top-p --seed --max-model-len -c "
