@@ -98,7 +98,7 @@ NumSamples = Annotated[
     option(TEXT, "--num-samples", "-n", metavar="N", help="Calibration windows. Default: all, at most 128.", min=1),
 ]
 BuiltinShare = Annotated[
-    float | None, option(TEXT, metavar="SHARE", help="Windows of the built-in set added a window. Default 0.25.")
+    float | None, option(TEXT, metavar="SHARE", help="Share of windows from the built-in set. Default 0.2.")
 ]
 Seed = Annotated[int, option(TEXT, metavar="N", help="Decides which windows are drawn.", min=0)]
 EvalText = Annotated[str, option(TEXT, metavar="TEXT", help="Held-out text for the divergence.")]

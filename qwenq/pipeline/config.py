@@ -32,7 +32,7 @@ SPILL_BYTES = 6 << 30  # token buffers beyond this live in a memory-mapped file
 DEFAULT_WINDOWS = 128  # of calibration, at most, where no number is given
 DEFAULT_EVALUATION_WINDOWS = 20  # likewise
 SINK_WEIGHT = 64.0  # of tokens with massive states (reports/LOG.md)
-BUILTIN_SHARE = 0.25  # windows of the built-in set for each one of another calibration text (reports/LOG.md)
+BUILTIN_SHARE = 0.2  # of the windows of another calibration text, that the built-in set replaces (reports/LOG.md)
 SET_TOKENS = {"builtin": 43_100, "heldout": 12_300}  # about so many by Qwen2.5's tokenizer
 BATCH_TOKENS = 2048  # that go through a layer together
 ERROR_CORRECTION_SHARE = 0.5  # of the calibration windows, which run through the 16-bit layers too
@@ -138,7 +138,7 @@ class QuantizeConfig:
     # text
     calibration: str = "builtin"  # a set's name, or a file
     num_samples: int | None = None  # windows; all by default, at most DEFAULT_WINDOWS
-    builtin_share: float | None = None  # windows of the built-in set added for each one of `calibration`
+    builtin_share: float | None = None  # of the windows of another text, replaced by those of the built-in set
     sequence_length: int = 512  # tokens a window
     seed: int = 0
     eval_text: str = "heldout"
@@ -225,9 +225,9 @@ class QuantizeConfig:
         return self.mixed and self.recipe is None
 
     def builtin_windows(self, windows: int, *, tokenizer: bool) -> int:
-        """Windows of the built-in set that go with so many of the calibration text, as far as the set has them.
+        """How many windows of the calibration text the built-in set replaces, as far as it has so many.
 
-        tokenizer: whether the model's directory has one: without it nothing is added unless asked for.
+        tokenizer: whether the model's directory has one: without it none are, unless asked for.
         """
         if self.calibration == "builtin":
             return 0

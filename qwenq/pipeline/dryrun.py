@@ -168,8 +168,6 @@ def _windows(config: QuantizeConfig, model: str, spec: ModelSpec) -> tuple[Windo
         if calibrated:
             windows, length, counted = count(config.calibration, most, length, config.seed)
         held_out, _, _ = count(config.eval_text, most_held, length, None)
-        added = config.builtin_windows(windows, tokenizer=True)
-        added = count("builtin", added, length, config.seed)[0] if added else 0
     else:
         length, counted = config.sequence_length, False
 
@@ -177,7 +175,6 @@ def _windows(config: QuantizeConfig, model: str, spec: ModelSpec) -> tuple[Windo
             return min(most, max(1, SET_TOKENS[name] // length)) if name in SET_TOKENS else most
 
         windows, held_out = known(config.calibration, most) if calibrated else 0, known(config.eval_text, most_held)
-        added = known("builtin", added) if (added := config.builtin_windows(windows, tokenizer=False)) else 0
     warnings = []
     for option, name, wanted, found in (
         ("--num-samples", config.calibration, config.num_samples if calibrated else None, windows),
@@ -186,7 +183,7 @@ def _windows(config: QuantizeConfig, model: str, spec: ModelSpec) -> tuple[Windo
         if wanted is not None and found < wanted:
             about = "" if counted else "about "
             warnings.append(f"{option} {wanted}: {name} has {about}{found} windows of {length} tokens")
-    return Windows(windows + added, held_out, length, counted), warnings
+    return Windows(windows, held_out, length, counted), warnings
 
 
 def _counter(directory: Path, spec: ModelSpec) -> Callable[[str, int, int, int | None], tuple[int, int, bool]]:

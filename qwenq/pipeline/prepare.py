@@ -118,8 +118,8 @@ def prepare(directory: Path, out: Path, config: QuantizeConfig, *, resume: bool 
             seed=config.seed,
             up_to=DEFAULT_WINDOWS,
         )
-        added = config.builtin_windows(len(calibration.ids), tokenizer=tokenizer.present)
-        calibration = with_builtin(calibration, added, tokenizer, source.spec, seed=config.seed)
+        replaced = config.builtin_windows(len(calibration.ids), tokenizer=tokenizer.present)
+        calibration = with_builtin(calibration, replaced, tokenizer, source.spec, seed=config.seed)
     evaluation = load_windows(
         config.eval_text,
         tokenizer,

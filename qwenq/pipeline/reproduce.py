@@ -125,17 +125,18 @@ def _calibration(text: Any, seed: int, source: Checkpoint, given: str | None) ->
     """The tokens the manifest names, from the named set or the file given; recognized by their SHA-256."""
     try:
         name, length, count, digest = (text[key] for key in ("text", "window_tokens", "windows", "tokens_sha256"))
-        added = text.get("builtin", {}).get("windows", 0)
-        if not isinstance(name, str) or any(type(value) is not int for value in (length, count, added)):
+        replaced = text.get("builtin", {}).get("windows", 0)
+        if not isinstance(name, str) or any(type(value) is not int for value in (length, count, replaced)):
             raise TypeError
-    except (KeyError, TypeError, AttributeError):
+        if not 0 <= replaced <= count:
+            raise ValueError
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise CheckpointError(f"{MANIFEST_NAME}: job.calibration does not say which text was read") from None
     if given is None and name not in set_names():
         raise CalibrationError(
             f"calibrated on {name!r}, a file whose place is not known", hint="name it: --calibration FILE"
         )
     tokenizer = ModelTokenizer(source.directory)
-    count -= added
     for asked in (None, count):  # all there are up to a limit, or so many, which draws others
         try:
             found = load_windows(
@@ -151,7 +152,7 @@ def _calibration(text: Any, seed: int, source: Checkpoint, given: str | None) ->
             if asked is not None:
                 raise
             continue
-        found = with_builtin(found, added, tokenizer, source.spec, seed=seed)
+        found = with_builtin(found, replaced, tokenizer, source.spec, seed=seed)
         if found.sha256 == digest:
             return found
     raise CalibrationError(

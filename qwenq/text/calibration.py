@@ -119,22 +119,23 @@ class _Asked:
 def with_builtin(
     windows: TokenWindows, count: int, tokenizer: ModelTokenizer, spec: ModelSpec, *, seed: int
 ) -> TokenWindows:
-    """`windows` and `count` windows of the built-in set, or as many as it has, spread evenly among them.
+    """`windows`, `count` of them replaced by windows of the built-in set, or as many as it has, at even distances.
 
     A text of one kind leaves directions of the inputs unseen that other kinds use; the built-in set has some of each.
     """
     if count == 0:
         return windows
-    length = windows.ids.shape[1]
+    total, length = windows.ids.shape
     try:
         found = load_windows("builtin", tokenizer, spec, length=length, count=None, seed=seed)
     except TooShort:
         return replace(windows, provenance=windows.provenance | {"builtin": {"windows": 0}})
-    picked = torch.linspace(0, len(found.ids) - 1, min(count, len(found.ids))).round().long()
-    added = replace(found, ids=found.ids[picked])
-    place = torch.cat([(torch.arange(len(ids)) + 0.5) / len(ids) for ids in (windows.ids, added.ids)])
-    ids = torch.cat([windows.ids, added.ids])[place.argsort(stable=True)]
-    return TokenWindows(ids, windows.text, windows.provenance | {"builtin": added.to_json()})
+    number = min(count, len(found.ids))
+    taken, places = (((torch.arange(number) + 0.5) * there / number).long() for there in (len(found.ids), total))
+    other = replace(found, ids=found.ids[taken])
+    ids = windows.ids.clone()
+    ids[places] = other.ids
+    return TokenWindows(ids, windows.text, windows.provenance | {"builtin": other.to_json()})
 
 
 def _texts(

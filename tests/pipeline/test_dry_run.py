@@ -55,10 +55,10 @@ def test_windows_are_those_that_the_job_reads(
 
 def test_more_windows_than_there_are(tiny: Path, texts: list[object], calib: Path) -> None:
     there = len(text_windows(calib, tiny, 512).ids)
-    many = dry(tiny, *texts, "--sequence-length", 512, "-n", 500, "--builtin-share", 0)
+    many = dry(tiny, *texts, "--sequence-length", 512, "-n", 500)
     assert many["assumed"]["calibration_windows"] == there < 128
     assert many["warnings"] == [f"--num-samples 500: {calib} has {there} windows of 512 tokens"]
-    all_there_are = dry(tiny, *texts, "--sequence-length", 512, "--builtin-share", 0)
+    all_there_are = dry(tiny, *texts, "--sequence-length", 512)
     assert all_there_are["peak_ram_bytes"] == many["peak_ram_bytes"] and all_there_are["warnings"] == []
     none = dry(tiny, *texts, "--method", "rtn", "-n", 500)
     assert none["assumed"]["calibration_windows"] == 0 and none["warnings"] == []
@@ -66,25 +66,8 @@ def test_more_windows_than_there_are(tiny: Path, texts: list[object], calib: Pat
 
 def test_windows_of_token_ids_have_their_own_length(tiny: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "ids.npy", np.ones((5, 48), dtype=np.int64))
-    assumed = dry(tiny, "--calibration", tmp_path / "ids.npy", "--group-size", 32, "--pull", 1, "--builtin-share", 0)
-    assumed = assumed["assumed"]
+    assumed = dry(tiny, "--calibration", tmp_path / "ids.npy", "--group-size", 32, "--pull", 1)["assumed"]
     assert (assumed["calibration_windows"], assumed["window_tokens"], assumed["original_windows"]) == (5, 48, 4)
-
-
-def test_windows_of_the_builtin_set_are_counted(tiny: Path, calib: Path) -> None:
-    """A quarter by default, as asked, as far as the set goes; none beside the set itself, or where nothing is read."""
-    few = ("--calibration", calib, "--sequence-length", 64, "-n", 16)
-
-    def counted(*words: object) -> int:
-        found: int = dry(*words)["assumed"]["calibration_windows"]
-        return found
-
-    assert counted(tiny, *few) == 20
-    assert counted(tiny, *few, "--builtin-share", 1) == 32
-    assert counted(tiny, *few, "--method", "rtn") == 0
-    assert counted(tiny, "-n", 16) == counted("Qwen2.5-7B", "-n", 16) == 16
-    assert counted("Qwen2.5-7B", "--calibration", "c4", "-n", 16) == 16, "no tokenizer here"
-    assert counted("Qwen2.5-7B", "--calibration", "c4", "--builtin-share", 1, "-n", 1000) == 1000 + 84
 
 
 def test_without_a_tokenizer_the_builtin_set_is_as_long_as_it_is() -> None:

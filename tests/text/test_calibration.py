@@ -42,16 +42,15 @@ def refusal(load, name: str | Path, **options: Any) -> CalibrationError:
 # ---------------------------------------------------------------------- the built-in set beside another text
 
 
-def test_windows_of_the_builtin_set_are_spread_among_the_others(
+def test_windows_of_the_builtin_set_replace_others_at_even_distances(
     load, tiny: Path, calib: Path, spec: ModelSpec
 ) -> None:
-    own, all_there_are = load(calib, length=64).ids[:8], load("builtin", length=64, seed=3).ids
+    own, all_there_are = load(calib, length=64).ids[:12], load("builtin", length=64, seed=3).ids
     text = TokenWindows(own, "calib.txt", {"kind": "text"})
     mixed = with_builtin(text, 4, ModelTokenizer(tiny), spec, seed=3)
     rows = [own.tolist().index(row) if row in own.tolist() else -1 for row in mixed.ids.tolist()]
-    assert rows == [0, -1, 1, 2, -1, 3, 4, -1, 5, 6, -1, 7]
-    last = len(all_there_are) - 1
-    picked = all_there_are[[0, round(last / 3), round(2 * last / 3), last]]  # from all over the set
+    assert rows == [0, -1, 2, 3, -1, 5, 6, -1, 8, 9, -1, 11]
+    picked = all_there_are[[int(len(all_there_are) * eighths / 8) for eighths in (1, 3, 5, 7)]]  # from all over the set
     assert torch.equal(mixed.ids[[1, 4, 7, 10]], picked)
     described = mixed.to_json()
     assert (described["text"], described["kind"], described["windows"]) == ("calib.txt", "text", 12)
@@ -59,11 +58,13 @@ def test_windows_of_the_builtin_set_are_spread_among_the_others(
     assert described["builtin"]["tokens_sha256"] == TokenWindows(picked, "builtin", {}).sha256
 
 
-def test_the_builtin_set_is_added_as_far_as_it_goes(load, tiny: Path, calib: Path, spec: ModelSpec) -> None:
-    text, tokenizer = load(calib, length=512), ModelTokenizer(tiny)
-    assert with_builtin(text, 0, tokenizer, spec, seed=0) is text
+def test_the_builtin_set_replaces_windows_as_far_as_it_goes(load, tiny: Path, calib: Path, spec: ModelSpec) -> None:
     there = len(load("builtin", length=512, seed=0).ids)
-    assert len(with_builtin(text, 10_000, tokenizer, spec, seed=0).ids) == len(text.ids) + there
+    text, tokenizer = load(calib, length=512), ModelTokenizer(tiny)
+    text = TokenWindows(text.ids.repeat(1 + there // len(text.ids), 1), "text", {})
+    assert with_builtin(text, 0, tokenizer, spec, seed=0) is text
+    mixed = with_builtin(text, len(text.ids), tokenizer, spec, seed=0)
+    assert int((mixed.ids != text.ids).any(1).sum()) == there < len(text.ids)
 
 
 # ---------------------------------------------------------------------- kinds of file
