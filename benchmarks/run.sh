@@ -12,6 +12,8 @@
 #   BENCH_TOOLS      which to run ("qwenq gptqmodel gptqmodel-mse"); also qwenq-full, pulls from all windows, and
 #                    llamacpp-Q4_K_M, whose environment is INTEROP_ENVS/llamacpp (interop/requirements-llamacpp.txt)
 #   BENCH_OUT        out/bench
+# Of the calibration windows qwenq replaces every fifth by the built-in set's, unless they are that set's already: its
+# default, which the other tools do not have (docs/quantize.md).
 # Results: BENCH_OUT/benchmarks.jsonl gets one object a tool and text; checkpoints and logs lie beside it.
 set -euo pipefail
 cd "$(dirname "$0")/.."

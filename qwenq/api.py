@@ -71,6 +71,7 @@ class QuantizeOptions(TypedDict, total=False):
     pad_for_tp: int | None
     calibration: str
     num_samples: int | None
+    builtin_share: float | None
     sequence_length: int
     seed: int
     eval_text: str
@@ -81,6 +82,7 @@ class QuantizeOptions(TypedDict, total=False):
     fold: bool
     error_correction: float | None
     error_correction_share: float
+    sink_weight: float
     save_imatrix: Path | None
     device: str
     dtype: str

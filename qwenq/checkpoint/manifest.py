@@ -128,14 +128,22 @@ def read_manifest(directory: Path) -> tuple[dict[str, Any], list[Finding]]:
 
 
 _RENAMED_OPTIONS = {"pull": "error_correction", "pull_share": "error_correction_share"}
+_LATER_OPTIONS = {"sink_weight": 1.0}  # and what versions that did not have them did
+
+
+def renamed_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with the keys of earlier versions under today's names."""
+    return {_RENAMED_OPTIONS.get(key, key): value for key, value in options.items()}
 
 
 def current_names(job: Mapping[str, Any]) -> dict[str, Any]:
-    """A job as a manifest or journal describes it, the keys of earlier versions under today's names."""
+    """A job as a manifest or journal describes it: keys of earlier versions under today's names, and options that
+    came later at what these versions did.
+    """
     options = job.get("options")
     if not isinstance(options, Mapping):
         return dict(job)
-    return {**job, "options": {_RENAMED_OPTIONS.get(key, key): value for key, value in options.items()}}
+    return {**job, "options": renamed_options(options) | {k: v for k, v in _LATER_OPTIONS.items() if k not in options}}
 
 
 def check_files(directory: Path, manifest: Mapping[str, Any]) -> Iterator[Finding]:

@@ -111,15 +111,18 @@ NumSamples = Annotated[
     int | None,
     option(TEXT, "--num-samples", "-n", metavar="N", help="Calibration windows. Default: all, at most 128.", min=1),
 ]
+BuiltinShare = Annotated[
+    float | None, option(TEXT, metavar="SHARE", help="Share of windows from the built-in set. Default 0.2.")
+]
 Seed = Annotated[int, option(TEXT, metavar="N", help="Decides which windows are drawn.", min=0)]
 EvalText = Annotated[str, option(TEXT, metavar="TEXT", help="Held-out text for the divergence.")]
 EvalSamples = Annotated[
     int | None, option(TEXT, metavar="N", help="Held-out windows. Default: all, at most 20.", min=1)
 ]
-Method = Annotated[str | None, option(SOLVER, metavar="NAME", help="gptq (default) or rtn, rounding to nearest.")]
+Method = Annotated[str | None, option(SOLVER, metavar="NAME", help="gptq, or rtn: rounding to nearest.")]
 DampPercent = Annotated[
     float | None,
-    option(SOLVER, metavar="SHARE", help="Damping, of the mean Hessian diagonal. Default 0.02.", min=0.0, max=1.0),
+    option(SOLVER, metavar="SHARE", help="Damping of the diagonal. Default 0.1.", min=0.0, max=1.0),
 ]
 Fold = Annotated[
     bool,
@@ -130,11 +133,12 @@ ErrorCorrection = Annotated[
     option(
         SOLVER,
         metavar="X",
-        help="Strength, for o and down. Default: 1; 0 in 8 bits, or with little text.",
+        help="For o and down. Default 1; 0 for 8 bits or little text.",
         min=0.0,
         max=1.0,
     ),
 ]
+SinkWeight = Annotated[float, option(SOLVER, metavar="X", help="Weight of attention sinks, 1 to 1024.")]
 ErrorCorrectionShare = Annotated[
     float,
     option(

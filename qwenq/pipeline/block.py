@@ -9,6 +9,7 @@ The stages, and where channel scales go, are the architecture's.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from qwenq.formats.base import Recipe, Scheme, get_format
 from qwenq.model.architectures import Stage
 from qwenq.model.layer import Network
 from qwenq.model.spec import LinearSpec, ModelSpec
-from qwenq.pipeline.config import BATCH_TOKENS, ERROR_CORRECTION_SHARE
+from qwenq.pipeline.config import BATCH_TOKENS, ERROR_CORRECTION_SHARE, SINK_WEIGHT
 from qwenq.pipeline.imatrix import InputSquares
 from qwenq.pipeline.monitor import StageClock
 from qwenq.pipeline.preflight import scratch_width
@@ -32,6 +33,7 @@ from qwenq.solver.gptq import DAMP_PERCENT, ResidualCovariance, add_to_hessian, 
 from qwenq.solver.grid import QTensor
 from qwenq.solver.parallel import solve_rows
 
+MASSIVE = 50.0  # times the median mean square of a window's states: such tokens are what later ones attend to as a sink
 MOMENT_STRIDE = 16  # of the tokens from which moments behind a linear are estimated: they count by their 16th root
 
 
@@ -44,6 +46,7 @@ class SolverOptions:
     fold: bool = True  # fold channel scales into norms and up_proj (solver/equalize.py)
     error_correction: float = 1.0  # how far o and down are moved towards the 16-bit hidden states before rounding
     error_correction_share: float = ERROR_CORRECTION_SHARE  # of the calibration windows: they cost a pass of theirs
+    sink_weight: float = SINK_WEIGHT  # of tokens with massive states, in Hessians and corrections; others count once
 
 
 def batches(windows: int, tokens: int, budget_tokens: int = BATCH_TOKENS) -> Iterator[slice]:
@@ -221,7 +224,8 @@ class BlockSolver:
         def collect(network: Network, part: slice) -> None:
             x = produce(network, part)
             with self._in_worker("hessian", network):
-                add_to_hessian(hessians.of(network), x)
+                root_BT1 = self._sink_roots(_on(network, self.h_NTH[part]))
+                add_to_hessian(hessians.of(network), x if root_BT1 is None else (x * root_BT1).to(x.dtype))
 
         self._pass(collect)
         hessian = hessians.total()
@@ -240,6 +244,7 @@ class BlockSolver:
         """Solve a stage whose outputs are added to the hidden states, o or down.
 
         Tokens count by the inverse of the mean square of their states after it: what the next norm makes of an error.
+        Those with massive states count `sink_weight` times.
         `wanted_NTH` are the states that the first windows should come to: with the Hessian of these windows they give
         the residual cross-covariance, which the weights are corrected by.
         """
@@ -251,7 +256,7 @@ class BlockSolver:
             x = produce(network, part)
             after = network.add(stage, _on(network, self.h_NTH[part]), x)
             with self._in_worker("hessian", network):
-                _add_weighted(hessians.of(network), x, after)
+                self._add_weighted(hessians.of(network), x, after)
 
         residual, corrected = None, 0
         if wanted_NTH is not None:
@@ -274,7 +279,7 @@ class BlockSolver:
         def collect(network: Network, part: slice) -> None:
             x, wanted = produce(network, part), _on(network, wanted_NTH[part])
             with self._in_worker("hessian", network):
-                x_TI, root_T1 = _add_weighted(hessians.of(network), x, wanted)
+                x_TI, root_T1 = self._add_weighted(hessians.of(network), x, wanted)
             with self._in_worker("error correction", network):
                 missing = wanted.flatten(0, 1).float() - _on(network, self.h_NTH[part]).flatten(0, 1)
                 if lin.bias:
@@ -290,6 +295,31 @@ class BlockSolver:
                 lacking = torch.addmm(wanted_products.total(), hessian, self.folded.weight(lin.path).T, alpha=-1)
                 found.append(lacking.mul_(len(self.h_NTH) / len(wanted_NTH)))
         return ResidualCovariance(whole_IO=found[1], half_IO=found[0])
+
+    def _add_weighted(self, hessian: Tensor, x: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+        """Add inputs x [B, T, in], weighted by what the next norm makes of the states `after` [B, T, hidden], to a
+        Hessian; the weighted inputs [T, in] and the weights' roots [T, 1].
+        """
+        root_T1 = (after.flatten(0, 1).float().square().mean(-1, keepdim=True) + 1e-8).rsqrt()
+        if (sinks_BT1 := self._sink_roots(after)) is not None:
+            root_T1 *= sinks_BT1.flatten(0, 1)
+        x_TI = (x.flatten(0, 1) * root_T1).to(x.dtype)
+        add_to_hessian(hessian, x_TI)
+        return x_TI, root_T1
+
+    def _sink_roots(self, h_BTH: Tensor) -> Tensor | None:
+        """Roots of the tokens' weights, float32 [B, T, 1], by their states; None where all weigh 1.
+
+        A token with massive activations (Sun et al. 2024), the first of a text as a rule, is what all later ones attend
+        to when there is nothing to attend to: an error of its key or value is in every token's attention.
+        """
+        if self.options.sink_weight == 1:
+            return None
+        power_BT1 = h_BTH.float().square().mean(-1, keepdim=True)
+        massive_BT1 = power_BT1 > MASSIVE * power_BT1.median(1, keepdim=True).values
+        if not bool(massive_BT1.any()):
+            return None
+        return torch.where(massive_BT1, math.sqrt(self.options.sink_weight), 1.0)
 
     def _solve(
         self, stage: Stage, hessian: Tensor, residuals: Mapping[str, ResidualCovariance] | None = None
@@ -322,16 +352,6 @@ class BlockSolver:
 
 def _on(network: Network, tensor: Tensor) -> Tensor:
     return tensor.to(network.device)
-
-
-def _add_weighted(hessian: Tensor, x: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
-    """Add inputs x [B, T, in], weighted by what the next norm makes of the states `after` [B, T, hidden], to a Hessian;
-    the weighted inputs [T, in] and the weights [T, 1].
-    """
-    root_T1 = (after.flatten(0, 1).float().square().mean(-1, keepdim=True) + 1e-8).rsqrt()
-    x_TI = (x.flatten(0, 1) * root_T1).to(x.dtype)
-    add_to_hessian(hessian, x_TI)
-    return x_TI, root_T1
 
 
 def round_block(

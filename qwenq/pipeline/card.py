@@ -210,7 +210,8 @@ def _provenance(job: Mapping[str, Any], described: Mapping[str, Any], spec: Mode
     else:
         yield (
             f"- Calibration: {code(shown(str(calibration['text'])))}, {calibration['windows']} x "
-            f"{calibration['window_tokens']} tokens, SHA-256 {code(shown(str(calibration['tokens_sha256'])))}."
+            f"{calibration['window_tokens']} tokens{_of_builtin(calibration)}, SHA-256 "
+            f"{code(shown(str(calibration['tokens_sha256'])))}."
         )
     evaluation = job["evaluation"]
     hashed = code(shown(str(evaluation["tokens_sha256"])))
@@ -220,3 +221,9 @@ def _provenance(job: Mapping[str, Any], described: Mapping[str, Any], spec: Mode
         "- `qwenq-manifest.json` has the SHA-256 of every source and output file, and the error of every linear; "
         "`qwenq verify .` checks this directory against it."
     )
+
+
+def _of_builtin(calibration: Mapping[str, Any]) -> str:
+    """How many of the windows are the built-in set's, if any; a manifest may say anything."""
+    taken = calibration.get("builtin")
+    return f" ({taken.get('windows')} of these windows from the built-in set)" if isinstance(taken, Mapping) else ""

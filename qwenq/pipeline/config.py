@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from qwenq.checkpoint.manifest import MANIFEST_NAME, current_names
+from qwenq.checkpoint.manifest import MANIFEST_NAME, current_names, renamed_options
 from qwenq.checkpoint.shards import NOTHING, Beside
 from qwenq.errors import CheckpointError, ExcludedOptions, PlanError, UsageError
 from qwenq.formats.base import FORMATS, Recipe, Scheme, get_format, mixing, names_of
@@ -34,6 +34,8 @@ from qwenq.units import parse_size, parse_tokens
 SPILL_BYTES = 6 << 30  # token buffers beyond this live in a memory-mapped file
 DEFAULT_WINDOWS = 128  # of calibration, at most, where no number is given
 DEFAULT_EVALUATION_WINDOWS = 20  # likewise
+SINK_WEIGHT = 64.0  # of tokens with massive states (reports/LOG.md)
+BUILTIN_SHARE = 0.2  # of the windows of another calibration text, that the built-in set replaces (reports/LOG.md)
 SET_TOKENS = {"builtin": 43_100, "heldout": 12_300}  # about so many by Qwen2.5's tokenizer
 BATCH_TOKENS = 2048  # that go through a layer together
 ERROR_CORRECTION_SHARE = 0.5  # of the calibration windows, which run through the 16-bit layers too
@@ -141,6 +143,7 @@ class QuantizeConfig:
     # text
     calibration: str = "builtin"  # a set's name, or a file
     num_samples: int | None = None  # windows; all by default, at most DEFAULT_WINDOWS
+    builtin_share: float | None = None  # of the windows of another text, replaced by those of the built-in set
     sequence_length: int = 512  # tokens a window
     seed: int = 0
     eval_text: str = "heldout"
@@ -152,6 +155,7 @@ class QuantizeConfig:
     fold: bool = True  # channel scales into norms and up_proj
     error_correction: float | None = None  # 0 to 1, of o_proj and down_proj
     error_correction_share: float = ERROR_CORRECTION_SHARE  # of the calibration windows that it is read from
+    sink_weight: float = SINK_WEIGHT  # of tokens with massive activations, 1 to 1024
     # beside the checkpoint
     save_imatrix: Path | None = None  # an importance matrix of the model, in llama.cpp's form
     # machine
@@ -174,7 +178,8 @@ class QuantizeConfig:
         for name, least, most in (
             ("num_samples", 1, math.inf), ("eval_samples", 1, math.inf), ("sequence_length", 2, math.inf),
             ("seed", 0, math.inf), ("damp_percent", 0, 1), ("error_correction", 0, 1),
-            ("error_correction_share", 0, 1), ("pad_for_tp", 1, math.inf),
+            ("error_correction_share", 0, 1), ("builtin_share", 0, 1), ("sink_weight", 1, 1024),
+            ("pad_for_tp", 1, math.inf),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
@@ -208,6 +213,8 @@ class QuantizeConfig:
             raise ExcludedOptions("--sensitivity goes with --target-size, --bpw, --fit or --recipe")
         if self.save_imatrix is not None and self.solver == "rtn":
             raise ExcludedOptions("--save-imatrix comes from calibration: rounding to nearest reads none")
+        if self.builtin_share and self.calibration == "builtin":
+            raise ExcludedOptions("--builtin-share goes with a --calibration text other than the built-in set")
         if self.target_size is not None:
             parse_size(self.target_size)
         if self.bpw is not None:
@@ -233,6 +240,16 @@ class QuantizeConfig:
     def budgeted(self) -> bool:
         """A budget to optimize for, which needs sensitivities; a recipe file needs none."""
         return self.mixed and self.recipe is None
+
+    def builtin_windows(self, windows: int, *, tokenizer: bool) -> int:
+        """How many windows of the calibration text the built-in set replaces, as far as it has so many.
+
+        tokenizer: whether the model's directory has one: without it none are, unless asked for.
+        """
+        if self.calibration == "builtin":
+            return 0
+        share = (BUILTIN_SHARE if tokenizer else 0.0) if self.builtin_share is None else self.builtin_share
+        return round(share * windows)
 
     @property
     def solver(self) -> str:
@@ -354,7 +371,7 @@ class QuantizeConfig:
     @staticmethod
     def from_json(options: Mapping[str, Any]) -> QuantizeConfig:
         """The configuration that `to_json` gave; TypeError for an option that there is not, or of another type."""
-        given: dict[str, Any] = current_names({"options": options})["options"]
+        given = renamed_options(options)
         kinds = get_type_hints(QuantizeConfig)
         for name, value in given.items():
             wanted = get_args(kinds[name]) or (kinds[name],) if name in kinds else ()
@@ -373,7 +390,8 @@ class QuantizeConfig:
         """
         kept = ("device", "compute_dtype", "calibration_dtype", "dtype", "seed")
         try:
-            return QuantizeConfig.from_json({name: job[name] for name in kept} | dict(job["options"]))
+            options = dict(current_names(job)["options"])
+            return QuantizeConfig.from_json({name: job[name] for name in kept} | options)
         except (KeyError, TypeError, ValueError, AttributeError, PlanError) as error:
             raise unreadable(error) from None
 

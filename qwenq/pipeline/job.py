@@ -90,8 +90,9 @@ class QuantizeJob:
         damping = DAMP_PERCENT if config.damp_percent is None else config.damp_percent
         assert config.error_correction is not None
         return SolverOptions(
-            config.solver, damping, config.fold, config.error_correction, config.error_correction_share
-        )
+            config.solver, damping, config.fold, config.error_correction, config.error_correction_share,
+            config.sink_weight,
+        )  # fmt: skip
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -195,6 +196,7 @@ class QuantizeJob:
                 "fold": self.options.fold,
                 "error_correction": self.config.error_correction,
                 "error_correction_share": self.config.error_correction_share,
+                "sink_weight": self.config.sink_weight,
             },
             "device": self.config.device,
             "compute_dtype": self.config.compute_dtype,

@@ -19,7 +19,7 @@ from qwenq.pipeline.quantize import check_places
 from qwenq.planning.budget import Budgeted
 from qwenq.planning.recipefile import RECIPE_NAME, encode_recipe
 from qwenq.planning.sensitivity import SENSITIVITY_NAME, encode_sensitivity
-from qwenq.text.calibration import load_windows, overlap
+from qwenq.text.calibration import load_windows, overlap, with_builtin
 from qwenq.text.tokens import ModelTokenizer, TokenWindows
 
 
@@ -125,6 +125,8 @@ def prepare(directory: Path, out: Path, config: QuantizeConfig, *, resume: bool 
             up_to=DEFAULT_WINDOWS,
             strict=config.strict,
         )
+        replaced = config.builtin_windows(len(calibration.ids), tokenizer=tokenizer.present)
+        calibration = with_builtin(calibration, replaced, tokenizer, source.spec, seed=config.seed)
     evaluation = load_windows(
         config.eval_text,
         tokenizer,

@@ -21,7 +21,7 @@ from qwenq.pipeline.config import DEFAULT_WINDOWS, QuantizeConfig, unreadable
 from qwenq.pipeline.job import DTYPES, QuantizeJob
 from qwenq.pipeline.monitor import StageClock
 from qwenq.pipeline.quantize import make_layer
-from qwenq.text.calibration import load_windows, set_names
+from qwenq.text.calibration import load_windows, set_names, with_builtin
 from qwenq.text.tokens import ModelTokenizer, TokenWindows
 
 
@@ -127,9 +127,12 @@ def _calibration(text: Any, seed: int, source: Checkpoint, given: str | None) ->
     """The tokens the manifest names, from the named set or the file given; recognized by their SHA-256."""
     try:
         name, length, count, digest = (text[key] for key in ("text", "window_tokens", "windows", "tokens_sha256"))
-        if not isinstance(name, str) or type(length) is not int or type(count) is not int:
+        replaced = text.get("builtin", {}).get("windows", 0)
+        if not isinstance(name, str) or any(type(value) is not int for value in (length, count, replaced)):
             raise TypeError
-    except (KeyError, TypeError):
+        if not 0 <= replaced <= count:
+            raise ValueError
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise CheckpointError(f"{MANIFEST_NAME}: job.calibration does not say which text was read") from None
     if given is None and name not in set_names():
         raise CalibrationError(
@@ -151,6 +154,7 @@ def _calibration(text: Any, seed: int, source: Checkpoint, given: str | None) ->
             if asked is not None:
                 raise
             continue
+        found = with_builtin(found, replaced, tokenizer, source.spec, seed=seed)
         if found.sha256 == digest:
             return found
     raise CalibrationError(

@@ -25,7 +25,7 @@ from torch import Tensor
 from qwenq.errors import QwenqError
 from qwenq.solver.grid import ColumnRounder, Grid, Parameters, QTensor
 
-DAMP_PERCENT = 0.02  # of the mean of the Hessian's diagonal, as a fraction: the field's name for it
+DAMP_PERCENT = 0.1  # of the mean of the Hessian's diagonal, as a fraction: the field's name for it
 DAMP_TRIES = 4  # each ten times the last, and from the second on at least ten times LEAST_DAMP
 LEAST_DAMP = 1e-4
 FACTOR_BLOCK = 1024

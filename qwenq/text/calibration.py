@@ -116,6 +116,28 @@ class _Asked:
         return TokenWindows(ids, shown, provenance | {"text_sha256": digest, "characters": sum(map(len, texts))})
 
 
+def with_builtin(
+    windows: TokenWindows, count: int, tokenizer: ModelTokenizer, spec: ModelSpec, *, seed: int
+) -> TokenWindows:
+    """`windows`, `count` of them replaced by windows of the built-in set, or as many as it has, at even distances.
+
+    A text of one kind leaves directions of the inputs unseen that other kinds use; the built-in set has some of each.
+    """
+    if count == 0:
+        return windows
+    total, length = windows.ids.shape
+    try:
+        found = load_windows("builtin", tokenizer, spec, length=length, count=None, seed=seed)
+    except TooShort:
+        return replace(windows, provenance=windows.provenance | {"builtin": {"windows": 0}})
+    number = min(count, len(found.ids))
+    taken, places = (((torch.arange(number) + 0.5) * there / number).long() for there in (len(found.ids), total))
+    other = replace(found, ids=found.ids[taken])
+    ids = windows.ids.clone()
+    ids[places] = other.ids
+    return TokenWindows(ids, windows.text, windows.provenance | {"builtin": other.to_json()})
+
+
 def _texts(
     documents: Sequence[Document], tokenizer: ModelTokenizer
 ) -> tuple[list[Document], list[str], list[CalibrationError]]:

@@ -137,6 +137,11 @@ class ModelTokenizer:
                     raise CheckpointError(f"tokenizer_config.json: {key} names other files: refused")
 
     @property
+    def present(self) -> bool:
+        """Whether the directory has a tokenizer.json."""
+        return (self.directory / "tokenizer.json").is_file()
+
+    @property
     def _tokenizer(self) -> Tokenizer:
         backend: Tokenizer = self._fast.backend_tokenizer
         return backend

@@ -25,9 +25,9 @@ OPTIONS = {
     "quantize": "--strict --follow-links "
     "--output -o --bits --group-size --format --gguf-type --split-size --asymmetric --symmetric --fold "
     "--no-fold --pad-for-tp --save-imatrix --target-size --bpw --fit --context -c --engine --recipe --sensitivity "
-    "--save-recipe --calibration --num-samples -n --sequence-length --seed --eval-text --eval-samples "
-    "--method --damp-percent --error-correction --error-correction-share --device --dtype --compute-dtype "
-    "--calibration-dtype --dry-run --resume --json",
+    "--save-recipe --calibration --num-samples -n --builtin-share --sequence-length --seed --eval-text --eval-samples "
+    "--method --damp-percent --error-correction --error-correction-share --sink-weight --device --dtype "
+    "--compute-dtype --calibration-dtype --dry-run --resume --json",
     "eval": "--strict --follow-links --save-reference-logits "
     "--reference --text --num-samples -n --sequence-length --max-kl --max-ppl-increase --device "
     "--compute-dtype --json",

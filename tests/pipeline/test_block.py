@@ -13,7 +13,7 @@ from conftest import small_job, text_windows
 
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.model.spec import family_spec
-from qwenq.pipeline.block import batches
+from qwenq.pipeline.block import BlockSolver, SolverOptions, batches
 from qwenq.pipeline.config import default_error_correction
 from qwenq.pipeline.monitor import StageClock
 from qwenq.pipeline.quantize import quantize
@@ -79,8 +79,41 @@ def test_all_windows_count_their_tokens_alike(
             return solve_linears(weights, h_II, *rest, **options)
 
         monkeypatch.setattr("qwenq.solver.parallel.solve_linears", solve)
-        options = {"error_correction_share": share, "error_correction": 0.5 if share else 0.0}
+        options = {"error_correction_share": share, "error_correction": 0.5 if share else 0.0, "damp_percent": 0.02}
         quantize(small_job(tiny, tmp_path / str(share), calibration=windows, **options))
     for none, half, every in zip(*(found[share][:4] for share in (0.0, 0.5, 1.0)), strict=True):
         assert torch.allclose(half, every, rtol=0.05, atol=0.01 * float(every.mean()))
         assert torch.allclose(half, none, rtol=0.05, atol=0.01 * float(every.mean()))
+
+
+def solver_of(**options: Any) -> BlockSolver:
+    """A solver whose options alone are asked."""
+    unused: Any = None
+    return BlockSolver(unused, unused, 0, Recipe(None), unused, unused, SolverOptions(**options), StageClock())
+
+
+def test_tokens_with_massive_states_count_more() -> None:
+    """By the definition, token by token: 1 / mean square, times the weight where that is over 50 medians."""
+    generator = torch.Generator().manual_seed(0)
+    x_BTI, h_BTH = torch.randn(2, 9, 6, generator=generator), torch.randn(2, 9, 16, generator=generator)
+    h_BTH[0, 0] *= 30  # 900 times the others' mean square
+    h_BTH[1, 4] *= 3  # 9 times
+    hessian = torch.zeros(6, 6)
+    weighted_TI, root_T1 = solver_of(sink_weight=64.0)._add_weighted(hessian, x_BTI, h_BTH)
+    wanted = torch.zeros(6, 6, dtype=torch.float64)
+    for window in range(2):
+        for token in range(9):
+            x_I = x_BTI[window, token].double()
+            weight = (64.0 if (window, token) == (0, 0) else 1.0) / float(h_BTH[window, token].square().mean())
+            wanted += weight * torch.outer(x_I, x_I)
+    assert torch.allclose(hessian.triu().double(), wanted.triu(), rtol=1e-4)
+    assert torch.allclose(weighted_TI, x_BTI.flatten(0, 1) * root_T1)
+
+
+def test_without_massive_states_nothing_is_weighted() -> None:
+    h_BTH = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0))
+    assert solver_of(sink_weight=64.0)._sink_roots(h_BTH) is None
+    h_BTH[0, 0] *= 30
+    assert solver_of(sink_weight=1.0)._sink_roots(h_BTH) is None
+    roots_BT1 = solver_of(sink_weight=64.0)._sink_roots(h_BTH)
+    assert roots_BT1 is not None and roots_BT1[0, 0] == 8 and float(roots_BT1.sum()) == 8 + 17

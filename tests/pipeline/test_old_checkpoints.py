@@ -30,7 +30,8 @@ SAME_BITS = {
 }  # fmt: skip
 TEXT = ["--calibration", "calib.txt", "--eval-text", "heldout.txt", "-n", "4", "--sequence-length", "32",
         "--eval-samples", "1", "--device", "cpu", "--calibration-dtype", "float32"]  # fmt: skip
-JOB = ["quantize", "tiny-qwen2", "--bits", "4", *TEXT, "--pull", "1", "--pull-share", "0.5"]
+DEFAULTS_OF_THEN = ["--builtin-share", "0", "--sink-weight", "1", "--damp-percent", "0.02"]
+JOB = ["quantize", "tiny-qwen2", "--bits", "4", *TEXT, "--pull", "1", "--pull-share", "0.5", *DEFAULTS_OF_THEN]
 
 RUN_ALL = """
 import contextlib, io, json, sys
@@ -237,7 +238,7 @@ def test_a_profile_corrects_the_estimate(old: Callable[[str], Path]) -> None:
 
 def test_old_flags_are_taken() -> None:
     """--pull and --pull-share by their old names, values and meaning."""
-    dry = ["quantize", "tiny-qwen2", "--dry-run", "--calibration", "calib.txt"]
+    dry = ["quantize", "tiny-qwen2", "--dry-run", "--calibration", "calib.txt", *DEFAULTS_OF_THEN]
     long, short = ["-n", "16", "--sequence-length", "256"], ["-n", "64", "--sequence-length", "128"]
     windows = {  # that run through the 16-bit layers too
         (*long,): 16,

@@ -67,6 +67,24 @@ def test_layers_made_again_are_the_written_ones(kind: str, tiny: Path, calib: Pa
     assert made_again(tmp_path / "out", tiny, calibration=str(calib)) == ((0, 2, 3), [])
 
 
+def test_windows_of_the_builtin_set_are_found_again(tiny: Path, calib: Path, tmp_path: Path) -> None:
+    from qwenq.checkpoint.reader import open_source
+    from qwenq.text.calibration import load_windows, with_builtin
+    from qwenq.text.tokens import ModelTokenizer
+
+    spec, tokenizer = open_source(tiny).spec, ModelTokenizer(tiny)
+    own = load_windows(str(calib), tokenizer, spec, length=32, count=6, seed=0)
+    windows = with_builtin(own, 2, tokenizer, spec, seed=0)
+    assert windows.sha256 != own.sha256
+    quantize(small_job(tiny, tmp_path / "out", calibration=windows))
+    assert made_again(tmp_path / "out", tiny, calibration=str(calib), layers=[0]) == ((0,), [])
+    manifest = read_manifest(tmp_path / "out")[0]
+    for forged in (-1, 7, "2", None):
+        manifest["job"]["calibration"]["builtin"]["windows"] = forged
+        with pytest.raises(CheckpointError, match="does not say which text was read"):
+            reproduce(tmp_path / "out", tiny, manifest, calibration=str(calib))
+
+
 def test_a_forged_layer_is_named(tiny: Path, tmp_path: Path) -> None:
     """One code of layer 1 changed, and every hash of the manifest made right again: only making it again shows it."""
     out = tmp_path / "out"

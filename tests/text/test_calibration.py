@@ -13,7 +13,7 @@ import torch
 
 from qwenq.errors import CalibrationError
 from qwenq.model.spec import ModelSpec, spec_from_config
-from qwenq.text.calibration import load_windows, overlap
+from qwenq.text.calibration import load_windows, overlap, with_builtin
 from qwenq.text.tokens import ModelTokenizer, TokenWindows
 
 
@@ -37,6 +37,34 @@ def refusal(load, name: str | Path, **options: Any) -> CalibrationError:
         load(name, **options)
     assert "\n" not in caught.value.message
     return caught.value
+
+
+# ---------------------------------------------------------------------- the built-in set beside another text
+
+
+def test_windows_of_the_builtin_set_replace_others_at_even_distances(
+    load, tiny: Path, calib: Path, spec: ModelSpec
+) -> None:
+    own, all_there_are = load(calib, length=64).ids[:12], load("builtin", length=64, seed=3).ids
+    text = TokenWindows(own, "calib.txt", {"kind": "text"})
+    mixed = with_builtin(text, 4, ModelTokenizer(tiny), spec, seed=3)
+    rows = [own.tolist().index(row) if row in own.tolist() else -1 for row in mixed.ids.tolist()]
+    assert rows == [0, -1, 2, 3, -1, 5, 6, -1, 8, 9, -1, 11]
+    picked = all_there_are[[int(len(all_there_are) * eighths / 8) for eighths in (1, 3, 5, 7)]]  # from all over the set
+    assert torch.equal(mixed.ids[[1, 4, 7, 10]], picked)
+    described = mixed.to_json()
+    assert (described["text"], described["kind"], described["windows"]) == ("calib.txt", "text", 12)
+    assert described["builtin"]["windows"] == 4
+    assert described["builtin"]["tokens_sha256"] == TokenWindows(picked, "builtin", {}).sha256
+
+
+def test_the_builtin_set_replaces_windows_as_far_as_it_goes(load, tiny: Path, calib: Path, spec: ModelSpec) -> None:
+    there = len(load("builtin", length=512, seed=0).ids)
+    text, tokenizer = load(calib, length=512), ModelTokenizer(tiny)
+    text = TokenWindows(text.ids.repeat(1 + there // len(text.ids), 1), "text", {})
+    assert with_builtin(text, 0, tokenizer, spec, seed=0) is text
+    mixed = with_builtin(text, len(text.ids), tokenizer, spec, seed=0)
+    assert int((mixed.ids != text.ids).any(1).sum()) == there < len(text.ids)
 
 
 # ---------------------------------------------------------------------- kinds of file
