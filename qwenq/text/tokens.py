@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -41,6 +43,28 @@ _CONTEXT_TOKENS = 8  # the last one alone may be a byte of a character, or a spa
 _CHAT_S, _CHAT_S_PER_MB = 10, 1  # processor time of all conversations of a text
 
 
+@contextmanager
+def _unsaid() -> Iterator[None]:
+    """Meanwhile nothing written to stdout and stderr arrives there, not even by what passes Python by.
+
+    The library beneath prints its panics, and names of options that it does not know, as they are in the file.
+    """
+    kept: dict[int, int] = {}
+    null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        for handle, stream in ((1, sys.stdout), (2, sys.stderr)):
+            with suppress(OSError, ValueError):  # closed
+                stream.flush()
+                kept[handle] = os.dup(handle)
+                os.dup2(null, handle)
+        yield
+    finally:
+        for handle, copy in kept.items():
+            os.dup2(copy, handle)
+            os.close(copy)
+        os.close(null)
+
+
 @dataclass(frozen=True)
 class ModelTokenizer:
     """The tokenizer of a checkpoint directory, as transformers reads it: no code of the model's is run.
@@ -56,6 +80,10 @@ class ModelTokenizer:
     def _fast(self) -> Any:
         """transformers' tokenizer, padding and truncation that the file was saved with put off."""
         self._check_files()
+        with _unsaid():
+            return self._loaded()
+
+    def _loaded(self) -> Any:
         whole = (self.directory / "tokenizer.json").is_file()
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         try:
@@ -121,6 +149,10 @@ class ModelTokenizer:
     def sha256(self) -> str:
         """Digest of `tokenizer.json`, or of the files in its place."""
         self._check_files()
+        with _unsaid():
+            return self._read()
+
+    def _read(self) -> Any:
         whole = (self.directory / "tokenizer.json").is_file()
         names = ["tokenizer.json"] if whole else ["vocab.json", "merges.txt", "tokenizer.model"]
         digest = hashlib.sha256()
@@ -162,7 +194,7 @@ class ModelTokenizer:
                 encodings = self._tokenizer.encode_batch_fast(batch, add_special_tokens=special)
                 found += [encoding.ids for encoding in encodings]
         except BaseException as error:
-            if isinstance(error, KeyboardInterrupt | SystemExit):
+            if isinstance(error, KeyboardInterrupt | SystemExit) or out_of_memory(error):
                 raise
             reason = shown(str(error))
             raise CheckpointError(f"{self.directory}: its tokenizer.json cannot encode ({reason})") from None
