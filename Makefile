@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint fuzz interop interop-llamacpp bench bench-qwen pictures clean
+.PHONY: demo test test-slow lint fuzz hostile interop interop-llamacpp bench bench-qwen pictures clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,12 @@ lint: $(STAMP)
 
 fuzz: $(STAMP)            ## hostile input for every reader, 100,000 cases; counts and findings in reports/fuzz.json
 	PYTHONPATH=tests $(BIN)/python -m fuzz --cases 100000 --json reports/fuzz.json
+
+hostile: $(STAMP)         ## sources that change, damaged jobs, templates, special files, broken clients of both servers
+	PYTHONPATH=tests:tests/pipeline $(BIN)/python -m changing_source --sources 300 --damages 1000
+	PYTHONPATH=tests $(BIN)/python -m fuzz --cases 500 --only "chat templates" --seed 1
+	PYTHONPATH=tests $(BIN)/python -m fuzz --cases 300 --only "special files" --seed 1
+	$(BIN)/python tests/hostile_clients.py --each 1000
 
 interop: $(STAMP)         ## GPTQModel, and transformers through optimum, load what this project writes
 	VENV=$(VENV) bash interop/run.sh

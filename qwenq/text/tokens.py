@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -55,6 +57,28 @@ def template_files(directory: Path) -> list[str]:
     return sorted(f"{TEMPLATES}/{path.name}" for path in folder.glob("*.jinja"))
 
 
+@contextmanager
+def _unsaid() -> Iterator[None]:
+    """Meanwhile nothing written to stdout and stderr arrives there, not even by what passes Python by.
+
+    The library beneath prints its panics, and names of options that it does not know, as they are in the file.
+    """
+    kept: dict[int, int] = {}
+    null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        for handle, stream in ((1, sys.stdout), (2, sys.stderr)):
+            with suppress(OSError, ValueError):  # closed
+                stream.flush()
+                kept[handle] = os.dup(handle)
+                os.dup2(null, handle)
+        yield
+    finally:
+        for handle, copy in kept.items():
+            os.dup2(copy, handle)
+            os.close(copy)
+        os.close(null)
+
+
 @dataclass(frozen=True)
 class ModelTokenizer:
     """The tokenizer of a checkpoint, as transformers reads it: no code of the model's is run.
@@ -72,6 +96,10 @@ class ModelTokenizer:
         if self._vocabulary is not None:
             return _tokenizer_of(self._vocabulary, self.directory)
         self._check_files()
+        with _unsaid():
+            return self._loaded()
+
+    def _loaded(self) -> Any:
         whole = (self.directory / "tokenizer.json").is_file()
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         try:
@@ -152,6 +180,10 @@ class ModelTokenizer:
         if self._vocabulary is not None:
             return hashlib.sha256(json.dumps(self._vocabulary.document, sort_keys=True).encode()).hexdigest()
         self._check_files()
+        with _unsaid():
+            return self._read()
+
+    def _read(self) -> Any:
         whole = (self.directory / "tokenizer.json").is_file()
         names = ["tokenizer.json"] if whole else ["vocab.json", "merges.txt", "tokenizer.model"]
         digest = hashlib.sha256()
@@ -194,7 +226,7 @@ class ModelTokenizer:
                 encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=special)
                 found += [encoding.ids for encoding in encodings]
         except BaseException as error:
-            if isinstance(error, KeyboardInterrupt | SystemExit | CheckpointError):
+            if isinstance(error, KeyboardInterrupt | SystemExit | CheckpointError) or out_of_memory(error):
                 raise
             reason = shown(str(error))
             raise CheckpointError(f"{self.directory}: its tokenizer.json cannot encode ({reason})") from None

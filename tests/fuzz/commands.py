@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryFile
+from typing import IO, TYPE_CHECKING, Any
 
 from typer.testing import CliRunner
 
@@ -29,16 +32,34 @@ SPECIAL = ("pipe", "zero", "full", "sparse", "folder", "circle", "nowhere", "out
 
 def invoke(*words: str | Path) -> None:
     """Run a command: QwenqError for one that it refused, AssertionError for what it should not have printed."""
-    result = CliRunner().invoke(app, list(map(str, words)))
+    with TemporaryFile() as beside:
+        with into(beside):
+            result = CliRunner().invoke(app, list(map(str, words)))
+        beside.seek(0)
+        printed = beside.read().decode("utf-8", "backslashreplace")
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
-    said = result.stdout + result.stderr
+    said = result.stdout + result.stderr + printed
     assert printable_lines(said) == said, f"control characters from {words}"
     assert len(said) < LONGEST_OUTPUT, f"{len(said)} characters from {words}"
     if result.exit_code not in (0, 3):
         assert result.exit_code == 1 or "Usage:" not in result.stderr, result.stderr
         said = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
         raise QwenqError(said[-1] if said else "findings")
+
+
+@contextmanager
+def into(file: IO[bytes]) -> Iterator[None]:
+    """stdout and stderr of what writes to them past Python, such as libraries in Rust."""
+    kept = {handle: os.dup(handle) for handle in (1, 2)}
+    try:
+        for handle in kept:
+            os.dup2(file.fileno(), handle)
+        yield
+    finally:
+        for handle, copy in kept.items():
+            os.dup2(copy, handle)
+            os.close(copy)
 
 
 def special(path: Path, kind: str) -> None:

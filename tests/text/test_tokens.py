@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -163,3 +165,19 @@ def test_the_separator_may_come_from_the_config(tiny: Path, tmp_path: Path) -> N
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"no end-of-text token in tokenizer.json or config.json"):
         assert ModelTokenizer(tmp_path).separator
+
+
+def test_what_the_library_beneath_prints_goes_nowhere(tiny: Path, tmp_path: Path, edit_json: Any, capfd: Any) -> None:
+    """Names of options that it does not know, as they are in the file, and its panics."""
+    model = Path(shutil.copytree(tiny, tmp_path / "model"))
+    token = {"content": "<x>", "special": True, "\x1b[31mred": True}
+    edit_json(model / "tokenizer_config.json", added_tokens_decoder={"1000": token})
+    ModelTokenizer(model).encode(["a"])
+    assert capfd.readouterr() == ("", "")
+    words = {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": [["a", "b"]], "continuing_subword_prefix": "####"}
+    edit_json(model / "tokenizer.json", model=words)
+    with pytest.raises(CheckpointError):
+        ModelTokenizer(model).encode(["a"])
+    assert capfd.readouterr() == ("", "")
+    print("heard again")
+    assert capfd.readouterr().out == "heard again\n"
