@@ -19,7 +19,7 @@ from qwenq.formats.base import FORMATS, SIZED, get_format
 from qwenq.io.http import BadBody, BodyReader, Busy, Guard, Line, Server, while_there
 from qwenq.model.spec import family_configs, family_spec
 from qwenq.planning.engines.base import ENGINES, RigFinder, get_engine, plan_commands
-from qwenq.planning.ggufsize import BASE as GGUF_TYPES
+from qwenq.planning.ggufsize import gguf_types
 from qwenq.planning.memory import TERM_NAMES
 from qwenq.planning.plan import make_plan, recommend
 from qwenq.planning.questions import Question, Resolved, contexts_of, spread
@@ -195,7 +195,7 @@ def choices() -> dict[str, Any]:
             if form.container == "safetensors"
         }
         | {name: {"fixed": True, "bits": sized.bits} for name, sized in SIZED.items()},
-        "gguf_types": list(GGUF_TYPES),
+        "gguf_types": list(gguf_types()),
         "terms": TERM_NAMES,
         "max_gpus": MAX_PAGE_GPUS,
     }
