@@ -105,7 +105,14 @@ class ModelSpec:
 
     def layer_linears(self, layer: int) -> tuple[LinearSpec, ...]:
         """The linears of decoder layer `layer`, in the order they run."""
-        return tuple(lin for stage in self.architecture.stages for lin in self.stage_linears(layer, stage))
+        if layer not in self._linears:
+            stages = self.architecture.stages
+            self._linears[layer] = tuple(lin for stage in stages for lin in self.stage_linears(layer, stage))
+        return self._linears[layer]
+
+    @cached_property
+    def _linears(self) -> dict[int, tuple[LinearSpec, ...]]:
+        return {}
 
     @cached_property
     def linears(self) -> tuple[LinearSpec, ...]:

@@ -417,8 +417,8 @@ def layers_by_llama_cpp(flags: str, layers: int) -> list[list[int | str]]:
 
 @pytest.mark.parametrize(
     ("rig", "file_type", "context"),
-    [("2x RTX 3090", "Q4_K_S", 8192), ("4x RTX 3090", "Q8_0", 16384), ("RTX 3090 + 2x RTX 3060", "Q3_K_M", 4096),
-     ("RTX 3090", "Q4_K_M", 8192), ("RTX 4090 + RTX 3060", "Q4_K_M", 8192), ("H100 80GB", "Q4_K_M", 32768)],
+    [("2x RTX 3090", "Q4_K_S", 8192), ("4x RTX 3090", "Q8_0", 16384), ("RTX 3090 + 2x RTX 3060 12GB", "Q3_K_M", 4096),
+     ("RTX 3090", "Q4_K_M", 8192), ("RTX 4090 + RTX 3060 12GB", "Q4_K_M", 8192), ("H100 SXM5 80GB", "Q4_K_M", 32768)],
 )  # fmt: skip
 def test_llama_cpp_puts_layers_where_the_plan_does(rig: str, file_type: str, context: int) -> None:
     """The output counts as a layer, and layers on the CPU are the first ones."""
