@@ -180,10 +180,6 @@ class ModelTokenizer:
         if self._vocabulary is not None:
             return hashlib.sha256(json.dumps(self._vocabulary.document, sort_keys=True).encode()).hexdigest()
         self._check_files()
-        with _unsaid():
-            return self._read()
-
-    def _read(self) -> Any:
         whole = (self.directory / "tokenizer.json").is_file()
         names = ["tokenizer.json"] if whole else ["vocab.json", "merges.txt", "tokenizer.model"]
         digest = hashlib.sha256()

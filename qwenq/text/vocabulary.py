@@ -103,6 +103,8 @@ def vocabulary_of_metadata(metadata: Mapping[str, Any], where: str) -> Vocabular
     for place, (token, type_) in enumerate(zip(tokens, types, strict=True)):
         if type_ != UNUSED and ids.setdefault(token, place) != place:
             raise CheckpointError(f"{where}: {_TOKENS} has {shown(token, 40)} twice, as {ids[token]} and {place}")
+    if len(set(merges)) != len(merges):
+        raise CheckpointError(f"{where}: {_MERGES} has {len(merges) - len(set(merges))} merges twice")
     pairs = [merge.split(" ") for merge in merges]
     for merge, pair in zip(merges, pairs, strict=True):
         if len(pair) != 2 or pair[0] not in ids or pair[1] not in ids or pair[0] + pair[1] not in ids:

@@ -88,6 +88,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no merges": ({"merges": None}, "merges is None, wanted an array of texts"),
     "merges of nothing": ({"merges": ["zzz yyy"]}, "has zzz yyy, not two tokens that make one"),
     "merges of one": ({"merges": ["ab"]}, "has ab, not two tokens"),
+    "a merge twice": ({"merges": ["Ġ Ġ", "Ġ Ġ"]}, "has 1 merges twice"),
     "types for others": ({"token_type": [1, 1]}, "2 token types for 1024 tokens"),
     "an id too large": ({"eos_token_id": 5000}, "eos_token_id is 5000, wanted the id of one of 1024 tokens"),
     "tokens twice": ({"tokens": ["a"] * 1024}, "has a twice, as 0 and 1"),
