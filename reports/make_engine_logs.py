@@ -48,8 +48,8 @@ def main() -> None:
     text = f"""# The room of vLLM's KV cache, against its own start-up logs
 
 `python reports/make_engine_logs.py`, qwenq {__version__} at {commit.strip()}, Python {platform.python_version()}; no \
-GPU needed. The rows are in tests/data/published/engine_logs.csv; before is {BEFORE_COMMIT}. `qwenq vram validate` on that \
-file prints the same.
+GPU needed. The rows are in tests/data/published/engine_logs.csv; before is {BEFORE_COMMIT}. `qwenq vram validate` on \
+that file prints the same.
 
 | row | model | vLLM | GPUs | part | logged | before | now | where |
 |---|---|---|---|---|---|---|---|---|
@@ -63,8 +63,8 @@ unchanged.
 - Fitted to V9 and V10 (one card at two budgets, which gives its total of 22.30 GiB): a graph's share of vLLM's
   estimate (0.79 GiB for 86 graphs of 48 layers) and 0.143 GiB of non-torch growth. Everything else is counted or from
   other logs: 38 bytes a logit before 0.17, when logits were sorted (1.40 GiB of activations in logs of 0.10.2 and of
-  early 2026), 14 since; gate, up and product with three hidden states a token (1.06 GiB at 32,768 tokens in V21); packed
-  weights rounded by the allocator tensor by tensor.
+  early 2026), 14 since; gate, up and product with three hidden states a token (1.06 GiB at 32,768 tokens in V21);
+  packed weights rounded by the allocator tensor by tensor.
 - V11 and V12 name no version: they are predicted as the newest. With 0.10 to 0.16 they come out 0.3 and 0.1 % high.
 - V20: with 0.19.1 from PyPI the graphs were outside the part, in its container they were inside. The careful side is
   counted, which leaves 1.6 % less.

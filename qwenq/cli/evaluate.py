@@ -9,8 +9,20 @@ from typing import Annotated
 import typer
 
 from qwenq import api
-from qwenq.cli.console import LayerProgress, drift_table, out
-from qwenq.cli.options import JOB, TEXT, ComputeDtype, Device, JsonFlag, Model, SequenceLength, fetched, option
+from qwenq.cli.console import LayerProgress, drift_table, out, warn
+from qwenq.cli.options import (
+    JOB,
+    TEXT,
+    ComputeDtype,
+    Device,
+    FollowLinks,
+    JsonFlag,
+    Model,
+    SequenceLength,
+    Strict,
+    fetched,
+    option,
+)
 from qwenq.cli.plain import print_json
 from qwenq.errors import PlanError
 from qwenq.pipeline.config import EvaluateConfig
@@ -42,6 +54,8 @@ def evaluate(
     ] = None,
     device: Device = EvaluateConfig.device,
     compute_dtype: ComputeDtype = EvaluateConfig.compute_dtype,
+    strict: Strict = EvaluateConfig.strict,
+    follow_links: FollowLinks = False,
     json: JsonFlag = False,
 ) -> None:
     """Measure what a checkpoint lost against its 16-bit reference: perplexity, KL divergence, top-1 agreement.
@@ -58,7 +72,8 @@ def evaluate(
             saved = SavedLogits(save_reference_logits, progress.say)
         drift = api.evaluate(
             checkpoint, base, text=text, num_samples=num_samples, sequence_length=sequence_length,
-            save_reference_logits=saved, device=device, compute_dtype=compute_dtype, progress=progress.step,
+            save_reference_logits=saved, device=device, compute_dtype=compute_dtype, strict=strict,
+            progress=progress.step, warn=warn,
         )  # fmt: skip
     if json:
         found = {"file": str(saved.path), "bytes": saved.n_bytes, "kl": saved.kl} if saved else None

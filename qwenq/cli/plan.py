@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from qwenq.cli.plain import print_json, print_line
+from qwenq.cli.plain import print_json, print_line, print_step
 from qwenq.cli.vram import (
     RIG,
     WORKLOAD,
@@ -17,6 +17,7 @@ from qwenq.cli.vram import (
     EngineName,
     EngineVersion,
     ExpectParams,
+    FollowLinks,
     FormatName,
     GpuRig,
     GroupSize,
@@ -73,6 +74,7 @@ def plan(
     gpu_memory_utilization: Utilization = None,
     enforce_eager: EnforceEager = False,
     expect_params: ExpectParams = None,
+    follow_links: FollowLinks = False,
     as_json: Json = False,
 ) -> None:
     """Plan MODEL on a rig. Exit code 3 when it does not fit; the plan is printed all the same."""
@@ -83,6 +85,8 @@ def plan(
         from qwenq.planning.rig import detect_rig
 
         rig = detect_rig()
+        for line in rig.notes:
+            print_step(f"warning: {line}")
     asked = Question(
         model=model,
         bits=bits,
@@ -106,6 +110,8 @@ def plan(
         expect_params=expect_params,
         rig=rig,
     ).resolve()
+    for line in asked.notes:
+        print_step(f"warning: {line}")
     contexts = contexts_of(asked, context)
     if len(contexts) != 1:
         raise UsageError("one context, please", hint="`qwenq vram` takes several")

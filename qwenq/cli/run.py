@@ -16,6 +16,7 @@ from qwenq.cli.options import (
     ENGINE,
     JOB,
     CpuMemory,
+    FollowLinks,
     GpuMemory,
     JsonFlag,
     KvDtype,
@@ -75,6 +76,7 @@ def run(
         bool,
         option(JOB, "--dry-run", help="Say where layers would go, what devices would hold, how fast; load none."),
     ] = False,
+    follow_links: FollowLinks = False,
     json: JsonFlag = False,
 ) -> None:
     """Run a checkpoint, weights packed, over the GPUs, host memory and disk of this machine, and talk to it.
@@ -116,6 +118,8 @@ def run(
         raise UsageError("--json answers one question", hint="give it with --prompt")
     directory = fetched(model)
     checkpoint = open_checkpoint(directory)
+    for line in checkpoint.notes:
+        warn(line)
     chat = Chat(directory, checkpoint.spec.vocab_size)
     sampling = chat.sampling(**asked)
     if not raw and not chat.has_template:
@@ -223,9 +227,10 @@ def _answer(found: Loaded, session: Session, chat: Chat, ids: list[int], samplin
         )
         return text
     print_line()
+    by = f", by {session.decoding}" if any(device.type == "cuda" for device in devices) else ""
     print_step(
         f"prompt {timing.prompt_tokens} tokens, {timing.prefill_speed:.1f} tokens/s; "
-        f"answer {timing.new_tokens} tokens, {timing.decode_speed:.2f} tokens/s",
+        f"answer {timing.new_tokens} tokens, {timing.decode_speed:.2f} tokens/s{by}",
     )
     for row in rows:
         small = abs(row["allocated_bytes"] - row["predicted_bytes"]) < SMALL_DIFFERENCE

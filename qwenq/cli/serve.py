@@ -19,6 +19,7 @@ from qwenq.cli.options import (
     MACHINE,
     SERVER,
     CpuMemory,
+    FollowLinks,
     GpuMemory,
     KvDtype,
     MaxModelLen,
@@ -90,6 +91,7 @@ def serve(
         bool,
         option(JOB, "--dry-run", help="Print the engine's commands, or what our own server would load."),
     ] = False,
+    follow_links: FollowLinks = False,
 ) -> None:
     """Serve a checkpoint on OpenAI's API: /v1/models, /v1/chat/completions, /v1/completions, with streaming.
 
@@ -240,6 +242,8 @@ def _serve_here(directory: Path, options: LoadOptions, door: _Door) -> None:
     from qwenq.runtime.load import describe, loaded
 
     checkpoint = open_checkpoint(directory)
+    for line in checkpoint.notes:
+        warn(line)
     chat = Chat(directory, checkpoint.spec.vocab_size)
     host = door.host
     try:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from qwenq.cli import links
 from qwenq.cli.plain import print_json, print_line, print_step
 from qwenq.errors import PlanError, UsageError
 from qwenq.planning.engines.base import engine_names
@@ -92,6 +93,7 @@ Reserve = Annotated[str, _option(RIG, "--reserve", metavar="SIZE", help="Kept fr
 ProfileFile = Annotated[
     Path | None, _option(RIG, "--profile", metavar="FILE", help="Measured there by `qwenq vram measure -o FILE`.")
 ]
+FollowLinks = Annotated[bool, _option(WEIGHTS, "--follow-links", help=links.HELP, callback=links.follow_links)]
 Json = Annotated[bool, _option(ANSWER, "--json", help="Machine-readable.")]
 
 
@@ -123,6 +125,7 @@ def estimate_command(
     enforce_eager: EnforceEager = False,
     expect_params: ExpectParams = None,
     profile: ProfileFile = None,
+    follow_links: FollowLinks = False,
     as_json: Json = False,
     as_csv: Annotated[bool, _option(ANSWER, "--csv", help="One line a GPU and term.")] = False,
 ) -> None:
@@ -153,6 +156,8 @@ def estimate_command(
         profile=profile,
     ).resolve()
     answer = spread(question, contexts_of(question, max_model_len))
+    for line in question.notes:
+        print_step(f"warning: {line}")
     for misfit in question.misfits:
         print_step(f"warning: {question.engine.name} does not run on {misfit.name}")
     if as_json:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qwenq.checkpoint.headers import read_headers
+from qwenq.checkpoint.contents import Contents, read_contents, refuse_adapter
+from qwenq.checkpoint.headers import read_config, read_headers
 from qwenq.errors import CheckpointError, PlanError, UsageError
 from qwenq.formats.base import FORMATS, SIZED, Recipe, Scheme, get_format
 from qwenq.io.gguf import is_gguf
 from qwenq.io.json import inside, read_object, shown
-from qwenq.io.safetensors import INDEX_NAME, TensorLocation, TensorSpec
+from qwenq.io.safetensors import INDEX_NAME, TensorLocation, TensorSpec, checkpoint_tensors
 from qwenq.model.spec import ModelSpec, family_spec, near_names, refuse_experts, spec_from_config
 from qwenq.planning.ggufsize import BITS_TO_TYPE, gguf_types, gguf_weights, is_gguf_type
 from qwenq.planning.weights import Weights, header_weights, published_weights, recipe_weights
@@ -31,6 +32,7 @@ class Model:
     directory: Path | None = None
     hub: str = ""  # its hub name, when config.json came from there
     published: str = ""  # GPTQ-Int4, GPTQ-Int8, AWQ, FP8 when the name says so
+    notes: tuple[str, ...] = ()  # a line for each thing that is read otherwise than config.json says
 
 
 def load_spec(model: str) -> ModelSpec:
@@ -41,6 +43,9 @@ def load_spec(model: str) -> ModelSpec:
 def load_model(model: str, expect_parameters: float | None = None) -> Model:
     """A model by family name, directory or hub name, its stated totals checked against its shapes."""
     found = _find(model)
+    if found.spec.tie_word_embeddings:  # unless another head is stored
+        stored = _contents(found)
+        found = replace(found, spec=stored.spec, config=stored.config, notes=stored.notes)
     _audit(found, expect_parameters)
     return found
 
@@ -67,8 +72,7 @@ def model_weights(model: Model, asked: WeightsAsked = WeightsAsked()) -> Weights
     spec, bits, ranks = model.spec, asked.bits, asked.pad_for_tp
     if asked.checkpoint is not None:
         _refuse_padding(ranks)
-        stored = read_headers(asked.checkpoint)
-        return _of_headers(spec, _specs(stored.tensors), stored.config, str(asked.checkpoint))
+        return _checkpoint_weights(spec, asked.checkpoint)
     mixed = {"--target-size": asked.target_bytes, "--recipe": asked.recipe}
     if asked.gguf:
         plain = asked.bits is None and not asked.format
@@ -123,17 +127,27 @@ def _own_weights(model: Model) -> Weights | None:
 
 def stored_tensors(model: Model) -> dict[str, TensorSpec]:
     """Headers of a directory, GGUF file or hub model; empty for a family, and for a directory without weights."""
-    if model.directory is not None:
-        return _specs(read_headers(model.directory).tensors) if _has_tensors(model.directory) else {}
-    if not model.hub:
-        return {}
-    from qwenq.io.hub import fetch_headers
-
-    return _specs(fetch_headers(model.hub))
+    return _specs(_contents(model).tensors)
 
 
 def _specs(tensors: Mapping[str, TensorLocation]) -> dict[str, TensorSpec]:
     return {name: location.spec for name, location in tensors.items()}
+
+
+def _contents(model: Model) -> Contents:
+    """What a checkpoint or hub model has stored: headers, and where a head is tied, what of both tells them apart."""
+    where = shown(str(model.directory or model.hub or model.spec.name))
+    if model.directory is not None and _has_tensors(model.directory):
+        if is_gguf(model.directory):
+            return read_headers(model.directory)
+        return read_contents(model.spec, model.config, checkpoint_tensors(model.directory), where)
+    if model.directory is not None or not model.hub:
+        return Contents(model.spec, dict(model.config), {})
+    from qwenq.io.hub import fetch_headers, same_start
+
+    return read_contents(
+        model.spec, model.config, fetch_headers(model.hub), where, lambda one, other: same_start(model.hub, one, other)
+    )
 
 
 def source_dtypes(model: Model) -> Callable[[str], str]:
@@ -243,6 +257,7 @@ def _find(model: str) -> Model:
     if not path.exists():
         refuse_experts(model)
     if path.is_dir():
+        refuse_adapter(path)
         raise CheckpointError(f"{shown(model)}: no config.json", hint="give the folder of a Hugging Face checkpoint")
     if path.exists() or model.startswith(("/", ".", "~")) or model.count("/") != 1:
         raise CheckpointError(
@@ -262,6 +277,18 @@ def _from_hub(model: str) -> Model:
 
 def _has_tensors(directory: Path) -> bool:
     return is_gguf(directory) or (directory / INDEX_NAME).exists() or any(directory.glob("*.safetensors"))
+
+
+def _checkpoint_weights(spec: ModelSpec, path: Path) -> Weights:
+    """Weights as a checkpoint has them, whose own config says whether the head is tied."""
+    if is_gguf(path):
+        found = read_headers(path)
+    else:
+        config = read_config(path)
+        tied = bool(config.get("tie_word_embeddings", spec.tie_word_embeddings))
+        own = replace(spec, tie_word_embeddings=tied)
+        found = read_contents(own, config, checkpoint_tensors(path), shown(str(path)))
+    return _of_headers(spec if is_gguf(path) else found.spec, _specs(found.tensors), found.config, str(path))
 
 
 def _of_headers(spec: ModelSpec, tensors: Mapping[str, TensorSpec], config: Mapping[str, Any], where: str) -> Weights:

@@ -204,7 +204,8 @@ class _Splitter:
     def fill(self, layers: int, room: int) -> tuple[Share, ...] | None:
         """Shares of the first `layers` layers that leave `room` bytes on every GPU in use, or None."""
         count = len(self.rig.gpus)
-        for head in (0,) if self.tied_first else range(count - 1, -1, -1):
+        equal = len(set(self.limits)) == 1 and len(set(self.alike)) == 1  # then fewer of them hold no more
+        for head in (0,) if self.tied_first else range(count - 1, count - 2 if equal else -1, -1):
             shares = self._fill_before(layers, room, head, count if self.tied_first else head + 1)
             if shares is not None:
                 return shares

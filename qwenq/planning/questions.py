@@ -41,6 +41,11 @@ class Resolved:
         return self.model.spec
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """A line for each thing about the model that is read otherwise than its config.json says."""
+        return self.model.notes
+
+    @property
     def misfits(self) -> list[Gpu]:
         """Kinds of GPU of the rig on which the engine does not run at all."""
         kinds = {gpu.name: gpu for gpu in self.rig.gpus} if self.rig else {}
@@ -98,6 +103,8 @@ class Question:
             format=self.format,
         )
         weights = model_weights(model, asked)
+        if weights.head:  # of a checkpoint that unties it, say
+            model = replace(model, spec=replace(model.spec, tie_word_embeddings=False))
         if self.pad_for_tp is not None:
             model = replace(model, spec=replace(model.spec, intermediate_size=weights.intermediate_size))
         template = Workload(

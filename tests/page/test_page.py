@@ -137,7 +137,7 @@ def test_limits(client: TestClient) -> None:
 def random_body(rng: random.Random) -> bytes:
     """Anything from noise to a valid state with one field spoiled."""
     odd: list[Any] = [None, True, -1, 0, 1, 3, 2**31, 2**70, 1.5, 1e300, "", "fp8", "4", "é\u0000", [], {}, [[]]]
-    gpus = ["RTX 3090", "Arc B580", "M2 Ultra", "RTX 3060", "P40"] * 2 + ["A100"]
+    gpus = ["RTX 3090", "Arc B580", "M2 Ultra", "RTX 3060 12GB", "P40"] * 2 + ["A100"]
     kind = rng.randrange(12)  # 6 and more: left whole
     if kind == 0:
         return rng.randbytes(rng.randrange(200))

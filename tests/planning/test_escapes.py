@@ -121,7 +121,7 @@ def test_a_padded_checkpoint_only_where_it_fits() -> None:
     short = planned("2x RTX 3090", Workload(65536))
     assert not any("padded" in text for text in short.instead)
     one_layer = replace(B72, num_hidden_layers=1)
-    plan = planned("2x RTX 3060", Workload(8192), one_layer, recipe_weights(one_layer, Recipe(Scheme(4, 128))))
+    plan = planned("2x RTX 3060 12GB", Workload(8192), one_layer, recipe_weights(one_layer, Recipe(Scheme(4, 128))))
     assert [option.reasons != () for option in plan.serving.options] == [True, True]  # one layer makes no two stages
     assert plan.serving.chosen is None and not plan.fits
     assert plan.certainty == plan.to_json()["certainty"] == "does not fit"

@@ -102,7 +102,8 @@ def test_uneven_rig() -> None:
 
 def test_tied_head_stays_with_the_embedding() -> None:
     spec = model("Qwen2.5-3B")
-    case = Case(spec, published_weights(spec, "BF16"), get_engine("qwenq"), Workload(32768), parse_rig("2x RTX 3060"))
+    rig = parse_rig("2x RTX 3060 12GB")
+    case = Case(spec, published_weights(spec, "BF16"), get_engine("qwenq"), Workload(32768), rig)
     found = place(case)
     assert found.shares[0].embed and found.shares[0].head and found.device_map()["lm_head"] == 0
 
@@ -155,7 +156,7 @@ def test_absurd_loads_still_have_a_split() -> None:
     spec = model("Qwen3-8B")
     weights = gguf_weights(spec, "Q8_0")
     work = Workload(40960, batch=256, kv_dtype="q8_0", prefill_chunk=131072)
-    found = place(Case(spec, weights, get_engine("llama.cpp"), work, parse_rig("3x Arc B580 + 2x RTX 3060")))
+    found = place(Case(spec, weights, get_engine("llama.cpp"), work, parse_rig("3x Arc B580 + 2x RTX 3060 12GB")))
     _check(found, spec.num_hidden_layers)
     assert not found.fits and found.memory.certainty == "does not fit"
 
@@ -416,8 +417,8 @@ def layers_by_llama_cpp(flags: str, layers: int) -> list[list[int | str]]:
 
 @pytest.mark.parametrize(
     ("rig", "file_type", "context"),
-    [("2x RTX 3090", "Q4_K_S", 8192), ("4x RTX 3090", "Q8_0", 16384), ("RTX 3090 + 2x RTX 3060", "Q3_K_M", 4096),
-     ("RTX 3090", "Q4_K_M", 8192), ("RTX 4090 + RTX 3060", "Q4_K_M", 8192), ("H100 80GB", "Q4_K_M", 32768)],
+    [("2x RTX 3090", "Q4_K_S", 8192), ("4x RTX 3090", "Q8_0", 16384), ("RTX 3090 + 2x RTX 3060 12GB", "Q3_K_M", 4096),
+     ("RTX 3090", "Q4_K_M", 8192), ("RTX 4090 + RTX 3060 12GB", "Q4_K_M", 8192), ("H100 SXM5 80GB", "Q4_K_M", 32768)],
 )  # fmt: skip
 def test_llama_cpp_puts_layers_where_the_plan_does(rig: str, file_type: str, context: int) -> None:
     """The output counts as a layer, and layers on the CPU are the first ones."""
