@@ -128,7 +128,7 @@ def dry_run(model: str, config: QuantizeConfig, output: Path | None = None) -> D
     )
     measuring = None
     if found.measures(windows):
-        schemes = len(solved_schemes(found.spec, config.format, bool(config.asymmetric)))
+        schemes = solved_schemes(found.spec, config.format, bool(config.asymmetric))
         measuring = sensitivity_bytes(found.spec, windows.length, found.compute_bytes, on_gpu, schemes)
     assumed = Assumed(
         calibration_windows=windows.calibration,

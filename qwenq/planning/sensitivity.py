@@ -156,13 +156,12 @@ def schemes_for(
     return tuple(scheme for scheme in first if all(scheme in found for found in others))
 
 
-def solved_schemes(spec: ModelSpec, format: str, asymmetric: bool = False) -> tuple[Scheme, ...]:
-    """Schemes that a measurement solves errors of: those offered, but 8-bit integers, which follow from 4 bits."""
-    form, found = get_format(format), dict[Scheme, None]()
-    for fused in fused_groups(spec, format):
-        offered = schemes_for(spec, fused, form, None if form.outer else options_of(asymmetric))
-        found |= dict.fromkeys(replace(s, bits=4) if s.codes == "int" else s for s in offered)
-    return tuple(found)
+def solved_schemes(spec: ModelSpec, format: str, asymmetric: bool = False) -> int:
+    """Schemes that a measurement solves errors of, at most, of one linear; 8-bit integers follow from those in 4."""
+    form = get_format(format)
+    options = None if form.outer else options_of(asymmetric)
+    offered = [schemes_for(spec, fused, form, options) for fused in fused_groups(spec, format) if fused[0] == 0]
+    return max(len({replace(s, bits=4) if s.codes == "int" else s for s in schemes}) for schemes in offered)
 
 
 def prior_noise(scheme: Scheme) -> float:

@@ -193,6 +193,6 @@ def test_the_command(random_model: Make, tmp_path: Path) -> None:
     assert result.exit_code == 0 and json.loads(result.stdout)["source_format"] == "gptq"
     result = run(tmp_path / "a", tmp_path / "c", "--format", "compressed-tensors")
     assert result.exit_code == 0 and "4-bit g32, gptq to compressed-tensors, 0." in result.stdout
-    result = run(tmp_path / "a", tmp_path / "d", "--format", "gguf")
+    result = run(tmp_path / "a", tmp_path / "d", "--format", "ggml")
     assert result.exit_code == 2
-    assert result.stderr == f"error: --format gguf: wanted one of {', '.join(FORMATS)}\n"
+    assert result.stderr == f"error: --format ggml: wanted one of {', '.join(FORMATS)}\n"
