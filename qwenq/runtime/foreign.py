@@ -33,7 +33,7 @@ class ForeignEngine(ABC):
     ) -> Iterator[int]:
         """New tokens after a prompt's, without the one that stops; `timing` is filled in."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Let go of what was loaded, once nothing more is asked."""
 
     @classmethod

@@ -19,7 +19,7 @@ from qwenq.errors import CheckpointError, PlanError, RunError
 from qwenq.io.gguf import is_gguf
 from qwenq.io.json import shown
 from qwenq.planning.case import Case
-from qwenq.planning.engines.base import get_engine, pci_order
+from qwenq.planning.engines.base import pci_order
 from qwenq.planning.engines.llamacpp import LlamaCppEngine
 from qwenq.planning.placement import Placement, place
 from qwenq.planning.questions import Question
@@ -125,7 +125,7 @@ class LlamaCppServer(ForeignEngine):
             self._port: int = free.getsockname()[1]
         words = [program, *planned.words[1:], "--host", "127.0.0.1", "--port", str(self._port)]
         environment = os.environ | dict(pair.split("=", 1) for pair in planned.setting.split())
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115
         try:
             self._process = subprocess.Popen(
                 words, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, env=environment
