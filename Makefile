@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint fuzz interop bench pictures clean
+.PHONY: demo test test-slow lint fuzz interop interop-llamacpp bench pictures clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,11 @@ fuzz: $(STAMP)            ## hostile input for every reader, 100,000 cases; coun
 
 interop: $(STAMP)         ## GPTQModel, and transformers through optimum, load what this project writes
 	VENV=$(VENV) bash interop/run.sh
+
+interop-llamacpp: $(STAMP) ## llama.cpp's tools built from source; layers, importance matrix and reference logits checked
+	VENV=$(VENV) bash interop/build_llamacpp.sh
+	PATH="$(CURDIR)/$${INTEROP_ENVS:-.interop}/llama.cpp/bin:$$PATH" $(BIN)/python -m pytest -m llamacpp
+	$(BIN)/python interop/check_llamacpp_layers.py --bin $${INTEROP_ENVS:-.interop}/llama.cpp/bin
 
 bench: $(STAMP)           ## this project and GPTQModel side by side: KL, perplexity, top-1, bits, time, memory
 	VENV=$(VENV) bash benchmarks/run.sh

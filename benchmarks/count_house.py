@@ -8,9 +8,11 @@
 - a floor: files that import none of the package at module level are on floor 1, every other file one above the highest
   that it imports;
 - an arrow: one folder imports from another, at module level, in a function or for types. Folders are the first below
-  qwenq/; loose files are one folder, but `__init__` and `__main__`, which are doors;
+  qwenq/; loose files are one folder, but the doors, which are one each: `api`, `__main__` and the package itself. The
+  package hands calls on to the API and holds the version, which any file may read: no arrow leads to it;
 - backward arrows: the fewest that point up in the best order of the folders there is;
-- a parameter: any but self, cls, *args and **kwargs; a command is a function that Typer calls;
+- a parameter: any but self, cls, *args and **kwargs; a command is a function that Typer calls, in cli/ also one called
+  like its file;
 - a comparison: ==, !=, in, not in, is, isinstance, match, startswith, a table or a lookup against names of formats or
   engines, outside their homes: literals, constants that hold such names, objects and classes called so (VLLM,
   AwqFormat). `method == "gptq"` and `solver == "gptq"` are of the solver, and lookups by the name of a package are of
@@ -34,7 +36,7 @@ ENGINES = {"qwenq", "transformers", "vllm", "llama.cpp", "sglang"}
 PACKAGES = {"qwenq", "transformers", "bitsandbytes"}  # whose versions are looked up by these names too
 FORMAT_HOMES, ENGINE_HOMES = ("formats/",), ("planning/engines/", "planning/engines.py")
 SHORT, MANY = 60, 6  # lines of a short file, parameters of a function
-DOORS = ("__init__", "__main__")
+DOORS = ("api", "__init__", "__main__")
 LOOSE = "(loose)"
 
 
@@ -202,7 +204,7 @@ def folder_imports(modules: Sequence[Module]) -> dict[tuple[str, str], set[str]]
     for module in modules:
         for used in imported(module, set(by_name), everywhere=True):
             pair = module.folder, by_name[used].folder
-            if pair[0] != pair[1]:
+            if pair[0] != pair[1] and used != "__init__":
                 found.setdefault(pair, set()).add(f"{module.name} -> {used}")
     return found
 
@@ -251,6 +253,7 @@ def wide_functions(modules: Sequence[Module]) -> list[tuple[str, bool]]:
             if number > MANY:
                 typed = " ".join(ast.unparse(a.annotation) for a in arguments if a.annotation)
                 command = node.name in commands or "typer.Option" in typed or "typer.Argument" in typed
+                command = command or module.path == f"cli/{node.name}.py"
                 found.append((f"{module.path}:{node.lineno} {node.name} ({number})", command))
     return found
 

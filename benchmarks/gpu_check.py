@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """All that has to be known of a real GPU, in one command: are its kernels right, is the estimate, how fast is it.
 
-    python benchmarks/gpu_check.py --minutes 9 --out DIR [--parts environment,kernels] [--device cpu --tiny]
+    python benchmarks/gpu_check.py --minutes 9 --out DIR [--only triton,decode-4] [--skip vram-4] [--device cpu --tiny]
 
 For a bare machine with one CUDA GPU of 24 GB or more and no network: random weights are made on the spot. Each part
 (benchmarks/gpu_parts.py) runs in a process of its own with a time limit of its own, most valuable first; a part that
@@ -45,16 +45,19 @@ class Part:
     limit_s: float
 
 
-# Most valuable first.
+# Most valuable first: what no GPU has run yet, then what one has found right.
 PARTS = (
-    Part("environment", 20, 60),
-    Part("kernels", 40, 100),
-    Part("vram-4", 80, 170),
-    Part("quantize", 60, 140),
-    Part("layer-72b", 80, 200),
-    Part("model", 35, 110),
-    Part("vram-8", 50, 130),
+    Part("triton", 40, 110),
+    Part("decode-4", 30, 90),
+    Part("kernels", 25, 80),
+    Part("decode-8", 30, 80),
+    Part("model", 45, 130),
     Part("solver", 20, 60),
+    Part("quantize", 60, 140),
+    Part("environment", 12, 60),
+    Part("layer-72b", 70, 200),
+    Part("vram-4", 45, 170),
+    Part("vram-8", 40, 130),
     Part("ranks", 1, 20),
 )
 
@@ -90,14 +93,17 @@ def arguments() -> argparse.Namespace:
     names = ",".join(part.name for part in PARTS)
     parser.add_argument("--minutes", type=float, default=9.0, help="time for all parts together")
     parser.add_argument("--out", type=Path, required=True, help="directory for gpu-check.json and gpu-check.md")
-    parser.add_argument("--parts", default=names, help=f"which, with commas between them: {names}")
+    parser.add_argument("--only", "--parts", dest="parts", default=names, help=f"parts, with commas between: {names}")
+    parser.add_argument("--skip", default="", help="parts to leave out, with commas between")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="shapes that take seconds on a CPU")
     parser.add_argument("--work", type=Path, help="where scratch files go; default: the system's temporary directory")
     asked = parser.parse_args()
-    asked.parts = asked.parts.split(",")
-    if unknown := sorted(set(asked.parts) - {part.name for part in PARTS}):
-        parser.error(f"--parts {','.join(unknown)}: wanted some of {names}")
+    only, skipped = ([name for name in text.split(",") if name] for text in (asked.parts, asked.skip))
+    for option, given in (("--only", only), ("--skip", skipped)):
+        if unknown := sorted(set(given) - {part.name for part in PARTS}):
+            parser.error(f"{option} {','.join(unknown)}: wanted some of {names}")
+    asked.parts = [part.name for part in PARTS if part.name in only and part.name not in skipped]
     return asked
 
 
@@ -105,7 +111,7 @@ def command(asked: argparse.Namespace) -> str:
     """The command without the directories of this machine."""
     words = ["python benchmarks/gpu_check.py", f"--minutes {asked.minutes:g}"]
     if len(asked.parts) < len(PARTS):
-        words.append("--parts " + ",".join(asked.parts))
+        words.append("--only " + ",".join(asked.parts))
     words += [f"--device {asked.device}"] if asked.device != "cuda" else []
     return " ".join([*words, *(["--tiny"] if asked.tiny else []), "--out DIR"])
 

@@ -64,6 +64,9 @@ def _checks(checks: Sequence[Mapping[str, Any]]) -> list[str]:
 TABLES = {
     "environment": ("rates",),
     "kernels": ("linear_errors", "linear_speed", "attention_speed"),
+    "triton": ("best", "rows", "written_out", "attention_speed"),
+    "decode-4": ("decoding", "prefill", "rows", "token_profile", "chunk_profile"),
+    "decode-8": ("decoding", "prefill", "rows", "token_profile", "chunk_profile"),
     "vram-4": ("rows", "times", "decode", "token_profile", "chunk_profile"),
     "vram-8": ("rows", "times", "decode", "token_profile", "chunk_profile"),
     "quantize": ("runs",),
@@ -87,7 +90,7 @@ def _table_of(key: str, value: Any) -> list[str]:
     if key == "linear_errors":
         rows = [[label, ", ".join(f"{count}: {e:g}" for count, e in found.items())] for label, found in value.items()]
         return table(["linear", "relative error by rows"], rows)
-    if key == "linear_speed":
+    if key == "linear_speed" or (key == "rows" and isinstance(value, dict)):
         return [line for label, rows in value.items() for line in (f"{label}:", "", *_records(rows), "")]
     if key in ("rows", "host_memory_rows"):
         return table(
@@ -100,7 +103,7 @@ def _table_of(key: str, value: Any) -> list[str]:
                 for row in value
             ],
         )  # fmt: skip
-    if key in ("runs", "work"):
+    if key in ("runs", "work", "best"):
         return _records([{"": name} | dict(row) for name, row in value.items()])
     if key.endswith("_profile"):
         took = f"{value['device_ms']} ms on the device of {value['wall_ms_under_profiler']} ms under the profiler."

@@ -38,18 +38,18 @@ from qwenq.checkpoint.reader import open_checkpoint
 from qwenq.errors import QwenqError
 from qwenq.formats.base import PackedShape, Recipe, Scheme
 from qwenq.formats.bitsandbytes import Nf4Blocks
-from qwenq.machine import host_facts, versions
+from qwenq.machine import has_triton, host_facts, versions
 from qwenq.model.attention import causal_attention
 from qwenq.planning.case import Case
 from qwenq.planning.engines.torch import OWN
-from qwenq.planning.kernels import row_block_weights
+from qwenq.planning.kernels import kernel_group, row_block_weights
 from qwenq.planning.models import load_spec
 from qwenq.planning.weights import recipe_weights
 from qwenq.runtime import measure as measuring
 from qwenq.runtime.cache import KvCache, attend
 from qwenq.runtime.forecast import forecast
 from qwenq.runtime.generate import KV_DTYPES, Session, Timing
-from qwenq.runtime.linear import Int4Linear, Nf4Linear, StoredLinear, packed_linear
+from qwenq.runtime.linear import Int4Linear, Nf4Linear, StoredLinear, TritonLinear, packed_linear
 from qwenq.runtime.load import LoadOptions, asked_of_machine, load_from, loaded, plan_load
 from qwenq.runtime.peaks import driver_bytes, visible_rig
 from qwenq.runtime.synthetic import SyntheticWeights, synthetic_config
@@ -113,9 +113,10 @@ class Notes:
         self.save()
 
     def rate(self, name: str) -> float | None:
-        """A rate that the environment part measured."""
-        facts = self.found.get("parts", {}).get("environment", {}).get("facts", {})
-        return facts.get("rates", {}).get(name)
+        """A rate that the part `environment` or `triton` measured."""
+        parts = self.found.get("parts", {})
+        rates = parts.get("environment", {}).get("facts", {}).get("rates", {})
+        return rates.get(name) or parts.get("triton", {}).get("facts", {}).get(name)
 
     @contextlib.contextmanager
     def step(self, name: str, needs_s: float = 0.0) -> Iterator[None]:
@@ -316,13 +317,19 @@ def _rates(notes: Notes) -> None:
         torch.backends.cuda.matmul.allow_tf32 = False
         rates[name] = round(2 * size**3 / took / 1e12, 2)
         notes.fact("rates", rates)
-    count = 1 << (20 if notes.tiny else 30)
-    a = torch.zeros(count, dtype=torch.bfloat16, device=device)
-    b = torch.ones_like(a)
-    rates["copy_gb_s"] = round(4 * count / seconds_of(lambda: a.copy_(b), device, 10) / 1e9, 1)
-    rates["read_gb_s"] = round(2 * count / seconds_of(lambda: b.view(torch.int16).amax(), device, 10) / 1e9, 1)
-    rates["bandwidth_gb_s"] = max(rates["copy_gb_s"], rates["read_gb_s"])
+    rates |= bandwidths(notes)
     notes.fact("rates", rates)
+
+
+def bandwidths(notes: Notes) -> dict[str, float]:
+    """GB/s copied and read, over 2 GiB: far more than second-level caches hold."""
+    count = 1 << (20 if notes.tiny else 30)
+    a = torch.zeros(count, dtype=torch.bfloat16, device=notes.device)
+    b = torch.ones_like(a)
+    copied = 4 * count / seconds_of(lambda: a.copy_(b), notes.device, 10)
+    read = 2 * count / seconds_of(lambda: b.view(torch.int16).amax(), notes.device, 10)
+    rates = {"copy_gb_s": round(copied / 1e9, 1), "read_gb_s": round(read / 1e9, 1)}
+    return rates | {"bandwidth_gb_s": max(rates.values())}
 
 
 def _transfers(notes: Notes) -> None:
@@ -352,6 +359,13 @@ class LinearCase:
     rows: tuple[int, ...] = (1, 2, 17, 111, 112, 500)
     dtype: str = "bfloat16"
     sorted: bool = False  # columns in an order of their own, as act-order files have them
+
+    @property
+    def on_cuda(self) -> str:
+        """The kernel that a GPU is to take."""
+        group = self.inputs if self.group == -1 else self.group
+        own = self.dtype == "bfloat16" and self.inputs % 64 == 0 and kernel_group(group) and has_triton()
+        return "triton" if own else self.kind
 
     @property
     def label(self) -> str:
@@ -424,20 +438,16 @@ def random_codes(scheme: Scheme, outputs: int, inputs: int, device: torch.device
     return QTensor(codes, (scales, zeros), scheme.grid())
 
 
-def described(q: QTensor) -> PackedShape:
-    outputs, inputs = q.codes_OI.shape
-    return PackedShape(q.integers.bits, q.grid.group_width(inputs), outputs, inputs, q.integers.sym)
-
-
 def _linear(notes: Notes, case: LinearCase) -> None:
     dtype = getattr(torch, case.dtype)
     q = random_codes(Scheme(case.bits, case.group, case.sym), case.outputs, case.inputs)
     bias = torch.randn(case.outputs).to(dtype)
     order = torch.randperm(case.inputs) if case.sorted else None
-    module, choice = packed_linear(replace(q, order_I=order), described(q), bias, dtype, notes.device)
+    w_OI = q.dequantize()  # columns in the order of the groups
+    q = replace(q, order_I=order)
+    module, choice = packed(q, bias, dtype, notes.device)
     if notes.cuda:
-        notes.same(f"{case.label}: its kernel", choice.kind, case.kind)
-    w_OI = q.dequantize()
+        notes.same(f"{case.label}: its kernel", choice.kind, case.on_cuda)
     limit = FLOAT32 if dtype == torch.float32 else BFLOAT16
     errors = {}
     for rows in case.rows:
@@ -448,11 +458,18 @@ def _linear(notes: Notes, case: LinearCase) -> None:
     notes.facts.setdefault("linear_errors", {})[case.label] = {rows: float(f"{e:.3g}") for rows, e in errors.items()}
     worst = max(errors.values(), key=lambda e: e if math.isfinite(e) else math.inf)
     notes.check(f"{case.label}, {'/'.join(map(str, case.rows))} rows", worst, limit)
-    if isinstance(module, Int4Linear):
+    if isinstance(module, Int4Linear | TritonLinear):
         _written_out(notes, case, module, q)
 
 
-def _written_out(notes: Notes, case: LinearCase, module: Int4Linear, q: QTensor) -> None:
+def packed(q: QTensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
+    """`packed_linear` of integer codes."""
+    (outputs, inputs), groups = q.codes_OI.shape, q.scales_OG.shape[1]
+    shape = PackedShape(q.integers.bits, inputs // groups, outputs, inputs, bool((q.zeros_OG == q.integers.zero).all()))
+    return packed_linear(q, shape, bias, dtype, device)
+
+
+def _written_out(notes: Notes, case: LinearCase, module: Int4Linear | TritonLinear, q: QTensor) -> None:
     """Weights read back from the packed layout: exact where there are no zero points, but for the bfloat16 scale."""
     step = row_block_weights(case.inputs, notes.device.type) // case.inputs
     stop = min(step, case.outputs)
@@ -460,9 +477,11 @@ def _written_out(notes: Notes, case: LinearCase, module: Int4Linear, q: QTensor)
     if found is None:
         notes.same(f"{case.label}: the layout is known", False, notes.device.type == "cpu")
         return
-    rounded = replace(q, parameters=(q.scales_OG.bfloat16(), q.zeros_OG))
-    wanted = (rounded if case.sym else q).dequantize()[:stop].T
-    notes.check(f"{case.label}: weights read back", error_of(found, wanted), 0.0 if case.sym else 0.005)
+    exact = case.sym or isinstance(module, TritonLinear)
+    if isinstance(module, Int4Linear) and case.sym:
+        q = replace(q, parameters=(q.scales_OG.bfloat16(), q.zeros_OG))
+    wanted = replace(q, order_I=None).dequantize()[:stop].T
+    notes.check(f"{case.label}: weights read back", error_of(found, wanted), 0.0 if exact else 0.005)
 
 
 def _nf4(notes: Notes) -> None:
@@ -552,26 +571,29 @@ def _caches(notes: Notes) -> None:
 
 def _linear_speed(notes: Notes, bits: int, outputs: int, inputs: int) -> None:
     """The kernel and the dense path at growing rows; GB/s of packed weights, TFLOP/s of products."""
-    scheme, dtype = Scheme(bits, 128), torch.bfloat16
+    scheme, dtype, device = Scheme(bits, 128), torch.bfloat16, notes.device
     copies = 1 if notes.tiny else max(1, math.ceil(2.5e8 / (outputs * inputs * bits / 8)))
     modules = []
     for _ in range(copies):
-        q = random_codes(scheme, outputs, inputs, notes.device)
-        module, _ = packed_linear(q, described(q), None, dtype, notes.device)
+        module, _ = packed(random_codes(scheme, outputs, inputs, device), None, dtype, device)
         modules.append(module)
     weight_bytes = sum(p.numel() * p.element_size() for p in modules[0].parameters())
     rows: list[dict[str, Any]] = []
     usual = modules[0].dense_from
-    for count in (1, 130) if notes.tiny else (1, 2, 4, 8, 16, 32, 64, 112, 256, 2048):
-        x = torch.randn(count, inputs, dtype=dtype, device=notes.device)
+    for count in (1, 130) if notes.tiny else (1, 4, 16, 32, 64, 112, 256, 2048):
+        x = torch.randn(count, inputs, dtype=dtype, device=device)
         row: dict[str, Any] = {"rows": count}
         for path, dense_from in (("kernel", 1 << 30), ("dense", 1)):
             if path == "kernel" and count > 256:
                 continue
             for module in modules:
                 module.dense_from = dense_from
+            calls = [lambda m=m, x=x: m(x) for m in modules]
             with torch.inference_mode():
-                took = replayed_seconds([lambda m=m, x=x: m(x) for m in modules], notes)
+                if path == "kernel" and count <= 16:  # one launch: Python's share would be what is measured
+                    took = replayed_seconds(calls, notes)
+                else:
+                    took = seconds_of(lambda calls=calls: [call() for call in calls], device, 3) / copies
             row[f"{path}_us"] = round(1e6 * took, 1)
             row[f"{path}_tflops"] = round(2 * count * outputs * inputs / took / 1e12, 2)
             if count == 1 and path == "kernel":
@@ -654,6 +676,135 @@ def vram_8(notes: Notes) -> None:
     vram(notes, 8)
 
 
+def decode_4(notes: Notes) -> None:
+    """How fast tokens and prompts of the largest model that fits are, in 4 bits."""
+    decode(notes, 4)
+
+
+def decode_8(notes: Notes) -> None:
+    """The same in 8 bits."""
+    decode(notes, 8)
+
+
+def decode(notes: Notes, bits: int) -> None:
+    """Tokens by themselves and as a CUDA graph at growing contexts, what a graph keeps, and a prompt's chunk."""
+    recipe = Recipe(Scheme(bits, 64 if notes.tiny else 128))
+    if notes.cuda and notes.real and has_triton():
+        with notes.step("tuned tilings"):
+            from gpu_tuning import use_best
+
+            notes.fact("tuned", use_best(notes.found))
+    with notes.step("plan"):
+        spec, longest = _largest(notes, recipe)
+        weights = recipe_weights(spec, recipe)
+        contexts = [64] if notes.tiny else [c for c in (1024, 8192, 32768) if c <= longest]
+        notes.fact("model", f"{spec.name}, {spec.num_hidden_layers} layers, {bits}-bit")
+        options = LoadOptions(max_model_len=max(contexts), prefill_chunk=48 if notes.tiny else 2048)
+    if "plan" in notes.errors:
+        return
+    with notes.step("load and measure"), torch.inference_mode():
+        source = SyntheticWeights(spec, recipe)
+        with load_from(source, weights, synthetic_config(spec), spec, options) as found:
+            notes.fact("load_s", round(found.seconds, 2))
+            notes.fact("kernels", found.model.kernels())
+            notes.fact("fallbacks", found.model.fallbacks())
+            for context in contexts:
+                with notes.step(f"context {context}", 6 if notes.cuda else 0):
+                    _tokens(notes, found, bits, context)
+            with notes.step("a chunk", 4 if notes.cuda else 0):
+                _chunk(notes, found)
+            if notes.real:
+                with notes.step("profile of a token", 8 if notes.cuda else 0):
+                    notes.fact("token_profile", _profiled_token(notes, found))
+                with notes.step("profile of a chunk", 8 if notes.cuda else 0):
+                    notes.fact("chunk_profile", _profiled_chunk(notes, found))
+            with notes.step("estimate", 8 if notes.cuda else 0):
+                _contexts(notes, found, weights, contexts[1:2] or contexts)
+
+
+def weight_bytes_read(network: Any) -> int:
+    """Bytes of weights that a token reads: all but the embedding table."""
+    table = network.get_submodule("model.embed_tokens").weight
+    total = sum(p.numel() * p.element_size() for p in network.parameters())
+    return int(total - table.numel() * table.element_size())
+
+
+def _tokens(notes: Notes, found: Any, bits: int, context: int) -> None:
+    """Greedy tokens near the end of a context, first without a graph, then with one; they must be the same."""
+    count = 4 if notes.tiny else 24
+    facts: dict[str, Any] = {"context": context}
+    chosen: dict[bool, list[int]] = {}
+    for graphs in (False, True):
+        session = Session(found.model, context, found.work.prefill_chunk, graphs=graphs)
+        session.prefill([1], Timing())
+        facts["decoding"] = session.decoding
+        cache = session._cache
+        assert cache is not None
+        generator = torch.Generator(notes.device).manual_seed(0)
+        for layer in range(len(found.model.network.model.layers)):  # as if a prompt had filled it
+            for kept in cache.stored(layer):
+                kept.normal_(generator=generator)
+        cache._lengths = [context - count - 4] * len(cache._lengths)
+        token, times, tokens = 1, [], []
+        before = torch.cuda.memory_allocated() if notes.cuda else 0
+        for _ in range(count):
+            began = time.perf_counter()
+            token = int(session.forward([token]).argmax())
+            times.append(time.perf_counter() - began)
+            tokens.append(token)
+        if graphs and notes.cuda:
+            facts["graph_bytes"] = torch.cuda.memory_allocated() - before
+            facts["graph_reserved_bytes"] = torch.cuda.memory_reserved()
+        chosen[graphs] = tokens
+        facts["graph_ms" if graphs else "eager_ms"] = round(1e3 * statistics.median(times[4:] or times), 3)
+        facts["first_ms_graph" if graphs else "first_ms_eager"] = [round(1e3 * t, 1) for t in times[:4]]
+        session.release()
+        del session, cache
+        gc.collect()
+    spec = found.model.spec
+    read = weight_bytes_read(found.model.network)
+    read_kv = 4 * spec.num_hidden_layers * spec.kv_size * (context - count)
+    facts["tokens_per_s"] = round(1e3 / facts["graph_ms"], 2)
+    if bandwidth := notes.rate("bandwidth_gb_s"):
+        facts["limit_ms"] = round((read + read_kv) / bandwidth / 1e6, 3)
+        facts["share_of_limit"] = round(facts["limit_ms"] / facts["graph_ms"], 3)
+        if notes.cuda:
+            name = f"{bits}-bit, context {context}: share of the bandwidth limit"
+            notes.at_least(name, facts["share_of_limit"], DECODE_SHARE)
+    notes.same(f"{bits}-bit, context {context}: greedy tokens with a graph", chosen[True], chosen[False])
+    notes.facts.setdefault("decoding", []).append(facts)
+    notes.save()
+
+
+def _chunk(notes: Notes, found: Any) -> None:
+    """Prompt tokens a second, of one chunk behind none and behind a filled cache."""
+    chunk, rows = found.work.prefill_chunk, []
+    for behind in (0, 0, 3 * chunk):
+        session = Session(found.model, 4 * chunk + 2 if not notes.tiny else 4 * chunk, chunk)
+        session.prefill([1], Timing())
+        cache = session._cache
+        assert cache is not None
+        cache._lengths = [behind] * len(cache._lengths)
+        ids = [1 + k % 1000 for k in range(chunk)]
+        wait(notes.device)
+        began = time.perf_counter()
+        session.forward(ids)
+        took = time.perf_counter() - began
+        rows.append({"behind": behind, "ms": round(1e3 * took, 1), "tokens_per_s": round(chunk / took, 1)})
+        session.release()
+    notes.fact("prefill", rows)
+
+
+def triton(notes: Notes) -> None:
+    """The Triton kernels: are they right, how fast in which tiling."""
+    if not has_triton():
+        notes.fact("left_out", "Triton is not installed")
+        return
+    from gpu_tuning import tune
+
+    tune(notes)
+
+
 def vram(notes: Notes, bits: int) -> None:
     recipe = Recipe(Scheme(bits, 64 if notes.tiny else 128))
     with notes.step("plan"):
@@ -685,9 +836,6 @@ def vram(notes: Notes, bits: int) -> None:
                     notes.fact("token_profile", _profiled_token(notes, found))
                 with notes.step("profile of a chunk", 5 if notes.cuda else 0):
                     notes.fact("chunk_profile", _profiled_chunk(notes, found))
-            if notes.real and notes.cuda:
-                with notes.step("a token as a CUDA graph", 5):
-                    _graphed_token(notes, found)
 
 
 def _largest(notes: Notes, recipe: Recipe) -> tuple[Any, int]:
@@ -752,9 +900,7 @@ def _decode_speed(notes: Notes, found: Any, bits: int) -> None:
     for token in range(count):
         session.forward([token])
     times = sorted(TimedSession.times[-1]["token_ms"])
-    network = found.model.network
-    table = network.get_submodule("model.embed_tokens").weight
-    read = sum(p.numel() * p.element_size() for p in network.parameters()) - table.numel() * table.element_size()
+    read = weight_bytes_read(found.model.network)
     median = statistics.median(times)
     facts = {
         "tokens": count, "median_ms": median, "fastest_ms": times[0], "slowest_ms": times[-1],
@@ -764,7 +910,7 @@ def _decode_speed(notes: Notes, found: Any, bits: int) -> None:
         limit_ms = read / bandwidth / 1e6
         facts |= {"limit_ms": round(limit_ms, 3), "share_of_limit": round(limit_ms / median, 3)}
     notes.fact("decode", facts)
-    if notes.cuda and "share_of_limit" in facts and bits == 4:
+    if notes.cuda and "share_of_limit" in facts:
         notes.at_least("decode speed, share of the bandwidth limit", facts["share_of_limit"], DECODE_SHARE)
     session.release()
 
@@ -772,6 +918,8 @@ def _decode_speed(notes: Notes, found: Any, bits: int) -> None:
 def _profiled_token(notes: Notes, found: Any) -> dict[str, Any]:
     session = Session(found.model, 64 if notes.tiny else 2048, found.work.prefill_chunk)
     session.prefill(list(range(24 if notes.tiny else 512)), Timing())
+    for token in range(3):  # the third is captured as a graph
+        session.forward([token])
     try:
         return profiled(lambda: session.forward([1]), notes)
     finally:
@@ -791,23 +939,6 @@ def _profiled_chunk(notes: Notes, found: Any) -> dict[str, Any]:
     finally:
         inner.layers = every
         session.release()
-
-
-def _graphed_token(notes: Notes, found: Any) -> None:
-    """One step captured and replayed: what a token would take were Python and launches free."""
-    session = Session(found.model, 2048, found.work.prefill_chunk)
-    session.prefill(list(range(512)), Timing())
-    cache, network = session._cache, found.model.network
-    assert cache is not None
-    ids = torch.ones(1, 1, dtype=torch.int64, device=notes.device)
-
-    def step() -> Any:
-        cache.crop(512)
-        return network(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-
-    took = replayed_seconds([step], notes)
-    notes.fact("graphed_token_ms", round(1e3 * took, 3))
-    session.release()
 
 
 # ---------------------------------------------------------------------- quantizing
@@ -921,7 +1052,7 @@ def quantize(notes: Notes) -> None:
     shape = {"ffn": 2 * hidden if notes.tiny else 2816, "heads": hidden // (64 if notes.tiny else 128), "shared": 2}
     with notes.step("make the random model"):
         make_checkpoint(random_model, hidden=hidden, layers=layers, device=notes.device, **shape)
-    windows, length = (8, 64) if notes.tiny else (128, 512)
+    windows, length = (8, 64) if notes.tiny else (24, 256)
     random_text = [
         "--calibration", str(token_file(work / "calibration.npy", windows, length)),
         "--eval-text", str(token_file(work / "evaluation.npy", 4, length)), "--group-size", "64",
@@ -931,7 +1062,7 @@ def quantize(notes: Notes) -> None:
         "--eval-samples", "8", "--group-size", "32", "-n", "8" if notes.tiny else "32",
     ]  # fmt: skip
     float32 = ["--compute-dtype", "float32", "--calibration-dtype", "float32"]
-    threads = {"OMP_NUM_THREADS": "1" if notes.tiny else "2"}
+    threads = {"OMP_NUM_THREADS": "1" if notes.tiny else str(max(1, (os.cpu_count() or 1) // 5))}
     wanted: list[tuple[str, Path, list[str], str, list[str]]] = [
         ("real-cpu", TINY_MODEL, real_text, "cpu", float32),
         ("real", TINY_MODEL, real_text, device, float32),
@@ -1013,7 +1144,11 @@ def _compare(notes: Notes, work: Path, results: dict[str, dict[str, Any]]) -> No
         if both(a, b):
             share, scales = _agreement(work / a, work / b)
             notes.fact(f"{b}: agreement with the CPU", {"codes": share, "scales": scales})
-            notes.at_least(f"{b}: share of codes like the CPU's", share, 0.95)
+            # which codes is chaotic (one rounding decides over what follows); how good they are is not
+            layers = [results[name]["layers"] for name in (a, b)]
+            dbs = [statistics.mean(row["error_db"] for each in found for row in each["linears"]) for found in layers]
+            objective = 10 ** ((dbs[1] - dbs[0]) / 10)
+            notes.check(f"{b}: the solver's objective beside the CPU's, relative difference", objective - 1, 0.01)
             kl = [results[name]["drift"]["kl"]["mean"] for name in (a, b)]
             notes.check(f"{b}: KL beside the CPU's, relative difference", kl[1] / kl[0] - 1, 0.03)
     if both("real-cpu", "real-default"):
@@ -1225,7 +1360,7 @@ def solver(notes: Notes) -> None:
             found.append(solve_linears({"w": w.to(where)}, h, Scheme(4, 64).grid())["w"])
         (q_cpu, cpu), (q_device, there) = found
         share = float((q_cpu.codes_OI == q_device.codes_OI.cpu()).float().mean())
-        notes.at_least("share of codes like the CPU's", share, 0.97)
+        notes.fact("share_of_codes_like_the_cpus", round(share, 4))
         notes.check("output error beside the CPU's, in dB", there.error_db - cpu.error_db, 0.02)
     if notes.real:
         with notes.step("profile", 8 if notes.cuda else 0):
@@ -1269,7 +1404,8 @@ def ranks(notes: Notes) -> None:
 
 
 PARTS: dict[str, Callable[[Notes], None]] = {
-    "environment": environment, "kernels": kernels, "vram-4": vram_4, "vram-8": vram_8, "quantize": quantize,
+    "triton": triton, "decode-4": decode_4, "decode-8": decode_8, "environment": environment, "kernels": kernels,
+    "vram-4": vram_4, "vram-8": vram_8, "quantize": quantize,
     "layer-72b": layer_72b, "model": model, "solver": solver, "ranks": ranks,
 }  # fmt: skip
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         dry_run,
         estimate,
         evaluate,
+        followed_links,
         inspect,
         load,
         plan,
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Answer", "EvaluateConfig", "Inspection", "LoadedModel", "QuantizeConfig", "QwenqError", "convert", "dry_run",
-    "estimate", "evaluate", "inspect", "load", "plan", "quantize", "recommend", "sensitivity", "verify",
+    "estimate", "evaluate", "followed_links", "inspect", "load", "plan", "quantize", "recommend", "sensitivity",
+    "verify",
 ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from typing import Any
@@ -18,6 +19,7 @@ def main() -> None:
     interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not under nohup
     if interruptible:
         signal.signal(signal.SIGINT, end_at_once)
+    gc.disable()  # until a command's modules are there: what they define stays, and looking through it costs a plan
     from qwenq.cli.main import main as run
 
     try:

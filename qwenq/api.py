@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
 from qwenq.errors import CheckpointError, JobError, UsageError
-from qwenq.io.json import shown
+from qwenq.io.json import followed_links, shown
 from qwenq.pipeline.config import (
     DEFAULT_EVALUATION_WINDOWS,
     EvaluateConfig,
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from qwenq.pipeline.convert import Converted
     from qwenq.pipeline.dryrun import DryRun
     from qwenq.pipeline.job import QuantizeResult
+    from qwenq.pipeline.reference_logits import SavedLogits
     from qwenq.planning.audit import Audit
     from qwenq.planning.plan import Plan, Recommendation
     from qwenq.planning.questions import Question, Spread
@@ -73,6 +74,7 @@ class QuantizeOptions(TypedDict, total=False):
     seed: int
     eval_text: str
     eval_samples: int | None
+    strict: bool
     method: str | None
     damp_percent: float | None
     fold: bool
@@ -156,8 +158,10 @@ def sensitivity(
     source = open_source(model_directory(str(model), progress))
     windows = load_windows(
         settings.calibration, ModelTokenizer(source.directory), source.spec, length=settings.sequence_length,
-        count=settings.num_samples, seed=settings.seed, up_to=DEFAULT_WINDOWS,
+        count=settings.num_samples, seed=settings.seed, up_to=DEFAULT_WINDOWS, strict=settings.strict,
     )  # fmt: skip
+    for line in filter(None, (*source.notes, windows.left_out)):
+        progress(f"warning: {line}")
     device = pick_device(settings.device, several=False)
     found = measure_sensitivity(
         source,
@@ -194,35 +198,47 @@ class EvaluateOptions(TypedDict, total=False):
     sequence_length: int
     device: str
     compute_dtype: str
+    strict: bool
 
 
 def evaluate(
     model: StrPath,
     reference: StrPath,
     *,
+    save_reference_logits: StrPath | SavedLogits | None = None,
     progress: Callable[[int, int], None] = _nothing,
+    warn: Callable[[str], None] = _nothing,
     **options: Unpack[EvaluateOptions],
 ) -> DriftReport:
     """KL divergence, perplexity and top-1 agreement of a checkpoint against another, both streamed layer by layer.
 
     model, reference: directories or hub names, 16-bit or quantized. progress: gets the layers done and their number.
-    KL in nats a token, with 95 % confidence intervals. Raises CheckpointError where the two cannot be compared.
+    save_reference_logits: a file to write for `llama-perplexity --kl-divergence`, about 300 kB a position of a Qwen2.5.
+    warn: gets a line for each thing that is read otherwise than a config.json says, or left out of a text. KL in nats a
+    token, with 95 % confidence intervals. Raises CheckpointError where the two cannot be compared.
     """
     from qwenq.checkpoint.reader import open_checkpoint
     from qwenq.pipeline.evaluate import check_comparable
     from qwenq.pipeline.evaluate import evaluate as run
     from qwenq.pipeline.job import DTYPES
+    from qwenq.pipeline.reference_logits import SavedLogits
     from qwenq.text.calibration import load_windows
     from qwenq.text.tokens import ModelTokenizer
 
     config = EvaluateConfig(**options)
+    saved = save_reference_logits
     checkpoint = open_checkpoint(model_directory(str(model)))
     base = open_checkpoint(model_directory(str(reference)))
+    for line in dict.fromkeys((*checkpoint.notes, *base.notes)):
+        warn(line)
     check_comparable(checkpoint, base)
     windows = load_windows(
         config.text, ModelTokenizer(base.directory), base.spec, length=config.sequence_length,
         count=config.num_samples, seed=None, up_to=DEFAULT_EVALUATION_WINDOWS,
+        strict=config.strict,
     )  # fmt: skip
+    if windows.left_out:
+        warn(windows.left_out)
     device = pick_device(config.device)
     layers = base.spec.num_hidden_layers
     return run(
@@ -232,6 +248,7 @@ def evaluate(
         compute_dtype=DTYPES[pick_compute_dtype(config.compute_dtype, device)],
         devices=device.split(","),
         listen=lambda layer: progress(layer + 1, layers),
+        saved=SavedLogits(Path(saved)) if isinstance(saved, str | Path) else saved,
     )
 
 
@@ -273,19 +290,28 @@ def verify(
 
 
 def convert(
-    checkpoint: StrPath, out: StrPath, format: str, *, progress: Callable[[int], None] = _nothing
+    checkpoint: StrPath,
+    out: StrPath,
+    format: str,
+    *,
+    progress: Callable[[int], None] = _nothing,
+    warn: Callable[[str], None] = _nothing,
 ) -> Converted:
     """Store a quantized checkpoint's codes in another format at `out`, bit for bit: nothing is solved or rounded.
 
-    format: one of integer codes: gptq, awq, compressed-tensors. progress: gets the number of each finished file. Raises
-    PlanError where the format cannot hold the codes.
+    format: one of integer codes: gptq, awq, compressed-tensors. progress: gets the number of each finished file. warn:
+    gets a line for each thing that is read otherwise than config.json says. Raises PlanError where the format cannot
+    hold the codes.
     """
     check_format(format)
 
     from qwenq.checkpoint.reader import open_checkpoint
     from qwenq.pipeline.convert import convert as run
 
-    return run(open_checkpoint(Path(checkpoint)), Path(out), format, listen=progress)
+    source = open_checkpoint(Path(checkpoint))
+    for line in source.notes:
+        warn(line)
+    return run(source, Path(out), format, listen=progress)
 
 
 # ---------------------------------------------------------------------- planning
@@ -296,6 +322,7 @@ class PlanOptions(TypedDict, total=False):
 
     bits: int | None
     group_size: int | None
+    format: str
     target_size: str | None
     recipe: Path | None
     checkpoint: Path | None
@@ -309,6 +336,8 @@ class PlanOptions(TypedDict, total=False):
     tensor_parallel_size: int
     max_num_seqs: int
     gpu_memory_utilization: float | None
+    enforce_eager: bool
+    ram: str
     expect_params: str | None
     profile: Path | None
 
@@ -383,6 +412,7 @@ class Inspection:
     spec: ModelSpec
     audit: Audit
     shipped: bool  # shapes as shipped with this package: no header was read
+    notes: tuple[str, ...] = ()  # a line for each thing that is read otherwise than config.json says
 
     @property
     def disagreements(self) -> tuple[str, ...]:
@@ -407,13 +437,13 @@ def inspect(model: StrPath, expect_parameters: float | None = None) -> Inspectio
     spec = found.spec
     if found.directory is not None or found.hub:
         tensors = stored_tensors(found)
-        total = index_total(found.directory) if found.directory is not None else None
+        total = None if found.directory is None else index_total(found.directory)
     else:
         spec, recipe = published_shapes(spec, found.published or "BF16")
     result = audit(
         spec, found.config, tensors, shipped=recipe, expect_parameters=expect_parameters, index_total_bytes=total
     )
-    return Inspection(spec, result, tensors is None)
+    return Inspection(spec, result, tensors is None, found.notes)
 
 
 # ---------------------------------------------------------------------- run
@@ -573,5 +603,5 @@ def load(
 
 __all__ = [
     "Answer", "EvaluateConfig", "Inspection", "LoadedModel", "QuantizeConfig", "convert", "dry_run", "estimate",
-    "evaluate", "inspect", "load", "plan", "quantize", "recommend", "sensitivity", "verify",
+    "evaluate", "followed_links", "inspect", "load", "plan", "quantize", "recommend", "sensitivity", "verify",
 ]  # fmt: skip

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,7 @@ class Compute:
     dtype: str = "bfloat16"
     device: str = "cuda"
     capability: tuple[int, int] = (8, 0)
+    triton: bool = True  # torch's CUDA wheels for Linux bring it
 
     @property
     def has_flash(self) -> bool:
@@ -156,6 +158,11 @@ class Compute:
     def widens(self) -> bool:
         """Whether products of bfloat16 values are computed in float32: a GPU without instructions for them."""
         return self.device == "cuda" and self.dtype == "bfloat16" and self.capability < (8, 0)
+
+
+def has_triton() -> bool:
+    """Whether Triton is installed beside torch."""
+    return find_spec("triton") is not None
 
 
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096

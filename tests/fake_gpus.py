@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from qwenq import machine
 from qwenq.planning.engines.torch import CUBLAS_WORKSPACE
 from qwenq.planning.memory import context_term
 from qwenq.planning.rig import find_gpu
@@ -264,6 +265,7 @@ class FakeGpus:
         for name, value in cuda.items():
             enter(patch.object(torch.cuda, name, value))
         enter(patch.object(torch.cuda, "is_available", lambda: True))
+        enter(patch.object(machine, "find_spec", lambda name: None))  # Triton's kernels take no fake tensors
         enter(patch.object(F, "scaled_dot_product_attention", _attention))
         enter(patch.object(bias, "causal_lower_right", lambda tokens, keys: "lower right"))
         # these read values, which fake tensors have not

@@ -14,5 +14,6 @@ def test_a_short_fuzz_run(tmp_path: Path) -> None:
     assert result["findings"] == []
     assert 1490 < result["cases"] < 1510
     for name, counts in result["outcomes"].items():  # the damage is neither nil nor hopeless
-        assert name == "manifest" or counts.get("refused", 0) > 0, name  # verify tells what it finds
+        few = sum(counts.values()) < 10  # slow targets get a case or two of a short run
+        assert few or name == "manifest" or counts.get("refused", 0) > 0, name  # verify tells what it finds
     assert sum(counts.get("read", 0) for counts in result["outcomes"].values()) > 100

@@ -81,9 +81,13 @@ def run(out: Path, *words: str, **environment: str) -> tuple[subprocess.Complete
 
 
 def test_the_command_on_a_cpu(tmp_path: Path) -> None:
-    done, found, text = run(tmp_path, "--device", "cpu", "--tiny", "--minutes", "3", "--parts", "environment,ranks")
+    parts = "--only", "environment,solver,ranks", "--skip", "solver"
+    done, found, text = run(tmp_path, "--device", "cpu", "--tiny", "--minutes", "3", *parts)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert [part["status"] for part in found["parts"].values()] == ["done", "done"]
+    assert {name: part["status"] for name, part in found["parts"].items()} == {"environment": "done", "ranks": "done"}
+    assert found["command"] == (
+        "python benchmarks/gpu_check.py --minutes 3 --only environment,ranks --device cpu --tiny --out DIR"
+    )
     assert "does not run over several ranks" in text and "## Wrong" not in text
     assert {path.name for path in tmp_path.iterdir()} == {"gpu-check.json", "gpu-check.md"}
 

@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwenq.checkpoint.contents import Contents, read_contents, refuse_adapter
 from qwenq.errors import CheckpointError
 from qwenq.io.gguf import ENDING, is_gguf
 from qwenq.io.json import inside, model_name, read_object
-from qwenq.io.safetensors import TensorLocation, checkpoint_tensors
+from qwenq.io.safetensors import checkpoint_tensors
 from qwenq.model.metadata import open_gguf
-from qwenq.model.spec import ModelSpec, spec_from_config
+from qwenq.model.spec import spec_from_config
 
 
-@dataclass(frozen=True)
-class Headers:
-    """What a checkpoint says of itself: its config.json, or what a GGUF file's metadata says in its place."""
-
-    config: dict[str, Any]
-    spec: ModelSpec
-    tensors: Mapping[str, TensorLocation]  # by Hugging Face's names
-
-
-def read_headers(path: Path) -> Headers:
-    """Config, shapes and tensors of a checkpoint; CheckpointError for what cannot be read."""
+def read_headers(path: Path) -> Contents:
+    """Config, shapes and tensors of a checkpoint, by Hugging Face's names; CheckpointError for what cannot be read."""
     if is_gguf(path):
         found = open_gguf(path)
-        return Headers(found.config, found.spec, found.tensors)
+        return Contents(found.spec, found.config, dict(found.tensors))
     config = read_config(path)
     spec = spec_from_config(config, where=str(path / "config.json"), name=model_name(path))
-    return Headers(config, spec, checkpoint_tensors(path))
+    return read_contents(spec, config, checkpoint_tensors(path), str(path))
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -41,4 +31,5 @@ def read_config(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         hint = f"a GGUF file is named *{ENDING}" if path.is_file() else "give a checkpoint directory or a hub name"
         raise CheckpointError(f"{path}: no such directory", hint=hint)
+    refuse_adapter(path)
     return read_object(inside(path, "config.json"))

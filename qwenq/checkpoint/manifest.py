@@ -20,11 +20,21 @@ from typing import Any
 from qwenq.errors import CheckpointError, JobError
 from qwenq.io.durable import TORN_ENDING, file_sha256, write_bytes
 from qwenq.io.gguf import ENDING, check_file
-from qwenq.io.json import MAX_SMALL_BYTES, check_regular, inside, open_regular, parse_object, read_limited, shown
+from qwenq.io.json import (
+    MAX_SMALL_BYTES,
+    TEMPLATES,
+    check_regular,
+    inside,
+    open_regular,
+    parse_object,
+    read_limited,
+    shown,
+)
 from qwenq.io.safetensors import read_header
 
 MANIFEST_NAME = "qwenq-manifest.json"
 SCRATCH_PREFIX = ".qwenq-"  # states, spilled buffers and the lock: gone before the directory gets its name
+_KEPT_BY_OTHERS = (".cache", ".git", ".gitattributes")  # by `hf download` and `git clone`, of no model
 _VERSION = 1
 _MAX_BYTES = 32_000_000  # 1,000 decoder layers have 5 MB
 
@@ -76,11 +86,11 @@ def write_manifest(work: Path, described: Mapping[str, Any], known: Mapping[str,
 
 def refuse_strangers(work: Path, names: Collection[str]) -> None:
     """Raise JobError for the first file of `work` that is neither one of `names` nor a job's own, and for any link."""
-    for path in sorted(work.iterdir()):
+    for path in files_in(work):
         if not stat.S_ISREG(path.lstat().st_mode):
             raise JobError(f"{path}: a link or no regular file", hint="move it elsewhere, then go on with --resume")
         scratch = path.name.startswith(SCRATCH_PREFIX) or path.name.endswith(TORN_ENDING)
-        if not scratch and path.name not in (*names, MANIFEST_NAME, JOURNAL_NAME):
+        if not scratch and path.relative_to(work).as_posix() not in (*names, MANIFEST_NAME, JOURNAL_NAME):
             raise JobError(f"{path}: not a file of this job", hint="move it elsewhere, then go on with --resume")
 
 
@@ -147,9 +157,19 @@ def check_files(directory: Path, manifest: Mapping[str, Any]) -> Iterator[Findin
             continue
         if found != digest:
             yield Finding(shown(name), f"changed: SHA-256 {found}, the manifest has {shown(digest, 64)}")
+    for path in files_in(directory):
+        name = path.relative_to(directory).as_posix()
+        if name not in wanted and name not in (MANIFEST_NAME, LOCK_NAME, *_KEPT_BY_OTHERS):
+            yield Finding(shown(name), "extra: the manifest does not name it")
+
+
+def files_in(directory: Path) -> list[Path]:
+    """What lies in a checkpoint's directory, by name, and in the place of its folder of templates what lies in that."""
+    found = []
     for path in sorted(directory.iterdir()):
-        if path.name not in wanted and path.name not in (MANIFEST_NAME, LOCK_NAME):
-            yield Finding(shown(path.name), "extra: the manifest does not name it")
+        folder = path.name == TEMPLATES and path.is_dir() and not path.is_symlink()
+        found += sorted(path.iterdir()) if folder else [path]
+    return found
 
 
 def _encode(document: Mapping[str, Any]) -> bytes:

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
+from qwenq.checkpoint.contents import is_unused, refuse_quantized_head, refuse_undescribed, saved_wrapped
 from qwenq.checkpoint.headers import read_config, read_headers
-from qwenq.checkpoint.manifest import SourceFiles, Stamp, changed, stamp
+from qwenq.checkpoint.manifest import SourceFiles, Stamp, changed, files_in, stamp
 from qwenq.errors import CheckpointError
 from qwenq.formats.base import Format, Quantization, Recipe, get_format, read_quantization_config
 from qwenq.formats.gguf import dequantize_blocks
 from qwenq.io.gguf import is_gguf
-from qwenq.io.json import open_regular
+from qwenq.io.json import open_regular, shown
 from qwenq.io.safetensors import TensorLocation, TensorSpec
 from qwenq.io.tensors import TORCH_DTYPES, raw_bytes
 from qwenq.model.metadata import paired_heads
@@ -28,9 +29,6 @@ FLOAT_DTYPES = ("F16", "BF16", "F32")
 SLICE_ROWS = 4096  # of the vocabulary: rows of the embedding and the head that are read at a time
 _WRITTEN_OUT = 1 << 22  # values of a GGUF tensor dequantized at a time
 _CHUNK = 1 << 20  # bytes: hashed while they are in the processor's cache
-
-# Stored by some checkpoints, read by none: buffers that transformers computes itself.
-_IGNORED_ENDINGS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,7 @@ class Checkpoint:
     tensors: dict[str, TensorLocation]
     quantized: Quantization | None
     ignored: tuple[str, ...]  # stored tensors that the model does not use
+    notes: tuple[str, ...] = ()  # a line for each thing that is read otherwise than config.json says
     opened: Mapping[str, Stamp] = field(default_factory=dict, compare=False)  # files as they were before they were read
     hashed: SourceFiles | None = field(default=None, compare=False)  # files that reads are compared with
 
@@ -136,8 +135,15 @@ class Checkpoint:
         if self.quantized is None or (scheme := self.quantized.scheme_of(lin.name)) is None:
             return self.read(lin.name + ".weight")
         form = get_format(self.quantized.format)
-        packed = {n.removeprefix(lin.name + "."): self.read_packed(n) for n in form.packed_names(scheme, lin)}
+        packed = {name.removeprefix(lin.name + "."): self.read_packed(name) for name in self.packed_names(lin)}
         return form.unpack(packed, scheme, lin, self.quantized.version)
+
+    def packed_names(self, lin: LinearSpec) -> list[str]:
+        """Stored tensors that hold the weight of a quantized linear."""
+        scheme = self.quantized.scheme_of(lin.name) if self.quantized else None
+        if self.quantized is None or scheme is None:
+            return []
+        return [name for name in get_format(self.quantized.format).packed_names(scheme, lin) if name in self.tensors]
 
     def linear_weight(self, lin: LinearSpec) -> torch.Tensor:
         """Weight [out, in] of one linear: as stored when it is 16-bit, dequantized to float32 when packed."""
@@ -189,7 +195,7 @@ class Checkpoint:
         prefix = self.spec.layer_prefix(layer)
         ranges = [(t.file, t.start, t.end - t.start) for name, t in self.tensors.items() if name.startswith(prefix)]
         for path in {path for path, _, _ in ranges}:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 for _, start, size in (each for each in ranges if each[0] == path):
                     os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_WILLNEED)
 
@@ -267,25 +273,36 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     """
     directory = Path(directory)
     opened = _stamps(directory)
-    headers = read_headers(directory)
-    config, spec, stored = headers.config, headers.spec, headers.tensors
+    found = read_headers(directory)
+    spec, config, stored = found.spec, found.config, found.tensors
     quantized = None
     if config.get("quantization_config"):
         quantized = read_quantization_config(config["quantization_config"], str(directory / "config.json"))
+        refuse_quantized_head(spec, stored, str(directory))
+    else:
+        refuse_undescribed(stored, directory)
     recipe = quantized.recipe(spec) if quantized else Recipe(None)
     recipe.check(spec)
-    needed = {t.name: t for t in recipe.tensors(spec)}
-    _audit(directory, needed, stored, get_format(recipe.format))
+    form, in_order = get_format(recipe.format), quantized is None or not quantized.sorted_columns
+    needed = {t.name: t for t in recipe.tensors(spec) if t.name in stored or form.lacks(stored, t.name) or not in_order}
+    _audit(directory, needed, stored, form, spec.head_tensor)
     ignored = tuple(sorted(set(stored) - set(needed)))
     for name in ignored:
-        tied_head = spec.tie_word_embeddings and name == spec.architecture.head + ".weight"
-        if not (tied_head or name.endswith(_IGNORED_ENDINGS) or (quantized and name.endswith(".bias"))):
+        if not is_unused(spec, stored[name].spec, quantized=quantized is not None):
             raise CheckpointError(
                 f"{stored[name].file.name}: tensor {name} has no place in a {spec.model_type} model",
                 hint="the config and the weights are of different models, or this is an unsupported variant",
             )
     kind = GGUFCheckpoint if is_gguf(directory) else Checkpoint
-    return kind(directory, config, spec, {n: stored[n] for n in needed}, quantized, ignored, opened)
+    whole = kind(directory, config, spec, stored, quantized, ignored, found.notes, opened)
+    for name in ignored:
+        if quantized and name.endswith(".bias") and bool(whole.read(name).any()):
+            raise CheckpointError(
+                f"{stored[name].file.name}: {name} is stored and not zero, a {spec.model_type} model as config.json "
+                "describes it has no such bias",
+                hint="other engines would leave it out or add it: take a checkpoint whose config.json says",
+            )
+    return replace(whole, tensors={name: stored[name] for name in needed})
 
 
 def _stamps(directory: Path) -> dict[str, Stamp]:
@@ -293,10 +310,11 @@ def _stamps(directory: Path) -> dict[str, Stamp]:
     if is_gguf(directory):
         files: Iterable[Path] = directory.parent.glob("*" + directory.suffix)
     elif directory.is_dir():
-        files = directory.iterdir()
+        files = files_in(directory)
     else:
         return {}
-    found = {path.name: stamp(path) for path in files}
+    folder = directory.parent if is_gguf(directory) else directory
+    found = {path.relative_to(folder).as_posix(): stamp(path) for path in files}
     return {name: file for name, file in found.items() if file is not None}
 
 
@@ -307,23 +325,26 @@ def open_source(directory: Path) -> Checkpoint:
             f"{directory}: a GGUF file", hint="quantize from the original 16-bit checkpoint, a directory or a hub name"
         )
     config = read_config(directory)
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        method = method or "unknown method"
-        raise CheckpointError(
-            f"{directory}: already quantized ({method})", hint="quantize from the original 16-bit checkpoint"
-        )
-    return open_checkpoint(directory)
+    quantization = config.get("quantization_config")
+    if not quantization:
+        return open_checkpoint(directory)
+    read_headers(directory)  # knows where the setting is wrong
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    raise CheckpointError(
+        f"{directory}: already quantized ({shown(str(method or 'unknown method'), 40)})",
+        hint="quantize from the original 16-bit checkpoint",
+    )
 
 
 def _audit(
-    directory: Path, needed: dict[str, TensorSpec], stored: Mapping[str, TensorLocation], form: Format
+    directory: Path, needed: dict[str, TensorSpec], stored: Mapping[str, TensorLocation], form: Format, head: str
 ) -> None:
     missing = [name for name in needed if name not in stored]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(
-            f"{directory}: tensor {missing[0]}{more} is in no shard", hint="download the missing shard again"
+            f"{directory}: tensor {missing[0]}{more} is in no shard",
+            hint=_where_it_went(missing, stored, head),
         )
     for name, want in needed.items():
         have = stored[name].spec
@@ -338,6 +359,24 @@ def _audit(
                 f"{stored[name].file.name}: {name} has dtype {have.dtype}, wanted {' or '.join(wanted)}",
                 hint="FP8 and integer sources are not 16-bit sources",
             )
+
+
+def _where_it_went(missing: list[str], stored: Mapping[str, TensorLocation], head: str) -> str:
+    """What to do about tensors that no shard has."""
+    if missing == [head]:
+        return (
+            "a model saved without its head, an embedding model say, predicts no tokens; where the head is the "
+            "embedding, config.json wants tie_word_embeddings true"
+        )
+    if prefix := saved_wrapped(stored, missing):
+        return (
+            f"the tensors are there under {shown(prefix, 40)}..., as a wrapper (torch.compile, DDP, PEFT) saves them: "
+            "save the model inside it"
+        )
+    adapted = next((name for name in stored if ".base_layer." in name or ".lora_" in name), None)
+    if adapted:
+        return f"{shown(adapted, 60)} is of a PEFT adapter: merge it into its base model (merge_and_unload) first"
+    return "download the missing shard again"
 
 
 def _zero_padded(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

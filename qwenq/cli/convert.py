@@ -9,7 +9,8 @@ import typer
 
 from qwenq import api
 from qwenq.cli.console import out as stdout
-from qwenq.cli.options import JsonFlag
+from qwenq.cli.console import warn
+from qwenq.cli.options import FollowLinks, JsonFlag
 from qwenq.cli.plain import print_json
 from qwenq.formats.base import FORMATS, names_of
 from qwenq.units import format_gb, format_seconds
@@ -28,13 +29,14 @@ def convert(
             metavar="NAME",
         ),
     ],
+    follow_links: FollowLinks = False,
     json: JsonFlag = False,
 ) -> None:
     """Store a quantized checkpoint's codes in another format, bit for bit, without solving or rounding anything.
 
     Between formats of integer codes; refused when the format cannot hold them.
     """
-    made = api.convert(source, out, format)
+    made = api.convert(source, out, format, warn=warn)
     if json:
         print_json(made.to_json())
         return

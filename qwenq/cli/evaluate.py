@@ -9,8 +9,20 @@ from typing import Annotated
 import typer
 
 from qwenq import api
-from qwenq.cli.console import LayerProgress, drift_table, out
-from qwenq.cli.options import JOB, TEXT, ComputeDtype, Device, JsonFlag, Model, SequenceLength, fetched, option
+from qwenq.cli.console import LayerProgress, drift_table, out, warn
+from qwenq.cli.options import (
+    JOB,
+    TEXT,
+    ComputeDtype,
+    Device,
+    FollowLinks,
+    JsonFlag,
+    Model,
+    SequenceLength,
+    Strict,
+    fetched,
+    option,
+)
 from qwenq.cli.plain import print_json
 from qwenq.errors import PlanError
 from qwenq.pipeline.config import EvaluateConfig
@@ -36,8 +48,14 @@ def evaluate(
         str | None,
         option(JOB, metavar="PERCENT", help="Exit with 3 when perplexity rises by more, for instance 2%."),
     ] = None,
+    save_reference_logits: Annotated[
+        Path | None,
+        option(JOB, metavar="FILE", help="Write the reference's logits too, for `llama-perplexity --kl-divergence`."),
+    ] = None,
     device: Device = EvaluateConfig.device,
     compute_dtype: ComputeDtype = EvaluateConfig.compute_dtype,
+    strict: Strict = EvaluateConfig.strict,
+    follow_links: FollowLinks = False,
     json: JsonFlag = False,
 ) -> None:
     """Measure what a checkpoint lost against its 16-bit reference: perplexity, KL divergence, top-1 agreement.
@@ -46,15 +64,25 @@ def evaluate(
     """
     increase = _percent(max_ppl_increase)
     checkpoint, base = fetched(model), fetched(reference)
+    saved = None
     with LayerProgress(quiet=json) as progress:
+        if save_reference_logits is not None:
+            from qwenq.pipeline.reference_logits import SavedLogits
+
+            saved = SavedLogits(save_reference_logits, progress.say)
         drift = api.evaluate(
             checkpoint, base, text=text, num_samples=num_samples, sequence_length=sequence_length,
-            device=device, compute_dtype=compute_dtype, progress=progress.step,
+            save_reference_logits=saved, device=device, compute_dtype=compute_dtype, strict=strict,
+            progress=progress.step, warn=warn,
         )  # fmt: skip
     if json:
-        print_json(drift.to_json())
+        found = {"file": str(saved.path), "bytes": saved.n_bytes, "kl": saved.kl} if saved else None
+        print_json(drift.to_json() | ({"reference_logits": found} if found else {}))
     else:
         out.print(drift_table(drift, _name_of(base)))
+        if saved is not None:
+            line = f"KL at the positions in {saved.path}, which llama-perplexity counts: {saved.kl:.6f}"
+            out.print(line, soft_wrap=True)
     from qwenq.pipeline.evaluate import check_limits
 
     check_limits(drift, max_kl, increase)

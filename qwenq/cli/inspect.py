@@ -8,8 +8,8 @@ import typer
 from rich.table import Table
 
 from qwenq import api
-from qwenq.cli.console import out
-from qwenq.cli.options import JsonFlag, warn_of_shipped
+from qwenq.cli.console import out, warn
+from qwenq.cli.options import FollowLinks, JsonFlag, warn_of_shipped
 from qwenq.cli.plain import print_json
 from qwenq.errors import HonestNo, UsageError
 from qwenq.units import format_gb
@@ -22,6 +22,7 @@ def inspect(
     expect_params: Annotated[
         str | None, typer.Option(metavar="COUNT", help="Total the model card states, for instance 72.7B.")
     ] = None,
+    follow_links: FollowLinks = False,
     json: JsonFlag = False,
 ) -> None:
     """Print shapes, parameters, bytes by part and KV bytes a token; audit config against headers and stated totals.
@@ -35,6 +36,8 @@ def inspect(
     spec, result = found.spec, found.audit
     if found.shipped:
         warn_of_shipped(model)
+    for line in found.notes:
+        warn(line)
     if json:
         print_json(result.to_json())
     else:

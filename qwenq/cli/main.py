@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import importlib
 import io
 import os
@@ -128,6 +129,9 @@ class _Deferred(TyperCommand):
         command.name = self.name
         for each in (command, *getattr(command, "commands", {}).values()):
             _read_plainly(each)
+        if not gc.isenabled():  # by `qwenq.__main__`, while modules are imported
+            gc.freeze()
+            gc.enable()
         return command
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:

@@ -17,6 +17,7 @@ from qwenq.cli.options import (
     JOB,
     WEIGHTS,
     CpuMemory,
+    FollowLinks,
     GpuMemory,
     JsonFlag,
     KvDtype,
@@ -57,6 +58,7 @@ def measure(
         Path | None,
         option(JOB, "--output", "-o", help="Keep the rows for `qwenq vram --profile FILE`."),
     ] = None,
+    follow_links: FollowLinks = False,
     json: JsonFlag = False,
 ) -> None:
     """Run a model at each context and print its real peaks beside the estimate.
@@ -101,6 +103,8 @@ def _stored(checkpoint: str, options: Any) -> tuple[Any, Any]:
     from qwenq.runtime.load import loaded, stored_sizes
 
     opened = open_checkpoint(fetched(checkpoint))
+    for line in opened.notes:
+        print_step(f"warning: {line}")
     return stored_sizes(opened), loaded(opened, options)
 
 

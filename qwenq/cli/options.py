@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from qwenq.api import LoadWords
+from qwenq.cli import links
 from qwenq.cli.console import warn
 from qwenq.cli.plain import print_step
 from qwenq.formats.base import FORMATS, names_of
@@ -31,6 +32,8 @@ Model = Annotated[
     typer.Argument(metavar="MODEL", help="A checkpoint directory, or a hub name such as Qwen/Qwen2.5-7B-Instruct."),
 ]
 JsonFlag = Annotated[bool, option(JOB, "--json", help="Print one JSON object instead of tables.")]
+FollowLinks = Annotated[bool, option(JOB, "--follow-links", help=links.HELP, callback=links.follow_links)]
+Strict = Annotated[bool, option(TEXT, "--strict", help="Refuse a text for one bad row.")]
 Device = Annotated[
     str,
     option(
@@ -124,7 +127,7 @@ ErrorCorrection = Annotated[
     option(
         SOLVER,
         metavar="X",
-        help="Strength, for o and down. Default: 1; 0 where all is in 8 bits or there is little text.",
+        help="Strength, for o and down. Default: 1; 0 in 8 bits, or with little text.",
         min=0.0,
         max=1.0,
     ),

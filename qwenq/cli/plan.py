@@ -6,18 +6,22 @@ from typing import Annotated
 
 import typer
 
-from qwenq.cli.plain import print_json, print_line
+from qwenq.cli.plain import print_json, print_line, print_step
 from qwenq.cli.vram import (
     RIG,
     WORKLOAD,
     BatchSize,
     Bits,
     Checkpoint,
+    EnforceEager,
     EngineName,
     EngineVersion,
     ExpectParams,
+    FollowLinks,
+    FormatName,
     GpuRig,
     GroupSize,
+    HostRam,
     Json,
     KvDtype,
     MaxNumSeqs,
@@ -34,7 +38,6 @@ from qwenq.planning.case import Case
 from qwenq.planning.engines.base import plan_commands
 from qwenq.planning.plan import Plan, Recommendation, describe_gpu, make_plan, recommend
 from qwenq.planning.questions import Question, contexts_of
-from qwenq.planning.speed import Speed
 from qwenq.units import GIB, format_gb, format_tokens
 
 NOT_FITTING = 3  # exit code of an honest no
@@ -55,6 +58,7 @@ def plan(
     ] = False,
     bits: Bits = None,
     group_size: GroupSize = None,
+    format: FormatName = "",
     target_size: TargetSize = None,
     recipe: RecipeFile = None,
     checkpoint: Checkpoint = None,
@@ -65,9 +69,12 @@ def plan(
     engine_version: EngineVersion = "",
     prefill_chunk: PrefillChunk = 0,
     reserve: Reserve = "",
+    ram: HostRam = "",
     max_num_seqs: MaxNumSeqs = 0,
     gpu_memory_utilization: Utilization = None,
+    enforce_eager: EnforceEager = False,
     expect_params: ExpectParams = None,
+    follow_links: FollowLinks = False,
     as_json: Json = False,
 ) -> None:
     """Plan MODEL on a rig. Exit code 3 when it does not fit; the plan is printed all the same."""
@@ -78,10 +85,13 @@ def plan(
         from qwenq.planning.rig import detect_rig
 
         rig = detect_rig()
+        for line in rig.notes:
+            print_step(f"warning: {line}")
     asked = Question(
         model=model,
         bits=bits,
         group_size=group_size,
+        format=format,
         target_size=target_size,
         recipe=recipe,
         checkpoint=checkpoint,
@@ -93,11 +103,15 @@ def plan(
         prefill_chunk=prefill_chunk,
         gpu=gpu,
         reserve=reserve,
+        ram=ram,
         max_num_seqs=max_num_seqs,
         gpu_memory_utilization=gpu_memory_utilization,
+        enforce_eager=enforce_eager,
         expect_params=expect_params,
         rig=rig,
     ).resolve()
+    for line in asked.notes:
+        print_step(f"warning: {line}")
     contexts = contexts_of(asked, context)
     if len(contexts) != 1:
         raise UsageError("one context, please", hint="`qwenq vram` takes several")
@@ -139,14 +153,16 @@ def _text(found: Plan) -> list[str]:
     longest = format_tokens(found.largest_context) if found.largest_context else "none"
     lines.append(f"largest context that fits: {longest}")
     if found.fits:
-        lines.append(_speed_line("speed", found.speed))
+        lines.append(f"speed: {found.speed.text()}")
     if found.instead:
         lines += ["would fit here:", *(f"  - {text}" for text in found.instead)]
     if not found.fits and found.offload is not None and found.offload_speed is not None:
         lines.append(
             f"with {found.offload.offloaded_bytes / GIB:.2f} GiB of weights in host memory: {found.offload.reason}"
         )
-        lines.append(_speed_line("  speed then", found.offload_speed))
+        lines += [f"  {line}" for line in _host_lines(found)]
+        if found.host is None or found.host.fits is not False:
+            lines.append(f"  speed then: {found.offload_speed.text()}")
     if not found.fits:
         lines.append("rigs that hold it: qwenq plan MODEL --recommend")
     lines.append(f"{found.serving.case.engine.title}, tensor x pipeline parallel:")
@@ -162,11 +178,14 @@ def _text(found: Plan) -> list[str]:
     return lines
 
 
-def _speed_line(name: str, speed: Speed) -> str:
-    def shown(pair: tuple[float, float] | None) -> str:
-        return "unknown" if pair is None else f"{pair[0]:.3g} to {pair[1]:.3g} tokens/s"
-
-    return f"{name}: decode {shown(speed.decode)}, prefill {shown(speed.prefill)} ({speed.basis})"
+def _host_lines(found: Plan) -> list[str]:
+    """Whether the machine's own memory holds what is put there."""
+    host = found.host
+    if host is None or host.limit_bytes is None:
+        return ["needs the host memory for it; --ram 64GB compares"]
+    needed = f"{host.total_bytes / GIB:.2f} GiB with KV cache and 3 GiB for the process and the system"
+    answer = "fits" if host.fits else "does not fit"
+    return [f"host memory: {needed}, of {host.limit_bytes / GIB:.2f} GiB: {answer}"]
 
 
 def _recommended(case: Case, rigs: tuple[Recommendation, ...]) -> list[str]:
@@ -175,10 +194,17 @@ def _recommended(case: Case, rigs: tuple[Recommendation, ...]) -> list[str]:
         f"{format_tokens(case.work.context)} with {case.engine.label}:"
     ]
     for found in rigs:
-        price = "price unknown" if found.price_usd is None else f"${found.price_usd:,.0f} ({found.gpu.price_basis})"
+        power = "" if found.power_w is None else f"{found.power_w:,.0f} W"
         lines.append(
-            f"  {found.count}x {found.gpu.name:<28} {price:<28} up to {found.largest_context // 1024}k; " + found.how
+            f"  {found.count}x {found.gpu.name:<28} {_price(found):<28} {power:<8} up to "
+            f"{found.largest_context // 1024}k; {found.how}"
         )
     if not rigs:
         lines.append("  none of up to 8 equal GPUs")
     return lines
+
+
+def _price(found: Recommendation) -> str:
+    if found.used_price_usd is not None:
+        return f"${found.used_price_usd:,.0f} (used)"
+    return "price unknown" if found.price_usd is None else f"${found.price_usd:,.0f} ({found.gpu.price_basis})"

@@ -58,7 +58,9 @@ def quantize(
     dtype: ask.StoredDtype = QuantizeConfig.dtype,
     compute_dtype: ask.ComputeDtype = QuantizeConfig.compute_dtype,
     calibration_dtype: ask.CalibrationDtype = QuantizeConfig.calibration_dtype,
+    strict: ask.Strict = QuantizeConfig.strict,
     dry_run: ask.DryRun = False,
+    follow_links: ask.FollowLinks = False,
     resume: ask.Resume = False,
     json: ask.JsonFlag = False,
 ) -> None:
@@ -89,6 +91,8 @@ def _quantize(model: str, config: QuantizeConfig, output: Path, resume: bool, js
     spec = prepared.source.spec
     for name in prepared.source.ignored:
         warn(f"{name} is stored but not used by the model: left out")
+    for line in prepared.job.notes:
+        warn(line)
     with LayerProgress(spec.num_hidden_layers, quiet=json) as progress:
         try:
             prepared = prepared.measured(resume=resume, listen=progress.say)
@@ -103,7 +107,8 @@ def _quantize(model: str, config: QuantizeConfig, output: Path, resume: bool, js
         print_json(result.to_json())
         return
     for line in result.warnings:
-        warn(line)
+        if line not in prepared.job.notes:  # said at the start
+            warn(line)
     out.print(drift_table(result.drift))
     out.print(
         f"{result.out}: {prepared.resolution.recipe.label}, {format_gb(result.file_bytes)} "

@@ -16,6 +16,7 @@ from qwenq.cli.options import (
     ENGINE,
     JOB,
     CpuMemory,
+    FollowLinks,
     GpuMemory,
     JsonFlag,
     KvDtype,
@@ -50,7 +51,7 @@ Temperature = Annotated[
     float | None,
     option(ANSWER, "--temperature", help="0: always the likeliest token. Default: the model's own setting."),
 ]
-EngineName = Annotated[str, option(ENGINE, "--engine", help="qwenq; or gptqmodel or vllm, where installed.")]
+EngineName = Annotated[str, option(ENGINE, "--engine", help="qwenq; or gptqmodel, vllm or llama.cpp, where installed.")]
 
 
 def run(
@@ -75,6 +76,7 @@ def run(
         bool,
         option(JOB, "--dry-run", help="Say where layers would go, what devices would hold, how fast; load none."),
     ] = False,
+    follow_links: FollowLinks = False,
     json: JsonFlag = False,
 ) -> None:
     """Run a checkpoint, weights packed, over the GPUs, host memory and disk of this machine, and talk to it.
@@ -91,11 +93,17 @@ def run(
     foreign = foreign_engine(engine)
     if foreign is not None:
         if dry_run:
-            raise UsageError(f"--dry-run is of qwenq's own engine, not {engine}", hint="`qwenq plan --engine`")
+            raise UsageError(
+                f"--dry-run is of qwenq's own engine, not {engine}",
+                hint=f"`qwenq plan`, or `qwenq serve --dry-run`, with --engine {engine}",
+            )
         foreign.check_installed()
     asked: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     Sampling(**{name: value for name, value in asked.items() if value is not None})  # before anything is downloaded
-    options = load_options(**load_words(context))
+    words = load_words(context)
+    if foreign is not None and foreign.own_kv:
+        del words["kv_cache_dtype"]
+    options = load_options(**words)
     if prompt == "":
         raise UsageError("--prompt: the prompt is empty", hint="write one, or leave --prompt out for a chat")
     if options.max_model_len and max_new_tokens and max_new_tokens >= options.max_model_len:
@@ -110,6 +118,8 @@ def run(
         raise UsageError("--json answers one question", hint="give it with --prompt")
     directory = fetched(model)
     checkpoint = open_checkpoint(directory)
+    for line in checkpoint.notes:
+        warn(line)
     chat = Chat(directory, checkpoint.spec.vocab_size)
     sampling = chat.sampling(**asked)
     if not raw and not chat.has_template:
@@ -125,8 +135,11 @@ def run(
                 f"--engine {engine} answers one question", hint="give it with --prompt, or use `qwenq serve`"
             )
         with redirect_stdout(sys.stderr):  # all of them log to stdout
-            answering = foreign(directory, options.max_model_len)
-        _answer_foreign(answering, chat, ids, sampling, json)
+            answering = foreign(directory, options.max_model_len, kv_cache_dtype)
+        try:
+            _answer_foreign(answering, chat, ids, sampling, json)
+        finally:
+            answering.close()
         return
     with loaded(checkpoint, options) as found:
         if not json:
@@ -214,9 +227,10 @@ def _answer(found: Loaded, session: Session, chat: Chat, ids: list[int], samplin
         )
         return text
     print_line()
+    by = f", by {session.decoding}" if any(device.type == "cuda" for device in devices) else ""
     print_step(
         f"prompt {timing.prompt_tokens} tokens, {timing.prefill_speed:.1f} tokens/s; "
-        f"answer {timing.new_tokens} tokens, {timing.decode_speed:.2f} tokens/s",
+        f"answer {timing.new_tokens} tokens, {timing.decode_speed:.2f} tokens/s{by}",
     )
     for row in rows:
         small = abs(row["allocated_bytes"] - row["predicted_bytes"]) < SMALL_DIFFERENCE
@@ -266,5 +280,9 @@ def _answer_foreign(engine: ForeignEngine, chat: Chat, ids: list[int], sampling:
         print_json({"text": text, "token_ids": tokens, "timing": timing.to_json(), "engine": engine.name})
         return
     print_line(text)
+    if timing.prefill_seconds:  # it tells them apart
+        prompt = f"prompt {timing.prompt_tokens} tokens, {timing.prefill_speed:.1f} tokens/s; "
+        print_step(f"{engine.name}: {prompt}answer {timing.new_tokens} tokens, {timing.decode_speed:.2f} tokens/s")
+        return
     speed = timing.new_tokens / timing.decode_seconds if timing.decode_seconds else 0.0
     print_step(f"{engine.name}: {timing.new_tokens} tokens, {speed:.2f} tokens/s with the prompt")

@@ -15,10 +15,12 @@ from qwenq.cli.options import (
     TEXT,
     Calibration,
     ComputeDtype,
+    FollowLinks,
     JsonFlag,
     Model,
     OneDevice,
     SequenceLength,
+    Strict,
     fetched,
     option,
     options_of,
@@ -48,6 +50,8 @@ def sensitivity(
     ] = QuantizeConfig.format,
     device: OneDevice = QuantizeConfig.device,
     compute_dtype: ComputeDtype = QuantizeConfig.compute_dtype,
+    strict: Strict = QuantizeConfig.strict,
+    follow_links: FollowLinks = False,
     json: JsonFlag = False,
 ) -> None:
     """Measure how much KL each unit of MODEL costs at each scheme; `qwenq quantize --sensitivity FILE` reads it.

@@ -19,6 +19,7 @@ from qwenq.cli.options import (
     MACHINE,
     SERVER,
     CpuMemory,
+    FollowLinks,
     GpuMemory,
     KvDtype,
     MaxModelLen,
@@ -33,8 +34,10 @@ from qwenq.cli.options import (
 from qwenq.cli.plain import print_line, print_step
 from qwenq.cli.run import print_forecast, stored_question
 from qwenq.errors import PlanError, RunError, UsageError
+from qwenq.io.gguf import is_gguf
 
 if TYPE_CHECKING:
+    from qwenq.planning.engines.base import Engine
     from qwenq.runtime.load import LoadOptions
 
 AUTO = "auto"
@@ -63,7 +66,11 @@ def serve(
     max_queue: Annotated[int, option(SERVER, "--max-queue", min=0, help="Requests that may wait.")] = 16,
     engine: Annotated[
         str,
-        option(ENGINE, "--engine", help="vllm or qwenq; auto: vLLM where it is installed and there is a GPU."),
+        option(
+            ENGINE,
+            "--engine",
+            help="vllm, llama.cpp or qwenq; auto: vLLM where it is installed and there is a GPU, llama.cpp for GGUF.",
+        ),
     ] = "auto",
     max_model_len: MaxModelLen = "",
     prefill_chunk: PrefillChunk = 2048,
@@ -74,7 +81,7 @@ def serve(
     offload_dir: OffloadDir = None,
     gpu: Annotated[
         str,
-        option(MACHINE, "--gpu", help='vLLM: the rig of one host, "2x RTX 3090". Default: this machine\'s.'),
+        option(MACHINE, "--gpu", help='vLLM, llama.cpp: the rig, "2x RTX 3090". Default: this machine\'s.'),
     ] = "",
     hosts: Annotated[
         str,
@@ -82,8 +89,9 @@ def serve(
     ] = "",
     dry_run: Annotated[
         bool,
-        option(JOB, "--dry-run", help="Print vLLM's commands, or what our own server would load; start nothing."),
+        option(JOB, "--dry-run", help="Print the engine's commands, or what our own server would load."),
     ] = False,
+    follow_links: FollowLinks = False,
 ) -> None:
     """Serve a checkpoint on OpenAI's API: /v1/models, /v1/chat/completions, /v1/completions, with streaming.
 
@@ -94,7 +102,15 @@ def serve(
 
     kind = ENGINES.get(engine)
     if engine != AUTO and (kind is None or not kind.started):
-        raise UsageError(f"unknown engine {engine!r}", hint=f"{AUTO}, vllm or qwenq")
+        raise UsageError(f"unknown engine {engine!r}", hint=f"{AUTO}, vllm, llama.cpp or qwenq")
+    if _by_llama_cpp(model, kind, hosts):
+        source = context.get_parameter_source("prefill_chunk")
+        chunk = prefill_chunk if source is not None and source.name == "COMMANDLINE" else 0  # else llama.cpp's own
+        if allowed_hosts:
+            raise UsageError("--allowed-hosts is of qwenq's own server", hint="--engine qwenq, or leave it out")
+        _serve_by_llama_cpp(model, max_model_len, kv_cache_dtype, chunk, gpu, _Listener(served_model_name, host, port),
+                            api_key, dry_run)  # fmt: skip
+        return
     here = kind is not None and kind.layered
     if here and (gpu or hosts):
         raise UsageError("--gpu and --hosts are of vLLM's commands", hint="--engine vllm, or leave them out")
@@ -126,6 +142,46 @@ def serve(
         variable, _, value = words.pop(0).partition("=")
         environment[variable] = value
     os.execvpe(words[0], words, environment)
+
+
+@dataclass(frozen=True)
+class _Listener:
+    """Where a server of others listens, and what it calls the model; empty: after the file."""
+
+    name: str
+    host: str
+    port: int
+
+
+def _by_llama_cpp(model: str, kind: type[Engine] | None, hosts: str) -> bool:
+    """Whether llama.cpp is asked for, or is the one for a GGUF file where no engine was named."""
+    from qwenq.runtime.llamacpp import has_server
+
+    if kind is not None:
+        if kind.needs_gguf and hosts:
+            raise UsageError("--hosts is of vLLM's commands", hint="--engine vllm, or leave it out")
+        return kind.needs_gguf
+    return not hosts and is_gguf(model) and has_server()
+
+
+def _serve_by_llama_cpp(
+    model: str, context: str, kv_dtype: str, ubatch: int, gpu: str, listener: _Listener, api_key: str, dry_run: bool
+) -> None:
+    """Start llama-server with the plan's flags; with `dry_run` print its command and Ollama's Modelfile."""
+    from qwenq.runtime.llamacpp import find_server, serving
+    from qwenq.units import parse_tokens
+
+    planned = serving(model, parse_tokens(context) if context else 0, kv_dtype, ubatch, gpu)
+    words = [*planned.words, "--alias", listener.name or Path(model).stem]
+    words += ["--host", listener.host, "--port", str(listener.port)]
+    if dry_run:
+        lines = [planned.setting + shlex.join(words), "", "# Modelfile, for `ollama create NAME -f Modelfile`"]
+        print_line("\n".join([*lines, planned.modelfile]))
+        return
+    program = find_server()
+    print_step(planned.setting + shlex.join(words))
+    environment = os.environ | dict(pair.split("=", 1) for pair in planned.setting.split())
+    os.execvpe(program, words, environment | ({"LLAMA_API_KEY": api_key} if api_key else {}))
 
 
 def vllm_commands(
@@ -186,6 +242,8 @@ def _serve_here(directory: Path, options: LoadOptions, door: _Door) -> None:
     from qwenq.runtime.load import describe, loaded
 
     checkpoint = open_checkpoint(directory)
+    for line in checkpoint.notes:
+        warn(line)
     chat = Chat(directory, checkpoint.spec.vocab_size)
     host = door.host
     try:

@@ -10,7 +10,7 @@ import typer
 
 from qwenq import api
 from qwenq.cli.console import out
-from qwenq.cli.options import JsonFlag
+from qwenq.cli.options import FollowLinks, JsonFlag
 from qwenq.cli.plain import print_json, print_step
 from qwenq.errors import UsageError
 
@@ -27,6 +27,7 @@ def verify(
     calibration: Annotated[
         str | None, typer.Option(help="The calibration file, when the manifest names one that is not a set.")
     ] = None,
+    follow_links: FollowLinks = False,
     json: JsonFlag = False,
 ) -> None:
     """Check every file of a checkpoint against its manifest: missing, changed or extra ones are named, one a line.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from qwenq.cli import links
 from qwenq.cli.plain import print_json, print_line, print_step
 from qwenq.errors import PlanError, UsageError
 from qwenq.planning.engines.base import engine_names
@@ -47,6 +47,10 @@ Bits = Annotated[int | None, _option(WEIGHTS, "--bits", metavar="N", help="4, 8,
 GroupSize = Annotated[
     int | None, _option(WEIGHTS, "--group-size", metavar="N", help="128, 64, 32, or -1: a row. Default 128.")
 ]
+FormatName = Annotated[
+    str,
+    _option(WEIGHTS, "--format", metavar="NAME", help="gptq, awq, compressed-tensors, nf4, int8, fp8, or a GGUF type."),
+]
 TargetSize = Annotated[
     str | None, _option(WEIGHTS, "--target-size", metavar="SIZE", help="Mixed bits as quantize chooses: 47GB.")
 ]
@@ -78,8 +82,10 @@ MaxNumSeqs = Annotated[
 ]
 Utilization = Annotated[
     float | None,
-    _option(ENGINE, "--gpu-memory-utilization", metavar="PART", help="A server's part of a GPU. vLLM's own: 0.9."),
+    _option(ENGINE, "--gpu-memory-utilization", metavar="PART", help="A server's part of a GPU. vLLM's own: 0.92."),
 ]
+EnforceEager = Annotated[bool, _option(ENGINE, "--enforce-eager", help="A server without CUDA graphs.")]
+HostRam = Annotated[str, _option(RIG, "--ram", metavar="SIZE", help="The machine's own memory, for offloading: 64GB.")]
 GpuRig = Annotated[
     str | None, _option(RIG, "--gpu", metavar="RIG", help='"2x RTX 3090", "RTX 4090 + 2x RTX 3060 12GB".')
 ]
@@ -87,6 +93,7 @@ Reserve = Annotated[str, _option(RIG, "--reserve", metavar="SIZE", help="Kept fr
 ProfileFile = Annotated[
     Path | None, _option(RIG, "--profile", metavar="FILE", help="Measured there by `qwenq vram measure -o FILE`.")
 ]
+FollowLinks = Annotated[bool, _option(WEIGHTS, "--follow-links", help=links.HELP, callback=links.follow_links)]
 Json = Annotated[bool, _option(ANSWER, "--json", help="Machine-readable.")]
 
 
@@ -98,6 +105,7 @@ def estimate_command(
     ] = "",
     bits: Bits = None,
     group_size: GroupSize = None,
+    format: FormatName = "",
     target_size: TargetSize = None,
     recipe: RecipeFile = None,
     checkpoint: Checkpoint = None,
@@ -114,8 +122,10 @@ def estimate_command(
     ] = 0,
     max_num_seqs: MaxNumSeqs = 0,
     gpu_memory_utilization: Utilization = None,
+    enforce_eager: EnforceEager = False,
     expect_params: ExpectParams = None,
     profile: ProfileFile = None,
+    follow_links: FollowLinks = False,
     as_json: Json = False,
     as_csv: Annotated[bool, _option(ANSWER, "--csv", help="One line a GPU and term.")] = False,
 ) -> None:
@@ -126,6 +136,7 @@ def estimate_command(
         model=model,
         bits=bits,
         group_size=group_size,
+        format=format,
         target_size=target_size,
         recipe=recipe,
         checkpoint=checkpoint,
@@ -140,15 +151,20 @@ def estimate_command(
         tensor_parallel_size=tensor_parallel_size,
         max_num_seqs=max_num_seqs,
         gpu_memory_utilization=gpu_memory_utilization,
+        enforce_eager=enforce_eager,
         expect_params=expect_params,
         profile=profile,
     ).resolve()
     answer = spread(question, contexts_of(question, max_model_len))
+    for line in question.notes:
+        print_step(f"warning: {line}")
     for misfit in question.misfits:
         print_step(f"warning: {question.engine.name} does not run on {misfit.name}")
     if as_json:
         print_json(answer.to_json())
     elif as_csv:
+        import csv
+
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(["context", "gpu", "name", "term", "bytes", "low_bytes", "high_bytes", "provenance", "source"])
         writer.writerows(answer.csv_rows())
@@ -159,10 +175,16 @@ def estimate_command(
 
 @vram_app.command("validate")
 def validate_command(
-    file: Annotated[Path, typer.Argument(help="CSV with model, quant, input_len, gpu_num, mem_gib and env.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="CSV: model, quant, input_len, gpu_num, mem_gib, env; generated_tokens, prefill_chunk, batch_size, "
+            "attention. Of vLLM: engine, version, gpu, gpu_memory_utilization, kv_tokens, or its log."
+        ),
+    ],
     as_json: Json = False,
 ) -> None:
-    """Predicted against published memory of transformers runs, row by row."""
+    """Predicted against published memory, row by row: transformers' peaks, the room of a server's KV cache."""
     from qwenq.planning.validate import errors, read_rows, summary
 
     rows, skipped = read_rows(file)
@@ -172,14 +194,15 @@ def validate_command(
         print_json(summary(rows))
         return
     for row in rows:
-        print_line(
-            f"{row.model:<24} {row.quant:<10} {row.input_len:>7} tokens  predicted {row.predicted_gib:7.2f} GiB  "
-            f"published {row.mem_gib:7.2f} GiB  {row.error_percent:+6.2f} %"
-        )
+        pair = f"predicted {row.predicted_gib:7.2f} GiB  published {row.mem_gib:7.2f} GiB"
+        if row.kv_tokens is not None:
+            pair = f"predicted {row.predicted_tokens:>8} tokens  logged {row.kv_tokens:>8} tokens of KV cache"
+        print_line(f"{row.model:<24} {row.quant:<10} {row.input_len:>7} tokens  {pair}  {row.error_percent:+6.2f} %")
+    peaks = [row for row in rows if row.kv_tokens is None]
     parts = {
         "all rows": rows,
-        "prompts of 6,144 tokens and more": [row for row in rows if row.input_len >= 6144],
-        "one-token prompts": [row for row in rows if row.input_len == 1],
+        "prompts of 6,144 tokens and more": [row for row in peaks if row.input_len >= 6144],
+        "one-token prompts": [row for row in peaks if row.input_len == 1],
     }
     for name, part in parts.items():
         if part:
@@ -242,9 +265,10 @@ def export_command(
     models: Annotated[list[str], typer.Argument(help="Models to compare.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.")],
     max_model_len: Annotated[str, typer.Option("--max-model-len", "-c", help="Contexts, e.g. 1k,8k,32k.")] = "",
-    bits: Annotated[str, typer.Option("--bits", help="Compared, e.g. 4,8,16.")] = "4",
+    bits: Annotated[str, typer.Option("--bits", help="Compared, e.g. 4,8,16; 4 where no format is named.")] = "",
     kv_cache_dtype: Annotated[str, typer.Option("--kv-cache-dtype", help="Compared, e.g. auto,fp8.")] = "auto",
     group_size: GroupSize = None,
+    format: FormatName = "",
     batch_size: BatchSize = 1,
     engine: EngineName = "qwenq",
     prefill_chunk: PrefillChunk = 0,
@@ -257,14 +281,15 @@ def export_command(
         raise PlanError(f"{output}: exists", hint="choose another name with -o")
     variants = []
     for model in models:
-        for width in bits.split(","):
+        for width in (bits or ("" if format else "4")).split(","):
             for kind in kv_cache_dtype.split(","):
-                if not width.strip().isdigit():
+                if width and not width.strip().isdigit():
                     raise UsageError(f"bits is {width!r}, wanted numbers such as 4,8,16")
                 question = Question(
                     model=model,
-                    bits=int(width),
+                    bits=int(width) if width else None,
                     group_size=group_size,
+                    format=format,
                     kv_cache_dtype=kind.strip(),
                     batch_size=batch_size,
                     engine=engine,

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qwenq.errors import CheckpointError, PlanError, UnreadScheme
+from qwenq.escaping import shown
 from qwenq.formats.base import (
     CPU_LOGITS,
     ByTransformers,
@@ -28,7 +29,7 @@ from qwenq.formats.base import (
     integer_engines,
     register,
 )
-from qwenq.formats.config import PACKED_BITS, check_count, read_names, read_pattern, read_scheme
+from qwenq.formats.config import MAKING, PACKED_BITS, check_count, read_names, read_pattern, read_scheme, refuse_unknown
 from qwenq.io.safetensors import TensorSpec
 from qwenq.model.spec import LinearSpec, ModelSpec
 
@@ -39,6 +40,13 @@ if TYPE_CHECKING:
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _PLACE = tuple(ORDER.index(k) for k in range(8))  # of output k in its int32
+
+
+_FUSING = frozenset({"do_fuse", "fuse_max_seq_len", "lm_head", "modules_to_fuse", "sym"})  # of these nothing is read
+_READ = frozenset({
+    "backend", "bits", "checkpoint_format", "format", "group_size", "method", "modules_to_not_convert",
+    "pack_dtype", "q_group_size", "quant_method", "version", "w_bit", "zero_point",
+})  # fmt: skip
 
 
 class Awq(Format):
@@ -82,9 +90,13 @@ class Awq(Format):
         }
 
     def read_config(self, config: Mapping[str, Any], where: str) -> Quantization:
-        version = str(config.get("version", "gemm")).lower()
+        refuse_unknown(config, _READ | MAKING | _FUSING, where)
+        version = str(config.get("version") or config.get("format") or "gemm").lower()
         if version != "gemm":
-            raise UnreadScheme(f"{where}: AWQ version is {version!r}, wanted 'gemm'")
+            raise UnreadScheme(f"{where}: AWQ version is {shown(repr(version), 40)}, wanted 'gemm'")
+        for key, wanted in (("backend", "autoawq"), ("pack_dtype", "int32"), ("checkpoint_format", "gemm")):
+            if config.get(key) not in (None, "auto", wanted):
+                raise UnreadScheme(f"{where}: AWQ {key} is {shown(repr(config[key]), 40)}, wanted {wanted!r}")
         bits = config.get("bits", config.get("w_bit"))
         group_size = config.get("group_size", config.get("q_group_size"))
         if bits != 4:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -406,6 +406,7 @@ class Format(ABC):
     integer_codes: bool = True  # codes, scales and zero points, which another such format may hold as well
     published: tuple[tuple[str, Scheme], ...] = ()  # names of the publisher's own files, in capitals, and their scheme
     descriptions: tuple[str, ...] = ()  # endings of tensors that hold neither codes nor scales nor zero points
+    optional: tuple[str, ...] = ()  # endings of tensors that other tools may leave out, for they say the usual
 
     # ------------------------------------------------------------------ what it holds
 
@@ -513,6 +514,10 @@ class Format(ABC):
     def packed_names(self, scheme: Scheme, lin: LinearSpec) -> list[str]:
         """Names of the tensors that hold a quantized linear's weight."""
         return [t.name for t in self.tensors(scheme, lin, lambda name: "BF16")]
+
+    def lacks(self, stored: Collection[str], name: str) -> bool:
+        """Whether a checkpoint lacks a tensor that it has to have."""
+        return name not in stored and not name.endswith(self.optional)
 
     def stored_bits(self, scheme: Scheme | None, lin: LinearSpec) -> int:
         """Bits of a linear's codes, scales and zero points, or of its weight in 16 bit."""

@@ -7,7 +7,6 @@ of 16 values. LLM.int8: each row stores its largest absolute value (SCB) and cod
 from __future__ import annotations
 
 import json
-import logging
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -34,7 +33,7 @@ from qwenq.formats.base import (
     Variant,
     register,
 )
-from qwenq.formats.config import check_count, read_names, read_pattern
+from qwenq.formats.config import check_count, read_names, read_pattern, refuse_unknown
 from qwenq.io.safetensors import FLOATS, TensorSpec
 from qwenq.model.spec import LinearSpec, ModelSpec
 
@@ -67,6 +66,13 @@ class Nf4Codes(Codes):
 CODES.update({codes.name: codes for codes in (Nf4Codes("nf4"), Nf4Codes("nf4-nested", " nested"))})
 NF4, NF4_NESTED = Scheme(4, BLOCK, codes="nf4"), Scheme(4, BLOCK, codes="nf4-nested")
 INT8_ROWS = Scheme(8, -1)  # LLM.int8: one scale a row
+
+
+_KEYS = frozenset({
+    "_load_in_4bit", "_load_in_8bit", "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage", "bnb_4bit_quant_type",
+    "bnb_4bit_use_double_quant", "llm_int8_enable_fp32_cpu_offload", "llm_int8_skip_modules", "llm_int8_threshold",
+    "load_in_4bit", "load_in_8bit", "quant_method",
+})  # fmt: skip
 
 
 class Bitsandbytes(Format):
@@ -113,6 +119,7 @@ class Bitsandbytes(Format):
 
     def read_config(self, config: Mapping[str, Any], where: str) -> Quantization:
         """Of both widths."""
+        refuse_unknown(config, _KEYS, where)
         four = bool(config.get("load_in_4bit", config.get("_load_in_4bit")))
         if four == bool(config.get("load_in_8bit", config.get("_load_in_8bit"))):
             raise CheckpointError(f"{where}: wanted one of load_in_4bit and load_in_8bit")
@@ -332,6 +339,8 @@ def _without_kernels() -> Iterator[None]:
         yield
         return
     modules: dict[str, Any] = sys.modules
+    import logging
+
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     known, level = modules.get("kernels"), logger.level
     modules["kernels"] = None  # importing it raises ImportError, which the library foresees, and says aloud

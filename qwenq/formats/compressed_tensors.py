@@ -38,7 +38,7 @@ from qwenq.formats.base import (
     register,
     whole_numbers,
 )
-from qwenq.formats.config import check_count, read_names, read_pattern, read_scheme
+from qwenq.formats.config import check_count, read_names, read_pattern, read_scheme, refuse_unknown
 from qwenq.io.safetensors import TensorSpec
 from qwenq.model.spec import LinearSpec, ModelSpec
 
@@ -48,6 +48,18 @@ if TYPE_CHECKING:
     from qwenq.solver.grid import QTensor
 
 _LINEAR = "Linear"  # a module's class: every linear
+
+
+# What is read here, and what says nothing of what the stored codes mean.
+_KEYS = frozenset({
+    "config_groups", "dequantize", "format", "global_compression_ratio", "ignore", "kv_cache_scheme", "producer",
+    "provider", "quant_method", "quantization_status", "run_compressed", "use_optimized_inference", "version",
+})  # fmt: skip
+_GROUP_KEYS = frozenset({"format", "input_activations", "output_activations", "targets", "weights"})
+_WEIGHT_KEYS = frozenset({
+    "actorder", "block_structure", "dynamic", "group_size", "num_bits", "observer", "observer_kwargs",
+    "scale_dtype", "strategy", "symmetric", "type", "zp_dtype",
+})  # fmt: skip
 
 
 class CompressedTensors(Format):
@@ -104,6 +116,9 @@ class CompressedTensors(Format):
         }
 
     def read_config(self, config: Mapping[str, Any], where: str) -> Quantization:
+        sparsity = config.get("sparsity_config")
+        dense = not isinstance(sparsity, Mapping) or sparsity.get("format") in (None, "dense")
+        refuse_unknown(config, _KEYS | {"sparsity_config"} if dense else _KEYS, where)
         if config.get("format") != "pack-quantized":
             raise (UnreadScheme if isinstance(config.get("format"), str) else CheckpointError)(
                 f"{where}: compressed-tensors format is {config.get('format')!r}, wanted 'pack-quantized'",
@@ -123,6 +138,7 @@ class CompressedTensors(Format):
             here = f"{where}: config_groups {shown(key, 40)}"
             if not isinstance(group, Mapping):
                 raise CheckpointError(f"{here} is {type(group).__name__}, wanted an object")
+            refuse_unknown(group, _GROUP_KEYS, here)
             scheme = _scheme(group, here)
             targets = read_names(group.get("targets"), f"{here}: targets")
             if _LINEAR in targets:
@@ -227,6 +243,9 @@ def _scheme(group: Mapping[str, Any], where: str) -> Scheme:
         raise CheckpointError(f"{where}: weights is {type(weights).__name__}, wanted an object")
     if group.get("input_activations") is not None or group.get("output_activations") is not None:
         raise UnreadScheme(f"{where}: quantized activations are not supported")
+    if group.get("format") not in (None, "pack-quantized"):
+        raise UnreadScheme(f"{where}: format is {shown(repr(group['format']), 40)}, wanted 'pack-quantized'")
+    refuse_unknown(weights, _WEIGHT_KEYS, f"{where}: weights")
     strategy, group_size = weights.get("strategy"), weights.get("group_size")
     if strategy is None:
         strategy = "group" if isinstance(group_size, int) and group_size > 0 else "channel"
@@ -234,8 +253,9 @@ def _scheme(group: Mapping[str, Any], where: str) -> Scheme:
         raise UnreadScheme(
             f"{where}: weights are {weights.get('type', 'int')} by {strategy}, wanted static int by group or channel"
         )
-    if weights.get("actorder") == "group":
-        raise UnreadScheme(f"{where}: actorder is 'group', which stores columns out of order; not supported")
+    if weights.get("actorder") not in (None, False, "weight", "static"):  # `dynamic` and true mean `group`
+        order = shown(repr(weights["actorder"]), 40)
+        raise UnreadScheme(f"{where}: actorder is {order}, which stores columns out of order; not supported")
     size = -1 if strategy == "channel" else group_size
     return read_scheme(weights.get("num_bits"), size, weights.get("symmetric", True), where)
 

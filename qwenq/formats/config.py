@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Sized
+from collections.abc import Collection, Mapping, Sized
 from typing import Any
 
 from qwenq.errors import CheckpointError, PlanError, UnreadScheme
@@ -18,6 +18,15 @@ from qwenq.formats.base import NamePattern, Scheme
 from qwenq.io.json import shown
 
 PACKED_BITS = range(2, 9)  # that one tool or another packs
+
+# Keys of GPTQ and AWQ that say how codes were found, or with what to run them, and nothing of what they mean.
+MAKING = frozenset({
+    "act_group_aware", "backend", "batch_size", "block_name_to_quantize", "cache_block_outputs",
+    "damp_auto_increment", "damp_percent", "dataset", "disable_exllama", "exllama_config", "gptaq", "hyb_act",
+    "max_input_length", "meta", "model_file_base_name", "model_name_or_path", "model_seqlen",
+    "module_name_preceding_first_block", "mse", "pack_impl", "pad_token_id", "quantizer", "static_groups",
+    "tokenizer", "true_sequential", "uri", "use_cuda_fp16", "use_exllama", "v2", "v2_alpha",
+})  # fmt: skip
 
 MAX_CHARACTERS = 20_000  # a choice of all linears of a large model by their names is half as long
 MAX_NAMES = 20_000  # of one list: all linears of the largest model it may be
@@ -40,6 +49,27 @@ def read_scheme(bits: Any, group_size: Any, sym: Any, where: str) -> Scheme:
     except PlanError as error:
         other = bits not in (4, 8) and bits in PACKED_BITS
         raise (UnreadScheme if other else CheckpointError)(f"{where}: {error.message}") from None
+
+
+def refuse_unknown(config: Mapping[str, Any], known: Collection[str], where: str) -> None:
+    """UnreadScheme for the first key outside `known` that says something: it could change what the tensors mean.
+
+    Null, false, 0 and what is empty say nothing.
+    """
+    for key, value in config.items():
+        if key not in known and _says(value):
+            raise UnreadScheme(
+                f"{where}: {shown(str(key), 40)} is {shown(repr(value), 60)}, which this version does not understand",
+                hint="it could change what the stored codes mean; engines that know it read the checkpoint",
+            )
+
+
+def _says(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(_says(part) for part in value.values())
+    if isinstance(value, list):
+        return any(_says(part) for part in value)
+    return bool(value)
 
 
 def read_names(value: Any, where: str) -> list[str]:

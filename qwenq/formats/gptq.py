@@ -5,6 +5,9 @@
 out]; `g_idx` [in] the group of each input column.
 
 In the config, `dynamic` maps a regular expression on module names to an override; `-:regex` leaves a module in 16 bit.
+
+AutoRound packs the same tensors, mostly without `g_idx`: its `auto_round:auto_gptq` is version 1, `auto_round` and
+`auto_round:gptqmodel` are version 2, and `extra_config` has overrides by name (its export.py and inference/backend.py).
 """
 
 from __future__ import annotations
@@ -15,13 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 from qwenq import __version__
 from qwenq.errors import CheckpointError, PlanError, UnreadScheme
+from qwenq.escaping import shown
 from qwenq.formats.base import (
     CPU_LOGITS,
     PLAIN_8_BIT,
     SYMMETRIC,
     ByTransformers,
+    ExactNames,
     Format,
     Loader,
+    NamePattern,
     Quantization,
     Recipe,
     Scheme,
@@ -31,7 +37,7 @@ from qwenq.formats.base import (
     integer_engines,
     register,
 )
-from qwenq.formats.config import check_count, read_pattern, read_scheme
+from qwenq.formats.config import MAKING, check_count, read_names, read_pattern, read_scheme, refuse_unknown
 from qwenq.io.safetensors import TensorSpec
 from qwenq.model.architectures import Stage
 from qwenq.model.spec import LinearSpec, ModelSpec
@@ -42,8 +48,28 @@ if TYPE_CHECKING:
     from qwenq.solver.grid import QTensor
 
 V1, V2 = "gptq", "gptq_v2"  # checkpoint_format
+AUTO_ROUND = ("auto-round", "intel/auto-round")  # `quant_method`
+_AUTO_ROUND_VERSIONS = {"auto_gptq": V1, "gptq": V1, "": V2, "gptqmodel": V2}  # by what follows `auto_round`
 GPTQMODEL = Loader("GPTQModel", tried=CPU_LOGITS)
 OPTIMUM = "transformers (optimum, GPTQModel)"
+
+
+_READ = frozenset({
+    "bits", "checkpoint_format", "desc_act", "dynamic", "format", "group_size", "lm_head", "method",
+    "modules_in_block_to_quantize", "pack_dtype", "quant_method", "sym",
+})  # fmt: skip
+_OVERRIDES = MAKING | {"bits", "desc_act", "group_size", "sym"}
+_AUTO_ROUND_MAKING = frozenset({
+    "act_data_type", "act_dynamic", "act_group_size", "act_sym", "amp", "autoround_version", "backend",
+    "batch_size", "damp_percent", "dataset", "enable_minmax_tuning", "enable_norm_bias_tuning",
+    "enable_quanted_input", "gradient_accumulate_steps", "iters", "low_gpu_mem_usage", "lr", "minmax_lr",
+    "nsamples", "provider", "scale_dtype", "seed", "seqlen", "static_attention_granularity",
+    "static_groups", "static_kv_granularity", "supported_types", "train_bs", "true_sequential", "vllm_backend",
+})  # fmt: skip
+_AUTO_ROUND_READ = frozenset({
+    "act_bits", "bits", "block_name_to_quantize", "data_type", "extra_config", "group_size", "packing_format",
+    "quant_block_list", "quant_method", "sym", "to_quant_block_names",
+})  # fmt: skip
 
 
 class Gptq(Format):
@@ -54,7 +80,7 @@ class Gptq(Format):
     mixes = True
     options = SYMMETRIC  # vLLM reads asymmetric GPTQ for no mixed checkpoint
     published = (("GPTQ-INT4", Scheme(4, 128)), ("GPTQ-INT8", Scheme(8, 128)))
-    descriptions = (".g_idx",)
+    descriptions = optional = (".g_idx",)
 
     def check_scheme(self, scheme: Scheme) -> None:
         if scheme.codes != "int":
@@ -99,15 +125,24 @@ class Gptq(Format):
         schemes = (recipe.default, *(scheme for _, scheme in recipe.overrides))
         return V1 if all(scheme is None or scheme.sym for scheme in schemes) else V2
 
+    def recognizes(self, config: Mapping[str, Any]) -> bool:
+        return config.get("quant_method") in (self.method, *AUTO_ROUND)
+
     def read_config(self, config: Mapping[str, Any], where: str) -> Quantization:
+        if config["quant_method"] in AUTO_ROUND:
+            return _auto_round(config, where)
+        refuse_unknown(config, _READ | MAKING, where)
         pack_dtype = config.get("pack_dtype", "int32")
         if pack_dtype != "int32":
             raise _refusal(pack_dtype)(f"{where}: pack_dtype is {pack_dtype!r}, wanted 'int32'")
-        version = config.get("checkpoint_format") or V1
+        version = config.get("checkpoint_format") or config.get("format") or V1
         if version not in (V1, V2):
             raise _refusal(version)(f"{where}: checkpoint_format is {version!r}, wanted 'gptq' or 'gptq_v2'")
+        for key, wanted in (("format", version), ("method", self.method)):
+            if config.get(key) not in (None, wanted):
+                raise _refusal(config[key])(f"{where}: {key} is {shown(repr(config[key]), 40)}, wanted {wanted!r}")
         default = _scheme(config, Scheme(4), where)
-        rules = []
+        rules: list[tuple[NamePattern | ExactNames, Scheme | None]] = []
         entries = config.get("dynamic") or {}
         if not isinstance(entries, Mapping):
             raise CheckpointError(f"{where}: dynamic is {type(entries).__name__}, wanted an object")
@@ -118,7 +153,10 @@ class Gptq(Format):
             override = {} if excluded or override is None else override
             if not isinstance(override, Mapping):
                 raise CheckpointError(f"{where}: dynamic {key!r} is {type(override).__name__}, wanted an object")
+            if not excluded:
+                refuse_unknown(override, _OVERRIDES, f"{where}: dynamic {shown(key, 60)}")
             rules.append((pattern, None if excluded else _scheme(override, default, where)))
+        rules += _left_out(config.get("modules_in_block_to_quantize"), "", f"{where}: modules_in_block_to_quantize")
         return Quantization("gptq", default, tuple(rules), version, sorted_columns=config.get("desc_act") is True)
 
     def pack(self, q: QTensor, version: str = V1) -> dict[str, Tensor]:
@@ -270,6 +308,64 @@ def _stages_named(schemes: Mapping[str, Scheme | None], spec: ModelSpec) -> list
 def _either(words: Sequence[object]) -> str:
     """A pattern for any of some numbers or names."""
     return str(words[0]) if len(words) == 1 else "(?:" + "|".join(map(str, words)) + ")"
+
+
+def _auto_round(config: Mapping[str, Any], where: str) -> Quantization:
+    """AutoRound's config; UnreadScheme for what it packs otherwise: AWQ's layout, floats, quantized activations."""
+    refuse_unknown(config, _AUTO_ROUND_READ | _AUTO_ROUND_MAKING, where)
+    packing = config.get("packing_format") or config.get("backend") or "auto_round:auto_gptq"
+    kind = str(packing).removeprefix("auto_round").removeprefix(":")
+    version = _AUTO_ROUND_VERSIONS.get(kind.partition(":")[0] if kind.startswith("gptq:") else kind)
+    if version is None or not str(packing).startswith("auto_round"):
+        raise _refusal(packing)(
+            f"{where}: AutoRound's packing_format is {shown(repr(packing), 40)}, wanted 'auto_round:auto_gptq'"
+        )
+    _refuse_values(config, where)
+    default = _scheme(config, Scheme(4), where)
+    extra = config.get("extra_config") or {}
+    if not isinstance(extra, Mapping):
+        raise CheckpointError(f"{where}: extra_config is {type(extra).__name__}, wanted an object")
+    check_count(extra, f"{where}: extra_config")
+    exact: list[tuple[NamePattern | ExactNames, Scheme | None]] = []
+    patterns: list[tuple[NamePattern | ExactNames, Scheme | None]] = []
+    for name, override in extra.items():
+        here = f"{where}: extra_config {shown(name, 60)}"
+        if not isinstance(override, Mapping):
+            raise CheckpointError(f"{here} is {type(override).__name__}, wanted an object")
+        refuse_unknown(override, _AUTO_ROUND_READ | _AUTO_ROUND_MAKING, here)
+        _refuse_values(override, here)
+        scheme = None if override.get("bits") in (16, 32) else _scheme(override, default, here)
+        exact.append((ExactNames(frozenset({name})), scheme))
+        if re.search(r"[^\w.]", name):  # its own regular expressions begin and end with `.*`
+            patterns.append((read_pattern(name, here), scheme))
+    names = ("block_name_to_quantize", "to_quant_block_names", "quant_block_list")  # by the tool's version
+    blocks = next((config[name] for name in names if config.get(name)), None)
+    left = _left_out(blocks, "^", f"{where}: block_name_to_quantize")
+    return Quantization("gptq", default, (*exact, *patterns, *left), version)
+
+
+def _refuse_values(config: Mapping[str, Any], where: str) -> None:
+    """UnreadScheme for codes that are no integers, and for quantized activations."""
+    if config.get("data_type", "int") not in ("int", "int_sym", "int_asym"):
+        raise UnreadScheme(f"{where}: data_type is {shown(repr(config['data_type']), 40)}, wanted 'int'")
+    if config.get("act_bits") not in (None, 16, 32):
+        raise UnreadScheme(f"{where}: quantized activations are not supported (act_bits {config['act_bits']!r})")
+
+
+def _left_out(names: Any, start: str, where: str) -> list[tuple[NamePattern | ExactNames, Scheme | None]]:
+    """A rule that leaves in 16 bit what a list of blocks or modules does not name; none where there is no list.
+
+    names: texts, or lists of them, or one text with commas. start: `^` where a name is the beginning of a module's.
+    """
+    if not names:
+        return []
+    if isinstance(names, str):
+        names = [name.strip() for name in names.split(",")]
+    if isinstance(names, list):
+        names = [name for part in names for name in (part if isinstance(part, list) else [part])]
+    words = "|".join(re.escape(name) for name in dict.fromkeys(read_names(names, where)))
+    expression = rf"(?!(?:{words})(?:\.|$))" if start else rf"(?!.*\.(?:{words})$)"
+    return [(NamePattern(re.compile(expression), max(1, len(names))), None)]
 
 
 def _refusal(kind: Any) -> type[CheckpointError]:

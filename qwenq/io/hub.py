@@ -23,11 +23,12 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from qwenq.errors import CheckpointError, HubError, QwenqError
-from qwenq.io.json import read_object, shown
+from qwenq.io.json import TEMPLATES, open_regular, read_object, shown
 from qwenq.io.safetensors import (
     INDEX_NAME,
     MAX_HEADER_BYTES,
     PICKLED_ENDINGS,
+    SAMPLE_BYTES,
     SINGLE_NAME,
     TensorLocation,
     checkpoint_tensors,
@@ -42,6 +43,7 @@ SMALL_FILES = (
 )  # fmt: skip
 _NAME = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95}/[\w][\w.-]{0,95}", re.ASCII)
 _FIRST_BYTES = 1 << 16  # one request is enough for most headers
+_MOST_SKIPPED = 64 << 20  # bytes read for nothing from an endpoint that knows no ranges
 _REPORT_SECONDS = 30
 _THREADS = 8
 Listener = Callable[[str], None]
@@ -91,6 +93,17 @@ def fetch_headers(name: str, revision: str | None = None) -> dict[str, TensorLoc
         return {n: dataclasses.replace(t, file=Path(t.file.name)) for n, t in tensors.items()}
 
 
+def same_start(name: str, one: TensorLocation, other: TensorLocation, revision: str | None = None) -> bool:
+    """Whether two tensors of a model, as `fetch_headers` gives them, agree in dtype, shape and first bytes.
+
+    Trained weights that differ anywhere differ there. Raises HubError.
+    """
+    if (one.spec.dtype, one.spec.shape) != (other.spec.dtype, other.spec.shape):
+        return False
+    with _hub_errors(name, revision):
+        return _first_bytes(name, one, revision) == _first_bytes(name, other, revision)
+
+
 def fetch_model(name: str, revision: str | None = None, listen: Listener = lambda line: None) -> Path:
     """A local directory with the model's safetensors, config and tokenizer, each file whole; downloads what is missing.
 
@@ -106,7 +119,8 @@ def fetch_model(name: str, revision: str | None = None, listen: Listener = lambd
         weights = _weight_files(repo)
         directory = _fetch_config(repo, revision)
         index = [INDEX_NAME] if weights != [SINGLE_NAME] and INDEX_NAME in repo.files else []
-        wanted = [f for f in SMALL_FILES if f in repo.files] + index + weights
+        templates = [f for f in repo.files if re.fullmatch(rf"{TEMPLATES}/[^/]+\.jinja", f)]
+        wanted = [f for f in SMALL_FILES if f in repo.files] + templates + index + weights
         missing = [f for f in wanted if not (directory / f).is_file()]
         if missing:
             _download(repo, directory, missing, listen)
@@ -253,6 +267,43 @@ def _fetch_header(repo: _Repo, file: str) -> tuple[bytes, int]:
             if len(head) == before:
                 raise HubError(f"{repo.name}: {file} ended at byte {before}, inside its header", hint="run it again")
     return bytes(head[:wanted]), size
+
+
+def _first_bytes(name: str, location: TensorLocation, revision: str | None) -> bytes:
+    """Up to SAMPLE_BYTES of a tensor: of the cached file where the headers are from there, else by one request."""
+    from huggingface_hub import constants, get_session, hf_raise_for_status
+
+    end = min(location.start + SAMPLE_BYTES, location.end)
+    if location.file.is_absolute():
+        with open_regular(location.file) as file:
+            file.seek(location.start)
+            return file.read(end - location.start)
+    url = f"{_endpoint()}/{name}/resolve/{quote(revision or 'main', safe='')}/{quote(location.file.name)}"
+    asked = {"Range": f"bytes={location.start}-{end - 1}", "Accept-Encoding": "identity"}
+    request = get_session().stream(
+        "GET",
+        url,
+        headers=_hub_utils().build_hf_headers() | asked,
+        follow_redirects=True,
+        timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+    )
+    with request as response:
+        if response.status_code >= 400:
+            response.read()
+            hf_raise_for_status(response)
+        skipped = 0 if response.status_code == 206 else location.start  # the endpoint knows no ranges
+        if skipped > _MOST_SKIPPED:
+            raise HubError(
+                f"{name}: {_host()} sends files whole, and a tensor is to be read from within {location.file.name}",
+                hint="download the model and plan from its directory",
+            )
+        found = bytearray()
+        for chunk in response.iter_bytes():
+            found += chunk[skipped:]
+            skipped = max(0, skipped - len(chunk))
+            if len(found) >= end - location.start:
+                break
+    return bytes(found[: end - location.start])
 
 
 def _cached(name: str, revision: str | None) -> Path:

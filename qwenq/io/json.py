@@ -7,6 +7,8 @@ import json
 import math
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from qwenq.escaping import shown as shown
 MAX_VALUES = 1_000_000  # of a JSON file: the header of 100,000 tensors has 800,000
 MAX_SMALL_BYTES = 100_000_000  # of a file beside the weights: the largest tokenizers have 35 MB
 MAX_DIGITS = 100  # of a whole number: more than any size, and little enough that it still is a float
+LFS_POINTER = b"version https://git-lfs"  # the beginning of what a clone without git-lfs has in a file's place
+TEMPLATES = "additional_chat_templates"  # the one folder that a checkpoint may have
 _MAX_NAME_BYTES = 255  # what file systems take
 
 
@@ -71,6 +75,8 @@ def _check_size(path: Path, size: int, limit: int, error: type[QwenqError]) -> N
 
 def parse_object(text: bytes, where: str, most: int = MAX_VALUES) -> dict[str, Any]:
     """Parse a JSON object strictly: UTF-8, no repeated keys, no NaN or infinity, no absurd nesting, number or count."""
+    if text.startswith(LFS_POINTER):
+        raise CheckpointError(f"{where}: a git-lfs pointer, not the file", hint="run `git lfs pull` in its directory")
     values = text.count(b",") + text.count(b"[") + text.count(b"{")  # at least; counted before any is made
     if values > most:
         raise CheckpointError(f"{where}: JSON of {values} values or more, more than the {most} it can need")
@@ -116,8 +122,13 @@ def parse_object(text: bytes, where: str, most: int = MAX_VALUES) -> dict[str, A
 def inside(directory: Path, name: str) -> Path:
     """The file `name` of `directory`; CheckpointError if the name, or a link, leads out of it.
 
-    One exception: the hub's cache keeps `<repo>/snapshots/<revision>/name` as a link into `<repo>/blobs`.
+    The hub's cache keeps `<repo>/snapshots/<revision>/name` as a link into `<repo>/blobs`, which is let through; any
+    other link inside `followed_links`. A name may have one folder, TEMPLATES.
     """
+    folder, slash, rest = name.partition("/")
+    if slash and folder == TEMPLATES:
+        inside(directory, folder)
+        return inside(directory / folder, rest)
     if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise CheckpointError(f"file name {shown(name)} leads out of the checkpoint's directory: refused")
     if len(name.encode("utf-8", "surrogatepass")) > _MAX_NAME_BYTES:
@@ -127,12 +138,38 @@ def inside(directory: Path, name: str) -> Path:
         root, target = directory.resolve(), path.resolve()
     except (OSError, RuntimeError):  # a circle, or too long a path
         raise CheckpointError(f"{shown(str(path))}: links in a circle, or too long a path: refused") from None
-    allowed = [root]
-    if root.parent.name == "snapshots":
-        allowed.append(root.parent.parent / "blobs")
-    if target.parent not in allowed:
-        raise CheckpointError(f"{shown(name)} links to a file outside the checkpoint's directory: refused")
+    if target.parent not in (root, *_blobs(root)) and not _followed.count:
+        raise CheckpointError(
+            f"{shown(name)} links to a file outside the checkpoint's directory: refused",
+            hint="--follow-links reads it all the same; only for links that you made or trust",
+        )
     return path
+
+
+def _blobs(root: Path) -> list[Path]:
+    """Where the hub's cache keeps the files of a snapshot, or of its folder of templates."""
+    place = root.parent if root.name == TEMPLATES else root
+    return [place.parent.parent / "blobs"] if place.parent.name == "snapshots" else []
+
+
+class _Followed:
+    count = 0  # open contexts of followed_links
+
+
+_followed = _Followed()
+
+
+@contextmanager
+def followed_links() -> Iterator[None]:
+    """Read files of checkpoints that are links out of their directories, for as long as the context lasts.
+
+    Of the whole process, all its threads included. What a link leads to still has to be a regular file.
+    """
+    _followed.count += 1
+    try:
+        yield
+    finally:
+        _followed.count -= 1
 
 
 def model_name(directory: Path) -> str:

@@ -244,7 +244,7 @@ def fingerprint(directory: Path) -> str:
     for name in sorted(tensors):
         location = tensors[name]
         digest.update(f"{name} {location.spec.dtype} {list(location.spec.shape)}\n".encode())
-        with open(location.file, "rb") as file:
+        with open_regular(location.file) as file:
             file.seek(location.start)
             digest.update(file.read(min(SAMPLE_BYTES, location.end - location.start)))
     return digest.hexdigest()

@@ -85,6 +85,14 @@ class SlidingWindow:
     def refuse(self, config: Mapping[str, Any], context: int, where: str) -> None:
         """CheckpointError where the window is shorter than the `context` tokens a model reads; null is no window."""
         window = config.get(self.key, self.default)
+        kinds = config.get("layer_types")
+        for kind in kinds if isinstance(kinds, list) else ():
+            long = kind == "sliding_attention" and isinstance(window, int) and window >= context
+            if kind != "full_attention" and not long:
+                raise CheckpointError(
+                    f"{where}: layer_types has {shown(repr(kind), 40)}, wanted full_attention alone",
+                    hint="take a version of the model whose layers all attend to the whole text",
+                )
         off = window is None or (self.switch and not config.get(self.switch))
         if off or (isinstance(window, int) and window >= context):
             return

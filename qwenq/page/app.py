@@ -15,16 +15,18 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qwenq.errors import PlanError, QwenqError
+from qwenq.formats.base import FORMATS, SIZED, get_format
 from qwenq.io.http import BadBody, BodyReader, Busy, Guard, Line, Server, while_there
 from qwenq.model.spec import family_configs, family_spec
-from qwenq.planning.engines.base import ENGINES, get_engine
+from qwenq.planning.engines.base import ENGINES, RigFinder, get_engine, plan_commands
+from qwenq.planning.ggufsize import gguf_types
 from qwenq.planning.memory import TERM_NAMES
-from qwenq.planning.plan import recommend
+from qwenq.planning.plan import make_plan, recommend
 from qwenq.planning.questions import Question, Resolved, contexts_of, spread
 from qwenq.planning.rig import Rig, catalogue, find_gpu
 
 MAX_PAGE_GPUS = 16
-CHART_CONTEXTS = (1024, 2048, 4096, 8192, 16384, 24576, 32768, 49152, 65536, 98304, 131072)
+CHART_CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 MAX_PAGE_CONTEXT = 131072
 
 
@@ -45,31 +47,59 @@ class Ask(BaseModel):
     model: str = Field(max_length=80)
     bits: Literal[4, 8, 16] = 4
     group_size: Literal[128, 64, 32] = 128
+    format: str = Field(default="", max_length=24)  # empty: by the bits
     kv_cache_dtype: str = Field(default="auto", max_length=8)
     engine: str = Field(default=Question.engine, max_length=20)
     context: int = Field(default=8192, ge=1, le=MAX_PAGE_CONTEXT)
     batch_size: int = Field(default=1, ge=1, le=256)
     prefill_chunk: int = Field(default=0, ge=0, le=MAX_PAGE_CONTEXT)
+    tensor_parallel_size: int = Field(default=0, ge=0, le=MAX_PAGE_GPUS)
+    max_num_seqs: int = Field(default=0, ge=0, le=65536)
+    gpu_memory_utilization: float = Field(default=0, ge=0, le=1)  # 0: the engine's own
+    enforce_eager: bool = False
+    reserve_gib: float = Field(default=0, ge=0, le=1024)
+    ram_gb: int = Field(default=0, ge=0, le=65536)  # 0: not said
     rig: tuple[RigPart, ...] = Field(default=(), max_length=8)
 
 
 def resolve(ask: Ask) -> Resolved:
     """The question behind a state of the page; a QwenqError for what is unknown."""
+    return _resolved(ask.model_copy(update={"context": 1}))
+
+
+@lru_cache(maxsize=64)
+def _resolved(ask: Ask) -> Resolved:
+    """Kept while the context slides, with all that its weights were asked before."""
     if family_spec(ask.model) is None:
         raise PlanError("not a shipped model", hint="`qwenq vram` also reads directories and hub names")
     gpus = [gpu for part in ask.rig for gpu in (find_gpu(part.gpu),) * part.count]
     if len(gpus) > MAX_PAGE_GPUS:
         raise PlanError(f"{len(gpus)} GPUs, wanted at most {MAX_PAGE_GPUS}")
+    engine, by_name = get_engine(ask.engine), bool(ask.format)
+    fixed = by_name and (ask.format in SIZED or get_format(ask.format).fixed is not None) if _is_format(ask) else False
+    own_groups = engine.needs_gguf or fixed  # GGUF types and fixed formats have their own
     return Question(
         model=ask.model,
-        bits=ask.bits,
-        group_size=None if get_engine(ask.engine).needs_gguf else ask.group_size,  # GGUF types have their own
+        bits=None if own_groups and by_name else ask.bits,
+        group_size=None if own_groups else ask.group_size,
+        format=ask.format,
         kv_cache_dtype=ask.kv_cache_dtype,
         batch_size=ask.batch_size,
         engine=ask.engine,
         prefill_chunk=ask.prefill_chunk,
+        tensor_parallel_size=ask.tensor_parallel_size,
+        max_num_seqs=ask.max_num_seqs,
+        gpu_memory_utilization=ask.gpu_memory_utilization or None,
+        enforce_eager=ask.enforce_eager,
+        reserve=f"{ask.reserve_gib:g}GiB" if ask.reserve_gib and gpus else "",
+        ram=f"{ask.ram_gb}GB" if ask.ram_gb else "",
         rig=Rig(tuple(gpus)) if gpus else None,
     ).resolve()
+
+
+def _is_format(ask: Ask) -> bool:
+    """Whether the format asked for is one of safetensors checkpoints."""
+    return ask.format in FORMATS or ask.format in SIZED
 
 
 @lru_cache(maxsize=128)
@@ -88,17 +118,61 @@ def answer(ask: Ask) -> dict[str, Any]:
         "context_limit": min(spec.extended_context, MAX_PAGE_CONTEXT),
         "largest_context": question.engine.longest_context(question.at(ask.context)) if rig else None,
         "notes": [f"{ask.engine} does not run on {gpu.name}" for gpu in question.misfits],
+        "runs": not question.misfits,
+        "limits": [gpu.limit_source for gpu in dict.fromkeys(rig.gpus)] if rig else [],
         "command": command(ask, question),
+    }
+
+
+@lru_cache(maxsize=128)
+def planned(ask: Ask) -> dict[str, Any]:
+    """What `qwenq plan` says beside the estimates: placement, speed, host memory, flags to paste, what would fit."""
+    question = resolve(ask)
+    if question.rig is None or question.misfits:
+        return {"plan": None}
+    contexts_of(question, str(ask.context))
+    found = make_plan(question.at(ask.context))
+    told = found.to_json()
+    shares = (found.offload or found).shares
+    return {
+        "plan": {key: told[key] for key in ("fits", "certainty", "speed", "offload_speed", "host", "instead", "notes")}
+        | {
+            "speed_text": found.speed.text() if found.fits else "",
+            "offload_speed_text": found.offload_speed.text() if found.offload_speed else "",
+            "how": found.layout.how,
+            "split": found.placement.reason if found.placement else "",
+            "offload": found.offload.reason if found.offload else "",
+            "gpus": [
+                {"layers": [share.layers.start, share.layers.stop], "embedding": share.embed, "head": share.head}
+                for share in shares
+            ],
+            "memory": (found.offload or found).memory.to_json()["gpus"],
+            "parallel": told["parallel"],
+            "flags": plan_commands(found),
+        }
     }
 
 
 @lru_cache(maxsize=128)
 def recommended(ask: Ask) -> list[dict[str, Any]]:
     """Rigs of equal GPUs that hold the model in this state, whatever rig is on the page."""
+    resolve(ask)  # which refuses a rig that there is not
+    return _rigs(ask.model_copy(update={"rig": (), "reserve_gib": 0, "ram_gb": 0, "tensor_parallel_size": 0}))
+
+
+@lru_cache(maxsize=128)
+def _rigs(ask: Ask) -> list[dict[str, Any]]:
     question = resolve(ask)
     contexts_of(question, str(ask.context))
-    rigs = recommend(question.at(ask.context))
-    return [found.to_json() for found in rigs]
+    finder = _finder(ask.model_copy(update={"context": 1}))
+    return [found.to_json() for found in recommend(question.at(ask.context), finder)]
+
+
+@lru_cache(maxsize=8)
+def _finder(ask: Ask) -> RigFinder:
+    """Costs by context, kept while only the context changes."""
+    question = resolve(ask)
+    return question.engine.rig_finder(question.at(ask.context))
 
 
 def choices() -> dict[str, Any]:
@@ -114,6 +188,14 @@ def choices() -> dict[str, Any]:
         "engines": list(ENGINES),
         "kv_cache_dtypes": {name: list(engine.kv_dtypes) for name, engine in ENGINES.items()},
         "gguf_engines": [name for name, engine in ENGINES.items() if engine.needs_gguf],
+        "server_engines": [name for name, engine in ENGINES.items() if not engine.layered],
+        "formats": {
+            name: {"fixed": form.fixed is not None, "bits": form.fixed.bits if form.fixed else 0}
+            for name, form in FORMATS.items()
+            if form.container == "safetensors"
+        }
+        | {name: {"fixed": True, "bits": sized.bits} for name, sized in SIZED.items()},
+        "gguf_types": list(gguf_types()),
         "terms": TERM_NAMES,
         "max_gpus": MAX_PAGE_GPUS,
     }
@@ -121,14 +203,23 @@ def choices() -> dict[str, Any]:
 
 def command(ask: Ask, question: Resolved) -> str:
     """The command line that prints the page's numbers."""
-    words = ["qwenq", "vram", question.spec.name, "--bits", str(ask.bits)]
-    grouped = ask.group_size != 128 and not question.engine.needs_gguf
-    words += ["--group-size", str(ask.group_size)] if grouped else []
+    gguf = question.engine.needs_gguf
+    fixed = bool(ask.format) and (gguf or ask.format in SIZED or get_format(ask.format).fixed is not None)
+    words = ["qwenq", "vram", question.spec.name]
+    words += [] if fixed else ["--bits", str(ask.bits)]
+    words += ["--format", ask.format] if ask.format else []
+    words += ["--group-size", str(ask.group_size)] if ask.group_size != 128 and not gguf and not fixed else []
     words += ["--engine", ask.engine] if ask.engine != Question.engine else []
     words += ["--kv-cache-dtype", ask.kv_cache_dtype] if ask.kv_cache_dtype != "auto" else []
     words += ["--batch-size", str(ask.batch_size)] if ask.batch_size != 1 else []
     words += ["--prefill-chunk", str(ask.prefill_chunk)] if ask.prefill_chunk else []
+    words += ["--tensor-parallel-size", str(ask.tensor_parallel_size)] if ask.tensor_parallel_size else []
+    words += ["--max-num-seqs", str(ask.max_num_seqs)] if ask.max_num_seqs else []
+    part = ask.gpu_memory_utilization
+    words += ["--gpu-memory-utilization", f"{part:g}"] if part else []
+    words += ["--enforce-eager"] if ask.enforce_eager else []
     words += ["--gpu", question.rig.label] if question.rig else []
+    words += ["--reserve", f"{ask.reserve_gib:g}GiB"] if ask.reserve_gib and question.rig else []
     words += ["--max-model-len", str(ask.context)]
     return shlex.join(words)
 
@@ -177,6 +268,7 @@ def make_app(allowed_hosts: Collection[str] = ()) -> FastAPI:
     app.add_api_route("/plotly.min.js", _serve(plotly_script(), "text/javascript; charset=utf-8"), methods=["GET"])
     app.add_api_route("/api/choices", choices, methods=["GET"])
     app.add_api_route("/api/estimate", _asked(bodies, line, answer), methods=["POST"])
+    app.add_api_route("/api/plan", _asked(bodies, line, planned), methods=["POST"])
     app.add_api_route("/api/recommend", _asked(bodies, line, recommended), methods=["POST"])
     return app
 

@@ -145,6 +145,7 @@ class QuantizeConfig:
     seed: int = 0
     eval_text: str = "heldout"
     eval_samples: int | None = None  # windows; all by default, at most DEFAULT_EVALUATION_WINDOWS
+    strict: bool = False  # a bad row of a text is an error, else it is left out and counted
     # solver
     method: str | None = None  # gptq, or rtn: rounding to nearest
     damp_percent: float | None = None  # share of the mean Hessian diagonal
@@ -595,6 +596,7 @@ class EvaluateConfig:
     sequence_length: int = 512  # tokens a window
     device: str = "auto"  # cpu, or GPUs: cuda:0,cuda:1
     compute_dtype: str = "auto"  # of activations
+    strict: bool = False  # a bad row of the text is an error, else it is left out and counted
 
     def __post_init__(self) -> None:
         for name, least in (("num_samples", 1), ("sequence_length", 2)):

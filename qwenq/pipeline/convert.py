@@ -29,7 +29,7 @@ from qwenq.pipeline.card import CARD_NAME, model_card
 from qwenq.pipeline.container import container_of
 from qwenq.pipeline.job import partial_directory, refuse_place
 from qwenq.pipeline.monitor import memory_errors
-from qwenq.pipeline.output import COPIED_FILES, Output
+from qwenq.pipeline.output import Output, copied_files
 from qwenq.results import finite_json
 from qwenq.solver.grid import QTensor
 from qwenq.text.tokens import write_tokenizer
@@ -104,7 +104,8 @@ def convert(source: Checkpoint, out: Path, format: str, *, listen: Callable[[int
         raise JobError(f"{work}: {error.strerror}", hint="choose another OUT") from None
     try:
         with memory_errors("converting", torch.device("cpu"), None, "end other programs"):
-            source = source.hash_files(COPIED_FILES)
+            copied = copied_files(source.folder)
+            source = source.hash_files(copied)
             files.begin(work)
             parts = {}
             for number, specs in enumerate(files.parts):
@@ -130,7 +131,7 @@ def convert(source: Checkpoint, out: Path, format: str, *, listen: Callable[[int
             read = source.hashed
             assert read is not None
             config = dict(source.config) | {"quantization_config": quantization_config(recipe, source.spec)}
-            output = Output(work, out, recipe, config, files)
+            output = Output(work, out, recipe, config, files, copied)
             hashes |= output.copy_small_files(source.directory, read.hashes)
             if not files.whole:
                 hashes |= write_tokenizer(source.directory, work)

@@ -145,7 +145,7 @@ def dry_run(model: str, config: QuantizeConfig, output: Path | None = None) -> D
         warnings += get_format(config.format).notes(found.config.mixture, found.spec)
     warnings += _lacking(check, measuring, output is None)
     local = source.directory is not None
-    return DryRun(check, found.spec, found.budgeted, measuring, assumed, local, tuple(warnings))
+    return DryRun(check, found.spec, found.budgeted, measuring, assumed, local, (*source.notes, *warnings))
 
 
 def recipe_json(found: Budgeted) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def _windows(config: QuantizeConfig, model: str, spec: ModelSpec) -> tuple[Windo
     most = config.num_samples or DEFAULT_WINDOWS
     most_held = config.eval_samples or DEFAULT_EVALUATION_WINDOWS
     if (Path(model) / "tokenizer.json").is_file():
-        count = _counter(Path(model), spec)
+        count = _counter(Path(model), spec, config.strict)
         windows, length, counted = 0, config.sequence_length, True
         if calibrated:
             windows, length, counted = count(config.calibration, most, length, config.seed)
@@ -195,7 +195,9 @@ def _windows(config: QuantizeConfig, model: str, spec: ModelSpec) -> tuple[Windo
     return Windows(windows, held_out, length, counted), warnings
 
 
-def _counter(directory: Path, spec: ModelSpec) -> Callable[[str, int, int, int | None], tuple[int, int, bool]]:
+def _counter(
+    directory: Path, spec: ModelSpec, strict: bool
+) -> Callable[[str, int, int, int | None], tuple[int, int, bool]]:
     """A function that counts a text's windows, `most` at most, as a job draws them; sets of the hub are not fetched."""
     from qwenq.text.calibration import load_windows
     from qwenq.text.tokens import ModelTokenizer
@@ -205,7 +207,7 @@ def _counter(directory: Path, spec: ModelSpec) -> Callable[[str, int, int, int |
     def count(name: str, most: int, length: int, seed: int | None) -> tuple[int, int, bool]:
         if name not in SET_TOKENS and not name.endswith(_TEXT_FILES):
             return most, length, False
-        ids = load_windows(name, tokenizer, spec, length=length, count=None, seed=seed, up_to=most).ids
+        ids = load_windows(name, tokenizer, spec, length=length, count=None, seed=seed, up_to=most, strict=strict).ids
         return ids.shape[0], ids.shape[1], True
 
     return count

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from qwenq.machine import keep_freed_memory
 from qwenq.model.layer import Network, model_config
 from qwenq.pipeline.activations import LayerRunner, TokenSets, embed, embed_tokens
 from qwenq.pipeline.monitor import memory_errors
+from qwenq.pipeline.reference_logits import LogitsFile, SavedLogits
 from qwenq.pipeline.workers import Workers
 from qwenq.results import DriftReport
 from qwenq.solver.metrics import LogitComparison, Reading, TokenDrift, summarise
@@ -30,9 +31,17 @@ def evaluate(
     compute_dtype: torch.dtype = torch.float32,
     devices: Sequence[str] = ("cpu",),
     listen: Callable[[int], None] = lambda layer: None,
+    saved: SavedLogits | None = None,
 ) -> DriftReport:
-    """Run both checkpoints over the evaluation windows; `listen` is told each finished layer."""
+    """Run both checkpoints over the evaluation windows; `listen` is told each finished layer.
+
+    saved: the reference's logits are written on the way. llama-perplexity begins each window with the BOS token of a
+    tokenizer that adds one; then so do the windows here.
+    """
     check_comparable(checkpoint, reference)
+    if saved is not None:
+        evaluation = begun_with_bos(evaluation, ModelTokenizer(reference.directory))
+        saved.prepare(reference.spec.vocab_size, evaluation.ids)
     keep_freed_memory()
     vocab = min(checkpoint.spec.vocab_size, reference.spec.vocab_size)
     check_windows(evaluation.ids, vocab, reference.spec.extended_context, evaluation.text)
@@ -58,10 +67,23 @@ def evaluate(
             checkpoint.refuse_changed()
             listen(layer)
         heads = HeadWeights(reference), HeadWeights(checkpoint)
-        drift = measure_drift(by_name["reference"].first, *heads, states, evaluation)
+        drift = measure_drift(by_name["reference"].first, *heads, states, evaluation, saved)
         reference.refuse_changed()
         checkpoint.refuse_changed()
         return drift
+
+
+def begun_with_bos(windows: TokenWindows, tokenizer: ModelTokenizer) -> TokenWindows:
+    """The windows with the token that the tokenizer begins a text with in place of each first one; as they are without.
+
+    llama.cpp asks its file for `add_bos_token`, which its converter takes from the same tokenizer.
+    """
+    (around,) = tokenizer.encode([""], special=True)
+    if not around or around[0] == tokenizer.eos:
+        return windows
+    ids = windows.ids.clone()
+    ids[:, 0] = around[0]
+    return replace(windows, ids=ids)
 
 
 def check_comparable(checkpoint: Checkpoint, reference: Checkpoint) -> None:
@@ -131,8 +153,12 @@ def measure_drift(
     quantized: HeadWeights,
     states: Mapping[str, torch.Tensor],
     evaluation: TokenWindows,
+    saved: SavedLogits | None = None,
 ) -> DriftReport:
-    """Divergence of hidden states `quantized` from `reference`; noise floor from `float32` where there are any."""
+    """Divergence of hidden states `quantized` from `reference`; noise floor from `float32` where there are any.
+
+    saved: the reference's logits are written too.
+    """
     floor = 0.0
     if "float32" in states:
         few = states["float32"].shape[0]
@@ -142,7 +168,13 @@ def measure_drift(
     windows, length = evaluation.ids.shape
     reading = Reading(evaluation.text, evaluation.sha256, windows, length, dtype, floor)
     pair = (reference, states["reference"]), (quantized, states["quantized"])
-    return summarise(compare_heads(network, *pair, evaluation.ids), reading)
+    found = compare_heads(network, *pair, evaluation.ids)
+    if saved is not None:
+        file = LogitsFile(reference.checkpoint.spec.vocab_size, windows, length)
+        saved.kl = float(found.kl.view(windows, length - 1)[:, file.saved].mean())
+        x_NTH = _predicting(network, reference, states["reference"]).unflatten(0, (windows, length - 1))
+        file.write(saved.path, evaluation.ids, x_NTH[:, file.saved].flatten(0, 1), reference.rows)
+    return summarise(found, reading)
 
 
 def compare_heads(

@@ -71,6 +71,16 @@ class QuantizeJob:
             raise JobError("error_correction is open, wanted 0 to 1")
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """A line for each thing that is read otherwise than the model's config.json says, or left out of a text, and
+        for a recipe that is not what its name says.
+        """
+        texts = [text.left_out for text in (self.calibration, self.evaluation) if text is not None]
+        name = self.config.mixture
+        named = get_format(self.recipe.format).notes(name, self.source.spec) if name else []
+        return (*self.source.notes, *filter(None, texts), *named)
+
+    @property
     def options(self) -> SolverOptions:
         """What the solver is asked to do, the same for every layer."""
         config = self.config
@@ -127,12 +137,6 @@ class QuantizeJob:
         return container_of(
             source.spec, self.recipe, source.config, source.directory, config.mixture, config.split_size
         )
-
-    @property
-    def notes(self) -> list[str]:
-        """Where the recipe is not what its name says."""
-        name = self.config.mixture
-        return get_format(self.recipe.format).notes(name, self.source.spec) if name else []
 
     @property
     def converts(self) -> bool:

@@ -13,12 +13,17 @@ from qwenq.checkpoint.shards import Shards, StoredFiles
 from qwenq.errors import JobError
 from qwenq.formats.base import Recipe, get_format
 from qwenq.io.durable import copy_synced, sync_directory, write_bytes, write_json
-from qwenq.io.json import MAX_SMALL_BYTES, check_regular, inside
+from qwenq.io.json import MAX_SMALL_BYTES, TEMPLATES, check_regular, inside
 from qwenq.io.safetensors import INDEX_NAME
 from qwenq.pipeline.card import CARD_NAME
-from qwenq.text.tokens import TOKENIZER_FILES
+from qwenq.text.tokens import TOKENIZER_FILES, template_files
 
-COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json", "LICENSE")
+_COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json", "LICENSE")
+
+
+def copied_files(source: Path) -> tuple[str, ...]:
+    """Names of the source's files that a checkpoint has as they are, where they are there."""
+    return (*_COPIED_FILES, *template_files(source))
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class Output:
     recipe: Recipe
     config: Mapping[str, Any]  # config.json as it is written
     files: StoredFiles
+    copied: tuple[str, ...]  # see `copied_files`
 
     @property
     def names(self) -> set[str]:
@@ -43,7 +49,7 @@ class Output:
 
     @property
     def _copied(self) -> tuple[str, ...]:
-        return ("LICENSE",) if self.files.whole else COPIED_FILES
+        return ("LICENSE",) if self.files.whole else self.copied
 
     def copy_small_files(self, source: Path, hashes: Mapping[str, str]) -> dict[str, str]:
         """Tokenizer and licence of the source, and their SHA-256; CheckpointError where one is not that in `hashes`."""
@@ -52,6 +58,7 @@ class Output:
             path = inside(source, name)
             if os.path.lexists(path):
                 check_regular(path, MAX_SMALL_BYTES)
+                (self.work / name).parent.mkdir(exist_ok=True)
                 copied[name] = copy_synced(path, self.work / name)
             if copied.get(name) != hashes.get(name):
                 raise changed(path)
@@ -76,6 +83,8 @@ def give_name(work: Path, out: Path) -> None:
     for leftover in work.glob(SCRATCH_PREFIX + "*"):
         if leftover.name != LOCK_NAME:  # held until the directory has its name
             leftover.unlink()
+    if (work / TEMPLATES).is_dir():
+        sync_directory(work / TEMPLATES)
     sync_directory(work)
     os.replace(work, out)
     try:

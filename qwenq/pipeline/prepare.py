@@ -123,6 +123,7 @@ def prepare(directory: Path, out: Path, config: QuantizeConfig, *, resume: bool 
             count=config.num_samples,
             seed=config.seed,
             up_to=DEFAULT_WINDOWS,
+            strict=config.strict,
         )
     evaluation = load_windows(
         config.eval_text,
@@ -132,6 +133,7 @@ def prepare(directory: Path, out: Path, config: QuantizeConfig, *, resume: bool 
         count=config.eval_samples,
         seed=None,
         up_to=DEFAULT_EVALUATION_WINDOWS,
+        strict=config.strict,
     )
     texts = (config.calibration, config.eval_text)
     compared = calibration is not None and not any(text.endswith(".npy") for text in texts)

@@ -45,7 +45,7 @@ from qwenq.pipeline.imatrix import InputSquares, check_imatrix, is_kept, keep_la
 from qwenq.pipeline.job import DTYPES, QuantizeJob, QuantizeResult, partial_directory, refuse_place
 from qwenq.pipeline.journal import Journal, locked, never_begun, refuse_changes
 from qwenq.pipeline.monitor import StageClock, memory_errors
-from qwenq.pipeline.output import COPIED_FILES, Output, give_name
+from qwenq.pipeline.output import Output, copied_files, give_name
 from qwenq.pipeline.preflight import PlannedJob, preflight
 from qwenq.pipeline.workers import Workers
 from qwenq.results import BlockResult, DriftReport, LayerResult, finite_json
@@ -133,7 +133,7 @@ class _Run:
         if job.config.dtype != "auto":
             config.pop("torch_dtype", None)
             config["dtype"] = job.config.dtype
-        self.output = Output(work, job.out, job.recipe, config, self.files)
+        self.output = Output(work, job.out, job.recipe, config, self.files, copied_files(job.source.folder))
         evaluating = job.workers(DTYPES[job.config.compute_dtype], job.evaluation)
         self.calibrator = job.workers(DTYPES[job.config.calibration_dtype], job.calibration)
         self.workers = {"reference": evaluating, "quantized": evaluating}
@@ -147,7 +147,7 @@ class _Run:
     @torch.inference_mode()
     def run(self, started: float) -> QuantizeResult:
         self.listen("hashing the source")
-        self.job = replace(self.job, source=self.job.source.hash_files([CARD_NAME, *COPIED_FILES]))
+        self.job = replace(self.job, source=self.job.source.hash_files([CARD_NAME, *self.output.copied]))
         read = self.job.source.hashed
         assert read is not None
         described = self.job.describe() | {"source": read.hashes}
@@ -328,7 +328,7 @@ class _Run:
             bits_per_linear_weight=self.job.recipe.bits_per_linear_weight(self.spec),
             seconds=time.perf_counter() - started,
             peak_rss_bytes=peak_rss_bytes(),
-            warnings=(*job_warnings(layers, drift, self.job.overlap), *self.job.notes),
+            warnings=(*self.job.notes, *job_warnings(layers, drift, self.job.overlap)),
         )
         described = describe_result(journal.job, self.spec.parameters, result, resumed=self.resume)
         read = journal.job["source"]

@@ -47,6 +47,7 @@ class Shapes:
     dtype_of: Callable[[str], str]
     directory: Path | None  # None for what is not on this machine
     config: Mapping[str, Any] = field(default_factory=dict)  # config.json, where there is one
+    notes: tuple[str, ...] = ()  # a line for each thing that is read otherwise than config.json says
 
 
 def source_shapes(model: str) -> Shapes:
@@ -61,9 +62,9 @@ def source_shapes(model: str) -> Shapes:
         from qwenq.planning.models import load_model, source_dtypes
 
         found = load_model(model)
-        return Shapes(found.spec, source_dtypes(found), None, found.config)
+        return Shapes(found.spec, source_dtypes(found), None, found.config, found.notes)
     from qwenq.checkpoint.reader import open_source
 
     hint = "for sizes alone a family name works: qwenq quantize Qwen2.5-72B --bits 4 --dry-run"
     source = open_source(model_directory(model, hint=hint))
-    return Shapes(source.spec, source.dtype_of, source.directory, source.config)
+    return Shapes(source.spec, source.dtype_of, source.directory, source.config, source.notes)

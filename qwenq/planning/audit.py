@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qwenq.checkpoint.contents import is_unused
 from qwenq.escaping import shown
 from qwenq.formats.base import Recipe, get_format, read_quantization_config, recognized
 from qwenq.io.json import inside, read_object
@@ -125,13 +126,18 @@ def index_total(directory: Path) -> int | None:
 
 def _compare(recipe: Recipe, spec: ModelSpec, tensors: Mapping[str, TensorSpec]) -> list[str]:
     problems = []
-    needed = {t.name: t for t in recipe.tensors(spec)}
+    form, head = get_format(recipe.format), spec.architecture.head + "."
+    packed_head = any(name.startswith(head) and name not in (head + "weight", head + "bias") for name in tensors)
+    needed = {t.name: t for t in recipe.tensors(spec) if not (packed_head and t.name.startswith(head))}
     for name, want in needed.items():
-        if name not in tensors:
+        if form.lacks(tensors, name):
             problems.append(f"{name}: the config needs it, no shard has it")
-        elif not get_format(recipe.format).same_shape(tensors[name], want):
+        elif name in tensors and not form.same_shape(tensors[name], want):
             problems.append(f"{name}: shape {list(tensors[name].shape)}, the config says {list(want.shape)}")
-    problems += [f"{shown(name)}: stored, but the config has no place for it" for name in tensors if name not in needed]
+    for name in tensors:
+        unused = is_unused(spec, tensors[name], quantized=recipe.default is not None)
+        if name not in needed and not unused and not (packed_head and name.startswith(head)):
+            problems.append(f"{shown(name)}: stored, but the config has no place for it")
     return problems
 
 

@@ -28,6 +28,7 @@ class Workload:
     prefill_chunk: int = 0  # 0: the engine's own
     max_num_seqs: int = 0  # of a server; 0: its default for the GPU
     gpu_memory_utilization: float | None = None  # a server's part of each GPU; None: its own
+    enforce_eager: bool = False  # a server without CUDA graphs
     value_bytes: int = 2  # of an activation, in this project's own engine: 4 where it computes in float32
 
     def __post_init__(self) -> None:

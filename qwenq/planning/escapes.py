@@ -12,8 +12,9 @@ from qwenq.planning.placement import ParallelOption, best_option, padded_weights
 from qwenq.units import format_tokens
 
 MOST_UTILIZATION = 98  # percent
-Change = Literal["utilization", "kv cache", "padding"]
-CHANGES: tuple[Change, ...] = ("utilization", "kv cache", "padding")
+Change = Literal["utilization", "kv cache", "eager", "padding"]
+FLAGS: tuple[Change, ...] = ("utilization", "kv cache", "eager")
+CHANGES: tuple[Change, ...] = (*FLAGS, "padding")
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ class _Asked:
         engine = self.case.engine
         if change == "kv cache":
             return self.case.kv_bytes <= engine.kv_bytes(engine.smaller_kv)
+        if change == "eager":
+            return self.case.work.enforce_eager or not engine.eager_flag
         return change == "utilization" and round(100 * engine.asked_part(self.case)) >= MOST_UTILIZATION
 
     def fitting(self) -> ParallelOption | None:
@@ -98,7 +101,7 @@ def server_escapes(case: Case) -> tuple[Escape, ...]:
     kept = list(_minimal(asked))
     flags = [escape for escape in kept if not escape.padded]
     padded = [escape for escape in kept if escape.padded]
-    shorter = list(_shorter(asked, ((),) if flags else ((), ("utilization", "kv cache"))))
+    shorter = list(_shorter(asked, ((),) if flags else ((), FLAGS)))
     if not kept and not shorter:
         shorter = list(_shorter(asked, (("padding",), CHANGES)))
     return (*flags, *shorter, *padded)
@@ -150,6 +153,8 @@ def _changed(asked: _Asked, together: tuple[Change, ...]) -> Iterator[tuple[_Ask
     if "kv cache" in together:
         smaller = asked.case.engine.smaller_kv
         asked, said = asked.asking(kv_dtype=smaller), (f"--kv-cache-dtype {smaller}",)
+    if "eager" in together:
+        asked, said = asked.asking(enforce_eager=True), (*said, asked.case.engine.eager_flag)
     if "padding" not in together:
         yield asked, said
         return

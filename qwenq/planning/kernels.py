@@ -22,13 +22,15 @@ from qwenq.planning.rig import Gpu
 KERNEL_GROUPS = (256, 128, 64, 32)
 DENSE_ROWS = 112  # measured on AVX-512: below it the kernel is faster than writing weights out and a dense matmul
 INT8_ROWS_CUDA = 4  # `_weight_int8pack_mm` there has one thread an output and reads weights again for each row
+TRITON_DENSE_ROWS = 65  # more than one tile of rows: the kernel would read weights again
 ROW_BLOCK = 1 << 20  # weights written out at a time on a CPU; their float32 fits the last-level cache
 ROW_BLOCK_CUDA = 1 << 24
-Kind = Literal["int4", "int4 halves", "int8", "tiled", "nf4", "blocks"]
+Kind = Literal["triton", "int4", "int4 halves", "int8", "tiled", "nf4", "blocks"]
 
 # Bytes a weight of a row block takes at most while it is written out, symmetric and with zero points: codes, their
 # reordered copy, and 16-bit or float32 values. tests/runtime/test_runtime_cuda.py counts them.
 ROW_BLOCK_BYTES: Mapping[Kind, tuple[float, float]] = {
+    "triton": (3, 6),  # it takes 2; the estimate leaves room for tinygemm, which steps in where a kernel is refused
     "int4": (3, 6),
     "int4 halves": (3, 6),
     "int8": (2, 2),
@@ -42,6 +44,8 @@ def dense_from(kind: Kind, device: str) -> int:
     """Rows from which a linear of this kernel writes its weights out."""
     if kind in ("tiled", "nf4", "blocks"):
         return 1
+    if kind == "triton":
+        return TRITON_DENSE_ROWS
     if kind == "int8" and device == "cuda":
         return INT8_ROWS_CUDA
     return DENSE_ROWS // 2 if kind == "int4 halves" else DENSE_ROWS
@@ -55,12 +59,12 @@ def compute_on(gpu: Gpu, value_bytes: int) -> Compute:
     dtype = "bfloat16" if value_bytes == 2 else "float32"
     if gpu.name == "CPU":
         return Compute(dtype, "cpu")
-    return Compute(dtype, "cuda", gpu.compute_capability or (8, 0))
+    return Compute(dtype, "cuda", gpu.compute_capability or (8, 0), gpu.triton)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel of a linear, and why it is not torch's own (empty when it is)."""
+    """The kernel of a linear, and why it is not a faster one (empty when there is none)."""
 
     kind: Kind
     reason: str = ""
@@ -82,19 +86,39 @@ def choose(shape: PackedShape, compute: Compute = Compute()) -> Choice:
         return Choice("tiled", f"no packed kernel on {compute.device}")
     one_scale_a_row = shape.bits == 8 and shape.group == shape.in_features and shape.sym
     int8 = one_scale_a_row and shape.in_features % 16 == 0  # else the kernel reads beyond its rows
+    why = _not_triton(shape, compute)
+    if not why:
+        return Choice("triton")
     found = _four_bit(shape, compute)
+    if compute.device == "cuda" and compute.capability >= (8, 0) and found.kind != "tiled":
+        found = Choice(found.kind, why)
     if int8 and (compute.device == "cpu" or found.kind == "tiled"):
         return Choice("int8")
     return found
 
 
+def _not_triton(shape: PackedShape, compute: Compute) -> str:
+    """Why this project's own kernels do not take such codes; empty when they do."""
+    if compute.device != "cuda" or compute.capability < (8, 0):
+        return "Triton kernels need compute capability 8.0"
+    if not compute.triton:
+        return "Triton is not installed"
+    if shape.in_features % 64 or kernel_group(shape.group) == 0:
+        return f"{shape.in_features} inputs in groups of {shape.group}: Triton kernels want a multiple of 64 and of 32"
+    return ""
+
+
 def _blocks(shape: PackedShape, compute: Compute) -> Choice:
-    """torch's 4-bit kernel for a GGUF weight whose codes it takes, else row blocks out of the bytes as they are."""
+    """A kernel for a GGUF weight whose codes one takes, else row blocks out of the bytes as they are."""
     kind = shape.blocks
     if shape.table or shape.bits not in (4, 8):
-        return Choice("blocks", f"{kind}: torch ships no kernel for it, so row blocks are written out")
-    found = choose(replace(shape, blocks=""), compute)
-    return found if found.kind != "tiled" else Choice("blocks", f"{kind} in row blocks: {found.reason}")
+        return Choice("blocks", f"{kind}: there is no kernel for it, so row blocks are written out")
+    found = choose(replace(shape, blocks=""), replace(compute, triton=compute.triton and shape.sym))
+    if found.kind == "tiled":
+        return Choice("blocks", f"{kind} in row blocks: {found.reason}")
+    if compute.triton and not shape.sym:
+        return Choice(found.kind, f"{kind}: Triton kernels want whole zero points")
+    return found
 
 
 def _four_bit(shape: PackedShape, compute: Compute) -> Choice:
@@ -133,7 +157,8 @@ def kept_bytes(shape: PackedShape, kind: Kind) -> list[int]:
         groups = outputs * (inputs // shape.group)
         return [codes, 2 * groups] + ([] if shape.sym else [groups])
     pairs = 4 * outputs * (inputs // kernel_group(shape.group))
-    return [weights * shape.bits // 8, pairs * (2 if shape.bits == 8 and not shape.sym else 1)]
+    twice = kind == "int4 halves" and not shape.sym
+    return [weights * shape.bits // 8, pairs * (2 if twice else 1)]
 
 
 def kept(shape: PackedShape, compute: Compute) -> list[int]:
@@ -170,7 +195,7 @@ def layer_parts(
         found = {name: t for name, t in tensors.items() if name.startswith(lin.name + ".")}
         inside |= found.keys()
         scheme, shape = recipe.scheme_of(lin), None
-        if scheme is not None and found.keys() >= set(form.packed_names(scheme, lin)):
+        if scheme is not None and not any(form.lacks(found.keys(), name) for name in form.packed_names(scheme, lin)):
             shape = form.packed_shape(scheme, lin, sorted_columns=sorted_columns)
         if shape is not None:
             packed.append(shape)

@@ -129,8 +129,12 @@ def slack_term(dynamic_bytes: int, packed_bytes: int = 0) -> Term:
     source = "3 % of what comes and goes, as unsloth keeps free"
     if packed_bytes:
         source += "; 1 % of packed weights for holes between them, as traced (reports/runtime.md)"
-    low, n_bytes, high = (round(share * dynamic_bytes + 0.01 * packed_bytes) for share in (0, 0.03, 0.08))
+    low, n_bytes, high = (slack_bytes(dynamic_bytes, packed_bytes, share) for share in (0, 0.03, 0.08))
     return Term("slack", n_bytes, "reported", source, low, high)
+
+
+def slack_bytes(dynamic_bytes: int, packed_bytes: int = 0, share: float = 0.03) -> int:
+    return round(share * dynamic_bytes + 0.01 * packed_bytes)
 
 
 def merged(terms: Sequence[Term]) -> tuple[Term, ...]:
@@ -190,14 +194,19 @@ class MemoryEstimate:
 
     @property
     def certainty(self) -> str:
-        """`fits` or `does not fit` over the whole range, else `tight`; empty without a rig."""
+        """`fits` or `does not fit` over the whole range of need and limit, else `tight`; empty without a rig."""
         limits = [gpu.limit_bytes for gpu in self.gpus]
-        if any(limit is None for limit in limits):
+        slack = self.case.rig.limit_slack if self.case.rig else ((0, 0),) * len(limits)
+        known = [
+            (gpu, limit - less, limit + more)
+            for gpu, limit, (less, more) in zip(self.gpus, limits, slack, strict=True)
+            if limit is not None
+        ]
+        if len(known) < len(limits):
             return ""
-        pairs = [(gpu, limit) for gpu, limit in zip(self.gpus, limits, strict=True) if limit is not None]
-        if all(gpu.high_bytes <= limit for gpu, limit in pairs):
+        if all(gpu.high_bytes <= low for gpu, low, _ in known):
             return "fits"
-        return "does not fit" if any(gpu.low_bytes > limit for gpu, limit in pairs) else "tight"
+        return "does not fit" if any(gpu.low_bytes > high for gpu, _, high in known) else "tight"
 
     @property
     def tightest(self) -> GpuMemory:

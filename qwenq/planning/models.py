@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qwenq.checkpoint.headers import read_headers
+from qwenq.checkpoint.contents import Contents, read_contents, refuse_adapter
+from qwenq.checkpoint.headers import read_config, read_headers
 from qwenq.errors import CheckpointError, PlanError, UsageError
-from qwenq.formats.base import Recipe, Scheme
+from qwenq.formats.base import FORMATS, SIZED, Recipe, Scheme, get_format
 from qwenq.io.gguf import is_gguf
 from qwenq.io.json import inside, read_object, shown
-from qwenq.io.safetensors import INDEX_NAME, TensorLocation, TensorSpec
+from qwenq.io.safetensors import INDEX_NAME, TensorLocation, TensorSpec, checkpoint_tensors
 from qwenq.model.spec import ModelSpec, family_spec, near_names, refuse_experts, spec_from_config
-from qwenq.planning.ggufsize import BITS_TO_TYPE, gguf_weights
+from qwenq.planning.ggufsize import BITS_TO_TYPE, gguf_types, gguf_weights, is_gguf_type
 from qwenq.planning.weights import Weights, header_weights, published_weights, recipe_weights
 
 _PUBLISHED = re.compile(r"(.*?)-(GPTQ-Int[48]|AWQ|FP8)", re.IGNORECASE)
@@ -31,6 +32,7 @@ class Model:
     directory: Path | None = None
     hub: str = ""  # its hub name, when config.json came from there
     published: str = ""  # GPTQ-Int4, GPTQ-Int8, AWQ, FP8 when the name says so
+    notes: tuple[str, ...] = ()  # a line for each thing that is read otherwise than config.json says
 
 
 def load_spec(model: str) -> ModelSpec:
@@ -41,6 +43,9 @@ def load_spec(model: str) -> ModelSpec:
 def load_model(model: str, expect_parameters: float | None = None) -> Model:
     """A model by family name, directory or hub name, its stated totals checked against its shapes."""
     found = _find(model)
+    if found.spec.tie_word_embeddings:  # unless another head is stored
+        stored = _contents(found)
+        found = replace(found, spec=stored.spec, config=stored.config, notes=stored.notes)
     _audit(found, expect_parameters)
     return found
 
@@ -56,6 +61,7 @@ class WeightsAsked:
     checkpoint: Path | None = None
     pad_for_tp: int | None = None
     gguf: bool = False  # 4, 8 and 16 bits mean Q4_K_M, Q8_0 and F16
+    format: str = ""  # gptq, awq, bnb-nf4, ..., fp8, or a GGUF type; empty: by the bits
 
 
 def model_weights(model: Model, asked: WeightsAsked = WeightsAsked()) -> Weights:
@@ -66,11 +72,15 @@ def model_weights(model: Model, asked: WeightsAsked = WeightsAsked()) -> Weights
     spec, bits, ranks = model.spec, asked.bits, asked.pad_for_tp
     if asked.checkpoint is not None:
         _refuse_padding(ranks)
-        stored = read_headers(asked.checkpoint)
-        return _of_headers(spec, _specs(stored.tensors), stored.config, str(asked.checkpoint))
+        return _checkpoint_weights(spec, asked.checkpoint)
     mixed = {"--target-size": asked.target_bytes, "--recipe": asked.recipe}
     if asked.gguf:
-        return _gguf(spec, bits, mixed | {"--group-size": asked.group_size, "--pad-for-tp": ranks})
+        plain = asked.bits is None and not asked.format
+        if plain and is_gguf(model.directory or "") and (found := _own_weights(model)) is not None:
+            return found
+        return _gguf(spec, asked, mixed | {"--group-size": asked.group_size, "--pad-for-tp": ranks})
+    if asked.format:
+        return _of_format(spec, asked, mixed)
     if all(value is None for value in (bits, asked.group_size, *mixed.values())):
         found = _own_weights(model)
         if found is not None:
@@ -117,17 +127,27 @@ def _own_weights(model: Model) -> Weights | None:
 
 def stored_tensors(model: Model) -> dict[str, TensorSpec]:
     """Headers of a directory, GGUF file or hub model; empty for a family, and for a directory without weights."""
-    if model.directory is not None:
-        return _specs(read_headers(model.directory).tensors) if _has_tensors(model.directory) else {}
-    if not model.hub:
-        return {}
-    from qwenq.io.hub import fetch_headers
-
-    return _specs(fetch_headers(model.hub))
+    return _specs(_contents(model).tensors)
 
 
 def _specs(tensors: Mapping[str, TensorLocation]) -> dict[str, TensorSpec]:
     return {name: location.spec for name, location in tensors.items()}
+
+
+def _contents(model: Model) -> Contents:
+    """What a checkpoint or hub model has stored: headers, and where a head is tied, what of both tells them apart."""
+    where = shown(str(model.directory or model.hub or model.spec.name))
+    if model.directory is not None and _has_tensors(model.directory):
+        if is_gguf(model.directory):
+            return read_headers(model.directory)
+        return read_contents(model.spec, model.config, checkpoint_tensors(model.directory), where)
+    if model.directory is not None or not model.hub:
+        return Contents(model.spec, dict(model.config), {})
+    from qwenq.io.hub import fetch_headers, same_start
+
+    return read_contents(
+        model.spec, model.config, fetch_headers(model.hub), where, lambda one, other: same_start(model.hub, one, other)
+    )
 
 
 def source_dtypes(model: Model) -> Callable[[str], str]:
@@ -158,14 +178,58 @@ def source_dtypes(model: Model) -> Callable[[str], str]:
     return dtype_of
 
 
-def _gguf(spec: ModelSpec, bits: int | None, others: Mapping[str, object]) -> Weights:
+def _gguf(spec: ModelSpec, asked: WeightsAsked, others: Mapping[str, object]) -> Weights:
     given = [name for name, value in others.items() if value is not None]
     if given:
         raise UsageError(f"{given[0]} is for what quantize writes, llama.cpp reads GGUF", hint="use --bits 4, 8 or 16")
-    bits = 4 if bits is None else bits
+    if asked.format and asked.bits is not None:
+        raise UsageError("--bits and --format exclude each other for GGUF", hint="give one of them")
+    if asked.format and asked.format.upper() != "GGUF":
+        if asked.format.lower() in (*FORMATS, *ALIASES, *SIZED):
+            raise UsageError(
+                f"--format {asked.format} is no GGUF type, which llama.cpp reads",
+                hint=f"one of {', '.join(gguf_types())}",
+            )
+        return gguf_weights(spec, asked.format.upper())
+    bits = 4 if asked.bits is None else asked.bits
     if bits not in BITS_TO_TYPE:
         raise UsageError(f"bits is {bits}, wanted 4, 8 or 16")
     return gguf_weights(spec, BITS_TO_TYPE[bits])
+
+
+ALIASES = {"nf4": "bnb-nf4", "int8": "bnb-int8", "ct": "compressed-tensors"}
+
+
+def _of_format(spec: ModelSpec, asked: WeightsAsked, mixed: Mapping[str, object]) -> Weights:
+    """Uniform weights in a format by name; UsageError for one that there is not, or that has no such scheme."""
+    name = ALIASES.get(asked.format.lower(), asked.format.lower())
+    if is_gguf_type(asked.format) or name == "gguf":
+        raise UsageError(f"--format {asked.format} is GGUF", hint="--engine llama.cpp reads it")
+    given = [option for option, value in mixed.items() if value is not None]
+    if given:
+        raise UsageError(f"--format and {given[0]} exclude each other", hint="give one of them")
+    sizes = {"--bits": asked.bits, "--group-size": asked.group_size}
+    if name in SIZED:
+        said = [option for option, value in sizes.items() if value is not None]
+        if said or asked.pad_for_tp is not None:
+            raise UsageError(f"--format {name} has no {(*said, '--pad-for-tp')[0]}", hint="leave it out")
+        return published_weights(spec, name)
+    form = get_format(name)
+    if form.fixed is not None:
+        for option, value, only in zip(sizes, sizes.values(), (form.fixed.bits, form.fixed.group_size), strict=True):
+            if value not in (None, only):
+                raise UsageError(f"{option} is {value}, --format {name} has {only}", hint="leave it out")
+        scheme = form.fixed
+    else:
+        bits = 4 if asked.bits is None else asked.bits
+        scheme = Scheme(bits, 128 if asked.group_size is None else asked.group_size, not form.asymmetric)
+    uniform = Recipe(scheme, format=name)
+    if asked.pad_for_tp is not None:
+        from qwenq.planning.budget import widened
+
+        spec = widened(spec, asked.pad_for_tp, uniform)
+    uniform.check(spec)
+    return recipe_weights(spec, uniform)
 
 
 def _refuse_padding(ranks: int | None) -> None:
@@ -193,6 +257,7 @@ def _find(model: str) -> Model:
     if not path.exists():
         refuse_experts(model)
     if path.is_dir():
+        refuse_adapter(path)
         raise CheckpointError(f"{shown(model)}: no config.json", hint="give the folder of a Hugging Face checkpoint")
     if path.exists() or model.startswith(("/", ".", "~")) or model.count("/") != 1:
         raise CheckpointError(
@@ -212,6 +277,18 @@ def _from_hub(model: str) -> Model:
 
 def _has_tensors(directory: Path) -> bool:
     return is_gguf(directory) or (directory / INDEX_NAME).exists() or any(directory.glob("*.safetensors"))
+
+
+def _checkpoint_weights(spec: ModelSpec, path: Path) -> Weights:
+    """Weights as a checkpoint has them, whose own config says whether the head is tied."""
+    if is_gguf(path):
+        found = read_headers(path)
+    else:
+        config = read_config(path)
+        tied = bool(config.get("tie_word_embeddings", spec.tie_word_embeddings))
+        own = replace(spec, tie_word_embeddings=tied)
+        found = read_contents(own, config, checkpoint_tensors(path), shown(str(path)))
+    return _of_headers(spec if is_gguf(path) else found.spec, _specs(found.tensors), found.config, str(path))
 
 
 def _of_headers(spec: ModelSpec, tensors: Mapping[str, TensorSpec], config: Mapping[str, Any], where: str) -> Weights:

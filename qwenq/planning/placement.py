@@ -7,7 +7,7 @@ Engines without tensor parallelism run GPU after GPU: contiguous layers each, em
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from qwenq.planning.tensor_parallel import helpful_width, tensor_parallel_reason
 from qwenq.planning.weights import Weights
 
 DeviceMap = dict[str, int | str]
+NEARLY = 0.9  # of the largest cache, for which ranks side by side, who are faster, are not given up
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Layout(ABC):
 
 @dataclass(frozen=True)
 class Placement(Layout):
-    """Layers split over GPUs, and why so. Layers from `gpu_layers` on are in host memory."""
+    """Layers split over GPUs, and why so. The others are in host memory."""
 
     gpu_layers: int
     offloaded_bytes: int  # weights in host memory
@@ -55,6 +56,10 @@ class Placement(Layout):
     @property
     def fits(self) -> bool:
         return bool(self.memory.fits) and self.offloaded_bytes == 0
+
+    @property
+    def host_layers(self) -> range:
+        return host_range(self.memory.case, self.gpu_layers)
 
     @property
     def how(self) -> str:
@@ -72,7 +77,7 @@ class Placement(Layout):
             devices |= {spec.layer_name(layer): index for layer in share.layers}
             if share.head:
                 head = index
-        devices |= {spec.layer_name(layer): "cpu" for layer in range(self.gpu_layers, spec.num_hidden_layers)}
+        devices |= {spec.layer_name(layer): "cpu" for layer in self.host_layers}
         return devices | {names.norm: head, names.head: head}
 
     def to_json(self) -> dict[str, Any]:
@@ -110,6 +115,12 @@ def spill_to_disk(spec: ModelSpec, devices: DeviceMap, weights: Weights, room_by
             if full:
                 found[name] = "disk"
     return found
+
+
+def host_range(case: Case, gpu_layers: int) -> range:
+    """The layers in host memory where so many are on the GPUs: the last ones, or as the engine has it the first."""
+    layers = case.spec.num_hidden_layers
+    return range(layers - gpu_layers) if case.engine.host_layers_first else range(gpu_layers, layers)
 
 
 def host_layers_bytes(case: Case, layer_bytes: Sequence[int], gpu_layers: int) -> int:
@@ -151,9 +162,13 @@ def place(case: Case, *, offload: bool = False) -> Placement:
     return split.placement(filled, kept, reason)
 
 
-def splits(case: Case) -> bool:
-    """Whether some split keeps every layer on the GPUs."""
-    return _Splitter(case).fill(case.spec.num_hidden_layers, 0) is not None
+Costs = dict[Hashable, Callable[[range], int]]  # of a case, by GPUs that are alike and what else they hold
+
+
+def splits(case: Case, costs: Costs | None = None) -> bool:
+    """Whether some split keeps every layer on the GPUs; `costs` is kept between calls for the same case."""
+    split = _Splitter(case, costs)
+    return sum(split.limits) >= sum(split.layer_bytes) and split.fill(case.spec.num_hidden_layers, 0) is not None
 
 
 def search_context(fits: Callable[[int], bool], limit: int) -> int:
@@ -167,19 +182,30 @@ def search_context(fits: Callable[[int], bool], limit: int) -> int:
     return low
 
 
+def _with(share: Share, layers: int) -> Share:
+    """The share with so many layers from its start."""
+    start = share.layers.start
+    return Share(range(start, start + layers), share.embed, share.head, share.ranks, share.gpus)
+
+
 class _Splitter:
     """Fills a case's GPUs in order."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, costs: Costs | None = None) -> None:
         self.case, self.rig = case, case.hardware
         self.layer_bytes = case.engine.kept(case.weights, case.work, self.rig.gpus[0]).layer_bytes
-        self.costs: dict[tuple[Share, str], int] = {}
+        self.costs: Costs = {} if costs is None else costs
+        self.limits = self.rig.limits
+        known = {gpu.name: gpu for gpu in self.rig.gpus}
+        alike = {name: case.engine.alike(case, gpu) for name, gpu in known.items()}
+        self.alike = [alike[gpu.name] for gpu in self.rig.gpus]
         self.tied_first = case.spec.tie_word_embeddings and not case.engine.copies_tied_head
 
     def fill(self, layers: int, room: int) -> tuple[Share, ...] | None:
         """Shares of the first `layers` layers that leave `room` bytes on every GPU in use, or None."""
         count = len(self.rig.gpus)
-        for head in (0,) if self.tied_first else range(count - 1, -1, -1):
+        equal = len(set(self.limits)) == 1 and len(set(self.alike)) == 1  # then fewer of them hold no more
+        for head in (0,) if self.tied_first else range(count - 1, count - 2 if equal else -1, -1):
             shares = self._fill_before(layers, room, head, count if self.tied_first else head + 1)
             if shares is not None:
                 return shares
@@ -188,29 +214,45 @@ class _Splitter:
     def _fill_before(self, layers: int, room: int, head: int, count: int) -> tuple[Share, ...] | None:
         """Greedy: each of the first `count` GPUs takes as much as it can; the head is on GPU `head`."""
         shares: list[Share] = []
-        start, gpus = 0, len(self.rig.gpus)
+        gpus = len(self.rig.gpus)
+        first = self.case.spec.num_hidden_layers - layers if self.case.engine.host_layers_first else 0
+        start, stop = first, first + layers
         for index in range(gpus):
             share = Share(range(start, start), embed=index == 0, head=index == head, gpus=gpus)
-            limit = self.rig.limits[index] - room - (self._offload_bytes(layers) if index == 0 else 0)
+            limit = self.limits[index] - room - (self._offload_bytes(layers) if index == 0 else 0)
             if share.used and self._cost(share, index) > limit:
                 return None
-            low, high = 0, layers - start if index < count else 0
-            while low < high:
-                middle = (low + high + 1) // 2
-                if self._cost(replace(share, layers=range(start, start + middle)), index) <= limit:
-                    low = middle
-                else:
-                    high = middle - 1
-            shares.append(replace(share, layers=range(start, start + low)))
-            start += low
-        return tuple(shares) if start == layers else None
+            most = self._most(share, index, limit, stop - start) if index < count else 0
+            shares.append(_with(share, most))
+            start += most
+        return tuple(shares) if start == stop else None
+
+    def _most(self, share: Share, index: int, limit: int, layers: int) -> int:
+        """Most layers, from the share's start, that take at most `limit` bytes; guessed as if all were alike first."""
+        if not layers:
+            return 0
+        everything = self._cost(_with(share, layers), index)
+        if everything <= limit:
+            return layers
+        one = self._cost(_with(share, 1), index)
+        if one > limit:
+            return 0
+        low, high = 1, layers  # fits, does not fit
+        guess = 1 + int((layers - 1) * (limit - one) / max(1, everything - one))
+        for tried in (guess, guess + 1):
+            if low < tried < high:
+                low, high = (tried, high) if self._cost(_with(share, tried), index) <= limit else (low, tried)
+        while high - low > 1:
+            tried = (low + high) // 2
+            low, high = (tried, high) if self._cost(_with(share, tried), index) <= limit else (low, tried)
+        return low
 
     def widest(self, layers: int) -> tuple[Share, ...]:
         """The split with the most room on the fullest GPU (a negative room when it does not fit)."""
         gpus = len(self.rig.gpus)
         everything = Share(range(layers), embed=True, head=True, gpus=gpus)
         most = max(self._cost(everything, index) for index in range(gpus)) + self._offload_bytes(layers)
-        low, high = min(self.rig.limits) - most, max(self.rig.limits)
+        low, high = min(self.limits) - most, max(self.limits)
         best = self.fill(layers, low)  # with that little room any one GPU could hold everything
         assert best is not None
         while high - low > 1 << 20:
@@ -238,14 +280,15 @@ class _Splitter:
             first = memory.gpus[0]
             gpu = GpuMemory(first.name, (*first.terms, term), first.limit_bytes, first.moment)
             memory = replace(memory, gpus=(gpu, *memory.gpus[1:]))
-        return Placement(shares, memory, gpu_layers, sum(self.layer_bytes[gpu_layers:]), reason)
+        offloaded = sum(self.layer_bytes[layer] for layer in host_range(self.case, gpu_layers))
+        return Placement(shares, memory, gpu_layers, offloaded, reason)
 
     def _cost(self, share: Share, index: int) -> int:
-        key = share, self.rig.gpus[index].name
-        if key not in self.costs:
-            terms, _ = self.case.engine.terms(self.case, share, self.rig.gpus[index])
-            self.costs[key] = sum(term.n_bytes for term in terms)
-        return self.costs[key]
+        gpu = self.rig.gpus[index]
+        kind = self.alike[index], share.embed, share.head, min(share.gpus, 2)
+        if kind not in self.costs:
+            self.costs[kind] = self.case.engine.layer_costs(self.case, share, gpu)
+        return self.costs[kind](share.layers)
 
     def _offload_bytes(self, gpu_layers: int) -> int:
         return host_layers_bytes(self.case, self.layer_bytes, gpu_layers)
@@ -276,8 +319,16 @@ class ParallelOption:
 
     def longest_context(self, case: Case) -> int:
         """Most tokens a sequence can have in this layout; 0 when none."""
-        shares = rank_shares(case.spec, self.tensor, self.pipeline)
-        return search_context(lambda context: bool(estimate(case.at(context), shares).fits), case.spec.extended_context)
+        shares, limit = rank_shares(case.spec, self.tensor, self.pipeline), case.spec.extended_context
+
+        def fits(context: int) -> bool:
+            return bool(estimate(case.at(context), shares).fits)
+
+        room = estimate(case.at(1), shares).kv_capacity_tokens or 0
+        likely = min(limit, room // case.work.batch)  # right where nothing but the cache grows with the context
+        if likely and fits(likely) and (likely == limit or not fits(likely + 1)):
+            return likely
+        return search_context(fits, limit)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -332,10 +383,12 @@ def padded_weights(spec: ModelSpec, weights: Weights, ranks: int) -> Weights | N
 def parallel_options(case: Case) -> tuple[ParallelOption, ...]:
     """Every way to use all GPUs of the rig with the case's server, most tensor parallelism first."""
     count = len(case.hardware.gpus)
+    kinds = dict.fromkeys(gpu.name for gpu in case.hardware.gpus if not case.engine.runs_on(gpu))
+    barred = [f"{case.engine.title} does not run on {name}" for name in kinds]
     options = []
     for tensor in sorted((n for n in range(1, count + 1) if count % n == 0), reverse=True):
         stages = count // tensor
-        reasons = cutting_reasons(case.spec, case.weights, tensor)
+        reasons = [*barred, *cutting_reasons(case.spec, case.weights, tensor)]
         if stages > case.spec.num_hidden_layers:
             reasons.append(f"{stages} stages for {case.spec.num_hidden_layers} layers")
         if unread := case.engine.refusal(case.weights, tensor):
@@ -346,9 +399,10 @@ def parallel_options(case: Case) -> tuple[ParallelOption, ...]:
 
 
 def best_option(options: Sequence[ParallelOption]) -> ParallelOption | None:
-    """The option that fits with the largest cache, else one that the shapes allow, else None."""
+    """Of those that fit the most ranks side by side with nearly the largest cache, else one that the shapes allow."""
     possible = [option for option in options if not option.reasons]
-    fitting = [option for option in possible if option.works]
+    fitting = [(option.memory.kv_capacity_tokens or 0, option) for option in possible if option.works and option.memory]
     if fitting:
-        return max(fitting, key=lambda o: (o.memory.kv_capacity_tokens or 0) if o.memory else 0)
+        enough = NEARLY * max(tokens for tokens, _ in fitting)
+        return max((option for tokens, option in fitting if tokens >= enough), key=lambda option: option.tensor)
     return possible[0] if possible else None

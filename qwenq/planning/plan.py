@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwenq.errors import HonestNo, PlanError
 from qwenq.model.spec import ModelSpec
@@ -17,7 +18,37 @@ from qwenq.planning.speed import Speed, estimate_speed
 from qwenq.planning.tensor_parallel import tensor_parallel_lines, tensor_parallel_sizes
 from qwenq.units import GIB, format_gib
 
+if TYPE_CHECKING:
+    from qwenq.planning.engines.base import RigFinder  # whose methods take plans
+
 MAX_RECOMMENDED = 8  # GPUs of one kind
+HOST_PROCESS = 3 * GIB  # Python, libraries and the system beside layers in host memory; assumed
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """What a plan puts into the machine's own memory, and what there is (None: not said)."""
+
+    weights_bytes: int
+    kv_bytes: int
+    limit_bytes: int | None
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weights_bytes + self.kv_bytes + HOST_PROCESS
+
+    @property
+    def fits(self) -> bool | None:
+        return None if self.limit_bytes is None else self.total_bytes <= self.limit_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "weights_bytes": self.weights_bytes,
+            "kv_cache_bytes": self.kv_bytes,
+            "total_bytes": self.total_bytes,
+            "limit_bytes": self.limit_bytes,
+            "fits": self.fits,
+        }
 
 
 @dataclass(frozen=True)
@@ -56,12 +87,28 @@ class Plan:
         return self.layout if isinstance(self.layout, Placement) else None
 
     @property
+    def host(self) -> HostMemory | None:
+        """The machine's own memory with layers offloaded to it; None where nothing is."""
+        if self.offload is None:
+            return None
+        spec, work, engine = self.case.spec, self.case.work, self.case.engine
+        out = spec.num_hidden_layers - self.offload.gpu_layers if engine.host_layers_stay else 0
+        kv = int(2 * out * spec.kv_size * self.case.kv_bytes * work.context * work.batch)
+        return HostMemory(self.offload.offloaded_bytes, kv, self.case.hardware.host_bytes or None)
+
+    @property
     def notes(self) -> tuple[str, ...]:
-        """Remarks on the rig's GPUs, once a kind."""
-        rig, found = self.case.hardware, []
+        """Remarks on the rig's GPUs, once a kind, and on the engine's version."""
+        rig, found = self.case.hardware, list[str]()
+        if note := self.case.engine.version_note:
+            found.append(note)
         for gpu in dict.fromkeys(rig.gpus):
             if gpu.source == GIVEN:
                 found.append(f"{gpu.name}: {gpu.note}")
+            if gpu.unified:
+                found.append(f"{gpu.name}: memory is shared with the system")
+            if not rig.free_bytes and gpu.limit_source != "published":
+                found.append(f"{gpu.name}: limit {gpu.limit_source}")
             found += self.case.engine.notes(self.case, gpu)
         if rig.needs_pci_order:
             found.append("GPUs are in the driver's order; CUDA numbers them so with CUDA_DEVICE_ORDER=PCI_BUS_ID")
@@ -103,6 +150,7 @@ class Plan:
             "tensor_parallel": self.tensor_parallel,
             "offload": self.offload.to_json() if self.offload else None,
             "speed": self.speed.to_json() if self.fits else None,  # of a split that does not fit it says nothing
+            "host": self.host.to_json() if self.host else None,
             "offload_speed": self.offload_speed.to_json() if self.offload_speed else None,
             "instead": list(self.instead),
         }
@@ -143,35 +191,55 @@ class Recommendation:
     def price_usd(self) -> float | None:
         return None if self.gpu.price_usd is None else self.gpu.price_usd * self.count
 
+    @property
+    def used_price_usd(self) -> float | None:
+        return None if self.gpu.used_price_usd is None else self.gpu.used_price_usd * self.count
+
+    @property
+    def likely_usd(self) -> float | None:
+        """Used where a source has that, else new."""
+        return self.price_usd if self.used_price_usd is None else self.used_price_usd
+
+    @property
+    def power_w(self) -> float | None:
+        return None if self.gpu.power_w is None else self.gpu.power_w * self.count
+
     def to_json(self) -> dict[str, Any]:
         return {
             "gpu": self.gpu.name,
             "count": self.count,
             "price_usd": self.price_usd,
             "price_basis": self.gpu.price_basis or None,
+            "used_price_usd": self.used_price_usd,
+            "power_w": self.power_w,
             "largest_context": self.largest_context,
             "how": self.how,
         }
 
 
-def recommend(case: Case) -> tuple[Recommendation, ...]:
-    """Rigs of up to 8 equal GPUs that hold the model at the asked context: cheapest first, unpriced last.
+def recommend(case: Case, finder: RigFinder | None = None) -> tuple[Recommendation, ...]:
+    """Rigs of up to 8 equal GPUs that hold the model at the asked context: fewest cards first, then cheapest.
 
-    The case's own rig does not count.
+    The case's own rig does not count. Prices are of used cards where a source has them; then by power, unknown last.
+    `finder`: of the same question at another context.
     """
     engine, found = case.engine, []
+    finder = finder or engine.rig_finder(case)
     for gpu in catalogue():
         if not engine.runs_on(gpu):
             continue
         for count in range(1, MAX_RECOMMENDED + 1):
             tried = replace(case, rig=rig_of([gpu] * count))
-            how = engine.how_held(tried)
+            how = finder.how_held(tried)
             if how:
                 how += "; ROCm, not tried" if gpu.vendor == "amd" and not engine.rocm_tried else ""
                 how += "; memory shared with the system" if gpu.unified else ""
-                found.append(Recommendation(gpu, count, engine.longest_context(tried), how))
+                found.append(Recommendation(gpu, count, finder.longest_context(tried), how))
                 break
-    return tuple(sorted(found, key=lambda r: (r.price_usd is None, r.price_usd or 0, r.count, r.gpu.name)))
+    unknown = math.inf
+    return tuple(
+        sorted(found, key=lambda r: (r.count, r.likely_usd or unknown, r.power_w or unknown, r.gpu.name))
+    )
 
 
 def describe_gpu(plan: Plan, index: int) -> str:

@@ -5,6 +5,7 @@ The command line and the page ask through here, so they say the same.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,6 +41,11 @@ class Resolved:
         return self.model.spec
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """A line for each thing about the model that is read otherwise than its config.json says."""
+        return self.model.notes
+
+    @property
     def misfits(self) -> list[Gpu]:
         """Kinds of GPU of the rig on which the engine does not run at all."""
         kinds = {gpu.name: gpu for gpu in self.rig.gpus} if self.rig else {}
@@ -57,6 +63,7 @@ class Question:
     model: str
     bits: int | None = None
     group_size: int | None = None
+    format: str = ""  # by name: gptq, nf4, Q4_K_M
     target_size: str | None = None
     recipe: Path | None = None  # a file that `quantize --save-recipe` wrote
     checkpoint: Path | None = None
@@ -71,6 +78,8 @@ class Question:
     tensor_parallel_size: int = 0
     max_num_seqs: int = 0
     gpu_memory_utilization: float | None = None
+    enforce_eager: bool = False
+    ram: str = ""  # of the host
     expect_params: str | None = None
     rig: Rig | None = None  # already known, from --detect
     profile: Path | None = None  # measured by `qwenq vram measure`
@@ -91,8 +100,11 @@ class Question:
             checkpoint=self.checkpoint,
             pad_for_tp=self.pad_for_tp,
             gguf=engine.needs_gguf,
+            format=self.format,
         )
         weights = model_weights(model, asked)
+        if weights.head:  # of a checkpoint that unties it, say
+            model = replace(model, spec=replace(model.spec, tie_word_embeddings=False))
         if self.pad_for_tp is not None:
             model = replace(model, spec=replace(model.spec, intermediate_size=weights.intermediate_size))
         template = Workload(
@@ -102,8 +114,13 @@ class Question:
             prefill_chunk=self.prefill_chunk,
             max_num_seqs=self.max_num_seqs,
             gpu_memory_utilization=self.gpu_memory_utilization,
+            enforce_eager=self.enforce_eager,
         )
+        if self.enforce_eager and not engine.eager_flag:
+            raise UsageError(f"--enforce-eager is for servers, {engine.name} is none", hint="leave it out")
         rig = self.rig or (None if self.gpu is None else parse_rig(self.gpu))
+        if rig and self.ram:
+            rig = replace(rig, host_bytes=parse_memory(self.ram))
         if rig and self.reserve:
             rig = reserved(rig, parse_size(self.reserve))
         engine.check_ranks(self.tensor_parallel_size)
@@ -112,7 +129,7 @@ class Question:
     def _check_ways(self) -> None:
         """PlanError for several ways at once to say which weights."""
         ways = {"--target-size": self.target_size, "--recipe": self.recipe, "--checkpoint": self.checkpoint}
-        scheme = {"--bits": self.bits, "--group-size": self.group_size}
+        scheme = {"--bits": self.bits, "--group-size": self.group_size, "--format": self.format or None}
         given = [name for name, value in ways.items() if value is not None]
         if given:
             given = [name for name, value in scheme.items() if value is not None] + given
@@ -120,6 +137,14 @@ class Question:
             raise UsageError(f"{' and '.join(given)} exclude each other", hint="give one of them")
         if self.pad_for_tp is not None and self.pad_for_tp < 1:
             raise UsageError(f"--pad-for-tp is {self.pad_for_tp}, wanted at least 1")
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of `64GB` of memory, whose gigabytes are binary; UsageError otherwise."""
+    match = re.fullmatch(r"\s*(\d{1,5}(?:\.\d{1,2})?)\s*gi?b\s*", text, re.I)
+    if not match or not 1 <= float(match[1]) <= 65536:
+        raise UsageError(f"--ram is {text[:40]!r}, wanted a size", hint="write for instance 64GB")
+    return round(float(match[1]) * GIB)
 
 
 def parse_parameters(text: str) -> float:
@@ -167,6 +192,7 @@ class Spread:
             "engine": q.engine.label,
             "weights": {"label": q.weights.label, "bytes": q.weights.total_bytes, "source": q.weights.source},
             "rig": q.rig.label if q.rig else None,
+            "notes": [q.engine.version_note] if q.engine.version_note else [],
             "estimates": [found.to_json() for found in self.estimates],
         }
 
@@ -195,6 +221,8 @@ class Spread:
             kinds = {gpu.name: gpu for gpu in q.rig.gpus}
             lines += [f"  limit of {gpu.name}: {gpu.limit_source}" for gpu in kinds.values() if not q.rig.free_bytes]
             lines += [f"  {gpu.name}: memory is shared with the system" for gpu in kinds.values() if gpu.unified]
+        if q.engine.version_note:
+            lines.append(f"  {q.engine.version_note}")
         return lines
 
     def _table(self) -> list[str]:

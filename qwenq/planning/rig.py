@@ -6,6 +6,7 @@ A GPU that the catalogue lacks goes by its memory, `2x 24GB`: whether a model fi
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -15,12 +16,27 @@ from pathlib import Path
 from typing import Any
 
 from qwenq.errors import PlanError, UsageError
+from qwenq.machine import available_ram, has_triton, total_memory
 from qwenq.units import GIB, format_gib
 
 _CATALOGUE = Path(__file__).parents[1] / "data" / "gpus.csv"
-ASSUMED_USABLE = 0.98  # of the nominal memory, where nobody has published what CUDA sees; known cards: 0.93 to 1.00
+# Memory that the driver keeps, where nobody has published what CUDA sees: (GiB, part of the nameplate), the larger.
+# GeForce cards that were measured keep 0.37 GiB of 12, 0.42 and 0.48 of 24, 0.65 of 32 (usable_note of the catalogue).
+KEPT = (0.4, 0.02)
+KEPT_RANGE = (0.5, 1.6)  # times that
+KEPT_SAID = "assumed: 0.4 GiB or 2 % kept by the driver, 0.37 to 0.65 GiB on the GeForce cards that were measured"
 MAX_GPUS = 64
 GIVEN = "given"  # the source of a GPU named by its memory
+
+
+# Metal's recommendedMaxWorkingSetSize, from logs of llama.cpp: 11453 MB of 16 GiB, 17180 of 24, 22907 of 32 (two
+# thirds), 28991 of 36, 51540 of 64 (three quarters); with recent macOS 12713, 19069, 26801, 55663.
+METAL_PARTS = ((32, 2 / 3), (math.inf, 3 / 4))  # up to so many GiB, the part
+RECENT_METAL = 0.74
+METAL_SAID = (
+    "Metal's share of the memory: two thirds up to 32 GB, three quarters beyond (llama.cpp logs; up to 81 % with "
+    "recent macOS)"
+)
 
 
 @dataclass(frozen=True)
@@ -42,18 +58,39 @@ class Gpu:
     note: str = ""
     tensor_derived: bool = False
     compute_capability: tuple[int, int] | None = None  # NVIDIA's; None: unknown, or of another vendor
+    triton: bool = True  # whether Triton is installed beside it: known of this machine's GPUs, else taken to be so
+    used_price_usd: float | None = None
+    usable_note: str = ""
 
     @property
     def limit_bytes(self) -> int:
         """Bytes a program can hope for, before its own CUDA context."""
-        usable = self.usable_gib if self.usable_gib is not None else self.memory_gib * ASSUMED_USABLE
-        return round(usable * GIB)
+        return round((self.usable_gib if self.usable_gib is not None else self.memory_gib - self._kept_gib) * GIB)
+
+    @property
+    def limit_range(self) -> tuple[int, int]:
+        """The least and most it may be: the same where it was published, more of a Mac's with a recent macOS."""
+        if self.vendor == "apple" and self.usable_gib is not None:
+            return self.limit_bytes, round(max(self.usable_gib, RECENT_METAL * self.memory_gib) * GIB)
+        if self.usable_gib is not None:
+            return self.limit_bytes, self.limit_bytes
+        few, many = KEPT_RANGE
+        return round((self.memory_gib - many * self._kept_gib) * GIB), round(
+            (self.memory_gib - few * self._kept_gib) * GIB
+        )
+
+    @property
+    def _kept_gib(self) -> float:
+        return max(KEPT[0], KEPT[1] * self.memory_gib)
 
     @property
     def limit_source(self) -> str:
+        if self.vendor == "apple":
+            return METAL_SAID
         if self.usable_gib is not None:
             return "published"
-        return f"assumed: {ASSUMED_USABLE:.0%} of the nameplate"
+        low, high = self.limit_range
+        return f"{KEPT_SAID}; {low / GIB:.2f} to {high / GIB:.2f} GiB here"
 
     @property
     def unified(self) -> bool:
@@ -68,13 +105,24 @@ class Rig:
     gpus: tuple[Gpu, ...]
     free_bytes: tuple[int, ...] = ()
     reserve_bytes: int = 0  # kept free on every GPU, for a desktop for instance
+    host_bytes: int = 0  # of the machine's own memory; 0: unknown
     needs_pci_order: bool = False  # CUDA may number these GPUs otherwise, unless CUDA_DEVICE_ORDER=PCI_BUS_ID
+    notes: tuple[str, ...] = ()  # how a limit was found, where the driver did not tell
 
     @property
     def limits(self) -> tuple[int, ...]:
         """Usable bytes of each GPU."""
         found = self.free_bytes or tuple(gpu.limit_bytes for gpu in self.gpus)
         return tuple(max(0, limit - self.reserve_bytes) for limit in found)
+
+    @property
+    def limit_slack(self) -> tuple[tuple[int, int], ...]:
+        """Bytes by which each limit may be less and more; none of measured ones."""
+        if self.free_bytes:
+            return ((0, 0),) * len(self.gpus)
+        return tuple(
+            (gpu.limit_bytes - low, high - gpu.limit_bytes) for gpu in self.gpus for low, high in (gpu.limit_range,)
+        )
 
     @property
     def label(self) -> str:
@@ -106,35 +154,70 @@ def find_gpu(name: str) -> Gpu:
     """The GPU people mean by `name`; PlanError with near matches, or with the variants when several are meant."""
     if memory := _MEMORY.fullmatch(name):
         return _by_memory(name.strip(), float(memory[1]))
+    if memory := _MAC.fullmatch(name):
+        return _mac(float(memory[1] or memory[2]))
     found = matching_gpus(name)
-    if len(found) == 1:
+    others = [other for gpu in found for other in _UNLISTED.get(gpu.name, ()) if _stated_memory(name) is None]
+    if len(found) == 1 and not others:
         return found[0]
     if found:
-        raise UsageError(
-            f"GPU {name.strip()!r} could be several", hint=f"one of: {', '.join(gpu.name for gpu in found)}"
-        )
+        hint = f"one of: {', '.join([*(gpu.name for gpu in found), *others])}"
+        if others:
+            hint += f' (not in the catalogue; "{_stated_memory(others[0]):g}GB" plans by its memory)'
+        raise UsageError(f"GPU {name.strip()[:60]!r} could be several", hint=hint)
     by_key = {_key(gpu.name): gpu.name for gpu in catalogue()}
-    near = difflib.get_close_matches(_key(name), by_key, n=4, cutoff=0.5)
-    hint = f"near: {', '.join(by_key[key] for key in near)}" if near else "`qwenq vram gpus` lists the catalogue"
-    raise UsageError(f"unknown GPU {name.strip()[:60]!r}", hint=hint + '; any other by its memory, for instance "24GB"')
+    words = set(_key(name).split())
+    near = [key for key in by_key if words and words <= set(key.split())]  # the 5060 Ti, where a 5060 is asked for
+    near += [key for key in difflib.get_close_matches(_key(name), by_key, n=4, cutoff=0.5) if key not in near]
+    hint = f"near: {', '.join(by_key[key] for key in near[:4])}" if near else "`qwenq vram gpus` lists the catalogue"
+    size = f"{_stated_memory(name) or 24:g}GB"
+    raise UsageError(
+        f"unknown GPU {name.strip()[:60]!r}", hint=f'{hint}; any other by its memory, for instance "{size}"'
+    )
+
+
+# Sold with another memory too, which the catalogue lacks: a name without a size could be either.
+_UNLISTED = {
+    "RTX 3060 12GB": ("RTX 3060 8GB",),
+    "RTX 5060 Ti 16GB": ("RTX 5060 Ti 8GB",),
+    "RTX PRO 5000 Blackwell 48GB": ("RTX PRO 5000 Blackwell 72GB",),
+    "Tesla P100 PCIe 16GB": ("Tesla P100 PCIe 12GB",),
+    "Arc A770 16GB": ("Arc A770 8GB",),
+}
 
 
 def matching_gpus(name: str) -> list[Gpu]:
-    """GPUs of the catalogue that `name` may mean: the one so called, else all that have its words."""
+    """GPUs of the catalogue that `name` may mean: the one so called, else all that have its words and its memory.
+
+    A word that makes another card, Ti say, is never added; form factors, sizes and brands are.
+    """
     wanted = _DRIVER_NAMES.get(_key(name), _key(name))
-    by_key = {_key(gpu.name): gpu for gpu in catalogue()}
-    if wanted in by_key:
-        return [by_key[wanted]]
-    words = set(wanted.split())
-    found = [(set(key.split()), gpu) for key, gpu in by_key.items() if words and words <= set(key.split())]
-    plain = [gpu for key, gpu in found if key & _VARIANTS == words & _VARIANTS]  # `3060` is not the 3060 Ti
-    parts = plain or [gpu for _, gpu in found]
-    if len(parts) > 1 and "pcie" in name.lower():
-        parts = [gpu for gpu in parts if "PCIe" in gpu.name]
-    return parts
+    exact = [gpu for gpu in catalogue() if _key(gpu.name) == wanted]
+    if exact and ("PCIe" not in exact[0].name or "pcie" in name.lower()):  # `A100 80GB` is sold in two forms
+        return exact
+    memory = _stated_memory(name)
+    words = set(wanted.split()) - ({f"{memory:g}"} if memory is not None else set())
+    found = []
+    for gpu in catalogue():
+        own = set(_key(gpu.name).split())
+        variants = _VARIANTS | ({"pro"} if gpu.vendor == "apple" else set())
+        if words and words <= own and own & variants == words & variants and memory in (None, gpu.memory_gib):
+            found.append(gpu)
+    if len(found) > 1 and "pcie" in name.lower():
+        found = [gpu for gpu in found if "PCIe" in gpu.name]
+    return found
+
+
+def _stated_memory(name: str) -> float | None:
+    """The size in a card's name, GB: the 24 of `RTX 4090 24GB`."""
+    found = re.search(r"(?<![\d.])(\d{1,4})\s*gi?b\b", name, re.I)
+    return float(found[1]) if found else None
 
 
 _MEMORY = re.compile(r"\s*(\d{1,4}(?:\.\d{1,2})?)\s*gi?b\s*", re.I)
+
+
+_MAC = re.compile(r"\s*(?:mac|apple)\s+(\d{1,4})\s*gi?b\s*|\s*(\d{1,4})\s*gi?b\s+(?:mac|apple)\s*", re.I)
 
 
 def _by_memory(name: str, memory_gib: float) -> Gpu:
@@ -143,6 +226,17 @@ def _by_memory(name: str, memory_gib: float) -> Gpu:
         raise UsageError(f"a GPU of {name!r}, wanted 1GB to 1024GB")
     note = "not in the catalogue: memory alone"
     return Gpu(name, "", memory_gib, None, None, None, None, "", None, None, "", GIVEN, note)
+
+
+def _mac(memory_gib: float) -> Gpu:
+    """A Mac with Apple silicon of which only the memory is known."""
+    if not 8 <= memory_gib <= 1024:
+        raise UsageError(f"a Mac of {memory_gib:g}GB, wanted 8GB to 1024GB")
+    usable = memory_gib * next(part for most, part in METAL_PARTS if memory_gib <= most)
+    note = "not in the catalogue: memory alone"
+    return Gpu(
+        f"Mac {memory_gib:g}GB", "apple", memory_gib, usable, None, None, None, "unified", None, None, "", GIVEN, note
+    )
 
 
 _COUNT = r"\d{1,3}|\d{4,}(?=\s*[x×*]\s)|\d{5,}"  # `7900xtx` is a name
@@ -188,7 +282,7 @@ def rig_of(gpus: Sequence[Gpu]) -> Rig:
 
 
 _DRIVER_NAMES = {"h100 80 hbm3": "h100 sxm 80", "h200": "h200 sxm 141"}  # as NVML calls them
-_VARIANTS = {"ti", "super", "d", "xt", "nvl"}
+_VARIANTS = {"ti", "super", "d", "xt", "xtx", "gre", "nvl", "max", "ultra"}  # words that make another card
 _NOISE = {
     "nvidia",
     "geforce",
@@ -214,7 +308,7 @@ def _key(name: str) -> str:
     """Words that tell GPUs apart, in order: `NVIDIA GeForce RTX3090` and `3090` are both `3090`."""
     text = re.sub(r"\b(?:gtx|rtx|rx)(?=\d)|\bquadro (?=rtx a)", "", name.lower())
     text = re.sub(r"(?<=\d)\s*gi?b\b|(?<=sxm)\d", "", text)
-    text = re.sub(r"(?<=\d\d\d\d)(ti|super|xtx)\b", r" \1", text)
+    text = re.sub(r"(?<=\d\d\d\d)(ti|super|xtx|xt|gre)\b", r" \1", text)
     return " ".join(word for word in re.findall(r"[a-z0-9]+", text) if word not in _NOISE)
 
 
@@ -241,6 +335,8 @@ def _gpu(row: dict[str, str]) -> Gpu:
         note=row["note"],
         tensor_derived=measured is None,
         compute_capability=_capability(row["compute_capability"]),
+        used_price_usd=_number(row["used_price_usd"]),
+        usable_note=row["usable_note"],
     )
 
 
@@ -285,9 +381,11 @@ def detect_rig() -> Rig:
             hint=f"unset {VISIBLE}, or name the rig with --gpu",
         )
     return Rig(
-        tuple(gpu for gpu, _ in read),
-        free_bytes=tuple(free for _, free in read),
+        tuple(gpu for gpu, _, _ in read),
+        host_bytes=available_ram(),
+        free_bytes=tuple(free for _, free, _ in read),
         needs_pci_order=len(kinds) > 1 and os.environ.get(ORDER) != PCI_ORDER,
+        notes=tuple(dict.fromkeys(note for _, _, note in read if note)),
     )
 
 
@@ -300,14 +398,16 @@ def sees_gpu() -> bool:
 
 
 def known_gpu(name: str, total: int, capability: tuple[int, int] | None) -> Gpu:
-    """The catalogue's GPU of this name and memory, else one whose figures are unknown but for its memory."""
+    """This machine's GPU: the catalogue's of this name and memory, else one of which only its memory is known."""
     same = [gpu for gpu in matching_gpus(name) if abs(gpu.memory_gib * GIB - total) <= 0.1 * total]
+    triton = has_triton()
     if len(same) == 1:
-        return replace(same[0], compute_capability=capability or same[0].compute_capability)
+        return replace(same[0], compute_capability=capability or same[0].compute_capability, triton=triton)
     memory = total / GIB
     return Gpu(
-        name, "nvidia", memory, memory, None, None, None, "", None, None, "", "NVML", compute_capability=capability
-    )
+        name, "nvidia", memory, memory, None, None, None, "", None, None, "", "NVML",
+        compute_capability=capability, triton=triton,
+    )  # fmt: skip
 
 
 def _visible(nvml: Any, every: list[Any], environment: Mapping[str, str]) -> list[Any]:
@@ -334,11 +434,24 @@ def _visible(nvml: Any, every: list[Any], environment: Mapping[str, str]) -> lis
     return found
 
 
-def _read(nvml: Any, handle: Any) -> tuple[Gpu, int]:
-    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+def _read(nvml: Any, handle: Any) -> tuple[Gpu, int, str]:
+    """A GPU, its free bytes, and a note where those are the system's: GPUs without memory of their own tell none."""
+    name, note = str(nvml.nvmlDeviceGetName(handle)), ""
+    try:
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+        total, free = int(memory.total), int(memory.free)
+    except nvml.NVMLError:  # DGX Spark: not supported
+        total = free = 0
+    if not total:
+        total, free = total_memory() or 0, available_ram()
+        if not 0 < free <= total:
+            raise PlanError(
+                f"{name}: neither the driver nor the system tells its memory", hint="name the rig with --gpu"
+            )
+        note = f"{name}: the driver tells no memory, so what the system has free counts: {format_gib(free)}"
     try:
         major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
         capability = (int(major), int(minor))
     except nvml.NVMLError:  # an old driver, or a part of a GPU
         capability = None
-    return known_gpu(str(nvml.nvmlDeviceGetName(handle)), int(memory.total), capability), int(memory.free)
+    return known_gpu(name, total, capability), free, note

@@ -13,8 +13,8 @@ from qwenq.errors import PlanError, QwenqError
 from qwenq.escaping import shown
 from qwenq.io.json import read_limited
 from qwenq.model.spec import ModelSpec
-from qwenq.planning.case import Case, Workload, even_shares
-from qwenq.planning.engines.base import ENGINES, get_engine
+from qwenq.planning.case import Case, Workload, even_shares, rank_shares
+from qwenq.planning.engines.base import ENGINES, ServerEngine, get_engine
 from qwenq.planning.engines.torch import parse_environment
 from qwenq.planning.memory import estimate
 from qwenq.planning.models import load_spec
@@ -27,20 +27,34 @@ DEFAULT_ENGINE = "transformers"  # of a table without such a column
 MAX_BYTES, MAX_ROWS, MAX_LINE, MAX_MODELS = 4_000_000, 5000, 4000, 200  # of a table; a line in characters
 _NUMBER = re.compile(r"[0-9]{1,12}")
 COLUMNS = ("model", "quant", "input_len", "mem_gib")
+SERVER_COLUMNS = ("model", "quant")  # of a table with kv_tokens, or with start-up logs in a column `log`
+
+
+class LeftOut(PlanError):
+    """A row that states nothing the estimator predicts."""
 
 
 @dataclass(frozen=True)
 class ValidatedRow:
-    """One published measurement beside the prediction: the sum over GPUs of torch's allocator peak, in GiB."""
+    """One published measurement beside the prediction, GiB.
+
+    The sum over GPUs of torch's allocator peak; of a server the room of a GPU's KV cache, and its tokens.
+    """
 
     model: str
     quant: str
     input_len: int
     predicted_gib: float
     mem_gib: float
+    engine: str = DEFAULT_ENGINE
+    predicted_tokens: int | None = None
+    kv_tokens: int | None = None
 
     @property
     def error_percent(self) -> float:
+        """Of the tokens where they were logged, which tells more digits."""
+        if self.predicted_tokens is not None and self.kv_tokens:
+            return 100 * (self.predicted_tokens / self.kv_tokens - 1)
         return 100 * (self.predicted_gib / self.mem_gib - 1)
 
 
@@ -51,12 +65,14 @@ def read_rows(path: Path) -> tuple[list[ValidatedRow], list[str]]:
     """
     reader = csv.DictReader(_lines(path), strict=True)
     try:
-        missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+        present = reader.fieldnames or ()
+        wanted = SERVER_COLUMNS if {"kv_tokens", "log"} & set(present) else COLUMNS
+        missing = [name for name in wanted if name not in present]
         table = [(f"{path} line {reader.line_num}", row) for row in reader]
     except csv.Error as error:
         raise PlanError(f"{path} line {reader.line_num}: {error}", hint="is a quotation mark left open?") from None
     if missing:
-        raise PlanError(f"{path}: no column {', '.join(missing)}", hint=f"wanted at least {', '.join(COLUMNS)}")
+        raise PlanError(f"{path}: no column {', '.join(missing)}", hint=f"wanted at least {', '.join(wanted)}")
     rows: list[ValidatedRow] = []
     skipped: list[str] = []
     known: dict[tuple[str, str], tuple[ModelSpec, Weights] | QwenqError] = {}
@@ -75,10 +91,13 @@ def read_rows(path: Path) -> tuple[list[ValidatedRow], list[str]]:
             continue
         spec, weights = found
         try:
-            rows.append(_predicted(row, spec, weights))
+            stated = log_columns(row.get("log") or "")
+            rows.append(_predicted(row | {k: text for k, text in stated.items() if not row.get(k)}, spec, weights))
         except ValueError as error:
             raise PlanError(f"{where}: {error}", hint="numbers are written as 6144 or 39.91") from None
-        except PlanError as error:
+        except LeftOut as error:
+            skipped.append(f"{where} left out: {error.message}")
+        except QwenqError as error:
             raise PlanError(f"{where}: {error.message}", hint=error.hint) from None
     if not rows:
         raise PlanError(f"{path}: no row that can be predicted", hint=skipped[0] if skipped else "")
@@ -117,6 +136,8 @@ def summary(rows: Sequence[ValidatedRow]) -> dict[str, Any]:
                 "predicted_gib": round(row.predicted_gib, 4),
                 "mem_gib": row.mem_gib,
             }
+            | ({} if row.engine == DEFAULT_ENGINE else {"engine": row.engine})
+            | ({} if row.kv_tokens is None else {"predicted_tokens": row.predicted_tokens, "kv_tokens": row.kv_tokens})
             for row in rows
         ],
         "mean_abs_error_percent": mean,
@@ -133,22 +154,81 @@ def errors(rows: Sequence[ValidatedRow]) -> tuple[float, float]:
 def _predicted(row: dict[str, str], spec: ModelSpec, weights: Weights) -> ValidatedRow:
     environment = parse_environment(row.get("env") or "")
     name = (row.get("engine") or DEFAULT_ENGINE).strip().lower()
-    if name not in ENGINES or not ENGINES[name].states_peak:
-        stating = " and ".join(kind.name for kind in ENGINES.values() if kind.states_peak)
-        raise PlanError(f"engine is {shown(name, 40)!r}; only {stating} rows state an allocator peak")
+    name = name.split(" ")[0] if name.split(" ")[0] in ENGINES else name
+    if name not in ENGINES:
+        raise LeftOut(f"engine is {shown(name, 40)!r}, wanted one of {', '.join(ENGINES)}")
     libraries = {library: text for library, text in environment.items() if library not in ENGINES}
-    engine = get_engine(name, environment.get(name, ""), libraries)
-    prompt, measured = _whole(row, "input_len"), float(row["mem_gib"] or "")
-    if not 0.001 <= measured < 1e6:
-        raise PlanError(f"mem_gib is {shown(row['mem_gib'], 40)!r}, wanted a positive number of GiB")
+    engine = get_engine(name, _version(row, environment.get(name, "")), libraries)
+    if isinstance(engine, ServerEngine):
+        return _served(row, spec, weights, engine)
+    if not engine.states_peak:
+        stating = " and ".join(kind.name for kind in ENGINES.values() if kind.states_peak)
+        raise LeftOut(f"engine is {shown(name, 40)!r}; an allocator peak is of {stating}, a cache's room of servers")
+    if not (row.get("input_len") or "").strip():
+        raise LeftOut("input_len is empty")
+    prompt, measured = _whole(row, "input_len"), _gib(row, "mem_gib")
     gpus = _whole(row, "gpu_num") if row.get("gpu_num") else 1
     if not 1 <= gpus <= spec.num_hidden_layers:
         raise PlanError(f"gpu_num is {gpus}, wanted 1 to {spec.num_hidden_layers}")
-    work = Workload(context=prompt + GENERATED_TOKENS, prompt=prompt)
+    generated = _whole(row, "generated_tokens") if (row.get("generated_tokens") or "").strip() else GENERATED_TOKENS
+    attention = (row.get("attention") or "").strip().lower()
+    if attention not in ("", *FLASH):
+        raise LeftOut(f"attention is {shown(attention, 40)!r}, counted is {FLASH[0]}")
+    batch = _whole(row, "batch_size") if (row.get("batch_size") or "").strip() else 1
+    chunk = _whole(row, "prefill_chunk") if (row.get("prefill_chunk") or "").strip() else 0
+    work = Workload(context=prompt + generated, batch=batch, prompt=prompt, prefill_chunk=chunk)
     spec = replace(spec, extended_context=max(spec.extended_context, work.context))  # the run was made, limit or not
     card = "H100 SXM5 80GB" if "H100" in (row.get("env") or "") else "A100 SXM4 80GB"
     found = estimate(Case(spec, weights, engine, work, Rig((find_gpu(card),) * gpus)), even_shares(spec, gpus))
     return ValidatedRow(row["model"], row["quant"], prompt, found.allocated_bytes / GIB, measured)
+
+
+def _served(row: dict[str, str], spec: ModelSpec, weights: Weights, engine: ServerEngine) -> ValidatedRow:
+    """The room of a server's cache: `kv_tokens`, or `mem_gib` a GPU, at `gpu_memory_utilization` of `gpu`.
+
+    The part is taken as it was asked for: the server did, whatever found room beside it later.
+    """
+    logged = [name for name in ("kv_tokens", "mem_gib") if (row.get(name) or "").strip()]
+    if not logged or not (row.get("gpu") or "").strip():
+        raise LeftOut("no " + ("gpu" if logged else "kv_tokens or mem_gib") + " for the room of a server's cache")
+    gpus = _whole(row, "gpu_num") if row.get("gpu_num") else 1
+    stages = _whole(row, "pipeline_parallel_size") if (row.get("pipeline_parallel_size") or "").strip() else 1
+    if not 1 <= gpus <= 64 or gpus % stages:
+        raise PlanError(f"gpu_num is {gpus} and pipeline_parallel_size {stages}, wanted whole stages of 1 to 64 GPUs")
+    asked = (row.get("gpu_memory_utilization") or "").strip()
+    length = (row.get("max_model_len") or row.get("input_len") or "").strip()
+    context = int(length) if _NUMBER.fullmatch(length) else 4096
+    work = Workload(
+        context,
+        kv_dtype=(row.get("kv_cache_dtype") or "auto").strip() or "auto",
+        prefill_chunk=_whole(row, "prefill_chunk") if (row.get("prefill_chunk") or "").strip() else 0,
+        max_num_seqs=_whole(row, "max_num_seqs") if (row.get("max_num_seqs") or "").strip() else 0,
+        gpu_memory_utilization=float(asked) if asked else None,
+        enforce_eager=(row.get("enforce_eager") or "").strip().lower() in ("1", "true", "yes"),
+    )
+    spec = replace(spec, extended_context=max(spec.extended_context, context))
+    case = Case(spec, weights, engine, work, Rig((find_gpu(row["gpu"]),) * gpus))
+    shares = rank_shares(spec, gpus // stages, stages)
+    tokens, room = engine.cache_room(case, shares)
+    kv_tokens = _whole(row, "kv_tokens") if "kv_tokens" in logged else None
+    measured = _gib(row, "mem_gib") if "mem_gib" in logged else (kv_tokens or 0) * room / max(1, tokens) / GIB
+    return ValidatedRow(row["model"], row["quant"], context, room / GIB, measured, engine.name, tokens, kv_tokens)
+
+
+FLASH = ("flash attention 2", "flash_attention_2", "fa2", "flash")
+
+
+def _version(row: dict[str, str], found: str) -> str:
+    return (row.get("version") or "").strip() or found
+
+
+def _gib(row: dict[str, str], column: str) -> float:
+    if not (row.get(column) or "").strip():
+        raise LeftOut(f"{column} is empty")
+    found = float(row[column])
+    if not 0.001 <= found < 1e6:
+        raise PlanError(f"{column} is {shown(row[column], 40)!r}, wanted a positive number of GiB")
+    return found
 
 
 def _whole(row: dict[str, str], column: str) -> int:
@@ -156,3 +236,23 @@ def _whole(row: dict[str, str], column: str) -> int:
     if not _NUMBER.fullmatch(text):
         raise PlanError(f"{column} is {shown(text, 40)!r}, wanted a whole number")
     return int(text)
+
+
+# Lines that vLLM logs while it starts, and the column each states.
+_LOGGED = {
+    "version": re.compile(r"(?:LLM engine \(v|API server version:? v?|version )(\d+\.\d+(?:\.\d+)?)"),
+    "kv_tokens": re.compile(r"GPU KV cache size: ([\d,]+) tokens"),
+    "mem_gib": re.compile(r"Available KV cache memory: (-?[\d.]+) GiB"),
+    "max_model_len": re.compile(r"max_(?:model_len|seq_len)['\"]?[=:] ?(\d+)"),
+    "gpu_memory_utilization": re.compile(r"gpu_memory_utilization['\"]?[=:] ?(0?\.\d+|1\.0)"),
+    "max_num_seqs": re.compile(r"max_num_seqs['\"]?[=:] ?(\d+)"),
+    "prefill_chunk": re.compile(r"max_num_batched_tokens['\"]?[=:] ?(\d+)"),
+    "enforce_eager": re.compile(r"enforce_eager['\"]?[=:] ?(True|False)"),
+    "gpu_num": re.compile(r"tensor_parallel_size['\"]?[=:] ?(\d+)"),
+}
+
+
+def log_columns(text: str) -> dict[str, str]:
+    """Columns of a row, as a server's start-up log states them; what it does not say is left out."""
+    found = {column: match[1].replace(",", "") for column, line in _LOGGED.items() if (match := line.search(text))}
+    return {column: value for column, value in found.items() if not (column == "mem_gib" and value.startswith("-"))}

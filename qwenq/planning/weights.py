@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate, chain
 from typing import Any
 
 from qwenq.errors import CheckpointError, PlanError, UnreadScheme
@@ -73,13 +74,18 @@ class Weights:
         return {}
 
     @cached_property
+    def by_share(self) -> dict[Any, int]:
+        """Bytes of a server's ranks, as far as they were asked for."""
+        return {}
+
+    @cached_property
     def layer_bytes(self) -> tuple[int, ...]:
         return tuple(sum(layer) for layer in self.layers)
 
     @cached_property
     def allocated(self) -> tuple[int, tuple[int, ...], int]:
         """Embedding, each layer, norm with head, as torch's allocator counts them when loaded in this order."""
-        sizes = [*self.embed, *(size for layer in self.layers for size in layer), *self.norm, *self.head]
+        sizes = [*self.embed, *chain.from_iterable(self.layers), *self.norm, *self.head]
         blocks = list(allocated_blocks(sizes))
         counts = [len(self.embed), *map(len, self.layers), len(self.norm) + len(self.head)]
         sums, start = [], 0
@@ -87,6 +93,16 @@ class Weights:
             sums.append(sum(blocks[start : start + count]))
             start += count
         return sums[0], tuple(sums[1:-1]), sums[-1]
+
+    @cached_property
+    def allocated_sums(self) -> tuple[int, ...]:
+        """Bytes that the allocator counts for the first layers: 0, one, two, ..., all of them."""
+        return tuple(accumulate(self.allocated[1], initial=0))
+
+    @cached_property
+    def layer_sums(self) -> tuple[int, ...]:
+        """Bytes of the first layers as they are stored, likewise."""
+        return tuple(accumulate(self.layer_bytes, initial=0))
 
     @cached_property
     def total_bytes(self) -> int:
@@ -297,6 +313,17 @@ MIB = 1 << 20
 def allocated_bytes(sizes: Iterable[int]) -> int:
     """`torch.cuda.memory_allocated` after tensors of these sizes, in this order, on an empty GPU."""
     return sum(allocated_blocks(sizes))
+
+
+def allocated_equal(size: int, count: int) -> int:
+    """`allocated_bytes` of `count` tensors of one size, in closed form: what is left of a segment serves the next."""
+    wanted = -(-size // 512) * 512
+    if wanted <= MIB:
+        return wanted * count
+    segment = 20 * MIB if wanted < 10 * MIB else -(-wanted // (2 * MIB)) * (2 * MIB)
+    each, left = divmod(segment, wanted)
+    kept = left if left <= MIB else 0  # with the segment's last tensor
+    return wanted * count + kept * (count // each)
 
 
 def allocated_blocks(sizes: Iterable[int]) -> Iterator[int]:

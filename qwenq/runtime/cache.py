@@ -23,7 +23,7 @@ def attend(
     batch, heads, tokens, width = query.shape
     if tokens > 1:
         return causal_attention(query, key, value, scaling), None
-    rows = query.view(batch, key.shape[1], heads // key.shape[1], width)  # heads that share keys: rows of one product
+    rows = query.reshape(batch, key.shape[1], heads // key.shape[1], width)  # heads that share keys: rows of a product
     dtype = product_dtype(query)
     out = F.scaled_dot_product_attention(rows.to(dtype), key.to(dtype), value.to(dtype), scale=scaling)
     return out.reshape(batch, heads, 1, width).transpose(1, 2).to(query.dtype).contiguous(), None
@@ -85,6 +85,18 @@ class KvCache:
         self._lengths[layer] = stop
         keys, values = (kept[:, :, :stop] for kept in stored)
         return (keys, values) if keys.dtype == key.dtype else (keys.to(key.dtype), values.to(key.dtype))
+
+    def make_room(self, tokens: int) -> None:
+        """Count tokens that are written straight into `stored`; ValueError when they do not fit."""
+        if self._lengths[0] + tokens > self.capacity:
+            raise ValueError(f"{self._lengths[0] + tokens} tokens in a cache of {self.capacity}")
+        self._lengths = [length + tokens for length in self._lengths]
+
+    def stored(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, [B, N, capacity, D] each, filled or not."""
+        found = self._stored[layer]
+        assert found is not None  # `allocate` made it
+        return found
 
     def get_seq_length(self, layer: int = 0) -> int:
         """Tokens in the cache; transformers asks for it by this name."""

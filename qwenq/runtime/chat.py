@@ -16,8 +16,17 @@ from qwenq.text.conversation import Message
 from qwenq.text.tokens import ModelTokenizer
 
 _GENERATION = "generation_config.json"
-_MOST = {"temperature": 1000, "top_p": 1, "top_k": 1 << 31, "repetition_penalty": 100}
-_SAMPLING = tuple(_MOST)
+_MOST = {"temperature": 1000, "top_p": 1, "top_k": 1 << 31, "min_p": 1, "repetition_penalty": 100}
+_DRAWS = ("temperature", "top_p", "top_k", "min_p")  # of no meaning unless `do_sample`
+# Settings of transformers' GenerationConfig that change an answer and are not done here, with what asks for nothing.
+_UNDONE: Mapping[str, tuple[Any, ...]] = {
+    "no_repeat_ngram_size": (0,), "encoder_no_repeat_ngram_size": (0,), "bad_words_ids": ([],),
+    "suppress_tokens": ([],), "begin_suppress_tokens": ([],), "forced_bos_token_id": (), "forced_eos_token_id": (),
+    "sequence_bias": ({}, []), "exponential_decay_length_penalty": (), "encoder_repetition_penalty": (1,),
+    "num_beams": (1,), "num_beam_groups": (1,), "penalty_alpha": (0,), "typical_p": (1,), "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,), "top_h": (), "guidance_scale": (1,), "min_length": (0,), "min_new_tokens": (0,),
+    "stop_strings": ([],), "watermarking_config": (), "dola_layers": (), "constraints": (), "force_words_ids": (),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,7 @@ class Chat:
         found: set[int] = set()
         for config in (self._generation, read_config(self.directory)):
             ids = config.get("eos_token_id")
-            found |= {i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int}
+            found |= {self._token(i) for i in (ids if isinstance(ids, list) else [ids]) if i is not None}
         ends = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>")
         found |= {i for end in ends if (i := self.tokenizer.id_of(end)) is not None}
         return frozenset(found | ({self.tokenizer.eos} if self.tokenizer.eos is not None else set()))
@@ -69,14 +78,22 @@ class Chat:
 
         UsageError for what is asked and cannot be, CheckpointError for what the file says so.
         """
-        settings: dict[str, Any] = {}
-        if self._generation.get("do_sample"):
-            settings = {key: self._setting(key) for key in _SAMPLING if self._generation.get(key) is not None}
+        for key, unasked in _UNDONE.items():
+            value = self._generation.get(key)
+            if value is not None and value not in unasked:
+                raise CheckpointError(
+                    f"{self.directory / _GENERATION}: {key} is {shown(repr(value), 40)}, which is not done here",
+                    hint=f"remove {key} from it, and answers are drawn without it",
+                )
+        draws = bool(self._generation.get("do_sample"))
+        known = [key for key in _MOST if draws or key not in _DRAWS]
+        settings: dict[str, Any] = {key: self._setting(key) for key in known if self._generation.get(key) is not None}
+        if draws:
             settings.setdefault("temperature", 1.0)
-            try:
-                Sampling(**settings)
-            except UsageError as error:  # the file's own, not what was asked
-                raise CheckpointError(f"{self.directory / _GENERATION}: {error.message}", hint="mend it") from None
+        try:
+            Sampling(**settings)
+        except UsageError as error:  # the file's own, not what was asked
+            raise CheckpointError(f"{self.directory / _GENERATION}: {error.message}", hint="mend it") from None
         return Sampling(**settings | {key: value for key, value in asked.items() if value is not None})
 
     def stream(self, ids: Iterable[int], prompt: Sequence[int] = ()) -> Iterator[str]:
@@ -91,7 +108,16 @@ class Chat:
         if abs(value) > _MOST[key] or (key == "top_k" and value != int(value)):
             wanted = f"{'a whole number' if key == 'top_k' else 'a number'} of at most {_MOST[key]:,}"
             raise CheckpointError(f"{path}: {key} is {shown(repr(value), 40)}, wanted {wanted}", hint="mend it")
-        return int(value) if key == "top_k" else float(value)
+        return max(0, int(value)) if key == "top_k" else float(value)  # -1 is vLLM's word for all
+
+    def _token(self, value: Any) -> int:
+        """A token id of a configuration, however its number is written."""
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+            raise CheckpointError(
+                f"{self.directory}: eos_token_id has {shown(repr(value), 40)}, wanted token ids",
+                hint="an answer would never end: mend generation_config.json and config.json",
+            )
+        return int(value)
 
     @cached_property
     def _generation(self) -> dict[str, Any]:

@@ -21,9 +21,10 @@ class ForeignEngine(ABC):
 
     name: ClassVar[str]  # of its package, and of --engine
     extra: ClassVar[str]  # of this project, which installs it
+    own_kv: ClassVar[bool] = False  # its KV caches have names of their own, and one is asked for
 
     @abstractmethod
-    def __init__(self, directory: Path, context: int = 0) -> None:
+    def __init__(self, directory: Path, context: int = 0, kv_dtype: str = "auto") -> None:
         """Load a checkpoint; `context`: most tokens of a sequence, 0 for the engine's own limit."""
 
     @abstractmethod
@@ -31,6 +32,9 @@ class ForeignEngine(ABC):
         self, ids: Sequence[int], sampling: Sampling, stop_ids: frozenset[int], timing: Timing
     ) -> Iterator[int]:
         """New tokens after a prompt's, without the one that stops; `timing` is filled in."""
+
+    def close(self) -> None:  # noqa: B027
+        """Let go of what was loaded, once nothing more is asked."""
 
     @classmethod
     def check_installed(cls) -> None:
@@ -45,7 +49,11 @@ def foreign_engine(name: str) -> type[ForeignEngine] | None:
     """The engine called so, None for this project's own; UsageError for one that is unknown."""
     if name == OWN.name:
         return None
-    engines = {kind.name: kind for kind in (GptqModelEngine, VllmEngine)}
+    from qwenq.runtime.llamacpp import LlamaCppServer  # which is one of them
+
+    engines: dict[str, type[ForeignEngine]] = {
+        kind.name: kind for kind in (GptqModelEngine, VllmEngine, LlamaCppServer)
+    }
     if name not in engines:
         raise UsageError(f"unknown engine {name!r}", hint=f"one of {', '.join((OWN.name, *engines))}")
     return engines[name]
@@ -57,7 +65,7 @@ class GptqModelEngine(ForeignEngine):
     name = "gptqmodel"
     extra = "gptq"
 
-    def __init__(self, directory: Path, context: int = 0) -> None:
+    def __init__(self, directory: Path, context: int = 0, kv_dtype: str = "auto") -> None:
         from gptqmodel import GPTQModel
 
         self.model = GPTQModel.load(str(directory))
@@ -93,7 +101,7 @@ class VllmEngine(ForeignEngine):
     name = "vllm"
     extra = "vllm"
 
-    def __init__(self, directory: Path, context: int = 0) -> None:
+    def __init__(self, directory: Path, context: int = 0, kv_dtype: str = "auto") -> None:
         from vllm import LLM
 
         self.model = LLM(model=str(directory), **({"max_model_len": context} if context else {}))

@@ -14,6 +14,7 @@ from qwenq.errors import RunError, UsageError
 from qwenq.pipeline.monitor import memory_errors
 from qwenq.planning.engines.torch import QWENQ_PREFILL_CHUNK
 from qwenq.runtime.cache import FP8, KvCache
+from qwenq.runtime.decode import DecodeStep, why_not
 from qwenq.runtime.model import RunningModel, compute_device
 
 DEFAULT_NEW_TOKENS = 512
@@ -122,6 +123,9 @@ class Session:
     prefill_chunk: int = QWENQ_PREFILL_CHUNK
     kv_dtype: str = "auto"
     stop_ids: frozenset[int] = frozenset()
+    graphs: bool = True  # replay a token's step as a CUDA graph where that can be
+    _step: DecodeStep | None = field(default=None, repr=False)
+    _refused: str = field(default="", repr=False)  # why the kernels of a step can't be launched
     _cache: KvCache | None = field(default=None, repr=False)
     _ids: list[int] = field(default_factory=list, repr=False)  # what the cache holds
     _whole: int = field(default=0, repr=False)  # of these, computed in whole chunks, as without a cache
@@ -221,15 +225,43 @@ class Session:
         need = len(ids) * 2 * (3 * spec.intermediate_size + 5 * spec.hidden_size)
         hint = "a smaller --prefill-chunk or --max-model-len"
         with memory_errors(f"computing {len(ids)} tokens", device, need, hint):
-            input_ids = torch.tensor([list(ids)], device=device)
-            out = self.model.network(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            logits: Tensor = out.logits[0, -1].float().cpu()
+            found = self._one(ids[0]) if len(ids) == 1 else None
+            if found is not None:
+                logits = found.float().cpu()
+            else:
+                input_ids = torch.tensor([list(ids)], device=device)
+                out = self.model.network(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                logits = out.logits[0, -1].float().cpu()
         self._ids += ids
         return logits
 
+    def _one(self, token: int) -> Tensor | None:
+        """Logits behind one token by Triton kernels; None where modules compute it."""
+        if self._step is None or self._cache is None:
+            return None
+        length = self._cache.get_seq_length()
+        try:
+            return self._step(token)
+        except RuntimeError as reason:
+            if not self._step.refused(reason):
+                raise
+            self._cache.crop(length)
+            self._step, self._refused = None, str(reason)
+            return None
+
     def release(self) -> None:
         """Let go of the cache."""
-        self._cache, self._ids = None, []
+        self._cache, self._step, self._ids = None, None, []
+
+    @property
+    def decoding(self) -> str:
+        """How a token is computed, and why not faster."""
+        why = self._refused or why_not(self.model, KV_DTYPES[self.kv_dtype])
+        if why:
+            return f"transformers' modules: {why}"
+        if self._step is not None and self._step.reason:
+            return f"Triton kernels: {self._step.reason}"
+        return "a CUDA graph" if self.graphs else "Triton kernels"
 
     def _new_cache(self) -> KvCache:
         spec, places = self.model.spec, self.model.device_map
@@ -247,6 +279,9 @@ class Session:
         """
         if self._cache is None:
             self._cache, self._ids = self._new_cache(), []
+            if not self._refused and not why_not(self.model, KV_DTYPES[self.kv_dtype]):
+                self._step = DecodeStep(self.model, self._cache)
+                self._step.graphed = self.graphs
         kept = 0
         for old, new in zip(self._ids, ids[:-1], strict=False):
             if old != new:

@@ -1,9 +1,10 @@
-"""Linears that stay packed while they multiply, on the kernels torch itself ships.
+"""Linears that stay packed while they multiply, on this project's Triton kernels or those that torch ships.
 
 Which one a linear becomes depends on how its format describes it, on activation dtype and device:
 `planning.kernels.choose`.
 Shapes: x [..., in]; M rows of x; O outputs, I inputs, G groups of K columns.
 
+- TritonLinear: 4- and 8-bit codes on NVIDIA GPUs, on this project's own kernels (`triton_kernels`).
 - Int4Linear: 4-bit codes in the layout of `_weight_int4pack_mm_for_cpu` or of tinygemm (`_weight_int4pack_mm`). Both
   take (scale, offset) pairs in the activations' dtype: w = (code - 8) * scale + offset. 8-bit codes in groups run there
   as two products, code = 16 * high + low. From `dense_from` rows on, one row block of outputs at a time is
@@ -17,6 +18,7 @@ Shapes: x [..., in]; M rows of x; O outputs, I inputs, G groups of K columns.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -27,7 +29,7 @@ from torch import Tensor, nn
 from qwenq.formats.base import PackedShape
 from qwenq.formats.bitsandbytes import Nf4Blocks
 from qwenq.formats.gguf import Blocks, dequantize_blocks
-from qwenq.machine import Compute
+from qwenq.machine import Compute, has_triton
 from qwenq.model.devices import multiply_into, product_dtype
 from qwenq.planning.kernels import Choice, Kind, choose, dense_from, kernel_group, row_block_weights
 from qwenq.solver.grid import QTensor
@@ -47,10 +49,44 @@ def packed_linear(
     if shape.sym and isinstance(stored, QTensor) and not _symmetric(stored):
         shape = replace(shape, sym=False)  # only the config calls it symmetric
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
-    choice = choose(shape, Compute(str(dtype)[6:], device.type, capability))
-    if isinstance(stored, Blocks) and choice.kind != "blocks":
-        stored = stored.integers()
-    return _MODULES[choice.kind](stored, bias, dtype, device).requires_grad_(False), choice
+    compute = Compute(str(dtype)[6:], device.type, capability, has_triton())
+    choice = choose(shape, compute)
+    codes = stored.integers() if isinstance(stored, Blocks) and choice.kind != "blocks" else stored
+    if choice.kind == "triton" and isinstance(codes, QTensor):
+        own = TritonLinear(codes, bias, dtype, device)
+        why = own.refusal()
+        if not why:
+            return own.requires_grad_(False), choice
+        del own  # before another takes its place
+        choice = replace(choose(shape, replace(compute, triton=False)), reason=why)
+    taken = stored if choice.kind == "blocks" else codes
+    return _MODULES[choice.kind](taken, bias, dtype, device).requires_grad_(False), choice
+
+
+UNIT = 32  # columns whose 4-bit codes are interleaved
+
+
+def pack_codes(codes_OI: Tensor, bits: int) -> Tensor:
+    """Codes uint8 [O, I] as the Triton kernels read them, row by row: 8-bit uint8 [O, I], 4-bit uint8 [O, I / 2].
+
+    4-bit codes lie in units of 32 columns and 16 bytes; of a unit's eight little-endian 16-bit words, word u holds
+    columns u, 8 + u, 16 + u and 24 + u from its low bits up.
+    """
+    if bits == 8:
+        return codes_OI.contiguous()
+    outputs, inputs = codes_OI.shape
+    c = codes_OI.reshape(outputs, inputs // UNIT, 4, 8)  # nibble of the word, word
+    low, high = c[:, :, 0] | (c[:, :, 1] << 4), c[:, :, 2] | (c[:, :, 3] << 4)
+    return torch.stack((low, high), -1).view(outputs, inputs // 2)
+
+
+def unpack_codes(packed: Tensor, bits: int) -> Tensor:
+    """Codes that `pack_codes` packed, uint8 [O, I]."""
+    if bits == 8:
+        return packed
+    outputs, half = packed.shape
+    b = packed.view(outputs, 2 * half // UNIT, 8, 2)  # word, byte
+    return torch.stack((b[..., 0] & 15, b[..., 0] >> 4, b[..., 1] & 15, b[..., 1] >> 4), 2).view(outputs, 2 * half)
 
 
 def _symmetric(q: QTensor) -> bool:
@@ -79,6 +115,71 @@ class _Linear(nn.Module):
         if self.bias is not None:
             y_MO = y_MO.add_(self.bias)
         return y_MO.view(*x.shape[:-1], self.out_features)
+
+
+class TritonLinear(_Linear):
+    """4- or 8-bit codes with the scales and zero points as stored, multiplied by this project's own kernels; bfloat16.
+
+    Few rows are multiplied straight from codes; from `dense_from` rows on blocks of outputs are written out in
+    bfloat16. Where no tiling for several rows can be launched, `dense_from` is lowered, with a RuntimeWarning.
+    """
+
+    def __init__(self, q: QTensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> None:
+        from qwenq.runtime import triton_kernels
+
+        super().__init__(q, bias, dtype, device)
+        self.kernels, self.bits, self.sym, self.dtype = triton_kernels, q.integers.bits, _symmetric(q), dtype
+        self.dense_from = dense_from("triton", device.type)
+        codes_OI = q.codes_OI.to(device)
+        codes = codes_OI.new_empty(self.out_features, self.in_features * self.bits // 8)
+        for start in range(0, self.out_features, _PACK_ROWS):
+            rows = slice(start, start + _PACK_ROWS)
+            codes[rows] = pack_codes(codes_OI[rows], self.bits)
+        self.codes = _parameter(codes)
+        wide = self.in_features // q.scales_OG.shape[1]
+        # Pairs per kernel group: a wider group repeats its own.
+        scales_OG = q.scales_OG if q.scales_OG.dtype.itemsize == 2 else q.scales_OG.to(dtype)
+        shifts_OG = (q.zeros_OG.to(torch.int16) - q.integers.zero).to(scales_OG.dtype)
+        pairs = torch.stack((scales_OG.to(device).T, shifts_OG.to(device).T))
+        self.pairs = _parameter(pairs.repeat_interleave(wide // kernel_group(wide), 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_MI = self.rows_of(x).contiguous()
+        if x_MI.shape[0] < self.dense_from:
+            try:
+                y_MO = self.kernels.multiply(x_MI, *self._weight)
+                return y_MO.view(*x.shape[:-1], self.out_features)
+            except self.kernels.KernelRefused as reason:
+                self.dense_from = x_MI.shape[0]
+                warnings.warn(f"weights written out from {self.dense_from} rows on: {reason}", RuntimeWarning, 2)
+        y_MO = torch.empty(x_MI.shape[0], self.out_features, dtype=x.dtype, device=x.device)
+        step = min(block_rows(self.in_features, x.device), self.out_features)
+        w_RI = torch.empty(step, self.in_features, dtype=x.dtype, device=x.device)
+        for start in range(0, self.out_features, step):
+            part_RI = w_RI[: min(step, self.out_features - start)]
+            self.kernels.write_rows(self.codes, self.pairs, self.sym, part_RI, start)
+            multiply_into(y_MO[:, start : start + part_RI.shape[0]], x_MI, part_RI.T)
+        return self.finish(y_MO, x)
+
+    @property
+    def _weight(self) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+        return self.codes, self.pairs, self.bias, self.sym
+
+    def refusal(self) -> str:
+        """Why this device takes none of the kernels' tilings for one token, or does not write weights out; empty."""
+        device, inputs = self.codes.device, self.in_features
+        try:
+            self.kernels.multiply(torch.zeros(1, inputs, dtype=self.dtype, device=device), *self._weight)
+            self.weight_rows(0, 1, self.dtype)
+        except self.kernels.KernelRefused as reason:
+            return str(reason)
+        return ""
+
+    def weight_rows(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight's outputs start to stop, transposed, [in, stop - start], columns in the order of the groups."""
+        w_RI = torch.empty(stop - start, self.in_features, dtype=dtype, device=self.codes.device)
+        self.kernels.write_rows(self.codes, self.pairs, self.sym, w_RI, start)
+        return w_RI.T
 
 
 class Int4Linear(_Linear):
@@ -302,6 +403,7 @@ class BlockEmbedding(nn.Module):
 
 
 _MODULES: dict[Kind, Callable[..., nn.Module]] = {
+    "triton": TritonLinear,
     "int4": Int4Linear,
     "int4 halves": Int4Linear,
     "int8": Int8Linear,

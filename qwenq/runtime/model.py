@@ -62,7 +62,7 @@ class RunningModel:
         return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
 
     def fallbacks(self) -> dict[str, int]:
-        """Why linears are not on torch's packed kernels, and how many each reason concerns."""
+        """Why linears are not on a faster kernel, and how many each reason concerns."""
         reasons = [choice.reason for choice in self.choices.values() if choice.reason]
         return {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}
 
@@ -120,9 +120,10 @@ class CheckpointWeights:
             # in the activations' dtype when that is 16 bit too
             return StoredLinear(weight if dtype == torch.float32 else weight.to(dtype), bias, dtype), None
         form = get_format(stored.format)
+        names = self.checkpoint.packed_names(lin)
         packed = {
-            n.removeprefix(lin.name + "."): self._finite(n, self.checkpoint.read_packed(n).to(device))
-            for n in form.packed_names(scheme, lin)
+            name.removeprefix(lin.name + "."): self._finite(name, self.checkpoint.read_packed(name).to(device))
+            for name in names
         }
         found, shape = form.unpack_to_run(packed, scheme, lin, stored.version), form.packed_shape(scheme, lin)
         assert shape is not None  # or it would not have been unpacked

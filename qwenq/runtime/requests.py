@@ -30,7 +30,7 @@ _WHAT_FITS = -1  # llama.cpp's word for no limit
 _IGNORED = frozenset(
     ("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
      "prediction", "request_id", "priority", "cache_salt", "cache_prompt",
-     "timings_per_token", "return_progress", "spaces_between_special_tokens")
+     "timings_per_token", "return_progress", "spaces_between_special_tokens", "keep_alive")
 )  # fmt: skip
 # Fields that are let through at the value that asks for nothing.
 _UNASKED: Mapping[str, tuple[Any, ...]] = {

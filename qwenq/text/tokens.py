@@ -20,7 +20,7 @@ from qwenq.checkpoint.headers import read_config
 from qwenq.errors import CalibrationError, CheckpointError
 from qwenq.io.durable import write_json
 from qwenq.io.gguf import GGUFFile, is_gguf
-from qwenq.io.json import check_regular, inside, read_limited, read_object, shown
+from qwenq.io.json import LFS_POINTER, TEMPLATES, check_regular, inside, read_limited, read_object, shown
 from qwenq.text.conversation import Document, Message, fitted, read_messages
 from qwenq.text.rendering import MAX_TEMPLATE_BYTES, Rendering, TemplateFault, render
 from qwenq.text.vocabulary import MAX_TOKENIZER_BYTES, Vocabulary, has_tokenizer, vocabulary_of_metadata
@@ -35,13 +35,24 @@ _TRANSFORMERS_READS = {  # and how large each may be
     "added_tokens.json": 10_000_000, "chat_template.jinja": MAX_TEMPLATE_BYTES,
     "chat_template.json": 10_000_000, "tokenizer.model": 50_000_000, "config.json": 10_000_000,
 }  # fmt: skip
-_MORE_TEMPLATES = "additional_chat_templates"
 _PLACES = ("fast_tokenizer_files", "tokenizer_file", "vocab_file", "merges_file", "spm_file", "gguf_file",
            "tokenizer_object", "init_inputs")  # fmt: skip
 _SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 _PIECE_CHARACTERS = 4 << 20  # encoded at once: 400 MB of the library's memory
 _CONTEXT_TOKENS = 8  # the last one alone may be a byte of a character, or a space
 _CHAT_S, _CHAT_S_PER_MB = 10, 1  # processor time of all conversations of a text
+
+
+def template_files(directory: Path) -> list[str]:
+    """Chat templates beside the usual one, by name, in the folder where transformers keeps them.
+
+    CheckpointError where that is a link to another directory.
+    """
+    folder = directory / TEMPLATES
+    if not folder.is_dir():
+        return []
+    inside(directory, TEMPLATES)
+    return sorted(f"{TEMPLATES}/{path.name}" for path in folder.glob("*.jinja"))
 
 
 @dataclass(frozen=True)
@@ -93,8 +104,13 @@ class ModelTokenizer:
         path = self.directory / "tokenizer.json"
         if not path.is_file():
             return CheckpointError(f"{self.directory}: transformers makes no tokenizer of its files ({reason})")
+        content = read_limited(path, MAX_TOKENIZER_BYTES)
+        if content.startswith(LFS_POINTER):
+            return CheckpointError(
+                f"{path}: a git-lfs pointer, not the file", hint="run `git lfs pull` in its directory"
+            )
         try:
-            Tokenizer.from_str(read_limited(path, MAX_TOKENIZER_BYTES).decode("utf-8"))
+            Tokenizer.from_str(content.decode("utf-8"))
         except BaseException as cause:
             if isinstance(cause, KeyboardInterrupt | SystemExit):
                 raise
@@ -112,12 +128,8 @@ class ModelTokenizer:
             )
         for name in sorted(present):
             check_regular(self.directory / name, _TRANSFORMERS_READS[name])
-        more = self.directory / _MORE_TEMPLATES
-        if more.is_dir():
-            if more.is_symlink():
-                raise CheckpointError(f"{_MORE_TEMPLATES} links to another directory: refused")
-            for path in more.glob("*.jinja"):
-                check_regular(inside(more, path.name), MAX_TEMPLATE_BYTES)
+        for name in template_files(self.directory):
+            check_regular(inside(self.directory, name), MAX_TEMPLATE_BYTES)
         if "tokenizer_config.json" in present:
             settings = read_object(self.directory / "tokenizer_config.json")
             for key in _PLACES if "tokenizer.json" not in present else _PLACES[:1]:
@@ -171,12 +183,13 @@ class ModelTokenizer:
     def encode(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
         """Token ids of each text; with `special` what the tokenizer puts around plain text too, a BOS token say."""
         found: list[list[int]] = []
+        tokenizer = self._tokenizer  # what is refused as it is read says so itself
         try:
             for batch in _batches(texts, _PIECE_CHARACTERS):
-                encodings = self._tokenizer.encode_batch_fast(batch, add_special_tokens=special)
+                encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=special)
                 found += [encoding.ids for encoding in encodings]
         except BaseException as error:
-            if isinstance(error, KeyboardInterrupt | SystemExit):
+            if isinstance(error, KeyboardInterrupt | SystemExit | CheckpointError):
                 raise
             reason = shown(str(error))
             raise CheckpointError(f"{self.directory}: its tokenizer.json cannot encode ({reason})") from None
@@ -339,6 +352,13 @@ class TokenWindows:
         """Digest of the token ids and their shape."""
         shape = json.dumps(list(self.ids.shape)).encode()
         return hashlib.sha256(shape + self.ids.numpy().tobytes()).hexdigest()
+
+    @property
+    def left_out(self) -> str:
+        """A line on rows of the text that were no documents; empty where there were none."""
+        rows, first = self.provenance.get("skipped_rows", 0), self.provenance.get("first_skipped", "")
+        said = f"{self.text}: {rows} {'row' if rows == 1 else 'rows'} left out ({first}); --strict refuses them"
+        return said if rows else ""
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -18,6 +18,7 @@ from qwenq.model.layer import Network
 from qwenq.pipeline.activations import embed
 from qwenq.solver.grid import QTensor
 
+Q = "model.layers.0.self_attn.q_proj.qweight"
 Edit = Callable[..., dict[str, Any]]
 Make = Callable[..., Path]
 
@@ -289,6 +290,7 @@ def test_index_naming_an_absent_tensor(random_model: Make) -> None:
 
 def test_already_quantized(random_model: Make, edit_json: Edit) -> None:
     path = random_model()
+    rewrite(path, lambda t: t.update({Q: torch.zeros(2, dtype=torch.int32)}) or t.pop(Q.replace("qweight", "weight")))
     for method, shown in (("awq", "awq"), ("gptq", "gptq"), (None, "unknown method")):
         edit_json(path / "config.json", quantization_config={"quant_method": method, "bits": 4})
         assert refusal(path, open_source) == f"{path}: already quantized ({shown})"

@@ -233,8 +233,13 @@ def test_errors_of_sources(
 ) -> None:
     path = random_model()
     config = json.loads((path / "config.json").read_text())
-    edit_json(path / "config.json", quantization_config={"quant_method": "awq"})
-    refusal(run(*command(path)), f"{path}: already quantized (awq)", "quantize from the original 16-bit checkpoint")
+    edit_json(path / "config.json", quantization_config={"quant_method": "awq", "bits": 4, "group_size": 32})
+    refusal(
+        run(*command(path)),
+        f"{path}: config.json says quantized (awq), but every linear is stored in 16 bits",
+        "the setting was left over when the weights were merged or dequantized: remove quantization_config from "
+        "config.json, no loader reads the model with it",
+    )
     edit_json(path / "config.json", quantization_config=None, model_type="qwen2_moe")
     refusal(
         run(*command(path)),

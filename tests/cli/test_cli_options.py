@@ -22,37 +22,48 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 # Scripts rely on these: add with care, remove never without a word in the changelog.
 OPTIONS = {
-    "quantize": "--output -o --bits --group-size --format --gguf-type --split-size --asymmetric --symmetric --fold "
+    "quantize": "--strict --follow-links "
+    "--output -o --bits --group-size --format --gguf-type --split-size --asymmetric --symmetric --fold "
     "--no-fold --pad-for-tp --save-imatrix --target-size --bpw --fit --context -c --engine --recipe --sensitivity "
     "--save-recipe --calibration --num-samples -n --sequence-length --seed --eval-text --eval-samples "
     "--method --damp-percent --error-correction --error-correction-share --device --dtype --compute-dtype "
     "--calibration-dtype --dry-run --resume --json",
-    "eval": "--reference --text --num-samples -n --sequence-length --max-kl --max-ppl-increase --device "
+    "eval": "--strict --follow-links --save-reference-logits "
+    "--reference --text --num-samples -n --sequence-length --max-kl --max-ppl-increase --device "
     "--compute-dtype --json",
-    "run": "--prompt -p --system --raw --max-new-tokens -n --temperature --top-p --seed --max-model-len -c "
+    "run": "--follow-links "
+    "--prompt -p --system --raw --max-new-tokens -n --temperature --top-p --seed --max-model-len -c "
     "--prefill-chunk --kv-cache-dtype --compute-dtype --engine --gpu-memory --cpu-memory --offload-dir --dry-run "
     "--json",
-    "sensitivity": "--output -o --format --calibration --num-samples -n --sequence-length --seed --asymmetric --device "
+    "sensitivity": "--strict --follow-links "
+    "--output -o --format --calibration --num-samples -n --sequence-length --seed --asymmetric --device "
     "--compute-dtype --json",
-    "serve": "--host --port --allowed-hosts --served-model-name --api-key --max-queue --engine --max-model-len -c "
+    "serve": "--follow-links "
+    "--host --port --allowed-hosts --served-model-name --api-key --max-queue --engine --max-model-len -c "
     "--prefill-chunk --kv-cache-dtype --compute-dtype --gpu-memory --cpu-memory --offload-dir --gpu --hosts --dry-run",
-    "inspect": "--expect-params --json",
-    "convert": "--format --json",
-    "verify": "--source --layers --all-layers --calibration --json",
+    "inspect": "--follow-links "
+    "--expect-params --json",
+    "convert": "--follow-links "
+    "--format --json",
+    "verify": "--follow-links "
+    "--source --layers --all-layers --calibration --json",
     "report": "--output -o --title --benchmarks --measured --gpu --engine --json",
     "demo": "--output -o --report",
-    "plan": "--context --max-model-len -c --gpu --detect --recommend --bits --group-size --target-size --recipe "
-    "--checkpoint --pad-for-tp --kv-cache-dtype --batch-size --engine --engine-version --prefill-chunk --reserve "
-    "--max-num-seqs --gpu-memory-utilization --expect-params --json",
-    "vram estimate": "--max-model-len -c --bits --group-size --target-size --recipe --checkpoint --pad-for-tp "
+    "plan": "--follow-links "
+    "--context --max-model-len -c --gpu --detect --recommend --bits --group-size --format --target-size "
+    "--recipe --checkpoint --pad-for-tp --kv-cache-dtype --batch-size --engine --engine-version --prefill-chunk "
+    "--reserve --ram --max-num-seqs --gpu-memory-utilization --enforce-eager --expect-params --json",
+    "vram estimate": "--follow-links "
+    "--max-model-len -c --bits --group-size --format --target-size --recipe --checkpoint --pad-for-tp "
     "--kv-cache-dtype --batch-size --engine --engine-version --prefill-chunk --gpu --reserve --tensor-parallel-size "
-    "--max-num-seqs --gpu-memory-utilization --expect-params --profile --json --csv",
+    "--max-num-seqs --gpu-memory-utilization --enforce-eager --expect-params --profile --json --csv",
     "vram validate": "--json",
     "vram gpus": "--json",
     "vram serve": "--host --port --allowed-hosts",
-    "vram export": "--output -o --max-model-len -c --bits --kv-cache-dtype --group-size --batch-size --engine "
-    "--prefill-chunk --gpu",
-    "vram measure": "--synthetic --bits --group-size --max-model-len -c --prefill-chunk --kv-cache-dtype "
+    "vram export": "--output -o --max-model-len -c --bits --kv-cache-dtype --group-size --format --batch-size "
+    "--engine --prefill-chunk --gpu",
+    "vram measure": "--follow-links "
+    "--synthetic --bits --group-size --max-model-len -c --prefill-chunk --kv-cache-dtype "
     "--compute-dtype --gpu-memory --cpu-memory --offload-dir --output -o --json",
 }
 

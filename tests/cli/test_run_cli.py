@@ -91,7 +91,7 @@ def test_a_full_context_does_not_end_a_chat(random_model: Callable[..., Path], e
 
 
 WRONG = [
-    (["--engine", "exllama"], "unknown engine 'exllama'", "one of qwenq, gptqmodel, vllm"),
+    (["--engine", "exllama"], "unknown engine 'exllama'", "one of qwenq, gptqmodel, vllm, llama.cpp"),
     (["--kv-cache-dtype", "q8_0"], "--kv-cache-dtype q8_0: wanted auto, bf16, fp16, fp8", None),
     (
         ["--compute-dtype", "float16"],

@@ -25,7 +25,7 @@ from huggingface_hub import constants, file_download
 
 from qwenq.errors import HubError
 from qwenq.io import hub
-from qwenq.io.hub import fetch_config, fetch_headers, fetch_model, is_hub_name
+from qwenq.io.hub import fetch_config, fetch_headers, fetch_model, is_hub_name, same_start
 from qwenq.io.safetensors import INDEX_NAME, TensorSpec, checkpoint_tensors, encode_header
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -298,6 +298,24 @@ def test_headers_cost_no_weights(stand_in: StandIn, ranges: bool) -> None:
     found = fetch_headers("org/big")
     assert len(found) == 1500 and found[names[0]].end - found[names[0]].start == 64 * 128 * 4
     assert sum(r.sent for r in stand_in.requests) < (1 << 18 if ranges else 20_000_000)
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_two_tensors_are_told_apart_by_their_first_bytes(ranges: bool, stand_in: StandIn) -> None:
+    """A head and the embedding it is said to be tied to: 8 KB are read, or what lies before them."""
+    stand_in.ranges = ranges
+    specs = {name: TensorSpec(name, "BF16", (40, 700)) for name in ("embed", "head", "same")}
+    head, order = encode_header(specs)
+    size = specs["embed"].nbytes
+    body = {name: bytes(k % 251 for k in range(size)) for name in order}
+    body["head"] = body["head"][:4000] + b"\xff" + body["head"][4001:]
+    stand_in.repos["org/tied"] = {"model.safetensors": head + b"".join(body[n] for n in order), "config.json": b"{}"}
+    found = fetch_headers("org/tied")
+    before = sum(request.sent for request in stand_in.requests)
+    assert same_start("org/tied", found["embed"], found["same"])
+    assert not same_start("org/tied", found["embed"], found["head"])
+    if ranges:
+        assert sum(request.sent for request in stand_in.requests) - before == 4 * 4096
 
 
 def test_headers_that_lie_are_refused(stand_in: StandIn) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,36 @@ def test_numbers_are_the_command_lines(client: TestClient) -> None:
     assert found["now"] == json.loads(CliRunner().invoke(command_line, args).stdout)["estimates"][0]
     assert found["largest_context"] == 17672 and found["rig"] == "2x RTX 3090"
     assert [p["context"] for p in found["chart"]][-1] == 131072
+
+
+def test_the_plan_is_the_command_lines(client: TestClient) -> None:
+    found = client.post("/api/plan", json=STATE).json()["plan"]
+    words = ["plan", "Qwen2.5-72B", "--gpu", "2x RTX 3090", "-c", "8192", "--json"]
+    said = json.loads(CliRunner().invoke(command_line, words).stdout)
+    for key in ("fits", "certainty", "speed", "instead", "parallel", "flags"):
+        assert found[key] == said[key], key
+    assert [gpu["total_bytes"] for gpu in found["memory"]] == [gpu["total_bytes"] for gpu in said["gpus"]]
+    assert client.post("/api/plan", json=STATE | {"rig": []}).json() == {"plan": None}
+    offloaded = client.post("/api/plan", json=STATE | {"rig": [{"gpu": "RTX 4090", "count": 1}], "ram_gb": 16}).json()
+    assert offloaded["plan"]["host"]["fits"] is False and "stay in host memory" in offloaded["plan"]["offload"]
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ({"format": "bnb-nf4"}, "--format bnb-nf4"),
+        ({"format": "fp8", "engine": "transformers"}, "--format fp8 --engine transformers"),
+        ({"format": "Q6_K", "engine": "llama.cpp"}, "--format Q6_K --engine llama.cpp"),
+        ({"engine": "vllm", "max_num_seqs": 8, "enforce_eager": True, "rig": [{"gpu": "L40S", "count": 2}]},
+         "--bits 4 --engine vllm --max-num-seqs 8 --enforce-eager --gpu '2x L40S'"),
+        ({"reserve_gib": 1.5}, "--gpu '2x RTX 3090' --reserve 1.5GiB"),
+    ],
+)  # fmt: skip
+def test_settings_are_in_the_command(client: TestClient, state: dict[str, Any], words: str) -> None:
+    found = client.post("/api/estimate", json=STATE | state).json()
+    assert words in found["command"]
+    said = CliRunner().invoke(command_line, [*shlex.split(found["command"])[1:], "--json"])
+    assert found["now"] == json.loads(said.stdout)["estimates"][0]
 
 
 def test_recommendations(client: TestClient) -> None:
@@ -106,7 +137,7 @@ def test_limits(client: TestClient) -> None:
 def random_body(rng: random.Random) -> bytes:
     """Anything from noise to a valid state with one field spoiled."""
     odd: list[Any] = [None, True, -1, 0, 1, 3, 2**31, 2**70, 1.5, 1e300, "", "fp8", "4", "é\u0000", [], {}, [[]]]
-    gpus = ["RTX 3090", "Arc B580", "M2 Ultra", "RTX 3060", "P40"] * 2 + ["A100"]
+    gpus = ["RTX 3090", "Arc B580", "M2 Ultra", "RTX 3060 12GB", "P40"] * 2 + ["A100"]
     kind = rng.randrange(12)  # 6 and more: left whole
     if kind == 0:
         return rng.randbytes(rng.randrange(200))

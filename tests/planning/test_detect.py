@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
+from typer.testing import CliRunner
 
+from qwenq.cli.main import app
 from qwenq.errors import PlanError
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.model.spec import family_spec
@@ -122,6 +124,32 @@ def test_a_driver_that_tells_no_capability(monkeypatch: pytest.MonkeyPatch) -> N
     )
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert [gpu.compute_capability for gpu in detect_rig().gpus] == [(7, 5), None]
+
+
+@pytest.mark.parametrize("silent", [NVMLError("not supported"), 0])
+def test_a_gpu_that_shares_the_systems_memory_has_what_the_system_has_free(
+    silent: NVMLError | int, three: pytest.MonkeyPatch
+) -> None:
+    """DGX Spark: the driver refuses to tell its memory, or tells none."""
+    made = driver(Card("NVIDIA GB10", "GPU-1", 0, (12, 1)))
+
+    def memory(card: Card) -> SimpleNamespace:
+        if isinstance(silent, NVMLError):
+            raise silent
+        return SimpleNamespace(total=silent, free=silent)
+
+    made.nvmlDeviceGetMemoryInfo = memory
+    three.setitem(sys.modules, "pynvml", made)
+    three.setattr("qwenq.planning.rig.total_memory", lambda: int(119.6 * GIB))
+    three.setattr("qwenq.planning.rig.available_ram", lambda: 100 * GIB)
+    rig = detect_rig()
+    assert rig.label == "DGX Spark (GB10)" and rig.limits == (100 * GIB,) and sees_gpu()
+    done = CliRunner().invoke(app, ["plan", "Qwen2.5-72B", "--detect", "--json"])
+    assert done.exit_code == 0
+    assert "NVIDIA GB10: the driver tells no memory, so what the system has free counts: 100.00 GiB" in done.stderr
+    three.setattr("qwenq.planning.rig.available_ram", lambda: 1 << 60)  # a system that tells nothing either
+    with pytest.raises(PlanError, match="neither the driver nor the system tells its memory"):
+        detect_rig()
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from qwenq.planning.rig import Rig, parse_rig, reserved
 from qwenq.planning.weights import Weights, published_weights, recipe_weights
 from qwenq.units import GIB
 
-VLLM = VllmEngine(VllmEngine.latest)
+VLLM = VllmEngine((0, 19))  # graphs beside its part
 
 
 def model(name: str) -> ModelSpec:
@@ -42,7 +42,9 @@ def command_of(plan: Plan) -> dict[str, str]:
     """Options of the last line, which is the command."""
     words = shlex.split(VLLM.command(plan).splitlines()[-1])
     assert words[:3] == ["vllm", "serve", "CHECKPOINT"]
-    return dict(zip(words[3::2], words[4::2], strict=True))
+    eager = [word for word in words if word == "--enforce-eager"]
+    rest = [word for word in words[3:] if word != "--enforce-eager"]
+    return dict(zip(rest[::2], rest[1::2], strict=True)) | dict.fromkeys(eager, "")
 
 
 def obeys(plan: Plan, weights: Weights = INT4) -> bool:
@@ -53,6 +55,7 @@ def obeys(plan: Plan, weights: Weights = INT4) -> bool:
         plan.case.work.batch,
         kv_dtype=options.get("--kv-cache-dtype", "auto"),
         gpu_memory_utilization=float(options["--gpu-memory-utilization"]),
+        enforce_eager="--enforce-eager" in options,
     )
     shares = rank_shares(B72, int(options["--tensor-parallel-size"]), int(options["--pipeline-parallel-size"]))
     rig = plan.case.hardware
@@ -68,13 +71,13 @@ def obeys(plan: Plan, weights: Weights = INT4) -> bool:
 @pytest.mark.parametrize(
     ("rig", "context", "part", "first"),
     [
-        ("2x RTX 3090", 8192, 0.9, "--gpu-memory-utilization 0.92 at 8k"),
+        ("2x RTX 3090", 8192, 0.9, "--gpu-memory-utilization 0.91 at 8k"),
         ("2x RTX 3090", 12288, 0.9, "--kv-cache-dtype fp8 at 12k"),
-        ("2x RTX 3090", 16384, 0.9, "--gpu-memory-utilization 0.92 and --kv-cache-dtype fp8 at 16k"),
-        ("2x RTX 3090", 65536, 0.9, "--max-model-len 6160"),
-        ("2x RTX 3090", 2048, 0.5, "--gpu-memory-utilization 0.88 at 2k"),
-        ("4x RTX 3090", 32768, 0.5, "--gpu-memory-utilization 0.61 at 32k"),
-        ("RTX 5090 + RTX 3090", 8192, 0.9, "--gpu-memory-utilization 0.92 at 8k"),
+        ("2x RTX 3090", 16384, 0.9, "--gpu-memory-utilization 0.91 and --kv-cache-dtype fp8 at 16k"),
+        ("2x RTX 3090", 65536, 0.9, "--max-model-len 7136"),
+        ("2x RTX 3090", 2048, 0.5, "--gpu-memory-utilization 0.87 at 2k"),
+        ("4x RTX 3090", 32768, 0.5, "--gpu-memory-utilization 0.6 at 32k"),
+        ("RTX 5090 + RTX 3090", 8192, 0.9, "--gpu-memory-utilization 0.91 at 8k"),
     ],
 )
 def test_the_command_fits(rig: str, context: int, part: float, first: str) -> None:
@@ -88,16 +91,16 @@ def test_the_command_fits(rig: str, context: int, part: float, first: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("kv_dtype", "part", "last"),
+    ("kv_dtype", "part", "first"),
     [
-        ("fp8", 0.8, "--gpu-memory-utilization 0.926 and --max-model-len 20368"),
-        ("fp8", 0.9, "--gpu-memory-utilization 0.926 and --max-model-len 20368"),
-        ("auto", 0.98, "--kv-cache-dtype fp8 and --max-model-len 20368"),
+        ("fp8", 0.8, "--gpu-memory-utilization 0.96 and --enforce-eager at 32k"),
+        ("fp8", 0.9, "--gpu-memory-utilization 0.96 and --enforce-eager at 32k"),
+        ("auto", 0.98, "--kv-cache-dtype fp8 and --enforce-eager at 32k"),
     ],
 )
-def test_what_is_at_its_limit_keeps_no_other_change_from_being_tried(kv_dtype: str, part: float, last: str) -> None:
+def test_what_is_at_its_limit_keeps_no_other_change_from_being_tried(kv_dtype: str, part: float, first: str) -> None:
     plan = planned("2x RTX 3090", Workload(32768, kv_dtype=kv_dtype, gpu_memory_utilization=part))
-    assert plan.instead[-1].startswith(last), plan.instead
+    assert plan.instead[0] == first, plan.instead
     assert obeys(plan)
 
 
@@ -118,7 +121,7 @@ def test_a_padded_checkpoint_only_where_it_fits() -> None:
     short = planned("2x RTX 3090", Workload(65536))
     assert not any("padded" in text for text in short.instead)
     one_layer = replace(B72, num_hidden_layers=1)
-    plan = planned("2x RTX 3060", Workload(8192), one_layer, recipe_weights(one_layer, Recipe(Scheme(4, 128))))
+    plan = planned("2x RTX 3060 12GB", Workload(8192), one_layer, recipe_weights(one_layer, Recipe(Scheme(4, 128))))
     assert [option.reasons != () for option in plan.serving.options] == [True, True]  # one layer makes no two stages
     assert plan.serving.chosen is None and not plan.fits
     assert plan.certainty == plan.to_json()["certainty"] == "does not fit"
@@ -158,9 +161,37 @@ def test_an_escape_says_what_it_changes() -> None:
     plan = planned("2x RTX 3090", Workload(65536))
     longer = plan.serving.escapes[1]
     assert isinstance(longer, Escape) and longer.work.context > plan.serving.escapes[0].work.context
-    assert longer.text.startswith("--gpu-memory-utilization 0.92") and " and --kv-cache-dtype fp8 and " in longer.text
+    assert longer.text.startswith("--gpu-memory-utilization 0.97") and " and --kv-cache-dtype fp8 and " in longer.text
+
+
+def test_graphs_are_in_the_part_from_0_21_and_grow_with_the_sequences() -> None:
+    """Then only the context comes on top, and fewer sequences or --enforce-eager leave the cache more."""
+    newest = VllmEngine(VllmEngine.latest)
+    spec = model("Qwen2.5-32B")
+    case = Case(spec, published_weights(spec, "AWQ"), newest, Workload(2048), parse_rig("RTX 4090"))
+    at = {seqs: newest.estimate(case.asking(max_num_seqs=seqs)) for seqs in (256, 64, 4)}
+    graphs = {seqs: found.term("graphs") for seqs, found in at.items()}
+    assert graphs[256] == round(0.79 * GIB / (86 * 48) * 86 * 64)  # 51 piecewise and 35 full ones, 64 layers
+    assert graphs[64] == round(0.79 * GIB / (86 * 48) * (19 + 11) * 64) and graphs[4] < graphs[64] < graphs[256]
+    assert at[4].kv_capacity_tokens > at[64].kv_capacity_tokens > at[256].kv_capacity_tokens  # type: ignore[operator]
+    assert newest.outside == ("context",) and "graphs" in newest.inside and "graphs" in VllmEngine((0, 19)).outside
+    eager = newest.estimate(case.asking(enforce_eager=True))
+    assert eager.term("graphs") == 0 and eager.kv_capacity_tokens > at[256].kv_capacity_tokens  # type: ignore[operator]
+
+
+def test_own_part_by_version() -> None:
+    spec = model("Qwen2.5-7B")
+    for version, part in (((0, 19), 0.9), ((0, 24), 0.9), ((0, 25), 0.92), (VllmEngine.latest, 0.92)):
+        case = Case(spec, published_weights(spec, "AWQ"), VllmEngine(version), Workload(2048), parse_rig("RTX 4090"))
+        assert case.engine.asked_part(case) == part
+
+
+def test_an_eager_escape_is_in_the_command() -> None:
+    plan = planned("2x RTX 3090", Workload(32768, kv_dtype="fp8", gpu_memory_utilization=0.9))
+    assert VLLM.command(plan).endswith("--kv-cache-dtype fp8 --enforce-eager")
 
 
 def test_vllm_does_not_run_everywhere() -> None:
     plan = make_plan(Case(B72, INT4, get_engine("llama.cpp"), Workload(8192), parse_rig("M2 Ultra")))
     assert VLLM.command(plan) == "# vLLM does not run on Apple M2 Ultra"
+    assert [option.verdict for option in plan.serving.options] == ["no: vLLM does not run on Apple M2 Ultra"]

@@ -330,3 +330,41 @@ def test_weights_type_is_shared() -> None:
     assert isinstance(INT4, Weights)
     assert INT4.total_bytes == 41_489_965_056
     assert recipe_weights(B72, Recipe(Scheme(8, 128))).total_bytes == 76_870_557_696
+
+
+def test_the_first_step_of_old_transformers_holds_the_prompts_logits() -> None:
+    """Before 4.42: weights, the cache twice, and four bytes a logit of every prompt position (Qwen1.5's table)."""
+    spec = replace(model("Qwen2.5-7B"), num_key_value_heads=28)  # as many as heads: the cache is what counts
+    weights, n = published_weights(spec, "BF16"), 30720
+    kv = n * 2 * 28 * spec.kv_size * 2
+
+    def at(version: str) -> GpuMemory:
+        return estimate(Case(spec, weights, get_engine("transformers", version), Workload(n + 1, prompt=n))).gpus[0]
+
+    old = at("4.38.2")
+    assert old.moment == "first step: the cache copied beside the prompt's logits"
+    assert (old.term("kv_cache"), old.term("logits")) == (2 * kv, 4 * n * spec.vocab_size)
+    assert at("4.42.4").term("kv_cache") <= kv + 2 * 28 * spec.kv_size * 2
+    shares = even_shares(spec, 2)  # logits are brought back to the first GPU
+    case = Case(spec, weights, get_engine("transformers", "4.38.2"), Workload(n + 1, prompt=n))
+    first, last = estimate(case, shares).gpus
+    assert first.term("logits") == 4 * n * spec.vocab_size and last.moment != old.moment
+
+
+def test_a_tied_awq_head_is_counted_twice_with_4_46_alone() -> None:
+    spec = model("Qwen2.5-1.5B")
+    weights, libraries = published_weights(spec, "AWQ"), {"autoawq": "0.2.6"}
+    moments = {}
+    for version in ("4.38.2", "4.45.2", "4.46.0", "4.51.3"):
+        case = Case(spec, weights, get_engine("transformers", version, libraries), Workload(2, prompt=1))
+        moments[version] = estimate(case).gpus[0].moment.startswith("loading: the tied head")
+    assert moments == {"4.38.2": False, "4.45.2": False, "4.46.0": True, "4.51.3": False}
+
+
+def test_a_tied_fp8_checkpoint_holds_its_head_twice() -> None:
+    engine = get_engine("transformers", "4.51.3")
+    for name, twice in (("Qwen2.5-1.5B", True), ("Qwen2.5-7B", False)):
+        spec = model(name)
+        weights = published_weights(spec, "FP8")
+        held = estimate(Case(spec, weights, engine, Workload(64))).term("weights")
+        assert (held > weights.total_bytes + 2 * spec.vocab_size * spec.hidden_size * 0.99) == twice

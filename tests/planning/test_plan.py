@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,9 +19,10 @@ from qwenq.formats.base import Recipe, Scheme
 from qwenq.machine import Compute
 from qwenq.model.spec import ModelSpec, family_spec
 from qwenq.planning.budget import sized_recipe
-from qwenq.planning.case import Case, Workload, even_shares, rank_shares
+from qwenq.planning.case import Case, Share, Workload, even_shares, rank_shares
 from qwenq.planning.engines.base import get_engine
 from qwenq.planning.ggufsize import gguf_weights
+from qwenq.planning.memory import estimate
 from qwenq.planning.placement import Placement, cutting_reasons, parallel_options, place
 from qwenq.planning.plan import make_plan, recommend
 from qwenq.planning.rig import find_gpu, parse_rig, rig_of
@@ -42,7 +44,8 @@ B72 = model("Qwen2.5-72B")
 INT4 = recipe_weights(B72, Recipe(Scheme(4, 128)))
 MIXED = recipe_weights(B72, sized_recipe(B72, 47 * 10**9, lambda name: "BF16"))
 TWO_3090 = parse_rig("2x RTX 3090")
-VLLM, TRANSFORMERS, LLAMA_CPP = (get_engine(name) for name in ("vllm", "transformers", "llama.cpp"))
+TRANSFORMERS, LLAMA_CPP = (get_engine(name) for name in ("transformers", "llama.cpp"))
+VLLM = get_engine("vllm", "0.19")
 
 
 @pytest.mark.parametrize("engine", ["qwenq", "transformers"])
@@ -99,7 +102,8 @@ def test_uneven_rig() -> None:
 
 def test_tied_head_stays_with_the_embedding() -> None:
     spec = model("Qwen2.5-3B")
-    case = Case(spec, published_weights(spec, "BF16"), get_engine("qwenq"), Workload(32768), parse_rig("2x RTX 3060"))
+    rig = parse_rig("2x RTX 3060 12GB")
+    case = Case(spec, published_weights(spec, "BF16"), get_engine("qwenq"), Workload(32768), rig)
     found = place(case)
     assert found.shares[0].embed and found.shares[0].head and found.device_map()["lm_head"] == 0
 
@@ -152,7 +156,7 @@ def test_absurd_loads_still_have_a_split() -> None:
     spec = model("Qwen3-8B")
     weights = gguf_weights(spec, "Q8_0")
     work = Workload(40960, batch=256, kv_dtype="q8_0", prefill_chunk=131072)
-    found = place(Case(spec, weights, get_engine("llama.cpp"), work, parse_rig("3x Arc B580 + 2x RTX 3060")))
+    found = place(Case(spec, weights, get_engine("llama.cpp"), work, parse_rig("3x Arc B580 + 2x RTX 3060 12GB")))
     _check(found, spec.num_hidden_layers)
     assert not found.fits and found.memory.certainty == "does not fit"
 
@@ -215,21 +219,56 @@ def test_flags_of_a_layered_plan() -> None:
     assert "yarn" not in LLAMA_CPP.command(other) and "yarn" not in TRANSFORMERS.command(other)
     assert " --rope-scaling yarn --rope-scale 4 --yarn-orig-ctx 32768  # " in LLAMA_CPP.command(yarn)
     kept = make_plan(Case(B72, INT4, get_engine("qwenq"), Workload(8192, kv_dtype="fp8"), parse_rig("4x RTX 3090")))
-    assert "-sm layer -ts " in LLAMA_CPP.command(kept) and "--cache-type-k q8_0" in LLAMA_CPP.command(kept)
+    assert "-sm layer -ts " in LLAMA_CPP.command(kept) and "-ctk q8_0 -ctv q8_0" in LLAMA_CPP.command(kept)
     assert "--kv-cache-dtype fp8" in VLLM.command(kept)
 
 
 def test_recommendations_are_sorted_and_priced() -> None:
     found = recommend(Case(B72, INT4, get_engine("qwenq"), Workload(16384)))
-    priced = [r for r in found if r.price_usd is not None]
-    assert list(found[: len(priced)]) == priced  # unpriced last
-    prices = [r.price_usd or 0 for r in priced]
-    assert prices == sorted(prices)
-    assert any(r.gpu.name == "RTX 3090" and r.count == 2 for r in found)
+    assert [r.count for r in found] == sorted(r.count for r in found)  # fewest cards first
+    for count in range(1, 9):
+        prices = [r.likely_usd for r in found if r.count == count]
+        known = [price for price in prices if price is not None]
+        assert prices == sorted(known) + [None] * (len(prices) - len(known))  # then cheapest, unpriced last
+    used = next(r for r in found if r.gpu.name == "RTX 3090")
+    assert (used.count, used.price_usd, used.used_price_usd, used.power_w) == (2, 2998, 1400, 700)
+    assert used.gpu.used_price_usd == 700 and find_gpu("A100 SXM4 80GB").used_price_usd is None
     names = [r.gpu.name for r in found]
-    assert names.index("RTX 4060 Ti 16GB") < names.index("H100 PCIe 80GB"), "4 for $1,996 before one for $30,000"
+    assert names.index("RTX 3090") < names.index("RTX 4060 Ti 16GB") < names.index("RTX 4060"), "2, 4 and 8 cards"
     assert all(r.gpu.vendor in ("nvidia", "amd") and r.largest_context >= 16384 for r in found)
     assert any(r.gpu.vendor == "apple" for r in recommend(Case(B72, INT4, get_engine("llama.cpp"), Workload(16384))))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    name=st.sampled_from(["Qwen2.5-0.5B", "Qwen2.5-7B", "Qwen2.5-72B", "Qwen3-14B"]),
+    engine=st.sampled_from(["qwenq", "transformers", "transformers 4.38.2", "transformers 4.41.2"]),
+    quant=st.sampled_from(["BF16", "GPTQ-Int4", "AWQ"]),
+    gpu=st.sampled_from(["RTX 3090", "H100 SXM5 80GB", "V100 PCIe 16GB"]),
+    context=st.integers(1, 30000),
+    batch=st.integers(1, 3),
+    data=st.data(),
+)
+def test_costs_in_closed_form_are_the_terms(
+    name: str, engine: str, quant: str, gpu: str, context: int, batch: int, data: st.DataObject
+) -> None:
+    """Byte for byte, whatever a GPU holds."""
+    spec = model(name)
+    which, _, version = engine.partition(" ")
+    case = Case(spec, published_weights(spec, quant), get_engine(which, version), Workload(context, batch))
+    start = data.draw(st.integers(0, spec.num_hidden_layers))
+    layers = range(start, data.draw(st.integers(start, spec.num_hidden_layers)))
+    share = Share(layers, data.draw(st.booleans()), data.draw(st.booleans()), gpus=data.draw(st.integers(1, 3)))
+    terms, _ = case.engine.terms(case, share, find_gpu(gpu))
+    assert case.engine.layer_costs(case, share, find_gpu(gpu))(layers) == sum(term.n_bytes for term in terms)
+
+
+def test_recommended_contexts_are_the_plans_in_steps() -> None:
+    case = Case(B72, INT4, get_engine("qwenq"), Workload(8192))
+    for found in recommend(case)[:6]:
+        rig = rig_of([found.gpu] * found.count)
+        longest = case.engine.longest_context(replace(case, rig=rig))
+        assert found.largest_context <= longest < found.largest_context + 4096
 
 
 def test_engines_run_where_they_run() -> None:
@@ -330,7 +369,8 @@ def test_old_gpus_write_weights_out() -> None:
 def test_a_rig_of_memory_alone() -> None:
     plan = make_plan(Case(B72, INT4, get_engine("qwenq"), Workload(4096), parse_rig("2x 24GB")))
     assert plan.fits and plan.speed.decode is None and plan.speed.prefill is None
-    assert plan.notes == ("24GB: not in the catalogue: memory alone",)
+    assert plan.notes[0] == "24GB: not in the catalogue: memory alone"
+    assert "assumed" in plan.notes[1] and "23.23 to 23.76 GiB" in plan.notes[1]
 
 
 def test_any_batch_has_a_split_or_a_line() -> None:
@@ -354,3 +394,83 @@ def test_plan_json_is_whole() -> None:
     assert plan["gpus"][0]["free_bytes"] == plan["gpus"][0]["limit_bytes"] - plan["gpus"][0]["total_bytes"]
     assert plan["placement"]["device_map"]["model.layers.0"] == 0
     assert 1 < plan["gpus"][0]["free_bytes"] / GIB < 3
+
+
+# ---------------------------------------------------------------------- llama.cpp's flags
+
+
+def layers_by_llama_cpp(flags: str, layers: int) -> list[list[int | str]]:
+    """Layers on the CPU, then on each device, as load_tensors of llama-model.cpp shares them out, in its float32."""
+    words = flags.split()
+    offloaded = min(int(words[words.index("-ngl") + 1]), layers + 1)
+    split = [float(n) for n in words[words.index("-ts") + 1].split(",")] if "-ts" in words else [1.0]
+    ends = np.cumsum(np.float32(split), dtype=np.float32)
+    ends /= ends[-1]
+    start = layers + 1 - offloaded
+    found: list[list[int | str]] = [[] for _ in range(len(split) + 1)]
+    for layer in range(layers + 1):
+        place = np.float32(layer - start) / np.float32(offloaded)
+        device = 0 if layer < start else 1 + int(np.searchsorted(ends, place, side="right"))
+        found[device].append("output" if layer == layers else layer)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("rig", "file_type", "context"),
+    [("2x RTX 3090", "Q4_K_S", 8192), ("4x RTX 3090", "Q8_0", 16384), ("RTX 3090 + 2x RTX 3060 12GB", "Q3_K_M", 4096),
+     ("RTX 3090", "Q4_K_M", 8192), ("RTX 4090 + RTX 3060 12GB", "Q4_K_M", 8192), ("H100 SXM5 80GB", "Q4_K_M", 32768)],
+)  # fmt: skip
+def test_llama_cpp_puts_layers_where_the_plan_does(rig: str, file_type: str, context: int) -> None:
+    """The output counts as a layer, and layers on the CPU are the first ones."""
+    plan = make_plan(Case(B72, gguf_weights(B72, file_type), LLAMA_CPP, Workload(context), parse_rig(rig)))
+    found = layers_by_llama_cpp(LLAMA_CPP.command(plan), 80)
+    placed = plan.offload or plan.placement
+    assert placed is not None
+    assert found[0] == list(placed.host_layers)
+    wanted = [[*share.layers, *(["output"] if share.head else [])] for share in placed.shares]
+    assert found[1:] == wanted
+    assert placed.offloaded_bytes == sum(plan.case.weights.layer_bytes[layer] for layer in placed.host_layers)
+
+
+def test_a_smaller_type_that_fits_is_offered() -> None:
+    plan = make_plan(Case(B72, gguf_weights(B72, "Q6_K"), LLAMA_CPP, Workload(8192), parse_rig("2x RTX 3090")))
+    (line,) = [line for line in plan.instead if line.startswith("GGUF ")]
+    assert line == "GGUF Q4_K_S, 43.88 GB, at 8k"
+
+
+# MiB of compute buffers: as builds logged them, and as llama-fit-params (0.3.36) reserves for files of these shapes.
+@pytest.mark.parametrize(
+    ("name", "context", "chunk", "kv", "gpus", "wanted"),
+    [
+        ("Qwen2.5-7B", 16384, 0, "q8_0", 1, [148.09]),  # logged, RTX 5090, September 2026
+        ("Qwen2.5-14B", 8192, 0, "auto", 1, [119]),  # logged, b9918
+        ("Qwen2.5-7B", 4096, 0, "auto", 1, [136]),
+        ("Qwen2.5-7B", 8192, 1024, "auto", 1, [280]),
+        ("Qwen2.5-32B", 32768, 0, "auto", 1, [224]),
+        ("Qwen2.5-72B", 131072, 0, "auto", 1, [349]),
+        ("Qwen2.5-0.5B", 32768, 0, "auto", 1, [65]),
+        ("Qwen2.5-7B", 4096, 0, "auto", 2, [176, 204]),
+        ("Qwen2.5-72B", 8192, 0, "auto", 2, [317, 381]),
+        ("Qwen2.5-72B", 32768, 0, "auto", 2, [413, 477]),
+    ],
+)
+def test_compute_buffers_of_newer_builds(
+    name: str, context: int, chunk: int, kv: str, gpus: int, wanted: list[float]
+) -> None:
+    spec = model(name)
+    work = Workload(context, kv_dtype=kv, prefill_chunk=chunk)
+    case = Case(spec, gguf_weights(spec, "Q4_K_M"), LLAMA_CPP, work, rig_of([find_gpu("RTX 3090")] * gpus))
+    found = estimate(case, even_shares(spec, gpus))
+    sizes = [(gpu.term("activations") + gpu.term("logits")) / (1 << 20) for gpu in found.gpus]
+    assert sizes == pytest.approx(wanted, rel=0.02)
+    assert not any(gpu.term("dequantization") for gpu in found.gpus)
+
+
+def test_compute_buffers_of_older_builds_are_as_they_were() -> None:
+    old = get_engine("llama.cpp", "b9000")
+    found = estimate(Case(model("Qwen2.5-7B"), gguf_weights(model("Qwen2.5-7B"), "Q4_K_M"), old, Workload(4096)))
+    assert found.term("activations") / (1 << 20) == 304.0  # logged, May 2026
+    assert (old.label, LLAMA_CPP.label) == ("llama.cpp b9000", "llama.cpp")
+    assert "was not checked" in get_engine("llama.cpp", "b12000").version_note and not old.version_note
+    command = old.command(make_plan(Case(B72, INT4, get_engine("qwenq"), Workload(8192), TWO_3090)))
+    assert "--fit" not in command

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwenq.errors import PlanError
-from qwenq.planning.rig import Gpu, Rig, catalogue, find_gpu, parse_rig, reserved
+from qwenq.planning.rig import _UNLISTED, Gpu, Rig, catalogue, find_gpu, parse_rig, reserved
 from qwenq.units import GIB
 
 
@@ -15,7 +15,8 @@ def test_every_row_has_a_source_and_sane_figures() -> None:
     assert len(catalogue()) >= 35
     for gpu in catalogue():
         assert gpu.source and gpu.vendor in ("nvidia", "amd", "intel", "apple")
-        assert gpu.usable_gib is None or 0.9 * gpu.memory_gib <= gpu.usable_gib <= gpu.memory_gib
+        least = 2 / 3 - 1e-5 if gpu.vendor == "apple" else 0.9
+        assert gpu.usable_gib is None or least * gpu.memory_gib <= gpu.usable_gib <= gpu.memory_gib
         assert (gpu.price_usd is None) == (gpu.price_basis == "")
 
 
@@ -49,7 +50,14 @@ def test_known_figures_and_unknown_ones() -> None:
         ("h200", "H200 SXM 141GB"),
         ("7900xtx", "RX 7900 XTX"),
         ("3090 + 4090 + 3090", "RTX 3090 + RTX 4090 + RTX 3090"),
-        ("RTX 3060", "RTX 3060 12GB"),  # not the 3060 Ti
+        ("RTX 3060 12 GB", "RTX 3060 12GB"),  # not the 3060 Ti
+        ("2x RTX 4090 24GB", "2x RTX 4090"),
+        ("RX 7900 XTX 24GB", "RX 7900 XTX"),
+        ("7900xt", "RX 7900 XT"),
+        ("Tesla T4 16GB", "Tesla T4"),
+        ("RTX 5060 Ti 16GB", "RTX 5060 Ti 16GB"),
+        ("A100 SXM 80GB", "A100 SXM4 80GB"),
+        ("RTX 6000 48GB", "RTX 6000 Ada"),
         ("3090 ti", "RTX 3090 Ti"),
         ("Tesla V100-SXM2-16GB", "V100 SXM2 16GB"),
         ("Quadro RTX 6000", "Quadro RTX 6000"),
@@ -75,6 +83,10 @@ def test_spellings(text: str, label: str) -> None:
         ("RTX 4060 Ti", "could be several", "RTX 4060 Ti 16GB, RTX 4060 Ti 8GB"),
         ("2000GB", "a GPU of '2000GB'", ""),
         ("A100", "GPU 'A100' could be several", "A100 PCIe 40GB, A100 SXM4 80GB, A100 PCIe 80GB"),
+        ("A100 80GB", "GPU 'A100 80GB' could be several", "A100 SXM4 80GB, A100 PCIe 80GB"),
+        ("RTX 3060", "GPU 'RTX 3060' could be several", "RTX 3060 12GB, RTX 3060 8GB"),
+        ("RTX 5060 Ti", "GPU 'RTX 5060 Ti' could be several", "RTX 5060 Ti 8GB"),
+        ("RTX 4090 48GB", "unknown GPU 'RTX 4090 48GB'", 'by its memory, for instance "48GB"'),
         ("", "not a rig: ''", "2x RTX 3090"),
         ("RTX 4090 +", "not a rig", "2x RTX 3090"),
         ("0x RTX 3090", "0 GPUs of a kind", ""),
@@ -89,6 +101,32 @@ def test_bad_rigs(text: str, message: str, hint: str) -> None:
     assert hint in caught.value.hint and "\n" not in caught.value.message
 
 
+@pytest.mark.parametrize("name", ["RTX 5060", "RTX 2080", "GTX 1080", "RX 7900", "RX 9070", "M2", "RTX 4090 D", "A10G"])
+def test_a_card_is_never_taken_for_another_of_its_series(name: str) -> None:
+    """The card that is named, where the catalogue has it; else unknown, whatever has a Ti, an XT or a letter more."""
+    try:
+        assert find_gpu(name).name.removeprefix("Apple ").removesuffix(" 8GB") == name
+    except PlanError as error:
+        assert f"unknown GPU '{name}'" in error.message or "could be several" in error.message, error
+
+
+def test_versions_that_the_catalogue_lacks_are_not_in_it() -> None:
+    names = {gpu.name for gpu in catalogue()}
+    assert set(_UNLISTED) <= names and not {other for others in _UNLISTED.values() for other in others} & names
+
+
+@given(st.sampled_from(catalogue()))
+def test_a_memory_size_chooses_among_versions(gpu: Gpu) -> None:
+    """The name with its size means it, and with another size never means it."""
+    plain = gpu.name.removesuffix(f" {gpu.memory_gib:g}GB")
+    try:
+        assert find_gpu(f"{plain} {gpu.memory_gib:g}GB") == gpu
+    except PlanError as error:  # two forms of one size: A100
+        assert gpu.name in error.hint
+    with pytest.raises(PlanError):
+        find_gpu(f"{plain} 7GB")
+
+
 def test_a_gpu_by_its_memory_alone() -> None:
     gpu = find_gpu("24GB")
     assert gpu.limit_bytes == round(24 * 0.98 * GIB) and gpu.note == "not in the catalogue: memory alone"
@@ -99,12 +137,12 @@ def test_a_gpu_by_its_memory_alone() -> None:
 @pytest.mark.parametrize(
     ("capability", "names"),
     [
-        ((6, 0), ["P100"]),
+        ((6, 0), ["P100 16GB"]),
         ((6, 1), ["P40", "GTX 1080 Ti"]),
         ((7, 0), ["Tesla V100-SXM2-16GB", "V100 PCIe 32GB"]),
         ((7, 5), ["T4", "RTX 2080 Ti", "TITAN RTX", "Quadro RTX 6000", "Quadro RTX 8000"]),
         ((8, 0), ["A100 SXM4 80GB", "A30"]),
-        ((8, 6), ["RTX 3090", "A10", "A40", "RTX A6000", "RTX 3060"]),
+        ((8, 6), ["RTX 3090", "A10", "A40", "RTX A6000", "RTX 3060 12GB"]),
         ((8, 9), ["RTX 4090", "L4", "L40S", "RTX 6000 Ada"]),
         ((9, 0), ["H100 PCIe", "H200"]),
         ((12, 0), ["RTX 5090", "RTX PRO 6000 Blackwell"]),
@@ -114,13 +152,59 @@ def test_compute_capabilities(capability: tuple[int, int], names: list[str]) -> 
     assert [find_gpu(name).compute_capability for name in names] == [capability] * len(names)
 
 
+@pytest.mark.parametrize(
+    ("name", "gib"),
+    [  # torch's own totals; ECC takes a sixteenth of the first four
+        ("A40", 44.45), ("A10", 22.07), ("A10G", 22.30), ("Tesla T4", 14.56), ("L4", 22.03), ("RTX 3060 12GB", 11.63),
+        ("DGX Spark (GB10)", 121.6), ("V100 SXM2 32GB", 31.73),
+    ],
+)  # fmt: skip
+def test_cards_have_less_than_their_boxes_say(name: str, gib: float) -> None:
+    gpu = find_gpu(name)
+    assert gpu.limit_bytes == round(gib * GIB) and gpu.limit_range == (gpu.limit_bytes,) * 2 and gpu.usable_note
+
+
+def test_an_assumed_limit_is_a_range_and_says_so() -> None:
+    gpu = find_gpu("RTX 4080")
+    low, high = gpu.limit_range
+    assert low < gpu.limit_bytes < high < 16 * GIB and gpu.limit_bytes == round(15.6 * GIB)
+    assert low <= 15.48 * GIB and high >= 15.6 * GIB  # totals that torch has of cards of 16 GB
+    assert "assumed" in gpu.limit_source and "15.36 to 15.80 GiB" in gpu.limit_source
+    assert Rig((gpu,), free_bytes=(GIB,)).limit_slack == ((0, 0),)
+
+
+@pytest.mark.parametrize(
+    ("name", "megabytes", "recent"),
+    [  # recommendedMaxWorkingSetSize in llama.cpp's logs, in bytes / 1e6; the second with a recent macOS
+        ("Apple M4 16GB", 11453.25, 12713.12),
+        ("Apple M2 24GB", 17179.87, 19069),
+        ("Apple M4 32GB", 22906.50, None),
+        ("Apple M3 Pro 36GB", 28991.03, None),
+        ("Mac 64GB", 51539.61, None),
+    ],
+)
+def test_a_mac_has_metals_share(name: str, megabytes: float, recent: float | None) -> None:
+    gpu = find_gpu(name)
+    assert gpu.limit_bytes / 1e6 == pytest.approx(megabytes, rel=1e-4) and gpu.unified
+    assert recent is None or gpu.limit_range[1] / 1e6 == pytest.approx(recent, rel=3e-3)
+    assert "Metal" in gpu.limit_source
+
+
+def test_macs_of_today() -> None:
+    macs = {gpu.name for gpu in catalogue() if gpu.vendor == "apple"}
+    assert {"Apple M4 Pro 48GB", "Apple M4 Max 128GB", "Apple M3 Ultra 256GB", "Apple M5 32GB"} <= macs
+    assert find_gpu("M2 Ultra").limit_bytes == 144 * GIB and find_gpu("128GB Mac").limit_bytes == 96 * GIB
+    with pytest.raises(PlanError, match="a Mac of 4GB"):
+        find_gpu("Mac 4GB")
+
+
 def test_every_nvidia_gpu_has_a_compute_capability_and_no_other_has() -> None:
     assert all((gpu.compute_capability is not None) == (gpu.vendor == "nvidia") for gpu in catalogue())
 
 
 def test_a_reserve_that_leaves_nothing() -> None:
-    rig = parse_rig("RTX 3090 + RTX 3060")
-    assert reserved(rig, GIB).limits == (round(22.58 * GIB), round(11.76 * GIB) - GIB)
+    rig = parse_rig("RTX 3090 + RTX 3060 12GB")
+    assert reserved(rig, GIB).limits == (round(22.58 * GIB), round(11.63 * GIB) - GIB)
     with pytest.raises(PlanError, match=r"--reserve 12\.00 GiB leaves nothing of GPU 1 RTX 3060 12GB") as caught:
         reserved(rig, 12 * GIB)
     assert caught.value.hint == "a smaller --reserve"

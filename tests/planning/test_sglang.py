@@ -101,7 +101,9 @@ def command_of(plan_case: Case) -> tuple[str, dict[str, str]]:
     *comment, line = plan_commands(make_plan(plan_case))["sglang"].splitlines()
     words = shlex.split(line)
     assert words[:3] == ["python", "-m", "sglang.launch_server"]
-    return "\n".join(comment), dict(zip(words[3::2], words[4::2], strict=True))
+    eager = [word for word in words if word == "--disable-cuda-graph"]
+    rest = [word for word in words[3:] if word not in eager]
+    return "\n".join(comment), dict(zip(rest[::2], rest[1::2], strict=True)) | dict.fromkeys(eager, "")
 
 
 def test_the_command() -> None:
@@ -134,6 +136,7 @@ def test_escapes_speak_of_its_own_flags() -> None:
         int(options["--context-length"]),
         kv_dtype=options["--kv-cache-dtype"],
         gpu_memory_utilization=float(options["--mem-fraction-static"]),
+        enforce_eager="--disable-cuda-graph" in options,
     )
     shares = rank_shares(B72, int(options["--tp-size"]), int(options["--pp-size"]))
     assert estimate(replace(longer.case, work=work), shares).fits

@@ -6,13 +6,22 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qwenq.errors import CheckpointError, PlanError
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.model.spec import ModelSpec, family_configs, family_spec
 from qwenq.planning.ggufsize import gguf_weights
 from qwenq.planning.models import WeightsAsked, load_model, load_spec, model_weights
-from qwenq.planning.weights import header_weights, published_weights, recipe_weights
+from qwenq.planning.weights import (
+    MIB,
+    allocated_bytes,
+    allocated_equal,
+    header_weights,
+    published_weights,
+    recipe_weights,
+)
 
 TINY = Path(__file__).parents[1] / "data" / "tiny-qwen2"
 
@@ -204,3 +213,9 @@ def test_every_family_has_a_source_and_its_own_context() -> None:
     assert all(config["source"] for config in family_configs().values())
     limits = {name: load_model(name).spec.extended_context for name in ("Qwen2.5-Math-7B", "QwQ-32B", "Llama-3.1-8B")}
     assert limits == {"Qwen2.5-Math-7B": 4096, "QwQ-32B": 131072, "Llama-3.1-8B": 131072}
+
+
+@given(size=st.integers(1, 64 * MIB), count=st.integers(0, 200))
+def test_equal_tensors_in_closed_form(size: int, count: int) -> None:
+    """As the allocator's rules say, block by block."""
+    assert allocated_equal(size, count) == allocated_bytes([size] * count)

@@ -48,6 +48,11 @@ def test_plain_text_begins_with_bos_and_a_chat_as_its_template_says(model: Path)
     [
         ({"top_k": 20.0}, {"top_k": 20}),
         ({"top_k": 20, "top_p": 1, "temperature": 1}, {"top_k": 20, "top_p": 1.0, "temperature": 1.0}),
+        ({"top_k": -1, "min_p": 0.05}, {"top_k": 0, "min_p": 0.05}),  # vLLM's word for all of them
+        ({"do_sample": False, "temperature": 0.7, "min_p": 0.1}, {"temperature": 0.0, "min_p": 0.0}),
+        ({"do_sample": False, "repetition_penalty": 1.1}, {"temperature": 0.0, "repetition_penalty": 1.1}),
+        ({"no_repeat_ngram_size": 0, "num_beams": 1, "bad_words_ids": None, "max_length": 9, "chat_format": "chatml"},
+         {"temperature": 1.0}),
         ({"top_k": None, "top_p": 1e-320}, {"top_k": 0, "top_p": 1e-320, "temperature": 1.0}),
     ],
 )
@@ -57,6 +62,28 @@ def test_generation_settings_however_they_are_written(settings: Any, wanted: Any
     assert {key: getattr(found, key) for key in wanted} == wanted and type(found.top_k) is int
     token = next_token(torch.tensor([0.0, 3.0, 1.0, 2.0]), [0], found, torch.Generator().manual_seed(0))
     assert 0 <= token < 4 and (found.top_p > 0.5 or token == 1)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("no_repeat_ngram_size", 3), ("suppress_tokens", [1]), ("num_beams", 4), ("stop_strings", ["x"]),
+     ("typical_p", 0.9), ("forced_eos_token_id", 5), ("min_new_tokens", 10), ("guidance_scale", 1.5)],
+)  # fmt: skip
+def test_settings_that_change_an_answer_and_are_not_done_are_refused_by_name(key: str, value: Any, model: Path) -> None:
+    (model / "generation_config.json").write_text(json.dumps({"do_sample": True, key: value}))
+    with pytest.raises(CheckpointError, match=f"{key} is .*, which is not done here") as caught:
+        Chat(model, 1024).sampling(temperature=0.5)
+    assert caught.value.hint == f"remove {key} from it, and answers are drawn without it"
+
+
+def test_end_tokens_however_their_numbers_are_written(model: Path, edit_json: Any) -> None:
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [7.0, 9]}))
+    assert {7, 9} <= Chat(model, 1024).stop_ids
+    for wrong in ("1023", [1.5], True, [[7]]):
+        (model / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
+        with pytest.raises(CheckpointError, match=r"eos_token_id has .*, wanted token ids") as caught:
+            _ = Chat(model, 1024).stop_ids
+        assert "would never end" in caught.value.hint
 
 
 @pytest.mark.parametrize(

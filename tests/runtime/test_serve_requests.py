@@ -115,7 +115,8 @@ def test_what_asks_for_nothing_is_let_through(post: Post) -> None:
     harmless = {
         "user": "me", "store": True, "metadata": {"a": "b"}, "service_tier": "auto", "seed": None, "stop": None,
         "stream_options": None, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "n": 1,
-        "response_format": {"type": "text"}, "best_of": 1, "echo": False, "suffix": None, "top_p": 1, "top_k": -1,
+        "keep_alive": "5m", "response_format": {"type": "text"}, "best_of": 1, "echo": False, "suffix": None,
+        "top_p": 1, "top_k": -1,
         "min_p": 0, "repetition_penalty": 1.0, "length_penalty": 1.0, "guided_json": None, "no_such_field": None,
         "skip_special_tokens": True, "use_beam_search": False, "prompt_cache_key": "x", "safety_identifier": "y",
         "modalities": ["text"], "ignore_eos": False, "min_tokens": 0, "stop_token_ids": [], "cache_prompt": True,

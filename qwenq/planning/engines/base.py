@@ -11,8 +11,10 @@ import math
 import re
 import shlex
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import ClassVar, TypedDict
 
@@ -23,6 +25,7 @@ from qwenq.planning.case import Case, Share, Workload, rank_shares
 from qwenq.planning.escapes import Escape, Serving, serving
 from qwenq.planning.memory import Allowance, MemoryEstimate, Term, context_term, estimate
 from qwenq.planning.placement import (
+    Costs,
     Layout,
     ParallelOption,
     RankLayout,
@@ -49,6 +52,7 @@ class Engine(ABC):
 
     name: ClassVar[str]
     latest: ClassVar[Version]  # the newest that the facts were checked for
+    oldest: ClassVar[Version] = ()  # and the oldest
     kv_dtypes: ClassVar[Mapping[str, float]]  # bytes of a cached value, scales included
     title: ClassVar[str] = ""  # as its authors write it; empty: as `name`
     versioned: ClassVar[bool] = True  # the label names the version
@@ -61,11 +65,13 @@ class Engine(ABC):
     rocm_tried: ClassVar[bool] = False
     layered: ClassVar[bool] = True  # layers on different GPUs run one after the other (no tensor parallelism)
     host_layers_stay: ClassVar[bool] = False  # the CPU computes layers in host memory; else they move to the first GPU
+    host_layers_first: ClassVar[bool] = False  # layers in host memory are a model's first ones, not its last
     copies_tied_head: ClassVar[bool] = False  # and keeps the embedding elsewhere
     states_peak: ClassVar[bool] = False  # published runs of it state torch's allocator peak
     started: ClassVar[bool] = False  # `qwenq serve` starts it
     context_flag: ClassVar[str] = ""  # of a server's command
     utilization_flag: ClassVar[str] = ""
+    eager_flag: ClassVar[str] = ""  # of a server's command that leaves out CUDA graphs
 
     version: Version
     libraries: tuple[tuple[str, Version], ...] = ()
@@ -78,6 +84,18 @@ class Engine(ABC):
 
     def library(self, name: str) -> Version | None:
         return dict(self.libraries).get(name)
+
+    @property
+    def version_note(self) -> str:
+        """That nobody checked this version, and which one's facts stand in; empty where one of that line was."""
+        if not self.versioned or not self.oldest:
+            return ""
+        shown = ".".join(map(str, self.version))
+        if self.version[: len(self.latest)] > self.latest:
+            return f"{self.title or self.name} {shown} was not checked: counted as {'.'.join(map(str, self.latest))}"
+        if self.version < self.oldest:
+            return f"{self.title or self.name} {shown} was not checked: counted as {'.'.join(map(str, self.oldest))}"
+        return ""
 
     def kv_bytes(self, kv_dtype: str) -> float:
         """Bytes of one cached value; UsageError when the engine has no such cache."""
@@ -112,6 +130,19 @@ class Engine(ABC):
     @abstractmethod
     def terms(self, case: Case, share: Share, gpu: Gpu) -> tuple[tuple[Term, ...], str]:
         """Memory of one GPU that holds `share`, at its worst moment, and the name of that moment."""
+
+    def layer_costs(self, case: Case, share: Share, gpu: Gpu) -> Callable[[range], int]:
+        """Bytes of all terms by the layers that a GPU holds, for shares that are otherwise like `share`."""
+
+        @cache
+        def cost(layers: range) -> int:
+            return sum(term.n_bytes for term in self.terms(case, replace(share, layers=layers), gpu)[0])
+
+        return cost
+
+    def alike(self, case: Case, gpu: Gpu) -> Hashable:
+        """A key that GPUs have in common of which the terms of the case are the same."""
+        return gpu.name
 
     def allowance(self, case: Case, shares: Sequence[Share], needed: Sequence[tuple[Term, ...]]) -> Allowance:
         """Bytes it may take of each of the rig's GPUs, which need the terms `needed`."""
@@ -149,6 +180,10 @@ class Engine(ABC):
     def how_held(self, case: Case) -> str:
         """How the rig holds the case: `layers split`, `TP 2 x PP 1`; empty when it does not."""
 
+    def rig_finder(self, case: Case) -> RigFinder:
+        """What answers for many rigs of one case."""
+        return RigFinder(self)
+
     def check_ranks(self, ranks: int) -> None:
         """UsageError for a tensor parallel size that it cannot have."""
         if ranks < 0:
@@ -179,6 +214,41 @@ class Engine(ABC):
         return ""
 
 
+class RigFinder:
+    """How a rig holds a case and up to which context, asked of one case on many rigs."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def how_held(self, case: Case) -> str:
+        return self.engine.how_held(case)
+
+    def longest_context(self, case: Case) -> int:
+        return self.engine.longest_context(case)
+
+
+class LayerFinder(RigFinder):
+    """Keeps costs by context between rigs; contexts in steps: 1,024 tokens up to 16k, 2,048 to 32k, 4,096 beyond."""
+
+    STEPS: ClassVar[tuple[int, ...]] = (*range(1024, 16384, 1024), *range(16384, 32768, 2048))
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        self.costs: dict[int, Costs] = {}
+
+    def _splits(self, case: Case) -> bool:
+        return splits(case, self.costs.setdefault(case.work.context, {}))
+
+    def how_held(self, case: Case) -> str:
+        return "layers split" if self._splits(case) else ""
+
+    def longest_context(self, case: Case) -> int:
+        asked, limit = case.work.context, case.spec.extended_context
+        steps = [step for step in (*self.STEPS, *range(32768, limit, 4096)) if asked < step < limit]
+        found = bisect_left([*steps, limit], True, key=lambda context: not self._splits(case.at(context)))
+        return [asked, *steps, limit][found]
+
+
 @dataclass(frozen=True)
 class LayeredEngine(Engine):
     """An engine that splits whole layers over GPUs, which run one after the other."""
@@ -195,6 +265,9 @@ class LayeredEngine(Engine):
 
     def how_held(self, case: Case) -> str:
         return "layers split" if splits(case) else ""
+
+    def rig_finder(self, case: Case) -> RigFinder:
+        return LayerFinder(self)
 
     def check_ranks(self, ranks: int) -> None:
         super().check_ranks(ranks)
@@ -226,9 +299,21 @@ class ServerEngine(Engine):
 
     layered: ClassVar[bool] = False
     block_tokens: ClassVar[int] = 1  # the cache is made of
-    inside: ClassVar[tuple[str, ...]]
-    outside: ClassVar[tuple[str, ...]]
-    outside_said: ClassVar[str] = "CUDA graphs and context"
+
+    @property
+    @abstractmethod
+    def inside(self) -> tuple[str, ...]:
+        """Names of the terms in the part."""
+
+    @property
+    @abstractmethod
+    def outside(self) -> tuple[str, ...]:
+        """Names of the terms on top of it."""
+
+    @property
+    def outside_said(self) -> str:
+        """The same to read."""
+        return "CUDA graphs and context"
 
     @abstractmethod
     def own_part(self, case: Case, share: Share, gpu: Gpu) -> float:
@@ -268,6 +353,18 @@ class ServerEngine(Engine):
         limits = (round(base * part) + self.outside_bytes(t) for base, t in zip(bases, needed, strict=True))
         return Allowance(tuple(limits), capacity, part, asked)
 
+    def cache_room(self, case: Case, shares: Sequence[Share]) -> tuple[int, int]:
+        """Tokens and bytes a GPU of the KV cache in the part that is asked for, whatever finds room beside it."""
+        gpus, free = case.hardware.gpus, case.hardware.limits
+        needed = [self.terms(case, share, gpu)[0] for share, gpu in zip(shares, gpus, strict=True)]
+        asked = case.work.gpu_memory_utilization or self.asked_part(case)
+        left = [
+            asked * self.part_of(terms, gpu.limit_bytes, n) - self.inside_bytes(terms)
+            for terms, gpu, n in zip(needed, gpus, free, strict=True)
+        ]
+        tokens = min(self._cache_tokens(case, share, n) for share, n in zip(shares, left, strict=True))
+        return tokens, max(0, round(min(left)))
+
     def token_bytes(self, case: Case, share: Share) -> int:
         """KV bytes of one token on one rank; heads are copied when there are fewer than ranks."""
         heads = max(1, case.spec.num_key_value_heads // share.ranks)
@@ -285,6 +382,12 @@ class ServerEngine(Engine):
 
     def rank_weights(self, case: Case, share: Share) -> int:
         """Bytes of a rank's weights: fused linears cut by rank, norms whole, one rotary table; allocator rounding."""
+        known = case.weights.by_share
+        if (share, case.spec) not in known:
+            known[share, case.spec] = self._rank_weights(case, share)
+        return known[share, case.spec]
+
+    def _rank_weights(self, case: Case, share: Share) -> int:
         spec, weights, r = case.spec, case.weights, share.ranks
         stored_spec = replace(spec, intermediate_size=weights.intermediate_size)
         shapes = [
@@ -293,7 +396,8 @@ class ServerEngine(Engine):
         sizes: list[int] = [part // r for part in weights.embed] if share.embed else []
         for layer in share.layers:
             stored = weights.layer_bytes[layer]
-            sizes += [round(stored / sum(shapes) * shape / r) for shape in shapes]
+            for shape in shapes:
+                sizes += _fused_tensors(weights, round(stored / sum(shapes) * shape / r), shape // r)
         if share.head:
             sizes += [*weights.norm, *(part // r for part in weights.head)]
             if not weights.head and not share.embed:
@@ -339,11 +443,9 @@ class ServerEngine(Engine):
         return option.tensor, option.pipeline
 
     def longest_context(self, case: Case) -> int:
-        """In the layout with the largest cache where one fits as asked, else in any."""
+        """In the layout that has the longest."""
         options = [option for option in parallel_options(case) if not option.reasons]
-        best = best_option(options)
-        tried = [best] if best and best.works else options
-        return max((option.longest_context(case) for option in tried), default=0)
+        return max((option.longest_context(case) for option in options), default=0)
 
     def how_held(self, case: Case) -> str:
         layout = self.layout(case)
@@ -425,6 +527,18 @@ class ServerEngine(Engine):
         chosen = found.chosen if found.chosen in options else max(options, key=lambda option: option.tensor)
         assert chosen is not None
         return self.words(case, chosen, checkpoint)
+
+
+def _fused_tensors(weights: Weights, n_bytes: int, parameters: int) -> list[int]:
+    """A rank's part of a fused linear, `n_bytes`, tensor by tensor: codes, scales of 16 bits, the rest.
+
+    Each is rounded by the allocator on its own, 0.06 GiB of 40 layers.
+    """
+    if weights.bits == 16 or weights.group_size <= 0:
+        return [n_bytes]
+    codes, scales = parameters * weights.bits // 8, 2 * parameters // weights.group_size
+    rest = n_bytes - codes - scales
+    return [codes, rest, scales] if rest >= 0 else [n_bytes]
 
 
 def rank_context(share: Share, gpu: Gpu) -> Term:

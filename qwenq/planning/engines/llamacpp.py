@@ -1,36 +1,45 @@
-"""llama.cpp with every layer on a GPU and flash attention: GGUF weights, compute buffers sized by the ubatch.
+"""llama.cpp with flash attention: GGUF weights in whole layers, compute buffers sized by the ubatch, by build.
 
-Sources: ollama#5913 (72B, 313.0 MiB), llama.cpp#11337 (32B, 307.0 MiB; q8_0 cache 4352 MiB), unsloth PR#7637 (mask).
+Sources: llama.cpp's own reservation, read with llama-fit-params of llama-cpp-python 0.3.36 on files of the real shapes
+(reports/llamacpp.md), which gives the 119 and 148.09 MiB that newer builds logged for Qwen2.5-14B and 7B; for older
+ones ollama#5913 (72B, 313.0 MiB), llama.cpp#11337 (32B, 307.0 MiB; q8_0 cache 4352 MiB), unsloth PR#7637 (mask). Where
+layers go: llama-model.cpp, load_tensors.
 """
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.case import Case, Share, Workload
 from qwenq.planning.engines.base import LayeredEngine, pci_order, register, yarn_of
-from qwenq.planning.ggufsize import gguf_weights
+from qwenq.planning.ggufsize import BITS_TO_TYPE, gguf_types, gguf_weights
 from qwenq.planning.memory import Term, merged
-from qwenq.planning.placement import place
+from qwenq.planning.placement import Placement, place
 from qwenq.planning.plan import Plan
 from qwenq.planning.rig import Gpu
 from qwenq.planning.speed import SpeedFit
 from qwenq.planning.weights import Weights
+from qwenq.units import format_gb, format_tokens
 
 MIB = 1 << 20
 NEAREST_KV = {"fp8": "q8_0", "q8_0": "q8_0", "q4_0": "q4_0"}  # of other engines' caches; 16 bits otherwise
+# Since about this build the server reserves logits for few outputs (llama.cpp#23861, 29 May 2026; 9272 did not yet).
+FEW_OUTPUTS = (9400,)
+COPIES = 4  # of what enters a device, where several compute parts of a prompt at once (GGML_SCHED_MAX_COPIES)
 
 
 @register
 @dataclass(frozen=True)
 class LlamaCppEngine(LayeredEngine):
-    """`llama-server`, in whatever build."""
+    """`llama-server`, at a build: 9918 is b9918."""
 
     name = "llama.cpp"
-    latest = (0,)
-    versioned = False
+    latest = (9918,)
+    oldest = (3000,)
     kv_dtypes: ClassVar = {"auto": 2.0, "fp16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}  # blocks of 32 values
     smaller_kv = "q8_0"
     own_chunk = 512
@@ -38,8 +47,19 @@ class LlamaCppEngine(LayeredEngine):
     needs_gguf = True
     vendors_without = ()
     rocm_tried = True
+    started = True
     host_layers_stay = True
+    host_layers_first = True  # and the output is on a GPU even then
     copies_tied_head = True  # the embedding stays in host memory
+
+    @property
+    def label(self) -> str:
+        return self.name if self.version == self.latest else f"{self.name} b{self.version[0]}"
+
+    @property
+    def few_outputs(self) -> bool:
+        """Whether logits of the last tokens alone have room, and a quantized cache needs no scratch."""
+        return self.version >= FEW_OUTPUTS
 
     def terms(self, case: Case, share: Share, gpu: Gpu) -> tuple[tuple[Term, ...], str]:
         """Terms of one device; a tied head is a second copy on the device."""
@@ -50,19 +70,14 @@ class LlamaCppEngine(LayeredEngine):
         if share.head:
             held += sum(weights.norm) + sum(weights.head or weights.embed)
         kv = int(2 * len(share.layers) * spec.kv_size * case.kv_bytes * tokens)
-        mask = 2 * ubatch * tokens * (4 if share.gpus > 1 else 1)
-        scratch = int(1.3 * spec.hidden_size * tokens) if case.kv_bytes != 2.0 else 0
+        mask = 2 * ubatch * tokens * (COPIES if share.gpus > 1 else 1)
         first = share.embed
         terms = [
             Term("weights", held, "exact", weights.source),
             Term("kv_cache", kv, "exact", f"2 x layers x KV width x tokens, {work.kv_dtype}; tokens in steps of 256"),
-            compute_buffer(spec, weights, ubatch, share.head),
+            *(self._compute_buffer(case, share, ubatch)),
             Term(
                 "logits", mask, "reported", "attention mask, 2 bytes x ubatch x tokens, x 4 when split (unsloth#7637)"
-            ),
-            Term(
-                "dequantization", scratch, "reported", "scratch for a quantized cache, 0.74 to 2.02 x hidden a token",
-                int(0.74 / 1.3 * scratch), int(2.02 / 1.3 * scratch),
             ),
             Term(
                 "context", 325 * MIB if first else 600 * MIB, "reported",
@@ -70,39 +85,107 @@ class LlamaCppEngine(LayeredEngine):
                 256 * MIB, 400 * MIB if first else 900 * MIB,
             ),
         ]  # fmt: skip
+        if not self.few_outputs and case.kv_bytes != 2.0:
+            scratch = int(1.3 * spec.hidden_size * tokens)
+            source = "scratch for a quantized cache, 0.74 to 2.02 x hidden a token"
+            low, high = int(0.74 / 1.3 * scratch), int(2.02 / 1.3 * scratch)
+            terms.append(Term("dequantization", scratch, "reported", source, low, high))
         return merged(terms), f"a ubatch of {ubatch} tokens"
+
+    def _compute_buffer(self, case: Case, share: Share, ubatch: int) -> Iterator[Term]:
+        """The FFN's gate, up and their product beside hidden states, float32; the mask comes on top."""
+        if not self.few_outputs:
+            yield compute_buffer(case.spec, case.weights, ubatch, share.head)
+            return
+        hidden = 3 if share.gpus == 1 else 7 if share.embed else 11  # with copies of what enters the device
+        n_bytes = 4 * ubatch * (3 * case.weights.intermediate_size + hidden * case.spec.hidden_size)
+        source = f"4 bytes x ubatch x (3 x FFN + {hidden} x hidden), as llama-fit-params reserves"
+        yield Term("activations", n_bytes, "fitted", source, n_bytes, round(1.05 * n_bytes))
 
     def speed_fit(self, weights: Weights) -> SpeedFit:
         """No published run: weights are read at 50 to 90 % of the bandwidth."""
         return SpeedFit(0.0, 0, 1.5, 0.75, 1.35, "assumed: weights read at 50 to 90 % of the bandwidth")
 
-    def command(self, plan: Plan) -> str:
-        """`llama-server ...` for the nearest GGUF type: Q4_K_M, Q8_0 or F16."""
-        spec, work, rig = plan.case.spec, plan.case.work, plan.case.hardware
-        file_type = {16: "F16", 8: "Q8_0"}.get(plan.case.weights.bits, "Q4_K_M")
-        kv = NEAREST_KV.get(work.kv_dtype, "auto")
-        case = Case(spec, gguf_weights(spec, file_type), self, Workload(work.context, work.batch, kv_dtype=kv), rig)
-        placement, layers = place(case), 99
-        note = f"GGUF {file_type}, {case.weights.total_bytes / 1e9:.1f} GB"
-        if not placement.fits:
-            placement = place(case, offload=True)
-            layers = placement.gpu_layers
-            out = spec.num_hidden_layers - layers
-            note += f"; {out} layer{'s' if out > 1 else ''} on the CPU"
-        words = ["llama-server", "-m", "MODEL.gguf", "-ngl", str(layers), "-c", str(work.context * work.batch)]
+    def uniform_instead(self, case: Case) -> Iterator[str]:
+        """The largest smaller type that fits as asked."""
+        smaller = [name for name in gguf_types() if name in ADVISED]
+        for name in smaller:
+            weights = gguf_weights(case.spec, name)
+            if weights.total_bytes < case.weights.total_bytes and self.how_held(_with(case, weights)):
+                yield f"GGUF {name}, {format_gb(weights.total_bytes)}, at {format_tokens(case.work.context)}"
+                return
+
+    def own_case(self, case: Case) -> Case:
+        """A case of another engine under this one: the nearest GGUF type, Q4_K_M, Q8_0 or F16, and KV cache."""
+        if case.engine.needs_gguf:
+            return case
+        weights = gguf_weights(case.spec, BITS_TO_TYPE.get(case.weights.bits, BITS_TO_TYPE[4]))
+        kv = NEAREST_KV.get(case.work.kv_dtype, "auto")
+        work = Workload(case.work.context, case.work.batch, kv_dtype=kv)
+        return Case(case.spec, weights, self, work, case.hardware)
+
+    def words(self, case: Case, placement: Placement | None, file: str) -> list[str]:
+        """The words of the command that serves the GGUF `file` so, on the CPU without a placement.
+
+        `-ngl` counts layers and the output, of which the first layers stay on the CPU; `-ts` shares these out.
+        """
+        work, offloaded = case.work, self._offloaded(placement)
+        words = ["llama-server", "-m", file, "-ngl", str(offloaded), "-c", str(work.context * work.batch)]
         words += ["-fa", "on"]
-        if len(rig.gpus) > 1:
-            words += ["-sm", "layer", "-ts", ",".join(str(len(share.layers)) for share in placement.shares)]
-        if kv != "auto":
-            words += ["--cache-type-k", kv, "--cache-type-v", kv]
+        if self.few_outputs:
+            words += ["--fit", "off"]  # else it changes what is not said
+        if work.batch > 1:
+            words += ["-np", str(work.batch)]
+        if placement is not None and len(placement.shares) > 1:
+            counts = [len(share.layers) + share.head for share in placement.shares]
+            words += ["-sm", "layer", "-ts", ",".join(map(str, counts))]
+        if work.kv_dtype not in ("auto", "fp16"):
+            words += ["-ctk", work.kv_dtype, "-ctv", work.kv_dtype]
+        if work.prefill_chunk:
+            words += ["-ub", str(work.prefill_chunk)]
+            if work.prefill_chunk > 2048:
+                words += ["-b", str(work.prefill_chunk)]
         if yarn := yarn_of(case):
             words += ["--rope-scaling", "yarn", "--rope-scale", f"{yarn['factor']:g}"]
             words += ["--yarn-orig-ctx", str(yarn["original_max_position_embeddings"])]
-        return pci_order(case) + " ".join(words) + f"  # {note}"
+        return words
+
+    def modelfile(self, case: Case, placement: Placement | None, file: str) -> str:
+        """Ollama's Modelfile for the same; how it splits layers over GPUs is its own choice."""
+        work = case.work
+        lines = [f"FROM {file}", f"PARAMETER num_ctx {work.context}", f"PARAMETER num_gpu {self._offloaded(placement)}"]
+        if work.prefill_chunk:
+            lines.append(f"PARAMETER num_batch {work.prefill_chunk}")
+        if work.kv_dtype not in ("auto", "fp16"):
+            lines.insert(0, f"# start ollama with OLLAMA_FLASH_ATTENTION=1 OLLAMA_KV_CACHE_TYPE={work.kv_dtype}")
+        return "\n".join(lines)
+
+    def _offloaded(self, placement: Placement | None) -> int:
+        """Layers on the GPUs, the output counted."""
+        return 0 if placement is None else placement.gpu_layers + 1
+
+    def command(self, plan: Plan) -> str:
+        case = self.own_case(plan.case)
+        placement = place(case)
+        note = f"{case.weights.label}, {format_gb(case.weights.total_bytes)}"
+        if not placement.fits:
+            placement = place(case, offload=True)
+            out = len(placement.host_layers)
+            note += f"; {out} layer{'s' if out > 1 else ''} on the CPU"
+        return pci_order(case) + shlex.join(self.words(case, placement, "MODEL.gguf")) + f"  # {note}"
+
+
+ADVISED = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "Q3_K_M", "Q2_K")  # the types that are published most
+
+
+def _with(case: Case, weights: Weights) -> Case:
+    return Case(case.spec, weights, case.engine, case.work, case.rig)
 
 
 def compute_buffer(spec: ModelSpec, weights: Weights, ubatch: int, last: bool) -> Term:
-    """llama.cpp's compute buffer: float32 logits and a hidden state on the last device, the MLP's tensors elsewhere."""
+    """The compute buffer of builds before FEW_OUTPUTS: float32 logits and a hidden state on the last device, the MLP's
+    tensors elsewhere.
+    """
     if last:
         n_bytes = 4 * ubatch * (spec.vocab_size + spec.hidden_size)
         return Term("activations", n_bytes, "fitted", "4 bytes x ubatch x (vocabulary + hidden), ollama#5913")

@@ -47,17 +47,19 @@ class SglangEngine(ServerEngine):
 
     name = "sglang"
     title = "SGLang"
+    oldest = (0, 4)
     latest = (0, 5)
     kv_dtypes: ClassVar = {"auto": 2.0, "bf16": 2.0, "fp8_e4m3": 1.0, "fp8_e5m2": 1.0}
     smaller_kv = "fp8_e4m3"
     # The method is read from config.json, without --quantization (docs/advanced_features/quantization.md): gptq and awq
     # by Marlin, compressed-tensors, fp8, bitsandbytes. GGUF files it reads too; the planner knows llama.cpp's.
     unread: ClassVar = {"gguf": "GGUF is planned for llama.cpp"}
+    utilization_flag = "--mem-fraction-static"
+    context_flag = "--context-length"
+    eager_flag = "--disable-cuda-graph"
     inside = ("weights",)
     outside = ("activations", "logits", "graphs", "non_torch", "context")
     outside_said = "activations, CUDA graphs and context"
-    utilization_flag = "--mem-fraction-static"
-    context_flag = "--context-length"
 
     def refusal(self, weights: Weights, ranks: int = 1) -> str:
         """bitsandbytes' quantized weights cannot be cut (model_loader/loader.py, BitsAndBytesModelLoader)."""
@@ -95,7 +97,7 @@ class SglangEngine(ServerEngine):
                 "last position of each sequence, gathered, float32", 0.6, 1.4,
             ),
             ranged(
-                "graphs", 0.93 / 64 * GIB * len(share.layers), "reported",
+                "graphs", 0 if work.enforce_eager else 0.93 / 64 * GIB * len(share.layers), "reported",
                 f"0.93 GiB for 64 layers ({_LOG}), batches of up to {batch}", 0.5, 2.0,
             ),
             Term(
@@ -122,6 +124,8 @@ class SglangEngine(ServerEngine):
             words += ["--kv-cache-dtype", work.kv_dtype]
         if work.max_num_seqs:
             words += ["--max-running-requests", str(work.max_num_seqs)]
+        if work.enforce_eager:
+            words.append(self.eager_flag)
         if work.prefill_chunk:
             words += ["--chunked-prefill-size", str(work.prefill_chunk)]
         # get_context_length takes max_position_embeddings as it stands where rope_scaling names the original.

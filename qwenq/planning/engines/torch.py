@@ -12,7 +12,7 @@ d head size, V vocabulary, c cached tokens. 2 bytes a value or as said.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -22,13 +22,13 @@ from qwenq.model.spec import ModelSpec
 from qwenq.planning.case import Case, Share, Workload, whole
 from qwenq.planning.engines.base import LayeredEngine, register, yarn_of, yarn_reach
 from qwenq.planning.kernels import choose, compute_on, row_block_weights
-from qwenq.planning.memory import NOT_ALLOCATED, Term, context_term, merged, ranged, slack_term
+from qwenq.planning.memory import NOT_ALLOCATED, Term, context_term, merged, ranged, slack_bytes, slack_term
 from qwenq.planning.placement import Placement, place
 from qwenq.planning.plan import Plan
 from qwenq.planning.profile import Profile, read_profile
 from qwenq.planning.rig import Gpu, device
 from qwenq.planning.speed import SpeedFit
-from qwenq.planning.weights import Weights, allocated_bytes
+from qwenq.planning.weights import Weights, allocated_equal
 from qwenq.units import GIB
 
 CUBLAS_WORKSPACE = 8_519_680  # discuss.pytorch.org/t/178671; 32 MiB on Hopper (pytorch#120925)
@@ -98,17 +98,26 @@ class Pass:
 
 @dataclass(frozen=True)
 class Moment:
-    """Bytes of each kind that are alive at one moment."""
+    """Bytes of each kind that are alive at one moment, beside so many KV caches of the prompt and of the context."""
 
     name: str
-    kv_cache: int
+    at_prompt: int = 0
+    at_end: int = 0
     activations: int = 0
     logits: int = 0
     dequantization: int = 0
 
     @property
-    def working(self) -> int:
-        return self.kv_cache + self.activations + self.logits + self.dequantization
+    def rest(self) -> int:
+        """Without the caches."""
+        return self.activations + self.logits + self.dequantization
+
+    def working(self, cached: tuple[int, int]) -> int:
+        """All of it, with a cache of so many bytes after the prompt and at the end."""
+        return self.kv_cache(cached) + self.rest
+
+    def kv_cache(self, cached: tuple[int, int]) -> int:
+        return self.at_prompt * cached[0] + self.at_end * cached[1]
 
 
 @dataclass(frozen=True)
@@ -142,30 +151,63 @@ class TorchEngine(LayeredEngine):
     def terms(self, case: Case, share: Share, gpu: Gpu, phase: str = "") -> tuple[tuple[Term, ...], str]:
         """Terms of one GPU at its worst moment, and the name of that moment; with `phase`, of `prefill` or `decode`."""
         case = replace(case, weights=self.kept(case.weights, case.work, gpu))
-        weights, kernel, n_layers = case.weights, self.kernel_for(case.weights), len(share.layers)
-        held = held_bytes(weights, share)
-        static = int(kernel.static * weights.widest_linear) if n_layers else 0
-        max_positions = case.spec.max_position_embeddings
-        tables = 4 * n_layers * max_positions * case.spec.head_dim if self.rotary_per_layer else 0
-        moments = self.moments(case, share, gpu)
+        weights, kernel = case.weights, self.kernel_for(case.weights)
+        held, tables, static = held_bytes(weights, share), self._tables(case, share), self._static(case, share)
+        moments, cached = self.moments(case, share, gpu), self.cache_bytes(case, share, gpu)
         asked = [m for m in moments if not phase or m.name.startswith("decoding") == (phase == "decode")]
-        unasked = Moment(phase, self.cache_bytes(case, share, gpu)[1])
-        worst = max(asked or [unasked], key=lambda moment: moment.working)
-        workspace = CUBLAS_WORKSPACE_HOPPER if any(part in gpu.name for part in ("H100", "H200")) else CUBLAS_WORKSPACE
+        worst = max(asked or [Moment(phase, at_end=1)], key=lambda moment: moment.working(cached))
         last_logits = self.logits_peak(self.prefill_pass(case, share, gpu)).moment
         terms = [
             Term("weights", held + tables, "exact", _weights_source(weights, tables)),
-            Term("kv_cache", worst.kv_cache, "exact", self._kv_source(case.work)),
+            Term("kv_cache", worst.kv_cache(cached), "exact", self._kv_source(case.work)),
             ranged("activations", worst.activations, "fitted", f"tensors alive: {worst.name}", 0.98, 1.03),
             ranged("logits", worst.logits, "fitted", last_logits, 0.98, 1.02),
             ranged(
                 "dequantization", static + worst.dequantization, "fitted", f"{kernel.name}: {kernel.source}", 0.9, 1.0
             ),
-            Term("non_torch", workspace, "reported", "cuBLAS workspace, pytorch forum 178671 and pytorch#120925"),
+            Term("non_torch", workspace(gpu), "reported", "cuBLAS workspace, pytorch forum 178671 and pytorch#120925"),
             context_term(gpu.name),
-            slack_term(worst.working, held if weights.row_block_bytes else 0),
+            slack_term(worst.working(cached), held if weights.row_block_bytes else 0),
         ]
         return merged(self.corrected(terms, gpu)), worst.name
+
+    def layer_costs(self, case: Case, share: Share, gpu: Gpu) -> Callable[[range], int]:
+        """In closed form: weights by sums, and the worst of moments whose bytes grow with the cache alone."""
+        case = replace(case, weights=self.kept(case.weights, case.work, gpu))
+        around = workspace(gpu) + context_term(gpu.name).n_bytes
+        packed = case.weights.row_block_bytes > 0
+        known: dict[bool, list[tuple[int, int, int]]] = {}
+        beside: dict[int, tuple[int, int]] = {}  # by the number of layers: bytes at work, and all but the weights
+
+        def grown(here: Share) -> tuple[int, int]:
+            if bool(here.layers) not in known:
+                found = self.moments(case, here, gpu)
+                known[bool(here.layers)] = [(moment.at_prompt, moment.at_end, moment.rest) for moment in found]
+            prompt, end = self.cache_bytes(case, here, gpu)
+            working = max(p * prompt + e * end + rest for p, e, rest in known[bool(here.layers)])
+            return working, working + around + self._tables(case, here) + self._static(case, here)
+
+        def cost(layers: range) -> int:
+            here = Share(layers, share.embed, share.head, share.ranks, share.gpus)
+            if len(layers) not in beside:
+                beside[len(layers)] = grown(here)
+            working, rest = beside[len(layers)]
+            held = held_bytes(case.weights, here)
+            return held + rest + slack_bytes(working, held if packed else 0)
+
+        return cost
+
+    def alike(self, case: Case, gpu: Gpu) -> Hashable:
+        return compute_on(gpu, case.work.value_bytes), workspace(gpu), context_term(gpu.name).n_bytes
+
+    def _tables(self, case: Case, share: Share) -> int:
+        """Bytes of the layers' own rotary tables."""
+        spec = case.spec
+        return 4 * len(share.layers) * spec.max_position_embeddings * spec.head_dim if self.rotary_per_layer else 0
+
+    def _static(self, case: Case, share: Share) -> int:
+        """Bytes of the kernel's buffer."""
+        return int(self.kernel_for(case.weights).static * case.weights.widest_linear) if share.layers else 0
 
     def corrected(self, terms: Sequence[Term], gpu: Gpu) -> Sequence[Term]:
         """Terms as measurements of this kind of GPU have them, where there are any."""
@@ -173,16 +215,15 @@ class TorchEngine(LayeredEngine):
 
     def moments(self, case: Case, share: Share, gpu: Gpu) -> list[Moment]:
         """Moments at which one GPU may need the most; `case` has weights as the engine keeps them."""
-        at_prompt, at_end = self.cache_bytes(case, share, gpu)
         prefill, found = self.prefill_pass(case, share, gpu), list[Moment]()
         if share.layers:
-            found.append(_moment(self.prefill_peak(prefill), at_prompt))
-            found += self.attention_moments(prefill, gpu, at_prompt)
+            found.append(_moment(self.prefill_peak(prefill), at_prompt=1))
+            found += self.attention_moments(prefill, gpu)
             step = self.decode_peak(self.decode_pass(case, share, gpu))
-            kept = at_end * (2 if self.copies_cache else 1)
-            found.append(_moment(step, kept, "decoding: ", case.work.value_bytes // 2))
+            kept = 2 if self.copies_cache else 1
+            found.append(_moment(step, at_end=kept, prefix="decoding: ", wide=case.work.value_bytes // 2))
         logits = self.logits_peak(prefill)
-        found.append(Moment(logits.moment, at_prompt, logits=logits.n_bytes))
+        found.append(Moment(logits.moment, at_prompt=1, logits=logits.n_bytes))
         return found
 
     def cache_bytes(self, case: Case, share: Share, gpu: Gpu) -> tuple[int, int]:
@@ -200,7 +241,7 @@ class TorchEngine(LayeredEngine):
         """The last token of each sequence."""
         return Pass(case, share, case.work.batch, case.work.context * case.work.batch)
 
-    def attention_moments(self, prefill: Pass, gpu: Gpu, kv_cache: int) -> list[Moment]:
+    def attention_moments(self, prefill: Pass, gpu: Gpu) -> list[Moment]:
         """Moments of attention, where it has no flash kernel."""
         return []
 
@@ -280,16 +321,22 @@ class TorchEngine(LayeredEngine):
         return text + ("; twice at the end of a step" if self.copies_cache else "")
 
 
-def _moment(peak: Peak, kv_cache: int, prefix: str = "", wide: int = 1) -> Moment:
-    """A peak beside the cache; activations of `wide` times 16 bits."""
+def _moment(peak: Peak, at_prompt: int = 0, at_end: int = 0, prefix: str = "", wide: int = 1) -> Moment:
+    """A peak beside caches; activations of `wide` times 16 bits."""
     rest = wide * (peak.n_bytes - peak.dequantization)
-    return Moment(prefix + peak.moment, kv_cache, rest, dequantization=peak.dequantization)
+    return Moment(prefix + peak.moment, at_prompt, at_end, rest, dequantization=peak.dequantization)
+
+
+def workspace(gpu: Gpu) -> int:
+    """Bytes of cuBLAS's workspace."""
+    return CUBLAS_WORKSPACE_HOPPER if any(part in gpu.name for part in ("H100", "H200")) else CUBLAS_WORKSPACE
 
 
 def held_bytes(weights: Weights, share: Share) -> int:
     """Bytes of the share's weights on the GPU, with what the allocator adds to each tensor."""
-    embed, layers, head = weights.allocated
-    return (embed if share.embed else 0) + sum(layers[layer] for layer in share.layers) + (head if share.head else 0)
+    embed, _, head = weights.allocated
+    upto, layers = weights.allocated_sums, share.layers
+    return (embed if share.embed else 0) + upto[layers.stop] - upto[layers.start] + (head if share.head else 0)
 
 
 def _weights_source(weights: Weights, tables: int) -> str:
@@ -317,6 +364,14 @@ class QwenqEngine(TorchEngine):
     def corrected(self, terms: Sequence[Term], gpu: Gpu) -> Sequence[Term]:
         return self.profile.corrected(gpu.name, terms) if self.profile else terms
 
+    def layer_costs(self, case: Case, share: Share, gpu: Gpu) -> Callable[[range], int]:
+        """Term by term where measurements correct the terms."""
+        of_terms = LayeredEngine.layer_costs
+        return of_terms(self, case, share, gpu) if self.profile else super().layer_costs(case, share, gpu)
+
+    def alike(self, case: Case, gpu: Gpu) -> Hashable:
+        return gpu.name if self.profile else super().alike(case, gpu)
+
     def kept(self, weights: Weights, work: Workload, gpu: Gpu) -> Weights:
         return weights.kept(compute_on(gpu, work.value_bytes))
 
@@ -328,7 +383,7 @@ class QwenqEngine(TorchEngine):
         _, at_end = super().cache_bytes(case, share, gpu)
         tensors = 2 * len(share.layers)
         if gpu.name != "CPU" and tensors:
-            at_end = allocated_bytes([at_end // tensors] * tensors)
+            at_end = allocated_equal(at_end // tensors, tensors)
         return at_end, at_end
 
     def prefill_pass(self, case: Case, share: Share, gpu: Gpu) -> Pass:
@@ -345,13 +400,14 @@ class QwenqEngine(TorchEngine):
     def grown_bytes(self, step: Pass) -> int:
         return step.read_back_bytes
 
-    def attention_moments(self, prefill: Pass, gpu: Gpu, kv_cache: int) -> list[Moment]:
+    def attention_moments(self, prefill: Pass, gpu: Gpu) -> list[Moment]:
         """By blocks where there is no flash kernel (qwenq/model/attention.py)."""
         spec, value_bytes = prefill.case.spec, prefill.case.work.value_bytes
         if gpu.name == "CPU" or compute_on(gpu, value_bytes).has_flash:
             return []
         states = value_bytes // 2 * 2 * prefill.rows * (3 * spec.hidden_size + spec.q_size + 2 * spec.head_dim)
-        return [Moment("attention by blocks", kv_cache, states + _by_blocks(prefill) + prefill.read_back_bytes)]
+        alive = states + _by_blocks(prefill) + prefill.read_back_bytes
+        return [Moment("attention by blocks", at_prompt=1, activations=alive)]
 
     def notes(self, case: Case, gpu: Gpu) -> list[str]:
         """Whether a newer GPU would have a packed kernel for weights that this one writes out."""
@@ -419,7 +475,8 @@ class TransformersEngine(TorchEngine):
     """`AutoModelForCausalLM` with `generate`; by its version and by the libraries of packed weights it loads."""
 
     name = "transformers"
-    latest = (5, 17)
+    oldest = (4, 37)
+    latest = (5, 23)
     kv_dtypes: ClassVar = {"auto": 2.0, "fp16": 2.0, "bf16": 2.0}
     unread: ClassVar = {
         "gguf": "transformers reads GPTQ and 16-bit checkpoints, not GGUF: plan with --engine transformers"
@@ -446,6 +503,10 @@ class TransformersEngine(TorchEngine):
         """In the flash-attention path: before 4.48."""
         return self.version < (4, 48)
 
+    def kept(self, weights: Weights, work: Workload, gpu: Gpu) -> Weights:
+        """A tied head of an FP8 checkpoint is held a second time."""
+        return replace(weights, head=weights.embed) if weights.method == "fp8" and not weights.head else weights
+
     def kernel_for(self, weights: Weights) -> Kernel:
         """GPTQ by the library: AutoGPTQ's where it is one of `libraries`, else GPTQModel's on Ampere and later."""
         if weights.method not in KERNELS and self.library("autogptq") is not None:
@@ -454,8 +515,16 @@ class TransformersEngine(TorchEngine):
 
     def moments(self, case: Case, share: Share, gpu: Gpu) -> list[Moment]:
         found = super().moments(case, share, gpu)
-        if self.kernel_for(case.weights) == AWQ_GEMM and case.spec.tie_word_embeddings and share.embed:
-            found.append(Moment("loading: the tied head before it is tied", 0, sum(case.weights.embed)))
+        keeps_logits = share.embed if share.gpus > 1 else share.head
+        if self.full_logits and self.copies_cache and share.layers and keeps_logits:
+            # `generate` holds the outputs of the step before while the cache is copied: W + 2 KV(n) + 4 V n
+            rows = self.prefill_pass(case, share, gpu).rows
+            name = "first step: the cache copied beside the prompt's logits"
+            found.append(Moment(name, at_prompt=2, logits=4 * rows * case.spec.vocab_size))
+        # Seen with 4.46 and AutoAWQ 0.2.6, not with Qwen2's tables (4.38) and Qwen3's (4.51).
+        tied = case.spec.tie_word_embeddings and self.version[:2] == (4, 46)
+        if tied and self.kernel_for(case.weights) == AWQ_GEMM and share.embed:
+            found.append(Moment("loading: the tied head before it is tied", activations=sum(case.weights.embed)))
         return found
 
     def speed_fit(self, weights: Weights) -> SpeedFit:

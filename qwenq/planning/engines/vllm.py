@@ -1,9 +1,11 @@
 """vLLM: profiled activation peak, non-torch growth, CUDA graphs, and the paged KV cache that takes the rest.
 
 vLLM gives the KV cache `total * gpu_memory_utilization - (weights + activation peak + non-torch growth)`
-(vllm/v1/worker/gpu_worker.py, determine_available_memory). In 0.19 the CUDA graphs and what the process held before
-loading come on top. Constants fitted to 0.19 start-up logs on H100 (llm-d-planner): Qwen2.5-7B at TP 1, 2, 4 and two
-72B models at TP 2, 4.
+(vllm/v1/worker/gpu_worker.py, determine_available_memory), and since it profiles them the CUDA graphs' estimate too.
+What the process held before loading comes on top. Fitted and checked on logs of vLLM's own:
+0.7.2 and 0.8 (V0) on RTX 4090, A10, RTX 2080 Ti; 0.10.0 on L40S, 0.10.2 and early 2026 on 24 and 48 GB cards (V1);
+0.19.0 on H100 (llm-d-planner: Qwen2.5-7B at TP 1, 2, 4, two 72B models at TP 2, 4); 0.19.1 on A10G and RTX 5090; 0.26.0
+on a 16 GB card and a 16 GB part of an H100 (reports/engine-logs.md).
 """
 
 from __future__ import annotations
@@ -22,11 +24,12 @@ from qwenq.planning.speed import SpeedFit
 from qwenq.planning.weights import Weights
 from qwenq.units import GIB
 
-_LOGS = "fitted to vLLM 0.19 logs on H100 (llm-d-planner)"
+_LOGS = "fitted to vLLM 0.19 logs on H100 (llm-d-planner), A10G and RTX 5090"
+GRAPH_BYTES = 0.79 * GIB / (86 * 48)  # a graph's and layer's; 0.61 GiB for 102 of 28, 1.63 for 102 of 80 on H100
 _RUNS = "Qwen2.5 A100 runs, vLLM 0.6.3"
 SPEEDS = {
     ("none", 16): SpeedFit(0.112e-3, 0.030e-3, 1.17, 0.95, 1.13, _RUNS),
-    ("gptq", 8): SpeedFit(0.146e-3, 0.015e-3, 1.05, 0.94, 1.16, _RUNS),
+    ("gptq", 8): SpeedFit(0.143e-3, 0.015e-3, 1.05, 0.94, 1.16, _RUNS),
     ("gptq", 4): SpeedFit(0.144e-3, 0.0, 1.05, 0.94, 1.20, _RUNS),
     ("awq", 4): SpeedFit(0.148e-3, 0.007e-3, 1.05, 0.96, 1.17, _RUNS),
 }
@@ -40,47 +43,99 @@ class VllmEngine(ServerEngine):
 
     name = "vllm"
     title = "vLLM"
-    latest = (0, 19)
+    oldest = (0, 7)
+    latest = (0, 26)
     kv_dtypes: ClassVar = {"auto": 2.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0}
     smaller_kv = "fp8"
     started = True
     unread: ClassVar = {"gguf": "GGUF is llama.cpp's format"}
     block_tokens = 16
-    inside = ("weights", "activations", "non_torch")
-    outside = ("graphs", "context")
     utilization_flag = "--gpu-memory-utilization"
     context_flag = "--max-model-len"
+    eager_flag = "--enforce-eager"
+
+    @property
+    def profiles_graphs(self) -> bool:
+        """CUDA graphs are counted in the utilized part.
+
+        By default from 0.21 on (VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS). The container of 0.19.1 had them in it on an
+        A10G, the package of 0.19.1 on an RTX 5090 had not: the careful side is counted.
+        """
+        return self.version >= (0, 19, 1)
+
+    @property
+    def inside(self) -> tuple[str, ...]:
+        return ("weights", "activations", "non_torch", *(("graphs",) if self.profiles_graphs else ()))
+
+    @property
+    def outside(self) -> tuple[str, ...]:
+        return ("context",) if self.profiles_graphs else ("graphs", "context")
+
+    @property
+    def outside_said(self) -> str:
+        return "CUDA context" if self.profiles_graphs else "CUDA graphs and context"
 
     def own_part(self, case: Case, share: Share, gpu: Gpu) -> float:
-        return 0.9
+        """0.92 from 0.25 on (vllm/config/cache.py), 0.9 before."""
+        return 0.92 if self.version >= (0, 25) else 0.9
 
     def terms(self, case: Case, share: Share, gpu: Gpu) -> tuple[tuple[Term, ...], str]:
         """Terms of one rank, and the moment of its profiled peak."""
-        peak, moment = self._activation_peak(case, share, gpu.name)
-        graphs = (0.0173 * len(share.layers) + 0.386 / share.ranks ** (2 / 3)) * GIB
+        peak, moment = self._activation_peak(case, share, gpu)
         source = case.weights.source + "; fused and cut by rank"
         terms = [
             Term("weights", self.rank_weights(case, share), "exact", source),
             Term("kv_cache", self.cache_bytes(case, share), "exact", f"blocks of {self.block_tokens} tokens"),
             ranged("activations", peak, "fitted", f"{moment}; {_LOGS}", 0.95, 1.1),
-            non_torch(share, gpu.name),
-            ranged("graphs", graphs, "fitted", f"0.0173 GiB a layer and 0.386 / TP^(2/3); {_LOGS}", 0.85, 1.25),
+            self._non_torch(share, gpu),
+            self._graphs(case, share, gpu),
             rank_context(share, gpu),
         ]
         return merged(terms), moment
 
-    def _activation_peak(self, case: Case, share: Share, gpu: str) -> tuple[float, str]:
-        """The larger of the sampler's peak (last stage) and the MLP's, in a dummy run of the largest batch."""
+    def _activation_peak(self, case: Case, share: Share, gpu: Gpu) -> tuple[float, str]:
+        """The larger of the sampler's peak (last stage) and the MLP's, in a dummy run of the largest batch.
+
+        MLP: gate and up, their product, three hidden states a token. Sampler: logits of 16 bits and three float32
+        tensors of their size; before 0.17 they were sorted, which held about ten (vllm#33538). V0 left the sampler out
+        where it read prompts in chunks of its own, which it did for contexts beyond 32,768.
+        """
         seqs, tokens = default_batch(gpu, case.work)
         h, i = case.spec.hidden_size, case.weights.intermediate_size
-        fixed = 0.13 * GIB  # workspaces; fitted
-        mlp = tokens * (3 * i / share.ranks + 4 * h) * 2 + fixed
-        if not share.head:
+        mlp = tokens * (3 * i / share.ranks + 3 * h) * 2
+        chunked_v0 = self.version < (0, 9) and case.work.context > 32768 and not case.work.prefill_chunk
+        if not share.head or chunked_v0:
             return mlp, f"MLP of {tokens} tokens"
-        # 16-bit logits, and three float32 tensors of their size; 0.15 and 0.16 sorted them and held about ten
-        per_logit = 14 if self.version >= (0, 17) else 38
+        per_logit, fixed = (14, 0.13 * GIB) if self.version >= (0, 17) else (38, 0)
         sampler = seqs * case.spec.vocab_size * per_logit + tokens * h * 2 + fixed
         return (sampler, f"sampler of {seqs} sequences") if sampler > mlp else (mlp, f"MLP of {tokens} tokens")
+
+    def _non_torch(self, share: Share, gpu: Gpu) -> Term:
+        """Growth of memory that torch's allocator does not see: loaded kernels, NCCL's buffers."""
+        hopper = "H100" in gpu.name or "H200" in gpu.name
+        if share.ranks > 1 and hopper:
+            many = 2.075 if share.ranks == 2 else 2.17
+            return ranged("non_torch", many * GIB, "fitted", f"NCCL and custom all-reduce; {_LOGS}", 0.95, 1.1)
+        if share.ranks > 1:
+            return Term(
+                "non_torch", round(0.25 * GIB), "reported", "0.09 to 0.43 GiB on PCIe cards; 2.1 on H100",
+                round(0.09 * GIB), round(2.1 * GIB),
+            )  # fmt: skip
+        if share.gpus > 1:
+            return ranged("non_torch", 0.07 * GIB, "reported", "a stage of a pipeline, vLLM 0.19 on H100", 0.5, 4)
+        if self.version < (0, 17):
+            return ranged("non_torch", (0.07 if hopper else 0.03) * GIB, "fitted", "logs of vLLM 0.10 to 0.15", 0.6, 3)
+        return ranged("non_torch", (0.24 if hopper else 0.143) * GIB, "fitted", _LOGS, 0.5, 2)
+
+    def _graphs(self, case: Case, share: Share, gpu: Gpu) -> Term:
+        """CUDA graphs: what capturing takes, or vLLM's own estimate where it is that which leaves the cache less."""
+        count = 0 if case.work.enforce_eager else sum(captured_graphs(default_batch(gpu, case.work)[0]))
+        if self.profiles_graphs:
+            source = f"vLLM's estimate for {count} graphs: 0.79 GiB for 86 of 48 layers on A10G, by layers and graphs"
+            return ranged("graphs", GRAPH_BYTES * count * len(share.layers), "fitted", source, 0.55, 1.6)
+        n_bytes = (0.0173 * len(share.layers) + 0.386 / share.ranks ** (2 / 3)) * GIB * count / 102
+        source = f"{count} graphs; 0.0173 GiB a layer and 0.386 / TP^(2/3) for 102, {_LOGS}"
+        return ranged("graphs", n_bytes, "fitted", source, 0.7, 1.25)
 
     def speed_fit(self, weights: Weights) -> SpeedFit:
         return SPEEDS.get((weights.method, weights.bits), UNMEASURED)
@@ -96,6 +151,8 @@ class VllmEngine(ServerEngine):
             words += ["--kv-cache-dtype", work.kv_dtype]
         if work.max_num_seqs:
             words += ["--max-num-seqs", str(work.max_num_seqs)]
+        if work.enforce_eager:
+            words.append(self.eager_flag)
         # The override replaces all rope parameters; the base vLLM then takes is Qwen's. Others' contexts it refuses.
         # 0.32 takes max_position_embeddings as it stands.
         if yarn := yarn_of(case):
@@ -104,24 +161,22 @@ class VllmEngine(ServerEngine):
         return words
 
 
-def default_batch(gpu: str, work: Workload) -> tuple[int, int]:
+def default_batch(gpu: Gpu, work: Workload) -> tuple[int, int]:
     """(max_num_seqs, max_num_batched_tokens) that vLLM's server takes: larger from 70 GiB on, A100 excepted."""
-    large = any(part in gpu for part in ("H100", "H200", "MI300", "PRO 6000"))
+    large = gpu.memory_gib >= 70 and "A100" not in gpu.name  # vllm/engine/arg_utils.py, get_batch_defaults
     seqs = work.max_num_seqs or (1024 if large else 256)
     return seqs, work.prefill_chunk or (8192 if large else 2048)
 
 
-def non_torch(share: Share, gpu: str) -> Term:
-    """Memory of libraries that torch's allocator does not see: NCCL's above all."""
-    if share.ranks == 1:
-        return ranged("non_torch", 0.24 * GIB, "fitted", _LOGS, 0.8, 1.5)
-    if "H100" in gpu or "H200" in gpu:
-        many = 2.075 if share.ranks == 2 else 2.17
-        return ranged("non_torch", many * GIB, "fitted", f"NCCL and custom all-reduce; {_LOGS}", 0.95, 1.1)
-    return Term(
-        "non_torch", round(0.43 * GIB), "reported", "0.25 to 0.43 GiB on PCIe cards with older vLLM; 2.1 on H100",
-        round(0.25 * GIB), round(2.1 * GIB),
-    )  # fmt: skip
+def captured_graphs(seqs: int) -> tuple[int, int]:
+    """(piecewise, full) CUDA graphs: batch sizes up to twice `seqs` and up to `seqs`, at most 512.
+
+    Sizes 1, 2, 4, then by 8, from 256 on by 16 (vllm/config/vllm.py, _set_cudagraph_sizes): (51, 51) for 1,024
+    sequences, (51, 35) for 256, (4, 3) for 4, as logs have them.
+    """
+    sizes = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
+    largest = min(2 * seqs, 512)
+    return sum(size <= largest for size in sizes), sum(size <= min(seqs, 512) for size in sizes)
 
 
 _RAY = ("--distributed-executor-backend", "ray")

@@ -1,0 +1,178 @@
+"""Stored tensors beside config.json: names without `model.`, a head that is not the embedding, settings left over.
+
+Torch is not needed for it: planning asks too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from qwenq.errors import CheckpointError, UnreadScheme
+from qwenq.escaping import shown
+from qwenq.formats.base import method_of, read_quantization_config
+from qwenq.io.json import open_regular
+from qwenq.io.safetensors import FLOATS, TensorLocation, TensorSpec
+from qwenq.model.spec import ModelSpec
+
+# Stored by some checkpoints, read by none: buffers that transformers computes itself.
+_BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+_PACKED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight.absmax", ".SCB")
+# Where other tools describe it, in older versions at least.
+_OTHER_CONFIGS = ("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json")
+_CHUNK = 1 << 20  # bytes compared at once
+Same = Callable[[TensorLocation, TensorLocation], bool]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Tensors by the architecture's names; spec and config with the head that is stored."""
+
+    spec: ModelSpec
+    config: dict[str, Any]
+    tensors: dict[str, TensorLocation]
+    notes: tuple[str, ...] = ()  # a line for each thing that is read otherwise than config.json says
+
+
+def same_bytes(one: TensorLocation, other: TensorLocation) -> bool:
+    """Whether two stored tensors are of one dtype and shape, and the same bytes."""
+    if (one.spec.dtype, one.spec.shape) != (other.spec.dtype, other.spec.shape):
+        return False
+    with open_regular(one.file) as first, open_regular(other.file) as second:
+        first.seek(one.start)
+        second.seek(other.start)
+        for at in range(0, one.spec.nbytes, _CHUNK):
+            size = min(_CHUNK, one.spec.nbytes - at)
+            if first.read(size) != second.read(size):
+                return False
+    return True
+
+
+def read_contents(
+    spec: ModelSpec,
+    config: Mapping[str, Any],
+    stored: Mapping[str, TensorLocation],
+    where: str,
+    same: Same = same_bytes,
+) -> Contents:
+    """What is stored, under the model's names. A head is tied to the embedding only where it equals it.
+
+    same: compares embedding and head. Raises CheckpointError, naming `where`, for 16-bit tensors whose config.json
+    calls them quantized.
+    """
+    _refuse_mlx(config, where)
+    tensors, notes = _named(spec, stored), []
+    _refuse_left_over(spec, config, tensors, where)
+    head = spec.architecture.head + ".weight"
+    both = spec.tie_word_embeddings and head in tensors and spec.embedding_tensor in tensors
+    if both and not same(tensors[spec.embedding_tensor], tensors[head]):
+        spec = replace(spec, tie_word_embeddings=False)
+        config = {**config, "tie_word_embeddings": False}
+        notes.append(
+            f"config.json ties the head to the embedding, but {head} is stored and is another: it is kept "
+            "(tie_word_embeddings false)"
+        )
+    return Contents(spec, dict(config), tensors, tuple(notes))
+
+
+def _named(spec: ModelSpec, stored: Mapping[str, TensorLocation]) -> dict[str, TensorLocation]:
+    """Tensors of a bare model (`layers.0...`, as embedding models are saved) under the whole model's names."""
+    prefix = spec.architecture.embedding.rpartition(".")[0]
+    bare = spec.embedding_tensor.removeprefix(prefix + ".")
+    if not prefix or spec.embedding_tensor in stored or bare not in stored:
+        return dict(stored)
+    kept = (prefix + ".", spec.architecture.head + ".")
+    return {
+        name if name.startswith(kept) else f"{prefix}.{name}": location
+        if name.startswith(kept)
+        else replace(location, spec=replace(location.spec, name=f"{prefix}.{name}"))
+        for name, location in stored.items()
+    }
+
+
+def _refuse_mlx(config: Mapping[str, Any], where: str) -> None:
+    """Raise UnreadScheme for MLX's own quantization, which names no method: `quantization: {"bits": 4, ...}`."""
+    found = config.get("quantization")
+    if isinstance(found, Mapping) and "bits" in found:
+        raise UnreadScheme(
+            f"{where}: quantized by MLX ({shown(repr(found['bits']), 20)} bits), which this version does not read",
+            hint="mlx-lm runs it; take the 16-bit model, or its GPTQ or AWQ version",
+        )
+
+
+def saved_wrapped(stored: Iterable[str], missing: Sequence[str]) -> str:
+    """The beginning under which missing tensors are stored, where a wrapper's names were saved; empty otherwise."""
+    for name in stored:
+        if missing and name != missing[0] and name.endswith(missing[0]):
+            return name.removesuffix(missing[0])
+    return ""
+
+
+def _refuse_left_over(
+    spec: ModelSpec, config: Mapping[str, Any], tensors: Mapping[str, TensorLocation], where: str
+) -> None:
+    """Raise CheckpointError where config.json has a `quantization_config` and every linear is there in 16 bits."""
+    quantization = config.get("quantization_config")
+    if not quantization:
+        return
+    for lin in spec.linears:
+        found = tensors.get(lin.name + ".weight")
+        if found is None or found.spec.dtype not in FLOATS.values() or len(found.spec.shape) != 2:
+            return
+    with suppress(UnreadScheme):  # what makes no sense is refused as that
+        read_quantization_config(quantization, f"{where}/config.json").recipe(spec).check(spec)
+    raise CheckpointError(
+        f"{where}: config.json says quantized ({shown(method_of(quantization), 40)}), but every linear is stored in "
+        "16 bits",
+        hint="the setting was left over when the weights were merged or dequantized: remove quantization_config from "
+        "config.json, no loader reads the model with it",
+    )
+
+
+def refuse_quantized_head(spec: ModelSpec, stored: Iterable[str], where: str) -> None:
+    """Raise UnreadScheme where the head's weight is stored as codes and scales."""
+    head = spec.architecture.head
+    parts = sorted(name for name in stored if name.startswith(head + ".") and name != f"{head}.bias")
+    if [part for part in parts if part != f"{head}.weight"]:
+        raise UnreadScheme(
+            f"{where}: the head is quantized ({', '.join(shown(part, 60) for part in parts[:3])}), which this version "
+            "does not read",
+            hint="engines that the checkpoint was made for run it; `qwenq quantize` leaves the head in 16 bits",
+        )
+
+
+def refuse_adapter(directory: Path) -> None:
+    """Raise CheckpointError for a PEFT adapter, which has no config.json of its own."""
+    if os.path.lexists(directory / "adapter_config.json") and not os.path.lexists(directory / "config.json"):
+        raise CheckpointError(
+            f"{shown(str(directory))}: a PEFT adapter, no model",
+            hint="merge it into its base model (merge_and_unload), save that, and give its directory",
+        )
+
+
+def refuse_undescribed(stored: Iterable[str], directory: Path) -> None:
+    """Raise CheckpointError for quantized tensors beside a config.json that has no `quantization_config`."""
+    packed = next((name for name in sorted(stored) if name.endswith(_PACKED)), None)
+    if packed is None:
+        return
+    beside = next((name for name in _OTHER_CONFIGS if os.path.lexists(directory / name)), None)
+    raise CheckpointError(
+        f"{directory}: {shown(packed)} is a quantized tensor, but config.json has no quantization_config",
+        hint=f"{beside} says how it is quantized: put its content into config.json as quantization_config, with its "
+        "quant_method"
+        if beside
+        else "take config.json from the weights' own repository",
+    )
+
+
+def is_unused(spec: ModelSpec, tensor: TensorSpec, *, quantized: bool) -> bool:
+    """Whether a tensor that the model has no place for changes nothing: a head that equals the embedding, a buffer.
+
+    quantized: linears of quantized checkpoints may have biases of zeros that the model has not.
+    """
+    copied = spec.tie_word_embeddings and tensor.name == spec.architecture.head + ".weight"
+    return copied or tensor.name.endswith(_BUFFERS) or (quantized and tensor.name.endswith(".bias"))

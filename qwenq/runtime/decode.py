@@ -1,0 +1,128 @@
+"""One token at a time on one GPU: the whole step on Triton kernels, then replayed as a CUDA graph.
+
+A token of transformers' modules is some 2,000 launches, which take longer than the 72B's weights do to be read. Here it
+is about 14 a layer, and none of them by Python once the step has been captured: its shapes do not change, since how
+much of the cache is filled is read on the GPU.
+
+Shapes: h, x [1, hidden]; H heads of D values, N heads of keys and values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwenq.machine import has_triton
+from qwenq.model.architectures import ARCHITECTURES
+from qwenq.runtime.cache import FP8, KvCache
+from qwenq.runtime.model import RunningModel
+
+WARM_STEPS = 2  # without a graph: they compile the kernels
+LINEARS = tuple(lin.path for lin in ARCHITECTURES["qwen2"].linears)  # those that a step multiplies with
+FIXED_ROPE = ("default", "linear", "yarn", "llama3")  # frequencies that do not change with the length
+
+
+def why_not(model: RunningModel, kv_dtype: torch.dtype | None) -> str:
+    """Why this model's tokens are computed by transformers' modules; empty when they need not be."""
+    if any(not isinstance(place, int) for place in model.device_map.values()):
+        return "layers outside GPU memory"
+    if len(model.devices) > 1:
+        return f"layers on {len(model.devices)} GPUs"
+    if not has_triton():
+        return "Triton is not installed"
+    capability = torch.cuda.get_device_capability(model.device)
+    if capability < (8, 0) or model.dtype != torch.bfloat16:
+        return "the kernels want bfloat16 activations and compute capability 8.0"
+    if kv_dtype == FP8 and capability < (8, 9):
+        return "an fp8 cache needs compute capability 8.9 there"
+    if model.spec.head_dim & (model.spec.head_dim - 1) or model.spec.head_dim < 32:
+        return f"heads of {model.spec.head_dim} values"
+    names, activation = model.spec.architecture, getattr(model.network.config, "hidden_act", "silu")
+    if tuple(lin.path for lin in names.linears) != LINEARS or activation != "silu":
+        return f"the layers of {names.model_type} with {activation}"
+    rope = getattr(model.network.model.rotary_emb, "rope_type", "default")
+    return "" if rope in FIXED_ROPE else f"{rope} rotary embeddings"
+
+
+def _out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory ran out: in torch's allocator, in the driver that makes the graph, or before either failed."""
+    if error is None:
+        return False
+    here = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+    return here or _out_of_memory(error.__context__)
+
+
+class DecodeStep:
+    """A step on one model and one cache: a token's logits, and its keys and values put into the cache."""
+
+    def __init__(self, model: RunningModel, cache: KvCache) -> None:
+        from qwenq.runtime import triton_kernels
+
+        self.kernels: Any = triton_kernels
+        self.model, self.cache = model, cache
+        self.graphed = True
+        self.reason = ""  # why there is no graph though one was asked for
+        self.steps = 0
+        self.inputs = torch.zeros(2, dtype=torch.int64, device=model.device)  # the token, and its position
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits: Tensor | None = None
+
+    @torch.inference_mode()
+    def __call__(self, token: int) -> Tensor:
+        """Logits behind the token, [vocabulary], in memory that the next step writes again."""
+        self.inputs.copy_(torch.tensor([token, self.cache.get_seq_length()]))
+        self.cache.make_room(1)  # a step that fails leaves it to the caller to crop the cache
+        self.steps += 1
+        if self._graph is None and self.graphed and self.steps > WARM_STEPS:
+            self._capture()
+        if self._graph is None:
+            return self._step()
+        self._graph.replay()
+        assert self._logits is not None
+        return self._logits
+
+    def refused(self, error: Exception) -> bool:
+        """Whether the error says that a kernel can't be compiled or launched on this GPU."""
+        return isinstance(error, self.kernels.KernelRefused)
+
+    def _capture(self) -> None:
+        """Capture the step; steps stay without a graph, with `reason`, when memory for it is not there."""
+        with torch.cuda.device(self.model.device):
+            stream, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                    logits = self._step()
+            except RuntimeError as error:
+                torch.cuda.set_stream(stream)  # where ending the capture failed, its own is still the current one
+                if not _out_of_memory(error):
+                    raise
+                del graph
+                torch.cuda.empty_cache()
+                self.graphed, self.reason = False, "no memory for a CUDA graph"
+                return
+        self._graph, self._logits = graph, logits
+
+    def _step(self) -> Tensor:
+        kernels, inner, spec = self.kernels, self.model.network.model, self.model.spec
+        width, length = spec.head_dim, (self.inputs[1:] + 1).int()
+        h, added = inner.embed_tokens(self.inputs[:1]), None
+        cos, sin = inner.rotary_emb(h[None], self.inputs[None, 1:])
+        for index, layer in enumerate(inner.layers):
+            attention, mlp, norm = layer.self_attn, layer.mlp, layer.input_layernorm
+            h, x = kernels.add_norm(h, added, norm.weight, norm.variance_epsilon)
+            q, k, v = (each(x).view(-1, width) for each in (attention.q_proj, attention.k_proj, attention.v_proj))
+            head = kernels.Head(cos, sin)
+            if (q_norm := getattr(attention, "q_norm", None)) is not None:
+                k_norm = attention.k_norm
+                head = kernels.Head(cos, sin, q_norm.weight, k_norm.weight, q_norm.variance_epsilon)
+            kept = self.cache.stored(index)
+            q = kernels.turn_and_keep(q, k, v, head, kept, length)
+            a = kernels.attend_one(q, kept, length, attention.scaling)
+            norm = layer.post_attention_layernorm
+            h, x = kernels.add_norm(h, attention.o_proj(a.view(1, -1)), norm.weight, norm.variance_epsilon)
+            added = mlp.down_proj(kernels.gate(mlp.gate_proj(x), mlp.up_proj(x)))
+        _, x = kernels.add_norm(h, added, inner.norm.weight, inner.norm.variance_epsilon)
+        logits: Tensor = self.model.network.lm_head(x)[0]
+        return logits

@@ -1,0 +1,229 @@
+"""Config and names of GGUF models against transformers' own GGUF loader, and what is refused by name."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import gguf_bytes as raw
+import numpy as np
+import pytest
+import torch
+from gguf_bytes import File, entry, tensor_data, tiny_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from qwenq.checkpoint.reader import open_checkpoint
+from qwenq.errors import CheckpointError
+from qwenq.model.layer import model_config
+from qwenq.model.metadata import config_of_metadata, gguf_names, metadata_of_config, open_gguf, rope_factors
+from qwenq.model.spec import family_configs, spec_from_config
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "vocab_size": 40, "max_position_embeddings": 128}  # fmt: skip
+
+
+def model_file(model: Any, architecture: str, *, tied: bool = False, extra: dict[str, Any] | None = None) -> File:
+    """A transformers model as llama.cpp's converter writes it, in F32; q and k of a Llama have their rows permuted."""
+    config = model.config
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    layer = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
+             "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+             "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+             "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}  # fmt: skip
+    tensors = []
+    for name, value in model.state_dict().items():
+        module, _, part = name.rpartition(".")
+        if tied and module == "lm_head":
+            continue
+        values = value.float().numpy()
+        if module in names:
+            ours = names[module]
+        else:
+            _, _, number, path = module.split(".", 3)
+            ours = f"blk.{number}.{layer[path]}"
+            if architecture == "llama" and path in ("self_attn.q_proj", "self_attn.k_proj"):
+                n = heads if path.endswith("q_proj") else kv_heads
+                shape = values.shape
+                values = values.reshape(n, 2, shape[0] // n // 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
+        tensors.append((f"{ours}.{part}", list(values.shape[::-1]), 0, np.ascontiguousarray(values).tobytes()))
+    metadata = {
+        "general.architecture": architecture,
+        f"{architecture}.block_count": config.num_hidden_layers,
+        f"{architecture}.context_length": config.max_position_embeddings,
+        f"{architecture}.embedding_length": config.hidden_size,
+        f"{architecture}.feed_forward_length": config.intermediate_size,
+        f"{architecture}.attention.head_count": heads,
+        f"{architecture}.attention.head_count_kv": kv_heads,
+        f"{architecture}.attention.key_length": config.head_dim,
+        f"{architecture}.attention.value_length": config.head_dim,
+        f"{architecture}.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        f"{architecture}.rope.freq_base": config.rope_parameters["rope_theta"],
+        f"{architecture}.vocab_size": config.vocab_size,
+        **(extra or {}),
+    }
+    found = tensor_data(tensors)
+    found.entries = [entry(key, value) for key, value in metadata.items()]
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_weights_as_transformers_reads_them(family: str, tmp_path: Path) -> None:
+    """Llama's q and k rows are put back, Qwen3's stay; every tensor equals transformers' own reading of the file."""
+    torch.manual_seed(0)
+    if family == "llama":
+        model: Any = LlamaForCausalLM(LlamaConfig(**SIZES))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**SIZES))
+    path = tmp_path / "m.gguf"
+    path.write_bytes(model_file(model, family).encode())
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf").state_dict()
+    found = open_checkpoint(path)
+    assert found.spec.model_type == family and found.quantized is None
+    assert set(found.tensors) == set(theirs)
+    for name, value in theirs.items():
+        assert torch.equal(found.read(name), value), name
+        assert torch.equal(found.read(name), model.state_dict()[name]), name
+    layer = found.layer_state(1)
+    assert torch.equal(layer["self_attn.k_proj.weight"], theirs["model.layers.1.self_attn.k_proj.weight"])
+
+
+def test_a_llama_with_biases(tmp_path: Path) -> None:
+    """Biases of q and k are permuted like their rows, and config says that they are there."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True))
+    for name, value in model.named_parameters():
+        if name.endswith(".bias"):
+            torch.nn.init.normal_(value)
+    (tmp_path / "m.gguf").write_bytes(model_file(model, "llama").encode())
+    found = open_checkpoint(tmp_path / "m.gguf")
+    assert found.config["attention_bias"] is True and found.config["mlp_bias"] is False
+    for name, value in model.state_dict().items():
+        assert torch.equal(found.read(name), value), name
+
+
+def test_a_tied_head(tmp_path: Path) -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True))
+    (tmp_path / "m.gguf").write_bytes(model_file(model, "llama", tied=True).encode())
+    found = open_checkpoint(tmp_path / "m.gguf")
+    assert found.spec.tie_word_embeddings and found.head_name == "model.embed_tokens.weight"
+    assert torch.equal(found.read_slice(found.head_name, 3, 7), model.lm_head.weight[3:7])
+
+
+@pytest.mark.parametrize("name", [name for name, config in family_configs().items() if config.get("model_type")])
+def test_shipped_configs_survive(name: str) -> None:
+    """config to metadata and back: the same shapes, and the same rotary embedding as transformers reads it."""
+    config = family_configs()[name]
+    config.setdefault("rms_norm_eps", 1e-6)
+    spec = spec_from_config(config, name=name)
+    metadata = {key: round_f32(value) for key, value in metadata_of_config(spec, config).items()}
+    shapes = {ours: tensor.shape for tensor in spec.tensors() for ours in [gguf_names(spec)[tensor.name]]}
+    factors = rope_factors(spec, config)
+    again = config_of_metadata(metadata, shapes, None if factors is None else list(map(round_f32, factors)), "x")
+    found = spec_from_config(again)
+    assert found.model_type == spec.model_type or (found.model_type, spec.model_type) == ("llama", "mistral")
+    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+                "head_dim", "vocab_size", "tie_word_embeddings", "max_position_embeddings"):  # fmt: skip
+        assert getattr(found, key) == getattr(spec, key), key
+    ours, theirs = (model_config(c, s) for c, s in ((again, found), (config, spec)))
+    assert ours.rms_norm_eps == theirs.rms_norm_eps
+    assert ours.rope_parameters == pytest.approx(theirs.rope_parameters)
+
+
+def round_f32(value: Any) -> Any:
+    return float(np.float32(value)) if isinstance(value, float) else value
+
+
+def test_factors_of_llama_3_are_transformers(tmp_path: Path) -> None:
+    """The frequencies that transformers computes, divided by these factors' own, are those without scaling."""
+    config = LlamaConfig(**SIZES | {"hidden_size": 256, "max_position_embeddings": 131072}, rope_parameters={
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192})  # fmt: skip
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain = 1.0 / 500000.0 ** (torch.arange(0, 64, 2, dtype=torch.float64) / 64)
+    spec = spec_from_config(config.to_dict())
+    factors = rope_factors(spec, config.to_dict())
+    assert factors is not None
+    np.testing.assert_allclose((plain / torch.tensor(factors, dtype=torch.float64)).numpy(), scaled.numpy(), rtol=2e-6)
+    torch.manual_seed(0)
+    file = model_file(LlamaForCausalLM(config), "llama")
+    size = len(file.data)
+    file.tensors.append(["rope_freqs.weight", [32], 0, size])
+    file.data += np.array(factors, np.float32).tobytes()
+    (tmp_path / "m.gguf").write_bytes(file.encode())
+    found = open_checkpoint(tmp_path / "m.gguf")
+    rope = found.config["rope_scaling"]
+    assert (rope["rope_type"], rope["factor"], rope["high_freq_factor"]) == ("llama3", 32.0, 4.0)
+    file.data = file.data[:size] + np.array([*factors[:-1], 31.0], np.float32).tobytes()
+    (tmp_path / "m.gguf").write_bytes(file.encode())
+    with pytest.raises(CheckpointError, match=r"other factors than Llama 3\.1's"):
+        open_checkpoint(tmp_path / "m.gguf")
+
+
+def test_yarn(tmp_path: Path, tiny: Path) -> None:
+    file = tiny_file(tiny)
+    file.entries += [entry("qwen2.rope.scaling.type", "yarn"), entry("qwen2.rope.scaling.factor", 4.0),
+                     entry("qwen2.rope.scaling.original_context_length", 512)]  # fmt: skip
+    (tmp_path / "m.gguf").write_bytes(file.encode())
+    found = open_gguf(tmp_path / "m.gguf")
+    assert found.spec.extended_context == 2048
+    assert found.config["rope_scaling"] == {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512,
+    }  # fmt: skip
+    config = json.loads((tiny / "config.json").read_bytes())
+    config["rope_scaling"] = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    written = metadata_of_config(spec_from_config(config), config)
+    assert {k: v for k, v in written.items() if "scaling" in k} == {
+        "qwen2.rope.scaling.type": "yarn", "qwen2.rope.scaling.factor": 4.0,
+        "qwen2.rope.scaling.original_context_length": 512,
+    }  # fmt: skip
+
+
+def with_key(file: File, key: str, value: Any) -> None:
+    file.entries = [each for each in file.entries if each[0] != key] + ([] if value is None else [entry(key, value)])
+
+
+REFUSED: dict[str, tuple[str, Any, str]] = {
+    "another architecture": ("general.architecture", "gemma3", "general.architecture is 'gemma3', wanted one of"),
+    "no architecture": ("general.architecture", None, "general.architecture is None"),
+    "an adapter": ("general.type", "adapter", "general.type is 'adapter', wanted model"),
+    "experts": ("qwen2.expert_count", 8, "qwen2.expert_count is 8, which is not supported"),
+    "no layers": ("qwen2.block_count", None, "no qwen2.block_count in its metadata"),
+    "zero layers": ("qwen2.block_count", 0, "block_count is 0, wanted a positive whole number"),
+    "a million layers": ("qwen2.block_count", 1_000_000, "more than any model has"),
+    "heads by layer": ("qwen2.attention.head_count", [4, 4], "is \\[4, 4\\], wanted a positive whole number"),
+    "heads that do not divide": ("qwen2.attention.head_count_kv", 3, "not a multiple of num_key_value_heads 3"),
+    "half of a head rotated": ("qwen2.rope.dimension_count", 16, "rope.dimension_count is 16, the heads have 32"),
+    "a wide FFN": ("qwen2.feed_forward_length", 768, "ffn_gate.weight has shape \\[384, 128\\], its metadata wants"),
+    "no epsilon": ("qwen2.attention.layer_norm_rms_epsilon", math.inf, "wanted a positive number"),
+    "long rotary": ("qwen2.rope.scaling.type", "longrope", "'longrope', wanted linear or yarn"),
+    "a layer more": ("qwen2.block_count", 2, "no tensor blk.1.attn_norm.weight"),
+    "half the vocabulary": ("tokenizer.ggml.tokens", ["a", "b"], "2 tokens in its metadata, .* has 1024 rows"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_by_name(case: str, tiny: Path, tmp_path: Path) -> None:
+    key, value, words = REFUSED[case]
+    file = tiny_file(tiny)
+    with_key(file, key, value)
+    (tmp_path / "m.gguf").write_bytes(file.encode())
+    with pytest.raises(CheckpointError, match=words):
+        open_checkpoint(tmp_path / "m.gguf")
+
+
+def test_tensors_that_have_no_place(tiny: Path, tmp_path: Path) -> None:
+    file = tiny_file(tiny)
+    file.tensors.append(["blk.0.ffn_gate_exps.weight", [32], 0, len(file.data)])
+    file.data += bytes(128)
+    (tmp_path / "m.gguf").write_bytes(file.encode())
+    with pytest.raises(CheckpointError, match=r"tensor blk\.0\.ffn_gate_exps\.weight has no place in a qwen2 model"):
+        open_checkpoint(tmp_path / "m.gguf")
+    file = tiny_file(tiny)
+    assert file.tensors[0][2] == raw.GGML["F16"]
+    file.tensors[0][2] = raw.GGML["BF16"]  # of as many bytes
+    (tmp_path / "m.gguf").write_bytes(file.encode())
+    assert open_checkpoint(tmp_path / "m.gguf").quantized is None

@@ -1,0 +1,172 @@
+"""llama.cpp behind `run` and `serve`: its flags, and a stand-in for its server that notes what it was told."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import settled, text_windows
+from typer.testing import CliRunner
+
+import qwenq.runtime.llamacpp
+from qwenq.checkpoint.reader import open_source
+from qwenq.cli.main import app as cli
+from qwenq.errors import PlanError
+from qwenq.formats.base import get_format
+from qwenq.pipeline.job import QuantizeJob
+from qwenq.pipeline.quantize import quantize
+
+# Answers as llama-server does: 503 while it loads, then tokens; its arguments and the request go into files.
+STAND_IN = """#!{python}
+import http.server, json, os, sys
+if os.environ.get("FAIL"):
+    print("error: failed to load model", file=sys.stderr); sys.exit(1)
+open({told!r} + ".argv", "w").write(json.dumps([sys.argv[1:], os.environ.get("LLAMA_API_KEY")]))
+asked = []
+class Handler(http.server.BaseHTTPRequestHandler):
+    def answer(self, code, body):
+        self.send_response(code); self.end_headers(); self.wfile.write(json.dumps(body).encode())
+    def do_GET(self):
+        asked.append(1)
+        self.answer(503 if len(asked) < 3 else 200, {{}})
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        open({told!r} + ".body", "w").write(json.dumps(body))
+        if os.environ.get("REFUSE"):
+            return self.answer(400, {{"error": {{"message": "the request exceeds the context"}}}})
+        self.answer(200, {{"tokens": [5, 6, 7], "stop_type": "limit",
+                           "timings": {{"prompt_ms": 500.0, "predicted_ms": 250.0}}}})
+    def log_message(self, *args): pass
+port = int(sys.argv[sys.argv.index("--port") + 1])
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tiny: Path, calib: Path, heldout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source, out = open_source(tiny), tmp_path_factory.mktemp("gguf") / "out"
+    windows = text_windows(calib, tiny, 64, 2)
+    config = settled(format="gguf", gguf_type="Q8_0")
+    recipe = get_format("gguf").mixture("Q8_0", source.spec)
+    quantize(QuantizeJob(source, out, recipe, config, windows, text_windows(heldout, tiny, 64, 2)))
+    (found,) = out.glob("*.gguf")
+    return found
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """read(what): the `argv` or `body` that the server was told."""
+    told, program = tmp_path / "told", tmp_path / "server"
+    program.write_text(STAND_IN.format(python=sys.executable, told=str(told)))
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("QWENQ_LLAMA_SERVER", str(program))
+    monkeypatch.setattr(qwenq.runtime.llamacpp, "detect_rig", no_rig)
+    return lambda what: json.loads(told.with_suffix("." + what).read_text())
+
+
+def no_rig() -> None:
+    raise PlanError("no NVIDIA driver answers")
+
+
+def invoke(*words: object) -> Any:
+    return CliRunner(env={"COLUMNS": "120", "TERM": "dumb"}).invoke(cli, [str(word) for word in words])
+
+
+def test_one_answer(gguf_file: Path, stand_in: Callable[[str], Any]) -> None:
+    found = invoke("run", gguf_file, "--engine", "llama.cpp", "-p", "once", "--raw", "-n", 3, "-c", 64,
+                   "--kv-cache-dtype", "q8_0", "--temperature", 0, "--json")  # fmt: skip
+    assert found.exit_code == 0, found.output
+    answer = json.loads(found.stdout)
+    assert answer["token_ids"] == [5, 6, 7] and answer["engine"] == "llama.cpp"
+    timing = answer["timing"]
+    assert (timing["prefill_seconds"], timing["decode_seconds"], timing["stopped"]) == (0.5, 0.25, "length")
+    words, _ = stand_in("argv")
+    assert words[:10] == ["-m", str(gguf_file), "-ngl", "0", "-c", "64", "-fa", "on", "--fit", "off"]
+    assert words[10:14] == ["-ctk", "q8_0", "-ctv", "q8_0"] and words[-3] == "127.0.0.1"
+    body = stand_in("body")
+    assert body["n_predict"] == 3 and body["temperature"] == 0 and body["return_tokens"]
+    assert all(type(token) is int for token in body["prompt"])
+
+
+def test_servers_that_fail_end_in_one_line(
+    gguf_file: Path, stand_in: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("run", gguf_file, "--engine", "llama.cpp", "-p", "once", "--raw", "-c", 64)
+    with monkeypatch.context() as patched:
+        patched.setenv("REFUSE", "1")
+        found = invoke(*words)
+        line = "error: llama-server refused the prompt (the request exceeds the context)"
+        assert found.exit_code == 1 and found.stderr.splitlines()[0] == line
+    with monkeypatch.context() as patched:
+        patched.setenv("FAIL", "1")
+        found = invoke(*words)
+        line = "error: llama-server ended with 1 before it answered (error: failed to load model)"
+        assert found.exit_code == 1 and found.stderr.splitlines()[0] == line
+    for named, wanted in (
+        ("", "error: --engine llama.cpp: no llama-server on PATH"),
+        ("/no/server", "error: --engine llama.cpp: QWENQ_LLAMA_SERVER names /no/server, which is no program"),
+    ):
+        monkeypatch.setenv("QWENQ_LLAMA_SERVER", named)
+        monkeypatch.setenv("PATH", "/nowhere")
+        for command in (words, ("serve", gguf_file, "--engine", "llama.cpp")):
+            found = invoke(*command)
+            assert found.exit_code == 1 and found.stderr.splitlines()[0] == wanted
+
+
+def test_what_it_would_be_told(gguf_file: Path, stand_in: Callable[[str], Any], tiny: Path) -> None:
+    def said(*options: object) -> list[str]:
+        found = invoke("serve", gguf_file, "--dry-run", *options)
+        assert found.exit_code == 0, found.output
+        return list(found.stdout.splitlines())
+
+    command, _, heading, *modelfile = said("--engine", "llama.cpp", "--gpu", "2x RTX 3060", "-c", 256, "--port", 9)
+    layers = open_source(tiny).spec.num_hidden_layers
+    assert command.startswith(f"llama-server -m {gguf_file} -ngl {layers + 1} -c 256 -fa on --fit off -sm layer -ts ")
+    assert command.endswith(f" --alias {gguf_file.stem} --host 127.0.0.1 --port 9")
+    assert heading.startswith("# Modelfile")
+    assert modelfile == [f"FROM {gguf_file}", "PARAMETER num_ctx 256", f"PARAMETER num_gpu {layers + 1}"]
+    assert " -ngl 0 -c " in said()[0], "without a GPU, and it is the engine for a GGUF file where it is installed"
+    assert " -ub 4096 -b 4096 " in said("--prefill-chunk", 4096)[0] and " -ub " not in said()[0]
+    quantized = said("--kv-cache-dtype", "q4_0")
+    assert " -ctk q4_0 -ctv q4_0 " in quantized[0]
+    assert quantized[3] == "# start ollama with OLLAMA_FLASH_ATTENTION=1 OLLAMA_KV_CACHE_TYPE=q4_0"
+
+
+def test_what_it_is_started_with(
+    gguf_file: Path, stand_in: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, list[str], dict[str, str]]] = []
+    monkeypatch.setattr(os, "execvpe", lambda *args: calls.append(args))
+    found = invoke("serve", gguf_file, "--engine", "llama.cpp", "--api-key", "secret", "--served-model-name", "mine")
+    assert found.exit_code == 0 and "secret" not in found.output
+    ((program, words, environment),) = calls
+    assert program == os.environ["QWENQ_LLAMA_SERVER"] and environment["LLAMA_API_KEY"] == "secret"
+    assert words[words.index("--alias") + 1] == "mine"
+
+
+@pytest.mark.parametrize(
+    ("options", "line", "code"),
+    [
+        (("--kv-cache-dtype", "fp8"), "error: llama.cpp has no 'fp8' KV cache", 2),
+        (("--hosts", "a,b"), "error: --hosts is of vLLM's commands", 2),
+        (("--allowed-hosts", "x"), "error: --allowed-hosts is of qwenq's own server", 2),
+    ],
+)
+def test_what_cannot_be_asked_for(
+    options: tuple[str, ...], line: str, code: int, gguf_file: Path, stand_in: Callable[[str], Any]
+) -> None:
+    found = invoke("serve", gguf_file, "--engine", "llama.cpp", "--dry-run", *options)
+    assert found.exit_code == code and found.stderr.splitlines()[0] == line
+
+
+def test_it_reads_gguf_files_only(tiny: Path, stand_in: Callable[[str], Any]) -> None:
+    for command in (("serve", tiny, "--dry-run"), ("run", tiny, "-p", "x", "--raw")):
+        found = invoke(*command, "--engine", "llama.cpp")
+        assert found.exit_code == 1
+        assert found.stderr.splitlines()[0] == f"error: {tiny}: not a GGUF file, which is what llama.cpp reads"

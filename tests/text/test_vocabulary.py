@@ -1,0 +1,142 @@
+"""Tokenizers as GGUF metadata: the same tokens as tokenizer.json's, both ways, and what is refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf_bytes import entry, tiny_file
+from tokenizers import Tokenizer
+
+from qwenq.errors import CheckpointError
+from qwenq.io.gguf import GGUFFile
+from qwenq.text.tokens import ModelTokenizer, write_tokenizer
+from qwenq.text.vocabulary import SPLITTINGS, metadata_of_tokenizer, vocabulary_of_metadata
+
+TEXTS = (
+    "one two  three\n\n\tfour", "école 12345 don't WE'LL",
+    "日本語 😀 \u200b", "<|im_start|>user\nx<|im_end|>", " ",
+)
+
+
+def file_at(path: Path, tiny: Path, **changes: Any) -> Path:
+    """The tiny model with entries of its tokenizer changed or, with None, left out."""
+    file = tiny_file(tiny)
+    for key, value in changes.items():
+        name = "tokenizer.chat_template" if key == "chat_template" else f"tokenizer.ggml.{key}"
+        file.entries = [each for each in file.entries if each[0] != name]
+        file.entries += [] if value is None else [entry(name, value)]
+    path.write_bytes(file.encode())
+    return path
+
+
+def test_the_same_tokens_as_the_directory(tiny: Path, tmp_path: Path) -> None:
+    ours, theirs = ModelTokenizer(file_at(tmp_path / "m.gguf", tiny)), ModelTokenizer(tiny)
+    assert ours.vocabulary == theirs.vocabulary
+    assert ours.encode(TEXTS) == theirs.encode(TEXTS)
+    assert ours.encode(TEXTS, special=True) == theirs.encode(TEXTS, special=True)
+    assert (ours.separator, ours.eos) == (theirs.separator, theirs.eos)
+    chat = [{"role": "user", "content": "x"}]
+    assert ours.render_chat(chat, answer=True) == theirs.render_chat(chat, answer=True)
+    assert "".join(ours.stream(ours.encode([TEXTS[2]])[0])) == TEXTS[2]
+
+
+def test_there_and_back(tiny: Path, tmp_path: Path) -> None:
+    """metadata of tokenizer.json, and tokenizer.json of that: the same ids; a directory written of it, too."""
+    metadata = metadata_of_tokenizer(tiny, 1030)
+    assert metadata["tokenizer.ggml.tokens"][1024:] == [f"[PAD{k}]" for k in range(1024, 1030)]
+    assert metadata["tokenizer.ggml.token_type"][1020:] == [1, 3, 3, 3, *[5] * 6]
+    found = vocabulary_of_metadata(metadata, "x")
+    again = Tokenizer.from_str(json.dumps(found.document))
+    original = Tokenizer.from_file(str(tiny / "tokenizer.json"))
+    assert again.get_vocab() == original.get_vocab()  # unused tokens are none of its own
+    for text in TEXTS:
+        assert again.encode(text).ids == original.encode(text).ids
+    written = write_tokenizer(file_at(tmp_path / "m.gguf", tiny), tmp_path)
+    assert set(written) == {"tokenizer.json", "tokenizer_config.json"}
+    assert ModelTokenizer(tmp_path).encode(TEXTS) == ModelTokenizer(tiny).encode(TEXTS)
+
+
+@pytest.mark.parametrize("split", SPLITTINGS, ids=lambda split: split.names[0])
+def test_every_splitting_goes_both_ways(split: Any, tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "m")
+    document = json.loads((tiny / "tokenizer.json").read_bytes())
+    document["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": split.steps}
+    (tmp_path / "m" / "tokenizer.json").write_text(json.dumps(document))
+    metadata = metadata_of_tokenizer(tmp_path / "m", 1024)
+    assert metadata["tokenizer.ggml.pre"] == split.names[0]
+    found = vocabulary_of_metadata(metadata, "x").document
+    assert found["pre_tokenizer"] == document["pre_tokenizer"]
+    Tokenizer.from_str(json.dumps(found))
+
+
+def test_llama_3_begins_with_its_token(tiny: Path, tmp_path: Path) -> None:
+    path = file_at(tmp_path / "m.gguf", tiny, pre="llama-bpe", add_bos_token=None)
+    tokenizer = ModelTokenizer(path)
+    assert tokenizer.encode(["one"], special=True)[0][0] == 1021
+    assert tokenizer.encode(["one"])[0][0] != 1021
+    silent = ModelTokenizer(file_at(tmp_path / "n.gguf", tiny, pre="llama-bpe", add_bos_token=False))
+    assert silent.encode(["one"], special=True) == silent.encode(["one"])
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "none": ({"model": None}, "no tokenizer in its metadata"),
+    "SentencePiece": ({"model": "llama"}, "is 'llama', wanted gpt2: only byte-level BPE"),
+    "WordPiece": ({"model": "bert"}, "is 'bert', wanted gpt2"),
+    "unknown splitting": ({"pre": "tekken"}, "pre is 'tekken', wanted one of qwen2, llama-bpe"),
+    "no splitting": ({"pre": None}, "pre is None, wanted one of"),
+    "no merges": ({"merges": None}, "merges is None, wanted an array of texts"),
+    "merges of nothing": ({"merges": ["zzz yyy"]}, "has zzz yyy, not two tokens that make one"),
+    "merges of one": ({"merges": ["ab"]}, "has ab, not two tokens"),
+    "types for others": ({"token_type": [1, 1]}, "2 token types for 1024 tokens"),
+    "an id too large": ({"eos_token_id": 5000}, "eos_token_id is 5000, wanted the id of one of 1024 tokens"),
+    "tokens twice": ({"tokens": ["a"] * 1024}, "has a twice, as 0 and 1"),
+    "a template of 1 MB": ({"chat_template": "x" * 1_000_000}, "chat_template is no text of at most"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_by_name(case: str, tiny: Path, tmp_path: Path) -> None:
+    changes, words = REFUSED[case]
+    path = file_at(tmp_path / "m.gguf", tiny, **changes)
+    with pytest.raises(CheckpointError, match=words) as error:
+        ModelTokenizer(path).encode(["x"])
+    assert error.value.message.isprintable()
+
+
+def test_a_template_that_breaks_out_is_refused(tiny: Path, tmp_path: Path) -> None:
+    """Templates of a GGUF file are rendered where all templates are: in time, memory and a sandbox."""
+    path = file_at(tmp_path / "m.gguf", tiny, chat_template="{{ ''.__class__.__mro__[1].__subclasses__() }}")
+    with pytest.raises(Exception, match="chat template refused") as error:
+        ModelTokenizer(path).render_chat([{"role": "user", "content": "x"}])
+    assert "unsafe" in str(error.value) or "access" in str(error.value)
+
+
+def test_what_cannot_be_written(tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny, tmp_path / "m")
+    path = tmp_path / "m" / "tokenizer.json"
+    document = json.loads((tiny / "tokenizer.json").read_bytes())
+    for change, words in (
+        ({"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}, "of type Unigram, wanted byte-level BPE"),
+        ({"decoder": {"type": "Metaspace"}}, "of type BPE, wanted byte-level BPE"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "splitting text has no name that is known here"),
+    ):
+        path.write_text(json.dumps(document | change))
+        with pytest.raises(CheckpointError, match=words):
+            metadata_of_tokenizer(tmp_path / "m", 1024)
+    path.write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match="the embedding has 1000 rows"):
+        metadata_of_tokenizer(tmp_path / "m", 1000)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
+        metadata_of_tokenizer(tmp_path / "m", 1024)
+
+
+def test_metadata_survives_the_file(tiny: Path, tmp_path: Path) -> None:
+    found = GGUFFile.open(file_at(tmp_path / "m.gguf", tiny)).metadata
+    ours = metadata_of_tokenizer(tiny, 1024)
+    assert {key: found[key] for key in ours if key in found} == {key: ours[key] for key in ours if key in found}
+    assert set(found) >= {key for key in ours if "padding" not in key}
