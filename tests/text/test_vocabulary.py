@@ -16,7 +16,10 @@ from qwenq.io.gguf import GGUFFile
 from qwenq.text.tokens import ModelTokenizer, write_tokenizer
 from qwenq.text.vocabulary import SPLITTINGS, metadata_of_tokenizer, vocabulary_of_metadata
 
-TEXTS = ("one two  three\n\n\tfour", "école 12345 don't WE'LL", "日本語 😀 \u200b", "<|im_start|>user\nx<|im_end|>")
+TEXTS = (
+    "one two  three\n\n\tfour", "école 12345 don't WE'LL",
+    "日本語 😀 \u200b", "<|im_start|>user\nx<|im_end|>", " ",
+)
 
 
 def file_at(path: Path, tiny: Path, **changes: Any) -> Path:
