@@ -38,14 +38,14 @@ from qwenq.planning.rig import parse_rig
 CASES = (
     ("Qwen2.5-72B", "Q4_K_S", "2x RTX 3090", 8192, "auto"),
     ("Qwen2.5-72B", "Q4_K_M", "2x RTX 3090", 8192, "auto"),
-    ("Qwen2.5-72B", "Q4_K_M", "RTX 3090 + RTX 3060", 4096, "q8_0"),
-    ("Qwen2.5-72B", "Q3_K_M", "RTX 4090 + 2x RTX 3060", 8192, "auto"),
+    ("Qwen2.5-72B", "Q4_K_M", "RTX 3090 + RTX 3060 12GB", 4096, "q8_0"),
+    ("Qwen2.5-72B", "Q3_K_M", "RTX 4090 + 2x RTX 3060 12GB", 8192, "auto"),
     ("Qwen2.5-72B", "Q8_0", "4x RTX 3090", 16384, "auto"),
-    ("Qwen2.5-32B", "Q4_K_M", "RTX 3090 + RTX 3060", 32768, "auto"),
-    ("Qwen2.5-32B", "Q6_K", "RTX 3060 + RTX 3090", 8192, "auto"),
-    ("Qwen2.5-14B", "Q5_K_M", "RTX 3060", 8192, "auto"),
-    ("Qwen2.5-7B", "Q4_K_M", "RTX 3060 + RTX 4060", 32768, "auto"),
-    ("Qwen2.5-0.5B", "Q8_0", "RTX 3060 + RTX 4060", 4096, "auto"),  # a tied head
+    ("Qwen2.5-32B", "Q4_K_M", "RTX 3090 + RTX 3060 12GB", 32768, "auto"),
+    ("Qwen2.5-32B", "Q6_K", "RTX 3060 12GB + RTX 3090", 8192, "auto"),
+    ("Qwen2.5-14B", "Q5_K_M", "RTX 3060 12GB", 8192, "auto"),
+    ("Qwen2.5-7B", "Q4_K_M", "RTX 3060 12GB + RTX 4060", 32768, "auto"),
+    ("Qwen2.5-0.5B", "Q8_0", "RTX 3060 12GB + RTX 4060", 4096, "auto"),  # a tied head
 )
 
 

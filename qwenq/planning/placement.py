@@ -250,8 +250,8 @@ class _Splitter:
     def widest(self, layers: int) -> tuple[Share, ...]:
         """The split with the most room on the fullest GPU (a negative room when it does not fit)."""
         gpus = len(self.rig.gpus)
-        everything = Share(range(layers), embed=True, head=True, gpus=gpus)
-        most = max(self._cost(everything, index) for index in range(gpus)) + self._offload_bytes(layers)
+        whole = [Share(range(layers), embed=embed, head=True, gpus=gpus) for embed in (True, False)]
+        most = max(self._cost(share, index) for share in whole for index in range(gpus)) + self._offload_bytes(layers)
         low, high = min(self.limits) - most, max(self.limits)
         best = self.fill(layers, low)  # with that little room any one GPU could hold everything
         assert best is not None

@@ -125,7 +125,7 @@ def test_what_it_would_be_told(gguf_file: Path, stand_in: Callable[[str], Any], 
         assert found.exit_code == 0, found.output
         return list(found.stdout.splitlines())
 
-    command, _, heading, *modelfile = said("--engine", "llama.cpp", "--gpu", "2x RTX 3060", "-c", 256, "--port", 9)
+    command, _, heading, *modelfile = said("--engine", "llama.cpp", "--gpu", "2x RTX 3060 12GB", "-c", 256, "--port", 9)
     layers = open_source(tiny).spec.num_hidden_layers
     assert command.startswith(f"llama-server -m {gguf_file} -ngl {layers + 1} -c 256 -fa on --fit off -sm layer -ts ")
     assert command.endswith(f" --alias {gguf_file.stem} --host 127.0.0.1 --port 9")
