@@ -264,7 +264,7 @@ def stored_files(
     outer = list(recipe.outer_tensors(spec, dtype_of))
     layers = (list(recipe.layer_tensors(spec, k, dtype_of)) for k in range(spec.num_hidden_layers))
     parts = [outer[:1], *layers, outer[1:]]
-    if get_format(recipe.format).container == "safetensors":
+    if not get_format(recipe.format).whole_file:
         return Shards(parts)
     blocks: list[list[TensorSpec]] = [[BlockTensor(t.name, t.dtype, t.shape) for t in part] for part in parts]
     return GGUFFiles(blocks, spec, beside.name or "model", beside.metadata, beside.split_bytes, beside.others)

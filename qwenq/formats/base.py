@@ -392,7 +392,7 @@ class Format(ABC):
     method: str  # `quant_method` of config.json, by which other tools call it
     note: str = ""  # in help texts, after the name: "4-bit"
     tags: tuple[str, ...]  # of a model card
-    container: str = "safetensors"
+    whole_file: bool = False  # tensors, configuration and tokenizer are one file; else safetensors and files beside
     engine: str = "qwenq"  # that --fit plans for where none is named
     widened_to: int | None = None  # columns of a block that --pad-for-tp fills up; None: what ranks ask for
     mixes: bool = False  # several schemes in one checkpoint

@@ -527,7 +527,7 @@ class Gguf(Format):
     name = method = "gguf"
     note = "llama.cpp, Ollama"
     tags = ("gguf",)
-    container = "gguf"
+    whole_file = True
     engine = "llama.cpp"
     widened_to = 256  # so that down's rows have the K types, whatever the ranks
     mixes = True

@@ -192,7 +192,7 @@ def choices() -> dict[str, Any]:
         "formats": {
             name: {"fixed": form.fixed is not None, "bits": form.fixed.bits if form.fixed else 0}
             for name, form in FORMATS.items()
-            if form.container == "safetensors"
+            if not form.whole_file
         }
         | {name: {"fixed": True, "bits": sized.bits} for name, sized in SIZED.items()},
         "gguf_types": list(gguf_types()),

@@ -222,7 +222,7 @@ class QuantizeConfig:
         if self.fit is not None:
             parse_tokens(self.context or "8k")
         for name in ("gguf_type", "split_size"):
-            if getattr(self, name) is not None and form.container != "gguf":
+            if getattr(self, name) is not None and not form.whole_file:
                 raise ExcludedOptions(f"{flag(name)} goes with --format gguf")
         if self.split_size is not None:
             parse_size(self.split_size)
@@ -355,10 +355,10 @@ class QuantizeConfig:
 
         assert self.fit is not None
         engine = get_engine(self.engine or form.engine)
-        if engine.needs_gguf != (form.container == "gguf"):
+        if engine.needs_gguf != form.whole_file:
             raise PlanError(
                 f"--engine {engine.name} does not read --format {self.format}",
-                hint=engine_names(checkpoints=form.container != "gguf"),
+                hint=engine_names(checkpoints=not form.whole_file),
             )
         work = Workload(parse_tokens(self.context or "8k"), 1)
         case = Case(spec, recipe_weights(spec, Recipe(None)), engine, work, parse_rig(self.fit))

@@ -32,7 +32,7 @@ def container_of(
     mixture: the recipe's name, if it has one. CheckpointError for a tokenizer that cannot be written.
     """
     form = get_format(recipe.format)
-    if form.container == "safetensors":
+    if not form.whole_file:
         return NOTHING
     shapes = metadata_of_config(spec, config)
     architecture = "general.architecture"

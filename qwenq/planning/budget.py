@@ -176,7 +176,7 @@ def group_costs(
     """
     members, form = members_of(spec, fused), get_format(format)
     costs: dict[Scheme | None, int] = {}
-    if form.container == "gguf":  # entries of a header are as long for one type as for another
+    if form.whole_file:  # entries of a header are as long for one type as for another
         for scheme in _held(spec, table, fused, format):
             tensors = (t for lin in members for t in form.linear_tensors(scheme, lin, dtype_of))
             sizes = (BlockTensor(t.name, t.dtype, t.shape).nbytes for t in tensors)
@@ -198,7 +198,7 @@ def fixed_bytes(spec: ModelSpec, dtype_of: DtypeOf, format: str = "gptq", beside
 
     A layer's file is counted as if its norms alone were in it, with offsets of the longest kind.
     """
-    if get_format(format).container == "gguf":
+    if get_format(format).whole_file:
         none = Sensitivity("", "", {fused: {} for fused in fused_groups(spec, format)})
         chosen = (group_costs(spec, none, fused, dtype_of, format)[None] for fused in fused_groups(spec, format))
         return file_bytes(spec, Recipe(None, (), format), dtype_of, beside) - sum(chosen)

@@ -204,7 +204,7 @@ ALIASES = {"nf4": "bnb-nf4", "int8": "bnb-int8", "ct": "compressed-tensors"}
 def _of_format(spec: ModelSpec, asked: WeightsAsked, mixed: Mapping[str, object]) -> Weights:
     """Uniform weights in a format by name; UsageError for one that there is not, or that has no such scheme."""
     name = ALIASES.get(asked.format.lower(), asked.format.lower())
-    if is_gguf_type(asked.format) or name == "gguf":
+    if is_gguf_type(asked.format) or (name in FORMATS and FORMATS[name].whole_file):
         raise UsageError(f"--format {asked.format} is GGUF", hint="--engine llama.cpp reads it")
     given = [option for option, value in mixed.items() if value is not None]
     if given:

@@ -44,9 +44,7 @@ class Serving:
 
     @property
     def engine(self) -> LlamaCppEngine:
-        engine = self.case.engine
-        assert isinstance(engine, LlamaCppEngine)
-        return engine
+        return LlamaCppEngine(self.case.engine.version)
 
     @property
     def words(self) -> list[str]:
@@ -101,7 +99,8 @@ def find_server() -> str:
     if found is None:
         where = f"{VARIABLE} names {shown(named)}, which is no program" if named else f"no {PROGRAM} on PATH"
         raise RunError(
-            f"--engine {_ENGINE}: {where}", hint=f"install llama.cpp, or name its server: {VARIABLE}=/path/{PROGRAM}"
+            f"--engine {_ENGINE}: {where}",
+            hint=f"install llama.cpp, or name its server: {VARIABLE}=/path/{PROGRAM}",
         )
     return found
 
