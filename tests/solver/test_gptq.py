@@ -395,3 +395,14 @@ def test_exact_weights_lose_nothing():
     q, stats = solve_linears({"w": codes * 0.25}, h_II, IntegerGrid(4, 64))["w"]
     assert torch.equal(q.dequantize(), codes * 0.25)
     assert stats.error_db == stats.weight_error_db == -math.inf
+
+
+def test_the_error_is_read_from_the_upper_triangle_alone(monkeypatch):
+    monkeypatch.setattr(gptq, "FACTOR_BLOCK", 5)
+    generator = torch.Generator().manual_seed(4)
+    x_IO = torch.randn(13, 3, generator=generator)
+    root = torch.randn(13, 13, generator=generator)
+    h_II = root @ root.T
+    upper = h_II.triu() + torch.full_like(h_II, 1e6).tril(-1)  # nothing below the diagonal counts
+    found = gptq._quadratic(x_IO, upper, h_II.diagonal())
+    assert found == pytest.approx(float((x_IO.T @ h_II @ x_IO).trace()), rel=1e-5)
