@@ -38,7 +38,7 @@ _MORE_TEMPLATES = "additional_chat_templates"
 _PLACES = ("fast_tokenizer_files", "tokenizer_file", "vocab_file", "merges_file", "spm_file", "gguf_file",
            "tokenizer_object", "init_inputs")  # fmt: skip
 _SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>")
-_PIECE_CHARACTERS = 4 << 20  # encoded at once: 400 MB of the library's memory
+_PIECE_CHARACTERS = 1 << 20  # encoded at once: some 160 MB of the library's memory, for ASCII
 _CONTEXT_TOKENS = 8  # the last one alone may be a byte of a character, or a space
 _CHAT_S, _CHAT_S_PER_MB = 10, 1  # processor time of all conversations of a text
 
