@@ -58,7 +58,10 @@ class Target:
 
     def is_well(self) -> bool:
         """Whether a good request is answered with 200."""
-        status, _ = exchange(self, request(self.post, json.dumps(self.good).encode()))
+        try:
+            status, _ = exchange(self, request(self.post, json.dumps(self.good).encode()))
+        except TimeoutError:
+            return False
         return status == 200
 
 

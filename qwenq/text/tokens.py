@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -40,7 +41,7 @@ _TRANSFORMERS_READS = {  # and how large each may be
 _PLACES = ("fast_tokenizer_files", "tokenizer_file", "vocab_file", "merges_file", "spm_file", "gguf_file",
            "tokenizer_object", "init_inputs")  # fmt: skip
 _SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>")
-_PIECE_CHARACTERS = 4 << 20  # encoded at once: 400 MB of the library's memory
+_PIECE_CHARACTERS = 1 << 20  # encoded at once: some 160 MB of the library's memory, for ASCII
 _CONTEXT_TOKENS = 8  # the last one alone may be a byte of a character, or a space
 _CHAT_S, _CHAT_S_PER_MB = 10, 1  # processor time of all conversations of a text
 
@@ -57,6 +58,12 @@ def template_files(directory: Path) -> list[str]:
     return sorted(f"{TEMPLATES}/{path.name}" for path in folder.glob("*.jinja"))
 
 
+def _of_the_machine(error: BaseException) -> bool:
+    """Whether memory or handles of files did not suffice, which is no fault of the tokenizer's files."""
+    handles = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+    return handles or out_of_memory(error)
+
+
 @contextmanager
 def _unsaid() -> Iterator[None]:
     """Meanwhile nothing written to stdout and stderr arrives there, not even by what passes Python by.
@@ -67,9 +74,14 @@ def _unsaid() -> Iterator[None]:
     null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
     try:
         for handle, stream in ((1, sys.stdout), (2, sys.stderr)):
-            with suppress(OSError, ValueError):  # closed
+            with suppress(ValueError):  # closed
                 stream.flush()
+            try:
                 kept[handle] = os.dup(handle)
+            except OSError as error:
+                if error.errno != errno.EBADF:  # closed
+                    raise
+            else:
                 os.dup2(null, handle)
         yield
     finally:
@@ -114,7 +126,7 @@ class ModelTokenizer:
             fast.backend_tokenizer.no_padding()
             fast.backend_tokenizer.no_truncation()
         except BaseException as error:  # transformers raises anything, and the library beneath it panics
-            if isinstance(error, KeyboardInterrupt | SystemExit) or out_of_memory(error):
+            if isinstance(error, KeyboardInterrupt | SystemExit) or _of_the_machine(error):
                 raise
             raise self._unreadable(error) from None
         return fast
@@ -222,7 +234,7 @@ class ModelTokenizer:
                 encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=special)
                 found += [encoding.ids for encoding in encodings]
         except BaseException as error:
-            if isinstance(error, KeyboardInterrupt | SystemExit | CheckpointError) or out_of_memory(error):
+            if isinstance(error, KeyboardInterrupt | SystemExit | CheckpointError) or _of_the_machine(error):
                 raise
             reason = shown(str(error))
             raise CheckpointError(f"{self.directory}: its tokenizer.json cannot encode ({reason})") from None

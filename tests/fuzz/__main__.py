@@ -135,21 +135,25 @@ def run_in_parts(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         subprocess.Popen([*words, "--only", options.only, "--part", f"{part}/{options.jobs}", "--json", str(file)])
         for part, file in enumerate(files)
     ]
-    for process in processes:
-        process.wait()
-    found = [json.loads(file.read_text()) for file in files]
+    ended = [process.wait() for process in processes]
+    found = [json.loads(file.read_text()) for file in files if file.exists()]
+    lost = [
+        {"target": "all", "case": part, "problem": f"the process of part {part} ended with status {status}"}
+        for part, status in enumerate(ended)
+        if not files[part].exists()
+    ]
     outcomes: dict[str, Counter[str]] = {}
     for each in found:
         for name, counts in each["outcomes"].items():
             outcomes.setdefault(name, Counter()).update(counts)
     return {
         "cases": sum(each["cases"] for each in found),
-        "seconds": max(each["seconds"] for each in found),
+        "seconds": max((each["seconds"] for each in found), default=0.0),
         "cpu_seconds": sum(each["cpu_seconds"] for each in found),
-        "peak_rss_bytes": max(each["peak_rss_bytes"] for each in found),
+        "peak_rss_bytes": max((each["peak_rss_bytes"] for each in found), default=0),
         "outcomes": {name: dict(counts) for name, counts in outcomes.items()},
         "slowest_s": {name: max(each["slowest_s"][name] for each in found) for name in outcomes},
-        "findings": [finding for each in found for finding in each["findings"]],
+        "findings": lost + [finding for each in found for finding in each["findings"]],
     }
 
 
