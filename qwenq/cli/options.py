@@ -14,6 +14,7 @@ from qwenq.cli.console import warn
 from qwenq.cli.plain import print_step
 from qwenq.formats.base import FORMATS, names_of
 from qwenq.pipeline.source import model_directory
+from qwenq.planning.engines.base import engine_names
 
 ASYMMETRIC = names_of((form for form in FORMATS.values() if form.asymmetric), "and")
 BITS, BUDGET, TEXT, SOLVER, MACHINE, JOB = "Bits", "Bits to a budget", "Text", "Solver", "Machine", "Job"
@@ -98,7 +99,7 @@ Context = Annotated[
 ]
 FitEngine = Annotated[
     str | None,
-    option(BUDGET, "--engine", metavar="NAME", help="Of --fit: qwenq, transformers, vllm, sglang, llama.cpp."),
+    option(BUDGET, "--engine", metavar="NAME", help=f"Of --fit: {engine_names()}."),
 ]
 RecipeFile = Annotated[Path | None, option(BUDGET, metavar="FILE", help="A recipe file, perhaps edited.")]
 SensitivityFile = Annotated[

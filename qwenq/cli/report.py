@@ -10,6 +10,7 @@ import typer
 from qwenq.cli.console import out, warn
 from qwenq.cli.options import JsonFlag
 from qwenq.cli.plain import print_json
+from qwenq.planning.engines.base import engine_names
 
 
 def report(
@@ -28,7 +29,7 @@ def report(
     gpu: Annotated[
         list[str] | None, typer.Option("--gpu", help="A rig, as in `qwenq plan`, repeatable. Default: common ones.")
     ] = None,
-    engine: Annotated[str, typer.Option(help="Whose memory: qwenq, transformers, vllm or sglang.")] = "qwenq",
+    engine: Annotated[str, typer.Option(help=f"Whose memory: {engine_names(checkpoints=True)}.")] = "qwenq",
     json: JsonFlag = False,
 ) -> None:
     """Write report.html, one file that needs no network, and report.md, from the manifests of finished runs.

@@ -36,7 +36,30 @@ def model_config(config: Mapping[str, Any], spec: ModelSpec) -> Any:
     if not entry.window.switch:
         plain[entry.window.key] = None
     with refused_by_transformers():
-        return getattr(configuration, entry.classes + "Config").from_dict(plain)
+        made = getattr(configuration, entry.classes + "Config").from_dict(plain)
+    _refuse_beyond_stages(made)
+    return made
+
+
+# Settings that change the network in ways no entry says, and the value that changes nothing beside null: they act on
+# the embedding, the sum after a block, the head, scores within attention, or on some layers alone.
+_BEYOND_STAGES = {"embedding_multiplier": 1, "residual_multiplier": 1, "logits_scaling": 1, "logit_scale": 1,
+                  "final_logit_softcapping": None, "attn_logit_softcapping": None, "no_rope_layers": 1}  # fmt: skip
+
+
+def _refuse_beyond_stages(settings: Any) -> None:
+    """CheckpointError for such a setting, as config.json has it or by transformers' default.
+
+    Only those that the family's own class knows: transformers reads no others.
+    """
+    for key, neutral in _BEYOND_STAGES.items():
+        value = getattr(settings, key, None) if hasattr(type(settings), key) else None
+        if any(part not in (None, neutral) for part in (value if isinstance(value, list) else [value])):
+            raise CheckpointError(
+                f"config.json: {key} is {shown(repr(value), 40)}, wanted {neutral or 'null'}: "
+                f"the entry of {settings.model_type} cannot say it",
+                hint="docs/adding-an-architecture.md lists what else an entry cannot say",
+            )
 
 
 @contextmanager

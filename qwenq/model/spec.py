@@ -282,7 +282,7 @@ def refuse_experts(name: str) -> None:
     if _EXPERTS.search(name):
         raise CheckpointError(
             f"{shown(name)}: mixture-of-experts models are not supported",
-            hint="dense Qwen2, Qwen2.5, Qwen3, Llama and Mistral models are",
+            hint=f"dense models are, of model_type {', '.join(ARCHITECTURES)}",
         )
 
 

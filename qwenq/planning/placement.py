@@ -389,6 +389,8 @@ def parallel_options(case: Case) -> tuple[ParallelOption, ...]:
     for tensor in sorted((n for n in range(1, count + 1) if count % n == 0), reverse=True):
         stages = count // tensor
         reasons = [*barred, *cutting_reasons(case.spec, case.weights, tensor)]
+        if stages > 1 and not case.engine.stages:
+            reasons.append(f"{case.engine.title} has no pipeline parallelism")
         if stages > case.spec.num_hidden_layers:
             reasons.append(f"{stages} stages for {case.spec.num_hidden_layers} layers")
         if unread := case.engine.refusal(case.weights, tensor):

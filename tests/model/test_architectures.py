@@ -27,12 +27,14 @@ from qwenq.cli.main import app
 from qwenq.errors import CheckpointError
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.model.architectures import ARCHITECTURES, Architecture, Linear, SlidingWindow, Stage
-from qwenq.model.layer import Network
+from qwenq.model.layer import Network, model_config
 from qwenq.model.spec import spec_from_config
 from qwenq.pipeline.quantize import quantize
 from qwenq.pipeline.reproduce import reproduce
 
 Make = Callable[..., Path]
+SHAPES = {"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "pad_token_id": 0,
+          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}  # fmt: skip
 
 
 def checked(source: Path, out: Path, recipe: Recipe) -> None:
@@ -75,6 +77,43 @@ def test_a_window_that_slides_is_refused_by_name(random_model: Make, edit_json: 
     config = json.loads((path / "config.json").read_text()) | {"sliding_window": None}
     (path / "config.json").write_text(json.dumps(config))
     assert open_source(path).spec.extended_context == 8192
+
+
+# ---------------------------------------------------------------------- settings that no entry says
+
+
+@pytest.mark.parametrize(
+    ("model_type", "classes", "settings", "said"),
+    [
+        ("granite", "Granite", {"embedding_multiplier": 12.0}, "embedding_multiplier is 12.0, wanted 1"),
+        ("granite", "Granite", {"residual_multiplier": 0.22}, "residual_multiplier is 0.22, wanted 1"),
+        ("granite", "Granite", {"logits_scaling": 8.0}, "logits_scaling is 8.0, wanted 1"),
+        ("cohere", "Cohere", {}, "logit_scale is 0.0625, wanted 1"),
+        ("gemma2", "Gemma2", {}, "final_logit_softcapping is 30.0, wanted null"),
+        ("gemma2", "Gemma2", {"final_logit_softcapping": None}, "attn_logit_softcapping is 50.0, wanted null"),
+        ("smollm3", "SmolLM3", {}, r"no_rope_layers is \[1, 1, 1, 0\], wanted 1"),
+    ],
+)
+def test_settings_that_no_entry_says_are_refused(
+    model_type: str, classes: str, settings: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By config.json or by transformers' own default, as in the last four."""
+    monkeypatch.setitem(
+        ARCHITECTURES, model_type, replace(ARCHITECTURES["llama"], model_type=model_type, classes=classes)
+    )
+    with pytest.raises(CheckpointError, match=f"config.json: {said}: the entry of {model_type} cannot say it"):
+        model_config(SHAPES | settings, spec_from_config(SHAPES | {"model_type": model_type}))
+
+
+def test_neutral_settings_and_those_of_other_families_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    for model_type, classes, settings in (
+        ("granite", "Granite", {"embedding_multiplier": 1.0, "logits_scaling": 1}),
+        ("smollm3", "SmolLM3", {"no_rope_layers": [1, 1, 1, 1]}),
+        ("llama", "Llama", {"embedding_multiplier": 12.0}),  # transformers' Llama does not read it
+    ):
+        entry = replace(ARCHITECTURES["llama"], model_type=model_type, classes=classes)
+        monkeypatch.setitem(ARCHITECTURES, model_type, entry)
+        model_config(SHAPES | settings, spec_from_config(SHAPES | {"model_type": model_type}))
 
 
 # ---------------------------------------------------------------------- merged projections, as Phi-3 has them

@@ -80,12 +80,23 @@ class Choir(ServerEngine):
         return ["choir", checkpoint, self.context_flag, str(case.work.context), "--voices", str(option.tensor)]
 
 
+@dataclass(frozen=True)
+class Unison(Choir):
+    """A choir without stages: all voices in every layer."""
+
+    name = "unison"
+    title = "Unison"
+    stages = False
+
+
 @pytest.fixture(autouse=True)
 def engines() -> Iterator[None]:
-    register(Abacus)
-    register(Choir)
+    added = (Abacus, Choir, Unison)
+    for engine in added:
+        register(engine)
     yield
-    del ENGINES["abacus"], ENGINES["choir"]
+    for engine in added:
+        del ENGINES[engine.name]
 
 
 def run(*words: str, code: int = 0) -> str:
@@ -114,6 +125,26 @@ def test_a_server_is_planned_with_its_own_flags() -> None:
     assert plan["flags"]["choir"] == "choir CHECKPOINT --verses 8192 --voices 1"
     text = run("plan", *asked, "-c", "128k", code=3)
     assert "--loudness 0." in text and "--verses" in text and "Choir, tensor x pipeline parallel:" in text
+
+
+def test_a_server_without_stages_has_all_ranks_side_by_side() -> None:
+    asked = ("Qwen2.5-7B", "--gpu", "4x RTX 3090", "--json", "--engine")
+    options = json.loads(run("plan", *asked, "unison"))["parallel"]
+    assert [(o["tensor_parallel_size"], o["possible"]) for o in options] == [(4, True), (2, False), (1, False)]
+    assert {o["verdict"] for o in options[1:]} == {"no: Unison has no pipeline parallelism"}
+    assert all(o["possible"] for o in json.loads(run("plan", *asked, "choir"))["parallel"])
+    ranks = ("Qwen2.5-7B", "--gpu", "4x RTX 3090", "--engine", "unison", "--tensor-parallel-size")
+    run("vram", *ranks, "4")
+    refused = CliRunner().invoke(app, ["vram", *ranks, "2"])
+    assert refused.exit_code == 1 and "4 GPUs would be 2 stages, Unison has none" in refused.stderr
+
+
+def test_shapes_that_cannot_be_cut_leave_a_server_without_stages_no_layout() -> None:
+    """The 72B at 4 bits in groups of 128: its FFN is not cut in two or four, and stages are out."""
+    asked = ("Qwen2.5-72B", "--gpu", "4x RTX 3090", "--bits", "4", "--json", "--engine")
+    assert json.loads(run("plan", *asked, "choir"))["fits"]
+    plan = json.loads(run("plan", *asked, "unison", code=3))
+    assert not any(option["possible"] for option in plan["parallel"])
 
 
 def test_it_is_offered_where_engines_are_offered() -> None:

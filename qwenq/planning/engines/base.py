@@ -68,6 +68,7 @@ class Engine(ABC):
     host_layers_first: ClassVar[bool] = False  # layers in host memory are a model's first ones, not its last
     copies_tied_head: ClassVar[bool] = False  # and keeps the embedding elsewhere
     states_peak: ClassVar[bool] = False  # published runs of it state torch's allocator peak
+    stages: ClassVar[bool] = True  # of a server: pipeline parallelism too, or only tensor parallelism
     started: ClassVar[bool] = False  # `qwenq serve` starts it
     context_flag: ClassVar[str] = ""  # of a server's command
     utilization_flag: ClassVar[str] = ""
@@ -430,6 +431,8 @@ class ServerEngine(Engine):
             reasons = cutting_reasons(case.spec, case.weights, asked)
             if count % asked:
                 reasons.append(f"{count} GPUs are not divisible by {asked}")
+            elif count > asked and not self.stages:
+                reasons.append(f"{count} GPUs would be {count // asked} stages, {self.title} has none")
             if reasons:
                 raise PlanError(f"tensor parallel size {asked} is not possible: {reasons[0]}")
             return asked, count // asked
