@@ -29,6 +29,7 @@ from qwenq.text.conversation import COLUMNS, Document, read_row
 SMALL_TEXT_BYTES = 4 << 20
 SMALL_ROWS_BYTES = 16 << 20
 MAX_ROW_BYTES = 16 << 20
+MAX_DOCUMENT_CHARACTERS = 1 << 20  # encoded at once, in up to 270 bytes of memory each
 MAX_STREAM_BYTES = 1 << 30
 MAX_WHOLE_BYTES = 256 << 20  # of a large file that is asked for whole
 BAD_ROWS_IN_100 = 10  # more, and the file is another than it seems
@@ -137,11 +138,13 @@ def _row(row: Any, where: str) -> Iterator[Item]:
     except CalibrationError as error:
         yield error
         return
-    if len(document.text) <= SMALL_TEXT_BYTES:
+    size, most = document.characters, MAX_DOCUMENT_CHARACTERS
+    if size <= most:
         yield document
-        return
-    step = SMALL_TEXT_BYTES // 4
-    yield from (Document(document.text[start : start + step]) for start in range(0, len(document.text), step))
+    elif document.messages:
+        yield CalibrationError(f"{where}: a conversation of {size:,} characters, wanted at most {most:,}")
+    else:
+        yield from (Document(document.text[start : start + most]) for start in range(0, size, most))
 
 
 def _small_content(path: Path, file: io.BufferedReader, size: int, packed: bool, limit: int) -> bytes | None:

@@ -481,3 +481,12 @@ def test_more_templates_in_a_folder_of_their_own(tiny: Path, tmp_path: Path) -> 
     (more / "tool_use.jinja").symlink_to(tiny / "config.json")
     with pytest.raises(CheckpointError, match=r"tool_use.jinja links to a file outside"):
         ModelTokenizer(tmp_path).render_chat([USER])
+
+
+def test_a_long_row_is_encoded_in_pieces_and_a_long_conversation_is_left_out() -> None:
+    most = corpus.MAX_DOCUMENT_CHARACTERS
+    text, chat = "x" * (2 * most + 5), [{"role": "user", "content": "y" * (most + 1)}]
+    found = list(corpus.read_rows([{"text": text}, {"messages": chat}], lambda number: f"row {number}"))
+    pieces = [item.text for item in found if isinstance(item, Document)]
+    assert [len(piece) for piece in pieces] == [most, most, 5] and "".join(pieces) == text
+    assert str(found[3]) == "row 2: a conversation of 1,048,577 characters, wanted at most 1,048,576"
