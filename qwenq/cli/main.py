@@ -148,6 +148,8 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except typer.Exit:  # a RuntimeError: of a command that has said why
+            raise
         except QwenqError as error:
             raise _told(error) from None
         except (OSError, MemoryError, RuntimeError, UnicodeError, ImportError) as error:

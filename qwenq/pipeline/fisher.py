@@ -249,7 +249,7 @@ def _errors(
                 errors.setdefault(units[path], {}).setdefault(scheme, {})[path] = error
                 of_unit = lost.setdefault(units[path], {})
                 of_unit[scheme] = of_unit.get(scheme, 0.0) + 10 ** (stats.error_db / 10)
-            del solved
+            del solved, qtensor, stats  # codes and scales are on the device
     return errors, lost
 
 

@@ -109,7 +109,7 @@ def memory_errors(doing: str, device: torch.device, need: int | None, hint: str)
     except QwenqError:
         raise
     except (MemoryError, RuntimeError) as error:  # torch's own OutOfMemoryError is a RuntimeError
-        if not out_of_memory(error):
+        if not (isinstance(error, torch.OutOfMemoryError) or out_of_memory(error)):
             raise
         if found := _TORCH_OOM.search(str(error)):  # torch knows better which GPU and how much
             device, need = torch.device("cuda", int(found[3])), round(float(found[1]) * _UNITS[found[2]])

@@ -66,7 +66,7 @@ def test_too_little_memory_to_convert(failure: Exception, tiny: Path, tmp_path: 
     def fail(*arguments: object) -> str:
         raise failure
 
-    monkeypatch.setattr("qwenq.pipeline.convert.write_shard", fail)
+    monkeypatch.setattr("qwenq.io.tensors.write_shard", fail)
     words = ["convert", str(tmp_path / "whole"), str(tmp_path / "out"), "--format", "compressed-tensors"]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 1 and result.stderr.startswith("error: CPU: out of memory while converting: ")
