@@ -26,6 +26,7 @@ from qwenq.io.safetensors import (
 )
 from qwenq.model.spec import family_spec
 from qwenq.pipeline.quantize import quantize
+from qwenq.planning.models import load_model
 from qwenq.planning.sensitivity import prior
 
 
@@ -153,3 +154,15 @@ def test_labels_of_sensitivities(digits: int, tiny: Path, tmp_path: Path) -> Non
     code, output = said("quantize", tiny, "-o", tmp_path / "out", "--dry-run", "--target-size", "1.2MB",
                         "--sensitivity", tmp_path / "s.json")  # fmt: skip
     assert code == 1 and "is no scheme" in output.replace("\n", "") and len(output) < 2000
+
+
+def test_a_model_name_longer_than_a_path_may_be(tmp_path: Path) -> None:
+    name = "Qwen2.5-7B-I" + "n" * 5000
+    for words in (["vram", name], ["quantize", name, "-o", tmp_path / "out", "--dry-run"]):
+        code, output = said(*words)
+        assert code and "Qwen2.5-7B-Innn" in output and len(output) < 4000
+    (tmp_path / "x.csv").write_text(HEAD + ROW.replace("Qwen2.5-7B", name[:3000]))
+    code, output = said("vram", "validate", tmp_path / "x.csv")
+    assert code == 1 and "x.csv" in output
+    with pytest.raises(CheckpointError, match="neither a directory nor a shipped model"):
+        load_model(name)

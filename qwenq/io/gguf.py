@@ -158,7 +158,7 @@ def check_file(path: Path) -> None:
 
 def is_gguf(path: Path | str) -> bool:
     """Whether a path is that of a GGUF file, by its ending and without opening it."""
-    return Path(path).suffix.lower() == ENDING and Path(path).is_file()
+    return Path(path).suffix.lower() == ENDING and os.path.isfile(path)
 
 
 def gguf_model(path: Path) -> Path | None:
@@ -168,7 +168,7 @@ def gguf_model(path: Path) -> Path | None:
     """
     if is_gguf(path):
         return path
-    if not path.is_dir() or (path / "config.json").exists():
+    if not os.path.isdir(path) or (path / "config.json").exists():
         return None
     names = ((each, _SPLIT_NAME.fullmatch(each.name)) for each in path.glob("*" + ENDING))
     found = [each for each, named in names if named is None or int(named["number"]) == 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ def model_directory(model: str, listen: Callable[[str], None] = lambda line: Non
     listen: is told how far a download is.
     """
     path = Path(model)
-    if path.is_dir() or gguf_model(path):
+    if os.path.isdir(path) or gguf_model(path):
         return gguf_model(path) or path
     from qwenq.io.hub import fetch_model, is_hub_name
 
@@ -52,7 +53,7 @@ class Shapes:
 
 def source_shapes(model: str) -> Shapes:
     """Shapes of a family, a directory or a hub model, whose headers alone are fetched. QwenqError for anything else."""
-    local = Path(model).is_dir() or gguf_model(Path(model)) is not None
+    local = os.path.isdir(model) or gguf_model(Path(model)) is not None
     family = None if local else family_spec(model)
     if family is not None:
         return Shapes(family, lambda name: "BF16", None, {})

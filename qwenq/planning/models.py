@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -246,7 +247,7 @@ def _find(model: str) -> Model:
     if (file := gguf_model(path)) is not None:
         found = read_headers(file)
         return Model(found.spec, found.config, directory=file)
-    if (path / "config.json").is_file():
+    if os.path.isfile(path / "config.json"):
         config = read_object(inside(path, "config.json"))
         spec = spec_from_config(config, where=shown(str(path / "config.json")), name=printable(path.resolve().name))
         return Model(spec, config, directory=path)
@@ -255,12 +256,12 @@ def _find(model: str) -> Model:
         spec_found = family_spec(name) if name else None
         if spec_found is not None:
             return Model(spec_found, {}, published=published)
-    if not path.exists():
+    if not os.path.exists(path):
         refuse_experts(model)
-    if path.is_dir():
+    if os.path.isdir(path):
         refuse_adapter(path)
         raise CheckpointError(f"{shown(model)}: no config.json", hint="give the folder of a Hugging Face checkpoint")
-    if path.exists() or model.startswith(("/", ".", "~")) or model.count("/") != 1:
+    if os.path.exists(path) or model.startswith(("/", ".", "~")) or model.count("/") != 1:
         raise CheckpointError(
             f"{shown(model)}: neither a directory nor a shipped model",
             hint=near_names(model),
