@@ -85,7 +85,8 @@ def statement(draw: Random, depth: int = 0) -> str:
             "{% if " * 500, "{% break %}", "{% for a in b recursive %}{{ loop(a) }}{% endfor %}" + inner,
             "{% call(x) m() %}{% endcall %}", "{% do x.append(x) %}", "{% autoescape true %}" + inner,
         ))  # fmt: skip
-    return (inner * draw.choice((2, 50, 2000)))[:_LONGEST]
+    times = draw.choice((2, 50, 2000))
+    return (inner * min(times, _LONGEST // len(inner) + 1))[:_LONGEST]
 
 
 def template(draw: Random, published: str) -> str:
