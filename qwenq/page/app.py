@@ -257,7 +257,7 @@ HEADERS = {
 
 def make_app(allowed_hosts: Collection[str] = ()) -> FastAPI:
     """The application; clients that a web page elsewhere could make a browser be are refused (io.http)."""
-    app = FastAPI(title="qwenq vram", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="qwenq vram", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.add_middleware(
         Guard, refusal=lambda problem: {"error": problem, "hint": ""}, allowed=allowed_hosts, headers=HEADERS
     )

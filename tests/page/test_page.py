@@ -130,6 +130,7 @@ def test_limits(client: TestClient) -> None:
     assert client.post("/api/estimate", content=b" " * (MAX_BODY_BYTES + 1)).status_code == 413
     assert client.get("/api/estimate").status_code == 405
     assert client.get("/nowhere").status_code == 404
+    assert client.get("/page.js/", follow_redirects=False).status_code == 404  # nothing is redirected
     assert client.get("/../pyproject.toml").status_code == 404
     assert client.get("/", headers={"host": "evil.example"}).status_code == 403  # a name that was rebound to us
 
