@@ -168,14 +168,17 @@ def has_triton() -> bool:
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 
+UNTOLD_RAM = 1 << 60  # what `available_ram` answers where the system does not tell
+
+
 def available_ram() -> int:
-    """Bytes of host memory that can be had without swapping; a very large number where the system does not tell."""
+    """Bytes of host memory that can be had without swapping; UNTOLD_RAM where the system does not tell."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             fields = dict(line.split(":", 1) for line in file)
         return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError, IndexError):
-        return 1 << 60
+        return UNTOLD_RAM
 
 
 def resident_bytes() -> int:

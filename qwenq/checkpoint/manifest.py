@@ -19,7 +19,7 @@ from typing import Any
 
 from qwenq.errors import CheckpointError, JobError
 from qwenq.io.durable import TORN_ENDING, file_sha256, write_bytes
-from qwenq.io.gguf import ENDING, check_file
+from qwenq.io.gguf import check_file, is_gguf
 from qwenq.io.json import (
     MAX_SMALL_BYTES,
     TEMPLATES,
@@ -246,7 +246,7 @@ def hash_of(path: Path) -> str:
     """
     if path.suffix == ".safetensors":
         read_header(path)
-    elif path.suffix == ENDING:
+    elif is_gguf(path):
         check_file(path)
     else:
         check_regular(path, MAX_SMALL_BYTES)

@@ -277,7 +277,8 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     spec, config, stored = found.spec, found.config, found.tensors
     quantized = None
     if config.get("quantization_config"):
-        quantized = read_quantization_config(config["quantization_config"], str(directory / "config.json"))
+        said = directory if is_gguf(directory) else directory / "config.json"
+        quantized = read_quantization_config(config["quantization_config"], str(said))
         refuse_quantized_head(spec, stored, str(directory))
     else:
         refuse_undescribed(stored, directory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -103,6 +104,8 @@ def run(
     words = load_words(context)
     if foreign is not None and foreign.own_kv:
         del words["kv_cache_dtype"]
+    elif foreign is not None and kv_cache_dtype != "auto":
+        raise UsageError(f"--kv-cache-dtype is not handed to {engine} by run", hint="`qwenq serve` tells vLLM of it")
     options = load_options(**words)
     if prompt == "":
         raise UsageError("--prompt: the prompt is empty", hint="write one, or leave --prompt out for a chat")
@@ -136,6 +139,8 @@ def run(
             )
         with redirect_stdout(sys.stderr):  # all of them log to stdout
             answering = foreign(directory, options.max_model_len, kv_cache_dtype)
+        for line in answering.notes:
+            warn(line)
         try:
             _answer_foreign(answering, chat, ids, sampling, json)
         finally:
@@ -155,14 +160,15 @@ def run(
 def stored_question(model: str, engine: str, **asked: Any) -> Question:
     """A question to the planner about a checkpoint as it is stored, downloading nothing.
 
-    Headers of a directory, or of the hub; a shipped model's hub name stands for the shipped shapes, in 16 bits unless
-    it says otherwise.
+    Headers of a directory or GGUF file, or of the hub; a shipped model's hub name stands for the shipped shapes, in
+    16 bits unless it says otherwise.
     """
+    from qwenq.io.gguf import gguf_model
     from qwenq.io.hub import is_hub_name
     from qwenq.planning.models import load_model
     from qwenq.planning.questions import Question
 
-    if Path(model).is_dir():
+    if os.path.isdir(model) or gguf_model(Path(model)) is not None:
         return Question(model, checkpoint=Path(model), engine=engine, **asked)
     if not is_hub_name(model):
         raise no_checkpoint(model)
@@ -221,6 +227,7 @@ def _answer(found: Loaded, session: Session, chat: Chat, ids: list[int], samplin
                 "plan": found.plan.to_json(),
                 "kernels": found.model.kernels(),
                 "fallbacks": found.model.fallbacks(),
+                "decoding": session.decoding,
                 "compute_dtype": str(found.model.dtype)[6:],
                 "load_seconds": round(found.seconds, 3),
             }

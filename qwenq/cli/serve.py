@@ -34,7 +34,7 @@ from qwenq.cli.options import (
 from qwenq.cli.plain import print_line, print_step
 from qwenq.cli.run import print_forecast, stored_question
 from qwenq.errors import PlanError, RunError, UsageError
-from qwenq.io.gguf import is_gguf
+from qwenq.io.gguf import gguf_model
 
 if TYPE_CHECKING:
     from qwenq.planning.engines.base import Engine
@@ -106,8 +106,13 @@ def serve(
     if _by_llama_cpp(model, kind, hosts):
         source = context.get_parameter_source("prefill_chunk")
         chunk = prefill_chunk if source is not None and source.name == "COMMANDLINE" else 0  # else llama.cpp's own
-        if allowed_hosts:
-            raise UsageError("--allowed-hosts is of qwenq's own server", hint="--engine qwenq, or leave it out")
+        for name in ("allowed_hosts", "max_queue", "compute_dtype", "gpu_memory", "cpu_memory", "offload_dir"):
+            source = context.get_parameter_source(name)
+            if source is not None and source.name == "COMMANDLINE":
+                raise UsageError(
+                    f"--{name.replace('_', '-')} is of qwenq's own server, and this is llama.cpp's",
+                    hint="--engine qwenq, or leave it out",
+                )
         _serve_by_llama_cpp(model, max_model_len, kv_cache_dtype, chunk, gpu, _Listener(served_model_name, host, port),
                             api_key, dry_run)  # fmt: skip
         return
@@ -116,7 +121,8 @@ def serve(
         raise UsageError("--gpu and --hosts are of vLLM's commands", hint="--engine vllm, or leave them out")
     installed = importlib.util.find_spec("vllm") is not None
     options = load_options(**load_words(context))
-    ours = here or (kind is None and not (gpu or hosts) and not (installed and _has_gpu()))
+    theirs = installed and _has_gpu() and gguf_model(Path(model)) is None  # vLLM is handed no GGUF
+    ours = here or (kind is None and not (gpu or hosts) and not theirs)
     if allowed_hosts and not ours:
         raise UsageError("--allowed-hosts is of qwenq's own server", hint="--engine qwenq, or leave it out")
     name = served_model_name or (Path(model).resolve().name if Path(model).is_dir() else model)
@@ -161,7 +167,7 @@ def _by_llama_cpp(model: str, kind: type[Engine] | None, hosts: str) -> bool:
         if kind.needs_gguf and hosts:
             raise UsageError("--hosts is of vLLM's commands", hint="--engine vllm, or leave it out")
         return kind.needs_gguf
-    return not hosts and is_gguf(model) and has_server()
+    return not hosts and gguf_model(Path(model)) is not None and has_server()
 
 
 def _serve_by_llama_cpp(
@@ -171,17 +177,18 @@ def _serve_by_llama_cpp(
     from qwenq.runtime.llamacpp import find_server, serving
     from qwenq.units import parse_tokens
 
+    program = "" if dry_run else find_server()
     planned = serving(model, parse_tokens(context) if context else 0, kv_dtype, ubatch, gpu)
-    words = [*planned.words, "--alias", listener.name or Path(model).stem]
+    words = [*planned.words, "--alias", listener.name or planned.file.stem]
     words += ["--host", listener.host, "--port", str(listener.port)]
+    for line in planned.notes:
+        warn(line)
     if dry_run:
         lines = [planned.setting + shlex.join(words), "", "# Modelfile, for `ollama create NAME -f Modelfile`"]
         print_line("\n".join([*lines, planned.modelfile]))
         return
-    program = find_server()
     print_step(planned.setting + shlex.join(words))
-    environment = os.environ | dict(pair.split("=", 1) for pair in planned.setting.split())
-    os.execvpe(program, words, environment | ({"LLAMA_API_KEY": api_key} if api_key else {}))
+    os.execvpe(program, words, planned.environment | ({"LLAMA_API_KEY": api_key} if api_key else {}))
 
 
 def vllm_commands(

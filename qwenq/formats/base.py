@@ -477,8 +477,11 @@ class Format(ABC):
 
     # ------------------------------------------------------------------ tensors and sizes
 
-    def stored_dtype(self, name: str, dtype: str) -> str:
-        """safetensors dtype in which unquantized tensor `name` is stored where the source or --dtype has `dtype`."""
+    def stored_dtype(self, name: str, dtype: str, mixture: str = "") -> str:
+        """safetensors dtype in which unquantized tensor `name` is stored where the source or --dtype has `dtype`.
+
+        mixture: the name of the recipe, if it is one of the format's own.
+        """
         return dtype
 
     @abstractmethod

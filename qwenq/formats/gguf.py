@@ -618,10 +618,12 @@ class Gguf(Format):
         like = mixture or next(name for name, found in MIXTURES.items() if found.base == mostly)
         return {"general.file_type": MIXTURES[like].number, "general.quantization_version": 2}
 
-    def stored_dtype(self, name: str, dtype: str) -> str:
-        """Norms and biases in float32; matrices that are not quantized in 16 bit."""
-        vector = name.endswith(".bias") or "norm" in name.removesuffix(".weight").rpartition(".")[2]
-        return "F32" if vector else dtype if dtype in SOURCES else "F16"
+    def stored_dtype(self, name: str, dtype: str, mixture: str = "") -> str:
+        """Norms and biases in float32; matrices that are not quantized in 16 bit, by a mixture as llama.cpp has it."""
+        if name.endswith(".bias") or "norm" in name.removesuffix(".weight").rpartition(".")[2]:
+            return "F32"
+        wanted = mixture or dtype
+        return wanted if wanted in SOURCES else "F16"
 
     def tensors(self, scheme: Scheme, lin: LinearSpec, dtype_of: StoredDtype) -> Iterator[TensorSpec]:
         yield BlockTensor(lin.name + ".weight", scheme.codes, (lin.out_features, lin.in_features))

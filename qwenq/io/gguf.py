@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwenq.errors import CheckpointError
-from qwenq.io.json import inside, open_regular, shown
+from qwenq.io.json import LFS_POINTER, inside, open_regular, shown
 from qwenq.io.safetensors import MAX_NAME_CHARACTERS, MAX_TENSORS, TensorLocation, TensorSpec
 
 ENDING = ".gguf"
@@ -74,12 +74,6 @@ class BlockTensor(TensorSpec):
         for dim in self.shape:
             size *= dim
         return size // found.values * found.n_bytes
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row: of the values along the innermost dimension."""
-        found = TYPES[self.dtype]
-        return self.shape[-1] // found.values * found.n_bytes
 
 
 # ---------------------------------------------------------------------- metadata
@@ -235,7 +229,7 @@ def _read(path: Path) -> _Header:
         size = os.fstat(file.fileno()).st_size
         data = file.read(min(size, MAX_HEADER_BYTES))
     if data[:4] != _MAGIC:
-        hint = "this is a git-lfs pointer, not the weights: run `git lfs pull`" if data[:8] == b"version " else ""
+        hint = "this is a git-lfs pointer, not the weights: run `git lfs pull`" if data.startswith(LFS_POINTER) else ""
         raise CheckpointError(f"{where}: not a GGUF file (it begins with {shown(repr(data[:4]))})", hint=hint)
     at = _Cursor(data, where, size)
     at.position = 4

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from qwenq.errors import CheckpointError
 from qwenq.escaping import printable, shown
@@ -25,11 +25,21 @@ PLAIN_TYPES = ("F32", "F16", "BF16")  # of weights that are not quantized
 ROPE_FACTORS = "rope_freqs.weight"  # F32 [head_dim / 2]: divisors of Llama 3.1's frequencies
 # What all published models with such factors have beside the largest one.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_ROPE_ALWAYS = ("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings")
+_ROPE_KEYS = {
+    "llama3": (*_ROPE_ALWAYS, "low_freq_factor", "high_freq_factor"),
+    **dict.fromkeys(("default", "linear", "yarn"), _ROPE_ALWAYS),
+}
+_ROPE_NEUTRAL = {"partial_rotary_factor": 1.0, "beta_fast": 32, "beta_slow": 1}  # with these they change nothing
 # Keys that change what is computed, and the values with which they do not.
 _HARMLESS = {
     "expert_count": (0,), "attention.causal": (True,), "attention.scale": (0.0,), "attention.clamp_kqv": (0.0,),
     "attention.max_alibi_bias": (0.0,), "attn_logit_softcapping": (0.0,), "final_logit_softcapping": (0.0,),
     "logit_scale": (0.0, 1.0), "embedding_scale": (0.0, 1.0), "residual_scale": (0.0, 1.0),
+    "rope.scale_linear": (0.0, 1.0), "rope.scaling.attn_factor": (0.0, 1.0),
+    "rope.scaling.yarn_attn_factor": (1.0,), "rope.scaling.yarn_ext_factor": (-1.0, 1.0),
+    "rope.scaling.yarn_beta_fast": (32.0,), "rope.scaling.yarn_beta_slow": (1.0,),
+    "rope.scaling.yarn_log_multiplier": (0.0,),
 }  # fmt: skip
 
 
@@ -126,8 +136,12 @@ def paired_heads(spec: ModelSpec, name: str) -> int:
 def metadata_of_config(spec: ModelSpec, config: Mapping[str, Any]) -> dict[str, Any]:
     """llama.cpp's keys for the shapes and constants of a model, `general.architecture` first.
 
-    CheckpointError for rotary embeddings that they have no words for. Llama 3.1's are a tensor: `rope_factors`.
+    CheckpointError for what they have no words for. Llama 3.1's rotary embeddings are a tensor: `rope_factors`.
     """
+    if config.get("hidden_act", "silu") != "silu":
+        raise CheckpointError(
+            f"config.json: hidden_act is {shown(repr(config['hidden_act']), 40)}, GGUF has silu for such a model"
+        )
     name = names_in_gguf(spec.architecture).architecture
     found = {
         "block_count": spec.num_hidden_layers,
@@ -136,8 +150,8 @@ def metadata_of_config(spec: ModelSpec, config: Mapping[str, Any]) -> dict[str, 
         "feed_forward_length": spec.intermediate_size,
         "attention.head_count": spec.num_attention_heads,
         "attention.head_count_kv": spec.num_key_value_heads,
-        "attention.layer_norm_rms_epsilon": float(config.get("rms_norm_eps", 1e-6)),
-        "rope.freq_base": float(_rope(config).get("rope_theta", config.get("rope_theta", 10000.0))),
+        "attention.layer_norm_rms_epsilon": _number(config, "rms_norm_eps", 1e-6),
+        "rope.freq_base": _base(config),
     }
     if spec.head_dim * spec.num_attention_heads != spec.hidden_size or config.get("head_dim") is not None:
         found |= {"attention.key_length": spec.head_dim, "attention.value_length": spec.head_dim}
@@ -152,14 +166,13 @@ def rope_factors(spec: ModelSpec, config: Mapping[str, Any]) -> list[float] | No
     rope = _rope(config)
     if _rope_type(rope) != "llama3":
         return None
-    base = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
-    return _llama3_factors(spec.head_dim, base, _LLAMA3 | dict(rope))
+    return _llama3_factors(spec.head_dim, _base(config), _LLAMA3 | dict(rope))
 
 
 def _llama3_factors(head_dim: int, base: float, rope: Mapping[str, Any]) -> list[float]:
     """Divisors of frequencies, transformers' llama3: 1 for short waves, `factor` for long ones, blended between."""
-    factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-    length = float(rope["original_max_position_embeddings"])
+    factor, low, high = (_number(rope, key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    length = _number(rope, "original_max_position_embeddings")
     found = []
     for pair in range(head_dim // 2):
         wave = 2 * math.pi * base ** (2 * pair / head_dim)
@@ -178,6 +191,23 @@ def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
+def _base(config: Mapping[str, Any]) -> float:
+    rope = _rope(config)
+    return _number(rope if "rope_theta" in rope else config, "rope_theta", 10000.0)
+
+
+def _number(values: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    """A positive number of config.json; CheckpointError naming the key for anything else."""
+    value = values.get(key, default)
+    if not _is_positive(value):
+        raise CheckpointError(f"config.json: {key} is {shown(repr(value), 40)}, wanted a positive number")
+    return float(value)
+
+
+def _is_positive(value: object) -> TypeGuard[int | float]:
+    return not isinstance(value, bool) and isinstance(value, int | float) and 0 < value < 1e30
+
+
 def _rope_type(rope: Mapping[str, Any]) -> str:
     return str(rope.get("rope_type", rope.get("type", "default")))
 
@@ -185,11 +215,17 @@ def _rope_type(rope: Mapping[str, Any]) -> str:
 def _scaling_metadata(spec: ModelSpec, config: Mapping[str, Any]) -> dict[str, Any]:
     rope = _rope(config)
     kind = _rope_type(rope)
+    for key, value in {"partial_rotary_factor": config.get("partial_rotary_factor"), **rope}.items():
+        if value is not None and key not in _ROPE_KEYS.get(kind, ()) and value != _ROPE_NEUTRAL.get(key):
+            raise CheckpointError(
+                f"config.json: rotary embeddings with {shown(key, 40)} {shown(repr(value), 40)} have no GGUF metadata "
+                "here"
+            )
     if kind in ("default", "llama3"):
         return {}
     if kind not in ("linear", "yarn"):
         raise CheckpointError(f"config.json: rotary embeddings of type {shown(kind, 40)} have no GGUF metadata here")
-    found = {"type": kind, "factor": float(rope["factor"])}
+    found = {"type": kind, "factor": _number(rope, "factor")}
     if kind == "yarn":
         found["original_context_length"] = rope.get("original_max_position_embeddings", spec.max_position_embeddings)
     return found
@@ -289,7 +325,7 @@ def _scaling_of_metadata(
 def _llama3_of_factors(factors: Sequence[float], config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The only published way to come by such a tensor, if its values are those."""
     possible = 2 * len(factors) == config["head_dim"] and all(1 <= factor < 1e6 for factor in factors)
-    rope = {"rope_type": "llama3", "factor": _shortest(max(factors))} | _LLAMA3
+    rope = {"rope_type": "llama3", "factor": _shortest(max(factors)) if possible else 1.0} | _LLAMA3
     wanted = _llama3_factors(config["head_dim"], config["rope_theta"], rope) if possible else []
     if not wanted or any(abs(a / b - 1) > 1e-4 for a, b in zip(factors, wanted, strict=True)):
         raise CheckpointError(f"{where}: {ROPE_FACTORS} holds other factors than Llama 3.1's: not supported")
@@ -316,7 +352,7 @@ class _Keys:
     def number(self, key: str, default: float | None = None) -> float:
         """A positive number; of a float32 the shortest decimal that means the same."""
         value = self.metadata.get(self.prefix + key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
+        if not _is_positive(value):
             raise self._wrong(key, value, "a positive number")
         return _shortest(float(value))
 

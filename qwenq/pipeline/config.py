@@ -227,7 +227,8 @@ class QuantizeConfig:
         if self.split_size is not None:
             parse_size(self.split_size)
         if form.mixtures:
-            self.mixture  # noqa: B018
+            if self.mixture and self.dtype != "auto":
+                raise ExcludedOptions(f"--dtype is no choice: {self.mixture} says the type of every tensor")
         elif not self.mixed:
             self.scheme()
 
@@ -485,7 +486,8 @@ class Resolution:
         stored_dtype = get_format(config.format).stored_dtype
 
         def dtype_of(name: str) -> str:
-            return stored_dtype(name, source_dtype_of(name) if config.dtype == "auto" else FLOATS[config.dtype])
+            dtype = source_dtype_of(name) if config.dtype == "auto" else FLOATS[config.dtype]
+            return stored_dtype(name, dtype, config.mixture)
 
         table = _table(config, wide, fingerprint, measured) if config.mixed else None
         if config.budgeted and table is None and method == "rtn":

@@ -127,7 +127,7 @@ class QuantizeJob:
     def stored_dtype(self, name: str) -> str:
         """safetensors dtype in which tensor `name` is written when it is not quantized."""
         asked = self.source.dtype_of(name) if self.config.dtype == "auto" else DTYPE_NAMES[DTYPES[self.config.dtype]]
-        return get_format(self.recipe.format).stored_dtype(name, asked)
+        return get_format(self.recipe.format).stored_dtype(name, asked, self.config.mixture)
 
     @cached_property
     def files(self) -> StoredFiles:

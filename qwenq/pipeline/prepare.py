@@ -137,8 +137,10 @@ def prepare(directory: Path, out: Path, config: QuantizeConfig, *, resume: bool 
         up_to=DEFAULT_EVALUATION_WINDOWS,
         strict=config.strict,
     )
-    texts = (config.calibration, config.eval_text)
-    compared = calibration is not None and not any(text.endswith(".npy") for text in texts)
-    shared = overlap(*texts) if compared else None
+    texts = [] if calibration is None or config.calibration.endswith(".npy") else [config.calibration]
+    if calibration is not None and calibration.provenance.get("builtin", {}).get("windows"):
+        texts.append("builtin")
+    compared = texts and not config.eval_text.endswith(".npy")
+    shared = overlap(texts[0], config.eval_text, *texts[1:]) if compared else None
     found.settled(windows_of(calibration, evaluation))  # what cannot be corrected is refused here
     return Preparation(found, source, out, calibration, evaluation, shared)

@@ -116,7 +116,7 @@ def _blocks(shape: PackedShape, compute: Compute) -> Choice:
     found = choose(replace(shape, blocks=""), replace(compute, triton=compute.triton and shape.sym))
     if found.kind == "tiled":
         return Choice("blocks", f"{kind} in row blocks: {found.reason}")
-    if compute.triton and not shape.sym:
+    if compute.device == "cuda" and compute.triton and not shape.sym:
         return Choice(found.kind, f"{kind}: Triton kernels want whole zero points")
     return found
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenq.errors import PlanError, UsageError
-from qwenq.machine import available_ram, has_triton, total_memory
+from qwenq.machine import UNTOLD_RAM, available_ram, has_triton, total_memory
 from qwenq.units import GIB, format_gib
 
 _CATALOGUE = Path(__file__).parents[1] / "data" / "gpus.csv"
@@ -382,7 +382,7 @@ def detect_rig() -> Rig:
         )
     return Rig(
         tuple(gpu for gpu, _, _ in read),
-        host_bytes=available_ram(),
+        host_bytes=ram if (ram := available_ram()) < UNTOLD_RAM else 0,
         free_bytes=tuple(free for _, free, _ in read),
         needs_pci_order=len(kinds) > 1 and os.environ.get(ORDER) != PCI_ORDER,
         notes=tuple(dict.fromkeys(note for _, _, note in read if note)),

@@ -240,7 +240,7 @@ def _whole(row: dict[str, str], column: str) -> int:
 
 # Lines that vLLM logs while it starts, and the column each states.
 _LOGGED = {
-    "version": re.compile(r"(?:LLM engine \(v|API server version:? v?|version )(\d+\.\d+(?:\.\d+)?)"),
+    "version": re.compile(r"(?:LLM engine \(v|API server version:? v?|vLLM version:? v?)(\d+\.\d+(?:\.\d+)?)"),
     "kv_tokens": re.compile(r"GPU KV cache size: ([\d,]+) tokens"),
     "mem_gib": re.compile(r"Available KV cache memory: (-?[\d.]+) GiB"),
     "max_model_len": re.compile(r"max_(?:model_len|seq_len)['\"]?[=:] ?(\d+)"),

@@ -100,11 +100,6 @@ class Weights:
         return tuple(accumulate(self.allocated[1], initial=0))
 
     @cached_property
-    def layer_sums(self) -> tuple[int, ...]:
-        """Bytes of the first layers as they are stored, likewise."""
-        return tuple(accumulate(self.layer_bytes, initial=0))
-
-    @cached_property
     def total_bytes(self) -> int:
         return sum(self.embed) + sum(self.norm) + sum(self.head) + sum(self.layer_bytes)
 

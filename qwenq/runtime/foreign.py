@@ -21,7 +21,8 @@ class ForeignEngine(ABC):
 
     name: ClassVar[str]  # of its package, and of --engine
     extra: ClassVar[str]  # of this project, which installs it
-    own_kv: ClassVar[bool] = False  # its KV caches have names of their own, and one is asked for
+    own_kv: ClassVar[bool] = False  # its KV caches have names of their own, and one may be asked for
+    notes: tuple[str, ...] = ()  # a line for each thing that is otherwise than one might expect
 
     @abstractmethod
     def __init__(self, directory: Path, context: int = 0, kv_dtype: str = "auto") -> None:
@@ -78,6 +79,7 @@ class GptqModelEngine(ForeignEngine):
         torch.manual_seed(sampling.seed)
         greedy = sampling.temperature < GREEDY_BELOW
         drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        drawn |= {"min_p": sampling.min_p} if sampling.min_p else {}
         clock = time.perf_counter()
         out = network.generate(
             torch.tensor([list(ids)], device=device),
@@ -116,6 +118,7 @@ class VllmEngine(ForeignEngine):
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
+            min_p=sampling.min_p,
             repetition_penalty=sampling.repetition_penalty,
             seed=sampling.seed,
             stop_token_ids=sorted(stop_ids),

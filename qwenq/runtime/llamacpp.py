@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenq.errors import CheckpointError, PlanError, RunError
-from qwenq.io.gguf import is_gguf
+from qwenq.io.gguf import gguf_model
 from qwenq.io.json import shown
 from qwenq.planning.case import Case
 from qwenq.planning.engines.base import pci_order
@@ -41,6 +41,7 @@ class Serving:
     file: Path
     case: Case
     placement: Placement | None
+    notes: tuple[str, ...] = ()  # a line for each thing that is otherwise than one might expect
 
     @property
     def engine(self) -> LlamaCppEngine:
@@ -57,39 +58,49 @@ class Serving:
         return pci_order(self.case) if self.case.rig else ""
 
     @property
+    def environment(self) -> dict[str, str]:
+        """This process's, with the setting."""
+        return os.environ | dict(pair.split("=", 1) for pair in self.setting.split())
+
+    @property
     def modelfile(self) -> str:
         """The same for `ollama create`."""
         return self.engine.modelfile(self.case, self.placement, str(self.file.absolute()))
 
 
 def serving(model: str, context: int = 0, kv_dtype: str = "auto", ubatch: int = 0, gpu: str = "") -> Serving:
-    """The plan for a GGUF file on the rig `gpu`, else on this machine's GPUs, else on its CPU.
+    """The plan for a GGUF file, or a directory's only one, on the rig `gpu`, else on this machine's GPUs or its CPU.
 
     context: 0 for 4k, or the model's own where that is less. CheckpointError for what is no GGUF file, HonestNo where
     not even the output fits.
     """
-    if not is_gguf(model):
+    file = gguf_model(Path(model))
+    if file is None:
         raise CheckpointError(
             f"{shown(model)}: not a GGUF file, which is what llama.cpp reads",
             hint="`qwenq quantize --format gguf` writes one; --engine qwenq reads checkpoints",
         )
-    rig = _rig(gpu)
+    rig, notes = _rig(gpu)
     asked = Question(model, engine=_ENGINE, kv_cache_dtype=kv_dtype, prefill_chunk=ubatch, rig=rig).resolve()
     case = asked.at(context or min(DEFAULT_CONTEXT, asked.spec.max_position_embeddings))
     placement = None
     if rig is not None:
         placement = place(case)
-        placement = placement if placement.fits else place(case, offload=True)
-    return Serving(Path(model), case, placement)
+        if not placement.fits:
+            placement = place(case, offload=True)
+            notes += ("not all layers fit the GPUs: the first ones stay on the CPU",)
+    return Serving(file, case, placement, (*notes, *asked.notes))
 
 
-def _rig(gpu: str) -> Rig | None:
+def _rig(gpu: str) -> tuple[Rig | None, tuple[str, ...]]:
+    """The rig, None for the CPU, and a line where that is not what was asked for."""
     if gpu:
-        return parse_rig(gpu)
+        return parse_rig(gpu), ()
     try:
-        return detect_rig()
-    except PlanError:
-        return None  # llama.cpp runs on a CPU too
+        rig = detect_rig()
+    except PlanError as error:  # llama.cpp runs on a CPU too
+        return None, (f"llama.cpp gets no layers for a GPU: {error.message}",)
+    return rig, rig.notes
 
 
 def find_server() -> str:
@@ -106,8 +117,8 @@ def find_server() -> str:
 
 
 def has_server() -> bool:
-    """Whether the program is there."""
-    return shutil.which(os.environ.get(VARIABLE, "") or PROGRAM) is not None
+    """Whether the program is there; RunError where it is named and is not."""
+    return bool(os.environ.get(VARIABLE) and find_server()) or shutil.which(PROGRAM) is not None
 
 
 class LlamaCppServer(ForeignEngine):
@@ -123,11 +134,11 @@ class LlamaCppServer(ForeignEngine):
             free.bind(("127.0.0.1", 0))
             self._port: int = free.getsockname()[1]
         words = [program, *planned.words[1:], "--host", "127.0.0.1", "--port", str(self._port)]
-        environment = os.environ | dict(pair.split("=", 1) for pair in planned.setting.split())
+        self.notes = planned.notes
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the server
         try:
             self._process = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, env=environment
+                words, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, env=planned.environment
             )
         except OSError as error:
             raise RunError(f"{program}: {error.strerror or error}") from None
@@ -147,9 +158,9 @@ class LlamaCppServer(ForeignEngine):
                     hint="`qwenq serve --engine llama.cpp --dry-run` prints its command",
                 )
             try:
-                if self._ask("GET", "/health")[0] == http.client.OK:
+                if self._ask("GET", "/health", timeout_s=10)[0] == http.client.OK:
                     return
-            except OSError:
+            except (OSError, http.client.HTTPException, ValueError):
                 pass  # it does not listen yet
             time.sleep(0.1)
         raise RunError(f"{PROGRAM} did not answer within {_START_S} s")
@@ -160,8 +171,8 @@ class LlamaCppServer(ForeignEngine):
         said = [line for line in lines if "error" in line.lower()]
         return shown((said or lines or ["it said nothing"])[-1], 300)
 
-    def _ask(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
-        connection = http.client.HTTPConnection("127.0.0.1", self._port)
+    def _ask(self, method: str, path: str, body: Any = None, timeout_s: float | None = None) -> tuple[int, Any]:
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=timeout_s)
         try:
             data = None if body is None else json.dumps(body)
             connection.request(method, path, data, {"Content-Type": "application/json"})
@@ -181,17 +192,21 @@ class LlamaCppServer(ForeignEngine):
             "temperature": 0.0 if greedy else sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
+            "min_p": sampling.min_p,
             "repeat_penalty": sampling.repetition_penalty,
+            "repeat_last_n": -1,  # of every token there is
             "seed": sampling.seed,
         }
         try:
             status, answer = self._ask("POST", "/completion", body)
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:
             raise RunError(f"{PROGRAM} broke off ({error or type(error).__name__}: {self._last_error()})") from None
         if status != http.client.OK:
             said = answer.get("error", answer) if isinstance(answer, dict) else answer
             reason = said.get("message", said) if isinstance(said, dict) else said
             raise RunError(f"{PROGRAM} refused the prompt ({shown(str(reason), 300)})")
+        if not isinstance(answer, dict) or not {"tokens", "timings"} <= answer.keys():
+            raise RunError(f"{PROGRAM} tells no tokens of its answer", hint="take a newer llama.cpp")
         new, timings = list(answer["tokens"]), answer["timings"]
         timing.prompt_tokens, timing.new_tokens = len(ids), len(new)
         timing.prefill_seconds = timings["prompt_ms"] / 1000

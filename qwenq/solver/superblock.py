@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwenq.solver.grid import ColumnRounder, Grid, Parameters, float16_scale, move
+from qwenq.solver.grid import ColumnRounder, Grid, Parameters, move
 
-SHRINK = (1.1, 1.04, 1.0, 0.96, 0.92, 0.88, 0.84, 0.78, 0.7)  # candidates, as in solver/grid.py
+SHRINK = (1.1, 1.04, 1.0, 0.96, 0.92, 0.88, 0.84, 0.78, 0.7)  # candidates, fewer than an integer grid's
 ROUNDS = 2  # of super-block scale and sub-groups' integers in turn
 MAX_FLOAT16 = 65504.0
 
@@ -230,11 +230,11 @@ class TableGrid(Grid):
     def fit(self, w_KO: Tensor, importance_K: Tensor | None = None) -> Parameters:
         units = self._units
         if importance_K is None:
-            return (float16_scale(w_KO.abs().amax(0, keepdim=True) / units.most),)
-        return (float16_scale(_scale_search(w_KO[None], importance_K[None, :, None], units)),)
+            return (_float16(w_KO.abs().amax(0, keepdim=True) / units.most),)
+        return (_float16(_scale_search(w_KO[None], importance_K[None, :, None], units)),)
 
     def round(self, w_KO: Tensor, parameters: Parameters) -> Tensor:
-        return self._units.nearest(w_KO / parameters[0])
+        return self._units.nearest(w_KO * _inverse(parameters[0]))
 
     def dequantize(self, codes_KO: Tensor, parameters: Parameters) -> Tensor:
         scale_GO = parameters[0].float()
@@ -250,7 +250,7 @@ class TableGrid(Grid):
         unit_KO = self._units.of(codes_KO)
         spread_KO = h_KK @ unit_KO
         step_O = _quotient((unit_KO * slope_KO).sum(0), (unit_KO * spread_KO).sum(0))
-        found_1O = float16_scale(parameters[0] + step_O)
+        found_1O = _float16(parameters[0] + step_O)
         change_1O = found_1O - parameters[0]
         error_KO.sub_(unit_KO * change_1O)
         slope_KO.sub_(spread_KO * change_1O)
@@ -488,7 +488,7 @@ class SuperAffineGrid(Grid):
             h_KN, code_NO = h_KK[:, own], codes_SNO[sub]
             spread_KO, ones_K = h_KN @ code_NO, h_KN.sum(1)
             own_slope_NO, total = slope_KO[own], float(ones_K[own].sum())
-            step_O, raise_O = _least_squares(code_NO, spread_KO[own], ones_K[own], total, own_slope_NO)
+            step_O, _ = _least_squares(code_NO, spread_KO[own], ones_K[own], total, own_slope_NO)
             wanted_O = self._coded(s_SO[sub] * d_1O[0] + step_O, d_1O)[0]
             change_O = (wanted_O - s_SO[sub]) * d_1O[0]
             # the constant of least error once the scale has moved by so much

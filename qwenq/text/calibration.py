@@ -161,8 +161,8 @@ def _encoded(documents: Sequence[Document], texts: Sequence[str], tokenizer: Mod
     return [next(chats if document.messages else plain) for document in documents]
 
 
-def overlap(calibration: str, evaluation: str) -> float:
-    """Share of the evaluation text's 13-word shingles that also occur in the calibration text.
+def overlap(calibration: str, evaluation: str, *more: str) -> float:
+    """Share of the evaluation text's 13-word shingles that also occur in the calibration text, or in `more` of it.
 
     Scripts written without spaces count every character as a word. Of large files a sample is compared.
     """
@@ -174,7 +174,8 @@ def overlap(calibration: str, evaluation: str) -> float:
             yield from (hash(tuple(words[i : i + _SHINGLE_WORDS])) for i in range(len(words) - _SHINGLE_WORDS + 1))
 
     held = set(shingles(evaluation))
-    return len(held.intersection(shingles(calibration))) / max(len(held), 1)
+    found = {shingle for name in (calibration, *more) for shingle in shingles(name) if shingle in held}
+    return len(found) / max(len(held), 1)
 
 
 def set_names() -> list[str]:

@@ -28,7 +28,7 @@ from qwenq.machine import Compute
 from qwenq.pipeline.convert import convert
 from qwenq.pipeline.evaluate import evaluate
 from qwenq.pipeline.quantize import quantize
-from qwenq.planning.kernels import choose
+from qwenq.planning.kernels import Choice, choose
 from qwenq.runtime.linear import BlockEmbedding, BlockLinear, Int4Linear, packed_linear
 from qwenq.solver.grid import QTensor
 from qwenq.text.calibration import load_windows
@@ -190,7 +190,9 @@ def test_planning_a_gguf_file_imports_neither_torch_nor_numpy_nor_gguf(five: Pat
 def test_commands_take_the_file(five: Path) -> None:
     run = CliRunner(env={"COLUMNS": "200"})
     for command in (["inspect", str(five)], ["vram", str(five), "--gpu", "RTX 3090", "-c", "256"],
-                    ["plan", str(five), "--gpu", "RTX 3090", "-c", "256"]):  # fmt: skip
+                    ["plan", str(five), "--gpu", "RTX 3090", "-c", "256"],
+                    ["run", str(five), "--dry-run"],
+                    ["serve", str(five), "--engine", "qwenq", "--dry-run"]):  # fmt: skip
         done = run.invoke(app, command)
         assert done.exit_code == 0, done.output
     done = run.invoke(app, ["inspect", str(five.with_name("missing.gguf"))])
@@ -239,6 +241,7 @@ def test_kernels_by_type_and_why_not() -> None:
     q4_k = PackedShape(4, 32, 64, 512, False, blocks="Q4_K")  # minima are no whole zero points, which Triton's take
     found = choose(q4_k, Compute("bfloat16", "cuda"))
     assert found.kind == "int4" and found.reason == "Q4_K: Triton kernels want whole zero points"
+    assert choose(q4_k, Compute("bfloat16", "cpu")) == Choice("int4")
     assert choose(q4_0, Compute("float32", "cuda")).reason.startswith("Q4_0 in row blocks: float32 activations")
 
 

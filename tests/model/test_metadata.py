@@ -182,6 +182,27 @@ def test_yarn(tmp_path: Path, tiny: Path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 64}}, "with beta_fast 64 have no GGUF metadata"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "attention_factor": 1.5}}, "attention_factor 1.5 have no"),
+        ({"rope_scaling": {"type": "yarn", "factor": None}}, "factor is None, wanted a positive number"),
+        ({"partial_rotary_factor": 0.5}, "with partial_rotary_factor 0.5 have no GGUF metadata"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', GGUF has silu"),
+        ({"rms_norm_eps": "x"}, "rms_norm_eps is 'x', wanted a positive number"),
+        ({"rope_theta": None}, "rope_theta is None, wanted a positive number"),
+    ],
+)
+def test_what_metadata_has_no_words_for_is_refused(changes: dict[str, Any], words: str, tiny: Path) -> None:
+    config = json.loads((tiny / "config.json").read_bytes())
+    spec = spec_from_config(config)
+    with pytest.raises(CheckpointError, match=words):
+        metadata_of_config(spec, config | changes)
+    neutral = {"type": "yarn", "factor": 4.0, "beta_fast": 32, "beta_slow": 1.0, "attention_factor": None}
+    assert metadata_of_config(spec, config | {"rope_scaling": neutral})["qwen2.rope.scaling.type"] == "yarn"
+
+
 def with_key(file: File, key: str, value: Any) -> None:
     file.entries = [each for each in file.entries if each[0] != key] + ([] if value is None else [entry(key, value)])
 
@@ -199,6 +220,8 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
     "half of a head rotated": ("qwen2.rope.dimension_count", 16, "rope.dimension_count is 16, the heads have 32"),
     "a wide FFN": ("qwen2.feed_forward_length", 768, "ffn_gate.weight has shape \\[384, 128\\], its metadata wants"),
     "no epsilon": ("qwen2.attention.layer_norm_rms_epsilon", math.inf, "wanted a positive number"),
+    "a steeper YaRN": ("qwen2.rope.scaling.yarn_beta_fast", 64.0, "yarn_beta_fast is 64.0, which is not supported"),
+    "an old linear scale": ("qwen2.rope.scale_linear", 4.0, "rope.scale_linear is 4.0, which is not supported"),
     "long rotary": ("qwen2.rope.scaling.type", "longrope", "'longrope', wanted linear or yarn"),
     "a layer more": ("qwen2.block_count", 2, "no tensor blk.1.attn_norm.weight"),
     "half the vocabulary": ("tokenizer.ggml.tokens", ["a", "b"], "2 tokens in its metadata, .* has 1024 rows"),

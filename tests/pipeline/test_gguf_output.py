@@ -49,6 +49,19 @@ def values(file: Path) -> dict[str, np.ndarray]:
     return {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}
 
 
+@pytest.mark.parametrize(("mixture", "source_dtype"), [("F16", torch.bfloat16), ("BF16", torch.float16)])
+def test_a_mixture_of_16_bits_is_that_whatever_the_source_has(
+    mixture: str, source_dtype: torch.dtype, random_model: Make, tmp_path: Path
+) -> None:
+    source = random_model(num_hidden_layers=1, dtype=source_dtype)
+    quantize(gguf_job(source, tmp_path / "out", mixture))
+    kinds = {t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "out" / f"model-{mixture}.gguf").tensors}
+    assert kinds == {mixture, "F32"}
+    said = run("quantize", source, "-o", tmp_path / "x", "--format", "gguf", "--gguf-type", mixture,
+               "--dtype", "float16", "--dry-run", code=2)  # fmt: skip
+    assert f"--dtype is no choice: {mixture} says the type of every tensor" in said
+
+
 @pytest.mark.parametrize("mixture", ["Q4_K_M", "Q2_K", "Q3_K_M", "IQ4_XS", "Q5_1", "Q8_0", "BF16"])
 def test_what_gguf_py_reads_is_what_was_evaluated(mixture: str, random_model: Make, tmp_path: Path) -> None:
     source = random_model(**WIDE, dtype=torch.bfloat16, tie_word_embeddings=mixture == "Q2_K")

@@ -117,6 +117,7 @@ def test_log_lines_are_read() -> None:
         "version": "0.19.1", "kv_tokens": "49696", "mem_gib": "9.1", "max_model_len": "4096",
         "gpu_memory_utilization": "0.9", "enforce_eager": "False", "gpu_num": "1",
     }  # fmt: skip
+    assert log_columns("NCCL version 2.21.5\nLLM engine (v0.10.0)")["version"] == "0.10.0"
     assert "mem_gib" not in log_columns("Available KV cache memory: -37.31 GiB")
 
 

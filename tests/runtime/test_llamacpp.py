@@ -102,7 +102,8 @@ def test_servers_that_fail_end_in_one_line(
         patched.setenv("REFUSE", "1")
         found = invoke(*words)
         line = "error: llama-server refused the prompt (the request exceeds the context)"
-        assert found.exit_code == 1 and found.stderr.splitlines()[0] == line
+        note = "warning: llama.cpp gets no layers for a GPU: no NVIDIA driver answers"
+        assert found.exit_code == 1 and found.stderr.splitlines() == [note, line]
     with monkeypatch.context() as patched:
         patched.setenv("FAIL", "1")
         found = invoke(*words)
@@ -155,7 +156,10 @@ def test_what_it_is_started_with(
     [
         (("--kv-cache-dtype", "fp8"), "error: llama.cpp has no 'fp8' KV cache", 2),
         (("--hosts", "a,b"), "error: --hosts is of vLLM's commands", 2),
-        (("--allowed-hosts", "x"), "error: --allowed-hosts is of qwenq's own server", 2),
+        *(
+            (words, f"error: {words[0]} is of qwenq's own server, and this is llama.cpp's", 2)
+            for words in (("--allowed-hosts", "x"), ("--gpu-memory", "8GB"), ("--max-queue", "4"))
+        ),
     ],
 )
 def test_what_cannot_be_asked_for(

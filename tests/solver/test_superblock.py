@@ -76,7 +76,7 @@ def test_empty_and_constant_columns_are_held(kind: str) -> None:
     for q in (round_rows(w_OI, GRIDS[kind]), solve_linears({"w": w_OI}, torch.eye(512), GRIDS[kind])["w"][0]):
         found = q.dequantize()
         assert bool(found.isfinite().all())
-        assert float(found[0].abs().max()) < 2e-5 * 128
+        assert float(found[0].abs().max()) == 0
         assert float((found[1] - 0.5).abs().max()) < 0.02
         assert abs(float(found[2, 7]) + 3) < 0.15
 

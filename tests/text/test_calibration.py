@@ -256,6 +256,15 @@ def test_overlap_by_hand(tmp_path: Path) -> None:
     assert overlap(str(held), str(short)) == 0.0
 
 
+def test_overlap_counts_all_the_text_that_is_calibrated_on(tmp_path: Path) -> None:
+    words = [f"w{k}" for k in range(40)]
+    for name, part in {"a": words[:20], "b": words[20:], "held": words}.items():
+        (tmp_path / name).with_suffix(".txt").write_text(" ".join(part))
+    first, second, held = (str(tmp_path / f"{name}.txt") for name in ("a", "b", "held"))
+    assert overlap(first, held) == overlap(second, held) == 8 / 28
+    assert overlap(first, held, second) == 16 / 28
+
+
 def test_overlap_reads_conversations(tmp_path: Path) -> None:
     words = " ".join(f"w{k}" for k in range(15))
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": words}]}))

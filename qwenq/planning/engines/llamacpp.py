@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from qwenq.model.spec import ModelSpec
@@ -111,7 +111,7 @@ class LlamaCppEngine(LayeredEngine):
         smaller = [name for name in gguf_types() if name in ADVISED]
         for name in smaller:
             weights = gguf_weights(case.spec, name)
-            if weights.total_bytes < case.weights.total_bytes and self.how_held(_with(case, weights)):
+            if weights.total_bytes < case.weights.total_bytes and self.how_held(replace(case, weights=weights)):
                 yield f"GGUF {name}, {format_gb(weights.total_bytes)}, at {format_tokens(case.work.context)}"
                 return
 
@@ -176,10 +176,6 @@ class LlamaCppEngine(LayeredEngine):
 
 
 ADVISED = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "Q3_K_M", "Q2_K")  # the types that are published most
-
-
-def _with(case: Case, weights: Weights) -> Case:
-    return Case(case.spec, weights, case.engine, case.work, case.rig)
 
 
 def compute_buffer(spec: ModelSpec, weights: Weights, ubatch: int, last: bool) -> Term:
