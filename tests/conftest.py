@@ -20,8 +20,9 @@ import torch
 from qwenq.checkpoint.reader import open_source
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.model.architectures import ARCHITECTURES
-from qwenq.pipeline.config import QuantizeConfig
+from qwenq.pipeline.config import QuantizeConfig, Tokens
 from qwenq.pipeline.job import QuantizeJob, QuantizeResult
+from qwenq.pipeline.preflight import PlannedJob, Preflight, preflight
 from qwenq.pipeline.quantize import quantize
 from qwenq.text.calibration import load_windows
 from qwenq.text.tokens import ModelTokenizer, TokenWindows
@@ -123,6 +124,16 @@ def small_job(source: Path | str, out: Path | str, **changes: Any) -> QuantizeJo
             | job
         )
     )
+
+
+def predicted(job: QuantizeJob) -> Preflight:
+    """Sizes and peaks of a small job, predicted from the shapes and dtypes of its source."""
+    return preflight(
+        PlannedJob(
+            job.source.spec, job.recipe, Tokens(6, 3, 32), compute_bytes=4, out=job.out.parent,
+            dtype_of=job.stored_dtype, source_dtype_of=job.source.dtype_of,
+        )
+    )  # fmt: skip
 
 
 def settled(**options: Any) -> QuantizeConfig:

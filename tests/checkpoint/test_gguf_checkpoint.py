@@ -173,9 +173,9 @@ def test_planning_counts_every_tensor(five: Path) -> None:
     found = open_checkpoint(five)
     audit = api.inspect(five).audit
     assert audit.scheme == "mixed, mostly Q4_0, gguf"
-    assert sum(part.stored_bytes for part in audit.parts) == sum(t.end - t.start for t in found.tensors.values())
-    spread = api.estimate(five, "RTX 3090", 256)
-    assert spread is not None
+    stored = sum(t.end - t.start for t in found.tensors.values())
+    assert sum(part.stored_bytes for part in audit.parts) == stored
+    assert api.estimate(five, "RTX 3090", 256).question.weights.total_bytes == stored
 
 
 def test_planning_a_gguf_file_imports_neither_torch_nor_numpy_nor_gguf(five: Path) -> None:

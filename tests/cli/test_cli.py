@@ -376,9 +376,12 @@ def test_ctrl_c_prints_the_command_that_goes_on(command: Callable[..., list[str]
 
 
 def test_a_reader_that_has_enough_ends_a_command_quietly() -> None:
-    words = [sys.executable, "-m", "qwenq", "vram", "Qwen2.5-72B", "-c", ",".join(map(str, range(1, 65))), "--csv"]
+    """A table longer than the 64 KiB a pipe holds: the command cannot end before its reader has gone."""
+    contexts = ",".join(map(str, range(1, 65)))
+    words = [sys.executable, "-m", "qwenq", "vram", "Qwen2.5-72B", "--gpu", "4x RTX 3090", "-c", contexts, "--csv"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
         assert child.stdout is not None and child.stderr is not None
         assert child.stdout.readline()
         child.stdout.close()
         assert child.stderr.read() == b""
+    assert child.returncode == 1  # click's, of a broken pipe

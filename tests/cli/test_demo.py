@@ -12,6 +12,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 import qwenq.cli.demo_model
+import qwenq.pipeline.prepare
 from qwenq.cli.main import app
 from qwenq.text.calibration import load_windows
 
@@ -31,7 +32,7 @@ def made(monkeypatch: pytest.MonkeyPatch, tiny: Path) -> list[Path]:
         return load_windows(*arguments, **{**options, **short})  # type: ignore[arg-type]
 
     monkeypatch.setattr(qwenq.cli.demo_model, "make_demo_model", make)
-    monkeypatch.setattr("qwenq.text.calibration.load_windows", few)
+    monkeypatch.setattr(qwenq.pipeline.prepare, "load_windows", few)
     return calls
 
 
@@ -51,8 +52,10 @@ def test_the_demo_ends_with_a_report(made: list[Path], tmp_path: Path) -> None:
     assert {p.name for p in out.iterdir()} == {"SmolLM2-135M", "8-bit", "4-bit", "4-bit-rtn"}
     text, page = report.read_text(), report.with_suffix(".html").read_text()
     assert text.startswith("# Demo: SmolLM2-135M to 8 and 4 bits\n")
-    kl = {n: json.loads((out / n / "qwenq-manifest.json").read_text())["drift"]["kl"]["mean"]
-          for n in ("8-bit", "4-bit", "4-bit-rtn")}  # fmt: skip
+    drifts = {n: json.loads((out / n / "qwenq-manifest.json").read_text())["drift"]
+              for n in ("8-bit", "4-bit", "4-bit-rtn")}  # fmt: skip
+    assert {drift["window_tokens"] for drift in drifts.values()} == {64}  # the few short windows
+    kl = {n: drift["kl"]["mean"] for n, drift in drifts.items()}
     assert kl["8-bit"] < kl["4-bit"] < kl["4-bit-rtn"]
     assert f"4-bit has {kl['4-bit'] / kl['4-bit-rtn']:.2f} of the KL of rounding to nearest, 4-bit-rtn." in text
     assert "| Another tool |" in text and ">Another tool</text>" in page

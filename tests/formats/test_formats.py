@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import small_job
+from conftest import predicted, small_job
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -19,9 +19,7 @@ from qwenq.errors import PlanError
 from qwenq.formats.base import FORMATS, Recipe, Scheme
 from qwenq.formats.bitsandbytes import INT8_ROWS, NF4
 from qwenq.model.layer import model_config
-from qwenq.pipeline.config import Tokens
 from qwenq.pipeline.evaluate import evaluate
-from qwenq.pipeline.preflight import PlannedJob, preflight
 from qwenq.pipeline.quantize import quantize
 
 Make = Callable[..., Path]
@@ -71,12 +69,7 @@ def test_predicted_bytes_are_written_bytes_and_the_recipe_is_read_back(
 ) -> None:
     recipe = RECIPES[kind]
     job = job_of(recipe, random_model(dtype=torch.bfloat16), tmp_path / "out")
-    check = preflight(
-        PlannedJob(
-            job.source.spec, recipe, Tokens(6, 3, 32), compute_bytes=4, out=tmp_path,
-            dtype_of=job.stored_dtype, source_dtype_of=job.source.dtype_of,
-        )
-    )  # fmt: skip
+    check = predicted(job)
     result = quantize(job)
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert check.file_bytes == result.file_bytes == sum(f.stat().st_size for f in files)

@@ -67,16 +67,16 @@ def test_whatever_is_read_matches_at_once(pattern: str) -> None:
         assert "\n" not in error.message
         return
     for name in (NAME, "a" * 60, "a." * 30):
-        start = time.perf_counter()
+        start = time.process_time()
         found.match(name)
-        assert time.perf_counter() - start < 1.0, pattern
+        assert time.process_time() - start < 1.0, pattern
 
 
 def test_the_slow_ones_are_slow() -> None:
     """What is refused really would take long: the guard is not for nothing."""
-    start = time.perf_counter()
+    start = time.process_time()
     re.compile(r"(a+)+$").match("a" * 22 + "!")
-    assert time.perf_counter() - start > 0.05
+    assert time.process_time() - start > 0.05
 
 
 GROUP = {"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}}
@@ -99,10 +99,10 @@ MANY: dict[str, dict[str, object]] = {
 
 @pytest.mark.parametrize("key", MANY)
 def test_too_many_patterns_are_refused_before_they_are_compiled(key: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(CheckpointError, match=rf"^config.json: {key} has \d+ patterns, more than 4000: refused$"):
         read_quantization_config(MANY[key], "config.json")
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
 
 
 def test_many_slow_patterns_are_refused_by_what_they_would_take(tiny: Path) -> None:
@@ -119,7 +119,7 @@ def test_names_written_out_may_be_many(tiny: Path) -> None:
     spec = replace(spec_from_config(read_config(tiny)), num_hidden_layers=1000)
     names = [lin.name for lin in spec.linears]
     config = MANY["ignore"] | {"ignore": names[1:]}
-    start = time.perf_counter()
+    start = time.process_time()
     found = read_quantization_config(config, "config.json")
     assert [name for name in names if found.scheme_of(name) is not None] == names[:1]
-    assert time.perf_counter() - start < 2.0
+    assert time.process_time() - start < 2.0

@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -255,26 +254,6 @@ def test_a_damaged_block_is_done_again(block: int, damage: str, case: Case) -> N
     said = case.resumed()
     told = f"layer {block - 1}: its file is missing or damaged, it and what follows is done again"
     assert (told in said) == (block > 0)
-
-
-def test_two_runs_cannot_meet(case: Case) -> None:
-    job = case.fresh()
-    begun, go_on = threading.Event(), threading.Event()
-
-    def listen(event: Any) -> None:
-        begun.set()
-        assert go_on.wait(60)
-
-    first = threading.Thread(target=quantize, args=(job,), kwargs={"listen": listen})
-    first.start()
-    assert begun.wait(60)
-    for resume, told in ((False, "an unfinished job is there"), (True, f"in use by process {os.getpid()} on")):
-        with pytest.raises(JobError) as caught:
-            quantize(case.job(), resume=resume)
-        assert told in one_line(caught.value)
-    go_on.set()
-    first.join()
-    assert_same(case.whole, job.out)
 
 
 def test_a_stale_lock_is_explained(case: Case) -> None:

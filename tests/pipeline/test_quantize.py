@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import small_job, text_windows
+from conftest import predicted, small_job, text_windows
 from safetensors.torch import load_file, save_file
 
 import qwenq.io.tensors
@@ -28,10 +28,8 @@ from qwenq.checkpoint.reader import open_checkpoint, open_source
 from qwenq.errors import CheckpointError, JobError, PlanError, QwenqError, UsageError
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.pipeline.activations import embed_tokens
-from qwenq.pipeline.config import Tokens
 from qwenq.pipeline.evaluate import evaluate
 from qwenq.pipeline.job import QuantizeJob, partial_directory
-from qwenq.pipeline.preflight import PlannedJob, preflight
 from qwenq.pipeline.quantize import quantize
 from qwenq.text.tokens import TokenWindows
 
@@ -77,12 +75,7 @@ def assert_same(a: Path, b: Path) -> None:
 def test_predicted_bytes_are_written_bytes(recipe: Recipe, tied: bool, random_model: Make, tmp_path: Path) -> None:
     source = random_model(tie_word_embeddings=tied)
     job = small_job(source, tmp_path / "out", recipe=recipe)
-    check = preflight(
-        PlannedJob(
-            job.source.spec, recipe, Tokens(6, 3, 32), compute_bytes=4, out=tmp_path,
-            dtype_of=job.stored_dtype, source_dtype_of=job.source.dtype_of,
-        )
-    )  # fmt: skip
+    check = predicted(job)
     result = quantize(job)
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert check.file_bytes == result.file_bytes == sum(f.stat().st_size for f in files)

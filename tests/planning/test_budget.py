@@ -11,11 +11,12 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from families import model
 
 from qwenq.errors import HonestNo, PlanError
 from qwenq.formats.base import Recipe, Scheme, parse_scheme, quantization_config
 from qwenq.formats.gptq import GPTQ
-from qwenq.model.spec import ModelSpec, family_spec, spec_from_config
+from qwenq.model.spec import ModelSpec, spec_from_config
 from qwenq.planning.budget import (
     choose_for_bits,
     choose_for_bytes,
@@ -41,14 +42,7 @@ from qwenq.planning.sensitivity import (
 )
 from qwenq.planning.weights import recipe_weights
 
-
-def family(name: str) -> ModelSpec:
-    spec = family_spec(name)
-    assert spec is not None
-    return spec
-
-
-B72, B7 = family("Qwen2.5-72B"), family("Qwen2.5-7B")
+B72, B7 = model("Qwen2.5-72B"), model("Qwen2.5-7B")
 
 
 def bf16(name: str) -> str:

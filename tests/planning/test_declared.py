@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from families import model
 from typer.testing import CliRunner
 
 from qwenq.checkpoint.reader import open_checkpoint
@@ -16,18 +17,12 @@ from qwenq.cli.main import app
 from qwenq.errors import CheckpointError, PlanError
 from qwenq.formats.base import Recipe, Scheme, quantization_config
 from qwenq.io.safetensors import TensorSpec
-from qwenq.model.spec import ModelSpec, family_spec
+from qwenq.model.spec import ModelSpec
 from qwenq.planning.placement import cutting_reasons
 from qwenq.planning.weights import Weights, declared_by_config, header_weights, published_weights, recipe_weights
 
 TINY = Path(__file__).parents[1] / "data" / "tiny-qwen2"
 HOSTILE = r"-:(?:\w+\.?)+!"
-
-
-def model(name: str) -> ModelSpec:
-    spec = family_spec(name)
-    assert spec is not None
-    return spec
 
 
 B7, B72 = model("Qwen2.5-7B"), model("Qwen2.5-72B")

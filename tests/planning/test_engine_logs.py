@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from families import model
 
 from qwenq.errors import PlanError
-from qwenq.model.spec import ModelSpec, family_spec
 from qwenq.planning.case import Case, Workload, rank_shares
 from qwenq.planning.engines.base import get_engine
 from qwenq.planning.engines.vllm import VllmEngine, captured_graphs
@@ -24,12 +24,6 @@ LOG = """INFO 04-19 10:45:43 [core.py:105] Initializing a V1 LLM engine (v0.19.1
 tensor_parallel_size=1, pipeline_parallel_size=1, enforce_eager=False, gpu_memory_utilization=0.9
 INFO 04-19 10:50:43 [gpu_worker.py:436] Available KV cache memory: 9.1 GiB
 INFO 04-19 10:50:43 [kv_cache_utils.py:1319] GPU KV cache size: 49,696 tokens"""
-
-
-def model(name: str) -> ModelSpec:
-    spec = family_spec(name)
-    assert spec is not None
-    return spec
 
 
 def test_rooms_as_logged() -> None:

@@ -6,10 +6,11 @@ import shlex
 from dataclasses import replace
 
 import pytest
+from families import model
 
 from qwenq.errors import HonestNo
 from qwenq.formats.base import Recipe, Scheme
-from qwenq.model.spec import ModelSpec, family_spec
+from qwenq.model.spec import ModelSpec
 from qwenq.planning.case import Case, Workload, rank_shares
 from qwenq.planning.engines.base import get_engine
 from qwenq.planning.engines.vllm import VllmEngine
@@ -22,12 +23,6 @@ from qwenq.planning.weights import Weights, published_weights, recipe_weights
 from qwenq.units import GIB
 
 VLLM = VllmEngine((0, 19))  # graphs beside its part
-
-
-def model(name: str) -> ModelSpec:
-    spec = family_spec(name)
-    assert spec is not None
-    return spec
 
 
 B72 = model("Qwen2.5-72B")

@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from families import model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenq.errors import PlanError
 from qwenq.formats.base import Recipe, Scheme
-from qwenq.model.spec import ModelSpec, family_configs, family_spec
+from qwenq.model.spec import ModelSpec, family_configs
 from qwenq.planning.case import Case, Share, Workload, check_context, even_shares, rank_shares, whole
 from qwenq.planning.engines.base import ENGINES, get_engine
 from qwenq.planning.engines.llamacpp import compute_buffer
@@ -26,12 +27,6 @@ from qwenq.planning.weights import MIB, Weights, allocated_bytes, published_weig
 from qwenq.units import GIB
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "published"
-
-
-def model(name: str) -> ModelSpec:
-    spec = family_spec(name)
-    assert spec is not None
-    return spec
 
 
 B72 = model("Qwen2.5-72B")

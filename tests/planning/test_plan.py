@@ -11,13 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from families import model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenq.errors import HonestNo, PlanError
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.machine import Compute
-from qwenq.model.spec import ModelSpec, family_spec
+from qwenq.model.spec import ModelSpec
 from qwenq.planning.budget import sized_recipe
 from qwenq.planning.case import Case, Share, Workload, even_shares, rank_shares
 from qwenq.planning.engines.base import get_engine
@@ -32,12 +33,6 @@ from qwenq.planning.weights import Weights, published_weights, recipe_weights
 from qwenq.units import GIB
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "published"
-
-
-def model(name: str) -> ModelSpec:
-    spec = family_spec(name)
-    assert spec is not None
-    return spec
 
 
 B72 = model("Qwen2.5-72B")

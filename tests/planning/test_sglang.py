@@ -7,9 +7,10 @@ import shlex
 from dataclasses import replace
 
 import pytest
+from families import model
 
 from qwenq.formats.base import Recipe, Scheme
-from qwenq.model.spec import ModelSpec, family_spec
+from qwenq.model.spec import ModelSpec
 from qwenq.planning.case import Case, Workload, rank_shares
 from qwenq.planning.engines.base import plan_commands
 from qwenq.planning.engines.sglang import SglangEngine
@@ -22,12 +23,6 @@ from qwenq.planning.weights import Weights, recipe_weights
 from qwenq.units import GIB
 
 SGLANG = SglangEngine(SglangEngine.latest)
-
-
-def model(name: str) -> ModelSpec:
-    spec = family_spec(name)
-    assert spec is not None
-    return spec
 
 
 B72, QWQ = model("Qwen2.5-72B"), model("QwQ-32B")

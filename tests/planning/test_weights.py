@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+from families import model
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qwenq.errors import CheckpointError, PlanError
 from qwenq.formats.base import Recipe, Scheme
-from qwenq.model.spec import ModelSpec, family_configs, family_spec
+from qwenq.model.spec import family_configs
 from qwenq.planning.ggufsize import gguf_weights
 from qwenq.planning.models import WeightsAsked, load_model, load_spec, model_weights
 from qwenq.planning.weights import (
@@ -24,12 +25,6 @@ from qwenq.planning.weights import (
 )
 
 TINY = Path(__file__).parents[1] / "data" / "tiny-qwen2"
-
-
-def model(name: str) -> ModelSpec:
-    spec = family_spec(name)
-    assert spec is not None
-    return spec
 
 
 # Computed from the published configs; AWQ of the 72B is published with 41.57 GB of shards, GPTQ-Int4 with 41.65.
