@@ -21,7 +21,7 @@ from qwenq.io.tensors import DTYPE_NAMES, TORCH_DTYPES
 from qwenq.machine import numerics
 from qwenq.pipeline.block import SolverOptions, passes
 from qwenq.pipeline.config import QuantizeConfig, Windows, original_windows
-from qwenq.pipeline.container import container_of
+from qwenq.pipeline.container import containers
 from qwenq.pipeline.workers import Workers
 from qwenq.results import BlockResult, DriftReport
 from qwenq.solver.gptq import DAMP_PERCENT, round_rows
@@ -137,10 +137,7 @@ class QuantizeJob:
     @cached_property
     def container(self) -> Beside:
         """What these files hold beside tensors."""
-        source, config = self.source, self.config
-        return container_of(
-            source.spec, self.recipe, source.config, source.directory, config.mixture, config.split_size
-        )
+        return containers(self.source, self.config)(self.source.spec, self.recipe)
 
     @property
     def converts(self) -> bool:
