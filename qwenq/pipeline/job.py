@@ -75,13 +75,24 @@ class QuantizeJob:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """A line for each thing that is read otherwise than the model's config.json says, or left out of a text, and
-        for a recipe that is not what its name says.
+        """A line for each thing that is read otherwise than the model's config.json says, or left out of a text, for
+        windows that the built-in set lacks, and for a recipe that is not what its name says.
         """
         texts = [text.left_out for text in (self.calibration, self.evaluation) if text is not None]
         name = self.config.mixture
         named = get_format(self.recipe.format).notes(name, self.source.spec) if name else []
-        return (*self.source.notes, *filter(None, texts), *named)
+        return (*self.source.notes, *filter(None, (*texts, self._builtin_lacks)), *named)
+
+    @property
+    def _builtin_lacks(self) -> str:
+        """A line on windows of the built-in set that were wanted and are not there; empty where all are."""
+        taken = self.calibration.provenance.get("builtin") if self.calibration else None
+        if self.calibration is None or taken is None:  # none were wanted
+            return ""
+        windows, length = self.calibration.ids.shape
+        asked = self.config.builtin_windows(windows, tokenizer=True)
+        said = f"{taken['windows']} of {asked} windows asked of the built-in set: it has no more of {length} tokens"
+        return said if taken["windows"] < asked else ""
 
     @property
     def options(self) -> SolverOptions:
