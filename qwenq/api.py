@@ -135,12 +135,14 @@ def sensitivity(
     config: QuantizeConfig | None = None,
     *,
     progress: Callable[[str], None] = _nothing,
+    warn: Callable[[str], None] = _nothing,
     **options: Unpack[QuantizeOptions],
 ) -> Sensitivity:
     """Measure the KL (nats a token) that each fused group of a model causes at each scheme, and write it to `output`.
 
     Of the options only text, seed, `format`, `asymmetric`, `device` (one GPU) and `compute_dtype` count. Hidden states
-    lie beside `output`, or in the current directory, meanwhile. Raises QwenqError.
+    lie beside `output`, or in the current directory, meanwhile. progress: gets a line of text at each step. warn: gets
+    a line for each thing that is read otherwise than config.json says, or left out of the text. Raises QwenqError.
     """
     from qwenq.checkpoint.reader import open_source
     from qwenq.io.durable import write_bytes
@@ -164,7 +166,7 @@ def sensitivity(
         count=settings.num_samples, seed=settings.seed, up_to=DEFAULT_WINDOWS, strict=settings.strict,
     )  # fmt: skip
     for line in filter(None, (*source.notes, windows.left_out)):
-        progress(f"warning: {line}")
+        warn(line)
     device = pick_device(settings.device, several=False)
     found = measure_sensitivity(
         source,

@@ -76,7 +76,7 @@ def evaluate(
             progress=progress.step, warn=warn,
         )  # fmt: skip
     if json:
-        found = {"file": str(saved.path), "bytes": saved.n_bytes, "kl": saved.kl} if saved else None
+        found = {"file": str(saved.path), "bytes": saved.file.n_bytes, "kl": saved.kl} if saved else None
         print_json(drift.to_json() | ({"reference_logits": found} if found else {}))
     else:
         out.print(drift_table(drift, _name_of(base)))

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from qwenq import api
-from qwenq.cli.console import LayerProgress, out
+from qwenq.cli.console import LayerProgress, out, warn
 from qwenq.cli.options import (
     JOB,
     TEXT,
@@ -62,7 +62,7 @@ def sensitivity(
     config: QuantizeConfig = options_of(context, QuantizeConfig, asymmetric=asymmetric or None)
     directory = fetched(model)
     with LayerProgress(quiet=json) as progress:
-        found = api.sensitivity(directory, output, config, progress=progress.say)
+        found = api.sensitivity(directory, output, config, progress=progress.say, warn=warn)
     if json:
         print_json(found.to_json())
         return

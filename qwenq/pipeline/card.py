@@ -224,6 +224,6 @@ def _provenance(job: Mapping[str, Any], described: Mapping[str, Any], spec: Mode
 
 
 def _of_builtin(calibration: Mapping[str, Any]) -> str:
-    """How many of the windows are the built-in set's, if any; a manifest may say anything."""
+    """How many of the windows are the built-in set's, if any."""
     taken = calibration.get("builtin")
-    return f" ({taken.get('windows')} of these windows from the built-in set)" if isinstance(taken, Mapping) else ""
+    return f" ({taken['windows']} of these windows from the built-in set)" if taken else ""

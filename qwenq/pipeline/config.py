@@ -245,7 +245,7 @@ class QuantizeConfig:
     def builtin_windows(self, windows: int, *, tokenizer: bool) -> int:
         """How many windows of the calibration text the built-in set replaces, as far as it has so many.
 
-        tokenizer: whether the model's directory has one: without it none are, unless asked for.
+        tokenizer: whether the model's directory has a tokenizer.json: without it none are, unless asked for.
         """
         if self.calibration == "builtin":
             return 0

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwenq.checkpoint.shards import NOTHING, Beside
 from qwenq.formats.base import Recipe, get_format
 from qwenq.model.metadata import ROPE_FACTORS, metadata_of_config, rope_factors
 from qwenq.model.spec import ModelSpec
 from qwenq.pipeline.card import source_license
+from qwenq.pipeline.config import QuantizeConfig
+from qwenq.pipeline.source import Shapes
 from qwenq.text.vocabulary import metadata_of_tokenizer
 from qwenq.units import parse_size
+
+if TYPE_CHECKING:
+    from qwenq.checkpoint.reader import Checkpoint
 
 _HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]{0,95})/([A-Za-z0-9][\w.-]{0,95})", re.ASCII)
 
@@ -45,6 +50,15 @@ def container_of(
     stem = f"{spec.name.rpartition('/')[2] or 'model'}-{mixture or 'mixed'}"
     split_bytes = None if split_size is None else parse_size(split_size)
     return Beside(stem, metadata, split_bytes, {} if factors is None else {ROPE_FACTORS: factors})
+
+
+def containers(
+    source: Checkpoint | Shapes, config: QuantizeConfig
+) -> Callable[[ModelSpec, Recipe], Beside]:
+    """`container_of` for any shapes and recipe of a model that is quantized as configured."""
+    return lambda spec, recipe: container_of(
+        spec, recipe, source.config, source.directory, config.mixture, config.split_size
+    )
 
 
 def _origin(spec: ModelSpec, directory: Path | None) -> Iterator[tuple[str, Any]]:

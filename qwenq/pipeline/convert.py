@@ -247,6 +247,8 @@ def _check_origin(fields: Fields) -> None:
         text.text("tokens_sha256")
         text.whole("windows")
         text.whole("window_tokens")
+    if calibration and calibration.value.get("builtin") is not None:
+        calibration.sub("builtin").whole("windows")
     drift.text("text")
     drift.text("compute_dtype")
     for key in ("kl", "top1_agreement", "perplexity_increase_percent"):

@@ -24,7 +24,7 @@ from qwenq.pipeline.config import (
     device_names,
     tokens_of,
 )
-from qwenq.pipeline.container import container_of
+from qwenq.pipeline.container import containers
 from qwenq.pipeline.preflight import PlannedJob, Preflight, preflight, sensitivity_bytes
 from qwenq.pipeline.source import source_shapes
 from qwenq.planning.budget import Budgeted
@@ -105,9 +105,7 @@ def dry_run(model: str, config: QuantizeConfig, output: Path | None = None) -> D
     found = Resolution.of(
         config, source.spec, source.dtype_of, device=device,
         fingerprint=fingerprint(source.directory) if source.directory and config.mixed else "",
-        beside=lambda spec, recipe: container_of(
-            spec, recipe, source.config, source.directory, config.mixture, config.split_size
-        ),
+        beside=containers(source, config),
     )  # fmt: skip
     windows, warnings = _windows(found.config, model, source.spec)
     settled = found.settled(windows)

@@ -15,7 +15,7 @@ from qwenq.machine import keep_freed_memory
 from qwenq.model.layer import Network, model_config
 from qwenq.pipeline.activations import LayerRunner, TokenSets, embed, embed_tokens
 from qwenq.pipeline.monitor import memory_errors
-from qwenq.pipeline.reference_logits import LogitsFile, SavedLogits
+from qwenq.pipeline.reference_logits import SavedLogits
 from qwenq.pipeline.workers import Workers
 from qwenq.results import DriftReport
 from qwenq.solver.metrics import LogitComparison, Reading, TokenDrift, summarise
@@ -157,7 +157,7 @@ def measure_drift(
 ) -> DriftReport:
     """Divergence of hidden states `quantized` from `reference`; noise floor from `float32` where there are any.
 
-    saved: the reference's logits are written too.
+    saved: prepared; the reference's logits are written too.
     """
     floor = 0.0
     if "float32" in states:
@@ -170,10 +170,10 @@ def measure_drift(
     pair = (reference, states["reference"]), (quantized, states["quantized"])
     found = compare_heads(network, *pair, evaluation.ids)
     if saved is not None:
-        file = LogitsFile(reference.checkpoint.spec.vocab_size, windows, length)
-        saved.kl = float(found.kl.view(windows, length - 1)[:, file.saved].mean())
+        positions = saved.file.saved
+        saved.kl = float(found.kl.view(windows, length - 1)[:, positions].mean())
         x_NTH = _predicting(network, reference, states["reference"]).unflatten(0, (windows, length - 1))
-        file.write(saved.path, evaluation.ids, x_NTH[:, file.saved].flatten(0, 1), reference.rows)
+        saved.file.write(saved.path, evaluation.ids, x_NTH[:, positions].flatten(0, 1), reference.rows)
     return summarise(found, reading)
 
 

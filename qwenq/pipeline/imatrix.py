@@ -17,9 +17,9 @@ from torch import Tensor
 
 from qwenq.checkpoint.manifest import SCRATCH_PREFIX
 from qwenq.checkpoint.reader import Checkpoint
-from qwenq.errors import JobError
+from qwenq.errors import CheckpointError, JobError
 from qwenq.io.durable import file_sha256, write_synced
-from qwenq.io.gguf import layout
+from qwenq.io.gguf import GGUFFile, layout
 from qwenq.io.safetensors import read_header
 from qwenq.io.tensors import raw_bytes, read_into, spec_of, write_shard
 from qwenq.model.architectures import Stage
@@ -55,13 +55,20 @@ class InputSquares:
 def check_imatrix(path: Path, spec: ModelSpec, *, resume: bool) -> None:
     """Raise JobError where no file can be made at `path`, CheckpointError for a model without GGUF names.
 
-    A stopped job that goes on may have made the file already.
+    A stopped job that goes on may have made the file already: then an importance matrix may be there, nothing else.
     """
     gguf_names(spec)
-    if path.exists() and not resume:
+    if path.exists() and not (resume and _is_imatrix(path)):
         raise JobError(f"{path}: exists already", hint="choose another --save-imatrix, or delete it")
-    if path.is_dir() or not path.absolute().parent.is_dir():
+    if not path.absolute().parent.is_dir():
         raise JobError(f"{path}: no place for a file", hint="choose another --save-imatrix")
+
+
+def _is_imatrix(path: Path) -> bool:
+    try:
+        return GGUFFile.open(path).metadata.get("general.type") == "imatrix"
+    except CheckpointError:
+        return False
 
 
 def keep_layer(work: Path, layer: int, squares: Mapping[str, Tensor]) -> str:
@@ -97,8 +104,8 @@ def write_imatrix(path: Path, work: Path, source: Checkpoint, calibration: Token
     write_gguf(path, metadata, found)
 
 
-def write_gguf(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """Write small tensors as a GGUF file, synced and renamed into place; returns its SHA-256."""
+def write_gguf(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write small tensors as a GGUF file, synced and renamed into place."""
     planned = layout(metadata, [spec_of(name, tensor) for name, tensor in tensors.items()])
 
     def produce(put: Callable[[Any], None]) -> None:
@@ -111,7 +118,7 @@ def write_gguf(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, Te
             end = planned.offsets[name] + len(data)
         put(bytes(planned.size - end))
 
-    return write_synced(path, produce)
+    write_synced(path, produce)
 
 
 def _kept(work: Path, layer: int) -> Path:

@@ -21,7 +21,7 @@ from qwenq.io.tensors import DTYPE_NAMES, TORCH_DTYPES
 from qwenq.machine import numerics
 from qwenq.pipeline.block import SolverOptions, passes
 from qwenq.pipeline.config import QuantizeConfig, Windows, original_windows
-from qwenq.pipeline.container import container_of
+from qwenq.pipeline.container import containers
 from qwenq.pipeline.workers import Workers
 from qwenq.results import BlockResult, DriftReport
 from qwenq.solver.gptq import DAMP_PERCENT, round_rows
@@ -75,13 +75,24 @@ class QuantizeJob:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """A line for each thing that is read otherwise than the model's config.json says, or left out of a text, and
-        for a recipe that is not what its name says.
+        """A line for each thing that is read otherwise than the model's config.json says, or left out of a text, for
+        windows that the built-in set lacks, and for a recipe that is not what its name says.
         """
         texts = [text.left_out for text in (self.calibration, self.evaluation) if text is not None]
         name = self.config.mixture
         named = get_format(self.recipe.format).notes(name, self.source.spec) if name else []
-        return (*self.source.notes, *filter(None, texts), *named)
+        return (*self.source.notes, *filter(None, (*texts, self._builtin_lacks)), *named)
+
+    @property
+    def _builtin_lacks(self) -> str:
+        """A line on windows of the built-in set that were wanted and are not there; empty where all are."""
+        taken = self.calibration.provenance.get("builtin") if self.calibration else None
+        if self.calibration is None or taken is None:  # none were wanted
+            return ""
+        windows, length = self.calibration.ids.shape
+        asked = self.config.builtin_windows(windows, tokenizer=True)
+        said = f"{taken['windows']} of {asked} windows asked of the built-in set: it has no more of {length} tokens"
+        return said if taken["windows"] < asked else ""
 
     @property
     def options(self) -> SolverOptions:
@@ -137,10 +148,7 @@ class QuantizeJob:
     @cached_property
     def container(self) -> Beside:
         """What these files hold beside tensors."""
-        source, config = self.source, self.config
-        return container_of(
-            source.spec, self.recipe, source.config, source.directory, config.mixture, config.split_size
-        )
+        return containers(self.source, self.config)(self.source.spec, self.recipe)
 
     @property
     def converts(self) -> bool:

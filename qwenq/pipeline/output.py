@@ -16,7 +16,8 @@ from qwenq.io.durable import copy_synced, sync_directory, write_bytes, write_jso
 from qwenq.io.json import MAX_SMALL_BYTES, TEMPLATES, check_regular, inside
 from qwenq.io.safetensors import INDEX_NAME
 from qwenq.pipeline.card import CARD_NAME
-from qwenq.text.tokens import TOKENIZER_FILES, template_files
+from qwenq.text.tokens import TOKENIZER_FILES
+from qwenq.text.vocabulary import template_files
 
 _COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json", "LICENSE")
 

@@ -11,7 +11,7 @@ from qwenq.errors import JobError
 from qwenq.io.durable import file_sha256
 from qwenq.io.safetensors import fingerprint
 from qwenq.pipeline.config import DEFAULT_EVALUATION_WINDOWS, DEFAULT_WINDOWS, QuantizeConfig, Resolution, pick_device
-from qwenq.pipeline.container import container_of
+from qwenq.pipeline.container import containers
 from qwenq.pipeline.fisher import measure_sensitivity, split_windows
 from qwenq.pipeline.job import DTYPES, QuantizeJob, partial_directory, windows_of
 from qwenq.pipeline.journal import Journal
@@ -106,9 +106,7 @@ def prepare(directory: Path, out: Path, config: QuantizeConfig, *, resume: bool 
         device=device,
         fingerprint=fingerprint(source.directory) if config.mixed else "",
         measured=_measured_before(partial_directory(out)) if resume and config.mixed else None,
-        beside=lambda spec, recipe: container_of(
-            spec, recipe, source.config, source.directory, config.mixture, config.split_size
-        ),
+        beside=containers(source, config),
     )
     if config.pad_for_tp is not None:
         source = source.padded(found.spec.intermediate_size)

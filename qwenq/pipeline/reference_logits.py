@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -126,18 +126,16 @@ class LogitsFile:
 class SavedLogits:
     """Reference logits that an evaluation is asked for, and what it found at the positions in the file.
 
-    say: gets a line of text with the size, before anything is computed.
+    say: gets a line of text with the size, before anything is computed. file: its shapes, once it is prepared.
     """
 
     path: Path
     say: Callable[[str], None] = lambda line: None
-    n_bytes: int = 0
+    file: LogitsFile = field(init=False)
     kl: float = math.nan  # mean at these positions, in nats: what llama-perplexity's own is to be compared with
 
-    def prepare(self, vocab_size: int, ids_NT: Tensor) -> LogitsFile:
-        """Shapes of the file; UsageError or JobError where it cannot be made."""
-        file = LogitsFile(vocab_size, *ids_NT.shape)
+    def prepare(self, vocab_size: int, ids_NT: Tensor) -> None:
+        """Settle the shapes of the file; UsageError or JobError where it cannot be made."""
+        file = self.file = LogitsFile(vocab_size, *ids_NT.shape)
         file.check(self.path)
-        self.n_bytes = file.n_bytes
         self.say(f"{self.path}: {format_gb(file.n_bytes)} of reference logits, {file.positions} positions")
-        return file

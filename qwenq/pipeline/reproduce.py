@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from qwenq.checkpoint.manifest import MANIFEST_NAME, Finding, current_names
-from qwenq.checkpoint.reader import Checkpoint, open_checkpoint, open_source
+from qwenq.checkpoint.reader import Checkpoint, GGUFCheckpoint, open_checkpoint, open_source
 from qwenq.errors import CalibrationError, CheckpointError, JobError, QwenqError
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.io.json import inside
@@ -177,11 +177,13 @@ def _hidden_states(job: QuantizeJob, scratch: Path) -> HiddenStates:
 
 
 def _difference(tensors: Mapping[str, torch.Tensor], written: Checkpoint) -> str:
-    """How a layer made again differs from the written one; empty when all bytes are the same."""
+    """How a layer made again differs from the written one; empty when shapes, dtypes and all bytes are the same."""
     other, total, names = 0, 0, []
+    as_bytes = isinstance(written, GGUFCheckpoint)  # which has no torch dtypes
     for name, tensor in tensors.items():
         stored = written.read_packed(name)
-        if stored.nbytes != tensor.nbytes:
+        same = (stored.shape, stored.dtype) == (tensor.shape, tensor.dtype)
+        if not (stored.nbytes == tensor.nbytes if as_bytes else same):
             return f"has {name} as {list(tensor.shape)} {tensor.dtype}, written is {list(stored.shape)} {stored.dtype}"
         a, b = (torch.frombuffer(raw_bytes(t), dtype=torch.uint8) for t in (tensor, stored))
         different = int((a != b).sum())

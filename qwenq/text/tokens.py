@@ -23,10 +23,16 @@ from qwenq.checkpoint.headers import read_config
 from qwenq.errors import CalibrationError, CheckpointError, out_of_memory
 from qwenq.io.durable import write_json
 from qwenq.io.gguf import GGUFFile, is_gguf
-from qwenq.io.json import LFS_POINTER, TEMPLATES, check_regular, inside, read_limited, read_object, shown
+from qwenq.io.json import LFS_POINTER, check_regular, inside, read_limited, read_object, shown
 from qwenq.text.conversation import Document, Message, fitted, read_messages
 from qwenq.text.rendering import MAX_TEMPLATE_BYTES, Rendering, TemplateFault, render
-from qwenq.text.vocabulary import MAX_TOKENIZER_BYTES, Vocabulary, has_tokenizer, vocabulary_of_metadata
+from qwenq.text.vocabulary import (
+    MAX_TOKENIZER_BYTES,
+    Vocabulary,
+    has_tokenizer,
+    template_files,
+    vocabulary_of_metadata,
+)
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
@@ -46,18 +52,6 @@ _CONTEXT_TOKENS = 8  # the last one alone may be a byte of a character, or a spa
 _CHAT_S, _CHAT_S_PER_MB = 10, 1  # processor time of all conversations of a text
 
 
-def template_files(directory: Path) -> list[str]:
-    """Chat templates beside the usual one, by name, in the folder where transformers keeps them.
-
-    CheckpointError where that is a link to another directory.
-    """
-    folder = directory / TEMPLATES
-    if not folder.is_dir():
-        return []
-    inside(directory, TEMPLATES)
-    return sorted(f"{TEMPLATES}/{path.name}" for path in folder.glob("*.jinja"))
-
-
 def _of_the_machine(error: BaseException) -> bool:
     """Whether memory or handles of files did not suffice, which is no fault of the tokenizer's files."""
     handles = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
@@ -74,8 +68,9 @@ def _unsaid() -> Iterator[None]:
     null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
     try:
         for handle, stream in ((1, sys.stdout), (2, sys.stderr)):
-            with suppress(ValueError):  # closed
-                stream.flush()
+            if stream is not None:  # closed before Python began
+                with suppress(ValueError):  # closed since
+                    stream.flush()
             try:
                 kept[handle] = os.dup(handle)
             except OSError as error:
@@ -105,11 +100,11 @@ class ModelTokenizer:
     @cached_property
     def _fast(self) -> Any:
         """transformers' tokenizer, padding and truncation that the file was saved with put off."""
-        if self._vocabulary is not None:
-            return _tokenizer_of(self._vocabulary, self.directory)
-        self._check_files()
+        vocabulary = self._vocabulary
+        if vocabulary is None:
+            self._check_files()
         with _unsaid():
-            return self._loaded()
+            return self._loaded() if vocabulary is None else _tokenizer_of(vocabulary, self.directory)
 
     def _loaded(self) -> Any:
         whole = (self.directory / "tokenizer.json").is_file()
@@ -343,7 +338,7 @@ def _tokenizer_of(vocabulary: Vocabulary, path: Path) -> Any:
             tokenizer_object=backend, chat_template=vocabulary.chat_template, **vocabulary.special
         )
     except BaseException as error:  # transformers raises anything, and the library beneath it panics
-        if isinstance(error, KeyboardInterrupt | SystemExit):
+        if isinstance(error, KeyboardInterrupt | SystemExit) or _of_the_machine(error):
             raise
         raise CheckpointError(f"{path}: no tokenizer can be made of its metadata ({shown(str(error))})") from None
 

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from qwenq.errors import CheckpointError
-from qwenq.io.json import inside, read_limited, read_object, shown
+from qwenq.io.json import TEMPLATES, inside, read_limited, read_object, shown
 from qwenq.text.rendering import MAX_TEMPLATE_BYTES
 
 MAX_TOKENIZER_BYTES = 100_000_000  # the largest published ones have 35 MB
 MAX_TOKENIZER_VALUES = 5_000_000  # and 1,300,000 values
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 _MODEL, _TOKENS, _TYPES, _MERGES = (f"tokenizer.ggml.{key}" for key in ("model", "tokens", "token_type", "merges"))
 _TEMPLATE = "tokenizer.chat_template"
+_TEMPLATE_NAME_CHARACTERS = 64
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # in tokenizer_config.json, and in GGUF
 
 _QWEN2 = (
@@ -207,7 +208,7 @@ def metadata_of_tokenizer(directory: Path, vocab_size: int) -> dict[str, Any]:
         )
     document = read_object(path, MAX_TOKENIZER_BYTES, MAX_TOKENIZER_VALUES)
     model, where = document.get("model"), shown(str(path))
-    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not _is_byte_level(document):
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not _is_byte_level(document, where):
         kind = model.get("type") if isinstance(model, dict) else None
         raise CheckpointError(
             f"{where}: a tokenizer of type {shown(str(kind), 40)}, wanted byte-level BPE, the only one written to GGUF"
@@ -221,7 +222,7 @@ def metadata_of_tokenizer(directory: Path, vocab_size: int) -> dict[str, Any]:
         "tokenizer.ggml.pre": split.names[0],
         _TOKENS: tokens,
         _TYPES: types,
-        _MERGES: [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", [])],
+        _MERGES: _merges(model, where),
     }
     model_config = read_object(inside(directory, "config.json"))
     ids = {token: number for number, token in enumerate(tokens)}
@@ -233,20 +234,23 @@ def metadata_of_tokenizer(directory: Path, vocab_size: int) -> dict[str, Any]:
         number = number[0] if isinstance(number, list) and number else number
         if type(number) is int and 0 <= number < vocab_size:
             found[f"tokenizer.ggml.{theirs}_token_id"] = number
-    found["tokenizer.ggml.add_bos_token"] = _begins(document.get("post_processor"))
+    found["tokenizer.ggml.add_bos_token"] = _begins(document.get("post_processor"), where)
     return found | dict(_templates(directory, settings))
 
 
-def _is_byte_level(document: Mapping[str, Any]) -> bool:
-    return any(step.get("type") == "ByteLevel" for step in _flat(document.get("decoder"), "decoders"))
+def _is_byte_level(document: Mapping[str, Any], where: str) -> bool:
+    return any(step.get("type") == "ByteLevel" for step in _flat(document.get("decoder"), "decoders", where))
 
 
-def _flat(found: Any, key: str) -> Iterator[Mapping[str, Any]]:
+def _flat(found: Any, key: str, where: str) -> Iterator[Mapping[str, Any]]:
     """The steps of a pre-tokenizer, decoder or post-processor, those of a sequence one by one."""
     if isinstance(found, Mapping):
         if found.get("type") == "Sequence":
-            for step in found.get(key) or ():
-                yield from _flat(step, key)
+            steps = found.get(key) or []
+            if not isinstance(steps, list):
+                raise CheckpointError(f"{where}: {key} is {shown(repr(steps), 40)}, wanted a list")
+            for step in steps:
+                yield from _flat(step, key, where)
         else:
             yield found
 
@@ -265,7 +269,7 @@ def _signature(steps: Iterator[Mapping[str, Any]]) -> list[Any]:
 
 
 def _described_splitting(document: Mapping[str, Any], where: str) -> Splitting:
-    ours = _signature(_flat(document.get("pre_tokenizer"), "pretokenizers"))
+    ours = _signature(_flat(document.get("pre_tokenizer"), "pretokenizers", where))
     for split in SPLITTINGS:
         if ours == _signature(iter(split.steps)):
             return split
@@ -300,6 +304,20 @@ def _tokens(
     return tokens, types
 
 
+def _merges(model: Mapping[str, Any], where: str) -> list[str]:
+    """Merges as two tokens with a space between; tokenizer.json has them so, or as pairs."""
+    merges = model.get("merges", [])
+    if not isinstance(merges, list):
+        raise CheckpointError(f"{where}: merges is {shown(repr(merges), 40)}, wanted a list")
+    found: list[str] = []
+    for merge in merges:
+        parts = [merge] if isinstance(merge, str) else merge
+        if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+            raise CheckpointError(f"{where}: merges has {shown(repr(merge), 40)}, wanted two tokens")
+        found.append(" ".join(parts))
+    return found
+
+
 def _is_control(token: Any) -> bool:
     """Whether an added token is left out of what is shown: those marked so, and by their looks, as llama.cpp does."""
     if not isinstance(token, dict):
@@ -308,31 +326,57 @@ def _is_control(token: Any) -> bool:
     return bool(token.get("special")) or (text.startswith("<|") and text.endswith("|>"))
 
 
-def _begins(processor: Any) -> bool:
+def _begins(processor: Any, where: str) -> bool:
     """Whether the tokenizer puts a special token before plain text."""
-    for step in _flat(processor, "processors"):
+    for step in _flat(processor, "processors", where):
         single = step.get("single")
         if step.get("type") == "TemplateProcessing" and isinstance(single, list) and single:
+            if not isinstance(single[0], Mapping):
+                raise CheckpointError(f"{where}: single begins with {shown(repr(single[0]), 40)}, wanted an object")
             return "SpecialToken" in single[0]
     return False
 
 
+def template_files(directory: Path) -> list[str]:
+    """Chat templates beside the usual one, by name, in the folder where transformers keeps them.
+
+    CheckpointError where that is a link to another directory.
+    """
+    folder = directory / TEMPLATES
+    if not folder.is_dir():
+        return []
+    inside(directory, TEMPLATES)
+    return sorted(f"{TEMPLATES}/{path.name}" for path in folder.glob("*.jinja"))
+
+
 def _templates(directory: Path, settings: Mapping[str, Any]) -> Iterator[tuple[str, str | list[str]]]:
-    """The chat template, as transformers finds it; further ones under their names."""
-    path = inside(directory, "chat_template.jinja")
-    found = settings.get("chat_template")
-    if path.is_file():
-        found = read_limited(path, MAX_TEMPLATE_BYTES).decode("utf-8", "replace")
-    if isinstance(found, str):
-        yield _TEMPLATE, found
-    elif isinstance(found, list):
+    """The chat template and further ones under their names; a file takes precedence over tokenizer_config.json.
+
+    CheckpointError for a name that no key can have.
+    """
+    given, named = settings.get("chat_template"), dict[str, str]()
+    if isinstance(given, str):
+        named = {"default": given}
+    elif isinstance(given, list):
         named = {
             each["name"]: each["template"]
-            for each in found
+            for each in given
             if isinstance(each, dict) and isinstance(each.get("name"), str) and isinstance(each.get("template"), str)
         }
-        if "default" in named:
-            yield _TEMPLATE, named.pop("default")
-        if named:
-            yield "tokenizer.chat_templates", list(named)
-            yield from ((f"{_TEMPLATE}.{name}", template) for name, template in named.items())
+    files = {"default": "chat_template.jinja"} | {Path(name).stem: name for name in template_files(directory)}
+    for name, file in files.items():
+        path = inside(directory, file)
+        if path.is_file():
+            named[name] = read_limited(path, MAX_TEMPLATE_BYTES).decode("utf-8", "replace")
+    for name in named:  # which becomes part of a key
+        if not name.isprintable() or len(name) > _TEMPLATE_NAME_CHARACTERS:
+            raise CheckpointError(
+                f"{directory}: a chat template's name is {shown(repr(name), 80)}, wanted at most "
+                f"{_TEMPLATE_NAME_CHARACTERS} printable characters",
+                hint="rename it",
+            )
+    if "default" in named:
+        yield _TEMPLATE, named.pop("default")
+    if named:
+        yield "tokenizer.chat_templates", list(named)
+        yield from ((f"{_TEMPLATE}.{name}", template) for name, template in named.items())

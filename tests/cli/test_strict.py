@@ -43,6 +43,10 @@ def test_a_bad_row_is_said_once_and_fatal_when_strict(
     assert done.exit_code == 0, done.output
     said = [line for line in done.stderr.splitlines() if "row left out" in line]
     assert len(said) == 1 and "warning" in said[0] and "line 41" in said[0] and "--strict" in said[0]
+    if name == "sensitivity":
+        (tmp_path / "out").unlink()
+        told = CliRunner().invoke(app, [*asked, "--json"])
+        assert json.loads(told.stdout) and "warning: " in told.stderr and "row left out" in told.stderr
     if name == "quantize":
         manifest = json.loads((tmp_path / "out" / "qwenq-manifest.json").read_text())
         assert manifest["job"]["calibration"]["skipped_rows"] == 1

@@ -122,6 +122,24 @@ def test_the_manifest_says_what_it_was_made_from(random_model: Make, tmp_path: P
     assert [f.problem[:12] for f in verify(tmp_path / "b", tmp_path / "a").findings] == ["another file"]
 
 
+@pytest.mark.parametrize("builtin", [{"windows": "3](http://x)"}, {"windows": -1}, {}, 5])
+def test_a_forged_count_of_windows_of_the_builtin_set(builtin: Any, random_model: Make, tmp_path: Path) -> None:
+    """The card would have it as Markdown."""
+    out = tmp_path / "a"
+    quantize(small_job(random_model(), out))
+    document = json.loads((out / MANIFEST_NAME).read_text())
+    run = document.pop("run")
+    document["job"]["calibration"]["builtin"] = builtin
+    del document["digest"], document["manifest"], run["digest"]
+    (out / MANIFEST_NAME).write_bytes(encode_manifest(document, run))
+    with pytest.raises(CheckpointError, match=r"job\.calibration\.builtin"):
+        convert(open_checkpoint(out), tmp_path / "b", "awq")
+    document["job"]["calibration"]["builtin"] = {"windows": 3}
+    (out / MANIFEST_NAME).write_bytes(encode_manifest(document, run))
+    convert(open_checkpoint(out), tmp_path / "b", "awq")
+    assert "(3 of these windows from the built-in set)" in (tmp_path / "b" / "README.md").read_text()
+
+
 def refusal(source: Path, out: Path, format: str, kind: type[QwenqError] = PlanError) -> str:
     with pytest.raises(kind) as caught:
         convert(open_checkpoint(source), out, format)

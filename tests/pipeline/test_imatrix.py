@@ -14,9 +14,11 @@ from conftest import small_job, text_windows
 from transformers import AutoModelForCausalLM
 
 import qwenq.pipeline.quantize
+from qwenq.checkpoint.reader import open_source
 from qwenq.errors import ExcludedOptions, JobError
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.pipeline.config import QuantizeConfig
+from qwenq.pipeline.imatrix import check_imatrix, write_gguf
 from qwenq.pipeline.quantize import quantize
 from qwenq.text.tokens import TokenWindows
 
@@ -149,6 +151,25 @@ def test_asked_for_at_the_end_only_everything_is_done_again(
     quantize(small_job(source, tmp_path / "out", save_imatrix=path), resume=True, listen=said.append)
     assert any(str(line).startswith("layer 0: its part of the importance matrix") for line in said)
     assert path.is_file()
+
+
+@pytest.mark.parametrize("there", ["text", "GGUF", "empty", "directory", "imatrix"])
+def test_on_resume_only_an_importance_matrix_is_written_over(there: str, tiny: Path, tmp_path: Path) -> None:
+    path, spec = tmp_path / "any.name", open_source(tiny).spec
+    if there == "directory":
+        path.mkdir()
+    elif there in ("text", "empty"):
+        path.write_text("a letter" * (there == "text"))
+    else:
+        kind = {"GGUF": "model", "imatrix": "imatrix"}[there]
+        write_gguf(path, {"general.type": kind}, {"x": torch.zeros(1)})
+    with pytest.raises(JobError, match="exists already"):
+        check_imatrix(path, spec, resume=False)
+    if there == "imatrix":
+        check_imatrix(path, spec, resume=True)
+    else:
+        with pytest.raises(JobError, match="exists already"):
+            check_imatrix(path, spec, resume=True)
 
 
 def test_places_and_methods_that_cannot_be(random_model: Make, tmp_path: Path) -> None:

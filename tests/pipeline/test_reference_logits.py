@@ -65,8 +65,8 @@ def test_the_file_has_the_log_probabilities_of_the_reference(
     plain = evaluate(open_checkpoint(tmp_path / "q"), open_checkpoint(reference), windows())
     drift = evaluate(open_checkpoint(tmp_path / "q"), open_checkpoint(reference), windows(), saved=saved)
     assert drift == plain
-    assert said == [f"{saved.path}: {format_gb(saved.n_bytes)} of reference logits, 124 positions"]
-    assert saved.n_bytes == saved.path.stat().st_size == 20 + 4 * 256 + 2 * 124 * (4 + 1002)
+    assert said == [f"{saved.path}: {format_gb(saved.file.n_bytes)} of reference logits, 124 positions"]
+    assert saved.file.n_bytes == saved.path.stat().st_size == 20 + 4 * 256 + 2 * 124 * (4 + 1002)
     tokens, found = as_llama_perplexity_reads(saved.path)
     np.testing.assert_array_equal(tokens, windows().ids)
     wanted = log_probabilities(reference, windows().ids)

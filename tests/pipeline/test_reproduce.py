@@ -106,6 +106,19 @@ def test_a_forged_layer_is_named(tiny: Path, tmp_path: Path) -> None:
     assert finding.problem.endswith(" bytes, first in model.layers.1.mlp.up_proj.qweight")
 
 
+def test_the_same_bytes_as_another_dtype_are_another_layer(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    quantize(small_job(tiny, out, method="rtn", calibration=None))
+    path, name = out / "model-00003-of-00006.safetensors", "model.layers.1.input_layernorm.weight"
+    tensors = load_file(path)
+    assert tensors[name].dtype == torch.float16
+    write_shard(path, tensors | {name: tensors[name].view(torch.bfloat16)})
+    (finding,) = made_again(out, tiny, layers=[1])[1]
+    assert finding.problem.startswith(
+        f"layer 1, made again, has {name} as [128] torch.float16, written is [128] torch.bfloat16"
+    )
+
+
 def test_what_cannot_be_made_again_says_why(tiny: Path, calib: Path, heldout: Path, tmp_path: Path) -> None:
     out = calibrated(tiny, tmp_path / "out", calib)
     with pytest.raises(CalibrationError, match=r"calibrated on 'calib.txt', a file whose place is not known") as caught:

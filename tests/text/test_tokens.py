@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from gguf_bytes import tiny_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -181,3 +186,25 @@ def test_what_the_library_beneath_prints_goes_nowhere(tiny: Path, tmp_path: Path
     assert capfd.readouterr() == ("", "")
     print("heard again")
     assert capfd.readouterr().out == "heard again\n"
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EMFILE, "too many")], ids=["memory", "files"])
+def test_of_a_gguf_file_too_faults_of_the_machine_are_its_own(
+    error: Exception, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    def panic(text: str) -> None:
+        os.write(2, b"\x1b[31mred")
+        raise error
+
+    path = tmp_path / "m.gguf"
+    path.write_bytes(tiny_file(tiny).encode())
+    monkeypatch.setattr("qwenq.text.tokens.Tokenizer", SimpleNamespace(from_str=panic))
+    with pytest.raises(type(error)):
+        ModelTokenizer(path).encode(["a"])
+    assert capfd.readouterr() == ("", "")
+
+
+def test_without_a_stdout(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`>&-`: then Python has no stream of that name."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert ModelTokenizer(tiny).encode(["a"])

@@ -124,6 +124,13 @@ def test_what_cannot_be_written(tiny: Path, tmp_path: Path) -> None:
         ({"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}, "of type Unigram, wanted byte-level BPE"),
         ({"decoder": {"type": "Metaspace"}}, "of type BPE, wanted byte-level BPE"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "splitting text has no name that is known here"),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": 5}}, "pretokenizers is 5, wanted a list"),
+        ({"decoder": {"type": "Sequence", "decoders": "x"}}, "decoders is 'x', wanted a list"),
+        ({"post_processor": {"type": "Sequence", "processors": {"a": 1}}}, "processors is {'a': 1}, wanted a list"),
+        ({"post_processor": {"type": "TemplateProcessing", "single": [5]}}, "single begins with 5, wanted an object"),
+        ({"model": document["model"] | {"merges": None}}, "merges is None, wanted a list"),
+        ({"model": document["model"] | {"merges": [1]}}, "merges has 1, wanted two tokens"),
+        ({"model": document["model"] | {"merges": [[1, 2]]}}, r"merges has \[1, 2\], wanted two tokens"),
     ):
         path.write_text(json.dumps(document | change))
         with pytest.raises(CheckpointError, match=words):
@@ -134,6 +141,38 @@ def test_what_cannot_be_written(tiny: Path, tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
         metadata_of_tokenizer(tmp_path / "m", 1024)
+
+
+def templates_of(directory: Path) -> dict[str, Any]:
+    """Those in the metadata, as llama.cpp looks for them: by "default" the one without a name."""
+    metadata = metadata_of_tokenizer(directory, 1024)
+    found = {key: value for key, value in metadata.items() if key.startswith("tokenizer.chat_template")}
+    names = found.pop("tokenizer.chat_templates", [])
+    assert set(found) - {"tokenizer.chat_template"} == {f"tokenizer.chat_template.{name}" for name in names}
+    return {key.removeprefix("tokenizer.chat_template").removeprefix(".") or "default": found[key] for key in found}
+
+
+def test_every_chat_template_is_written(tiny: Path, tmp_path: Path, edit_json: Any) -> None:
+    """A list of tokenizer_config.json, chat_template.jinja and the files of further ones, in any combination."""
+    model = Path(shutil.copytree(tiny, tmp_path / "m"))
+    settings, more = model / "tokenizer_config.json", model / "additional_chat_templates"
+    more.mkdir()
+    (more / "rag.jinja").write_text("RAG")
+    edit_json(settings, chat_template="usual")
+    assert templates_of(model) == {"default": "usual", "rag": "RAG"}
+    edit_json(settings, chat_template=[{"name": "default", "template": "usual"}, {"name": "tool_use", "template": "T"},
+                                       {"name": "rag", "template": "old"}])  # fmt: skip
+    assert templates_of(model) == {"default": "usual", "tool_use": "T", "rag": "RAG"}
+    (model / "chat_template.jinja").write_text("file")
+    assert templates_of(model) == {"default": "file", "tool_use": "T", "rag": "RAG"}
+    (more / "rag.jinja").unlink()
+    assert templates_of(model) == {"default": "file", "tool_use": "T", "rag": "old"}
+    for name in ("\udcff", "x" * 65):  # as Python spells a byte that is no UTF-8
+        (more / f"{name}.jinja").write_text("x")
+        with pytest.raises(CheckpointError, match="wanted at most 64 printable characters") as error:
+            templates_of(model)
+        assert error.value.message.isprintable()
+        (more / f"{name}.jinja").unlink()
 
 
 def test_metadata_survives_the_file(tiny: Path, tmp_path: Path) -> None:

@@ -1,0 +1,41 @@
+"""What a job says at its start about the texts that it reads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwenq.pipeline.config import QuantizeConfig
+from qwenq.pipeline.prepare import prepare
+from qwenq.text import calibration
+from qwenq.text.tokens import TooShort
+
+
+def test_windows_that_the_builtin_set_lacks_are_told(
+    tiny: Path, calib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = QuantizeConfig(
+        device="cpu", calibration=str(calib), sequence_length=64, num_samples=16, eval_samples=2,
+        error_correction_share=1.0,
+    )  # fmt: skip
+
+    def notes(**options: Any) -> list[str]:
+        job = prepare(tiny, tmp_path / "out", replace(config, **options)).job
+        return [note for note in job.notes if "built-in" in note]
+
+    assert notes() == notes(builtin_share=0.0) == notes(builtin_share=1.0) == notes(calibration="builtin") == []
+    real = calibration.load_windows
+
+    def few(name: str, *given: Any, length: int, **asked: Any) -> Any:
+        if name == "builtin" and length == 32:
+            raise TooShort("builtin: shorter than one window")
+        return real(name, *given, length=length, **(asked | ({"count": 2} if name == "builtin" else {})))
+
+    monkeypatch.setattr(calibration, "load_windows", few)
+    assert notes() == ["2 of 3 windows asked of the built-in set: it has no more of 64 tokens"]
+    short = notes(builtin_share=0.5, sequence_length=32)
+    assert short == ["0 of 8 windows asked of the built-in set: it has no more of 32 tokens"]
+    assert notes(builtin_share=0.125) == []
