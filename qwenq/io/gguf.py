@@ -486,7 +486,10 @@ def split_layouts(
 
 
 def _encode_text(text: str) -> bytes:
-    data = text.encode("utf-8")
+    try:
+        data = text.encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can write
+        raise CheckpointError(f"{shown(text)!r} is no text that a GGUF file can hold") from None
     return struct.pack("<Q", len(data)) + data
 
 

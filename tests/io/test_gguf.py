@@ -299,3 +299,8 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     (tmp_path / "z.gguf").mkdir()
     with pytest.raises(CheckpointError, match="not a regular file"):
         GGUFFile.open(tmp_path / "z.gguf")
+
+
+def test_half_of_a_surrogate_pair_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="is no text that a GGUF file can hold"):
+        layout({"tokenizer.chat_template": "a\ud800"}, [])
