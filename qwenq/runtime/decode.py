@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qwenq.machine import has_triton
 from qwenq.model.architectures import ARCHITECTURES
+from qwenq.runtime import cpu_kernels
 from qwenq.runtime.cache import FP8, KvCache
 from qwenq.runtime.model import RunningModel
 
@@ -26,6 +27,24 @@ FIXED_ROPE = ("default", "linear", "yarn", "llama3")  # frequencies that do not 
 
 def why_not(model: RunningModel, kv_dtype: torch.dtype | None) -> str:
     """Why this model's tokens are computed by transformers' modules; empty when they need not be."""
+    why = _why_not_here(model, kv_dtype)
+    if why:
+        return why
+    names, activation = model.spec.architecture, getattr(model.network.config, "hidden_act", "silu")
+    if tuple(lin.path for lin in names.linears) != LINEARS or activation != "silu":
+        return f"the layers of {names.model_type} with {activation}"
+    rope = getattr(model.network.model.rotary_emb, "rope_type", "default")
+    return "" if rope in FIXED_ROPE else f"{rope} rotary embeddings"
+
+
+def _why_not_here(model: RunningModel, kv_dtype: torch.dtype | None) -> str:
+    """What of the devices, dtypes and heads keeps the kernels from a model."""
+    if set(model.device_map.values()) == {"cpu"} and model.device.type == "cpu":
+        if model.dtype != torch.bfloat16 or kv_dtype not in (None, torch.bfloat16):
+            return "the CPU kernels want activations and a cache in bfloat16"
+        if model.spec.head_dim % 16 or model.spec.head_dim > cpu_kernels.MOST_WIDTH:
+            return f"heads of {model.spec.head_dim} values"
+        return cpu_kernels.refusal()
     if any(not isinstance(place, int) for place in model.device_map.values()):
         return "layers outside GPU memory"
     if len(model.devices) > 1:
@@ -39,11 +58,7 @@ def why_not(model: RunningModel, kv_dtype: torch.dtype | None) -> str:
         return "an fp8 cache needs compute capability 8.9 there"
     if model.spec.head_dim & (model.spec.head_dim - 1) or model.spec.head_dim < 32:
         return f"heads of {model.spec.head_dim} values"
-    names, activation = model.spec.architecture, getattr(model.network.config, "hidden_act", "silu")
-    if tuple(lin.path for lin in names.linears) != LINEARS or activation != "silu":
-        return f"the layers of {names.model_type} with {activation}"
-    rope = getattr(model.network.model.rotary_emb, "rope_type", "default")
-    return "" if rope in FIXED_ROPE else f"{rope} rotary embeddings"
+    return ""
 
 
 def _out_of_memory(error: BaseException | None) -> bool:
@@ -58,11 +73,13 @@ class DecodeStep:
     """A step on one model and one cache: a token's logits, and its keys and values put into the cache."""
 
     def __init__(self, model: RunningModel, cache: KvCache) -> None:
-        from qwenq.runtime import triton_kernels
+        self.kernels: Any = cpu_kernels
+        self.graphed = model.device.type == "cuda"
+        if self.graphed:
+            from qwenq.runtime import triton_kernels
 
-        self.kernels: Any = triton_kernels
+            self.kernels = triton_kernels
         self.model, self.cache = model, cache
-        self.graphed = True
         self.reason = ""  # why there is no graph though one was asked for
         self.steps = 0
         self.inputs = torch.zeros(2, dtype=torch.int64, device=model.device)  # the token, and its position
@@ -106,7 +123,8 @@ class DecodeStep:
 
     def _step(self) -> Tensor:
         kernels, inner, spec = self.kernels, self.model.network.model, self.model.spec
-        width, length = spec.head_dim, (self.inputs[1:] + 1).int()
+        width = spec.head_dim
+        length = (self.inputs[1:] + 1).int() if self.model.device.type == "cuda" else int(self.inputs[1]) + 1
         h, added = inner.embed_tokens(self.inputs[:1]), None
         cos, sin = inner.rotary_emb(h[None], self.inputs[None, 1:])
         for index, layer in enumerate(inner.layers):
