@@ -192,6 +192,8 @@ def kept_bytes(shape: PackedShape, kind: Kind) -> list[int]:
         groups = outputs * (inputs // shape.group)
         return [codes, 2 * groups] + ([] if shape.sym else [groups])
     pairs = 4 * outputs * (inputs // kernel_group(shape.group))
+    if kind == "triton" and shape.sym:  # scales alone
+        pairs //= 2
     twice = kind == "int4 halves" and not shape.sym
     return [weights * shape.bits // 8, pairs * (2 if twice else 1)]
 

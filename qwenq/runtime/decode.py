@@ -1,8 +1,9 @@
-"""One token at a time on one GPU: the whole step on Triton kernels, then replayed as a CUDA graph.
+"""One token at a time on this project's kernels: on a CPU, or on one GPU and then replayed as a CUDA graph.
 
-A token of transformers' modules is some 2,000 launches, which take longer than the 72B's weights do to be read. Here it
-is about 14 a layer, and none of them by Python once the step has been captured: its shapes do not change, since how
-much of the cache is filled is read on the GPU.
+On a CPU transformers' modules take as long for a token of a 0.5B model as its matmuls. On a GPU a token of theirs is
+some 2,000 launches, which take longer than the 72B's weights do to be read. Here it is about 14 a layer, and none of
+them by Python once the step has been captured: its shapes do not change, since how much of the cache is filled is read
+on the GPU.
 
 Shapes: h, x [1, hidden]; H heads of D values, N heads of keys and values.
 """
@@ -72,13 +73,13 @@ def _out_of_memory(error: BaseException | None) -> bool:
 class DecodeStep:
     """A step on one model and one cache: a token's logits, and its keys and values put into the cache."""
 
-    def __init__(self, model: RunningModel, cache: KvCache) -> None:
-        self.kernels: Any = cpu_kernels
-        self.graphed = model.device.type == "cuda"
-        if self.graphed:
+    def __init__(self, model: RunningModel, cache: KvCache, kernels: Any = None) -> None:
+        if kernels is None and model.device.type == "cuda":
             from qwenq.runtime import triton_kernels
 
-            self.kernels = triton_kernels
+            kernels = triton_kernels
+        self.kernels: Any = kernels or cpu_kernels
+        self.graphed = self.kernels is not cpu_kernels
         self.model, self.cache = model, cache
         self.reason = ""  # why there is no graph though one was asked for
         self.steps = 0
@@ -124,7 +125,7 @@ class DecodeStep:
     def _step(self) -> Tensor:
         kernels, inner, spec = self.kernels, self.model.network.model, self.model.spec
         width = spec.head_dim
-        length = (self.inputs[1:] + 1).int() if self.model.device.type == "cuda" else int(self.inputs[1]) + 1
+        length = int(self.inputs[1]) + 1 if kernels is cpu_kernels else (self.inputs[1:] + 1).int()
         h, added = inner.embed_tokens(self.inputs[:1]), None
         cos, sin = inner.rotary_emb(h[None], self.inputs[None, 1:])
         for index, layer in enumerate(inner.layers):

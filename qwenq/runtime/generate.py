@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -247,6 +248,7 @@ class Session:
                 raise
             self._cache.crop(length)
             self._step, self._refused = None, str(reason)
+            warnings.warn(f"tokens by {self.decoding}", RuntimeWarning, 2)
             return None
 
     def release(self) -> None:
@@ -260,7 +262,7 @@ class Session:
         if why:
             return f"transformers' modules: {why}"
         if self.model.device.type == "cpu":
-            return "CPU kernels"
+            return "this project's CPU kernels"
         if self._step is not None and self._step.reason:
             return f"Triton kernels: {self._step.reason}"
         return "a CUDA graph" if self.graphs else "Triton kernels"

@@ -159,8 +159,10 @@ class TritonLinear(_Linear):
         wide = self.in_features // q.scales_OG.shape[1]
         # Pairs per kernel group: a wider group repeats its own.
         scales_OG = q.scales_OG if q.scales_OG.dtype.itemsize == 2 else q.scales_OG.to(dtype)
-        shifts_OG = (q.zeros_OG.to(torch.int16) - q.integers.zero).to(scales_OG.dtype)
-        pairs = torch.stack((scales_OG.to(device).T, shifts_OG.to(device).T))
+        kept = [scales_OG]
+        if not self.sym:
+            kept.append((q.zeros_OG.to(torch.int16) - q.integers.zero).to(scales_OG.dtype))
+        pairs = torch.stack([each_OG.to(device).T for each_OG in kept])
         self.pairs = _parameter(pairs.repeat_interleave(wide // kernel_group(wide), 1))
 
     def forward(self, x: Tensor) -> Tensor:

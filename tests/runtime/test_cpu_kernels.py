@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 
 import gguf
 import numpy as np
@@ -16,12 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwenq.formats.base import PackedShape, Scheme
+from qwenq.formats.base import PackedShape, Recipe, Scheme
 from qwenq.formats.gguf import CODES, WRITTEN, Blocks, type_scheme
 from qwenq.machine import lacks_for_cpu_kernels
 from qwenq.planning.kernels import Choice, kept_bytes
+from qwenq.planning.models import load_spec
+from qwenq.planning.placement import host_map
 from qwenq.runtime import cpu_kernels, linear
+from qwenq.runtime.generate import Session, Timing
 from qwenq.runtime.linear import CpuLinear, StoredLinear, packed_linear
+from qwenq.runtime.model import build_model
+from qwenq.runtime.synthetic import SyntheticWeights, synthetic_config
 from qwenq.solver.grid import QTensor
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
@@ -206,6 +212,30 @@ def test_a_token_turned_kept_and_attended(normed: bool, instructions: str) -> No
     near_k, near_v = seen
     p = torch.softmax(torch.einsum("hd,hsd->hs", found.double() * 0.3, near_k), -1)
     assert relative(out, torch.einsum("hs,hsd->hd", p, near_v)) < 2**-8
+
+
+@pytest.mark.parametrize("name", ["Qwen2.5-0.5B", "Qwen3-0.6B"])
+def test_a_step_is_that_of_transformers_modules(name: str) -> None:
+    """Logits of tokens behind a prompt, with norms of heads and biases, within what bfloat16 rounds."""
+    known = load_spec(name)
+    spec = replace(
+        known, num_hidden_layers=2, vocab_size=256, hidden_size=128, intermediate_size=192, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    source = SyntheticWeights(spec, Recipe(Scheme(4, 64)))
+    model = build_model(source, synthetic_config(spec), spec, host_map(spec), dtype=BF16)
+    session, modules = Session(model, 32), Session(model, 32)
+    assert session.decoding == "this project's CPU kernels"
+    prompt = torch.randint(0, 256, (9,)).tolist()
+    assert torch.equal(session.prefill(prompt, Timing()), modules.prefill(prompt, Timing()))
+    modules._step = None
+    for token in (5, 7, 100):
+        found, wanted = session.forward([token]), modules.forward([token])
+        assert found.dtype == torch.float32 and relative(found, wanted) < 0.02
+    assert session._cache is not None and session._cache.get_seq_length() == 12
+    for ours, theirs in zip(session._cache.stored(1), modules._cache.stored(1), strict=True):
+        assert relative(ours[:, :, :12], theirs[:, :, :12]) < 0.02
 
 
 # ---------------------------------------------------------------------- where they can't be built
