@@ -62,6 +62,19 @@ def _refuse_beyond_stages(settings: Any) -> None:
             )
 
 
+def _refuse_other_norms(norm: Any, model_type: str) -> None:
+    """CheckpointError for a norm that does not multiply by its weight, as Gemma's, which adds 1 to it: channel scales
+    would be folded into another function.
+    """
+    probe = norm(1, eps=1.0).requires_grad_(False)
+    probe.weight.zero_()
+    if bool(probe(torch.ones(1, 1)).any()):
+        raise CheckpointError(
+            f"{norm.__name__} does not multiply by its weight alone: the entry of {model_type} cannot say it",
+            hint="docs/adding-an-architecture.md lists what else an entry cannot say",
+        )
+
+
 @contextmanager
 def refused_by_transformers() -> Iterator[None]:
     """A value of config.json that transformers does not expect is the checkpoint's fault, whatever is raised."""
@@ -101,9 +114,11 @@ class Network:
         self.spec = spec
         self.dtype = dtype
         self.device = torch.device(device)
+        norm = getattr(modeling, entry.classes + "RMSNorm")
+        _refuse_other_norms(norm, entry.model_type)
         with refused_by_transformers(), torch.device("meta"):
             self._layer = getattr(modeling, entry.classes + "DecoderLayer")(self.config, 0)
-            self._norm = getattr(modeling, entry.classes + "RMSNorm")(spec.hidden_size, eps=self.config.rms_norm_eps)
+            self._norm = norm(spec.hidden_size, eps=self.config.rms_norm_eps)
         with refused_by_transformers():
             rotary = getattr(modeling, entry.classes + "RotaryEmbedding")(config=self.config)
         self._layer.eval().requires_grad_(False)

@@ -116,6 +116,15 @@ def test_neutral_settings_and_those_of_other_families_are_not(monkeypatch: pytes
         model_config(SHAPES | settings, spec_from_config(SHAPES | {"model_type": model_type}))
 
 
+def test_norms_that_add_one_to_their_weight_are_refused(random_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma's: scales folded into the weight would be another function."""
+    entry = replace(ARCHITECTURES["llama"], model_type="gemma", classes="Gemma")
+    monkeypatch.setitem(ARCHITECTURES, "gemma", entry)
+    opened = open_source(random_model("model", "gemma", head_dim=16, pad_token_id=0, tie_word_embeddings=True))
+    with pytest.raises(CheckpointError, match="GemmaRMSNorm does not multiply by its weight alone: the entry of gemma"):
+        Network(opened.config, opened.spec, dtype=torch.float32)
+
+
 # ---------------------------------------------------------------------- merged projections, as Phi-3 has them
 
 PHI3 = Architecture(
