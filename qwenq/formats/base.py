@@ -390,7 +390,6 @@ class Format(ABC):
 
     name: str  # as --format calls it: gptq, bnb-nf4
     method: str  # `quant_method` of config.json, by which other tools call it
-    note: str = ""  # in help texts, after the name: "4-bit"
     tags: tuple[str, ...]  # of a model card
     whole_file: bool = False  # tensors, configuration and tokenizer are one file; else safetensors and files beside
     engine: str = "qwenq"  # that --fit plans for where none is named
@@ -686,9 +685,9 @@ def mixing() -> list[Format]:
     return [form for form in FORMATS.values() if form.mixes]
 
 
-def names_of(forms: Iterable[Format], last: str = "or", *, notes: bool = False) -> str:
-    """`gptq, awq (4-bit) or compressed-tensors`, for help texts and messages."""
-    names = [form.name + (f" ({form.note})" if notes and form.note else "") for form in forms]
+def names_of(forms: Iterable[Format], last: str = "or") -> str:
+    """`gptq, awq or compressed-tensors`, for help texts and messages."""
+    names = [form.name for form in forms]
     return f" {last} ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 

@@ -525,7 +525,6 @@ class Gguf(Format):
     """Every linear, the embedding and the head in a GGML type of its own; norms and biases in float32."""
 
     name = method = "gguf"
-    note = "llama.cpp, Ollama"
     tags = ("gguf",)
     whole_file = True
     engine = "llama.cpp"

@@ -250,7 +250,7 @@ def test_a_model_arrives_whole_and_nothing_else(stand_in: StandIn) -> None:
     assert lines[0].startswith("downloading org/tiny: 3 files, ") and COMMIT[:12] in lines[-1]
 
     stand_in.requests.clear()
-    assert fetch_model("org/tiny", revision=COMMIT) == directory
+    assert fetch_model("org/tiny") == directory
     assert not any("safetensors" in path for path in stand_in.paths())
 
 
@@ -392,13 +392,6 @@ def test_gated(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     for part in ("/api/", "/resolve/"):
         stand_in.refuse = refusing(part, 403)
         assert "access refused (403)" in failure(fetch_model, "org/tiny").message
-
-
-def test_revision_not_found(stand_in: StandIn) -> None:
-    for call in (fetch_config, fetch_headers, fetch_model):
-        error = failure(call, "org/tiny", "v9")
-        assert error.message == "org/tiny: no revision v9"
-        assert f"{stand_in.url}/org/tiny" in error.hint
 
 
 @pytest.mark.parametrize(("status", "words"), [(429, "too many requests"), (503, "out of order (503)")])
