@@ -500,7 +500,7 @@ def test_disk_full(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         patched.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
         error = failure(fetch_model, "org/tiny")
-        assert "0.0 MB free" in error.message and "HF_HOME" in error.hint
+        assert "1.0 kB free" in error.message and "HF_HOME" in error.hint
         assert not stand_in.files() & set(SHARDS)
 
     def fill(*args: Any, **kwargs: Any) -> None:
