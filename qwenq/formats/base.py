@@ -287,13 +287,17 @@ class ExactNames:
         return module in self.names
 
 
+Matcher = NamePattern | ExactNames
+Rule = tuple[Matcher, Scheme | None]
+
+
 @dataclass(frozen=True)
 class Quantization:
     """How each linear is stored, as a config says: the first of `rules` that matches a module's name decides."""
 
     format: str  # one of FORMATS
     default: Scheme | None  # where no rule matches; None leaves the linear in 16 bit
-    rules: tuple[tuple[NamePattern | ExactNames, Scheme | None], ...] = ()
+    rules: tuple[Rule, ...] = ()
     version: str = ""  # of the format, where there are several
     sorted_columns: bool = False  # columns may be stored out of the order of their groups
 

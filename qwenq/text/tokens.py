@@ -34,16 +34,13 @@ from qwenq.text.vocabulary import (
     vocabulary_of_metadata,
 )
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja", "chat_template.json", "tokenizer.model",
-)  # fmt: skip
-_TRANSFORMERS_READS = {  # and how large each may be
+_LARGEST = {  # bytes
     "tokenizer.json": MAX_TOKENIZER_BYTES, "tokenizer_config.json": 10_000_000, "vocab.json": 50_000_000,
-    "merges.txt": 50_000_000, "special_tokens_map.json": 1_000_000,
-    "added_tokens.json": 10_000_000, "chat_template.jinja": MAX_TEMPLATE_BYTES,
-    "chat_template.json": 10_000_000, "tokenizer.model": 50_000_000, "config.json": 10_000_000,
+    "merges.txt": 50_000_000, "special_tokens_map.json": 1_000_000, "added_tokens.json": 10_000_000,
+    "chat_template.jinja": MAX_TEMPLATE_BYTES, "chat_template.json": 10_000_000, "tokenizer.model": 50_000_000,
 }  # fmt: skip
+TOKENIZER_FILES = tuple(_LARGEST)
+_TRANSFORMERS_READS = _LARGEST | {"config.json": 10_000_000}
 _PLACES = ("fast_tokenizer_files", "tokenizer_file", "vocab_file", "merges_file", "spm_file", "gguf_file",
            "tokenizer_object", "init_inputs")  # fmt: skip
 _SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>")
