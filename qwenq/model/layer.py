@@ -62,17 +62,11 @@ def _refuse_beyond_stages(settings: Any) -> None:
             )
 
 
-def _refuse_other_norms(norm: Any, model_type: str) -> None:
-    """CheckpointError for a norm that does not multiply by its weight, as Gemma's, which adds 1 to it: channel scales
-    would be folded into another function.
-    """
+def _scales_by_weight(norm: Any) -> bool:
+    """Whether a class of norms multiplies by its weight alone, as folding takes it; Gemma's adds 1 to it."""
     probe = norm(1, eps=1.0).requires_grad_(False)
     probe.weight.zero_()
-    if bool(probe(torch.ones(1, 1)).any()):
-        raise CheckpointError(
-            f"{norm.__name__} does not multiply by its weight alone: the entry of {model_type} cannot say it",
-            hint="docs/adding-an-architecture.md lists what else an entry cannot say",
-        )
+    return not bool(probe(torch.ones(1, 1)).any())
 
 
 @contextmanager
@@ -114,8 +108,14 @@ class Network:
         self.spec = spec
         self.dtype = dtype
         self.device = torch.device(device)
-        norm = getattr(modeling, entry.classes + "RMSNorm")
-        _refuse_other_norms(norm, entry.model_type)
+        with refused_by_transformers():
+            norm = getattr(modeling, entry.classes + "RMSNorm")
+            foldable = _scales_by_weight(norm)
+        if not foldable:
+            raise CheckpointError(
+                f"{norm.__name__} does not multiply by its weight alone: the entry of {entry.model_type} cannot say it",
+                hint="docs/adding-an-architecture.md lists what else an entry cannot say",
+            )
         with refused_by_transformers(), torch.device("meta"):
             self._layer = getattr(modeling, entry.classes + "DecoderLayer")(self.config, 0)
             self._norm = norm(spec.hidden_size, eps=self.config.rms_norm_eps)

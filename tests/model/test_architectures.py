@@ -117,6 +117,13 @@ def test_norms_that_add_one_to_their_weight_are_refused(random_model: Make, monk
         Network(opened.config, opened.spec, dtype=torch.float32)
 
 
+def test_a_family_without_such_norms_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = replace(ARCHITECTURES["llama"], model_type="starcoder2", classes="Starcoder2")
+    monkeypatch.setitem(ARCHITECTURES, "starcoder2", entry)
+    with pytest.raises(CheckpointError, match=r"transformers makes no layer of it .*Starcoder2RMSNorm"):
+        Network(SHAPES, spec_from_config(SHAPES | {"model_type": "starcoder2"}), dtype=torch.float32)
+
+
 # ---------------------------------------------------------------------- merged projections, as Phi-3 has them
 
 PHI3 = Architecture(
