@@ -96,7 +96,7 @@ def _problems(spec: ModelSpec, groups: RowGroups, ranks: int) -> list[_Problem]:
 def row_groups(spec: ModelSpec, recipe: Recipe) -> RowGroups:
     """Group sizes of the linears that tensor parallelism cuts by input."""
     found: dict[str, set[int]] = {stage.name: set() for stage in cut_by_input(spec)}
-    for lin in spec.linears:
+    for lin in (lin for layer in set(recipe.layer_kinds(spec)) for lin in spec.layer_linears(layer)):
         scheme = recipe.scheme_of(lin)
         if lin.stage in found and scheme is not None:
             found[lin.stage].add(scheme.group_size)

@@ -113,23 +113,21 @@ def recipe_weights(
 ) -> Weights:
     """Weights stored by `recipe`; what it leaves out is stored in `dtype`, one or one a name."""
     declared = declared_by_recipe(spec, recipe)
-    alike = not recipe.overrides and isinstance(dtype, str)  # then all layers are like the first
-    different = range(1 if alike else spec.num_hidden_layers)
-    repeated = spec.num_hidden_layers if alike else 1
-    tensors = [tuple(recipe.layer_tensors(spec, layer, dtype)) for layer in different]
-    layers = tuple(tuple(t.nbytes for t in found) for found in tensors) * repeated
-    parts = [layer_parts(spec, layer, {t.name: t for t in tensors[layer]}, recipe) for layer in different]
+    kinds = recipe.layer_kinds(spec, dtype)
+    tensors = {layer: tuple(recipe.layer_tensors(spec, layer, dtype)) for layer in sorted(set(kinds))}
+    sizes = {layer: tuple(t.nbytes for t in found) for layer, found in tensors.items()}
+    parts = {layer: layer_parts(spec, layer, {t.name: t for t in found}, recipe) for layer, found in tensors.items()}
     return Weights(
         label=label or recipe.label,
         method=declared.method,
         bits=declared.bits,
         group_size=declared.group_size,
-        layers=layers,
+        layers=tuple(sizes[layer] for layer in kinds),
         widest_linear=_widest_linear(spec, declared),
         intermediate_size=spec.intermediate_size,
         source=source,
         row_groups=declared.row_groups,
-        parts=tuple(parts) * repeated,
+        parts=tuple(parts[layer] for layer in kinds),
         **_outer(spec, recipe.outer_tensors(spec, dtype)),
     )
 
@@ -262,11 +260,16 @@ class Declared:
 
 def declared_by_recipe(spec: ModelSpec, recipe: Recipe, sorted_columns: bool = False) -> Declared:
     """The declaration of a recipe's checkpoint."""
-    schemes = [scheme for lin in spec.linears if (scheme := recipe.scheme_of(lin)) is not None]
+    bits, sizes = Counter[int](), set[int]()
+    for layer, count in Counter(recipe.layer_kinds(spec)).items():
+        for lin in spec.layer_linears(layer):
+            if (scheme := recipe.scheme_of(lin)) is not None:
+                bits[scheme.bits] += count
+                sizes.add(scheme.group_size)
     return Declared(
-        method=get_format(recipe.format).method if schemes else "none",
-        bits=Counter(scheme.bits for scheme in schemes).most_common(1)[0][0] if schemes else 16,
-        group_size=max((scheme.group_size for scheme in schemes), default=0),
+        method=get_format(recipe.format).method if bits else "none",
+        bits=bits.most_common(1)[0][0] if bits else 16,
+        group_size=max(sizes, default=0),
         row_groups=row_groups(spec, recipe),
         recipe=recipe,
         sorted_columns=sorted_columns,
