@@ -369,8 +369,7 @@ CPU_LOGITS = "CPU: logits equal"
 PLAIN_8_BIT = "CPU: logits equal, 8-bit products by plain torch"  # vLLM's CPU build has kernels for 4 bits only
 
 
-@dataclass(frozen=True)
-class Loader:
+class Loader(NamedTuple):
     """One engine and one checkpoint; `reason` says why it does not read it, empty when it does."""
 
     name: str
@@ -388,8 +387,7 @@ class Variant(NamedTuple):
     version: str = ""  # as `Quantization.version`
 
 
-@dataclass(frozen=True)
-class ByTransformers:
+class ByTransformers(NamedTuple):
     """How transformers loads a checkpoint: packages to install, a config object that it needs, or why it does not."""
 
     install: str = ""

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwenq.errors import CheckpointError, PlanError, UsageError
 from qwenq.escaping import shown
@@ -444,8 +444,7 @@ def fallback(kind: str, columns: int) -> str:
     return "F16"
 
 
-@dataclass(frozen=True)
-class Mixture:
+class Mixture(NamedTuple):
     """One of llama.cpp's file types: its number in `general.file_type` and the type that tensors have at least."""
 
     number: int

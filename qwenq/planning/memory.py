@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from qwenq.planning.case import Case, Share, Workload, check_context, whole
 from qwenq.planning.rig import device
@@ -242,8 +242,7 @@ class MemoryEstimate:
         }
 
 
-@dataclass(frozen=True)
-class Allowance:
+class Allowance(NamedTuple):
     """Bytes that an engine may take of each GPU (None: no limit is known), and the cache a server then has."""
 
     limits: tuple[int | None, ...]

@@ -362,8 +362,7 @@ class RankLayout(Layout):
 
 def cutting_reasons(spec: ModelSpec, weights: Weights, ranks: int) -> list[str]:
     """Why `ranks` tensor-parallel ranks cannot cut these weights, padding included; empty when they can."""
-    stored = replace(spec, intermediate_size=weights.intermediate_size)
-    return tensor_parallel_reasons(stored, weights.row_groups, ranks)
+    return tensor_parallel_reasons(weights.stored_spec(spec), weights.row_groups, ranks)
 
 
 def padded_weights(spec: ModelSpec, weights: Weights, ranks: int) -> Weights | None:
@@ -371,7 +370,7 @@ def padded_weights(spec: ModelSpec, weights: Weights, ranks: int) -> Weights | N
 
     Layers grow in proportion to the weights of their linears.
     """
-    stored = replace(spec, intermediate_size=weights.intermediate_size)
+    stored = weights.stored_spec(spec)
     width = helpful_width(stored, weights.row_groups, [ranks])
     if not width:
         return None

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -304,6 +304,7 @@ _NOISE = {
 }
 
 
+@lru_cache(maxsize=512)
 def _key(name: str) -> str:
     """Words that tell GPUs apart, in order: `NVIDIA GeForce RTX3090` and `3090` are both `3090`."""
     text = re.sub(r"\b(?:gtx|rtx|rx)(?=\d)|\bquadro (?=rtx a)", "", name.lower())

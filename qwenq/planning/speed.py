@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.case import Case, Share
@@ -21,8 +20,7 @@ MATRIX_RATE = 0.4  # of the dense tensor rate, in prefill; fitted 0.37 to 0.47 i
 _PCIE_LANE_GB_S = {3: 0.985, 4: 1.969, 5: 3.938}  # one direction
 
 
-@dataclass(frozen=True)
-class SpeedFit:
+class SpeedFit(NamedTuple):
     """Seconds of overhead a layer (and more with several ranks), traffic per weight byte, and the worst ratios seen."""
 
     layer_s: float
@@ -40,8 +38,7 @@ OTHER_CARD = 1.18
 NARROW = 2.2  # times the least: a wider range is said as one figure and a factor
 
 
-@dataclass(frozen=True)
-class Speed:
+class Speed(NamedTuple):
     """Tokens a second, low and high; None where a GPU's figure is unknown."""
 
     decode: tuple[float, float] | None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from qwenq.formats.base import Recipe
 from qwenq.model.architectures import Stage
@@ -62,8 +63,7 @@ def helpful_width(spec: ModelSpec, groups: RowGroups, sizes: Sequence[int]) -> i
     return 0 if any(tensor_parallel_reasons(wide, groups, ranks) for ranks in sizes) else wider
 
 
-@dataclass(frozen=True)
-class _Problem:
+class _Problem(NamedTuple):
     """Why some number of ranks cannot cut a model, with that number and without."""
 
     here: str

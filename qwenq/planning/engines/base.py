@@ -39,7 +39,7 @@ from qwenq.planning.placement import (
 from qwenq.planning.plan import Plan
 from qwenq.planning.rig import Gpu
 from qwenq.planning.speed import SpeedFit
-from qwenq.planning.weights import Weights, allocated_bytes, recipe_weights
+from qwenq.planning.weights import Weights, allocated_groups, recipe_weights
 from qwenq.units import GIB, format_gb, format_gib, format_tokens
 
 Version = tuple[int, ...]
@@ -250,7 +250,6 @@ class LayerFinder(RigFinder):
         return [asked, *steps, limit][found]
 
 
-@dataclass(frozen=True)
 class LayeredEngine(Engine):
     """An engine that splits whole layers over GPUs, which run one after the other."""
 
@@ -291,7 +290,6 @@ class LayeredEngine(Engine):
         yield from self.uniform_instead(case)
 
 
-@dataclass(frozen=True)
 class ServerEngine(Engine):
     """An engine of tensor x pipeline parallel ranks, each of which fills its part of a GPU with KV cache.
 
@@ -390,21 +388,23 @@ class ServerEngine(Engine):
 
     def _rank_weights(self, case: Case, share: Share) -> int:
         spec, weights, r = case.spec, case.weights, share.ranks
-        stored_spec = replace(spec, intermediate_size=weights.intermediate_size)
-        shapes = [
-            sum(lin.parameters for lin in stored_spec.stage_linears(0, stage)) for stage in spec.architecture.stages
-        ]
-        sizes: list[int] = [part // r for part in weights.embed] if share.embed else []
-        for layer in share.layers:
-            stored = weights.layer_bytes[layer]
-            for shape in shapes:
-                sizes += _fused_tensors(weights, round(stored / sum(shapes) * shape / r), shape // r)
+        stored = weights.stored_spec(spec)
+        shapes = [sum(lin.parameters for lin in stored.stage_linears(0, stage)) for stage in spec.architecture.stages]
+
+        @cache
+        def layer(n_bytes: int) -> tuple[int, ...]:
+            parts = ((round(n_bytes / sum(shapes) * shape / r), shape // r) for shape in shapes)
+            return tuple(size for part in parts for size in _fused_tensors(weights, *part))
+
+        first = tuple(part // r for part in weights.embed)
+        last: tuple[int, ...] = ()
         if share.head:
-            sizes += [*weights.norm, *(part // r for part in weights.head)]
+            last = (*weights.norm, *(part // r for part in weights.head))
             if not weights.head and not share.embed:
-                sizes += [part // r for part in weights.embed]  # a tied head on another stage is a copy
-        sizes.append(2 * spec.max_position_embeddings * spec.head_dim)
-        return allocated_bytes(sizes)
+                last += first  # a tied head on another stage is a copy
+        layers = [layer(weights.layer_bytes[index]) for index in share.layers]
+        rotary = 2 * spec.max_position_embeddings * spec.head_dim
+        return sum(allocated_groups([first if share.embed else (), *layers, (*last, rotary)]))
 
     def layouts(self, case: Case) -> tuple[Layout, ...]:
         """Ranks that the shapes allow, the best first; stages alone where they allow none."""

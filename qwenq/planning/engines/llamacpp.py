@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar
 
 from qwenq.model.spec import ModelSpec
@@ -33,7 +33,6 @@ COPIES = 4  # of what enters a device, where several compute parts of a prompt a
 
 
 @register
-@dataclass(frozen=True)
 class LlamaCppEngine(LayeredEngine):
     """`llama-server`, at a build: 9918 is b9918."""
 

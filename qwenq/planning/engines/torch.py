@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from qwenq.machine import SCORE_BYTES
 from qwenq.model.spec import ModelSpec
@@ -25,11 +25,13 @@ from qwenq.planning.kernels import choose, compute_on, row_block_weights
 from qwenq.planning.memory import NOT_ALLOCATED, Term, context_term, merged, ranged, slack_bytes, slack_term
 from qwenq.planning.placement import Placement, place
 from qwenq.planning.plan import Plan
-from qwenq.planning.profile import Profile, read_profile
 from qwenq.planning.rig import Gpu, device
 from qwenq.planning.speed import SpeedFit
 from qwenq.planning.weights import Weights, allocated_equal
 from qwenq.units import GIB
+
+if TYPE_CHECKING:
+    from qwenq.planning.profile import Profile  # read where one is given
 
 CUBLAS_WORKSPACE = 8_519_680  # discuss.pytorch.org/t/178671; 32 MiB on Hopper (pytorch#120925)
 CUBLAS_WORKSPACE_HOPPER = 32 << 20
@@ -37,8 +39,7 @@ QWENQ_PREFILL_CHUNK = 2048
 REPEATED_KV_TRAFFIC = 3.9  # times the bytes of repeated keys and values; fitted
 
 
-@dataclass(frozen=True)
-class Kernel:
+class Kernel(NamedTuple):
     """How an engine multiplies with packed weights; bytes per weight of the widest linear.
 
     `static`: a buffer kept for good. `peak`: temporaries while dequantizing, before the output exists. `hold`: the
@@ -75,8 +76,7 @@ ROW_BLOCKS = Kernel("row blocks", source="weights written out in row blocks")  #
 KERNELS = {method: kernel for kernel in (DENSE, AWQ_GEMM, PER_LINEAR) for method in kernel.methods}
 
 
-@dataclass(frozen=True)
-class Peak:
+class Peak(NamedTuple):
     """Bytes alive at one moment besides weights and KV cache, and which moment that is."""
 
     n_bytes: int
@@ -96,8 +96,7 @@ class Pass:
     read_back_bytes: int = 0  # of cached keys and values in the activations' dtype, where the cache has another
 
 
-@dataclass(frozen=True)
-class Moment:
+class Moment(NamedTuple):
     """Bytes of each kind that are alive at one moment, beside so many KV caches of the prompt and of the context."""
 
     name: str
@@ -120,7 +119,6 @@ class Moment:
         return self.at_prompt * cached[0] + self.at_end * cached[1]
 
 
-@dataclass(frozen=True)
 class TorchEngine(LayeredEngine):
     """An engine of transformers' modules; its kinds and versions differ in what the properties say."""
 
@@ -359,6 +357,8 @@ class QwenqEngine(TorchEngine):
     profile: Profile | None = None  # measured on the rig
 
     def with_profile(self, path: Path) -> QwenqEngine:
+        from qwenq.planning.profile import read_profile
+
         return replace(self, profile=read_profile(path))
 
     def corrected(self, terms: Sequence[Term], gpu: Gpu) -> Sequence[Term]:
@@ -470,7 +470,6 @@ UNMEASURED = SpeedFit(0.8e-3, 0, 1.2, 0.7, 1.4, "between transformers' measured 
 
 
 @register
-@dataclass(frozen=True)
 class TransformersEngine(TorchEngine):
     """`AutoModelForCausalLM` with `generate`; by its version and by the libraries of packed weights it loads."""
 
