@@ -185,7 +185,7 @@ def search_context(fits: Callable[[int], bool], limit: int) -> int:
 def _with(share: Share, layers: int) -> Share:
     """The share with so many layers from its start."""
     start = share.layers.start
-    return Share(range(start, start + layers), share.embed, share.head, share.ranks, share.gpus)
+    return Share(range(start, start + layers), share.embed, share.head, share.ranks, share.gpus, share.offloads)
 
 
 class _Splitter:
@@ -214,11 +214,11 @@ class _Splitter:
     def _fill_before(self, layers: int, room: int, head: int, count: int) -> tuple[Share, ...] | None:
         """Greedy: each of the first `count` GPUs takes as much as it can; the head is on GPU `head`."""
         shares: list[Share] = []
-        gpus = len(self.rig.gpus)
+        gpus, out = len(self.rig.gpus), layers < self.case.spec.num_hidden_layers
         first = self.case.spec.num_hidden_layers - layers if self.case.engine.host_layers_first else 0
         start, stop = first, first + layers
         for index in range(gpus):
-            share = Share(range(start, start), embed=index == 0, head=index == head, gpus=gpus)
+            share = Share(range(start, start), embed=index == 0, head=index == head, gpus=gpus, offloads=out)
             limit = self.limits[index] - room - (self._offload_bytes(layers) if index == 0 else 0)
             if share.used and self._cost(share, index) > limit:
                 return None
@@ -285,7 +285,7 @@ class _Splitter:
 
     def _cost(self, share: Share, index: int) -> int:
         gpu = self.rig.gpus[index]
-        kind = self.alike[index], share.embed, share.head, min(share.gpus, 2)
+        kind = self.alike[index], share.embed, share.head, min(share.gpus, 2), share.offloads
         if kind not in self.costs:
             self.costs[kind] = self.case.engine.layer_costs(self.case, share, gpu)
         return self.costs[kind](share.layers)

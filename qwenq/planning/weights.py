@@ -83,6 +83,11 @@ class Weights:
         return tuple(sum(layer) for layer in self.layers)
 
     @cached_property
+    def layer_sums(self) -> tuple[int, ...]:
+        """Bytes of the first layers: 0, one, two, ..., all of them."""
+        return tuple(accumulate(self.layer_bytes, initial=0))
+
+    @cached_property
     def allocated(self) -> tuple[int, tuple[int, ...], int]:
         """Embedding, each layer, norm with head, as torch's allocator counts them when loaded in this order."""
         embed, *layers, last = allocated_groups([self.embed, *self.layers, (*self.norm, *self.head)])

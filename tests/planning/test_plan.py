@@ -469,3 +469,47 @@ def test_compute_buffers_of_older_builds_are_as_they_were() -> None:
     assert "was not checked" in get_engine("llama.cpp", "b12000").version_note and not old.version_note
     command = old.command(make_plan(Case(B72, INT4, get_engine("qwenq"), Workload(8192), TWO_3090)))
     assert "--fit" not in command
+
+
+# MiB that llama-fit-params (0.3.36, told to reserve 4 outputs) reserves on each device with layers on the CPU.
+@pytest.mark.parametrize(
+    ("name", "context", "gpus", "mib"),
+    [("Qwen2.5-72B", 8192, 2, 213), ("Qwen2.5-72B", 32768, 3, 237), ("Qwen2.5-32B", 8192, 1, 190),
+     ("Qwen2.5-32B", 32768, 2, 214), ("Qwen2.5-7B", 32768, 3, 157)],
+)  # fmt: skip
+def test_compute_buffers_with_layers_on_the_cpu(name: str, context: int, gpus: int, mib: int) -> None:
+    spec = model(name)
+    rig = rig_of([find_gpu("RTX 3060 12GB" if name != "Qwen2.5-7B" else "4GB")] * gpus)
+    weights = gguf_weights(spec, "F16" if name == "Qwen2.5-7B" else "Q4_K_M")
+    found = place(Case(spec, weights, LLAMA_CPP, Workload(context), rig), offload=True)
+    assert found.host_layers
+    sizes = [(gpu.term("activations") + gpu.term("logits")) / (1 << 20) for gpu in found.memory.gpus]
+    assert sizes == pytest.approx([mib] * gpus, abs=0.5)
+
+
+# Logged in April and May 2026 (382.01, 391, 304.00); the rest: llama-fit-params with float32 masks and all logits.
+@pytest.mark.parametrize(
+    ("name", "context", "mib"),
+    [("Qwen2.5-7B", 4096, 304), ("Qwen2.5-7B", 32768, 382.01), ("Qwen2.5-32B", 4096, 307), ("Qwen2.5-32B", 32768, 391),
+     ("Qwen2.5-7B", 24576, 366), ("Qwen2.5-32B", 24576, 375), ("Qwen2.5-72B", 16384, 313), ("Qwen2.5-72B", 32768, 409)],
+)  # fmt: skip
+def test_masks_of_older_builds(name: str, context: int, mib: float) -> None:
+    spec, old = model(name), get_engine("llama.cpp", "b8800")
+    case = Case(spec, gguf_weights(spec, "Q4_K_M"), old, Workload(context))
+    assert estimate(case).term("activations") / (1 << 20) == pytest.approx(mib, abs=0.5)
+    oldest = estimate(replace(case, engine=get_engine("llama.cpp", "b4500")))
+    assert oldest.term("activations") == 4 * 512 * (spec.vocab_size + spec.hidden_size)  # 307.0 at 32k in January 2025
+
+
+@pytest.mark.parametrize("version", ["", "b8800"])
+@pytest.mark.parametrize("name", ["Qwen2.5-72B", "Qwen2.5-0.5B"])
+def test_costs_in_closed_form_are_the_sum_of_the_terms(name: str, version: str) -> None:
+    spec = model(name)
+    engine = get_engine("llama.cpp", version)
+    case = Case(spec, gguf_weights(spec, "Q4_K_M"), engine, Workload(8192, kv_dtype="q8_0"), parse_rig("2x RTX 3090"))
+    gpu = case.hardware.gpus[0]
+    for share in (*even_shares(spec, 1), *even_shares(spec, 2), replace(even_shares(spec, 2)[1], offloads=True)):
+        cost = engine.layer_costs(case, share, gpu)
+        for layers in (share.layers, range(share.layers.start, share.layers.start), range(3, 7)):
+            terms, _ = engine.terms(case, replace(share, layers=layers), gpu)
+            assert cost(layers) == sum(term.n_bytes for term in terms)
