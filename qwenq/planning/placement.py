@@ -199,13 +199,15 @@ class _Splitter:
         known = {gpu.name: gpu for gpu in self.rig.gpus}
         alike = {name: case.engine.alike(case, gpu) for name, gpu in known.items()}
         self.alike = [alike[gpu.name] for gpu in self.rig.gpus]
+        kinds = list(zip(self.alike, self.limits, strict=True))
+        # GPUs at the end that are equal: with the head on another than the last of them they hold no more
+        self.equal_from = next((index + 1 for index in range(len(kinds) - 1, -1, -1) if kinds[index] != kinds[-1]), 0)
         self.tied_first = case.spec.tie_word_embeddings and not case.engine.copies_tied_head
 
     def fill(self, layers: int, room: int) -> tuple[Share, ...] | None:
         """Shares of the first `layers` layers that leave `room` bytes on every GPU in use, or None."""
         count = len(self.rig.gpus)
-        equal = len(set(self.limits)) == 1 and len(set(self.alike)) == 1  # then fewer of them hold no more
-        for head in (0,) if self.tied_first else range(count - 1, count - 2 if equal else -1, -1):
+        for head in (0,) if self.tied_first else (count - 1, *range(self.equal_from - 1, -1, -1)):
             shares = self._fill_before(layers, room, head, count if self.tied_first else head + 1)
             if shares is not None:
                 return shares
@@ -248,21 +250,36 @@ class _Splitter:
         return low
 
     def widest(self, layers: int) -> tuple[Share, ...]:
-        """The split with the most room on the fullest GPU (a negative room when it does not fit)."""
+        """The split with the most room on the fullest GPU (a negative room when it does not fit), to a MiB."""
         gpus = len(self.rig.gpus)
         whole = [Share(range(layers), embed=embed, head=True, gpus=gpus) for embed in (True, False)]
         most = max(self._cost(share, index) for share in whole for index in range(gpus)) + self._offload_bytes(layers)
-        low, high = min(self.limits) - most, max(self.limits)
-        best = self.fill(layers, low)  # with that little room any one GPU could hold everything
+        best = self.fill(layers, 0) or self.fill(layers, min(self.limits) - most)  # any one GPU could hold everything
         assert best is not None
+        low, high = self._room(best, layers), self._most_room(layers)
         while high - low > 1 << 20:
             middle = (low + high) // 2
             found = self.fill(layers, middle)
             if found is None:
                 high = middle
             else:
-                best, low = found, middle
+                best, low = found, self._room(found, layers)
         return best
+
+    def _room(self, shares: Sequence[Share], layers: int) -> int:
+        """Bytes left on the fullest GPU of those in use."""
+        left = [
+            limit - self._cost(share, index)
+            for index, (share, limit) in enumerate(zip(shares, self.limits, strict=True))
+            if share.used
+        ]
+        return min(left[0] - self._offload_bytes(layers), *left)
+
+    def _most_room(self, layers: int) -> int:
+        """More than any split leaves on the fullest GPU: if weights were all, and cut to the byte."""
+        held = sum(self.layer_bytes) - sum(self.layer_bytes[layer] for layer in host_range(self.case, layers))
+        largest = sorted(self.limits, reverse=True)
+        return max((sum(largest[:count]) - held) // count for count in range(1, len(largest) + 1)) + 1
 
     def most_layers(self) -> int:
         """Most layers that fit on the GPUs beside what offloading itself needs; -1 when not even none do."""

@@ -331,10 +331,12 @@ class ServerEngine(Engine):
 
     def inside_bytes(self, terms: Sequence[Term]) -> int:
         """Bytes of a part before the cache gets the rest."""
-        return sum(t.n_bytes for t in terms if t.name in self.inside)
+        names = self.inside
+        return sum(t.n_bytes for t in terms if t.name in names)
 
     def outside_bytes(self, terms: Sequence[Term]) -> int:
-        return sum(t.n_bytes for t in terms if t.name in self.outside)
+        names = self.outside
+        return sum(t.n_bytes for t in terms if t.name in names)
 
     def allowance(self, case: Case, shares: Sequence[Share], needed: Sequence[tuple[Term, ...]]) -> Allowance:
         """One part for all GPUs, as asked or, rounded down, as much as leaves each its `outside` bytes.
@@ -451,6 +453,8 @@ class ServerEngine(Engine):
         return max((option.longest_context(case) for option in options), default=0)
 
     def how_held(self, case: Case) -> str:
+        if case.weights.total_bytes > sum(case.hardware.limits):
+            return ""
         layout = self.layout(case)
         return layout.how if layout.fits else ""
 

@@ -9,7 +9,7 @@ layers go: llama-model.cpp, load_tensors.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
 from typing import ClassVar
 
@@ -67,13 +67,11 @@ class LlamaCppEngine(LayeredEngine):
         spec, weights, work = case.spec, case.weights, case.work
         tokens = self._cells(case)
         ubatch = min(work.prefill_chunk or self.own_chunk, tokens)
+        kv = int(2 * len(share.layers) * spec.kv_size * case.kv_bytes * tokens)
         first = share.embed
         terms = [
             Term("weights", self._held(case, share), "exact", weights.source),
-            Term(
-                "kv_cache", self._cache(case, share.layers), "exact",
-                f"2 x layers x KV width x tokens, {work.kv_dtype}; tokens in steps of 256",
-            ),
+            Term("kv_cache", kv, "exact", f"2 x layers x KV width x tokens, {work.kv_dtype}; tokens in steps of 256"),
             *(self._compute_buffer if self.few_outputs else self._older_buffer)(case, share, ubatch, tokens),
             Term(
                 "context", 325 * MIB if first else 600 * MIB, "reported",
@@ -92,12 +90,18 @@ class LlamaCppEngine(LayeredEngine):
         """In closed form: weights by sums, the cache by layers; nothing else depends on which layers a device has."""
         terms, _ = self.terms(case, share, gpu)
         beside = sum(term.n_bytes for term in terms if term.name not in ("weights", "kv_cache"))
+        beside += self._held(case, replace(share, layers=range(0)))
+        upto, cells, kv_size, kv_bytes = case.weights.layer_sums, self._cells(case), case.spec.kv_size, case.kv_bytes
 
         def cost(layers: range) -> int:
-            here = Share(layers, share.embed, share.head)
-            return beside + self._held(case, here) + self._cache(case, layers)
+            cache = int(2 * len(layers) * kv_size * kv_bytes * cells)
+            return beside + upto[layers.stop] - upto[layers.start] + cache
 
         return cost
+
+    def alike(self, case: Case, gpu: Gpu) -> Hashable:
+        """The terms are of no kind of device in particular."""
+        return ""
 
     def _cells(self, case: Case) -> int:
         """Tokens that the cache has room for."""
@@ -107,9 +111,6 @@ class LlamaCppEngine(LayeredEngine):
         weights, layers = case.weights, share.layers
         held = weights.layer_sums[layers.stop] - weights.layer_sums[layers.start]
         return held + (sum(weights.norm) + sum(weights.head or weights.embed) if share.head else 0)
-
-    def _cache(self, case: Case, layers: range) -> int:
-        return int(2 * len(layers) * case.spec.kv_size * case.kv_bytes * self._cells(case))
 
     def _compute_buffer(self, case: Case, share: Share, ubatch: int, tokens: int) -> Iterator[Term]:
         """The FFN's gate, up and their product beside hidden states, float32, and the mask.
