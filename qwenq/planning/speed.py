@@ -63,7 +63,7 @@ def decode_seconds(case: Case, shares: Sequence[Share]) -> float | None:
     Ranks of a stage run together. Weights that a kernel writes out in 16 bit are written and read once more.
     """
     spec, weights, engine, work = case.spec, case.weights, case.engine, case.work
-    fit = engine.speed_fit(weights)
+    fit = engine.run_fit(case, shares)
     tokens = work.context * work.batch
     seconds = 0.0
     for gpu, share, computed in zip(case.hardware.gpus, shares, _computed(case, shares), strict=True):
@@ -123,7 +123,7 @@ def estimate_speed(case: Case, shares: Sequence[Share], offloaded_bytes: int = 0
     Where the engine computes with them on the CPU they do so only in prefill: for a token they are read where they are.
     """
     engine, work, gpus = case.engine, case.work, case.hardware.gpus
-    fit = engine.speed_fit(case.weights)
+    fit = engine.run_fit(case, shares)
     wide = 1.0 if all("A100" in gpu.name for gpu in gpus) else OTHER_CARD
     decode, prefill = decode_seconds(case, shares), prefill_seconds(case, shares)
     basis = fit.source

@@ -307,6 +307,37 @@ def test_speed_range_holds_a_published_run() -> None:
     assert found.decode is not None and found.decode[0] < 46.3 < found.decode[1]
 
 
+# Milliseconds a token, measured on one H200 (reports/gpu.md): the fit, and what a plan says.
+@pytest.mark.parametrize(
+    ("bits", "context", "ms"),
+    [(4, 1024, 19.0), (4, 8192, 19.8), (4, 32768, 21.6), (8, 1024, 24.0), (8, 8192, 24.5), (8, 32768, 26.6)],
+)
+def test_speed_of_this_engine_as_measured(bits: int, context: int, ms: float) -> None:
+    weights, rig = recipe_weights(B72, Recipe(Scheme(bits))), parse_rig("H200 SXM 141GB")
+    case = Case(B72, weights, get_engine("qwenq"), Workload(context), rig)
+    assert decode_seconds(case, even_shares(B72, 1)) == pytest.approx(ms / 1e3, rel=0.05)
+    low, high = make_plan(case).speed.decode or (0, 0)
+    assert low < 1e3 / ms < high < 2.7 * low
+
+
+def test_speed_of_this_engine_goes_by_its_kernels() -> None:
+    """A CUDA graph on one GPU with Triton; 52.2 ms were measured without one, with torch's kernels."""
+    gpu = find_gpu("H200 SXM 141GB")
+    case = Case(B72, INT4, get_engine("qwenq"), Workload(1024), rig_of([gpu]))
+    assert case.engine.run_fit(case, even_shares(B72, 1)).traffic == pytest.approx(1.83)
+    launched = case.engine.speed_fit(INT4)
+    for changed, shares in (
+        (replace(case, rig=rig_of([replace(gpu, triton=False)])), even_shares(B72, 1)),
+        (replace(case, rig=rig_of([gpu] * 2)), even_shares(B72, 2)),
+        (case.asking(batch=4), even_shares(B72, 1)),
+        (replace(case, rig=rig_of([find_gpu("T4")])), even_shares(B72, 1)),
+        (replace(case, rig=rig_of([find_gpu("RTX 3090")])).asking(kv_dtype="fp8"), even_shares(B72, 1)),
+    ):
+        assert case.engine.run_fit(changed, shares) == launched
+    without = replace(case, rig=rig_of([replace(gpu, triton=False)]))
+    assert decode_seconds(without, even_shares(B72, 1)) == pytest.approx(52.2e-3, rel=0.05)
+
+
 @pytest.mark.parametrize("engine", ["qwenq", "transformers", "llama.cpp"])
 def test_layers_in_host_memory_are_not_for_nothing(engine: str) -> None:
     """They are computed like the others, and their weights cross the bus: never faster than without them."""

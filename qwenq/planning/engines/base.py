@@ -157,6 +157,10 @@ class Engine(ABC):
     def speed_fit(self, weights: Weights) -> SpeedFit:
         """Constants of its speed with such weights, or their stand-in where nobody published a run."""
 
+    def run_fit(self, case: Case, shares: Sequence[Share]) -> SpeedFit:
+        """The same for one case and split, where kernels differ by these."""
+        return self.speed_fit(case.weights)
+
     def moved_in_attention(self, spec: ModelSpec, tokens: int) -> float:
         """Bytes a layer moves in one step beside its weights and cache, which holds `tokens`."""
         return 0
