@@ -140,6 +140,7 @@ def planned(ask: Ask) -> dict[str, Any]:
         | {
             "speed_text": found.speed.text() if found.fits else "",
             "offload_speed_text": found.offload_speed.text() if found.offload_speed else "",
+            "speed_short": speed.short() if (speed := found.speed if found.fits else found.offload_speed) else {},
             "how": found.layout.how,
             "split": found.placement.reason if found.placement else "",
             "offload": found.offload.reason if found.offload else "",

@@ -147,9 +147,16 @@ def place(case: Case, *, offload: bool = False) -> Placement:
     shares = split.fill(layers, 0)
     if shares is not None:
         shares = split.widest(layers)
-        return split.placement(shares, layers, "layers balanced so that the fullest GPU keeps the most room")
+        one = len(shares) == 1
+        return split.placement(
+            shares, layers, "all on one GPU" if one else "layers balanced so that the fullest GPU keeps the most room"
+        )
     if not offload:
-        return split.placement(split.widest(layers), layers, "does not fit; this split exceeds the limits the least")
+        shares = split.widest(layers)
+        one = len(shares) == 1
+        return split.placement(
+            shares, layers, "does not fit" + ("" if one else "; this split exceeds the limits the least")
+        )
     kept = split.most_layers()
     filled = split.fill(kept, 0) if kept >= 0 else None
     if filled is None:

@@ -217,7 +217,10 @@ def _stated_memory(name: str) -> float | None:
 _MEMORY = re.compile(r"\s*(\d{1,4}(?:\.\d{1,2})?)\s*gi?b\s*", re.I)
 
 
-_MAC = re.compile(r"\s*(?:mac|apple)\s+(\d{1,4})\s*gi?b\s*|\s*(\d{1,4})\s*gi?b\s+(?:mac|apple)\s*", re.I)
+_MAC_WORDS = r"(?:apple|mac(?:book)?(?:\s*(?:studio|mini|pro|air))?)"
+_MAC = re.compile(
+    rf"\s*{_MAC_WORDS}\s+(\d{{1,4}})\s*gi?b\s*|\s*(\d{{1,4}})\s*gi?b\s+{_MAC_WORDS}\s*", re.I
+)  # any with Apple silicon
 
 
 def _by_memory(name: str, memory_gib: float) -> Gpu:

@@ -49,6 +49,10 @@ class Speed(NamedTuple):
         """`decode 57.1 to 98.2 tokens/s, prefill 1,010 to 2,130 tokens/s (basis)`."""
         return f"decode {_said(self.decode)}, prefill {_said(self.prefill)} ({self.basis})"
 
+    def short(self) -> dict[str, str]:
+        """The same where there is little room: `57.1 to 98.2`, `≈ 9.61 (×÷ 1.9)`; empty where it is unknown."""
+        return {"decode": _shortly(self.decode), "prefill": _shortly(self.prefill)}
+
     def to_json(self) -> dict[str, Any]:
         return {
             "decode_tokens_per_s": _rounded(self.decode),
@@ -85,7 +89,7 @@ def decode_seconds(case: Case, shares: Sequence[Share]) -> float | None:
 
 
 def prefill_seconds(case: Case, shares: Sequence[Share]) -> float | None:
-    """Seconds to read a prompt of the whole context at MATRIX_RATE; None when a tensor rate is unknown.
+    """Seconds to read a prompt of the whole context at the engine's matrix rate; None when a tensor rate is unknown.
 
     Layers in host memory are computed on the first GPU like its own, in every engine.
     """
@@ -99,7 +103,7 @@ def prefill_seconds(case: Case, shares: Sequence[Share]) -> float | None:
             continue
         if gpu.tensor_tflops is None:
             return None
-        seconds += flops_layer * computed / share.ranks**2 / (gpu.tensor_tflops * 1e12 * MATRIX_RATE)
+        seconds += flops_layer * computed / share.ranks**2 / (gpu.tensor_tflops * 1e12 * case.engine.matrix_rate(gpu))
     return seconds
 
 
@@ -178,6 +182,15 @@ def _said(pair: tuple[float, float] | None) -> str:
     if high <= NARROW * low:
         return f"{three_digits(low)} to {three_digits(high)} tokens/s"
     return f"about {three_digits((low * high) ** 0.5)} tokens/s, within a factor of {(high / low) ** 0.5:.1f}"
+
+
+def _shortly(pair: tuple[float, float] | None) -> str:
+    if pair is None:
+        return ""
+    low, high = pair
+    if high <= NARROW * low:
+        return f"{three_digits(low)} to {three_digits(high)}"
+    return f"≈ {three_digits((low * high) ** 0.5)} (×÷ {(high / low) ** 0.5:.1f})"
 
 
 def _rounded(pair: tuple[float, float] | None) -> list[float] | None:

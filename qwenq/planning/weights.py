@@ -193,7 +193,7 @@ def header_weights(
         for layer, found in enumerate(layers)
         if declared.recipe
     )
-    label = f"checkpoint, {sum(t.nbytes for t in tensors.values()) / 1e9:.2f} GB"
+    label = "checkpoint"
     source = "the checkpoint's own headers"
     if declared.unread:
         label += f", {printable(declared.method[:40])} that qwenq itself does not read"

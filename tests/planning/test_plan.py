@@ -27,7 +27,7 @@ from qwenq.planning.memory import estimate
 from qwenq.planning.placement import Placement, cutting_reasons, parallel_options, place
 from qwenq.planning.plan import make_plan, recommend
 from qwenq.planning.rig import find_gpu, parse_rig, rig_of
-from qwenq.planning.speed import bus_gb_s, decode_seconds, estimate_speed, prefill_seconds
+from qwenq.planning.speed import Speed, bus_gb_s, decode_seconds, estimate_speed, prefill_seconds
 from qwenq.planning.tensor_parallel import padded_width
 from qwenq.planning.weights import Weights, published_weights, recipe_weights
 from qwenq.units import GIB
@@ -320,6 +320,20 @@ def test_speed_of_this_engine_as_measured(bits: int, context: int, ms: float) ->
     assert low < 1e3 / ms < high < 2.7 * low
 
 
+def test_speed_of_llama_cpp_as_measured() -> None:
+    """llama-bench on RTX 3090s, February 2025, 32B Q4_K_M: 988 tokens/s of a prompt of 512, 34.2 generated."""
+    spec = model("Qwen2.5-32B")
+    case = Case(spec, gguf_weights(spec, "Q4_K_M"), LLAMA_CPP, Workload(512), parse_rig("RTX 3090"))
+    found = make_plan(case).speed
+    assert found.prefill and found.decode
+    assert found.prefill[0] < 988 < found.prefill[1] and found.decode[0] < 34.2 < found.decode[1]
+    turing = find_gpu("T4")  # where nobody measured it
+    slow = prefill_seconds(replace(case, rig=rig_of([turing])), even_shares(spec, 1))
+    newer = replace(turing, compute_capability=(8, 0))
+    fast = prefill_seconds(replace(case, rig=rig_of([newer])), even_shares(spec, 1))
+    assert slow and fast and slow / fast == pytest.approx(0.85 / 0.4)
+
+
 def test_speed_of_this_engine_goes_by_its_kernels() -> None:
     """A CUDA graph on one GPU with Triton; 52.2 ms were measured without one, with torch's kernels."""
     gpu = find_gpu("H200 SXM 141GB")
@@ -544,3 +558,21 @@ def test_costs_in_closed_form_are_the_sum_of_the_terms(name: str, version: str) 
         for layers in (share.layers, range(share.layers.start, share.layers.start), range(3, 7)):
             terms, _ = engine.terms(case, replace(share, layers=layers), gpu)
             assert cost(layers) == sum(term.n_bytes for term in terms)
+
+
+def test_commands_say_what_they_are_for() -> None:
+    """transformers' map where it does not fit has layers on the CPU; of GGUF a server says that it does not load it."""
+    spec = model("Qwen2.5-32B")
+    weights, rig = published_weights(spec, "AWQ"), parse_rig("RTX 4090")
+    lines = get_engine("transformers").command(make_plan(Case(spec, weights, VLLM, Workload(32768), rig))).splitlines()
+    assert lines[0].startswith("# 22 of 64 layers fit") and "'cpu'" in lines[1] and '"cpu"' in lines[2]
+    small = make_plan(Case(spec, weights, VLLM, Workload(131072), parse_rig("4GB")))
+    assert get_engine("transformers").command(small).startswith("# transformers does not fit")
+    gguf = make_plan(Case(spec, gguf_weights(spec, "Q4_K_M"), LLAMA_CPP, Workload(8192), rig))
+    assert VLLM.command(gguf) == "# GGUF is llama.cpp's format"
+    assert gguf.placement is not None and gguf.placement.reason == "all on one GPU"
+
+
+def test_speed_where_there_is_little_room() -> None:
+    assert Speed((20.0, 40.0), (100.0, 900.0), "").short() == {"decode": "20.0 to 40.0", "prefill": "≈ 300 (×÷ 3.0)"}
+    assert Speed(None, None, "").short() == {"decode": "", "prefill": ""}

@@ -38,7 +38,7 @@ from qwenq.planning.placement import (
 )
 from qwenq.planning.plan import Plan
 from qwenq.planning.rig import Gpu
-from qwenq.planning.speed import SpeedFit
+from qwenq.planning.speed import MATRIX_RATE, SpeedFit
 from qwenq.planning.weights import Weights, allocated_groups, recipe_weights
 from qwenq.units import GIB, format_gb, format_gib, format_tokens
 
@@ -160,6 +160,10 @@ class Engine(ABC):
     def run_fit(self, case: Case, shares: Sequence[Share]) -> SpeedFit:
         """The same for one case and split, where kernels differ by these."""
         return self.speed_fit(case.weights)
+
+    def matrix_rate(self, gpu: Gpu) -> float:
+        """The part of a GPU's dense tensor rate that it reaches in prefill."""
+        return MATRIX_RATE
 
     def moved_in_attention(self, spec: ModelSpec, tokens: int) -> float:
         """Bytes a layer moves in one step beside its weights and cache, which holds `tokens`."""
@@ -500,6 +504,8 @@ class ServerEngine(Engine):
         for gpu in plan.case.hardware.gpus:
             if not self.runs_on(gpu):
                 return f"# {self.title} does not run on {gpu.name}"
+        if unread := self.refusal(plan.case.weights):
+            return f"# {unread}"
         found = self.serving(plan)
         case, option = found.case, found.chosen
         reason = (option or found.options[0]).verdict

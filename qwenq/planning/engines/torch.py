@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
+from qwenq.errors import HonestNo
 from qwenq.machine import SCORE_BYTES
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.case import Case, Share, Workload, whole
@@ -560,14 +561,21 @@ class TransformersEngine(TorchEngine):
         if unread := self.refusal(plan.case.weights):
             return f"# {unread}"
         case, rig = plan.case, plan.case.hardware
-        placement = plan.offload or plan.placement
+        placement, lines = plan.offload or plan.placement, list[str]()
         if placement is None:
             work = Workload(case.work.context, case.work.batch, prefill_chunk=case.work.prefill_chunk)
-            placement = place(replace(case, engine=self, work=work))
+            own = replace(case, engine=self, work=work)
+            placement = place(own)
+            if not placement.fits:
+                try:
+                    placement = place(own, offload=True)
+                except HonestNo:
+                    return "# transformers does not fit, even with layers in host memory"
+                lines.append(f"# {placement.reason}")
         memory: dict[int | str, str] = {index: f"{limit * 0.97 / GIB:.1f}GiB" for index, limit in enumerate(rig.limits)}
         if placement.offloaded_bytes:
             memory["cpu"] = f"{placement.offloaded_bytes / GIB + 4:.0f}GiB"
-        lines = [f"max_memory = {memory}", f"device_map = {_compact(placement)}"]
+        lines += [f"max_memory = {memory}", f"device_map = {_compact(placement)}"]
         if rig.needs_pci_order:
             lines.insert(0, 'import os; os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # before torch asks for a GPU')
         if yarn := yarn_of(case):
