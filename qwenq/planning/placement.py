@@ -257,14 +257,14 @@ class _Splitter:
         return low
 
     def widest(self, layers: int) -> tuple[Share, ...]:
-        """The split with the most room on the fullest GPU (a negative room when it does not fit), to a MiB."""
+        """The split with the most room on the fullest GPU (a negative room when it does not fit), to 16 MiB."""
         gpus = len(self.rig.gpus)
         whole = [Share(range(layers), embed=embed, head=True, gpus=gpus) for embed in (True, False)]
         most = max(self._cost(share, index) for share in whole for index in range(gpus)) + self._offload_bytes(layers)
         best = self.fill(layers, 0) or self.fill(layers, min(self.limits) - most)  # any one GPU could hold everything
         assert best is not None
         low, high = self._room(best, layers), self._most_room(layers)
-        while high - low > 1 << 20:
+        while high - low > 16 << 20:
             middle = (low + high) // 2
             found = self.fill(layers, middle)
             if found is None:
