@@ -7,6 +7,7 @@ of the user's (matched whole), 5 unused, which pads a vocabulary to the rows of 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 _MODEL, _TOKENS, _TYPES, _MERGES = (f"tokenizer.ggml.{key}" for key in ("model", "tokens", "token_type", "merges"))
 _TEMPLATE = "tokenizer.chat_template"
 _TEMPLATE_NAME_CHARACTERS = 64
+_TEMPLATE_FILE = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9_.-]{{0,{_TEMPLATE_NAME_CHARACTERS - 1}}}")
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # in tokenizer_config.json, and in GGUF
 
 _QWEN2 = (
@@ -71,11 +73,14 @@ def _byte_level(*, use_regex: bool) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer out of GGUF metadata: `document` is its tokenizer.json, `special` its named tokens (`bos_token`)."""
+    """A tokenizer out of GGUF metadata: `document` is its tokenizer.json, `special` its named tokens (`bos_token`).
+
+    chat_templates: by name; "default" is the one that llama.cpp keeps without a name.
+    """
 
     document: dict[str, Any]
     special: dict[str, str]
-    chat_template: str | None
+    chat_templates: dict[str, str]
 
 
 def has_tokenizer(metadata: Mapping[str, Any]) -> bool:
@@ -115,9 +120,6 @@ def vocabulary_of_metadata(metadata: Mapping[str, Any], where: str) -> Vocabular
         for ours, theirs in _SPECIAL.items()
         if (number := _token_id(metadata, theirs, len(tokens), where)) is not None
     }
-    template = metadata.get(_TEMPLATE)
-    if template is not None and (not isinstance(template, str) or len(template.encode()) > MAX_TEMPLATE_BYTES):
-        raise CheckpointError(f"{where}: {_TEMPLATE} is no text of at most {MAX_TEMPLATE_BYTES} bytes")
     added = [
         {"id": number, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
          "special": type_ == CONTROL}
@@ -147,7 +149,29 @@ def vocabulary_of_metadata(metadata: Mapping[str, Any], where: str) -> Vocabular
             "merges": pairs,
         },
     }
-    return Vocabulary(document, special, template)
+    return Vocabulary(document, special, _templates_of_metadata(metadata, where))
+
+
+def _templates_of_metadata(metadata: Mapping[str, Any], where: str) -> dict[str, str]:
+    named = {key.removeprefix(_TEMPLATE + "."): key for key in metadata if key.startswith(_TEMPLATE + ".")}
+    if _TEMPLATE in metadata:
+        named["default"] = _TEMPLATE
+    for key in named.values():
+        if not isinstance(metadata[key], str) or len(metadata[key].encode()) > MAX_TEMPLATE_BYTES:
+            raise CheckpointError(f"{where}: {shown(key)} is no text of at most {MAX_TEMPLATE_BYTES} bytes")
+    return {name: metadata[key] for name, key in named.items()}
+
+
+def template_file(name: str, where: str) -> str:
+    """Where transformers keeps a chat template, by its name; CheckpointError for one that is no file's name."""
+    if name == "default":
+        return "chat_template.jinja"
+    if not _TEMPLATE_FILE.fullmatch(name):
+        raise CheckpointError(
+            f"{where}: a chat template's name is {shown(repr(name), 80)}, wanted at most {_TEMPLATE_NAME_CHARACTERS} "
+            "letters, digits, _, - and . to make a file of it"
+        )
+    return f"{TEMPLATES}/{name}.jinja"
 
 
 def _named_splitting(metadata: Mapping[str, Any], where: str) -> Splitting:
