@@ -126,7 +126,10 @@ def vocabulary_of_metadata(metadata: Mapping[str, Any], where: str) -> Vocabular
         for number, (token, type_) in enumerate(zip(tokens, types, strict=True))
         if type_ in (CONTROL, USER_DEFINED) and token
     ]  # fmt: skip
-    begins = metadata.get("tokenizer.ggml.add_bos_token", split.begins) is True
+    around = [
+        special.get(f"{name}_token") if metadata.get(f"tokenizer.ggml.add_{name}_token", usual) is True else None
+        for name, usual in (("bos", split.begins), ("eos", False))
+    ]
     document = {
         "version": "1.0",
         "truncation": None,
@@ -134,7 +137,7 @@ def vocabulary_of_metadata(metadata: Mapping[str, Any], where: str) -> Vocabular
         "added_tokens": added,
         "normalizer": {"type": split.normalizer} if split.normalizer else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": split.steps},
-        "post_processor": _beginning(special.get("bos_token") if begins else None, ids),
+        "post_processor": _around(*(token if token in ids else None for token in around), ids),
         "decoder": _byte_level(use_regex=True),
         "model": {
             "type": "BPE",
@@ -185,17 +188,23 @@ def _named_splitting(metadata: Mapping[str, Any], where: str) -> Splitting:
     )
 
 
-def _beginning(bos: str | None, ids: Mapping[str, int]) -> dict[str, Any]:
+def _around(bos: str | None, eos: str | None, ids: Mapping[str, int]) -> dict[str, Any]:
+    """The post-processor that puts these tokens before and after a text."""
     byte_level = _byte_level(use_regex=True)
-    if bos is None or bos not in ids:
+    if bos is None and eos is None:
         return byte_level
-    first, text = {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
-    second = [{"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
+
+    def text(name: str, type_id: int) -> list[Any]:
+        begin, end = ([{"SpecialToken": {"id": token, "type_id": type_id}}] if token else [] for token in (bos, eos))
+        return [*begin, {"Sequence": {"id": name, "type_id": type_id}}, *end]
+
     template = {
         "type": "TemplateProcessing",
-        "single": [first, text],
-        "pair": [first, text, *second],
-        "special_tokens": {bos: {"id": bos, "ids": [ids[bos]], "tokens": [bos]}},
+        "single": text("A", 0),
+        "pair": [*text("A", 0), *text("B", 1)],
+        "special_tokens": {
+            token: {"id": token, "ids": [ids[token]], "tokens": [token]} for token in (bos, eos) if token
+        },
     }
     return {"type": "Sequence", "processors": [byte_level, template]}
 
@@ -258,7 +267,8 @@ def metadata_of_tokenizer(directory: Path, vocab_size: int) -> dict[str, Any]:
         number = number[0] if isinstance(number, list) and number else number
         if type(number) is int and 0 <= number < vocab_size:
             found[f"tokenizer.ggml.{theirs}_token_id"] = number
-    found["tokenizer.ggml.add_bos_token"] = _begins(document.get("post_processor"), where)
+    for name, place in (("bos", 0), ("eos", -1)):
+        found[f"tokenizer.ggml.add_{name}_token"] = _adds(document.get("post_processor"), place, where)
     return found | dict(_templates(directory, settings))
 
 
@@ -350,14 +360,15 @@ def _is_control(token: Any) -> bool:
     return bool(token.get("special")) or (text.startswith("<|") and text.endswith("|>"))
 
 
-def _begins(processor: Any, where: str) -> bool:
-    """Whether the tokenizer puts a special token before plain text."""
+def _adds(processor: Any, place: int, where: str) -> bool:
+    """Whether the tokenizer puts a special token before plain text, place 0, or after it, place -1."""
     for step in _flat(processor, "processors", where):
         single = step.get("single")
         if step.get("type") == "TemplateProcessing" and isinstance(single, list) and single:
-            if not isinstance(single[0], Mapping):
-                raise CheckpointError(f"{where}: single begins with {shown(repr(single[0]), 40)}, wanted an object")
-            return "SpecialToken" in single[0]
+            if not isinstance(single[place], Mapping):
+                end = "begins" if place == 0 else "ends"
+                raise CheckpointError(f"{where}: single {end} with {shown(repr(single[place]), 40)}, wanted an object")
+            return "SpecialToken" in single[place]
     return False
 
 

@@ -123,6 +123,20 @@ def test_llama_3_begins_with_its_token(tiny: Path, tmp_path: Path) -> None:
     assert silent.encode(["one"], special=True) == silent.encode(["one"])
 
 
+def test_what_is_put_around_a_text_goes_both_ways(tiny: Path, tmp_path: Path) -> None:
+    for bos, eos in ((True, True), (False, True), (True, False), (False, False)):
+        path = file_at(tmp_path / "m.gguf", tiny, add_bos_token=bos, add_eos_token=eos)
+        (ids,) = ModelTokenizer(path).encode(["one"], special=True)
+        (plain,) = ModelTokenizer(path).encode(["one"])
+        assert ids == [*[1021] * bos, *plain, *[1023] * eos]
+        out = tmp_path / f"{bos}{eos}"
+        out.mkdir()
+        write_tokenizer(path, out)
+        (out / "config.json").write_text("{}")
+        found = metadata_of_tokenizer(out, 1024)
+        assert [found[f"tokenizer.ggml.add_{name}_token"] for name in ("bos", "eos")] == [bos, eos]
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "none": ({"model": None}, "no tokenizer in its metadata"),
     "SentencePiece": ({"model": "llama"}, "is 'llama', wanted gpt2: only byte-level BPE"),
@@ -221,4 +235,4 @@ def test_metadata_survives_the_file(tiny: Path, tmp_path: Path) -> None:
     found = GGUFFile.open(file_at(tmp_path / "m.gguf", tiny)).metadata
     ours = metadata_of_tokenizer(tiny, 1024)
     assert {key: found[key] for key in ours if key in found} == {key: ours[key] for key in ours if key in found}
-    assert set(found) >= {key for key in ours if "padding" not in key}
+    assert set(ours) - set(found) == {"tokenizer.ggml.padding_token_id", "tokenizer.ggml.add_eos_token"}
