@@ -86,10 +86,10 @@ def _origin(spec: ModelSpec, directory: Path | None) -> Iterator[tuple[str, Any]
 def size_label(parameters: int) -> str:
     """The number of weights with two digits or more, as GGUF's naming convention has it: 494M, 7.6B, 73B."""
     factor, suffix = next(
-        ((factor, suffix) for factor, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M")) if parameters > factor),
-        (1e3, "K"),
+        ((factor, suffix) for factor, suffix in ((1e-12, "T"), (1e-9, "B"), (1e-6, "M")) if parameters * factor > 1),
+        (1e-3, "K"),
     )
-    scaled = parameters / factor
+    scaled = parameters * factor
     digits = max(0, 2 - len(str(round(scaled)).lstrip("0")))
     return f"{scaled:.{digits}f}{suffix}"
 
