@@ -287,6 +287,8 @@ def test_a_damaged_layer_is_done_again(random_model: Make, tmp_path: Path) -> No
     ("words", "line"),
     [
         (["--gguf-type", "Q4_K_X"], "--gguf-type Q4_K_X: wanted one of F16, BF16, Q8_0"),
+        (["--gguf-type", "q4_k"], "hint: is it Q4_K_M or Q4_K_S?"),
+        (["--split-size", "0"], "--split-size 0: wanted more than 0 bytes"),
         (["--bits", "5"], "--bits 5: wanted 4 or 8"),
         (["--bits", "4", "--gguf-type", "Q8_0"], "--bits and --gguf-type exclude each other"),
         (["--group-size", "64"], "--format gguf: --group-size is no choice, types have their own"),
@@ -296,6 +298,16 @@ def test_a_damaged_layer_is_done_again(random_model: Make, tmp_path: Path) -> No
 def test_what_cannot_be_asked_for(words: list[str], line: str, tiny: Path) -> None:
     assert line in run("quantize", tiny, "--dry-run", "--format", "gguf", *words, code=2)
     assert "--gguf-type goes with --format gguf" in run("quantize", tiny, "--dry-run", "--gguf-type", "Q8_0", code=2)
+
+
+def test_files_that_are_not_there_or_not_alone(tiny: Path, tmp_path: Path) -> None:
+    assert "x.gguf: neither a directory nor a shipped model" in run("inspect", tmp_path / "x.gguf", code=1)
+    assert "owner/x.gguf: no such file" in run("eval", "owner/x.gguf", "--reference", tiny, code=1)
+    (tmp_path / "x.gguf").touch()
+    assert "x.gguf: not a GGUF file (it is empty)" in run("inspect", tmp_path / "x.gguf", code=1)
+    (tmp_path / "y.gguf").touch()
+    said = run("inspect", tmp_path, code=1)
+    assert "2 GGUF models (x.gguf, y.gguf)" in said and "hint: name one of the files" in said
 
 
 def test_a_tokenizer_that_is_no_byte_level_bpe_is_refused(
