@@ -126,10 +126,13 @@ def vocabulary_of_metadata(metadata: Mapping[str, Any], where: str) -> Vocabular
         for number, (token, type_) in enumerate(zip(tokens, types, strict=True))
         if type_ in (CONTROL, USER_DEFINED) and token
     ]  # fmt: skip
-    around = [
-        special.get(f"{name}_token") if metadata.get(f"tokenizer.ggml.add_{name}_token", usual) is True else None
+    bos, eos = (
+        token
+        if metadata.get(f"tokenizer.ggml.add_{name}_token", usual) is True
+        and (token := special.get(f"{name}_token")) in ids
+        else None
         for name, usual in (("bos", split.begins), ("eos", False))
-    ]
+    )
     document = {
         "version": "1.0",
         "truncation": None,
@@ -137,7 +140,7 @@ def vocabulary_of_metadata(metadata: Mapping[str, Any], where: str) -> Vocabular
         "added_tokens": added,
         "normalizer": {"type": split.normalizer} if split.normalizer else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": split.steps},
-        "post_processor": _around(*(token if token in ids else None for token in around), ids),
+        "post_processor": _around(bos, eos, ids),
         "decoder": _byte_level(use_regex=True),
         "model": {
             "type": "BPE",
