@@ -158,7 +158,7 @@ def is_gguf(path: Path | str) -> bool:
 def gguf_model(path: Path) -> Path | None:
     """The GGUF model at a path: that file, or the only one of a directory without a config.json; of a split its first.
 
-    None for anything else.
+    None for anything else; CheckpointError for a directory with several models.
     """
     if is_gguf(path):
         return path
@@ -166,7 +166,12 @@ def gguf_model(path: Path) -> Path | None:
         return None
     names = ((each, _SPLIT_NAME.fullmatch(each.name)) for each in path.glob("*" + ENDING))
     found = [each for each, named in names if named is None or int(named["number"]) == 1]
-    return found[0] if len(found) == 1 and is_gguf(found[0]) else None
+    if len(found) > 1:
+        names_found = ", ".join(sorted(each.name for each in found))
+        raise CheckpointError(
+            f"{shown(str(path))}: {len(found)} GGUF models ({shown(names_found, 200)})", hint="name one of the files"
+        )
+    return found[0] if found and is_gguf(found[0]) else None
 
 
 def split_name(stem: str, number: int, count: int) -> str:
@@ -230,7 +235,8 @@ def _read(path: Path) -> _Header:
         data = file.read(min(size, MAX_HEADER_BYTES))
     if data[:4] != _MAGIC:
         hint = "this is a git-lfs pointer, not the weights: run `git lfs pull`" if data.startswith(LFS_POINTER) else ""
-        raise CheckpointError(f"{where}: not a GGUF file (it begins with {shown(repr(data[:4]))})", hint=hint)
+        reason = f"it begins with {shown(repr(data[:4]))}" if data else "it is empty"
+        raise CheckpointError(f"{where}: not a GGUF file ({reason})", hint=hint)
     at = _Cursor(data, where, size)
     at.position = 4
     version = at.number("I", "version")

@@ -224,8 +224,8 @@ class QuantizeConfig:
         for name in ("gguf_type", "split_size"):
             if getattr(self, name) is not None and not form.whole_file:
                 raise ExcludedOptions(f"{flag(name)} goes with --format gguf")
-        if self.split_size is not None:
-            parse_size(self.split_size)
+        if self.split_size is not None and parse_size(self.split_size) == 0:
+            raise UsageError(f"--split-size {self.split_size}: wanted more than 0 bytes")
         if form.mixtures:
             if self.mixture and self.dtype != "auto":
                 raise ExcludedOptions(f"--dtype is no choice: {self.mixture} says the type of every tensor")
@@ -284,7 +284,11 @@ class QuantizeConfig:
         if self.bits is not None:
             raise ExcludedOptions("--bits and --gguf-type exclude each other")
         if self.gguf_type not in form.mixtures:
-            raise UsageError(f"--gguf-type {self.gguf_type[:40]}: wanted one of {', '.join(form.mixtures)}")
+            near = [name for name in form.mixtures if self.gguf_type and name.startswith(self.gguf_type.upper())]
+            raise UsageError(
+                f"--gguf-type {self.gguf_type[:40]}: wanted one of {', '.join(form.mixtures)}",
+                hint=f"is it {' or '.join(near)}?" if near else "",
+            )
         return self.gguf_type
 
     def uniform(self, spec: ModelSpec) -> Recipe:

@@ -1,4 +1,4 @@
-"""What a file that is a whole model holds beside its tensors: shapes, tokenizer, origin and licence. No torch."""
+"""What a file that is a whole model holds beside its tensors: shapes, tokenizer, origin, sampling. No torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenq.checkpoint.shards import NOTHING, Beside
+from qwenq.errors import CheckpointError
 from qwenq.formats.base import Recipe, get_format
+from qwenq.io.gguf import Number
+from qwenq.io.json import inside, read_object, shown
 from qwenq.model.metadata import ROPE_FACTORS, metadata_of_config, rope_factors
 from qwenq.model.spec import ModelSpec
 from qwenq.pipeline.card import source_license
@@ -20,6 +23,9 @@ from qwenq.units import parse_size
 if TYPE_CHECKING:
     from qwenq.checkpoint.reader import Checkpoint
 
+_SAMPLING = {  # of generation_config.json, and what llama.cpp's programs take for their defaults
+    "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "temperature": "temp", "repetition_penalty": "penalty_repeat",
+}  # fmt: skip
 _HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]{0,95})/([A-Za-z0-9][\w.-]{0,95})", re.ASCII)
 
 
@@ -64,8 +70,10 @@ def containers(
 def _origin(spec: ModelSpec, directory: Path | None) -> Iterator[tuple[str, Any]]:
     """Name, licence, and the model that it was made from."""
     yield "general.name", spec.name.rpartition("/")[2] or "model"
+    yield "general.size_label", size_label(spec.parameters)
     yield "general.quantized_by", "qwenq"
     if directory is not None:
+        yield from _sampling(directory)
         for key, value in source_license(directory).items():
             yield f"general.{key.replace('_', '.')}", value
     if hub := _HUB_NAME.fullmatch(spec.name):
@@ -73,3 +81,28 @@ def _origin(spec: ModelSpec, directory: Path | None) -> Iterator[tuple[str, Any]
         yield "general.base_model.0.name", hub[2]
         yield "general.base_model.0.organization", hub[1]
         yield "general.base_model.0.repo_url", f"https://huggingface.co/{spec.name}"
+
+
+def size_label(parameters: int) -> str:
+    """The number of weights with two digits or more, as GGUF's naming convention has it: 494M, 7.6B, 73B."""
+    factor, suffix = next(
+        ((factor, suffix) for factor, suffix in ((1e-12, "T"), (1e-9, "B"), (1e-6, "M")) if parameters * factor > 1),
+        (1e-3, "K"),
+    )
+    scaled = parameters * factor
+    digits = max(0, 2 - len(str(round(scaled)).lstrip("0")))
+    return f"{scaled:.{digits}f}{suffix}"
+
+
+def _sampling(directory: Path) -> Iterator[tuple[str, Any]]:
+    """How the model's publisher samples; CheckpointError for what is no number."""
+    path = inside(directory, "generation_config.json")
+    settings = read_object(path) if path.is_file() else {}
+    for ours, theirs in _SAMPLING.items():
+        value = settings.get(ours)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1 << 31:
+            raise CheckpointError(f"{shown(str(path))}: {ours} is {shown(repr(value), 40)}, wanted a number from 0 on")
+        key = f"general.sampling.{theirs}"
+        yield key, Number("i32", int(value)) if theirs == "top_k" else Number("f32", float(value))

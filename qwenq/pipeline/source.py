@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenq.errors import PlanError
-from qwenq.io.gguf import gguf_model
+from qwenq.io.gguf import ENDING, gguf_model
 from qwenq.io.json import shown
 from qwenq.model.spec import ModelSpec, family_spec
 
@@ -24,6 +24,8 @@ def model_directory(model: str, listen: Callable[[str], None] = lambda line: Non
         return gguf_model(path) or path
     from qwenq.io.hub import fetch_model, is_hub_name
 
+    if path.suffix.lower() == ENDING:  # which no repository is called, though owner/name fits
+        raise PlanError(f"{shown(model)}: no such file")
     if is_hub_name(model):
         return fetch_model(model, listen=listen)
     raise no_checkpoint(model, hint)

@@ -11,7 +11,7 @@ Products are taken in the order in which llama.cpp takes them, so that every val
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from qwenq.solver.grid import ColumnRounder, Grid, Parameters, move
 
 SHRINK = (1.1, 1.04, 1.0, 0.96, 0.92, 0.88, 0.84, 0.78, 0.7)  # candidates, fewer than an integer grid's
+VALUES_AT_ONCE = 1 << 18  # of a search: what a core's cache holds
 ROUNDS = 2  # of super-block scale and sub-groups' integers in turn
 MAX_FLOAT16 = 65504.0
 
@@ -31,12 +32,23 @@ def _float16(value: Tensor) -> Tensor:
 
 def _inverse(scale: Tensor) -> Tensor:
     """1 / scale; 0 where there is no scale."""
-    return torch.where(scale == 0, 0.0, 1 / scale)
+    return scale.reciprocal().masked_fill_(scale == 0, 0.0)
 
 
 def _quotient(top: Tensor, bottom: Tensor) -> Tensor:
     """top / bottom, 0 where that is no number."""
     return (top / bottom).nan_to_num_(0.0, 0.0, 0.0)
+
+
+def _candidates(shrinks: Sequence[float], w_SNO: Tensor) -> Iterator[tuple[float, ...]]:
+    """Some of the candidates at a time: many for few weights, whose calls cost more than their arithmetic."""
+    at_once = max(1, VALUES_AT_ONCE // w_SNO.numel())
+    yield from (tuple(shrinks[first : first + at_once]) for first in range(0, len(shrinks), at_once))
+
+
+def _column(values: Iterable[float], like: Tensor) -> Tensor:
+    """Float32 [C, 1, 1]"""
+    return torch.tensor(list(values), dtype=torch.float32, device=like.device)[:, None, None]
 
 
 def _as_found(value: Tensor) -> Tensor:
@@ -62,26 +74,33 @@ def _affine_search(
         low_SO = low_SO.clamp(max=0)
     weighted_SNO = w_SNO * importance_SN1
     p_S1, w_SO = importance_SN1.sum(1), weighted_SNO.sum(1)
-    least_SO, scale_SO, minimum_SO = torch.full_like(low_SO, torch.inf), (high_SO - low_SO) / top, -low_SO
-    for shrink in SHRINK:
-        inverse_SO = _inverse((high_SO - low_SO) * (shrink / top))
-        middle_SO = (high_SO + low_SO) * ((1 - shrink) / 2) if not positive else 0.0
-        start_SO = low_SO * shrink + middle_SO
-        q_SNO = ((w_SNO - start_SO[:, None]) * inverse_SO[:, None]).round_().clamp_(0, top)
-        wq_SO = (weighted_SNO * q_SNO).sum(1)
-        q_SO = (importance_SN1 * q_SNO).sum(1)
-        qq_SO = (importance_SN1 * q_SNO.square_()).sum(1)
-        s_SO = _quotient(p_S1 * wq_SO - q_SO * w_SO, p_S1 * qq_SO - q_SO * q_SO)
+    span_SO, sum_SO = high_SO - low_SO, high_SO + low_SO
+    least_SO, scale_SO, minimum_SO = torch.full_like(low_SO, torch.inf), span_SO / top, -low_SO
+    for shrinks in _candidates(SHRINK, w_SNO):
+        inverse_CSO = _inverse(span_SO * _column((shrink / top for shrink in shrinks), w_SNO))
+        start_CSO = low_SO * _column(shrinks, w_SNO)
+        if not positive:
+            start_CSO += sum_SO * _column(((1 - shrink) / 2 for shrink in shrinks), w_SNO)
+        q_CSNO = w_SNO - start_CSO[:, :, None]
+        q_CSNO.mul_(inverse_CSO[:, :, None]).round_().clamp_(0, top)
+        product_CSNO = weighted_SNO * q_CSNO
+        wq_CSO = product_CSNO.sum(2)
+        q_CSO = torch.mul(importance_SN1, q_CSNO, out=product_CSNO).sum(2)
+        qq_CSO = torch.mul(importance_SN1, q_CSNO.square_(), out=product_CSNO).sum(2)
+        s_CSO = _quotient(p_S1 * wq_CSO - q_CSO * w_SO, p_S1 * qq_CSO - q_CSO * q_CSO)
         if positive:
-            s_SO = torch.where(s_SO * q_SO < w_SO, _quotient(wq_SO, qq_SO), s_SO)
-        s_SO = stored(s_SO)
-        m_SO = (s_SO * q_SO - w_SO) / p_S1
-        m_SO = stored_minimum(m_SO.clamp_(min=0) if positive else m_SO)
-        error_SO = s_SO * (s_SO * qq_SO - 2 * wq_SO)  # over what is lost with nothing but zeros
-        error_SO += m_SO * (m_SO * p_S1 + 2 * (w_SO - s_SO * q_SO))
-        better_SO = (error_SO < least_SO) & (s_SO > 0)
+            s_CSO = torch.where(s_CSO * q_CSO < w_SO, _quotient(wq_CSO, qq_CSO), s_CSO)
+        s_CSO = stored(s_CSO)
+        m_CSO = (s_CSO * q_CSO - w_SO) / p_S1
+        m_CSO = stored_minimum(m_CSO.clamp_(min=0) if positive else m_CSO)
+        error_CSO = s_CSO * (s_CSO * qq_CSO - 2 * wq_CSO)  # over what is lost with nothing but zeros
+        error_CSO += m_CSO * (m_CSO * p_S1 + 2 * (w_SO - s_CSO * q_CSO))
+        error_CSO.masked_fill_(~((error_CSO < torch.inf) & (s_CSO > 0)), torch.inf)
+        error_SO, index_SO = error_CSO.min(0)
+        better_SO = error_SO < least_SO
         least_SO = torch.where(better_SO, error_SO, least_SO)
-        scale_SO, minimum_SO = torch.where(better_SO, s_SO, scale_SO), torch.where(better_SO, m_SO, minimum_SO)
+        scale_SO = torch.where(better_SO, s_CSO.gather(0, index_SO[None])[0], scale_SO)
+        minimum_SO = torch.where(better_SO, m_CSO.gather(0, index_SO[None])[0], minimum_SO)
     return scale_SO, minimum_SO
 
 
@@ -117,7 +136,7 @@ class AffineGrid(Grid):
 
     def column_rounder(self, parameters: Parameters, columns: int) -> ColumnRounder:
         (scale_O,), (minimum_O,) = parameters
-        return _affine_rounder([_inverse(scale_O)], [scale_O], [-minimum_O], columns, self.top)
+        return _affine_rounder(scale_O[None], -minimum_O[None], columns, self.top)
 
     def refit(
         self, parameters: Parameters, codes_KO: Tensor, h_KK: Tensor, error_KO: Tensor, slope_KO: Tensor
@@ -144,21 +163,17 @@ def _least_squares(
     return _quotient(us_O * h_sum - s_O * u1_O, both_O), _quotient(s_O * uu_O - us_O * u1_O, both_O)
 
 
-def _affine_rounder(
-    inverses: list[Tensor] | Tensor,
-    scales: list[Tensor] | Tensor,
-    minima: list[Tensor] | Tensor,
-    columns: int,
-    top: int,
-) -> ColumnRounder:
+def _affine_rounder(scale_SO: Tensor, minimum_SO: Tensor, columns: int, top: int) -> ColumnRounder:
     """Rounds to `scale * code - minimum`, one of each for every so many columns."""
-    width = columns // len(scales)
+    width = columns // len(scale_SO)
+    parts = list(zip(scale_SO, minimum_SO, _inverse(scale_SO), strict=True))  # a row of a tensor costs more each time
+    product_O = torch.empty_like(scale_SO[0])
 
     def round_column(k: int, value_O: Tensor, code_O: Tensor, error_O: Tensor) -> None:
-        scale_O, minimum_O = scales[k // width], minima[k // width]
-        torch.mul(value_O + minimum_O, inverses[k // width], out=code_O)
-        code_O.round_().clamp_(0, top)
-        error_O.sub_(code_O * scale_O).add_(minimum_O)
+        scale_O, minimum_O, inverse_O = parts[k // width]
+        torch.add(value_O, minimum_O, out=code_O)
+        code_O.mul_(inverse_O).round_().clamp_(0, top)
+        error_O.sub_(torch.mul(code_O, scale_O, out=product_O)).add_(minimum_O)
 
     return round_column
 
@@ -171,19 +186,20 @@ class _Units:
 
     def __init__(self, bits: int, levels: tuple[int, ...]) -> None:
         self.zero, self.top = 1 << (bits - 1), (1 << bits) - 1
+        self.even = not levels
         self.levels = torch.tensor(levels, dtype=torch.float32)
         self.between = (self.levels[1:] + self.levels[:-1]) / 2
         self.most = float(max(levels, key=abs)) if levels else -float(self.zero)
 
     def of(self, codes: Tensor) -> Tensor:
         """Units of codes, float32."""
-        if not len(self.levels):
+        if self.even:
             return codes.float() - self.zero
         return self.levels.to(codes.device)[codes.int()]
 
     def nearest(self, value: Tensor) -> Tensor:
         """Codes, float32, of the units nearest to values in units."""
-        if not len(self.levels):
+        if self.even:
             return value.round().add_(self.zero).clamp_(0, self.top)
         return torch.bucketize(value.contiguous(), self.between.to(value.device)).float()
 
@@ -199,15 +215,18 @@ def _scale_search(
     full_SO = far_SO / units.most
     weighted_SNO = w_SNO * importance_SN1
     best_SO, scale_SO = torch.full_like(full_SO, -torch.inf), full_SO
-    for shrink in SHRINK if not len(units.levels) else (*SHRINK, *(-shrink for shrink in SHRINK)):
-        u_SNO = units.of(units.nearest(w_SNO * _inverse(full_SO * shrink)[:, None]))
-        cross_SO = (weighted_SNO * u_SNO).sum(1)
-        norm_SO = (importance_SN1 * u_SNO.square_()).sum(1)
-        found_SO = stored(_quotient(cross_SO, norm_SO))
-        gain_SO = found_SO * (2 * cross_SO - found_SO * norm_SO)
+    for shrinks in _candidates(SHRINK if units.even else (*SHRINK, *(-shrink for shrink in SHRINK)), w_SNO):
+        inverse_CSO = _inverse(full_SO * _column(shrinks, w_SNO))
+        u_CSNO = units.of(units.nearest(w_SNO * inverse_CSO[:, :, None]))
+        product_CSNO = weighted_SNO * u_CSNO
+        cross_CSO = product_CSNO.sum(2)
+        norm_CSO = torch.mul(importance_SN1, u_CSNO.square_(), out=product_CSNO).sum(2)
+        found_CSO = stored(_quotient(cross_CSO, norm_CSO))
+        gain_CSO = (found_CSO * (2 * cross_CSO - found_CSO * norm_CSO)).nan_to_num_(-torch.inf, torch.inf, -torch.inf)
+        gain_SO, index_SO = gain_CSO.max(0)
         better_SO = gain_SO > best_SO
         best_SO = torch.where(better_SO, gain_SO, best_SO)
-        scale_SO = torch.where(better_SO, found_SO, scale_SO)
+        scale_SO = torch.where(better_SO, found_CSO.gather(0, index_SO[None])[0], scale_SO)
     return scale_SO
 
 
@@ -258,13 +277,21 @@ class TableGrid(Grid):
 
 
 def _unit_rounder(scale_SO: Tensor, columns: int, units: _Units) -> ColumnRounder:
-    width, inverse_SO = columns // len(scale_SO), _inverse(scale_SO)
+    width = columns // len(scale_SO)
+    parts = list(zip(scale_SO, _inverse(scale_SO), strict=True))
+    unit_O = torch.empty_like(scale_SO[0])
+
+    def round_evenly(k: int, value_O: Tensor, code_O: Tensor, error_O: Tensor) -> None:
+        scale_O, inverse_O = parts[k // width]
+        torch.mul(value_O, inverse_O, out=code_O).round_().add_(units.zero).clamp_(0, units.top)
+        error_O.addcmul_(torch.sub(code_O, units.zero, out=unit_O), scale_O, value=-1)
 
     def round_column(k: int, value_O: Tensor, code_O: Tensor, error_O: Tensor) -> None:
-        code_O.copy_(units.nearest(value_O * inverse_SO[k // width]))
-        error_O.addcmul_(units.of(code_O), scale_SO[k // width], value=-1)
+        scale_O, inverse_O = parts[k // width]
+        code_O.copy_(units.nearest(value_O * inverse_O))
+        error_O.addcmul_(units.of(code_O), scale_O, value=-1)
 
-    return round_column
+    return round_evenly if units.even else round_column
 
 
 # ---------------------------------------------------------------------- super-blocks
@@ -318,9 +345,12 @@ class SuperGrid(Grid):
         self, parameters: Parameters, sub: int, w_NO: Tensor, importance_N: Tensor
     ) -> tuple[Parameters, Parameters]:
         d_1O, s_SO = parameters
-        scale_1O = _scale_search(
-            w_NO[None], importance_N[None, :, None], self._units, lambda scale_SO: self._coded(scale_SO, d_1O) * d_1O
-        )
+        inverse_1O = _inverse(d_1O)
+
+        def stored(scale_SO: Tensor) -> Tensor:
+            return (scale_SO * inverse_1O).round_().clamp_(self.lowest, -1 - self.lowest).mul_(d_1O)
+
+        scale_1O = _scale_search(w_NO[None], importance_N[None, :, None], self._units, stored)
         s_1O = self._coded(scale_1O, d_1O)
         s_SO[sub] = s_1O[0]
         return (d_1O, s_SO), (d_1O, s_1O)
@@ -439,13 +469,18 @@ class SuperAffineGrid(Grid):
         self, parameters: Parameters, sub: int, w_NO: Tensor, importance_N: Tensor
     ) -> tuple[Parameters, Parameters]:
         d_1O, dmin_1O, s_SO, m_SO = parameters
+
+        def stored_as(step_1O: Tensor) -> Callable[[Tensor], Tensor]:
+            inverse_1O = _inverse(step_1O)
+            return lambda value_SO: (value_SO * inverse_1O).round_().clamp_(0, self.most).mul_(step_1O)
+
         scale_1O, minimum_1O = _affine_search(
             w_NO[None],
             importance_N[None, :, None],
             self.top,
             positive=True,
-            stored=lambda scale_SO: self._coded(scale_SO, d_1O) * d_1O,
-            stored_minimum=lambda minimum_SO: self._coded(minimum_SO, dmin_1O) * dmin_1O,
+            stored=stored_as(d_1O),
+            stored_minimum=stored_as(dmin_1O),
         )
         s_1O, m_1O = self._coded(scale_1O, d_1O), self._coded(minimum_1O, dmin_1O)
         s_SO[sub], m_SO[sub] = s_1O[0], m_1O[0]
@@ -474,7 +509,7 @@ class SuperAffineGrid(Grid):
 
     def column_rounder(self, parameters: Parameters, columns: int) -> ColumnRounder:
         scale_SO, minimum_SO = self._scales(parameters)
-        return _affine_rounder(_inverse(scale_SO), scale_SO, minimum_SO, columns, self.top)
+        return _affine_rounder(scale_SO, minimum_SO, columns, self.top)
 
     def refit(
         self, parameters: Parameters, codes_KO: Tensor, h_KK: Tensor, error_KO: Tensor, slope_KO: Tensor

@@ -21,15 +21,16 @@ from tokenizers.decoders import DecodeStream
 
 from qwenq.checkpoint.headers import read_config
 from qwenq.errors import CalibrationError, CheckpointError, out_of_memory
-from qwenq.io.durable import write_json
+from qwenq.io.durable import make_directory, write_bytes, write_json
 from qwenq.io.gguf import GGUFFile, is_gguf
-from qwenq.io.json import LFS_POINTER, check_regular, inside, read_limited, read_object, shown
+from qwenq.io.json import LFS_POINTER, TEMPLATES, check_regular, inside, read_limited, read_object, shown
 from qwenq.text.conversation import Document, Message, fitted, read_messages
 from qwenq.text.rendering import MAX_TEMPLATE_BYTES, Rendering, TemplateFault, render
 from qwenq.text.vocabulary import (
     MAX_TOKENIZER_BYTES,
     Vocabulary,
     has_tokenizer,
+    template_file,
     template_files,
     vocabulary_of_metadata,
 )
@@ -331,13 +332,14 @@ def _tokenizer_of(vocabulary: Vocabulary, path: Path) -> Any:
     where = f"{path}: no tokenizer can be made of its metadata"
     with _at_fault(lambda error: CheckpointError(f"{where} ({shown(str(error))})")):
         backend = Tokenizer.from_str(json.dumps(vocabulary.document, ensure_ascii=False))
-        return PreTrainedTokenizerFast(
-            tokenizer_object=backend, chat_template=vocabulary.chat_template, **vocabulary.special
-        )
+        templates: Any = vocabulary.chat_templates
+        if templates.keys() <= {"default"}:
+            templates = templates.get("default")
+        return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=templates, **vocabulary.special)
 
 
 def write_tokenizer(source: Path, directory: Path) -> dict[str, str]:
-    """Write the tokenizer of a GGUF file as a directory's files, and return their SHA-256 by name.
+    """Write the tokenizer of a GGUF file, its chat templates too, as a directory's files; their SHA-256 by name.
 
     Nothing for another source, or a file without a tokenizer; CheckpointError for one that is not read.
     """
@@ -348,10 +350,14 @@ def write_tokenizer(source: Path, directory: Path) -> dict[str, str]:
         return {}
     found = vocabulary_of_metadata(metadata, shown(str(source)))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **found.special}
-    if found.chat_template is not None:
-        settings["chat_template"] = found.chat_template
     content = {"tokenizer.json": found.document, "tokenizer_config.json": settings}
-    return {name: write_json(directory / name, value) for name, value in content.items()}
+    templates = {
+        template_file(name, shown(str(source))): text.encode() for name, text in found.chat_templates.items()
+    }
+    if any(name.startswith(TEMPLATES + "/") for name in templates):
+        make_directory(directory / TEMPLATES, exist_ok=True)
+    hashes = {name: write_json(directory / name, value) for name, value in content.items()}
+    return hashes | {name: write_bytes(directory / name, data) for name, data in templates.items()}
 
 
 class _Refusal(CalibrationError):

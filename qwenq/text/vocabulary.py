@@ -7,6 +7,7 @@ of the user's (matched whole), 5 unused, which pads a vocabulary to the rows of 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 _MODEL, _TOKENS, _TYPES, _MERGES = (f"tokenizer.ggml.{key}" for key in ("model", "tokens", "token_type", "merges"))
 _TEMPLATE = "tokenizer.chat_template"
 _TEMPLATE_NAME_CHARACTERS = 64
+_TEMPLATE_FILE = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9_.-]{{0,{_TEMPLATE_NAME_CHARACTERS - 1}}}")
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # in tokenizer_config.json, and in GGUF
 
 _QWEN2 = (
@@ -71,11 +73,14 @@ def _byte_level(*, use_regex: bool) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer out of GGUF metadata: `document` is its tokenizer.json, `special` its named tokens (`bos_token`)."""
+    """A tokenizer out of GGUF metadata: `document` is its tokenizer.json, `special` its named tokens (`bos_token`).
+
+    chat_templates: by name; "default" is the one that llama.cpp keeps without a name.
+    """
 
     document: dict[str, Any]
     special: dict[str, str]
-    chat_template: str | None
+    chat_templates: dict[str, str]
 
 
 def has_tokenizer(metadata: Mapping[str, Any]) -> bool:
@@ -115,16 +120,19 @@ def vocabulary_of_metadata(metadata: Mapping[str, Any], where: str) -> Vocabular
         for ours, theirs in _SPECIAL.items()
         if (number := _token_id(metadata, theirs, len(tokens), where)) is not None
     }
-    template = metadata.get(_TEMPLATE)
-    if template is not None and (not isinstance(template, str) or len(template.encode()) > MAX_TEMPLATE_BYTES):
-        raise CheckpointError(f"{where}: {_TEMPLATE} is no text of at most {MAX_TEMPLATE_BYTES} bytes")
     added = [
         {"id": number, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
          "special": type_ == CONTROL}
         for number, (token, type_) in enumerate(zip(tokens, types, strict=True))
         if type_ in (CONTROL, USER_DEFINED) and token
     ]  # fmt: skip
-    begins = metadata.get("tokenizer.ggml.add_bos_token", split.begins) is True
+    bos, eos = (
+        token
+        if metadata.get(f"tokenizer.ggml.add_{name}_token", usual) is True
+        and (token := special.get(f"{name}_token")) in ids
+        else None
+        for name, usual in (("bos", split.begins), ("eos", False))
+    )
     document = {
         "version": "1.0",
         "truncation": None,
@@ -132,7 +140,7 @@ def vocabulary_of_metadata(metadata: Mapping[str, Any], where: str) -> Vocabular
         "added_tokens": added,
         "normalizer": {"type": split.normalizer} if split.normalizer else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": split.steps},
-        "post_processor": _beginning(special.get("bos_token") if begins else None, ids),
+        "post_processor": _around(bos, eos, ids),
         "decoder": _byte_level(use_regex=True),
         "model": {
             "type": "BPE",
@@ -147,7 +155,29 @@ def vocabulary_of_metadata(metadata: Mapping[str, Any], where: str) -> Vocabular
             "merges": pairs,
         },
     }
-    return Vocabulary(document, special, template)
+    return Vocabulary(document, special, _templates_of_metadata(metadata, where))
+
+
+def _templates_of_metadata(metadata: Mapping[str, Any], where: str) -> dict[str, str]:
+    named = {key.removeprefix(_TEMPLATE + "."): key for key in metadata if key.startswith(_TEMPLATE + ".")}
+    if _TEMPLATE in metadata:
+        named["default"] = _TEMPLATE
+    for key in named.values():
+        if not isinstance(metadata[key], str) or len(metadata[key].encode()) > MAX_TEMPLATE_BYTES:
+            raise CheckpointError(f"{where}: {shown(key)} is no text of at most {MAX_TEMPLATE_BYTES} bytes")
+    return {name: metadata[key] for name, key in named.items()}
+
+
+def template_file(name: str, where: str) -> str:
+    """Where transformers keeps a chat template, by its name; CheckpointError for one that is no file's name."""
+    if name == "default":
+        return "chat_template.jinja"
+    if not _TEMPLATE_FILE.fullmatch(name):
+        raise CheckpointError(
+            f"{where}: a chat template's name is {shown(repr(name), 80)}, wanted at most {_TEMPLATE_NAME_CHARACTERS} "
+            "letters, digits, _, - and . to make a file of it"
+        )
+    return f"{TEMPLATES}/{name}.jinja"
 
 
 def _named_splitting(metadata: Mapping[str, Any], where: str) -> Splitting:
@@ -161,17 +191,23 @@ def _named_splitting(metadata: Mapping[str, Any], where: str) -> Splitting:
     )
 
 
-def _beginning(bos: str | None, ids: Mapping[str, int]) -> dict[str, Any]:
+def _around(bos: str | None, eos: str | None, ids: Mapping[str, int]) -> dict[str, Any]:
+    """The post-processor that puts these tokens before and after a text."""
     byte_level = _byte_level(use_regex=True)
-    if bos is None or bos not in ids:
+    if bos is None and eos is None:
         return byte_level
-    first, text = {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
-    second = [{"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
+
+    def text(name: str, type_id: int) -> list[Any]:
+        begin, end = ([{"SpecialToken": {"id": token, "type_id": type_id}}] if token else [] for token in (bos, eos))
+        return [*begin, {"Sequence": {"id": name, "type_id": type_id}}, *end]
+
     template = {
         "type": "TemplateProcessing",
-        "single": [first, text],
-        "pair": [first, text, *second],
-        "special_tokens": {bos: {"id": bos, "ids": [ids[bos]], "tokens": [bos]}},
+        "single": text("A", 0),
+        "pair": [*text("A", 0), *text("B", 1)],
+        "special_tokens": {
+            token: {"id": token, "ids": [ids[token]], "tokens": [token]} for token in (bos, eos) if token
+        },
     }
     return {"type": "Sequence", "processors": [byte_level, template]}
 
@@ -234,7 +270,8 @@ def metadata_of_tokenizer(directory: Path, vocab_size: int) -> dict[str, Any]:
         number = number[0] if isinstance(number, list) and number else number
         if type(number) is int and 0 <= number < vocab_size:
             found[f"tokenizer.ggml.{theirs}_token_id"] = number
-    found["tokenizer.ggml.add_bos_token"] = _begins(document.get("post_processor"), where)
+    for name, place in (("bos", 0), ("eos", -1)):
+        found[f"tokenizer.ggml.add_{name}_token"] = _adds(document.get("post_processor"), place, where)
     return found | dict(_templates(directory, settings))
 
 
@@ -326,14 +363,15 @@ def _is_control(token: Any) -> bool:
     return bool(token.get("special")) or (text.startswith("<|") and text.endswith("|>"))
 
 
-def _begins(processor: Any, where: str) -> bool:
-    """Whether the tokenizer puts a special token before plain text."""
+def _adds(processor: Any, place: int, where: str) -> bool:
+    """Whether the tokenizer puts a special token before plain text, place 0, or after it, place -1."""
     for step in _flat(processor, "processors", where):
         single = step.get("single")
         if step.get("type") == "TemplateProcessing" and isinstance(single, list) and single:
-            if not isinstance(single[0], Mapping):
-                raise CheckpointError(f"{where}: single begins with {shown(repr(single[0]), 40)}, wanted an object")
-            return "SpecialToken" in single[0]
+            if not isinstance(single[place], Mapping):
+                end = "begins" if place == 0 else "ends"
+                raise CheckpointError(f"{where}: single {end} with {shown(repr(single[place]), 40)}, wanted an object")
+            return "SpecialToken" in single[place]
     return False
 
 

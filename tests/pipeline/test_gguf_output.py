@@ -23,6 +23,7 @@ from qwenq.checkpoint.reader import open_checkpoint
 from qwenq.cli.main import app
 from qwenq.errors import CheckpointError
 from qwenq.formats.base import Recipe, Scheme, get_format
+from qwenq.pipeline.container import size_label
 from qwenq.pipeline.evaluate import evaluate
 from qwenq.pipeline.job import QuantizeJob
 from qwenq.pipeline.quantize import quantize
@@ -85,6 +86,8 @@ def test_what_gguf_py_reads_is_what_was_evaluated(mixture: str, random_model: Ma
 
 def test_metadata(random_model: Make, tmp_path: Path) -> None:
     source = random_model("Owner", **WIDE)
+    sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1}
+    (source / "generation_config.json").write_text(json.dumps(sampling))
     (source / "README.md").write_text("---\nlicense: apache-2.0\n---\n# It\n")
     quantize(gguf_job(source, tmp_path / "out"))
     reader = gguf.GGUFReader(tmp_path / "out" / "Owner-Q4_K_M.gguf")
@@ -92,11 +95,25 @@ def test_metadata(random_model: Make, tmp_path: Path) -> None:
     assert found["general.architecture"] == "qwen2" and found["general.name"] == "Owner"
     assert found["general.file_type"] == 15 and found["general.quantization_version"] == 2
     assert found["general.license"] == "apache-2.0"
+    named = {key.removeprefix("general.sampling."): found[key] for key in found if "sampling" in key}
+    assert named == pytest.approx({"temp": 0.7, "top_p": 0.8, "top_k": 20, "penalty_repeat": 1.1})
     assert found["qwen2.block_count"] == 3 and found["qwen2.feed_forward_length"] == 512
     assert found["tokenizer.ggml.model"] == "gpt2" and len(found["tokenizer.ggml.tokens"]) == 1024
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "Owner-Q4_K_M.gguf", "README.md", "qwenq-journal.jsonl", "qwenq-manifest.json",
     ]  # fmt: skip
+
+
+def test_size_labels_are_gguf_pys() -> None:
+    for parameters in (1, 950, 7_500, 99_600, 134_515_008, 494_032_768, 1_543_714_304, 72_706_203_648, 2 * 10**12):
+        assert size_label(parameters) == gguf.size_label(parameters, 0, 0, 0)
+
+
+def test_sampling_that_is_no_number(random_model: Make, tmp_path: Path) -> None:
+    source = random_model()
+    (source / "generation_config.json").write_text('{"top_k": "many"}')
+    with pytest.raises(CheckpointError, match="top_k is 'many', wanted a number from 0 on"):
+        quantize(gguf_job(source, tmp_path / "out", "Q8_0"))
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3"])
@@ -270,6 +287,8 @@ def test_a_damaged_layer_is_done_again(random_model: Make, tmp_path: Path) -> No
     ("words", "line"),
     [
         (["--gguf-type", "Q4_K_X"], "--gguf-type Q4_K_X: wanted one of F16, BF16, Q8_0"),
+        (["--gguf-type", "q4_k"], "hint: is it Q4_K_M or Q4_K_S?"),
+        (["--split-size", "0"], "--split-size 0: wanted more than 0 bytes"),
         (["--bits", "5"], "--bits 5: wanted 4 or 8"),
         (["--bits", "4", "--gguf-type", "Q8_0"], "--bits and --gguf-type exclude each other"),
         (["--group-size", "64"], "--format gguf: --group-size is no choice, types have their own"),
@@ -279,6 +298,16 @@ def test_a_damaged_layer_is_done_again(random_model: Make, tmp_path: Path) -> No
 def test_what_cannot_be_asked_for(words: list[str], line: str, tiny: Path) -> None:
     assert line in run("quantize", tiny, "--dry-run", "--format", "gguf", *words, code=2)
     assert "--gguf-type goes with --format gguf" in run("quantize", tiny, "--dry-run", "--gguf-type", "Q8_0", code=2)
+
+
+def test_files_that_are_not_there_or_not_alone(tiny: Path, tmp_path: Path) -> None:
+    assert "x.gguf: neither a directory nor a shipped model" in run("inspect", tmp_path / "x.gguf", code=1)
+    assert "owner/x.gguf: no such file" in run("eval", "owner/x.gguf", "--reference", tiny, code=1)
+    (tmp_path / "x.gguf").touch()
+    assert "x.gguf: not a GGUF file (it is empty)" in run("inspect", tmp_path / "x.gguf", code=1)
+    (tmp_path / "y.gguf").touch()
+    said = run("inspect", tmp_path, code=1)
+    assert "2 GGUF models (x.gguf, y.gguf)" in said and "hint: name one of the files" in said
 
 
 def test_a_tokenizer_that_is_no_byte_level_bpe_is_refused(

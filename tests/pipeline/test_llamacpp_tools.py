@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -14,6 +16,7 @@ from conftest import settled, text_windows
 
 from qwenq.checkpoint.reader import open_checkpoint, open_source
 from qwenq.formats.base import Recipe, Scheme, get_format
+from qwenq.formats.gguf import MIXTURES
 from qwenq.pipeline.evaluate import evaluate
 from qwenq.pipeline.job import QuantizeJob
 from qwenq.pipeline.quantize import quantize
@@ -34,11 +37,12 @@ def tool(name: str, *words: object) -> str:
     return done.stdout
 
 
-def as_gguf(source: Path, out: Path, mixture: str, calib: Path, heldout: Path) -> Path:
+def as_gguf(source: Path, out: Path, mixture: str, calib: Path, heldout: Path, **options: Any) -> Path:
     checkpoint = open_source(source)
     recipe = get_format("gguf").mixture(mixture, checkpoint.spec)
-    config = settled(format="gguf", gguf_type=mixture)
-    windows = text_windows(calib, source, 64, 4), text_windows(heldout, source, 64, 2)
+    config = settled(format="gguf", gguf_type=mixture, **options)
+    calibration = None if config.solver == "rtn" else text_windows(calib, source, 64, 4)
+    windows = calibration, text_windows(heldout, source, 64, 2)
     quantize(QuantizeJob(checkpoint, out, recipe, config, *windows))
     (file,) = out.glob("*.gguf")
     return file
@@ -79,3 +83,23 @@ def test_llama_perplexity_finds_the_kl_of_eval(
     windows = text_windows(heldout, tiny, LENGTH, WINDOWS)
     evaluate(open_checkpoint(file), open_checkpoint(tiny), windows, saved=saved)
     assert mean_kl(file, saved.path) == pytest.approx(saved.kl, abs=tolerance)
+
+
+@pytest.fixture(scope="module")
+def wide(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained model with rows of whole super-blocks, which computes the same."""
+    out = tmp_path_factory.mktemp("wide") / "model"
+    script = Path(__file__).parents[2] / "benchmarks" / "pad_model.py"
+    subprocess.run([sys.executable, script, tiny, out, "--multiple", "256"], check=True, timeout=300)
+    return out
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_llama_perplexity_reads_every_mixture(mixture: str, wide: Path, heldout: Path, tmp_path: Path) -> None:
+    """Its KL is eval's, but for the rounding of its activations; without that, on the values as F32, to 1e-5."""
+    file = as_gguf(wide, tmp_path / "out", mixture, heldout, heldout, method="rtn")
+    saved = SavedLogits(tmp_path / "reference.logits")
+    evaluate(open_checkpoint(file), open_checkpoint(wide), text_windows(heldout, wide, LENGTH, WINDOWS), saved=saved)
+    assert mean_kl(file, saved.path) == pytest.approx(saved.kl, abs=0.002)
+    tool("llama-quantize", "--allow-requantize", file, tmp_path / "plain.gguf", "F32")
+    assert mean_kl(tmp_path / "plain.gguf", saved.path) == pytest.approx(saved.kl, abs=1e-5, rel=1e-3)

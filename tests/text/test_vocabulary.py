@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from gguf_bytes import entry, tiny_file
 from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from qwenq.errors import CheckpointError
 from qwenq.io.gguf import GGUFFile
@@ -26,7 +27,7 @@ def file_at(path: Path, tiny: Path, **changes: Any) -> Path:
     """The tiny model with entries of its tokenizer changed or, with None, left out."""
     file = tiny_file(tiny)
     for key, value in changes.items():
-        name = "tokenizer.chat_template" if key == "chat_template" else f"tokenizer.ggml.{key}"
+        name = f"tokenizer.{key}" if key.startswith("chat_template") else f"tokenizer.ggml.{key}"
         file.entries = [each for each in file.entries if each[0] != name]
         file.entries += [] if value is None else [entry(name, value)]
     path.write_bytes(file.encode())
@@ -56,8 +57,48 @@ def test_there_and_back(tiny: Path, tmp_path: Path) -> None:
     for text in TEXTS:
         assert again.encode(text).ids == original.encode(text).ids
     written = write_tokenizer(file_at(tmp_path / "m.gguf", tiny), tmp_path)
-    assert set(written) == {"tokenizer.json", "tokenizer_config.json"}
+    assert set(written) == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     assert ModelTokenizer(tmp_path).encode(TEXTS) == ModelTokenizer(tiny).encode(TEXTS)
+
+
+def with_templates(path: Path, tiny: Path, **templates: Any) -> Path:
+    """The tiny model with chat templates under their names besides its own."""
+    file = tiny_file(tiny)
+    file.entries += [entry(f"tokenizer.chat_template.{name}", text) for name, text in templates.items()]
+    path.write_bytes(file.encode())
+    return path
+
+
+def test_named_templates_become_the_files_that_transformers_keeps(tiny: Path, tmp_path: Path) -> None:
+    path = with_templates(tmp_path / "m.gguf", tiny, tool_use="T {{ tools | length }}", rag="R")
+    out = tmp_path / "out"
+    out.mkdir()
+    written = write_tokenizer(path, out)
+    assert {name for name in written if "template" in name} == {
+        "chat_template.jinja", "additional_chat_templates/tool_use.jinja", "additional_chat_templates/rag.jinja",
+    }  # fmt: skip
+    loaded = PreTrainedTokenizerFast.from_pretrained(out)
+    assert set(loaded.chat_template) == {"default", "tool_use", "rag"}
+    assert loaded.chat_template["rag"] == "R"
+    again = Path(tmp_path / "saved")
+    loaded.save_pretrained(again)
+    for name in written:
+        if name.endswith(".jinja"):
+            assert (again / name).read_bytes() == (out / name).read_bytes()
+    chat = [{"role": "user", "content": "x"}]
+    for tools in ((), [{"type": "function"}]):  # with tools the template of that name, in the file and the directory
+        ours, theirs = (ModelTokenizer(each).render_chat(chat, tools=tools) for each in (path, out))
+        assert ours == theirs and ours == loaded.apply_chat_template(chat, tools=list(tools) or None, tokenize=False)
+    assert ours == "T 1"
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/b", ".hidden", "x" * 65, "a b", ""])
+def test_a_template_whose_name_is_no_file_is_not_written(name: str, tiny: Path, tmp_path: Path) -> None:
+    path = with_templates(tmp_path / "m.gguf", tiny, **{name: "x"})
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CheckpointError, match="a chat template's name is"):
+        write_tokenizer(path, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize("split", SPLITTINGS, ids=lambda split: split.names[0])
@@ -82,6 +123,20 @@ def test_llama_3_begins_with_its_token(tiny: Path, tmp_path: Path) -> None:
     assert silent.encode(["one"], special=True) == silent.encode(["one"])
 
 
+def test_what_is_put_around_a_text_goes_both_ways(tiny: Path, tmp_path: Path) -> None:
+    for bos, eos in ((True, True), (False, True), (True, False), (False, False)):
+        path = file_at(tmp_path / "m.gguf", tiny, add_bos_token=bos, add_eos_token=eos)
+        (ids,) = ModelTokenizer(path).encode(["one"], special=True)
+        (plain,) = ModelTokenizer(path).encode(["one"])
+        assert ids == [*[1021] * bos, *plain, *[1023] * eos]
+        out = tmp_path / f"{bos}{eos}"
+        out.mkdir()
+        write_tokenizer(path, out)
+        (out / "config.json").write_text("{}")
+        found = metadata_of_tokenizer(out, 1024)
+        assert [found[f"tokenizer.ggml.add_{name}_token"] for name in ("bos", "eos")] == [bos, eos]
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "none": ({"model": None}, "no tokenizer in its metadata"),
     "SentencePiece": ({"model": "llama"}, "is 'llama', wanted gpt2: only byte-level BPE"),
@@ -95,6 +150,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "types for others": ({"token_type": [1, 1]}, "2 token types for 1024 tokens"),
     "an id too large": ({"eos_token_id": 5000}, "eos_token_id is 5000, wanted the id of one of 1024 tokens"),
     "tokens twice": ({"tokens": ["a"] * 1024}, "has a twice, as 0 and 1"),
+    "a named template of 1 MB": ({"chat_template.rag": "x" * 1_000_000}, "chat_template.rag is no text of at most"),
     "a template of 1 MB": ({"chat_template": "x" * 1_000_000}, "chat_template is no text of at most"),
 }
 
@@ -179,4 +235,4 @@ def test_metadata_survives_the_file(tiny: Path, tmp_path: Path) -> None:
     found = GGUFFile.open(file_at(tmp_path / "m.gguf", tiny)).metadata
     ours = metadata_of_tokenizer(tiny, 1024)
     assert {key: found[key] for key in ours if key in found} == {key: ours[key] for key in ours if key in found}
-    assert set(found) >= {key for key in ours if "padding" not in key}
+    assert set(ours) - set(found) == {"tokenizer.ggml.padding_token_id", "tokenizer.ggml.add_eos_token"}
