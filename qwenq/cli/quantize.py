@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import typer
@@ -11,14 +12,16 @@ from rich.table import Table
 
 from qwenq.cli import options as ask
 from qwenq.cli.console import LayerProgress, drift_table, err, out, warn
-from qwenq.cli.options import fetched, options_of, warn_of_shipped
+from qwenq.cli.options import options_of, warn_of_shipped
 from qwenq.cli.plain import print_json, print_step
+from qwenq.cli.ranks import fetched_once, over_ranks
 from qwenq.errors import ExcludedOptions, PlanError
 from qwenq.escaping import several
 from qwenq.formats.base import label_of
 from qwenq.model.spec import ModelSpec, family_spec
 from qwenq.pipeline.config import QuantizeConfig
 from qwenq.pipeline.dryrun import DryRun, dry_run
+from qwenq.pipeline.launch import refuse_ranks
 from qwenq.planning.budget import Budgeted
 from qwenq.planning.sensitivity import OUTER
 from qwenq.units import format_gb, format_seconds
@@ -79,6 +82,7 @@ def quantize(
         raise typer.BadParameter("--save-recipe goes with --dry-run and --target-size, --bpw, --fit or --recipe")
     place = output if output != Path() else None
     if dry_run:
+        refuse_ranks("quantize --dry-run", "start it once, with --ranks")
         _dry_run(model, config, place, save_recipe, json)
     elif place is None:
         raise PlanError("no output directory", hint="give one with -o DIR")
@@ -90,22 +94,28 @@ def _quantize(model: str, config: QuantizeConfig, output: Path, resume: bool, js
     from qwenq.pipeline.prepare import prepare
     from qwenq.pipeline.quantize import quantize as run
 
-    prepared = prepare(fetched(model), output, config, resume=resume)
-    spec = prepared.source.spec
-    if ignored := prepared.source.ignored:
-        warn(f"{several(ignored)}: stored but not used by the model, left out")
-    for line in prepared.job.notes:
-        warn(line)
-    with LayerProgress(spec.num_hidden_layers, quiet=json) as progress:
-        try:
-            prepared = prepared.measured(resume=resume, listen=progress.say)
-            if prepared.budgeted and not json:
-                err.print(recipe_table(spec, prepared.budgeted))
-                err.print(prediction_line(prepared.budgeted), soft_wrap=True)
-            result = run(prepared.job, resume=resume, listen=progress)
-        except KeyboardInterrupt:
-            _say_how_to_go_on(output)
-            raise typer.Exit(130) from None
+    with over_ranks(config.device) as (ranks, device):
+        prepared = prepare(
+            fetched_once(model, ranks), output, replace(config, device=device), resume=resume, ranks=ranks
+        )
+        spec = prepared.source.spec
+        if ignored := prepared.source.ignored:
+            warn(f"{several(ignored)}: stored but not used by the model, left out")
+        for line in prepared.job.notes:
+            warn(line)
+        with LayerProgress(spec.num_hidden_layers, quiet=json or not ranks.first) as progress:
+            try:
+                prepared = prepared.measured(resume=resume, listen=progress.say, ranks=ranks)
+                if prepared.budgeted and not json:
+                    err.print(recipe_table(spec, prepared.budgeted))
+                    err.print(prediction_line(prepared.budgeted), soft_wrap=True)
+                result = run(prepared.job, resume=resume, listen=progress, ranks=ranks)
+            except KeyboardInterrupt:
+                if ranks.first:
+                    _say_how_to_go_on(output)
+                raise typer.Exit(130) from None
+    if not ranks.first:
+        return
     if json:
         print_json(result.to_json())
         return
