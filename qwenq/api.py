@@ -176,7 +176,7 @@ def sensitivity(
     )  # fmt: skip
     for line in filter(None, (*source.notes, windows.left_out)):
         warn(line)
-    asked = {"source": source.sampled(), "text": windows.to_json(), "options": settings.to_json() | {"device": ""}}
+    asked = {"source": source.sampled(), "text": windows.to_json(), "options": settings.same_everywhere()}
     ranks.refuse_others("command", asked)
     device = pick_device(settings.device, several=False)
     found = measure_sensitivity(
@@ -263,6 +263,7 @@ def evaluate(
     dtype = pick_compute_dtype(config.compute_dtype, device := pick_device(config.device))
     asked = {"checkpoint": checkpoint.sampled(), "reference": base.sampled(), "text": windows.to_json()}
     ranks.refuse_others("command", asked | {"--compute-dtype": dtype})
+    ranks.refuse_few(evaluation=len(windows.ids))
     layers = base.spec.num_hidden_layers
     return run(
         checkpoint,

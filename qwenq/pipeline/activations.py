@@ -23,7 +23,8 @@ from qwenq.io.safetensors import TensorSpec, encode_header, read_header
 from qwenq.io.tensors import DTYPE_NAMES, raw_bytes, read_into
 from qwenq.pipeline.config import NOISE_WINDOWS, SPILL_BYTES
 from qwenq.pipeline.preflight import scratch_width
-from qwenq.pipeline.ranks import ALONE, NO_WINDOWS, Ranks, Share
+from qwenq.pipeline.ranks import ALONE, Ranks
+from qwenq.pipeline.shares import NO_WINDOWS, Share
 from qwenq.pipeline.workers import Workers
 
 Convert = Callable[[str, torch.Tensor], torch.Tensor]

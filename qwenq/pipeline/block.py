@@ -8,7 +8,6 @@ The stages, and where channel scales go, are the architecture's.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -28,7 +27,8 @@ from qwenq.pipeline.config import ERROR_CORRECTION_SHARE, SINK_WEIGHT
 from qwenq.pipeline.imatrix import InputSquares
 from qwenq.pipeline.monitor import StageClock
 from qwenq.pipeline.preflight import scratch_width
-from qwenq.pipeline.ranks import Ranks, Share
+from qwenq.pipeline.ranks import Ranks
+from qwenq.pipeline.shares import Share
 from qwenq.pipeline.workers import PartSums, Workers
 from qwenq.results import LayerResult
 from qwenq.solver.equalize import FoldedLayer
@@ -51,16 +51,6 @@ class SolverOptions:
     error_correction: float = 1.0  # how far o and down are moved towards the 16-bit hidden states before rounding
     error_correction_share: float = ERROR_CORRECTION_SHARE  # of the calibration windows: they cost a pass of theirs
     sink_weight: float = SINK_WEIGHT  # of tokens with massive states, in Hessians and corrections; others count once
-
-
-def passes(windows: int, corrected: int = 0) -> list[range]:
-    """Ranges of windows that go through a layer one after the other: both halves of the first `corrected`, then the
-    rest.
-
-    Whoever replays a layer goes through it in the same ranges: parts of other sizes may end in other last bits.
-    """
-    cuts = [0, corrected // 2, corrected, windows]
-    return [range(start, stop) for start, stop in itertools.pairwise(cuts) if start < stop]
 
 
 @dataclass(frozen=True)

@@ -368,6 +368,11 @@ class QuantizeConfig:
         case = Case(spec, recipe_weights(spec, Recipe(None)), engine, work, parse_rig(self.fit))
         return choose_for_rig(case, table, dtype_of, self.format, held)
 
+    def same_everywhere(self) -> dict[str, Any]:
+        """What every rank has to be given alike: all but places of files, whose content counts, and its own device."""
+        own = ("device", "calibration", "eval_text", "recipe", "sensitivity", "save_imatrix")
+        return {name: value for name, value in self.to_json().items() if name not in own}
+
     def to_json(self) -> dict[str, Any]:
         """Every option by its name; paths as text."""
         return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}

@@ -15,8 +15,9 @@ from qwenq.machine import keep_freed_memory
 from qwenq.model.layer import Network, model_config
 from qwenq.pipeline.activations import HiddenStates, LayerRunner, TokenSets, embed, embed_tokens
 from qwenq.pipeline.monitor import memory_errors
-from qwenq.pipeline.ranks import ALONE, Ranks, Share
+from qwenq.pipeline.ranks import ALONE, Ranks
 from qwenq.pipeline.reference_logits import LogitsFile, SavedLogits
+from qwenq.pipeline.shares import Share
 from qwenq.pipeline.workers import Workers
 from qwenq.results import DriftReport
 from qwenq.solver.metrics import LogitComparison, Reading, TokenDrift, summarise

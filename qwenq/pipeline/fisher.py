@@ -36,7 +36,8 @@ from qwenq.pipeline.block import all_rows
 from qwenq.pipeline.config import BACKWARD_TOKENS, PROBE_TOKENS, PROBE_WINDOWS, SAMPLES, SOLVER_WINDOWS
 from qwenq.pipeline.evaluate import HeadWeights
 from qwenq.pipeline.monitor import memory_errors
-from qwenq.pipeline.ranks import ALONE, Ranks, Share
+from qwenq.pipeline.ranks import ALONE, Ranks
+from qwenq.pipeline.shares import Share
 from qwenq.pipeline.workers import PartSums, Workers
 from qwenq.planning.sensitivity import (
     OUTER,

@@ -20,10 +20,11 @@ from qwenq.io.json import resolved
 from qwenq.io.tensors import DTYPE_NAMES, TORCH_DTYPES
 from qwenq.machine import numerics
 from qwenq.pipeline.activations import TokenSets
-from qwenq.pipeline.block import SolverOptions, passes
+from qwenq.pipeline.block import SolverOptions
 from qwenq.pipeline.config import PARTS, QuantizeConfig, Windows, original_windows
 from qwenq.pipeline.container import containers
 from qwenq.pipeline.ranks import ALONE, Ranks
+from qwenq.pipeline.shares import passes
 from qwenq.pipeline.workers import Workers
 from qwenq.results import BlockResult, DriftReport
 from qwenq.solver.gptq import DAMP_PERCENT, round_rows
@@ -234,10 +235,10 @@ class QuantizeJob:
         return numerics(self.devices) | {"sums": f"{PARTS} parts"}
 
     def same_everywhere(self, described: Mapping[str, Any]) -> dict[str, Any]:
-        """Of `describe`, what has to be the same on every rank: all but what each computes on."""
+        """Of `describe`, what every rank has to have the same: all but its directory's name and what it computes on."""
         free = ("threads", "instructions")
         kept = {name: value for name, value in described["numerics"].items() if name not in free}
-        return {**described, "numerics": kept, "device": ""}
+        return {**described, "numerics": kept, "device": "", "model": ""}
 
 
 def windows_of(calibration: TokenWindows | None, evaluation: TokenWindows) -> Windows:

@@ -162,6 +162,7 @@ def prepare(
     shared = overlap(texts[0], config.eval_text, *texts[1:]) if compared else None
     found.settled(windows_of(calibration, evaluation))  # what cannot be corrected is refused here
     read = {"source": source.sampled(), "calibration": calibration and calibration.to_json()}
-    read |= {"evaluation": evaluation.to_json(), "options": config.to_json() | {"device": ""}}
+    read |= {"evaluation": evaluation.to_json(), "options": config.same_everywhere()}
     ranks.refuse_others("command", read)
+    ranks.refuse_few(calibration=None if calibration is None else len(calibration.ids), evaluation=len(evaluation.ids))
     return Preparation(found, source, out, calibration, evaluation, shared)

@@ -50,7 +50,8 @@ from qwenq.pipeline.journal import Journal, locked, never_begun, refuse_changes
 from qwenq.pipeline.monitor import StageClock, memory_errors
 from qwenq.pipeline.output import Output, copied_files, give_name
 from qwenq.pipeline.preflight import PlannedJob, preflight
-from qwenq.pipeline.ranks import ALONE, NO_WINDOWS, Ranks
+from qwenq.pipeline.ranks import ALONE, Ranks
+from qwenq.pipeline.shares import NO_WINDOWS
 from qwenq.pipeline.workers import Workers
 from qwenq.results import BlockResult, DriftReport, LayerResult, finite_json
 from qwenq.solver.equalize import FoldedLayer

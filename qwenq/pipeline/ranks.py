@@ -1,14 +1,13 @@
 """Ranks: processes that do one job together, each its share of the windows and of a weight's rows.
 
-A job's windows are cut into parts by a rule that knows nothing of ranks (`parts_of`), and sums over windows are taken
-part by part, in their order: bytes are the same over any number of ranks. A single process is one rank of one.
+A job's windows are cut into parts by a rule that knows nothing of ranks (pipeline/shares.py), and sums over windows are
+taken part by part, in their order: bytes are the same over any number of ranks. A single process is one rank of one.
 
 Every rank shows by a counter in torch.distributed's store that it lives. Whoever stops, stops them all: see `_Watch`.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import signal
@@ -19,7 +18,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,98 +27,16 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from qwenq import __version__
-from qwenq.errors import JobError, QwenqError, RunError, UsageError
+from qwenq.errors import JobError, PlanError, QwenqError, RunError, UsageError
 from qwenq.machine import numerics, versions
 from qwenq.pipeline.config import PARTS, device_names
 from qwenq.pipeline.launch import JOIN_TIMEOUTS, Launch
+from qwenq.pipeline.shares import Share
 
 _NEVER = timedelta(days=30)  # collectives do not time out: a rank may read, solve or write for hours, while it lives
 _GRACE_S = 10.0  # for a rank that computes to see that another is lost, and to end in order
 _TERMINATE_S = 3.0  # after a SIGTERM, for the reason to be known
 _PIECE = 1 << 22  # values that ranks exchange at a time
-
-
-def parts_of(windows: range) -> list[range]:
-    """Windows that are summed apart: at most PARTS ranges, as even as they can be, the larger ones first."""
-    count = min(PARTS, len(windows))
-    starts = [windows.start]
-    for k in range(count):
-        starts.append(starts[-1] + len(windows) // count + (k < len(windows) % count))
-    return [range(start, stop) for start, stop in itertools.pairwise(starts)]
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of the windows of a pass: its number, and where its hidden states lie among the rank's own."""
-
-    number: int
-    own: slice
-
-
-@dataclass(frozen=True)
-class Share:
-    """The windows whose hidden states a rank keeps: of each pass every `size`-th part, from part `rank` on.
-
-    passes: ranges of a job's windows that go through a layer one after the other. most: windows there are, where
-    that is fewer than these, the first ones.
-    """
-
-    passes: tuple[range, ...]
-    rank: int = 0
-    size: int = 1
-    most: int | None = None
-
-    @cached_property
-    def windows(self) -> list[int]:
-        """The job's numbers of the rank's windows, in the order of their hidden states."""
-        return [w for windows in self.passes for part in self._of_rank(windows, self.rank) for w in part]
-
-    def parts(self, windows: range) -> list[Part]:
-        """The rank's parts of one pass."""
-        at = sum(len(part) for p in self.passes[: self.passes.index(windows)] for part in self._of_rank(p, self.rank))
-        found = []
-        for number, part in enumerate(parts_of(windows)):
-            if number % self.size == self.rank and (count := len(self._there(part))):
-                found.append(Part(number, slice(at, at + count)))
-                at += count
-        return found
-
-    def of_rank(self, rank: int) -> Share:
-        """Another rank's share of the same."""
-        return Share(self.passes, rank, self.size, self.most)
-
-    @property
-    def places(self) -> Iterator[tuple[int, slice]]:
-        """Of all windows in the job's order, part by part: the rank that has them, and where among its own."""
-        of_ranks = [self.of_rank(rank) for rank in range(self.size)]
-        for windows in self.passes:
-            found = {part.number: (rank, part.own) for rank, e in enumerate(of_ranks) for part in e.parts(windows)}
-            yield from (found[number] for number in sorted(found))
-
-    def batches(self, windows: int) -> Iterator[slice]:
-        """So many of the rank's own windows at a time, of one part each."""
-        for each in self.passes:
-            for part in self.parts(each):
-                for start in range(part.own.start, part.own.stop, windows):
-                    yield slice(start, min(start + windows, part.own.stop))
-
-    def up_to(self, most: int) -> Share:
-        """The same of the first windows alone."""
-        return Share(self.passes, self.rank, self.size, most)
-
-    @property
-    def count(self) -> int:
-        """Windows of all ranks."""
-        return sum(len(self._there(windows)) for windows in self.passes)
-
-    def _of_rank(self, windows: range, rank: int) -> list[range]:
-        return [self._there(part) for part in parts_of(windows)[rank :: self.size]]
-
-    def _there(self, part: range) -> range:
-        return part if self.most is None else range(min(part.start, self.most), min(part.stop, self.most))
-
-
-NO_WINDOWS = Share(())
 
 
 class Ranks:
@@ -167,6 +83,14 @@ class Ranks:
                 raise JobError(
                     f"{self.name(rank)} has another {name} than {self.name(0)}: {theirs}, not {mine}",
                     hint="every rank needs the same command, the same files and the same versions",
+                )
+
+    def refuse_few(self, **windows: int | None) -> None:
+        """PlanError where windows are fewer than ranks: some would have nothing to do. windows: counts, by kind."""
+        for kind, count in windows.items():
+            if count is not None and count < self.size:
+                raise PlanError(
+                    f"{count} {kind} windows for {self.size} ranks", hint="fewer ranks, or more windows of text"
                 )
 
     def name(self, rank: int) -> str:

@@ -25,7 +25,8 @@ from qwenq.pipeline.config import (
     PARTS,
     WORKERS_UP_TO,
 )
-from qwenq.pipeline.ranks import ALONE, Part, Ranks, Share, parts_of
+from qwenq.pipeline.ranks import ALONE, Ranks
+from qwenq.pipeline.shares import Part, Share, parts_of
 from qwenq.solver.parallel import side_by_side
 
 

@@ -19,11 +19,12 @@ from qwenq.formats.base import Recipe, Scheme
 from qwenq.model.spec import ModelSpec, family_spec
 from qwenq.pipeline import monitor as clock_module
 from qwenq.pipeline import workers as workers_module
-from qwenq.pipeline.block import BlockSolver, CalibrationStates, SolverOptions, passes, round_block
+from qwenq.pipeline.block import BlockSolver, CalibrationStates, SolverOptions, round_block
 from qwenq.pipeline.config import Tokens, original_windows
 from qwenq.pipeline.monitor import StageClock
 from qwenq.pipeline.preflight import peak_bytes, scratch_width
 from qwenq.pipeline.ranks import ALONE
+from qwenq.pipeline.shares import passes
 from qwenq.pipeline.workers import Workers
 from qwenq.runtime.synthetic import synthetic_config
 from qwenq.solver import gptq

@@ -15,10 +15,10 @@ from conftest import small_job
 from qwenq.checkpoint.reader import open_checkpoint
 from qwenq.errors import PlanError
 from qwenq.model.layer import Network
-from qwenq.pipeline.block import passes
 from qwenq.pipeline.config import pick_device
 from qwenq.pipeline.quantize import quantize
-from qwenq.pipeline.ranks import ALONE, Share, parts_of
+from qwenq.pipeline.ranks import ALONE
+from qwenq.pipeline.shares import Share, parts_of, passes
 from qwenq.pipeline.workers import PartSums, Workers, cpu_workers
 from qwenq.solver.gptq import ResidualCovariance, solve_linears
 from qwenq.solver.grid import IntegerGrid
