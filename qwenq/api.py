@@ -117,17 +117,24 @@ def quantize(
 
 
 def dry_run(
-    model: StrPath, out: StrPath | None = None, config: QuantizeConfig | None = None, **options: Unpack[QuantizeOptions]
+    model: StrPath,
+    out: StrPath | None = None,
+    config: QuantizeConfig | None = None,
+    *,
+    ranks: int = 1,
+    network: str = "",
+    **options: Unpack[QuantizeOptions],
 ) -> DryRun:
     """Sizes to the byte, predicted peaks and disk of `quantize` with the same arguments. Bytes.
 
     model: a family's name ("Qwen2.5-72B") too, in BF16. out: the directory whose disk is asked; the current one's
-    without it. Raises QwenqError for what `quantize` would refuse, but for a disk too small, which is a warning.
+    without it. ranks: that would share the work, each with the memory told. network: between them (10gbps), to say how
+    long their sums take. Raises QwenqError for what `quantize` would refuse, but for a disk too small: a warning.
     """
     from qwenq.pipeline.dryrun import dry_run as run
 
     settings = replace(config or QuantizeConfig(), **_paths(options))
-    return run(str(model), settings, None if out is None else Path(out))
+    return run(str(model), settings, None if out is None else Path(out), ranks=ranks, network=network)
 
 
 def sensitivity(

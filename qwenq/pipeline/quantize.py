@@ -198,10 +198,10 @@ class _Run:
         self.listen("measuring drift at the head")
         drift = self._drift(states)
         read.refuse_replaced()
-        peaks = self.ranks.gathered(peak_rss_bytes())
-        result = self._result(rows, drift, started, peaks[0])
+        facts = self.ranks.facts(peak_rss_bytes())
+        result = self._result(rows, drift, started)
         if journal is not None:
-            self._finish(journal, outer, beside, result, peaks)
+            self._finish(journal, outer, beside, result, facts)
         return result
 
     def _journal(self, described: Mapping[str, Any], beside: Mapping[str, str]) -> Journal:
@@ -373,7 +373,7 @@ class _Run:
         network = self.workers["reference"].first
         return measure_drift(network, reference, quantized, states, self.job.evaluation, self.ranks)
 
-    def _result(self, rows: list[dict[str, Any]], drift: DriftReport, started: float, peak: int) -> QuantizeResult:
+    def _result(self, rows: list[dict[str, Any]], drift: DriftReport, started: float) -> QuantizeResult:
         layers = tuple(BlockResult.from_json(row["result"]) for row in rows)
         return QuantizeResult(
             out=self.job.out,
@@ -383,7 +383,7 @@ class _Run:
             file_bytes=self.files.file_bytes,
             bits_per_linear_weight=self.job.recipe.bits_per_linear_weight(self.spec),
             seconds=time.perf_counter() - started,
-            peak_rss_bytes=peak,
+            peak_rss_bytes=peak_rss_bytes(),
             warnings=(*self.job.notes, *job_warnings(layers, drift, self.job.overlap)),
         )
 
@@ -393,11 +393,11 @@ class _Run:
         outer: Mapping[int, str],
         hashes: dict[str, str],
         result: QuantizeResult,
-        peaks: list[int],
+        facts: list[dict[str, Any]],
     ) -> None:
         """Write what is not a shard, the manifest last, and give the directory its name.
 
-        outer: SHA-256 of the parts that are no layers; hashes: of what the job put beside them; peaks: bytes by rank.
+        outer: SHA-256 of the parts that are no layers; hashes: of what the job put beside them; facts: of each rank.
         """
         parts = {**outer, **{row["layer"] + 1: row["sha256"] for row in journal.layers}}
         hashes |= self.files.hashes(self.work, parts)
@@ -407,10 +407,8 @@ class _Run:
             assert self.job.calibration is not None
             write_imatrix(self.job.config.save_imatrix, self.work, self.job.source, self.job.calibration)
         described = describe_result(journal.job, self.spec.parameters, result, resumed=self.resume)
-        if self.ranks.facts:
-            described["run"]["ranks"] = [
-                fact | {"peak_rss_bytes": peak} for fact, peak in zip(self.ranks.facts, peaks, strict=True)
-            ]
+        if facts:
+            described["run"]["ranks"] = facts
         read = journal.job["source"]
         card = model_card(described, self.job.source.directory, self.spec, self.job.recipe, hashes=read)
         self.output.finish(described, hashes, card)

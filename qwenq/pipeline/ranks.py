@@ -57,10 +57,17 @@ class Ranks:
         """This rank's share of windows that go through a layer in these passes."""
         return Share(passes, self.rank, self.size)
 
-    @property
-    def facts(self) -> list[dict[str, Any]]:
-        """What each rank computes on; nothing of a process alone."""
-        return self._group.facts if self._group else []
+    def facts(self, peak: int) -> list[dict[str, Any]]:
+        """What each rank computes on, and its peak of memory and what it received so far, in bytes; alone nothing."""
+        if self._group is None:
+            return []
+        own = {"peak_rss_bytes": peak, "received_bytes": self._group.received_bytes}
+        kept = ("host", "device", "threads", "instructions")
+        measured = self.gathered(own)
+        return [
+            {name: facts[name] for name in kept} | more
+            for facts, more in zip(self._group.facts, measured, strict=True)
+        ]
 
     # ------------------------------------------------------------------ values
 
@@ -250,6 +257,7 @@ class _Group:
 
     def __init__(self, launch: Launch, device: str) -> None:
         self.launch, self.device = launch, torch.device(device)
+        self.received_bytes = 0
         self.store = _open_store(launch)
         own = _own_facts(device)
         self.facts = _meet(self.store, launch, own)
@@ -303,6 +311,7 @@ class _Group:
         here = sent.to(self._place)
         found = torch.empty_like(here)
         self._wait(lambda: dist.all_to_all_single(found, here, group=self._tensors, async_op=True))
+        self.received_bytes += found.nbytes * (self.launch.size - 1) // self.launch.size
         return found.to(sent.device)
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
@@ -311,8 +320,10 @@ class _Group:
         data = _bytes_of(tensor)
         here = data.to(self._place)
         self._wait(lambda: dist.broadcast(here, source, group=self._tensors, async_op=True))
-        if source != self.launch.rank and here.data_ptr() != data.data_ptr():
-            data.copy_(here)
+        if source != self.launch.rank:
+            self.received_bytes += data.nbytes
+            if here.data_ptr() != data.data_ptr():
+                data.copy_(here)
 
     def send(self, tensor: Tensor, source: int, target: int) -> None:
         rank = self.launch.rank
@@ -324,6 +335,7 @@ class _Group:
         else:
             self._wait(lambda: dist.irecv(data, source))
             _bytes_of(tensor).copy_(data)
+            self.received_bytes += data.nbytes
 
     def _wait(self, begin: Callable[[], Any]) -> None:
         """Until a collective is done, or a rank is lost."""
