@@ -31,6 +31,7 @@ from qwenq.solver.gptq import DAMP_PERCENT, round_rows
 from qwenq.solver.grid import QTensor
 from qwenq.text.tokens import TokenWindows
 
+SUMS = f"{PARTS} parts"  # in which order sums over calibration windows are taken (pipeline/shares.py)
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -232,7 +233,7 @@ class QuantizeJob:
     @property
     def numerics(self) -> dict[str, Any]:
         """What decides the last bits of sums on this machine: a resumed job needs the same."""
-        return numerics(self.devices) | {"sums": f"{PARTS} parts"}
+        return numerics(self.devices) | ({"sums": SUMS} if self.calibration else {})
 
     def same_everywhere(self, described: Mapping[str, Any]) -> dict[str, Any]:
         """Of `describe`, what every rank has to have the same: all but its directory's name and what it computes on."""

@@ -129,7 +129,7 @@ class Ranks:
         return whole
 
     def send(self, tensor: Tensor, source: int, target: int) -> None:
-        """Put the tensor of rank `source` in place of that of rank `target`, of the same shape; others do nothing."""
+        """Put the tensor of rank `source` in place of that of rank `target`, of the same shape; all ranks call it."""
         if self._group and source != target:
             self._group.send(tensor, source, target)
 
@@ -326,16 +326,21 @@ class _Group:
                 data.copy_(here)
 
     def send(self, tensor: Tensor, source: int, target: int) -> None:
-        rank = self.launch.rank
-        if rank not in (source, target) or tensor.numel() == 0:
+        if tensor.numel() == 0:
             return
+        rank, none = self.launch.rank, [0] * self.launch.size
         data = _bytes_of(tensor).cpu()
+        sent, given = none.copy(), data[:0]
         if rank == source:
-            self._wait(lambda: dist.isend(data, target))
-        else:
-            self._wait(lambda: dist.irecv(data, source))
-            _bytes_of(tensor).copy_(data)
-            self.received_bytes += data.nbytes
+            sent[target], given = len(data), data
+        due, found = none.copy(), data[:0]
+        if rank == target:
+            due[source], found = len(data), torch.empty_like(data)
+        # not isend and irecv: gloo does not tell when these are done without being waited for
+        self._wait(lambda: dist.all_to_all_single(found, given, due, sent, async_op=True))
+        if rank == target:
+            _bytes_of(tensor).copy_(found)
+            self.received_bytes += len(data)
 
     def _wait(self, begin: Callable[[], Any]) -> None:
         """Until a collective is done, or a rank is lost."""

@@ -57,6 +57,13 @@ def reproduce(
         raise unreadable(KeyError("files"))
     written = open_checkpoint(directory if first is None else inside(directory, first))
     here, then = job.numerics, manifest["job"].get("numerics")
+    was = then.get("sums") if isinstance(then, Mapping) else None
+    if was != here.get("sums"):
+        raise JobError(
+            f"{MANIFEST_NAME}: its sums over windows were taken in another order ({was or 'all in a row'}, here "
+            f"{here.get('sums')}), which ends in other last bits",
+            hint="the version that made it makes its layers again; --layers none compares files alone",
+        )
     torch.set_num_threads(_threads(then))
     calibrator = job.workers(DTYPES[job.config.calibration_dtype], job.calibration)
     findings: list[Finding] = []

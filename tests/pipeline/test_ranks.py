@@ -196,6 +196,20 @@ def test_sensitivities_over_four_ranks(format: str, tiny: Path, calib: Path, tmp
     assert (tmp_path / "table-1").read_bytes() == (tmp_path / "table-4").read_bytes()
 
 
+def test_hidden_states_are_saved_for_any_number_of_ranks(tiny: Path, text: list[object], tmp_path: Path) -> None:
+    command = ["quantize", tiny, *text, "--error-correction", "1", "--compute-dtype", "bfloat16"]
+    alone(tmp_path / "said", *command, "-o", tmp_path / "whole")
+    for size, next_size in ((2, 1), (1, 4)):
+        out, slow = tmp_path / f"out-{size}", dict.fromkeys(range(2), save_often)
+        started = Started(tmp_path / f"stopped-{size}", size, [*command, "-o", out], slow)
+        started.wait_until("layer 3/4")
+        os.kill(started.processes[0].pid, signal.SIGKILL)
+        started.ended()
+        again = over(tmp_path / f"again-{size}", next_size, *command, "-o", out, "--resume")[0].err
+        assert "layer 1: replaying" not in again, "read from the saved states"
+        assert_same(tmp_path / "whole", out)
+
+
 def test_torchrun_starts_it(tiny: Path, text: list[object], tmp_path: Path) -> None:
     alone(tmp_path / "said", "quantize", tiny, *text, "--error-correction", "0", "-o", tmp_path / "1")
     words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "qwenq", "quantize", tiny, *text]
@@ -405,7 +419,7 @@ def save_often() -> None:
     from qwenq.pipeline import quantize
 
     quantize._STATE_INTERVAL_S = 0.0
-    slowly(0.1)
+    slowly(0.3)
 
 
 @pytest.mark.slow
