@@ -261,8 +261,8 @@ def sensitivity_bytes(
 def errors_bytes(spec: ModelSpec, length: int, compute_bytes: int) -> int:
     """Predicted peak in bytes, on the device, of solving a layer for the errors that sensitivities are read from."""
     layer, width = spec.layer_linears(0), _widest(spec)
-    at_once = min(BATCH_TOKENS, SOLVER_WINDOWS * length)
-    collecting = 8 * Triangle(width).size + compute_bytes * at_once * (5 * width + 4 * spec.hidden_size)
+    at_once = min(BATCH_TOKENS, SOLVER_WINDOWS // PARTS * length)  # of one part
+    collecting = 8 * Triangle(width).size + compute_bytes * at_once * (7 * width + 4 * spec.hidden_size)
     solving = max(_solving(spec, stage, corrects=False, ranks=1) for stage in spec.architecture.stages)
     return compute_bytes * sum(lin.parameters for lin in layer) + max(collecting, solving)
 
