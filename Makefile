@@ -45,9 +45,10 @@ interop-llamacpp: $(STAMP) ## llama.cpp's tools built from source; layers, impor
 bench: $(STAMP)           ## this project and GPTQModel side by side: KL, perplexity, top-1, bits, time, memory
 	VENV=$(VENV) bash benchmarks/run.sh
 
-bench-qwen: $(STAMP)      ## the same on a real Qwen2.5 of 0.5 billion parameters (480 MB fetched), 4-bit g128
+bench-qwen: $(STAMP)      ## the same on a real Qwen2.5 of 0.5 billion parameters (480 MB fetched), 4-bit g128, and more tools
 	[ -e out/qwen25/config.json ] || $(BIN)/python benchmarks/make_qwen_model.py out/qwen25
-	VENV=$(VENV) BENCH_MODEL=out/qwen25 BENCH_GROUP_SIZE=128 BENCH_OUT=$${BENCH_OUT:-out/bench-qwen} bash benchmarks/run.sh
+	VENV=$(VENV) BENCH_TOOLS="$${BENCH_TOOLS:-qwenq gptqmodel gptqmodel-mse llmcompressor autoround}" \
+	BENCH_MODEL=out/qwen25 BENCH_GROUP_SIZE=128 BENCH_OUT=$${BENCH_OUT:-out/bench-qwen} bash benchmarks/run.sh
 
 pictures: $(STAMP)        ## the pictures of README.md and docs/, from recorded figures and headless Chromium
 	$(BIN)/python docs/make_pictures.py

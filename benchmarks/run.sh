@@ -9,8 +9,9 @@
 #   BENCH_TEXTS      held-out texts, each NAME=FILE (heldout=heldout)
 #   BENCH_SAMPLES    calibration windows of 512 tokens (64)
 #   BENCH_BITS, BENCH_GROUP_SIZE   4, 64
-#   BENCH_TOOLS      which to run ("qwenq gptqmodel gptqmodel-mse"); also qwenq-full, pulls from all windows, and
-#                    llamacpp-Q4_K_M, whose environment is INTEROP_ENVS/llamacpp (interop/requirements-llamacpp.txt)
+#   BENCH_TOOLS      which to run ("qwenq gptqmodel gptqmodel-mse"); also qwenq-full, pulls from all windows;
+#                    llmcompressor (its imatrix_mse observer), autoround (BENCH_ITERATIONS steps a layer, 200), and
+#                    llamacpp-Q4_K_M. Their environments, INTEROP_ENVS/TOOL, are made of interop/requirements-TOOL.txt
 #   BENCH_OUT        out/bench
 # Of the calibration windows qwenq replaces every fifth by the built-in set's, unless they are that set's already: its
 # default, which the other tools do not have (docs/quantize.md).
@@ -29,12 +30,15 @@ mkdir -p "$out"
 if [ ! -e "$model/config.json" ]; then
     "$venv/bin/python" -c 'import sys, pathlib; from qwenq.cli.demo_model import make_demo_model; make_demo_model(pathlib.Path(sys.argv[1]))' "$model"
 fi
-if [ ! -e "$envs/gptqmodel/.installed" ]; then
-    "${PYTHON:-python3}" -m venv "$envs/gptqmodel"
-    "$envs/gptqmodel/bin/pip" install --quiet -r interop/requirements-gptqmodel.txt
-    touch "$envs/gptqmodel/.installed"
-fi
-foreign=$(realpath "$envs/gptqmodel")/bin/python
+python_of() { # tool: the Python of its environment, made if it is not there
+    local name=${1%%-*}
+    if [ ! -e "$envs/$name/.installed" ]; then
+        "${PYTHON:-python3}" -m venv "$envs/$name"
+        "$envs/$name/bin/pip" install --quiet -r "interop/requirements-$name.txt" >&2
+        touch "$envs/$name/.installed"
+    fi
+    realpath "$envs/$name/bin/python" --no-symlinks
+}
 
 tokens() { # text out.npy windows
     [ -e "$2" ] || "$venv/bin/python" benchmarks/make_tokens.py "$model" "$1" "$2" --num-samples "$3" --sequence-length 512
@@ -66,15 +70,24 @@ for tool in $tools; do
     gptqmodel | gptqmodel-mse)
         mse=0
         [ "$tool" = gptqmodel ] || mse=2.4
-        "$foreign" benchmarks/gptqmodel_quantize.py "$model" "$out/$name" --tokens "$out/calibration-$samples.npy" \
+        "$(python_of "$tool")" benchmarks/gptqmodel_quantize.py "$model" "$out/$name" --tokens "$out/calibration-$samples.npy" \
             --bits "$bits" --group-size "$group" --mse "$mse" >"$out/$name.part" 2>"$out/$name.log"
         ;;
+    llmcompressor)
+        "$(python_of "$tool")" benchmarks/llmcompressor_quantize.py "$model" "$out/$name" \
+            --tokens "$out/calibration-$samples.npy" --bits "$bits" --group-size "$group" >"$out/$name.part" 2>"$out/$name.log"
+        ;;
+    autoround)
+        "$(python_of "$tool")" benchmarks/autoround_quantize.py "$model" "$out/$name" \
+            --tokens "$out/calibration-$samples.npy" --bits "$bits" --group-size "$group" \
+            --iterations "${BENCH_ITERATIONS:-200}" >"$out/$name.part" 2>"$out/$name.log"
+        ;;
     llamacpp-*)
-        "$envs/llamacpp/bin/python" benchmarks/llamacpp_quantize.py "$model" "$out/$name" --type "${tool#llamacpp-}" \
+        "$(python_of "$tool")" benchmarks/llamacpp_quantize.py "$model" "$out/$name" --type "${tool#llamacpp-}" \
             >"$out/$name.part" 2>"$out/$name.log"
         ;;
     *)
-        echo "unknown tool $tool: qwenq, qwenq-full, gptqmodel, gptqmodel-mse or llamacpp-TYPE" >&2
+        echo "unknown tool $tool: qwenq, qwenq-full, gptqmodel, gptqmodel-mse, llmcompressor, autoround or llamacpp-TYPE" >&2
         exit 2
         ;;
     esac

@@ -332,9 +332,9 @@ def convert(
 ) -> Converted:
     """Store a quantized checkpoint's codes in another format at `out`, bit for bit: nothing is solved or rounded.
 
-    format: one of integer codes: gptq, awq, compressed-tensors. progress: gets the number of each finished file. warn:
-    gets a line for each thing that is read otherwise than config.json says. Raises PlanError where the format cannot
-    hold the codes.
+    format: one of integer codes: gptq, awq, compressed-tensors, gguf. progress: gets the number of each finished file.
+    warn: gets a line for each thing that is read otherwise than config.json says. Raises PlanError where the format
+    cannot hold the codes.
     """
     check_format(format)
 

@@ -51,9 +51,9 @@ def printable_lines(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else _named(c) for c in text)
 
 
-def json_text(value: Any, indent: int | None = 2) -> str:
+def json_text(value: Any) -> str:
     """JSON of `value`, Unicode as it is but for what does not print: that is escaped, which JSON reads as the same."""
-    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    text = json.dumps(value, indent=2, ensure_ascii=False)
     if text.replace("\n", "").isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\n" else _escaped(c) for c in text)

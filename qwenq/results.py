@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 
@@ -45,22 +45,23 @@ class BlockResult:
     @staticmethod
     def from_json(row: Any) -> BlockResult:
         """What `to_json` gave, after JSON; ValueError for anything else."""
-        block = _fields(row, _BLOCK)
-        linears = tuple(LayerResult(**_fields(linear, _LINEAR)) for linear in block["linears"])
+        block = _fields(row, _kinds(BlockResult))
+        linears = tuple(LayerResult(**_fields(linear, _kinds(LayerResult))) for linear in block["linears"])
         _fields(block["stages_s"], dict.fromkeys(block["stages_s"], _NUMBER))
         return BlockResult(**block | {"linears": linears})
 
 
 _NUMBER = (float, int)
 _NUMBER_OR_NONE = (float, int, type(None))
-_LINEAR: dict[str, tuple[type, ...]] = {
-    "name": (str,), "scheme": (str,), "error_db": _NUMBER_OR_NONE, "weight_error_db": _NUMBER, "damp_percent": _NUMBER,
-    "fallback": (str,),
+_TYPES: dict[str, tuple[type, ...]] = {  # of JSON, by those of a dataclass's fields
+    "str": (str,), "int": (int,), "float": _NUMBER, "float | None": _NUMBER_OR_NONE, "Interval": (dict,),
+    "dict[str, float]": (dict,), "tuple[LayerResult, ...]": (list, tuple),
 }  # fmt: skip
-_BLOCK: dict[str, tuple[type, ...]] = {
-    "layer": (int,), "linears": (list, tuple), "stream_error_db": _NUMBER_OR_NONE, "seconds": _NUMBER,
-    "stages_s": (dict,),
-}  # fmt: skip
+
+
+def _kinds(of: type[Any]) -> dict[str, tuple[type, ...]]:
+    """Types of JSON that the fields of a dataclass have."""
+    return {field.name: _TYPES[str(field.type)] for field in fields(of)}
 
 
 def _fields(row: Any, kinds: dict[str, tuple[type, ...]]) -> dict[str, Any]:
@@ -112,15 +113,14 @@ class DriftReport:
     def from_json(row: Any) -> DriftReport:
         """Read what `finite_json` of `to_json` gave: null is a figure that was not finite. ValueError for another."""
 
-        def figure(value: Any, kind: str) -> Any:
-            if kind == "Interval":
-                parts = _fields(value, dict.fromkeys(("mean", "low", "high"), _NUMBER_OR_NONE))
-                return Interval(**{key: figure(part, "float") for key, part in parts.items()})
+        def figure(value: Any, kind: tuple[type, ...]) -> Any:
+            if kind == _TYPES["Interval"]:
+                parts = _fields(value, dict.fromkeys(_kinds(Interval), _NUMBER_OR_NONE))
+                return Interval(**{key: figure(part, _NUMBER) for key, part in parts.items()})
             return math.nan if value is None else value
 
-        kinds = {name: str(field.type) for name, field in DriftReport.__dataclass_fields__.items()}
-        types = {"Interval": (dict,), "float": _NUMBER_OR_NONE, "int": (int,), "str": (str,)}
-        found = _fields(row, {name: types[kind] for name, kind in kinds.items()})
+        kinds = _kinds(DriftReport)
+        found = _fields(row, {name: _NUMBER_OR_NONE if kind == _NUMBER else kind for name, kind in kinds.items()})
         return DriftReport(**{name: figure(value, kinds[name]) for name, value in found.items()})
 
 

@@ -16,8 +16,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from qwenq.checkpoint.reader import open_source
+from qwenq.cli.main import app
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.model.architectures import ARCHITECTURES
 from qwenq.pipeline.config import QuantizeConfig, Tokens
@@ -36,6 +39,12 @@ DATA = Path(__file__).parent / "data"
 def tiny() -> Path:
     """A trained Qwen2 of 4 layers, hidden 128, FFN 384, vocabulary 1,024, with q/k/v biases."""
     return DATA / "tiny-qwen2"
+
+
+@pytest.fixture
+def model(tiny: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be changed."""
+    return Path(shutil.copytree(tiny, tmp_path / "model"))
 
 
 @pytest.fixture(scope="session")
@@ -101,6 +110,29 @@ def edit_json() -> Callable[..., dict[str, Any]]:
         return content
 
     return edit
+
+
+def all_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """A checkpoint's tensors, as the safetensors library reads them."""
+    return {name: t for file in sorted(directory.glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
+    """Put all tensors, changed, into one file without an index."""
+    tensors = all_tensors(directory)
+    change(tensors)
+    for file in directory.glob("model*safetensors*"):
+        file.unlink()
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(whole, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def answer(*words: object, code: int = 0) -> Any:
+    """What a command says in JSON; what it says on stderr where it ends with another exit code."""
+    result = CliRunner().invoke(app, [str(word) for word in (*words, "--json")])
+    assert result.exit_code == code, (result.output, result.exception)
+    return json.loads(result.stdout) if code == 0 else result.stderr
 
 
 def small_job(source: Path | str, out: Path | str, **changes: Any) -> QuantizeJob:

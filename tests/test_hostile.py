@@ -29,12 +29,6 @@ from qwenq.planning.validate import read_rows
 from qwenq.text.calibration import load_windows
 from qwenq.text.tokens import ModelTokenizer
 
-
-@pytest.fixture
-def model(tiny: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny, tmp_path / "model"))
-
-
 # ---------------------------------------------------------------------- code
 
 CANARY = """

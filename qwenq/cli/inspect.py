@@ -11,7 +11,7 @@ from qwenq import api
 from qwenq.cli.console import out, warn
 from qwenq.cli.options import FollowLinks, JsonFlag, warn_of_shipped
 from qwenq.cli.plain import print_json
-from qwenq.errors import HonestNo, UsageError
+from qwenq.errors import HonestNo
 from qwenq.units import format_gb
 
 
@@ -33,8 +33,9 @@ def inspect(
     Reads headers only, no weights; of a family, and of a hub name that is one, the shapes shipped with qwenq, and says
     so. Exits with 3 when something disagrees.
     """
-    expected = _count(expect_params)
+    from qwenq.planning.questions import parse_parameters
 
+    expected = parse_parameters(expect_params) if expect_params is not None else None
     found = api.inspect(model, expected)
     spec, result = found.spec, found.audit
     if found.shipped:
@@ -77,16 +78,3 @@ def inspect(
     if result.disagreements:
         more = f", and {len(result.disagreements) - 1} more" if len(result.disagreements) > 1 else ""
         raise HonestNo(f"{model}: {result.disagreements[0]}{more}", hint="take config and weights from one repository")
-
-
-def _count(text: str | None) -> float | None:
-    if text is None:
-        return None
-    scale = {"K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(text.strip()[-1:].upper())
-    try:
-        value = float(text.strip()[:-1]) * scale if scale else float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e15:
-        raise UsageError(f"--expect-params {text}: not a count of parameters", hint="for instance 72.7B")
-    return value

@@ -8,13 +8,14 @@ import sys
 from typing import Any
 
 from qwenq.escaping import json_text, printable_lines
-from qwenq.results import finite_json
 
 _PAINTED = re.compile(r"(\x1b\[[0-9;]+m[█|]\x1b\[0m)")  # the bars of a chart, the only colours of plain lines
 
 
 def print_json(value: Any) -> None:
     """JSON to stdout; figures that are not finite become null."""
+    from qwenq.results import finite_json  # with results that a plan has nothing of
+
     print(json_text(finite_json(value)))
 
 

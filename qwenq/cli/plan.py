@@ -146,7 +146,7 @@ def _text(found: Plan) -> list[str]:
         + answer
     ]
     lines += ["  " + describe_gpu(found, index) for index in range(len(case.hardware.gpus))]
-    if found.placement is not None:
+    if found.placement is not None and len(case.hardware.gpus) > 1:
         lines.append(f"  split: {found.placement.reason}")
     lines += [f"  {note}" for note in case.engine.cache_notes(memory)]
     lines += [f"  note: {note}" for note in found.notes]
@@ -165,17 +165,22 @@ def _text(found: Plan) -> list[str]:
             lines.append(f"  speed then: {found.offload_speed.text()}")
     if not found.fits:
         lines.append("rigs that hold it: qwenq plan MODEL --recommend")
-    lines.append(f"{found.serving.case.engine.title}, tensor x pipeline parallel:")
-    sizes = found.tensor_parallel
+    if not found.serving.case.engine.refusal(case.weights):  # of weights that no server loads it would say nothing
+        lines += _parallel_lines(found)
+    for name, text in plan_commands(found).items():
+        lines += ["", f"# {name}", text]
+    return lines
+
+
+def _parallel_lines(found: Plan) -> list[str]:
+    """Ways to share the work out over a server's ranks, and sizes that cut these weights."""
+    lines, sizes = [f"{found.serving.case.engine.title}, tensor x pipeline parallel:"], found.tensor_parallel
     for option in found.serving.options:
         cut = sizes.get(str(option.tensor))  # said below, once
         verdict = f"no: tensor parallel size {option.tensor}, see below" if cut else option.verdict
         lines.append(f"  {option.tensor} x {option.pipeline}: {verdict}")
     lines.append("tensor parallel sizes of these weights:")
-    lines += [f"  {line}" for line in found.tensor_parallel_lines]
-    for name, text in plan_commands(found).items():
-        lines += ["", f"# {name}", text]
-    return lines
+    return lines + [f"  {line}" for line in found.tensor_parallel_lines]
 
 
 def _host_lines(found: Plan) -> list[str]:

@@ -61,25 +61,25 @@ def verify(
             out.print(str(finding), soft_wrap=True)
         if not result.findings:
             read = f", {result.source_files} files of the source" if source else ""
-            read += f", layers {', '.join(map(str, again))} made again" if again else ""
+            read += f", {_named(again)} made again" if again else ""
             out.print(f"{directory}: {result.files} files{read}, all as in its manifest", soft_wrap=True)
             out.print(f"digest {result.digest}", soft_wrap=True)
             if result.layers_not_made_again:
-                left = f"layers {_spans(result.layers_not_made_again)}"
+                left = _named(result.layers_not_made_again)
                 out.print(f"not made again: {left} (--all-layers makes every one)", soft_wrap=True)
     if result.findings:
         raise typer.Exit(1)
 
 
-def _spans(numbers: Sequence[int]) -> str:
-    """Rising numbers with runs of them as `1 to 39`."""
+def _named(numbers: Sequence[int]) -> str:
+    """`layer 3`, `layers 0, 39 to 41`: rising numbers with runs of them as spans."""
     spans: list[list[int]] = []
     for number in numbers:
         if spans and spans[-1][-1] == number - 1:
             spans[-1] = [spans[-1][0], number]
         else:
             spans.append([number])
-    return ", ".join(" to ".join(map(str, span)) for span in spans)
+    return f"layer{'s' * (len(numbers) > 1)} " + ", ".join(" to ".join(map(str, span)) for span in spans)
 
 
 def _numbers(text: str) -> list[int] | None:

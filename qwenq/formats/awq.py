@@ -53,7 +53,6 @@ class Awq(Format):
     """4 bits with zero points."""
 
     name = method = "awq"
-    note = "4-bit"
     tags = ("awq",)
     asymmetric = True
     published = (("AWQ", Scheme(4, 128, sym=False)), ("AWQ-INT4", Scheme(4, 128, sym=False)))

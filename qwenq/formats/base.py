@@ -206,13 +206,31 @@ class Recipe:
     def scheme_of(self, lin: LinearSpec) -> Scheme | None:
         return self._by_name.get(lin.name, self.default)
 
+    def layer_kinds(self, spec: ModelSpec, dtype: StoredDtype | str = "BF16") -> list[int]:
+        """For each decoder layer the first one that is stored alike, its tensors' names aside."""
+        if not self.overrides and isinstance(dtype, str):
+            return [0] * spec.num_hidden_layers
+        paths = [linear.path for linear in spec.architecture.linears]
+        tensors = [] if isinstance(dtype, str) else [t.name for t in spec.layer_tensors(0)]
+        endings = [name.removeprefix(spec.layer_prefix(0)) for name in tensors]
+        schemes, default, dtype_of = self._by_name, self.default, _by_name(dtype)
+        first: dict[tuple[Scheme | str | None, ...], int] = {}
+        found = []
+        for layer in range(spec.num_hidden_layers):
+            prefix = spec.layer_prefix(layer)
+            kind = [schemes.get(prefix + path, default) for path in paths]
+            found.append(first.setdefault((*kind, *(dtype_of(prefix + ending) for ending in endings)), layer))
+        return found
+
     def outer_scheme(self, lin: LinearSpec) -> Scheme | None:
         """The scheme of embedding or head, which stay in 16 bit unless they are named."""
         return self._by_name.get(lin.name)
 
     def schemes(self, spec: ModelSpec) -> set[Scheme]:
         """Those met in the model's linears."""
-        return {scheme for lin in spec.linears if (scheme := self.scheme_of(lin)) is not None}
+        layers = set(self.layer_kinds(spec))
+        linears = (lin for layer in layers for lin in spec.layer_linears(layer))
+        return {scheme for lin in linears if (scheme := self.scheme_of(lin)) is not None}
 
     @property
     def label(self) -> str:
@@ -222,9 +240,10 @@ class Recipe:
     def check(self, spec: ModelSpec) -> None:
         """Raise PlanError, naming the tensor, when some linear cannot be stored as asked."""
         form = get_format(self.format)
-        for lin in spec.linears:
-            if (scheme := self.scheme_of(lin)) is not None:
-                form.check(scheme, lin)
+        for layer in sorted(set(self.layer_kinds(spec))):
+            for lin in spec.layer_linears(layer):
+                if (scheme := self.scheme_of(lin)) is not None:
+                    form.check(scheme, lin)
         for lin in spec.outer_linears:
             if (scheme := self.outer_scheme(lin)) is not None:
                 form.check(scheme, lin)
@@ -287,13 +306,17 @@ class ExactNames:
         return module in self.names
 
 
+Matcher = NamePattern | ExactNames
+Rule = tuple[Matcher, Scheme | None]
+
+
 @dataclass(frozen=True)
 class Quantization:
     """How each linear is stored, as a config says: the first of `rules` that matches a module's name decides."""
 
     format: str  # one of FORMATS
     default: Scheme | None  # where no rule matches; None leaves the linear in 16 bit
-    rules: tuple[tuple[NamePattern | ExactNames, Scheme | None], ...] = ()
+    rules: tuple[Rule, ...] = ()
     version: str = ""  # of the format, where there are several
     sorted_columns: bool = False  # columns may be stored out of the order of their groups
 
@@ -350,8 +373,7 @@ CPU_LOGITS = "CPU: logits equal"
 PLAIN_8_BIT = "CPU: logits equal, 8-bit products by plain torch"  # vLLM's CPU build has kernels for 4 bits only
 
 
-@dataclass(frozen=True)
-class Loader:
+class Loader(NamedTuple):
     """One engine and one checkpoint; `reason` says why it does not read it, empty when it does."""
 
     name: str
@@ -369,8 +391,7 @@ class Variant(NamedTuple):
     version: str = ""  # as `Quantization.version`
 
 
-@dataclass(frozen=True)
-class ByTransformers:
+class ByTransformers(NamedTuple):
     """How transformers loads a checkpoint: packages to install, a config object that it needs, or why it does not."""
 
     install: str = ""
@@ -390,7 +411,6 @@ class Format(ABC):
 
     name: str  # as --format calls it: gptq, bnb-nf4
     method: str  # `quant_method` of config.json, by which other tools call it
-    note: str = ""  # in help texts, after the name: "4-bit"
     tags: tuple[str, ...]  # of a model card
     whole_file: bool = False  # tensors, configuration and tokenizer are one file; else safetensors and files beside
     engine: str = "qwenq"  # that --fit plans for where none is named
@@ -686,9 +706,9 @@ def mixing() -> list[Format]:
     return [form for form in FORMATS.values() if form.mixes]
 
 
-def names_of(forms: Iterable[Format], last: str = "or", *, notes: bool = False) -> str:
-    """`gptq, awq (4-bit) or compressed-tensors`, for help texts and messages."""
-    names = [form.name + (f" ({form.note})" if notes and form.note else "") for form in forms]
+def names_of(forms: Iterable[Format], last: str = "or") -> str:
+    """`gptq, awq or compressed-tensors`, for help texts and messages."""
+    names = [form.name for form in forms]
     return f" {last} ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 

@@ -79,7 +79,6 @@ class Bitsandbytes(Format):
     """The config and the readers that both widths share."""
 
     method = "bitsandbytes"
-    note = "no calibration"
     solved = False
     integer_codes = False
     bits: int

@@ -26,9 +26,11 @@ from qwenq.formats.base import (
     ExactNames,
     Format,
     Loader,
+    Matcher,
     NamePattern,
     Quantization,
     Recipe,
+    Rule,
     Scheme,
     Solved,
     StoredDtype,
@@ -131,8 +133,8 @@ class CompressedTensors(Format):
             raise CheckpointError(f"{where}: config_groups is missing or empty")
         ignored = read_names(config.get("ignore"), f"{where}: ignore")
         rules = [(matcher, None) for matcher in _matchers(ignored, f"{where}: ignore")]
-        exact: list[tuple[NamePattern | ExactNames, Scheme | None]] = []
-        patterns: list[tuple[NamePattern | ExactNames, Scheme | None]] = []
+        exact: list[Rule] = []
+        patterns: list[Rule] = []
         default = None
         for key, group in groups.items():
             here = f"{where}: config_groups {shown(key, 40)}"
@@ -222,18 +224,18 @@ def _weights(scheme: Scheme) -> dict[str, Any]:
     }
 
 
-def _matchers(names: list[str], where: str) -> list[NamePattern | ExactNames]:
+def _matchers(names: list[str], where: str) -> list[Matcher]:
     """What the names of a targets or ignore list match: those written out together, and each pattern."""
     written = [name.removeprefix("re:") for name in names if name.startswith("re:")]
     check_count(written, where)
     if _LINEAR in names:
         written.append("")
     exact = ExactNames(frozenset(name for name in names if not name.startswith("re:")))
-    found: list[NamePattern | ExactNames] = [exact] if exact.names else []
+    found: list[Matcher] = [exact] if exact.names else []
     return found + [read_pattern(pattern, where) for pattern in written]
 
 
-def _text(matcher: NamePattern | ExactNames) -> str:
+def _text(matcher: Matcher) -> str:
     return matcher.expression.pattern if isinstance(matcher, NamePattern) else ""
 
 

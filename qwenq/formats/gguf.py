@@ -11,7 +11,8 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwenq.errors import CheckpointError, PlanError, UsageError
 from qwenq.escaping import shown
@@ -443,8 +444,7 @@ def fallback(kind: str, columns: int) -> str:
     return "F16"
 
 
-@dataclass(frozen=True)
-class Mixture:
+class Mixture(NamedTuple):
     """One of llama.cpp's file types: its number in `general.file_type` and the type that tensors have at least."""
 
     number: int
@@ -471,17 +471,22 @@ def wanted_types(spec: ModelSpec, name: str) -> dict[str, str]:
     head = "Q8_0" if found.base == "Q8_0" or spec.hidden_size % TYPES[found.base].values else "Q6_K"
     embedding, *own_head = (lin.name for lin in spec.outer_linears)
     types = {embedding: head if tied else found.base} | dict.fromkeys(own_head, head)
-    for lin in spec.linears:
-        types[lin.name] = _linear_type(spec, name, lin) or found.base
+    family = names_in_gguf(spec.architecture).architecture
+    for layer in range(spec.num_hidden_layers):
+        prefix = spec.layer_prefix(layer)
+        for linear in spec.architecture.linears:
+            types[prefix + linear.path] = _linear_type(spec, name, family, layer, linear.kind) or found.base
     return types
 
 
-def _linear_type(spec: ModelSpec, name: str, lin: LinearSpec) -> str:
-    """The type of a linear where it is not the mixture's own."""
-    layer, layers = lin.layer, spec.num_hidden_layers
+def _linear_type(spec: ModelSpec, name: str, family: str, layer: int, linear: str) -> str:
+    """The type of a layer's `v_proj`, say, where it is not the mixture's own; `family`: its name in GGUF."""
+    if linear not in ("v_proj", "down_proj", "o_proj"):
+        return ""
+    layers = spec.num_hidden_layers
     more = layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
     shared = spec.num_attention_heads // spec.num_key_value_heads >= 4
-    if lin.kind == "v_proj":
+    if linear == "v_proj":
         kind = {
             "Q2_K": "Q4_K" if shared else "Q3_K",
             "Q3_K_M": "Q5_K" if layer < 2 else "Q4_K",
@@ -492,11 +497,10 @@ def _linear_type(spec: ModelSpec, name: str, lin: LinearSpec) -> str:
             "Q5_K_M": "Q6_K" if more else "",
             "Q4_K_S": "Q5_K" if layer < 4 else "",
         }.get(name, "")
-        family = names_in_gguf(spec.architecture).architecture
         grouped = spec.num_key_value_heads < spec.num_attention_heads
         many = layers == 80 and (family == "qwen2" or (family == "llama" and grouped))  # its "70B"
         return "Q5_K" if many and (kind or MIXTURES[name].base) in ("Q3_K", "Q4_K") else kind
-    if lin.kind == "down_proj":
+    if linear == "down_proj":
         return {
             "Q2_K": "Q3_K",
             "Q3_K_M": "Q5_K" if layer < layers // 16 else "Q4_K",
@@ -507,11 +511,10 @@ def _linear_type(spec: ModelSpec, name: str, lin: LinearSpec) -> str:
             "Q4_0": "Q4_1" if layer < layers // 8 else "",
             "Q5_0": "Q5_1" if layer < layers // 8 else "",
         }.get(name, "")
-    if lin.kind == "o_proj":
-        return {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K"}.get(name, "")
-    return ""
+    return {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K"}.get(name, "")
 
 
+@cache
 def scheme_for(kind: str, columns: int) -> Scheme | None:
     """The scheme of a type, or of what llama.cpp falls back to; None for 16 bit."""
     stored = fallback(kind, columns)
@@ -525,7 +528,6 @@ class Gguf(Format):
     """Every linear, the embedding and the head in a GGML type of its own; norms and biases in float32."""
 
     name = method = "gguf"
-    note = "llama.cpp, Ollama"
     tags = ("gguf",)
     whole_file = True
     engine = "llama.cpp"
@@ -541,20 +543,17 @@ class Gguf(Format):
             raise PlanError(f"format gguf cannot hold {scheme.label}", hint=f"types: {', '.join(WRITTEN)}")
 
     def mixture(self, name: str, spec: ModelSpec) -> Recipe:
-        """llama.cpp's mixture of that name, fallbacks included."""
+        """llama.cpp's mixture of that name, fallbacks included; the most frequent scheme by linears is the default."""
         if name not in MIXTURES:
             raise UsageError(f"--gguf-type {shown(name, 40)}: wanted one of {', '.join(MIXTURES)}")
-        types = wanted_types(spec, name)
-        linears = (*spec.outer_linears, *spec.linears)
-        schemes = {lin.name: scheme_for(types[lin.name], lin.in_features) for lin in linears}
-        return self.recipe(spec, schemes)
-
-    def recipe(self, spec: ModelSpec, schemes: Mapping[str, Scheme | None]) -> Recipe:
-        """The recipe of a scheme for each module: its most frequent one by linears is the default."""
-        counts = Counter(schemes[lin.name] for lin in spec.linears if schemes[lin.name] is not None)
+        types, columns = wanted_types(spec, name), {lin.path: lin.in_features for lin in spec.layer_linears(0)}
+        outer = tuple((lin.name, scheme_for(types[lin.name], lin.in_features)) for lin in spec.outer_linears)
+        prefixes = map(spec.layer_prefix, range(spec.num_hidden_layers))
+        names = ((prefix + path, width) for prefix in prefixes for path, width in columns.items())
+        linears = [(name, scheme_for(types[name], width)) for name, width in names]
+        counts = Counter(scheme for _, scheme in linears if scheme is not None)
         default = counts.most_common(1)[0][0] if counts else None
-        outer = tuple((lin.name, schemes[lin.name]) for lin in spec.outer_linears)
-        rest = tuple((lin.name, schemes[lin.name]) for lin in spec.linears if schemes[lin.name] != default)
+        rest = tuple((name, scheme) for name, scheme in linears if scheme != default)
         return Recipe(default, (*outer, *rest), self.name)
 
     def notes(self, name: str, spec: ModelSpec) -> list[str]:

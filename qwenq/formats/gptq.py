@@ -30,6 +30,7 @@ from qwenq.formats.base import (
     NamePattern,
     Quantization,
     Recipe,
+    Rule,
     Scheme,
     Solved,
     StoredDtype,
@@ -142,7 +143,7 @@ class Gptq(Format):
             if config.get(key) not in (None, wanted):
                 raise _refusal(config[key])(f"{where}: {key} is {shown(repr(config[key]), 40)}, wanted {wanted!r}")
         default = _scheme(config, Scheme(4), where)
-        rules: list[tuple[NamePattern | ExactNames, Scheme | None]] = []
+        rules: list[Rule] = []
         entries = config.get("dynamic") or {}
         if not isinstance(entries, Mapping):
             raise CheckpointError(f"{where}: dynamic is {type(entries).__name__}, wanted an object")
@@ -326,8 +327,8 @@ def _auto_round(config: Mapping[str, Any], where: str) -> Quantization:
     if not isinstance(extra, Mapping):
         raise CheckpointError(f"{where}: extra_config is {type(extra).__name__}, wanted an object")
     check_count(extra, f"{where}: extra_config")
-    exact: list[tuple[NamePattern | ExactNames, Scheme | None]] = []
-    patterns: list[tuple[NamePattern | ExactNames, Scheme | None]] = []
+    exact: list[Rule] = []
+    patterns: list[Rule] = []
     for name, override in extra.items():
         here = f"{where}: extra_config {shown(name, 60)}"
         if not isinstance(override, Mapping):
@@ -352,7 +353,7 @@ def _refuse_values(config: Mapping[str, Any], where: str) -> None:
         raise UnreadScheme(f"{where}: quantized activations are not supported (act_bits {config['act_bits']!r})")
 
 
-def _left_out(names: Any, start: str, where: str) -> list[tuple[NamePattern | ExactNames, Scheme | None]]:
+def _left_out(names: Any, start: str, where: str) -> list[Rule]:
     """A rule that leaves in 16 bit what a list of blocks or modules does not name; none where there is no list.
 
     names: texts, or lists of them, or one text with commas. start: `^` where a name is the beginning of a module's.

@@ -63,24 +63,24 @@ def is_hub_name(model: str) -> bool:
     return _NAME.fullmatch(model) is not None and not model.endswith((".", "-", ".git")) and not os.path.exists(model)
 
 
-def fetch_config(name: str, revision: str | None = None) -> Path:
+def fetch_config(name: str) -> Path:
     """A directory with the model's config.json, the only file fetched; raises HubError."""
-    with _hub_errors(name, revision):
+    with _hub_errors(name):
         if _offline():
-            return _cached(name, revision)
-        return _fetch_config(_list_files(name, revision), revision)
+            return _cached(name)
+        return _fetch_config(_list_files(name))
 
 
-def fetch_headers(name: str, revision: str | None = None) -> dict[str, TensorLocation]:
+def fetch_headers(name: str) -> dict[str, TensorLocation]:
     """Every tensor of the model by name, from the first bytes of its shards; `file` is the shard's name alone.
 
     Headers are put at the head of sparse files of the shards' sizes, so that the one strict reader checks them.
     Raises HubError, also for headers that do not add up.
     """
-    with _hub_errors(name, revision):
+    with _hub_errors(name):
         if _offline():
-            return _whole(_cached(name, revision), name)
-        repo = _list_files(name, revision)
+            return _whole(_cached(name), name)
+        repo = _list_files(name)
         weights = _weight_files(repo)
         with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(_THREADS) as pool:
             if weights != [SINGLE_NAME] and INDEX_NAME in repo.files:
@@ -93,31 +93,31 @@ def fetch_headers(name: str, revision: str | None = None) -> dict[str, TensorLoc
         return {n: dataclasses.replace(t, file=Path(t.file.name)) for n, t in tensors.items()}
 
 
-def same_start(name: str, one: TensorLocation, other: TensorLocation, revision: str | None = None) -> bool:
+def same_start(name: str, one: TensorLocation, other: TensorLocation) -> bool:
     """Whether two tensors of a model, as `fetch_headers` gives them, agree in dtype, shape and first bytes.
 
     Trained weights that differ anywhere differ there. Raises HubError.
     """
     if (one.spec.dtype, one.spec.shape) != (other.spec.dtype, other.spec.shape):
         return False
-    with _hub_errors(name, revision):
-        return _first_bytes(name, one, revision) == _first_bytes(name, other, revision)
+    with _hub_errors(name):
+        return _first_bytes(name, one) == _first_bytes(name, other)
 
 
-def fetch_model(name: str, revision: str | None = None, listen: Listener = lambda line: None) -> Path:
+def fetch_model(name: str, listen: Listener = lambda line: None) -> Path:
     """A local directory with the model's safetensors, config and tokenizer, each file whole; downloads what is missing.
 
     listen: gets a line when a download starts, every half minute and at its end, from a thread of its own.
     Raises HubError. A download that stops early is taken up again by the next call: finished files are kept.
     """
-    with _hub_errors(name, revision):
+    with _hub_errors(name):
         if _offline():
-            directory = _cached(name, revision)
+            directory = _cached(name)
             _whole(directory, name)
             return directory
-        repo = _list_files(name, revision)
+        repo = _list_files(name)
         weights = _weight_files(repo)
-        directory = _fetch_config(repo, revision)
+        directory = _fetch_config(repo)
         index = [INDEX_NAME] if weights != [SINGLE_NAME] and INDEX_NAME in repo.files else []
         templates = [f for f in repo.files if re.fullmatch(rf"{TEMPLATES}/[^/]+\.jinja", f)]
         wanted = [f for f in SMALL_FILES if f in repo.files] + templates + index + weights
@@ -178,31 +178,31 @@ def _folder_bytes(folder: Path) -> int:
     return total
 
 
-def _fetch_config(repo: _Repo, revision: str | None) -> Path:
+def _fetch_config(repo: _Repo) -> Path:
     """The snapshot's directory, its config.json fetched.
 
-    It is asked for by revision, not by commit, for then the cache also notes which commit the revision is: offline,
-    that note is all there is.
+    It is asked for without the commit, for then the cache also notes which commit is the latest: offline, that note is
+    all there is.
     """
     if "config.json" not in repo.files:
         raise HubError(f"{repo.name}: no config.json in it", hint="adapters and GGUF repositories are not checkpoints")
-    directory = _fetch_file(repo.name, "config.json", revision).parent
+    directory = _fetch_file(repo.name, "config.json").parent
     if directory.name != repo.commit:
         raise HubError(f"{repo.name}: changed while it was being read", hint="run it again")
     return directory
 
 
-def _fetch_file(name: str, file: str, revision: str | None) -> Path:
+def _fetch_file(name: str, file: str, commit: str | None = None) -> Path:
     from huggingface_hub import hf_hub_download
 
-    return Path(hf_hub_download(name, file, revision=revision, endpoint=_endpoint()))
+    return Path(hf_hub_download(name, file, revision=commit, endpoint=_endpoint()))
 
 
-def _list_files(name: str, revision: str | None) -> _Repo:
+def _list_files(name: str) -> _Repo:
     from huggingface_hub import HfApi, constants
 
     timeout = constants.HF_HUB_ETAG_TIMEOUT  # without one, a stalled server would hang the call for good
-    info = HfApi(endpoint=_endpoint()).model_info(name, revision=revision, files_metadata=True, timeout=timeout)
+    info = HfApi(endpoint=_endpoint()).model_info(name, files_metadata=True, timeout=timeout)
     if not info.sha or not info.siblings:
         raise HubError(f"{name}: the repository is empty")
     return _Repo(name, info.sha, {sibling.rfilename: sibling.size for sibling in info.siblings})
@@ -231,27 +231,16 @@ def _weight_files(repo: _Repo) -> list[str]:
     if pickled:
         raise HubError(
             f"{repo.name}: only pickled weights ({shown(pickled[0])}), which can run code when they are read: refused",
-            hint="look for a repository with safetensors files, often a revision such as refs/pr/1 of the same one",
+            hint="look for a repository with safetensors files, or convert it on a machine you can lose",
         )
     raise HubError(f"{repo.name}: no safetensors files in it", hint=f"wanted {SINGLE_NAME} or {INDEX_NAME}")
 
 
 def _fetch_header(repo: _Repo, file: str) -> tuple[bytes, int]:
     """A shard's length field and header, and the shard's size, without its weights."""
-    from huggingface_hub import constants, get_session, hf_raise_for_status
-
-    url = f"{_endpoint()}/{repo.name}/resolve/{repo.commit}/{quote(file)}"
     head, wanted, size = bytearray(), _FIRST_BYTES, 0
     while len(head) < wanted:
-        asked = {"Range": f"bytes={len(head)}-{wanted - 1}", "Accept-Encoding": "identity"}
-        headers = _hub_utils().build_hf_headers() | asked
-        request = get_session().stream(
-            "GET", url, headers=headers, follow_redirects=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
-        )
-        with request as response:
-            if response.status_code >= 400:
-                response.read()
-                hf_raise_for_status(response)
+        with _request(f"{repo.name}/resolve/{repo.commit}/{quote(file)}", len(head), wanted) as response:
             if response.status_code == 206:
                 size = int(response.headers["Content-Range"].rpartition("/")[2])
             else:  # the endpoint knows no ranges: read from the start, and hang up after the header
@@ -269,28 +258,14 @@ def _fetch_header(repo: _Repo, file: str) -> tuple[bytes, int]:
     return bytes(head[:wanted]), size
 
 
-def _first_bytes(name: str, location: TensorLocation, revision: str | None) -> bytes:
+def _first_bytes(name: str, location: TensorLocation) -> bytes:
     """Up to SAMPLE_BYTES of a tensor: of the cached file where the headers are from there, else by one request."""
-    from huggingface_hub import constants, get_session, hf_raise_for_status
-
     end = min(location.start + SAMPLE_BYTES, location.end)
     if location.file.is_absolute():
         with open_regular(location.file) as file:
             file.seek(location.start)
             return file.read(end - location.start)
-    url = f"{_endpoint()}/{name}/resolve/{quote(revision or 'main', safe='')}/{quote(location.file.name)}"
-    asked = {"Range": f"bytes={location.start}-{end - 1}", "Accept-Encoding": "identity"}
-    request = get_session().stream(
-        "GET",
-        url,
-        headers=_hub_utils().build_hf_headers() | asked,
-        follow_redirects=True,
-        timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
-    )
-    with request as response:
-        if response.status_code >= 400:
-            response.read()
-            hf_raise_for_status(response)
+    with _request(f"{name}/resolve/main/{quote(location.file.name)}", location.start, end) as response:
         skipped = 0 if response.status_code == 206 else location.start  # the endpoint knows no ranges
         if skipped > _MOST_SKIPPED:
             raise HubError(
@@ -306,15 +281,34 @@ def _first_bytes(name: str, location: TensorLocation, revision: str | None) -> b
     return bytes(found[: end - location.start])
 
 
-def _cached(name: str, revision: str | None) -> Path:
-    """The snapshot of `revision` in the cache; HubError if there is none."""
+@contextmanager
+def _request(path: str, start: int, end: int) -> Iterator[Any]:
+    """The endpoint's answer, not read yet, when it is asked for bytes start to end of a file."""
+    from huggingface_hub import constants, get_session, hf_raise_for_status
+
+    asked = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+    request = get_session().stream(
+        "GET",
+        f"{_endpoint()}/{path}",
+        headers=_hub_utils().build_hf_headers() | asked,
+        follow_redirects=True,
+        timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+    )
+    with request as response:
+        if response.status_code >= 400:
+            response.read()
+            hf_raise_for_status(response)
+        yield response
+
+
+def _cached(name: str) -> Path:
+    """The latest snapshot in the cache; HubError if there is none."""
     from huggingface_hub import try_to_load_from_cache
 
-    config = try_to_load_from_cache(name, "config.json", revision=revision)
+    config = try_to_load_from_cache(name, "config.json")
     if not isinstance(config, str):
-        at = f" at revision {revision}" if revision else ""
         raise HubError(
-            f"{name}: not in the cache{at}, and HF_HUB_OFFLINE forbids a download",
+            f"{name}: not in the cache, and HF_HUB_OFFLINE forbids a download",
             hint="unset HF_HUB_OFFLINE, or give a directory",
         )
     return Path(config).parent
@@ -345,7 +339,7 @@ def _offline() -> bool:
 
 
 @contextmanager
-def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
+def _hub_errors(name: str) -> Iterator[None]:
     """Turn whatever goes wrong inside into one HubError, and keep huggingface_hub from writing to the terminal."""
     utils = _hub_utils()
     bars = not utils.are_progress_bars_disabled() and "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ
@@ -360,7 +354,7 @@ def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
     except QwenqError as error:
         raise HubError(f"{name}: {error.message}", hint=error.hint) from None
     except Exception as error:
-        raise _explain(error, name, revision) from None
+        raise _explain(error, name) from None
     finally:
         utils.logging.set_verbosity(verbosity)
         if bars:
@@ -374,7 +368,7 @@ def _hub_utils() -> Any:
     return huggingface_hub.utils
 
 
-def _explain(error: Exception, name: str, revision: str | None) -> HubError:
+def _explain(error: Exception, name: str) -> HubError:
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
@@ -382,7 +376,7 @@ def _explain(error: Exception, name: str, revision: str | None) -> HubError:
     if isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError):
         return HubError(f"{name}: not in the cache, and the hub cannot be asked", hint="unset HF_HUB_OFFLINE")
     if isinstance(error, errors.HfHubHTTPError):
-        return _explain_status(error, name, revision)
+        return _explain_status(error, name)
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or "No space left on device" in str(error):  # the xet client raises plain RuntimeError
         return HubError(
@@ -406,7 +400,7 @@ def _explain(error: Exception, name: str, revision: str | None) -> HubError:
     return HubError(f"{name}: cannot be had from {_host()} ({kind}: {_one_line(error)})", hint="check HF_ENDPOINT")
 
 
-def _explain_status(error: Any, name: str, revision: str | None) -> HubError:
+def _explain_status(error: Any, name: str) -> HubError:
     """The hub's answers; it says 401 for private and for missing alike to those who show no token."""
     from huggingface_hub import errors, get_token
 
@@ -418,8 +412,6 @@ def _explain_status(error: Any, name: str, revision: str | None) -> HubError:
             f"{name}: gated ({status}), its licence must be accepted first",
             hint=f"accept the licence on the model page, {page}, {account}",
         )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return HubError(f"{name}: no revision {shown(str(revision))}", hint=f"see {page}/tree/main")
     if isinstance(error, errors.EntryNotFoundError):
         file = shown(urlsplit(str(response.url)).path.rpartition("/")[2])
         return HubError(f"{name}: no {file} in it", hint="adapters and GGUF repositories are not checkpoints")

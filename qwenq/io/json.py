@@ -62,10 +62,10 @@ def read_limited(
     return data
 
 
-def check_regular(path: Path, limit: int, error: type[QwenqError] = CheckpointError) -> None:
-    """Raise `error` unless `path` is a regular file of at most `limit` bytes: others' code is to open it."""
-    with open_regular(path, error) as file:
-        _check_size(path, os.fstat(file.fileno()).st_size, limit, error)
+def check_regular(path: Path, limit: int) -> None:
+    """Raise CheckpointError unless `path` is a regular file of at most `limit` bytes: others' code is to open it."""
+    with open_regular(path) as file:
+        _check_size(path, os.fstat(file.fileno()).st_size, limit, CheckpointError)
 
 
 def _check_size(path: Path, size: int, limit: int, error: type[QwenqError]) -> None:
@@ -185,6 +185,3 @@ def model_name(directory: Path) -> str:
         return repository.removeprefix("models--").replace("--", "/")
     return printable(place.name)
 
-
-def _exists(path: Path) -> bool:
-    return os.path.lexists(path)

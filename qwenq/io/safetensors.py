@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenq.errors import CheckpointError
-from qwenq.io.json import _exists, inside, open_regular, parse_object, read_object, shown
+from qwenq.io.json import inside, open_regular, parse_object, read_object, shown
 
 MAX_HEADER_BYTES = 32_000_000  # the reference reader takes 100 MB, which no model fills
 MAX_TENSORS = 100_000  # of a checkpoint: 1,000 decoder layers of packed linears have 46,000
@@ -46,9 +46,9 @@ def checkpoint_tensors(directory: Path) -> dict[str, TensorLocation]:
         raise CheckpointError(
             f"{shown(str(directory))}: not a directory", hint="give the folder that holds config.json"
         )
-    if _exists(directory / SINGLE_NAME):
+    if os.path.lexists(directory / SINGLE_NAME):
         return read_header(inside(directory, SINGLE_NAME))
-    if _exists(directory / INDEX_NAME):
+    if os.path.lexists(directory / INDEX_NAME):
         return _indexed_tensors(directory)
     files = sorted(p.name for p in directory.iterdir() if p.suffix == ".safetensors")
     if len(files) == 1:

@@ -62,6 +62,13 @@ def _refuse_beyond_stages(settings: Any) -> None:
             )
 
 
+def _scales_by_weight(norm: Any) -> bool:
+    """Whether a class of norms multiplies by its weight alone, as folding takes it; Gemma's adds 1 to it."""
+    probe = norm(1, eps=1.0).requires_grad_(False)
+    probe.weight.zero_()
+    return not bool(probe(torch.ones(1, 1)).any())
+
+
 @contextmanager
 def refused_by_transformers() -> Iterator[None]:
     """A value of config.json that transformers does not expect is the checkpoint's fault, whatever is raised."""
@@ -101,9 +108,17 @@ class Network:
         self.spec = spec
         self.dtype = dtype
         self.device = torch.device(device)
+        with refused_by_transformers():
+            norm = getattr(modeling, entry.classes + "RMSNorm")
+            foldable = _scales_by_weight(norm)
+        if not foldable:
+            raise CheckpointError(
+                f"{norm.__name__} does not multiply by its weight alone: the entry of {entry.model_type} cannot say it",
+                hint="docs/adding-an-architecture.md lists what else an entry cannot say",
+            )
         with refused_by_transformers(), torch.device("meta"):
             self._layer = getattr(modeling, entry.classes + "DecoderLayer")(self.config, 0)
-            self._norm = getattr(modeling, entry.classes + "RMSNorm")(spec.hidden_size, eps=self.config.rms_norm_eps)
+            self._norm = norm(spec.hidden_size, eps=self.config.rms_norm_eps)
         with refused_by_transformers():
             rotary = getattr(modeling, entry.classes + "RotaryEmbedding")(config=self.config)
         self._layer.eval().requires_grad_(False)

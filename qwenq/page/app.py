@@ -6,6 +6,7 @@ import asyncio
 import shlex
 import socket
 from collections.abc import Awaitable, Callable, Collection
+from contextlib import suppress
 from functools import lru_cache, partial
 from importlib import resources
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qwenq.errors import PlanError, QwenqError
-from qwenq.formats.base import FORMATS, SIZED, get_format
+from qwenq.formats.base import FORMATS, SIZED
 from qwenq.io.http import BadBody, BodyReader, Busy, Guard, Line, Server, while_there
 from qwenq.model.spec import family_configs, family_spec
 from qwenq.planning.engines.base import ENGINES, RigFinder, get_engine, plan_commands
@@ -75,13 +76,11 @@ def _resolved(ask: Ask) -> Resolved:
     gpus = [gpu for part in ask.rig for gpu in (find_gpu(part.gpu),) * part.count]
     if len(gpus) > MAX_PAGE_GPUS:
         raise PlanError(f"{len(gpus)} GPUs, wanted at most {MAX_PAGE_GPUS}")
-    engine, by_name = get_engine(ask.engine), bool(ask.format)
-    fixed = by_name and (ask.format in SIZED or get_format(ask.format).fixed is not None) if _is_format(ask) else False
-    own_groups = engine.needs_gguf or fixed  # GGUF types and fixed formats have their own
+    own = _own_scheme(ask)
     return Question(
         model=ask.model,
-        bits=None if own_groups and by_name else ask.bits,
-        group_size=None if own_groups else ask.group_size,
+        bits=None if own and ask.format else ask.bits,
+        group_size=None if own else ask.group_size,
         format=ask.format,
         kv_cache_dtype=ask.kv_cache_dtype,
         batch_size=ask.batch_size,
@@ -97,9 +96,11 @@ def _resolved(ask: Ask) -> Resolved:
     ).resolve()
 
 
-def _is_format(ask: Ask) -> bool:
-    """Whether the format asked for is one of safetensors checkpoints."""
-    return ask.format in FORMATS or ask.format in SIZED
+def _own_scheme(ask: Ask) -> bool:
+    """Whether bits and groups follow from engine and format: of GGUF types, and of formats that have one scheme."""
+    if get_engine(ask.engine).needs_gguf or ask.format in SIZED:
+        return True
+    return ask.format in FORMATS and FORMATS[ask.format].fixed is not None
 
 
 @lru_cache(maxsize=128)
@@ -139,6 +140,7 @@ def planned(ask: Ask) -> dict[str, Any]:
         | {
             "speed_text": found.speed.text() if found.fits else "",
             "offload_speed_text": found.offload_speed.text() if found.offload_speed else "",
+            "speed_short": speed.short() if (speed := found.speed if found.fits else found.offload_speed) else {},
             "how": found.layout.how,
             "split": found.placement.reason if found.placement else "",
             "offload": found.offload.reason if found.offload else "",
@@ -203,12 +205,11 @@ def choices() -> dict[str, Any]:
 
 def command(ask: Ask, question: Resolved) -> str:
     """The command line that prints the page's numbers."""
-    gguf = question.engine.needs_gguf
-    fixed = bool(ask.format) and (gguf or ask.format in SIZED or get_format(ask.format).fixed is not None)
+    own = _own_scheme(ask)
     words = ["qwenq", "vram", question.spec.name]
-    words += [] if fixed else ["--bits", str(ask.bits)]
+    words += [] if own and ask.format else ["--bits", str(ask.bits)]
     words += ["--format", ask.format] if ask.format else []
-    words += ["--group-size", str(ask.group_size)] if ask.group_size != 128 and not gguf and not fixed else []
+    words += ["--group-size", str(ask.group_size)] if ask.group_size != 128 and not own else []
     words += ["--engine", ask.engine] if ask.engine != Question.engine else []
     words += ["--kv-cache-dtype", ask.kv_cache_dtype] if ask.kv_cache_dtype != "auto" else []
     words += ["--batch-size", str(ask.batch_size)] if ask.batch_size != 1 else []
@@ -280,7 +281,17 @@ def plotly_script() -> bytes:
 
 def run_page(bound: socket.socket, allowed_hosts: Collection[str] = ()) -> None:
     """Serve on `bound` until interrupted."""
+    warm()
     Server(make_app(allowed_hosts)).run(sockets=[bound])
+
+
+def warm() -> None:
+    """Answer a question for each engine, so that nobody waits for what is read or imported when it is first needed."""
+    for name in ENGINES:
+        ask = Ask(model=next(iter(family_configs())), engine=name, rig=(RigPart(gpu=catalogue()[0].name, count=1),))
+        for asked in (answer, planned, recommended):
+            with suppress(QwenqError):  # an engine that does not run there, say
+                asked(ask)
 
 
 def _serve(content: bytes, kind: str) -> Callable[[], Response]:

@@ -105,6 +105,7 @@ class Share:
     head: bool
     ranks: int = 1
     gpus: int = 1  # in the whole rig, ranks included
+    offloads: bool = False  # some of the model's layers are in host memory
 
     @property
     def used(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from qwenq.planning.case import Case, Workload
 from qwenq.planning.placement import ParallelOption, best_option, padded_weights, parallel_options
@@ -17,8 +17,7 @@ FLAGS: tuple[Change, ...] = ("utilization", "kv cache", "eager")
 CHANGES: tuple[Change, ...] = (*FLAGS, "padding")
 
 
-@dataclass(frozen=True)
-class Escape:
+class Escape(NamedTuple):
     """Changes to what was asked, and the workload and layout that then fit."""
 
     changes: tuple[str, ...]
@@ -33,8 +32,7 @@ class Escape:
         return " and ".join(self.changes) + ("" if self.shorter else f" at {format_tokens(self.work.context)}")
 
 
-@dataclass(frozen=True)
-class Serving:
+class Serving(NamedTuple):
     """A case under a server: its layouts, the best of them, and ways to fit where that does not as asked."""
 
     case: Case

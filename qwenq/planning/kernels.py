@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from qwenq.formats.base import PackedShape, Recipe, get_format
 from qwenq.io.gguf import TYPES
@@ -177,8 +177,7 @@ def row_block_bytes(shape: PackedShape, compute: Compute) -> int:
     return int(weights * (max(width, 7) if compute.device == "cpu" else width))
 
 
-@dataclass(frozen=True)
-class LayerParts:
+class LayerParts(NamedTuple):
     """A decoder layer as stored: its packed linears, and sizes in bytes of all else."""
 
     packed: tuple[PackedShape, ...]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
 
 from qwenq.planning.case import Case, Share, Workload, check_context, whole
 from qwenq.planning.rig import device
@@ -25,6 +26,7 @@ TERM_NAMES = {
     "context": "CUDA context",
     "slack": "slack",
 }
+_ORDER = {name: place for place, name in enumerate(TERM_NAMES)}
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ class GpuMemory:
         }
 
 
+@lru_cache(maxsize=256)
 def context_term(name: str) -> Term:
     """CUDA context and loaded kernels of one process on a GPU."""
     if any(part in name for part in ("H100", "H200", "B200", "PRO 6000")):
@@ -139,8 +142,7 @@ def slack_bytes(dynamic_bytes: int, packed_bytes: int = 0, share: float = 0.03) 
 
 def merged(terms: Sequence[Term]) -> tuple[Term, ...]:
     """Terms without empty ones, in the order of TERM_NAMES."""
-    order = list(TERM_NAMES)
-    return tuple(sorted((t for t in terms if t.high_bytes > 0), key=lambda t: order.index(t.name)))
+    return tuple(sorted((t for t in terms if t.high_bytes > 0), key=lambda t: _ORDER[t.name]))
 
 
 NOT_ALLOCATED = ("context", "slack")  # not seen by torch.cuda.max_memory_allocated
@@ -242,8 +244,7 @@ class MemoryEstimate:
         }
 
 
-@dataclass(frozen=True)
-class Allowance:
+class Allowance(NamedTuple):
     """Bytes that an engine may take of each GPU (None: no limit is known), and the cache a server then has."""
 
     limits: tuple[int | None, ...]
@@ -260,10 +261,11 @@ def estimate(case: Case, shares: Sequence[Share] = ()) -> MemoryEstimate:
     check_context(case.spec, case.work)
     shares = shares or (whole(case.spec),)
     kinds = case.rig.gpus if case.rig else (device("GPU"),) * len(shares)
-    needed = [
-        case.engine.terms(case, share, gpu) if share.used else ((), "not used")
-        for share, gpu in zip(shares, kinds, strict=True)
-    ]
+    known: dict[tuple[Share, str], tuple[tuple[Term, ...], str]] = {}  # ranks side by side are alike
+    for share, gpu in zip(shares, kinds, strict=True):
+        if (share, gpu.name) not in known:
+            known[share, gpu.name] = case.engine.terms(case, share, gpu) if share.used else ((), "not used")
+    needed = [known[share, gpu.name] for share, gpu in zip(shares, kinds, strict=True)]
     allowed = Allowance((None,) * len(shares))
     if case.rig:
         allowed = case.engine.allowance(case, shares, [terms for terms, _ in needed])

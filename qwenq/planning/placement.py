@@ -147,9 +147,16 @@ def place(case: Case, *, offload: bool = False) -> Placement:
     shares = split.fill(layers, 0)
     if shares is not None:
         shares = split.widest(layers)
-        return split.placement(shares, layers, "layers balanced so that the fullest GPU keeps the most room")
+        one = len(shares) == 1
+        return split.placement(
+            shares, layers, "all on one GPU" if one else "layers balanced so that the fullest GPU keeps the most room"
+        )
     if not offload:
-        return split.placement(split.widest(layers), layers, "does not fit; this split exceeds the limits the least")
+        shares = split.widest(layers)
+        one = len(shares) == 1
+        return split.placement(
+            shares, layers, "does not fit" + ("" if one else "; this split exceeds the limits the least")
+        )
     kept = split.most_layers()
     filled = split.fill(kept, 0) if kept >= 0 else None
     if filled is None:
@@ -185,7 +192,7 @@ def search_context(fits: Callable[[int], bool], limit: int) -> int:
 def _with(share: Share, layers: int) -> Share:
     """The share with so many layers from its start."""
     start = share.layers.start
-    return Share(range(start, start + layers), share.embed, share.head, share.ranks, share.gpus)
+    return Share(range(start, start + layers), share.embed, share.head, share.ranks, share.gpus, share.offloads)
 
 
 class _Splitter:
@@ -199,13 +206,15 @@ class _Splitter:
         known = {gpu.name: gpu for gpu in self.rig.gpus}
         alike = {name: case.engine.alike(case, gpu) for name, gpu in known.items()}
         self.alike = [alike[gpu.name] for gpu in self.rig.gpus]
+        kinds = list(zip(self.alike, self.limits, strict=True))
+        # GPUs at the end that are equal: with the head on another than the last of them they hold no more
+        self.equal_from = next((index + 1 for index in range(len(kinds) - 1, -1, -1) if kinds[index] != kinds[-1]), 0)
         self.tied_first = case.spec.tie_word_embeddings and not case.engine.copies_tied_head
 
     def fill(self, layers: int, room: int) -> tuple[Share, ...] | None:
         """Shares of the first `layers` layers that leave `room` bytes on every GPU in use, or None."""
         count = len(self.rig.gpus)
-        equal = len(set(self.limits)) == 1 and len(set(self.alike)) == 1  # then fewer of them hold no more
-        for head in (0,) if self.tied_first else range(count - 1, count - 2 if equal else -1, -1):
+        for head in (0,) if self.tied_first else (count - 1, *range(self.equal_from - 1, -1, -1)):
             shares = self._fill_before(layers, room, head, count if self.tied_first else head + 1)
             if shares is not None:
                 return shares
@@ -214,11 +223,11 @@ class _Splitter:
     def _fill_before(self, layers: int, room: int, head: int, count: int) -> tuple[Share, ...] | None:
         """Greedy: each of the first `count` GPUs takes as much as it can; the head is on GPU `head`."""
         shares: list[Share] = []
-        gpus = len(self.rig.gpus)
+        gpus, out = len(self.rig.gpus), layers < self.case.spec.num_hidden_layers
         first = self.case.spec.num_hidden_layers - layers if self.case.engine.host_layers_first else 0
         start, stop = first, first + layers
         for index in range(gpus):
-            share = Share(range(start, start), embed=index == 0, head=index == head, gpus=gpus)
+            share = Share(range(start, start), embed=index == 0, head=index == head, gpus=gpus, offloads=out)
             limit = self.limits[index] - room - (self._offload_bytes(layers) if index == 0 else 0)
             if share.used and self._cost(share, index) > limit:
                 return None
@@ -248,21 +257,36 @@ class _Splitter:
         return low
 
     def widest(self, layers: int) -> tuple[Share, ...]:
-        """The split with the most room on the fullest GPU (a negative room when it does not fit)."""
+        """The split with the most room on the fullest GPU (a negative room when it does not fit), to 16 MiB."""
         gpus = len(self.rig.gpus)
         whole = [Share(range(layers), embed=embed, head=True, gpus=gpus) for embed in (True, False)]
         most = max(self._cost(share, index) for share in whole for index in range(gpus)) + self._offload_bytes(layers)
-        low, high = min(self.limits) - most, max(self.limits)
-        best = self.fill(layers, low)  # with that little room any one GPU could hold everything
+        best = self.fill(layers, 0) or self.fill(layers, min(self.limits) - most)  # any one GPU could hold everything
         assert best is not None
-        while high - low > 1 << 20:
+        low, high = self._room(best, layers), self._most_room(layers)
+        while high - low > 16 << 20:
             middle = (low + high) // 2
             found = self.fill(layers, middle)
             if found is None:
                 high = middle
             else:
-                best, low = found, middle
+                best, low = found, self._room(found, layers)
         return best
+
+    def _room(self, shares: Sequence[Share], layers: int) -> int:
+        """Bytes left on the fullest GPU of those in use."""
+        left = [
+            limit - self._cost(share, index)
+            for index, (share, limit) in enumerate(zip(shares, self.limits, strict=True))
+            if share.used
+        ]
+        return min(left[0] - self._offload_bytes(layers), *left)
+
+    def _most_room(self, layers: int) -> int:
+        """More than any split leaves on the fullest GPU: if weights were all, and cut to the byte."""
+        held = sum(self.layer_bytes) - sum(self.layer_bytes[layer] for layer in host_range(self.case, layers))
+        largest = sorted(self.limits, reverse=True)
+        return max((sum(largest[:count]) - held) // count for count in range(1, len(largest) + 1)) + 1
 
     def most_layers(self) -> int:
         """Most layers that fit on the GPUs beside what offloading itself needs; -1 when not even none do."""
@@ -285,7 +309,7 @@ class _Splitter:
 
     def _cost(self, share: Share, index: int) -> int:
         gpu = self.rig.gpus[index]
-        kind = self.alike[index], share.embed, share.head, min(share.gpus, 2)
+        kind = self.alike[index], share.embed, share.head, min(share.gpus, 2), share.offloads
         if kind not in self.costs:
             self.costs[kind] = self.case.engine.layer_costs(self.case, share, gpu)
         return self.costs[kind](share.layers)
@@ -362,8 +386,7 @@ class RankLayout(Layout):
 
 def cutting_reasons(spec: ModelSpec, weights: Weights, ranks: int) -> list[str]:
     """Why `ranks` tensor-parallel ranks cannot cut these weights, padding included; empty when they can."""
-    stored = replace(spec, intermediate_size=weights.intermediate_size)
-    return tensor_parallel_reasons(stored, weights.row_groups, ranks)
+    return tensor_parallel_reasons(weights.stored_spec(spec), weights.row_groups, ranks)
 
 
 def padded_weights(spec: ModelSpec, weights: Weights, ranks: int) -> Weights | None:
@@ -371,7 +394,7 @@ def padded_weights(spec: ModelSpec, weights: Weights, ranks: int) -> Weights | N
 
     Layers grow in proportion to the weights of their linears.
     """
-    stored = replace(spec, intermediate_size=weights.intermediate_size)
+    stored = weights.stored_spec(spec)
     width = helpful_width(stored, weights.row_groups, [ranks])
     if not width:
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qwenq.errors import HonestNo, PlanError
 from qwenq.model.spec import ModelSpec
@@ -25,8 +25,7 @@ MAX_RECOMMENDED = 8  # GPUs of one kind
 HOST_PROCESS = 3 * GIB  # Python, libraries and the system beside layers in host memory; assumed
 
 
-@dataclass(frozen=True)
-class HostMemory:
+class HostMemory(NamedTuple):
     """What a plan puts into the machine's own memory, and what there is (None: not said)."""
 
     weights_bytes: int
@@ -126,7 +125,7 @@ class Plan:
 
     @property
     def _stored(self) -> ModelSpec:
-        return replace(self.case.spec, intermediate_size=self.case.weights.intermediate_size)
+        return self.case.weights.stored_spec(self.case.spec)
 
     def to_json(self) -> dict[str, Any]:
         case, rig = self.case, self.case.hardware

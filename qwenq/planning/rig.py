@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +217,10 @@ def _stated_memory(name: str) -> float | None:
 _MEMORY = re.compile(r"\s*(\d{1,4}(?:\.\d{1,2})?)\s*gi?b\s*", re.I)
 
 
-_MAC = re.compile(r"\s*(?:mac|apple)\s+(\d{1,4})\s*gi?b\s*|\s*(\d{1,4})\s*gi?b\s+(?:mac|apple)\s*", re.I)
+_MAC_WORDS = r"(?:apple|mac(?:book)?(?:\s*(?:studio|mini|pro|air))?)"
+_MAC = re.compile(
+    rf"\s*{_MAC_WORDS}\s+(\d{{1,4}})\s*gi?b\s*|\s*(\d{{1,4}})\s*gi?b\s+{_MAC_WORDS}\s*", re.I
+)  # any with Apple silicon
 
 
 def _by_memory(name: str, memory_gib: float) -> Gpu:
@@ -304,6 +307,7 @@ _NOISE = {
 }
 
 
+@lru_cache(maxsize=512)
 def _key(name: str) -> str:
     """Words that tell GPUs apart, in order: `NVIDIA GeForce RTX3090` and `3090` are both `3090`."""
     text = re.sub(r"\b(?:gtx|rtx|rx)(?=\d)|\bquadro (?=rtx a)", "", name.lower())

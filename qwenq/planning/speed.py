@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.case import Case, Share
@@ -21,8 +20,7 @@ MATRIX_RATE = 0.4  # of the dense tensor rate, in prefill; fitted 0.37 to 0.47 i
 _PCIE_LANE_GB_S = {3: 0.985, 4: 1.969, 5: 3.938}  # one direction
 
 
-@dataclass(frozen=True)
-class SpeedFit:
+class SpeedFit(NamedTuple):
     """Seconds of overhead a layer (and more with several ranks), traffic per weight byte, and the worst ratios seen."""
 
     layer_s: float
@@ -40,8 +38,7 @@ OTHER_CARD = 1.18
 NARROW = 2.2  # times the least: a wider range is said as one figure and a factor
 
 
-@dataclass(frozen=True)
-class Speed:
+class Speed(NamedTuple):
     """Tokens a second, low and high; None where a GPU's figure is unknown."""
 
     decode: tuple[float, float] | None
@@ -51,6 +48,10 @@ class Speed:
     def text(self) -> str:
         """`decode 57.1 to 98.2 tokens/s, prefill 1,010 to 2,130 tokens/s (basis)`."""
         return f"decode {_said(self.decode)}, prefill {_said(self.prefill)} ({self.basis})"
+
+    def short(self) -> dict[str, str]:
+        """The same where there is little room: `57.1 to 98.2`, `≈ 9.61 (×÷ 1.9)`; empty where it is unknown."""
+        return {"decode": _shortly(self.decode), "prefill": _shortly(self.prefill)}
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -66,7 +67,7 @@ def decode_seconds(case: Case, shares: Sequence[Share]) -> float | None:
     Ranks of a stage run together. Weights that a kernel writes out in 16 bit are written and read once more.
     """
     spec, weights, engine, work = case.spec, case.weights, case.engine, case.work
-    fit = engine.speed_fit(weights)
+    fit = engine.run_fit(case, shares)
     tokens = work.context * work.batch
     seconds = 0.0
     for gpu, share, computed in zip(case.hardware.gpus, shares, _computed(case, shares), strict=True):
@@ -88,7 +89,7 @@ def decode_seconds(case: Case, shares: Sequence[Share]) -> float | None:
 
 
 def prefill_seconds(case: Case, shares: Sequence[Share]) -> float | None:
-    """Seconds to read a prompt of the whole context at MATRIX_RATE; None when a tensor rate is unknown.
+    """Seconds to read a prompt of the whole context at the engine's matrix rate; None when a tensor rate is unknown.
 
     Layers in host memory are computed on the first GPU like its own, in every engine.
     """
@@ -102,7 +103,7 @@ def prefill_seconds(case: Case, shares: Sequence[Share]) -> float | None:
             continue
         if gpu.tensor_tflops is None:
             return None
-        seconds += flops_layer * computed / share.ranks**2 / (gpu.tensor_tflops * 1e12 * MATRIX_RATE)
+        seconds += flops_layer * computed / share.ranks**2 / (gpu.tensor_tflops * 1e12 * case.engine.matrix_rate(gpu))
     return seconds
 
 
@@ -126,7 +127,7 @@ def estimate_speed(case: Case, shares: Sequence[Share], offloaded_bytes: int = 0
     Where the engine computes with them on the CPU they do so only in prefill: for a token they are read where they are.
     """
     engine, work, gpus = case.engine, case.work, case.hardware.gpus
-    fit = engine.speed_fit(case.weights)
+    fit = engine.run_fit(case, shares)
     wide = 1.0 if all("A100" in gpu.name for gpu in gpus) else OTHER_CARD
     decode, prefill = decode_seconds(case, shares), prefill_seconds(case, shares)
     basis = fit.source
@@ -181,6 +182,15 @@ def _said(pair: tuple[float, float] | None) -> str:
     if high <= NARROW * low:
         return f"{three_digits(low)} to {three_digits(high)} tokens/s"
     return f"about {three_digits((low * high) ** 0.5)} tokens/s, within a factor of {(high / low) ** 0.5:.1f}"
+
+
+def _shortly(pair: tuple[float, float] | None) -> str:
+    if pair is None:
+        return ""
+    low, high = pair
+    if high <= NARROW * low:
+        return f"{three_digits(low)} to {three_digits(high)}"
+    return f"≈ {three_digits((low * high) ** 0.5)} (×÷ {(high / low) ** 0.5:.1f})"
 
 
 def _rounded(pair: tuple[float, float] | None) -> list[float] | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from qwenq.formats.base import Recipe
 from qwenq.model.architectures import Stage
@@ -62,8 +63,7 @@ def helpful_width(spec: ModelSpec, groups: RowGroups, sizes: Sequence[int]) -> i
     return 0 if any(tensor_parallel_reasons(wide, groups, ranks) for ranks in sizes) else wider
 
 
-@dataclass(frozen=True)
-class _Problem:
+class _Problem(NamedTuple):
     """Why some number of ranks cannot cut a model, with that number and without."""
 
     here: str
@@ -96,7 +96,7 @@ def _problems(spec: ModelSpec, groups: RowGroups, ranks: int) -> list[_Problem]:
 def row_groups(spec: ModelSpec, recipe: Recipe) -> RowGroups:
     """Group sizes of the linears that tensor parallelism cuts by input."""
     found: dict[str, set[int]] = {stage.name: set() for stage in cut_by_input(spec)}
-    for lin in spec.linears:
+    for lin in (lin for layer in set(recipe.layer_kinds(spec)) for lin in spec.layer_linears(layer)):
         scheme = recipe.scheme_of(lin)
         if lin.stage in found and scheme is not None:
             found[lin.stage].add(scheme.group_size)

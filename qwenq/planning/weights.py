@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate, chain
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 from qwenq.errors import CheckpointError, PlanError, UnreadScheme
 from qwenq.escaping import printable
@@ -83,21 +83,25 @@ class Weights:
         return tuple(sum(layer) for layer in self.layers)
 
     @cached_property
+    def layer_sums(self) -> tuple[int, ...]:
+        """Bytes of the first layers: 0, one, two, ..., all of them."""
+        return tuple(accumulate(self.layer_bytes, initial=0))
+
+    @cached_property
     def allocated(self) -> tuple[int, tuple[int, ...], int]:
         """Embedding, each layer, norm with head, as torch's allocator counts them when loaded in this order."""
-        sizes = [*self.embed, *chain.from_iterable(self.layers), *self.norm, *self.head]
-        blocks = list(allocated_blocks(sizes))
-        counts = [len(self.embed), *map(len, self.layers), len(self.norm) + len(self.head)]
-        sums, start = [], 0
-        for count in counts:
-            sums.append(sum(blocks[start : start + count]))
-            start += count
-        return sums[0], tuple(sums[1:-1]), sums[-1]
+        embed, *layers, last = allocated_groups([self.embed, *self.layers, (*self.norm, *self.head)])
+        return embed, tuple(layers), last
 
     @cached_property
     def allocated_sums(self) -> tuple[int, ...]:
         """Bytes that the allocator counts for the first layers: 0, one, two, ..., all of them."""
         return tuple(accumulate(self.allocated[1], initial=0))
+
+    def stored_spec(self, spec: ModelSpec) -> ModelSpec:
+        """The model with the FFN as wide as it is stored."""
+        width = self.intermediate_size
+        return spec if spec.intermediate_size == width else replace(spec, intermediate_size=width)
 
     @cached_property
     def total_bytes(self) -> int:
@@ -113,23 +117,21 @@ def recipe_weights(
 ) -> Weights:
     """Weights stored by `recipe`; what it leaves out is stored in `dtype`, one or one a name."""
     declared = declared_by_recipe(spec, recipe)
-    alike = not recipe.overrides and isinstance(dtype, str)  # then all layers are like the first
-    different = range(1 if alike else spec.num_hidden_layers)
-    repeated = spec.num_hidden_layers if alike else 1
-    tensors = [tuple(recipe.layer_tensors(spec, layer, dtype)) for layer in different]
-    layers = tuple(tuple(t.nbytes for t in found) for found in tensors) * repeated
-    parts = [layer_parts(spec, layer, {t.name: t for t in tensors[layer]}, recipe) for layer in different]
+    kinds = recipe.layer_kinds(spec, dtype)
+    tensors = {layer: tuple(recipe.layer_tensors(spec, layer, dtype)) for layer in sorted(set(kinds))}
+    sizes = {layer: tuple(t.nbytes for t in found) for layer, found in tensors.items()}
+    parts = {layer: layer_parts(spec, layer, {t.name: t for t in found}, recipe) for layer, found in tensors.items()}
     return Weights(
         label=label or recipe.label,
         method=declared.method,
         bits=declared.bits,
         group_size=declared.group_size,
-        layers=layers,
+        layers=tuple(sizes[layer] for layer in kinds),
         widest_linear=_widest_linear(spec, declared),
         intermediate_size=spec.intermediate_size,
         source=source,
         row_groups=declared.row_groups,
-        parts=tuple(parts) * repeated,
+        parts=tuple(parts[layer] for layer in kinds),
         **_outer(spec, recipe.outer_tensors(spec, dtype)),
     )
 
@@ -191,7 +193,7 @@ def header_weights(
         for layer, found in enumerate(layers)
         if declared.recipe
     )
-    label = f"checkpoint, {sum(t.nbytes for t in tensors.values()) / 1e9:.2f} GB"
+    label = "checkpoint"
     source = "the checkpoint's own headers"
     if declared.unread:
         label += f", {printable(declared.method[:40])} that qwenq itself does not read"
@@ -247,8 +249,7 @@ def _is_linear_weight(spec: ModelSpec, name: str) -> bool:
     return name.endswith(".weight") and any(name == lin.name + ".weight" for lin in spec.layer_linears(0))
 
 
-@dataclass(frozen=True)
-class Declared:
+class Declared(NamedTuple):
     """Method and scheme of the weights; `recipe` says it linear by linear."""
 
     method: str  # none, gptq, awq, compressed-tensors, bitsandbytes, or as config.json names another
@@ -262,11 +263,16 @@ class Declared:
 
 def declared_by_recipe(spec: ModelSpec, recipe: Recipe, sorted_columns: bool = False) -> Declared:
     """The declaration of a recipe's checkpoint."""
-    schemes = [scheme for lin in spec.linears if (scheme := recipe.scheme_of(lin)) is not None]
+    bits, sizes = Counter[int](), set[int]()
+    for layer, count in Counter(recipe.layer_kinds(spec)).items():
+        for lin in spec.layer_linears(layer):
+            if (scheme := recipe.scheme_of(lin)) is not None:
+                bits[scheme.bits] += count
+                sizes.add(scheme.group_size)
     return Declared(
-        method=get_format(recipe.format).method if schemes else "none",
-        bits=Counter(scheme.bits for scheme in schemes).most_common(1)[0][0] if schemes else 16,
-        group_size=max((scheme.group_size for scheme in schemes), default=0),
+        method=get_format(recipe.format).method if bits else "none",
+        bits=bits.most_common(1)[0][0] if bits else 16,
+        group_size=max(sizes, default=0),
         row_groups=row_groups(spec, recipe),
         recipe=recipe,
         sorted_columns=sorted_columns,
@@ -307,7 +313,25 @@ MIB = 1 << 20
 
 def allocated_bytes(sizes: Iterable[int]) -> int:
     """`torch.cuda.memory_allocated` after tensors of these sizes, in this order, on an empty GPU."""
-    return sum(allocated_blocks(sizes))
+    return _allocated(sizes, [])
+
+
+def allocated_groups(groups: Sequence[tuple[int, ...]]) -> list[int]:
+    """`allocated_bytes` of groups of tensors loaded one after the other, of each; equal layers soon repeat themselves.
+
+    They do where a group meets the same free blocks again, without those too small for any large tensor.
+    """
+    least = min((size for group in set(groups) for size in group if size > MIB), default=0)
+    known: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[int, tuple[int, ...]]] = {}
+    found, free = [], tuple[int, ...]()
+    for group in groups:
+        if (group, free) not in known:
+            left = list(free)
+            n_bytes = _allocated(group, left)
+            known[group, free] = n_bytes, tuple(block for block in left if block >= least)
+        n_bytes, free = known[group, free]
+        found.append(n_bytes)
+    return found
 
 
 def allocated_equal(size: int, count: int) -> int:
@@ -321,14 +345,15 @@ def allocated_equal(size: int, count: int) -> int:
     return wanted * count + kept * (count // each)
 
 
-def allocated_blocks(sizes: Iterable[int]) -> Iterator[int]:
-    """Bytes that torch's CUDA caching allocator counts for each of these tensors, loaded and never freed.
+def _allocated(sizes: Iterable[int], free: list[int]) -> int:
+    """Bytes that torch's CUDA caching allocator counts for these tensors, loaded and never freed.
 
     Rules of c10/cuda/CUDACachingAllocator.cpp: sizes round up to 512 bytes; up to 1 MiB come from a pool of small
     blocks; larger ones take the best-fitting free block, else a new segment of 20 MiB (below 10 MiB) or of whole 2 MiB;
-    a block is split only when more than 1 MiB would be left, otherwise all of it counts as allocated.
+    a block is split only when more than 1 MiB would be left, otherwise all of it counts as allocated. `free`: sizes of
+    free blocks, ascending, which are taken and left.
     """
-    free: list[int] = []
+    counted = 0
     for size in sizes:
         wanted = -(-size // 512) * 512
         if wanted > MIB:
@@ -341,4 +366,5 @@ def allocated_blocks(sizes: Iterable[int]) -> Iterator[int]:
                 insort(free, block - wanted)
             else:
                 wanted = block
-        yield wanted
+        counted += wanted
+    return counted

@@ -1,9 +1,8 @@
 """Results of other tools on the same model, one JSON object a line, for the plot of KL against size.
 
 Fields: `tool`, `version`, `setting`, `text` (what the drift was read on), `kl` with `kl_low` and `kl_high` (nats a
-token, 95 %), and where known `bits_per_linear_weight`, `bytes` (of the checkpoint's files), `perplexity`, `top1` (a
-share from 0 to 1), `seconds`, `peak_rss_bytes`, `date`. What is unknown is null or left out; further fields are
-ignored.
+token, 95 %), and where known `bits_per_linear_weight`, `bytes` (of the checkpoint's files), `top1` (a share from 0 to
+1). What is unknown is null or left out; further fields are ignored.
 """
 
 from __future__ import annotations
@@ -31,11 +30,7 @@ class Benchmark:
     kl: Interval
     bits_per_linear_weight: float
     n_bytes: float
-    perplexity: float
     top1: float
-    seconds: float
-    peak_rss_bytes: float
-    date: str
 
     @property
     def label(self) -> str:
@@ -73,11 +68,7 @@ def _benchmark(fields: Fields) -> Benchmark:
         kl=Interval(fields.number("kl"), number("kl_low"), number("kl_high")),
         bits_per_linear_weight=number("bits_per_linear_weight"),
         n_bytes=number("bytes"),
-        perplexity=number("perplexity"),
         top1=number("top1"),
-        seconds=number("seconds"),
-        peak_rss_bytes=number("peak_rss_bytes"),
-        date=text("date"),
     )
 
 

@@ -81,7 +81,7 @@ def _figures(run: Run) -> dict[str, Any]:
         return value if value is not None and math.isfinite(value) else None
 
     drift = run.drift
-    intervals = {"kl": drift.kl, "top1_agreement": drift.top1, "perplexity_increase_percent": drift.increase_percent}
+    intervals = {name: getattr(drift, name) for name in ("kl", "top1_agreement", "perplexity_increase_percent")}
     kinds = dict.fromkeys(kind for layer in run.layers for kind in layer.error_db)
     return {
         "name": run.name,

@@ -130,8 +130,9 @@ def kl(value: float) -> str:
     return number(value, kl_spec(value))
 
 
-def with_interval(mean: str, interval: Interval, spec: str, scale: float = 1.0) -> Text:
+def with_interval(interval: Interval, spec: str, unit: str = "", scale: float = 1.0) -> Text:
     """A mean and, smaller, its interval; the mean alone where there is none."""
+    mean = number(scale * interval.mean, spec, unit)
     if not (math.isfinite(interval.low) and math.isfinite(interval.high)):
         return mean
     return mean, Small(f"{number(scale * interval.low, spec)} to {number(scale * interval.high, spec)}")

@@ -14,7 +14,6 @@ from qwenq.escaping import html
 
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 2 1 2 1 2", "1 4")
 MARKERS = ("circle", "square", "triangle", "diamond", "down", "plus")
-FONT_PX = 13
 _CHARACTER_PX = 7.6  # a wide system font (DejaVu Sans) at 13 px
 SWEEPS = 4
 CROSSED_LABEL, CROSSED_MARK = 1000.0, 100.0  # what a leader line through one costs, against pixels of distance

@@ -92,22 +92,14 @@ def summary_section(runs: Sequence[Run]) -> Section:
         ("method", lambda r: r.method),
         ("size of all files", lambda r: format_gb(r.file_bytes)),
         ("bits per linear weight", lambda r: number(r.bits_per_linear_weight, ".3f")),
-        ("mean KL", lambda r: with_interval(kl(r.drift.kl.mean), r.drift.kl, kl_spec(r.drift.kl.mean))),
+        ("mean KL", lambda r: with_interval(r.drift.kl, kl_spec(r.drift.kl.mean))),
         ("KL, 99th percentile", lambda r: kl(r.drift.kl_p99)),
-        (
-            "top-1 agreement",
-            lambda r: with_interval(number(100 * r.drift.top1.mean, ".2f", "%"), r.drift.top1, ".2f", 100),
-        ),
+        ("top-1 agreement", lambda r: with_interval(r.drift.top1_agreement, ".2f", "%", 100)),
         (
             "perplexity",
             lambda r: (number(r.drift.perplexity, ".3f"), Small(f"SE {known(r.drift.perplexity_se, '.3f')}")),
         ),
-        (
-            "perplexity increase",
-            lambda r: with_interval(
-                number(r.drift.increase_percent.mean, "+z.2f", "%"), r.drift.increase_percent, "+z.2f"
-            ),
-        ),
+        ("perplexity increase", lambda r: with_interval(r.drift.perplexity_increase_percent, "+z.2f", "%")),
     )
     rows: list[tuple[Text, ...]] = [(name, *(show(run) for run in runs)) for name, show in figures]
     blocks: list[Block] = [
@@ -183,15 +175,15 @@ def _size_figure(
     rows: list[tuple[Text, ...]] = [
         (
             run.label, run.scheme, size(run.file_bytes), number(run.bits_per_linear_weight, ".3f"),
-            with_interval(kl(run.drift.kl.mean), run.drift.kl, kl_spec(run.drift.kl.mean)),
-            number(100 * run.drift.top1.mean, ".2f", "%"),
+            with_interval(run.drift.kl, kl_spec(run.drift.kl.mean)),
+            number(100 * run.drift.top1_agreement.mean, ".2f", "%"),
         )
         for run in runs
     ]  # fmt: skip
     rows += [
         (
             f"{b.tool} {b.version}".strip(), b.setting or MISSING, size(b.n_bytes),
-            known(b.bits_per_linear_weight, ".3f"), with_interval(kl(b.kl.mean), b.kl, kl_spec(b.kl.mean)),
+            known(b.bits_per_linear_weight, ".3f"), with_interval(b.kl, kl_spec(b.kl.mean)),
             known(100 * b.top1, ".2f", "%"),
         )
         for b in benchmarks

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qwenq.errors import CheckpointError, QwenqError, UsageError
+from qwenq.errors import QwenqError, UsageError
 from qwenq.formats.base import UNTRIED, Loader, Variant, get_format, plain_loaders, read_quantization_config
 from qwenq.io.gguf import gguf_model
 from qwenq.model.spec import ModelSpec
@@ -241,18 +241,18 @@ def load(run: Run, engine: str) -> Loaded | str:
     try:
         model = load_model(str(run.directory))
         weights = model_weights(model, WeightsAsked(gguf=get_engine(engine).needs_gguf))
+        mixed = len({scheme for layer in run.layers for scheme in layer.schemes}) > 1
+        loaders = loaders_of(model.config, Variant(weights.bits, weights.group_size, mixed))
     except QwenqError as error:
         return f"{run.name}: {error.message}"
-    mixed = len({scheme for layer in run.layers for scheme in layer.schemes}) > 1
-    return Loaded(run, model.spec, weights, loaders_of(model.config, Variant(weights.bits, weights.group_size, mixed)))
+    return Loaded(run, model.spec, weights, loaders)
 
 
 def loaders_of(config: Mapping[str, Any], variant: Variant) -> tuple[Loader, ...]:
-    """Engines for a checkpoint with that config.json, as its format knows them."""
-    try:
-        stored = read_quantization_config(config.get("quantization_config"), "config.json")
-    except CheckpointError:  # 16 bit
+    """Engines for a checkpoint with that config.json, as its format knows them; CheckpointError for one not read."""
+    if not config.get("quantization_config"):
         return tuple(plain_loaders())
+    stored = read_quantization_config(config["quantization_config"], "config.json")
     return tuple(get_format(stored.format).loaders(variant._replace(version=stored.version)))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -13,34 +13,10 @@ from qwenq.errors import CheckpointError
 from qwenq.io.fields import Fields
 from qwenq.io.gguf import is_gguf
 from qwenq.io.json import resolved, shown
-from qwenq.results import Interval
+from qwenq.results import DriftReport
 
 MAX_LAYERS = 1000
 _LONG_NAME = 16  # longer ones become letters, so that plots can carry them
-
-
-@dataclass(frozen=True)
-class Drift:
-    """What was lost, as measured; NaN for what was not a number."""
-
-    reference_perplexity: float
-    reference_perplexity_se: float
-    perplexity: float
-    perplexity_se: float
-    increase_percent: Interval
-    kl: Interval
-    kl_median: float
-    kl_p99: float
-    top1: Interval
-    noise_floor_kl: float
-    non_finite: int
-    tokens: int
-    windows: int
-    window_tokens: int
-    text: str
-    text_sha256: str
-    compute_dtype: str
-    metrics_version: int
 
 
 @dataclass(frozen=True)
@@ -63,10 +39,8 @@ class Run:
     directory: Path
     model: str
     method: str
-    drift: Drift
+    drift: DriftReport
     layers: tuple[LayerErrors, ...]
-    parameters: int
-    tensor_bytes: int
     file_bytes: int
     bits_per_linear_weight: float
     warnings: tuple[str, ...]
@@ -149,16 +123,16 @@ def read_run(manifest: Mapping[str, Any], name: str, directory: Path) -> Run:
 
     A conversion keeps the codes: its drift and errors are those it hands on. NoDrift where its source had none.
     """
-    fields = Fields(manifest, f"{name}: {MANIFEST_NAME}", "")
+    found = Fields(manifest, f"{name}: {MANIFEST_NAME}", "")
     converted = "drift" not in manifest
     if converted and not (isinstance(origin := manifest.get("made_from"), Mapping) and "layers" in origin):
         raise NoDrift(
-            f"{fields.file}: no drift in it, nor errors by layer",
+            f"{found.file}: no drift in it, nor errors by layer",
             hint="it was converted from a checkpoint without them: report that one, or `qwenq eval` this one",
         )
-    made = fields.sub("made_from") if converted else fields
-    job, host = made.sub("job"), fields.sub("run")
-    own = {key: fields.sub("job").value.get(key) for key in ("convert", "format")} if converted else {}
+    made = found.sub("made_from") if converted else found
+    job, host = made.sub("job"), found.sub("run")
+    own = {key: found.sub("job").value.get(key) for key in ("convert", "format")} if converted else {}
     layers = made.objects("layers", MAX_LAYERS)
     options = job.sub("options")
     return Run(
@@ -169,10 +143,8 @@ def read_run(manifest: Mapping[str, Any], name: str, directory: Path) -> Run:
         method=options.text("method"),
         drift=_drift(made.sub("drift")),
         layers=tuple(_layer(layer) for layer in layers),
-        parameters=fields.whole("parameters"),
-        tensor_bytes=fields.whole("tensor_bytes"),
-        file_bytes=fields.whole("file_bytes"),
-        bits_per_linear_weight=fields.number("bits_per_linear_weight"),
+        file_bytes=found.whole("file_bytes"),
+        bits_per_linear_weight=found.number("bits_per_linear_weight"),
         warnings=tuple(made.texts("warnings")),
         job={**job.value, **own},
         host=host.value,
@@ -180,35 +152,20 @@ def read_run(manifest: Mapping[str, Any], name: str, directory: Path) -> Run:
     )
 
 
-def _drift(fields: Fields) -> Drift:
-    return Drift(
-        reference_perplexity=fields.number("reference_perplexity"),
-        reference_perplexity_se=fields.number("reference_perplexity_se"),
-        perplexity=fields.number("perplexity"),
-        perplexity_se=fields.number("perplexity_se"),
-        increase_percent=fields.interval("perplexity_increase_percent"),
-        kl=fields.interval("kl"),
-        kl_median=fields.number("kl_median"),
-        kl_p99=fields.number("kl_p99"),
-        top1=fields.interval("top1_agreement"),
-        noise_floor_kl=fields.number("noise_floor_kl"),
-        non_finite=fields.whole("non_finite"),
-        tokens=fields.whole("tokens"),
-        windows=fields.whole("windows"),
-        window_tokens=fields.whole("window_tokens"),
-        text=fields.text("text"),
-        text_sha256=fields.text("text_sha256"),
-        compute_dtype=fields.text("compute_dtype"),
-        metrics_version=fields.whole("metrics_version"),
-    )
+def _drift(found: Fields) -> DriftReport:
+    """What was lost, as measured; NaN for what was not a number."""
+    read: dict[str, Callable[[str], Any]] = {
+        "Interval": found.interval, "float": found.number, "int": found.whole, "str": found.text,
+    }  # fmt: skip
+    return DriftReport(**{field.name: read[str(field.type)](field.name) for field in fields(DriftReport)})
 
 
-def _layer(fields: Fields) -> LayerErrors:
-    linears = fields.objects("linears", 100)
+def _layer(found: Fields) -> LayerErrors:
+    linears = found.objects("linears", 100)
     return LayerErrors(
-        layer=fields.whole("layer", below=MAX_LAYERS),
+        layer=found.whole("layer", below=MAX_LAYERS),
         error_db={lin.text("name").rsplit(".", 1)[-1]: lin.optional_number("error_db") for lin in linears},
         schemes=tuple(lin.text("scheme") for lin in linears),
         fallbacks=tuple(lin.text("name") for lin in linears if lin.text("fallback")),
-        stream_error_db=fields.optional_number("stream_error_db"),
+        stream_error_db=found.optional_number("stream_error_db"),
     )

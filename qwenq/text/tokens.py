@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,16 +34,13 @@ from qwenq.text.vocabulary import (
     vocabulary_of_metadata,
 )
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja", "chat_template.json", "tokenizer.model",
-)  # fmt: skip
-_TRANSFORMERS_READS = {  # and how large each may be
+_LARGEST = {  # bytes
     "tokenizer.json": MAX_TOKENIZER_BYTES, "tokenizer_config.json": 10_000_000, "vocab.json": 50_000_000,
-    "merges.txt": 50_000_000, "special_tokens_map.json": 1_000_000,
-    "added_tokens.json": 10_000_000, "chat_template.jinja": MAX_TEMPLATE_BYTES,
-    "chat_template.json": 10_000_000, "tokenizer.model": 50_000_000, "config.json": 10_000_000,
+    "merges.txt": 50_000_000, "special_tokens_map.json": 1_000_000, "added_tokens.json": 10_000_000,
+    "chat_template.jinja": MAX_TEMPLATE_BYTES, "chat_template.json": 10_000_000, "tokenizer.model": 50_000_000,
 }  # fmt: skip
+TOKENIZER_FILES = tuple(_LARGEST)
+_TRANSFORMERS_READS = _LARGEST | {"config.json": 10_000_000}
 _PLACES = ("fast_tokenizer_files", "tokenizer_file", "vocab_file", "merges_file", "spm_file", "gguf_file",
            "tokenizer_object", "init_inputs")  # fmt: skip
 _SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>")
@@ -56,6 +53,17 @@ def _of_the_machine(error: BaseException) -> bool:
     """Whether memory or handles of files did not suffice, which is no fault of the tokenizer's files."""
     handles = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
     return handles or out_of_memory(error)
+
+
+@contextmanager
+def _at_fault(say: Callable[[BaseException], CheckpointError]) -> Iterator[None]:
+    """Whatever transformers raises, or the library beneath it panics with, as a fault of the tokenizer's files."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt | SystemExit | CheckpointError) or _of_the_machine(error):
+            raise
+        raise say(error) from None
 
 
 @contextmanager
@@ -109,7 +117,7 @@ class ModelTokenizer:
     def _loaded(self) -> Any:
         whole = (self.directory / "tokenizer.json").is_file()
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-        try:
+        with _at_fault(self._unreadable):
             if whole:
                 from transformers import PreTrainedTokenizerFast
 
@@ -120,10 +128,6 @@ class ModelTokenizer:
                 fast = AutoTokenizer.from_pretrained(str(self.directory), **options)
             fast.backend_tokenizer.no_padding()
             fast.backend_tokenizer.no_truncation()
-        except BaseException as error:  # transformers raises anything, and the library beneath it panics
-            if isinstance(error, KeyboardInterrupt | SystemExit) or _of_the_machine(error):
-                raise
-            raise self._unreadable(error) from None
         return fast
 
     @cached_property
@@ -144,12 +148,8 @@ class ModelTokenizer:
             return CheckpointError(
                 f"{path}: a git-lfs pointer, not the file", hint="run `git lfs pull` in its directory"
             )
-        try:
+        with _at_fault(lambda cause: CheckpointError(f"{path}: not a tokenizer ({shown(str(cause))})")):
             Tokenizer.from_str(content.decode("utf-8"))
-        except BaseException as cause:
-            if isinstance(cause, KeyboardInterrupt | SystemExit):
-                raise
-            return CheckpointError(f"{path}: not a tokenizer ({shown(str(cause))})")
         config = self.directory / "tokenizer_config.json"
         return CheckpointError(f"{config}: not a tokenizer's configuration ({reason})")
 
@@ -224,15 +224,11 @@ class ModelTokenizer:
         """Token ids of each text; with `special` what the tokenizer puts around plain text too, a BOS token say."""
         found: list[list[int]] = []
         tokenizer = self._tokenizer  # what is refused as it is read says so itself
-        try:
+        where = f"{self.directory}: its tokenizer.json cannot encode"
+        with _at_fault(lambda error: CheckpointError(f"{where} ({shown(str(error))})")):
             for batch in _batches(texts, _PIECE_CHARACTERS):
                 encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=special)
                 found += [encoding.ids for encoding in encodings]
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt | SystemExit | CheckpointError) or _of_the_machine(error):
-                raise
-            reason = shown(str(error))
-            raise CheckpointError(f"{self.directory}: its tokenizer.json cannot encode ({reason})") from None
         return found
 
     def id_of(self, token: str) -> int | None:
@@ -332,15 +328,12 @@ def _tokenizer_of(vocabulary: Vocabulary, path: Path) -> Any:
     """transformers' tokenizer of a GGUF file's metadata."""
     from transformers import PreTrainedTokenizerFast
 
-    try:
+    where = f"{path}: no tokenizer can be made of its metadata"
+    with _at_fault(lambda error: CheckpointError(f"{where} ({shown(str(error))})")):
         backend = Tokenizer.from_str(json.dumps(vocabulary.document, ensure_ascii=False))
         return PreTrainedTokenizerFast(
             tokenizer_object=backend, chat_template=vocabulary.chat_template, **vocabulary.special
         )
-    except BaseException as error:  # transformers raises anything, and the library beneath it panics
-        if isinstance(error, KeyboardInterrupt | SystemExit) or _of_the_machine(error):
-            raise
-        raise CheckpointError(f"{path}: no tokenizer can be made of its metadata ({shown(str(error))})") from None
 
 
 def write_tokenizer(source: Path, directory: Path) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from conftest import all_tensors, rewrite
 
 from qwenq.checkpoint.reader import non_finite, open_checkpoint, open_source
 from qwenq.errors import CheckpointError
@@ -21,20 +21,6 @@ from qwenq.solver.grid import QTensor
 Q = "model.layers.0.self_attn.q_proj.qweight"
 Edit = Callable[..., dict[str, Any]]
 Make = Callable[..., Path]
-
-
-def all_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    return {name: t for file in sorted(directory.glob("*.safetensors")) for name, t in load_file(file).items()}
-
-
-def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
-    """Put all tensors, changed, into one file without an index."""
-    tensors = all_tensors(directory)
-    change(tensors)
-    for file in directory.glob("model*safetensors*"):
-        file.unlink()
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    return directory
 
 
 def refusal(directory: Path, opener: Callable[[Path], Any] = open_checkpoint) -> str:

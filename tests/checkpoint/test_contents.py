@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import small_job
-from safetensors.torch import load_file, save_file
+from conftest import rewrite, small_job
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -33,16 +32,6 @@ NOTE = (
     "config.json ties the head to the embedding, but lm_head.weight is stored and is another: it is kept "
     "(tie_word_embeddings false)"
 )
-
-
-def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
-    """Put all tensors, changed, into one file without an index."""
-    tensors = {name: t for file in sorted(directory.glob("*.safetensors")) for name, t in load_file(file).items()}
-    change(tensors)
-    for file in directory.glob("model*safetensors*"):
-        file.unlink()
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "model.safetensors")
-    return directory
 
 
 def head_of(seed: int) -> torch.Tensor:
@@ -345,10 +334,9 @@ def test_mlx_is_named(random_model: Make, edit_json: Edit) -> None:
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "generation_config.json"])
-def test_a_pointer_of_git_lfs_is_called_one(file: str, tiny: Path, tmp_path: Path) -> None:
-    path = Path(shutil.copytree(tiny, tmp_path / "model"))
-    (path / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 11\n")
-    done = CliRunner().invoke(app, ["run", str(path), "-p", "hi", "--max-model-len", "64"])
+def test_a_pointer_of_git_lfs_is_called_one(file: str, model: Path) -> None:
+    (model / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 11\n")
+    done = CliRunner().invoke(app, ["run", str(model), "-p", "hi", "--max-model-len", "64"])
     assert done.exit_code == 1 and f"{file}: a git-lfs pointer, not the file" in done.stderr
     assert "hint: run `git lfs pull`" in done.stderr
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
 import qwenq.cli.demo_model
 import qwenq.pipeline.prepare
+from qwenq import api
+from qwenq.checkpoint.reader import open_checkpoint
 from qwenq.cli.main import app
 from qwenq.text.calibration import load_windows
 
@@ -85,3 +89,30 @@ def test_a_second_call_makes_only_what_is_missing(made: list[Path], tmp_path: Pa
     assert re.fullmatch(
         r"error: .*/8-bit: holds no qwenq-manifest.json\nhint: delete .*/8-bit and run the demo again\n", result.stderr
     )
+
+
+def test_the_model_is_the_packages_under_another_architecture(
+    random_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers' logits of both are the same, and no weight between norms is."""
+    from transformers import AutoModelForCausalLM
+
+    llama = random_model("llama", "llama", num_hidden_layers=2, tie_word_embeddings=True)
+    api.quantize(llama, tmp_path / "gguf", format="gguf", gguf_type="Q8_0", method="rtn", eval_samples=1,
+                 sequence_length=32, device="cpu")  # fmt: skip
+    (file,) = (tmp_path / "gguf").glob("*.gguf")
+    monkeypatch.setattr(qwenq.cli.demo_model, "_fetch_gguf", lambda scratch: file)
+    monkeypatch.setattr(qwenq.cli.demo_model, "_SHARD_BYTES", 100_000)
+    qwenq.cli.demo_model.make_demo_model(tmp_path / "demo")
+    before, after = open_checkpoint(file), open_checkpoint(tmp_path / "demo")
+    assert after.spec.model_type == "qwen2" and len(after.files) > 2
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    model.load_state_dict({name: before.read(name).float() for name in before.tensors}, strict=False)
+    ids = torch.arange(40)[None] * 7
+    with torch.no_grad():
+        wanted = model(ids).logits
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "demo", dtype=torch.float32)(ids).logits
+    assert float((found - wanted).abs().max()) < 0.02 * float(wanted.std())
+    for lin in after.spec.linears:
+        name = lin.name + ".weight"
+        assert not torch.allclose(before.read(name), after.read(name).float(), atol=0.01)

@@ -58,5 +58,5 @@ def test_what_is_no_count_is_refused(count: str, tiny: Path) -> None:
     result = inspect(tiny, f"--expect-params={count}")
     assert result.exit_code == 2 and result.stdout == ""
     assert result.stderr.splitlines() == [
-        f"error: --expect-params {count}: not a count of parameters", "hint: for instance 72.7B",
+        f"error: not a number of parameters: {count!r}", "hint: write for instance 72.7B",
     ]  # fmt: skip

@@ -133,7 +133,7 @@ def test_the_dry_run_counts_what_the_job_reads() -> None:
         assert result.exit_code == 0, result.output
         return json.loads(result.stdout)["state_bytes"]
 
-    width, calibration, evaluation = 896, 84 * 512, 20 * 512
+    width, calibration, evaluation = 896, 128 * 512, 20 * 512
     drift = 2 * evaluation * 4 * width
     two = 2 if states("--bits", "4") < 2 * (drift + calibration * 6 * width) else 4  # bfloat16 where the CPU has it
     assert states("--bits", "8") == 2 * (drift + calibration * two * width) == states("--bits", "4", "--pull", "0")

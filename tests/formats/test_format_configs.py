@@ -1,4 +1,4 @@
-"""`quantization_config` of awq, compressed-tensors and bitsandbytes: both ways, others' spellings, refusals."""
+"""`quantization_config` of every format but GGUF: both ways, others' spellings, refusals."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from qwenq import __version__
 from qwenq.errors import CheckpointError
 from qwenq.formats.base import Recipe, Scheme, quantization_config, read_quantization_config
 from qwenq.formats.bitsandbytes import INT8_ROWS, NF4
+from qwenq.formats.gptq import GPTQ
 from qwenq.model.spec import spec_from_config
 
 SPEC = spec_from_config(
@@ -20,6 +22,7 @@ SPEC = spec_from_config(
     }
 )  # fmt: skip
 KEPT = (("model.layers.1.mlp.down_proj", None),)
+GPTQ_4 = {"quant_method": "gptq", "bits": 4, "group_size": 128}
 
 
 @pytest.mark.parametrize(
@@ -90,6 +93,82 @@ def test_other_tools_spellings() -> None:
     assert early.scheme_of("model.layers.11.mlp.up_proj") == INT8_ROWS
 
 
+def test_the_written_config_of_gptq() -> None:
+    assert quantization_config(Recipe(Scheme(8, 64)), SPEC, damp_percent=0.05, method="gptq") == {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "bits": 8,
+        "group_size": 64,
+        "desc_act": False,
+        "sym": True,
+        "lm_head": False,
+        "pack_dtype": "int32",
+        "meta": {
+            "quantizer": [f"qwenq:{__version__}"],
+            "damp_percent": 0.05,
+            "method": "gptq",
+            "true_sequential": True,
+        },
+    }
+
+
+@pytest.mark.parametrize("scheme", [Scheme(4, 128), Scheme(8, 32), Scheme(4, -1), Scheme(4, 64, sym=False)])
+def test_uniform_gptq_recipes_round_trip(scheme: Scheme) -> None:
+    written = json.loads(json.dumps(quantization_config(Recipe(scheme), SPEC, damp_percent=0.01, method="rtn")))
+    read = GPTQ.read_config(written, "config.json")
+    assert (read.default, read.version, read.rules) == (scheme, "gptq" if scheme.sym else "gptq_v2", ())
+    assert read.recipe(SPEC) == Recipe(scheme)
+
+
+def test_mixed_gptq_recipes_round_trip() -> None:
+    """Layer 1 must not be taken for layer 11, nor a dot for any character."""
+    recipe = Recipe(
+        Scheme(4, 64),
+        (
+            ("model.layers.1.mlp.down_proj", Scheme(8, 32)),
+            ("model.layers.2.self_attn.o_proj", None),
+        ),
+    )
+    written = json.loads(json.dumps(quantization_config(recipe, SPEC, damp_percent=0.01, method="gptq")))
+    assert written["dynamic"] == {
+        r"+:^model\.layers\.1\.mlp\.down_proj$": {"bits": 8, "group_size": 32, "sym": True},
+        r"-:^model\.layers\.2\.self_attn\.o_proj$": {},
+    }
+    read = GPTQ.read_config(written, "config.json")
+    assert read.recipe(SPEC) == recipe
+    assert read.scheme_of("model.layers.11.mlp.down_proj") == Scheme(4, 64)
+    assert read.scheme_of("model.layers.1xmlp.down_proj") == Scheme(4, 64)
+
+
+def test_gptq_patterns_as_other_tools_write_them() -> None:
+    """GPTQModel: re.match, so a prefix is enough; the first pattern that matches decides; no sign means an override."""
+    read = GPTQ.read_config(
+        GPTQ_4
+        | {
+            "dynamic": {
+                r"-:model\.layers\.3\.": {},
+                r"model\.layers\.[0-9]\..*down_proj": {"bits": 8},
+                r"+:.*down_proj": {"group_size": 32},
+            }
+        },
+        "config.json",
+    )
+    assert read.scheme_of("model.layers.3.mlp.down_proj") is None
+    assert read.scheme_of("model.layers.4.mlp.down_proj") == Scheme(8, 128)
+    assert read.scheme_of("model.layers.10.mlp.down_proj") == Scheme(4, 32)
+    assert read.scheme_of("model.layers.10.mlp.up_proj") == Scheme(4, 128)
+    excluded = {name for name, scheme in read.recipe(SPEC).overrides if scheme is None}
+    assert len(excluded) == 7 and all(name.startswith("model.layers.3.") for name in excluded)
+
+
+def test_old_and_second_versions_of_gptq() -> None:
+    auto_gptq = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True, "sym": False}
+    assert GPTQ.read_config(auto_gptq, "x").default == Scheme(4, 128, sym=False)
+    assert GPTQ.read_config(auto_gptq, "x").version == "gptq"
+    assert GPTQ.read_config(GPTQ_4 | {"checkpoint_format": None, "dynamic": None}, "x").version == "gptq"
+    assert GPTQ.read_config(GPTQ_4 | {"checkpoint_format": "gptq_v2"}, "x").version == "gptq_v2"
+
+
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}
 WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
 BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
@@ -102,6 +181,20 @@ def compressed(weights: Any = WEIGHTS, **changes: Any) -> dict[str, Any]:
 
 
 BAD: dict[str, tuple[Any, str]] = {
+    "another method": (GPTQ_4 | {"quant_method": "hqq"}, "quant_method is 'hqq', wanted one of gptq, awq, compr"),
+    "no method": ({"bits": 4}, "quant_method is 'None', wanted one of gptq"),
+    "pack dtype": (GPTQ_4 | {"pack_dtype": "int8"}, "pack_dtype is 'int8', wanted 'int32'"),
+    "marlin": (GPTQ_4 | {"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin', wanted 'gptq' or 'gptq_v2'"),
+    "three bits": (GPTQ_4 | {"bits": 3}, "bits is 3, wanted 4 or 8"),
+    "bits in words": (GPTQ_4 | {"bits": "4"}, "bits is '4' and group_size 128, wanted whole numbers"),
+    "bits true": (GPTQ_4 | {"bits": True}, "bits is True and group_size 128, wanted whole numbers"),
+    "group size null": (GPTQ_4 | {"group_size": None}, "bits is 4 and group_size None, wanted whole numbers"),
+    "group size zero": (GPTQ_4 | {"group_size": 0}, "group size is 0, wanted 128, 64, 32 or -1"),
+    "override": (GPTQ_4 | {"dynamic": {"x": {"bits": 5}}}, "bits is 5, wanted 4 or 8"),
+    "override is a number": (GPTQ_4 | {"dynamic": {"x": 8}}, "dynamic 'x' is int, wanted an object"),
+    "bad pattern": (GPTQ_4 | {"dynamic": {"+:(": {}}}, "dynamic has a bad pattern '(' "),
+    "dynamic list": (GPTQ_4 | {"dynamic": ["x"]}, "dynamic is list, wanted an object"),
+    "not an object": ("gptq", "quantization_config is str, wanted an object"),
     "awq gemv": (AWQ | {"version": "gemv"}, "AWQ version is 'gemv', wanted 'gemm'"),
     "awq bits": (AWQ | {"bits": 3}, "AWQ bits is 3, wanted 4"),
     "awq without zero points": (AWQ | {"zero_point": False}, "AWQ zero_point is False, wanted true"),

@@ -9,12 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import predicted, small_job
-from safetensors.torch import load_file
-from typer.testing import CliRunner
+from conftest import all_tensors, answer, predicted, small_job
 
 from qwenq.checkpoint.reader import Checkpoint, open_checkpoint
-from qwenq.cli.main import app
 from qwenq.errors import PlanError
 from qwenq.formats.base import FORMATS, Recipe, Scheme
 from qwenq.formats.bitsandbytes import INT8_ROWS, NF4
@@ -71,9 +68,9 @@ def test_predicted_bytes_are_written_bytes_and_the_recipe_is_read_back(
     job = job_of(recipe, random_model(dtype=torch.bfloat16), tmp_path / "out")
     check = predicted(job)
     result = quantize(job)
-    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    files = (tmp_path / "out").glob("*.safetensors")
     assert check.file_bytes == result.file_bytes == sum(f.stat().st_size for f in files)
-    stored = sum(t.numel() * t.element_size() for f in files for t in load_file(f).values())
+    stored = sum(t.numel() * t.element_size() for t in all_tensors(tmp_path / "out").values())
     assert check.tensor_bytes == result.tensor_bytes == stored
     written = open_checkpoint(tmp_path / "out")
     assert written.recipe == recipe
@@ -149,7 +146,7 @@ def test_transformers_reads_int8_as_we_do(random_model: Make, tmp_path: Path) ->
 
 
 def assert_same_tensors(theirs: Path, ours: Path) -> None:
-    a, b = ({n: t for f in d.glob("*.safetensors") for n, t in load_file(f).items()} for d in (theirs, ours))
+    a, b = all_tensors(theirs), all_tensors(ours)
     assert set(a) == set(b)
     for name, tensor in a.items():
         assert tensor.dtype == b[name].dtype and torch.equal(tensor, b[name]), name
@@ -220,19 +217,14 @@ def test_72b_sizes_by_format() -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_quantize_inspect_and_eval(format: str, tiny: Path, heldout: Path, calib: Path, tmp_path: Path) -> None:
-    def run(*words: object) -> dict[str, Any]:
-        result = CliRunner().invoke(app, [str(word) for word in (*words, "--json")])
-        assert result.exit_code == 0, (result.output, result.exception)
-        return json.loads(result.stdout)
-
     size = [] if format.startswith("bnb") or format == "gguf" else ["--group-size", 32]
     ask = ["quantize", tiny, "-o", tmp_path / "out", "--format", format, *size]
-    predicted = run(*ask, "--dry-run")
+    predicted = answer(*ask, "--dry-run")
     text = ["--calibration", calib, "--eval-text", heldout, "-n", 8, "--sequence-length", 64, "--eval-samples", 2]
-    made = run(*ask, *text)
+    made = answer(*ask, *text)
     assert predicted["format"] == format and predicted["file_bytes"] == made["file_bytes"]
     written = next((tmp_path / "out").glob("*.gguf"), tmp_path / "out")
-    inspected = run("inspect", written)
+    inspected = answer("inspect", written)
     assert inspected["disagreements"] == [] and inspected["scheme"] == f"{predicted['scheme']}, {format}"
     ask = ["eval", written, "--reference", tiny, "--text", heldout, "-n", 2, "--sequence-length", 64]
-    assert run(*ask)["kl"]["mean"] == pytest.approx(made["drift"]["kl"]["mean"], rel=1e-4)
+    assert answer(*ask)["kl"]["mean"] == pytest.approx(made["drift"]["kl"]["mean"], rel=1e-4)

@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import answer
 from made_up_grids import SuperBlockGrid
 from torch import Tensor
-from typer.testing import CliRunner
 
 from qwenq.checkpoint.reader import open_checkpoint
-from qwenq.cli.main import app
 from qwenq.errors import PlanError
 from qwenq.formats.base import (
     CODES,
@@ -89,32 +88,26 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FORMATS, "super", Super())
 
 
-def run(*words: object, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, [str(word) for word in (*words, "--json")])
-    assert result.exit_code == code, (result.output, result.exception)
-    return json.loads(result.stdout) if code == 0 else result.stderr
-
-
 @pytest.mark.usefixtures("made_up")
 def test_a_format_of_ones_own(random_model: Any, calib: Path, heldout: Path, tmp_path: Path) -> None:
     source, out = random_model(hidden_size=256, intermediate_size=256, dtype=torch.bfloat16), tmp_path / "out"
     ask = ["quantize", source, "-o", out, "--format", "super"]
-    predicted = run(*ask, "--sequence-length", 64, "--dry-run")
+    predicted = answer(*ask, "--sequence-length", 64, "--dry-run")
     text = ["--calibration", calib, "--eval-text", heldout, "-n", 8, "--sequence-length", 64, "--eval-samples", 2]
-    made = run(*ask, *text)
+    made = answer(*ask, *text)
     assert predicted["scheme"] == "S4" and predicted["file_bytes"] == made["file_bytes"]
     assert predicted["file_bytes"] == sum(f.stat().st_size for f in out.glob("*.safetensors"))
     assert made["bits_per_linear_weight"] == 8 + 8 / 32 + 16 / 256
     assert json.loads((out / "super.json").read_text()) == {"blocks": 256}
     assert "super" in (out / "README.md").read_text()
-    inspected = run("inspect", out)
+    inspected = answer("inspect", out)
     assert inspected["disagreements"] == [] and inspected["scheme"] == "S4, super"
-    evaluated = run("eval", out, "--reference", source, "--text", heldout, "-n", 2, "--sequence-length", 64)
+    evaluated = answer("eval", out, "--reference", source, "--text", heldout, "-n", 2, "--sequence-length", 64)
     assert evaluated["kl"]["mean"] == pytest.approx(made["drift"]["kl"]["mean"], rel=1e-4)
-    rounded = run(*ask[:3], tmp_path / "rtn", *ask[4:], *text, "--method", "rtn")
+    rounded = answer(*ask[:3], tmp_path / "rtn", *ask[4:], *text, "--method", "rtn")
     assert made["drift"]["kl"]["mean"] < rounded["drift"]["kl"]["mean"]
-    run("verify", out)
-    planned = run("vram", out, "-c", 64, "--gpu", "RTX 3090")
+    answer("verify", out)
+    planned = answer("vram", out, "-c", 64, "--gpu", "RTX 3090")
     assert planned["weights"]["bytes"] == made["tensor_bytes"]
     checkpoint = open_checkpoint(out)
     assert isinstance(checkpoint.linear(checkpoint.spec.linears[0]), QTensor)
@@ -122,9 +115,9 @@ def test_a_format_of_ones_own(random_model: Any, calib: Path, heldout: Path, tmp
 
 @pytest.mark.usefixtures("made_up")
 def test_what_it_cannot_do_is_said(random_model: Any, tiny: Path, tmp_path: Path) -> None:
-    narrow = run("quantize", tiny, "-o", tmp_path / "out", "--format", "super", "--dry-run", code=1)
+    narrow = answer("quantize", tiny, "-o", tmp_path / "out", "--format", "super", "--dry-run", code=1)
     assert narrow.startswith("error: model.layers.0.self_attn.q_proj: super-blocks of 256 do not divide its 128 inputs")
-    assert "error: --format super is S4: --bits is no choice" in run(
+    assert "error: --format super is S4: --bits is no choice" in answer(
         "quantize", tiny, "-o", tmp_path / "out", "--format", "super", "--bits", 8, "--dry-run", code=2
     )
     with pytest.raises(PlanError, match="format gptq cannot hold S4"):

@@ -18,7 +18,6 @@ TEXTS = (
     "/", "\x7f\r", "x" * 20_000, "=HYPERLINK()",
 )  # fmt: skip
 GROWN = 0.004  # of the cases: they are large, and take their time
-CUTS = (0.0, 0.01, 0.5, 0.99)
 
 
 def any_value(draw: Random, depth: int = 0) -> Any:

@@ -250,7 +250,7 @@ def test_a_model_arrives_whole_and_nothing_else(stand_in: StandIn) -> None:
     assert lines[0].startswith("downloading org/tiny: 3 files, ") and COMMIT[:12] in lines[-1]
 
     stand_in.requests.clear()
-    assert fetch_model("org/tiny", revision=COMMIT) == directory
+    assert fetch_model("org/tiny") == directory
     assert not any("safetensors" in path for path in stand_in.paths())
 
 
@@ -394,13 +394,6 @@ def test_gated(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
         assert "access refused (403)" in failure(fetch_model, "org/tiny").message
 
 
-def test_revision_not_found(stand_in: StandIn) -> None:
-    for call in (fetch_config, fetch_headers, fetch_model):
-        error = failure(call, "org/tiny", "v9")
-        assert error.message == "org/tiny: no revision v9"
-        assert f"{stand_in.url}/org/tiny" in error.hint
-
-
 @pytest.mark.parametrize(("status", "words"), [(429, "too many requests"), (503, "out of order (503)")])
 def test_the_hub_is_busy(stand_in: StandIn, status: int, words: str) -> None:
     stand_in.refuse = lambda path: (status, {})
@@ -507,7 +500,7 @@ def test_disk_full(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         patched.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
         error = failure(fetch_model, "org/tiny")
-        assert "0.0 MB free" in error.message and "HF_HOME" in error.hint
+        assert "1.0 kB free" in error.message and "HF_HOME" in error.hint
         assert not stand_in.files() & set(SHARDS)
 
     def fill(*args: Any, **kwargs: Any) -> None:

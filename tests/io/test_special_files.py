@@ -132,8 +132,7 @@ def test_no_link_is_resumed_into_the_output(name: str, tiny: Path, victim: Path,
 
 @pytest.mark.parametrize("kind", ["pipe", "zero", "sparse", "folder", "circle", "nowhere"])
 @pytest.mark.parametrize("name", ["LICENSE", "README.md", "config.json", "generation_config.json", "tokenizer.json"])
-def test_files_of_a_source(name: str, kind: str, tiny: Path, tmp_path: Path) -> None:
-    model = Path(shutil.copytree(tiny, tmp_path / "model"))
+def test_files_of_a_source(name: str, kind: str, model: Path, tmp_path: Path) -> None:
     special(model / name, kind)
     start = time.perf_counter()
     with pytest.raises(QwenqError) as caught:
@@ -184,8 +183,7 @@ def test_a_limit_is_said_and_kept(tmp_path: Path) -> None:
         read_limited(Path("/proc/self/status"), 100)  # whose size is said to be 0
 
 
-def test_a_small_file_of_the_source_has_a_limit(tiny: Path, tmp_path: Path) -> None:
-    model = Path(shutil.copytree(tiny, tmp_path / "model"))
+def test_a_small_file_of_the_source_has_a_limit(model: Path, tmp_path: Path) -> None:
     special(model / "LICENSE", "sparse")
     with pytest.raises(CheckpointError, match=f"LICENSE: 20000000000 bytes, more than the {MAX_SMALL_BYTES}"):
         quantize(small_job(model, tmp_path / "out"))

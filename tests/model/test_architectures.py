@@ -13,17 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import small_job
+from conftest import answer, small_job
 from safetensors.torch import save_file
 from test_stream import full_logits, some_ids, streamed_logits
 from torch import nn
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
-from typer.testing import CliRunner
 
 from qwenq.checkpoint.manifest import read_manifest
 from qwenq.checkpoint.reader import open_checkpoint, open_source
-from qwenq.cli.main import app
 from qwenq.errors import CheckpointError
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.model.architectures import ARCHITECTURES, Architecture, Linear, SlidingWindow, Stage
@@ -47,12 +45,6 @@ def checked(source: Path, out: Path, recipe: Recipe) -> None:
     assert reproduce(rtn.out, source, read_manifest(rtn.out)[0], range(2))[1] == []
     written = open_checkpoint(out)
     assert written.recipe == recipe and written.spec == replace(job.source.spec, name=written.spec.name)
-
-
-def run(*words: object) -> Any:
-    result = CliRunner().invoke(app, [str(word) for word in (*words, "--json")])
-    assert result.exit_code == 0, (result.output, result.exception)
-    return json.loads(result.stdout)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +108,22 @@ def test_neutral_settings_and_those_of_other_families_are_not(monkeypatch: pytes
         model_config(SHAPES | settings, spec_from_config(SHAPES | {"model_type": model_type}))
 
 
+def test_norms_that_add_one_to_their_weight_are_refused(random_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma's: scales folded into the weight would be another function."""
+    entry = replace(ARCHITECTURES["llama"], model_type="gemma", classes="Gemma")
+    monkeypatch.setitem(ARCHITECTURES, "gemma", entry)
+    opened = open_source(random_model("model", "gemma", head_dim=16, pad_token_id=0, tie_word_embeddings=True))
+    with pytest.raises(CheckpointError, match="GemmaRMSNorm does not multiply by its weight alone: the entry of gemma"):
+        Network(opened.config, opened.spec, dtype=torch.float32)
+
+
+def test_a_family_without_such_norms_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = replace(ARCHITECTURES["llama"], model_type="starcoder2", classes="Starcoder2")
+    monkeypatch.setitem(ARCHITECTURES, "starcoder2", entry)
+    with pytest.raises(CheckpointError, match=r"transformers makes no layer of it .*Starcoder2RMSNorm"):
+        Network(SHAPES, spec_from_config(SHAPES | {"model_type": "starcoder2"}), dtype=torch.float32)
+
+
 # ---------------------------------------------------------------------- merged projections, as Phi-3 has them
 
 PHI3 = Architecture(
@@ -143,12 +151,12 @@ def test_merged_projections(
     checked(path, tmp_path / "out", Recipe(Scheme(4, 32)))
     text = ["--calibration", calib, "--eval-text", heldout, "-n", 8, "--sequence-length", 64, "--eval-samples", 2]
     budget = ["quantize", path, "-o", tmp_path / "mixed", "--bpw", "6", *text]
-    predicted = run(*budget, "--dry-run")
+    predicted = answer(*budget, "--dry-run")
     assert list(predicted["units"]) == ["qkv", "o", "gate_up", "down"]
-    made = run(*budget)
+    made = answer(*budget)
     assert made["bits_per_linear_weight"] <= 6
     assert "# A qwenq recipe: the scheme of each unit.\n" in (tmp_path / "mixed" / "qwenq-recipe.toml").read_text()
-    assert run("vram", tmp_path / "mixed", "-c", 64, "--gpu", "RTX 3090")["weights"]["bytes"] == made["tensor_bytes"]
+    assert answer("vram", tmp_path / "mixed", "-c", 64, "--gpu", "RTX 3090")["weights"]["bytes"] == made["tensor_bytes"]
 
 
 # ---------------------------------------------------------------------- another prefix, more stages
@@ -260,14 +268,15 @@ def test_another_prefix_and_more_stages(made_up: Path, tmp_path: Path, calib: Pa
     assert torch.equal(network.forward(h), staged)
     checked(made_up, tmp_path / "out", Recipe(Scheme(4, 32), (("decoder.blocks.0.ffn.three", Scheme(8, 32)),)))
     text = ["--calibration", calib, "--eval-text", heldout, "-n", 8, "--sequence-length", 64, "--eval-samples", 2]
-    run("sensitivity", made_up, "-o", tmp_path / "s.json", *text[:2], *text[4:8])
-    made = run("quantize", made_up, "-o", tmp_path / "mixed", "--bpw", "6", "--sensitivity", tmp_path / "s.json", *text)
+    table = tmp_path / "s.json"
+    answer("sensitivity", made_up, "-o", table, *text[:2], *text[4:8])
+    made = answer("quantize", made_up, "-o", tmp_path / "mixed", "--bpw", 6, "--sensitivity", table, *text)
     assert {row["name"].split(".")[-1] for row in made["layers"][0]["linears"]} <= {
         "mix", "q_proj", "k_proj", "v_proj", "o_proj", "one", "two", "three"
     }  # fmt: skip
-    run("verify", tmp_path / "mixed", "--source", made_up, "--layers", "none")
-    run("convert", tmp_path / "out", tmp_path / "ct", "--format", "compressed-tensors")
-    planned = run("vram", tmp_path / "mixed", "-c", 64, "--gpu", "RTX 3090")
+    answer("verify", tmp_path / "mixed", "--source", made_up, "--layers", "none")
+    answer("convert", tmp_path / "out", tmp_path / "ct", "--format", "compressed-tensors")
+    planned = answer("vram", tmp_path / "mixed", "-c", 64, "--gpu", "RTX 3090")
     assert planned["weights"]["bytes"] == made["tensor_bytes"]
 
 

@@ -7,6 +7,7 @@ import random
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
 from qwenq.cli.main import app as command_line
-from qwenq.page.app import MAX_BODY_BYTES, Ask, make_app
+from qwenq.page import app as page_app
+from qwenq.page.app import MAX_BODY_BYTES, Ask, RigPart, make_app
+from qwenq.planning.engines.base import ENGINES
+from qwenq.planning.placement import _Splitter
 
 STATE: dict[str, Any] = {"model": "Qwen2.5-72B", "context": 8192, "rig": [{"gpu": "RTX 3090", "count": 2}]}
 
@@ -209,3 +213,45 @@ def test_export_is_self_contained(tmp_path: Path) -> None:
 
 def test_request_model_is_hashable() -> None:
     assert hash(Ask.model_validate_json(json.dumps(STATE))) == hash(Ask.model_validate_json(json.dumps(STATE)))
+
+
+RIGS = {"two": [("RTX 3090", 2)], "mixed": [("RTX 4090", 1), ("RTX 3060 12GB", 4)], "eight": [("H100 SXM5 80GB", 8)]}
+
+
+@pytest.mark.parametrize("rig", RIGS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_answer_takes_little_work(engine: str, rig: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Costs that are looked up, and terms of a GPU that are worked out: some 20 ms of an answer, 60 of all rigs."""
+    counts = Counter[str]()
+
+    def counted(kind: Any, name: str) -> None:
+        whole = getattr(kind, name)
+        monkeypatch.setattr(kind, name, lambda *given, **more: (counts.update([name]), whole(*given, **more))[1])
+
+    counted(_Splitter, "_cost")
+    counted(ENGINES[engine], "terms")
+    parts = tuple(RigPart(gpu=name, count=count) for name, count in RIGS[rig])
+    for context in (8191, 8190):
+        ask = Ask(model="Qwen2.5-72B", engine=engine, context=context, rig=parts)
+        counts.clear()
+        page_app.answer(ask)
+        assert counts["_cost"] < 5000 and counts["terms"] < 200, counts
+        counts.clear()
+        page_app.planned(ask)
+        assert counts["_cost"] < 1500 and counts["terms"] < 700, counts
+    if rig == "two":
+        counts.clear()
+        page_app._finder.cache_clear()
+        page_app.recommended(ask)
+        assert counts["_cost"] < 12000 and counts["terms"] < 1500, counts
+        assert page_app.recommended(ask) and counts.clear() is None
+        page_app.recommended(ask)
+        assert not counts  # kept
+
+
+def test_warming_up_answers_for_every_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    for name in ("answer", "planned", "recommended"):
+        monkeypatch.setattr(page_app, name, lambda ask, name=name: asked.append((name, ask.engine)))
+    page_app.warm()
+    assert len(asked) == 3 * len(ENGINES) and {engine for _, engine in asked} == set(ENGINES)

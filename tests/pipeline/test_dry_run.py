@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from qwenq.cli.main import app
 from qwenq.machine import total_memory
 from qwenq.model.spec import family_spec
-from qwenq.pipeline.config import SET_TOKENS, original_windows
+from qwenq.pipeline.config import DEFAULT_WINDOWS, SET_TOKENS, original_windows
 from qwenq.pipeline.preflight import sensitivity_bytes
 from tests.conftest import text_windows
 
@@ -72,11 +72,16 @@ def test_windows_of_token_ids_have_their_own_length(tiny: Path, tmp_path: Path) 
 
 def test_without_a_tokenizer_the_builtin_set_is_as_long_as_it_is() -> None:
     found = dry("Qwen2.5-72B")
-    assert found["assumed"]["calibration_windows"] == SET_TOKENS["builtin"] // 512 == 84
-    assert found["assumed"]["original_windows"] == 0, "43,000 tokens are too few to pull 29,568 columns by"
+    assert found["assumed"]["calibration_windows"] == DEFAULT_WINDOWS
+    assert found["assumed"]["original_windows"] == 128, "2 tokens and more for each of 29,568 columns"
+    fewer = dry("Qwen2.5-72B", "-n", 100)
+    assert fewer["assumed"]["original_windows"] == 0, "51,200 tokens are too few to pull 29,568 columns by"
+    longer = dry("Qwen2.5-72B", "--sequence-length", 2048)
+    assert longer["assumed"]["calibration_windows"] == SET_TOKENS["builtin"] // 2048 == 76
     assert dry("Qwen2.5-72B", "--calibration", "c4")["assumed"]["calibration_windows"] == 128
     about = dry("Qwen2.5-72B", "-n", 100, "--sequence-length", 2048)
-    assert about["warnings"] == ["--num-samples 100: builtin has about 21 windows of 2048 tokens"]
+    of_windows = [warning for warning in about["warnings"] if "windows" in warning]  # small disks and memories are, too
+    assert of_windows == ["--num-samples 100: builtin has about 76 windows of 2048 tokens"]
     assert about["assumed"]["evaluation_windows"] == 6
 
 

@@ -155,7 +155,7 @@ def test_the_command(tiny: Path, tmp_path: Path) -> None:
     quantize(small_job(tiny, out, method="rtn", calibration=None))
     words = ["verify", str(out), "--source", str(tiny)]
     good = CliRunner().invoke(app, [*words, "--layers", "1"])
-    assert good.exit_code == 0 and "layers 1 made again, all as in its manifest" in good.stdout
+    assert good.exit_code == 0 and "layer 1 made again, all as in its manifest" in good.stdout
     assert CliRunner().invoke(app, [*words, "--layers", "x"]).exit_code == 2
     asked = json.loads(CliRunner().invoke(app, [*words, "--all-layers", "--json"]).stdout)
     assert asked["ok"] and asked["layers_made_again"] == [0, 1, 2, 3]

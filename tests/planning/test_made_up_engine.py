@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
@@ -23,7 +22,6 @@ from qwenq.planning.weights import Weights
 GIB = 1 << 30
 
 
-@dataclass(frozen=True)
 class Abacus(LayeredEngine):
     """Weights, cache and half a GiB."""
 
@@ -51,7 +49,6 @@ class Abacus(LayeredEngine):
         return f"abacus --beads {plan.case.work.context}"
 
 
-@dataclass(frozen=True)
 class Choir(ServerEngine):
     """Ranks that sing: a part of each GPU for weights and cache, a GiB on top."""
 
@@ -80,7 +77,6 @@ class Choir(ServerEngine):
         return ["choir", checkpoint, self.context_flag, str(case.work.context), "--voices", str(option.tensor)]
 
 
-@dataclass(frozen=True)
 class Unison(Choir):
     """A choir without stages: all voices in every layer."""
 

@@ -27,7 +27,7 @@ from qwenq.planning.memory import estimate
 from qwenq.planning.placement import Placement, cutting_reasons, parallel_options, place
 from qwenq.planning.plan import make_plan, recommend
 from qwenq.planning.rig import find_gpu, parse_rig, rig_of
-from qwenq.planning.speed import bus_gb_s, decode_seconds, estimate_speed, prefill_seconds
+from qwenq.planning.speed import Speed, bus_gb_s, decode_seconds, estimate_speed, prefill_seconds
 from qwenq.planning.tensor_parallel import padded_width
 from qwenq.planning.weights import Weights, published_weights, recipe_weights
 from qwenq.units import GIB
@@ -307,6 +307,51 @@ def test_speed_range_holds_a_published_run() -> None:
     assert found.decode is not None and found.decode[0] < 46.3 < found.decode[1]
 
 
+# Milliseconds a token, measured on one H200 (reports/gpu.md): the fit, and what a plan says.
+@pytest.mark.parametrize(
+    ("bits", "context", "ms"),
+    [(4, 1024, 19.0), (4, 8192, 19.8), (4, 32768, 21.6), (8, 1024, 24.0), (8, 8192, 24.5), (8, 32768, 26.6)],
+)
+def test_speed_of_this_engine_as_measured(bits: int, context: int, ms: float) -> None:
+    weights, rig = recipe_weights(B72, Recipe(Scheme(bits))), parse_rig("H200 SXM 141GB")
+    case = Case(B72, weights, get_engine("qwenq"), Workload(context), rig)
+    assert decode_seconds(case, even_shares(B72, 1)) == pytest.approx(ms / 1e3, rel=0.05)
+    low, high = make_plan(case).speed.decode or (0, 0)
+    assert low < 1e3 / ms < high < 2.7 * low
+
+
+def test_speed_of_llama_cpp_as_measured() -> None:
+    """llama-bench on RTX 3090s, February 2025, 32B Q4_K_M: 988 tokens/s of a prompt of 512, 34.2 generated."""
+    spec = model("Qwen2.5-32B")
+    case = Case(spec, gguf_weights(spec, "Q4_K_M"), LLAMA_CPP, Workload(512), parse_rig("RTX 3090"))
+    found = make_plan(case).speed
+    assert found.prefill and found.decode
+    assert found.prefill[0] < 988 < found.prefill[1] and found.decode[0] < 34.2 < found.decode[1]
+    turing = find_gpu("T4")  # where nobody measured it
+    slow = prefill_seconds(replace(case, rig=rig_of([turing])), even_shares(spec, 1))
+    newer = replace(turing, compute_capability=(8, 0))
+    fast = prefill_seconds(replace(case, rig=rig_of([newer])), even_shares(spec, 1))
+    assert slow and fast and slow / fast == pytest.approx(0.85 / 0.4)
+
+
+def test_speed_of_this_engine_goes_by_its_kernels() -> None:
+    """A CUDA graph on one GPU with Triton; 52.2 ms were measured without one, with torch's kernels."""
+    gpu = find_gpu("H200 SXM 141GB")
+    case = Case(B72, INT4, get_engine("qwenq"), Workload(1024), rig_of([gpu]))
+    assert case.engine.run_fit(case, even_shares(B72, 1)).traffic == pytest.approx(1.83)
+    launched = case.engine.speed_fit(INT4)
+    for changed, shares in (
+        (replace(case, rig=rig_of([replace(gpu, triton=False)])), even_shares(B72, 1)),
+        (replace(case, rig=rig_of([gpu] * 2)), even_shares(B72, 2)),
+        (case.asking(batch=4), even_shares(B72, 1)),
+        (replace(case, rig=rig_of([find_gpu("T4")])), even_shares(B72, 1)),
+        (replace(case, rig=rig_of([find_gpu("RTX 3090")])).asking(kv_dtype="fp8"), even_shares(B72, 1)),
+    ):
+        assert case.engine.run_fit(changed, shares) == launched
+    without = replace(case, rig=rig_of([replace(gpu, triton=False)]))
+    assert decode_seconds(without, even_shares(B72, 1)) == pytest.approx(52.2e-3, rel=0.05)
+
+
 @pytest.mark.parametrize("engine", ["qwenq", "transformers", "llama.cpp"])
 def test_layers_in_host_memory_are_not_for_nothing(engine: str) -> None:
     """They are computed like the others, and their weights cross the bus: never faster than without them."""
@@ -469,3 +514,65 @@ def test_compute_buffers_of_older_builds_are_as_they_were() -> None:
     assert "was not checked" in get_engine("llama.cpp", "b12000").version_note and not old.version_note
     command = old.command(make_plan(Case(B72, INT4, get_engine("qwenq"), Workload(8192), TWO_3090)))
     assert "--fit" not in command
+
+
+# MiB that llama-fit-params (0.3.36, told to reserve 4 outputs) reserves on each device with layers on the CPU.
+@pytest.mark.parametrize(
+    ("name", "context", "gpus", "mib"),
+    [("Qwen2.5-72B", 8192, 2, 213), ("Qwen2.5-72B", 32768, 3, 237), ("Qwen2.5-32B", 8192, 1, 190),
+     ("Qwen2.5-32B", 32768, 2, 214), ("Qwen2.5-7B", 32768, 3, 157)],
+)  # fmt: skip
+def test_compute_buffers_with_layers_on_the_cpu(name: str, context: int, gpus: int, mib: int) -> None:
+    spec = model(name)
+    rig = rig_of([find_gpu("RTX 3060 12GB" if name != "Qwen2.5-7B" else "4GB")] * gpus)
+    weights = gguf_weights(spec, "F16" if name == "Qwen2.5-7B" else "Q4_K_M")
+    found = place(Case(spec, weights, LLAMA_CPP, Workload(context), rig), offload=True)
+    assert found.host_layers
+    sizes = [(gpu.term("activations") + gpu.term("logits")) / (1 << 20) for gpu in found.memory.gpus]
+    assert sizes == pytest.approx([mib] * gpus, abs=0.5)
+
+
+# Logged in April and May 2026 (382.01, 391, 304.00); the rest: llama-fit-params with float32 masks and all logits.
+@pytest.mark.parametrize(
+    ("name", "context", "mib"),
+    [("Qwen2.5-7B", 4096, 304), ("Qwen2.5-7B", 32768, 382.01), ("Qwen2.5-32B", 4096, 307), ("Qwen2.5-32B", 32768, 391),
+     ("Qwen2.5-7B", 24576, 366), ("Qwen2.5-32B", 24576, 375), ("Qwen2.5-72B", 16384, 313), ("Qwen2.5-72B", 32768, 409)],
+)  # fmt: skip
+def test_masks_of_older_builds(name: str, context: int, mib: float) -> None:
+    spec, old = model(name), get_engine("llama.cpp", "b8800")
+    case = Case(spec, gguf_weights(spec, "Q4_K_M"), old, Workload(context))
+    assert estimate(case).term("activations") / (1 << 20) == pytest.approx(mib, abs=0.5)
+    oldest = estimate(replace(case, engine=get_engine("llama.cpp", "b4500")))
+    assert oldest.term("activations") == 4 * 512 * (spec.vocab_size + spec.hidden_size)  # 307.0 at 32k in January 2025
+
+
+@pytest.mark.parametrize("version", ["", "b8800"])
+@pytest.mark.parametrize("name", ["Qwen2.5-72B", "Qwen2.5-0.5B"])
+def test_costs_in_closed_form_are_the_sum_of_the_terms(name: str, version: str) -> None:
+    spec = model(name)
+    engine = get_engine("llama.cpp", version)
+    case = Case(spec, gguf_weights(spec, "Q4_K_M"), engine, Workload(8192, kv_dtype="q8_0"), parse_rig("2x RTX 3090"))
+    gpu = case.hardware.gpus[0]
+    for share in (*even_shares(spec, 1), *even_shares(spec, 2), replace(even_shares(spec, 2)[1], offloads=True)):
+        cost = engine.layer_costs(case, share, gpu)
+        for layers in (share.layers, range(share.layers.start, share.layers.start), range(3, 7)):
+            terms, _ = engine.terms(case, replace(share, layers=layers), gpu)
+            assert cost(layers) == sum(term.n_bytes for term in terms)
+
+
+def test_commands_say_what_they_are_for() -> None:
+    """transformers' map where it does not fit has layers on the CPU; of GGUF a server says that it does not load it."""
+    spec = model("Qwen2.5-32B")
+    weights, rig = published_weights(spec, "AWQ"), parse_rig("RTX 4090")
+    lines = get_engine("transformers").command(make_plan(Case(spec, weights, VLLM, Workload(32768), rig))).splitlines()
+    assert lines[0].startswith("# 22 of 64 layers fit") and "'cpu'" in lines[1] and '"cpu"' in lines[2]
+    small = make_plan(Case(spec, weights, VLLM, Workload(131072), parse_rig("4GB")))
+    assert get_engine("transformers").command(small).startswith("# transformers does not fit")
+    gguf = make_plan(Case(spec, gguf_weights(spec, "Q4_K_M"), LLAMA_CPP, Workload(8192), rig))
+    assert VLLM.command(gguf) == "# GGUF is llama.cpp's format"
+    assert gguf.placement is not None and gguf.placement.reason == "all on one GPU"
+
+
+def test_speed_where_there_is_little_room() -> None:
+    assert Speed((20.0, 40.0), (100.0, 900.0), "").short() == {"decode": "20.0 to 40.0", "prefill": "≈ 300 (×÷ 3.0)"}
+    assert Speed(None, None, "").short() == {"decode": "", "prefill": ""}

@@ -194,6 +194,8 @@ def test_macs_of_today() -> None:
     macs = {gpu.name for gpu in catalogue() if gpu.vendor == "apple"}
     assert {"Apple M4 Pro 48GB", "Apple M4 Max 128GB", "Apple M3 Ultra 256GB", "Apple M5 32GB"} <= macs
     assert find_gpu("M2 Ultra").limit_bytes == 144 * GIB and find_gpu("128GB Mac").limit_bytes == 96 * GIB
+    for name in ("Mac Studio 64GB", "MacBook Pro 64GB", "64GB mac mini", "MacBook Air 64 GB"):
+        assert find_gpu(name).limit_bytes == 48 * GIB, name
     with pytest.raises(PlanError, match="a Mac of 4GB"):
         find_gpu("Mac 4GB")
 

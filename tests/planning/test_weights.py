@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,14 @@ from hypothesis import strategies as st
 from qwenq.errors import CheckpointError, PlanError
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.model.spec import family_configs
+from qwenq.planning import weights
 from qwenq.planning.ggufsize import gguf_weights
 from qwenq.planning.models import WeightsAsked, load_model, load_spec, model_weights
 from qwenq.planning.weights import (
     MIB,
     allocated_bytes,
     allocated_equal,
+    allocated_groups,
     header_weights,
     published_weights,
     recipe_weights,
@@ -214,3 +217,20 @@ def test_every_family_has_a_source_and_its_own_context() -> None:
 def test_equal_tensors_in_closed_form(size: int, count: int) -> None:
     """As the allocator's rules say, block by block."""
     assert allocated_equal(size, count) == allocated_bytes([size] * count)
+
+
+@given(
+    kinds=st.lists(st.lists(st.integers(1, 40 * MIB), max_size=5).map(tuple), min_size=1, max_size=3),
+    order=st.lists(st.integers(0, 2), max_size=40),
+)
+def test_groups_of_tensors_are_counted_as_one_by_one(kinds: list[tuple[int, ...]], order: list[int]) -> None:
+    groups = [kinds[k % len(kinds)] for k in order]
+    upto = [allocated_bytes(size for group in groups[:n] for size in group) for n in range(len(groups) + 1)]
+    assert allocated_groups(groups) == [after - before for before, after in pairwise(upto)]
+
+
+def test_equal_layers_are_gone_through_once_they_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, allocated = [], weights._allocated
+    monkeypatch.setattr(weights, "_allocated", lambda *given: seen.append(1) or allocated(*given))
+    assert recipe_weights(model("Qwen2.5-72B"), Recipe(Scheme(4))).allocated[1][-1] > 0
+    assert len(seen) < 20  # of 82 groups

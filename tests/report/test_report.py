@@ -330,6 +330,15 @@ def test_engines_tried_are_those_of_the_readme(config: dict[str, Any] | None, va
     assert all(loader.tried == "untried" for name, loader in found.items() if name in ("SGLang", "ExLlamaV2"))
 
 
+def test_a_config_that_no_format_reads_is_not_taken_for_16_bits(tmp_path: Path) -> None:
+    run = write_72b(tmp_path / "4-bit", manifest(layers=80), Scheme(4, 128))
+    config = json.loads((run / "config.json").read_text())
+    config["quantization_config"]["checkpoint_format"] = "marlin"
+    (run / "config.json").write_text(json.dumps(config))
+    line = "not computed for 4-bit: config.json: checkpoint_format is 'marlin', wanted 'gptq' or 'gptq_v2'"
+    assert texts([run])[1].count(line) == 2  # rigs, engines
+
+
 def test_what_was_tried_differs_by_variant(tmp_path: Path) -> None:
     four = write_72b(tmp_path / "4-bit", manifest(layers=80), Scheme(4, 128))
     eight = write_72b(tmp_path / "8-bit", manifest(layers=80, scheme="8-bit g128"), Scheme(8, 128))

@@ -188,6 +188,18 @@ def test_what_the_library_beneath_prints_goes_nowhere(tiny: Path, tmp_path: Path
     assert capfd.readouterr().out == "heard again\n"
 
 
+def test_memory_that_ends_as_a_bad_file_is_read_again_is_no_fault_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(text: str) -> None:
+        raise MemoryError
+
+    (tmp_path / "tokenizer.json").write_text("{}")  # which transformers refuses for a reason of its own
+    monkeypatch.setattr("qwenq.text.tokens.Tokenizer", SimpleNamespace(from_str=no_memory))
+    with pytest.raises(MemoryError):
+        ModelTokenizer(tmp_path).encode(["x"])
+
+
 @pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EMFILE, "too many")], ids=["memory", "files"])
 def test_of_a_gguf_file_too_faults_of_the_machine_are_its_own(
     error: Exception, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any

@@ -251,10 +251,10 @@ function showPlan(plan, answer) {
     $("how").textContent = answer.rig === null ? "Add GPUs to see what each would hold." : "";
     return;
   }
-  const speed = plan.fits ? plan.speed : plan.offload_speed;
-  if (speed?.decode_tokens_per_s) {
-    $("decode").textContent = `${band(speed.decode_tokens_per_s)} tok/s`;
-    $("prefill").textContent = (speed.prefill_tokens_per_s ? `prompt ${band(speed.prefill_tokens_per_s)}` : "") + (plan.fits ? "" : ", offloaded");
+  const speed = plan.speed_short;
+  if (speed.decode) {
+    $("decode").textContent = `${speed.decode} tok/s`;
+    $("prefill").textContent = (speed.prefill ? `prompt ${speed.prefill}` : "") + (plan.fits ? "" : ", offloaded");
   } else $("prefill").textContent = plan.fits ? "of such a card unknown" : "";
   $("how").textContent = plan.fits ? (plan.split || plan.how) : plan.offload ? `Does not fit the GPUs. ${plan.offload}.` : (plan.split || "No layout fits.");
   $("speed_card").title = plan.fits ? plan.speed_text : plan.offload_speed_text;
@@ -267,17 +267,6 @@ function showPlan(plan, answer) {
   $("notes").append(...plan.notes.map((note) => element("li", note)));
   const ways = plan.parallel.map((way) => `${way.tensor_parallel_size} x ${way.pipeline_parallel_size}: ${way.verdict}`);
   $("parallel").querySelector("ul").replaceChildren(...ways.map((text) => element("li", text)));
-}
-
-// As the command line says it: a range that is too wide for use is one figure and a factor.
-function band([low, high]) {
-  if (high <= 2.2 * low) return `${digits(low)} to ${digits(high)}`;
-  return `≈ ${digits(Math.sqrt(low * high))} (×÷ ${Math.sqrt(high / low).toFixed(1)})`;
-}
-
-function digits(value) {
-  const rounded = Number(value.toPrecision(3));
-  return rounded >= 100 ? rounded.toLocaleString("en") : String(rounded);
 }
 
 function cardOf(gpu, share, index, used) {

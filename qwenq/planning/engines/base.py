@@ -38,8 +38,8 @@ from qwenq.planning.placement import (
 )
 from qwenq.planning.plan import Plan
 from qwenq.planning.rig import Gpu
-from qwenq.planning.speed import SpeedFit
-from qwenq.planning.weights import Weights, allocated_bytes, recipe_weights
+from qwenq.planning.speed import MATRIX_RATE, SpeedFit
+from qwenq.planning.weights import Weights, allocated_groups, recipe_weights
 from qwenq.units import GIB, format_gb, format_gib, format_tokens
 
 Version = tuple[int, ...]
@@ -157,6 +157,14 @@ class Engine(ABC):
     def speed_fit(self, weights: Weights) -> SpeedFit:
         """Constants of its speed with such weights, or their stand-in where nobody published a run."""
 
+    def run_fit(self, case: Case, shares: Sequence[Share]) -> SpeedFit:
+        """The same for one case and split, where kernels differ by these."""
+        return self.speed_fit(case.weights)
+
+    def matrix_rate(self, gpu: Gpu) -> float:
+        """The part of a GPU's dense tensor rate that it reaches in prefill."""
+        return MATRIX_RATE
+
     def moved_in_attention(self, spec: ModelSpec, tokens: int) -> float:
         """Bytes a layer moves in one step beside its weights and cache, which holds `tokens`."""
         return 0
@@ -250,7 +258,6 @@ class LayerFinder(RigFinder):
         return [asked, *steps, limit][found]
 
 
-@dataclass(frozen=True)
 class LayeredEngine(Engine):
     """An engine that splits whole layers over GPUs, which run one after the other."""
 
@@ -291,7 +298,6 @@ class LayeredEngine(Engine):
         yield from self.uniform_instead(case)
 
 
-@dataclass(frozen=True)
 class ServerEngine(Engine):
     """An engine of tensor x pipeline parallel ranks, each of which fills its part of a GPU with KV cache.
 
@@ -333,10 +339,12 @@ class ServerEngine(Engine):
 
     def inside_bytes(self, terms: Sequence[Term]) -> int:
         """Bytes of a part before the cache gets the rest."""
-        return sum(t.n_bytes for t in terms if t.name in self.inside)
+        names = self.inside
+        return sum(t.n_bytes for t in terms if t.name in names)
 
     def outside_bytes(self, terms: Sequence[Term]) -> int:
-        return sum(t.n_bytes for t in terms if t.name in self.outside)
+        names = self.outside
+        return sum(t.n_bytes for t in terms if t.name in names)
 
     def allowance(self, case: Case, shares: Sequence[Share], needed: Sequence[tuple[Term, ...]]) -> Allowance:
         """One part for all GPUs, as asked or, rounded down, as much as leaves each its `outside` bytes.
@@ -390,21 +398,23 @@ class ServerEngine(Engine):
 
     def _rank_weights(self, case: Case, share: Share) -> int:
         spec, weights, r = case.spec, case.weights, share.ranks
-        stored_spec = replace(spec, intermediate_size=weights.intermediate_size)
-        shapes = [
-            sum(lin.parameters for lin in stored_spec.stage_linears(0, stage)) for stage in spec.architecture.stages
-        ]
-        sizes: list[int] = [part // r for part in weights.embed] if share.embed else []
-        for layer in share.layers:
-            stored = weights.layer_bytes[layer]
-            for shape in shapes:
-                sizes += _fused_tensors(weights, round(stored / sum(shapes) * shape / r), shape // r)
+        stored = weights.stored_spec(spec)
+        shapes = [sum(lin.parameters for lin in stored.stage_linears(0, stage)) for stage in spec.architecture.stages]
+
+        @cache
+        def layer(n_bytes: int) -> tuple[int, ...]:
+            parts = ((round(n_bytes / sum(shapes) * shape / r), shape // r) for shape in shapes)
+            return tuple(size for part in parts for size in _fused_tensors(weights, *part))
+
+        first = tuple(part // r for part in weights.embed)
+        last: tuple[int, ...] = ()
         if share.head:
-            sizes += [*weights.norm, *(part // r for part in weights.head)]
+            last = (*weights.norm, *(part // r for part in weights.head))
             if not weights.head and not share.embed:
-                sizes += [part // r for part in weights.embed]  # a tied head on another stage is a copy
-        sizes.append(2 * spec.max_position_embeddings * spec.head_dim)
-        return allocated_bytes(sizes)
+                last += first  # a tied head on another stage is a copy
+        layers = [layer(weights.layer_bytes[index]) for index in share.layers]
+        rotary = 2 * spec.max_position_embeddings * spec.head_dim
+        return sum(allocated_groups([first if share.embed else (), *layers, (*last, rotary)]))
 
     def layouts(self, case: Case) -> tuple[Layout, ...]:
         """Ranks that the shapes allow, the best first; stages alone where they allow none."""
@@ -451,6 +461,8 @@ class ServerEngine(Engine):
         return max((option.longest_context(case) for option in options), default=0)
 
     def how_held(self, case: Case) -> str:
+        if case.weights.total_bytes > sum(case.hardware.limits):
+            return ""
         layout = self.layout(case)
         return layout.how if layout.fits else ""
 
@@ -492,6 +504,8 @@ class ServerEngine(Engine):
         for gpu in plan.case.hardware.gpus:
             if not self.runs_on(gpu):
                 return f"# {self.title} does not run on {gpu.name}"
+        if unread := self.refusal(plan.case.weights):
+            return f"# {unread}"
         found = self.serving(plan)
         case, option = found.case, found.chosen
         reason = (option or found.options[0]).verdict

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 from qwenq.planning.case import Case, Share, Workload
@@ -41,7 +40,6 @@ DEFAULTS = (
 
 
 @register
-@dataclass(frozen=True)
 class SglangEngine(ServerEngine):
     """`python -m sglang.launch_server`."""
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 from qwenq.planning.case import Case, Share, Workload
@@ -37,7 +37,6 @@ UNMEASURED = SpeedFit(0.15e-3, 0.01e-3, 1.1, 0.8, 1.2, "between vLLM's measured 
 
 
 @register
-@dataclass(frozen=True)
 class VllmEngine(ServerEngine):
     """`vllm serve`."""
 
@@ -168,6 +167,7 @@ def default_batch(gpu: Gpu, work: Workload) -> tuple[int, int]:
     return seqs, work.prefill_chunk or (8192 if large else 2048)
 
 
+@cache
 def captured_graphs(seqs: int) -> tuple[int, int]:
     """(piecewise, full) CUDA graphs: batch sizes up to twice `seqs` and up to `seqs`, at most 512.
 
