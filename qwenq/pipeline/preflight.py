@@ -204,9 +204,9 @@ def peak_bytes(
 
 
 def wire_layer_bytes(spec: ModelSpec, tokens: Tokens, written: int, ranks: int) -> int:
-    """Bytes that a rank receives for each layer: parts of sums and the sums, codes of other ranks' rows, and the layer
+    """Bytes that a rank receives for each layer: parts of sums, the sums, and codes of other ranks' rows.
 
-    as it was written, `written` bytes, from the first rank.
+    From the first rank it receives the layer as it was written too, `written` bytes.
     """
     if ranks == 1:
         return 0
@@ -215,8 +215,8 @@ def wire_layer_bytes(spec: ModelSpec, tokens: Tokens, written: int, ranks: int) 
 
     def summed(values: int, over: list[range], totals: int) -> float:
         """Of each part of the passes that another rank made a piece; of each total the pieces of all others."""
-        parts = sum(len(parts_of(windows)) for windows in over)
-        return 4 * values * others * (parts / ranks + totals)
+        turns = sum(-(-len(parts_of(windows)) // ranks) for windows in over)  # in each, one part of every rank
+        return 4 * values * others * (turns + totals)
 
     total = float(written)
     for stage in spec.architecture.stages:
@@ -273,9 +273,9 @@ def _widest(spec: ModelSpec) -> int:
 
 
 def _solving(spec: ModelSpec, stage: Stage, corrects: bool, ranks: int) -> int:
-    """The Hessian; float32 weights; of a rank's rows their errors twice while they are permuted, uint8 codes, and two
+    """The Hessian; float32 weights; and of a rank's rows their errors twice while they are permuted, and uint8 codes.
 
-    sums of residuals.
+    corrects: two sums of residuals too.
     """
     parameters = sum(lin.parameters for lin in spec.stage_linears(0, stage))
     own = 9 * parameters + (8 * parameters if corrects and stage.adds else 0)
