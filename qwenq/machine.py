@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import time
 from collections.abc import Sequence
@@ -148,6 +149,7 @@ class Compute:
     device: str = "cuda"
     capability: tuple[int, int] = (8, 0)
     triton: bool = True  # torch's CUDA wheels for Linux bring it
+    compiler: bool = True  # this project's CPU kernels can be built
 
     @property
     def has_flash(self) -> bool:
@@ -163,6 +165,22 @@ class Compute:
 def has_triton() -> bool:
     """Whether Triton is installed beside torch."""
     return find_spec("triton") is not None
+
+
+def lacks_for_cpu_kernels() -> str:
+    """Why this project's CPU kernels can't be built here, as far as that shows without building; empty if nothing."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return "this project's CPU kernels are for Linux on x86"
+    if not {"avx2", "fma", "f16c"} <= {word for line in _lines("/proc/cpuinfo") for word in line.split()}:
+        return "this project's CPU kernels need AVX2, FMA and F16C"
+    if not (words := compiler()) or shutil.which(words[0]) is None:
+        return "this project's CPU kernels need a C compiler (cc, or what CC names)"
+    return ""
+
+
+def compiler() -> list[str]:
+    """The C compiler's command: `CC` or cc."""
+    return shlex.split(os.environ.get("CC", "cc"))
 
 
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096

@@ -234,10 +234,9 @@ def _answer(found: Loaded, session: Session, chat: Chat, ids: list[int], samplin
         )
         return text
     print_line()
-    by = f", by {session.decoding}" if any(device.type == "cuda" for device in devices) else ""
     print_step(
         f"prompt {timing.prompt_tokens} tokens, {timing.prefill_speed:.1f} tokens/s; "
-        f"answer {timing.new_tokens} tokens, {timing.decode_speed:.2f} tokens/s{by}",
+        f"answer {timing.new_tokens} tokens, {timing.decode_speed:.2f} tokens/s, by {session.decoding}",
     )
     for row in rows:
         small = abs(row["allocated_bytes"] - row["predicted_bytes"]) < SMALL_DIFFERENCE

@@ -263,6 +263,7 @@ def _serve_here(directory: Path, options: LoadOptions, door: _Door) -> None:
         for line in describe(found):
             print_step(line)
         session = Session(found.model, found.work.context, options.prefill_chunk, options.kv_dtype, chat.stop_ids)
+        print_step(f"tokens by {session.decoding}")
         service = Service(session, chat, door.name, Line(door.max_queue), door.api_key)
         print_line(f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}/v1")
         print_step("Ctrl-C ends it")

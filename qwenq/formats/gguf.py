@@ -421,6 +421,31 @@ class Blocks:
         return QTensor(codes_OI, (torch.where(constant_OG, minimum_OG, scale_OG), zeros_OG), IntegerGrid(4, 32, False))
 
 
+    def signed(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes int8 [out, in], scales and minima [out, groups] (None: zeros), so that w = scale * code + minimum.
+
+        Of the types that this project writes; exact, since scales are float32 where they are products.
+        """
+        import torch
+
+        from qwenq.solver.grid import IntegerGrid
+        from qwenq.solver.superblock import IQ4_LEVELS
+
+        q = _quantized(self.kind, self.data_OB)
+        if self.kind in _AFFINE:
+            return q.codes_OI.view(torch.int8), *scales_and_minima(q)
+        if isinstance(q.grid, IntegerGrid):
+            return (q.codes_OI - q.grid.zero).view(torch.int8), q.scales_OG, None
+        scale_OG = q.parameters[0]
+        if len(q.parameters) > 1:
+            sub_OS = q.parameters[1].float()
+            scale_OG = scale_OG.float().repeat_interleave(sub_OS.shape[1] // scale_OG.shape[1], 1) * sub_OS
+        if self.kind not in ("IQ4_NL", "IQ4_XS"):
+            return (q.codes_OI - (1 << (type_scheme(self.kind).bits - 1))).view(torch.int8), scale_OG, None
+        levels = torch.tensor(IQ4_LEVELS, dtype=torch.int8, device=q.codes_OI.device)
+        return levels[q.codes_OI.int()], scale_OG, None
+
+
 def scales_and_minima(q: QTensor) -> tuple[Tensor, Tensor]:
     """Float32 [out, groups] each, so that a weight is scale * code + minimum: of Q4_1, Q5_1, Q2_K, Q4_K and Q5_K."""
     if len(q.parameters) == 2:

@@ -15,21 +15,27 @@ from typing import Literal, NamedTuple
 from qwenq.formats.base import PackedShape, Recipe, get_format
 from qwenq.io.gguf import TYPES
 from qwenq.io.safetensors import TensorSpec
-from qwenq.machine import Compute
+from qwenq.machine import Compute, lacks_for_cpu_kernels
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.rig import Gpu
 
 KERNEL_GROUPS = (256, 128, 64, 32)
+CPU_GROUPS = (*KERNEL_GROUPS, 16)
 DENSE_ROWS = 112  # measured on AVX-512: below it the kernel is faster than writing weights out and a dense matmul
 INT8_ROWS_CUDA = 4  # `_weight_int8pack_mm` there has one thread an output and reads weights again for each row
 TRITON_DENSE_ROWS = 65  # more than one tile of rows: the kernel would read weights again
 ROW_BLOCK = 1 << 20  # weights written out at a time on a CPU; their float32 fits the last-level cache
 ROW_BLOCK_CUDA = 1 << 24
-Kind = Literal["triton", "int4", "int4 halves", "int8", "tiled", "nf4", "blocks"]
+NEVER = 1 << 60
+Kind = Literal["triton", "cpu", "int4", "int4 halves", "int8", "tiled", "nf4", "blocks"]
+_SUB_GROUPS = {"Q2_K": 16, "Q3_K": 16, "Q6_K": 16}  # GGUF types whose scales are not one a 32 columns
+_WIDE_SCALES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")  # products of two numbers, so float32
+_CPU_BLOCKS = (*_WIDE_SCALES, "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL")
 
 # Bytes a weight of a row block takes at most while it is written out, symmetric and with zero points: codes, their
 # reordered copy, and 16-bit or float32 values. tests/runtime/test_runtime_cuda.py counts them.
 ROW_BLOCK_BYTES: Mapping[Kind, tuple[float, float]] = {
+    "cpu": (0, 0),  # it writes none out
     "triton": (3, 6),  # it takes 2; the estimate leaves room for tinygemm, which steps in where a kernel is refused
     "int4": (3, 6),
     "int4 halves": (3, 6),
@@ -44,6 +50,8 @@ def dense_from(kind: Kind, device: str) -> int:
     """Rows from which a linear of this kernel writes its weights out."""
     if kind in ("tiled", "nf4", "blocks"):
         return 1
+    if kind == "cpu":
+        return NEVER
     if kind == "triton":
         return TRITON_DENSE_ROWS
     if kind == "int8" and device == "cuda":
@@ -58,7 +66,7 @@ def compute_on(gpu: Gpu, value_bytes: int) -> Compute:
     """
     dtype = "bfloat16" if value_bytes == 2 else "float32"
     if gpu.name == "CPU":
-        return Compute(dtype, "cpu")
+        return Compute(dtype, "cpu", compiler=not lacks_for_cpu_kernels())
     return Compute(dtype, "cuda", gpu.compute_capability or (8, 0), gpu.triton)
 
 
@@ -76,6 +84,8 @@ def choose(shape: PackedShape, compute: Compute = Compute()) -> Choice:
     On GPUs 8-bit codes with one scale a row run as two tinygemm matmuls where that can be: torch's int8 kernel there
     is a plain loop (aten/src/ATen/native/cuda/int8mm.cu).
     """
+    if not not_on_cpu_kernels(shape, compute):
+        return Choice("cpu")
     if shape.blocks:
         return _blocks(shape, compute)
     if shape.table:
@@ -95,6 +105,20 @@ def choose(shape: PackedShape, compute: Compute = Compute()) -> Choice:
     if int8 and (compute.device == "cpu" or found.kind == "tiled"):
         return Choice("int8")
     return found
+
+
+def not_on_cpu_kernels(shape: PackedShape, compute: Compute) -> str:
+    """Why this project's own CPU kernels do not take such codes; empty when they do."""
+    if compute.device != "cpu" or compute.dtype != "bfloat16":
+        return "CPU kernels take bfloat16 activations on a CPU"
+    if not compute.compiler:
+        return "CPU kernels can't be built"
+    if shape.table and shape.blocks not in _CPU_BLOCKS:
+        return f"CPU kernels have no table for {shape.blocks or 'NF4'}"
+    group = shape.group if not shape.blocks else _SUB_GROUPS.get(shape.blocks, 32)
+    if kernel_group(group, CPU_GROUPS) == 0:
+        return f"groups of {group} columns: CPU kernels want a multiple of 16"
+    return ""
 
 
 def _not_triton(shape: PackedShape, compute: Compute) -> str:
@@ -136,15 +160,26 @@ def _four_bit(shape: PackedShape, compute: Compute) -> Choice:
     return Choice("int4" if shape.bits == 4 else "int4 halves")
 
 
-def kernel_group(group: int) -> int:
+def kernel_group(group: int, sizes: tuple[int, ...] = KERNEL_GROUPS) -> int:
     """The kernel's group size that a group of `group` columns can be cut into; 0 when there is none."""
-    return next((size for size in KERNEL_GROUPS if group % size == 0), 0)
+    return next((size for size in sizes if group % size == 0), 0)
+
+
+def cpu_bits(shape: PackedShape) -> int:
+    """Bits of a code on the CPU kernels: 4 where that suffices; else 8, levels of a table of GGUF's among them."""
+    return 4 if shape.bits <= 4 and not shape.blocks.startswith("IQ") else 8
 
 
 def kept_bytes(shape: PackedShape, kind: Kind) -> list[int]:
     """Sizes of the tensors a linear of this kernel keeps, its bias and column order apart."""
     outputs, inputs = shape.out_features, shape.in_features
     weights = outputs * inputs
+    if kind == "cpu":
+        rows = math.ceil(outputs / 16) * 16
+        group = _SUB_GROUPS.get(shape.blocks, 32) if shape.blocks else shape.group
+        groups = rows * (inputs // kernel_group(group, CPU_GROUPS))
+        scales = groups * (4 if shape.blocks in _WIDE_SCALES else 2)
+        return [rows * inputs * cpu_bits(shape) // 8, scales] + ([] if shape.sym else [4 * groups])
     if kind == "int8":
         return [weights, 4 * outputs, 2 * outputs]
     if kind == "nf4":
@@ -157,6 +192,8 @@ def kept_bytes(shape: PackedShape, kind: Kind) -> list[int]:
         groups = outputs * (inputs // shape.group)
         return [codes, 2 * groups] + ([] if shape.sym else [groups])
     pairs = 4 * outputs * (inputs // kernel_group(shape.group))
+    if kind == "triton" and shape.sym:  # scales alone
+        pairs //= 2
     twice = kind == "int4 halves" and not shape.sym
     return [weights * shape.bits // 8, pairs * (2 if twice else 1)]
 
@@ -169,6 +206,8 @@ def kept(shape: PackedShape, compute: Compute) -> list[int]:
 def row_block_bytes(shape: PackedShape, compute: Compute) -> int:
     """Bytes at most while a row block of a packed linear is written out."""
     kind = choose(shape, compute).kind
+    if kind == "cpu":
+        return 0
     weights = min(shape.out_features * shape.in_features, row_block_weights(shape.in_features, compute.device))
     width = ROW_BLOCK_BYTES[kind][0 if shape.sym else 1]
     if compute.widens:

@@ -1,8 +1,9 @@
-"""One token at a time on one GPU: the whole step on Triton kernels, then replayed as a CUDA graph.
+"""One token at a time on this project's kernels: on a CPU, or on one GPU and then replayed as a CUDA graph.
 
-A token of transformers' modules is some 2,000 launches, which take longer than the 72B's weights do to be read. Here it
-is about 14 a layer, and none of them by Python once the step has been captured: its shapes do not change, since how
-much of the cache is filled is read on the GPU.
+On a CPU transformers' modules take as long for a token of a 0.5B model as its matmuls. On a GPU a token of theirs is
+some 2,000 launches, which take longer than the 72B's weights do to be read. Here it is about 14 a layer, and none of
+them by Python once the step has been captured: its shapes do not change, since how much of the cache is filled is read
+on the GPU.
 
 Shapes: h, x [1, hidden]; H heads of D values, N heads of keys and values.
 """
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from qwenq.machine import has_triton
 from qwenq.model.architectures import ARCHITECTURES
+from qwenq.runtime import cpu_kernels
 from qwenq.runtime.cache import FP8, KvCache
 from qwenq.runtime.model import RunningModel
 
@@ -26,6 +28,24 @@ FIXED_ROPE = ("default", "linear", "yarn", "llama3")  # frequencies that do not 
 
 def why_not(model: RunningModel, kv_dtype: torch.dtype | None) -> str:
     """Why this model's tokens are computed by transformers' modules; empty when they need not be."""
+    why = _why_not_here(model, kv_dtype)
+    if why:
+        return why
+    names, activation = model.spec.architecture, getattr(model.network.config, "hidden_act", "silu")
+    if tuple(lin.path for lin in names.linears) != LINEARS or activation != "silu":
+        return f"the layers of {names.model_type} with {activation}"
+    rope = getattr(model.network.model.rotary_emb, "rope_type", "default")
+    return "" if rope in FIXED_ROPE else f"{rope} rotary embeddings"
+
+
+def _why_not_here(model: RunningModel, kv_dtype: torch.dtype | None) -> str:
+    """What of the devices, dtypes and heads keeps the kernels from a model."""
+    if set(model.device_map.values()) == {"cpu"} and model.device.type == "cpu":
+        if model.dtype != torch.bfloat16 or kv_dtype not in (None, torch.bfloat16):
+            return "the CPU kernels want activations and a cache in bfloat16"
+        if model.spec.head_dim % 16 or model.spec.head_dim > cpu_kernels.MOST_WIDTH:
+            return f"heads of {model.spec.head_dim} values"
+        return cpu_kernels.refusal()
     if any(not isinstance(place, int) for place in model.device_map.values()):
         return "layers outside GPU memory"
     if len(model.devices) > 1:
@@ -39,11 +59,7 @@ def why_not(model: RunningModel, kv_dtype: torch.dtype | None) -> str:
         return "an fp8 cache needs compute capability 8.9 there"
     if model.spec.head_dim & (model.spec.head_dim - 1) or model.spec.head_dim < 32:
         return f"heads of {model.spec.head_dim} values"
-    names, activation = model.spec.architecture, getattr(model.network.config, "hidden_act", "silu")
-    if tuple(lin.path for lin in names.linears) != LINEARS or activation != "silu":
-        return f"the layers of {names.model_type} with {activation}"
-    rope = getattr(model.network.model.rotary_emb, "rope_type", "default")
-    return "" if rope in FIXED_ROPE else f"{rope} rotary embeddings"
+    return ""
 
 
 def _out_of_memory(error: BaseException | None) -> bool:
@@ -57,12 +73,14 @@ def _out_of_memory(error: BaseException | None) -> bool:
 class DecodeStep:
     """A step on one model and one cache: a token's logits, and its keys and values put into the cache."""
 
-    def __init__(self, model: RunningModel, cache: KvCache) -> None:
-        from qwenq.runtime import triton_kernels
+    def __init__(self, model: RunningModel, cache: KvCache, kernels: Any = None) -> None:
+        if kernels is None and model.device.type == "cuda":
+            from qwenq.runtime import triton_kernels
 
-        self.kernels: Any = triton_kernels
+            kernels = triton_kernels
+        self.kernels: Any = kernels or cpu_kernels
+        self.graphed = self.kernels is not cpu_kernels
         self.model, self.cache = model, cache
-        self.graphed = True
         self.reason = ""  # why there is no graph though one was asked for
         self.steps = 0
         self.inputs = torch.zeros(2, dtype=torch.int64, device=model.device)  # the token, and its position
@@ -106,7 +124,8 @@ class DecodeStep:
 
     def _step(self) -> Tensor:
         kernels, inner, spec = self.kernels, self.model.network.model, self.model.spec
-        width, length = spec.head_dim, (self.inputs[1:] + 1).int()
+        width = spec.head_dim
+        length = int(self.inputs[1]) + 1 if kernels is cpu_kernels else (self.inputs[1:] + 1).int()
         h, added = inner.embed_tokens(self.inputs[:1]), None
         cos, sin = inner.rotary_emb(h[None], self.inputs[None, 1:])
         for index, layer in enumerate(inner.layers):

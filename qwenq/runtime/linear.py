@@ -5,6 +5,7 @@ Which one a linear becomes depends on how its format describes it, on activation
 Shapes: x [..., in]; M rows of x; O outputs, I inputs, G groups of K columns.
 
 - TritonLinear: 4- and 8-bit codes on NVIDIA GPUs, on this project's own kernels (`triton_kernels`).
+- CpuLinear: codes of up to 8 bits on x86 CPUs, GGUF's types included, on this project's own kernels (`cpu_kernels`).
 - Int4Linear: 4-bit codes in the layout of `_weight_int4pack_mm_for_cpu` or of tinygemm (`_weight_int4pack_mm`). Both
   take (scale, offset) pairs in the activations' dtype: w = (code - 8) * scale + offset. 8-bit codes in groups run there
   as two products, code = 16 * high + low. From `dense_from` rows on, one row block of outputs at a time is
@@ -28,10 +29,21 @@ from torch import Tensor, nn
 
 from qwenq.formats.base import PackedShape
 from qwenq.formats.bitsandbytes import Nf4Blocks
-from qwenq.formats.gguf import Blocks, dequantize_blocks
-from qwenq.machine import Compute, has_triton
+from qwenq.formats.gguf import Blocks, dequantize_blocks, type_scheme
+from qwenq.machine import Compute, has_triton, lacks_for_cpu_kernels
 from qwenq.model.devices import multiply_into, product_dtype
-from qwenq.planning.kernels import Choice, Kind, choose, dense_from, kernel_group, row_block_weights
+from qwenq.planning.kernels import (
+    CPU_GROUPS,
+    Choice,
+    Kind,
+    choose,
+    cpu_bits,
+    dense_from,
+    kernel_group,
+    not_on_cpu_kernels,
+    row_block_weights,
+)
+from qwenq.runtime import cpu_kernels
 from qwenq.solver.grid import QTensor
 
 STORED_DENSE_FROM = 4  # rows from which a 16-bit weight is multiplied in `product_dtype`; below, memory is the limit
@@ -49,8 +61,16 @@ def packed_linear(
     if shape.sym and isinstance(stored, QTensor) and not _symmetric(stored):
         shape = replace(shape, sym=False)  # only the config calls it symmetric
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
-    compute = Compute(str(dtype)[6:], device.type, capability, has_triton())
+    lacking = lacks_for_cpu_kernels() if device.type == "cpu" else ""
+    compute = Compute(str(dtype)[6:], device.type, capability, has_triton(), compiler=not lacking)
     choice = choose(shape, compute)
+    if choice.kind == "cpu" and (why := cpu_kernels.refusal()):
+        lacking, compute = why, replace(compute, compiler=False)
+        choice = choose(shape, compute)
+    if choice.kind == "cpu" and isinstance(stored, QTensor | Blocks):
+        return CpuLinear(stored, shape, bias, dtype).requires_grad_(False), choice
+    if lacking and not choice.reason and choose(shape, replace(compute, compiler=True)).kind == "cpu":
+        choice = replace(choice, reason=lacking)
     codes = stored.integers() if isinstance(stored, Blocks) and choice.kind != "blocks" else stored
     if choice.kind == "triton" and isinstance(codes, QTensor):
         own = TritonLinear(codes, bias, dtype, device)
@@ -139,8 +159,10 @@ class TritonLinear(_Linear):
         wide = self.in_features // q.scales_OG.shape[1]
         # Pairs per kernel group: a wider group repeats its own.
         scales_OG = q.scales_OG if q.scales_OG.dtype.itemsize == 2 else q.scales_OG.to(dtype)
-        shifts_OG = (q.zeros_OG.to(torch.int16) - q.integers.zero).to(scales_OG.dtype)
-        pairs = torch.stack((scales_OG.to(device).T, shifts_OG.to(device).T))
+        kept = [scales_OG]
+        if not self.sym:
+            kept.append((q.zeros_OG.to(torch.int16) - q.integers.zero).to(scales_OG.dtype))
+        pairs = torch.stack([each_OG.to(device).T for each_OG in kept])
         self.pairs = _parameter(pairs.repeat_interleave(wide // kernel_group(wide), 1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -180,6 +202,81 @@ class TritonLinear(_Linear):
         w_RI = torch.empty(stop - start, self.in_features, dtype=dtype, device=self.codes.device)
         self.kernels.write_rows(self.codes, self.pairs, self.sym, w_RI, start)
         return w_RI.T
+
+
+class CpuLinear(nn.Module):
+    """Codes of up to 8 bits with scales as stored, multiplied by this project's own CPU kernels; bfloat16.
+
+    Activations are rounded to 16-bit integers with a scale for each kernel group. `is_head`: float32 out.
+    """
+
+    def __init__(
+        self,
+        stored: QTensor | Blocks,
+        shape: PackedShape,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        *,
+        is_head: bool = False,
+    ) -> None:
+        super().__init__()
+        self.bits = cpu_bits(shape)
+        codes_OI, scales_OG, minima_OG = _signed(stored, self.bits)
+        self.out_features, self.in_features = codes_OI.shape
+        self.is_head = is_head
+        order = stored.order_I if isinstance(stored, QTensor) else None
+        self.order = None if order is None else _parameter(order)
+        self.bias = None if bias is None else _parameter(bias.to(dtype))
+        wide = self.in_features // scales_OG.shape[1]
+        each = wide // kernel_group(wide, CPU_GROUPS)  # a wider group repeats its own
+        outputs = -(-self.out_features // cpu_kernels.BLOCK)
+        codes = torch.empty(outputs, self.in_features * cpu_kernels.BLOCK * self.bits // 8, dtype=torch.uint8)
+        for start in range(0, self.out_features, _PACK_ROWS):
+            part_RI = codes_OI[start : start + _PACK_ROWS].view(torch.uint8)  # negative codes begin at 256
+            packed = cpu_kernels.pack_codes(part_RI + (1 << (self.bits - 1)), self.bits)
+            first = start // cpu_kernels.BLOCK
+            codes[first : first + packed.shape[0]] = packed
+        self.codes = _parameter(codes)
+        self.scales = _parameter(cpu_kernels.pack_groups(_narrow(scales_OG).repeat_interleave(each, 1)))
+        self.offsets = None
+        if minima_OG is not None:
+            self.offsets = _parameter(cpu_kernels.pack_groups(-minima_OG.float().repeat_interleave(each, 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_MI = x.reshape(-1, self.in_features)
+        x_MI = (x_MI if self.order is None else x_MI.index_select(1, self.order)).contiguous()
+        y_MO = torch.empty(x_MI.shape[0], self.out_features, dtype=torch.float32 if self.is_head else x.dtype)
+        cpu_kernels.multiply(x_MI, self.codes, self.scales, self.offsets, self.bias, y_MO)
+        return y_MO.view(*x.shape[:-1], self.out_features)
+
+    def rows(self, outputs_R: Tensor) -> Tensor:
+        """The weight's rows of some outputs (int64), float32 [R, in], columns in the order of the groups."""
+        codes_RI = cpu_kernels.unpack_codes(self.codes, self.bits, outputs_R).int() - (1 << (self.bits - 1))
+        at = outputs_R // cpu_kernels.BLOCK, slice(None), outputs_R % cpu_kernels.BLOCK
+        w_RGK = codes_RI.float().view(len(outputs_R), self.scales.shape[1], -1) * self.scales[at].float()[..., None]
+        if self.offsets is not None:
+            w_RGK = w_RGK - self.offsets[at][..., None]
+        return w_RGK.view(len(outputs_R), self.in_features)
+
+
+def _signed(stored: QTensor | Blocks, bits: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes int8 [out, in] of so many bits, scales and minima [out, groups], so that w = scale * code + minimum."""
+    if isinstance(stored, Blocks):
+        codes_OI, scales_OG, minima_OG = stored.signed()
+        if minima_OG is None or bits == 8:
+            return codes_OI, scales_OG, minima_OG
+        return codes_OI - 8, scales_OG, minima_OG + 8 * scales_OG  # they were unsigned
+    zero = stored.integers.zero
+    codes_OI = (stored.codes_OI - zero).view(torch.int8)
+    if _symmetric(stored):
+        return codes_OI, stored.scales_OG, None
+    return codes_OI, stored.scales_OG, stored.scales_OG.float() * (zero - stored.zeros_OG.float())
+
+
+def _narrow(scales_OG: Tensor) -> Tensor:
+    """Scales in float16 where that is exact, else float32."""
+    halves_OG = scales_OG.to(torch.float16)
+    return halves_OG if bool((halves_OG == scales_OG).all()) else scales_OG.float()
 
 
 class Int4Linear(_Linear):
@@ -389,6 +486,17 @@ class BlockLinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
 
+class PackedEmbedding(nn.Module):
+    """An embedding table that is a head's weight too: rows are dequantized as they are looked up."""
+
+    def __init__(self, head: CpuLinear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.head, self.dtype = head, dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head.rows(ids.reshape(-1)).to(self.dtype).view(*ids.shape, -1)
+
+
 class BlockEmbedding(nn.Module):
     """An embedding table of a GGUF file, its bytes as they are: rows are dequantized as they are looked up."""
 
@@ -402,8 +510,16 @@ class BlockEmbedding(nn.Module):
         return rows.view(*ids.shape, -1)
 
 
+def block_head(stored: Blocks, dtype: torch.dtype, device: torch.device) -> CpuLinear | BlockLinear:
+    """A GGUF file's head: on the CPU kernels where they take it, else in row blocks."""
+    shape = PackedShape(type_scheme(stored.kind).bits, 32, *stored.shape, True, table=True, blocks=stored.kind)
+    compute = Compute(str(dtype)[6:], device.type, compiler=not lacks_for_cpu_kernels())
+    if not not_on_cpu_kernels(shape, compute) and not cpu_kernels.refusal():
+        return CpuLinear(stored, shape, None, dtype, is_head=True)
+    return BlockLinear(stored, None, dtype, device, is_head=True)
+
+
 _MODULES: dict[Kind, Callable[..., nn.Module]] = {
-    "triton": TritonLinear,
     "int4": Int4Linear,
     "int4 halves": Int4Linear,
     "int8": Int8Linear,
@@ -430,7 +546,17 @@ class StoredLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # contiguous: for a slice of rows torch's bfloat16 product on a CPU copies the whole weight
         x_MI = x.reshape(-1, self.in_features).contiguous()
+        if x_MI.shape[0] == 1 and self._own(x_MI):
+            y_MO = torch.empty(1, self.out_features, dtype=torch.float32 if self.is_head else x.dtype)
+            cpu_kernels.multiply_stored(x_MI[0], self.weight, self.bias, y_MO[0])
+            return y_MO.view(*x.shape[:-1], self.out_features)
         return self._product(x_MI).view(*x.shape[:-1], self.out_features)
+
+    def _own(self, x_MI: Tensor) -> bool:
+        """Whether this project's CPU kernel multiplies one row: it is twice as fast as torch's in bfloat16."""
+        if x_MI.device.type != "cpu" or x_MI.dtype != torch.bfloat16 or self.weight.dtype.itemsize != 2:
+            return False
+        return not cpu_kernels.refusal()
 
     def _product(self, x_MI: Tensor) -> Tensor:
         dtype = x_MI.dtype if x_MI.shape[0] < STORED_DENSE_FROM else product_dtype(x_MI)

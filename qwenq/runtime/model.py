@@ -32,7 +32,7 @@ from qwenq.model.spec import LinearSpec, ModelSpec
 from qwenq.pipeline.monitor import memory_errors
 from qwenq.planning.kernels import Choice
 from qwenq.runtime.cache import ATTENTION, register
-from qwenq.runtime.linear import BlockEmbedding, BlockLinear, StoredLinear, packed_linear
+from qwenq.runtime.linear import BlockEmbedding, CpuLinear, PackedEmbedding, StoredLinear, block_head, packed_linear
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,14 @@ def build_model(
     where, device = place(names.embedding)
     with memory_errors("loading the embedding", device, 2 * spec.vocab_size * spec.hidden_size, _SMALLER):
         table = weights.table(spec.embedding_tensor, device)
-        embedding = BlockEmbedding(table, dtype) if isinstance(table, Blocks) else StoredEmbedding(table, dtype)
+        tied: nn.Module | None = None
+        embedding: nn.Module
+        if not isinstance(table, Blocks):
+            embedding = StoredEmbedding(table, dtype)
+        elif spec.tie_word_embeddings and isinstance(tied := block_head(table, dtype, device), CpuLinear):
+            embedding = PackedEmbedding(tied, dtype)
+        else:
+            embedding = BlockEmbedding(table, dtype)
         keep(names.embedding, embedding, where)
         shared[device] = table
     for layer in range(spec.num_hidden_layers):
@@ -193,7 +200,7 @@ def build_model(
         else:
             head = shared[device] if device in shared else shared.setdefault(device, table.to(device))
         if isinstance(head, Blocks):
-            keep(names.head, BlockLinear(head, None, dtype, device, is_head=True), where)
+            keep(names.head, tied or block_head(head, dtype, device), where)
         else:
             keep(names.head, StoredLinear(head, None, dtype, is_head=True), where)
     network.eval().requires_grad_(False)

@@ -4,7 +4,8 @@ Shapes: x [M, I] activations, M rows; O outputs, I inputs, G groups of K columns
 
 Codes are laid out by `linear.pack_codes`: a thread that loads 16 bytes of 4-bit codes gets from each shift of its
 16-bit words codes of consecutive columns, two to a register as tensor cores want them.
-`pairs` [2, G, O], 16-bit: scales, and zero points less the middle code 2 ** (bits - 1); both as stored, so exact.
+`pairs` [2, G, O], 16-bit: scales, and zero points less the middle code 2 ** (bits - 1); both as stored, so exact. Of
+symmetric weights the scales alone, [1, G, O].
 
 Sums are taken in float32 in a fixed order (no atomics): the same input gives the same bits.
 """
@@ -90,6 +91,11 @@ def launched(case: tuple[Any, ...], choices: Sequence[A], launch: Callable[[A], 
         return choices[at]
     said = (str(why).strip().splitlines() or [type(why).__name__])[0]
     raise KernelRefused(f"Triton kernel {case[0]}: {said}") from why
+
+
+def launched_once(name: str, out: Tensor, launch: Callable[[], Any]) -> None:
+    """A kernel without choices, which writes `out`; KernelRefused when it does not compile or is not launched."""
+    launched((name, out.device, out.dtype), (None,), lambda _: launch())
 
 
 def ladder(tiling: Tiling, rows: int, bits: int, group: int, limit_bytes: int) -> list[Tiling]:
@@ -286,9 +292,9 @@ def multiply(
         case = ("multiply", x_MI.device, x_MI.dtype, bits, group, sym, bias_O is not None, usual, usual.tile(rows))
         launched(case, _ladder(usual, usual.tile(rows), bits, group, limit), launch)
     if most > 1:
-        _add_splits[(triton.cdiv(rows * outputs, 512),)](
+        launched_once("add_splits", out, lambda: _add_splits[(triton.cdiv(rows * outputs, 512),)](
             partial, bias, out, rows * outputs, outputs, HAS_BIAS=bias_O is not None, SPLITS=most, BLOCK=512
-        )
+        ))  # fmt: skip
     return out
 
 
@@ -345,10 +351,10 @@ def write_rows(
     """Outputs `start` and on of the weight, each value rounded once, into out [R, I]."""
     (rows, inputs), (_, groups, outputs) = out_RI.shape, pairs_2GO.shape
     bits, group = 8 if codes.shape[1] == inputs else 4, inputs // groups
-    _write_rows[triton.cdiv(rows, block), groups](
+    launched_once("write_rows", out_RI, lambda: _write_rows[triton.cdiv(rows, block), groups](
         codes if bits == 8 else codes.view(torch.int16), pairs_2GO, out_RI, start, start + rows, outputs,
         inputs // UNIT, groups, BITS=bits, GROUP=group, SYM=sym, BLOCK_O=block, num_warps=warps,
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 # ---------------------------------------------------------------------- one token: norms, rotary positions, attention
@@ -375,10 +381,10 @@ def add_norm(h_MI: Tensor, added_MI: Tensor | None, weight_I: Tensor, eps: float
     """h + added, and its RMS norm, rounded where transformers' modules round."""
     rows, width = h_MI.shape
     total, out = (h_MI if added_MI is None else torch.empty_like(h_MI)), torch.empty_like(h_MI)
-    _add_norm[(rows,)](
+    launched_once("add_norm", out, lambda: _add_norm[(rows,)](
         h_MI, h_MI if added_MI is None else added_MI, weight_I, total, out, width, eps,
         HAS_ADDED=added_MI is not None, BLOCK=triton.next_power_of_2(width), num_warps=8 if width > 2048 else 4,
-    )  # fmt: skip
+    ))  # fmt: skip
     return total, out
 
 
@@ -396,7 +402,8 @@ def _gate(gate_ptr, up_ptr, out_ptr, count, BLOCK: tl.constexpr):
 def gate(gate_MI: Tensor, up_MI: Tensor) -> Tensor:
     """silu(gate) up."""
     out = torch.empty_like(gate_MI)
-    _gate[(triton.cdiv(out.numel(), 1024),)](gate_MI, up_MI, out, out.numel(), BLOCK=1024)
+    blocks = triton.cdiv(out.numel(), 1024)
+    launched_once("gate", out, lambda: _gate[(blocks,)](gate_MI, up_MI, out, out.numel(), BLOCK=1024))
     return out
 
 
@@ -468,11 +475,11 @@ def turn_and_keep(
     out = torch.empty_like(q_HD)
     normed = head.q_norm is not None
     clamped = keys.dtype in (torch.float8_e4m3fn, torch.float16)
-    _turn_and_keep[(heads + k_ND.shape[0],)](
+    launched_once("turn_and_keep", out, lambda: _turn_and_keep[(heads + k_ND.shape[0],)](
         q_HD, k_ND, v_ND, head.cos, head.sin, head.q_norm if normed else q_HD, head.k_norm if normed else k_ND,
         out, keys, values, length, heads, keys.shape[2], torch.finfo(keys.dtype).max, head.eps,
         HALF=width // 2, NORMED=normed, CLAMPED=clamped, num_warps=1,
-    )  # fmt: skip
+    ))  # fmt: skip
     return out
 
 
@@ -561,5 +568,7 @@ def attend_one(
         case = ("attend_one", q_HD.device, q_HD.dtype, keys.dtype, rows, each, width)
         launched(case, [asked for asked in KEYS_AT_ONCE if fits(asked)] or KEYS_AT_ONCE[-1:], launch)
     out = torch.empty_like(q_HD)
-    _join_parts[(heads,)](partial, stats, out, PARTS=parts, WIDTH=width, num_warps=4)
+    launched_once(
+        "join_parts", out, lambda: _join_parts[(heads,)](partial, stats, out, PARTS=parts, WIDTH=width, num_warps=4)
+    )
     return out

@@ -157,7 +157,8 @@ def test_which_linears_they_take() -> None:
     assert choose(shape, replace(ampere, triton=False)) == Choice("int4", "Triton is not installed")
     assert choose(shape, replace(ampere, capability=(7, 5))).kind == "tiled"
     assert choose(shape, replace(ampere, dtype="float32")).kind == "tiled"
-    assert choose(shape, replace(ampere, device="cpu")) == Choice("int4")
+    assert choose(shape, replace(ampere, device="cpu")) == Choice("cpu")
+    assert choose(shape, replace(ampere, device="cpu", compiler=False)) == Choice("int4")
     found = choose(replace(shape, group=32, in_features=4096 + 32), ampere)
     assert found.kind == "int4" and "4128 inputs in groups of 32" in found.reason
 
@@ -346,7 +347,7 @@ def test_a_step_is_that_of_transformers_modules(kernels: Any, name: str, kept: t
     tokens = [5, 7, 100]
     with torch.inference_mode():
         model.network(torch.randint(0, 256, (1, 9)), past_key_values=cache, use_cache=True)
-        step = DecodeStep(model, cache)
+        step = DecodeStep(model, cache, kernels)
         step.graphed = False
         got = [step(token).clone() for token in tokens]
         assert cache.get_seq_length() == 12
@@ -378,12 +379,13 @@ def test_a_refused_step_goes_on_with_modules(monkeypatch: pytest.MonkeyPatch) ->
     plain = Session(model, 32)
     plain.prefill([1, 2, 3], Timing())
     wanted = plain.forward([4])
-    assert plain.decoding == "transformers' modules: layers outside GPU memory"
+    assert plain.decoding == "transformers' modules: the CPU kernels want activations and a cache in bfloat16"
     monkeypatch.setattr(generate, "why_not", lambda model, kept: "")
     monkeypatch.setattr(generate, "DecodeStep", Refusing)
     session = Session(model, 32)
     session.prefill([1, 2, 3], Timing())
-    assert torch.equal(session.forward([4]), wanted)
+    with pytest.warns(RuntimeWarning, match="tokens by transformers' modules: Triton kernel attend_one: no tiling"):
+        assert torch.equal(session.forward([4]), wanted)
     assert session.decoding == "transformers' modules: Triton kernel attend_one: no tiling"
     assert torch.equal(session.forward([5]), plain.forward([5])), "the cache holds each token once"
 
@@ -417,7 +419,7 @@ def test_no_memory_for_a_graph(
         "graph": lambda graph, **options: capture(error), "set_stream": lambda stream: None,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)
-    step = DecodeStep(model, cache)
+    step = DecodeStep(model, cache, kernels)
     monkeypatch.setattr(step, "_step", lambda: torch.ones(3))
     if error is not None and not falls_back:
         with pytest.raises(RuntimeError, match="not permitted"):
@@ -431,7 +433,10 @@ def test_no_memory_for_a_graph(
 
 def test_models_that_a_step_does_not_know() -> None:
     model = built("Qwen2.5-0.5B")
-    assert decode.why_not(model, None) == "layers outside GPU memory"
+    assert decode.why_not(model, None) == "the CPU kernels want activations and a cache in bfloat16"
+    assert decode.why_not(replace(model, device_map=model.device_map | {"lm_head": 0}), None) == (
+        "layers outside GPU memory"
+    )
     on_gpu = replace(model, device_map=dict.fromkeys(model.device_map, 0))
     network: Any = nn.Module()
     network.config = SimpleNamespace(hidden_act="gelu")

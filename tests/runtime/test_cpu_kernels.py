@@ -1,0 +1,267 @@
+"""This project's CPU kernels against float64 products of dequantized weights, and machines where they can't be built.
+
+The kernels are compiled here, for this machine's instructions and, where it has AVX-512, for AVX2 and for AVX-512
+without VNNI too.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwenq.formats.base import PackedShape, Recipe, Scheme
+from qwenq.formats.gguf import CODES, WRITTEN, Blocks, type_scheme
+from qwenq.machine import lacks_for_cpu_kernels
+from qwenq.planning.kernels import Choice, kept_bytes
+from qwenq.planning.models import load_spec
+from qwenq.planning.placement import host_map
+from qwenq.runtime import cpu_kernels, linear
+from qwenq.runtime.generate import Session, Timing
+from qwenq.runtime.linear import CpuLinear, StoredLinear, packed_linear
+from qwenq.runtime.model import build_model
+from qwenq.runtime.synthetic import SyntheticWeights, synthetic_config
+from qwenq.solver.grid import QTensor
+
+CPU, BF16 = torch.device("cpu"), torch.bfloat16
+pytestmark = pytest.mark.skipif(bool(lacks_for_cpu_kernels()), reason=lacks_for_cpu_kernels() or "-")
+INSTRUCTIONS = {
+    "native": cpu_kernels.FLAGS,
+    "AVX-512 without VNNI": (*cpu_kernels.FLAGS, "-mno-avx512vnni"),
+    "AVX2": (*cpu_kernels.FLAGS, "-mno-avx512f"),
+}
+
+
+@pytest.fixture(params=INSTRUCTIONS)
+def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Kernels for each set of instructions that this machine has."""
+    built = cpu_kernels._built(INSTRUCTIONS[request.param])
+    assert not isinstance(built, str), built
+    monkeypatch.setattr(cpu_kernels, "_library", lambda: built)
+    yield request.param
+
+
+def random_q(bits: int, group: int, rows: int, columns: int, sym: bool = True) -> QTensor:
+    generator = torch.Generator().manual_seed(rows + columns + bits)
+    scheme = Scheme(bits, group, sym)
+    groups = scheme.groups(columns)
+    codes = torch.randint(0, scheme.levels, (rows, columns), generator=generator, dtype=torch.uint8)
+    scales = (torch.randn(rows, groups, generator=generator) * 0.02).half()  # negative ones too
+    zeros = torch.randint(0, scheme.levels, (rows, groups), generator=generator, dtype=torch.uint8)
+    return QTensor(codes, (scales, torch.full_like(zeros, scheme.zero) if sym else zeros), scheme.grid())
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+CASES = [
+    (4, 32, 64, 192, True),
+    (4, 64, 40, 128, False),  # 8 outputs in the last block
+    (4, 128, 33, 256, True),
+    (4, -1, 48, 896, True),  # one group a row, cut into kernel groups of 128
+    (4, 48, 16, 96, True),  # cut into groups of 16
+    (8, 32, 64, 192, True),
+    (8, 256, 80, 512, False),
+    (8, -1, 42, 112, True),
+]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 131])
+@pytest.mark.parametrize(("bits", "group", "outputs", "inputs", "sym"), CASES)
+def test_products(
+    bits: int, group: int, outputs: int, inputs: int, sym: bool, rows: int, instructions: str
+) -> None:
+    q = random_q(bits, group, outputs, inputs, sym)
+    shape = PackedShape(bits, q.grid.group_width(inputs), outputs, inputs, sym)
+    bias, x = torch.randn(outputs).to(BF16), torch.randn(2, rows, inputs).to(BF16)
+    module, choice = packed_linear(q, shape, bias, BF16, CPU)
+    assert choice == Choice("cpu")
+    kept = sorted(p.numel() * p.element_size() for p in module.parameters())
+    assert kept == sorted([2 * outputs, *kept_bytes(shape, "cpu")])
+    wanted = x.double() @ q.dequantize().double().T + bias.double()
+    found = module(x)
+    assert found.dtype == BF16 and found.shape == wanted.shape
+    assert relative(found, wanted) < 2**-8  # of the result alone: half of 2**-8 at most
+    head = CpuLinear(q, shape, bias, BF16, is_head=True)
+    assert relative(head(x), wanted) < 1e-4, "float32 out shows that nothing else is rounded to bfloat16"
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_largest_codes_and_activations_do_not_overflow(bits: int, instructions: str) -> None:
+    """Groups of 256 columns, all of one sign: 256 * 128 * 32767 is half of what 32 bits hold."""
+    codes = torch.full((16, 256), 0, dtype=torch.uint8)
+    q = QTensor(codes, (torch.ones(16, 1).half(), torch.full((16, 1), 1 << (bits - 1), dtype=torch.uint8)),
+                Scheme(bits, 256).grid())  # fmt: skip
+    module = CpuLinear(q, PackedShape(bits, 256, 16, 256, True), None, BF16, is_head=True)
+    for x in (torch.full((1, 256), 3.0).to(BF16), torch.full((9, 256), -3.0).to(BF16)):
+        assert torch.allclose(module(x), x.float() @ q.dequantize().T, rtol=1e-5)
+
+
+def test_a_large_activation_leaves_the_others_their_digits() -> None:
+    """One of 2,000 times the others' size: those of its group are rounded to steps of 2000 / 32767, and no others."""
+    q = random_q(4, 128, 64, 512)
+    x = torch.randn(1, 512).to(BF16)
+    x[0, 7] = 2000
+    module = CpuLinear(q, PackedShape(4, 128, 64, 512, True), None, BF16, is_head=True)
+    error = module(x).double() - x.double() @ q.dequantize().double().T
+    step, size = 2000 / 32767, float(q.dequantize()[:, :128].square().mean().sqrt())
+    assert float(error.square().mean().sqrt()) < 1.5 * step / 12**0.5 * size * 128**0.5
+
+
+def test_numbers_that_are_none_are_seen(instructions: str) -> None:
+    module = CpuLinear(random_q(4, 32, 16, 64), PackedShape(4, 32, 16, 64, True), None, BF16)
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        x = torch.ones(2, 64).to(BF16)
+        x[1, 40] = bad
+        found = module(x)
+        assert bool(found[0].isfinite().all()) and not bool(found[1].isfinite().any())
+
+
+def test_threads_do_not_change_the_bits() -> None:
+    module = CpuLinear(random_q(8, 32, 208, 256), PackedShape(8, 32, 208, 256, True), None, BF16)
+    x, threads = torch.randn(5, 256).to(BF16), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        once = module(x)
+        torch.set_num_threads(2)
+        assert torch.equal(module(x), once)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("kind", WRITTEN)
+def test_ggufs_types_are_what_gguf_py_makes_of_them(kind: str) -> None:
+    """Codes, scales and minima give gguf-py's values: nothing is rounded on the way to the kernel."""
+    found, generator = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]], np.random.default_rng(1)
+    per_row = 512 // found[0]
+    data = generator.integers(0, 256, (20, per_row, found[1]), dtype=np.uint8)
+    halves = {"Q8_0": [0], "Q4_0": [0], "Q5_0": [0], "IQ4_NL": [0], "IQ4_XS": [0], "Q4_1": [0, 2], "Q5_1": [0, 2]}
+    halves |= {"Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "Q3_K": [108], "Q2_K": [80, 82]}
+    for at in halves[kind]:  # finite scales
+        scale = (generator.standard_normal((20, per_row)) * 0.01).astype(np.float16)
+        data[:, :, at : at + 2] = scale[..., None].view(np.uint8)
+    flat = data.reshape(20, -1)
+    wanted = torch.from_numpy(gguf.quants.dequantize(flat, gguf.GGMLQuantizationType[kind]))
+    stored = Blocks(kind, torch.from_numpy(flat))
+    shape = PackedShape(type_scheme(kind).bits, 32, 20, 512, CODES[kind].scheme_fields[2], table=True, blocks=kind)
+    module, choice = packed_linear(stored, shape, None, BF16, CPU)
+    assert isinstance(module, CpuLinear) and choice == Choice("cpu")
+    assert sorted(p.numel() * p.element_size() for p in module.parameters()) == sorted(kept_bytes(shape, "cpu"))
+    assert torch.allclose(module.rows(torch.arange(20)), wanted, rtol=1e-6, atol=1e-7)
+    x = torch.randn(3, 512).to(BF16)
+    assert relative(module(x), x.double() @ wanted.double().T) < 2**-8
+    head = linear.block_head(stored, BF16, CPU)
+    assert isinstance(head, CpuLinear) and relative(head(x), x.double() @ wanted.double().T) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+@pytest.mark.parametrize("inputs", [16, 130, 896])
+def test_sixteen_bit_weights_for_one_token(dtype: torch.dtype, inputs: int, instructions: str) -> None:
+    weight, x, bias = torch.randn(37, inputs).to(dtype), torch.randn(1, 1, inputs).to(BF16), torch.randn(37)
+    wanted = x.double() @ weight.double().T
+    head = StoredLinear(weight, None, BF16, is_head=True)
+    assert head(x).dtype == torch.float32 and relative(head(x), wanted) < 1e-6
+    assert relative(StoredLinear(weight, bias, BF16)(x), wanted + bias.to(BF16).double()) < 2**-8
+
+
+# ---------------------------------------------------------------------- one token
+
+
+def test_norm_and_gate(instructions: str) -> None:
+    h, added, weight, up = (torch.randn(1, 100).to(BF16) for _ in range(4))
+    total, normed = cpu_kernels.add_norm(h, added, weight[0], 1e-6)
+    assert torch.equal(total, h + added)
+    f = total.float()
+    wanted = (f * torch.rsqrt(f.square().mean() + 1e-6)).to(BF16) * weight
+    assert relative(normed, wanted) < 2**-9
+    assert torch.equal(cpu_kernels.add_norm(h, None, weight[0], 1e-6)[0], h)
+    assert relative(cpu_kernels.gate(h, up), F.silu(h) * up) < 2**-9
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_a_token_turned_kept_and_attended(normed: bool, instructions: str) -> None:
+    heads, shared, width, capacity, length = 6, 2, 48, 9, 7
+    q, k, v = (torch.randn(n, width).to(BF16) for n in (heads, shared, shared))
+    keys, values = (torch.randn(1, shared, capacity, width).to(BF16) for _ in "kv")
+    angle = torch.rand(width // 2).repeat(2)
+    cos, sin = angle.cos().to(BF16), angle.sin().to(BF16)
+    norms = [torch.randn(width).to(BF16) for _ in "qk"] if normed else [None, None]
+
+    def turned(x: Tensor, norm: Tensor | None) -> Tensor:
+        if norm is not None:
+            x = F.rms_norm(x.float(), (width,), eps=1e-6).to(BF16) * norm
+        left, right = x.chunk(2, -1)
+        return x * cos + torch.cat((-right, left), -1) * sin
+
+    wanted_keys, wanted_values = keys.clone(), values.clone()
+    wanted_keys[0, :, length - 1], wanted_values[0, :, length - 1] = turned(k, norms[1]), v
+    head = cpu_kernels.Head(cos, sin, *norms, eps=1e-6)
+    found = cpu_kernels.turn_and_keep(q, k, v, head, (keys, values), length)
+    assert relative(found, turned(q, norms[0])) < 2**-8 and relative(keys, wanted_keys) < 2**-8
+    assert torch.equal(values, wanted_values) and torch.equal(keys[0, :, length:], wanted_keys[0, :, length:])
+    out = cpu_kernels.attend_one(found, (keys, values), length, 0.3)
+    seen = (t[0, :, :length].double().repeat_interleave(heads // shared, 0) for t in (keys, values))
+    near_k, near_v = seen
+    p = torch.softmax(torch.einsum("hd,hsd->hs", found.double() * 0.3, near_k), -1)
+    assert relative(out, torch.einsum("hs,hsd->hd", p, near_v)) < 2**-8
+
+
+@pytest.mark.parametrize("name", ["Qwen2.5-0.5B", "Qwen3-0.6B"])
+def test_a_step_is_that_of_transformers_modules(name: str) -> None:
+    """Logits of tokens behind a prompt, with norms of heads and biases, within what bfloat16 rounds."""
+    known = load_spec(name)
+    spec = replace(
+        known, num_hidden_layers=2, vocab_size=256, hidden_size=128, intermediate_size=192, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    source = SyntheticWeights(spec, Recipe(Scheme(4, 64)))
+    model = build_model(source, synthetic_config(spec), spec, host_map(spec), dtype=BF16)
+    session, modules = Session(model, 32), Session(model, 32)
+    assert session.decoding == "this project's CPU kernels"
+    prompt = torch.randint(0, 256, (9,)).tolist()
+    assert torch.equal(session.prefill(prompt, Timing()), modules.prefill(prompt, Timing()))
+    modules._step = None
+    for token in (5, 7, 100):
+        found, wanted = session.forward([token]), modules.forward([token])
+        assert found.dtype == torch.float32 and relative(found, wanted) < 0.02
+    assert session._cache is not None and session._cache.get_seq_length() == 12
+    for ours, theirs in zip(session._cache.stored(1), modules._cache.stored(1), strict=True):
+        assert relative(ours[:, :, :12], theirs[:, :, :12]) < 0.02
+
+
+# ---------------------------------------------------------------------- where they can't be built
+
+
+def test_no_compiler_and_one_that_fails_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, shape = random_q(4, 32, 64, 64), PackedShape(4, 32, 64, 64, True)
+    monkeypatch.setenv("CC", "no-such-compiler")
+    module, choice = packed_linear(q, shape, None, BF16, CPU)
+    assert choice.kind == "int4" and "need a C compiler" in choice.reason and isinstance(module, linear.Int4Linear)
+    monkeypatch.setenv("CC", "false")  # a program that always fails
+    cpu_kernels._built.cache_clear()
+    try:
+        _, choice = packed_linear(q, shape, None, BF16, CPU)
+        assert choice == Choice("int4", "false does not build the CPU kernels: no message")
+    finally:
+        cpu_kernels._built.cache_clear()
+
+
+def test_a_compiler_without_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hangs(*words: object, **more: object) -> None:
+        raise subprocess.TimeoutExpired("cc", 60)
+
+    monkeypatch.setattr(subprocess, "run", hangs)
+    cpu_kernels._built.cache_clear()
+    try:
+        assert "timed out" in cpu_kernels.refusal()
+    finally:
+        cpu_kernels._built.cache_clear()
