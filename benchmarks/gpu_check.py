@@ -58,7 +58,7 @@ PARTS = (
     Part("layer-72b", 70, 200),
     Part("vram-4", 45, 170),
     Part("vram-8", 40, 130),
-    Part("ranks", 1, 20),
+    Part("ranks", 40, 120),
 )
 
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from qwenq.pipeline.convert import Converted
     from qwenq.pipeline.dryrun import DryRun
     from qwenq.pipeline.job import QuantizeResult
+    from qwenq.pipeline.ranks import Ranks
     from qwenq.pipeline.reference_logits import SavedLogits
     from qwenq.planning.audit import Audit
     from qwenq.planning.plan import Plan, Recommendation
@@ -116,17 +117,24 @@ def quantize(
 
 
 def dry_run(
-    model: StrPath, out: StrPath | None = None, config: QuantizeConfig | None = None, **options: Unpack[QuantizeOptions]
+    model: StrPath,
+    out: StrPath | None = None,
+    config: QuantizeConfig | None = None,
+    *,
+    ranks: int = 1,
+    network: str = "",
+    **options: Unpack[QuantizeOptions],
 ) -> DryRun:
     """Sizes to the byte, predicted peaks and disk of `quantize` with the same arguments. Bytes.
 
     model: a family's name ("Qwen2.5-72B") too, in BF16. out: the directory whose disk is asked; the current one's
-    without it. Raises QwenqError for what `quantize` would refuse, but for a disk too small, which is a warning.
+    without it. ranks: that would share the work, each with the memory told. network: between them (10gbps), to say how
+    long their sums take. Raises QwenqError for what `quantize` would refuse, but for a disk too small: a warning.
     """
     from qwenq.pipeline.dryrun import dry_run as run
 
     settings = replace(config or QuantizeConfig(), **_paths(options))
-    return run(str(model), settings, None if out is None else Path(out))
+    return run(str(model), settings, None if out is None else Path(out), ranks=ranks, network=network)
 
 
 def sensitivity(
@@ -136,28 +144,36 @@ def sensitivity(
     *,
     progress: Callable[[str], None] = _nothing,
     warn: Callable[[str], None] = _nothing,
+    ranks: Ranks | None = None,
     **options: Unpack[QuantizeOptions],
 ) -> Sensitivity:
     """Measure the KL (nats a token) that each fused group of a model causes at each scheme, and write it to `output`.
 
     Of the options only text, seed, `format`, `asymmetric`, `device` (one GPU) and `compute_dtype` count. Hidden states
     lie beside `output`, or in the current directory, meanwhile. progress: gets a line of text at each step. warn: gets
-    a line for each thing that is read otherwise than config.json says, or left out of the text. Raises QwenqError.
+    a line for each thing that is read otherwise than config.json says, or left out of the text. ranks: this process
+    among those that measure together (`qwenq.pipeline.ranks.joined`); the first one writes. Raises QwenqError.
     """
+    import tempfile
+
     from qwenq.checkpoint.reader import open_source
     from qwenq.io.durable import write_bytes
     from qwenq.pipeline.config import DEFAULT_WINDOWS
     from qwenq.pipeline.fisher import measure_sensitivity, split_windows
     from qwenq.pipeline.job import DTYPES
+    from qwenq.pipeline.ranks import ALONE
     from qwenq.planning.sensitivity import encode_sensitivity
     from qwenq.text.calibration import load_windows
     from qwenq.text.tokens import ModelTokenizer
 
     settings = replace(config or QuantizeConfig(), **_paths(options))
-    path = None if output is None else Path(output)
+    ranks = ranks or ALONE
+    path = None if output is None or not ranks.first else Path(output)
     if path is not None and path.exists():
         raise JobError(f"{path}: exists already", hint="choose another --output, or delete it")
     scratch = Path.cwd() if path is None else path.absolute().parent
+    if not ranks.first:
+        scratch = Path(tempfile.gettempdir())
     if not scratch.is_dir():
         raise JobError(f"{scratch}: no such directory", hint="make it, or choose another --output")
     source = open_source(model_directory(str(model), progress))
@@ -167,6 +183,8 @@ def sensitivity(
     )  # fmt: skip
     for line in filter(None, (*source.notes, windows.left_out)):
         warn(line)
+    asked = {"source": source.sampled(), "text": windows.to_json(), "options": settings.same_everywhere()}
+    ranks.refuse_others("command", asked)
     device = pick_device(settings.device, several=False)
     found = measure_sensitivity(
         source,
@@ -177,6 +195,7 @@ def sensitivity(
         device=device,
         scratch=scratch,
         listen=progress,
+        ranks=ranks,
     )
     if path is not None:
         write_bytes(path, encode_sensitivity(found))
@@ -213,6 +232,7 @@ def evaluate(
     save_reference_logits: StrPath | SavedLogits | None = None,
     progress: Callable[[int, int], None] = _nothing,
     warn: Callable[[str], None] = _nothing,
+    ranks: Ranks | None = None,
     **options: Unpack[EvaluateOptions],
 ) -> DriftReport:
     """KL divergence, perplexity and top-1 agreement of a checkpoint against another, both streamed layer by layer.
@@ -220,12 +240,14 @@ def evaluate(
     model, reference: directories or hub names, 16-bit or quantized. progress: gets the layers done and their number.
     save_reference_logits: a file to write for `llama-perplexity --kl-divergence`, about 300 kB a position of a Qwen2.5.
     warn: gets a line for each thing that is read otherwise than a config.json says, or left out of a text. KL in nats a
-    token, with 95 % confidence intervals. Raises CheckpointError where the two cannot be compared.
+    token, with 95 % confidence intervals. ranks: this process among those that evaluate together
+    (`qwenq.pipeline.ranks.joined`). Raises CheckpointError where the two cannot be compared.
     """
     from qwenq.checkpoint.reader import open_checkpoint
     from qwenq.pipeline.evaluate import check_comparable
     from qwenq.pipeline.evaluate import evaluate as run
     from qwenq.pipeline.job import DTYPES
+    from qwenq.pipeline.ranks import ALONE
     from qwenq.pipeline.reference_logits import SavedLogits
     from qwenq.text.calibration import load_windows
     from qwenq.text.tokens import ModelTokenizer
@@ -244,16 +266,21 @@ def evaluate(
     )  # fmt: skip
     if windows.left_out:
         warn(windows.left_out)
-    device = pick_device(config.device)
+    ranks = ranks or ALONE
+    dtype = pick_compute_dtype(config.compute_dtype, device := pick_device(config.device))
+    asked = {"checkpoint": checkpoint.sampled(), "reference": base.sampled(), "text": windows.to_json()}
+    ranks.refuse_others("command", asked | {"--compute-dtype": dtype})
+    ranks.refuse_few(evaluation=len(windows.ids))
     layers = base.spec.num_hidden_layers
     return run(
         checkpoint,
         base,
         windows,
-        compute_dtype=DTYPES[pick_compute_dtype(config.compute_dtype, device)],
+        compute_dtype=DTYPES[dtype],
         devices=device.split(","),
         listen=lambda layer: progress(layer + 1, layers),
         saved=SavedLogits(Path(saved)) if isinstance(saved, str | Path) else saved,
+        ranks=ranks,
     )
 
 

@@ -88,7 +88,7 @@ def test_the_command_on_a_cpu(tmp_path: Path) -> None:
     assert found["command"] == (
         "python benchmarks/gpu_check.py --minutes 3 --only environment,ranks --device cpu --tiny --out DIR"
     )
-    assert "does not run over several ranks" in text and "## Wrong" not in text
+    assert "bytes of two ranks are one's" in text and "## Wrong" not in text
     assert {path.name for path in tmp_path.iterdir()} == {"gpu-check.json", "gpu-check.md"}
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +21,7 @@ from qwenq.formats.base import Format, Quantization, Recipe, get_format, read_qu
 from qwenq.formats.gguf import dequantize_blocks
 from qwenq.io.gguf import is_gguf
 from qwenq.io.json import open_regular, shown
-from qwenq.io.safetensors import TensorLocation, TensorSpec
+from qwenq.io.safetensors import SAMPLE_BYTES, TensorLocation, TensorSpec
 from qwenq.io.tensors import TORCH_DTYPES, raw_bytes
 from qwenq.model.metadata import paired_heads
 from qwenq.model.spec import LinearSpec, ModelSpec
@@ -29,6 +31,9 @@ FLOAT_DTYPES = ("F16", "BF16", "F32")
 SLICE_ROWS = 4096  # of the vocabulary: rows of the embedding and the head that are read at a time
 _WRITTEN_OUT = 1 << 22  # values of a GGUF tensor dequantized at a time
 _CHUNK = 1 << 20  # bytes: hashed while they are in the processor's cache
+
+
+Relay = Callable[[Path, int, int], torch.Tensor]  # file, start, end -> uint8
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()  # a line for each thing that is read otherwise than config.json says
     opened: Mapping[str, Stamp] = field(default_factory=dict, compare=False)  # files as they were before they were read
     hashed: SourceFiles | None = field(default=None, compare=False)  # files that reads are compared with
+    relay: Relay | None = field(default=None, compare=False)  # who reads the files, where that is not this process
 
     @property
     def recipe(self) -> Recipe:
@@ -91,6 +97,19 @@ class Checkpoint:
             if self.opened and self.opened.get(name) != stamp(path):
                 raise changed(path)
 
+    def sampled(self) -> str:
+        """SHA-256 over its configuration and the name, dtype, shape and first bytes of each tensor: two that differ
+        are other models, or damaged.
+        """
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for name in sorted(self.tensors):
+            location = self.tensors[name]
+            digest.update(f"{name} {location.spec.dtype} {list(location.spec.shape)}\n".encode())
+            with open_regular(location.file) as file:
+                file.seek(location.start)
+                digest.update(file.read(min(SAMPLE_BYTES, location.end - location.start)))
+        return digest.hexdigest()
+
     def read(self, name: str) -> torch.Tensor:
         """One tensor as stored, a private copy on the CPU; CheckpointError when its bytes are not those hashed."""
         location = self.tensors[name]
@@ -110,7 +129,12 @@ class Checkpoint:
 
     def _bytes(self, path: Path, start: int, end: int) -> torch.Tensor:
         """Bytes start to end of a file, uint8, copied before they are compared: what is used is what was hashed."""
-        cuts = self.hashed.cuts[path] if self.hashed else None
+        return self.relay(path, start, end) if self.relay else self.read_bytes(path, start, end, self.hashed)
+
+    @staticmethod
+    def read_bytes(path: Path, start: int, end: int, hashed: SourceFiles | None = None) -> torch.Tensor:
+        """The same from the file itself; CheckpointError where they are not those hashed."""
+        cuts = hashed.cuts[path] if hashed else None
         first, last = cuts.around(start, end) if cuts else (start, end)
         digest = cuts.state_at(first) if cuts else None
         data = torch.empty(last - first, dtype=torch.uint8)

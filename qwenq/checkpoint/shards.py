@@ -19,7 +19,7 @@ from qwenq.formats.base import Recipe, get_format
 from qwenq.io.durable import file_sha256, new_file, sync_directory
 from qwenq.io.gguf import BlockTensor, Layout, split_layouts
 from qwenq.io.json import open_regular
-from qwenq.io.safetensors import TensorLocation, TensorSpec, encode_header, read_header, tensor_bytes
+from qwenq.io.safetensors import TensorLocation, TensorSpec, encode_header, tensor_bytes
 from qwenq.model.metadata import gguf_names, paired_heads
 from qwenq.model.spec import ModelSpec
 
@@ -73,7 +73,7 @@ class StoredFiles(ABC):
 
     @abstractmethod
     def locations(self, work: Path, part: int) -> dict[str, TensorLocation]:
-        """Where the tensors of a written part lie."""
+        """Where the tensors of a part lie once it is written; nothing is read."""
 
     @abstractmethod
     def hashes(self, work: Path, parts: Mapping[int, str]) -> dict[str, str]:
@@ -114,7 +114,13 @@ class Shards(StoredFiles):
         return file_sha256(path) if path.is_file() else ""
 
     def locations(self, work: Path, part: int) -> dict[str, TensorLocation]:
-        return read_header(work / self._names[part])
+        path = work / self._names[part]
+        header, order = encode_header({tensor.name: tensor for tensor in self.parts[part]})
+        specs, at, found = {tensor.name: tensor for tensor in self.parts[part]}, len(header), {}
+        for name in order:
+            found[name] = TensorLocation(specs[name], path, at, at + specs[name].nbytes)
+            at = found[name].end
+        return found
 
     def hashes(self, work: Path, parts: Mapping[int, str]) -> dict[str, str]:
         return {self._names[part]: sha256 for part, sha256 in parts.items()}

@@ -20,10 +20,10 @@ from qwenq.cli.options import (
     Model,
     SequenceLength,
     Strict,
-    fetched,
     option,
 )
 from qwenq.cli.plain import print_json
+from qwenq.cli.ranks import fetched_once, over_ranks
 from qwenq.errors import PlanError
 from qwenq.pipeline.config import EvaluateConfig
 
@@ -63,18 +63,21 @@ def evaluate(
     Both are streamed layer by layer, so neither has to fit into memory.
     """
     increase = _percent(max_ppl_increase)
-    checkpoint, base = fetched(model), fetched(reference)
     saved = None
-    with LayerProgress(quiet=json) as progress:
-        if save_reference_logits is not None:
-            from qwenq.pipeline.reference_logits import SavedLogits
+    with over_ranks(device) as (ranks, own):
+        checkpoint, base = fetched_once(model, ranks), fetched_once(reference, ranks)
+        with LayerProgress(quiet=json or not ranks.first) as progress:
+            if save_reference_logits is not None:
+                from qwenq.pipeline.reference_logits import SavedLogits
 
-            saved = SavedLogits(save_reference_logits, progress.say)
-        drift = api.evaluate(
-            checkpoint, base, text=text, num_samples=num_samples, sequence_length=sequence_length,
-            save_reference_logits=saved, device=device, compute_dtype=compute_dtype, strict=strict,
-            progress=progress.step, warn=warn,
-        )  # fmt: skip
+                saved = SavedLogits(save_reference_logits, progress.say)
+            drift = api.evaluate(
+                checkpoint, base, text=text, num_samples=num_samples, sequence_length=sequence_length,
+                save_reference_logits=saved, device=own, compute_dtype=compute_dtype, strict=strict,
+                progress=progress.step, warn=warn, ranks=ranks,
+            )  # fmt: skip
+    if not ranks.first:
+        return
     if json:
         found = {"file": str(saved.path), "bytes": saved.file.n_bytes, "kl": saved.kl} if saved else None
         print_json(drift.to_json() | ({"reference_logits": found} if found else {}))

@@ -21,6 +21,7 @@ from typer.core import TyperCommand, TyperGroup
 from qwenq import __version__
 from qwenq.cli.plain import escape_logs, print_line, print_step
 from qwenq.errors import QwenqError, out_of_memory
+from qwenq.pipeline.launch import refuse_ranks
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ SUBCOMMANDS = {
         ),
     },
 }  # fmt: skip
+OVER_RANKS = ("quantize", "eval", "sensitivity")  # commands that go over several processes
 RENAMED_FLAGS = {"--pull": "--error-correction", "--pull-share": "--error-correction-share"}
 
 
@@ -134,6 +136,8 @@ class _Deferred(TyperCommand):
         return command
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        if self.name not in OVER_RANKS:
+            refuse_ranks(f"qwenq {self.name}")
         return self.load().make_context(info_name, args, parent=parent, **extra)
 
 

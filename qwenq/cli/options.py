@@ -168,6 +168,12 @@ SaveImatrix = Annotated[
     option(JOB, metavar="FILE", help="Write the importance matrix there, for llama-quantize."),
 ]
 DryRun = Annotated[bool, option(JOB, "--dry-run", help="Read headers only; print sizes, memory and disk.")]
+RankCount = Annotated[
+    int, option(JOB, "--ranks", metavar="N", help="With --dry-run: processes that share the work.", min=1)
+]
+Network = Annotated[
+    str, option(JOB, "--network", metavar="RATE", help="With --ranks: between them, e.g. 10gbps.", show_default=False)
+]
 Resume = Annotated[bool, option(JOB, "--resume", help="Go on with a stopped job: same command, plus this.")]
 
 # ---------------------------------------------------------------------- load, run and serve

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import typer
@@ -11,14 +12,16 @@ from rich.table import Table
 
 from qwenq.cli import options as ask
 from qwenq.cli.console import LayerProgress, drift_table, err, out, warn
-from qwenq.cli.options import fetched, options_of, warn_of_shipped
+from qwenq.cli.options import options_of, warn_of_shipped
 from qwenq.cli.plain import print_json, print_step
+from qwenq.cli.ranks import fetched_once, over_ranks
 from qwenq.errors import ExcludedOptions, PlanError
 from qwenq.escaping import several
 from qwenq.formats.base import label_of
 from qwenq.model.spec import ModelSpec, family_spec
 from qwenq.pipeline.config import QuantizeConfig
 from qwenq.pipeline.dryrun import DryRun, dry_run
+from qwenq.pipeline.launch import refuse_ranks
 from qwenq.planning.budget import Budgeted
 from qwenq.planning.sensitivity import OUTER
 from qwenq.units import format_gb, format_seconds
@@ -63,6 +66,8 @@ def quantize(
     calibration_dtype: ask.CalibrationDtype = QuantizeConfig.calibration_dtype,
     strict: ask.Strict = QuantizeConfig.strict,
     dry_run: ask.DryRun = False,
+    ranks: ask.RankCount = 1,
+    network: ask.Network = "",
     follow_links: ask.FollowLinks = False,
     resume: ask.Resume = False,
     json: ask.JsonFlag = False,
@@ -77,9 +82,12 @@ def quantize(
         raise typer.BadParameter(error.message) from None
     if save_recipe is not None and not (dry_run and config.mixed):
         raise typer.BadParameter("--save-recipe goes with --dry-run and --target-size, --bpw, --fit or --recipe")
+    if (ranks > 1 or network) and not dry_run:
+        raise typer.BadParameter("--ranks and --network go with --dry-run: torchrun starts the job itself")
     place = output if output != Path() else None
     if dry_run:
-        _dry_run(model, config, place, save_recipe, json)
+        refuse_ranks("quantize --dry-run", "start it once, with --ranks")
+        _dry_run(model, config, place, save_recipe, json, ranks, network)
     elif place is None:
         raise PlanError("no output directory", hint="give one with -o DIR")
     else:
@@ -90,22 +98,28 @@ def _quantize(model: str, config: QuantizeConfig, output: Path, resume: bool, js
     from qwenq.pipeline.prepare import prepare
     from qwenq.pipeline.quantize import quantize as run
 
-    prepared = prepare(fetched(model), output, config, resume=resume)
-    spec = prepared.source.spec
-    if ignored := prepared.source.ignored:
-        warn(f"{several(ignored)}: stored but not used by the model, left out")
-    for line in prepared.job.notes:
-        warn(line)
-    with LayerProgress(spec.num_hidden_layers, quiet=json) as progress:
-        try:
-            prepared = prepared.measured(resume=resume, listen=progress.say)
-            if prepared.budgeted and not json:
-                err.print(recipe_table(spec, prepared.budgeted))
-                err.print(prediction_line(prepared.budgeted), soft_wrap=True)
-            result = run(prepared.job, resume=resume, listen=progress)
-        except KeyboardInterrupt:
-            _say_how_to_go_on(output)
-            raise typer.Exit(130) from None
+    with over_ranks(config.device) as (ranks, device):
+        prepared = prepare(
+            fetched_once(model, ranks), output, replace(config, device=device), resume=resume, ranks=ranks
+        )
+        spec = prepared.source.spec
+        if ignored := prepared.source.ignored:
+            warn(f"{several(ignored)}: stored but not used by the model, left out")
+        for line in prepared.job.notes:
+            warn(line)
+        with LayerProgress(spec.num_hidden_layers, quiet=json or not ranks.first) as progress:
+            try:
+                prepared = prepared.measured(resume=resume, listen=progress.say, ranks=ranks)
+                if prepared.budgeted and not json:
+                    err.print(recipe_table(spec, prepared.budgeted))
+                    err.print(prediction_line(prepared.budgeted), soft_wrap=True)
+                result = run(prepared.job, resume=resume, listen=progress, ranks=ranks)
+            except KeyboardInterrupt:
+                if ranks.first:
+                    _say_how_to_go_on(output)
+                raise typer.Exit(130) from None
+    if not ranks.first:
+        return
     if json:
         print_json(result.to_json())
         return
@@ -136,11 +150,13 @@ def _say_how_to_go_on(output: Path) -> None:
 # ---------------------------------------------------------------------- dry run
 
 
-def _dry_run(model: str, config: QuantizeConfig, output: Path | None, save_to: Path | None, json: bool) -> None:
+def _dry_run(
+    model: str, config: QuantizeConfig, output: Path | None, save_to: Path | None, json: bool, ranks: int, network: str
+) -> None:
     """Print sizes, peaks, disk and warnings; raises JobError where the disk of a given output is too small."""
     if not Path(model).is_dir() and family_spec(model) is not None:
         warn_of_shipped(model)
-    found = dry_run(model, config, output)
+    found = dry_run(model, config, output, ranks=ranks, network=network)
     if save_to is not None and found.budgeted is not None:
         from qwenq.planning.recipefile import save_recipe
 
@@ -173,10 +189,17 @@ def _sizes_table(found: DryRun) -> Table:
     peaks = [("", check.peak_ram_bytes, check.peak_vram_bytes)]
     if found.sensitivity_bytes:
         peaks.append((", measuring sensitivities", *found.sensitivity_bytes))
+    of_rank = " of a rank" if check.ranks > 1 else ""
     for what, host, gpu in peaks:
-        table.add_row(f"peak memory, predicted{what}", format_gb(host))
+        table.add_row(f"peak memory{of_rank}, predicted{what}", format_gb(host))
         if gpu:
             table.add_row(f"peak memory of a GPU, predicted{what}", format_gb(gpu))
+    if check.ranks > 1:
+        row = "received by a rank, a layer"
+        table.add_row(row, format_gb(check.wire_layer_bytes))
+        if found.network:
+            table.add_row(f"the same at {found.network}", format_seconds(found.wire_s(check.wire_layer_bytes)))
+        table.add_row("hidden states to the first rank, when saved", format_gb(check.wire_state_bytes))
     table.add_row("disk needed (hidden states included)", format_gb(check.disk_needed_bytes))
     if not found.local:
         table.add_row("and on top the source's download", format_gb(check.source_tensor_bytes))

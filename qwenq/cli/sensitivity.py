@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -21,11 +22,11 @@ from qwenq.cli.options import (
     OneDevice,
     SequenceLength,
     Strict,
-    fetched,
     option,
     options_of,
 )
 from qwenq.cli.plain import print_json
+from qwenq.cli.ranks import fetched_once, over_ranks
 from qwenq.formats.base import label_of
 from qwenq.pipeline.config import QuantizeConfig, carry_zero_points
 from qwenq.planning.sensitivity import OUTER, Sensitivity
@@ -60,9 +61,14 @@ def sensitivity(
     calibration windows that the errors were not solved on.
     """
     config: QuantizeConfig = options_of(context, QuantizeConfig, asymmetric=asymmetric or None)
-    directory = fetched(model)
-    with LayerProgress(quiet=json) as progress:
-        found = api.sensitivity(directory, output, config, progress=progress.say, warn=warn)
+    with over_ranks(config.device) as (ranks, own):
+        directory = fetched_once(model, ranks)
+        with LayerProgress(quiet=json or not ranks.first) as progress:
+            found = api.sensitivity(
+                directory, output, replace(config, device=own), progress=progress.say, warn=warn, ranks=ranks
+            )
+    if not ranks.first:
+        return
     if json:
         print_json(found.to_json())
         return

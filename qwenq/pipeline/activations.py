@@ -1,4 +1,4 @@
-"""Hidden states of every token of a job: embedded, sent through layers, spilled, saved and restored.
+"""Hidden states of a rank's windows of a job: embedded, sent through layers, spilled, saved and restored.
 
 `calibration` run through the quantized layers on the calibration tokens, `original` through the 16-bit ones on the
 first windows of these.
@@ -12,16 +12,19 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from qwenq.checkpoint.reader import SLICE_ROWS, Checkpoint
 from qwenq.errors import CheckpointError
-from qwenq.io.durable import file_sha256, new_file
-from qwenq.io.safetensors import read_header
-from qwenq.io.tensors import read_into, write_shard
+from qwenq.io.durable import file_sha256, new_file, write_synced
+from qwenq.io.safetensors import TensorSpec, encode_header, read_header
+from qwenq.io.tensors import DTYPE_NAMES, raw_bytes, read_into
 from qwenq.pipeline.config import NOISE_WINDOWS, SPILL_BYTES
 from qwenq.pipeline.preflight import scratch_width
+from qwenq.pipeline.ranks import ALONE, Ranks
+from qwenq.pipeline.shares import NO_WINDOWS, Share
 from qwenq.pipeline.workers import Workers
 
 Convert = Callable[[str, torch.Tensor], torch.Tensor]
@@ -32,49 +35,86 @@ AS_WRITTEN = ("calibration", "quantized")
 
 @dataclass(frozen=True)
 class HiddenStates:
-    """Hidden states entering the next layer, each [windows, tokens, hidden]; `scratch` is flat working space."""
+    """Hidden states entering the next layer, each [windows, tokens, hidden]; `scratch` is flat working space.
+
+    shares: which of the job's windows these are, by name.
+    """
 
     states: dict[str, torch.Tensor]
+    shares: Mapping[str, Share]
     scratch: torch.Tensor
 
     def without_calibration(self) -> HiddenStates:
         """The states that the divergence is read from, after the last layer; the rest of the memory can go."""
         kept = {name: states for name, states in self.states.items() if name not in ("calibration", "original")}
-        return HiddenStates(kept, self.scratch.new_empty(0))
+        return HiddenStates(kept, self.shares, self.scratch.new_empty(0))
 
-    def save(self, path: Path) -> str:
-        """Write all states at `path`; returns the file's SHA-256."""
-        return write_shard(path, self.states)
+    def save(self, path: Path, ranks: Ranks = ALONE) -> str:
+        """Have rank 0 write the states of all windows at `path`, in the job's order; the file's SHA-256 there."""
+        header, order = encode_header(self._specs)
 
-    def restore(self, path: Path, sha256: str) -> bool:
-        """Read states that `save` wrote; False, with nothing changed, when the file is missing or damaged."""
+        def chunks(put: Callable[[Any], None]) -> None:
+            put(header)
+            for name in order:
+                for rank, place in self.shares[name].places:
+                    part = self._part(name, rank, place, ranks)
+                    ranks.send(part, rank, 0)
+                    put(raw_bytes(part))
+
+        if ranks.first:
+            return write_synced(path, chunks)
+        chunks(lambda data: None)
+        return ""
+
+    def restore(self, path: Path, sha256: str, ranks: Ranks = ALONE) -> bool:
+        """Read states that `save` wrote, on rank 0; False, with nothing changed, when they are missing or damaged."""
+        if not ranks.from_first(lambda: self._is_whole(path, sha256)):
+            return False
+        locations = read_header(path) if ranks.first else {}
+        for name in sorted(self.states):
+            at = locations[name].start if ranks.first else 0
+            for rank, place in self.shares[name].places:
+                part = self._part(name, rank, place, ranks)
+                if ranks.first:
+                    read_into(path, at, part)
+                    at += part.nbytes
+                ranks.send(part, 0, rank)
+        return True
+
+    @property
+    def _specs(self) -> dict[str, TensorSpec]:
+        """States of all ranks' windows."""
+        shape = {name: (self.shares[name].count, *states.shape[1:]) for name, states in self.states.items()}
+        return {name: TensorSpec(name, DTYPE_NAMES[t.dtype], shape[name]) for name, t in self.states.items()}
+
+    def _is_whole(self, path: Path, sha256: str) -> bool:
         if not path.is_file() or file_sha256(path) != sha256:
             return False
-        locations = read_header(path)
-        if {n: t.shape for n, t in self.states.items()} != {n: loc.spec.shape for n, loc in locations.items()}:
-            return False
-        for name, location in locations.items():
-            read_into(path, location.start, self.states[name])
-        return True
+        return {name: location.spec for name, location in read_header(path).items()} == self._specs
+
+    def _part(self, name: str, rank: int, place: slice, ranks: Ranks) -> torch.Tensor:
+        """A rank's windows at `place` on that rank, room for them on others."""
+        states = self.states[name]
+        return states[place] if rank == ranks.rank else states.new_empty(place.stop - place.start, *states.shape[1:])
 
 
 @dataclass(frozen=True)
 class LayerRunner:
     """Sends hidden states through a layer, those of each name by their workers; names without workers stay as they are.
 
-    passes: ranges of windows, by name, that go one after the other; None for all at once.
+    shares: which of the job's windows they are, by name.
     """
 
     states: Mapping[str, torch.Tensor]
+    shares: Mapping[str, Share]
     workers: Mapping[str, Workers]
-    passes: Callable[[str], list[range] | None] = lambda name: None
 
     def advance(self, state: LayerState, *names: str) -> None:
         """Send hidden states `names`, those there are, through the layer of these parameters, in place."""
         for name in self._present(names):
             workers = self.workers[name]
             workers.fill(state)
-            workers.run_layer(self.states[name], self.passes(name))
+            workers.run_layer(self.states[name], self.shares[name])
             workers.release()
 
     def replay(
@@ -91,13 +131,15 @@ class LayerRunner:
 
 @dataclass(frozen=True)
 class TokenSets:
-    """Tokens of a job, int64 [windows, tokens], and the dtypes of their hidden states."""
+    """Tokens of a job, int64 [windows, tokens], the dtypes of their hidden states, and a rank's share of either."""
 
     evaluation_NT: torch.Tensor
     dtype: torch.dtype
+    evaluation: Share
     calibration_NT: torch.Tensor | None = None  # none where two checkpoints are compared
     calibration_dtype: torch.dtype = torch.float32
-    original_windows: int = 0  # of calibration that run through the 16-bit layers too
+    calibration: Share = NO_WINDOWS
+    corrected: Share = NO_WINDOWS  # of calibration, what runs through the 16-bit layers too
 
 
 def embed_tokens(
@@ -113,16 +155,21 @@ def embed_tokens(
     convert: what the writer does to the stored embedding, which calibration and quantized hidden states begin with.
     """
     spec, calibration_NT = source.spec, tokens.calibration_NT
+    shares: dict[str, Share] = {}
     wanted: dict[str, tuple[torch.Tensor, torch.dtype]] = {}
+
+    def want(name: str, ids_NT: torch.Tensor, share: Share, dtype: torch.dtype) -> None:
+        wanted[name], shares[name] = (ids_NT[share.windows], dtype), share
+
     if calibration_NT is not None:
-        wanted["calibration"] = (calibration_NT, tokens.calibration_dtype)
-        if tokens.original_windows:
-            wanted["original"] = (calibration_NT[: tokens.original_windows], tokens.calibration_dtype)
-    wanted["reference"] = (tokens.evaluation_NT, tokens.dtype)
-    wanted["quantized"] = (tokens.evaluation_NT, tokens.dtype)
+        want("calibration", calibration_NT, tokens.calibration, tokens.calibration_dtype)
+        if tokens.corrected.count:
+            want("original", calibration_NT, tokens.corrected, tokens.calibration_dtype)
+    want("reference", tokens.evaluation_NT, tokens.evaluation, tokens.dtype)
+    want("quantized", tokens.evaluation_NT, tokens.evaluation, tokens.dtype)
     if tokens.dtype != torch.float32:
-        wanted["float32"] = (tokens.evaluation_NT[:NOISE_WINDOWS], torch.float32)
-    scratch = 0 if calibration_NT is None else calibration_NT.numel() * scratch_width(spec)
+        want("float32", tokens.evaluation_NT, tokens.evaluation.up_to(NOISE_WINDOWS), torch.float32)
+    scratch = wanted["calibration"][0].numel() * scratch_width(spec) if "calibration" in wanted else 0
     total = sum(ids.numel() * spec.hidden_size * kind.itemsize for ids, kind in wanted.values())
     spill = total + scratch * tokens.calibration_dtype.itemsize > spill_bytes
     states = {
@@ -133,7 +180,7 @@ def embed_tokens(
     embed(source, {name: pair for name, pair in pairs.items() if name not in AS_WRITTEN})
     embed(source, {name: pair for name, pair in pairs.items() if name in AS_WRITTEN}, convert)
     space = _allocate((scratch,), tokens.calibration_dtype, directory / ".qwenq-scratch" if spill else None)
-    return HiddenStates(states, space)
+    return HiddenStates(states, shares, space)
 
 
 def embed(

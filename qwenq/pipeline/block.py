@@ -8,30 +8,34 @@ The stages, and where channel scales go, are the architecture's.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qwenq.errors import CheckpointError
 from qwenq.formats.base import Recipe, Scheme, get_format
+from qwenq.io.tensors import DTYPE_NAMES, TORCH_DTYPES
 from qwenq.model.architectures import Stage
 from qwenq.model.layer import Network
 from qwenq.model.spec import LinearSpec, ModelSpec
-from qwenq.pipeline.config import BATCH_TOKENS, ERROR_CORRECTION_SHARE, SINK_WEIGHT
+from qwenq.pipeline.config import ERROR_CORRECTION_SHARE, SINK_WEIGHT
 from qwenq.pipeline.imatrix import InputSquares
 from qwenq.pipeline.monitor import StageClock
 from qwenq.pipeline.preflight import scratch_width
-from qwenq.pipeline.workers import Workers, WorkerSums
+from qwenq.pipeline.ranks import Ranks
+from qwenq.pipeline.shares import Share
+from qwenq.pipeline.workers import PartSums, Workers
 from qwenq.results import LayerResult
 from qwenq.solver.equalize import FoldedLayer
-from qwenq.solver.gptq import DAMP_PERCENT, ResidualCovariance, add_to_hessian, decibel, mirror_upper
-from qwenq.solver.grid import QTensor
-from qwenq.solver.parallel import solve_rows
+from qwenq.solver.gptq import DAMP_PERCENT, ResidualCovariance, SolveStats, decibel, solve_linears
+from qwenq.solver.grid import Grid, QTensor
+from qwenq.solver.parallel import Solved, cut_rows, joined, solve_rows
+from qwenq.solver.triangle import Triangle
 
 MASSIVE = 50.0  # times the median mean square of a window's states: such tokens are what later ones attend to as a sink
 MOMENT_STRIDE = 16  # of the tokens from which moments behind a linear are estimated: they count by their 16th root
@@ -49,26 +53,9 @@ class SolverOptions:
     sink_weight: float = SINK_WEIGHT  # of tokens with massive states, in Hessians and corrections; others count once
 
 
-def batches(windows: int, tokens: int, budget_tokens: int = BATCH_TOKENS) -> Iterator[slice]:
-    """Slices over the first dimension that hold about `budget_tokens` tokens each."""
-    step = max(1, budget_tokens // tokens)
-    for start in range(0, windows, step):
-        yield slice(start, min(start + step, windows))
-
-
-def passes(windows: int, corrected: int = 0) -> list[range]:
-    """Ranges of windows that go through a layer one after the other: both halves of the first `corrected`, then the
-    rest.
-
-    Whoever replays a layer goes through it in the same ranges: parts of other sizes may end in other last bits.
-    """
-    cuts = [0, corrected // 2, corrected, windows]
-    return [range(start, stop) for start, stop in itertools.pairwise(cuts) if start < stop]
-
-
 @dataclass(frozen=True)
 class CalibrationStates:
-    """Hidden states of the calibration tokens, [windows, tokens, hidden], and flat working space of the same dtype.
+    """Hidden states of a rank's calibration tokens, [windows, tokens, hidden], and flat space of the same dtype.
 
     `scratch` holds at least windows * tokens * `scratch_width` values.
     """
@@ -76,6 +63,8 @@ class CalibrationStates:
     quantized_NTH: Tensor  # through quantized layers
     original_NTH: Tensor | None  # the first windows, through 16-bit layers; None without error correction
     scratch: Tensor
+    share: Share  # which of the job's windows these are
+    corrected: Share  # and those of the first passes, which run through the 16-bit layers too
 
     def buffer(self, width: int, after: int = 0) -> Tensor:
         """[windows, tokens, width] of the scratch, behind `after` values a token."""
@@ -122,7 +111,7 @@ class BlockSolver:
             elif schemes:
                 self._solve_inner(stage, pending)
             else:
-                self._pass(self._inputs(stage, pending))
+                self._pass(self._inputs(stage, pending), self._squares(stage))
             pending = stage if stage.adds else None if stage.norm else pending
         if pending:
             self._add(pending)
@@ -158,11 +147,11 @@ class BlockSolver:
                 h = network.add(stage, h, network.within(stage, network.normed(stage, h)))
                 after[stage.name][part] = h.to(original_NTH.device)
 
-        self._pass(advance, passes(len(original_NTH), len(original_NTH)))
+        self._pass(advance, passes=self.states.corrected.passes)
         return after
 
     def _inputs(
-        self, stage: Stage, pending: Stage | None, moments: Mapping[Stage, WorkerSums] | None = None
+        self, stage: Stage, pending: Stage | None, moments: Mapping[Stage, PartSums] | None = None
     ) -> Produce:
         """Inputs of a stage, for every window once. Outputs of `pending` are added before; inputs of a stage that adds
         are kept. `moments`: sums of squares of the inputs of later stages in the block, added to on the way.
@@ -197,13 +186,19 @@ class BlockSolver:
 
         self._pass(add)
 
-    def _pass(self, function: Callable[[Network, slice], object], ranges: Sequence[range] | None = None) -> None:
-        original = self.states.original_NTH
-        if ranges is None:
-            ranges = passes(len(self.h_NTH), 0 if original is None else len(original))
+    def _pass(
+        self,
+        function: Callable[[Network, slice], object],
+        sums: Sequence[PartSums] = (),
+        passes: Sequence[range] | None = None,
+    ) -> None:
+        """Send the rank's windows through `function`, pass by pass; without `passes` in all of them."""
         with self.clock.time("forward"):
-            for windows in ranges:
-                self.workers.each(function, windows)
+            for windows in self.states.share.passes if passes is None else passes:
+                self.workers.each(function, self.states.share, windows, sums)
+
+    def _squares(self, stage: Stage) -> list[PartSums]:
+        return [] if self.squares is None else [self.squares.sums[stage.name]]
 
     def _in_worker(self, stage: str, network: Network) -> AbstractContextManager[None]:
         return self.clock.time_in_worker(stage, of="forward", workers=len(self.workers), device=network.device)
@@ -212,32 +207,33 @@ class BlockSolver:
 
     def _solve_inner(self, stage: Stage, pending: Stage | None) -> None:
         """Solve a stage whose outputs stay within its block: q, k, v or gate, up."""
-        columns = self.spec.size(stage.inputs)
+        triangle = Triangle(self.spec.size(stage.inputs))
         moments = {
-            later: WorkerSums(self.workers, 1, self.spec.size(later.inputs))
+            later: PartSums(self.workers, self.spec.size(later.inputs))
             for later in self.spec.architecture.stages
             if later.folds_into in stage.paths and self._folds(later)
         }
         produce = self._inputs(stage, pending, moments)
-        hessians = WorkerSums(self.workers, columns, columns)
+        hessians = PartSums(self.workers, triangle.size)
 
         def collect(network: Network, part: slice) -> None:
             x = produce(network, part)
             with self._in_worker("hessian", network):
                 root_BT1 = self._sink_roots(_on(network, self.h_NTH[part]))
-                add_to_hessian(hessians.of(network), x if root_BT1 is None else (x * root_BT1).to(x.dtype))
+                triangle.add_products(hessians.of(network), x if root_BT1 is None else (x * root_BT1).to(x.dtype))
 
-        self._pass(collect)
-        hessian = hessians.total()
+        self._pass(collect, [hessians, *moments.values(), *self._squares(stage)])
+        hessian = hessians.take()
         with self.clock.time(f"solve {stage.name}"):
             for later, sums in moments.items():  # scales of its rows: needed before they are rounded
-                scales_I = self.folded.fold(later, sums.total()[0])
+                scales_I = self.folded.fold(later, sums.total())
                 if self.squares is not None:
                     self.squares.divide(later, scales_I)
             if stage.folds_into == stage.norm and self._folds(stage):
-                scales_I = self.folded.fold(stage, hessian.diagonal())
-                hessian.div_(scales_I[:, None]).div_(scales_I)
+                scales_I = self.folded.fold(stage, triangle.diagonal(hessian))
+                triangle.divide(hessian, scales_I)
             self._take_kept()
+            hessian = triangle.square(hessian)
             self._solve(stage, hessian)
 
     def _solve_adding(self, stage: Stage, produce: Produce, wanted_NTH: Tensor | None) -> None:
@@ -250,7 +246,8 @@ class BlockSolver:
         """
         (lin,) = self.spec.stage_linears(self.layer, stage)
         self.workers.set_parameter(f"{lin.path}.weight", self.folded.weight(lin.path))
-        hessians = WorkerSums(self.workers, lin.in_features, lin.in_features)
+        triangle = Triangle(lin.in_features)
+        hessians = PartSums(self.workers, triangle.size)
 
         def collect(network: Network, part: slice) -> None:
             x = produce(network, part)
@@ -260,21 +257,24 @@ class BlockSolver:
 
         residual, corrected = None, 0
         if wanted_NTH is not None:
-            corrected = len(wanted_NTH)
-            residual = self._residual_covariance(lin, produce, wanted_NTH, hessians)
-        self._pass(collect, [range(corrected, len(self.h_NTH))])
-        hessian = hessians.total()
+            corrected = len(self.states.corrected.passes)
+            residual = self._residual_covariance(lin, produce, wanted_NTH, (hessians, *self._squares(stage)))
+        self._pass(collect, [hessians, *self._squares(stage)], self.states.share.passes[corrected:])
+        hessian = hessians.take()
         with self.clock.time(f"solve {stage.name}"):
+            hessian = triangle.square(hessian)
             self._solve(stage, hessian, None if residual is None else {lin.name: residual})
 
     def _residual_covariance(
-        self, lin: LinearSpec, produce: Produce, wanted_NTH: Tensor, hessians: WorkerSums
+        self, lin: LinearSpec, produce: Produce, wanted_NTH: Tensor, sums: Sequence[PartSums]
     ) -> ResidualCovariance:
-        """Cross-covariance of the inputs and what outputs of the unrounded weights lack, over windows of `wanted_NTH`.
+        """Cross-covariance of the inputs and what outputs of the unrounded weights lack, over windows of `wanted_NTH`,
+        of the outputs that this rank solves.
 
-        Adds these to `hessians`, both halves one after the other.
+        Adds these windows to `sums`, of which the first is the Hessian, both halves one after the other.
         """
-        wanted_products = WorkerSums(self.workers, lin.in_features, lin.out_features)  # of x y', y wanted outputs
+        hessians, triangle = sums[0], Triangle(lin.in_features)
+        wanted_products = PartSums(self.workers, lin.in_features * lin.out_features)  # of x y', y wanted outputs
 
         def collect(network: Network, part: slice) -> None:
             x, wanted = produce(network, part), _on(network, wanted_NTH[part])
@@ -284,27 +284,33 @@ class BlockSolver:
                 missing = wanted.flatten(0, 1).float() - _on(network, self.h_NTH[part]).flatten(0, 1)
                 if lin.bias:
                     missing -= self.folded.state[f"{lin.path}.bias"].to(missing)
-                wanted_products.of(network).add_(x_TI.T @ missing.mul_(root_T1).to(x.dtype))
+                products_IO = wanted_products.of(network).view(lin.in_features, lin.out_features)
+                products_IO.add_(x_TI.T @ missing.mul_(root_T1).to(x.dtype))
 
+        shares = self._shares([lin])
+        outputs = [rows for share in shares for rows in share.values()]
+        own = range(outputs[0].start, outputs[-1].stop) if outputs else range(0)
         found = []
-        for windows in passes(len(wanted_NTH), len(wanted_NTH)):
-            self._pass(collect, [windows])
-            hessian = hessians.total()  # of the same tokens
+        for windows in self.states.corrected.passes:
+            self._pass(collect, [*sums, wanted_products], [windows])
             with self.clock.time("error correction"):
-                mirror_upper(hessian)
-                lacking = torch.addmm(wanted_products.total(), hessian, self.folded.weight(lin.path).T, alpha=-1)
-                found.append(lacking.mul_(len(self.h_NTH) / len(wanted_NTH)))
-        return ResidualCovariance(whole_IO=found[1], half_IO=found[0])
+                products_IO = wanted_products.total().view(lin.in_features, lin.out_features)
+                lacking_IO = products_IO[:, own.start : own.stop].clone(memory_format=torch.contiguous_format)
+                del products_IO
+                weight_IO = self.folded.weight(lin.path)[own.start : own.stop].T
+                triangle.subtract_product(hessians.total(), weight_IO, lacking_IO)  # Hessian of the same tokens
+                found.append(lacking_IO.mul_(self.states.share.count / self.states.corrected.count))
+        return ResidualCovariance(whole_IO=found[1], half_IO=found[0], first=own.start)
 
     def _add_weighted(self, hessian: Tensor, x: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
         """Add inputs x [B, T, in], weighted by what the next norm makes of the states `after` [B, T, hidden], to a
-        Hessian; the weighted inputs [T, in] and the weights' roots [T, 1].
+        Hessian (a Triangle's); the weighted inputs [T, in] and the weights' roots [T, 1].
         """
         root_T1 = (after.flatten(0, 1).float().square().mean(-1, keepdim=True) + 1e-8).rsqrt()
         if (sinks_BT1 := self._sink_roots(after)) is not None:
             root_T1 *= sinks_BT1.flatten(0, 1)
         x_TI = (x.flatten(0, 1) * root_T1).to(x.dtype)
-        add_to_hessian(hessian, x_TI)
+        Triangle(x_TI.shape[1]).add_products(hessian, x_TI)
         return x_TI, root_T1
 
     def _sink_roots(self, h_BTH: Tensor) -> Tensor | None:
@@ -328,11 +334,22 @@ class BlockSolver:
         for scheme, linears in schemes.items():
             own = hessian if scheme == list(schemes)[-1] else hessian.clone()
             group = FusedGroup(linears, scheme, {lin.name: self.folded.weight(lin.path) for lin in linears})
-            solved = group.solve(self.workers.devices, self.options, own, residuals)
+            shares = self._shares(linears)
+            solved = group.solve(self.workers.devices, self.options, own, residuals, shares=shares, ranks=self.ranks)
             for lin, (qtensor, _) in zip(linears, solved, strict=True):
                 self.workers.set_parameter(lin.path + ".weight", qtensor.dequantize())
                 self.folded.release(lin.path)
-            _keep(solved, self.recipe, self.packed, self.results)
+            _keep(solved, self.recipe, self.packed if self.ranks.first else None, self.results)
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.workers.ranks
+
+    def _shares(self, linears: Sequence[LinearSpec]) -> list[dict[str, range]]:
+        """Rows that each device of this rank solves."""
+        count = len(self.workers.devices)
+        shares = cut_rows({lin.name: lin.out_features for lin in linears}, self.ranks.size * count)
+        return shares[self.ranks.rank * count :][:count]
 
     def _by_scheme(self, stage: Stage) -> dict[Scheme, list[LinearSpec]]:
         return _by_scheme(self.spec.stage_linears(self.layer, stage), self.recipe)
@@ -355,7 +372,7 @@ def _on(network: Network, tensor: Tensor) -> Tensor:
 
 
 def round_block(
-    spec: ModelSpec, layer: int, recipe: Recipe, folded: FoldedLayer, options: SolverOptions
+    spec: ModelSpec, layer: int, recipe: Recipe, folded: FoldedLayer
 ) -> tuple[dict[str, Tensor], list[LayerResult]]:
     """Round a layer's linears to nearest, without calibration; returns what `BlockSolver.run` does."""
     packed: dict[str, Tensor] = {}
@@ -363,7 +380,7 @@ def round_block(
     for stage in spec.architecture.stages:
         for scheme, linears in _by_scheme(spec.stage_linears(layer, stage), recipe).items():
             group = FusedGroup(linears, scheme, {lin.name: folded.weight(lin.path) for lin in linears})
-            _keep(group.solve([torch.device(folded.device)], options), recipe, packed, results)
+            _keep(group.round(), recipe, packed, results)
     return packed, results
 
 
@@ -389,11 +406,17 @@ class FusedGroup:
         self,
         devices: Sequence[torch.device],
         options: SolverOptions,
-        hessian: Tensor | None = None,
-        residuals: Mapping[str, ResidualCovariance] | None = None,
+        hessian: Tensor,
+        residuals: Mapping[str, ResidualCovariance] | None,
+        *,
+        shares: Sequence[Mapping[str, range]],
+        ranks: Ranks,
     ) -> list[tuple[QTensor, LayerResult]]:
-        """Codes and results, linear by linear; CheckpointError for inputs that are not finite."""
-        if hessian is not None and not bool(torch.isfinite(hessian.diagonal()).all()):
+        """Codes and results, linear by linear; CheckpointError for inputs that are not finite.
+
+        shares: rows that each device of this rank solves; the ranks' together are all.
+        """
+        if not bool(torch.isfinite(hessian.diagonal()).all()):
             names = ", ".join(lin.kind for lin in self.linears)
             raise CheckpointError(
                 f"layer {self.linears[0].layer}: the activations entering {names} are not finite",
@@ -404,31 +427,83 @@ class FusedGroup:
             self.weights,
             hessian,
             self.scheme.grid(),
+            shares,
             residuals=residuals,
             damp_percent=options.damp_percent,
             method=options.method,
             error_correction=options.error_correction,
         )
-        rows = []
-        for lin in self.linears:
-            qtensor, stats = solved[lin.name]
-            error_db = None if hessian is None else stats.error_db
-            weight_db, damp, fallback = stats.weight_error_db, stats.damp_percent, stats.fallback
-            rows.append((qtensor, LayerResult(lin.name, self.scheme.label, error_db, weight_db, damp, fallback)))
-        return rows
+        whole = all_rows(ranks, solved, list(self.weights), self.scheme.grid(), devices[0])
+        return [self._result(lin, *whole[lin.name], calibrated=True) for lin in self.linears]
+
+    def round(self) -> list[tuple[QTensor, LayerResult]]:
+        """Codes and results, linear by linear, rounded to nearest."""
+        solved = solve_linears(self.weights, None, self.scheme.grid(), method="rtn")
+        return [self._result(lin, *solved[lin.name], calibrated=False) for lin in self.linears]
+
+    def _result(
+        self, lin: LinearSpec, qtensor: QTensor, stats: SolveStats, *, calibrated: bool
+    ) -> tuple[QTensor, LayerResult]:
+        error_db = stats.error_db if calibrated else None
+        weight_db, damp, fallback = stats.weight_error_db, stats.damp_percent, stats.fallback
+        return qtensor, LayerResult(lin.name, self.scheme.label, error_db, weight_db, damp, fallback)
+
+
+def all_rows(
+    ranks: Ranks, solved: Sequence[Solved], names: Sequence[str], grid: Grid, device: torch.device
+) -> Solved:
+    """Linears whole, of the rows that each device of each rank has solved, on every rank's `device`.
+
+    solved: of this rank's devices, in the order of their rows.
+    """
+    own = {name: joined([part[name] for part in solved if name in part], device)
+           for name in names if any(name in part for part in solved)}  # fmt: skip
+    if ranks.size == 1:
+        return own
+    found = ranks.gathered({name: _described(*pair) for name, pair in own.items()})
+    whole: Solved = {}
+    for name in names:
+        parts = []
+        for rank, described in enumerate(found):
+            if name not in described:
+                continue
+            given = _tensors(*own[name]) if rank == ranks.rank else None
+            tensors = []
+            for k, (shape, dtype) in enumerate(described[name]["tensors"]):
+                tensor = torch.empty(shape, dtype=TORCH_DTYPES[dtype]) if given is None else given[k].cpu()
+                tensors.append(ranks.broadcast(tensor.contiguous(), rank))
+            codes_OI, *parameters = (tensor.to(device) for tensor in tensors[:-4])
+            error_O, signal_O, weight_error_O, weight_signal_O = tensors[-4:]
+            by_row = error_O, signal_O, weight_error_O, weight_signal_O
+            stats = SolveStats(by_row, described[name]["damp"], described[name]["fallback"])
+            parts.append((QTensor(codes_OI, tuple(parameters), grid), stats))
+        whole[name] = joined(parts, device)
+    return whole
+
+
+def _tensors(qtensor: QTensor, stats: SolveStats) -> list[Tensor]:
+    return [qtensor.codes_OI, *qtensor.parameters, *stats.by_row]
+
+
+def _described(qtensor: QTensor, stats: SolveStats) -> dict[str, Any]:
+    """Shapes and dtypes of a linear's tensors, and what is said of it beside."""
+    tensors = [[list(t.shape), DTYPE_NAMES[t.dtype]] for t in _tensors(qtensor, stats)]
+    return {"tensors": tensors, "damp": stats.damp_percent, "fallback": stats.fallback}
 
 
 def _keep(
     solved: list[tuple[QTensor, LayerResult]],
     recipe: Recipe,
-    packed: dict[str, Tensor],
+    packed: dict[str, Tensor] | None,
     results: list[LayerResult],
 ) -> None:
+    """Keep results, and packed tensors where there is a place for them."""
     form = get_format(recipe.format)
     for qtensor, result in solved:
         results.append(result)
-        tensors = form.pack(qtensor, form.version(recipe))
-        packed |= {f"{result.name}.{part}": tensor.cpu() for part, tensor in tensors.items()}
+        if packed is not None:
+            tensors = form.pack(qtensor, form.version(recipe))
+            packed |= {f"{result.name}.{part}": tensor.cpu() for part, tensor in tensors.items()}
 
 
 def round_layer(

@@ -38,9 +38,12 @@ SINK_WEIGHT = 64.0  # of tokens with massive states (reports/LOG.md)
 BUILTIN_SHARE = 0.2  # of the windows of another calibration text, that the built-in set replaces (reports/LOG.md)
 SET_TOKENS = {"builtin": 156_200, "heldout": 12_300}  # about so many by Qwen2.5's tokenizer
 BATCH_TOKENS = 2048  # that go through a layer together
+CPU_BATCH_TOKENS = 1024  # likewise, by each worker of a CPU
+HELD_VALUES = 1 << 21  # of parts of a sum that wait to be added together: small ones cost more to add than to hold
 ERROR_CORRECTION_SHARE = 0.5  # of the calibration windows, which run through the 16-bit layers too
 CORRECTION_TOKENS_A_COLUMN = 8  # but at least so many tokens for each input column of down, where there are so many
 CORRECTION_LEAST_A_COLUMN = 2  # with fewer they say too little to be worth that pass, unless asked for (reports/LOG.md)
+PARTS = 8  # of the windows of a pass, summed apart and then in order, which ranks and workers share (docs/scale-out.md)
 MOST_WORKERS = 4  # of a CPU, that share the windows which go through a layer together, each with its own Hessian
 WORKERS_UP_TO = 8192  # wide FFNs: beyond, matmuls alone keep cores busy, and Hessians are large
 NOISE_WINDOWS = 2  # evaluation windows that are also run in float32, when computing in a narrower type
@@ -368,6 +371,11 @@ class QuantizeConfig:
         work = Workload(parse_tokens(self.context or "8k"), 1)
         case = Case(spec, recipe_weights(spec, Recipe(None)), engine, work, parse_rig(self.fit))
         return choose_for_rig(case, table, dtype_of, self.format, held)
+
+    def same_everywhere(self) -> dict[str, Any]:
+        """What every rank has to be given alike: all but places of files, whose content counts, and its own device."""
+        own = ("device", "calibration", "eval_text", "recipe", "sensitivity", "save_imatrix")
+        return {name: value for name, value in self.to_json().items() if name not in own}
 
     def to_json(self) -> dict[str, Any]:
         """Every option by its name; paths as text."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qwenq.errors import UsageError
 from qwenq.formats.base import get_format, label_of
 from qwenq.io.safetensors import fingerprint
 from qwenq.machine import total_memory
@@ -16,6 +18,7 @@ from qwenq.pipeline.config import (
     DEFAULT_EVALUATION_WINDOWS,
     DEFAULT_WINDOWS,
     MOST_WORKERS,
+    PARTS,
     SET_TOKENS,
     WORKERS_UP_TO,
     QuantizeConfig,
@@ -76,6 +79,11 @@ class DryRun:
     assumed: Assumed
     local: bool  # the source is on this machine
     warnings: tuple[str, ...]
+    network: str = ""  # between ranks: 10gbps
+
+    def wire_s(self, count: int) -> float:
+        """Seconds that so many bytes take a rank that has a link of the network to itself."""
+        return 8 * count / network_bits(self.network)
 
     def to_json(self) -> dict[str, Any]:
         check = self.preflight
@@ -88,16 +96,34 @@ class DryRun:
         if self.sensitivity_bytes:
             host, device = self.sensitivity_bytes
             more |= {"sensitivity_ram_bytes": host, "sensitivity_vram_bytes": device}
+        if self.network:
+            more["network"] = self.network
+            more["wire_layer_s"] = self.wire_s(check.wire_layer_bytes)
         if self.budgeted:
             more["recipe"] = recipe_json(self.budgeted)
         return check.to_json() | more
 
 
-def dry_run(model: str, config: QuantizeConfig, output: Path | None = None) -> DryRun:
+def network_bits(network: str) -> float:
+    """Bits a second of a network as its cards are sold: 1gbps, 10gbps, 25gbps."""
+    found = re.fullmatch(r"(\d{1,4}(?:\.\d+)?)gbps", network.lower())
+    if found is None or float(found[1]) == 0:
+        raise UsageError(f"--network {network[:40]}: wanted a speed", hint="for instance 10gbps")
+    return 1e9 * float(found[1])
+
+
+def dry_run(
+    model: str, config: QuantizeConfig, output: Path | None = None, *, ranks: int = 1, network: str = ""
+) -> DryRun:
     """What quantizing `model` as configured comes to. Reads headers, and the texts when the tokenizer is here.
 
-    output: where it would be written, whose disk is asked; None for the current directory's.
+    output: where it would be written, whose disk is asked; None for the current directory's. ranks: that would do it;
+    memory is one rank's. network: what they are connected by, to say how long it takes.
     """
+    if ranks < 1 or ranks > PARTS or PARTS % ranks:
+        raise UsageError(f"--ranks {ranks}: wanted 1, 2, 4 or {PARTS}")
+    if network:
+        network_bits(network)
     source = source_shapes(model)
     on_gpu = sees_gpu() if config.device == "auto" else device_names(config.device) != ["cpu"]
     place = "cuda" if on_gpu else "cpu"
@@ -122,12 +148,13 @@ def dry_run(model: str, config: QuantizeConfig, output: Path | None = None) -> D
             source_dtype_of=source.dtype_of,
             source_spec=source.spec,
             beside=found.beside(found.recipe),
+            ranks=ranks,
         )
     )
     measuring = None
     if found.measures(windows):
         schemes = solved_schemes(found.spec, config.format, bool(config.asymmetric))
-        measuring = sensitivity_bytes(found.spec, windows.length, found.compute_bytes, on_gpu, schemes)
+        measuring = sensitivity_bytes(found.spec, windows.length, found.compute_bytes, on_gpu, schemes, ranks)
     assumed = Assumed(
         calibration_windows=windows.calibration,
         evaluation_windows=windows.evaluation,
@@ -137,13 +164,13 @@ def dry_run(model: str, config: QuantizeConfig, output: Path | None = None) -> D
         calibration_dtype=settled.calibration_dtype,
         compute_dtype=settled.compute_dtype,
         device=device,
-        lanes=1 if on_gpu or found.spec.intermediate_size > WORKERS_UP_TO else MOST_WORKERS,
+        lanes=1 if on_gpu or found.spec.intermediate_size > WORKERS_UP_TO else min(MOST_WORKERS, PARTS // ranks),
     )
     if found.config.mixture:
         warnings += get_format(config.format).notes(found.config.mixture, found.spec)
     warnings += _lacking(check, measuring, output is None)
     local = source.directory is not None
-    return DryRun(check, found.spec, found.budgeted, measuring, assumed, local, (*source.notes, *warnings))
+    return DryRun(check, found.spec, found.budgeted, measuring, assumed, local, (*source.notes, *warnings), network)
 
 
 def recipe_json(found: Budgeted) -> dict[str, Any]:

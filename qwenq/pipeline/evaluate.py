@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,9 +13,11 @@ from qwenq.checkpoint.reader import SLICE_ROWS, Checkpoint
 from qwenq.errors import CheckpointError, HonestNo
 from qwenq.machine import keep_freed_memory
 from qwenq.model.layer import Network, model_config
-from qwenq.pipeline.activations import LayerRunner, TokenSets, embed, embed_tokens
+from qwenq.pipeline.activations import HiddenStates, LayerRunner, TokenSets, embed, embed_tokens
 from qwenq.pipeline.monitor import memory_errors
-from qwenq.pipeline.reference_logits import SavedLogits
+from qwenq.pipeline.ranks import ALONE, Ranks
+from qwenq.pipeline.reference_logits import LogitsFile, SavedLogits
+from qwenq.pipeline.shares import Share
 from qwenq.pipeline.workers import Workers
 from qwenq.results import DriftReport
 from qwenq.solver.metrics import LogitComparison, Reading, TokenDrift, summarise
@@ -32,22 +34,26 @@ def evaluate(
     devices: Sequence[str] = ("cpu",),
     listen: Callable[[int], None] = lambda layer: None,
     saved: SavedLogits | None = None,
+    ranks: Ranks = ALONE,
 ) -> DriftReport:
     """Run both checkpoints over the evaluation windows; `listen` is told each finished layer.
 
+    ranks: that do it together, each with the same arguments but for the devices.
     saved: the reference's logits are written on the way. llama-perplexity begins each window with the BOS token of a
     tokenizer that adds one; then so do the windows here.
     """
     check_comparable(checkpoint, reference)
     if saved is not None:
         evaluation = begun_with_bos(evaluation, ModelTokenizer(reference.directory))
-        saved.prepare(reference.spec.vocab_size, evaluation.ids)
+        if ranks.first:
+            saved.prepare(reference.spec.vocab_size, evaluation.ids)
     keep_freed_memory()
     vocab = min(checkpoint.spec.vocab_size, reference.spec.vocab_size)
     check_windows(evaluation.ids, vocab, reference.spec.extended_context, evaluation.text)
 
     def workers(of: Checkpoint, dtype: torch.dtype) -> Workers:
-        return Workers(of.config, of.spec, dtype=dtype, window_tokens=evaluation.ids.shape[1], devices=devices)
+        length = evaluation.ids.shape[1]
+        return Workers(of.config, of.spec, dtype=dtype, window_tokens=length, devices=devices, ranks=ranks)
 
     by_name = {
         "reference": workers(reference, compute_dtype),
@@ -58,16 +64,17 @@ def evaluate(
         memory_errors("evaluating", torch.device(devices[0]), None, "make room, or fewer windows (-n)"),
         tempfile.TemporaryDirectory(prefix="qwenq-eval-") as spill,
     ):
-        states = embed_tokens(reference, TokenSets(evaluation.ids, compute_dtype), Path(spill)).states
-        embed(checkpoint, {"quantized": (states["quantized"], evaluation.ids)})
-        runner = LayerRunner(states, by_name)
+        share = ranks.share(range(len(evaluation.ids)))
+        states = embed_tokens(reference, TokenSets(evaluation.ids, compute_dtype, share), Path(spill))
+        embed(checkpoint, {"quantized": (states.states["quantized"], evaluation.ids[share.windows])})
+        runner = LayerRunner(states.states, states.shares, by_name)
         for layer in range(reference.spec.num_hidden_layers):
             runner.replay(layer, reference.finite_layer_state, checkpoint.finite_layer_state)
             reference.refuse_changed()
             checkpoint.refuse_changed()
             listen(layer)
         heads = HeadWeights(reference), HeadWeights(checkpoint)
-        drift = measure_drift(by_name["reference"].first, *heads, states, evaluation, saved)
+        drift = measure_drift(by_name["reference"].first, *heads, states, evaluation, ranks, saved)
         reference.refuse_changed()
         checkpoint.refuse_changed()
         return drift
@@ -126,9 +133,6 @@ def check_limits(drift: DriftReport, max_kl: float | None, max_increase_percent:
         raise HonestNo(f"perplexity rose by {increase:.2f} %, the limit is {max_increase_percent:g} %")
 
 
-_CHUNK_TOKENS = 1024
-
-
 @dataclass(frozen=True)
 class HeadWeights:
     """A final norm and head; `convert` is what the writer does to a stored tensor, by name."""
@@ -151,30 +155,50 @@ def measure_drift(
     network: Network,
     reference: HeadWeights,
     quantized: HeadWeights,
-    states: Mapping[str, torch.Tensor],
+    hidden: HiddenStates,
     evaluation: TokenWindows,
+    ranks: Ranks = ALONE,
     saved: SavedLogits | None = None,
 ) -> DriftReport:
     """Divergence of hidden states `quantized` from `reference`; noise floor from `float32` where there are any.
 
-    saved: prepared; the reference's logits are written too.
+    ranks: whose windows they are, each rank's its own; all come to the same report. saved: prepared; the first rank
+    writes the reference's logits too.
     """
-    floor = 0.0
+    floor, states = 0.0, hidden.states
     if "float32" in states:
         few = states["float32"].shape[0]
         pair = (reference, states["float32"]), (reference, states["reference"][:few])
-        floor = float(compare_heads(network, *pair, evaluation.ids[:few]).kl.mean())
+        floor = float(compare_heads(network, *pair, evaluation.ids, hidden.shares["float32"], ranks).kl.mean())
     dtype = str(network.dtype).removeprefix("torch.")
     windows, length = evaluation.ids.shape
     reading = Reading(evaluation.text, evaluation.sha256, windows, length, dtype, floor)
     pair = (reference, states["reference"]), (quantized, states["quantized"])
-    found = compare_heads(network, *pair, evaluation.ids)
+    share = hidden.shares["reference"]
+    found = compare_heads(network, *pair, evaluation.ids, share, ranks)
     if saved is not None:
-        positions = saved.file.saved
-        saved.kl = float(found.kl.view(windows, length - 1)[:, positions].mean())
-        x_NTH = _predicting(network, reference, states["reference"]).unflatten(0, (windows, length - 1))
-        saved.file.write(saved.path, evaluation.ids, x_NTH[:, positions].flatten(0, 1), reference.rows)
+        _save_logits(saved, found, network, pair[0], evaluation.ids, share, ranks)
     return summarise(found, reading)
+
+
+def _save_logits(
+    saved: SavedLogits,
+    found: TokenDrift,
+    network: Network,
+    reference: tuple[HeadWeights, torch.Tensor],
+    ids_NT: torch.Tensor,
+    share: Share,
+    ranks: Ranks,
+) -> None:
+    windows, length = ids_NT.shape
+    positions = LogitsFile(reference[0].checkpoint.spec.vocab_size, windows, length).saved
+    saved.kl = float(found.kl.view(windows, length - 1)[:, positions].mean())
+    weights, h_NTH = reference
+    own = [_predicting(network, weights, h_NTH[part])[:, positions] for part in _one_by_one(len(h_NTH))]
+    nothing_NPH = h_NTH.new_empty(0, positions.stop - positions.start, h_NTH.shape[2], dtype=torch.float32)
+    x_NPH = ranks.all_windows(torch.cat([nothing_NPH.to(network.device), *own]), share)
+    if ranks.first:
+        saved.file.write(saved.path, ids_NT, x_NPH.flatten(0, 1), weights.rows)
 
 
 def compare_heads(
@@ -182,30 +206,49 @@ def compare_heads(
     reference: tuple[HeadWeights, torch.Tensor],
     quantized: tuple[HeadWeights, torch.Tensor],
     ids_NT: torch.Tensor,
+    share: Share | None = None,
+    ranks: Ranks = ALONE,
 ) -> TokenDrift:
     """Divergence of `quantized` from `reference`, each a head and its last hidden states [windows, tokens, hidden].
 
-    Vocabularies may differ by padding only; the common part is compared.
+    Vocabularies may differ by padding only; the common part is compared. ids_NT: of all windows. share: which of these
+    the states are of, this rank's; all by default. Figures are of all, on every rank.
     """
+    share = share or ranks.share(range(len(ids_NT)))
     vocab = min(reference[0].checkpoint.spec.vocab_size, quantized[0].checkpoint.spec.vocab_size)
     if int(ids_NT.max()) >= vocab:
         raise CheckpointError(f"token id {int(ids_NT.max())} is outside the common vocabulary of {vocab}")
-    targets = ids_NT[:, 1:].reshape(-1).to(network.device)
-    x_ref, x_q = (_predicting(network, weights, h) for weights, h in (reference, quantized))
+    targets = ids_NT[share.windows][:, 1:].to(network.device)
+    x_ref, x_q = (
+        [_predicting(network, weights, h_NTH[part])[0] for part in _one_by_one(len(h_NTH))]
+        for weights, h_NTH in (reference, quantized)
+    )
     shared = reference[0] == quantized[0]
-    comparison = LogitComparison(targets)
+    comparison = LogitComparison(targets.reshape(-1))
+    positions = targets.shape[1]
     for start in range(0, vocab, SLICE_ROWS):
         end = min(start + SLICE_ROWS, vocab)
         w_ref = reference[0].rows(start, end).to(network.device)
         w_q = w_ref if shared else quantized[0].rows(start, end).to(network.device)
-        for first in range(0, len(targets), _CHUNK_TOKENS):
-            part = slice(first, min(first + _CHUNK_TOKENS, len(targets)))
-            comparison.add(part, start, x_ref[part] @ w_ref.T, x_q[part] @ w_q.T)
-    return comparison.result()
+        for k in range(len(targets)):  # window by window: figures do not depend on who has which
+            for first in range(0, positions, _CHUNK_TOKENS):
+                part = slice(first, min(first + _CHUNK_TOKENS, positions))
+                place = slice(k * positions + part.start, k * positions + part.stop)
+                comparison.add(place, start, x_ref[k][part] @ w_ref.T, x_q[k][part] @ w_q.T)
+    own = comparison.result()
+    figures = (own.reference_nll, own.nll, own.kl, own.same_top1)
+    all_N4T = ranks.all_windows(torch.stack([x.view(-1, positions) for x in figures], 1), share)
+    nll_ref, nll, kl, same = (x_NT.reshape(-1) for x_NT in all_N4T.unbind(1))
+    return TokenDrift(nll_ref, nll, kl, same, int(kl.isnan().sum()))
 
 
-def _predicting(network: Network, weights: HeadWeights, h_NTH: torch.Tensor) -> torch.Tensor:
-    """Normed states of all positions that predict a following token, float32 [windows * (tokens - 1), hidden]."""
-    norm = weights.norm
-    normed = [network.final_norm(window[None, :-1].to(network.device), norm)[0].float() for window in h_NTH]
-    return torch.cat(normed)
+_CHUNK_TOKENS = 1024
+
+
+def _one_by_one(windows: int) -> list[slice]:
+    return [slice(k, k + 1) for k in range(windows)]
+
+
+def _predicting(network: Network, weights: HeadWeights, h_1TH: torch.Tensor) -> torch.Tensor:
+    """Normed states of the positions of a window that predict a following token, float32 [1, tokens - 1, hidden]."""
+    return network.final_norm(h_1TH[:, :-1].to(network.device), weights.norm).float()

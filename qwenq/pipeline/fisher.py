@@ -32,10 +32,13 @@ from qwenq.model.architectures import Stage
 from qwenq.model.layer import Network
 from qwenq.model.spec import ModelSpec
 from qwenq.pipeline.activations import embed
-from qwenq.pipeline.block import batches
+from qwenq.pipeline.block import all_rows
 from qwenq.pipeline.config import BACKWARD_TOKENS, PROBE_TOKENS, PROBE_WINDOWS, SAMPLES, SOLVER_WINDOWS
 from qwenq.pipeline.evaluate import HeadWeights
 from qwenq.pipeline.monitor import memory_errors
+from qwenq.pipeline.ranks import ALONE, Ranks
+from qwenq.pipeline.shares import Share
+from qwenq.pipeline.workers import PartSums, Workers
 from qwenq.planning.sensitivity import (
     OUTER,
     PRIOR_8_BIT,
@@ -45,8 +48,10 @@ from qwenq.planning.sensitivity import (
     options_of,
     schemes_for,
 )
-from qwenq.solver.gptq import DAMP_PERCENT, add_to_hessian, round_rows, solve_linears
+from qwenq.solver.gptq import DAMP_PERCENT, round_rows
 from qwenq.solver.grid import Grid
+from qwenq.solver.parallel import cut_rows, solve_rows
+from qwenq.solver.triangle import Triangle
 from qwenq.text.tokens import TokenWindows
 from qwenq.units import format_gb
 
@@ -99,18 +104,28 @@ def measure_sensitivity(
     device: str = "cpu",
     scratch: Path,
     listen: Callable[[str], None] = lambda line: None,
+    ranks: Ranks = ALONE,
 ) -> Sensitivity:
-    """Measure every group under every scheme the probe asks for. `scratch` keeps hidden states of both token sets."""
+    """Measure every group under every scheme the probe asks for.
+
+    scratch: a directory of this rank's that keeps hidden states of its share of both token sets. ranks: that measure
+    together, each with the same arguments but for device and scratch; all come to the same table.
+    """
     keep_freed_memory()
     spec = source.spec
-    needed, free = state_bytes(spec, probe), free_disk(scratch)
+    needed, free = -(-state_bytes(spec, probe) // ranks.size), free_disk(scratch)
     if needed > free:
         raise JobError(
             f"{scratch}: hidden states of the sensitivity passes need {format_gb(needed)} of disk, "
             f"{format_gb(free)} are free",
             hint="free some space, or fewer windows (--num-samples)",
         )
-    network = Network(source.config, spec, dtype=compute_dtype, device=device)
+    length = max(probe.solver_NT.shape[1], probe.probe_NT.shape[1])
+    workers = Workers(
+        source.config, spec, dtype=compute_dtype, window_tokens=length, devices=(device,), ranks=ranks, most=1
+    )
+    network = workers.first
+    shares = {name: ranks.share(range(len(ids))) for name, ids in _token_sets(probe).items()}
     hint = "make room, or fewer windows (-n)"
     try:
         with (
@@ -118,23 +133,24 @@ def measure_sensitivity(
             tempfile.TemporaryDirectory(prefix=".qwenq-sensitivity-", dir=scratch) as directory,
         ):
             states = _States(Path(directory), spec)
-            last_NTH = _forward(source, network, probe, states, listen)
+            last_NTH = _forward(source, workers, probe, shares, states, listen)
             listen("sensitivity: gradients at the head")
-            head = HeadWeights(source)
-            gradient = sampled_gradients(network, head, last_NTH, probe.samples, probe.seed).cpu()
-            outer = _head_losses(network, head, last_NTH, probe)
+            head, share = HeadWeights(source), shares["probe"]
+            gradient = sampled_gradients(network, head, last_NTH, probe.samples, probe.seed, share).cpu()
+            outer = _head_losses(network, head, last_NTH, probe, share, ranks)
             scores: dict[FusedGroup, dict[Scheme, torch.Tensor]] = {}
             noise: dict[FusedGroup, dict[Scheme, float]] = {}
             for layer in reversed(range(spec.num_hidden_layers)):
                 network.fill(source.finite_layer_state(layer))
-                errors, lost = _errors(network, states.read("solver", layer), probe)
-                found, gradient = _backward(network, errors, states.read("probe", layer), gradient)
+                errors, lost = _errors(workers, states.read("solver", layer), shares["solver"], probe)
+                found, gradient = _backward(network, errors, states.read("probe", layer), gradient, share)
+                found = _of_all_windows(found, share, ranks)
                 scores |= {(layer, name): by_scheme for name, by_scheme in found.items()}
                 noise |= {(layer, name): by_scheme for name, by_scheme in lost.items()}
                 network.release()
                 source.refuse_changed()
                 listen(f"sensitivity: layer {layer} measured, {layer} to go")
-            _add_embedding_losses(outer, source, network.device, gradient, probe)
+            _add_embedding_losses(outer, source, network.device, gradient, probe, share, ranks)
     except OSError as error:
         raise JobError(
             f"{error.filename or scratch}: {error.strerror or error}", hint="free some space, then try again"
@@ -188,23 +204,32 @@ class _States:
         return h_NTH
 
 
+def _token_sets(probe: Probe) -> dict[str, torch.Tensor]:
+    return {"solver": probe.solver_NT, "probe": probe.probe_NT}
+
+
 def _forward(
-    source: Checkpoint, network: Network, probe: Probe, states: _States, listen: Callable[[str], None]
+    source: Checkpoint,
+    workers: Workers,
+    probe: Probe,
+    shares: Mapping[str, Share],
+    states: _States,
+    listen: Callable[[str], None],
 ) -> torch.Tensor:
-    """Keep what enters each layer; returns what leaves the last one, for the probe's windows."""
+    """Keep what enters each layer; returns what leaves the last one, for the rank's share of the probe's windows."""
     spec = source.spec
+    own = {name: ids_NT[shares[name].windows] for name, ids_NT in _token_sets(probe).items()}
     hidden = {
-        name: (torch.empty(*ids.shape, spec.hidden_size, dtype=network.dtype), ids)
-        for name, ids in (("solver", probe.solver_NT), ("probe", probe.probe_NT))
+        name: (torch.empty(*ids_NT.shape, spec.hidden_size, dtype=workers.dtype), ids_NT)
+        for name, ids_NT in own.items()
     }
     embed(source, hidden)
     for layer in range(spec.num_hidden_layers):
-        network.fill(source.finite_layer_state(layer))
+        workers.fill(source.finite_layer_state(layer))
         for name, (h_NTH, _) in hidden.items():
             states.write(name, layer, h_NTH)
-            for part in batches(*h_NTH.shape[:2]):
-                h_NTH[part] = network.forward(h_NTH[part].to(network.device)).to(h_NTH.device)
-        network.release()
+            workers.run_layer(h_NTH, shares[name])
+        workers.release()
         source.refuse_changed()
         listen(f"sensitivity: layer {layer} read, of {spec.num_hidden_layers}")
     return hidden["probe"][0]
@@ -224,43 +249,51 @@ def _solved(scheme: Scheme) -> Scheme:
 
 
 def _errors(
-    network: Network, h_NTH: torch.Tensor, probe: Probe
+    workers: Workers, h_NTH: torch.Tensor, share: Share, probe: Probe
 ) -> tuple[dict[str, dict[Scheme, dict[str, torch.Tensor]]], dict[str, dict[Scheme, float]]]:
     """GPTQ's weight errors [out, in] of each linear, by unit, scheme and path in the layer, in bfloat16 on the CPU;
 
     and by unit and scheme the energy of the output errors relative to the outputs, summed over the unit's linears.
-    One Hessian at a time is on the network's device: the layer's windows go through it up to each stage anew.
+    One Hessian at a time is on the network's device: the layer's windows go through it up to each stage anew. Ranks
+    share windows and rows.
     """
+    network, ranks, devices = workers.first, workers.ranks, workers.devices
     errors: dict[str, dict[Scheme, dict[str, torch.Tensor]]] = {}
     lost: dict[str, dict[Scheme, float]] = {}
     for stage in network.spec.architecture.stages:
-        hessian_II = _hessian(network, stage, h_NTH).cpu()
+        triangle, hessian = Triangle(network.spec.size(stage.inputs)), _hessian(workers, stage, h_NTH, share).cpu()
         weights = {path: network.weight(path).float() for path in stage.paths}
         free = get_format(probe.format).outer  # then each linear is a unit of its own
         units = {path: path.rpartition(".")[2] if free else stage.name for path in stage.paths}
         offered = _offered(network.spec, (0, units[stage.paths[0]]), probe)
         schemes = list(dict.fromkeys(map(_solved, offered)))
         for scheme in schemes:
-            own_II = hessian_II.to(network.device, copy=scheme != schemes[-1])  # overwritten
-            solved = solve_linears(weights, own_II, scheme.grid(), damp_percent=DAMP_PERCENT, sweeps=0)
+            own_II = triangle.square(hessian.to(network.device))  # overwritten
+            own = cut_rows({path: len(w_OI) for path, w_OI in weights.items()}, ranks.size)[ranks.rank]
+            parts = solve_rows(devices, weights, own_II, scheme.grid(), [own], damp_percent=DAMP_PERCENT, sweeps=0)
             del own_II
+            solved = all_rows(ranks, parts, list(weights), scheme.grid(), network.device)
             for path, (qtensor, stats) in solved.items():
                 error = qtensor.dequantize().sub_(weights[path]).to(torch.bfloat16).cpu()
                 errors.setdefault(units[path], {}).setdefault(scheme, {})[path] = error
                 of_unit = lost.setdefault(units[path], {})
                 of_unit[scheme] = of_unit.get(scheme, 0.0) + 10 ** (stats.error_db / 10)
-            del solved, qtensor, stats  # codes and scales are on the device
+            del solved, parts, qtensor, stats  # codes and scales are on the device
     return errors, lost
 
 
-def _hessian(network: Network, stage: Stage, h_NTH: torch.Tensor) -> torch.Tensor:
-    """Sum of x x' over what enters a stage's linears, float32 [in, in] on the network's device."""
-    columns = network.spec.size(stage.inputs)
-    hessian_II = torch.zeros(columns, columns, device=network.device)
-    for part in batches(*h_NTH.shape[:2]):
+def _hessian(workers: Workers, stage: Stage, h_NTH: torch.Tensor, share: Share) -> torch.Tensor:
+    """Sum of x x' over what enters a stage's linears, a Triangle's values on the first worker's device."""
+    triangle = Triangle(workers.first.spec.size(stage.inputs))
+    sums = PartSums(workers, triangle.size)
+
+    def collect(network: Network, part: slice) -> None:
         h = h_NTH[part].to(device=network.device, dtype=network.dtype)
-        add_to_hessian(hessian_II, network.entering(stage, h))
-    return hessian_II
+        triangle.add_products(sums.of(network), network.entering(stage, h))
+
+    for windows in share.passes:
+        workers.each(collect, share, windows, [sums])
+    return sums.take()
 
 
 def _backward(
@@ -268,15 +301,16 @@ def _backward(
     errors: Mapping[str, Mapping[Scheme, Mapping[str, torch.Tensor]]],
     h_NTH: torch.Tensor,
     gradient_SNTH: torch.Tensor,
+    share: Share,
 ) -> tuple[dict[str, dict[Scheme, torch.Tensor]], torch.Tensor]:
-    """Scores [samples, windows] of each stage and scheme, and the gradients at the layer's input."""
+    """Scores [samples, windows] of each stage and scheme, and gradients at the layer's input, of a rank's windows."""
     samples, windows = gradient_SNTH.shape[:2]
     scores = {
         stage: {scheme: torch.zeros(samples, windows) for scheme in by_scheme} for stage, by_scheme in errors.items()
     }
     before_SNTH = torch.empty_like(gradient_SNTH)
     paths = [linear.path for linear in network.spec.architecture.linears]
-    for part in batches(h_NTH.shape[0], h_NTH.shape[1], BACKWARD_TOKENS):
+    for part in share.batches(max(1, BACKWARD_TOKENS // h_NTH.shape[1])):
         with torch.enable_grad(), network.recorded(paths) as recorded:
             h = h_NTH[part].to(device=network.device, dtype=network.dtype).requires_grad_(True)
             leaving = network.forward(h)
@@ -297,8 +331,22 @@ def _backward(
     return scores, before_SNTH
 
 
+def _of_all_windows(
+    scores: dict[str, dict[Scheme, torch.Tensor]], share: Share, ranks: Ranks
+) -> dict[str, dict[Scheme, torch.Tensor]]:
+    """Scores [samples, windows] of the windows of all ranks, from those of each one's own."""
+    if ranks.size == 1:
+        return scores
+    keys = [(stage, scheme) for stage, by_scheme in scores.items() for scheme in by_scheme]
+    own_NKS = torch.stack([scores[stage][scheme].T for stage, scheme in keys], 1)
+    found: dict[str, dict[Scheme, torch.Tensor]] = {stage: {} for stage in scores}
+    for (stage, scheme), score_NS in zip(keys, ranks.all_windows(own_NKS, share).unbind(1), strict=True):
+        found[stage][scheme] = score_NS.T.contiguous()
+    return found
+
+
 def _head_losses(
-    network: Network, head: HeadWeights, h_NTH: torch.Tensor, probe: Probe
+    network: Network, head: HeadWeights, h_NTH: torch.Tensor, probe: Probe, share: Share, ranks: Ranks
 ) -> dict[FusedGroup, dict[Scheme | None, float]]:
     """KL that rounding the head causes, by scheme, to second order: half the variance of the logits' changes under p.
 
@@ -309,21 +357,23 @@ def _head_losses(
         return {}
     unit = OUTER, spec.outer_linears[-1].stage
     schemes = _offered(spec, unit, probe)
+    windows, tokens, _ = h_NTH.shape
     x_PH = network.final_norm(h_NTH.reshape(-1, h_NTH.shape[2]).float().to(network.device), head.norm)
     log_total_P = torch.full((len(x_PH),), -torch.inf, device=network.device)
     for w_VH in _head_slices(head, network.device):
-        for part in _chunks(len(x_PH)):
+        for part in _chunks(share, tokens):
             log_total_P[part] = torch.logaddexp(log_total_P[part], (x_PH[part] @ w_VH.T).logsumexp(1))
     moments = {scheme: torch.zeros(2, len(x_PH), device=network.device) for scheme in schemes}
     for w_VH in _head_slices(head, network.device):
         wrong = {scheme: round_rows(w_VH, scheme.grid()).dequantize().sub_(w_VH) for scheme in schemes}
-        for part in _chunks(len(x_PH)):
+        for part in _chunks(share, tokens):
             p_PV = (x_PH[part] @ w_VH.T - log_total_P[part, None]).exp_()
             for scheme, e_VH in wrong.items():
                 change_PV = x_PH[part] @ e_VH.T
                 moments[scheme][0, part] += (p_PV * change_PV).sum(1)
                 moments[scheme][1, part] += (p_PV * change_PV.square_()).sum(1)
-    return {unit: {scheme: float((b - a * a).mean()) / 2 for scheme, (a, b) in moments.items()}}
+    variance = {scheme: (b - a * a).view(windows, tokens) for scheme, (a, b) in moments.items()}
+    return {unit: {scheme: float(ranks.all_windows(v_NT, share).mean()) / 2 for scheme, v_NT in variance.items()}}
 
 
 def _head_slices(head: HeadWeights, device: torch.device) -> Iterator[torch.Tensor]:
@@ -339,6 +389,8 @@ def _add_embedding_losses(
     device: torch.device,
     gradient_SNTH: torch.Tensor,
     probe: Probe,
+    share: Share,
+    ranks: Ranks,
 ) -> None:
     """Add to `outer` what rounding the embedding causes, by scheme; a tied head's is there already.
 
@@ -355,9 +407,12 @@ def _add_embedding_losses(
             rows_VH = rows_VH.to(device).float()
             return round_rows(rows_VH, grid).dequantize().sub_(rows_VH).cpu()
 
-        e_NTH = torch.empty(*probe.probe_NT.shape, source.spec.hidden_size)
-        embed(source, {"probe": (e_NTH, probe.probe_NT)}, wrong)
-        score_SN = (gradient_SNTH * e_NTH).sum((2, 3)).double()
+        own_NT = probe.probe_NT[share.windows]
+        e_NTH = torch.empty(*own_NT.shape, source.spec.hidden_size)
+        embed(source, {"probe": (e_NTH, own_NT)}, wrong)
+        sums = [(gradient_SNTH[:, k] * e_NTH[k]).sum((1, 2)) for k in range(len(own_NT))]
+        own_NS = torch.stack(sums) if sums else torch.zeros(0, len(gradient_SNTH))
+        score_SN = ranks.all_windows(own_NS, share).T.double()
         row[scheme] = row.get(scheme, 0.0) + float(score_SN.square().mean()) / (2 * probe.probe_NT.shape[1])
 
 
@@ -365,29 +420,35 @@ _CHUNK_TOKENS = 1024
 
 
 def sampled_gradients(
-    network: Network, head: HeadWeights, h_NTH: torch.Tensor, samples: int, seed: int
+    network: Network, head: HeadWeights, h_NTH: torch.Tensor, samples: int, seed: int, share: Share | None = None
 ) -> torch.Tensor:
     """Gradients of log p(y) with respect to h, float32 [samples, N, T, H]; a label y per position and sample.
 
-    h_NTH: hidden states leaving the last layer. The head is read twice, slice by slice of the vocabulary; labels are
-    drawn by the largest of logit + Gumbel noise.
+    h_NTH: hidden states leaving the last layer. share: which windows they are; all by default. The head is read twice,
+    slice by slice of the vocabulary; labels are drawn by the largest of logit + Gumbel noise, which is each window's
+    own.
     """
     windows, tokens, hidden = h_NTH.shape
+    share = share or ALONE.share(range(windows))
     norm = head.norm
     h_PH = h_NTH.reshape(-1, hidden).float().to(network.device)
     x_PH = network.final_norm(h_PH, norm)
     vocab = head.checkpoint.spec.vocab_size
-    generator = torch.Generator().manual_seed(seed)
+    generators = [torch.Generator().manual_seed((seed << 20) + window & (1 << 63) - 1) for window in share.windows]
     log_total_P = torch.full((len(x_PH),), -torch.inf, device=network.device)
     best_SP = torch.full((samples, len(x_PH)), -torch.inf, device=network.device)
     label_SPH = torch.zeros(samples, len(x_PH), hidden, device=network.device)  # head row of the label
     for start in range(0, vocab, SLICE_ROWS):
         w_VH = head.rows(start, min(start + SLICE_ROWS, vocab)).to(network.device)
-        for part in _chunks(len(x_PH)):
+        for part in _chunks(share, tokens):
             logits_PV = x_PH[part] @ w_VH.T
             log_total_P[part] = torch.logaddexp(log_total_P[part], logits_PV.logsumexp(1))
             for s in range(samples):
-                uniform_PV = torch.rand(logits_PV.shape, generator=generator).clamp_(1e-20, 1 - 1e-7)
+                drawn = [
+                    torch.rand(tokens, len(w_VH), generator=generators[window])
+                    for window in range(part.start // tokens, part.stop // tokens)
+                ]
+                uniform_PV = torch.cat(drawn).clamp_(1e-20, 1 - 1e-7)
                 noisy_PV = logits_PV - uniform_PV.to(network.device).log_().neg_().log_()
                 value_P, index_P = noisy_PV.max(1)
                 won_P = value_P > best_SP[s, part]
@@ -396,7 +457,7 @@ def sampled_gradients(
     mean_PH = torch.zeros_like(x_PH)  # of the head's rows under p
     for start in range(0, vocab, SLICE_ROWS):
         w_VH = head.rows(start, min(start + SLICE_ROWS, vocab)).to(network.device)
-        for part in _chunks(len(x_PH)):
+        for part in _chunks(share, tokens):
             p_PV = (x_PH[part] @ w_VH.T - log_total_P[part, None]).exp_()
             mean_PH[part] += p_PV @ w_VH
     with torch.enable_grad():
@@ -409,5 +470,7 @@ def sampled_gradients(
     return torch.stack(through).reshape(samples, windows, tokens, hidden)
 
 
-def _chunks(positions: int) -> list[slice]:
-    return [slice(k, min(k + _CHUNK_TOKENS, positions)) for k in range(0, positions, _CHUNK_TOKENS)]
+def _chunks(share: Share, tokens: int) -> list[slice]:
+    """Positions of a rank's windows of so many tokens, some windows of a part at a time."""
+    batches = share.batches(max(1, _CHUNK_TOKENS // tokens))
+    return [slice(part.start * tokens, part.stop * tokens) for part in batches]

@@ -26,7 +26,7 @@ from qwenq.model.architectures import Stage
 from qwenq.model.layer import Network
 from qwenq.model.metadata import gguf_names
 from qwenq.model.spec import ModelSpec
-from qwenq.pipeline.workers import Workers, WorkerSums
+from qwenq.pipeline.workers import PartSums, Workers
 from qwenq.text.tokens import TokenWindows
 
 
@@ -34,12 +34,12 @@ class InputSquares:
     """Sums over tokens of the squared inputs of a layer's linears, by stage, as they are without channel scales."""
 
     def __init__(self, workers: Workers, spec: ModelSpec) -> None:
-        self._sums = {s.name: WorkerSums(workers, 1, spec.size(s.inputs)) for s in spec.architecture.stages}
+        self.sums = {s.name: PartSums(workers, spec.size(s.inputs)) for s in spec.architecture.stages}
         self._scales: dict[str, Tensor] = {}
 
     def add(self, stage: Stage, network: Network, x: Tensor) -> None:
         """Take in inputs [B, T, in] of a stage."""
-        self._sums[stage.name].of(network).add_(x.float().square().sum((0, 1)))
+        self.sums[stage.name].of(network).add_(x.float().square().sum((0, 1)))
 
     def divide(self, stage: Stage, scales_I: Tensor) -> None:
         """Inputs of a stage will come divided by these scales."""
@@ -47,7 +47,7 @@ class InputSquares:
 
     def totals(self) -> dict[str, Tensor]:
         """float32 [in] by stage."""
-        found = {name: sums.total()[0] for name, sums in self._sums.items()}
+        found = {name: sums.total() for name, sums in self.sums.items()}
         return {name: sums_I * self._scales[name].square() if name in self._scales else sums_I
                 for name, sums_I in found.items()}  # fmt: skip
 

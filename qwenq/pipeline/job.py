@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,15 +19,19 @@ from qwenq.formats.base import Recipe, get_format
 from qwenq.io.json import resolved
 from qwenq.io.tensors import DTYPE_NAMES, TORCH_DTYPES
 from qwenq.machine import numerics
-from qwenq.pipeline.block import SolverOptions, passes
-from qwenq.pipeline.config import QuantizeConfig, Windows, original_windows
+from qwenq.pipeline.activations import TokenSets
+from qwenq.pipeline.block import SolverOptions
+from qwenq.pipeline.config import PARTS, QuantizeConfig, Windows, original_windows
 from qwenq.pipeline.container import containers
+from qwenq.pipeline.ranks import ALONE, Ranks
+from qwenq.pipeline.shares import passes
 from qwenq.pipeline.workers import Workers
 from qwenq.results import BlockResult, DriftReport
 from qwenq.solver.gptq import DAMP_PERCENT, round_rows
 from qwenq.solver.grid import QTensor
 from qwenq.text.tokens import TokenWindows
 
+SUMS = f"{PARTS} parts"  # in which order sums over calibration windows are taken (pipeline/shares.py)
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -123,17 +127,26 @@ class QuantizeJob:
         windows, length = self.calibration.ids.shape
         return original_windows(self.source.spec, windows, length, self.config.error_correction_share)
 
-    def passes(self, name: str) -> list[range] | None:
-        """In which ranges of windows hidden states of calibration go through a layer; None for others."""
-        if self.calibration is None or name not in ("calibration", "original"):
-            return None
+    def tokens(self, ranks: Ranks = ALONE) -> TokenSets:
+        """The job's tokens, and a rank's share of them."""
+        calibrated = 0 if self.calibration is None else len(self.calibration.ids)
         corrected = self.original_windows
-        return passes(len(self.calibration.ids) if name == "calibration" else corrected, corrected)
+        return TokenSets(
+            self.evaluation.ids,
+            DTYPES[self.config.compute_dtype],
+            ranks.share(range(len(self.evaluation.ids))),
+            None if self.calibration is None else self.calibration.ids,
+            DTYPES[self.config.calibration_dtype],
+            ranks.share(*passes(calibrated, corrected)),
+            ranks.share(*passes(corrected, corrected)),
+        )
 
-    def workers(self, dtype: torch.dtype, windows: TokenWindows | None) -> Workers:
+    def workers(self, dtype: torch.dtype, windows: TokenWindows | None, ranks: Ranks = ALONE) -> Workers:
         """Workers on the job's devices for these windows, or for those of the evaluation."""
         spec, length = self.source.spec, (windows or self.evaluation).ids.shape[1]
-        return Workers(self.source.config, spec, dtype=dtype, window_tokens=length, devices=self.devices)
+        return Workers(
+            self.source.config, spec, dtype=dtype, window_tokens=length, devices=self.devices, ranks=ranks
+        )
 
     def stored_dtype(self, name: str) -> str:
         """safetensors dtype in which tensor `name` is written when it is not quantized."""
@@ -214,8 +227,19 @@ class QuantizeJob:
             "calibration": self.calibration.to_json() if self.calibration else None,
             "evaluation": self.evaluation.to_json(),
             "overlap": self.overlap,
-            "numerics": numerics(self.devices),
+            "numerics": self.numerics,
         } | ({"files": self.files.names} if self.files.whole else {})
+
+    @property
+    def numerics(self) -> dict[str, Any]:
+        """What decides the last bits of sums on this machine: a resumed job needs the same."""
+        return numerics(self.devices) | ({"sums": SUMS} if self.calibration else {})
+
+    def same_everywhere(self, described: Mapping[str, Any]) -> dict[str, Any]:
+        """Of `describe`, what every rank has to have the same: all but its directory's name and what it computes on."""
+        free = ("threads", "instructions")
+        kept = {name: value for name, value in described["numerics"].items() if name not in free}
+        return {**described, "numerics": kept, "device": "", "model": ""}
 
 
 def windows_of(calibration: TokenWindows | None, evaluation: TokenWindows) -> Windows:
@@ -240,3 +264,12 @@ class QuantizeResult:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"out": str(self.out)}
+
+    @staticmethod
+    def from_json(row: Mapping[str, Any]) -> QuantizeResult:
+        """What `finite_json` of `to_json` gave."""
+        layers = tuple(BlockResult.from_json(layer) for layer in row["layers"])
+        drift, warnings = DriftReport.from_json(row["drift"]), tuple(row["warnings"])
+        return QuantizeResult(
+            **{**row, "out": Path(row["out"]), "drift": drift, "layers": layers, "warnings": warnings}
+        )

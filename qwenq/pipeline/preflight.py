@@ -17,8 +17,10 @@ from qwenq.model.spec import ModelSpec
 from qwenq.pipeline.config import (
     BACKWARD_TOKENS,
     BATCH_TOKENS,
+    CPU_BATCH_TOKENS,
     MOST_WORKERS,
     NOISE_WINDOWS,
+    PARTS,
     PROBE_TOKENS,
     PROBE_WINDOWS,
     SAMPLES,
@@ -27,7 +29,9 @@ from qwenq.pipeline.config import (
     WORKERS_UP_TO,
     Tokens,
 )
+from qwenq.pipeline.shares import Share, parts_of, passes
 from qwenq.planning.tensor_parallel import row_groups, tensor_parallel_sizes
+from qwenq.solver.triangle import Triangle
 from qwenq.units import format_gb
 
 BASE_BYTES = 560_000_000  # interpreter, torch, transformers and thread pools; measured on Linux with torch 2.13
@@ -55,6 +59,9 @@ class Preflight:
     disk_needed_bytes: int
     disk_free_bytes: int | None
     tensor_parallel: dict[str, str]  # "1", "2", "4", "8" -> "" or why not
+    ranks: int = 1  # peaks are one rank's
+    wire_layer_bytes: int = 0  # that a rank receives for each layer
+    wire_state_bytes: int = 0  # that the first rank receives whenever hidden states are saved
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -83,6 +90,7 @@ class PlannedJob:
     source_dtype_of: Callable[[str], str] = lambda name: "BF16"
     source_spec: ModelSpec | None = None  # where `spec` is padded
     beside: Beside = NOTHING
+    ranks: int = 1
 
 
 def preflight(job: PlannedJob) -> Preflight:
@@ -92,9 +100,9 @@ def preflight(job: PlannedJob) -> Preflight:
     files = stored_files(spec, recipe, job.dtype_of, job.beside)
     tensor_total, file_total = files.tensor_bytes, files.file_bytes
     source_total = sum(tensor_bytes(job.source_dtype_of(t.name), t.shape) for t in (job.source_spec or spec).tensors())
-    host, device = peak_bytes(spec, tokens, job.compute_bytes, job.on_gpu)
+    host, device = peak_bytes(spec, tokens, job.compute_bytes, job.on_gpu, job.ranks)
     states = hidden_state_bytes(spec, tokens, job.compute_bytes)
-    buffers = token_buffer_bytes(spec, tokens, job.compute_bytes)
+    buffers = token_buffer_bytes(spec, tokens, job.compute_bytes, job.ranks)
     spill = buffers if buffers > SPILL_BYTES else 0
     labels: dict[str, set[str]] = {}
     stage_bytes: dict[str, int] = {}
@@ -121,6 +129,9 @@ def preflight(job: PlannedJob) -> Preflight:
         disk_needed_bytes=file_total + 2 * states + spill + _SLACK_BYTES,
         disk_free_bytes=free_disk(job.out) if job.out else None,
         tensor_parallel=tensor_parallel_sizes(spec, row_groups(spec, recipe)),
+        ranks=job.ranks,
+        wire_layer_bytes=wire_layer_bytes(spec, tokens, sum(t.nbytes for t in files.parts[1]), job.ranks),
+        wire_state_bytes=states - states // job.ranks,
     )
 
 
@@ -132,59 +143,115 @@ def scratch_width(spec: ModelSpec) -> int:
     return max(spec.size(stage.inputs) + spec.hidden_size * (len(ends) - k) for k, stage in enumerate(ends, 1))
 
 
-def hidden_state_bytes(spec: ModelSpec, tokens: Tokens, compute_bytes: int) -> int:
-    """Hidden states of all tokens, in float32 for the noise floor too."""
-    noise = min(NOISE_WINDOWS, tokens.evaluation_windows) * tokens.length * 4 if compute_bytes < 4 else 0
-    calibration = (tokens.calibration + tokens.original(spec)) * tokens.calibration_bytes
-    return (calibration + 2 * tokens.evaluation * compute_bytes + noise) * spec.hidden_size
+def _passes(spec: ModelSpec, tokens: Tokens) -> tuple[list[range], list[range]]:
+    """Passes of the calibration windows, and of those among them that the 16-bit layers take too."""
+    corrected = tokens.original(spec) // tokens.length
+    return passes(tokens.calibration_windows, corrected), passes(corrected, corrected)
 
 
-def token_buffer_bytes(spec: ModelSpec, tokens: Tokens, compute_bytes: int) -> int:
-    """Hidden states of all tokens, and the calibration tokens' scratch."""
-    scratch = tokens.calibration * scratch_width(spec) * tokens.calibration_bytes
-    return hidden_state_bytes(spec, tokens, compute_bytes) + scratch
+def _of_rank(spec: ModelSpec, tokens: Tokens, ranks: int) -> tuple[int, int, int, int]:
+    """Windows of the rank that has the most, the first: calibration, original, evaluation, in float32."""
+    evaluation = Share((range(tokens.evaluation_windows),), 0, ranks)
+    calibration, original = (len(Share(tuple(p), 0, ranks).windows) for p in _passes(spec, tokens))
+    return calibration, original, len(evaluation.windows), len(evaluation.up_to(NOISE_WINDOWS).windows)
 
 
-def peak_bytes(spec: ModelSpec, tokens: Tokens, compute_bytes: int, on_gpu: bool) -> tuple[int, int]:
-    """Predicted peak (host, GPU) in bytes; the layer count is not in it, because one layer is held at a time."""
-    stages, width = spec.architecture.stages, _widest(spec)
+def hidden_state_bytes(spec: ModelSpec, tokens: Tokens, compute_bytes: int, ranks: int = 1) -> int:
+    """Hidden states of all tokens of a rank, in float32 for the noise floor too."""
+    calibration, original, evaluation, few = _of_rank(spec, tokens, ranks)
+    noise = 4 * few if compute_bytes < 4 else 0
+    states = (calibration + original) * tokens.calibration_bytes + 2 * evaluation * compute_bytes + noise
+    return states * tokens.length * spec.hidden_size
+
+
+def token_buffer_bytes(spec: ModelSpec, tokens: Tokens, compute_bytes: int, ranks: int = 1) -> int:
+    """Hidden states of all tokens of a rank, and the calibration tokens' scratch."""
+    calibration = _of_rank(spec, tokens, ranks)[0] * tokens.length
+    scratch = calibration * scratch_width(spec) * tokens.calibration_bytes
+    return hidden_state_bytes(spec, tokens, compute_bytes, ranks) + scratch
+
+
+def peak_bytes(
+    spec: ModelSpec, tokens: Tokens, compute_bytes: int, on_gpu: bool, ranks: int = 1
+) -> tuple[int, int]:
+    """Predicted peak (host, GPU) of a rank in bytes; the layer count is not in it: one layer is held at a time."""
+    stages, width, hidden = spec.architecture.stages, _widest(spec), spec.hidden_size
     parameters = sum(lin.parameters for lin in spec.layer_linears(0))
     source = 2 * parameters
-    at_once = min(BATCH_TOKENS, tokens.calibration + tokens.evaluation)
-    part, states = at_once * width, 2 * at_once * spec.hidden_size
+    lanes = not on_gpu and spec.intermediate_size <= WORKERS_UP_TO
+    workers = min(MOST_WORKERS, PARTS // ranks) if lanes else 1
+    evaluation = _of_rank(spec, tokens, ranks)[2] * tokens.length
+    at_once = min(workers * CPU_BATCH_TOKENS if lanes else BATCH_TOKENS, tokens.calibration + tokens.evaluation)
+    part, states = at_once * width, 2 * at_once * hidden
     corrects = tokens.error_correction_share > 0
-    solving = tokens.calibration_bytes * parameters + max(_solving(spec, stage, corrects) for stage in stages)
-    workers = MOST_WORKERS if not on_gpu and spec.intermediate_size <= WORKERS_UP_TO else 1
-    residual = width * spec.hidden_size if corrects else 0
-    summing = 4 * (workers * (width**2 + residual) + 2 * residual)  # also the first half's, and one being made
-    calibrating = tokens.calibration_bytes * (parameters + 4 * part + states) + summing
+    triangle, residual = Triangle(width).size, width * hidden if corrects else 0
+    sums = triangle + residual
+    collecting = 4 * (workers * sums + (sums + residual) // ranks)  # parts; their sum, and the first half's residual
+    between = 4 * (sums + (sums if ranks > 1 else 0) // ranks + 2 * residual // ranks)  # both halves' residuals
+    squaring = 4 * (triangle + width**2)
+    activations = tokens.calibration_bytes * (4 * part + states)
+    calibrating = max(activations + collecting, between, squaring)
+    solving = max(_solving(spec, stage, corrects, ranks) for stage in stages)
     evaluating = compute_bytes * (parameters + 4 * part + states)
-    head = 6 * 4 * 1024 * 4096 + 8 * 4096 * spec.hidden_size + 8 * tokens.evaluation * spec.hidden_size
-    work = max(solving, calibrating, evaluating)
-    buffers = token_buffer_bytes(spec, tokens, compute_bytes)
+    head = 6 * 4 * 1024 * 4096 + 8 * 4096 * hidden + 8 * evaluation * hidden
+    work = max(tokens.calibration_bytes * parameters + max(calibrating, solving), evaluating)
+    buffers = token_buffer_bytes(spec, tokens, compute_bytes, ranks)
     if on_gpu:
         return BASE_BYTES + buffers + source, max(work, head)
-    at_the_head = hidden_state_bytes(spec, replace(tokens, calibration_windows=0), compute_bytes) + head
+    none = replace(tokens, calibration_windows=0)
+    at_the_head = hidden_state_bytes(spec, none, compute_bytes, ranks) + head
     return BASE_BYTES + max(buffers + source + work, at_the_head), 0
 
 
+def wire_layer_bytes(spec: ModelSpec, tokens: Tokens, written: int, ranks: int) -> int:
+    """Bytes that a rank receives for each layer: parts of sums, the sums, and codes of other ranks' rows.
+
+    From the first rank it receives the layer as it was written too, `written` bytes.
+    """
+    if ranks == 1:
+        return 0
+    others = (ranks - 1) / ranks
+    every, corrected = _passes(spec, tokens)
+
+    def summed(values: int, over: list[range], totals: int) -> float:
+        """Of each part of the passes that another rank made a piece; of each total the pieces of all others."""
+        turns = sum(-(-len(parts_of(windows)) // ranks) for windows in over)  # in each, one part of every rank
+        return 4 * values * others * (turns + totals)
+
+    total = float(written)
+    for stage in spec.architecture.stages:
+        linears = spec.stage_linears(0, stage)
+        both = stage.adds and corrected
+        if tokens.calibration_windows:
+            total += summed(Triangle(spec.size(stage.inputs)).size, every, 1 + len(corrected) if both else 1)
+            total += others * sum(lin.parameters for lin in linears)
+        if both:
+            total += summed(spec.size(stage.inputs) * spec.hidden_size, corrected, len(corrected))
+    return round(total)
+
+
 def sensitivity_bytes(
-    spec: ModelSpec, length: int, compute_bytes: int, on_gpu: bool, schemes: int = len(GROUP_SIZES)
+    spec: ModelSpec,
+    length: int,
+    compute_bytes: int,
+    on_gpu: bool,
+    schemes: int = len(GROUP_SIZES),
+    ranks: int = 1,
 ) -> tuple[int, int]:
     """Predicted peak (host, GPU) in bytes of measuring sensitivities on windows of `length` tokens; see peak_bytes.
 
     schemes: that errors are solved of, in bfloat16.
     """
-    hidden, probed = spec.hidden_size, PROBE_WINDOWS * PROBE_TOKENS
+    hidden, probed = spec.hidden_size, PROBE_WINDOWS * PROBE_TOKENS // ranks
     parameters = sum(lin.parameters for lin in spec.layer_linears(0))
     outputs = sum(lin.out_features for lin in spec.layer_linears(0))
     largest = max(lin.parameters for lin in spec.layer_linears(0))
-    states = (SOLVER_WINDOWS * length + probed) * hidden * compute_bytes
+    states = (SOLVER_WINDOWS * length // ranks + probed) * hidden * compute_bytes
     passing = 16 * _widest(spec) + 24 * hidden + (schemes + 1) * outputs  # values a token
     backward = compute_bytes * (parameters + largest + BACKWARD_TOKENS * passing)
     head = 4 * probed * hidden * (3 * SAMPLES + 3) + 4 * 4096 * (hidden + 4 * 1024)
     work = max(errors_bytes(spec, length, compute_bytes), backward)
-    kept = 4 * _widest(spec) ** 2  # the Hessian, from which each scheme takes a copy
+    kept = 4 * Triangle(_widest(spec)).size  # the Hessian, from which each scheme takes a copy
     held = 2 * parameters + schemes * 2 * parameters + 8 * SAMPLES * probed * hidden  # source, errors, gradients twice
     if on_gpu:
         return BASE_BYTES + max(states, held + kept), max(work, head)
@@ -194,9 +261,9 @@ def sensitivity_bytes(
 def errors_bytes(spec: ModelSpec, length: int, compute_bytes: int) -> int:
     """Predicted peak in bytes, on the device, of solving a layer for the errors that sensitivities are read from."""
     layer, width = spec.layer_linears(0), _widest(spec)
-    at_once = min(BATCH_TOKENS, SOLVER_WINDOWS * length)
-    collecting = 4 * width**2 + compute_bytes * at_once * (5 * width + 4 * spec.hidden_size)
-    solving = max(_solving(spec, stage, corrects=False) for stage in spec.architecture.stages)
+    at_once = min(BATCH_TOKENS, SOLVER_WINDOWS // PARTS * length)  # of one part
+    collecting = 8 * Triangle(width).size + compute_bytes * at_once * (7 * width + 4 * spec.hidden_size)
+    solving = max(_solving(spec, stage, corrects=False, ranks=1) for stage in spec.architecture.stages)
     return compute_bytes * sum(lin.parameters for lin in layer) + max(collecting, solving)
 
 
@@ -205,8 +272,11 @@ def _widest(spec: ModelSpec) -> int:
     return max(spec.size(stage.inputs) for stage in spec.architecture.stages if stage.adds)
 
 
-def _solving(spec: ModelSpec, stage: Stage, corrects: bool) -> int:
-    """The Hessian; float32 weights, their errors twice while they are permuted, uint8 codes; two sums of residuals."""
+def _solving(spec: ModelSpec, stage: Stage, corrects: bool, ranks: int) -> int:
+    """The Hessian; float32 weights; and of a rank's rows their errors twice while they are permuted, and uint8 codes.
+
+    corrects: two sums of residuals too.
+    """
     parameters = sum(lin.parameters for lin in spec.stage_linears(0, stage))
-    residuals = 8 * parameters if corrects and stage.adds else 0
-    return 4 * spec.size(stage.inputs) ** 2 + 13 * parameters + residuals
+    own = 9 * parameters + (8 * parameters if corrects and stage.adds else 0)
+    return 4 * spec.size(stage.inputs) ** 2 + 4 * parameters + own // ranks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from qwenq.pipeline.fisher import measure_sensitivity, split_windows
 from qwenq.pipeline.job import DTYPES, QuantizeJob, partial_directory, windows_of
 from qwenq.pipeline.journal import Journal
 from qwenq.pipeline.quantize import check_places
+from qwenq.pipeline.ranks import ALONE, Ranks
 from qwenq.planning.budget import Budgeted
 from qwenq.planning.recipefile import RECIPE_NAME, encode_recipe
 from qwenq.planning.sensitivity import SENSITIVITY_NAME, encode_sensitivity
@@ -57,13 +59,17 @@ class Preparation:
             beside=tuple(files.items()),
         )
 
-    def measured(self, *, resume: bool = False, listen: Callable[[str], None] = lambda line: None) -> Preparation:
+    def measured(
+        self, *, resume: bool = False, listen: Callable[[str], None] = lambda line: None, ranks: Ranks = ALONE
+    ) -> Preparation:
         """With sensitivities measured, if a budget needs them; `listen` gets a line of text at each step."""
         if self.calibration is None or not self.resolution.measures(windows_of(self.calibration, self.evaluation)):
             return self
-        check_places(self.job, resume)
-        scratch = self.out.absolute().parent
-        scratch.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.gettempdir())  # the first rank alone need see the output
+        if ranks.first:
+            check_places(self.job, resume)
+            scratch = self.out.absolute().parent
+            scratch.mkdir(parents=True, exist_ok=True)
         config = self.resolution.config
         table = measure_sensitivity(
             self.source,
@@ -74,6 +80,7 @@ class Preparation:
             device=config.device.split(",")[0],
             scratch=scratch,
             listen=listen,
+            ranks=ranks,
         )
         return replace(self, resolution=self.resolution.measured(table))
 
@@ -92,22 +99,35 @@ def _measured_before(work: Path) -> Path | None:
     return path
 
 
-def prepare(directory: Path, out: Path, config: QuantizeConfig, *, resume: bool = False) -> Preparation:
+def _told_of(work: Path, place: Path, ranks: Ranks) -> Path | None:
+    """`_measured_before` of rank 0; on the others a copy at `place`."""
+    before = _measured_before(work) if ranks.first else None
+    content = ranks.from_first(lambda: None if before is None else before.read_text(encoding="utf-8"))
+    if ranks.first or content is None:
+        return before
+    (place / SENSITIVITY_NAME).write_text(content, encoding="utf-8")
+    return place / SENSITIVITY_NAME
+
+
+def prepare(
+    directory: Path, out: Path, config: QuantizeConfig, *, resume: bool = False, ranks: Ranks = ALONE
+) -> Preparation:
     """Open the model at `directory`, choose what the configuration leaves open and read the texts.
 
-    Raises QwenqError for a model, a text or a combination that cannot be used.
+    Raises QwenqError for a model, a text or a combination that cannot be used, and where ranks have different ones.
     """
     source = open_source(directory)
     device = pick_device(config.device)
-    found = Resolution.of(
-        config,
-        source.spec,
-        source.dtype_of,
-        device=device,
-        fingerprint=fingerprint(source.directory) if config.mixed else "",
-        measured=_measured_before(partial_directory(out)) if resume and config.mixed else None,
-        beside=containers(source, config),
-    )
+    with tempfile.TemporaryDirectory(prefix="qwenq-rank-") as place:
+        found = Resolution.of(
+            config,
+            source.spec,
+            source.dtype_of,
+            device=device,
+            fingerprint=fingerprint(source.directory) if config.mixed else "",
+            measured=_told_of(partial_directory(out), Path(place), ranks) if resume and config.mixed else None,
+            beside=containers(source, config),
+        )
     if config.pad_for_tp is not None:
         source = source.padded(found.spec.intermediate_size)
     tokenizer = ModelTokenizer(source.directory)
@@ -141,4 +161,8 @@ def prepare(directory: Path, out: Path, config: QuantizeConfig, *, resume: bool 
     compared = texts and not config.eval_text.endswith(".npy")
     shared = overlap(texts[0], config.eval_text, *texts[1:]) if compared else None
     found.settled(windows_of(calibration, evaluation))  # what cannot be corrected is refused here
+    read = {"source": source.sampled(), "calibration": calibration and calibration.to_json()}
+    read |= {"evaluation": evaluation.to_json(), "options": config.same_everywhere()}
+    ranks.refuse_others("command", read)
+    ranks.refuse_few(calibration=None if calibration is None else len(calibration.ids), evaluation=len(evaluation.ids))
     return Preparation(found, source, out, calibration, evaluation, shared)

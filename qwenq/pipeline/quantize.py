@@ -12,7 +12,9 @@ Work happens in OUT.partial, which becomes OUT by one rename when everything in 
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -30,14 +32,14 @@ from qwenq.checkpoint.manifest import (
     read_manifest,
     refuse_strangers,
 )
-from qwenq.checkpoint.reader import SLICE_ROWS, Checkpoint, GGUFCheckpoint, non_finite
+from qwenq.checkpoint.reader import SLICE_ROWS, Checkpoint, GGUFCheckpoint, Relay, non_finite
 from qwenq.errors import CheckpointError, JobError, QwenqError
 from qwenq.escaping import several
 from qwenq.formats.base import get_format, quantization_config, read_quantization_config
 from qwenq.io.durable import make_directory, write_bytes
 from qwenq.io.fields import Fields
 from qwenq.machine import forget_peak_rss, host_facts, keep_freed_memory, peak_rss_bytes, return_freed_memory, versions
-from qwenq.pipeline.activations import HiddenStates, LayerRunner, TokenSets, embed_tokens
+from qwenq.pipeline.activations import HiddenStates, LayerRunner, embed_tokens
 from qwenq.pipeline.block import BlockSolver, CalibrationStates, round_block, round_layer
 from qwenq.pipeline.card import CARD_NAME, model_card
 from qwenq.pipeline.config import tokens_of
@@ -48,6 +50,8 @@ from qwenq.pipeline.journal import Journal, locked, never_begun, refuse_changes
 from qwenq.pipeline.monitor import StageClock, memory_errors
 from qwenq.pipeline.output import Output, copied_files, give_name
 from qwenq.pipeline.preflight import PlannedJob, preflight
+from qwenq.pipeline.ranks import ALONE, Ranks
+from qwenq.pipeline.shares import NO_WINDOWS
 from qwenq.pipeline.workers import Workers
 from qwenq.results import BlockResult, DriftReport, LayerResult, finite_json
 from qwenq.solver.equalize import FoldedLayer
@@ -58,12 +62,33 @@ _NO_MEMORY = "make room, then go on with --resume; or start again with fewer win
 Listener = Callable[[BlockResult | str], None]
 
 
-def quantize(job: QuantizeJob, *, resume: bool = False, listen: Listener = lambda event: None) -> QuantizeResult:
-    """Run or resume a job. `listen` gets a line of text at each step and a BlockResult for each layer."""
+def quantize(
+    job: QuantizeJob, *, resume: bool = False, listen: Listener = lambda event: None, ranks: Ranks = ALONE
+) -> QuantizeResult:
+    """Run or resume a job. `listen` gets a line of text at each step and a BlockResult for each layer.
+
+    ranks: that do it together, each calling this with the same job; the first one alone reads and writes the output.
+    """
     started = time.perf_counter()
     forget_peak_rss()
     keep_freed_memory()
     work = partial_directory(job.out)
+    try:
+        with memory_errors("quantizing", torch.device(job.devices[0]), None, _NO_MEMORY):
+            if ranks.first:
+                return _quantize_at(work, job, resume, listen, ranks, started)
+            with tempfile.TemporaryDirectory(prefix="qwenq-rank-") as scratch:
+                return _Run(job, Path(scratch), resume, listen, ranks).run(started)
+    except OSError as error:
+        again = "go on with --resume" if work.exists() else "start again"
+        raise JobError(
+            f"{error.filename or work}: {error.strerror or error}", hint=f"put that right, then {again}"
+        ) from error
+
+
+def _quantize_at(
+    work: Path, job: QuantizeJob, resume: bool, listen: Listener, ranks: Ranks, started: float
+) -> QuantizeResult:
     check_places(job, resume)
     try:
         make_directory(work, exist_ok=resume)
@@ -71,21 +96,14 @@ def quantize(job: QuantizeJob, *, resume: bool = False, listen: Listener = lambd
         raise _unfinished(work) from None
     except OSError as error:
         raise JobError(f"{work}: {error.strerror}", hint="choose another --output") from None
-    try:
-        with locked(work) as left:
-            if left:
-                listen(f"{left} left the job unfinished: going on")
-            try:
-                with memory_errors("quantizing", torch.device(job.devices[0]), None, _NO_MEMORY):
-                    return _Run(job, work, resume, listen).run(started)
-            finally:
-                if not resume and work.exists() and never_begun(work):
-                    shutil.rmtree(work)  # leave nothing behind
-    except OSError as error:
-        again = "go on with --resume" if work.exists() else "start again"
-        raise JobError(
-            f"{error.filename or work}: {error.strerror or error}", hint=f"put that right, then {again}"
-        ) from error
+    with locked(work) as left:
+        if left:
+            listen(f"{left} left the job unfinished: going on")
+        try:
+            return _Run(job, work, resume, listen, ranks).run(started)
+        finally:
+            if not resume and work.exists() and never_begun(work):
+                shutil.rmtree(work)  # leave nothing behind
 
 
 def check_places(job: QuantizeJob, resume: bool) -> None:
@@ -120,10 +138,10 @@ def _unfinished(work: Path) -> JobError:
 
 
 class _Run:
-    """One run of a job over its working directory."""
+    """One run of a job over its working directory; on ranks but the first that is a place for scratch files alone."""
 
-    def __init__(self, job: QuantizeJob, work: Path, resume: bool, listen: Listener) -> None:
-        self.job, self.work, self.listen = job, work, listen
+    def __init__(self, job: QuantizeJob, work: Path, resume: bool, listen: Listener, ranks: Ranks) -> None:
+        self.job, self.work, self.listen, self.ranks = job, work, listen, ranks
         self.spec = job.source.spec
         self.files = job.files
         config = dict(job.source.config) | {
@@ -135,12 +153,12 @@ class _Run:
             config.pop("torch_dtype", None)
             config["dtype"] = job.config.dtype
         self.output = Output(work, job.out, job.recipe, config, self.files, copied_files(job.source.folder))
-        evaluating = job.workers(DTYPES[job.config.compute_dtype], job.evaluation)
-        self.calibrator = job.workers(DTYPES[job.config.calibration_dtype], job.calibration)
+        evaluating = job.workers(DTYPES[job.config.compute_dtype], job.evaluation, ranks)
+        self.calibrator = job.workers(DTYPES[job.config.calibration_dtype], job.calibration, ranks)
         self.workers = {"reference": evaluating, "quantized": evaluating}
         self.workers |= {"calibration": self.calibrator, "original": self.calibrator}
         if evaluating.dtype != torch.float32:
-            self.workers["float32"] = job.workers(torch.float32, job.evaluation)
+            self.workers["float32"] = job.workers(torch.float32, job.evaluation, ranks)
         self.resume = resume
 
     # -------------------------------------------------------------- the whole
@@ -153,40 +171,26 @@ class _Run:
         assert read is not None
         described = self.job.describe() | {"source": read.hashes}
         beside = {name: hashlib.sha256(content).hexdigest() for name, content in self.job.beside}
-        if self.resume and not never_begun(self.work):
-            journal = Journal.load(self.work)
-            kept = beside if journal.beside is None else journal.beside
-            refuse_changes(journal.job | {"beside": kept}, described | {"beside": beside}, self.work)
-            refuse_strangers(self.work, {*self.output.names, *beside})
-            if (result := finished_before(self.work, self.job.out, journal)) is not None:
-                give_name(self.work, self.job.out)
-                return result
-        else:
-            journal = Journal.create(self.work, described, beside)
-        for name, content in self.job.beside:
-            write_bytes(self.work / name, content)
-        tokens = TokenSets(
-            self.job.evaluation.ids,
-            self.workers["reference"].dtype,
-            self.job.calibration.ids if self.job.calibration else None,
-            self.calibrator.dtype,
-            self.job.original_windows,
-        )
-        states = embed_tokens(self.job.source, tokens, self.work, self.job.convert)
-        self.listen("writing the embedding, the last norm and the head")
-        last = [self.spec.norm_tensor, *([] if self.spec.tie_word_embeddings else [self.spec.head_tensor])]
-        self.files.begin(self.work)
-        end = len(self.files.parts) - 1
-        outer = {0: self._write_outer(0, [self.spec.embedding_tensor]), end: self._write_outer(end, last)}
-        runner = LayerRunner(states.states, self.workers, self.job.passes)
-        first = self._recover(journal, states, runner)
-        saved = time.perf_counter()
-        for layer in range(first, self.spec.num_hidden_layers):
+        self.ranks.refuse_others("job", self.job.same_everywhere(described) | {"beside": beside})
+        journal = self._journal(described, beside) if self.ranks.first else None
+        if (done := self._done_before(journal)) is not None:
+            return done
+        states = embed_tokens(self.job.source, self.job.tokens(self.ranks), self.work, self.job.convert)
+        outer = self._write_ends() if self.ranks.first else {}
+        runner = LayerRunner(states.states, states.shares, self.workers)
+        rows = self._recover(journal, states, runner)
+        saved, interval_s = time.perf_counter(), _STATE_INTERVAL_S
+        for layer in range(len(rows), self.spec.num_hidden_layers):
             row = self._layer(layer, states, runner)
-            if time.perf_counter() - saved > _STATE_INTERVAL_S:
+            began = time.perf_counter()
+            if self.ranks.from_first(lambda began=began, due=saved + interval_s: began > due):  # type: ignore[misc]
                 row["state"] = self._save_state(journal, states)
                 saved = time.perf_counter()
-            journal.append(row)
+                if self.ranks.size > 1:  # states of all ranks go over the network: a tenth of the time at most
+                    interval_s = max(_STATE_INTERVAL_S, 10 * (saved - began))
+            rows.append(row)
+            if journal is not None:
+                journal.append(row)
             self.listen(BlockResult.from_json(row["result"]))
         states = states.without_calibration()
         del runner
@@ -194,7 +198,39 @@ class _Run:
         self.listen("measuring drift at the head")
         drift = self._drift(states)
         read.refuse_replaced()
-        return self._finish(journal, outer, beside, drift, started)
+        facts = self.ranks.facts(peak_rss_bytes())
+        result = self._result(rows, drift, started)
+        if journal is not None:
+            self._finish(journal, outer, beside, result, facts)
+        return result
+
+    def _journal(self, described: Mapping[str, Any], beside: Mapping[str, str]) -> Journal:
+        """The job's journal, begun or gone on with; JobError for another job's."""
+        if not self.resume or never_begun(self.work):
+            return Journal.create(self.work, described, beside)
+        journal = Journal.load(self.work)
+        kept = beside if journal.beside is None else journal.beside
+        refuse_changes(journal.job | {"beside": kept}, {**described, "beside": beside}, self.work)
+        refuse_strangers(self.work, {*self.output.names, *beside})
+        return journal
+
+    def _done_before(self, journal: Journal | None) -> QuantizeResult | None:
+        """The result of a run that was killed after its manifest was written, on every rank."""
+        found = None
+        if journal is not None and (found := finished_before(self.work, self.job.out, journal)) is not None:
+            give_name(self.work, self.job.out)
+        told = self.ranks.from_first(lambda: None if found is None else finite_json(found.to_json()))
+        return found if told is None or found is not None else QuantizeResult.from_json(told)
+
+    def _write_ends(self) -> dict[int, str]:
+        """Write what is not in a layer; SHA-256 by part."""
+        for name, content in self.job.beside:
+            write_bytes(self.work / name, content)
+        self.listen("writing the embedding, the last norm and the head")
+        last = [self.spec.norm_tensor, *([] if self.spec.tie_word_embeddings else [self.spec.head_tensor])]
+        self.files.begin(self.work)
+        end = len(self.files.parts) - 1
+        return {0: self._write_outer(0, [self.spec.embedding_tensor]), end: self._write_outer(end, last)}
 
     # -------------------------------------------------------------- one layer
 
@@ -208,20 +244,50 @@ class _Run:
             runner.advance(state, "float32", "reference")
         squares = None if self.job.config.save_imatrix is None else InputSquares(self.calibrator, self.spec)
         tensors, results = make_layer(self.job, self.calibrator, layer, state, states, clock, squares)
+        totals = None if squares is None else squares.totals()
+        sha256, kept = "", dict[str, str]()
         with clock.time("write"):
-            sha256 = self.files.write(self.work, layer + 1, tensors)
-            kept = {} if squares is None else {"imatrix": keep_layer(self.work, layer, squares.totals())}
+            if self.ranks.first:
+                sha256 = self.files.write(self.work, layer + 1, tensors)
+                kept = {} if totals is None else {"imatrix": keep_layer(self.work, layer, totals)}
+        del tensors
         with clock.time("evaluate"):
             runner.advance(self._written_layer(layer), "quantized")
-            error_db = _error_db(states.states["reference"], states.states["quantized"])
+            error_db = self._error_db(states)
         result = BlockResult(layer, tuple(results), error_db, time.perf_counter() - start, clock.seconds)
         file = self.files.file_of(layer + 1)
         return {"layer": layer, "file": file, "sha256": sha256, "result": result.to_json()} | kept
 
+    def _error_db(self, states: HiddenStates) -> float | None:
+        """Quantized against reference hidden states, window by window, those of all ranks."""
+        pairs = zip(states.states["reference"], states.states["quantized"], strict=True)
+        sums = [
+            torch.stack([a_TH.float().square().sum(), (a_TH.float() - b_TH.float()).square().sum()])
+            for a_TH, b_TH in pairs
+        ]
+        own_N2 = torch.stack(sums).double() if sums else torch.zeros(0, 2, dtype=torch.float64)
+        all_N2 = self.ranks.all_windows(own_N2, states.shares["reference"])
+        signal, error = (float(total) for total in all_N2.sum(0))
+        return 10 * math.log10(error / signal) if signal > 0 and error > 0 else None
+
     # -------------------------------------------------------------- resuming
 
-    def _recover(self, journal: Journal, states: HiddenStates, runner: LayerRunner) -> int:
-        """Bring the hidden states to the first layer that is not done and whole; returns that layer."""
+    def _recover(self, journal: Journal | None, states: HiddenStates, runner: LayerRunner) -> list[dict[str, Any]]:
+        """Bring the hidden states to the first layer that is not done and whole; returns the rows before it."""
+        rows: list[dict[str, Any]] = self.ranks.from_first(lambda: [] if journal is None else self._whole_rows(journal))
+        known = 0
+        for done in range(len(rows), 0, -1):
+            saved = rows[done - 1].get("state")
+            if saved and states.restore(self.work / saved["file"], str(saved.get("sha256")), self.ranks):
+                known = done
+                break
+        for layer in range(known, len(rows)):
+            self.listen(f"layer {layer}: replaying")
+            runner.replay(layer, self.job.source.finite_layer_state, self._written_layer)
+        return rows
+
+    def _whole_rows(self, journal: Journal) -> list[dict[str, Any]]:
+        """Rows of the journal up to the first layer that is not whole; it and what follows is dropped."""
         rows = journal.layers
         good = 0
         if journal.dropped:
@@ -233,14 +299,7 @@ class _Run:
                 break
             good += 1
         journal.keep_layers(good)
-        known = next(
-            (k for k in range(good, 0, -1) if (s := rows[k - 1].get("state"))
-             and states.restore(self.work / s["file"], str(s.get("sha256")))), 0
-        )  # fmt: skip
-        for layer in range(known, good):
-            self.listen(f"layer {layer}: replaying")
-            runner.replay(layer, self.job.source.finite_layer_state, self._written_layer)
-        return good
+        return rows[:good]
 
     def _problem(self, layer: int, row: Mapping[str, Any]) -> str:
         """Why a row of the journal is not to be relied on; empty when it is."""
@@ -260,18 +319,32 @@ class _Run:
         return ""
 
     def _written_layer(self, layer: int) -> dict[str, torch.Tensor]:
+        """A layer as it was written: rank 0 reads it, and every rank dequantizes it."""
         tensors = self.files.locations(self.work, layer + 1)
         config = dict(self.output.config)
         written = read_quantization_config(config["quantization_config"], "quantization_config")
         kind, place = (GGUFCheckpoint, self.work / self.files.names[0]) if self.files.whole else (Checkpoint, self.work)
-        return kind(place, config, self.spec, tensors, written, ()).layer_state(layer)
+        return kind(place, config, self.spec, tensors, written, (), relay=self._relay()).layer_state(layer)
 
-    def _save_state(self, journal: Journal, states: HiddenStates) -> dict[str, str]:
+    def _relay(self) -> Relay | None:
+        """Bytes of a file that rank 0 alone can read, for all of them."""
+        if self.ranks.size == 1:
+            return None
+        read = Checkpoint.read_bytes
+
+        def relay(path: Path, start: int, end: int) -> torch.Tensor:
+            data = read(path, start, end) if self.ranks.first else torch.empty(end - start, dtype=torch.uint8)
+            return self.ranks.broadcast(data)
+
+        return relay
+
+    def _save_state(self, journal: Journal | None, states: HiddenStates) -> dict[str, str]:
         """Save hidden states to the one of two files that the journal did not name last: one whole copy stays."""
-        last = next((row["state"]["file"] for row in reversed(journal.layers) if "state" in row), None)
+        rows = [] if journal is None else journal.layers
+        last = next((row["state"]["file"] for row in reversed(rows) if "state" in row), None)
         file = _STATE_FILES[0] if last != _STATE_FILES[0] else _STATE_FILES[1]
         (self.work / file).unlink(missing_ok=True)  # two copies on disk, not three
-        return {"file": file, "sha256": states.save(self.work / file)}
+        return {"file": file, "sha256": states.save(self.work / file, self.ranks)}
 
     # -------------------------------------------------------------- head, and the end
 
@@ -298,21 +371,34 @@ class _Run:
         reference = HeadWeights(self.job.source)
         quantized = HeadWeights(self.job.source, self.job.convert) if self.job.converts else reference
         network = self.workers["reference"].first
-        return measure_drift(network, reference, quantized, states.states, self.job.evaluation)
+        return measure_drift(network, reference, quantized, states, self.job.evaluation, self.ranks)
+
+    def _result(self, rows: list[dict[str, Any]], drift: DriftReport, started: float) -> QuantizeResult:
+        layers = tuple(BlockResult.from_json(row["result"]) for row in rows)
+        return QuantizeResult(
+            out=self.job.out,
+            drift=drift,
+            layers=layers,
+            tensor_bytes=self.files.tensor_bytes,
+            file_bytes=self.files.file_bytes,
+            bits_per_linear_weight=self.job.recipe.bits_per_linear_weight(self.spec),
+            seconds=time.perf_counter() - started,
+            peak_rss_bytes=peak_rss_bytes(),
+            warnings=(*self.job.notes, *job_warnings(layers, drift, self.job.overlap)),
+        )
 
     def _finish(
         self,
         journal: Journal,
         outer: Mapping[int, str],
         hashes: dict[str, str],
-        drift: DriftReport,
-        started: float,
-    ) -> QuantizeResult:
+        result: QuantizeResult,
+        facts: list[dict[str, Any]],
+    ) -> None:
         """Write what is not a shard, the manifest last, and give the directory its name.
 
-        outer: SHA-256 of the parts that are no layers; hashes: of what the job put beside them.
+        outer: SHA-256 of the parts that are no layers; hashes: of what the job put beside them; facts: of each rank.
         """
-        layers = tuple(BlockResult.from_json(row["result"]) for row in journal.layers)
         parts = {**outer, **{row["layer"] + 1: row["sha256"] for row in journal.layers}}
         hashes |= self.files.hashes(self.work, parts)
         hashes |= self.output.copy_small_files(self.job.source.directory, journal.job["source"])
@@ -320,28 +406,12 @@ class _Run:
         if self.job.config.save_imatrix is not None:
             assert self.job.calibration is not None
             write_imatrix(self.job.config.save_imatrix, self.work, self.job.source, self.job.calibration)
-        result = QuantizeResult(
-            out=self.job.out,
-            drift=drift,
-            layers=layers,
-            tensor_bytes=self.files.tensor_bytes,
-            file_bytes=sum((self.work / name).stat().st_size for name in self.files.names),
-            bits_per_linear_weight=self.job.recipe.bits_per_linear_weight(self.spec),
-            seconds=time.perf_counter() - started,
-            peak_rss_bytes=peak_rss_bytes(),
-            warnings=(*self.job.notes, *job_warnings(layers, drift, self.job.overlap)),
-        )
         described = describe_result(journal.job, self.spec.parameters, result, resumed=self.resume)
+        if facts:
+            described["run"]["ranks"] = facts
         read = journal.job["source"]
         card = model_card(described, self.job.source.directory, self.spec, self.job.recipe, hashes=read)
         self.output.finish(described, hashes, card)
-        return result
-
-
-def _error_db(reference: torch.Tensor, other: torch.Tensor) -> float | None:
-    signal = float(reference.float().square().sum())
-    error = float((reference.float() - other.float()).square().sum())
-    return 10 * float(torch.tensor(error / signal).log10()) if signal > 0 and error > 0 else None
 
 
 def make_layer(
@@ -367,11 +437,15 @@ def make_layer(
             packed, results = round_layer(spec, layer, job.recipe, stored, job.devices[0])
     elif job.calibration is None:
         with clock.time("round"):
-            packed, results = round_block(spec, layer, job.recipe, folded, job.options)
+            packed, results = round_block(spec, layer, job.recipe, folded)
     else:
         calibrator.fill(state)
         state.clear()  # the solver lets go of each weight when it is done
-        calibration = CalibrationStates(states.states["calibration"], states.states.get("original"), states.scratch)
+        shares = states.shares
+        calibration = CalibrationStates(
+            states.states["calibration"], states.states.get("original"), states.scratch, shares["calibration"],
+            shares.get("original", NO_WINDOWS),
+        )  # fmt: skip
         solver = BlockSolver(calibrator, spec, layer, job.recipe, folded, calibration, job.options, clock, squares)
         packed, results = solver.run()
         calibrator.release()

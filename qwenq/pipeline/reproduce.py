@@ -15,8 +15,7 @@ from qwenq.errors import CalibrationError, CheckpointError, JobError, QwenqError
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.io.json import inside
 from qwenq.io.tensors import raw_bytes
-from qwenq.machine import numerics
-from qwenq.pipeline.activations import HiddenStates, LayerRunner, TokenSets, embed_tokens
+from qwenq.pipeline.activations import LayerRunner, embed_tokens
 from qwenq.pipeline.config import DEFAULT_WINDOWS, QuantizeConfig, unreadable
 from qwenq.pipeline.job import DTYPES, QuantizeJob
 from qwenq.pipeline.monitor import StageClock
@@ -57,15 +56,23 @@ def reproduce(
     if first is not None and first not in manifest["files"]:
         raise unreadable(KeyError("files"))
     written = open_checkpoint(directory if first is None else inside(directory, first))
-    here, then = numerics(job.devices), manifest["job"].get("numerics")
+    here, then = job.numerics, manifest["job"].get("numerics")
+    was = then.get("sums") if isinstance(then, Mapping) else None
+    if was != here.get("sums"):
+        raise JobError(
+            f"{MANIFEST_NAME}: its sums over windows were taken in another order ({was or 'all in a row'}, here "
+            f"{here.get('sums')}), which ends in other last bits",
+            hint="the version that made it makes its layers again; --layers none compares files alone",
+        )
     torch.set_num_threads(_threads(then))
     calibrator = job.workers(DTYPES[job.config.calibration_dtype], job.calibration)
     findings: list[Finding] = []
     made: list[int] = []
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            states = _hidden_states(job, Path(scratch))
-            runner = LayerRunner(states.states, {"calibration": calibrator, "original": calibrator}, job.passes)
+            states = embed_tokens(job.source, job.tokens(), Path(scratch), job.convert)
+            both = {"calibration": calibrator, "original": calibrator}
+            runner = LayerRunner(states.states, states.shares, both)
             for layer in range(wanted[-1] + 1):
                 if layer not in wanted:
                     if job.calibration is not None:
@@ -163,17 +170,6 @@ def _calibration(text: Any, seed: int, source: Checkpoint, given: str | None) ->
         if name == "builtin"
         else "name the very file: --calibration FILE",
     )
-
-
-def _hidden_states(job: QuantizeJob, scratch: Path) -> HiddenStates:
-    tokens = TokenSets(
-        job.evaluation.ids,
-        torch.float32,
-        job.calibration.ids if job.calibration else None,
-        DTYPES[job.config.calibration_dtype],
-        job.original_windows,
-    )
-    return embed_tokens(job.source, tokens, scratch, job.convert)
 
 
 def _difference(tensors: Mapping[str, torch.Tensor], written: Checkpoint) -> str:

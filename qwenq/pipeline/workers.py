@@ -1,7 +1,8 @@
 """One decoder layer held by every worker, and parts of the token windows sent through it side by side.
 
 A worker is a GPU, or a thread with its share of the CPU's cores: what lies between a layer's matmuls does not keep
-cores busy, parts of the tokens do. Workers of one device share the layer's tensors.
+cores busy, parts of the tokens do. Workers of one device share the layer's tensors. They take parts of the windows as
+ranks do (pipeline/ranks.py), and what they sum up is added in the same order.
 """
 
 from __future__ import annotations
@@ -16,22 +17,32 @@ import torch
 from qwenq.model.devices import check_gpus
 from qwenq.model.layer import Network
 from qwenq.model.spec import ModelSpec
-from qwenq.pipeline.config import BATCH_TOKENS, MOST_WORKERS, WORKERS_UP_TO
+from qwenq.pipeline.config import (
+    BATCH_TOKENS,
+    CPU_BATCH_TOKENS,
+    HELD_VALUES,
+    MOST_WORKERS,
+    PARTS,
+    WORKERS_UP_TO,
+)
+from qwenq.pipeline.ranks import ALONE, Ranks
+from qwenq.pipeline.shares import Part, Share, parts_of
 from qwenq.solver.parallel import side_by_side
 
 
-def cpu_workers(windows: int, intermediate_size: int) -> int:
-    """Workers for so many windows at a time: as many as share these and torch's threads evenly, up to MOST_WORKERS."""
+def cpu_workers(intermediate_size: int, ranks: int = 1) -> int:
+    """Workers of a CPU: as many as share torch's threads evenly, up to MOST_WORKERS, and each pass's parts."""
     if intermediate_size > WORKERS_UP_TO:
         return 1
     threads = torch.get_num_threads()
-    return max(n for n in range(1, MOST_WORKERS + 1) if threads % n == 0 and max(1, windows) % n == 0)
+    return max(n for n in (1, 2, 4) if threads % n == 0 and n <= MOST_WORKERS and n * ranks <= PARTS)
 
 
 class Workers:
     """A `Network` for each worker on `devices`, for windows of `window_tokens` tokens.
 
-    A GPU takes BATCH_TOKENS tokens at a time; so do the workers of a CPU together.
+    Workers take the rank's parts of a pass in turn. How many windows go through a layer together depends on the model
+    and on the kind of device alone: matmuls of other shapes may end in other bits.
     """
 
     def __init__(
@@ -42,14 +53,18 @@ class Workers:
         dtype: torch.dtype,
         window_tokens: int,
         devices: Sequence[str] = ("cpu",),
+        ranks: Ranks = ALONE,
+        most: int = MOST_WORKERS,
     ) -> None:
+        self.ranks = ranks
         self.devices = tuple(torch.device(device) for device in devices)
         check_gpus(self.devices)
-        self.windows_each = max(1, BATCH_TOKENS // window_tokens)
         places = self.devices
         if self.devices == (torch.device("cpu"),):
-            places *= cpu_workers(self.windows_each, spec.intermediate_size)
-            self.windows_each //= len(places)
+            places *= min(most, cpu_workers(spec.intermediate_size, ranks.size))
+        on_cpu = self.devices[0].type == "cpu" and spec.intermediate_size <= WORKERS_UP_TO
+        self.batch_tokens = CPU_BATCH_TOKENS if on_cpu else BATCH_TOKENS
+        self.windows_each = max(1, self.batch_tokens // window_tokens)
         self.networks = [Network(config, spec, dtype=dtype, device=device) for device in places]
 
     def __len__(self) -> int:
@@ -80,68 +95,91 @@ class Workers:
         for network in self.networks:
             network.release()
 
-    def each(self, function: Callable[[Network, slice], object], windows: range) -> None:
-        """Call `function` with a worker's network and a part of the windows, until every part had its turn.
+    def each(
+        self,
+        function: Callable[[Network, slice], object],
+        share: Share,
+        windows: range,
+        sums: Sequence[PartSums] = (),
+    ) -> None:
+        """Call `function` with a worker's network and some of the rank's windows, until all of a pass had their turn.
 
-        After an error, or when interrupted, workers stop behind the part they are at. Which worker gets which parts
-        does not depend on time, so what a worker sums up is the same in every run.
+        sums: what it adds to. After an error, or when interrupted, workers stop behind the windows they are at.
         """
-        starts = windows[:: self.windows_each]
-        parts = [slice(start, min(start + self.windows_each, windows.stop)) for start in starts]
-
+        own, parts = share.parts(windows), len(parts_of(windows))
+        count = len(self.networks)
+        held = max(1, min([PARTS, *(HELD_VALUES // each.values for each in sums)]))  # parts of a worker, added together
+        turn = self.ranks.size * count * held
         stopped = threading.Event()
 
-        def walk(network: Network, own: list[slice]) -> None:
+        def walk(network: Network, own: list[Part]) -> None:
             try:
                 for part in own:
-                    if stopped.is_set():
-                        return
-                    function(network, part)
+                    for each in sums:
+                        each.begin(network, part.number)
+                    for start in range(part.own.start, part.own.stop, self.windows_each):
+                        if stopped.is_set():
+                            return
+                        function(network, slice(start, min(start + self.windows_each, part.own.stop)))
             except BaseException:
                 stopped.set()
                 raise
 
-        count = len(self.networks)
-        try:
-            side_by_side([partial(walk, network, parts[k::count]) for k, network in enumerate(self.networks)])
-        finally:
-            stopped.set()
+        for first in range(0, parts, turn):
+            numbers = range(first, min(first + turn, parts))
+            now = [part for part in own if part.number in numbers]
+            try:
+                side_by_side([partial(walk, network, now[k::count]) for k, network in enumerate(self.networks)])
+            finally:
+                stopped.set()
+            stopped.clear()
+            for each in sums:
+                each.fold(numbers)
 
-    def run_layer(self, h_NTH: torch.Tensor, passes: Sequence[range] | None = None) -> None:
-        """Send hidden states [windows, tokens, hidden] through the layer as it stands, in place.
-
-        passes: ranges of windows that go one after the other, to be divided among workers as they were before.
-        """
+    def run_layer(self, h_NTH: torch.Tensor, share: Share) -> None:
+        """Send hidden states [windows, tokens, hidden] through the layer as it stands, in place."""
 
         def forward(network: Network, part: slice) -> None:
             h_NTH[part] = network.forward(h_NTH[part].to(network.device)).to(h_NTH.device)
 
-        for windows in passes or [range(len(h_NTH))]:
-            self.each(forward, windows)
+        for windows in share.passes:
+            self.each(forward, share, windows)
 
 
-_ROWS_MOVED = 1024
+class PartSums:
+    """A sum over windows, of float32 values in a flat tensor: parts of the windows by themselves, then in their order.
 
+    A part is one worker's, on its device; the sum so far lies on the first one, and of several ranks a piece on each.
+    So besides the part that is being added to only one sum is held, whatever the number of parts.
+    """
 
-class WorkerSums:
-    """A sum over tokens, float32 [rows, columns]: each worker adds to a part of its own, on its device."""
+    def __init__(self, workers: Workers, values: int) -> None:
+        self.values, self._ranks = values, workers.ranks
+        self._device = workers.first.device
+        self._at: dict[Network, torch.Tensor] = {}
+        self._parts: dict[int, torch.Tensor] = {}
+        self._sum: torch.Tensor | None = None
 
-    def __init__(self, workers: Workers, rows: int, columns: int) -> None:
-        self._networks, self._shape = workers.networks, (rows, columns)
-        self._parts: dict[Network, torch.Tensor] = {}
+    def begin(self, network: Network, number: int) -> None:
+        """What the worker of `network` adds from now on is of part `number`."""
+        self._at[network] = self._parts[number] = torch.zeros(self.values, dtype=torch.float32, device=network.device)
 
     def of(self, network: Network) -> torch.Tensor:
-        """The part of the worker that `network` belongs to."""
-        if network not in self._parts:
-            self._parts[network] = torch.zeros(*self._shape, dtype=torch.float32, device=network.device)
-        return self._parts[network]
+        """The part that the worker of `network` adds to."""
+        return self._at[network]
+
+    def fold(self, numbers: range) -> None:
+        """Add parts that are done, this rank's and others'."""
+        self._at.clear()
+        self._sum = self._ranks.fold(self._sum, self._parts, numbers, self.values, self._device)
+        self._parts.clear()
 
     def total(self) -> torch.Tensor:
-        """The sum so far, on the first worker's device: its part from now on."""
-        total = self.of(self._networks[0])
-        for network in self._networks[1:]:  # in the same order each time
-            if network in self._parts:
-                part = self._parts.pop(network)
-                for start in range(0, len(part), _ROWS_MOVED):  # a whole copy beside the sum may not fit
-                    total[start : start + _ROWS_MOVED] += part[start : start + _ROWS_MOVED].to(total.device)
+        """The sum so far, on the first worker's device; more may be added, so it is not to be changed."""
+        assert self._sum is not None, "nothing was added"
+        return self._ranks.whole(self._sum, self.values)
+
+    def take(self) -> torch.Tensor:
+        """The sum, which is let go of here."""
+        total, self._sum = self.total(), None
         return total

@@ -14,7 +14,6 @@ Shapes: I input columns, O output rows, K columns of one group, T tokens, G grou
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,21 +31,32 @@ FACTOR_BLOCK = 1024
 SPAN = 128  # columns whose corrections from all earlier columns are fetched in one matmul
 LEAF = 16  # columns corrected one by one
 SWEEPS = 2  # of coordinate descent
-STAT_ROWS = 1024  # rows of a weight from which its output error is estimated, evenly spaced
+ROW_BLOCK = 64  # rows: weights are cut between blocks, where what becomes of a row does not depend on the others
+STAT_BLOCKS = 16  # of rows, evenly spaced, from which a weight's output error is estimated
 ROWS_AT_ONCE = 4096  # on a CPU: what a core's cache holds
 _OVERFLOWED = "activations overflowed: compute in bfloat16 or float32"
 
 
 @dataclass(frozen=True)
 class SolveStats:
-    """Losses of one linear, or of some of its rows. dB figures are 10 log10 of error over signal; -inf for no error."""
+    """Losses of a linear by row, float64, and their sums. dB figures are 10 log10 of error over signal; -inf for none.
 
-    error: float  # tr(E H E') over STAT_ROWS rows: of outputs on calibration inputs; nan without H
-    signal: float  # tr(W H W') over the same rows
-    weight_error: float
-    weight_signal: float
+    Rows come in blocks: those of a part of a linear, and of the next part behind it, are those of the whole.
+    """
+
+    # E H E' and W H W' of STAT_BLOCKS blocks of rows: of outputs on calibration inputs, nan without H; E E' and W W'
+    # of all rows
+    by_row: tuple[Tensor, Tensor, Tensor, Tensor]
     damp_percent: float  # the damping that worked
     fallback: str = ""  # why the factorization was given up and weights were only rounded, or ""
+
+    @property
+    def error(self) -> float:
+        return float(self.by_row[0].sum())
+
+    @property
+    def signal(self) -> float:
+        return float(self.by_row[1].sum())
 
     @property
     def error_db(self) -> float:
@@ -54,7 +64,7 @@ class SolveStats:
 
     @property
     def weight_error_db(self) -> float:
-        return decibel(self.weight_error, self.weight_signal)
+        return decibel(float(self.by_row[2].sum()), float(self.by_row[3].sum()))
 
 
 @dataclass(frozen=True)
@@ -65,9 +75,11 @@ class ResidualCovariance:
 
     whole_IO: Tensor
     half_IO: Tensor  # over the first half of the tokens alone, as many as in the other half
+    first: int = 0  # output of the linear that the first one here is
 
-    def rows(self, low: int, high: int, device: torch.device) -> ResidualCovariance:
-        """That of outputs low to high."""
+    def rows(self, rows: range, device: torch.device) -> ResidualCovariance:
+        """That of some outputs of the linear."""
+        low, high = rows.start - self.first, rows.stop - self.first
         return ResidualCovariance(self.whole_IO[:, low:high].to(device), self.half_IO[:, low:high].to(device))
 
 
@@ -78,18 +90,6 @@ def decibel(error: float, signal: float) -> float:
     if error <= 0:
         return -math.inf
     return 10 * math.log10(error / signal) if signal > 0 else math.inf
-
-
-def add_to_hessian(h_II: Tensor, x_TI: Tensor) -> None:
-    """Add x' x to the upper triangle of `h_II` (float32, in place); what lies below the diagonal means nothing.
-
-    The triangle is added in block rows, which saves almost half of the work. `solve_linears` reads the upper triangle.
-    """
-    width = h_II.shape[0]
-    x_TI = x_TI.reshape(-1, width).float()
-    step = max(256, -(-width // 16))
-    for start in range(0, width, step):
-        h_II[start : start + step, start:].addmm_(x_TI[:, start : start + step].T, x_TI[:, start:])
 
 
 def mirror_upper(h_II: Tensor) -> None:
@@ -362,15 +362,29 @@ def _factor(h_II: Tensor, diagonal_I: Tensor, damp_percent: float) -> tuple[floa
     return tried, f"no Cholesky factor up to a damping of {tried:g}: rounded to nearest"
 
 
-def _quadratic(x_IO: Tensor, h_II: Tensor, diagonal_I: Tensor) -> float:
-    """Trace of x' h x for a symmetric h with diagonal `diagonal_I`, read above its diagonal alone."""
-    total = float((x_IO.square().sum(1) * diagonal_I).sum())
+def _quadratic(e_IO: Tensor, rows: list[int], h_II: Tensor | None, diagonal_I: Tensor) -> Tensor:
+    """x' h x of columns `rows`, float64 [O], for a symmetric h with diagonal `diagonal_I`, read above it alone.
+
+    nan without h.
+    """
+    if h_II is None:
+        return e_IO.new_full((len(rows),), math.nan, dtype=torch.float64)
+    whole = rows + [0] * (-len(rows) % ROW_BLOCK)  # whole blocks again: see ROW_BLOCK
+    x_IO = e_IO[:, torch.tensor(whole, device=e_IO.device)]
+    total_O = e_IO.new_zeros(len(whole), dtype=torch.float64)
     for start in range(0, h_II.shape[0], FACTOR_BLOCK):
         stop = min(start + FACTOR_BLOCK, h_II.shape[0])
+        total_O += x_IO[start:stop].square().mul_(diagonal_I[start:stop, None]).sum(0)
         y_KO = h_II[start:stop, start:stop].triu(1) @ x_IO[start:stop]
         y_KO.addmm_(h_II[start:stop, stop:], x_IO[stop:])
-        total += 2 * float(y_KO.mul_(x_IO[start:stop]).sum())
-    return total
+        total_O += 2 * y_KO.mul_(x_IO[start:stop]).sum(0)
+    return total_O[: len(rows)]
+
+
+def _sampled(first: int, whole: int, rows: int) -> list[int]:
+    """From which rows the output error is estimated, of `rows` from `first` on of a weight of `whole` rows."""
+    step = math.ceil(math.ceil(whole / ROW_BLOCK) / STAT_BLOCKS)
+    return [row - first for row in range(first, first + rows) if row // ROW_BLOCK % step == 0]
 
 
 def _check_finite(
@@ -404,6 +418,7 @@ def solve_linears(
     sweeps: int = SWEEPS,
     residuals: Mapping[str, ResidualCovariance] | None = None,
     error_correction: float = 0.0,
+    parts: Mapping[str, tuple[int, int]] | None = None,
 ) -> dict[str, tuple[QTensor, SolveStats]]:
     """Quantize linears [out, in] that read the same input, sharing one factorization.
 
@@ -414,6 +429,7 @@ def solve_linears(
     `residuals` (by name, overwritten): sums over as many tokens of what outputs are short of. Weights are first moved
     by the share `error_correction` of what `_corrected` makes of them, and error figures count from there.
     `method` "rtn" rounds to nearest with absmax scales and takes the Hessian, if any, for the statistics alone.
+    `parts` (by name): of a weight that is a part of the rows of another, its first row there and how many that has.
     Raises QwenqError, naming tensors, for non-finite or ill-fitting input, and for scales that overflowed from it.
     """
     columns = next(iter(weights.values())).shape[1]
@@ -429,11 +445,14 @@ def solve_linears(
     _check_finite(weights, h_II, residuals)
 
     device = next(iter(weights.values())).device
-    sizes = [w_OI.shape[0] for w_OI in weights.values()]
-    e_IO = torch.empty(columns, sum(sizes), device=device)
-    for part_IO, w_OI in zip(e_IO.split(sizes, dim=1), weights.values(), strict=True):
-        part_IO.copy_(w_OI.T)
-    del part_IO  # it would keep what is permuted below alive
+    places, end = [], 0  # each weight's rows begin a block: what becomes of a row depends on its place in one
+    for w_OI in weights.values():
+        places.append(slice(end, end + len(w_OI)))
+        end += math.ceil(len(w_OI) / ROW_BLOCK) * ROW_BLOCK
+    padded = end > sum(map(len, weights.values()))
+    e_IO = (torch.zeros if padded else torch.empty)(columns, end, device=device)
+    for place, w_OI in zip(places, weights.values(), strict=True):
+        e_IO[:, place] = w_OI.T
     diagonal_I = torch.zeros(columns, device=device) if h_II is None else h_II.diagonal().clone()
     order_I = torch.arange(columns, device=device)
     if h_II is not None:
@@ -441,9 +460,11 @@ def solve_linears(
         order_I = processing_order(diagonal_I, grid)
         permute_symmetric(h_II, order_I)
         e_IO, diagonal_I = e_IO[order_I], diagonal_I[order_I]
-    parts = [slice(stop - size, stop) for stop, size in zip(itertools.accumulate(sizes), sizes, strict=True)]
-    samples = [slice(p.start, p.stop, -(-(p.stop - p.start) // STAT_ROWS)) for p in parts]
-    signals = [math.nan if h_II is None else _quadratic(e_IO[:, rows], h_II, diagonal_I) for rows in samples]
+    samples = [
+        [place.start + row for row in _sampled(*(parts or {}).get(name, (0, len(w_OI))), rows=len(w_OI))]
+        for (name, w_OI), place in zip(weights.items(), places, strict=True)
+    ]
+    signals = [_quadratic(e_IO, rows, h_II, diagonal_I) for rows in samples]
     weight_norm_O = torch.linalg.vector_norm(e_IO, dim=0).square()
 
     tried, fallback = 0.0, ""
@@ -456,24 +477,24 @@ def solve_linears(
             importance_I = diagonal_I.clamp(min=0) + max(1e-3 * float(diagonal_I.mean()), 1e-12)
             codes_IO, parameters = _solve_rounding(e_IO, importance_I, grid)
         else:
-            for part_IO, name in zip(e_IO.split(sizes, dim=1), weights, strict=True):
+            for place, name in zip(places, weights, strict=True):
                 if residuals is not None and name in residuals:
-                    part_IO.add_(_corrected(residuals[name], order_I, h_II), alpha=error_correction)
+                    e_IO[:, place].add_(_corrected(residuals[name], order_I, h_II), alpha=error_correction)
             codes_IO, parameters = _solve_gptq(e_IO, h_II, grid)
             for _ in range(sweeps):
                 _descend(e_IO, codes_IO, parameters, h_II, diagonal_I + damp, grid)
-    errors = [math.nan if h_II is None else _quadratic(e_IO[:, rows], h_II, diagonal_I) for rows in samples]
+    errors = [_quadratic(e_IO, rows, h_II, diagonal_I) for rows in samples]
     weight_error_O = torch.linalg.vector_norm(e_IO, dim=0).square()
     codes_IO, found = codes_IO[order_I.argsort()], [_in_column_order(p_NO, order_I) for p_NO in parameters.kept]
 
     out: dict[str, tuple[QTensor, SolveStats]] = {}
-    for name, part, error, signal in zip(weights, parts, errors, signals, strict=True):
+    for name, part, error_O, signal_O in zip(weights, places, errors, signals, strict=True):
         stored = [p[:, part].T.to(dtype).contiguous() for p, dtype in zip(found, grid.stored_dtypes, strict=True)]
         if any(p_ON.is_floating_point() and not bool(p_ON.isfinite().all()) for p_ON in stored):
             raise QwenqError(f"{name}: scales are not finite", hint="its weights or inputs are too large for float32")
         tensor = QTensor(codes_IO[:, part].T.contiguous(), tuple(stored), grid)
-        weight_error, weight_signal = (float(x_O[part].double().sum()) for x_O in (weight_error_O, weight_norm_O))
-        out[name] = (tensor, SolveStats(error, signal, weight_error, weight_signal, tried, fallback))
+        weight_losses = weight_error_O[part].double().cpu(), weight_norm_O[part].double().cpu()
+        out[name] = (tensor, SolveStats((error_O.cpu(), signal_O.cpu(), *weight_losses), tried, fallback))
     return out
 
 

@@ -11,54 +11,61 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from qwenq.solver.gptq import ResidualCovariance, SolveStats, solve_linears
+from qwenq.solver.gptq import ROW_BLOCK, ResidualCovariance, SolveStats, solve_linears
 from qwenq.solver.grid import Grid, QTensor
+
+Solved = dict[str, tuple[QTensor, SolveStats]]
+
+
+def cut_rows(sizes: Mapping[str, int], count: int) -> list[dict[str, range]]:
+    """Rows of weights of so many rows cut into `count` shares, as even as whole blocks of ROW_BLOCK rows allow.
+
+    Rows are counted through all weights, one behind the other; of a share that has no row of a weight it is left out.
+    The first share has the most.
+    """
+    blocks = [
+        (name, range(first, min(first + ROW_BLOCK, rows)))
+        for name, rows in sizes.items()
+        for first in range(0, rows, ROW_BLOCK)
+    ]
+    shares: list[dict[str, range]] = []
+    for k in range(count):
+        share: dict[str, range] = {}
+        for name, rows in blocks[-(-len(blocks) * k // count) : -(-len(blocks) * (k + 1) // count)]:
+            share[name] = range(share[name].start if name in share else rows.start, rows.stop)
+        shares.append(share)
+    return shares
 
 
 def solve_rows(
     devices: Sequence[torch.device],
     weights: Mapping[str, Tensor],
-    h_II: Tensor | None,
+    h_II: Tensor,
     grid: Grid,
+    shares: Sequence[Mapping[str, range]],
     *,
     residuals: Mapping[str, ResidualCovariance] | None = None,
     **options: Any,
-) -> dict[str, tuple[QTensor, SolveStats]]:
-    """As `solve_linears`, whose arguments these are; with a Hessian, rows of every weight are divided among `devices`.
+) -> list[Solved]:
+    """As `solve_linears`, whose arguments these are, for shares of the rows of every weight, one a device.
 
     Each device factors a copy of the Hessian, which costs no more time than waiting for one to do it and has nothing
-    to exchange. What comes back is on the first device. A device solves what it would alone, up to last bits.
+    to exchange. On a CPU rows come out as they would alone: they are cut between blocks. GPUs' matmuls depend on how
+    many rows there are, in last bits. Results lie on the device of their share; one without rows has none.
     """
-    count = min(len(devices), *(len(w_OI) for w_OI in weights.values()))
-    if count == 1 or h_II is None:
-        return solve_linears(weights, h_II, grid, residuals=residuals, **options)
 
-    def bounds(size: int, k: int) -> tuple[int, int]:
-        return size * k // count, size * (k + 1) // count
+    def solve(device: torch.device, share: Mapping[str, range], own_II: Tensor) -> Solved:
+        own = {name: weights[name][rows.start : rows.stop].to(device) for name, rows in share.items()}
+        parts = {name: (rows.start, len(weights[name])) for name, rows in share.items()}
+        lacking = {name: residuals[name].rows(share[name], device) for name in share if residuals and name in residuals}
+        return solve_linears(own, own_II, grid, residuals=lacking or None, parts=parts, **options)
 
-    def rows(w_OI: Tensor, k: int) -> Tensor:
-        low, high = bounds(len(w_OI), k)
-        return w_OI[low:high].to(devices[k])
-
-    def residual(name: str, k: int) -> ResidualCovariance:
-        assert residuals is not None
-        return residuals[name].rows(*bounds(len(weights[name]), k), devices[k])
-
-    calls = [
-        partial(
-            solve_linears,
-            {name: rows(w_OI, k) for name, w_OI in weights.items()},
-            h_II.to(devices[k], copy=k > 0),
-            grid,
-            residuals=residuals and {name: residual(name, k) for name in residuals},
-            **options,
-        )
-        for k in range(count)
-    ]
-    for device in devices[:count]:
+    work = [(device, share) for device, share in zip(devices, shares, strict=True) if share]
+    for device, _ in work:
         _load_linalg(device)
-    solved = side_by_side(calls)
-    return {name: _joined([part[name] for part in solved], devices[0]) for name in weights}
+    copies = [h_II.to(device, copy=k > 0) for k, (device, _) in enumerate(work)]
+    solved = iter(side_by_side([partial(solve, *pair, own_II) for pair, own_II in zip(work, copies, strict=True)]))
+    return [next(solved) if share else {} for share in shares]
 
 
 @cache
@@ -71,25 +78,19 @@ def _load_linalg(device: torch.device) -> None:
         torch.linalg.cholesky_ex(torch.ones(1, 1, device=device))
 
 
-def _joined(parts: Sequence[tuple[QTensor, SolveStats]], device: torch.device) -> tuple[QTensor, SolveStats]:
+def joined(parts: Sequence[tuple[QTensor, SolveStats]], device: torch.device) -> tuple[QTensor, SolveStats]:
+    """A linear from parts of its rows, in their order, on `device`."""
     tensors, stats = zip(*parts, strict=True)
+    parameters = zip(*(tensor.parameters for tensor in tensors), strict=True)
 
-    def total(name: str) -> float:
-        return sum(getattr(stat, name) for stat in stats)
+    def whole(pieces: Sequence[Tensor]) -> Tensor:
+        return pieces[0].to(device) if len(pieces) == 1 else torch.cat([piece.to(device) for piece in pieces])
 
-    def joined(pieces: Sequence[Tensor]) -> Tensor:
-        return torch.cat([piece.to(device) for piece in pieces])
-
-    parameters = tuple(joined(pieces) for pieces in zip(*(tensor.parameters for tensor in tensors), strict=True))
-    codes_OI = joined([tensor.codes_OI for tensor in tensors])
-    return QTensor(codes_OI, parameters, tensors[0].grid), SolveStats(
-        total("error"),
-        total("signal"),
-        total("weight_error"),
-        total("weight_signal"),
-        max(stat.damp_percent for stat in stats),
-        next((stat.fallback for stat in stats if stat.fallback), ""),
-    )
+    codes_OI = whole([tensor.codes_OI for tensor in tensors])
+    error_O, signal_O, weight_error_O, weight_signal_O = map(torch.cat, zip(*(s.by_row for s in stats), strict=True))
+    by_row = error_O, signal_O, weight_error_O, weight_signal_O
+    found = SolveStats(by_row, stats[0].damp_percent, stats[0].fallback)  # every part has the same factor
+    return QTensor(codes_OI, tuple(whole(pieces) for pieces in parameters), tensors[0].grid), found
 
 
 T = TypeVar("T")
@@ -100,8 +101,8 @@ def side_by_side(calls: Sequence[Callable[[], T]]) -> list[T]:
 
     Torch's threads are shared evenly; a single call is made here, with all of them.
     """
-    if len(calls) == 1:
-        return [calls[0]()]
+    if len(calls) <= 1:
+        return [call() for call in calls]
     inference = torch.is_inference_mode_enabled()
 
     def one(call: Callable[[], T]) -> T:

@@ -64,7 +64,7 @@ def test_what_it_says(finished: Path, tiny: Path) -> None:
     source = manifest["job"]["source"]
     assert {*(p.name for p in tiny.glob("*.safetensors")), "config.json", "tokenizer.json"} <= set(source)
     assert all(hashlib.sha256((tiny / name).read_bytes()).hexdigest() == digest for name, digest in source.items())
-    assert set(manifest["job"]["numerics"]) == {"torch", "transformers", "threads", "instructions"}
+    assert set(manifest["job"]["numerics"]) == {"torch", "transformers", "threads", "instructions", "sums"}
     assert manifest["job"]["calibration"]["tokens_sha256"] and manifest["job"]["seed"] == 0
     assert set(manifest["versions"]) >= {"qwenq", "python", "torch", "transformers", "tokenizers", "safetensors"}
     assert {"seconds", "peak_rss_bytes", "resumed", "processor", "finished", "digest"} <= set(manifest["run"])

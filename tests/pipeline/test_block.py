@@ -13,18 +13,12 @@ from conftest import small_job, text_windows
 
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.model.spec import family_spec
-from qwenq.pipeline.block import BlockSolver, SolverOptions, batches
+from qwenq.pipeline.block import BlockSolver, SolverOptions
 from qwenq.pipeline.config import default_error_correction
 from qwenq.pipeline.monitor import StageClock
 from qwenq.pipeline.quantize import quantize
 from qwenq.solver.gptq import solve_linears
-
-
-@pytest.mark.parametrize(("windows", "length"), [(9, 512), (10, 2048), (7, 300), (1, 5000)])
-def test_batches_are_every_window_once(windows: int, length: int) -> None:
-    parts = [range(part.start, part.stop) for part in batches(windows, length)]
-    assert [w for part in parts for w in part] == list(range(windows))
-    assert all(len(part) * length <= 2048 or len(part) == 1 for part in parts)
+from qwenq.solver.triangle import Triangle
 
 
 def test_a_stage_within_a_stage_counts_for_itself_alone() -> None:
@@ -98,7 +92,8 @@ def test_tokens_with_massive_states_count_more() -> None:
     x_BTI, h_BTH = torch.randn(2, 9, 6, generator=generator), torch.randn(2, 9, 16, generator=generator)
     h_BTH[0, 0] *= 30  # 900 times the others' mean square
     h_BTH[1, 4] *= 3  # 9 times
-    hessian = torch.zeros(6, 6)
+    triangle = Triangle(6)
+    hessian = torch.zeros(triangle.size)
     weighted_TI, root_T1 = solver_of(sink_weight=64.0)._add_weighted(hessian, x_BTI, h_BTH)
     wanted = torch.zeros(6, 6, dtype=torch.float64)
     for window in range(2):
@@ -106,7 +101,7 @@ def test_tokens_with_massive_states_count_more() -> None:
             x_I = x_BTI[window, token].double()
             weight = (64.0 if (window, token) == (0, 0) else 1.0) / float(h_BTH[window, token].square().mean())
             wanted += weight * torch.outer(x_I, x_I)
-    assert torch.allclose(hessian.triu().double(), wanted.triu(), rtol=1e-4)
+    assert torch.allclose(triangle.square(hessian).triu().double(), wanted.triu(), rtol=1e-4)
     assert torch.allclose(weighted_TI, x_BTI.flatten(0, 1) * root_T1)
 
 

@@ -210,6 +210,9 @@ def test_another_number_of_threads_is_refused_with_what_to_set(tmp_path: Path) -
     with pytest.raises(JobError, match=r"numerics.threads was 8, now 4$") as caught:
         refuse_changes(old, {"seed": 0, "numerics": {"torch": "2.13", "threads": 4}}, tmp_path)
     assert "set OMP_NUM_THREADS=8, or delete the directory" in caught.value.hint
+    with pytest.raises(JobError, match=r"numerics.sums was None, now '8 parts'$") as caught:
+        refuse_changes(old, {"seed": 0, "numerics": {"torch": "2.13", "threads": 8, "sums": "8 parts"}}, tmp_path)
+    assert caught.value.hint.startswith("another version began it")
     with pytest.raises(JobError, match=r"numerics.torch was '2.13', now '2.14'$"):
         refuse_changes(old, {"seed": 0, "numerics": {"torch": "2.14", "threads": 8}}, tmp_path)
 

@@ -1,4 +1,4 @@
-"""What version 0.1.0 wrote is verified, reported, converted, evaluated and resumed as before: tests/data/v0.1.
+"""What version 0.1.0 wrote is verified, reported, converted and evaluated as before: tests/data/v0.1.
 
 Everything goes through the command line, so that nothing here names a module of the package but the entry point.
 """
@@ -286,33 +286,36 @@ def resumed(
 
 
 @pytest.mark.parametrize("name", ["stated", "replayed"])
-def test_an_unfinished_job_goes_on_to_the_same_bytes(name: str, resumed: tuple[Path, dict[str, Answer]]) -> None:
+def test_an_unfinished_job_whose_sums_ended_in_other_bits_is_refused(
+    name: str, resumed: tuple[Path, dict[str, Answer]]
+) -> None:
+    """0.1.0 took sums over all windows in a row, this version takes them by parts: half a job of each is neither's."""
     place, answers = resumed
     code, _, said = answers[name]
-    assert code == 0, said
-    assert "layer 2/4  worst" not in said and "layer 3/4  worst" in said
-    assert ("layer 1: replaying" in said) == (name == "replayed")
-    assert answers["whole"][0] == 0, answers["whole"][2]
-    files = sorted(path.name for path in (place / "whole").iterdir())
-    assert sorted(path.name for path in (place / name).iterdir()) == files
-    for file in files:
-        if file not in (MANIFEST, JOURNAL):  # they hold times
-            assert (place / name / file).read_bytes() == (place / "whole" / file).read_bytes(), file
-    assert manifest_of(place / name)["digest"] == manifest_of(place / "whole")["digest"]
+    assert code == 1 and "cannot resume, numerics.sums was None, now '8 parts'" in said
+    assert "hint: another version began it, which takes sums over windows in another order" in said
+    assert (place / f"{name}.partial" / JOURNAL).is_file() and not (place / name).exists()
 
 
-def test_the_same_job_writes_the_bytes_of_then(old: Callable[[str], Path], resumed: tuple[Path, Any]) -> None:
+def test_the_same_job_writes_files_like_those_of_then(old: Callable[[str], Path], resumed: tuple[Path, Any]) -> None:
     whole = resumed[0] / "whole"
     for path in old("gptq").iterdir():
-        if path.suffix == ".safetensors" or path.name.endswith("config.json"):
+        if path.name.endswith("config.json"):
             assert (whole / path.name).read_bytes() == path.read_bytes(), path.name
+        elif path.suffix == ".safetensors":
+            then, now = path.read_bytes(), (whole / path.name).read_bytes()
+            assert len(then) == len(now) and then[:8] == now[:8], path.name
+            header = int.from_bytes(then[:8], "little")
+            assert then[8 : 8 + header] == now[8 : 8 + header], path.name
     then, now = manifest_of(old("gptq")), manifest_of(whole)
-    for key in ("parameters", "tensor_bytes", "file_bytes", "bits_per_linear_weight", "drift", "warnings"):
+    for key in ("parameters", "tensor_bytes", "file_bytes", "bits_per_linear_weight", "warnings"):
         assert now[key] == then[key], key
+    # 128 tokens of calibration leave most of a Hessian to damping: other last bits go far, and 32 tokens show it
+    assert now["drift"]["kl"]["mean"] == pytest.approx(then["drift"]["kl"]["mean"], rel=0.3)
 
 
 @pytest.mark.parametrize("name", ["gptq", "mixed"])
-def test_old_layers_made_again_are_the_written_ones(name: str, resumed: tuple[Path, dict[str, Answer]]) -> None:
-    code, out, said = resumed[1][f"verify {name}"]
-    assert code == 0, out + said
-    assert "layers 1, 3 made again, all as in its manifest" in out
+def test_old_layers_are_not_made_again_in_another_order(name: str, resumed: tuple[Path, dict[str, Answer]]) -> None:
+    code, _, said = resumed[1][f"verify {name}"]
+    assert code == 1 and "sums over windows were taken in another order (all in a row, here 8 parts)" in said
+    assert "--layers none compares files alone" in said

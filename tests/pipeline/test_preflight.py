@@ -16,7 +16,14 @@ from qwenq.formats.base import Recipe, Scheme
 from qwenq.machine import free_disk
 from qwenq.model.spec import ModelSpec, family_spec, spec_from_config
 from qwenq.pipeline.config import Tokens, original_windows
-from qwenq.pipeline.preflight import PlannedJob, Preflight, hidden_state_bytes, peak_bytes, preflight
+from qwenq.pipeline.preflight import (
+    PlannedJob,
+    Preflight,
+    hidden_state_bytes,
+    peak_bytes,
+    preflight,
+    wire_layer_bytes,
+)
 from qwenq.planning.tensor_parallel import (
     padded_width,
     row_groups,
@@ -250,7 +257,7 @@ def test_predicted_peaks_do_not_know_the_number_of_layers() -> None:
 def test_error_correction_takes_two_sums_of_down(qwen72: ModelSpec) -> None:
     """On top of a Hessian of 29568 and 13 bytes a weight: more than gate and up, whose 13 bytes are twice as many."""
     corrected, without = (peak_bytes(qwen72, Tokens(64, 8, 512, 2, share), 4, True)[1] for share in (0.5, 0.0))
-    layer = 2 * (2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 29568)
+    layer = 2 * (2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 29568)  # 13: float32 weights, errors twice, codes
     assert corrected == layer + 4 * 29568**2 + 21 * 8192 * 29568
     assert without == layer + max(4 * 29568**2 + 13 * 8192 * 29568, 4 * 8192**2 + 26 * 8192 * 29568)
 
@@ -258,3 +265,25 @@ def test_error_correction_takes_two_sums_of_down(qwen72: ModelSpec) -> None:
 def test_planning_needs_no_torch() -> None:
     code = "import sys, qwenq.pipeline.preflight; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_two_ranks_share_what_grows_with_text(qwen72: ModelSpec) -> None:
+    tokens = Tokens(128, 20, 512, 2, 0.5)
+    one, two, four = (peak_bytes(qwen72, tokens, 4, False, ranks)[0] for ranks in (1, 2, 4))
+    assert two < 0.75 * one and four < two
+    states = [hidden_state_bytes(qwen72, tokens, 4, ranks) for ranks in (1, 2, 4)]
+    assert states[0] == (2 * 128 * 2 + 2 * 20 * 4) * 512 * 8192, "all windows are corrected: 8 tokens a column of down"
+    assert states[1] == states[0] // 2 and states[2] == (2 * 32 * 2 + 2 * 5 * 4) * 512 * 8192, "five of 20"
+
+
+def test_bytes_on_the_wire_by_hand() -> None:
+    """Two ranks, one stage's sums written out: parts of the other one's, and half of each total."""
+    spec = spec_of(hidden_size=256, intermediate_size=512, num_attention_heads=4)
+    assert wire_layer_bytes(spec, TOKENS, 1000, 1) == 0
+    tokens = Tokens(16, 4, 32, 4, 0.0)
+    square, wide = 256 * 256, 256 * 512 + 256 * 256  # qkv, o and gate_up; down: two block rows
+    sums = 4 * (3 * square + wide) * (8 / 4 + 1 / 2)  # of eight parts half are the other's, half of these are ours
+    codes = (2 * 256 * 256 + 2 * 128 * 256 + 3 * 256 * 512) // 2
+    assert wire_layer_bytes(spec, tokens, 1000, 2) == sums + codes + 1000
+    corrected = wire_layer_bytes(spec, replace(tokens, error_correction_share=0.5), 1000, 2)
+    assert corrected > wire_layer_bytes(spec, tokens, 1000, 2)

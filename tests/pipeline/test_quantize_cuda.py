@@ -23,6 +23,8 @@ from qwenq.pipeline.block import BlockSolver, CalibrationStates, SolverOptions, 
 from qwenq.pipeline.config import Tokens, original_windows
 from qwenq.pipeline.monitor import StageClock
 from qwenq.pipeline.preflight import peak_bytes, scratch_width
+from qwenq.pipeline.ranks import ALONE
+from qwenq.pipeline.shares import passes
 from qwenq.pipeline.workers import Workers
 from qwenq.runtime.synthetic import synthetic_config
 from qwenq.solver import gptq
@@ -72,7 +74,8 @@ def traced_layer(
         held.fill(state)
         hidden = torch.empty(windows, LENGTH, spec.hidden_size, dtype=torch.bfloat16)
         scratch = torch.empty(windows * LENGTH * scratch_width(spec), dtype=torch.bfloat16)
-        states = CalibrationStates(hidden, hidden[:count].clone() if count else None, scratch)
+        share, corrected = ALONE.share(*passes(windows, count)), ALONE.share(*passes(count, count))
+        states = CalibrationStates(hidden, hidden[:count].clone() if count else None, scratch, share, corrected)
         folded = FoldedLayer(state, kept, devices[0])
         options = SolverOptions(error_correction=correction)
         packed, _ = BlockSolver(held, spec, 0, recipe, folded, states, options, StageClock()).run()
@@ -141,8 +144,9 @@ def test_linear_algebra_is_loaded_before_gpus_ask_for_it_at_once(monkeypatch: py
     for _ in range(2):
         with FakeGpus(["RTX 3090", "RTX 3090"]):
             devices = [torch.device(f"cuda:{k}") for k in range(2)]
-            weights = {"w": torch.empty(8, 64, device=devices[0])}
-            rows.solve_rows(devices, weights, torch.empty(64, 64, device=devices[0]), IntegerGrid(4, 64))
+            weights = {"w": torch.empty(128, 64, device=devices[0])}
+            h_II, shares = torch.empty(64, 64, device=devices[0]), rows.cut_rows({"w": 128}, 2)
+            rows.solve_rows(devices, weights, h_II, IntegerGrid(4, 64), shares)
     assert asked == ["cuda:0", "cuda:1", *["work"] * 4], "on each, before any work, and once a process"
 
 
@@ -151,6 +155,6 @@ def test_rounding_to_nearest_stays_on_its_gpu() -> None:
     with FakeGpus(["RTX 3090", "RTX 3090"]) as fake:
         state, kept = layer(spec)
         folded = FoldedLayer(state, kept, "cuda:1")
-        packed, results = round_block(spec, 0, recipe, folded, SolverOptions(method="rtn", fold=False))
+        packed, results = round_block(spec, 0, recipe, folded)
         assert fake.allocators[0].allocated_peak == 0 < fake.allocators[1].allocated_peak
     assert len(results) == 7 and {tensor.device.type for tensor in packed.values()} == {"cpu"}

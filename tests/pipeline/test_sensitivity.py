@@ -206,7 +206,7 @@ def test_a_stopped_job_goes_on_with_the_table_it_measured(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("qwenq.pipeline.workers.Workers.run_layer", stop)
+        patched.setattr("qwenq.pipeline.activations.LayerRunner.advance", stop)
         assert run(*command, "-o", out, "--bpw", "5").exit_code == 130
     assert (tmp_path / "out.partial" / SENSITIVITY_NAME).is_file()
     changed = run(*command, "-o", out, "--bpw", "6", "--resume")

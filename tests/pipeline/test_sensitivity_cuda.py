@@ -14,9 +14,10 @@ from test_quantize_cuda import layer, of
 from torch import Tensor
 
 from qwenq.formats.base import get_format
-from qwenq.model.layer import Network
 from qwenq.pipeline.fisher import Probe, _errors
 from qwenq.pipeline.preflight import errors_bytes
+from qwenq.pipeline.ranks import ALONE
+from qwenq.pipeline.workers import Workers
 from qwenq.planning.sensitivity import schemes_for
 from qwenq.runtime.synthetic import synthetic_config
 from qwenq.solver import gptq
@@ -35,12 +36,14 @@ def rounded(e_IO: Tensor, h_II: Tensor, grid: Grid) -> tuple[Tensor, gptq._Group
 def test_a_layer_is_solved_in_what_the_dry_run_says(name: str) -> None:
     spec = of(name)
     with patch.object(gptq, "_solve_gptq", rounded), FakeGpus(["H200"]) as fake, torch.no_grad():
-        network = Network(synthetic_config(spec), spec, dtype=torch.bfloat16, device="cuda:0")
-        network.fill(layer(spec)[0])
+        workers = Workers(
+            synthetic_config(spec), spec, dtype=torch.bfloat16, window_tokens=512, devices=("cuda:0",), most=1
+        )
+        workers.fill(layer(spec)[0])
         gpu = fake.allocators[0]
         before = gpu.allocated
         h_NTH = torch.empty(16, 512, spec.hidden_size, dtype=torch.bfloat16)
-        errors, _ = _errors(network, h_NTH, Probe(h_NTH, h_NTH, {}))
+        errors, _ = _errors(workers, h_NTH, ALONE.share(range(16)), Probe(h_NTH, h_NTH, {}))
         held = gpu.allocated - before
     offered = {stage: schemes_for(spec, (0, stage), get_format("gptq")) for stage in ("qkv", "o", "gate_up", "down")}
     assert {stage: len(by_scheme) for stage, by_scheme in errors.items()} == {

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from qwenq.solver.gptq import processing_order, solve_linears
 from qwenq.solver.grid import Grid, QTensor
-from qwenq.solver.parallel import solve_rows
+from qwenq.solver.parallel import cut_rows, joined, solve_rows
 
+CPU = torch.device("cpu")
 GRIDS = (TableGrid(), SuperBlockGrid())
 
 
@@ -60,11 +61,14 @@ def test_each_sweep_lowers_the_error(grid: Grid) -> None:
 
 
 def test_rows_may_be_solved_apart() -> None:
-    w_OI, h_II = problem(rows=9)
+    w_OI, h_II = problem(rows=150)
     whole, _ = solve_linears({"w": w_OI}, h_II.clone(), SuperBlockGrid())["w"]
-    parts, _ = solve_rows([torch.device("cpu")] * 2, {"w": w_OI}, h_II.clone(), SuperBlockGrid())["w"]
+    shares = cut_rows({"w": len(w_OI)}, 2)
+    solved = solve_rows([CPU] * 2, {"w": w_OI}, h_II.clone(), SuperBlockGrid(), shares)
+    parts, _ = joined([part["w"] for part in solved], CPU)
     assert [p.shape for p in parts.parameters] == [p.shape for p in whole.parameters]
-    assert (parts.codes_OI != whole.codes_OI).float().mean() < 0.01
+    assert torch.equal(parts.codes_OI, whole.codes_OI)
+    assert all(torch.equal(a, b) for a, b in zip(parts.parameters, whole.parameters, strict=True))
 
 
 def test_sub_groups_stay_whole_and_in_their_super_block() -> None:

@@ -1,0 +1,49 @@
+"""Half of a Hessian in a flat tensor, against the whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qwenq.solver.triangle import Triangle
+
+
+def whole(flat: torch.Tensor, triangle: Triangle) -> torch.Tensor:
+    upper_II = triangle.square(flat).triu()
+    return upper_II + upper_II.triu(1).T
+
+
+@pytest.mark.parametrize("width", [6, 256, 257, 600, 5000])
+def test_it_holds_every_value_above_the_diagonal(width: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    triangle, x_TI = Triangle(width), torch.randn(24, width, generator=generator)
+    flat = torch.zeros(triangle.size)
+    triangle.add_products(flat, x_TI[:7])
+    triangle.add_products(flat, x_TI[7:].reshape(1, 17, width))
+    wanted_II = x_TI.double().T @ x_TI.double()
+    torch.testing.assert_close(whole(flat, triangle).double(), wanted_II, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(triangle.diagonal(flat), triangle.square(flat).diagonal())
+    assert width**2 / 2 < triangle.size <= width**2
+    assert width < 5000 or triangle.size < 0.54 * width**2
+
+
+def test_it_multiplies_as_the_whole_matrix_does() -> None:
+    generator = torch.Generator().manual_seed(2)
+    triangle, x_TI = Triangle(600), torch.randn(64, 600, generator=generator).bfloat16()
+    flat = torch.zeros(triangle.size)
+    triangle.add_products(flat, x_TI)
+    w_IO, from_IO = torch.randn(600, 5, generator=generator), torch.randn(600, 5, generator=generator)
+    wanted_IO = from_IO.double() - x_TI.double().T @ x_TI.double() @ w_IO.double()
+    triangle.subtract_product(flat, w_IO, from_IO)
+    torch.testing.assert_close(from_IO.double(), wanted_IO, rtol=1e-4, atol=1e-2)
+
+
+def test_divided_inputs_divide_rows_and_columns() -> None:
+    generator = torch.Generator().manual_seed(3)
+    triangle, x_TI = Triangle(300), torch.randn(9, 300, generator=generator)
+    scales_I = torch.rand(300, generator=generator) + 0.5
+    flat, divided = torch.zeros(triangle.size), torch.zeros(triangle.size)
+    triangle.add_products(flat, x_TI)
+    triangle.add_products(divided, x_TI / scales_I)
+    triangle.divide(flat, scales_I)
+    torch.testing.assert_close(flat, divided, rtol=1e-5, atol=1e-5)
