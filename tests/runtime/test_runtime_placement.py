@@ -108,9 +108,9 @@ def test_memory_that_others_hold_is_named() -> None:
 
 
 def test_each_gpu_of_a_mixed_rig_counts_what_it_keeps_itself() -> None:
-    """A T4 keeps codes and scales as they are, a 3090's kernel 4 bytes a group, where the T4 keeps 2."""
+    """A T4 keeps scales and packed zero points as they are, 2.5 bytes a group, where a 3090's kernel keeps 4."""
     spec = of("Qwen2.5-32B")
-    weights = recipe_weights(spec, Recipe(Scheme(4, 32)))
+    weights = recipe_weights(spec, Recipe(Scheme(4, 32, sym=False)))
     work, rig = Workload(512, prefill_chunk=64), parse_rig("Tesla T4 + RTX 3090")
     plan = plan_load(Case(spec, weights, OWN, work, rig), 1 << 40)
     layers = [layer for layer in range(64) if plan.device_map[f"model.layers.{layer}"] == 1]
