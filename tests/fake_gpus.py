@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qwenq import machine
+from qwenq.model import layer
 from qwenq.planning.engines.torch import CUBLAS_WORKSPACE
 from qwenq.planning.memory import context_term
 from qwenq.planning.rig import find_gpu
@@ -270,6 +271,7 @@ class FakeGpus:
         enter(patch.object(bias, "causal_lower_right", lambda tokens, keys: "lower right"))
         # these read values, which fake tensors have not
         enter(patch.object(FakeTensor, "tolist", lambda ids: [0] * ids.numel()))
+        enter(patch.object(layer, "scales_by_weight", lambda norm: True))
         enter(patch.object(linear, "_order", lambda rows, columns, device: torch.zeros(
             rows * columns, dtype=torch.int64, device=device)))  # fmt: skip
         enter(_Allocations(self.allocators))

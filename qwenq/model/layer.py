@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -62,7 +63,8 @@ def _refuse_beyond_stages(settings: Any) -> None:
             )
 
 
-def _scales_by_weight(norm: Any) -> bool:
+@cache
+def scales_by_weight(norm: Any) -> bool:
     """Whether a class of norms multiplies by its weight alone, as folding takes it; Gemma's adds 1 to it."""
     probe = norm(1, eps=1.0).requires_grad_(False)
     probe.weight.zero_()
@@ -110,7 +112,7 @@ class Network:
         self.device = torch.device(device)
         with refused_by_transformers():
             norm = getattr(modeling, entry.classes + "RMSNorm")
-            foldable = _scales_by_weight(norm)
+            foldable = scales_by_weight(norm)
         if not foldable:
             raise CheckpointError(
                 f"{norm.__name__} does not multiply by its weight alone: the entry of {entry.model_type} cannot say it",
