@@ -25,7 +25,7 @@ LIGHT = ("planning.*", "formats", "formats.base", "formats.config", "formats.gpt
          "formats.compressed_tensors", "formats.bitsandbytes", "formats.fp8", "io.json", "io.safetensors", "io.gguf",
          "io.durable", "io.hub", "model.spec", "model.metadata", "checkpoint.manifest", "checkpoint.shards",
          "checkpoint.headers", "pipeline.preflight", "pipeline.journal", "pipeline.config", "pipeline.dryrun",
-         "pipeline.source", "pipeline.shares", "pipeline.launch", "solver.triangle", "report.compose", "api",
+         "pipeline.source", "pipeline.shares", "launch", "solver.triangle", "report.compose", "api",
          "cli.*")  # fmt: skip
 
 

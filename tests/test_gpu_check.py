@@ -37,7 +37,7 @@ def test_a_part_on_a_cpu(part: str, tmp_path: Path) -> None:
     written = json.loads((tmp_path / "notes.json").read_text())
     assert written["facts"] and len(written["checks"]) == len(notes.checks)
     if part == "kernels":
-        assert len(notes.checks) > 30
+        assert len(notes.checks) > 25
     if part == "layer-72b":
         assert {"forward", "solve down"} <= set(notes.facts["work"])
 

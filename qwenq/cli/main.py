@@ -21,7 +21,7 @@ from typer.core import TyperCommand, TyperGroup
 from qwenq import __version__
 from qwenq.cli.plain import escape_logs, print_line, print_step
 from qwenq.errors import QwenqError, out_of_memory
-from qwenq.pipeline.launch import refuse_ranks
+from qwenq.launch import refuse_ranks
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from qwenq.cli.ranks import fetched_once, over_ranks
 from qwenq.errors import ExcludedOptions, PlanError
 from qwenq.escaping import several
 from qwenq.formats.base import label_of
+from qwenq.launch import refuse_ranks
 from qwenq.model.spec import ModelSpec, family_spec
 from qwenq.pipeline.config import QuantizeConfig
 from qwenq.pipeline.dryrun import DryRun, dry_run
-from qwenq.pipeline.launch import refuse_ranks
 from qwenq.planning.budget import Budgeted
 from qwenq.planning.sensitivity import OUTER
 from qwenq.units import format_gb, format_seconds

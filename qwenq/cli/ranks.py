@@ -13,7 +13,7 @@ import typer
 from qwenq.cli.console import err, out
 from qwenq.cli.options import fetched
 from qwenq.cli.plain import print_step
-from qwenq.pipeline.launch import read_launch
+from qwenq.launch import read_launch
 
 if TYPE_CHECKING:
     from qwenq.pipeline.ranks import Ranks

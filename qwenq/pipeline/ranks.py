@@ -28,9 +28,9 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from qwenq import __version__
 from qwenq.errors import JobError, PlanError, QwenqError, RunError, UsageError
+from qwenq.launch import JOIN_TIMEOUTS, Launch
 from qwenq.machine import numerics, versions
 from qwenq.pipeline.config import PARTS, device_names
-from qwenq.pipeline.launch import JOIN_TIMEOUTS, Launch
 from qwenq.pipeline.shares import Share
 
 _NEVER = timedelta(days=30)  # collectives do not time out: a rank may read, solve or write for hours, while it lives

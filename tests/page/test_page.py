@@ -51,7 +51,7 @@ def test_numbers_are_the_command_lines(client: TestClient) -> None:
     args = ["vram", "Qwen2.5-72B", "--bits", "4", "--gpu", "2x RTX 3090", "--max-model-len", "8192", "--json"]
     assert found["command"] == "qwenq vram Qwen2.5-72B --bits 4 --gpu '2x RTX 3090' --max-model-len 8192"
     assert found["now"] == json.loads(CliRunner().invoke(command_line, args).stdout)["estimates"][0]
-    assert found["largest_context"] == 17672 and found["rig"] == "2x RTX 3090"
+    assert found["largest_context"] == 20991 and found["rig"] == "2x RTX 3090"
     assert [p["context"] for p in found["chart"]][-1] == 131072
 
 

@@ -122,7 +122,7 @@ def check_numbers(opened: Opened) -> None:
 def test_numbers_are_the_command_lines(opened: Opened, address: str) -> None:
     opened.go(address)
     check_numbers(opened)
-    assert opened.text("#fits") == "fits" and opened.text("#largest") == "17,672"
+    assert opened.text("#fits") == "fits" and opened.text("#largest") == "20,991"
     before = opened.total()
     opened.slide("#context", 40)
     assert opened.text("#context_text") == "32,768 tokens" and opened.total() != before

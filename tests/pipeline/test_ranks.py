@@ -24,7 +24,7 @@ from test_quantize import FORKS, assert_same
 
 from qwenq.checkpoint.manifest import MANIFEST_NAME
 from qwenq.errors import UsageError
-from qwenq.pipeline.launch import read_launch
+from qwenq.launch import read_launch
 
 TIMEOUT_S = 3.0  # of a rank without a sign of life
 TEXT = ["--builtin-share", "0", "--device", "cpu", "-n", "11", "--sequence-length", "64"]

@@ -284,7 +284,7 @@ def test_rigs_engines_and_memory_of_a_72b(tmp_path: Path) -> None:
     file = tmp_path / "measured.json"
     file.write_text(json.dumps({"model": str(plain), "rows": [measured(phase) for phase in ("prefill", "decode")]}))
     page, text = texts([plain, fine], rigs=("2x RTX 3090", "RTX 5090"), measurements=read_measurements(file))
-    assert "| 2x RTX 3090 | 47.16 GiB | 17,672 | 389 |" in text  # as `qwenq plan` says
+    assert "| 2x RTX 3090 | 47.16 GiB | 20,991 | 10,751 |" in text  # as `qwenq plan` says
     assert "| RTX 5090 | 31.35 GiB | no | no |" in text
     assert re.search(r"\| 8k \| 4\d\.\d\d \(4\d\.\d\d to 4\d\.\d\d; measured 45\.00\) \|", text)
     assert "| vLLM | TP 1 | TP 1, 2, 4 | CPU: logits equal |" in text
