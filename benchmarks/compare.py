@@ -25,6 +25,7 @@ from qwenq import __version__
 from qwenq.checkpoint.reader import Checkpoint, open_checkpoint
 from qwenq.pipeline.activations import embed
 from qwenq.pipeline.evaluate import HeadWeights, compare_heads
+from qwenq.pipeline.ranks import ALONE
 from qwenq.pipeline.workers import Workers
 
 DRAWS = 4000
@@ -46,6 +47,7 @@ def parse_args() -> argparse.Namespace:
 def drifts(reference: Checkpoint, checkpoints: dict[str, Checkpoint], ids_NT: torch.Tensor) -> dict[str, Any]:
     """TokenDrift of each checkpoint; the 16-bit model is run once, layer by layer."""
     network = Workers(reference.config, reference.spec, dtype=torch.float32, window_tokens=ids_NT.shape[1])
+    share = ALONE.share(range(len(ids_NT)))
     everything = {"reference": reference} | checkpoints
     states = {name: torch.empty(*ids_NT.shape, reference.spec.hidden_size) for name in everything}
     for name, checkpoint in everything.items():
@@ -53,7 +55,7 @@ def drifts(reference: Checkpoint, checkpoints: dict[str, Checkpoint], ids_NT: to
     for layer in range(reference.spec.num_hidden_layers):
         for name, checkpoint in everything.items():
             network.fill(checkpoint.layer_state(layer))
-            network.run_layer(states[name])
+            network.run_layer(states[name], share)
     base = (HeadWeights(reference), states["reference"])
     return {
         name: compare_heads(network.first, base, (HeadWeights(checkpoint), states[name]), ids_NT)
