@@ -23,6 +23,7 @@ from gpu_parts import Notes, bandwidths, error_of, replayed_seconds, wait
 from torch import Tensor
 
 from qwenq.runtime import triton_kernels as kernels
+from qwenq.runtime.cpu_kernels import Head
 from qwenq.runtime.linear import unpack_codes
 from qwenq.runtime.triton_kernels import Tiling
 
@@ -317,7 +318,7 @@ def _small(notes: Notes) -> None:
     h, w = torch.randn(1, 8192, device=device).bfloat16(), torch.ones(8192, device=device).bfloat16()
     g = torch.randn(1, 29568, device=device).bfloat16()
     q, k = torch.randn(64, 128, device=device).bfloat16(), torch.randn(8, 128, device=device).bfloat16()
-    head = kernels.Head(torch.ones(1, 128, device=device).bfloat16(), torch.ones(1, 128, device=device).bfloat16())
+    head = Head(torch.ones(1, 128, device=device).bfloat16(), torch.ones(1, 128, device=device).bfloat16())
     cache = tuple(torch.zeros(1, 8, 64, 128, device=device).bfloat16() for _ in "kv")
     length = torch.ones(1, dtype=torch.int32, device=device)
     notes.fact("small_us", {

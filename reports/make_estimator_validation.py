@@ -263,8 +263,7 @@ def known_section() -> list[str]:
     return [
         "## Known facts and rigs",
         table(("what", "here", "published or wanted"), lines),
-        "The largest contexts are for chunks of 1,024; `reports/runtime.md` names 17,672 for the same rig and weights "
-        "in chunks of 2,048, the default.",
+        "The largest contexts are for chunks of 1,024; in chunks of 2,048, the default, they are shorter.",
         "## The page's server under random requests",
         "Run by hand, two connections against `qwenq vram serve`, bodies from `random_body` in `test_page.py` "
         "(seed 20): 10,000 requests, 1,806 answered (200), 8,194 refused (422), nothing else; the server still "

@@ -36,10 +36,17 @@ def test_a_part_on_a_cpu(part: str, tmp_path: Path) -> None:
     assert [check for check in notes.checks if not check["ok"]] == []
     written = json.loads((tmp_path / "notes.json").read_text())
     assert written["facts"] and len(written["checks"]) == len(notes.checks)
-    if part == "kernels":
-        assert len(notes.checks) > 25
     if part == "layer-72b":
         assert {"forward", "solve down"} <= set(notes.facts["work"])
+
+
+def test_the_kernels_of_torch_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a compiler, and so with the rows from which weights are written out."""
+    monkeypatch.setattr("qwenq.runtime.linear.lacks_for_cpu_kernels", lambda: "no compiler")
+    notes = Notes(tmp_path / "notes.json", tiny=True, work=tmp_path)
+    gpu_parts.PARTS["kernels"](notes)
+    assert not notes.errors and all(check["ok"] for check in notes.checks)
+    assert len(notes.checks) > 30
 
 
 def test_the_kernels_over_fake_tensors() -> None:

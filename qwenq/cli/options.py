@@ -43,7 +43,7 @@ Device = Annotated[
     option(
         MACHINE,
         metavar="DEVICE",
-        help="cpu, cuda:N or cuda:N,cuda:M; auto: every GPU there is, or cpu.",
+        help="cpu, cuda:N or cuda:N,cuda:M; auto: every GPU, or cpu.",
         show_default=False,
     ),
 ]

@@ -440,7 +440,7 @@ def _meet(store: Any, launch: Launch, own: dict[str, Any]) -> list[dict[str, Any
             raise RunError(
                 f"{launch.host}:{launch.port}: {launch.size - len(missing)} of {launch.size} ranks came within "
                 f"{JOIN_TIMEOUTS * launch.timeout_s:g} s, missing: {', '.join(missing)}",
-                hint="every host starts torchrun with the same --nnodes, --rdzv-endpoint and --rdzv-id",
+                hint="every host starts torchrun with the same --nnodes, --master-addr and --master-port",
             )
         time.sleep(0.05)
     return [json.loads(store.get(key)) for key in keys]

@@ -132,10 +132,10 @@ class DecodeStep:
             attention, mlp, norm = layer.self_attn, layer.mlp, layer.input_layernorm
             h, x = kernels.add_norm(h, added, norm.weight, norm.variance_epsilon)
             q, k, v = (each(x).view(-1, width) for each in (attention.q_proj, attention.k_proj, attention.v_proj))
-            head = kernels.Head(cos, sin)
+            head = cpu_kernels.Head(cos, sin)
             if (q_norm := getattr(attention, "q_norm", None)) is not None:
                 k_norm = attention.k_norm
-                head = kernels.Head(cos, sin, q_norm.weight, k_norm.weight, q_norm.variance_epsilon)
+                head = cpu_kernels.Head(cos, sin, q_norm.weight, k_norm.weight, q_norm.variance_epsilon)
             kept = self.cache.stored(index)
             q = kernels.turn_and_keep(q, k, v, head, kept, length)
             a = kernels.attend_one(q, kept, length, attention.scaling)

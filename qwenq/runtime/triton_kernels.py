@@ -23,6 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qwenq.runtime.cpu_kernels import Head
+
 UNIT = 32  # columns whose 4-bit codes are interleaved
 FEW_ROWS = 16  # a tensor core's rows: up to here columns are split and one tile has them all
 PLAIN_SHARED_BYTES = 48 << 10  # a block's shared memory on any CUDA GPU without opting in for more
@@ -451,17 +453,6 @@ def _turn_and_keep(
         tl.store(keys_ptr + at + HALF, _clamped(k_right, limit, CLAMPED).to(kind))
         tl.store(values_ptr + at, _clamped(v_left, limit, CLAMPED).to(kind))
         tl.store(values_ptr + at + HALF, _clamped(v_right, limit, CLAMPED).to(kind))
-
-
-@dataclass(frozen=True)
-class Head:
-    """How one head is made ready: cosines and sines of its position [1, D], norms of Qwen3 [D], their epsilon."""
-
-    cos: Tensor
-    sin: Tensor
-    q_norm: Tensor | None = None
-    k_norm: Tensor | None = None
-    eps: float = 0.0
 
 
 def turn_and_keep(

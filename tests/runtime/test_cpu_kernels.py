@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from random_codes import random_q
 from torch import Tensor
 
 from qwenq.formats.base import PackedShape, Recipe, Scheme
@@ -46,16 +47,6 @@ def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     assert not isinstance(built, str), built
     monkeypatch.setattr(cpu_kernels, "_library", lambda: built)
     yield request.param
-
-
-def random_q(bits: int, group: int, rows: int, columns: int, sym: bool = True) -> QTensor:
-    generator = torch.Generator().manual_seed(rows + columns + bits)
-    scheme = Scheme(bits, group, sym)
-    groups = scheme.groups(columns)
-    codes = torch.randint(0, scheme.levels, (rows, columns), generator=generator, dtype=torch.uint8)
-    scales = (torch.randn(rows, groups, generator=generator) * 0.02).half()  # negative ones too
-    zeros = torch.randint(0, scheme.levels, (rows, groups), generator=generator, dtype=torch.uint8)
-    return QTensor(codes, (scales, torch.full_like(zeros, scheme.zero) if sym else zeros), scheme.grid())
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:

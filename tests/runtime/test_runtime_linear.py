@@ -9,9 +9,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from random_codes import random_q
 from torch import Tensor, nn
 
-from qwenq.formats.base import PackedShape, Scheme
+from qwenq.formats.base import PackedShape
 from qwenq.machine import Compute
 from qwenq.planning import kernels
 from qwenq.planning.kernels import DENSE_ROWS, Choice, choose, kept_bytes
@@ -29,16 +30,6 @@ NO_COMPILER = "no compiler"
 @pytest.fixture(autouse=True)
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "lacks_for_cpu_kernels", lambda: NO_COMPILER)
-
-
-def random_q(bits: int, group: int, rows: int, columns: int, sym: bool = True) -> QTensor:
-    generator = torch.Generator().manual_seed(rows + columns + bits)
-    scheme = Scheme(bits, group, sym)
-    groups = scheme.groups(columns)
-    codes = torch.randint(0, scheme.levels, (rows, columns), generator=generator, dtype=torch.uint8)
-    scales = (torch.randn(rows, groups, generator=generator) * 0.02).half()  # negative ones too
-    zeros = torch.randint(0, scheme.levels, (rows, groups), generator=generator, dtype=torch.uint8)
-    return QTensor(codes, (scales, torch.full_like(zeros, scheme.zero) if sym else zeros), scheme.grid())
 
 
 def shape_of(q: QTensor) -> PackedShape:

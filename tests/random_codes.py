@@ -1,0 +1,18 @@
+"""Weights of random codes, as the tests of kernels multiply with them."""
+
+from __future__ import annotations
+
+import torch
+
+from qwenq.formats.base import Scheme
+from qwenq.solver.grid import QTensor
+
+
+def random_q(bits: int, group: int, rows: int, columns: int, sym: bool = True) -> QTensor:
+    generator = torch.Generator().manual_seed(rows + columns + bits)
+    scheme = Scheme(bits, group, sym)
+    groups = scheme.groups(columns)
+    codes = torch.randint(0, scheme.levels, (rows, columns), generator=generator, dtype=torch.uint8)
+    scales = (torch.randn(rows, groups, generator=generator) * 0.02).half()  # negative ones too
+    zeros = torch.randint(0, scheme.levels, (rows, groups), generator=generator, dtype=torch.uint8)
+    return QTensor(codes, (scales, torch.full_like(zeros, scheme.zero) if sym else zeros), scheme.grid())
