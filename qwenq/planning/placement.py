@@ -37,12 +37,17 @@ class Layout(ABC):
     @property
     @abstractmethod
     def how(self) -> str:
-        """`layers split`, `TP 2 x PP 1`."""
+        """`one GPU`, `layers split`, `TP 2 x PP 1`."""
 
     @property
     def certainty(self) -> str:
         """`fits`, `tight` or `does not fit` over the whole range."""
         return self.memory.certainty
+
+
+def how_split(case: Case) -> str:
+    """How layers lie that fit a case's rig."""
+    return "layers split" if case.rig is not None and len(case.rig.gpus) > 1 else "one GPU"
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class Placement(Layout):
 
     @property
     def how(self) -> str:
-        return "layers split"
+        return how_split(self.memory.case)
 
     def device_map(self) -> DeviceMap:
         """transformers' device_map: module name to GPU index or `cpu`."""

@@ -576,3 +576,13 @@ def test_commands_say_what_they_are_for() -> None:
 def test_speed_where_there_is_little_room() -> None:
     assert Speed((20.0, 40.0), (100.0, 900.0), "").short() == {"decode": "20.0 to 40.0", "prefill": "≈ 300 (×÷ 3.0)"}
     assert Speed(None, None, "").short() == {"decode": "", "prefill": ""}
+
+
+def test_one_gpu_is_not_called_a_split() -> None:
+    spec = model("Qwen2.5-7B")
+    weights = recipe_weights(spec, Recipe(Scheme(4)))
+    for name in ("qwenq", "transformers", "llama.cpp"):
+        engine = get_engine(name)
+        for count, how in ((1, "one GPU"), (2, "layers split")):
+            case = Case(spec, weights, engine, Workload(2048), parse_rig(f"{count}x RTX 3090"))
+            assert engine.how_held(case) == how == make_plan(case).layout.how

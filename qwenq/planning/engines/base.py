@@ -31,6 +31,7 @@ from qwenq.planning.placement import (
     RankLayout,
     best_option,
     cutting_reasons,
+    how_split,
     parallel_options,
     place,
     search_context,
@@ -187,7 +188,7 @@ class Engine(ABC):
 
     @abstractmethod
     def how_held(self, case: Case) -> str:
-        """How the rig holds the case: `layers split`, `TP 2 x PP 1`; empty when it does not."""
+        """How the rig holds the case: `one GPU`, `layers split`, `TP 2 x PP 1`; empty when it does not."""
 
     def rig_finder(self, case: Case) -> RigFinder:
         """What answers for many rigs of one case."""
@@ -249,7 +250,7 @@ class LayerFinder(RigFinder):
         return splits(case, self.costs.setdefault(case.work.context, {}))
 
     def how_held(self, case: Case) -> str:
-        return "layers split" if self._splits(case) else ""
+        return how_split(case) if self._splits(case) else ""
 
     def longest_context(self, case: Case) -> int:
         asked, limit = case.work.context, case.spec.extended_context
@@ -272,7 +273,7 @@ class LayeredEngine(Engine):
         return search_context(lambda context: splits(case.at(context)), case.spec.extended_context)
 
     def how_held(self, case: Case) -> str:
-        return "layers split" if splits(case) else ""
+        return how_split(case) if splits(case) else ""
 
     def rig_finder(self, case: Case) -> RigFinder:
         return LayerFinder(self)
