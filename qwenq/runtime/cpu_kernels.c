@@ -14,6 +14,7 @@
 #include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
 
 #define BLOCK 16 /* outputs */
 #define INLINE static inline __attribute__((always_inline))
@@ -36,7 +37,14 @@ typedef __m512 floats;
 #define all_words(x) _mm512_set1_epi32(x)
 #define all_floats(x) _mm512_set1_ps(x)
 #define sum_words(a, b) _mm512_add_epi32(a, b)
+#define less_words(a, b) _mm512_sub_epi32(a, b)
+#define half_words(v) _mm512_srai_epi32(v, 1)
 #define to_floats(v) _mm512_cvtepi32_ps(v)
+#define to_words(v) _mm512_cvtps_epi32(v) /* to nearest, ties to even */
+#define store_shorts(p, v) _mm256_storeu_si256((__m256i *)(p), _mm512_cvtsepi32_epi16(v))
+#define exponents(v) _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(v, _mm512_set1_epi32(127)), 23)) /* 2^v */
+#define smaller(a, b) _mm512_min_ps(a, b) /* b where it is not a number */
+#define larger(a, b) _mm512_max_ps(a, b)
 #define times(a, b) _mm512_mul_ps(a, b)
 #define times_plus(a, b, c) _mm512_fmadd_ps(a, b, c)
 #define total(v) _mm512_reduce_add_ps(v)
@@ -63,7 +71,15 @@ typedef __m256 floats;
 #define all_words(x) _mm256_set1_epi32(x)
 #define all_floats(x) _mm256_set1_ps(x)
 #define sum_words(a, b) _mm256_add_epi32(a, b)
+#define less_words(a, b) _mm256_sub_epi32(a, b)
+#define half_words(v) _mm256_srai_epi32(v, 1)
 #define to_floats(v) _mm256_cvtepi32_ps(v)
+#define to_words(v) _mm256_cvtps_epi32(v)
+#define store_shorts(p, v) \
+    _mm_storeu_si128((__m128i *)(p), _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)))
+#define exponents(v) _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(v, _mm256_set1_epi32(127)), 23))
+#define smaller(a, b) _mm256_min_ps(a, b)
+#define larger(a, b) _mm256_max_ps(a, b)
 #define times(a, b) _mm256_mul_ps(a, b)
 #define times_plus(a, b, c) _mm256_fmadd_ps(a, b, c)
 #define dot(sum, w, x) _mm256_add_epi32(sum, _mm256_madd_epi16(w, x))
@@ -92,6 +108,16 @@ INLINE uint16_t to_brain(float f) { /* to nearest, ties to even */
     return (uint16_t)((v.u + 0x7fff + (v.u >> 16 & 1)) >> 16);
 }
 
+/* A linear: packed codes with their scales and offsets, or (16 bits) weights [O, I] in bfloat16 or, if `halves`,
+   float16. `order`: which column of the input each of its columns takes, or none. */
+typedef struct {
+    const void *weight, *scales;
+    const float *offsets;
+    const uint16_t *bias;
+    const int64_t *order;
+    int64_t inputs, outputs, group, bits, halves;
+} linear;
+
 /* Rows of activations in 16-bit integers, two columns a word: [I / 2][rows]; their scales and sums: [G][rows]. */
 typedef struct {
     int32_t *pairs;
@@ -99,30 +125,41 @@ typedef struct {
     int32_t *sums;
 } rounded;
 
-static void round_rows(const uint16_t *x, int64_t rows, int64_t taken, int64_t inputs, int64_t group, rounded r) {
+static rounded in_scratch(char *scratch, const linear *w, int64_t rows) {
+    rounded r = {(int32_t *)scratch, (float *)(scratch + 2 * w->inputs * rows), 0};
+    r.sums = (int32_t *)(r.scales + w->inputs / w->group * rows);
+    return r;
+}
+
+/* A group's values as multiples of its scale, and their sum. */
+static int32_t round_group(const float *values, int64_t group, float back, int16_t *whole) {
+    int32_t sum = 0;
+    for (int64_t k = 0; k < group; k += LANES)
+        store_shorts(whole + k, to_words(times(load_floats(values + k), all_floats(back))));
+    for (int64_t k = 0; k < group; k++) sum += whole[k];
+    return sum;
+}
+
+static void round_rows(const uint16_t *x, int64_t rows, int64_t taken, const linear *w, rounded r) {
+    int64_t group = w->group;
     for (int64_t m = 0; m < rows; m++) {
-        for (int64_t g = 0; g < inputs / group; g++) {
-            const uint16_t *from = x + m * inputs + g * group;
-            float values[256], largest = 0;
-            int32_t sum = 0, bad = 0;
-            for (int64_t k = 0; k < group; k++) {
-                values[k] = m < taken ? from_brain(from[k]) : 0;
-                float size = fabsf(values[k]);
-                largest = size > largest ? size : largest;
-                bad |= !(size <= 3.4e38f); /* infinite, or not a number: so are the outputs */
-            }
-            float back = !bad && largest > 0 ? 32767.0f / largest : 0;
-            int32_t *to = r.pairs + g * group / 2 * rows + m;
+        for (int64_t g = 0; g < w->inputs / group; g++) {
+            uint16_t from[256] = {0}, most = 0;
+            float values[256];
             int16_t whole[256];
+            for (int64_t k = 0, at = m * w->inputs, first = g * group; m < taken && k < group; k++)
+                from[k] = x[at + (w->order ? w->order[first + k] : first + k)];
             for (int64_t k = 0; k < group; k++) {
-                int32_t near = _mm_cvtss_si32(_mm_set_ss(values[k] * back));
-                whole[k] = (int16_t)(near > 32767 ? 32767 : near < -32767 ? -32767 : near);
-                sum += whole[k];
+                uint16_t size = from[k] & 0x7fff;
+                most = size > most ? size : most;
+                values[k] = from_brain(from[k]);
             }
-            for (int64_t k = 0; k < group / 2; k++)
-                to[k * rows] = (int32_t)((uint32_t)(uint16_t)whole[2 * k] | (uint32_t)(uint16_t)whole[2 * k + 1] << 16);
+            int bad = most >= 0x7f80; /* infinite, or not a number: so are the outputs */
+            float largest = from_brain(most);
+            r.sums[g * rows + m] = round_group(values, group, !bad && most ? 32767.0f / largest : 0, whole);
             r.scales[g * rows + m] = bad ? NAN : largest / 32767.0f;
-            r.sums[g * rows + m] = sum;
+            for (int64_t k = 0; k < group / 2; k++)
+                memcpy(r.pairs + (g * group / 2 + k) * rows + m, whole + 2 * k, sizeof(int32_t));
         }
     }
 }
@@ -204,63 +241,97 @@ INLINE void put(void *out, int64_t at, float value, const uint16_t *bias, int64_
         ((uint16_t *)out)[at] = to_brain(value);
 }
 
-/* Bytes that `multiply` wants for the rounded activations of so many rows. */
-int64_t scratch_bytes(int64_t rows, int64_t inputs, int64_t group) {
-    return (rows + MOST) * (2 * inputs + 8 * (inputs / group));
-}
+/* Rows whose activations are rounded together. */
+typedef struct {
+    rounded x;
+    int64_t rows, taken; /* filled up to `rows` with zeros */
+} tile;
 
-/* out [M, O] = x w' + bias. x bfloat16; out float32 if `wide`, else bfloat16. The caller takes 64 rows at most, so that
-   rounded activations stay in a core's cache. */
-void multiply(const uint16_t *x, int64_t rows, int64_t inputs, int64_t outputs, const uint8_t *codes,
-              const char *scales, const float *offsets, const uint16_t *bias, int64_t bits, int64_t halves,
-              int64_t group, char *scratch, void *out, int64_t wide) {
-    rounded tiles[65];
-    int64_t sizes[65], count = 0, groups = inputs / group;
-    for (int64_t m = 0; m < rows; count++) {
-        int64_t left = rows - m, size = left == 1 ? 1 : left == 2 || MOST == 2 ? 2 : left <= 4 ? 4 : MOST;
-        rounded r = {(int32_t *)scratch, (float *)(scratch + 2 * inputs * size), 0};
-        r.sums = (int32_t *)(r.scales + groups * size);
-        scratch = (char *)(r.sums + groups * size);
-        round_rows(x + m * inputs, size, left < size ? left : size, inputs, group, r);
-        tiles[count] = r;
-        sizes[count] = size;
-        m += size;
-    }
-    int64_t blocks = (outputs + BLOCK - 1) / BLOCK;
-#pragma omp parallel for schedule(static)
-    for (int64_t b = 0; b < blocks; b++) {
+/* Below, `omp for` and `omp single` share the work of the threads of the region around them. */
+
+static void packed_product(const linear *w, const tile *tiles, int64_t count, void *out, int64_t wide) {
+    int64_t inputs = w->inputs, outputs = w->outputs, per_block = inputs / w->group * BLOCK;
+#pragma omp for schedule(static)
+    for (int64_t b = 0; b < (outputs + BLOCK - 1) / BLOCK; b++) {
+        const uint8_t *codes = (const uint8_t *)w->weight + b * inputs * BLOCK * w->bits / 8;
+        const char *scales = (const char *)w->scales + b * per_block * (w->halves ? 2 : 4);
         float part[MOST * BLOCK];
         int64_t m = 0, first = b * BLOCK, several = outputs - first < BLOCK ? outputs - first : BLOCK;
-        for (int64_t t = 0; t < count; m += sizes[t++]) {
-            product(codes + b * inputs * BLOCK * bits / 8, scales + b * groups * BLOCK * (halves ? 2 : 4),
-                    offsets ? offsets + b * groups * BLOCK : 0, tiles[t], inputs, group, bits, halves, sizes[t], part);
-            for (int64_t i = 0; i < sizes[t] && m + i < rows; i++)
+        for (const tile *t = tiles; t < tiles + count; m += t++->taken) {
+            product(codes, scales, w->offsets ? w->offsets + b * per_block : 0, t->x, inputs, w->group, w->bits,
+                    w->halves, t->rows, part);
+            for (int64_t i = 0; i < t->taken; i++)
                 for (int64_t o = 0; o < several; o++)
-                    put(out, (m + i) * outputs + first + o, part[i * BLOCK + o], bias, first + o, wide);
+                    put(out, (m + i) * outputs + first + o, part[i * BLOCK + o], w->bias, first + o, wide);
         }
     }
 }
 
-/* out [O] = w x + bias for one row and weights [O, I] in bfloat16 or, if `halves`, float16; sums in float32. */
-void multiply_stored(const uint16_t *x, int64_t inputs, int64_t outputs, const uint16_t *weight, const uint16_t *bias,
-                     int64_t halves, float *scratch, void *out, int64_t wide) {
-    for (int64_t k = 0; k < inputs; k++) scratch[k] = from_brain(x[k]);
-#pragma omp parallel for schedule(static)
-    for (int64_t o = 0; o < outputs; o++) {
-        const uint16_t *w = weight + o * inputs;
+/* One row in float32 by 16-bit weights; sums in float32. */
+static void stored_product(const linear *w, const float *x, void *out, int64_t wide) {
+    int64_t inputs = w->inputs;
+#pragma omp for schedule(static)
+    for (int64_t o = 0; o < w->outputs; o++) {
+        const uint16_t *row = (const uint16_t *)w->weight + o * inputs;
         floats sums[4];
         for (int s = 0; s < 4; s++) sums[s] = all_floats(0);
         int64_t k = 0;
         for (; k + 4 * LANES <= inputs; k += 4 * LANES)
             for (int s = 0; s < 4; s++) {
-                const uint16_t *at = w + k + s * LANES;
-                sums[s] = times_plus(halves ? load_halves(at) : load_brain(at), load_floats(scratch + k + s * LANES),
-                                     sums[s]);
+                const uint16_t *at = row + k + s * LANES;
+                sums[s] =
+                    times_plus(w->halves ? load_halves(at) : load_brain(at), load_floats(x + k + s * LANES), sums[s]);
             }
         float y = (total(sums[0]) + total(sums[1])) + (total(sums[2]) + total(sums[3]));
-        for (; k < inputs; k++) y += scratch[k] * (halves ? _cvtsh_ss(w[k]) : from_brain(w[k]));
-        put(out, o, y, bias, o, wide);
+        for (; k < inputs; k++) y += x[k] * (w->halves ? _cvtsh_ss(row[k]) : from_brain(row[k]));
+        put(out, o, y, w->bias, o, wide);
     }
+}
+
+/* Whether two linears make the same of a row that both take. */
+INLINE int alike(const linear *a, const linear *b) {
+    return (a->bits == 16) == (b->bits == 16) && a->group == b->group && a->order == b->order;
+}
+
+/* out = one row x by each of `count` linears + their biases, one behind the other. */
+static void multiply_row(const linear *w, int64_t count, const uint16_t *x, char *scratch, void *out, int64_t wide) {
+    for (int64_t i = 0; i < count; i++, w++) {
+        tile one = {in_scratch(scratch, w, 1), 1, 1};
+        if (i == 0 || !alike(w - 1, w)) {
+#pragma omp single
+            if (w->bits == 16)
+                for (int64_t k = 0; k < w->inputs; k++) ((float *)scratch)[k] = from_brain(x[k]);
+            else
+                round_rows(x, 1, 1, w, one.x);
+        }
+        if (w->bits == 16)
+            stored_product(w, (const float *)scratch, out, wide);
+        else
+            packed_product(w, &one, 1, out, wide);
+        out = (char *)out + w->outputs * (wide ? 4 : 2);
+    }
+}
+
+/* out [M, O] = x w' + bias. x bfloat16; out float32 if `wide`, else bfloat16. 16-bit weights take one row; the caller
+   takes 64 at most, so that rounded activations stay in a core's cache. scratch: (M + 8) (2 I + 8 G) bytes. */
+void multiply(const linear *w, const uint16_t *x, int64_t rows, char *scratch, void *out, int64_t wide) {
+    tile tiles[65];
+    int64_t count = 0;
+    if (rows == 1) {
+#pragma omp parallel
+        multiply_row(w, 1, x, scratch, out, wide);
+        return;
+    }
+    for (int64_t m = 0; m < rows; count++) {
+        int64_t left = rows - m, size = left == 1 ? 1 : left == 2 || MOST == 2 ? 2 : left <= 4 ? 4 : MOST;
+        tile t = {in_scratch(scratch, w, size), size, left < size ? left : size};
+        round_rows(x + m * w->inputs, size, t.taken, w, t.x);
+        scratch = (char *)(t.x.sums + w->inputs / w->group * size);
+        tiles[count] = t;
+        m += size;
+    }
+#pragma omp parallel
+    packed_product(w, tiles, count, out, wide);
 }
 
 /* ---- one token: norms, rotary positions, attention. All in bfloat16, rounded where transformers' modules round. */
@@ -278,11 +349,28 @@ void add_norm(const uint16_t *h, const uint16_t *added, const uint16_t *weight, 
         out[i] = to_brain(from_brain(to_brain(from_brain(sum[i]) * factor)) * from_brain(weight[i]));
 }
 
+/* out = exp(x) for `count` values in room for a multiple of 16, to about 1e-7 of each: 2^n exp(r), r by its series. */
+static void exponentials(const float *x, int64_t count, float *out) {
+    for (int64_t i = 0; i < count; i += LANES) {
+        floats v = smaller(all_floats(89), larger(all_floats(-104), load_floats(x + i))), y = all_floats(1.0f / 5040);
+        words n = to_words(times(v, all_floats(1.44269504f))), half = half_words(n);
+        v = times_plus(to_floats(n), all_floats(-0.693359375f), v); /* log 2 in two parts */
+        v = times_plus(to_floats(n), all_floats(2.12194440e-4f), v);
+        const float series[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1, 1};
+        for (int k = 0; k < 7; k++) y = times_plus(y, v, all_floats(series[k]));
+        store_floats(out + i, times(times(y, exponents(half)), exponents(less_words(n, half)))); /* each in range */
+    }
+}
+
 /* out = silu(gate) up. */
 void gate(const uint16_t *gate, const uint16_t *up, int64_t count, uint16_t *out) {
-    for (int64_t i = 0; i < count; i++) {
-        float g = from_brain(gate[i]);
-        out[i] = to_brain(from_brain(to_brain(g / (1 + expf(-g)))) * from_brain(up[i]));
+    float g[256], e[256] = {0};
+    for (int64_t start = 0; start < count; start += 256) {
+        int64_t several = count - start < 256 ? count - start : 256;
+        for (int64_t i = 0; i < several; i++) g[i] = from_brain(gate[start + i]), e[i] = -g[i];
+        exponentials(e, several, e);
+        for (int64_t i = 0; i < several; i++)
+            out[start + i] = to_brain(from_brain(to_brain(g[i] / (1 + e[i]))) * from_brain(up[start + i]));
     }
 }
 
@@ -315,28 +403,108 @@ void turn_and_keep(const uint16_t *q, const uint16_t *k, const uint16_t *v, cons
     }
 }
 
+/* out = weights p [length] times rows v [length, D], by four vectors of columns at a time, or one. */
+INLINE void weighted_sum(const float *p, const uint16_t *v, int64_t length, int64_t width, float *out) {
+    for (int64_t i = 0, vectors; i < width; i += vectors * LANES) {
+        vectors = width - i >= 4 * LANES ? 4 : 1;
+        floats sums[4];
+        for (int j = 0; j < 4; j++) sums[j] = all_floats(0);
+        if (vectors == 4)
+            for (int64_t s = 0; s < length; s++)
+                for (int j = 0; j < 4; j++)
+                    sums[j] = times_plus(all_floats(p[s]), load_brain(v + s * width + i + j * LANES), sums[j]);
+        else
+            for (int64_t s = 0; s < length; s++)
+                sums[0] = times_plus(all_floats(p[s]), load_brain(v + s * width + i), sums[0]);
+        for (int j = 0; j < vectors; j++) store_floats(out + i + j * LANES, sums[j]);
+    }
+}
+
+/* One head q [D] over the first `length` of the cache's tokens. scores: room for a multiple of 16. */
+static void attend_head(const uint16_t *q, const uint16_t *k, const uint16_t *v, int64_t width, int64_t length,
+                        float scaling, float *p, uint16_t *out) {
+    float wanted[1024], sums[1024], most = -INFINITY, all = 0;
+    for (int64_t i = 0; i < width; i++) wanted[i] = from_brain(q[i]) * scaling;
+    for (int64_t s = 0; s < length; s++) {
+        floats sum = all_floats(0);
+        for (int64_t i = 0; i < width; i += LANES)
+            sum = times_plus(load_brain(k + s * width + i), load_floats(wanted + i), sum);
+        p[s] = total(sum);
+        most = p[s] > most || p[s] != p[s] ? p[s] : most;
+    }
+    for (int64_t s = 0; s < length; s++) p[s] -= most;
+    exponentials(p, length, p);
+    for (int64_t s = 0; s < length; s++) all += p[s];
+    weighted_sum(p, v, length, width, sums);
+    for (int64_t i = 0; i < width; i++) out[i] = to_brain(sums[i] / all);
+}
+
+static void attend(const uint16_t *q, const uint16_t *keys, const uint16_t *values, int64_t heads, int64_t shared,
+                   int64_t width, int64_t capacity, int64_t length, float scaling, float *scores, uint16_t *out) {
+#pragma omp for schedule(static)
+    for (int64_t h = 0; h < heads; h++) {
+        int64_t from = h / (heads / shared) * capacity * width;
+        attend_head(q + h * width, keys + from, values + from, width, length, scaling, scores + h * (length + 15),
+                    out + h * width);
+    }
+}
+
 /* out [H, D] = attention of one token over the first `length` of the cache's tokens; D a multiple of 16, 1024 at most.
-   scores: float32 [H, length]. */
+   scores: float32 [H, length + 15]. */
 void attend_one(const uint16_t *q, const uint16_t *keys, const uint16_t *values, int64_t heads, int64_t shared,
                 int64_t width, int64_t capacity, int64_t length, float scaling, float *scores, uint16_t *out) {
-#pragma omp parallel for schedule(static)
-    for (int64_t h = 0; h < heads; h++) {
-        float wanted[1024], sums[1024], *p = scores + h * length, most = -INFINITY, all = 0;
-        const uint16_t *k = keys + h / (heads / shared) * capacity * width;
-        const uint16_t *v = values + h / (heads / shared) * capacity * width;
-        for (int64_t i = 0; i < width; i++) wanted[i] = from_brain(q[h * width + i]) * scaling, sums[i] = 0;
-        for (int64_t s = 0; s < length; s++) {
-            floats sum = all_floats(0);
-            for (int64_t i = 0; i < width; i += LANES)
-                sum = times_plus(load_brain(k + s * width + i), load_floats(wanted + i), sum);
-            p[s] = total(sum);
-            most = p[s] > most || p[s] != p[s] ? p[s] : most;
-        }
-        for (int64_t s = 0; s < length; s++) all += p[s] = expf(p[s] - most);
-        for (int64_t s = 0; s < length; s++)
-            for (int64_t i = 0; i < width; i += LANES)
-                store_floats(sums + i,
-                             times_plus(all_floats(p[s]), load_brain(v + s * width + i), load_floats(sums + i)));
-        for (int64_t i = 0; i < width; i++) out[h * width + i] = to_brain(sums[i] / all);
+#pragma omp parallel
+    attend(q, keys, values, heads, shared, width, capacity, length, scaling, scores, out);
+}
+
+/* ---- one token through all layers and the head */
+
+typedef struct {
+    linear q, k, v, o, gate, up, down;
+    const uint16_t *before, *after, *q_norm, *k_norm; /* norms before attention and behind it; of heads, or none */
+    uint16_t *keys, *values;                          /* the cache's */
+} layer;
+
+typedef struct {
+    const layer *layers;
+    linear head;
+    const uint16_t *norm;
+    int64_t count, hidden, heads, shared, width, capacity; /* layers, values of h, heads of q, of k and v, of a head */
+    float eps, scaling;
+    uint16_t *x, *y, *added; /* room for the input and output of linears, and for what is added to h */
+    float *scores;
+    char *scratch;
+} network;
+
+static void pass_layer(const network *n, const layer *l, uint16_t *h, const uint16_t *added, const uint16_t *cosine,
+                       const uint16_t *sine, int64_t place) {
+    const uint16_t *k = n->y + l->q.outputs, *v = k + l->k.outputs;
+#pragma omp single
+    add_norm(h, added, l->before, n->hidden, n->eps, h, n->x);
+    multiply_row(&l->q, 3, n->x, n->scratch, n->y, 0);
+#pragma omp single
+    turn_and_keep(n->y, k, v, cosine, sine, l->q_norm, l->k_norm, n->eps, n->heads, n->shared, n->width, n->capacity,
+                  place, n->x, l->keys, l->values);
+    attend(n->x, l->keys, l->values, n->heads, n->shared, n->width, n->capacity, place + 1, n->scaling, n->scores,
+           n->y);
+    multiply_row(&l->o, 1, n->y, n->scratch, n->added, 0);
+#pragma omp single
+    add_norm(h, n->added, l->after, n->hidden, n->eps, h, n->x);
+    multiply_row(&l->gate, 2, n->x, n->scratch, n->y, 0);
+#pragma omp single
+    gate(n->y, n->y + l->gate.outputs, l->gate.outputs, n->x);
+    multiply_row(&l->down, 1, n->x, n->scratch, n->added, 0);
+}
+
+/* Logits [V] behind the token at `place`, whose embedding h [hidden] is written over; its keys and values are kept. */
+void pass_token(const network *n, uint16_t *h, const uint16_t *cosine, const uint16_t *sine, int64_t place,
+                float *logits) {
+#pragma omp parallel
+    {
+        for (int64_t l = 0; l < n->count; l++)
+            pass_layer(n, n->layers + l, h, l ? n->added : 0, cosine, sine, place);
+#pragma omp single
+        add_norm(h, n->added, n->norm, n->hidden, n->eps, h, n->x);
+        multiply_row(&n->head, 1, n->x, n->scratch, logits, 1);
     }
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,12 +26,12 @@ BUILD_SECONDS = 60
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC")
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 _ARGUMENTS = {
-    "multiply": (_POINTER, *[_SIZE] * 3, *[_POINTER] * 4, *[_SIZE] * 3, _POINTER, _POINTER, _SIZE),
+    "multiply": (_POINTER, _POINTER, _SIZE, _POINTER, _POINTER, _SIZE),
     "add_norm": (*[_POINTER] * 3, _SIZE, ctypes.c_float, _POINTER, _POINTER),
     "gate": (_POINTER, _POINTER, _SIZE, _POINTER),
     "turn_and_keep": (*[_POINTER] * 7, ctypes.c_float, *[_SIZE] * 5, *[_POINTER] * 3),
     "attend_one": (*[_POINTER] * 3, *[_SIZE] * 5, ctypes.c_float, _POINTER, _POINTER),
-    "multiply_stored": (_POINTER, *[_SIZE] * 2, *[_POINTER] * 2, _SIZE, _POINTER, _POINTER, _SIZE),
+    "pass_token": (*[_POINTER] * 4, _SIZE, _POINTER),
 }
 
 
@@ -112,36 +113,51 @@ def pack_groups(values_OG: Tensor) -> Tensor:
 # ---------------------------------------------------------------------- matmuls
 
 
-def multiply(
-    x_MI: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, bias_O: Tensor | None, out_MO: Tensor
-) -> Tensor:
-    """x w' + bias into out [M, O], float32 or bfloat16; x bfloat16; contiguous all of them."""
-    (rows, inputs), outputs = x_MI.shape, out_MO.shape[1]
-    groups = scales.shape[1]
-    bits, step = codes.shape[1] * 8 // (inputs * BLOCK), out_MO.element_size()
-    taken = min(rows, ROWS)
-    scratch = torch.empty((taken + 8) * (2 * inputs + 8 * groups), dtype=torch.uint8)
-    constants = (
-        inputs, outputs, codes.data_ptr(), scales.data_ptr(), 0 if offsets is None else offsets.data_ptr(),
-        0 if bias_O is None else bias_O.data_ptr(), bits, scales.dtype == torch.float16, inputs // groups,
-        scratch.data_ptr(),
-    )  # fmt: skip
+class Linear(ctypes.Structure):
+    """A linear as the kernels see it (`linear` in cpu_kernels.c): where its tensors lie, which must outlive it."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("weight", "scales", "offsets", "bias", "order")),
+        *((name, _SIZE) for name in ("inputs", "outputs", "group", "bits", "halves")),
+    )
+
+    def scratch_bytes(self, rows: int) -> int:
+        """What `multiply` wants for activations made ready for it."""
+        return (rows + 8) * (2 * self.inputs + 8 * (self.inputs // self.group))
+
+
+def _at(*tensors: Tensor | None) -> Iterator[int]:
+    """Where tensors lie; 0 for none."""
+    return (0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+
+
+def packed(
+    shape: tuple[int, int], codes: Tensor, scales: Tensor, offsets: Tensor | None, bias_O: Tensor | None,
+    order_I: Tensor | None,
+) -> Linear:  # fmt: skip
+    """A linear [O, I] of codes and groups as packed above; bias bfloat16. order: a column's place in x, int64."""
+    outputs, inputs = shape
+    bits, halves = codes.shape[1] * 8 // (inputs * BLOCK), scales.dtype == torch.float16
+    at = _at(codes, scales, offsets, bias_O, order_I)
+    return Linear(*at, inputs, outputs, inputs // scales.shape[1], bits, halves)
+
+
+def stored(weight_OI: Tensor, bias_O: Tensor | None) -> Linear:
+    """A linear of a weight in bfloat16 or float16; bias bfloat16."""
+    outputs, inputs = weight_OI.shape
+    at = _at(weight_OI, None, None, bias_O, None)
+    return Linear(*at, inputs, outputs, inputs, 16, weight_OI.dtype == torch.float16)
+
+
+def multiply(x_MI: Tensor, linear: Linear, out_MO: Tensor) -> Tensor:
+    """x w' + bias into out [M, O], float32 or bfloat16; x bfloat16, of one row for 16-bit weights; both contiguous."""
+    (rows, inputs), step = x_MI.shape, out_MO.element_size()
+    scratch = torch.empty(linear.scratch_bytes(min(rows, ROWS)), dtype=torch.uint8)
     call, x, out = _library().multiply, x_MI.data_ptr(), out_MO.data_ptr()
     for start in range(0, rows, ROWS):
-        count = min(ROWS, rows - start)
-        call(x + 2 * start * inputs, count, *constants, out + step * start * outputs, step == 4)
+        to = out + step * start * out_MO.shape[1]
+        call(ctypes.byref(linear), x + 2 * start * inputs, min(ROWS, rows - start), scratch.data_ptr(), to, step == 4)
     return out_MO
-
-
-def multiply_stored(x_I: Tensor, weight_OI: Tensor, bias_O: Tensor | None, out_O: Tensor) -> Tensor:
-    """w x + bias into out [O], float32 or bfloat16, for one row x bfloat16 and w bfloat16 or float16."""
-    outputs, inputs = weight_OI.shape
-    scratch = torch.empty(inputs)
-    _library().multiply_stored(
-        x_I.data_ptr(), inputs, outputs, weight_OI.data_ptr(), 0 if bias_O is None else bias_O.data_ptr(),
-        weight_OI.dtype == torch.float16, scratch.data_ptr(), out_O.data_ptr(), out_O.dtype == torch.float32,
-    )  # fmt: skip
-    return out_O
 
 
 # ---------------------------------------------------------------------- one token: norms, rotary positions, attention
@@ -183,7 +199,7 @@ def turn_and_keep(
     """q turned by its position, [H, D]; k, turned, and v are put at position length - 1 of `cache` [1, N, S, D]."""
     (heads, width), (keys, values) = q_HD.shape, cache
     out = torch.empty_like(q_HD)
-    q_norm, k_norm = (0 if norm is None else norm.data_ptr() for norm in (head.q_norm, head.k_norm))
+    q_norm, k_norm = _at(head.q_norm, head.k_norm)
     _library().turn_and_keep(
         q_HD.data_ptr(), k_ND.data_ptr(), v_ND.data_ptr(), head.cos.data_ptr(), head.sin.data_ptr(), q_norm, k_norm,
         head.eps, heads, k_ND.shape[0], width, keys.shape[2], length - 1, out.data_ptr(), keys.data_ptr(),
@@ -195,9 +211,71 @@ def turn_and_keep(
 def attend_one(q_HD: Tensor, cache: tuple[Tensor, Tensor], length: int, scaling: float) -> Tensor:
     """Attention of one token over the first `length` of the cache's tokens, [H, D]; D a multiple of 16."""
     (heads, width), (keys, values) = q_HD.shape, cache
-    out, scores = torch.empty_like(q_HD), torch.empty(heads * length)
+    out, scores = torch.empty_like(q_HD), torch.empty(heads, length + 15)
     _library().attend_one(
         q_HD.data_ptr(), keys.data_ptr(), values.data_ptr(), heads, keys.shape[1], width, keys.shape[2], length,
         scaling, scores.data_ptr(), out.data_ptr(),
     )  # fmt: skip
     return out
+
+
+# ---------------------------------------------------------------------- one token through all layers and the head
+
+
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+class Layer(ctypes.Structure):
+    """A layer's linears, norms and cache (`layer` in cpu_kernels.c)."""
+
+    _fields_ = (
+        *((name, Linear) for name in LINEARS),
+        *((name, _POINTER) for name in ("before", "after", "q_norm", "k_norm", "keys", "values")),
+    )
+
+
+class _Network(ctypes.Structure):
+    _fields_ = (
+        ("layers", ctypes.POINTER(Layer)),
+        ("head", Linear),
+        ("norm", _POINTER),
+        *((name, _SIZE) for name in ("count", "hidden", "heads", "shared", "width", "capacity")),
+        *((name, ctypes.c_float) for name in ("eps", "scaling")),
+        *((name, _POINTER) for name in ("x", "y", "added", "scores", "scratch")),
+    )
+
+
+def layer(linears: Sequence[Linear], norms: Sequence[Tensor | None], cache: tuple[Tensor, Tensor]) -> Layer:
+    """linears: in the order of `Layer`; norms: before and behind attention, of q's and of k's heads (or none)."""
+    return Layer(*linears, *_at(*norms, *cache))
+
+
+class Network:
+    """All layers and the head in one call a token, and room for what is between them.
+
+    norm: behind the last layer; keys: of any layer's cache, [1, N, S, D]. Tensors must outlive it.
+    """
+
+    def __init__(
+        self, layers: Sequence[Layer], head: Linear, norm_I: Tensor, eps: float, scaling: float, keys: Tensor
+    ) -> None:
+        (_, shared, capacity, width), hidden, first = keys.shape, norm_I.numel(), layers[0]
+        heads, inner = first.q.outputs // width, first.gate.outputs
+        every = [head, *(getattr(each, name) for each in layers for name in LINEARS)]
+        most = max(hidden, heads * width, inner), max((heads + 2 * shared) * width, 2 * inner), hidden
+        self._room = [torch.empty(size, dtype=torch.bfloat16) for size in most]
+        self._room.append(torch.empty(heads, capacity + 15))
+        self._room.append(torch.empty(max(each.scratch_bytes(1) for each in every), dtype=torch.uint8))
+        self._layers = (Layer * len(layers))(*layers)
+        sizes = len(layers), hidden, heads, shared, width, capacity
+        self._network = _Network(self._layers, head, *_at(norm_I), *sizes, eps, scaling, *_at(*self._room))
+
+    def __call__(self, h_1I: Tensor, cos: Tensor, sin: Tensor, length: int) -> Tensor:
+        """Logits float32 [V] behind the token whose embedding is h (written over), with `length` tokens in the cache.
+
+        cos, sin: of its position, bfloat16 [1, D].
+        """
+        logits_V = torch.empty(self._network.head.outputs)
+        h, cosine, sine, logits = _at(h_1I, cos, sin, logits_V)
+        _library().pass_token(ctypes.byref(self._network), h, cosine, sine, length - 1, logits)
+        return logits_V

@@ -1,9 +1,10 @@
 """One token at a time on this project's kernels: on a CPU, or on one GPU and then replayed as a CUDA graph.
 
-On a CPU transformers' modules take as long for a token of a 0.5B model as its matmuls. On a GPU a token of theirs is
-some 2,000 launches, which take longer than the 72B's weights do to be read. Here it is about 14 a layer, and none of
-them by Python once the step has been captured: its shapes do not change, since how much of the cache is filled is read
-on the GPU.
+On a CPU transformers' modules take as long for a token of a 0.5B model as its matmuls; here all layers and the head are
+one call, where the CPU kernels take every linear, and twelve calls a layer where they don't. On a GPU a token of
+transformers' modules is some 2,000 launches, which take longer than the 72B's weights do to be read. Here it is about
+14 a layer, and none of them by Python once the step has been captured: its shapes do not change, since how much of the
+cache is filled is read on the GPU.
 
 Shapes: h, x [1, hidden]; H heads of D values, N heads of keys and values.
 """
@@ -19,6 +20,7 @@ from qwenq.machine import has_triton
 from qwenq.model.architectures import ARCHITECTURES
 from qwenq.runtime import cpu_kernels
 from qwenq.runtime.cache import FP8, KvCache
+from qwenq.runtime.linear import kernel_linear
 from qwenq.runtime.model import RunningModel
 
 WARM_STEPS = 2  # without a graph: they compile the kernels
@@ -70,6 +72,26 @@ def _out_of_memory(error: BaseException | None) -> bool:
     return here or _out_of_memory(error.__context__)
 
 
+def one_call(model: RunningModel, cache: KvCache) -> cpu_kernels.Network | None:
+    """The step as the CPU kernels take it in one call; None where a linear is not theirs, and calls stay one a part."""
+    inner, layers = model.network.model, list[cpu_kernels.Layer]()
+    for index, layer in enumerate(inner.layers):
+        found = [kernel_linear(layer.get_submodule(path)) for path in LINEARS]
+        linears = [each for each in found if each is not None]
+        if len(linears) < len(found):
+            return None
+        attention = layer.self_attn
+        heads = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
+        norms = (layer.input_layernorm, layer.post_attention_layernorm, *heads)
+        weights = [None if norm is None else norm.weight for norm in norms]
+        layers.append(cpu_kernels.layer(linears, weights, cache.stored(index)))
+    head, norm = kernel_linear(model.network.lm_head), inner.norm
+    if head is None:
+        return None
+    keys, _ = cache.stored(0)
+    return cpu_kernels.Network(layers, head, norm.weight, norm.variance_epsilon, attention.scaling, keys)
+
+
 class DecodeStep:
     """A step on one model and one cache: a token's logits, and its keys and values put into the cache."""
 
@@ -84,6 +106,7 @@ class DecodeStep:
         self.reason = ""  # why there is no graph though one was asked for
         self.steps = 0
         self.inputs = torch.zeros(2, dtype=torch.int64, device=model.device)  # the token, and its position
+        self.network = one_call(model, cache) if self.kernels is cpu_kernels else None  # made once: tensors stay
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
 
@@ -128,6 +151,8 @@ class DecodeStep:
         length = int(self.inputs[1]) + 1 if kernels is cpu_kernels else (self.inputs[1:] + 1).int()
         h, added = inner.embed_tokens(self.inputs[:1]), None
         cos, sin = inner.rotary_emb(h[None], self.inputs[None, 1:])
+        if self.network is not None:
+            return self.network(h, cos, sin, self.cache.get_seq_length())
         for index, layer in enumerate(inner.layers):
             attention, mlp, norm = layer.self_attn, layer.mlp, layer.input_layernorm
             h, x = kernels.add_norm(h, added, norm.weight, norm.variance_epsilon)

@@ -243,11 +243,15 @@ class CpuLinear(nn.Module):
             self.offsets = _parameter(cpu_kernels.pack_groups(-minima_OG.float().repeat_interleave(each, 1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        x_MI = x.reshape(-1, self.in_features)
-        x_MI = (x_MI if self.order is None else x_MI.index_select(1, self.order)).contiguous()
+        x_MI = x.reshape(-1, self.in_features).contiguous()
         y_MO = torch.empty(x_MI.shape[0], self.out_features, dtype=torch.float32 if self.is_head else x.dtype)
-        cpu_kernels.multiply(x_MI, self.codes, self.scales, self.offsets, self.bias, y_MO)
+        cpu_kernels.multiply(x_MI, self.kernel_linear(), y_MO)
         return y_MO.view(*x.shape[:-1], self.out_features)
+
+    def kernel_linear(self) -> cpu_kernels.Linear:
+        """As the kernels see it, while its tensors stay where they are."""
+        shape = self.out_features, self.in_features
+        return cpu_kernels.packed(shape, self.codes, self.scales, self.offsets, self.bias, self.order)
 
     def rows(self, outputs_R: Tensor) -> Tensor:
         """The weight's rows of some outputs (int64), float32 [R, in], columns in the order of the groups."""
@@ -546,17 +550,18 @@ class StoredLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # contiguous: for a slice of rows torch's bfloat16 product on a CPU copies the whole weight
         x_MI = x.reshape(-1, self.in_features).contiguous()
-        if x_MI.shape[0] == 1 and self._own(x_MI):
+        own = x_MI.shape[0] == 1 and x_MI.dtype == torch.bfloat16 and x_MI.device == self.weight.device
+        if own and (linear := self.kernel_linear()) is not None:
             y_MO = torch.empty(1, self.out_features, dtype=torch.float32 if self.is_head else x.dtype)
-            cpu_kernels.multiply_stored(x_MI[0], self.weight, self.bias, y_MO[0])
+            cpu_kernels.multiply(x_MI, linear, y_MO)
             return y_MO.view(*x.shape[:-1], self.out_features)
         return self._product(x_MI).view(*x.shape[:-1], self.out_features)
 
-    def _own(self, x_MI: Tensor) -> bool:
-        """Whether this project's CPU kernel multiplies one row: it is twice as fast as torch's in bfloat16."""
-        if x_MI.device.type != "cpu" or x_MI.dtype != torch.bfloat16 or self.weight.dtype.itemsize != 2:
-            return False
-        return not cpu_kernels.refusal()
+    def kernel_linear(self) -> cpu_kernels.Linear | None:
+        """As this project's CPU kernel sees it, which is twice as fast as torch for one row in bfloat16; else None."""
+        if self.weight.device.type != "cpu" or self.weight.dtype.itemsize != 2 or cpu_kernels.refusal():
+            return None
+        return cpu_kernels.stored(self.weight, self.bias)
 
     def _product(self, x_MI: Tensor) -> Tensor:
         dtype = x_MI.dtype if x_MI.shape[0] < STORED_DENSE_FROM else product_dtype(x_MI)
@@ -572,6 +577,11 @@ class StoredLinear(nn.Module):
             block = slice(start, start + step)
             multiply_into(y_MO[:, block], x_MI, self.weight[block].to(dtype).T)
         return y_MO if self.bias is None else y_MO.add_(self.bias)
+
+
+def kernel_linear(module: nn.Module) -> cpu_kernels.Linear | None:
+    """A linear as this project's CPU kernels see it; None where they do not multiply one row in bfloat16 with it."""
+    return module.kernel_linear() if isinstance(module, CpuLinear | StoredLinear) else None
 
 
 def block_rows(columns: int, device: torch.device) -> int:

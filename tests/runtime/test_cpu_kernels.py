@@ -9,25 +9,31 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from gguf_bytes import tiny_file
 from random_codes import random_q
 from torch import Tensor
 
+from qwenq.checkpoint.reader import open_checkpoint
+from qwenq.errors import RunError
 from qwenq.formats.base import PackedShape, Recipe, Scheme
 from qwenq.formats.gguf import CODES, WRITTEN, Blocks, type_scheme
 from qwenq.machine import lacks_for_cpu_kernels
+from qwenq.model.spec import LinearSpec
 from qwenq.planning.kernels import Choice, kept_bytes
 from qwenq.planning.models import load_spec
 from qwenq.planning.placement import host_map
 from qwenq.runtime import cpu_kernels, linear
-from qwenq.runtime.generate import Session, Timing
+from qwenq.runtime.generate import Sampling, Session, Timing
 from qwenq.runtime.linear import CpuLinear, StoredLinear, packed_linear
-from qwenq.runtime.model import build_model
+from qwenq.runtime.load import LoadOptions, loaded
+from qwenq.runtime.model import RunningModel, build_model
 from qwenq.runtime.synthetic import SyntheticWeights, synthetic_config
 from qwenq.solver.grid import QTensor
 
@@ -83,6 +89,14 @@ def test_products(
     assert relative(found, wanted) < 2**-8  # of the result alone: half of 2**-8 at most
     head = CpuLinear(q, shape, bias, BF16, is_head=True)
     assert relative(head(x), wanted) < 1e-4, "float32 out shows that nothing else is rounded to bfloat16"
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+def test_columns_sorted_by_group(rows: int, instructions: str) -> None:
+    q = replace(random_q(4, 32, 48, 192, False), order_I=torch.randperm(192))
+    module = CpuLinear(q, PackedShape(4, 32, 48, 192, False), None, BF16, is_head=True)
+    x = torch.randn(rows, 192).to(BF16)
+    assert relative(module(x), x.double() @ q.dequantize().double().T) < 1e-4
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -208,14 +222,7 @@ def test_a_token_turned_kept_and_attended(normed: bool, instructions: str) -> No
 @pytest.mark.parametrize("name", ["Qwen2.5-0.5B", "Qwen3-0.6B"])
 def test_a_step_is_that_of_transformers_modules(name: str) -> None:
     """Logits of tokens behind a prompt, with norms of heads and biases, within what bfloat16 rounds."""
-    known = load_spec(name)
-    spec = replace(
-        known, num_hidden_layers=2, vocab_size=256, hidden_size=128, intermediate_size=192, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    source = SyntheticWeights(spec, Recipe(Scheme(4, 64)))
-    model = build_model(source, synthetic_config(spec), spec, host_map(spec), dtype=BF16)
+    model = small_model(name, Recipe(Scheme(4, 64)), SyntheticWeights)
     session, modules = Session(model, 32), Session(model, 32)
     assert session.decoding == "this project's CPU kernels"
     prompt = torch.randint(0, 256, (9,)).tolist()
@@ -227,6 +234,115 @@ def test_a_step_is_that_of_transformers_modules(name: str) -> None:
     assert session._cache is not None and session._cache.get_seq_length() == 12
     for ours, theirs in zip(session._cache.stored(1), modules._cache.stored(1), strict=True):
         assert relative(ours[:, :, :12], theirs[:, :, :12]) < 0.02
+
+
+class RandomCodes(SyntheticWeights):
+    """Synthetic weights with scales that differ, zero points and, in k_proj and down_proj, columns sorted by group."""
+
+    def linear(
+        self, lin: LinearSpec, dtype: torch.dtype, device: torch.device
+    ) -> tuple[torch.nn.Module, Choice | None]:
+        scheme = self.recipe.scheme_of(lin)
+        if scheme is None:
+            return super().linear(lin, dtype, device)
+        q = random_q(scheme.bits, scheme.group_size, lin.out_features, lin.in_features, scheme.sym)
+        if lin.name.endswith(("k_proj", "down_proj")):
+            q = replace(q, order_I=torch.randperm(lin.in_features))
+        shape = PackedShape(scheme.bits, scheme.group_size, lin.out_features, lin.in_features, scheme.sym)
+        return packed_linear(q, shape, self.tensor(lin.name + ".bias", device) if lin.bias else None, dtype, device)
+
+
+def small_model(name: str, recipe: Recipe, source: type[SyntheticWeights] = RandomCodes) -> RunningModel:
+    """Two layers with the parts of a known model, and random norms."""
+    spec = replace(
+        load_spec(name), num_hidden_layers=2, vocab_size=250, hidden_size=128, intermediate_size=192,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=48,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = build_model(source(spec, recipe), synthetic_config(spec), spec, host_map(spec), dtype=BF16)
+    for part, parameter in model.network.named_parameters():
+        if part.endswith("norm.weight"):
+            parameter.copy_(torch.rand_like(parameter) + 0.5)
+    return model
+
+
+def steps(model: RunningModel, *, one_call: bool) -> list[Tensor]:
+    """Logits of three tokens behind a prompt, and the cache, with one call a token or one a part of a layer."""
+    session = Session(model, 32)
+    session.prefill([3, 1, 4, 1, 5], Timing())
+    assert session._step is not None and session._cache is not None
+    assert session._step.network is not None, "the kernels take all of it"
+    if not one_call:
+        session._step.network = None
+    found = [session.forward([token]) for token in (5, 7, 100)]
+    kept = [tensor for layer in range(model.spec.num_hidden_layers) for tensor in session._cache.stored(layer)]
+    return found + [tensor[:, :, : session._cache.get_seq_length()] for tensor in kept]
+
+
+def same(left: list[Tensor], right: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) and bool(a.isfinite().all()) for a, b in zip(left, right, strict=True))
+
+
+MIXED = {"self_attn.k_proj": Scheme(8, 64), "self_attn.o_proj": Scheme(8, 48), "mlp.up_proj": Scheme(4, 64, False),
+         "mlp.down_proj": None}  # fmt: skip
+RECIPES = {
+    "4-bit": Recipe(Scheme(4, 64)),
+    "4-bit with offsets": Recipe(Scheme(4, 32, False)),
+    "8-bit": Recipe(Scheme(8, 32)),
+    "16-bit": Recipe(None),
+    "mixed": Recipe(Scheme(4, 32), tuple((f"model.layers.1.{path}", scheme) for path, scheme in MIXED.items())),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("name", ["Qwen2.5-0.5B", "Qwen3-0.6B"])
+def test_one_call_a_token_has_the_bits_of_one_a_part(name: str, recipe: str, instructions: str) -> None:
+    model = small_model(name, RECIPES[recipe])
+    assert same(steps(model, one_call=True), steps(model, one_call=False))
+
+
+@pytest.mark.parametrize("head", ["Q4_0", "Q4_1", "Q8_0", "F16", "BF16"])
+def test_one_call_for_a_gguf_file(head: str, tiny: Path, tmp_path: Path) -> None:
+    kinds = {"attn_q": "Q4_0", "attn_k": "Q4_1", "attn_v": "Q5_1", "ffn_gate": "Q5_0", "ffn_down": "Q8_0"}
+    file = tmp_path / "model.gguf"
+    file.write_bytes(tiny_file(tiny, layers=4, types=kinds | {"output": head}).encode())
+    with loaded(open_checkpoint(file), LoadOptions(max_model_len=64)) as found:
+        assert same(steps(found.model, one_call=True), steps(found.model, one_call=False))
+
+
+def test_threads_do_not_change_a_token() -> None:
+    model, threads = small_model("Qwen3-0.6B", RECIPES["mixed"]), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        once = steps(model, one_call=True)
+        torch.set_num_threads(3)
+        assert same(steps(model, one_call=True), once)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_linear_of_another_kernel_keeps_calls_one_a_part() -> None:
+    """Groups of 8 columns, which the CPU kernels do not take, and a head in float32."""
+    mixed = Recipe(Scheme(4, 64), (("model.layers.1.self_attn.v_proj", Scheme(4, 8)),))
+    models = [small_model("Qwen2.5-0.5B", mixed), small_model("Qwen2.5-0.5B", Recipe(Scheme(4, 64)))]
+    models[1].network.lm_head = StoredLinear(models[1].network.lm_head.weight.float(), None, BF16, is_head=True)
+    for model in models:
+        session, modules = Session(model, 32), Session(model, 32)
+        for each in (session, modules):
+            each.prefill([3, 1, 4, 1, 5], Timing())
+        assert session._step is not None and session._step.network is None
+        modules._step = None
+        assert relative(session.forward([9]), modules.forward([9])) < 0.02
+
+
+def test_an_embedding_that_is_no_number_is_seen() -> None:
+    model = small_model("Qwen2.5-0.5B", RECIPES["4-bit"])
+    model.network.model.embed_tokens.weight[7, 3] = float("nan")
+    session = Session(model, 32)
+    session.prefill([3, 1, 4], Timing())
+    assert bool(session.forward([7]).isnan().all())
+    with pytest.raises(RunError, match="not finite"):
+        list(Session(model, 32).generate([3, 7], Sampling(max_new_tokens=2)))
 
 
 # ---------------------------------------------------------------------- where they can't be built
