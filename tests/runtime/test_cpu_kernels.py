@@ -283,8 +283,8 @@ def same(left: list[Tensor], right: list[Tensor]) -> bool:
     return all(torch.equal(a, b) and bool(a.isfinite().all()) for a, b in zip(left, right, strict=True))
 
 
-MIXED = {"self_attn.k_proj": Scheme(8, 64), "self_attn.o_proj": Scheme(8, 48), "mlp.up_proj": Scheme(4, 64, False),
-         "mlp.down_proj": None}  # fmt: skip
+MIXED = {"self_attn.k_proj": Scheme(8, 64), "self_attn.o_proj": Scheme(8, 48), "mlp.gate_proj": Scheme(4, 128),
+         "mlp.up_proj": None, "mlp.down_proj": Scheme(4, 64, False)}  # fmt: skip
 RECIPES = {
     "4-bit": Recipe(Scheme(4, 64)),
     "4-bit with offsets": Recipe(Scheme(4, 32, False)),
