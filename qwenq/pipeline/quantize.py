@@ -200,6 +200,7 @@ class _Run:
             return_freed_memory()
             self.listen("solving the head")
             outer[self._end], head = self._solve_head(self.job.head_scheme, states)
+            self.listen(f"the head: {head.scheme}, output error {head.shown_db:.1f} dB")
         states = states.without_calibration()
         return_freed_memory()
         self.listen("measuring drift at the head")
