@@ -17,6 +17,7 @@
 #include <string.h>
 
 #define BLOCK 16 /* outputs */
+#define PAGE 4096 /* bytes; how far ahead codes are asked for, since hardware reads ahead within a page only */
 #define INLINE static inline __attribute__((always_inline))
 
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
@@ -164,7 +165,8 @@ static void round_rows(const uint16_t *x, int64_t rows, int64_t taken, const lin
     }
 }
 
-/* A block's outputs for `rows` rows: [rows][16]. With one row, four sums are under way at a time. */
+/* A block's outputs for `rows` rows: [rows][16]. With one row, four sums are under way at a time, and memory is the
+   limit. */
 INLINE void block_product(const uint8_t *codes, const char *scales, const float *offsets, rounded r, int64_t inputs,
                           int64_t group, const int bits, const int halves, const int rows, float *out) {
     const int chains = rows == 1 ? 4 : rows == 2 ? 2 : 1;
@@ -179,6 +181,8 @@ INLINE void block_product(const uint8_t *codes, const char *scales, const float 
                     sum[m][v][c] = all_words(bits == 4 && c == 0 ? -8 * r.sums[g * rows + m] : 0);
         const int32_t *x = r.pairs + g * group / 2 * rows;
         for (int64_t k = 0; k < group; k += 8, x += 4 * rows) {
+            for (int at = 0; rows == 1 && at < BLOCK * bits; at += 64)
+                _mm_prefetch((const char *)codes + k * BLOCK * bits / 8 + at + PAGE, _MM_HINT_T0);
             for (int v = 0; v < VECTORS; v++) {
                 if (bits == 4) {
                     words w = load_words(codes + (k * BLOCK / 2) + v * LANES * 4);
