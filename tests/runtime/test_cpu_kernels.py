@@ -225,7 +225,7 @@ def test_a_step_is_that_of_transformers_modules(name: str) -> None:
     model = small_model(name, Recipe(Scheme(4, 64)), SyntheticWeights)
     session, modules = Session(model, 32), Session(model, 32)
     assert session.decoding == "this project's CPU kernels"
-    prompt = torch.randint(0, 256, (9,)).tolist()
+    prompt = torch.randint(0, 250, (9,)).tolist()
     assert torch.equal(session.prefill(prompt, Timing()), modules.prefill(prompt, Timing()))
     modules._step = None
     for token in (5, 7, 100):
