@@ -77,9 +77,7 @@ def state_bytes(spec: ModelSpec, probe: Probe) -> int:
     return tokens * spec.hidden_size * _STORED.itemsize * spec.num_hidden_layers
 
 
-def split_windows(
-    windows: TokenWindows, samples: int = SAMPLES, seed: int = 0, asymmetric: bool = False, format: str = "gptq"
-) -> Probe:
+def split_windows(windows: TokenWindows, seed: int = 0, asymmetric: bool = False, format: str = "gptq") -> Probe:
     """Part calibration windows: the first for the solver, pieces of the others, evenly spread, for the effect."""
     ids_NT = windows.ids
     solver = min(SOLVER_WINDOWS, len(ids_NT) // 2)
@@ -92,7 +90,7 @@ def split_windows(
     pieces_NT = ids_NT[solver:, : ids_NT.shape[1] // length * length].reshape(-1, length)
     count = min(PROBE_WINDOWS, len(pieces_NT))
     picked = torch.arange(count) * len(pieces_NT) // count
-    return Probe(ids_NT[:solver], pieces_NT[picked], windows.to_json(), samples, seed, asymmetric, format)
+    return Probe(ids_NT[:solver], pieces_NT[picked], windows.to_json(), SAMPLES, seed, asymmetric, format)
 
 
 @torch.no_grad()
