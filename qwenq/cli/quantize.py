@@ -12,8 +12,8 @@ from rich.table import Table
 
 from qwenq.cli import options as ask
 from qwenq.cli.console import LayerProgress, drift_table, err, out, warn
-from qwenq.cli.options import options_of, warn_of_shipped
-from qwenq.cli.plain import print_json, print_step
+from qwenq.cli.options import warn_of_shipped
+from qwenq.cli.plain import options_of, print_json, print_step
 from qwenq.cli.ranks import fetched_once, over_ranks
 from qwenq.errors import ExcludedOptions, PlanError
 from qwenq.escaping import several
@@ -77,7 +77,7 @@ def quantize(
     Layers are streamed: peak memory is one layer's, not the model's.
     """
     try:
-        config: QuantizeConfig = options_of(context_, QuantizeConfig)
+        config = options_of(context_, QuantizeConfig)
     except ExcludedOptions as error:
         raise typer.BadParameter(error.message) from None
     if save_recipe is not None and not (dry_run and config.mixed):

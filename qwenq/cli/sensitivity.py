@@ -23,9 +23,8 @@ from qwenq.cli.options import (
     SequenceLength,
     Strict,
     option,
-    options_of,
 )
-from qwenq.cli.plain import print_json
+from qwenq.cli.plain import options_of, print_json
 from qwenq.cli.ranks import fetched_once, over_ranks
 from qwenq.formats.base import label_of
 from qwenq.pipeline.config import QuantizeConfig, carry_zero_points
@@ -60,7 +59,7 @@ def sensitivity(
     Two streamed passes over the layers, forward and backward, one layer in memory at a time. The effect is read on
     calibration windows that the errors were not solved on.
     """
-    config: QuantizeConfig = options_of(context, QuantizeConfig, asymmetric=asymmetric or None)
+    config = options_of(context, QuantizeConfig, asymmetric=asymmetric or None)
     with over_ranks(config.device) as (ranks, own):
         directory = fetched_once(model, ranks)
         with LayerProgress(quiet=json or not ranks.first) as progress:

@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qwenq.checkpoint.contents import Contents, read_contents, refuse_adapter
-from qwenq.checkpoint.headers import read_config, read_headers
+from qwenq.checkpoint.contents import Contents, read_config, read_contents, read_headers, refuse_adapter
 from qwenq.errors import CheckpointError, PlanError, UsageError
 from qwenq.escaping import printable
 from qwenq.formats.base import FORMATS, SIZED, Recipe, Scheme, get_format

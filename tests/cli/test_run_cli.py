@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,9 @@ def test_a_dry_run_by_hub_name_says_what_it_rests_on(monkeypatch: pytest.MonkeyP
     assert sum(held["layers"] for held in found["devices"]) == 80
     slow, fast = found["speed"]["decode_tokens_per_s"]
     assert 1 < slow < fast < 60
+    said = run(name, "--dry-run").stdout.splitlines()[-1]
+    assert re.match(r"speed: decode .* tokens/s.*, prefill .* tokens/s.* \(this engine's 72B", said)
+    assert not re.search(r"\de[+-]\d", said)  # 1,010, not 1.01e+03
     whole = run("Qwen/Qwen2.5-32B-Instruct", "--dry-run", "--json")  # its hub name is that of 16 bits: 4 would fit
     places = json.loads(whole.stdout)["devices"]
     assert [held["device"] for held in places][2:] == ["CPU"] and places[2]["layers"] > 10
