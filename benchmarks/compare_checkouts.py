@@ -42,7 +42,8 @@ from unittest.mock import patch
 # ---------------------------------------------------------------------- what may differ
 
 # JSON keys, BEFORE -> AFTER, at any depth of manifests and answers.
-RENAMED_KEYS: dict[str, str] = {"pull": "error_correction", "pull_share": "error_correction_share"}
+RENAMED_KEYS: dict[str, str] = {"pull": "error_correction", "pull_share": "error_correction_share",
+                                "units": "schemes", "unit_bytes": "stage_bytes", "lanes": "workers"}  # fmt: skip
 
 # Regular expressions and their replacements, applied in order to BEFORE's texts: stdout, stderr, strings inside JSON,
 # model cards, recipe files. Layout (runs of spaces, rules of tables) does not count where one of them matched.
@@ -55,6 +56,9 @@ REWORDED: list[tuple[str, str]] = [
     (r"strips: weights written out strip by strip", "row blocks: weights written out in row blocks"),
     (r"every unit stays in 16 bit", "every fused group stays in 16 bit"),
     (r"is no unit\b", "is no fused group"),
+    (r"how much KL each unit of MODEL costs", "the KL that each fused group of MODEL costs"),
+    (r"of one unit alone", "of one fused group alone"),
+    (r"the scheme of each unit\.", "the scheme of each fused group."),
 ]
 
 # Keys that only AFTER has, as `parent.key` or `key`: left out of its JSON.

@@ -180,8 +180,8 @@ def _sizes_table(found: DryRun) -> Table:
     table = Table(title=f"dry run: {check.model} to {check.scheme} ({check.format})")
     table.add_column("what")
     table.add_column("", justify="right")
-    for unit, label in check.units.items():
-        table.add_row(f"{unit}: {label}", format_gb(check.unit_bytes[unit]))
+    for stage, label in check.schemes.items():
+        table.add_row(f"{stage}: {label}", format_gb(check.stage_bytes[stage]))
     table.add_row("all tensors", f"{format_gb(check.tensor_bytes)} ({check.tensor_bytes} bytes)")
     table.add_row("files", f"{format_gb(check.file_bytes)} ({check.file_bytes} bytes)")
     table.add_row("source tensors", format_gb(check.source_tensor_bytes))

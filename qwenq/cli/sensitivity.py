@@ -1,4 +1,4 @@
-"""`qwenq sensitivity`: what each unit would lose by each scheme, measured once for any later budget."""
+"""`qwenq sensitivity`: the loss of each fused group by each scheme, measured once for any later budget."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def sensitivity(
     follow_links: FollowLinks = False,
     json: JsonFlag = False,
 ) -> None:
-    """Measure how much KL each unit of MODEL costs at each scheme; `qwenq quantize --sensitivity FILE` reads it.
+    """Measure the KL that each fused group of MODEL costs at each scheme, for `qwenq quantize --sensitivity FILE`.
 
     Two streamed passes over the layers, forward and backward, one layer in memory at a time. The effect is read on
     calibration windows that the errors were not solved on.
@@ -76,8 +76,8 @@ def sensitivity(
 
 
 def sensitivity_table(found: Sensitivity) -> Table:
-    """KL of each unit at its coarsest 4-bit scheme, or its first where it has none, layer by layer."""
-    table = Table(title=f"KL (millinats a token) of one unit alone at its first scheme, {found.model}")
+    """KL of each fused group at its coarsest 4-bit scheme, or its first where it has none, layer by layer."""
+    table = Table(title=f"KL (millinats a token) of one fused group alone at its first scheme, {found.model}")
     table.add_column("layer", justify="right")
     stages = [stage for layer, stage in found.kl if layer == 0]
     for stage in stages:

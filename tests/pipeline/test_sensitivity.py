@@ -1,4 +1,4 @@
-"""Sensitivities against what they predict: the KL of the model itself when one unit, or a recipe, is quantized."""
+"""Sensitivities against what they predict: the model's own KL when one fused group, or a recipe, is quantized."""
 
 from __future__ import annotations
 
@@ -68,22 +68,22 @@ def rank_correlation(a: list[float], b: list[float]) -> float:
 
 
 @pytest.mark.parametrize(
-    ("unit", "scheme"),
+    ("fused", "scheme"),
     [((0, "qkv"), Scheme(4, 64)), ((1, "o"), Scheme(4, 128)), ((3, "gate_up"), Scheme(4, 32)),
      ((2, "down"), Scheme(4, 128)), ((0, "down"), Scheme(4, 32))],
 )  # fmt: skip
 def test_one_unit_alone_costs_what_the_table_says(
-    unit: tuple[int, str], scheme: Scheme, table: Sensitivity, measured_kl: Callable, tiny: Path
+    fused: tuple[int, str], scheme: Scheme, table: Sensitivity, measured_kl: Callable, tiny: Path
 ) -> None:
     choice = dict.fromkeys(fused_groups(open_source(tiny).spec))
-    found = measured_kl(choice | {unit: scheme})
-    assert 0.6 < table.loss(unit, scheme) / found < 1.6
+    found = measured_kl(choice | {fused: scheme})
+    assert 0.6 < table.loss(fused, scheme) / found < 1.6
 
 
 def test_eight_bits_cost_the_square_of_the_step(table: Sensitivity, measured_kl: Callable, tiny: Path) -> None:
-    """All units in 8 bits: far below what any one costs in 4, and predicted within a factor of two."""
+    """All fused groups in 8 bits: far below what any one costs in 4, and predicted within a factor of two."""
     choice = dict.fromkeys(fused_groups(open_source(tiny).spec), Scheme(8, 64))
-    predicted = sum(table.loss(unit, scheme) for unit, scheme in choice.items())
+    predicted = sum(table.loss(fused, scheme) for fused, scheme in choice.items())
     assert 0.5 < predicted / measured_kl(choice) < 2
 
 
@@ -97,11 +97,11 @@ def test_ten_random_recipes_are_ranked_rightly(table: Sensitivity, measured_kl: 
     for _ in range(10):
         share = rng.random()
         choice: dict = {}
-        for unit, row in table.kl.items():
+        for fused, row in table.kl.items():
             narrow = [scheme for scheme in row if scheme and scheme.bits == 4]
             wide = [None, *(scheme for scheme in row if scheme and scheme.bits == 8)]
-            choice[unit] = rng.choice(narrow if rng.random() < share else wide)
-        predicted.append(sum(table.loss(unit, scheme) for unit, scheme in choice.items()))
+            choice[fused] = rng.choice(narrow if rng.random() < share else wide)
+        predicted.append(sum(table.loss(fused, scheme) for fused, scheme in choice.items()))
         found.append(measured_kl(choice))
         uncorrected.append(measured_kl(choice, error_correction=0.0))
     assert rank_correlation(predicted, found) >= 0.9 and rank_correlation(predicted, uncorrected) >= 0.9

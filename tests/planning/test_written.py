@@ -36,10 +36,10 @@ def check_planned(question: Resolved, wanted: dict[str, Any]) -> None:
     """The weights planned are the tensors that a dry run of quantize counts."""
     assert question.weights.total_bytes == wanted["tensor_bytes"]
     assert question.weights.label == wanted["scheme"]
-    labels = wanted["units"]
-    for unit in ("o", "down"):
-        groups = {int(part.split(" g")[1]) for part in labels[unit].split(", ") if " g" in part}
-        assert question.weights.row_groups[unit] == tuple(sorted(groups))
+    labels = wanted["schemes"]
+    for stage in ("o", "down"):
+        groups = {int(part.split(" g")[1]) for part in labels[stage].split(", ") if " g" in part}
+        assert question.weights.row_groups[stage] == tuple(sorted(groups))
 
 
 @pytest.mark.parametrize(
