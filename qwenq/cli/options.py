@@ -75,7 +75,7 @@ GgufType = Annotated[
     option(BITS, metavar="NAME", help="llama.cpp's mixture, for instance Q5_K_M."),
 ]
 SplitSize = Annotated[
-    str | None, option(BITS, metavar="SIZE", help="Tensors that a GGUF file holds, at most: 50GB.")
+    str | None, option(BITS, metavar="SIZE", help="Tensors of a GGUF file, at most, or one: 50GB.")
 ]
 Asymmetric = Annotated[
     bool | None,

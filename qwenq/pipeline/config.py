@@ -133,7 +133,7 @@ class QuantizeConfig:
     group_size: int | None = None  # columns that share a scale: 128, 64, 32 or -1, the row; 128 by default
     format: str = "gptq"
     gguf_type: str | None = None  # one of llama.cpp's mixtures: Q4_K_M
-    split_size: str | None = None  # of a GGUF file's tensors, at most; more go into further files
+    split_size: str | None = None  # of a GGUF file's tensors, at most; a larger one has a file of its own
     asymmetric: bool | None = None  # zero points of each group's own; for awq by default
     target_size: str | None = None  # bytes of the shard files, at most
     bpw: str | None = None  # stored bits a linear weight, at most

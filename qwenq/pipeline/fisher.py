@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ from qwenq.planning.sensitivity import (
     fused_groups,
     options_of,
     schemes_for,
+    solved_as,
 )
 from qwenq.solver.gptq import DAMP_PERCENT, round_rows
 from qwenq.solver.grid import Grid
@@ -159,7 +160,7 @@ def measure_sensitivity(
         squares = sum(float(s.double().square().mean()) for s in by_scheme.values())
         factor = squares / (2 * tokens) / max(sum(noise[fused].values()), 1e-30)
         kl[fused] = {
-            scheme: factor * noise[fused][_solved(scheme)] * (PRIOR_8_BIT if scheme != _solved(scheme) else 1.0)
+            scheme: factor * noise[fused][solved_as(scheme)] * (PRIOR_8_BIT if scheme != solved_as(scheme) else 1.0)
             for scheme in _offered(spec, fused, probe)
         }
     kl |= outer
@@ -239,11 +240,6 @@ def _offered(spec: ModelSpec, fused: FusedGroup, probe: Probe) -> tuple[Scheme, 
     return schemes_for(spec, fused, form, None if form.outer else options_of(probe.asymmetric)) or (Scheme(4, -1),)
 
 
-def _solved(scheme: Scheme) -> Scheme:
-    """The scheme that errors are solved of: integers' in 8 bits follow from those in 4."""
-    return replace(scheme, bits=4) if scheme.codes == "int" else scheme
-
-
 def _errors(
     workers: Workers, h_NTH: torch.Tensor, share: Share, probe: Probe
 ) -> tuple[dict[str, dict[Scheme, dict[str, torch.Tensor]]], dict[str, dict[Scheme, float]]]:
@@ -262,7 +258,7 @@ def _errors(
         free = get_format(probe.format).outer  # then each linear is a group of its own
         groups = {path: path.rpartition(".")[2] if free else stage.name for path in stage.paths}
         offered = _offered(network.spec, (0, groups[stage.paths[0]]), probe)
-        schemes = list(dict.fromkeys(map(_solved, offered)))
+        schemes = list(dict.fromkeys(map(solved_as, offered)))
         for scheme in schemes:
             own_II = triangle.square(hessian.to(network.device))  # overwritten
             own = cut_rows({path: len(w_OI) for path, w_OI in weights.items()}, ranks.size)[ranks.rank]

@@ -197,8 +197,10 @@ def test_the_command(copy: Path, tiny: Path) -> None:
         (["{tiny}", "--source", "{tiny}", "--layers", "some"], "--layers some: not layers", 2),
         (["nope"], "nope: no such directory", 1),
         (["{tiny}", "--source", "nope"], "nope: no such directory", 1),
+        (["{tiny}", "--source", "{tiny}/config.json"], "{tiny}/config.json: a file, wanted a checkpoint's", 1),
     ],
 )
 def test_verify_refuses_what_it_would_ignore(words: list[str], error: str, code: int, tiny: Path) -> None:
     result = CliRunner().invoke(app, ["verify", *(word.format(tiny=tiny) for word in words)])
-    assert result.exit_code == code and result.stdout == "" and result.stderr.startswith(f"error: {error}")
+    assert result.exit_code == code and result.stdout == ""
+    assert result.stderr.startswith(f"error: {error.format(tiny=tiny)}")
