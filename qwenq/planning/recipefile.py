@@ -10,10 +10,10 @@ from typing import Any
 
 from qwenq.errors import PlanError
 from qwenq.escaping import shown
-from qwenq.formats.base import Format, Recipe, Scheme, get_format, label_of, parse_scheme
+from qwenq.formats.base import Format, Scheme, get_format, label_of, parse_scheme
 from qwenq.io.json import read_limited
 from qwenq.model.spec import ModelSpec
-from qwenq.planning.budget import Budgeted, Choice, recipe_of
+from qwenq.planning.budget import Budgeted, Choice
 from qwenq.planning.sensitivity import OUTER, FusedGroup, fused_groups, members_of
 
 VERSION = 1
@@ -174,8 +174,3 @@ def _lines(text: str) -> dict[str, str]:
 
 def _quoted(text: str) -> str:
     return '"' + re.sub(r'["\\\x00-\x1f\x7f]', "_", text) + '"'
-
-
-def saved_recipe(spec: ModelSpec, path: Path) -> Recipe:
-    """The recipe of `quantize --recipe`."""
-    return recipe_of(spec, read_recipe(path, spec))
