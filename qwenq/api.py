@@ -415,7 +415,7 @@ def plan(
 def recommend(
     model: StrPath, context: int | str = "8k", **options: Unpack[PlanOptions]
 ) -> tuple[Recommendation, ...]:
-    """Rigs of up to 8 equal GPUs that hold a model at a context, the cheapest first."""
+    """Rigs of up to 8 equal GPUs that hold a model at a context: fewest cards first, then by price and power."""
     from qwenq.planning.plan import recommend as run
     from qwenq.planning.questions import contexts_of
 

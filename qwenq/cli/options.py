@@ -30,8 +30,12 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A checkpoint directory, a GGUF file (evaluated and run), or a hub name: Qwen/Qwen2.5-7B-Instruct.",
+        help="A checkpoint directory, a GGUF file, or a hub name: Qwen/Qwen2.5-7B-Instruct.",
     ),
+]
+Original = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A 16-bit checkpoint: a directory or a hub name: Qwen/Qwen2.5-7B-Instruct."),
 ]
 JsonFlag = Annotated[bool, option(JOB, "--json", help="Print one JSON object instead of tables.")]
 FollowLinks = Annotated[bool, option(JOB, "--follow-links", help=FOLLOW_LINKS, callback=follow_links)]
@@ -75,7 +79,7 @@ GgufType = Annotated[
     option(BITS, metavar="NAME", help="llama.cpp's mixture, for instance Q5_K_M."),
 ]
 SplitSize = Annotated[
-    str | None, option(BITS, metavar="SIZE", help="Tensors of a GGUF file, at most, or one: 50GB.")
+    str | None, option(BITS, metavar="SIZE", help="Of a GGUF file's tensors, at most, or one tensor: 50GB.")
 ]
 Asymmetric = Annotated[
     bool | None,

@@ -62,6 +62,12 @@ def follow_links(context: typer.Context, value: bool) -> bool:
     return value
 
 
+def typed(context: typer.Context, name: str) -> bool:
+    """Whether an option was typed."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def options_of(context: typer.Context, kind: type[T], **others: Any) -> T:
     """A dataclass of options, `kind`, from a command's parameters of the same names; `others` take precedence."""
     given = {f.name: context.params[f.name] for f in fields(kind) if f.name in context.params}  # type: ignore[arg-type]

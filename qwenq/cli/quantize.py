@@ -29,7 +29,7 @@ from qwenq.units import format_gb, format_seconds
 
 def quantize(
     context_: typer.Context,
-    model: ask.Model,
+    model: ask.Original,
     output: ask.Output = Path(),
     bits: ask.Bits = QuantizeConfig.bits,
     group_size: ask.GroupSize = QuantizeConfig.group_size,

@@ -18,8 +18,8 @@ from qwenq.cli.options import (
     ComputeDtype,
     FollowLinks,
     JsonFlag,
-    Model,
     OneDevice,
+    Original,
     SequenceLength,
     Strict,
     option,
@@ -33,7 +33,7 @@ from qwenq.planning.sensitivity import OUTER, Sensitivity
 
 def sensitivity(
     context: typer.Context,
-    model: Model,
+    model: Original,
     output: Annotated[Path, option(JOB, "--output", "-o", help="File to write.")] = Path("sensitivity.json"),
     calibration: Calibration = QuantizeConfig.calibration,
     num_samples: Annotated[

@@ -31,7 +31,7 @@ from qwenq.cli.options import (
     load_words,
     option,
 )
-from qwenq.cli.plain import print_line, print_step
+from qwenq.cli.plain import print_line, print_step, typed
 from qwenq.cli.run import print_forecast, stored_question
 from qwenq.errors import PlanError, RunError, UsageError
 from qwenq.io.gguf import gguf_model
@@ -106,14 +106,14 @@ def serve(
     if engine != AUTO and (kind is None or not kind.started):
         raise UsageError(f"unknown engine {engine!r}", hint=f"{AUTO}, vllm, llama.cpp or qwenq")
     door = _Door(served_model_name, host, port, api_key, allowed_hosts, max_queue)
-    chunk = prefill_chunk if _given(context, "prefill_chunk") else 0  # else a server's own
+    chunk = prefill_chunk if typed(context, "prefill_chunk") else 0  # else a server's own
     if _by_llama_cpp(model, kind, hosts):
         _refuse_own_options(context, "llama.cpp")
         _serve_by_llama_cpp(model, max_model_len, kv_cache_dtype, chunk, gpu, door, dry_run)
         return
     here = kind is not None and kind.layered
     if here and (gpu or hosts):
-        raise UsageError("--gpu and --hosts are of vLLM's commands", hint="--engine vllm, or leave them out")
+        raise UsageError("--gpu and --hosts are of other servers' commands", hint="--engine vllm, or leave them out")
     installed = importlib.util.find_spec("vllm") is not None
     options = load_options(**load_words(context))
     theirs = installed and _has_gpu() and gguf_model(Path(model)) is None  # vLLM is handed no GGUF
@@ -164,16 +164,10 @@ class _Door:
             warn(f"the key is in no command below: set {variable} where it is started")
 
 
-def _given(context: typer.Context, name: str) -> bool:
-    """Whether an option was typed."""
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
-
-
 def _refuse_own_options(context: typer.Context, server: str) -> None:
     """UsageError for an option that another server would not be told of."""
     for name in _OWN_OPTIONS:
-        if _given(context, name):
+        if typed(context, name):
             raise UsageError(
                 f"{flag(name)} is of qwenq's own server, and this is {server}'s", hint="--engine qwenq, or leave it out"
             )

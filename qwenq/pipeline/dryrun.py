@@ -124,6 +124,8 @@ def dry_run(
         raise UsageError(f"--ranks {ranks}: wanted 1, 2, 4 or {PARTS}")
     if network:
         network_bits(network)
+        if ranks == 1:
+            raise UsageError("--network is between ranks, and there is one", hint="--ranks 2, 4 or 8")
     source = source_shapes(model)
     on_gpu = sees_gpu() if config.device == "auto" else device_names(config.device) != ["cpu"]
     place = "cuda" if on_gpu else "cpu"

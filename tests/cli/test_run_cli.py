@@ -65,6 +65,8 @@ def test_without_a_template_the_text_is_continued(
     edit_json(model / "tokenizer_config.json", chat_template=None)
     plain = run(model, "-p", "The sea", "-n", 5, "--temperature", 0, "--json")
     assert plain.exit_code == 0 and "the checkpoint has no chat template" in plain.stderr
+    templated = run(model, "-p", "The sea", "--system", "Be brief")
+    refusal(templated, "--system goes into a template, and the checkpoint has none", "leave it out", 2)
     assert json.loads(plain.stdout)["timing"]["prompt_tokens"] == len(ModelTokenizer(model).encode(["The sea"])[0])
 
 
@@ -104,6 +106,7 @@ WRONG = [
     (["--seed", str(1 << 80)], f"seed is {1 << 80}, wanted a whole number of 64 bits", None),
     (["-c", "0"], "not a context length: '0'", "write tokens, for instance 8192 or 32k"),
     (["--gpu-memory", "much"], "not a size: 'much'", "write for instance 47GB, 44GiB or 500MB"),
+    (["--system", "Be brief"], "--system goes into a template, and --raw takes none", "leave one of them out"),
     (["-p", ""], "--prompt: the prompt is empty", "write one, or leave --prompt out for a chat"),
     (["-c", "64", "-n", "64"], "--max-new-tokens 64 leaves no room for a prompt in --max-model-len 64", "at most 63"),
 ]

@@ -128,6 +128,9 @@ BAD = [
         "hint: give",
     ),
     (["vram", "Qwen2.5-72B", "--target-size", "9GB", "--recipe", "r"], "error: --target-size and --recipe ", "hint: g"),
+    (["vram", "Qwen2.5-72B", "--reserve", "1GiB"], "error: --reserve is of a rig, and there is none", "hint: name it"),
+    (["plan", "Qwen2.5-72B", "--recommend", "--ram", "64GB"], "error: --ram is of a rig, and there is none", "hint: n"),
+    (["quantize", "Qwen2.5-72B", "--dry-run", "--network", "10gbps"], "error: --network is between ranks", "hint: --r"),
     (["vram", "Qwen2.5-72B", "--target-size", ""], "error: not a size: ''", "hint: write for instance 47GB"),
     (["vram", "Qwen2.5-72B", "--recipe", "r.toml"], "error: r.toml: No such file or directory", "hint: qwenq quantize"),
     (
@@ -181,7 +184,7 @@ USAGE = (  # wrong whatever the model
     "error: not a ", "error: unknown GPU", "error: bits is 3", "error: unknown engine", "error: qwenq has no 'int3'",
     "error: batch size is", "error: --json and --csv", "error: --bits and", "error: --group-size and",
     "error: --target-size and", "error: --recipe is for", "error: --group-size is for", "error: give one of",
-    "error: one context",
+    "error: one context", "error: --reserve is of", "error: --ram is of", "error: --network is between",
 )  # fmt: skip
 
 

@@ -143,3 +143,6 @@ def test_running_out_of_memory_keeps_the_rows_before(tiny: Path, monkeypatch: py
     assert result.stdout.count("prefill") == 1
     both = run("measure", tiny, "--synthetic", "Qwen2.5-0.5B")
     assert both.exit_code == 2 and "one of them" in both.stderr
+    for words in (["--bits", 8], ["--group-size", 64]):
+        ignored = run("measure", tiny, *words)
+        assert ignored.exit_code == 2 and f"error: {words[0]} is of random weights" in ignored.stderr

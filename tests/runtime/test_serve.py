@@ -384,7 +384,7 @@ def test_errors_of_the_command(tiny: Path) -> None:
         return result.stderr
 
     assert "error: unknown engine 'tgi'" in refused("--engine", "tgi")
-    assert "are of vLLM's commands" in refused("--engine", "qwenq", "--gpu", "RTX 3090")
+    assert "are of other servers' commands" in refused("--engine", "qwenq", "--gpu", "RTX 3090")
     for words in (["--allowed-hosts", "x"], ["--max-queue", "4"], ["--compute-dtype", "float32"]):
         said = refused("--engine", "vllm", "--dry-run", "--gpu", "RTX 3090", *words)
         assert f"error: {words[0]} is of qwenq's own server, and this is vLLM's" in said
