@@ -216,8 +216,6 @@ class QuantizeConfig:
             raise ExcludedOptions("--sensitivity goes with --target-size, --bpw, --fit or --recipe")
         if self.save_imatrix is not None and self.solver == "rtn":
             raise ExcludedOptions("--save-imatrix comes from calibration: rounding to nearest reads none")
-        if self.error_correction and self.solver == "rtn":
-            raise ExcludedOptions("--error-correction comes from calibration: rounding to nearest reads none")
         if self.builtin_share and self.calibration == "builtin":
             raise ExcludedOptions("--builtin-share goes with a --calibration text other than the built-in set")
         if self.target_size is not None:

@@ -176,8 +176,6 @@ def test_places_and_methods_that_cannot_be(random_model: Make, tmp_path: Path) -
     with pytest.raises(ExcludedOptions, match="reads none"):
         QuantizeConfig(method="rtn", save_imatrix=Path("imatrix.gguf"))
     with pytest.raises(ExcludedOptions, match="reads none"):
-        QuantizeConfig(method="rtn", error_correction=0.5)
-    with pytest.raises(ExcludedOptions, match="reads none"):
         QuantizeConfig(format="bnb-nf4", save_imatrix=Path("imatrix.gguf"))
     (tmp_path / "there").write_bytes(b"")
     for place, wanted in (("there", "exists already"), ("none/imatrix.gguf", "no place for a file")):
