@@ -17,7 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from qwenq.checkpoint.reader import open_source
 from qwenq.cli.main import app
@@ -128,9 +128,15 @@ def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -
     return directory
 
 
+def run(*words: object, stdin: str | None = None, **environment: str) -> Result:
+    """A command line of qwenq, on a terminal of 120 columns without colours."""
+    runner = CliRunner(env={"COLUMNS": "120", "TERM": "dumb"} | environment)
+    return runner.invoke(app, [str(word) for word in words], input=stdin)
+
+
 def answer(*words: object, code: int = 0) -> Any:
     """What a command says in JSON; what it says on stderr where it ends with another exit code."""
-    result = CliRunner().invoke(app, [str(word) for word in (*words, "--json")])
+    result = run(*words, "--json")
     assert result.exit_code == code, (result.output, result.exception)
     return json.loads(result.stdout) if code == 0 else result.stderr
 

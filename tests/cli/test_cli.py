@@ -17,15 +17,8 @@ import typer
 from click.testing import Result
 from typer.testing import CliRunner
 
-from qwenq.cli.main import app
 from qwenq.cli.main import command as load_command
-
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "120", "TERM": "dumb"}
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner(env=ENVIRONMENT).invoke(app, [str(a) for a in arguments])
-
+from tests.conftest import run
 
 # ---------------------------------------------------------------------- what users type
 
@@ -349,7 +342,7 @@ def test_warnings_stay_one_line_and_keep_brackets(monkeypatch: pytest.MonkeyPatc
     def say() -> None:
         console.warn(line)
 
-    assert CliRunner(env=ENVIRONMENT).invoke(app, []).stderr == f"warning: {line}\n"
+    assert CliRunner(env={"COLUMNS": "120", "TERM": "dumb"}).invoke(app, []).stderr == f"warning: {line}\n"
 
 
 def test_ctrl_c_prints_the_command_that_goes_on(command: Callable[..., list[str]], tmp_path: Path) -> None:

@@ -8,19 +8,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
 
-from qwenq.cli.main import app
 from qwenq.errors import PlanError
 from qwenq.planning.recipefile import RECIPE_NAME
 from qwenq.planning.rig import Rig, parse_rig
-
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "120", "TERM": "dumb"}
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner(env=ENVIRONMENT).invoke(app, [str(a) for a in arguments])
+from tests.conftest import run
 
 
 def test_the_47_gb_variant(tmp_path: Path) -> None:

@@ -11,17 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
 
-from qwenq.cli.main import app
 from qwenq.planning.questions import Question, estimate_at
+from tests.conftest import run
 
 DATA = Path(__file__).parents[1] / "data"
 TABLE = DATA / "published" / "qwen25_transformers_memory.csv"
-
-
-def run(*args: str) -> Result:
-    return CliRunner().invoke(app, args)
 
 
 def test_json_says_what_the_library_says() -> None:

@@ -12,21 +12,20 @@ from typing import Any
 import pytest
 from conftest import small_job
 from fuzz.commands import special
-from typer.testing import CliRunner
 
 from qwenq.checkpoint.manifest import JOURNAL_NAME, LOCK_NAME, verify
-from qwenq.cli.main import app
 from qwenq.errors import CheckpointError, JobError, QwenqError
 from qwenq.io.durable import append_synced, make_directory, new_file, write_bytes
 from qwenq.io.json import MAX_SMALL_BYTES, inside, read_limited, read_object
 from qwenq.pipeline.journal import Journal, locked
 from qwenq.pipeline.quantize import quantize
+from tests.conftest import run
 
 
 def invoke(*words: str | Path) -> tuple[int, str]:
     """Exit code and what was said of a command that answers within seconds."""
     start = time.perf_counter()
-    result = CliRunner().invoke(app, list(map(str, words)))
+    result = run(*words)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     assert time.perf_counter() - start < 10
     return result.exit_code, result.stderr
@@ -227,6 +226,6 @@ def test_undecodable_names_are_kept_and_escaped(tiny: Path, tmp_path: Path) -> N
     assert not verify(out).findings
     code, _ = invoke("inspect", out)
     assert code == 0
-    assert json.loads(CliRunner().invoke(app, ["inspect", str(out), "--json"]).stdout)["spec"]["name"] == r"a\xdcffb"
+    assert json.loads(run("inspect", out, "--json").stdout)["spec"]["name"] == r"a\xdcffb"
     assert invoke("report", out, "-o", tmp_path / "page")[0] == 0
     assert "a\\xdcffb" in (tmp_path / "page" / "report.html").read_text()

@@ -12,11 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
-from typer.testing import CliRunner
 
 from qwenq.checkpoint.reader import open_source
-from qwenq.cli.main import app
 from qwenq.errors import CalibrationError, CheckpointError, JobError, PlanError
 from qwenq.formats.base import Scheme
 from qwenq.io.safetensors import fingerprint
@@ -28,13 +25,7 @@ from qwenq.pipeline.quantize import quantize
 from qwenq.planning.budget import recipe_of
 from qwenq.planning.sensitivity import SENSITIVITY_NAME, Sensitivity, encode_sensitivity, fused_groups, read_sensitivity
 from qwenq.text.tokens import TokenWindows
-from tests.conftest import settled, text_windows
-
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "120", "TERM": "dumb"}
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner(env=ENVIRONMENT).invoke(app, [str(a) for a in arguments])
+from tests.conftest import run, settled, text_windows
 
 
 @pytest.fixture(scope="module")

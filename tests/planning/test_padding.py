@@ -11,21 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import Result
-from typer.testing import CliRunner
 
 from qwenq.checkpoint.reader import open_checkpoint, open_source
-from qwenq.cli.main import app
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.model.layer import Network
 from qwenq.pipeline.evaluate import evaluate
 from qwenq.pipeline.quantize import quantize
 from qwenq.solver.equalize import channel_scales
-from tests.conftest import small_job, text_windows
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner(env={"OMP_NUM_THREADS": "1", "TERM": "dumb"}).invoke(app, [str(a) for a in arguments])
+from tests.conftest import run, small_job, text_windows
 
 
 @torch.no_grad()

@@ -9,20 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
 
 from qwenq.checkpoint.reader import open_source
-from qwenq.cli.main import app
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.planning.questions import Question, Resolved
 from qwenq.planning.weights import recipe_weights
+from tests.conftest import run
 
 TINY = Path(__file__).parents[1] / "data" / "tiny-qwen2"
-
-
-def run(*args: object) -> Result:
-    return CliRunner().invoke(app, [str(arg) for arg in args])
 
 
 def dry(*args: object) -> dict[str, Any]:

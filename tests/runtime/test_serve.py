@@ -20,12 +20,11 @@ import openai
 import pytest
 import torch
 from serving import direct, make_service, served, until
-from typer.testing import CliRunner
 
-from qwenq.cli.main import app as cli
 from qwenq.io.http import listen
 from qwenq.runtime.generate import Session
 from qwenq.runtime.server import Service, make_app
+from tests.conftest import run
 
 ASK = [{"role": "user", "content": "Tell me about the sea."}]
 
@@ -344,7 +343,7 @@ def test_open_addresses_without_a_key_are_warned_of(tiny: Path, monkeypatch: pyt
 
     def said(*options: str) -> str:
         words = ["serve", str(tiny), "--engine", "qwenq", "--port", "0", *options]
-        result = CliRunner(env={"COLUMNS": "120", "TERM": "dumb"}).invoke(cli, words)
+        result = run(*words)
         assert result.exit_code == 0, result.output
         return result.stderr
 
@@ -356,7 +355,7 @@ def test_open_addresses_without_a_key_are_warned_of(tiny: Path, monkeypatch: pyt
 def test_what_vllm_would_be_told(tiny: Path) -> None:
     def lines(*options: str) -> list[str]:
         words = ["serve", str(tiny), "--dry-run", "--engine", "vllm", "--gpu", "2x RTX 3090", *options]
-        result = CliRunner(env={"COLUMNS": "120", "TERM": "dumb"}).invoke(cli, words)
+        result = run(*words)
         assert result.exit_code == 0, result.stderr
         assert ("set VLLM_API_KEY where it is started" in result.stderr) == ("--api-key" in options)
         return result.stdout.splitlines()
@@ -379,7 +378,7 @@ def test_what_vllm_would_be_told(tiny: Path) -> None:
 
 def test_errors_of_the_command(tiny: Path) -> None:
     def refused(*options: str) -> str:
-        result = CliRunner(env={"COLUMNS": "120", "TERM": "dumb"}).invoke(cli, ["serve", str(tiny), *options])
+        result = run("serve", tiny, *options)
         assert result.exit_code in (1, 2, 3) and result.stdout == "", result.output
         return result.stderr
 
@@ -401,7 +400,7 @@ def test_errors_of_the_command(tiny: Path) -> None:
 
 def test_dry_runs_download_and_start_nothing(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def dry(*words: str) -> Any:
-        return CliRunner(env={"COLUMNS": "120", "TERM": "dumb"}).invoke(cli, ["serve", *words, "--dry-run"])
+        return run("serve", *words, "--dry-run")
 
     monkeypatch.setattr("qwenq.cli.serve._has_gpu", lambda: False)
     monkeypatch.setattr("qwenq.io.hub.fetch_model", None)
