@@ -16,7 +16,7 @@ from fuzz.commands import special
 from qwenq.checkpoint.manifest import JOURNAL_NAME, LOCK_NAME, verify
 from qwenq.errors import CheckpointError, JobError, QwenqError
 from qwenq.io.durable import append_synced, make_directory, new_file, write_bytes
-from qwenq.io.json import MAX_SMALL_BYTES, inside, read_limited, read_object
+from qwenq.io.json import MAX_SMALL_BYTES, inside, read_object
 from qwenq.pipeline.journal import Journal, locked
 from qwenq.pipeline.quantize import quantize
 from tests.conftest import run
@@ -171,15 +171,6 @@ def test_files_of_a_checkpoint(name: str, kind: str, tiny: Path, tmp_path: Path)
     code, _ = invoke("verify", tmp_path / "out")
     assert code == 1
     invoke("report", tmp_path / "out", "-o", tmp_path / "page")
-
-
-def test_a_limit_is_said_and_kept(tmp_path: Path) -> None:
-    (tmp_path / "x").write_bytes(b"12345")
-    assert read_limited(tmp_path / "x", 5) == b"12345"
-    with pytest.raises(CheckpointError, match="x: 5 bytes, more than the 4 such a file can need"):
-        read_limited(tmp_path / "x", 4)
-    with pytest.raises(CheckpointError, match="more than the 100 such a file can need"):
-        read_limited(Path("/proc/self/status"), 100)  # whose size is said to be 0
 
 
 def test_a_small_file_of_the_source_has_a_limit(model: Path, tmp_path: Path) -> None:
