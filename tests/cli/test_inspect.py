@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import run
+from tests.conftest import answer, run
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def test_shipped_shapes_are_those_of_the_name_and_say_what_they_are(
 
 
 def test_a_directorys_headers_are_read(tiny: Path) -> None:
-    found = json.loads(run("inspect", tiny, "--json").stdout)
+    found = answer("inspect", tiny)
     assert found["source"] == "the checkpoint's own headers" and found["tensors_read"]
     assert found["parameters"] == 1_050_752 and found["expected_parameters"] is None
 

@@ -13,7 +13,7 @@ import torch
 from click.testing import Result
 
 from qwenq.text.tokens import ModelTokenizer
-from tests.conftest import run
+from tests.conftest import answer, run
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[a]{% endif %}"
@@ -192,9 +192,9 @@ def test_small_differences_have_no_percentage(
 
 
 def test_a_dry_run_is_what_a_load_would_do(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded = json.loads(run("run", tiny, "--raw", "-p", "The sea", "-n", 1, "--json").stdout)
+    loaded = answer("run", tiny, "--raw", "-p", "The sea", "-n", 1)
     monkeypatch.setattr("qwenq.runtime.load.build_model", None)
-    found = json.loads(run("run", tiny, "--dry-run", "--json").stdout)
+    found = answer("run", tiny, "--dry-run")
     assert found["plan"] == loaded["plan"] and found["context"] == 512 and found["weights"]["bytes"] == 2_101_504
     (cpu,) = found["devices"]
     assert cpu["device"] == "CPU" and cpu["layers"] == 4 and cpu["limit_bytes"] > cpu["predicted_bytes"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import small_job
+from conftest import answer, small_job
 from fuzz.commands import special
 
 from qwenq.checkpoint.manifest import JOURNAL_NAME, LOCK_NAME, verify
@@ -217,6 +216,6 @@ def test_undecodable_names_are_kept_and_escaped(tiny: Path, tmp_path: Path) -> N
     assert not verify(out).findings
     code, _ = invoke("inspect", out)
     assert code == 0
-    assert json.loads(run("inspect", out, "--json").stdout)["spec"]["name"] == r"a\xdcffb"
+    assert answer("inspect", out)["spec"]["name"] == r"a\xdcffb"
     assert invoke("report", out, "-o", tmp_path / "page")[0] == 0
     assert "a\\xdcffb" in (tmp_path / "page" / "report.html").read_text()

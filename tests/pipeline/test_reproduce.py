@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import small_job, text_windows
+from conftest import answer, small_job, text_windows
 from safetensors.torch import load_file
 from test_faults import FORMATS
 
@@ -156,9 +156,9 @@ def test_the_command(tiny: Path, tmp_path: Path) -> None:
     good = run(*words, "--layers", "1")
     assert good.exit_code == 0 and "layer 1 made again, all as in its manifest" in good.stdout
     assert run(*words, "--layers", "x").exit_code == 2
-    asked = json.loads(run(*words, "--all-layers", "--json").stdout)
+    asked = answer(*words, "--all-layers")
     assert asked["ok"] and asked["layers_made_again"] == [0, 1, 2, 3]
     assert asked["layers_not_made_again"] == []
-    none = json.loads(run(*words, "--layers", "none", "--json").stdout)
+    none = answer(*words, "--layers", "none")
     assert none["layers_made_again"] == [] and none["layers_not_made_again"] == [0, 1, 2, 3]
     assert "not made again: layers 0, 2 to 3 (--all-layers makes every one)" in good.stdout

@@ -25,7 +25,7 @@ from qwenq.pipeline.quantize import quantize
 from qwenq.planning.budget import recipe_of
 from qwenq.planning.sensitivity import SENSITIVITY_NAME, Sensitivity, encode_sensitivity, fused_groups, read_sensitivity
 from qwenq.text.tokens import TokenWindows
-from tests.conftest import run, settled, text_windows
+from tests.conftest import answer, run, settled, text_windows
 
 
 @pytest.fixture(scope="module")
@@ -144,9 +144,8 @@ def test_a_fingerprint_tells_models_apart(random_model: Callable[..., Path]) -> 
 
 def test_a_table_serves_any_budget(tmp_path: Path, tiny: Path, calib: Path, random_model: Callable[..., Path]) -> None:
     path = tmp_path / "s.json"
-    made = run("sensitivity", tiny, "-o", path, "--calibration", calib, "--sequence-length", 64, "-n", 6, "--json")
-    assert made.exit_code == 0, made.stderr
-    assert json.loads(made.stdout) == json.loads(path.read_text())
+    made = answer("sensitivity", tiny, "-o", path, "--calibration", calib, "--sequence-length", 64, "-n", 6)
+    assert made == json.loads(path.read_text())
     assert [p.name for p in tmp_path.iterdir()] == ["s.json"]
     again = tmp_path / "again.json"
     run("sensitivity", tiny, "-o", again, "--calibration", calib, "--sequence-length", 64, "-n", 6)
@@ -272,9 +271,9 @@ def test_units_that_few_or_no_groups_fit(random_model: Callable[..., Path], cali
     qkv, down = kl[0, "qkv"], kl[0, "down"]
     assert list(qkv) == [Scheme(8, 64), Scheme(8, 32)] and list(down) == [Scheme(4, -1)]
     assert 0 < qkv[Scheme(8, 32)] < qkv[Scheme(8, 64)] < 0.1 * down[Scheme(4, -1)]
-    dry = run("quantize", model, "--bpw", "9", "--sensitivity", path, "--sequence-length", 64, "--dry-run", "--json")
-    assert dry.exit_code == 0, dry.stderr
-    chosen = [{name: row[name] for name in ("qkv", "down")} for row in json.loads(dry.stdout)["recipe"]["layers"]]
+    asked = ("--bpw", "9", "--sensitivity", path, "--sequence-length", 64)
+    layers = answer("quantize", model, *asked, "--dry-run")["recipe"]["layers"]
+    chosen = [{name: row[name] for name in ("qkv", "down")} for row in layers]
     assert all(row["down"] == "16-bit" and row["qkv"] in ("8-bit g64", "8-bit g32", "16-bit") for row in chosen)
 
 

@@ -11,7 +11,7 @@ import pytest
 from qwenq.errors import PlanError
 from qwenq.planning.memory import Term
 from qwenq.planning.profile import MeasuredRow, fit_rows, profile_json, read_profile
-from tests.conftest import run
+from tests.conftest import answer, run
 
 MIB = 1 << 20
 
@@ -65,8 +65,8 @@ def test_what_a_profile_corrects(tmp_path: Path) -> None:
     assert found["context"].n_bytes == 500 * MIB and "measured: rig.json, 2 rows" in found["context"].source
     with pytest.raises(PlanError, match=r"^rig\.json was measured on RTX 3090, not on RTX 4090$"):
         profile.corrected("RTX 4090", terms)
-    plain = json.loads(run("vram", "Qwen2.5-7B", "--gpu", "RTX 3090", "-c", "4k", "--json").stdout)
-    fitted = json.loads(run("vram", "Qwen2.5-7B", "--gpu", "RTX 3090", "-c", "4k", "--profile", file, "--json").stdout)
+    plain = answer("vram", "Qwen2.5-7B", "--gpu", "RTX 3090", "-c", "4k")
+    fitted = answer("vram", "Qwen2.5-7B", "--gpu", "RTX 3090", "-c", "4k", "--profile", file)
     before, after = ({t["name"]: t for t in e["estimates"][0]["gpus"][0]["terms"]} for e in (plain, fitted))
     assert after["context"]["bytes"] == 500 * MIB != before["context"]["bytes"]
     assert after["activations"]["bytes"] == pytest.approx(2 * before["activations"]["bytes"], rel=1e-6)
@@ -93,9 +93,7 @@ def test_files_that_are_no_profile(content: str, tmp_path: Path) -> None:
 
 def test_a_real_measurement(tiny: Path, tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
-    result = run("vram", "measure", tiny, "-c", "64,256", "--prefill-chunk", 50, "-o", file, "--json")
-    assert result.exit_code == 0, result.stderr
-    found = json.loads(result.stdout)
+    found = answer("vram", "measure", tiny, "-c", "64,256", "--prefill-chunk", 50, "-o", file)
     assert found == json.loads(file.read_text()) and found["ended"] == ""
     assert [(r["context"], r["phase"]) for r in found["rows"]] == [
         (c, p) for c in (64, 256) for p in ("prefill", "decode")
@@ -112,9 +110,7 @@ def test_random_weights_of_a_models_shapes(
     """The model's directory lends its shapes alone: its tensors are never opened."""
     monkeypatch.setattr("qwenq.checkpoint.reader.Checkpoint.read", None)
     monkeypatch.setattr("qwenq.runtime.linear.lacks_for_cpu_kernels", lambda: "no compiler")
-    result = run("vram", "measure", "--synthetic", tiny, "--bits", bits, "--group-size", 32, "-c", "64", "--json")
-    assert result.exit_code == 0, result.stderr
-    found = json.loads(result.stdout)
+    found = answer("vram", "measure", "--synthetic", tiny, "--bits", bits, "--group-size", 32, "-c", "64")
     assert found["kernels"] == {4: {"int4": 28}, 8: {"int4 halves": 28}, 16: {}}[bits]  # torch's
     assert len(found["rows"]) == 2
 

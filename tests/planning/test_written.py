@@ -14,16 +14,13 @@ from qwenq.checkpoint.reader import open_source
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.planning.questions import Question, Resolved
 from qwenq.planning.weights import recipe_weights
-from tests.conftest import run
+from tests.conftest import answer, run
 
 TINY = Path(__file__).parents[1] / "data" / "tiny-qwen2"
 
 
 def dry(*args: object) -> dict[str, Any]:
-    result = run("quantize", *args, "--dry-run", "--json")
-    assert result.exit_code == 0, result.output
-    found: dict[str, Any] = json.loads(result.stdout)
-    return found
+    return answer("quantize", *args, "--dry-run")
 
 
 def check_planned(question: Resolved, wanted: dict[str, Any]) -> None:
@@ -111,7 +108,7 @@ def test_a_wider_ffn_is_planned_whole() -> None:
     assert question.weights.total_bytes == recipe_weights(spec, Recipe(Scheme(4, 128))).total_bytes
     assert question.weights.total_bytes == dry("Qwen2.5-72B", "--pad-for-tp", 8)["tensor_bytes"]
     plain, padded = (
-        json.loads(run("plan", "Qwen2.5-72B", "--gpu", "8x RTX 3090", *more, "--engine", "vllm", "--json").stdout)
+        answer("plan", "Qwen2.5-72B", "--gpu", "8x RTX 3090", *more, "--engine", "vllm")
         for more in ((), ("--pad-for-tp", "8"))
     )
     assert plain["tensor_parallel"]["8"] and padded["tensor_parallel"]["8"] == ""
