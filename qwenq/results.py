@@ -23,6 +23,11 @@ class LayerResult:
         """The output error where there is one, else the weight error."""
         return self.weight_error_db if self.error_db is None else self.error_db
 
+    @staticmethod
+    def from_json(row: Any) -> LayerResult:
+        """What `asdict` gave, after JSON; ValueError for anything else."""
+        return LayerResult(**_fields(row, _kinds(LayerResult)))
+
 
 @dataclass(frozen=True)
 class BlockResult:
@@ -46,7 +51,7 @@ class BlockResult:
     def from_json(row: Any) -> BlockResult:
         """What `to_json` gave, after JSON; ValueError for anything else."""
         block = _fields(row, _kinds(BlockResult))
-        linears = tuple(LayerResult(**_fields(linear, _kinds(LayerResult))) for linear in block["linears"])
+        linears = tuple(map(LayerResult.from_json, block["linears"]))
         _fields(block["stages_s"], dict.fromkeys(block["stages_s"], _NUMBER))
         return BlockResult(**block | {"linears": linears})
 

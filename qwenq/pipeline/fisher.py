@@ -35,6 +35,7 @@ from qwenq.pipeline.activations import embed
 from qwenq.pipeline.block import all_rows
 from qwenq.pipeline.config import BACKWARD_TOKENS, PROBE_TOKENS, PROBE_WINDOWS, SAMPLES, SOLVER_WINDOWS
 from qwenq.pipeline.evaluate import HeadWeights
+from qwenq.pipeline.head import head_hessian, solved_slices
 from qwenq.pipeline.monitor import memory_errors
 from qwenq.pipeline.ranks import ALONE, Ranks
 from qwenq.pipeline.shares import Share
@@ -132,11 +133,14 @@ def measure_sensitivity(
             tempfile.TemporaryDirectory(prefix=".qwenq-sensitivity-", dir=scratch) as directory,
         ):
             states = _States(Path(directory), spec)
-            last_NTH = _forward(source, workers, probe, shares, states, listen)
+            last = _forward(source, workers, probe, shares, states, listen)
+            last_NTH = last["probe"]
             listen("sensitivity: gradients at the head")
             head, share = HeadWeights(source), shares["probe"]
             gradient = sampled_gradients(network, head, last_NTH, probe.samples, probe.seed, share).cpu()
-            outer = _head_losses(network, head, last_NTH, probe, share, ranks)
+            hessian = _head_hessian(workers, head, last.pop("solver"), shares["solver"], probe)
+            outer = _head_losses(workers, head, hessian, last_NTH, probe, share)
+            del last, hessian
             scores: dict[FusedGroup, dict[Scheme, torch.Tensor]] = {}
             noise: dict[FusedGroup, dict[Scheme, float]] = {}
             for layer in reversed(range(spec.num_hidden_layers)):
@@ -214,8 +218,8 @@ def _forward(
     shares: Mapping[str, Share],
     states: _States,
     listen: Callable[[str], None],
-) -> torch.Tensor:
-    """Keep what enters each layer; returns what leaves the last one, for the rank's share of the probe's windows."""
+) -> dict[str, torch.Tensor]:
+    """Keep what enters each layer; returns what leaves the last one, of the rank's share of either token set."""
     spec = source.spec
     own = {name: ids_NT[shares[name].windows] for name, ids_NT in _token_sets(probe).items()}
     hidden = {
@@ -231,7 +235,7 @@ def _forward(
         workers.release()
         source.refuse_changed()
         listen(f"sensitivity: layer {layer} read, of {spec.num_hidden_layers}")
-    return hidden["probe"][0]
+    return {name: h_NTH for name, (h_NTH, _) in hidden.items()}
 
 
 def _offered(spec: ModelSpec, fused: FusedGroup, probe: Probe) -> tuple[Scheme, ...]:
@@ -337,14 +341,24 @@ def _of_all_windows(
     return found
 
 
-def _head_losses(
-    network: Network, head: HeadWeights, h_NTH: torch.Tensor, probe: Probe, share: Share, ranks: Ranks
-) -> dict[FusedGroup, dict[Scheme | None, float]]:
-    """KL that rounding the head causes, by scheme, to second order: half the variance of the logits' changes under p.
+def _head_hessian(
+    workers: Workers, head: HeadWeights, h_NTH: torch.Tensor, share: Share, probe: Probe
+) -> torch.Tensor | None:
+    """Of the states leaving the last layer, where the format has the head solved; see `head_hessian`."""
+    if not get_format(probe.format).outer or head.checkpoint.spec.tie_word_embeddings:
+        return None
+    return head_hessian(workers, head.norm, h_NTH, share)
 
-    Empty for a format that leaves it in 16 bit; under the embedding's name where they are tied.
+
+def _head_losses(
+    workers: Workers, head: HeadWeights, hessian: torch.Tensor | None, h_NTH: torch.Tensor, probe: Probe, share: Share
+) -> dict[FusedGroup, dict[Scheme | None, float]]:
+    """KL that the rounded head causes, by scheme, to second order: half the variance of the logits' changes under p.
+
+    hessian: that it is solved with; rounded to nearest without one. Empty for a format that leaves it in 16 bit; under
+    the embedding's name where they are tied.
     """
-    spec = head.checkpoint.spec
+    network, ranks, spec = workers.first, workers.ranks, head.checkpoint.spec
     if not get_format(probe.format).outer:
         return {}
     fused = OUTER, spec.outer_linears[-1].stage
@@ -356,8 +370,9 @@ def _head_losses(
         for part in _chunks(share, tokens):
             log_total_P[part] = torch.logaddexp(log_total_P[part], (x_PH[part] @ w_VH.T).logsumexp(1))
     moments = {scheme: torch.zeros(2, len(x_PH), device=network.device) for scheme in schemes}
+    rounded = {scheme: _rounded_slices(workers, head, hessian, scheme.grid()) for scheme in schemes}
     for w_VH in _head_slices(head, network.device):
-        wrong = {scheme: round_rows(w_VH, scheme.grid()).dequantize().sub_(w_VH) for scheme in schemes}
+        wrong = {scheme: next(slices) - w_VH for scheme, slices in rounded.items()}
         for part in _chunks(share, tokens):
             p_PV = (x_PH[part] @ w_VH.T - log_total_P[part, None]).exp_()
             for scheme, e_VH in wrong.items():
@@ -373,6 +388,16 @@ def _head_slices(head: HeadWeights, device: torch.device) -> Iterator[torch.Tens
     vocab = head.checkpoint.spec.vocab_size
     for start in range(0, vocab, SLICE_ROWS):
         yield head.rows(start, min(start + SLICE_ROWS, vocab)).to(device)
+
+
+def _rounded_slices(
+    workers: Workers, head: HeadWeights, hessian: torch.Tensor | None, grid: Grid
+) -> Iterator[torch.Tensor]:
+    """The same as they are rounded: solved where there is a Hessian, else to nearest."""
+    if hessian is None:
+        return (round_rows(w_VH, grid).dequantize() for w_VH in _head_slices(head, workers.first.device))
+    solved = solved_slices(workers, head, hessian, grid, damp_percent=DAMP_PERCENT, sweeps=0)
+    return (qtensor.dequantize() for qtensor, _ in solved)
 
 
 def _add_embedding_losses(

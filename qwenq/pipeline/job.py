@@ -15,7 +15,7 @@ from qwenq import __version__
 from qwenq.checkpoint.reader import Checkpoint
 from qwenq.checkpoint.shards import Beside, StoredFiles, stored_files
 from qwenq.errors import CheckpointError, JobError
-from qwenq.formats.base import Recipe, get_format
+from qwenq.formats.base import Recipe, Scheme, get_format
 from qwenq.io.json import resolved
 from qwenq.io.tensors import DTYPE_NAMES, TORCH_DTYPES
 from qwenq.machine import numerics
@@ -26,7 +26,7 @@ from qwenq.pipeline.container import containers
 from qwenq.pipeline.ranks import ALONE, Ranks
 from qwenq.pipeline.shares import passes
 from qwenq.pipeline.workers import Workers
-from qwenq.results import BlockResult, DriftReport
+from qwenq.results import BlockResult, DriftReport, LayerResult
 from qwenq.solver.gptq import DAMP_PERCENT, round_rows
 from qwenq.solver.grid import QTensor
 from qwenq.text.tokens import TokenWindows
@@ -169,10 +169,18 @@ class QuantizeJob:
         outer = self.source.spec.outer_linears
         return self.config.dtype != "auto" or any(self.recipe.outer_scheme(lin) is not None for lin in outer)
 
+    @property
+    def head_scheme(self) -> Scheme | None:
+        """What the head is solved for; None where it is the embedding, stays in 16 bit, or nothing is calibrated."""
+        spec = self.source.spec
+        if self.calibration is None or spec.tie_word_embeddings:
+            return None
+        return self.recipe.outer_scheme(spec.outer_linears[-1])
+
     def _rounded(self, name: str) -> Callable[[torch.Tensor], QTensor] | None:
         """A function that rounds rows of the embedding or the head to their grid; None for what stays as it is.
 
-        Nothing is known of their inputs: what it makes of a row does not depend on others.
+        It knows nothing of their inputs: what it makes of a row does not depend on others.
         """
         linears = {lin.name + ".weight": lin for lin in self.source.spec.outer_linears}
         scheme = self.recipe.outer_scheme(linears[name]) if name in linears else None
@@ -261,6 +269,7 @@ class QuantizeResult:
     seconds: float
     peak_rss_bytes: int
     warnings: tuple[str, ...]
+    head: LayerResult | None = None  # where it was solved
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"out": str(self.out)}
@@ -270,6 +279,7 @@ class QuantizeResult:
         """What `finite_json` of `to_json` gave."""
         layers = tuple(BlockResult.from_json(layer) for layer in row["layers"])
         drift, warnings = DriftReport.from_json(row["drift"]), tuple(row["warnings"])
+        head = None if row["head"] is None else LayerResult.from_json(row["head"])
         return QuantizeResult(
-            **{**row, "out": Path(row["out"]), "drift": drift, "layers": layers, "warnings": warnings}
+            **{**row, "out": Path(row["out"]), "drift": drift, "layers": layers, "warnings": warnings, "head": head}
         )

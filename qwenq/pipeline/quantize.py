@@ -4,7 +4,7 @@ r"""The main job: 16-bit shards in, quantized shards out, one decoder layer at a
                       \--> original states              (16-bit layer, calibration windows, half or all)
                       \--> calibration states, solve --> shard i, journal line i
     shard i ----------------> quantized states           (the layer as written, evaluation tokens)
-    final norm, head --> DriftReport
+    final norm, head --> DriftReport   (a head of its own is solved then, where the format quantizes it)
 
 Work happens in OUT.partial, which becomes OUT by one rename when everything in it is whole.
 """
@@ -35,7 +35,7 @@ from qwenq.checkpoint.manifest import (
 from qwenq.checkpoint.reader import SLICE_ROWS, Checkpoint, GGUFCheckpoint, Relay, non_finite
 from qwenq.errors import CheckpointError, JobError, QwenqError
 from qwenq.escaping import several
-from qwenq.formats.base import get_format, quantization_config, read_quantization_config
+from qwenq.formats.base import Scheme, get_format, quantization_config, read_quantization_config
 from qwenq.io.durable import make_directory, write_bytes
 from qwenq.io.fields import Fields
 from qwenq.machine import forget_peak_rss, host_facts, keep_freed_memory, peak_rss_bytes, return_freed_memory, versions
@@ -44,6 +44,7 @@ from qwenq.pipeline.block import BlockSolver, CalibrationStates, round_block, ro
 from qwenq.pipeline.card import CARD_NAME, model_card
 from qwenq.pipeline.config import tokens_of
 from qwenq.pipeline.evaluate import HeadWeights, measure_drift
+from qwenq.pipeline.head import head_hessian, solved_slices
 from qwenq.pipeline.imatrix import InputSquares, check_imatrix, is_kept, keep_layer, write_imatrix
 from qwenq.pipeline.job import DTYPES, QuantizeJob, QuantizeResult, partial_directory, refuse_place
 from qwenq.pipeline.journal import Journal, locked, never_begun, refuse_changes
@@ -55,6 +56,7 @@ from qwenq.pipeline.shares import NO_WINDOWS
 from qwenq.pipeline.workers import Workers
 from qwenq.results import BlockResult, DriftReport, LayerResult, finite_json
 from qwenq.solver.equalize import FoldedLayer
+from qwenq.solver.parallel import joined_stats
 
 _STATE_FILES = (".qwenq-state-0.safetensors", ".qwenq-state-1.safetensors")
 _STATE_INTERVAL_S = 30.0  # hidden states are saved to disk this often; layers done since are replayed on resume
@@ -192,14 +194,20 @@ class _Run:
             if journal is not None:
                 journal.append(row)
             self.listen(BlockResult.from_json(row["result"]))
-        states = states.without_calibration()
         del runner
+        head = None
+        if self.job.head_scheme is not None:
+            return_freed_memory()
+            self.listen("solving the head")
+            outer[self._end], head = self._solve_head(self.job.head_scheme, states)
+            self.listen(f"the head: {head.scheme}, output error {head.shown_db:.1f} dB")
+        states = states.without_calibration()
         return_freed_memory()
         self.listen("measuring drift at the head")
         drift = self._drift(states)
         read.refuse_replaced()
         facts = self.ranks.facts(peak_rss_bytes())
-        result = self._result(rows, drift, started)
+        result = self._result(rows, drift, head, started)
         if journal is not None:
             self._finish(journal, outer, beside, result, facts)
         return result
@@ -223,14 +231,16 @@ class _Run:
         return found if told is None or found is not None else QuantizeResult.from_json(told)
 
     def _write_ends(self) -> dict[int, str]:
-        """Write what is not in a layer; SHA-256 by part."""
+        """Write what is not in a layer, but for a head that is solved; SHA-256 by part."""
         for name, content in self.job.beside:
             write_bytes(self.work / name, content)
-        self.listen("writing the embedding, the last norm and the head")
-        last = [self.spec.norm_tensor, *([] if self.spec.tie_word_embeddings else [self.spec.head_tensor])]
         self.files.begin(self.work)
-        end = len(self.files.parts) - 1
-        return {0: self._write_outer(0, [self.spec.embedding_tensor]), end: self._write_outer(end, last)}
+        self.listen("writing the embedding" + ("" if self.job.head_scheme else ", the last norm and the head"))
+        written = {0: self.files.write(self.work, 0, self._outer([self.spec.embedding_tensor]))}
+        if self.job.head_scheme is None:
+            last = [self.spec.norm_tensor, *([] if self.spec.tie_word_embeddings else [self.spec.head_tensor])]
+            written[self._end] = self.files.write(self.work, self._end, self._outer(last))
+        return written
 
     # -------------------------------------------------------------- one layer
 
@@ -319,12 +329,15 @@ class _Run:
         return ""
 
     def _written_layer(self, layer: int) -> dict[str, torch.Tensor]:
-        """A layer as it was written: rank 0 reads it, and every rank dequantizes it."""
-        tensors = self.files.locations(self.work, layer + 1)
+        return self._written(layer + 1).layer_state(layer)
+
+    def _written(self, part: int) -> Checkpoint:
+        """A part as it was written: rank 0 reads it, and every rank dequantizes it."""
+        tensors = self.files.locations(self.work, part)
         config = dict(self.output.config)
         written = read_quantization_config(config["quantization_config"], "quantization_config")
         kind, place = (GGUFCheckpoint, self.work / self.files.names[0]) if self.files.whole else (Checkpoint, self.work)
-        return kind(place, config, self.spec, tensors, written, (), relay=self._relay()).layer_state(layer)
+        return kind(place, config, self.spec, tensors, written, (), relay=self._relay())
 
     def _relay(self) -> Relay | None:
         """Bytes of a file that rank 0 alone can read, for all of them."""
@@ -348,7 +361,36 @@ class _Run:
 
     # -------------------------------------------------------------- head, and the end
 
-    def _write_outer(self, number: int, names: list[str]) -> str:
+    @property
+    def _end(self) -> int:
+        """The last part: norm and head."""
+        return len(self.files.parts) - 1
+
+    def _solve_head(self, scheme: Scheme, states: HiddenStates) -> tuple[str, LayerResult]:
+        """Solve the head on the calibration tokens and write it, with the last norm; SHA-256 of the part."""
+        source, name = self.job.source, self.spec.head_tensor
+        head, grid, form = HeadWeights(source, self._finite), scheme.grid(), get_format(self.job.recipe.format)
+        norm_H = self.job.convert(self.spec.norm_tensor, source.read(self.spec.norm_tensor))
+        share = states.shares["calibration"]
+        hessian = head_hessian(self.calibrator, norm_H, states.states["calibration"], share)
+        options = {"damp_percent": self.job.options.damp_percent, "method": self.job.options.method}
+        packed, stats = [], []
+        for qtensor, found in solved_slices(self.calibrator, head, hessian, grid, **options):
+            stats.append(found)
+            if self.ranks.first:
+                packed.append(form.pack(qtensor)["weight"].cpu())
+        whole = joined_stats(stats)
+        result = LayerResult(
+            name.removesuffix(".weight"), scheme.label, whole.error_db, whole.weight_error_db, whole.damp_percent,
+            whole.fallback,
+        )  # fmt: skip
+        if not self.ranks.first:
+            return "", result
+        tensors = self._outer([self.spec.norm_tensor]) | {name: torch.cat(packed)}
+        return self.files.write(self.work, self._end, tensors), result
+
+    def _outer(self, names: list[str]) -> dict[str, torch.Tensor]:
+        """Tensors outside the layers, as they are written: rounded to nearest where they are quantized."""
         tensors = {}
         for name in names:
             pack, read = self.job.packer(name), self.job.source.read_slice
@@ -359,7 +401,7 @@ class _Run:
             starts = range(0, rows, SLICE_ROWS)
             slices = (self._finite(name, read(name, start, min(start + SLICE_ROWS, rows))) for start in starts)
             tensors[name] = torch.cat([pack(slice_OI) for slice_OI in slices])
-        return self.files.write(self.work, number, tensors)
+        return tensors
 
     def _finite(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         if non_finite([(name, tensor)]):
@@ -368,12 +410,18 @@ class _Run:
         return tensor
 
     def _drift(self, states: HiddenStates) -> DriftReport:
-        reference = HeadWeights(self.job.source)
-        quantized = HeadWeights(self.job.source, self.job.convert) if self.job.converts else reference
+        reference = quantized = HeadWeights(self.job.source)
+        if self.job.head_scheme is not None:
+            quantized = HeadWeights(self._written(self._end))
+            _ = quantized.norm  # rank 0 reads it for all of them, whose windows are not equally many
+        elif self.job.converts:
+            quantized = HeadWeights(self.job.source, self.job.convert)
         network = self.workers["reference"].first
         return measure_drift(network, reference, quantized, states, self.job.evaluation, self.ranks)
 
-    def _result(self, rows: list[dict[str, Any]], drift: DriftReport, started: float) -> QuantizeResult:
+    def _result(
+        self, rows: list[dict[str, Any]], drift: DriftReport, head: LayerResult | None, started: float
+    ) -> QuantizeResult:
         layers = tuple(BlockResult.from_json(row["result"]) for row in rows)
         return QuantizeResult(
             out=self.job.out,
@@ -384,7 +432,8 @@ class _Run:
             bits_per_linear_weight=self.job.recipe.bits_per_linear_weight(self.spec),
             seconds=time.perf_counter() - started,
             peak_rss_bytes=peak_rss_bytes(),
-            warnings=(*self.job.notes, *job_warnings(layers, drift, self.job.overlap)),
+            warnings=(*self.job.notes, *job_warnings(layers, head, drift, self.job.overlap)),
+            head=head,
         )
 
     def _finish(
@@ -477,6 +526,7 @@ def describe_result(
             "drift": result.drift.to_json(),
             "warnings": list(result.warnings),
             "layers": layers,
+            "head": asdict(result.head) if result.head else None,
             "run": {
                 "seconds": result.seconds,
                 "resumed": resumed,
@@ -513,18 +563,20 @@ def finished_before(work: Path, out: Path, journal: Journal) -> QuantizeResult |
             seconds=fields.sub("run").number("seconds"),
             peak_rss_bytes=fields.sub("run").whole("peak_rss_bytes"),
             warnings=tuple(fields.texts("warnings")),
+            head=None if manifest["head"] is None else LayerResult.from_json(manifest["head"]),
         )
-    except (CheckpointError, ValueError):
+    except (CheckpointError, KeyError, ValueError):
         return None
 
 
-def job_warnings(layers: tuple[BlockResult, ...], drift: DriftReport, overlap: float | None) -> tuple[str, ...]:
+def job_warnings(
+    layers: tuple[BlockResult, ...], head: LayerResult | None, drift: DriftReport, overlap: float | None
+) -> tuple[str, ...]:
     """Lines that a reader must not miss, fallbacks first."""
     fallen: dict[str, list[str]] = {}
-    for block in layers:
-        for result in block.linears:
-            if result.fallback:
-                fallen.setdefault(result.fallback, []).append(result.name)
+    for result in (*(linear for block in layers for linear in block.linears), *([head] if head else [])):
+        if result.fallback:
+            fallen.setdefault(result.fallback, []).append(result.name)
     lines = []
     for reason, names in fallen.items():
         who = f"{len(names)} linears ({several(names)})" if len(names) > 1 else names[0]

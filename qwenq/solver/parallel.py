@@ -87,10 +87,14 @@ def joined(parts: Sequence[tuple[QTensor, SolveStats]], device: torch.device) ->
         return pieces[0].to(device) if len(pieces) == 1 else torch.cat([piece.to(device) for piece in pieces])
 
     codes_OI = whole([tensor.codes_OI for tensor in tensors])
+    return QTensor(codes_OI, tuple(whole(pieces) for pieces in parameters), tensors[0].grid), joined_stats(stats)
+
+
+def joined_stats(stats: Sequence[SolveStats]) -> SolveStats:
+    """Losses of a linear from those of parts of its rows, in their order."""
     error_O, signal_O, weight_error_O, weight_signal_O = map(torch.cat, zip(*(s.by_row for s in stats), strict=True))
     by_row = error_O, signal_O, weight_error_O, weight_signal_O
-    found = SolveStats(by_row, stats[0].damp_percent, stats[0].fallback)  # every part has the same factor
-    return QTensor(codes_OI, tuple(whole(pieces) for pieces in parameters), tensors[0].grid), found
+    return SolveStats(by_row, stats[0].damp_percent, stats[0].fallback)  # every part has the same factor
 
 
 T = TypeVar("T")

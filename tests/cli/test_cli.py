@@ -302,9 +302,9 @@ def test_quantize_and_eval_in_json(
     made = json.loads(result.stdout)
     assert set(made) == {
         "out", "drift", "layers", "tensor_bytes", "file_bytes", "bits_per_linear_weight", "seconds", "peak_rss_bytes",
-        "warnings",
+        "warnings", "head",
     }  # fmt: skip
-    assert made["out"] == str(tmp_path / "out") and len(made["layers"]) == 4
+    assert made["out"] == str(tmp_path / "out") and len(made["layers"]) == 4 and made["head"] is None
     measure = ["eval", tmp_path / "out", "--reference", tiny, "--text", heldout, "--sequence-length", 128, "-n", 4]
     result = run(*measure, "--json", "--max-kl", "0.1", "--max-ppl-increase", "50%")
     assert result.exit_code == 0 and result.stderr == ""

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import small_job
 from test_quantize import FORKS, assert_same
+from transformers import AutoModelForCausalLM
 
 import qwenq.pipeline.quantize
 from qwenq.checkpoint.manifest import verify
@@ -25,6 +26,7 @@ from qwenq.pipeline.container import size_label
 from qwenq.pipeline.evaluate import evaluate
 from qwenq.pipeline.job import QuantizeJob
 from qwenq.pipeline.quantize import quantize
+from qwenq.solver.gptq import round_rows
 from tests.conftest import answer
 
 Make = Callable[..., Path]
@@ -319,3 +321,30 @@ def test_dry_run_of_the_72b(tmp_path: Path) -> None:
     for words, wanted in ((["--bits", "4"], 47.41), (["--bits", "8"], 77.26), (["--gguf-type", "Q2_K"], 29.81)):
         found = answer("quantize", "Qwen2.5-72B", "--dry-run", "--format", "gguf", *words)
         assert found["file_bytes"] / 1e9 == pytest.approx(wanted, rel=1e-3)
+
+
+def test_a_head_of_its_own_is_solved_with_the_last_norms_outputs(random_model: Make, tmp_path: Path) -> None:
+    """Against transformers' states of the layers as written: less output error than rounding to nearest leaves."""
+    source = random_model(**WIDE)
+    job = gguf_job(source, tmp_path / "out")
+    result = quantize(job)
+    assert job.calibration is not None and job.head_scheme is not None and result.head is not None
+    written = open_checkpoint(next((tmp_path / "out").glob("*.gguf")))
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    layers = {f"model.layers.{k}.": written.layer_state(k) for k in range(3)}
+    state = {prefix + name: tensor.float() for prefix, layer in layers.items() for name, tensor in layer.items()}
+    state["model.embed_tokens.weight"] = written.read("model.embed_tokens.weight").float()
+    model.load_state_dict(state, strict=False)
+    with torch.inference_mode():
+        x_TI = model.model(job.calibration.ids).last_hidden_state.flatten(0, 1)
+    stored = job.source.read("lm_head.weight").float()
+    nearest = round_rows(stored, job.head_scheme.grid()).dequantize()
+
+    def error(weight: torch.Tensor) -> float:
+        return float((x_TI @ (weight - stored).T).square().sum())
+
+    solved = written.read("lm_head.weight")
+    assert error(solved) < 0.8 * error(nearest)
+    outputs = float((x_TI @ stored.T).square().sum())
+    assert result.head.error_db == pytest.approx(10 * np.log10(error(solved) / outputs), abs=0.3)
+    assert json.loads((tmp_path / "out" / "qwenq-manifest.json").read_text())["head"]["name"] == "lm_head"
