@@ -260,7 +260,7 @@ def test_rows_that_measure_nothing_are_refused(row: dict, said: str, table: Sens
         read_sensitivity(path)
 
 
-def test_fused_groups_that_few_or_no_schemes_fit(random_model: Callable[..., Path], calib: Path, tmp_path: Path) -> None:
+def test_fused_groups_that_few_schemes_fit(random_model: Callable[..., Path], calib: Path, tmp_path: Path) -> None:
     """One KV head of 12 rows packs in 8 bits alone; no group divides 100 columns, which are read per channel."""
     model = random_model(num_attention_heads=16, num_key_value_heads=1, head_dim=12, intermediate_size=100)
     path = tmp_path / "s.json"
