@@ -3,7 +3,7 @@
 
     random_recipes.py MODEL SENSITIVITY.json WORK --calibration CALIBRATION.npy --evaluation EVALUATION.npy
 
-Each unit of each layer draws 4 bits or, with a share of its own for each recipe, 8 bits, and a group size of those that
+Each fused group draws 4 bits or, with a share of its own for each recipe, 8 bits, and a group size of those that
 divide it. The tokens (int64 [windows, tokens]) should be neither those the sensitivities were measured on nor alike.
 Prints a line a recipe and one JSON object at the end.
 """
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from qwenq.checkpoint.reader import open_source
+from qwenq.formats.base import get_format
 from qwenq.io.safetensors import fingerprint
 from qwenq.pipeline.config import QuantizeConfig
 from qwenq.pipeline.job import QuantizeJob
@@ -58,23 +59,22 @@ def main() -> None:
     calibration, evaluation = (
         windows_of(path, count) for path, count in zip((args.calibration, args.evaluation), args.windows, strict=True)
     )
-    config = QuantizeConfig(
-        device="cpu", compute_dtype="float32", calibration_dtype="bfloat16", error_correction=1.0
-    )
+    config = QuantizeConfig(device="cpu", compute_dtype="float32", calibration_dtype="bfloat16", error_correction=1.0)
+    form = get_format(config.format)
     draw = random.Random(0)
     predicted, measured, bits = [], [], []
     args.work.mkdir(parents=True, exist_ok=True)
     for number in range(args.recipes):
-        wide = draw.random()  # how often a unit gets 8 bits
+        wide = draw.random()  # how often a group gets 8 bits
         choice = {}
-        for unit in fused_groups(source.spec):
+        for fused in fused_groups(source.spec):
             asked = 8 if draw.random() < wide else 4
-            choice[unit] = draw.choice([s for s in schemes_for(source.spec, unit[1]) if s.bits == asked])
+            choice[fused] = draw.choice([s for s in schemes_for(source.spec, fused, form) if s.bits == asked])
         recipe = recipe_of(source.spec, choice)
         out = args.work / f"recipe-{number}"
         job = QuantizeJob(source, out, recipe, config, calibration, evaluation)
         measured.append(quantize(job).drift.kl.mean)
-        predicted.append(sum(table.loss(unit, scheme) for unit, scheme in choice.items()))
+        predicted.append(sum(table.loss(fused, scheme) for fused, scheme in choice.items()))
         bits.append(recipe.bits_per_linear_weight(source.spec))
         shutil.rmtree(out)
         print(f"{bits[-1]:.3f} bits: predicted {predicted[-1]:.5f}, measured {measured[-1]:.5f}", flush=True)

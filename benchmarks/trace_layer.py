@@ -1,6 +1,6 @@
 """What quantizing one layer takes of GPUs that are not there, beside the dry run's prediction; see trace_memory.py.
 
-    PYTHONPATH=tests python benchmarks/trace_layer.py Qwen2.5-72B --rig H200 --windows 64 [--error-correction 1]
+    PYTHONPATH=tests:tests/pipeline python benchmarks/trace_layer.py Qwen2.5-72B --rig H200 [--windows 64]
 
 Windows have 512 tokens. Prints one JSON line.
 """

@@ -4,7 +4,7 @@ The model is loaded and run over fake tensors (tests/fake_gpus.py), so every ten
 counted at its true shape. Of a long prompt the first and the last chunk are run: those between differ from the last
 one only in how much of the cache attention reads. Prints a row per context, phase and GPU as JSON lines.
 
-    PYTHONPATH=tests python benchmarks/trace_memory.py Qwen2.5-72B --bits 4 --rig 'H100 80GB' -c 1k,8k,32k,128k
+    PYTHONPATH=tests python benchmarks/trace_memory.py Qwen2.5-72B --bits 4 --rig H200 -c 1k,8k,32k,128k
 """
 
 from __future__ import annotations
@@ -14,38 +14,24 @@ import json
 from typing import Any
 
 from fake_gpus import FakeGpus
+from gpu_parts import TimedSession
 
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.planning.models import load_spec
 from qwenq.planning.rig import parse_rig
 from qwenq.planning.weights import recipe_weights
-from qwenq.runtime.generate import Session
 from qwenq.runtime.load import LoadOptions, load_from
 from qwenq.runtime.measure import measure
 from qwenq.runtime.synthetic import SyntheticWeights, synthetic_config
 from qwenq.units import GIB, parse_tokens
 
 
-class _EndsOnly(Session):
-    """A session that skips the chunks of a prompt between its first and its last."""
-
-    def prefill(self, ids: Any, timing: Any, stopped: Any = lambda: False) -> Any:
-        starts = range(0, len(ids), self.prefill_chunk)
-        self._common(ids)
-        logits = None
-        for start in sorted({starts[0], starts[-1]}):
-            if start and self._cache is not None:
-                self._cache._lengths = [start] * len(self._cache._lengths)
-                self._ids = list(ids[:start])
-            logits = self.forward(ids[start : start + self.prefill_chunk])
-        return logits
-
-
 def trace(model: str, bits: int, group: int, rig: str, contexts: list[int], options: dict[str, Any]) -> list[Any]:
     """Measured rows of the traced run."""
     import qwenq.runtime.measure as module
 
-    module.Session = _EndsOnly  # type: ignore[misc]
+    TimedSession.whole_up_to = 0  # of a prompt, the first chunk and the last one alone
+    module.Session = TimedSession  # type: ignore[misc]
     spec = load_spec(model)
     recipe = Recipe(None if bits == 16 else Scheme(bits, group))
     weights = recipe_weights(spec, recipe)
@@ -68,7 +54,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--rig", default="H100 80GB")
+    parser.add_argument("--rig", default="H200")
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--prefill-chunk", type=int, default=2048)
     parser.add_argument("-c", "--contexts", default="1k,8k,32k,128k")

@@ -110,7 +110,7 @@ def quantize(
     from qwenq.pipeline.prepare import prepare
     from qwenq.pipeline.quantize import quantize as run
 
-    settings = replace(config or QuantizeConfig(), **_paths(options))
+    settings = replace(config or QuantizeConfig(), **_with_paths(options))
     prepared = prepare(model_directory(str(model), progress), Path(out), settings, resume=resume)
     job = prepared.measured(resume=resume, listen=progress).job
     return run(job, resume=resume, listen=progress)
@@ -133,7 +133,7 @@ def dry_run(
     """
     from qwenq.pipeline.dryrun import dry_run as run
 
-    settings = replace(config or QuantizeConfig(), **_paths(options))
+    settings = replace(config or QuantizeConfig(), **_with_paths(options))
     return run(str(model), settings, None if out is None else Path(out), ranks=ranks, network=network)
 
 
@@ -166,7 +166,7 @@ def sensitivity(
     from qwenq.text.calibration import load_windows
     from qwenq.text.tokens import ModelTokenizer
 
-    settings = replace(config or QuantizeConfig(), **_paths(options))
+    settings = replace(config or QuantizeConfig(), **_with_paths(options))
     ranks = ranks or ALONE
     path = None if output is None or not ranks.first else Path(output)
     if path is not None and path.exists():
@@ -202,10 +202,10 @@ def sensitivity(
     return found
 
 
-def _paths(options: QuantizeOptions) -> Any:
+def _with_paths(options: QuantizeOptions | PlanOptions) -> dict[str, Any]:
     """Options with text where a path is wanted made one."""
     given: dict[str, Any] = dict(options)
-    for name in ("recipe", "sensitivity", "save_imatrix"):
+    for name in ("recipe", "sensitivity", "save_imatrix", "checkpoint", "profile"):
         if isinstance(given.get(name), str):
             given[name] = Path(given[name])
     return given
@@ -306,7 +306,8 @@ def verify(
     directory = path.parent if is_gguf(path) else path
     for place in (directory, base):
         if place is not None and not place.is_dir():
-            raise CheckpointError(f"{shown(str(place))}: no such directory")
+            missing = "a file, wanted a checkpoint's directory" if place.exists() else "no such directory"
+            raise CheckpointError(f"{shown(str(place))}: {missing}")
     if isinstance(layers, str) and layers != "all":
         raise UsageError(f"layers is {layers!r}", hint='numbers from 0 on, or "all"')
     result = run(directory, base)
@@ -414,7 +415,7 @@ def plan(
 def recommend(
     model: StrPath, context: int | str = "8k", **options: Unpack[PlanOptions]
 ) -> tuple[Recommendation, ...]:
-    """Rigs of up to 8 equal GPUs that hold a model at a context, the cheapest first."""
+    """Rigs of up to 8 equal GPUs that hold a model at a context: fewest cards first, then by price and power."""
     from qwenq.planning.plan import recommend as run
     from qwenq.planning.questions import contexts_of
 
@@ -426,11 +427,7 @@ def recommend(
 def _question(model: StrPath, gpu: str | None, options: PlanOptions) -> Question:
     from qwenq.planning.questions import Question
 
-    given: dict[str, Any] = dict(options)
-    for name in ("recipe", "checkpoint", "profile"):
-        if isinstance(given.get(name), str):
-            given[name] = Path(given[name])
-    return Question(str(model), gpu=gpu, **given)
+    return Question(str(model), gpu=gpu, **_with_paths(options))
 
 
 def _context(context: Context) -> str:

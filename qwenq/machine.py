@@ -54,7 +54,7 @@ def host_facts() -> dict[str, Any]:
         "machine": platform.machine(),
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "memory_bytes": _memory_bytes(),
+        "memory_bytes": total_memory() or 0,
         "gpus": [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())],
         "system": platform.platform(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -63,8 +63,12 @@ def host_facts() -> dict[str, Any]:
 
 def has_bfloat16() -> bool:
     """Whether this CPU has instructions for bfloat16 (AVX-512 BF16, AMX, Arm's BF16)."""
-    words = {word for line in _lines("/proc/cpuinfo") for word in line.split()}
-    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+    return bool(_instructions() & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def _instructions() -> set[str]:
+    """What this CPU says of itself, its instruction sets among these words; empty where the system does not tell."""
+    return {word for line in _lines("/proc/cpuinfo") for word in line.split()}
 
 
 def forget_peak_rss() -> None:
@@ -99,8 +103,12 @@ def return_freed_memory() -> None:
 
 def peak_rss_bytes() -> int:
     """The process's peak resident memory (VmHWM), file pages included; 0 where the system does not tell."""
-    lines = _lines("/proc/self/status")
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
+    return _kibibytes("/proc/self/status", "VmHWM")
+
+
+def _kibibytes(path: str, name: str) -> int:
+    """Bytes of a line `VmHWM:  1234 kB` of the system's; 0 where there is none."""
+    return next((int(line.split()[1]) * 1024 for line in _lines(path) if line.startswith(name + ":")), 0)
 
 
 def _processor() -> str:
@@ -108,18 +116,11 @@ def _processor() -> str:
     return next(named, platform.processor())
 
 
-def _memory_bytes() -> int:
-    lines = _lines("/proc/meminfo")
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal")), 0)
-
-
 def _lines(path: str) -> list[str]:
     try:
         return Path(path).read_text().splitlines()
     except OSError:
         return []
-
-
 
 
 def free_disk(out: Path) -> int:
@@ -138,7 +139,7 @@ def total_memory() -> int | None:
         return None
 
 
-SCORE_BYTES = 32 << 20  # of a block's attention scores on a GPU without a flash kernel (qwenq/attention.py)
+SCORE_BYTES = 32 << 20  # of a block's attention scores on a GPU without a flash kernel (model/attention.py)
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def lacks_for_cpu_kernels() -> str:
     """Why this project's CPU kernels can't be built here, as far as that shows without building; empty if nothing."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return "this project's CPU kernels are for Linux on x86"
-    if not {"avx2", "fma", "f16c"} <= {word for line in _lines("/proc/cpuinfo") for word in line.split()}:
+    if not {"avx2", "fma", "f16c"} <= _instructions():
         return "this project's CPU kernels need AVX2, FMA and F16C"
     if not (words := compiler()) or shutil.which(words[0]) is None:
         return "this project's CPU kernels need a C compiler (cc, or what CC names)"
@@ -183,26 +184,14 @@ def compiler() -> list[str]:
     return shlex.split(os.environ.get("CC", "cc"))
 
 
-_PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
-
-
 UNTOLD_RAM = 1 << 60  # what `available_ram` answers where the system does not tell
 
 
 def available_ram() -> int:
     """Bytes of host memory that can be had without swapping; UNTOLD_RAM where the system does not tell."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError, IndexError):
-        return UNTOLD_RAM
+    return _kibibytes("/proc/meminfo", "MemAvailable") or UNTOLD_RAM
 
 
 def resident_bytes() -> int:
     """Resident memory of this process now; 0 where the system does not tell."""
-    try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * _PAGE
-    except (OSError, ValueError, IndexError):
-        return 0
+    return _kibibytes("/proc/self/status", "VmRSS")

@@ -17,12 +17,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
-from qwenq.checkpoint.reader import open_source
+from qwenq.checkpoint.reader import open_source, read_config
 from qwenq.cli.main import app
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.model.architectures import ARCHITECTURES
+from qwenq.model.spec import spec_from_config
 from qwenq.pipeline.config import QuantizeConfig, Tokens
 from qwenq.pipeline.job import QuantizeJob, QuantizeResult
 from qwenq.pipeline.preflight import PlannedJob, Preflight, preflight
@@ -128,9 +129,15 @@ def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -
     return directory
 
 
+def run(*words: object, stdin: str | None = None, **environment: str) -> Result:
+    """A command line of qwenq, on a terminal of 120 columns without colours."""
+    runner = CliRunner(env={"COLUMNS": "120", "TERM": "dumb"} | environment)
+    return runner.invoke(app, [str(word) for word in words], input=stdin)
+
+
 def answer(*words: object, code: int = 0) -> Any:
     """What a command says in JSON; what it says on stderr where it ends with another exit code."""
-    result = CliRunner().invoke(app, [str(word) for word in (*words, "--json")])
+    result = run(*words, "--json")
     assert result.exit_code == code, (result.output, result.exception)
     return json.loads(result.stdout) if code == 0 else result.stderr
 
@@ -172,6 +179,18 @@ def settled(**options: Any) -> QuantizeConfig:
     """A configuration of a job on a CPU, in float32, with error correction."""
     chosen = {"device": "cpu", "compute_dtype": "float32", "calibration_dtype": "float32", "error_correction": 1.0}
     return QuantizeConfig(**(chosen | options))
+
+
+@pytest.fixture
+def load(tiny: Path) -> Callable[..., TokenWindows]:
+    """load(text, **options): the text's windows of 16 tokens of the tiny model, all of them unless told otherwise."""
+    spec = spec_from_config(read_config(tiny))
+
+    def load(text: str | Path, **options: Any) -> TokenWindows:
+        asked = {"length": 16, "count": None, "seed": None} | options
+        return load_windows(str(text), ModelTokenizer(tiny), spec, **asked)
+
+    return load
 
 
 def text_windows(text: Path, source: Path, length: int, count: int | None = None) -> TokenWindows:

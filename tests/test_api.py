@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
-from typer.testing import CliRunner
 
 import qwenq
 import qwenq.api
 from qwenq.checkpoint.manifest import current_names
-from qwenq.cli.main import app
 from qwenq.errors import CheckpointError, UsageError
 from qwenq.pipeline.config import EvaluateConfig, QuantizeConfig
 from qwenq.planning.questions import Question
 from qwenq.results import BlockResult
+from tests.conftest import answer
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -90,9 +89,7 @@ def test_the_same_answers_as_the_command_line(here: Path) -> None:
         return json.loads(json.dumps(value)) | {"disk_free_bytes": None}
 
     def said(*words: str) -> Any:
-        result = CliRunner().invoke(app, [*words, "--json"])
-        assert result.exit_code == 0, result.output
-        return as_read(json.loads(result.stdout))
+        return as_read(answer(*words))
 
     rig = "2x RTX 3090"
     words = ("--gpu", rig, "--kv-cache-dtype", "fp8")

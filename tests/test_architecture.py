@@ -24,7 +24,7 @@ HEAVY = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "nu
 LIGHT = ("planning.*", "formats", "formats.base", "formats.config", "formats.gptq", "formats.awq",
          "formats.compressed_tensors", "formats.bitsandbytes", "formats.fp8", "io.json", "io.safetensors", "io.gguf",
          "io.durable", "io.hub", "model.spec", "model.metadata", "checkpoint.manifest", "checkpoint.shards",
-         "checkpoint.headers", "pipeline.preflight", "pipeline.journal", "pipeline.config", "pipeline.dryrun",
+         "checkpoint.contents", "pipeline.preflight", "pipeline.journal", "pipeline.config", "pipeline.dryrun",
          "pipeline.source", "pipeline.shares", "launch", "solver.triangle", "report.compose", "api",
          "cli.*")  # fmt: skip
 

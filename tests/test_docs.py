@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import typer
-from typer.testing import CliRunner
 
 from qwenq.cli.main import app
+from tests.conftest import run
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -118,7 +118,7 @@ def on_shapes_alone(line: str) -> bool:
 
 @pytest.mark.parametrize("line", [line for line in SHOWN if on_shapes_alone(line)])
 def test_planning_commands_answer(line: str) -> None:
-    result = CliRunner().invoke(app, shlex.split(line))
+    result = run(*shlex.split(line))
     assert result.exit_code == 0, result.output
     assert result.stdout
 
@@ -128,7 +128,7 @@ def test_the_walk_through_says_what_plan_says() -> None:
     line = next(line for line in commands(README) if line.startswith("qwenq plan Qwen2.5-72B --gpu"))
     found = re.search(r"fits: ([\d.]+) of ([\d.]+) GiB on each, up to (\d+)k tokens", line)
     assert found
-    output = CliRunner().invoke(app, words_of(line)).stdout
+    output = run(*words_of(line)).stdout
     used, limit = re.findall(r"GPU 0 RTX 3090: ([\d.]+) of ([\d.]+) GiB", output)[0]
     largest = re.findall(r"largest context that fits: (\d+)", output)[0]
     assert found.groups() == (f"{float(used):.1f}", f"{float(limit):.1f}", str(int(largest) // 1024))

@@ -14,10 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import small_job
-from typer.testing import CliRunner
 
 from qwenq.checkpoint.reader import open_checkpoint, read_config
-from qwenq.cli.main import app
 from qwenq.cli.plain import escape_logs
 from qwenq.errors import CalibrationError, CheckpointError, QwenqError
 from qwenq.io.json import inside, parse_object
@@ -28,6 +26,7 @@ from qwenq.pipeline.quantize import quantize
 from qwenq.planning.validate import read_rows
 from qwenq.text.calibration import load_windows
 from qwenq.text.tokens import ModelTokenizer
+from tests.conftest import run
 
 # ---------------------------------------------------------------------- code
 
@@ -95,7 +94,7 @@ def test_pickles_are_refused_by_name_and_not_opened(name: str, model: Path) -> N
     for file in model.glob("*.safetensors*"):
         file.unlink()
     (model / name).mkdir()  # opening it would fail in another way
-    answer = CliRunner().invoke(app, ["quantize", str(model), "-o", str(model.parent / "out")])
+    answer = run("quantize", model, "-o", model.parent / "out")
     assert answer.exit_code == 1
     assert f"only pickled weights ({name}), which can run code: refused" in answer.stderr
 
@@ -183,7 +182,7 @@ def test_a_rotary_base_that_torch_does_not_take(model: Path, edit_json: Any) -> 
     edit_json(model / "config.json", rope_theta=10**98)
     few = ["-n", "2", "--sequence-length", "16", "-o", str(model / "s")]
     for words in (["run", "-p", "x"], ["vram", "measure", "-c", "64"], ["sensitivity", *few]):
-        result = CliRunner().invoke(app, [*words, str(model)])
+        result = run(*words, model)
         assert result.exit_code == 1
         assert result.stderr.startswith("error: config.json: transformers makes no layer of it (int too big"), words
 

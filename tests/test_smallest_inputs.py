@@ -11,9 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import small_job
-from typer.testing import CliRunner
 
-from qwenq.cli.main import app
 from qwenq.errors import CheckpointError
 from qwenq.io.json import parse_object
 from qwenq.io.safetensors import (
@@ -28,12 +26,13 @@ from qwenq.model.spec import family_spec
 from qwenq.pipeline.quantize import quantize
 from qwenq.planning.models import load_model
 from qwenq.planning.sensitivity import prior
+from tests.conftest import run
 
 
 def said(*words: object) -> tuple[int, str]:
     """Exit code and everything printed by a command that ends by itself within seconds of processor time."""
     start = time.process_time()
-    result = CliRunner().invoke(app, list(map(str, words)))
+    result = run(*words)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     assert time.process_time() - start < 10
     output = result.stdout + result.stderr

@@ -1,6 +1,5 @@
-"""Stored tensors beside config.json: names without `model.`, a head that is not the embedding, settings left over.
-
-Torch is not needed for it: planning asks too.
+"""Config and headers of a checkpoint, a directory of shards or a GGUF file: names without `model.`, a head that is not
+the embedding, settings left over. No torch, no weights: planning asks too.
 """
 
 from __future__ import annotations
@@ -15,9 +14,11 @@ from typing import Any
 from qwenq.errors import CheckpointError, UnreadScheme
 from qwenq.escaping import shown
 from qwenq.formats.base import method_of, read_quantization_config
-from qwenq.io.json import open_regular
-from qwenq.io.safetensors import FLOATS, TensorLocation, TensorSpec
-from qwenq.model.spec import ModelSpec
+from qwenq.io.gguf import ENDING, is_gguf
+from qwenq.io.json import inside, model_name, open_regular, read_object
+from qwenq.io.safetensors import FLOATS, TensorLocation, TensorSpec, checkpoint_tensors
+from qwenq.model.metadata import open_gguf
+from qwenq.model.spec import ModelSpec, spec_from_config
 
 # Stored by some checkpoints, read by none: buffers that transformers computes itself.
 _BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
@@ -50,6 +51,27 @@ def same_bytes(one: TensorLocation, other: TensorLocation) -> bool:
             if first.read(size) != second.read(size):
                 return False
     return True
+
+
+def read_headers(path: Path) -> Contents:
+    """Config, shapes and tensors of a checkpoint, by Hugging Face's names; CheckpointError for what cannot be read."""
+    if is_gguf(path):
+        found = open_gguf(path)
+        return Contents(found.spec, found.config, dict(found.tensors))
+    config = read_config(path)
+    spec = spec_from_config(config, where=str(path / "config.json"), name=model_name(path))
+    return read_contents(spec, config, checkpoint_tensors(path), str(path))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """`config.json` of a checkpoint directory, or what says the same in a GGUF file."""
+    if is_gguf(path):
+        return open_gguf(path).config
+    if not path.is_dir():
+        hint = f"a GGUF file is named *{ENDING}" if path.is_file() else "give a checkpoint directory or a hub name"
+        raise CheckpointError(f"{path}: no such directory", hint=hint)
+    refuse_adapter(path)
+    return read_object(inside(path, "config.json"))
 
 
 def read_contents(

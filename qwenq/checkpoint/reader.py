@@ -13,8 +13,14 @@ from typing import Any
 
 import torch
 
-from qwenq.checkpoint.contents import is_unused, refuse_quantized_head, refuse_undescribed, saved_wrapped
-from qwenq.checkpoint.headers import read_config, read_headers
+from qwenq.checkpoint.contents import (
+    is_unused,
+    read_config,
+    read_headers,
+    refuse_quantized_head,
+    refuse_undescribed,
+    saved_wrapped,
+)
 from qwenq.checkpoint.manifest import SourceFiles, Stamp, changed, files_in, stamp
 from qwenq.errors import CheckpointError
 from qwenq.formats.base import Format, Quantization, Recipe, get_format, read_quantization_config

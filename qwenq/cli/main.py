@@ -48,7 +48,7 @@ COMMANDS = {
     ),
     "sensitivity": Entry(
         "sensitivity", "sensitivity",
-        "Measure how much KL each unit of MODEL costs at each scheme; `qwenq quantize --sensitivity FILE` reads it.",
+        "Measure the KL that each fused group of MODEL costs at each scheme, for `qwenq quantize --sensitivity FILE`.",
     ),
     "serve": Entry(
         "serve", "serve",

@@ -28,8 +28,9 @@ from qwenq.cli.options import (
     load_words,
     option,
 )
-from qwenq.cli.plain import print_json, print_line, print_step
+from qwenq.cli.plain import print_json, print_line, print_step, typed
 from qwenq.errors import HonestNo, PlanError, UsageError
+from qwenq.pipeline.config import flag
 from qwenq.units import GIB, format_tokens, parse_tokens
 
 
@@ -72,6 +73,9 @@ def measure(
 
     if (checkpoint is None) == (not synthetic):
         raise UsageError("give a checkpoint or --synthetic MODEL, one of them")
+    for name in ("bits", "group_size"):
+        if checkpoint and typed(context, name):
+            raise UsageError(f"{flag(name)} is of random weights: with --synthetic", hint="leave it out")
     if output is not None and output.exists():
         raise PlanError(f"{output}: exists", hint="choose another name with -o")
     contexts = sorted({parse_tokens(part) for part in max_model_len.split(",")})

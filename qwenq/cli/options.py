@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from qwenq.api import LoadWords
-from qwenq.cli import links
 from qwenq.cli.console import warn
-from qwenq.cli.plain import print_step
+from qwenq.cli.plain import FOLLOW_LINKS, follow_links, print_step
 from qwenq.formats.base import FORMATS, names_of
 from qwenq.pipeline.source import model_directory
 from qwenq.planning.engines.base import engine_names
@@ -32,11 +30,15 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A checkpoint directory, a GGUF file (evaluated and run), or a hub name: Qwen/Qwen2.5-7B-Instruct.",
+        help="A checkpoint directory, a GGUF file, or a hub name: Qwen/Qwen2.5-7B-Instruct.",
     ),
 ]
+Original = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A 16-bit checkpoint: a directory or a hub name: Qwen/Qwen2.5-7B-Instruct."),
+]
 JsonFlag = Annotated[bool, option(JOB, "--json", help="Print one JSON object instead of tables.")]
-FollowLinks = Annotated[bool, option(JOB, "--follow-links", help=links.HELP, callback=links.follow_links)]
+FollowLinks = Annotated[bool, option(JOB, "--follow-links", help=FOLLOW_LINKS, callback=follow_links)]
 Strict = Annotated[bool, option(TEXT, "--strict", help="Refuse a text for one bad row.")]
 Device = Annotated[
     str,
@@ -77,7 +79,7 @@ GgufType = Annotated[
     option(BITS, metavar="NAME", help="llama.cpp's mixture, for instance Q5_K_M."),
 ]
 SplitSize = Annotated[
-    str | None, option(BITS, metavar="SIZE", help="Tensors that a GGUF file holds, at most: 50GB.")
+    str | None, option(BITS, metavar="SIZE", help="Of a GGUF file's tensors, at most, or one tensor: 50GB.")
 ]
 Asymmetric = Annotated[
     bool | None,
@@ -216,12 +218,6 @@ RunDtype = Annotated[
 
 
 # ---------------------------------------------------------------------- what they mean
-
-
-def options_of(context: typer.Context, kind: Any, **others: Any) -> Any:
-    """A dataclass of options, `kind`, from a command's parameters of the same names; `others` take precedence."""
-    given = {f.name: context.params[f.name] for f in fields(kind) if f.name in context.params}
-    return kind(**given | others)
 
 
 def load_words(context: typer.Context) -> LoadWords:

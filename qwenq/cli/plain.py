@@ -1,13 +1,20 @@
-"""Lines, JSON and logs of all commands: whatever text is in them, nothing moves the cursor."""
+"""Lines, JSON, logs and shared options of all commands. Whatever text is in lines, nothing moves the cursor."""
 
 from __future__ import annotations
 
 import logging
 import re
 import sys
-from typing import Any
+from dataclasses import fields
+from typing import Any, TypeVar
+
+import typer
 
 from qwenq.escaping import json_text, printable_lines
+from qwenq.io.json import followed_links
+
+FOLLOW_LINKS = "Read files linked from elsewhere."  # help of --follow-links
+T = TypeVar("T")
 
 _PAINTED = re.compile(r"(\x1b\[[0-9;]+m[█|]\x1b\[0m)")  # the bars of a chart, the only colours of plain lines
 
@@ -46,3 +53,22 @@ def escape_logs() -> None:
 def print_step(line: str, *, end: str = "\n") -> None:
     """A line of progress to stderr."""
     print(printable_lines(line), end=end, file=sys.stderr, flush=True)
+
+
+def follow_links(context: typer.Context, value: bool) -> bool:
+    """Follow links out of a model's directory until the command ends, where --follow-links is given."""
+    if value and not context.resilient_parsing:
+        context.with_resource(followed_links())
+    return value
+
+
+def typed(context: typer.Context, name: str) -> bool:
+    """Whether an option was typed."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def options_of(context: typer.Context, kind: type[T], **others: Any) -> T:
+    """A dataclass of options, `kind`, from a command's parameters of the same names; `others` take precedence."""
+    given = {f.name: context.params[f.name] for f in fields(kind) if f.name in context.params}  # type: ignore[arg-type]
+    return kind(**given | others)

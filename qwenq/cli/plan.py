@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from qwenq.cli.plain import print_json, print_line, print_step
+from qwenq.cli.plain import options_of, print_json, print_line, print_step
 from qwenq.cli.vram import (
     RIG,
     WORKLOAD,
@@ -44,6 +44,7 @@ NOT_FITTING = 3  # exit code of an honest no
 
 
 def plan(
+    context_: typer.Context,
     model: Model,
     context: Annotated[
         str,
@@ -87,29 +88,7 @@ def plan(
         rig = detect_rig()
         for line in rig.notes:
             print_step(f"warning: {line}")
-    asked = Question(
-        model=model,
-        bits=bits,
-        group_size=group_size,
-        format=format,
-        target_size=target_size,
-        recipe=recipe,
-        checkpoint=checkpoint,
-        pad_for_tp=pad_for_tp,
-        kv_cache_dtype=kv_cache_dtype,
-        batch_size=batch_size,
-        engine=engine,
-        engine_version=engine_version,
-        prefill_chunk=prefill_chunk,
-        gpu=gpu,
-        reserve=reserve,
-        ram=ram,
-        max_num_seqs=max_num_seqs,
-        gpu_memory_utilization=gpu_memory_utilization,
-        enforce_eager=enforce_eager,
-        expect_params=expect_params,
-        rig=rig,
-    ).resolve()
+    asked = options_of(context_, Question, rig=rig).resolve()
     for line in asked.notes:
         print_step(f"warning: {line}")
     contexts = contexts_of(asked, context)

@@ -12,8 +12,8 @@ from rich.table import Table
 
 from qwenq.cli import options as ask
 from qwenq.cli.console import LayerProgress, drift_table, err, out, warn
-from qwenq.cli.options import options_of, warn_of_shipped
-from qwenq.cli.plain import print_json, print_step
+from qwenq.cli.options import warn_of_shipped
+from qwenq.cli.plain import options_of, print_json, print_step
 from qwenq.cli.ranks import fetched_once, over_ranks
 from qwenq.errors import ExcludedOptions, PlanError
 from qwenq.escaping import several
@@ -29,7 +29,7 @@ from qwenq.units import format_gb, format_seconds
 
 def quantize(
     context_: typer.Context,
-    model: ask.Model,
+    model: ask.Original,
     output: ask.Output = Path(),
     bits: ask.Bits = QuantizeConfig.bits,
     group_size: ask.GroupSize = QuantizeConfig.group_size,
@@ -77,7 +77,7 @@ def quantize(
     Layers are streamed: peak memory is one layer's, not the model's.
     """
     try:
-        config: QuantizeConfig = options_of(context_, QuantizeConfig)
+        config = options_of(context_, QuantizeConfig)
     except ExcludedOptions as error:
         raise typer.BadParameter(error.message) from None
     if save_recipe is not None and not (dry_run and config.mixed):
@@ -180,8 +180,8 @@ def _sizes_table(found: DryRun) -> Table:
     table = Table(title=f"dry run: {check.model} to {check.scheme} ({check.format})")
     table.add_column("what")
     table.add_column("", justify="right")
-    for unit, label in check.units.items():
-        table.add_row(f"{unit}: {label}", format_gb(check.unit_bytes[unit]))
+    for stage, label in check.schemes.items():
+        table.add_row(f"{stage}: {label}", format_gb(check.stage_bytes[stage]))
     table.add_row("all tensors", f"{format_gb(check.tensor_bytes)} ({check.tensor_bytes} bytes)")
     table.add_row("files", f"{format_gb(check.file_bytes)} ({check.file_bytes} bytes)")
     table.add_row("source tensors", format_gb(check.source_tensor_bytes))

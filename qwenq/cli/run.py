@@ -117,6 +117,8 @@ def run(
     if dry_run:
         print_forecast(model, options, json)
         return
+    if system and raw:
+        raise UsageError("--system goes into a template, and --raw takes none", hint="leave one of them out")
     if json and prompt is None:
         raise UsageError("--json answers one question", hint="give it with --prompt")
     directory = fetched(model)
@@ -126,6 +128,8 @@ def run(
     chat = Chat(directory, checkpoint.spec.vocab_size)
     sampling = chat.sampling(**asked)
     if not raw and not chat.has_template:
+        if system:
+            raise UsageError("--system goes into a template, and the checkpoint has none", hint="leave it out")
         warn("the checkpoint has no chat template: the text is continued as it stands")
         raw = True
     ids = _ids(chat, prompt, system, raw) if prompt is not None else None

@@ -1,4 +1,4 @@
-"""`qwenq sensitivity`: what each unit would lose by each scheme, measured once for any later budget."""
+"""`qwenq sensitivity`: the loss of each fused group by each scheme, measured once for any later budget."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ from qwenq.cli.options import (
     ComputeDtype,
     FollowLinks,
     JsonFlag,
-    Model,
     OneDevice,
+    Original,
     SequenceLength,
     Strict,
     option,
-    options_of,
 )
-from qwenq.cli.plain import print_json
+from qwenq.cli.plain import options_of, print_json
 from qwenq.cli.ranks import fetched_once, over_ranks
 from qwenq.formats.base import label_of
 from qwenq.pipeline.config import QuantizeConfig, carry_zero_points
@@ -34,7 +33,7 @@ from qwenq.planning.sensitivity import OUTER, Sensitivity
 
 def sensitivity(
     context: typer.Context,
-    model: Model,
+    model: Original,
     output: Annotated[Path, option(JOB, "--output", "-o", help="File to write.")] = Path("sensitivity.json"),
     calibration: Calibration = QuantizeConfig.calibration,
     num_samples: Annotated[
@@ -55,12 +54,12 @@ def sensitivity(
     follow_links: FollowLinks = False,
     json: JsonFlag = False,
 ) -> None:
-    """Measure how much KL each unit of MODEL costs at each scheme; `qwenq quantize --sensitivity FILE` reads it.
+    """Measure the KL that each fused group of MODEL costs at each scheme, for `qwenq quantize --sensitivity FILE`.
 
     Two streamed passes over the layers, forward and backward, one layer in memory at a time. The effect is read on
     calibration windows that the errors were not solved on.
     """
-    config: QuantizeConfig = options_of(context, QuantizeConfig, asymmetric=asymmetric or None)
+    config = options_of(context, QuantizeConfig, asymmetric=asymmetric or None)
     with over_ranks(config.device) as (ranks, own):
         directory = fetched_once(model, ranks)
         with LayerProgress(quiet=json or not ranks.first) as progress:
@@ -77,8 +76,8 @@ def sensitivity(
 
 
 def sensitivity_table(found: Sensitivity) -> Table:
-    """KL of each unit at its coarsest 4-bit scheme, or its first where it has none, layer by layer."""
-    table = Table(title=f"KL (millinats a token) of one unit alone at its first scheme, {found.model}")
+    """KL of each fused group at its coarsest 4-bit scheme, or its first where it has none, layer by layer."""
+    table = Table(title=f"KL (millinats a token) of one fused group alone at its first scheme, {found.model}")
     table.add_column("layer", justify="right")
     stages = [stage for layer, stage in found.kl if layer == 0]
     for stage in stages:

@@ -31,16 +31,18 @@ from qwenq.cli.options import (
     load_words,
     option,
 )
-from qwenq.cli.plain import print_line, print_step
+from qwenq.cli.plain import print_line, print_step, typed
 from qwenq.cli.run import print_forecast, stored_question
 from qwenq.errors import PlanError, RunError, UsageError
 from qwenq.io.gguf import gguf_model
+from qwenq.pipeline.config import flag
 
 if TYPE_CHECKING:
     from qwenq.planning.engines.base import Engine
     from qwenq.runtime.load import LoadOptions
 
 AUTO = "auto"
+_OWN_OPTIONS = ("allowed_hosts", "max_queue", "compute_dtype", "gpu_memory", "cpu_memory", "offload_dir")
 
 
 def serve(
@@ -103,42 +105,37 @@ def serve(
     kind = ENGINES.get(engine)
     if engine != AUTO and (kind is None or not kind.started):
         raise UsageError(f"unknown engine {engine!r}", hint=f"{AUTO}, vllm, llama.cpp or qwenq")
+    door = _Door(served_model_name, host, port, api_key, allowed_hosts, max_queue)
+    chunk = prefill_chunk if typed(context, "prefill_chunk") else 0  # else a server's own
     if _by_llama_cpp(model, kind, hosts):
-        source = context.get_parameter_source("prefill_chunk")
-        chunk = prefill_chunk if source is not None and source.name == "COMMANDLINE" else 0  # else llama.cpp's own
-        for name in ("allowed_hosts", "max_queue", "compute_dtype", "gpu_memory", "cpu_memory", "offload_dir"):
-            source = context.get_parameter_source(name)
-            if source is not None and source.name == "COMMANDLINE":
-                raise UsageError(
-                    f"--{name.replace('_', '-')} is of qwenq's own server, and this is llama.cpp's",
-                    hint="--engine qwenq, or leave it out",
-                )
-        _serve_by_llama_cpp(model, max_model_len, kv_cache_dtype, chunk, gpu, _Listener(served_model_name, host, port),
-                            api_key, dry_run)  # fmt: skip
+        _refuse_own_options(context, "llama.cpp")
+        _serve_by_llama_cpp(model, max_model_len, kv_cache_dtype, chunk, gpu, door, dry_run)
         return
     here = kind is not None and kind.layered
     if here and (gpu or hosts):
-        raise UsageError("--gpu and --hosts are of vLLM's commands", hint="--engine vllm, or leave them out")
+        raise UsageError("--gpu and --hosts are of other servers' commands", hint="--engine vllm, or leave them out")
     installed = importlib.util.find_spec("vllm") is not None
     options = load_options(**load_words(context))
     theirs = installed and _has_gpu() and gguf_model(Path(model)) is None  # vLLM is handed no GGUF
     ours = here or (kind is None and not (gpu or hosts) and not theirs)
-    if allowed_hosts and not ours:
-        raise UsageError("--allowed-hosts is of qwenq's own server", hint="--engine qwenq, or leave it out")
-    name = served_model_name or (Path(model).resolve().name if Path(model).is_dir() else model)
+    if not ours:
+        _refuse_own_options(context, "vLLM")
+    door = replace(door, name=door.name or (Path(model).resolve().name if Path(model).is_dir() else model))
     leads = [h.strip() for h in hosts.split(",") if h.strip()]
     if dry_run and ours:
         print_forecast(model, options, json=False)
         return
+    options = options if ours else replace(options, prefill_chunk=chunk)
     if dry_run or len(leads) > 1:  # nothing is started here, so nothing is downloaded
-        print_line("\n".join(vllm_commands(model, name, options, gpu, leads, host, port)))
+        lines = vllm_commands(model, options, gpu, leads, door)
+        door.warn_of_key("VLLM_API_KEY")
+        print_line("\n".join(lines))
         return
     directory = fetched(model)
     if ours:
-        names = tuple(each.strip() for each in allowed_hosts.split(",") if each.strip())
-        _serve_here(directory, options, _Door(name, host, port, api_key, names, max_queue))
+        _serve_here(directory, options, door)
         return
-    lines = vllm_commands(str(directory), name, options, gpu, leads, host, port)
+    lines = vllm_commands(str(directory), options, gpu, leads, door)
     if not installed:
         raise RunError("--engine vllm: it is not installed", hint="pip install 'qwenq[vllm]', or --engine qwenq")
     print_step(lines[0])
@@ -151,12 +148,29 @@ def serve(
 
 
 @dataclass(frozen=True)
-class _Listener:
-    """Where a server of others listens, and what it calls the model; empty: after the file."""
+class _Door:
+    """How clients reach the model, and what they call it."""
 
-    name: str
+    name: str  # empty: after the file
     host: str
     port: int
+    api_key: str
+    allowed_hosts: str
+    max_queue: int
+
+    def warn_of_key(self, variable: str) -> None:
+        """Say that commands which are only printed do not carry the key."""
+        if self.api_key:
+            warn(f"the key is in no command below: set {variable} where it is started")
+
+
+def _refuse_own_options(context: typer.Context, server: str) -> None:
+    """UsageError for an option that another server would not be told of."""
+    for name in _OWN_OPTIONS:
+        if typed(context, name):
+            raise UsageError(
+                f"{flag(name)} is of qwenq's own server, and this is {server}'s", hint="--engine qwenq, or leave it out"
+            )
 
 
 def _by_llama_cpp(model: str, kind: type[Engine] | None, hosts: str) -> bool:
@@ -171,7 +185,7 @@ def _by_llama_cpp(model: str, kind: type[Engine] | None, hosts: str) -> bool:
 
 
 def _serve_by_llama_cpp(
-    model: str, context: str, kv_dtype: str, ubatch: int, gpu: str, listener: _Listener, api_key: str, dry_run: bool
+    model: str, context: str, kv_dtype: str, ubatch: int, gpu: str, door: _Door, dry_run: bool
 ) -> None:
     """Start llama-server with the plan's flags; with `dry_run` print its command and Ollama's Modelfile."""
     from qwenq.runtime.llamacpp import find_server, serving
@@ -179,21 +193,19 @@ def _serve_by_llama_cpp(
 
     program = "" if dry_run else find_server()
     planned = serving(model, parse_tokens(context) if context else 0, kv_dtype, ubatch, gpu)
-    words = [*planned.words, "--alias", listener.name or planned.file.stem]
-    words += ["--host", listener.host, "--port", str(listener.port)]
+    words = [*planned.words, "--alias", door.name or planned.file.stem, "--host", door.host, "--port", str(door.port)]
     for line in planned.notes:
         warn(line)
     if dry_run:
+        door.warn_of_key("LLAMA_API_KEY")
         lines = [planned.setting + shlex.join(words), "", "# Modelfile, for `ollama create NAME -f Modelfile`"]
         print_line("\n".join([*lines, planned.modelfile]))
         return
     print_step(planned.setting + shlex.join(words))
-    os.execvpe(program, words, planned.environment | ({"LLAMA_API_KEY": api_key} if api_key else {}))
+    os.execvpe(program, words, planned.environment | ({"LLAMA_API_KEY": door.api_key} if door.api_key else {}))
 
 
-def vllm_commands(
-    model: str, name: str, options: LoadOptions, gpu: str, hosts: list[str], host: str, port: int
-) -> list[str]:
+def vllm_commands(model: str, options: LoadOptions, gpu: str, hosts: list[str], door: _Door) -> list[str]:
     """`vllm serve ...` with the plan's flags; for several hosts Ray's commands before it. HonestNo if nothing fits."""
     from qwenq.planning.engines.base import ServerEngine, pci_order
     from qwenq.planning.engines.vllm import ray_commands
@@ -211,11 +223,13 @@ def vllm_commands(
         ) from None
     count = max(1, len(hosts))
     rig = replace(one, gpus=one.gpus * count, free_bytes=one.free_bytes * count)
-    asked = stored_question(model, "vllm", kv_cache_dtype=options.kv_dtype, rig=rig).resolve()
+    asked = stored_question(
+        model, "vllm", kv_cache_dtype=options.kv_dtype, prefill_chunk=options.prefill_chunk, rig=rig
+    ).resolve()
     case, engine = asked.at(options.max_model_len or min(4096, asked.spec.max_position_embeddings)), asked.engine
     assert isinstance(engine, ServerEngine)
     words = engine.plan_words(make_plan(case), model, hosts=count)
-    words += ["--served-model-name", name, "--host", host, "--port", str(port)]
+    words += ["--served-model-name", door.name, "--host", door.host, "--port", str(door.port)]
     return ray_commands(words, hosts) if count > 1 else [pci_order(case) + shlex.join(words)]
 
 
@@ -225,21 +239,9 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-@dataclass(frozen=True)
-class _Door:
-    """How clients reach the model."""
-
-    name: str
-    host: str
-    port: int
-    api_key: str
-    allowed_hosts: tuple[str, ...]
-    max_queue: int
-
-
 def _serve_here(directory: Path, options: LoadOptions, door: _Door) -> None:
     try:
-        from qwenq.io.http import Line, Server, is_loopback, listen
+        from qwenq.io.http import Line, Server, address_of, is_loopback, listen
         from qwenq.runtime.server import Service, make_app
     except ImportError as error:
         raise RunError(f"the server needs {error.name}", hint="pip install 'qwenq[page]'") from None
@@ -252,21 +254,15 @@ def _serve_here(directory: Path, options: LoadOptions, door: _Door) -> None:
     for line in checkpoint.notes:
         warn(line)
     chat = Chat(directory, checkpoint.spec.vocab_size)
-    host = door.host
-    try:
-        bound = listen(host, door.port)
-    except OSError as error:
-        raise RunError(
-            f"cannot listen on {host} port {door.port}: {error.strerror or error}", hint="choose another with --port"
-        ) from None
-    with bound, loaded(checkpoint, options) as found:
+    with listen(door.host, door.port) as bound, loaded(checkpoint, options) as found:
         for line in describe(found):
             print_step(line)
         session = Session(found.model, found.work.context, options.prefill_chunk, options.kv_dtype, chat.stop_ids)
         print_step(f"tokens by {session.decoding}")
         service = Service(session, chat, door.name, Line(door.max_queue), door.api_key)
-        print_line(f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}/v1")
+        print_line(f"{address_of(bound, door.host)}/v1")
         print_step("Ctrl-C ends it")
-        if not door.api_key and not is_loopback(host):
-            warn(f"{host} is reached from other machines, and no --api-key is asked for: whoever reaches it may use it")
-        Server(make_app(service, door.allowed_hosts), service.closing.set).run(sockets=[bound])
+        if not door.api_key and not is_loopback(door.host):
+            warn(f"{door.host} is reached from other machines, with no --api-key: whoever reaches it may use it")
+        names = [name.strip() for name in door.allowed_hosts.split(",") if name.strip()]
+        Server(make_app(service, names), service.closing.set).run(sockets=[bound])

@@ -10,8 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from qwenq.cli import links
-from qwenq.cli.plain import print_json, print_line, print_step
+from qwenq.cli.plain import FOLLOW_LINKS, follow_links, options_of, print_json, print_line, print_step
 from qwenq.errors import PlanError, UsageError
 from qwenq.planning.engines.base import engine_names
 from qwenq.planning.questions import Question, contexts_of, spread
@@ -95,12 +94,13 @@ Reserve = Annotated[str, _option(RIG, "--reserve", metavar="SIZE", help="Kept fr
 ProfileFile = Annotated[
     Path | None, _option(RIG, "--profile", metavar="FILE", help="Measured there by `qwenq vram measure -o FILE`.")
 ]
-FollowLinks = Annotated[bool, _option(WEIGHTS, "--follow-links", help=links.HELP, callback=links.follow_links)]
+FollowLinks = Annotated[bool, _option(WEIGHTS, "--follow-links", help=FOLLOW_LINKS, callback=follow_links)]
 Json = Annotated[bool, _option(ANSWER, "--json", help="Machine-readable.")]
 
 
 @vram_app.command("estimate")
 def estimate_command(
+    context: typer.Context,
     model: Model,
     max_model_len: Annotated[
         str, _option(WORKLOAD, "--max-model-len", "-c", metavar="N,...", help="Contexts: 1k,8k,32k,128k.")
@@ -134,29 +134,7 @@ def estimate_command(
     """Memory of MODEL against context, per GPU, each term with its provenance."""
     if as_json and as_csv:
         raise UsageError("--json and --csv exclude each other")
-    question = Question(
-        model=model,
-        bits=bits,
-        group_size=group_size,
-        format=format,
-        target_size=target_size,
-        recipe=recipe,
-        checkpoint=checkpoint,
-        pad_for_tp=pad_for_tp,
-        kv_cache_dtype=kv_cache_dtype,
-        batch_size=batch_size,
-        engine=engine,
-        engine_version=engine_version,
-        prefill_chunk=prefill_chunk,
-        gpu=gpu,
-        reserve=reserve,
-        tensor_parallel_size=tensor_parallel_size,
-        max_num_seqs=max_num_seqs,
-        gpu_memory_utilization=gpu_memory_utilization,
-        enforce_eager=enforce_eager,
-        expect_params=expect_params,
-        profile=profile,
-    ).resolve()
+    question = options_of(context, Question).resolve()
     answer = spread(question, contexts_of(question, max_model_len))
     for line in question.notes:
         print_step(f"warning: {line}")
@@ -244,18 +222,12 @@ def serve_command(
 ) -> None:
     """Open the page: sliders, charts and a rig builder over the same numbers."""
     try:
-        from qwenq.io.http import is_loopback, listen
+        from qwenq.io.http import address_of, is_loopback, listen
         from qwenq.page.app import run_page
     except ImportError as error:
         raise PlanError(f"the page needs {error.name}", hint="pip install 'qwenq[page]'") from None
-    try:
-        bound = listen(host, port)
-    except OSError as error:
-        raise PlanError(
-            f"cannot listen on {host} port {port}: {error.strerror or error}", hint="choose another with --port"
-        ) from None
-    with bound:
-        print_line(f"http://{host if host != '0.0.0.0' else 'localhost'}:{bound.getsockname()[1]}/")
+    with listen(host, port) as bound:
+        print_line(f"{address_of(bound, host)}/")
         print_step("Ctrl-C ends it")
         if not is_loopback(host):
             print_step(f"warning: {host} is reached from other machines; the page asks nobody for a key")
@@ -264,6 +236,7 @@ def serve_command(
 
 @vram_app.command("export")
 def export_command(
+    context: typer.Context,
     models: Annotated[list[str], typer.Argument(help="Models to compare.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.")],
     max_model_len: Annotated[str, typer.Option("--max-model-len", "-c", help="Contexts, e.g. 1k,8k,32k.")] = "",
@@ -287,16 +260,8 @@ def export_command(
             for kind in kv_cache_dtype.split(","):
                 if width and not width.strip().isdigit():
                     raise UsageError(f"bits is {width!r}, wanted numbers such as 4,8,16")
-                question = Question(
-                    model=model,
-                    bits=int(width) if width else None,
-                    group_size=group_size,
-                    format=format,
-                    kv_cache_dtype=kind.strip(),
-                    batch_size=batch_size,
-                    engine=engine,
-                    prefill_chunk=prefill_chunk,
-                    gpu=gpu,
+                question = options_of(
+                    context, Question, model=model, bits=int(width) if width else None, kv_cache_dtype=kind.strip()
                 ).resolve()
                 variants.append(spread(question, contexts_of(question, max_model_len)))
     title = f"VRAM of {', '.join(models)}" + (

@@ -181,45 +181,31 @@ class _SixBitPairs(_Field):
         parameters[3] = torch.cat([m_N4 & 63, rest_N4 >> 4 | (m_N4 >> 6) << 4], 1)
 
 
-class _SixBitScales(_Field):
-    """Q3_K: 16 scales + 32, parameter 1: four bits of each in bytes 0 to 7, two above them in bytes 8 to 11."""
-
-    def n_bytes(self, values: int) -> int:
-        return 12
-
-    def put(self, codes_NK: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-        import torch
-
-        s_NS = (parameters[1] + 32).to(torch.uint8)
-        return torch.cat([_Bits(4, 8).put(s_NS, ()), _Bits(2, 4, 4).put(s_NS, ())], 1)
-
-    def take(self, data_NB: Tensor, codes_NK: Tensor, parameters: list[Tensor | None]) -> None:
-        import torch
-
-        s_NS = codes_NK.new_zeros(len(data_NB), 16)
-        _Bits(4, 8).take(data_NB[:, :8], s_NS, [])
-        _Bits(2, 4, 4).take(data_NB[:, 8:], s_NS, [])
-        parameters[1] = s_NS.to(torch.int8) - 32
-
-
+@dataclass(frozen=True)
 class _SplitScales(_Field):
-    """IQ4_XS: eight scales + 32, parameter 1: the upper two bits of all in two bytes, then the lower four in pairs."""
+    """`count` scales + 32, parameter 1: some bits of all of them, then the others.
+
+    Q3_K has the lower four bits before the upper two, IQ4_XS the upper two before the lower four.
+    """
+
+    count: int
+    parts: tuple[_Bits, _Bits]
 
     def n_bytes(self, values: int) -> int:
-        return 6
+        return sum(part.n_bytes(self.count) for part in self.parts)
 
     def put(self, codes_NK: Tensor, parameters: Sequence[Tensor]) -> Tensor:
         import torch
 
         s_NS = (parameters[1] + 32).to(torch.uint8)
-        return torch.cat([_Bits(2, 1, 4).put(s_NS, ()), _Bits(4, 1).put(s_NS, ())], 1)
+        return torch.cat([part.put(s_NS, ()) for part in self.parts], 1)
 
     def take(self, data_NB: Tensor, codes_NK: Tensor, parameters: list[Tensor | None]) -> None:
         import torch
 
-        s_NS = codes_NK.new_zeros(len(data_NB), 8)
-        _Bits(2, 1, 4).take(data_NB[:, :2], s_NS, [])
-        _Bits(4, 1).take(data_NB[:, 2:], s_NS, [])
+        s_NS, size = codes_NK.new_zeros(len(data_NB), self.count), self.parts[0].n_bytes(self.count)
+        for part, part_NB in zip(self.parts, (data_NB[:, :size], data_NB[:, size:]), strict=True):
+            part.take(part_NB, s_NS, [])
         parameters[1] = s_NS.to(torch.int8) - 32
 
 
@@ -231,11 +217,11 @@ _FIELDS: dict[str, tuple[_Field, ...]] = {
     "Q8_0": (_Half(0), _SignedCodes()),
     "IQ4_NL": (_Half(0), _Bits(4, 16)),
     "Q2_K": (_NibblePairs(), _Bits(2, 32), _Half(0), _Half(1)),
-    "Q3_K": (_Bits(1, 32, 2), _Bits(2, 32), _SixBitScales(), _Half(0)),
+    "Q3_K": (_Bits(1, 32, 2), _Bits(2, 32), _SplitScales(16, (_Bits(4, 8), _Bits(2, 4, 4))), _Half(0)),
     "Q4_K": (_Half(0), _Half(1), _SixBitPairs(), _Bits(4, 32)),
     "Q5_K": (_Half(0), _Half(1), _SixBitPairs(), _Bits(1, 32, 4), _Bits(4, 32)),
     "Q6_K": (_Bits(4, 64), _Bits(2, 32, 4), _Bytes(1), _Half(0)),
-    "IQ4_XS": (_Half(0), _SplitScales(), _Bits(4, 16)),
+    "IQ4_XS": (_Half(0), _SplitScales(8, (_Bits(2, 1, 4), _Bits(4, 1))), _Bits(4, 16)),
 }
 
 
@@ -419,7 +405,6 @@ class Blocks:
         codes_OI = found.codes_OI.masked_fill(constant_OG.repeat_interleave(32, 1), 0)
         zeros_OG = torch.where(constant_OG, -1.0, -minimum_OG / scale_OG)
         return QTensor(codes_OI, (torch.where(constant_OG, minimum_OG, scale_OG), zeros_OG), IntegerGrid(4, 32, False))
-
 
     def signed(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Codes int8 [out, in], scales and minima [out, groups] (None: zeros), so that w = scale * code + minimum.

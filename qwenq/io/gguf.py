@@ -30,6 +30,7 @@ MAX_ENTRIES = 10_000  # of metadata
 MAX_ELEMENTS = 2_000_000  # of all arrays: the largest vocabularies with types and merges have 800,000
 MAX_DIMENSIONS = 4
 MAX_ALIGNMENT = 1 << 16
+MAX_NUMBERS = 1 << 16  # of a tensor that is read with the metadata
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)  # version 2 differs in nothing that a little-endian file has
 _SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf", re.DOTALL)
 
@@ -128,14 +129,14 @@ class GGUFFile:
             )
         return cls(path, first.metadata, *_join(path, named["stem"], count, first))
 
-    def numbers(self, name: str, most: int = 1 << 16) -> list[float]:
-        """All values of an F32 tensor; CheckpointError for another type, or more than `most` values."""
+    def numbers(self, name: str) -> list[float]:
+        """All values of an F32 tensor; CheckpointError for another type, or more than MAX_NUMBERS values."""
         location = self.tensors[name]
         count = (location.end - location.start) // 4
-        if location.spec.dtype != "F32" or count > most:
+        if location.spec.dtype != "F32" or count > MAX_NUMBERS:
             raise CheckpointError(
                 f"{shown(location.file.name)}: {name} is {location.spec.dtype} {list(location.spec.shape)}, "
-                f"wanted F32 and at most {most} values"
+                f"wanted F32 and at most {MAX_NUMBERS} values"
             )
         with open_regular(location.file) as file:
             file.seek(location.start)
@@ -438,14 +439,12 @@ class Layout:
     size: int
 
 
-def layout(metadata: Mapping[str, Any], tensors: Sequence[TensorSpec], alignment: int = ALIGNMENT) -> Layout:
+def layout(metadata: Mapping[str, Any], tensors: Sequence[TensorSpec]) -> Layout:
     """The layout of one file with these tensors in this order; `dtype` of each is a GGML type's name.
 
     Values of metadata: text, truth values, lists of one kind, Number, and plain numbers, which become u32 (i32 below 0
     and in lists, u64 above) and f32.
     """
-    if alignment != ALIGNMENT:
-        metadata = {**metadata, "general.alignment": alignment}
     blocks = [BlockTensor(t.name, t.dtype, t.shape) for t in tensors]
     parts = [_MAGIC, struct.pack("<IQQ", _VERSIONS[-1], len(blocks), len(metadata))]
     for key, value in metadata.items():
@@ -456,9 +455,9 @@ def layout(metadata: Mapping[str, Any], tensors: Sequence[TensorSpec], alignment
         parts.append(_encode_text(tensor.name))
         sizes = tensor.shape[::-1]
         parts.append(struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, TYPES[tensor.dtype].number, offset))
-        offset = _padded(offset + tensor.nbytes, alignment)
+        offset = _padded(offset + tensor.nbytes, ALIGNMENT)
     header = b"".join(parts)
-    header += bytes(_padded(len(header), alignment) - len(header))
+    header += bytes(_padded(len(header), ALIGNMENT) - len(header))
     return Layout(header, {name: len(header) + start for name, start in starts.items()}, len(header) + offset)
 
 

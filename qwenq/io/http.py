@@ -21,6 +21,8 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
+from qwenq.errors import RunError
+
 T = TypeVar("T")
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::\d{1,5})?")
 _UNREGISTRABLE = (".localhost", ".local", ".internal", ".lan", ".home.arpa")  # nobody can buy a name under these
@@ -286,14 +288,22 @@ class Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; OSError when the address is taken or not ours."""
+    """A listening socket; RunError when the address is taken or not ours."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((host, port))
         bound.listen(128)
-    except OSError:
+    except OSError as error:
         bound.close()
-        raise
+        raise RunError(
+            f"cannot listen on {host} port {port}: {error.strerror or error}", hint="choose another with --port"
+        ) from None
     return bound
+
+
+def address_of(bound: socket.socket, host: str) -> str:
+    """`http://[::1]:8000` of a socket that listens on `host`; one on every address goes by localhost."""
+    named = "localhost" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    return f"http://{named}:{bound.getsockname()[1]}"

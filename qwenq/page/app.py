@@ -91,7 +91,7 @@ def _resolved(ask: Ask) -> Resolved:
         gpu_memory_utilization=ask.gpu_memory_utilization or None,
         enforce_eager=ask.enforce_eager,
         reserve=f"{ask.reserve_gib:g}GiB" if ask.reserve_gib and gpus else "",
-        ram=f"{ask.ram_gb}GB" if ask.ram_gb else "",
+        ram=f"{ask.ram_gb}GB" if ask.ram_gb and gpus else "",
         rig=Rig(tuple(gpus)) if gpus else None,
     ).resolve()
 

@@ -147,10 +147,8 @@ def embed_tokens(
     tokens: TokenSets,
     directory: Path,
     convert: Convert = lambda name, tensor: tensor,
-    *,
-    spill_bytes: int = SPILL_BYTES,
 ) -> HiddenStates:
-    """Hidden states entering the first layer; beyond `spill_bytes` they lie in files under `directory`.
+    """Hidden states entering the first layer; beyond SPILL_BYTES they lie in files under `directory`.
 
     convert: what the writer does to the stored embedding, which calibration and quantized hidden states begin with.
     """
@@ -171,7 +169,7 @@ def embed_tokens(
         want("float32", tokens.evaluation_NT, tokens.evaluation.up_to(NOISE_WINDOWS), torch.float32)
     scratch = wanted["calibration"][0].numel() * scratch_width(spec) if "calibration" in wanted else 0
     total = sum(ids.numel() * spec.hidden_size * kind.itemsize for ids, kind in wanted.values())
-    spill = total + scratch * tokens.calibration_dtype.itemsize > spill_bytes
+    spill = total + scratch * tokens.calibration_dtype.itemsize > SPILL_BYTES
     states = {
         name: _allocate((*ids.shape, spec.hidden_size), kind, directory / f".qwenq-{name}" if spill else None)
         for name, (ids, kind) in wanted.items()

@@ -133,7 +133,7 @@ class QuantizeConfig:
     group_size: int | None = None  # columns that share a scale: 128, 64, 32 or -1, the row; 128 by default
     format: str = "gptq"
     gguf_type: str | None = None  # one of llama.cpp's mixtures: Q4_K_M
-    split_size: str | None = None  # of a GGUF file's tensors, at most; more go into further files
+    split_size: str | None = None  # of a GGUF file's tensors, at most; a larger one has a file of its own
     asymmetric: bool | None = None  # zero points of each group's own; for awq by default
     target_size: str | None = None  # bytes of the shard files, at most
     bpw: str | None = None  # stored bits a linear weight, at most
@@ -200,7 +200,7 @@ class QuantizeConfig:
         if len(given) > 1:
             raise ExcludedOptions(f"{' and '.join(given)} exclude each other")
         if self.asymmetric is not None and self.recipe is not None:
-            raise ExcludedOptions("--asymmetric and --recipe exclude each other: the recipe says it unit by unit")
+            raise ExcludedOptions("--asymmetric and --recipe exclude each other: the recipe says it group by group")
         form = get_format(check_format(self.format))
         if self.asymmetric and given and not form.mixes_zero_points:
             raise ExcludedOptions(
@@ -342,7 +342,7 @@ class QuantizeConfig:
         form = get_format(self.format)
         table = table or prior(spec, self.format, asymmetric=bool(self.asymmetric))
         if not self.asymmetric and self.recipe is None and not form.outer:
-            kept = {unit: {s: kl for s, kl in row.items() if s is None or s.sym} for unit, row in table.kl.items()}
+            kept = {fused: {s: kl for s, kl in row.items() if s is None or s.sym} for fused, row in table.kl.items()}
             table = replace(table, kl=kept)
         held = beside(Recipe(form.options[0] if form.options else None, (), self.format))  # the same for any recipe
         if self.pad_for_tp is not None and form.widened_to is None:

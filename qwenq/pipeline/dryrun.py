@@ -50,7 +50,7 @@ class Assumed:
     calibration_dtype: str
     compute_dtype: str
     device: str
-    lanes: int  # CPU workers, at most
+    workers: int  # of a CPU, at most
 
     def line(self, calibration: str) -> str:
         """In words; calibration: the text's name."""
@@ -64,7 +64,7 @@ class Assumed:
                 corrected if self.original_windows else "no error correction",
                 *parts,
             ]
-        workers = f", up to {self.lanes} workers" if self.lanes > 1 else ""
+        workers = f", up to {self.workers} workers" if self.workers > 1 else ""
         return f"assumed: {'; '.join(parts)}; on {self.device}{workers}"
 
 
@@ -124,6 +124,8 @@ def dry_run(
         raise UsageError(f"--ranks {ranks}: wanted 1, 2, 4 or {PARTS}")
     if network:
         network_bits(network)
+        if ranks == 1:
+            raise UsageError("--network is between ranks, and there is one", hint="--ranks 2, 4 or 8")
     source = source_shapes(model)
     on_gpu = sees_gpu() if config.device == "auto" else device_names(config.device) != ["cpu"]
     place = "cuda" if on_gpu else "cpu"
@@ -164,7 +166,7 @@ def dry_run(
         calibration_dtype=settled.calibration_dtype,
         compute_dtype=settled.compute_dtype,
         device=device,
-        lanes=1 if on_gpu or found.spec.intermediate_size > WORKERS_UP_TO else min(MOST_WORKERS, PARTS // ranks),
+        workers=1 if on_gpu or found.spec.intermediate_size > WORKERS_UP_TO else min(MOST_WORKERS, PARTS // ranks),
     )
     if found.config.mixture:
         warnings += get_format(config.format).notes(found.config.mixture, found.spec)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -140,8 +141,9 @@ class HeadWeights:
     checkpoint: Checkpoint
     convert: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor
 
-    @property
+    @cached_property
     def norm(self) -> torch.Tensor:
+        """The norm's weight [hidden], read once."""
         name = self.checkpoint.spec.norm_tensor
         return self.convert(name, self.checkpoint.read(name))
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ from qwenq.planning.sensitivity import (
     fused_groups,
     options_of,
     schemes_for,
+    solved_as,
 )
 from qwenq.solver.gptq import DAMP_PERCENT, round_rows
 from qwenq.solver.grid import Grid
@@ -78,9 +79,7 @@ def state_bytes(spec: ModelSpec, probe: Probe) -> int:
     return tokens * spec.hidden_size * _STORED.itemsize * spec.num_hidden_layers
 
 
-def split_windows(
-    windows: TokenWindows, samples: int = SAMPLES, seed: int = 0, asymmetric: bool = False, format: str = "gptq"
-) -> Probe:
+def split_windows(windows: TokenWindows, seed: int = 0, asymmetric: bool = False, format: str = "gptq") -> Probe:
     """Part calibration windows: the first for the solver, pieces of the others, evenly spread, for the effect."""
     ids_NT = windows.ids
     solver = min(SOLVER_WINDOWS, len(ids_NT) // 2)
@@ -93,7 +92,7 @@ def split_windows(
     pieces_NT = ids_NT[solver:, : ids_NT.shape[1] // length * length].reshape(-1, length)
     count = min(PROBE_WINDOWS, len(pieces_NT))
     picked = torch.arange(count) * len(pieces_NT) // count
-    return Probe(ids_NT[:solver], pieces_NT[picked], windows.to_json(), samples, seed, asymmetric, format)
+    return Probe(ids_NT[:solver], pieces_NT[picked], windows.to_json(), SAMPLES, seed, asymmetric, format)
 
 
 @torch.no_grad()
@@ -161,15 +160,15 @@ def measure_sensitivity(
         ) from error
     tokens = probe.probe_NT.shape[1]
     kl: dict[FusedGroup, dict[Scheme | None, float]] = {}
-    for unit, by_scheme in scores.items():
+    for fused, by_scheme in scores.items():
         squares = sum(float(s.double().square().mean()) for s in by_scheme.values())
-        factor = squares / (2 * tokens) / max(sum(noise[unit].values()), 1e-30)
-        kl[unit] = {
-            scheme: factor * noise[unit][_solved(scheme)] * (PRIOR_8_BIT if scheme != _solved(scheme) else 1.0)
-            for scheme in _offered(spec, unit, probe)
+        factor = squares / (2 * tokens) / max(sum(noise[fused].values()), 1e-30)
+        kl[fused] = {
+            scheme: factor * noise[fused][solved_as(scheme)] * (PRIOR_8_BIT if scheme != solved_as(scheme) else 1.0)
+            for scheme in _offered(spec, fused, probe)
         }
     kl |= outer
-    kl = {unit: kl[unit] for unit in fused_groups(spec, probe.format)}
+    kl = {fused: kl[fused] for fused in fused_groups(spec, probe.format)}
     provenance = {
         "calibration": dict(probe.calibration),
         "solver_windows": list(probe.solver_NT.shape),
@@ -239,25 +238,18 @@ def _forward(
     return {name: h_NTH for name, (h_NTH, _) in hidden.items()}
 
 
-def _offered(spec: ModelSpec, unit: FusedGroup, probe: Probe) -> tuple[Scheme, ...]:
-    """Schemes the table has of a unit; where nothing is offered, 4 bits per channel, which only a recipe file asks
-    for.
-    """
+def _offered(spec: ModelSpec, fused: FusedGroup, probe: Probe) -> tuple[Scheme, ...]:
+    """The table's schemes of a fused group; without any on offer 4 bits per channel, which only a recipe asks for."""
     form = get_format(probe.format)
-    return schemes_for(spec, unit, form, None if form.outer else options_of(probe.asymmetric)) or (Scheme(4, -1),)
-
-
-def _solved(scheme: Scheme) -> Scheme:
-    """The scheme that errors are solved of: integers' in 8 bits follow from those in 4."""
-    return replace(scheme, bits=4) if scheme.codes == "int" else scheme
+    return schemes_for(spec, fused, form, None if form.outer else options_of(probe.asymmetric)) or (Scheme(4, -1),)
 
 
 def _errors(
     workers: Workers, h_NTH: torch.Tensor, share: Share, probe: Probe
 ) -> tuple[dict[str, dict[Scheme, dict[str, torch.Tensor]]], dict[str, dict[Scheme, float]]]:
-    """GPTQ's weight errors [out, in] of each linear, by unit, scheme and path in the layer, in bfloat16 on the CPU;
+    """GPTQ's weight errors [out, in] by fused group, scheme and path in the layer, in bfloat16 on the CPU; and by group
+    and scheme the energy of the output errors relative to the outputs, summed over the group's linears.
 
-    and by unit and scheme the energy of the output errors relative to the outputs, summed over the unit's linears.
     One Hessian at a time is on the network's device: the layer's windows go through it up to each stage anew. Ranks
     share windows and rows.
     """
@@ -267,10 +259,10 @@ def _errors(
     for stage in network.spec.architecture.stages:
         triangle, hessian = Triangle(network.spec.size(stage.inputs)), _hessian(workers, stage, h_NTH, share).cpu()
         weights = {path: network.weight(path).float() for path in stage.paths}
-        free = get_format(probe.format).outer  # then each linear is a unit of its own
-        units = {path: path.rpartition(".")[2] if free else stage.name for path in stage.paths}
-        offered = _offered(network.spec, (0, units[stage.paths[0]]), probe)
-        schemes = list(dict.fromkeys(map(_solved, offered)))
+        free = get_format(probe.format).outer  # then each linear is a group of its own
+        groups = {path: path.rpartition(".")[2] if free else stage.name for path in stage.paths}
+        offered = _offered(network.spec, (0, groups[stage.paths[0]]), probe)
+        schemes = list(dict.fromkeys(map(solved_as, offered)))
         for scheme in schemes:
             own_II = triangle.square(hessian.to(network.device))  # overwritten
             own = cut_rows({path: len(w_OI) for path, w_OI in weights.items()}, ranks.size)[ranks.rank]
@@ -279,9 +271,9 @@ def _errors(
             solved = all_rows(ranks, parts, list(weights), scheme.grid(), network.device)
             for path, (qtensor, stats) in solved.items():
                 error = qtensor.dequantize().sub_(weights[path]).to(torch.bfloat16).cpu()
-                errors.setdefault(units[path], {}).setdefault(scheme, {})[path] = error
-                of_unit = lost.setdefault(units[path], {})
-                of_unit[scheme] = of_unit.get(scheme, 0.0) + 10 ** (stats.error_db / 10)
+                errors.setdefault(groups[path], {}).setdefault(scheme, {})[path] = error
+                of_group = lost.setdefault(groups[path], {})
+                of_group[scheme] = of_group.get(scheme, 0.0) + 10 ** (stats.error_db / 10)
             del solved, parts, qtensor, stats  # codes and scales are on the device
     return errors, lost
 
@@ -369,8 +361,8 @@ def _head_losses(
     network, ranks, spec = workers.first, workers.ranks, head.checkpoint.spec
     if not get_format(probe.format).outer:
         return {}
-    unit = OUTER, spec.outer_linears[-1].stage
-    schemes = _offered(spec, unit, probe)
+    fused = OUTER, spec.outer_linears[-1].stage
+    schemes = _offered(spec, fused, probe)
     windows, tokens, _ = h_NTH.shape
     x_PH = network.final_norm(h_NTH.reshape(-1, h_NTH.shape[2]).float().to(network.device), head.norm)
     log_total_P = torch.full((len(x_PH),), -torch.inf, device=network.device)
@@ -388,7 +380,7 @@ def _head_losses(
                 moments[scheme][0, part] += (p_PV * change_PV).sum(1)
                 moments[scheme][1, part] += (p_PV * change_PV.square_()).sum(1)
     variance = {scheme: (b - a * a).view(windows, tokens) for scheme, (a, b) in moments.items()}
-    return {unit: {scheme: float(ranks.all_windows(v_NT, share).mean()) / 2 for scheme, v_NT in variance.items()}}
+    return {fused: {scheme: float(ranks.all_windows(v_NT, share).mean()) / 2 for scheme, v_NT in variance.items()}}
 
 
 def _head_slices(head: HeadWeights, device: torch.device) -> Iterator[torch.Tensor]:
@@ -423,9 +415,9 @@ def _add_embedding_losses(
     """
     if not outer:
         return
-    unit = OUTER, source.spec.outer_linears[0].stage
-    row = outer.setdefault(unit, {})
-    for scheme in _offered(source.spec, unit, probe):
+    fused = OUTER, source.spec.outer_linears[0].stage
+    row = outer.setdefault(fused, {})
+    for scheme in _offered(source.spec, fused, probe):
         grid = scheme.grid()
 
         def wrong(name: str, rows_VH: torch.Tensor, grid: Grid = grid) -> torch.Tensor:
@@ -458,13 +450,11 @@ def sampled_gradients(
     norm = head.norm
     h_PH = h_NTH.reshape(-1, hidden).float().to(network.device)
     x_PH = network.final_norm(h_PH, norm)
-    vocab = head.checkpoint.spec.vocab_size
     generators = [torch.Generator().manual_seed((seed << 20) + window & (1 << 63) - 1) for window in share.windows]
     log_total_P = torch.full((len(x_PH),), -torch.inf, device=network.device)
     best_SP = torch.full((samples, len(x_PH)), -torch.inf, device=network.device)
     label_SPH = torch.zeros(samples, len(x_PH), hidden, device=network.device)  # head row of the label
-    for start in range(0, vocab, SLICE_ROWS):
-        w_VH = head.rows(start, min(start + SLICE_ROWS, vocab)).to(network.device)
+    for w_VH in _head_slices(head, network.device):
         for part in _chunks(share, tokens):
             logits_PV = x_PH[part] @ w_VH.T
             log_total_P[part] = torch.logaddexp(log_total_P[part], logits_PV.logsumexp(1))
@@ -480,8 +470,7 @@ def sampled_gradients(
                 best_SP[s, part] = torch.where(won_P, value_P, best_SP[s, part])
                 label_SPH[s, part] = torch.where(won_P[:, None], w_VH[index_P], label_SPH[s, part])
     mean_PH = torch.zeros_like(x_PH)  # of the head's rows under p
-    for start in range(0, vocab, SLICE_ROWS):
-        w_VH = head.rows(start, min(start + SLICE_ROWS, vocab)).to(network.device)
+    for w_VH in _head_slices(head, network.device):
         for part in _chunks(share, tokens):
             p_PV = (x_PH[part] @ w_VH.T - log_total_P[part, None]).exp_()
             mean_PH[part] += p_PV @ w_VH

@@ -75,18 +75,13 @@ def device_name(device: int | str | torch.device) -> str:
     if place.type != "cuda":
         return place.type.upper()
     index = place.index or 0
-    return f"GPU {index} {gpu_kind(index)}"
+    return f"GPU {index} {gpu_at(index).name}"
 
 
 def gpu_at(index: int) -> Gpu:
     """The catalogue's GPU that torch sees at `index`, as plans and profiles know it, or its memory alone."""
     total = torch.cuda.get_device_properties(index).total_memory
     return known_gpu(torch.cuda.get_device_name(index), total, torch.cuda.get_device_capability(index))
-
-
-def gpu_kind(index: int) -> str:
-    """A GPU's name as the catalogue has it."""
-    return gpu_at(index).name
 
 
 def shortage(where: str, need: int, have: int, hint: str, taken: int = 0) -> RunError:

@@ -50,8 +50,8 @@ class Preflight:
     tensor_bytes: int
     file_bytes: int
     source_tensor_bytes: int
-    units: dict[str, str]  # unit -> scheme labels met in it
-    unit_bytes: dict[str, int]
+    schemes: dict[str, str]  # stage -> labels of the schemes met in it
+    stage_bytes: dict[str, int]
     peak_ram_bytes: int
     peak_vram_bytes: int
     state_bytes: int  # hidden states kept on disk to resume from, both copies
@@ -120,8 +120,8 @@ def preflight(job: PlannedJob) -> Preflight:
         tensor_bytes=tensor_total,
         file_bytes=file_total,
         source_tensor_bytes=source_total,
-        units={stage: ", ".join(sorted(found)) for stage, found in labels.items()},
-        unit_bytes=stage_bytes,
+        schemes={stage: ", ".join(sorted(found)) for stage, found in labels.items()},
+        stage_bytes=stage_bytes,
         peak_ram_bytes=host,
         peak_vram_bytes=device,
         state_bytes=2 * states,
@@ -178,10 +178,10 @@ def peak_bytes(
     stages, width, hidden = spec.architecture.stages, _widest(spec), spec.hidden_size
     parameters = sum(lin.parameters for lin in spec.layer_linears(0))
     source = 2 * parameters
-    lanes = not on_gpu and spec.intermediate_size <= WORKERS_UP_TO
-    workers = min(MOST_WORKERS, PARTS // ranks) if lanes else 1
+    shared = not on_gpu and spec.intermediate_size <= WORKERS_UP_TO
+    workers = min(MOST_WORKERS, PARTS // ranks) if shared else 1
     evaluation = _of_rank(spec, tokens, ranks)[2] * tokens.length
-    at_once = min(workers * CPU_BATCH_TOKENS if lanes else BATCH_TOKENS, tokens.calibration + tokens.evaluation)
+    at_once = min(workers * CPU_BATCH_TOKENS if shared else BATCH_TOKENS, tokens.calibration + tokens.evaluation)
     part, states = at_once * width, 2 * at_once * hidden
     corrects = tokens.error_correction_share > 0
     triangle, residual = Triangle(width).size, width * hidden if corrects else 0

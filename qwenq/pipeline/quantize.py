@@ -413,6 +413,7 @@ class _Run:
         reference = quantized = HeadWeights(self.job.source)
         if self.job.head_scheme is not None:
             quantized = HeadWeights(self._written(self._end))
+            _ = quantized.norm  # rank 0 reads it for all of them, whose windows are not equally many
         elif self.job.converts:
             quantized = HeadWeights(self.job.source, self.job.convert)
         network = self.workers["reference"].first

@@ -15,7 +15,7 @@ from qwenq.formats.base import GROUP_SIZES, Recipe, Scheme, get_format
 from qwenq.io.gguf import ALIGNMENT, BlockTensor
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.case import Case
-from qwenq.planning.knapsack import approximate, solve
+from qwenq.planning.knapsack import solve
 from qwenq.planning.sensitivity import OUTER, FusedGroup, Sensitivity, fused_groups, members_of, prior, schemes_for
 from qwenq.planning.tensor_parallel import cut_by_input, padded_width, tensor_parallel_reasons, widens_with_ffn
 from qwenq.planning.weights import recipe_weights
@@ -230,7 +230,7 @@ def _solved(
     options: list[Sequence[tuple[int, float]]] = [
         [(cost, table.loss(fused, scheme)) for scheme, cost in row.items()] for fused, row in costs.items()
     ]
-    solution = (solve if exact else approximate)(options, budget)
+    solution = solve(options, budget, exact=exact)
     assert solution is not None
     chosen = zip(costs.items(), solution.chosen, strict=True)
     return {fused: list(row)[k] for (fused, row), k in chosen}, solution.bound

@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 MAX_STATES = 50_000  # of one step; beyond it the answer says how far from optimal it may be
 _BEAM = 300  # states of the quick pass whose solution sets the gap
@@ -23,13 +24,8 @@ class Solution:
     """The index of the option taken of each group. No choice within the budget has a loss below `bound`."""
 
     chosen: tuple[int, ...]
-    cost: int
     loss: float
     bound: float
-
-    @property
-    def optimal(self) -> bool:
-        return self.loss <= self.bound + _EPS * max(1.0, abs(self.loss))
 
 
 @dataclass(frozen=True)
@@ -45,40 +41,26 @@ class _Relaxed:
 _State = tuple[int, float, float, int, "_State | None"]
 
 
-def solve(groups: Sequence[Sequence[Option]], budget: int) -> Solution | None:
-    """The exact optimum; None when even the cheapest options are over the budget. Losses are finite."""
-    kept = [_undominated(options) for options in groups]
-    if sum(options[0][0] for _, options in kept) > budget:
-        return None
-    indices, options = [index for index, _ in kept], [found for _, found in kept]
-    relaxed = _relax(options, budget)
-    beam, _ = _search(options, budget, relaxed, _loss(options, relaxed.greedy), _BEAM)
-    best = min((found for found in (relaxed.greedy, beam) if found is not None), key=lambda c: _loss(options, c))
-    whole, complete = _search(options, budget, relaxed, _loss(options, best), MAX_STATES)
-    if whole is not None and _loss(options, whole) <= _loss(options, best):
-        best = whole
-    loss = _loss(options, best)
-    return Solution(
-        tuple(index[k] for index, k in zip(indices, best, strict=True)),
-        sum(found[k][0] for found, k in zip(options, best, strict=True)),
-        loss,
-        loss if complete else min(relaxed.loss, loss),
-    )
+def solve(groups: Sequence[Sequence[Option]], budget: int, *, exact: bool = True) -> Solution | None:
+    """The exact optimum; None when even the cheapest options are over the budget. Losses are finite.
 
-
-def approximate(groups: Sequence[Sequence[Option]], budget: int) -> Solution | None:
-    """A quick good choice within the budget, and the relaxation's bound; None when nothing is within it."""
+    exact False: the relaxation's own choice, quick and good.
+    """
     kept = [_undominated(options) for options in groups]
     if sum(options[0][0] for _, options in kept) > budget:
         return None
     options = [found for _, found in kept]
     relaxed = _relax(options, budget)
-    return Solution(
-        tuple(index[k] for (index, _), k in zip(kept, relaxed.greedy, strict=True)),
-        sum(found[k][0] for found, k in zip(options, relaxed.greedy, strict=True)),
-        _loss(options, relaxed.greedy),
-        relaxed.loss,
-    )
+    best, complete = relaxed.greedy, False
+    if exact:
+        beam, _ = _search(options, budget, relaxed, _loss(options, best), _BEAM)
+        best = min((found for found in (best, beam) if found is not None), key=lambda c: _loss(options, c))
+        whole, complete = _search(options, budget, relaxed, _loss(options, best), MAX_STATES)
+        if whole is not None and _loss(options, whole) <= _loss(options, best):
+            best = whole
+    loss = _loss(options, best)
+    chosen = tuple(index[k] for (index, _), k in zip(kept, best, strict=True))
+    return Solution(chosen, loss, loss if complete else min(relaxed.loss, loss))
 
 
 def _loss(options: Sequence[Sequence[Option]], chosen: Sequence[int]) -> float:
@@ -175,7 +157,7 @@ def _search(
                     break  # states are in order of cost
                 if regret <= gap and regret + least_regret - price * total <= gap:
                     grown.append((total, state[1] + loss, regret, k, state))
-        grown.sort(key=_cost_then_loss)
+        grown.sort(key=itemgetter(0, 1))
         states, lowest = [], math.inf
         for state in grown:
             if state[1] < lowest:
@@ -183,7 +165,7 @@ def _search(
                 lowest = state[1]
         if len(states) > limit:
             runs = (states[len(states) * n // limit : len(states) * (n + 1) // limit] for n in range(limit))
-            states = [min(run, key=_regret) for run in runs]
+            states = [min(run, key=itemgetter(2)) for run in runs]
             complete = False
     if not states:
         return None, complete
@@ -193,11 +175,3 @@ def _search(
         assert last[4] is not None
         last = last[4]
     return chosen, complete
-
-
-def _regret(state: _State) -> float:
-    return state[2]
-
-
-def _cost_then_loss(state: _State) -> tuple[int, float]:
-    return state[0], state[1]

@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qwenq.checkpoint.contents import Contents, read_contents, refuse_adapter
-from qwenq.checkpoint.headers import read_config, read_headers
+from qwenq.checkpoint.contents import Contents, read_config, read_contents, read_headers, refuse_adapter
 from qwenq.errors import CheckpointError, PlanError, UsageError
 from qwenq.escaping import printable
 from qwenq.formats.base import FORMATS, SIZED, Recipe, Scheme, get_format
@@ -104,13 +103,14 @@ def model_weights(model: Model, asked: WeightsAsked = WeightsAsked()) -> Weights
 
 def _mixed_weights(model: Model, asked: WeightsAsked) -> Weights:
     """Weights of several schemes: by a recipe file, or by the recipe that a size asks for."""
-    from qwenq.planning.budget import sized_recipe, widened
-    from qwenq.planning.recipefile import saved_recipe
+    from qwenq.planning.budget import recipe_of, sized_recipe, widened
+    from qwenq.planning.recipefile import read_recipe
 
     spec, ranks, dtype_of = model.spec, asked.pad_for_tp, source_dtypes(model)
     spec = widened(spec, ranks, None) if ranks is not None else spec
     if asked.recipe is not None:
-        chosen, source = saved_recipe(spec, asked.recipe), "every tensor of the recipe, byte for byte"
+        chosen = recipe_of(spec, read_recipe(asked.recipe, spec))
+        source = "every tensor of the recipe, byte for byte"
     else:
         assert asked.target_bytes is not None
         chosen = sized_recipe(spec, asked.target_bytes, dtype_of, ranks)
@@ -262,10 +262,7 @@ def _find(model: str) -> Model:
         refuse_adapter(path)
         raise CheckpointError(f"{shown(model)}: no config.json", hint="give the folder of a Hugging Face checkpoint")
     if os.path.exists(path) or model.startswith(("/", ".", "~")) or model.count("/") != 1:
-        raise CheckpointError(
-            f"{shown(model)}: neither a directory nor a shipped model",
-            hint=near_names(model),
-        )
+        raise CheckpointError(f"{shown(model)}: neither a directory nor a shipped model", hint=near_names(model))
     return _from_hub(model)
 
 

@@ -13,7 +13,7 @@ from qwenq.planning.case import Case, Share
 from qwenq.planning.escapes import Serving, serving
 from qwenq.planning.memory import MemoryEstimate
 from qwenq.planning.placement import Layout, Placement, place
-from qwenq.planning.rig import GIVEN, Gpu, catalogue, rig_of
+from qwenq.planning.rig import GIVEN, Gpu, Rig, catalogue
 from qwenq.planning.speed import Speed, estimate_speed
 from qwenq.planning.tensor_parallel import tensor_parallel_lines, tensor_parallel_sizes
 from qwenq.units import GIB, format_gib
@@ -228,7 +228,7 @@ def recommend(case: Case, finder: RigFinder | None = None) -> tuple[Recommendati
         if not engine.runs_on(gpu):
             continue
         for count in range(1, MAX_RECOMMENDED + 1):
-            tried = replace(case, rig=rig_of([gpu] * count))
+            tried = replace(case, rig=Rig((gpu,) * count))
             how = finder.how_held(tried)
             if how:
                 how += "; ROCm, not tried" if gpu.vendor == "amd" and not engine.rocm_tried else ""

@@ -119,6 +119,9 @@ class Question:
         if self.enforce_eager and not engine.eager_flag:
             raise UsageError(f"--enforce-eager is for servers, {engine.name} is none", hint="leave it out")
         rig = self.rig or (None if self.gpu is None else parse_rig(self.gpu))
+        if rig is None and (self.ram or self.reserve):
+            name = "--reserve" if self.reserve else "--ram"
+            raise UsageError(f"{name} is of a rig, and there is none", hint="name it with --gpu, or leave it out")
         if rig and self.ram:
             rig = replace(rig, host_bytes=parse_memory(self.ram))
         if rig and self.reserve:
@@ -214,7 +217,7 @@ class Spread:
             "",
         ]
         lines += self._table()
-        lines += ["", *memory_chart(self.estimates, colour=colour), "", "Where the figures come from:"]
+        lines += ["", *memory_chart(self.estimates, colour), "", "Where the figures come from:"]
         sources = {t.name: t for found in self.estimates for gpu in found.gpus for t in gpu.terms}
         lines += [f"  {TERM_NAMES[name]:<15} {t.provenance:<9} {t.source}" for name, t in sources.items()]
         if q.rig:
@@ -254,6 +257,7 @@ def spread(question: Resolved, contexts: Sequence[int]) -> Spread:
     return Spread(question, tuple(estimate_at(question, context) for context in contexts))
 
 
+_WIDTH = 60  # characters of a bar
 # ASCII letter and ANSI colour of each term
 MARKS = {
     "weights": ("#", 34),
@@ -268,7 +272,7 @@ MARKS = {
 }
 
 
-def memory_chart(estimates: Sequence[MemoryEstimate], width: int = 60, colour: bool = False) -> list[str]:
+def memory_chart(estimates: Sequence[MemoryEstimate], colour: bool) -> list[str]:
     """Lines of the chart: for each kind of GPU in use, a bar for every context.
 
     Equal GPUs are shown once, by the fullest of them. Plain text holds letters, colour holds blocks.
@@ -284,7 +288,7 @@ def memory_chart(estimates: Sequence[MemoryEstimate], width: int = 60, colour: b
         title = f"{count}x {name}, the fullest" if count > 1 else name
         lines.append(title + (f"; | is the limit, {limit / GIB:.2f} GiB" if limit else ""))
         for found, gpu in zip(estimates, bars, strict=True):
-            bar = _bar(gpu, width, scale, limit, colour)
+            bar = _bar(gpu, scale, limit, colour)
             over = " over" if gpu.fits is False else ""
             lines.append(f"{format_tokens(found.work.context):>7} {bar} {gpu.total_bytes / GIB:7.2f} GiB{over}")
             seen |= {term.name for term in gpu.terms}
@@ -292,15 +296,15 @@ def memory_chart(estimates: Sequence[MemoryEstimate], width: int = 60, colour: b
     return [*lines, "        " + "  ".join(legend)]
 
 
-def _bar(gpu: GpuMemory, width: int, scale: float, limit: int | None, colour: bool) -> str:
+def _bar(gpu: GpuMemory, scale: float, limit: int | None, colour: bool) -> str:
     cells: list[str] = []
     reached = 0
     for term in gpu.terms:
         reached += term.n_bytes
-        cells += [_painted(MARKS[term.name], colour)] * (round(reached / scale * width) - len(cells))
-    cells += [" "] * (width - len(cells))
+        cells += [_painted(MARKS[term.name], colour)] * (round(reached / scale * _WIDTH) - len(cells))
+    cells += [" "] * (_WIDTH - len(cells))
     if limit is not None:
-        cells[min(width - 1, round(limit / scale * width))] = "\x1b[1;31m|\x1b[0m" if colour else "|"
+        cells[min(_WIDTH - 1, round(limit / scale * _WIDTH))] = "\x1b[1;31m|\x1b[0m" if colour else "|"
     return "".join(cells)
 
 

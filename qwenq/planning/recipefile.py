@@ -10,10 +10,10 @@ from typing import Any
 
 from qwenq.errors import PlanError
 from qwenq.escaping import shown
-from qwenq.formats.base import Format, Recipe, Scheme, get_format, label_of, parse_scheme
+from qwenq.formats.base import Format, Scheme, get_format, label_of, parse_scheme
 from qwenq.io.json import read_limited
 from qwenq.model.spec import ModelSpec
-from qwenq.planning.budget import Budgeted, Choice, recipe_of
+from qwenq.planning.budget import Budgeted, Choice
 from qwenq.planning.sensitivity import OUTER, FusedGroup, fused_groups, members_of
 
 VERSION = 1
@@ -25,7 +25,7 @@ _WIDTH = 18  # of a quoted scheme and its comma
 _WIDTH_OF_TYPES = 10  # likewise, of GGUF's
 
 
-def _units(spec: ModelSpec, form: Format, layer: int) -> list[str]:
+def _names(spec: ModelSpec, form: Format, layer: int) -> list[str]:
     """Names of what a scheme is chosen for in one layer, or outside of all."""
     return [name for at, name in fused_groups(spec, form.name) if at == layer]
 
@@ -38,7 +38,7 @@ def encode_recipe(spec: ModelSpec, found: Budgeted) -> str:
     if form.outer:
         schemes = ", ".join(scheme.label for scheme in form.options) + ", 16-bit"
     lines = [
-        f"# A qwenq recipe: the scheme of each {'tensor' if form.outer else f'unit.{_fused(spec)}'}",
+        f"# A qwenq recipe: the scheme of each {'tensor' if form.outer else f'fused group.{_fused(spec)}'}",
         f"# Edit the schemes, then: qwenq quantize MODEL -o OUT{wanted} --recipe THIS_FILE",
         f"# Schemes: {schemes}.",
         f"version = {VERSION}",
@@ -49,12 +49,12 @@ def encode_recipe(spec: ModelSpec, found: Budgeted) -> str:
         f"predicted_kl = {found.predicted_kl:.6g}  # nats a token; sensitivities: {found.sensitivity}",
         "",
     ]
-    if outer := _units(spec, form, OUTER):
+    if outer := _names(spec, form, OUTER):
         lines += ["[outer]", *(f'{name} = "{label_of(found.choice[OUTER, name])}"' for name in outer), ""]
     lines.append("[layer]")
     width = _WIDTH_OF_TYPES if form.outer else _WIDTH
     for layer in range(spec.num_hidden_layers):
-        cells, names = [], _units(spec, form, layer)
+        cells, names = [], _names(spec, form, layer)
         for name in names:
             last = name == names[-1]
             label = f'"{label_of(found.choice[layer, name])}"' + ("" if last else ",")
@@ -102,12 +102,12 @@ def read_recipe(path: Path, spec: ModelSpec, format: str = "gptq") -> Choice:
             )
     choice: dict[FusedGroup, Scheme | None] = {}
     form = get_format(format)
-    if outer := _units(spec, form, OUTER):
+    if outer := _names(spec, form, OUTER):
         row, where = found.get("outer"), f"{path}, [outer]"
         if not isinstance(row, dict) or set(row) != set(outer):
             raise PlanError(f"{where}: wanted {' and '.join(outer)}", hint=f'e.g. {outer[0]} = "Q6_K"')
         choice |= {(OUTER, name): _scheme(spec, (OUTER, name), row[name], f"{where}, {name}", format) for name in outer}
-    stages = _units(spec, form, 0)
+    stages = _names(spec, form, 0)
     for layer, key in enumerate(wanted):
         where = f"{path}{lines.get(key, '')}, layer {key}"
         row = layers.get(key)
@@ -174,8 +174,3 @@ def _lines(text: str) -> dict[str, str]:
 
 def _quoted(text: str) -> str:
     return '"' + re.sub(r'["\\\x00-\x1f\x7f]', "_", text) + '"'
-
-
-def saved_recipe(spec: ModelSpec, path: Path) -> Recipe:
-    """The recipe of `quantize --recipe`."""
-    return recipe_of(spec, read_recipe(path, spec))

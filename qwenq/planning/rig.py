@@ -9,7 +9,7 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
@@ -277,11 +277,6 @@ def reserved(rig: Rig, n_bytes: int) -> Rig:
                 hint="a smaller --reserve",
             )
     return replace(rig, reserve_bytes=n_bytes)
-
-
-def rig_of(gpus: Sequence[Gpu]) -> Rig:
-    """A rig of these GPUs, in this order."""
-    return Rig(tuple(gpus))
 
 
 _DRIVER_NAMES = {"h100 80 hbm3": "h100 sxm 80", "h200": "h200 sxm 141"}  # as NVML calls them

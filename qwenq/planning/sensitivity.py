@@ -156,12 +156,17 @@ def schemes_for(
     return tuple(scheme for scheme in first if all(scheme in found for found in others))
 
 
+def solved_as(scheme: Scheme) -> Scheme:
+    """The scheme that a measurement solves errors of: 8-bit integers follow from those in 4."""
+    return replace(scheme, bits=4) if scheme.codes == "int" else scheme
+
+
 def solved_schemes(spec: ModelSpec, format: str, asymmetric: bool = False) -> int:
-    """Schemes that a measurement solves errors of, at most, of one linear; 8-bit integers follow from those in 4."""
+    """Schemes that a measurement solves errors of, at most, of one linear."""
     form = get_format(format)
     options = None if form.outer else options_of(asymmetric)
     offered = [schemes_for(spec, fused, form, options) for fused in fused_groups(spec, format) if fused[0] == 0]
-    return max(len({replace(s, bits=4) if s.codes == "int" else s for s in schemes}) for schemes in offered)
+    return max(len(set(map(solved_as, schemes))) for schemes in offered)
 
 
 def prior_noise(scheme: Scheme) -> float:

@@ -51,7 +51,7 @@ class Speed(NamedTuple):
 
     def short(self) -> dict[str, str]:
         """The same where there is little room: `57.1 to 98.2`, `≈ 9.61 (×÷ 1.9)`; empty where it is unknown."""
-        return {"decode": _shortly(self.decode), "prefill": _shortly(self.prefill)}
+        return {"decode": _said(self.decode, short=True), "prefill": _said(self.prefill, short=True)}
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -174,23 +174,15 @@ def three_digits(value: float) -> str:
     return f"{rounded:,.0f}" if rounded >= 100 else f"{rounded:#.3g}".rstrip(".")
 
 
-def _said(pair: tuple[float, float] | None) -> str:
+def _said(pair: tuple[float, float] | None, *, short: bool = False) -> str:
     """A range, or where it is too wide for use its middle and how far off that may be."""
     if pair is None:
-        return "unknown"
+        return "" if short else "unknown"
     low, high = pair
     if high <= NARROW * low:
-        return f"{three_digits(low)} to {three_digits(high)} tokens/s"
-    return f"about {three_digits((low * high) ** 0.5)} tokens/s, within a factor of {(high / low) ** 0.5:.1f}"
-
-
-def _shortly(pair: tuple[float, float] | None) -> str:
-    if pair is None:
-        return ""
-    low, high = pair
-    if high <= NARROW * low:
-        return f"{three_digits(low)} to {three_digits(high)}"
-    return f"≈ {three_digits((low * high) ** 0.5)} (×÷ {(high / low) ** 0.5:.1f})"
+        return f"{three_digits(low)} to {three_digits(high)}" + ("" if short else " tokens/s")
+    middle, factor = three_digits((low * high) ** 0.5), f"{(high / low) ** 0.5:.1f}"
+    return f"≈ {middle} (×÷ {factor})" if short else f"about {middle} tokens/s, within a factor of {factor}"
 
 
 def _rounded(pair: tuple[float, float] | None) -> list[float] | None:

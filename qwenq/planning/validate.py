@@ -82,7 +82,8 @@ def read_rows(path: Path) -> tuple[list[ValidatedRow], list[str]]:
             if len(known) == MAX_MODELS:
                 raise PlanError(f"{where}: more than {MAX_MODELS} models and formats in one table")
             try:
-                known[key] = _weights(*key)
+                spec = load_spec(key[0])
+                known[key] = spec, published_weights(spec, key[1])
             except QwenqError as error:
                 known[key] = error
         found = known[key]
@@ -119,11 +120,6 @@ def _lines(path: Path) -> list[str]:
     return lines
 
 
-def _weights(model: str, quant: str) -> tuple[ModelSpec, Weights]:
-    spec = load_spec(model)
-    return spec, published_weights(spec, quant)
-
-
 def summary(rows: Sequence[ValidatedRow]) -> dict[str, Any]:
     """The JSON of `qwenq vram validate`."""
     mean, largest = errors(rows)
@@ -158,7 +154,7 @@ def _predicted(row: dict[str, str], spec: ModelSpec, weights: Weights) -> Valida
     if name not in ENGINES:
         raise LeftOut(f"engine is {shown(name, 40)!r}, wanted one of {', '.join(ENGINES)}")
     libraries = {library: text for library, text in environment.items() if library not in ENGINES}
-    engine = get_engine(name, _version(row, environment.get(name, "")), libraries)
+    engine = get_engine(name, (row.get("version") or "").strip() or environment.get(name, ""), libraries)
     if isinstance(engine, ServerEngine):
         return _served(row, spec, weights, engine)
     if not engine.states_peak:
@@ -167,15 +163,14 @@ def _predicted(row: dict[str, str], spec: ModelSpec, weights: Weights) -> Valida
     if not (row.get("input_len") or "").strip():
         raise LeftOut("input_len is empty")
     prompt, measured = _whole(row, "input_len"), _gib(row, "mem_gib")
-    gpus = _whole(row, "gpu_num") if row.get("gpu_num") else 1
+    gpus = _whole(row, "gpu_num", 1)
     if not 1 <= gpus <= spec.num_hidden_layers:
         raise PlanError(f"gpu_num is {gpus}, wanted 1 to {spec.num_hidden_layers}")
-    generated = _whole(row, "generated_tokens") if (row.get("generated_tokens") or "").strip() else GENERATED_TOKENS
+    generated = _whole(row, "generated_tokens", GENERATED_TOKENS)
     attention = (row.get("attention") or "").strip().lower()
     if attention not in ("", *FLASH):
         raise LeftOut(f"attention is {shown(attention, 40)!r}, counted is {FLASH[0]}")
-    batch = _whole(row, "batch_size") if (row.get("batch_size") or "").strip() else 1
-    chunk = _whole(row, "prefill_chunk") if (row.get("prefill_chunk") or "").strip() else 0
+    batch, chunk = _whole(row, "batch_size", 1), _whole(row, "prefill_chunk", 0)
     work = Workload(context=prompt + generated, batch=batch, prompt=prompt, prefill_chunk=chunk)
     spec = replace(spec, extended_context=max(spec.extended_context, work.context))  # the run was made, limit or not
     card = "H100 SXM5 80GB" if "H100" in (row.get("env") or "") else "A100 SXM4 80GB"
@@ -191,20 +186,21 @@ def _served(row: dict[str, str], spec: ModelSpec, weights: Weights, engine: Serv
     logged = [name for name in ("kv_tokens", "mem_gib") if (row.get(name) or "").strip()]
     if not logged or not (row.get("gpu") or "").strip():
         raise LeftOut("no " + ("gpu" if logged else "kv_tokens or mem_gib") + " for the room of a server's cache")
-    gpus = _whole(row, "gpu_num") if row.get("gpu_num") else 1
-    stages = _whole(row, "pipeline_parallel_size") if (row.get("pipeline_parallel_size") or "").strip() else 1
+    gpus, stages = _whole(row, "gpu_num", 1), _whole(row, "pipeline_parallel_size", 1)
     if not 1 <= gpus <= 64 or gpus % stages:
         raise PlanError(f"gpu_num is {gpus} and pipeline_parallel_size {stages}, wanted whole stages of 1 to 64 GPUs")
     asked = (row.get("gpu_memory_utilization") or "").strip()
-    length = (row.get("max_model_len") or row.get("input_len") or "").strip()
-    context = int(length) if _NUMBER.fullmatch(length) else 4096
+    context = _whole(row, "max_model_len", _whole(row, "input_len", 4096))
+    eager = (row.get("enforce_eager") or "false").strip().lower()
+    if eager not in _TRUTHS:
+        raise PlanError(f"enforce_eager is {shown(eager, 40)!r}, wanted true or false")
     work = Workload(
         context,
         kv_dtype=(row.get("kv_cache_dtype") or "auto").strip() or "auto",
-        prefill_chunk=_whole(row, "prefill_chunk") if (row.get("prefill_chunk") or "").strip() else 0,
-        max_num_seqs=_whole(row, "max_num_seqs") if (row.get("max_num_seqs") or "").strip() else 0,
+        prefill_chunk=_whole(row, "prefill_chunk", 0),
+        max_num_seqs=_whole(row, "max_num_seqs", 0),
         gpu_memory_utilization=float(asked) if asked else None,
-        enforce_eager=(row.get("enforce_eager") or "").strip().lower() in ("1", "true", "yes"),
+        enforce_eager=_TRUTHS[eager],
     )
     spec = replace(spec, extended_context=max(spec.extended_context, context))
     case = Case(spec, weights, engine, work, Rig((find_gpu(row["gpu"]),) * gpus))
@@ -215,11 +211,8 @@ def _served(row: dict[str, str], spec: ModelSpec, weights: Weights, engine: Serv
     return ValidatedRow(row["model"], row["quant"], context, room / GIB, measured, engine.name, tokens, kv_tokens)
 
 
+_TRUTHS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 FLASH = ("flash attention 2", "flash_attention_2", "fa2", "flash")
-
-
-def _version(row: dict[str, str], found: str) -> str:
-    return (row.get("version") or "").strip() or found
 
 
 def _gib(row: dict[str, str], column: str) -> float:
@@ -231,8 +224,11 @@ def _gib(row: dict[str, str], column: str) -> float:
     return found
 
 
-def _whole(row: dict[str, str], column: str) -> int:
-    text = (row[column] or "").strip()
+def _whole(row: dict[str, str], column: str, default: int | None = None) -> int:
+    """A whole number; `default` for an empty cell."""
+    text = (row.get(column) or "").strip()
+    if not text and default is not None:
+        return default
     if not _NUMBER.fullmatch(text):
         raise PlanError(f"{column} is {shown(text, 40)!r}, wanted a whole number")
     return int(text)
@@ -248,11 +244,14 @@ _LOGGED = {
     "max_num_seqs": re.compile(r"max_num_seqs['\"]?[=:] ?(\d+)"),
     "prefill_chunk": re.compile(r"max_num_batched_tokens['\"]?[=:] ?(\d+)"),
     "enforce_eager": re.compile(r"enforce_eager['\"]?[=:] ?(True|False)"),
-    "gpu_num": re.compile(r"tensor_parallel_size['\"]?[=:] ?(\d+)"),
+    "gpu_num": re.compile(r"tensor_parallel_size['\"]?[=:] ?(\d{1,4})"),  # of one stage
+    "pipeline_parallel_size": re.compile(r"pipeline_parallel_size['\"]?[=:] ?(\d{1,4})"),
 }
 
 
 def log_columns(text: str) -> dict[str, str]:
     """Columns of a row, as a server's start-up log states them; what it does not say is left out."""
     found = {column: match[1].replace(",", "") for column, line in _LOGGED.items() if (match := line.search(text))}
+    if "gpu_num" in found:
+        found["gpu_num"] = str(int(found["gpu_num"]) * int(found.get("pipeline_parallel_size", "1")))
     return {column: value for column, value in found.items() if not (column == "mem_gib" and value.startswith("-"))}

@@ -228,7 +228,8 @@ def _outer(spec: ModelSpec, tensors: Iterable[TensorSpec]) -> dict[str, Any]:
 
 
 def _sized_weights(spec: ModelSpec, label: str, sized: SizedOnly, dtype: str) -> Weights:
-    sizes = [t.nbytes for t in spec.layer_tensors(0, dtype) if not _is_linear_weight(spec, t.name)]
+    linears = {lin.name + ".weight" for lin in spec.layer_linears(0)}
+    sizes = [t.nbytes for t in spec.layer_tensors(0, dtype) if t.name not in linears]
     for lin in spec.layer_linears(0):
         sizes += sized.linear_bytes(lin)
     return Weights(
@@ -243,10 +244,6 @@ def _sized_weights(spec: ModelSpec, label: str, sized: SizedOnly, dtype: str) ->
         row_groups=same_groups(spec, [sized.group_size]),
         **_outer(spec, spec.outer_tensors(dtype)),
     )
-
-
-def _is_linear_weight(spec: ModelSpec, name: str) -> bool:
-    return name.endswith(".weight") and any(name == lin.name + ".weight" for lin in spec.layer_linears(0))
 
 
 class Declared(NamedTuple):

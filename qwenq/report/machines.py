@@ -16,6 +16,7 @@ from qwenq.planning.memory import TERM_NAMES, MemoryEstimate, estimate
 from qwenq.planning.models import WeightsAsked, load_model, model_weights
 from qwenq.planning.placement import cutting_reasons
 from qwenq.planning.rig import Rig, find_gpu, parse_rig
+from qwenq.planning.tensor_parallel import SIZES
 from qwenq.planning.weights import Weights
 from qwenq.report.benchmarks import Measurement, gpu_peaks
 from qwenq.report.document import MISSING, Block, Code, Figure, Items, Paragraph, Section, Small, Table, Text, number
@@ -216,7 +217,6 @@ RIGS = (
     "3x RTX 3090", "4x RTX 3090", "RTX A6000", "RTX PRO 6000 Blackwell", "A100 PCIe 80GB", "H200 SXM 141GB",
 )  # fmt: skip
 REFERENCE_GPUS = ("RTX 3060 12GB", "RTX 5080", "RTX 4090", "RTX 5090", "RTX A6000", "A100 PCIe 80GB", "H200 SXM 141GB")
-RANKS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ class Loaded:
     @property
     def tensor_parallel(self) -> dict[int, str]:
         """Ranks to the reason why the shapes forbid them; empty when they do not."""
-        return {n: next(iter(cutting_reasons(self.spec, self.weights, n)), "") for n in RANKS}
+        return {n: next(iter(cutting_reasons(self.spec, self.weights, n)), "") for n in SIZES}
 
 
 def load(run: Run, engine: str) -> Loaded | str:

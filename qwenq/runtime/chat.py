@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qwenq.checkpoint.headers import read_config
+from qwenq.checkpoint.contents import read_config
 from qwenq.errors import CheckpointError, UsageError
 from qwenq.io.json import inside, read_object, shown
 from qwenq.runtime.generate import Sampling

@@ -65,20 +65,14 @@ class Forecast:
 
     def lines(self) -> list[str]:
         """For people."""
-
-        def shown(pair: tuple[float, float] | None) -> str:
-            return "unknown" if pair is None else f"{pair[0]:.3g} to {pair[1]:.3g} tokens/s"
-
-        speed, fast = self.speed, f"speed: {self.speed.basis}"
-        if speed.decode is not None or speed.prefill is not None:
-            fast = f"speed: decode {shown(speed.decode)}, prefill {shown(speed.prefill)} ({speed.basis})"
+        speed = self.speed
         return [
             f"{self.model}: {format_gb(self.weights.total_bytes)} of weights ({self.weights.label}; "
             f"{self.weights.source}); context {self.work.context}, KV cache {self.work.kv_dtype}, "
             f"{self.compute_dtype} activations; nothing is loaded",
             *(held.line for held in self.devices),
             f"placement: {self.plan.reason}",
-            fast,
+            f"speed: {speed.text() if speed.decode or speed.prefill else speed.basis}",
         ]
 
 

@@ -26,10 +26,10 @@ from qwenq.planning.questions import Question
 from qwenq.planning.rig import Rig, detect_rig, parse_rig
 from qwenq.runtime.foreign import ForeignEngine
 from qwenq.runtime.generate import DEFAULT_NEW_TOKENS, GREEDY_BELOW, Sampling, Timing
+from qwenq.runtime.load import DEFAULT_CONTEXT
 
 PROGRAM = "llama-server"
 VARIABLE = "QWENQ_LLAMA_SERVER"  # names the program where it is not on PATH
-DEFAULT_CONTEXT = 4096
 _START_S = 1800  # 47 GB from a slow disk
 _ENGINE = LlamaCppEngine.name
 

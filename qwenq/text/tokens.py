@@ -19,7 +19,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from qwenq.checkpoint.headers import read_config
+from qwenq.checkpoint.contents import read_config
 from qwenq.errors import CalibrationError, CheckpointError, out_of_memory
 from qwenq.io.durable import make_directory, write_bytes, write_json
 from qwenq.io.gguf import GGUFFile, is_gguf

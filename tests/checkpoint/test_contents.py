@@ -14,16 +14,15 @@ import torch
 from conftest import rewrite, small_job
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
 from qwenq import api
 from qwenq.checkpoint.reader import open_checkpoint, open_source
-from qwenq.cli.main import app
 from qwenq.errors import CheckpointError, UnreadScheme
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.model.spec import family_configs, family_spec, spec_from_config
 from qwenq.pipeline.quantize import quantize
 from qwenq.planning.models import Model, WeightsAsked, model_weights
+from tests.conftest import run
 
 Edit = Callable[..., dict[str, Any]]
 Make = Callable[..., Path]
@@ -59,7 +58,7 @@ def test_a_head_that_is_another_is_kept_and_said_once(merged: Path, edit_json: E
     found = open_checkpoint(merged)
     assert found.notes == (NOTE,) and found.ignored == () and found.config["tie_word_embeddings"] is False
     assert torch.equal(found.read(found.head_name), head_of(3))
-    done = CliRunner().invoke(app, ["inspect", str(merged)])
+    done = run("inspect", merged)
     assert done.exit_code == 0 and done.stderr.count(NOTE) == 1
     assert "head tied to the embedding" in done.stdout
 
@@ -67,7 +66,7 @@ def test_a_head_that_is_another_is_kept_and_said_once(merged: Path, edit_json: E
 def test_a_head_equal_to_the_embedding_is_no_fault(copied: Path) -> None:
     found = open_checkpoint(copied)
     assert found.notes == () and found.spec.tie_word_embeddings and found.ignored == (HEAD,)
-    done = CliRunner().invoke(app, ["inspect", str(copied)])
+    done = run("inspect", copied)
     assert done.exit_code == 0 and done.stderr == ""
 
 
@@ -127,7 +126,7 @@ def test_convert_keeps_the_head(merged: Path, tmp_path: Path, edit_json: Edit) -
 
 def test_sizes_count_the_head(merged: Path, copied: Path) -> None:
     def size(path: Path, *options: str) -> tuple[int, str]:
-        done = CliRunner().invoke(app, ["vram", str(path), "-c", "128", "--json", *options])
+        done = run("vram", path, "-c", "128", "--json", *options)
         assert done.exit_code == 0, done.stderr
         return json.loads(done.stdout)["weights"]["bytes"], done.stderr
 
@@ -211,7 +210,7 @@ def test_a_quantized_head_is_refused_by_name(part: str, four_bits: Path) -> None
     with pytest.raises(UnreadScheme) as caught:
         open_checkpoint(four_bits)
     assert caught.value.message.startswith(f"{four_bits}: the head is quantized (lm_head.")
-    done = CliRunner().invoke(app, ["vram", str(four_bits), "-c", "128", "--json"])
+    done = run("vram", four_bits, "-c", "128", "--json")
     assert done.exit_code == 0 and json.loads(done.stdout)["weights"]["bytes"]  # sizes are known all the same
 
 
@@ -298,7 +297,7 @@ def test_an_adapter_is_called_one(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     save_file({"base_model.model.x.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "adapter_model.safetensors")
     for words in (["inspect"], ["vram"], ["quantize", "-o", str(tmp_path / "out")]):
-        done = CliRunner().invoke(app, [words[0], str(tmp_path), *words[1:]])
+        done = run(words[0], tmp_path, *words[1:])
         assert done.exit_code == 1 and f"error: {tmp_path}: a PEFT adapter, no model" in done.stderr
         assert "hint: merge it into its base model" in done.stderr
 
@@ -336,7 +335,7 @@ def test_mlx_is_named(random_model: Make, edit_json: Edit) -> None:
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "generation_config.json"])
 def test_a_pointer_of_git_lfs_is_called_one(file: str, model: Path) -> None:
     (model / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 11\n")
-    done = CliRunner().invoke(app, ["run", str(model), "-p", "hi", "--max-model-len", "64"])
+    done = run("run", model, "-p", "hi", "--max-model-len", "64")
     assert done.exit_code == 1 and f"{file}: a git-lfs pointer, not the file" in done.stderr
     assert "hint: run `git lfs pull`" in done.stderr
 

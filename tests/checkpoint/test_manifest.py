@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 from conftest import small_job
-from typer.testing import CliRunner
 
 from qwenq.checkpoint.manifest import JOURNAL_NAME, MANIFEST_NAME, canonical, encode_manifest, read_manifest, verify
-from qwenq.cli.main import app
 from qwenq.pipeline.quantize import quantize
+from tests.conftest import run
 
 Make = Callable[..., Path]
 
@@ -171,19 +170,19 @@ def test_manifests_that_are_none(text: bytes, message: str, copy: Path) -> None:
 
 
 def test_the_command(copy: Path, tiny: Path) -> None:
-    good = CliRunner().invoke(app, ["verify", str(copy), "--source", str(tiny), "--layers", "none"])
+    good = run("verify", copy, "--source", tiny, "--layers", "none")
     assert good.exit_code == 0 and "all as in its manifest" in good.stdout
     flip(copy / "config.json", 5, 1)
     (copy / "extra.bin").touch()
-    bad = CliRunner().invoke(app, ["verify", str(copy)])
+    bad = run("verify", copy)
     assert bad.exit_code == 1
     lines = bad.stdout.splitlines()
     assert [line.partition(":")[0] for line in lines] == ["config.json", "extra.bin"]
-    asked = CliRunner().invoke(app, ["verify", str(copy), "--json"])
+    asked = run("verify", copy, "--json")
     answer: dict[str, Any] = json.loads(asked.stdout)
     assert asked.exit_code == 1 and answer["ok"] is False
     assert [f["file"] for f in answer["findings"]] == ["config.json", "extra.bin"]
-    none = CliRunner().invoke(app, ["verify", str(tiny)])
+    none = run("verify", tiny)
     assert none.exit_code == 1 and none.stdout == ""
 
 
@@ -197,8 +196,10 @@ def test_the_command(copy: Path, tiny: Path) -> None:
         (["{tiny}", "--source", "{tiny}", "--layers", "some"], "--layers some: not layers", 2),
         (["nope"], "nope: no such directory", 1),
         (["{tiny}", "--source", "nope"], "nope: no such directory", 1),
+        (["{tiny}", "--source", "{tiny}/config.json"], "{tiny}/config.json: a file, wanted a checkpoint's", 1),
     ],
 )
 def test_verify_refuses_what_it_would_ignore(words: list[str], error: str, code: int, tiny: Path) -> None:
-    result = CliRunner().invoke(app, ["verify", *(word.format(tiny=tiny) for word in words)])
-    assert result.exit_code == code and result.stdout == "" and result.stderr.startswith(f"error: {error}")
+    result = run("verify", *(word.format(tiny=tiny) for word in words))
+    assert result.exit_code == code and result.stdout == ""
+    assert result.stderr.startswith(f"error: {error.format(tiny=tiny)}")

@@ -17,15 +17,8 @@ import typer
 from click.testing import Result
 from typer.testing import CliRunner
 
-from qwenq.cli.main import app
 from qwenq.cli.main import command as load_command
-
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "120", "TERM": "dumb"}
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner(env=ENVIRONMENT).invoke(app, [str(a) for a in arguments])
-
+from tests.conftest import run
 
 # ---------------------------------------------------------------------- what users type
 
@@ -78,8 +71,8 @@ def test_dry_run_of_a_family(bits: int, wanted: int) -> None:
     assert found["tensor_bytes"] == wanted
     assert set(found) == {
         "model", "parameters", "scheme", "format", "bits_per_linear_weight", "tensor_bytes", "file_bytes",
-        "source_tensor_bytes",
-        "units", "unit_bytes", "peak_ram_bytes", "peak_vram_bytes", "state_bytes", "spill_bytes", "disk_needed_bytes",
+        "source_tensor_bytes", "schemes", "stage_bytes",
+        "peak_ram_bytes", "peak_vram_bytes", "state_bytes", "spill_bytes", "disk_needed_bytes",
         "disk_free_bytes", "tensor_parallel", "device", "assumed", "warnings", "source_download_bytes", "ranks",
         "wire_layer_bytes", "wire_state_bytes",
     }  # fmt: skip
@@ -349,7 +342,7 @@ def test_warnings_stay_one_line_and_keep_brackets(monkeypatch: pytest.MonkeyPatc
     def say() -> None:
         console.warn(line)
 
-    assert CliRunner(env=ENVIRONMENT).invoke(app, []).stderr == f"warning: {line}\n"
+    assert CliRunner(env={"COLUMNS": "120", "TERM": "dumb"}).invoke(app, []).stderr == f"warning: {line}\n"
 
 
 def test_ctrl_c_prints_the_command_that_goes_on(command: Callable[..., list[str]], tmp_path: Path) -> None:

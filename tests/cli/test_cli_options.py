@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from qwenq.cli.main import COMMANDS, RENAMED_FLAGS, SUBCOMMANDS, app, command
+from qwenq.cli.main import COMMANDS, RENAMED_FLAGS, SUBCOMMANDS, command
 from qwenq.pipeline.config import QuantizeConfig
+from tests.conftest import run
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -77,10 +77,6 @@ def commands() -> Iterator[tuple[str, Any]]:
             yield name, found
 
 
-def run(*words: object, **environment: str) -> Any:
-    return CliRunner(env={"COLUMNS": "100", "TERM": "dumb"} | environment).invoke(app, [str(word) for word in words])
-
-
 def python(code: str, **environment: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, check=False
@@ -123,7 +119,7 @@ def test_old_names_work_and_are_not_shown() -> None:
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_help_fits_a_screen(name: str) -> None:
-    result = run(*name.split(), "--help")
+    result = run(*name.split(), "--help", COLUMNS="100")
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
     assert len(lines) <= (78 if name == "quantize" else 55) and max(map(len, lines)) <= 100

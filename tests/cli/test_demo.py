@@ -11,14 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import Result
-from typer.testing import CliRunner
 
 import qwenq.cli.demo_model
 import qwenq.pipeline.prepare
 from qwenq import api
 from qwenq.checkpoint.reader import open_checkpoint
-from qwenq.cli.main import app
 from qwenq.text.calibration import load_windows
+from tests.conftest import run
 
 
 @pytest.fixture
@@ -42,7 +41,7 @@ def made(monkeypatch: pytest.MonkeyPatch, tiny: Path) -> list[Path]:
 
 def demo(directory: Path, report: Path) -> Result:
     arguments = ["demo", "-o", str(directory), "--report", str(report)]
-    return CliRunner(env={"COLUMNS": "120", "TERM": "dumb"}).invoke(app, arguments)
+    return run(*arguments)
 
 
 def test_the_demo_ends_with_a_report(made: list[Path], tmp_path: Path) -> None:

@@ -6,14 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
 
-from qwenq.cli.main import app
-
-
-def inspect(*arguments: object) -> Result:
-    return CliRunner(env={"COLUMNS": "120", "TERM": "dumb"}).invoke(app, ["inspect", *map(str, arguments)])
+from tests.conftest import answer, run
 
 
 @pytest.mark.parametrize(
@@ -28,7 +22,7 @@ def inspect(*arguments: object) -> Result:
 def test_shipped_shapes_are_those_of_the_name_and_say_what_they_are(
     name: str, scheme: str, width: int, total: int
 ) -> None:
-    result = inspect(name, "--json")
+    result = run("inspect", name, "--json")
     assert result.exit_code == 0
     found = json.loads(result.stdout)
     assert (found["scheme"], found["spec"]["intermediate_size"]) == (scheme, width)
@@ -36,26 +30,26 @@ def test_shipped_shapes_are_those_of_the_name_and_say_what_they_are(
     assert found["source"] == "shapes shipped with qwenq, no header was read" and not found["tensors_read"]
     warned = f"warning: {name}: shapes as shipped with qwenq, no header was read\n"
     assert result.stderr == (warned if "/" in name else "")
-    assert "shapes shipped with qwenq, no header was read" in inspect(name).stdout
+    assert "shapes shipped with qwenq, no header was read" in run("inspect", name).stdout
 
 
 def test_a_directorys_headers_are_read(tiny: Path) -> None:
-    found = json.loads(inspect(tiny, "--json").stdout)
+    found = answer("inspect", tiny)
     assert found["source"] == "the checkpoint's own headers" and found["tensors_read"]
     assert found["parameters"] == 1_050_752 and found["expected_parameters"] is None
 
 
 def test_expected_parameters_are_confirmed_or_contradicted(tiny: Path) -> None:
-    right = inspect(tiny, "--expect-params", "1.05M")
+    right = run("inspect", tiny, "--expect-params", "1.05M")
     assert right.exit_code == 0 and right.stdout.endswith("parameters: 1,050,752, as expected (1.05M)\n")
-    wrong = inspect(tiny, "--expect-params", "1.1M")
+    wrong = run("inspect", tiny, "--expect-params", "1.1M")
     assert wrong.exit_code == 3 and "as expected" not in wrong.stdout
     assert "parameters: 1,100,000 expected, the shapes make 1,050,752" in wrong.stderr
 
 
 @pytest.mark.parametrize("count", ["1e400", "nanB", "nan", "inf", "0", "many", "", "B", "1e15"])
 def test_what_is_no_count_is_refused(count: str, tiny: Path) -> None:
-    result = inspect(tiny, f"--expect-params={count}")
+    result = run("inspect", tiny, f"--expect-params={count}")
     assert result.exit_code == 2 and result.stdout == ""
     assert result.stderr.splitlines() == [
         f"error: not a number of parameters: {count!r}", "hint: write for instance 72.7B",

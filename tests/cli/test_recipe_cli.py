@@ -8,19 +8,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
 
-from qwenq.cli.main import app
 from qwenq.errors import PlanError
 from qwenq.planning.recipefile import RECIPE_NAME
 from qwenq.planning.rig import Rig, parse_rig
-
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "120", "TERM": "dumb"}
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner(env=ENVIRONMENT).invoke(app, [str(a) for a in arguments])
+from tests.conftest import answer, run
 
 
 def test_the_47_gb_variant(tmp_path: Path) -> None:
@@ -32,9 +24,7 @@ def test_the_47_gb_variant(tmp_path: Path) -> None:
     assert found["recipe"]["file_bytes"] == found["file_bytes"]
     assert found["recipe"]["predicted_kl"] > 0 and "not measured" in found["recipe"]["sensitivity"]
     assert len(found["recipe"]["layers"]) == 80
-    again = run("quantize", "Qwen2.5-72B", "--recipe", saved, "--dry-run", "--json")
-    assert again.exit_code == 0
-    kept = json.loads(again.stdout)
+    kept = answer("quantize", "Qwen2.5-72B", "--recipe", saved, "--dry-run")
     assert kept["file_bytes"] == found["file_bytes"] and kept["recipe"]["layers"] == found["recipe"]["layers"]
     assert kept["recipe"]["predicted_kl"] == pytest.approx(found["recipe"]["predicted_kl"])
     assert run("quantize", "Qwen2.5-72B", "--recipe", saved, "--dry-run", "--save-recipe", saved).exit_code == 1
@@ -79,11 +69,9 @@ def test_a_recipe_is_followed_and_kept(tmp_path: Path, tiny: Path, calib: Path, 
     row = next(n for n, line in enumerate(lines) if line.startswith("1 "))
     lines[row] = '1 = { qkv = "16-bit", o = "8-bit g32", gate_up = "4-bit per channel", down = "4-bit g64" }'
     recipe.write_text("\n".join(lines) + "\n")
-    edited = json.loads(run("quantize", tiny, "--recipe", recipe, "--dry-run", "--json").stdout)
-    result = run("quantize", tiny, "-o", out, "--recipe", recipe, "--calibration", calib, "--eval-text", heldout,
-                 "-n", 4, "--eval-samples", 2, "--sequence-length", 64, "--json")  # fmt: skip
-    assert result.exit_code == 0, result.stderr
-    made = json.loads(result.stdout)
+    edited = answer("quantize", tiny, "--recipe", recipe, "--dry-run")
+    texts = ("--calibration", calib, "--eval-text", heldout, "-n", 4, "--eval-samples", 2, "--sequence-length", 64)
+    made = answer("quantize", tiny, "-o", out, "--recipe", recipe, *texts)
     assert made["file_bytes"] == edited["file_bytes"] == sum(p.stat().st_size for p in out.glob("*.safetensors"))
     assert made["bits_per_linear_weight"] == edited["bits_per_linear_weight"]
     schemes = {r["name"]: r["scheme"] for block in made["layers"] for r in block["linears"]}
@@ -100,9 +88,8 @@ def test_a_recipe_is_followed_and_kept(tmp_path: Path, tiny: Path, calib: Path, 
 @pytest.mark.parametrize("bits", ["7.4", "7.9", "8.4"])
 def test_a_target_that_is_met_exactly(bits: str) -> None:
     """The recipe has just so many bits: 7.4 as a binary fraction is a little more than 7.4."""
-    result = run("quantize", "Qwen2.5-0.5B", "--bpw", bits, "--dry-run", "--json")
-    assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["recipe"]["bits_per_linear_weight"] <= float(bits) + 1e-12
+    recipe = answer("quantize", "Qwen2.5-0.5B", "--bpw", bits, "--dry-run")["recipe"]
+    assert recipe["bits_per_linear_weight"] <= float(bits) + 1e-12
 
 
 def test_the_range_that_is_named_can_be_had() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,19 +11,13 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
-from typer.testing import CliRunner
 
-from qwenq.cli.main import app
 from qwenq.text.tokens import ModelTokenizer
+from tests.conftest import answer, run
 
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "120", "TERM": "dumb"}
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[a]{% endif %}"
 )
-
-
-def run(*arguments: object, stdin: str | None = None) -> Result:
-    return CliRunner(env=ENVIRONMENT).invoke(app, ["run", *map(str, arguments)], input=stdin)
 
 
 def refusal(result: Result, message: str, hint: str | None = None, code: int = 1) -> None:
@@ -35,7 +30,8 @@ def refusal(result: Result, message: str, hint: str | None = None, code: int = 1
 def test_one_question(tiny: Path) -> None:
     import transformers
 
-    result = run(tiny, "--raw", "-p", "The sea", "-n", 8, "--temperature", 0, "--compute-dtype", "float32", "--json")
+    exact = ("--temperature", 0, "--compute-dtype", "float32")
+    result = run("run", tiny, "--raw", "-p", "The sea", "-n", 8, *exact, "--json")
     assert result.exit_code == 0, result.stderr
     assert result.stderr == ""
     found = json.loads(result.stdout)
@@ -50,7 +46,7 @@ def test_one_question(tiny: Path) -> None:
 
 
 def test_text_and_figures_go_to_different_places(tiny: Path) -> None:
-    result = run(tiny, "-p", "The sea", "-n", 4, "--temperature", 0)
+    result = run("run", tiny, "-p", "The sea", "-n", 4, "--temperature", 0)
     assert result.exit_code == 0 and result.stdout.endswith("\n") and "tokens/s" not in result.stdout
     lines = result.stderr.splitlines()
     assert lines[0].startswith("loaded in ") and "16-bit linears; bfloat16 activations; context 512" in lines[0]
@@ -62,15 +58,18 @@ def test_without_a_template_the_text_is_continued(
 ) -> None:
     model = random_model(max_position_embeddings=512)
     edit_json(model / "tokenizer_config.json", chat_template=None)
-    plain = run(model, "-p", "The sea", "-n", 5, "--temperature", 0, "--json")
+    plain = run("run", model, "-p", "The sea", "-n", 5, "--temperature", 0, "--json")
     assert plain.exit_code == 0 and "the checkpoint has no chat template" in plain.stderr
+    templated = run("run", model, "-p", "The sea", "--system", "Be brief")
+    refusal(templated, "--system goes into a template, and the checkpoint has none", "leave it out", 2)
     assert json.loads(plain.stdout)["timing"]["prompt_tokens"] == len(ModelTokenizer(model).encode(["The sea"])[0])
 
 
 def test_a_chat_remembers(tiny: Path, random_model: Callable[..., Path], edit_json: Callable[..., Any]) -> None:
     model = random_model(max_position_embeddings=512)
     edit_json(model / "tokenizer_config.json", chat_template=TEMPLATE)
-    result = run(model, "-n", 5, "--temperature", 0, "--system", "Be brief", stdin="Hello\n\nAnd now?\n/exit\nnever\n")
+    turns = "Hello\n\nAnd now?\n/exit\nnever\n"
+    result = run("run", model, "-n", 5, "--temperature", 0, "--system", "Be brief", stdin=turns)
     assert result.exit_code == 0, result.stderr
     figures = [line for line in result.stderr.splitlines() if line.startswith("prompt ")]
     first, second = (int(line.split()[1]) for line in figures)
@@ -82,7 +81,7 @@ def test_a_full_context_does_not_end_a_chat(random_model: Callable[..., Path], e
     model = random_model(max_position_embeddings=512)
     edit_json(model / "tokenizer_config.json", chat_template=TEMPLATE)
     words = "sea " * 100
-    result = run(model, "-c", 64, "-n", 5, "--temperature", 0, stdin=f"Hello\n{words}\nAgain\n/clear\nHello\n")
+    result = run("run", model, "-c", 64, "-n", 5, "--temperature", 0, stdin=f"Hello\n{words}\nAgain\n/clear\nHello\n")
     assert result.exit_code == 0, result.stderr
     assert "in a context of 64" in result.stderr and "/clear forgets the dialogue" in result.stderr
     prompts = [int(line.split()[1]) for line in result.stderr.splitlines() if line.startswith("prompt ")]
@@ -103,6 +102,7 @@ WRONG = [
     (["--seed", str(1 << 80)], f"seed is {1 << 80}, wanted a whole number of 64 bits", None),
     (["-c", "0"], "not a context length: '0'", "write tokens, for instance 8192 or 32k"),
     (["--gpu-memory", "much"], "not a size: 'much'", "write for instance 47GB, 44GiB or 500MB"),
+    (["--system", "Be brief"], "--system goes into a template, and --raw takes none", "leave one of them out"),
     (["-p", ""], "--prompt: the prompt is empty", "write one, or leave --prompt out for a chat"),
     (["-c", "64", "-n", "64"], "--max-new-tokens 64 leaves no room for a prompt in --max-model-len 64", "at most 63"),
 ]
@@ -112,7 +112,7 @@ WRONG = [
     ("options", "message", "hint"), WRONG, ids=lambda v: " ".join(v) if isinstance(v, list) else ""
 )
 def test_wrong_options_exit_with_2_and_read_nothing(options: list[str], message: str, hint: str | None) -> None:
-    refusal(run("owner/never-fetched", "--raw", "-p", "The sea", *options), message, hint, 2)
+    refusal(run("run", "owner/never-fetched", "--raw", "-p", "The sea", *options), message, hint, 2)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_errors(
         monkeypatch.setattr("qwenq.runtime.load.build_model", None)  # said before a weight is read
     if torch.cuda.is_available() and "--gpu-memory" in options:
         pytest.skip("this machine has a GPU")
-    result = run(tiny, "--raw", "-p", "The sea", *options)
+    result = run("run", tiny, "--raw", "-p", "The sea", *options)
     if message is not None:
         refusal(result, message, hint)
         return
@@ -147,15 +147,15 @@ def test_errors(
 
 
 def test_broken_checkpoints_are_named(tiny: Path, random_model: Callable[..., Path]) -> None:
-    refusal(run(tiny, "--json"), "--json answers one question", "give it with --prompt", 2)
+    refusal(run("run", tiny, "--json"), "--json answers one question", "give it with --prompt", 2)
     path = random_model()
     shard = sorted(path.glob("*.safetensors"))[0]
     data = shard.read_bytes()
     shard.unlink()
-    missing = run(path, "-p", "x")
+    missing = run("run", path, "-p", "x")
     assert missing.exit_code == 1 and f"names {shard.name}, which is not there" in missing.stderr
     shard.write_bytes(b"\xff" * 16 + data[16:])
-    corrupt = run(path, "-p", "x")
+    corrupt = run("run", path, "-p", "x")
     assert corrupt.exit_code == 1 and shard.name in corrupt.stderr and "Traceback" not in corrupt.stderr
 
 
@@ -164,16 +164,16 @@ def test_a_bad_generation_config_is_the_files_fault(
 ) -> None:
     model = random_model(max_position_embeddings=512)
     (model / "generation_config.json").write_text('{"do_sample": true, "temperature": -2.0}')
-    result = run(model, "--raw", "-p", "The sea")
+    result = run("run", model, "--raw", "-p", "The sea")
     refusal(result, f"{model}/generation_config.json: temperature is -2.0, wanted 0 or more", "mend it")
 
 
 def test_what_is_no_checkpoint_gets_a_hint_of_its_own() -> None:
     said = "neither a directory nor a hub name (owner/name)"
     hint = "give the folder that holds config.json, or for instance Qwen/Qwen2.5-7B-Instruct"
-    refusal(run("nope", "-p", "x"), f"nope: {said}", hint)
+    refusal(run("run", "nope", "-p", "x"), f"nope: {said}", hint)
     family = "Qwen2.5-72B is a family, for sizes and plans; a checkpoint is Qwen/Qwen2.5-72B or a directory"
-    refusal(run("Qwen2.5-72B", "--dry-run"), f"Qwen2.5-72B: {said}", family)
+    refusal(run("run", "Qwen2.5-72B", "--dry-run"), f"Qwen2.5-72B: {said}", family)
 
 
 @pytest.mark.parametrize(("peak", "percent"), [(1 << 26, False), (1 << 30, True)])
@@ -183,7 +183,7 @@ def test_small_differences_have_no_percentage(
     from qwenq.runtime import peaks as memory
 
     monkeypatch.setattr(memory, "read_peaks", lambda devices, base: [memory.Peak("CPU", peak)])
-    last = run(tiny, "--raw", "-p", "The sea", "-n", 1).stderr.splitlines()[-1]
+    last = run("run", tiny, "--raw", "-p", "The sea", "-n", 1).stderr.splitlines()[-1]
     assert last.startswith(f"CPU: peak {'67.1 MB' if peak == 1 << 26 else '1.07 GB'}, predicted 4.4 MB")
     assert last.endswith("(-99.6 %)") == percent
 
@@ -192,15 +192,15 @@ def test_small_differences_have_no_percentage(
 
 
 def test_a_dry_run_is_what_a_load_would_do(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded = json.loads(run(tiny, "--raw", "-p", "The sea", "-n", 1, "--json").stdout)
+    loaded = answer("run", tiny, "--raw", "-p", "The sea", "-n", 1)
     monkeypatch.setattr("qwenq.runtime.load.build_model", None)
-    found = json.loads(run(tiny, "--dry-run", "--json").stdout)
+    found = answer("run", tiny, "--dry-run")
     assert found["plan"] == loaded["plan"] and found["context"] == 512 and found["weights"]["bytes"] == 2_101_504
     (cpu,) = found["devices"]
     assert cpu["device"] == "CPU" and cpu["layers"] == 4 and cpu["limit_bytes"] > cpu["predicted_bytes"]
     assert cpu["predicted_bytes"] == loaded["plan"]["predicted_bytes"]["CPU"]
     assert found["speed"]["decode_tokens_per_s"] is None and "not predicted for CPUs" in found["speed"]["basis"]
-    lines = run(tiny, "--dry-run", "-c", 128).stdout.splitlines()
+    lines = run("run", tiny, "--dry-run", "-c", 128).stdout.splitlines()
     assert "context 128" in lines[0] and "nothing is loaded" in lines[0] and lines[1].startswith("CPU: 4 layers, ")
     assert lines[2].startswith("placement: ") and lines[3].startswith("speed: not predicted for CPUs")
 
@@ -212,7 +212,7 @@ def test_a_dry_run_by_hub_name_says_what_it_rests_on(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(load, "visible_rig", lambda limits: parse_rig("2x RTX 3090"))
     monkeypatch.setattr(load, "available_ram", lambda: 64 << 30)
     name = "Qwen/Qwen2.5-72B-Instruct-GPTQ-Int4"
-    result = run(name, "--dry-run", "--json")
+    result = run("run", name, "--dry-run", "--json")
     assert result.exit_code == 0
     assert result.stderr == f"warning: {name}: shapes as shipped with qwenq, no header was read\n"
     found = json.loads(result.stdout)
@@ -220,18 +220,21 @@ def test_a_dry_run_by_hub_name_says_what_it_rests_on(monkeypatch: pytest.MonkeyP
     assert sum(held["layers"] for held in found["devices"]) == 80
     slow, fast = found["speed"]["decode_tokens_per_s"]
     assert 1 < slow < fast < 60
-    whole = run("Qwen/Qwen2.5-32B-Instruct", "--dry-run", "--json")  # its hub name is that of 16 bits: 4 would fit
+    said = run("run", name, "--dry-run").stdout.splitlines()[-1]
+    assert re.match(r"speed: decode .* tokens/s.*, prefill .* tokens/s.* \(this engine's 72B", said)
+    assert not re.search(r"\de[+-]\d", said)  # 1,010, not 1.01e+03
+    whole = run("run", "Qwen/Qwen2.5-32B-Instruct", "--dry-run", "--json")  # a hub name of 16 bits: 4 would fit
     places = json.loads(whole.stdout)["devices"]
     assert [held["device"] for held in places][2:] == ["CPU"] and places[2]["layers"] > 10
     assert places[2]["predicted_bytes"] == pytest.approx(places[2]["layers"] * 975e6, rel=0.01)
     monkeypatch.setattr(forecast, "check_disk", lambda directory, need: None)
     monkeypatch.setattr(load, "available_ram", lambda: 8 << 30)
-    spilled = run("Qwen/Qwen2.5-32B-Instruct", "--dry-run")
+    spilled = run("run", "Qwen/Qwen2.5-32B-Instruct", "--dry-run")
     assert "disk: " in spilled.stdout and "speed: not predicted: layers are read from disk" in spilled.stdout
 
 
 def test_a_dry_run_of_what_does_not_fit_exits_with_3(tiny: Path) -> None:
-    result = run(tiny, "--dry-run", "--cpu-memory", "1MB")
+    result = run("run", tiny, "--dry-run", "--cpu-memory", "1MB")
     assert result.exit_code == 3 and result.stdout == "" and "error: CPU: needs " in result.stderr
-    foreign = run(tiny, "--dry-run", "--engine", "gptqmodel")
+    foreign = run("run", tiny, "--dry-run", "--engine", "gptqmodel")
     assert foreign.exit_code == 2 and "--dry-run is of qwenq's own engine, not gptqmodel" in foreign.stderr

@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 from conftest import small_job
-from typer.testing import CliRunner
 
-from qwenq.cli.main import app
 from qwenq.errors import out_of_memory
 from qwenq.pipeline.quantize import quantize
+from tests.conftest import run
 
 # `python -m qwenq` with a SIGINT at the import whose number is given, counted from the first of the command line's.
 INTERRUPTED = """
@@ -68,7 +67,7 @@ def test_too_little_memory_to_convert(failure: Exception, tiny: Path, tmp_path: 
 
     monkeypatch.setattr("qwenq.io.tensors.write_shard", fail)
     words = ["convert", str(tmp_path / "whole"), str(tmp_path / "out"), "--format", "compressed-tensors"]
-    result = CliRunner().invoke(app, words)
+    result = run(*words)
     assert result.exit_code == 1 and result.stderr.startswith("error: CPU: out of memory while converting: ")
     assert {path.name for path in tmp_path.iterdir()} == {"whole"}
 

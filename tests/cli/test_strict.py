@@ -7,9 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from qwenq.cli.main import app
+from tests.conftest import run
 
 
 @pytest.fixture
@@ -37,15 +36,15 @@ def test_a_bad_row_is_said_once_and_fatal_when_strict(
     name: str, rows: Path, random_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     asked = commands(random_model(), rows, tmp_path / "out")[name]
-    strict = CliRunner().invoke(app, [*asked, "--strict"])
+    strict = run(*asked, "--strict")
     assert strict.exit_code == 1 and "line 41" in strict.stderr and not (tmp_path / "out").exists()
-    done = CliRunner().invoke(app, asked)
+    done = run(*asked)
     assert done.exit_code == 0, done.output
     said = [line for line in done.stderr.splitlines() if "row left out" in line]
     assert len(said) == 1 and "warning" in said[0] and "line 41" in said[0] and "--strict" in said[0]
     if name == "sensitivity":
         (tmp_path / "out").unlink()
-        told = CliRunner().invoke(app, [*asked, "--json"])
+        told = run(*asked, "--json")
         assert json.loads(told.stdout) and "warning: " in told.stderr and "row left out" in told.stderr
     if name == "quantize":
         manifest = json.loads((tmp_path / "out" / "qwenq-manifest.json").read_text())

@@ -11,17 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
 
-from qwenq.cli.main import app
 from qwenq.planning.questions import Question, estimate_at
+from tests.conftest import answer, run
 
 DATA = Path(__file__).parents[1] / "data"
 TABLE = DATA / "published" / "qwen25_transformers_memory.csv"
-
-
-def run(*args: str) -> Result:
-    return CliRunner().invoke(app, args)
 
 
 def test_json_says_what_the_library_says() -> None:
@@ -70,7 +65,7 @@ def test_contexts_stop_at_the_models_limit() -> None:
 
 
 def test_checkpoint_directory() -> None:
-    by_option = json.loads(run("vram", str(DATA / "tiny-qwen2"), "-c", "64", "--json").stdout)
+    by_option = answer("vram", str(DATA / "tiny-qwen2"), "-c", "64")
     assert by_option["weights"]["source"] == "the checkpoint's own headers"
     files = sum(p.stat().st_size for p in (DATA / "tiny-qwen2").glob("*.safetensors"))
     assert 0 < files - by_option["weights"]["bytes"] < 20_000  # the headers
@@ -78,9 +73,8 @@ def test_checkpoint_directory() -> None:
 
 @pytest.mark.parametrize("engine", ["qwenq", "transformers", "vllm", "llama.cpp"])
 def test_every_engine(engine: str) -> None:
-    result = run("vram", "Qwen2.5-7B", "--engine", engine, "--gpu", "2x RTX 3090", "-c", "8k", "--json")
-    assert result.exit_code == 0, result.stderr
-    assert json.loads(result.stdout)["estimates"][0]["fits"] is True
+    found = answer("vram", "Qwen2.5-7B", "--engine", engine, "--gpu", "2x RTX 3090", "-c", "8k")
+    assert found["estimates"][0]["fits"] is True
 
 
 def test_a_gpu_the_engine_cannot_use_is_warned_of() -> None:
@@ -128,6 +122,9 @@ BAD = [
         "hint: give",
     ),
     (["vram", "Qwen2.5-72B", "--target-size", "9GB", "--recipe", "r"], "error: --target-size and --recipe ", "hint: g"),
+    (["vram", "Qwen2.5-72B", "--reserve", "1GiB"], "error: --reserve is of a rig, and there is none", "hint: name it"),
+    (["plan", "Qwen2.5-72B", "--recommend", "--ram", "64GB"], "error: --ram is of a rig, and there is none", "hint: n"),
+    (["quantize", "Qwen2.5-72B", "--dry-run", "--network", "10gbps"], "error: --network is between ranks", "hint: --r"),
     (["vram", "Qwen2.5-72B", "--target-size", ""], "error: not a size: ''", "hint: write for instance 47GB"),
     (["vram", "Qwen2.5-72B", "--recipe", "r.toml"], "error: r.toml: No such file or directory", "hint: qwenq quantize"),
     (
@@ -181,7 +178,7 @@ USAGE = (  # wrong whatever the model
     "error: not a ", "error: unknown GPU", "error: bits is 3", "error: unknown engine", "error: qwenq has no 'int3'",
     "error: batch size is", "error: --json and --csv", "error: --bits and", "error: --group-size and",
     "error: --target-size and", "error: --recipe is for", "error: --group-size is for", "error: give one of",
-    "error: one context",
+    "error: one context", "error: --reserve is of", "error: --ram is of", "error: --network is between",
 )  # fmt: skip
 
 
@@ -243,7 +240,7 @@ def test_validate_bad_tables(tmp_path: Path) -> None:
 
 def test_gpus_lists_the_catalogue() -> None:
     assert "RTX 3090" in run("vram", "gpus").stdout
-    assert len(json.loads(run("vram", "gpus", "--json").stdout)) >= 35
+    assert len(answer("vram", "gpus")) >= 35
 
 
 def test_plan_exit_codes_and_text() -> None:
@@ -270,7 +267,7 @@ def test_recommend() -> None:
     assert "2x RTX 3090" in text and "$1,400 (used)" in text and "price unknown" in text and "700 W" in text
     counts = [int(line.split("x ")[0]) for line in text.splitlines()[1:]]
     assert counts == sorted(counts)
-    rigs = json.loads(run("plan", "Qwen2.5-72B", "--recommend", "--json").stdout)["rigs"]
+    rigs = answer("plan", "Qwen2.5-72B", "--recommend")["rigs"]
     assert rigs[0]["count"] == 1 < rigs[-1]["count"] <= 8
     assert all(line.split(" up to ")[1].split(";")[0].endswith("k") for line in text.splitlines()[1:])
     none = run("plan", "Qwen2.5-72B", "--recommend", "--bits", "16", "-c", "128k", "--batch-size", "64")
@@ -323,7 +320,7 @@ assert not heavy, heavy
 )
 def test_formats_by_name(name: str, more: list[str], says: str) -> None:
     args = ["Qwen2.5-7B", "--format", name, *more, "-c", "4k"]
-    weights = json.loads(run("vram", *args, "--json").stdout)["weights"]
+    weights = answer("vram", *args)["weights"]
     assert weights["label"] == says
     planned = run("plan", *args, "--gpu", "RTX 3090", "--json")
     assert planned.exit_code == 0 and json.loads(planned.stdout)["weights"]["bytes"] == weights["bytes"]
@@ -378,5 +375,5 @@ def test_versions_nobody_checked_are_said() -> None:
     text = run("vram", "Qwen2.5-7B", "--engine", "vllm", "--engine-version", "0.99", "-c", "4k").stdout
     assert "vLLM 0.99 was not checked: counted as 0.26" in text
     asked = ("plan", "Qwen2.5-7B", "--engine", "vllm", "--engine-version", "0.99", "--gpu", "L4")
-    plan = json.loads(run(*asked, "--json").stdout)
+    plan = answer(*asked)
     assert "vLLM 0.99 was not checked: counted as 0.26" in plan["notes"]

@@ -10,16 +10,15 @@ from typing import Any
 
 import pytest
 from conftest import small_job
-from typer.testing import CliRunner
 
 import qwenq
 from qwenq.checkpoint.manifest import verify
 from qwenq.checkpoint.reader import open_checkpoint, open_source
-from qwenq.cli.main import app
 from qwenq.errors import CheckpointError
 from qwenq.io.json import inside
 from qwenq.pipeline.convert import convert
 from qwenq.pipeline.quantize import quantize
+from tests.conftest import run
 
 Make = Callable[..., Path]
 
@@ -61,12 +60,12 @@ def test_links_out_are_refused_with_a_way_out_and_read_where_it_is_taken(linked:
 )
 def test_commands_follow_links_when_told_to(words: list[str], linked: Path) -> None:
     asked = [word.format(linked) for word in words]
-    refused = CliRunner().invoke(app, asked)
+    refused = run(*asked)
     assert refused.exit_code == 1 and "links to a file outside" in refused.stderr, refused.output
     assert "hint: --follow-links reads it all the same" in refused.stderr
-    done = CliRunner().invoke(app, [*asked, "--follow-links"])
+    done = run(*asked, "--follow-links")
     assert done.exit_code == 0, done.output
-    assert CliRunner().invoke(app, asked).exit_code == 1  # the permission ends with the command
+    assert run(*asked).exit_code == 1  # the permission ends with the command
 
 
 def test_what_a_link_leads_to_is_still_checked(linked: Path) -> None:
@@ -89,7 +88,7 @@ def test_verify_leaves_alone_what_clones_and_downloads_keep(random_model: Make, 
     (out / ".cache" / "huggingface").mkdir(parents=True)
     (out / ".gitattributes").write_text("*.safetensors filter=lfs")
     assert verify(out).findings == ()
-    done = CliRunner().invoke(app, ["verify", str(out)])
+    done = run("verify", out)
     assert done.exit_code == 0
     (out / ".gitignore").write_text("x")
     assert [str(found) for found in verify(out).findings] == [".gitignore: extra: the manifest does not name it"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -10,23 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import small_job
+from conftest import answer, small_job
 from fuzz.commands import special
-from typer.testing import CliRunner
 
 from qwenq.checkpoint.manifest import JOURNAL_NAME, LOCK_NAME, verify
-from qwenq.cli.main import app
 from qwenq.errors import CheckpointError, JobError, QwenqError
 from qwenq.io.durable import append_synced, make_directory, new_file, write_bytes
-from qwenq.io.json import MAX_SMALL_BYTES, inside, read_limited, read_object
+from qwenq.io.json import MAX_SMALL_BYTES, inside, read_object
 from qwenq.pipeline.journal import Journal, locked
 from qwenq.pipeline.quantize import quantize
+from tests.conftest import run
 
 
 def invoke(*words: str | Path) -> tuple[int, str]:
     """Exit code and what was said of a command that answers within seconds."""
     start = time.perf_counter()
-    result = CliRunner().invoke(app, list(map(str, words)))
+    result = run(*words)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     assert time.perf_counter() - start < 10
     return result.exit_code, result.stderr
@@ -174,15 +172,6 @@ def test_files_of_a_checkpoint(name: str, kind: str, tiny: Path, tmp_path: Path)
     invoke("report", tmp_path / "out", "-o", tmp_path / "page")
 
 
-def test_a_limit_is_said_and_kept(tmp_path: Path) -> None:
-    (tmp_path / "x").write_bytes(b"12345")
-    assert read_limited(tmp_path / "x", 5) == b"12345"
-    with pytest.raises(CheckpointError, match="x: 5 bytes, more than the 4 such a file can need"):
-        read_limited(tmp_path / "x", 4)
-    with pytest.raises(CheckpointError, match="more than the 100 such a file can need"):
-        read_limited(Path("/proc/self/status"), 100)  # whose size is said to be 0
-
-
 def test_a_small_file_of_the_source_has_a_limit(model: Path, tmp_path: Path) -> None:
     special(model / "LICENSE", "sparse")
     with pytest.raises(CheckpointError, match=f"LICENSE: 20000000000 bytes, more than the {MAX_SMALL_BYTES}"):
@@ -227,6 +216,6 @@ def test_undecodable_names_are_kept_and_escaped(tiny: Path, tmp_path: Path) -> N
     assert not verify(out).findings
     code, _ = invoke("inspect", out)
     assert code == 0
-    assert json.loads(CliRunner().invoke(app, ["inspect", str(out), "--json"]).stdout)["spec"]["name"] == r"a\xdcffb"
+    assert answer("inspect", out)["spec"]["name"] == r"a\xdcffb"
     assert invoke("report", out, "-o", tmp_path / "page")[0] == 0
     assert "a\\xdcffb" in (tmp_path / "page" / "report.html").read_text()

@@ -152,10 +152,11 @@ def test_merged_projections(
     text = ["--calibration", calib, "--eval-text", heldout, "-n", 8, "--sequence-length", 64, "--eval-samples", 2]
     budget = ["quantize", path, "-o", tmp_path / "mixed", "--bpw", "6", *text]
     predicted = answer(*budget, "--dry-run")
-    assert list(predicted["units"]) == ["qkv", "o", "gate_up", "down"]
+    assert list(predicted["schemes"]) == ["qkv", "o", "gate_up", "down"]
     made = answer(*budget)
     assert made["bits_per_linear_weight"] <= 6
-    assert "# A qwenq recipe: the scheme of each unit.\n" in (tmp_path / "mixed" / "qwenq-recipe.toml").read_text()
+    recipe = (tmp_path / "mixed" / "qwenq-recipe.toml").read_text()
+    assert "# A qwenq recipe: the scheme of each fused group.\n" in recipe
     assert answer("vram", tmp_path / "mixed", "-c", 64, "--gpu", "RTX 3090")["weights"]["bytes"] == made["tensor_bytes"]
 
 

@@ -18,13 +18,12 @@ pytest.importorskip("plotly", reason="the page's extra is not installed")
 
 import httpx
 from fastapi.testclient import TestClient
-from typer.testing import CliRunner
 
-from qwenq.cli.main import app as command_line
 from qwenq.page import app as page_app
 from qwenq.page.app import MAX_BODY_BYTES, Ask, RigPart, make_app
 from qwenq.planning.engines.base import ENGINES
 from qwenq.planning.placement import _Splitter
+from tests.conftest import run
 
 STATE: dict[str, Any] = {"model": "Qwen2.5-72B", "context": 8192, "rig": [{"gpu": "RTX 3090", "count": 2}]}
 
@@ -50,7 +49,7 @@ def test_numbers_are_the_command_lines(client: TestClient) -> None:
     found = client.post("/api/estimate", json=STATE).json()
     args = ["vram", "Qwen2.5-72B", "--bits", "4", "--gpu", "2x RTX 3090", "--max-model-len", "8192", "--json"]
     assert found["command"] == "qwenq vram Qwen2.5-72B --bits 4 --gpu '2x RTX 3090' --max-model-len 8192"
-    assert found["now"] == json.loads(CliRunner().invoke(command_line, args).stdout)["estimates"][0]
+    assert found["now"] == json.loads(run(*args).stdout)["estimates"][0]
     assert found["largest_context"] == 20991 and found["rig"] == "2x RTX 3090"
     assert [p["context"] for p in found["chart"]][-1] == 131072
 
@@ -58,7 +57,7 @@ def test_numbers_are_the_command_lines(client: TestClient) -> None:
 def test_the_plan_is_the_command_lines(client: TestClient) -> None:
     found = client.post("/api/plan", json=STATE).json()["plan"]
     words = ["plan", "Qwen2.5-72B", "--gpu", "2x RTX 3090", "-c", "8192", "--json"]
-    said = json.loads(CliRunner().invoke(command_line, words).stdout)
+    said = json.loads(run(*words).stdout)
     for key in ("fits", "certainty", "speed", "instead", "parallel", "flags"):
         assert found[key] == said[key], key
     assert [gpu["total_bytes"] for gpu in found["memory"]] == [gpu["total_bytes"] for gpu in said["gpus"]]
@@ -81,7 +80,7 @@ def test_the_plan_is_the_command_lines(client: TestClient) -> None:
 def test_settings_are_in_the_command(client: TestClient, state: dict[str, Any], words: str) -> None:
     found = client.post("/api/estimate", json=STATE | state).json()
     assert words in found["command"]
-    said = CliRunner().invoke(command_line, [*shlex.split(found["command"])[1:], "--json"])
+    said = run(*shlex.split(found["command"])[1:], "--json")
     assert found["now"] == json.loads(said.stdout)["estimates"][0]
 
 
@@ -192,7 +191,7 @@ def test_server_binds_to_loopback_and_survives() -> None:
             with httpx.Client(base_url=address, timeout=30) as http:
                 assert http.get("/").status_code == 200
                 assert http.post("api/estimate", content=b"{").status_code == 422
-                taken = CliRunner().invoke(command_line, ["vram", "serve", "--port", str(http.base_url.port)])
+                taken = run("vram", "serve", "--port", http.base_url.port)
                 assert taken.exit_code == 1 and "error: cannot listen on 127.0.0.1 port" in taken.stderr
                 assert "hint: choose another with --port" in taken.stderr
         finally:
@@ -202,12 +201,12 @@ def test_server_binds_to_loopback_and_survives() -> None:
 def test_export_is_self_contained(tmp_path: Path) -> None:
     out = tmp_path / "c.html"
     args = ["vram", "export", "Qwen2.5-72B", "Qwen2.5-32B", "-o", str(out), "--bits", "4,8", "--gpu", "2x RTX 3090"]
-    result = CliRunner().invoke(command_line, args)
+    result = run(*args)
     assert result.exit_code == 0 and result.stdout == f"{out}\n"
     text = out.read_text()
     assert text.count("<svg") == 4 and "<script" not in text and "http" not in text.replace("http-equiv", "")
     assert "Qwen2.5-72B, 4-bit g128, 41.49 GB, KV auto" in text and "does not fit" in text
-    again = CliRunner().invoke(command_line, args)
+    again = run(*args)
     assert again.exit_code == 1 and "exists" in again.stderr
 
 

@@ -11,13 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import small_job
+from conftest import run, small_job
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 from qwenq.checkpoint.manifest import MANIFEST_NAME, encode_manifest, verify
 from qwenq.checkpoint.reader import Checkpoint, open_checkpoint
-from qwenq.cli.main import app
 from qwenq.errors import CheckpointError, JobError, PlanError, QwenqError
 from qwenq.formats.base import FORMATS, Recipe, Scheme
 from qwenq.formats.bitsandbytes import NF4
@@ -204,15 +202,12 @@ def test_what_another_tool_wrote(random_model: Make, tmp_path: Path) -> None:
 
 
 def test_the_command(random_model: Make, tmp_path: Path) -> None:
-    def run(*words: object) -> Any:
-        return CliRunner(env={"COLUMNS": "200"}).invoke(app, ["convert", *(str(word) for word in words)])
-
     quantize(small_job(random_model(), tmp_path / "a"))
-    result = run(tmp_path / "a", tmp_path / "b", "--format", "awq", "--json")
+    result = run("convert", tmp_path / "a", tmp_path / "b", "--format", "awq", "--json")
     assert result.exit_code == 0 and json.loads(result.stdout)["source_format"] == "gptq"
-    result = run(tmp_path / "a", tmp_path / "c", "--format", "compressed-tensors")
+    result = run("convert", tmp_path / "a", tmp_path / "c", "--format", "compressed-tensors", COLUMNS="200")
     assert result.exit_code == 0 and "4-bit g32, gptq to compressed-tensors, 0." in result.stdout
-    result = run(tmp_path / "a", tmp_path / "d", "--format", "ggml")
+    result = run("convert", tmp_path / "a", tmp_path / "d", "--format", "ggml")
     assert result.exit_code == 2
     assert result.stderr == f"error: --format ggml: wanted one of {', '.join(FORMATS)}\n"
 

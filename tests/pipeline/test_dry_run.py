@@ -9,21 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
 
-from qwenq.cli.main import app
 from qwenq.machine import total_memory
 from qwenq.model.spec import family_spec
 from qwenq.pipeline.config import DEFAULT_WINDOWS, SET_TOKENS, original_windows
 from qwenq.pipeline.preflight import sensitivity_bytes
-from tests.conftest import text_windows
+from tests.conftest import run, text_windows
 
 GB = 10**9
-
-
-def run(*words: object) -> Result:
-    return CliRunner(env={"COLUMNS": "160", "TERM": "dumb"}).invoke(app, [str(word) for word in words])
 
 
 def dry(*words: object) -> dict[str, Any]:

@@ -16,12 +16,10 @@ import torch
 from conftest import small_job
 from test_quantize import FORKS, assert_same
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
 import qwenq.pipeline.quantize
 from qwenq.checkpoint.manifest import verify
 from qwenq.checkpoint.reader import open_checkpoint
-from qwenq.cli.main import app
 from qwenq.errors import CheckpointError
 from qwenq.formats.base import Recipe, Scheme, get_format
 from qwenq.pipeline.container import size_label
@@ -29,6 +27,7 @@ from qwenq.pipeline.evaluate import evaluate
 from qwenq.pipeline.job import QuantizeJob
 from qwenq.pipeline.quantize import quantize
 from qwenq.solver.gptq import round_rows
+from tests.conftest import answer
 
 Make = Callable[..., Path]
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2}
@@ -38,12 +37,6 @@ def gguf_job(source: Path, out: Path, mixture: str = "Q4_K_M", **changes: Any) -
     job = small_job(source, out, format="gguf", gguf_type=mixture, **changes)
     recipe = get_format("gguf").mixture(mixture, job.source.spec)
     return QuantizeJob(job.source, job.out, recipe, job.config, job.calibration, job.evaluation)
-
-
-def run(*words: object, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, [str(word) for word in (*words, "--json")])
-    assert result.exit_code == code, (result.output, result.exception)
-    return json.loads(result.stdout) if code == 0 else result.stderr
 
 
 def values(file: Path) -> dict[str, np.ndarray]:
@@ -60,7 +53,7 @@ def test_a_mixture_of_16_bits_is_that_whatever_the_source_has(
     quantize(gguf_job(source, tmp_path / "out", mixture))
     kinds = {t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "out" / f"model-{mixture}.gguf").tensors}
     assert kinds == {mixture, "F32"}
-    said = run("quantize", source, "-o", tmp_path / "x", "--format", "gguf", "--gguf-type", mixture,
+    said = answer("quantize", source, "-o", tmp_path / "x", "--format", "gguf", "--gguf-type", mixture,
                "--dtype", "float16", "--dry-run", code=2)  # fmt: skip
     assert f"--dtype is no choice: {mixture} says the type of every tensor" in said
 
@@ -138,14 +131,14 @@ def test_predicted_bytes_are_written_bytes_and_parts_verify(random_model: Make, 
     source, out = random_model(**WIDE), tmp_path / "out"
     ask = ["quantize", source, "-o", out, "--format", "gguf", "--bits", 4, "--split-size", "500KB"]
     text = ["--calibration", calib, "--eval-text", calib, "-n", 4, "--sequence-length", 64, "--eval-samples", 2]
-    predicted = run(*ask, *text, "--dry-run")
-    made = run(*ask, *text)
+    predicted = answer(*ask, *text, "--dry-run")
+    made = answer(*ask, *text)
     files = sorted(out.glob("*.gguf"))
     assert len(files) > 2 and files[0].name == f"model-Q4_K_M-00001-of-{len(files):05d}.gguf"
     assert predicted["file_bytes"] == made["file_bytes"] == sum(f.stat().st_size for f in files)
     assert predicted["tensor_bytes"] == made["tensor_bytes"]
     assert not verify(out, source).findings
-    evaluated = run("eval", files[0], "--reference", source, "--text", calib, "-n", 2, "--sequence-length", 64)
+    evaluated = answer("eval", files[0], "--reference", source, "--text", calib, "-n", 2, "--sequence-length", 64)
     assert evaluated["kl"]["mean"] == pytest.approx(made["drift"]["kl"]["mean"], rel=1e-4)
     data = bytearray(files[1].read_bytes())
     data[-70] ^= 1
@@ -156,8 +149,8 @@ def test_predicted_bytes_are_written_bytes_and_parts_verify(random_model: Make, 
 def test_layers_are_made_again_from_the_source(random_model: Make, calib: Path, tmp_path: Path) -> None:
     source, out = random_model(**WIDE), tmp_path / "out"
     text = ["--calibration", calib, "--eval-text", calib, "-n", 4, "--sequence-length", 64, "--eval-samples", 2]
-    run("quantize", source, "-o", out, "--format", "gguf", *text)
-    assert run("verify", out, "--source", source, "--calibration", calib)["layers_made_again"] == [0, 1, 2]
+    answer("quantize", source, "-o", out, "--format", "gguf", *text)
+    assert answer("verify", out, "--source", source, "--calibration", calib)["layers_made_again"] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "llama"])
@@ -165,7 +158,7 @@ def test_a_type_for_each_tensor_within_a_size(model_type: str, random_model: Mak
     source, out = random_model(model_type=model_type, **WIDE), tmp_path / "out"
     text = ["--calibration", calib, "--eval-text", calib, "-n", 6, "--sequence-length", 64, "--eval-samples", 2]
     ask = ["quantize", source, "-o", out, "--format", "gguf", "--target-size", "1.2MB", *text]
-    planned, made = run(*ask, "--dry-run"), run(*ask)
+    planned, made = answer(*ask, "--dry-run"), answer(*ask)
     size = next(out.glob("*.gguf")).stat().st_size
     assert 1_180_000 < made["file_bytes"] == size <= 1_200_000
     assert 1_180_000 < planned["file_bytes"] <= 1_200_000
@@ -176,7 +169,8 @@ def test_a_type_for_each_tensor_within_a_size(model_type: str, random_model: Mak
         "Q8_0", "Q6_K", "Q5_K", "IQ4_NL", "Q4_K", "IQ4_XS", "Q3_K", "Q2_K",
     }  # fmt: skip
     assert table["0.q_proj"]["Q2_K"] > table["0.q_proj"]["Q4_K"] > table["0.q_proj"]["Q6_K"] > 0
-    again = run("quantize", source, "-o", tmp_path / "again", "--format", "gguf", "--recipe", out / "qwenq-recipe.toml",
+    recipe = out / "qwenq-recipe.toml"
+    again = answer("quantize", source, "-o", tmp_path / "again", "--format", "gguf", "--recipe", recipe,
                 *text)  # fmt: skip
     assert again["file_bytes"] == made["file_bytes"] and again["drift"]["kl"] == made["drift"]["kl"]
 
@@ -187,8 +181,8 @@ def test_integers_are_converted_bit_for_bit(
 ) -> None:
     source, ints, out = random_model(**WIDE), tmp_path / "ints", tmp_path / "out"
     text = ["--calibration", calib, "--eval-text", calib, "-n", 4, "--sequence-length", 64, "--eval-samples", 2]
-    run("quantize", source, "-o", ints, "--bits", bits, "--group-size", group, *text)
-    made = run("convert", ints, out, "--format", "gguf")
+    answer("quantize", source, "-o", ints, "--bits", bits, "--group-size", group, *text)
+    made = answer("convert", ints, out, "--format", "gguf")
     (file,) = out.glob("*.gguf")
     assert made["file_bytes"] == file.stat().st_size
     before, after = open_checkpoint(ints), open_checkpoint(file)
@@ -206,7 +200,7 @@ def test_integers_are_converted_bit_for_bit(
 def test_what_no_type_holds_is_not_converted(random_model: Make, tmp_path: Path) -> None:
     source = random_model(**WIDE)
     quantize(small_job(source, tmp_path / "ints", recipe=Recipe(Scheme(4, 32, sym=False))))
-    said = run("convert", tmp_path / "ints", tmp_path / "out", "--format", "gguf", code=1)
+    said = answer("convert", tmp_path / "ints", tmp_path / "out", "--format", "gguf", code=1)
     assert said.startswith("error: 4-bit g32 asym to gguf: no type of GGUF holds its codes")
 
 
@@ -215,7 +209,7 @@ def test_padding_to_whole_blocks(random_model: Make, calib: Path, tmp_path: Path
     source = random_model(**(WIDE | {"intermediate_size": 448}))
     text = ["--calibration", calib, "--eval-text", calib, "-n", 4, "--sequence-length", 64, "--eval-samples", 2]
     ask = ["quantize", source, "--format", "gguf", "--gguf-type", "Q4_K_S", "--pad-for-tp", 1, *text]
-    made = run(*ask, "-o", tmp_path / "out")
+    made = answer(*ask, "-o", tmp_path / "out")
     assert not any("whole blocks" in line for line in made["warnings"])
     reader = gguf.GGUFReader(next((tmp_path / "out").glob("*.gguf")))
     assert reader.fields["qwen2.feed_forward_length"].contents() == 512
@@ -223,7 +217,7 @@ def test_padding_to_whole_blocks(random_model: Make, calib: Path, tmp_path: Path
     assert down.tensor_type.name == "Q4_K" and list(down.shape) == [512, 256]
     assert not gguf.quants.dequantize(down.data, down.tensor_type)[:, 448:].any()
     whole = random_model("whole", **WIDE)
-    said = run("quantize", whole, "--format", "gguf", "--pad-for-tp", 2, "--dry-run", *text, code=1)
+    said = answer("quantize", whole, "--format", "gguf", "--pad-for-tp", 2, "--dry-run", *text, code=1)
     assert "the FFN of 512 is whole blocks of 256 already" in said
 
 
@@ -231,8 +225,8 @@ def test_fallbacks_are_said(tiny: Path, calib: Path, heldout: Path, tmp_path: Pa
     text = ["--calibration", calib, "--eval-text", heldout, "-n", 2, "--sequence-length", 64, "--eval-samples", 2]
     ask = ["quantize", tiny, "-o", tmp_path / "out", "--format", "gguf", *text]
     wanted = "rows of 384 are no whole blocks of Q4_K: down_proj in Q5_0 (2 tensors), as llama.cpp has it"
-    assert wanted in run(*ask, "--dry-run")["warnings"]
-    assert wanted in run(*ask)["warnings"]
+    assert wanted in answer(*ask, "--dry-run")["warnings"]
+    assert wanted in answer(*ask)["warnings"]
     assert wanted in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -298,17 +292,17 @@ def test_a_damaged_layer_is_done_again(random_model: Make, tmp_path: Path) -> No
     ],
 )
 def test_what_cannot_be_asked_for(words: list[str], line: str, tiny: Path) -> None:
-    assert line in run("quantize", tiny, "--dry-run", "--format", "gguf", *words, code=2)
-    assert "--gguf-type goes with --format gguf" in run("quantize", tiny, "--dry-run", "--gguf-type", "Q8_0", code=2)
+    assert line in answer("quantize", tiny, "--dry-run", "--format", "gguf", *words, code=2)
+    assert "--gguf-type goes with --format gguf" in answer("quantize", tiny, "--dry-run", "--gguf-type", "Q8_0", code=2)
 
 
 def test_files_that_are_not_there_or_not_alone(tiny: Path, tmp_path: Path) -> None:
-    assert "x.gguf: neither a directory nor a shipped model" in run("inspect", tmp_path / "x.gguf", code=1)
-    assert "owner/x.gguf: no such file" in run("eval", "owner/x.gguf", "--reference", tiny, code=1)
+    assert "x.gguf: neither a directory nor a shipped model" in answer("inspect", tmp_path / "x.gguf", code=1)
+    assert "owner/x.gguf: no such file" in answer("eval", "owner/x.gguf", "--reference", tiny, code=1)
     (tmp_path / "x.gguf").touch()
-    assert "x.gguf: not a GGUF file (it is empty)" in run("inspect", tmp_path / "x.gguf", code=1)
+    assert "x.gguf: not a GGUF file (it is empty)" in answer("inspect", tmp_path / "x.gguf", code=1)
     (tmp_path / "y.gguf").touch()
-    said = run("inspect", tmp_path, code=1)
+    said = answer("inspect", tmp_path, code=1)
     assert "2 GGUF models (x.gguf, y.gguf)" in said and "hint: name one of the files" in said
 
 
@@ -325,7 +319,7 @@ def test_a_tokenizer_that_is_no_byte_level_bpe_is_refused(
 def test_dry_run_of_the_72b(tmp_path: Path) -> None:
     """Without a tokenizer at hand: its 6 MB are missing."""
     for words, wanted in ((["--bits", "4"], 47.41), (["--bits", "8"], 77.26), (["--gguf-type", "Q2_K"], 29.81)):
-        found = run("quantize", "Qwen2.5-72B", "--dry-run", "--format", "gguf", *words)
+        found = answer("quantize", "Qwen2.5-72B", "--dry-run", "--format", "gguf", *words)
         assert found["file_bytes"] / 1e9 == pytest.approx(wanted, rel=1e-3)
 
 

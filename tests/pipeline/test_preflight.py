@@ -62,7 +62,7 @@ def test_72b_tensor_bytes(scheme: Scheme, wanted: int, qwen72: ModelSpec) -> Non
     assert 0 < check.file_bytes - wanted < 2_000_000  # headers
     assert check.source_tensor_bytes == 145_412_407_296
     assert check.parameters == 72_706_203_648
-    assert check.units == dict.fromkeys(("qkv", "o", "gate_up", "down"), scheme.label)
+    assert check.schemes == dict.fromkeys(("qkv", "o", "gate_up", "down"), scheme.label)
     json.dumps(check.to_json(), allow_nan=False)
 
 
@@ -83,9 +83,9 @@ def test_bytes_by_hand() -> None:
     outer = 2 * (100 * 64 + 64 + 100 * 64)
     check = dry_run(spec, Recipe(Scheme(4, 32)))
     assert check.tensor_bytes == packed + biases + norms + outer
-    assert sum(check.unit_bytes.values()) == packed + biases
+    assert sum(check.stage_bytes.values()) == packed + biases
     linears = sum(columns * rows for columns, rows in shapes)
-    assert sum(dry_run(spec, Recipe(None)).unit_bytes.values()) == 2 * linears + biases
+    assert sum(dry_run(spec, Recipe(None)).stage_bytes.values()) == 2 * linears + biases
 
 
 def test_bits_per_weight_by_hand() -> None:

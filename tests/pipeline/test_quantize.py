@@ -11,7 +11,6 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from qwenq.checkpoint.manifest import JOURNAL_NAME, LOCK_NAME, MANIFEST_NAME
 from qwenq.checkpoint.reader import open_checkpoint, open_source
 from qwenq.errors import CheckpointError, JobError, PlanError, QwenqError, UsageError
 from qwenq.formats.base import Recipe, Scheme
-from qwenq.pipeline.activations import embed_tokens
 from qwenq.pipeline.evaluate import evaluate
 from qwenq.pipeline.job import QuantizeJob, partial_directory
 from qwenq.pipeline.quantize import quantize
@@ -197,7 +195,7 @@ def test_a_fallback_is_recorded_and_shown(random_model: Make, tmp_path: Path, mo
 def test_spilled_hidden_states_change_nothing(random_model: Make, tmp_path: Path, monkeypatch: Any) -> None:
     source = random_model()
     quantize(small_job(source, tmp_path / "a"))
-    monkeypatch.setattr(qwenq.pipeline.quantize, "embed_tokens", partial(embed_tokens, spill_bytes=0))
+    monkeypatch.setattr("qwenq.pipeline.activations.SPILL_BYTES", 0)
     quantize(small_job(source, tmp_path / "b"))
     assert_same(tmp_path / "a", tmp_path / "b")
 

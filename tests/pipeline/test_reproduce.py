@@ -10,17 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import small_job, text_windows
+from conftest import answer, small_job, text_windows
 from safetensors.torch import load_file
 from test_faults import FORMATS
-from typer.testing import CliRunner
 
 from qwenq.checkpoint.manifest import MANIFEST_NAME, encode_manifest, read_manifest, verify
-from qwenq.cli.main import app
 from qwenq.errors import CalibrationError, CheckpointError, JobError
 from qwenq.io.tensors import write_shard
 from qwenq.pipeline.quantize import quantize
 from qwenq.pipeline.reproduce import reproduce, sample
+from tests.conftest import run
 
 Make = Callable[..., Path]
 
@@ -154,12 +153,12 @@ def test_the_command(tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     quantize(small_job(tiny, out, method="rtn", calibration=None))
     words = ["verify", str(out), "--source", str(tiny)]
-    good = CliRunner().invoke(app, [*words, "--layers", "1"])
+    good = run(*words, "--layers", "1")
     assert good.exit_code == 0 and "layer 1 made again, all as in its manifest" in good.stdout
-    assert CliRunner().invoke(app, [*words, "--layers", "x"]).exit_code == 2
-    asked = json.loads(CliRunner().invoke(app, [*words, "--all-layers", "--json"]).stdout)
+    assert run(*words, "--layers", "x").exit_code == 2
+    asked = answer(*words, "--all-layers")
     assert asked["ok"] and asked["layers_made_again"] == [0, 1, 2, 3]
     assert asked["layers_not_made_again"] == []
-    none = json.loads(CliRunner().invoke(app, [*words, "--layers", "none", "--json"]).stdout)
+    none = answer(*words, "--layers", "none")
     assert none["layers_made_again"] == [] and none["layers_not_made_again"] == [0, 1, 2, 3]
     assert "not made again: layers 0, 2 to 3 (--all-layers makes every one)" in good.stdout

@@ -1,4 +1,4 @@
-"""Sensitivities against what they predict: the KL of the model itself when one unit, or a recipe, is quantized."""
+"""Sensitivities against what they predict: the model's own KL when one fused group, or a recipe, is quantized."""
 
 from __future__ import annotations
 
@@ -12,11 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import Result
-from typer.testing import CliRunner
 
 from qwenq.checkpoint.reader import open_source
-from qwenq.cli.main import app
 from qwenq.errors import CalibrationError, CheckpointError, JobError, PlanError
 from qwenq.formats.base import Scheme
 from qwenq.io.safetensors import fingerprint
@@ -28,13 +25,7 @@ from qwenq.pipeline.quantize import quantize
 from qwenq.planning.budget import recipe_of
 from qwenq.planning.sensitivity import SENSITIVITY_NAME, Sensitivity, encode_sensitivity, fused_groups, read_sensitivity
 from qwenq.text.tokens import TokenWindows
-from tests.conftest import settled, text_windows
-
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "COLUMNS": "120", "TERM": "dumb"}
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner(env=ENVIRONMENT).invoke(app, [str(a) for a in arguments])
+from tests.conftest import answer, run, settled, text_windows
 
 
 @pytest.fixture(scope="module")
@@ -68,22 +59,22 @@ def rank_correlation(a: list[float], b: list[float]) -> float:
 
 
 @pytest.mark.parametrize(
-    ("unit", "scheme"),
+    ("fused", "scheme"),
     [((0, "qkv"), Scheme(4, 64)), ((1, "o"), Scheme(4, 128)), ((3, "gate_up"), Scheme(4, 32)),
      ((2, "down"), Scheme(4, 128)), ((0, "down"), Scheme(4, 32))],
 )  # fmt: skip
 def test_one_unit_alone_costs_what_the_table_says(
-    unit: tuple[int, str], scheme: Scheme, table: Sensitivity, measured_kl: Callable, tiny: Path
+    fused: tuple[int, str], scheme: Scheme, table: Sensitivity, measured_kl: Callable, tiny: Path
 ) -> None:
     choice = dict.fromkeys(fused_groups(open_source(tiny).spec))
-    found = measured_kl(choice | {unit: scheme})
-    assert 0.6 < table.loss(unit, scheme) / found < 1.6
+    found = measured_kl(choice | {fused: scheme})
+    assert 0.6 < table.loss(fused, scheme) / found < 1.6
 
 
 def test_eight_bits_cost_the_square_of_the_step(table: Sensitivity, measured_kl: Callable, tiny: Path) -> None:
-    """All units in 8 bits: far below what any one costs in 4, and predicted within a factor of two."""
+    """All fused groups in 8 bits: far below what any one costs in 4, and predicted within a factor of two."""
     choice = dict.fromkeys(fused_groups(open_source(tiny).spec), Scheme(8, 64))
-    predicted = sum(table.loss(unit, scheme) for unit, scheme in choice.items())
+    predicted = sum(table.loss(fused, scheme) for fused, scheme in choice.items())
     assert 0.5 < predicted / measured_kl(choice) < 2
 
 
@@ -97,11 +88,11 @@ def test_ten_random_recipes_are_ranked_rightly(table: Sensitivity, measured_kl: 
     for _ in range(10):
         share = rng.random()
         choice: dict = {}
-        for unit, row in table.kl.items():
+        for fused, row in table.kl.items():
             narrow = [scheme for scheme in row if scheme and scheme.bits == 4]
             wide = [None, *(scheme for scheme in row if scheme and scheme.bits == 8)]
-            choice[unit] = rng.choice(narrow if rng.random() < share else wide)
-        predicted.append(sum(table.loss(unit, scheme) for unit, scheme in choice.items()))
+            choice[fused] = rng.choice(narrow if rng.random() < share else wide)
+        predicted.append(sum(table.loss(fused, scheme) for fused, scheme in choice.items()))
         found.append(measured_kl(choice))
         uncorrected.append(measured_kl(choice, error_correction=0.0))
     assert rank_correlation(predicted, found) >= 0.9 and rank_correlation(predicted, uncorrected) >= 0.9
@@ -153,9 +144,8 @@ def test_a_fingerprint_tells_models_apart(random_model: Callable[..., Path]) -> 
 
 def test_a_table_serves_any_budget(tmp_path: Path, tiny: Path, calib: Path, random_model: Callable[..., Path]) -> None:
     path = tmp_path / "s.json"
-    made = run("sensitivity", tiny, "-o", path, "--calibration", calib, "--sequence-length", 64, "-n", 6, "--json")
-    assert made.exit_code == 0, made.stderr
-    assert json.loads(made.stdout) == json.loads(path.read_text())
+    made = answer("sensitivity", tiny, "-o", path, "--calibration", calib, "--sequence-length", 64, "-n", 6)
+    assert made == json.loads(path.read_text())
     assert [p.name for p in tmp_path.iterdir()] == ["s.json"]
     again = tmp_path / "again.json"
     run("sensitivity", tiny, "-o", again, "--calibration", calib, "--sequence-length", 64, "-n", 6)
@@ -270,7 +260,7 @@ def test_rows_that_measure_nothing_are_refused(row: dict, said: str, table: Sens
         read_sensitivity(path)
 
 
-def test_units_that_few_or_no_groups_fit(random_model: Callable[..., Path], calib: Path, tmp_path: Path) -> None:
+def test_fused_groups_that_few_schemes_fit(random_model: Callable[..., Path], calib: Path, tmp_path: Path) -> None:
     """One KV head of 12 rows packs in 8 bits alone; no group divides 100 columns, which are read per channel."""
     model = random_model(num_attention_heads=16, num_key_value_heads=1, head_dim=12, intermediate_size=100)
     path = tmp_path / "s.json"
@@ -281,9 +271,9 @@ def test_units_that_few_or_no_groups_fit(random_model: Callable[..., Path], cali
     qkv, down = kl[0, "qkv"], kl[0, "down"]
     assert list(qkv) == [Scheme(8, 64), Scheme(8, 32)] and list(down) == [Scheme(4, -1)]
     assert 0 < qkv[Scheme(8, 32)] < qkv[Scheme(8, 64)] < 0.1 * down[Scheme(4, -1)]
-    dry = run("quantize", model, "--bpw", "9", "--sensitivity", path, "--sequence-length", 64, "--dry-run", "--json")
-    assert dry.exit_code == 0, dry.stderr
-    chosen = [{name: row[name] for name in ("qkv", "down")} for row in json.loads(dry.stdout)["recipe"]["layers"]]
+    asked = ("--bpw", "9", "--sensitivity", path, "--sequence-length", 64)
+    layers = answer("quantize", model, *asked, "--dry-run")["recipe"]["layers"]
+    chosen = [{name: row[name] for name in ("qkv", "down")} for row in layers]
     assert all(row["down"] == "16-bit" and row["qkv"] in ("8-bit g64", "8-bit g32", "16-bit") for row in chosen)
 
 

@@ -59,10 +59,10 @@ def small(layers: int = 1) -> ModelSpec:
 
 def random_table(spec: ModelSpec, seed: int) -> Sensitivity:
     rng = random.Random(seed)
-    scale = {unit: rng.uniform(0.1, 10) for unit in fused_groups(spec)}
+    scale = {fused: rng.uniform(0.1, 10) for fused in fused_groups(spec)}
     rows = {
-        unit: {scheme: kl * scale[unit] * rng.uniform(0.9, 1.1) for scheme, kl in row.items()}
-        for unit, row in prior(spec).kl.items()
+        fused: {scheme: kl * scale[fused] * rng.uniform(0.9, 1.1) for scheme, kl in row.items()}
+        for fused, row in prior(spec).kl.items()
     }
     return Sensitivity(spec.name, "measured", rows)
 
@@ -103,11 +103,11 @@ def test_a_four_unit_model_by_brute_force() -> None:
     """One layer: every recipe there is, with the sizes of the files themselves."""
     spec = small()
     table = random_table(spec, 3)
-    units = list(fused_groups(spec))
+    groups = list(fused_groups(spec))
     every = []
-    for schemes in itertools.product(*([*table.kl[unit], None] for unit in units)):
-        choice = dict(zip(units, schemes, strict=True))
-        kl = sum(table.loss(unit, choice[unit]) for unit in units)
+    for schemes in itertools.product(*([*table.kl[fused], None] for fused in groups)):
+        choice = dict(zip(groups, schemes, strict=True))
+        kl = sum(table.loss(fused, choice[fused]) for fused in groups)
         every.append((file_bytes(spec, recipe_of(spec, choice), bf16), kl))
     smallest, whole = reachable_bytes(spec, table, bf16)
     assert min(every)[0] <= smallest <= min(every)[0] + 300 and max(every)[0] == whole
@@ -236,7 +236,7 @@ def test_a_recipe_file_says_the_same_when_read_back(tmp_path: Path) -> None:
     found = choose_for_bytes(B7, random_table(B7, 2), 7 * 10**9, bf16)
     path = tmp_path / "r.toml"
     path.write_text(encode_recipe(B7, found))
-    shared = {unit: found.recipe.scheme_of(members_of(B7, unit)[0]) for unit in fused_groups(B7)}
+    shared = {fused: found.recipe.scheme_of(members_of(B7, fused)[0]) for fused in fused_groups(B7)}
     assert read_recipe(path, B7) == found.choice == shared
     lines = path.read_text().splitlines()
     assert sum(1 for line in lines if re.match(r"\d+ +=", line)) == 28 and max(map(len, lines)) < 120
@@ -248,7 +248,7 @@ BROKEN: dict[str, tuple[Callable[[str], str], str]] = {
     "group": (lambda t: t.replace('o = "4-bit g128"', 'o = "4-bit g96"', 1), r"line 12, layer 0, o: .*g96"),
     "asymmetric": (lambda t: t.replace('o = "4-bit g128"', 'o = "4-bit g64 asym"', 1), "layer 0, o: 4-bit g64"),
     "number": (lambda t: t.replace('o = "4-bit g128"', "o = 4", 1), "line 12, layer 0, o: 4 is no scheme"),
-    "unit": (lambda t: t.replace("o = ", "q = ", 1), "line 12, layer 0: has qkv, q, gate_up, down, wanted qkv, o"),
+    "name": (lambda t: t.replace("o = ", "q = ", 1), "line 12, layer 0: has qkv, q, gate_up, down, wanted qkv, o"),
     "missing layer": (lambda t: re.sub(r"(?m)^1 .*\n", "", t), "layer 1: missing"),
     "one layer more": (lambda t: t + '7 = { qkv = "16-bit" }\n', r"line 15: layer '7', small has 3 layers \(0 to 2\)"),
     "syntax": (lambda t: t.replace("{", "[", 1), r"at line 12"),
@@ -315,5 +315,5 @@ def test_rigs_too_small_and_too_large_are_honest() -> None:
 
 
 def test_units_have_the_linears_engines_fuse() -> None:
-    names = [[lin.kind for lin in members_of(B7, (3, unit))] for unit in ("qkv", "o", "gate_up", "down")]
+    names = [[lin.kind for lin in members_of(B7, (3, fused))] for fused in ("qkv", "o", "gate_up", "down")]
     assert names == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]

@@ -10,16 +10,15 @@ from typing import Any
 
 import pytest
 from families import model
-from typer.testing import CliRunner
 
 from qwenq.checkpoint.reader import open_checkpoint
-from qwenq.cli.main import app
 from qwenq.errors import CheckpointError, PlanError
 from qwenq.formats.base import Recipe, Scheme, quantization_config
 from qwenq.io.safetensors import TensorSpec
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.placement import cutting_reasons
 from qwenq.planning.weights import Weights, declared_by_config, header_weights, published_weights, recipe_weights
+from tests.conftest import run
 
 TINY = Path(__file__).parents[1] / "data" / "tiny-qwen2"
 HOSTILE = r"-:(?:\w+\.?)+!"
@@ -100,7 +99,7 @@ def test_what_opening_refuses_the_estimate_refuses(kind: str, tmp_path: Path) ->
     shutil.copytree(TINY, tmp_path, dirs_exist_ok=True)
     (tmp_path / "config.json").write_text(json.dumps(said))
     started = time.process_time()
-    result = CliRunner().invoke(app, ["vram", str(tmp_path), "-c", "64"])
+    result = run("vram", tmp_path, "-c", "64")
     assert time.process_time() - started < 2
     with pytest.raises((CheckpointError, PlanError), match=message) as caught:
         open_checkpoint(tmp_path)

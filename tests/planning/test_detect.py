@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
-from typer.testing import CliRunner
 
-from qwenq.cli.main import app
 from qwenq.errors import PlanError
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.model.spec import family_spec
@@ -19,6 +17,7 @@ from qwenq.planning.plan import make_plan
 from qwenq.planning.rig import detect_rig, known_gpu, sees_gpu
 from qwenq.planning.weights import recipe_weights
 from qwenq.units import GIB
+from tests.conftest import run
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,7 @@ def test_a_gpu_that_shares_the_systems_memory_has_what_the_system_has_free(
     three.setattr("qwenq.planning.rig.available_ram", lambda: 100 * GIB)
     rig = detect_rig()
     assert rig.label == "DGX Spark (GB10)" and rig.limits == (100 * GIB,) and sees_gpu()
-    done = CliRunner().invoke(app, ["plan", "Qwen2.5-72B", "--detect", "--json"])
+    done = run("plan", "Qwen2.5-72B", "--detect", "--json")
     assert done.exit_code == 0
     assert "NVIDIA GB10: the driver tells no memory, so what the system has free counts: 100.00 GiB" in done.stderr
     three.setattr("qwenq.planning.rig.available_ram", lambda: 1 << 60)  # a system that tells nothing either

@@ -109,8 +109,9 @@ def test_log_lines_are_read() -> None:
     found = log_columns(LOG)
     assert found == {
         "version": "0.19.1", "kv_tokens": "49696", "mem_gib": "9.1", "max_model_len": "4096",
-        "gpu_memory_utilization": "0.9", "enforce_eager": "False", "gpu_num": "1",
+        "gpu_memory_utilization": "0.9", "enforce_eager": "False", "gpu_num": "1", "pipeline_parallel_size": "1",
     }  # fmt: skip
+    assert log_columns("tensor_parallel_size=2, pipeline_parallel_size=4")["gpu_num"] == "8"
     assert log_columns("NCCL version 2.21.5\nLLM engine (v0.10.0)")["version"] == "0.10.0"
     assert "mem_gib" not in log_columns("Available KV cache memory: -37.31 GiB")
 
@@ -132,6 +133,14 @@ def test_a_table_of_logs(tmp_path: Path) -> None:
     assert "an allocator peak is of transformers" in skipped[3]
     table.write_text("model,quant,engine,version,gpu,kv_tokens\nQwen2.5-7B,BF16,vllm,0.26,RTX 3091,5\n")
     with pytest.raises(PlanError, match="unknown GPU 'RTX 3091'"):
+        read_rows(table)
+
+
+@pytest.mark.parametrize(("column", "cell"), [("max_model_len", "8k"), ("enforce_eager", "on"), ("gpu_num", "two")])
+def test_a_cell_that_is_not_understood_is_no_default(column: str, cell: str, tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text(f"model,quant,engine,version,gpu,kv_tokens,{column}\nQwen2.5-7B,BF16,vllm,0.26,A10G,5,{cell}\n")
+    with pytest.raises(PlanError, match=f"line 2: {column} is '{cell}', wanted "):
         read_rows(table)
 
 

@@ -11,21 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import Result
-from typer.testing import CliRunner
 
 from qwenq.checkpoint.reader import open_checkpoint, open_source
-from qwenq.cli.main import app
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.model.layer import Network
 from qwenq.pipeline.evaluate import evaluate
 from qwenq.pipeline.quantize import quantize
 from qwenq.solver.equalize import channel_scales
-from tests.conftest import small_job, text_windows
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner(env={"OMP_NUM_THREADS": "1", "TERM": "dumb"}).invoke(app, [str(a) for a in arguments])
+from tests.conftest import answer, run, small_job, text_windows
 
 
 @torch.no_grad()
@@ -82,7 +75,7 @@ def test_the_command_pads_resumes_and_refuses(
     model, out = random_model(), tmp_path / "out"
     command = ["quantize", model, "-o", out, "--group-size", 32, "--pad-for-tp", 2, "--calibration", calib,
                "--eval-text", heldout, "-n", 4, "--eval-samples", 1, "--sequence-length", 64]  # fmt: skip
-    dry = json.loads(run(*command, "--dry-run", "--json").stdout)
+    dry = answer(*command, "--dry-run")
     assert dry["tensor_parallel"]["2"] == "" and dry["source_tensor_bytes"] == sum(
         t.spec.nbytes for t in open_source(model).tensors.values()
     )
@@ -95,11 +88,9 @@ def test_the_command_pads_resumes_and_refuses(
         assert run(*command).exit_code == 130
     changed = run(*[a for a in command if a not in ("--pad-for-tp", 2)], "--resume")
     assert changed.exit_code == 1 and "intermediate_size was 128, now 96" in changed.stderr
-    result = run(*command, "--resume", "--json")
-    assert result.exit_code == 0, result.stderr
-    assert json.loads(result.stdout)["file_bytes"] == dry["file_bytes"]
+    assert answer(*command, "--resume")["file_bytes"] == dry["file_bytes"]
     assert json.loads((out / "config.json").read_text())["intermediate_size"] == 128
-    inspected = json.loads(run("inspect", out, "--json").stdout)
+    inspected = answer("inspect", out)
     assert inspected["tensor_parallel"]["2"] == "" and inspected["disagreements"] == []
     refused = run("quantize", model, "--group-size", 32, "--pad-for-tp", 3, "--dry-run")
     assert refused.exit_code == 1 and "4 heads are not divisible by 3" in refused.stderr

@@ -26,7 +26,7 @@ from qwenq.planning.ggufsize import gguf_weights
 from qwenq.planning.memory import estimate
 from qwenq.planning.placement import Placement, cutting_reasons, parallel_options, place
 from qwenq.planning.plan import make_plan, recommend
-from qwenq.planning.rig import find_gpu, parse_rig, rig_of
+from qwenq.planning.rig import Rig, find_gpu, parse_rig
 from qwenq.planning.speed import Speed, bus_gb_s, decode_seconds, estimate_speed, prefill_seconds
 from qwenq.planning.tensor_parallel import padded_width
 from qwenq.planning.weights import Weights, published_weights, recipe_weights
@@ -136,7 +136,7 @@ def test_nothing_fits_at_all() -> None:
 def test_any_placement_is_whole(kinds: list[str], name: str, context: int, engine: str) -> None:
     spec = model(name)
     weights = recipe_weights(spec, Recipe(Scheme(4, 32)))
-    rig = rig_of([find_gpu(kind) for kind in kinds])
+    rig = Rig(tuple(find_gpu(kind) for kind in kinds))
     case = Case(spec, weights, get_engine(engine), Workload(context), rig)
     found = place(case)
     _check(found, spec.num_hidden_layers)
@@ -261,7 +261,7 @@ def test_costs_in_closed_form_are_the_terms(
 def test_recommended_contexts_are_the_plans_in_steps() -> None:
     case = Case(B72, INT4, get_engine("qwenq"), Workload(8192))
     for found in recommend(case)[:6]:
-        rig = rig_of([found.gpu] * found.count)
+        rig = Rig((found.gpu,) * found.count)
         longest = case.engine.longest_context(replace(case, rig=rig))
         assert found.largest_context <= longest < found.largest_context + 4096
 
@@ -289,7 +289,7 @@ def test_speed_against_published_runs() -> None:
         vllm = row["engine"] == "vllm"
         engine = VLLM if vllm else get_engine("transformers", "4.46.0")
         shares = rank_shares(spec, ranks) if vllm else even_shares(spec, ranks)
-        case = Case(spec, weights, engine, Workload(min(prompt + 1024, 131072)), rig_of([a100] * ranks))
+        case = Case(spec, weights, engine, Workload(min(prompt + 1024, 131072)), Rig((a100,) * ranks))
         decode = decode_seconds(case, shares)
         prefill = prefill_seconds(case.at(max(prompt, 1)), shares)
         assert decode is not None and prefill is not None
@@ -328,27 +328,27 @@ def test_speed_of_llama_cpp_as_measured() -> None:
     assert found.prefill and found.decode
     assert found.prefill[0] < 988 < found.prefill[1] and found.decode[0] < 34.2 < found.decode[1]
     turing = find_gpu("T4")  # where nobody measured it
-    slow = prefill_seconds(replace(case, rig=rig_of([turing])), even_shares(spec, 1))
+    slow = prefill_seconds(replace(case, rig=Rig((turing,))), even_shares(spec, 1))
     newer = replace(turing, compute_capability=(8, 0))
-    fast = prefill_seconds(replace(case, rig=rig_of([newer])), even_shares(spec, 1))
+    fast = prefill_seconds(replace(case, rig=Rig((newer,))), even_shares(spec, 1))
     assert slow and fast and slow / fast == pytest.approx(0.85 / 0.4)
 
 
 def test_speed_of_this_engine_goes_by_its_kernels() -> None:
     """A CUDA graph on one GPU with Triton; 52.2 ms were measured without one, with torch's kernels."""
     gpu = find_gpu("H200 SXM 141GB")
-    case = Case(B72, INT4, get_engine("qwenq"), Workload(1024), rig_of([gpu]))
+    case = Case(B72, INT4, get_engine("qwenq"), Workload(1024), Rig((gpu,)))
     assert case.engine.run_fit(case, even_shares(B72, 1)).traffic == pytest.approx(1.83)
     launched = case.engine.speed_fit(INT4)
     for changed, shares in (
-        (replace(case, rig=rig_of([replace(gpu, triton=False)])), even_shares(B72, 1)),
-        (replace(case, rig=rig_of([gpu] * 2)), even_shares(B72, 2)),
+        (replace(case, rig=Rig((replace(gpu, triton=False),))), even_shares(B72, 1)),
+        (replace(case, rig=Rig((gpu, gpu))), even_shares(B72, 2)),
         (case.asking(batch=4), even_shares(B72, 1)),
-        (replace(case, rig=rig_of([find_gpu("T4")])), even_shares(B72, 1)),
-        (replace(case, rig=rig_of([find_gpu("RTX 3090")])).asking(kv_dtype="fp8"), even_shares(B72, 1)),
+        (replace(case, rig=Rig((find_gpu("T4"),))), even_shares(B72, 1)),
+        (replace(case, rig=Rig((find_gpu("RTX 3090"),))).asking(kv_dtype="fp8"), even_shares(B72, 1)),
     ):
         assert case.engine.run_fit(changed, shares) == launched
-    without = replace(case, rig=rig_of([replace(gpu, triton=False)]))
+    without = replace(case, rig=Rig((replace(gpu, triton=False),)))
     assert decode_seconds(without, even_shares(B72, 1)) == pytest.approx(52.2e-3, rel=0.05)
 
 
@@ -393,17 +393,17 @@ def test_old_gpus_write_weights_out() -> None:
     """Without tinygemm a step also writes 2 bytes a weight and reads them again: here 4 x 70.2e9 bytes at 320 GB/s."""
     old, new = find_gpu("T4"), replace(find_gpu("T4"), compute_capability=(8, 0))
     seconds = [
-        decode_seconds(Case(B72, INT4, get_engine("qwenq"), Workload(1024), rig_of([gpu])), even_shares(B72, 1))
+        decode_seconds(Case(B72, INT4, get_engine("qwenq"), Workload(1024), Rig((gpu,))), even_shares(B72, 1))
         for gpu in (old, new)
     ]
     assert seconds[0] is not None and seconds[1] is not None
     assert seconds[0] - seconds[1] == pytest.approx(4 * B72.linear_parameters / 320e9, rel=0.05)
-    noted = make_plan(Case(B72, INT4, get_engine("qwenq"), Workload(1024), rig_of([old] * 4))).notes
+    noted = make_plan(Case(B72, INT4, get_engine("qwenq"), Workload(1024), Rig((old,) * 4))).notes
     assert noted == (
         "Tesla T4: no packed kernel (compute capability 7.5, it needs 8.0): weights are written out for every token",
     )
-    assert make_plan(Case(B72, INT4, get_engine("qwenq"), Workload(1024), rig_of([new] * 4))).notes == ()
-    assert make_plan(Case(B72, INT4, get_engine("transformers"), Workload(1024), rig_of([old] * 4))).notes == ()
+    assert make_plan(Case(B72, INT4, get_engine("qwenq"), Workload(1024), Rig((new,) * 4))).notes == ()
+    assert make_plan(Case(B72, INT4, get_engine("transformers"), Workload(1024), Rig((old,) * 4))).notes == ()
 
 
 def test_a_rig_of_memory_alone() -> None:
@@ -422,7 +422,7 @@ def test_any_batch_has_a_split_or_a_line() -> None:
 
 def test_unknown_figures_give_no_speed() -> None:
     p40 = find_gpu("P40")
-    case = Case(B72, INT4, get_engine("qwenq"), Workload(1024), rig_of([p40] * 2))
+    case = Case(B72, INT4, get_engine("qwenq"), Workload(1024), Rig((p40,) * 2))
     found = estimate_speed(case, even_shares(B72, 2))
     assert found.prefill is None and found.decode is not None
     assert bus_gb_s(find_gpu("RTX 3090")) == pytest.approx(31.5, abs=0.1) and bus_gb_s(find_gpu("M2 Ultra")) is None
@@ -499,7 +499,7 @@ def test_compute_buffers_of_newer_builds(
 ) -> None:
     spec = model(name)
     work = Workload(context, kv_dtype=kv, prefill_chunk=chunk)
-    case = Case(spec, gguf_weights(spec, "Q4_K_M"), LLAMA_CPP, work, rig_of([find_gpu("RTX 3090")] * gpus))
+    case = Case(spec, gguf_weights(spec, "Q4_K_M"), LLAMA_CPP, work, Rig((find_gpu("RTX 3090"),) * gpus))
     found = estimate(case, even_shares(spec, gpus))
     sizes = [(gpu.term("activations") + gpu.term("logits")) / (1 << 20) for gpu in found.gpus]
     assert sizes == pytest.approx(wanted, rel=0.02)
@@ -524,7 +524,7 @@ def test_compute_buffers_of_older_builds_are_as_they_were() -> None:
 )  # fmt: skip
 def test_compute_buffers_with_layers_on_the_cpu(name: str, context: int, gpus: int, mib: int) -> None:
     spec = model(name)
-    rig = rig_of([find_gpu("RTX 3060 12GB" if name != "Qwen2.5-7B" else "4GB")] * gpus)
+    rig = Rig((find_gpu("RTX 3060 12GB" if name != "Qwen2.5-7B" else "4GB"),) * gpus)
     weights = gguf_weights(spec, "F16" if name == "Qwen2.5-7B" else "Q4_K_M")
     found = place(Case(spec, weights, LLAMA_CPP, Workload(context), rig), offload=True)
     assert found.host_layers

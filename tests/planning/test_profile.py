@@ -7,19 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
 
-from qwenq.cli.main import app
 from qwenq.errors import PlanError
 from qwenq.planning.memory import Term
 from qwenq.planning.profile import MeasuredRow, fit_rows, profile_json, read_profile
+from tests.conftest import answer, run
 
 MIB = 1 << 20
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner(env={"COLUMNS": "120", "TERM": "dumb"}).invoke(app, ["vram", *map(str, arguments)])
 
 
 def row(working: int, allocated: int, **changes: Any) -> MeasuredRow:
@@ -71,15 +65,15 @@ def test_what_a_profile_corrects(tmp_path: Path) -> None:
     assert found["context"].n_bytes == 500 * MIB and "measured: rig.json, 2 rows" in found["context"].source
     with pytest.raises(PlanError, match=r"^rig\.json was measured on RTX 3090, not on RTX 4090$"):
         profile.corrected("RTX 4090", terms)
-    plain = json.loads(run("Qwen2.5-7B", "--gpu", "RTX 3090", "-c", "4k", "--json").stdout)
-    fitted = json.loads(run("Qwen2.5-7B", "--gpu", "RTX 3090", "-c", "4k", "--profile", file, "--json").stdout)
+    plain = answer("vram", "Qwen2.5-7B", "--gpu", "RTX 3090", "-c", "4k")
+    fitted = answer("vram", "Qwen2.5-7B", "--gpu", "RTX 3090", "-c", "4k", "--profile", file)
     before, after = ({t["name"]: t for t in e["estimates"][0]["gpus"][0]["terms"]} for e in (plain, fitted))
     assert after["context"]["bytes"] == 500 * MIB != before["context"]["bytes"]
     assert after["activations"]["bytes"] == pytest.approx(2 * before["activations"]["bytes"], rel=1e-6)
     assert after["weights"] == before["weights"]
-    other = run("Qwen2.5-7B", "--gpu", "RTX 4090", "-c", "4k", "--profile", file)
+    other = run("vram", "Qwen2.5-7B", "--gpu", "RTX 4090", "-c", "4k", "--profile", file)
     assert other.exit_code == 1 and "error: rig.json was measured on RTX 3090, not on RTX 4090" in other.stderr
-    vllm = run("Qwen2.5-7B", "--engine", "vllm", "--profile", file)
+    vllm = run("vram", "Qwen2.5-7B", "--engine", "vllm", "--profile", file)
     assert vllm.exit_code == 2 and "--profile corrects this project's own engine, not vllm" in vllm.stderr
 
 
@@ -99,15 +93,13 @@ def test_files_that_are_no_profile(content: str, tmp_path: Path) -> None:
 
 def test_a_real_measurement(tiny: Path, tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
-    result = run("measure", tiny, "-c", "64,256", "--prefill-chunk", 50, "-o", file, "--json")
-    assert result.exit_code == 0, result.stderr
-    found = json.loads(result.stdout)
+    found = answer("vram", "measure", tiny, "-c", "64,256", "--prefill-chunk", 50, "-o", file)
     assert found == json.loads(file.read_text()) and found["ended"] == ""
     assert [(r["context"], r["phase"]) for r in found["rows"]] == [
         (c, p) for c in (64, 256) for p in ("prefill", "decode")
     ]
     assert all(r["device"] == "CPU" and r["exact_bytes"] > found["weight_bytes"] for r in found["rows"])
-    again = run("measure", tiny, "-o", file)
+    again = run("vram", "measure", tiny, "-o", file)
     assert again.exit_code == 1 and f"error: {file}: exists" in again.stderr
 
 
@@ -118,9 +110,7 @@ def test_random_weights_of_a_models_shapes(
     """The model's directory lends its shapes alone: its tensors are never opened."""
     monkeypatch.setattr("qwenq.checkpoint.reader.Checkpoint.read", None)
     monkeypatch.setattr("qwenq.runtime.linear.lacks_for_cpu_kernels", lambda: "no compiler")
-    result = run("measure", "--synthetic", tiny, "--bits", bits, "--group-size", 32, "-c", "64", "--json")
-    assert result.exit_code == 0, result.stderr
-    found = json.loads(result.stdout)
+    found = answer("vram", "measure", "--synthetic", tiny, "--bits", bits, "--group-size", 32, "-c", "64")
     assert found["kernels"] == {4: {"int4": 28}, 8: {"int4 halves": 28}, 16: {}}[bits]  # torch's
     assert len(found["rows"]) == 2
 
@@ -138,8 +128,11 @@ def test_running_out_of_memory_keeps_the_rows_before(tiny: Path, monkeypatch: py
         return forward(session, ids)
 
     monkeypatch.setattr(Session, "forward", short)
-    result = run("measure", tiny, "-c", "64,128,256", "--prefill-chunk", 50)
+    result = run("vram", "measure", tiny, "-c", "64,128,256", "--prefill-chunk", 50)
     assert result.exit_code == 3 and "error: memory ran out, context 128: CPU: out of memory" in result.stderr
     assert result.stdout.count("prefill") == 1
-    both = run("measure", tiny, "--synthetic", "Qwen2.5-0.5B")
+    both = run("vram", "measure", tiny, "--synthetic", "Qwen2.5-0.5B")
     assert both.exit_code == 2 and "one of them" in both.stderr
+    for words in (["--bits", 8], ["--group-size", 64]):
+        ignored = run("vram", "measure", tiny, *words)
+        assert ignored.exit_code == 2 and f"error: {words[0]} is of random weights" in ignored.stderr

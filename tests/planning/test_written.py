@@ -9,37 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
 
 from qwenq.checkpoint.reader import open_source
-from qwenq.cli.main import app
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.planning.questions import Question, Resolved
 from qwenq.planning.weights import recipe_weights
+from tests.conftest import answer, run
 
 TINY = Path(__file__).parents[1] / "data" / "tiny-qwen2"
 
 
-def run(*args: object) -> Result:
-    return CliRunner().invoke(app, [str(arg) for arg in args])
-
-
 def dry(*args: object) -> dict[str, Any]:
-    result = run("quantize", *args, "--dry-run", "--json")
-    assert result.exit_code == 0, result.output
-    found: dict[str, Any] = json.loads(result.stdout)
-    return found
+    return answer("quantize", *args, "--dry-run")
 
 
 def check_planned(question: Resolved, wanted: dict[str, Any]) -> None:
     """The weights planned are the tensors that a dry run of quantize counts."""
     assert question.weights.total_bytes == wanted["tensor_bytes"]
     assert question.weights.label == wanted["scheme"]
-    labels = wanted["units"]
-    for unit in ("o", "down"):
-        groups = {int(part.split(" g")[1]) for part in labels[unit].split(", ") if " g" in part}
-        assert question.weights.row_groups[unit] == tuple(sorted(groups))
+    labels = wanted["schemes"]
+    for stage in ("o", "down"):
+        groups = {int(part.split(" g")[1]) for part in labels[stage].split(", ") if " g" in part}
+        assert question.weights.row_groups[stage] == tuple(sorted(groups))
 
 
 @pytest.mark.parametrize(
@@ -117,7 +108,7 @@ def test_a_wider_ffn_is_planned_whole() -> None:
     assert question.weights.total_bytes == recipe_weights(spec, Recipe(Scheme(4, 128))).total_bytes
     assert question.weights.total_bytes == dry("Qwen2.5-72B", "--pad-for-tp", 8)["tensor_bytes"]
     plain, padded = (
-        json.loads(run("plan", "Qwen2.5-72B", "--gpu", "8x RTX 3090", *more, "--engine", "vllm", "--json").stdout)
+        answer("plan", "Qwen2.5-72B", "--gpu", "8x RTX 3090", *more, "--engine", "vllm")
         for more in ((), ("--pad-for-tp", "8"))
     )
     assert plain["tensor_parallel"]["8"] and padded["tensor_parallel"]["8"] == ""

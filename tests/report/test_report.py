@@ -13,12 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
 from markdown_it import MarkdownIt
 from report_runs import changed, manifest, write_72b, write_run
-from typer.testing import CliRunner
 
-from qwenq.cli.main import app
 from qwenq.errors import CheckpointError
 from qwenq.formats.base import Scheme, Variant
 from qwenq.report.benchmarks import gpu_peaks, read_benchmarks, read_measurements
@@ -27,17 +24,13 @@ from qwenq.report.html import to_html
 from qwenq.report.machines import loaders_of
 from qwenq.report.runs import load_runs, read_run
 from qwenq.report.writing import to_markdown
+from tests.conftest import run
 
 BENCHMARK = {
     "tool": "GPTQModel", "version": "7.7.0", "setting": "default", "text": "heldout", "kl": 0.05, "kl_low": 0.04,
     "kl_high": 0.06, "bits_per_linear_weight": 4.3, "bytes": 172_000_000, "perplexity": 17.0, "top1": 0.7,
     "seconds": 100.0, "peak_rss_bytes": 1_500_000_000, "date": "2026-11-23",
 }  # fmt: skip
-
-
-def command(*arguments: object) -> Result:
-    environment = {"COLUMNS": "120", "TERM": "dumb"}
-    return CliRunner(env=environment).invoke(app, [str(a) for a in arguments])
 
 
 def runs_of(tmp_path: Path, **manifests: dict[str, Any]) -> list[Path]:
@@ -432,14 +425,14 @@ def test_a_conversion_of_what_had_no_manifest_is_left_out_and_said(tmp_path: Pat
     bare, old = converted(None), converted(manifest())
     del old["made_from"]["layers"]  # as versions before wrote it
     directories = runs_of(tmp_path, a=manifest(), b=bare, c=old)
-    result = command("report", *directories, "-o", tmp_path / "out")
+    result = run("report", *directories, "-o", tmp_path / "out")
     assert result.exit_code == 0
     lines = [f"{name}: qwenq-manifest.json: no drift in it, nor errors by layer: left out" for name in "bc"]
     assert result.stderr.splitlines() == [f"warning: {line}" for line in lines]
     text = (tmp_path / "out" / "report.md").read_text()
     assert all(line in text for line in lines) and "quantized: 1 variant" in text
     for given in (directories[1:], directories[1:2]):
-        alone = command("report", *given, "-o", tmp_path / "none")
+        alone = run("report", *given, "-o", tmp_path / "none")
         assert alone.exit_code == 1 and not (tmp_path / "none").exists()
         assert alone.stderr.splitlines()[-1].startswith("hint: it was converted from a checkpoint without them")
 
@@ -472,10 +465,10 @@ def test_a_wrong_type_is_named(path: str, value: Any, said: str) -> None:
 
 def test_the_command_writes_both(tmp_path: Path) -> None:
     directories = runs_of(tmp_path, a=manifest(), b=manifest(kl=0.1))
-    result = command("report", *directories, "-o", tmp_path / "out")
+    result = run("report", *directories, "-o", tmp_path / "out")
     assert result.exit_code == 0 and result.stderr == ""
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["report.html", "report.md"]
-    again = command("report", *directories, "-o", tmp_path / "out", "--json", "--title", "T")
+    again = run("report", *directories, "-o", tmp_path / "out", "--json", "--title", "T")
     assert json.loads(again.stdout) == {
         "html": str(tmp_path / "out/report.html"), "markdown": str(tmp_path / "out/report.md"),
     }  # fmt: skip
@@ -483,7 +476,7 @@ def test_the_command_writes_both(tmp_path: Path) -> None:
 
 
 def test_errors_of_report(tmp_path: Path) -> None:
-    (run,) = runs_of(tmp_path, a=manifest())
+    (made,) = runs_of(tmp_path, a=manifest())
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.jsonl").write_text('{"tool": "x", "text": "y", "kl": 1}\n{"tool": 3}\n')
     (tmp_path / "bad.json").write_text('{"rows": []}')
@@ -494,23 +487,23 @@ def test_errors_of_report(tmp_path: Path) -> None:
         ([tmp_path / "none"], "none: no such directory"),
         ([tmp_path / "empty"], "empty: no qwenq-manifest.json in it"),
         ([tmp_path / "torn"], "qwenq-manifest.json: not JSON"),
-        ([run, run], "the same directory was given twice"),
-        ([run, "--gpu", "RTX 9999"], "unknown GPU 'RTX 9999'"),
-        ([run, "--engine", "magic"], "unknown engine 'magic'"),
-        ([run, "--engine", "llama.cpp"], "llama.cpp reads GGUF, not these checkpoints"),
-        ([run, "--benchmarks", tmp_path / "bad.jsonl"], "bad.jsonl line 2: tool is 3, wanted a text"),
-        ([run, "--benchmarks", tmp_path / "no.jsonl"], "no.jsonl: No such file or directory"),
-        ([run, "--measured", tmp_path / "bad.json"], "bad.json: model is None, wanted a text"),
+        ([made, made], "the same directory was given twice"),
+        ([made, "--gpu", "RTX 9999"], "unknown GPU 'RTX 9999'"),
+        ([made, "--engine", "magic"], "unknown engine 'magic'"),
+        ([made, "--engine", "llama.cpp"], "llama.cpp reads GGUF, not these checkpoints"),
+        ([made, "--benchmarks", tmp_path / "bad.jsonl"], "bad.jsonl line 2: tool is 3, wanted a text"),
+        ([made, "--benchmarks", tmp_path / "no.jsonl"], "no.jsonl: No such file or directory"),
+        ([made, "--measured", tmp_path / "bad.json"], "bad.json: model is None, wanted a text"),
     ]
     for arguments, said in cases:
-        result = command("report", *arguments, "-o", tmp_path / "out")
+        result = run("report", *arguments, "-o", tmp_path / "out")
         code = 2 if {"--gpu", "--engine"} & set(arguments) else 1
         assert result.exit_code == code and result.stdout == "", arguments
         assert said in result.stderr.splitlines()[0] and len(result.stderr.splitlines()) <= 2, result.stderr
         assert not (tmp_path / "out").exists()
-    result = command("report", run, "-o", tmp_path / "file")
+    result = run("report", made, "-o", tmp_path / "file")
     assert result.exit_code == 1 and "choose another place" in result.stderr
-    assert command("report", run).exit_code == 2 and command("report", "-o", "x").exit_code == 2
+    assert run("report", made).exit_code == 2 and run("report", "-o", "x").exit_code == 2
 
 
 def test_a_report_needs_no_torch(tmp_path: Path) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import test_page_browser
 from report_runs import manifest, write_72b, write_run
-from test_page_browser import ARGUMENTS, CHROMIUM, _contrast
 from test_report import BENCHMARK, nasty_run
 
 from qwenq.formats.base import Scheme
@@ -19,19 +18,7 @@ from qwenq.report.compose import Extras, compose
 from qwenq.report.html import to_html
 from qwenq.report.runs import load_runs
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(not CHROMIUM.exists(), reason=f"no Chromium at {CHROMIUM} (the distribution's package)"),
-]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=str(CHROMIUM), args=ARGUMENTS)
-        yield found
-        found.close()
+browser, pytestmark = test_page_browser.browser, test_page_browser.pytestmark
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +72,7 @@ def test_a_report_opens(
         for kind in ("color",) if "s0" not in selector else ("stroke", "fill"):
             colour = page.eval_on_selector(selector, f"e => getComputedStyle(e).{kind}")
             if colour.startswith("rgb"):
-                assert _contrast(ground, colour) >= least, (selector, colour)
+                assert test_page_browser._contrast(ground, colour) >= least, (selector, colour)
     context.close()
     assert complaints == [] and requests == [pages[name].as_uri()]
 

@@ -29,8 +29,10 @@ from qwenq.io.http import (
     BodyReader,
     Connection,
     Guard,
+    address_of,
     host_is_allowed,
     is_loopback,
+    listen,
     origin_is_allowed,
 )
 
@@ -128,6 +130,14 @@ def test_pages_elsewhere_are_refused() -> None:
 def test_loopback_addresses() -> None:
     assert all(map(is_loopback, ("localhost", "127.0.0.1", "127.9.9.9", "::1")))
     assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.1.7", "desk.local", "")))
+
+
+@pytest.mark.parametrize(
+    ("host", "named"), [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "localhost"), ("::1", "[::1]"), ("::", "localhost")]
+)
+def test_the_address_that_is_told_can_be_opened(host: str, named: str) -> None:
+    with listen("127.0.0.1", 0) as bound:
+        assert address_of(bound, host) == f"http://{named}:{bound.getsockname()[1]}"
 
 
 # ---------------------------------------------------------------------- connections and bodies

@@ -12,15 +12,14 @@ from typing import Any
 
 import pytest
 from conftest import settled, text_windows
-from typer.testing import CliRunner
 
 import qwenq.runtime.llamacpp
 from qwenq.checkpoint.reader import open_source
-from qwenq.cli.main import app as cli
 from qwenq.errors import PlanError
 from qwenq.formats.base import get_format
 from qwenq.pipeline.job import QuantizeJob
 from qwenq.pipeline.quantize import quantize
+from tests.conftest import run
 
 # Answers as llama-server does: 503 while it loads, then tokens; its arguments and the request go into files.
 STAND_IN = """#!{python}
@@ -74,12 +73,8 @@ def no_rig() -> None:
     raise PlanError("no NVIDIA driver answers")
 
 
-def invoke(*words: object) -> Any:
-    return CliRunner(env={"COLUMNS": "120", "TERM": "dumb"}).invoke(cli, [str(word) for word in words])
-
-
 def test_one_answer(gguf_file: Path, stand_in: Callable[[str], Any]) -> None:
-    found = invoke("run", gguf_file, "--engine", "llama.cpp", "-p", "once", "--raw", "-n", 3, "-c", 64,
+    found = run("run", gguf_file, "--engine", "llama.cpp", "-p", "once", "--raw", "-n", 3, "-c", 64,
                    "--kv-cache-dtype", "q8_0", "--temperature", 0, "--json")  # fmt: skip
     assert found.exit_code == 0, found.output
     answer = json.loads(found.stdout)
@@ -100,13 +95,13 @@ def test_servers_that_fail_end_in_one_line(
     words = ("run", gguf_file, "--engine", "llama.cpp", "-p", "once", "--raw", "-c", 64)
     with monkeypatch.context() as patched:
         patched.setenv("REFUSE", "1")
-        found = invoke(*words)
+        found = run(*words)
         line = "error: llama-server refused the prompt (the request exceeds the context)"
         note = "warning: llama.cpp gets no layers for a GPU: no NVIDIA driver answers"
         assert found.exit_code == 1 and found.stderr.splitlines() == [note, line]
     with monkeypatch.context() as patched:
         patched.setenv("FAIL", "1")
-        found = invoke(*words)
+        found = run(*words)
         line = "error: llama-server ended with 1 before it answered (error: failed to load model)"
         assert found.exit_code == 1 and found.stderr.splitlines()[0] == line
     for named, wanted in (
@@ -116,13 +111,13 @@ def test_servers_that_fail_end_in_one_line(
         monkeypatch.setenv("QWENQ_LLAMA_SERVER", named)
         monkeypatch.setenv("PATH", "/nowhere")
         for command in (words, ("serve", gguf_file, "--engine", "llama.cpp")):
-            found = invoke(*command)
+            found = run(*command)
             assert found.exit_code == 1 and found.stderr.splitlines()[0] == wanted
 
 
 def test_what_it_would_be_told(gguf_file: Path, stand_in: Callable[[str], Any], tiny: Path) -> None:
     def said(*options: object) -> list[str]:
-        found = invoke("serve", gguf_file, "--dry-run", *options)
+        found = run("serve", gguf_file, "--dry-run", *options)
         assert found.exit_code == 0, found.output
         return list(found.stdout.splitlines())
 
@@ -144,7 +139,7 @@ def test_what_it_is_started_with(
 ) -> None:
     calls: list[tuple[str, list[str], dict[str, str]]] = []
     monkeypatch.setattr(os, "execvpe", lambda *args: calls.append(args))
-    found = invoke("serve", gguf_file, "--engine", "llama.cpp", "--api-key", "secret", "--served-model-name", "mine")
+    found = run("serve", gguf_file, "--engine", "llama.cpp", "--api-key", "secret", "--served-model-name", "mine")
     assert found.exit_code == 0 and "secret" not in found.output
     ((program, words, environment),) = calls
     assert program == os.environ["QWENQ_LLAMA_SERVER"] and environment["LLAMA_API_KEY"] == "secret"
@@ -165,12 +160,12 @@ def test_what_it_is_started_with(
 def test_what_cannot_be_asked_for(
     options: tuple[str, ...], line: str, code: int, gguf_file: Path, stand_in: Callable[[str], Any]
 ) -> None:
-    found = invoke("serve", gguf_file, "--engine", "llama.cpp", "--dry-run", *options)
+    found = run("serve", gguf_file, "--engine", "llama.cpp", "--dry-run", *options)
     assert found.exit_code == code and found.stderr.splitlines()[0] == line
 
 
 def test_it_reads_gguf_files_only(tiny: Path, stand_in: Callable[[str], Any]) -> None:
     for command in (("serve", tiny, "--dry-run"), ("run", tiny, "-p", "x", "--raw")):
-        found = invoke(*command, "--engine", "llama.cpp")
+        found = run(*command, "--engine", "llama.cpp")
         assert found.exit_code == 1
         assert found.stderr.splitlines()[0] == f"error: {tiny}: not a GGUF file, which is what llama.cpp reads"

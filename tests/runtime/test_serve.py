@@ -20,12 +20,11 @@ import openai
 import pytest
 import torch
 from serving import direct, make_service, served, until
-from typer.testing import CliRunner
 
-from qwenq.cli.main import app as cli
 from qwenq.io.http import listen
 from qwenq.runtime.generate import Session
 from qwenq.runtime.server import Service, make_app
+from tests.conftest import run
 
 ASK = [{"role": "user", "content": "Tell me about the sea."}]
 
@@ -344,7 +343,7 @@ def test_open_addresses_without_a_key_are_warned_of(tiny: Path, monkeypatch: pyt
 
     def said(*options: str) -> str:
         words = ["serve", str(tiny), "--engine", "qwenq", "--port", "0", *options]
-        result = CliRunner(env={"COLUMNS": "120", "TERM": "dumb"}).invoke(cli, words)
+        result = run(*words)
         assert result.exit_code == 0, result.output
         return result.stderr
 
@@ -356,8 +355,9 @@ def test_open_addresses_without_a_key_are_warned_of(tiny: Path, monkeypatch: pyt
 def test_what_vllm_would_be_told(tiny: Path) -> None:
     def lines(*options: str) -> list[str]:
         words = ["serve", str(tiny), "--dry-run", "--engine", "vllm", "--gpu", "2x RTX 3090", *options]
-        result = CliRunner(env={"COLUMNS": "120", "TERM": "dumb"}).invoke(cli, words)
+        result = run(*words)
         assert result.exit_code == 0, result.stderr
+        assert ("set VLLM_API_KEY where it is started" in result.stderr) == ("--api-key" in options)
         return result.stdout.splitlines()
 
     (single,) = lines("-c", "256", "--kv-cache-dtype", "fp8", "--port", "9")
@@ -365,11 +365,10 @@ def test_what_vllm_would_be_told(tiny: Path) -> None:
     for part in ("--max-model-len 256", "--kv-cache-dtype fp8", "--gpu-memory-utilization 0.9", "--port 9"):
         assert part in single
     assert lines("--engine", "auto")[0].startswith("vllm serve "), "a dry run never starts a server"
-    refused = CliRunner(env={"COLUMNS": "120", "TERM": "dumb"}).invoke(
-        cli, ["serve", str(tiny), "--engine", "qwenq", "--gpu", "RTX 3090"]
-    )
-    assert refused.exit_code == 2 and "are of vLLM's commands" in refused.stderr
-    several = lines("--hosts", "alpha, beta")
+    assert "--max-num-batched-tokens 512" in lines("--prefill-chunk", "512")[0]
+    assert "--max-num-batched-tokens" not in single  # vLLM's own, not this project's
+    several = lines("--hosts", "alpha, beta", "--api-key", "secret")
+    assert "secret" not in "".join(several)
     assert several[:4] == ["# on alpha", "ray start --head --port=6379", "# on beta", "ray start --address=alpha:6379"]
     assert "--distributed-executor-backend ray" in several[-1]
     tensor = int(re.search(r"--tensor-parallel-size (\d+)", several[-1])[1])  # type: ignore[index]
@@ -379,11 +378,15 @@ def test_what_vllm_would_be_told(tiny: Path) -> None:
 
 def test_errors_of_the_command(tiny: Path) -> None:
     def refused(*options: str) -> str:
-        result = CliRunner(env={"COLUMNS": "120", "TERM": "dumb"}).invoke(cli, ["serve", str(tiny), *options])
+        result = run("serve", tiny, *options)
         assert result.exit_code in (1, 2, 3) and result.stdout == "", result.output
         return result.stderr
 
     assert "error: unknown engine 'tgi'" in refused("--engine", "tgi")
+    assert "are of other servers' commands" in refused("--engine", "qwenq", "--gpu", "RTX 3090")
+    for words in (["--allowed-hosts", "x"], ["--max-queue", "4"], ["--compute-dtype", "float32"]):
+        said = refused("--engine", "vllm", "--dry-run", "--gpu", "RTX 3090", *words)
+        assert f"error: {words[0]} is of qwenq's own server, and this is vLLM's" in said
     assert "error: vLLM cannot serve" in refused(
         "--engine", "vllm", "--gpu", "RTX 3090", "-c", "512", "--hosts", "a,b,c,d,e"
     )
@@ -397,7 +400,7 @@ def test_errors_of_the_command(tiny: Path) -> None:
 
 def test_dry_runs_download_and_start_nothing(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def dry(*words: str) -> Any:
-        return CliRunner(env={"COLUMNS": "120", "TERM": "dumb"}).invoke(cli, ["serve", *words, "--dry-run"])
+        return run("serve", *words, "--dry-run")
 
     monkeypatch.setattr("qwenq.cli.serve._has_gpu", lambda: False)
     monkeypatch.setattr("qwenq.io.hub.fetch_model", None)

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from random_codes import random_q
 from torch import Tensor, nn
 
 from qwenq import machine
@@ -73,16 +74,6 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr("qwenq.runtime.triton_kernels", module, raising=False)
     yield module
     sys.modules.pop(NAME, None)
-
-
-def random_q(bits: int, group: int, outputs: int, inputs: int, sym: bool) -> QTensor:
-    generator = torch.Generator().manual_seed(bits + group + outputs + inputs)
-    scheme = Scheme(bits, group, sym)
-    groups = scheme.groups(inputs)
-    codes = torch.randint(0, scheme.levels, (outputs, inputs), generator=generator, dtype=torch.uint8)
-    scales = (torch.rand(outputs, groups, generator=generator) * 0.02 + 0.01).half()
-    zeros = torch.randint(0, scheme.levels, (outputs, groups), generator=generator, dtype=torch.uint8)
-    return QTensor(codes, (scales, torch.full_like(zeros, scheme.zero) if sym else zeros), scheme.grid())
 
 
 def shape_of(q: QTensor) -> PackedShape:

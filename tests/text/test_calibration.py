@@ -13,23 +13,13 @@ import torch
 
 from qwenq.errors import CalibrationError
 from qwenq.model.spec import ModelSpec, spec_from_config
-from qwenq.text.calibration import load_windows, overlap, with_builtin
+from qwenq.text.calibration import overlap, with_builtin
 from qwenq.text.tokens import ModelTokenizer, TokenWindows
 
 
 @pytest.fixture(scope="module")
 def spec(tiny: Path) -> ModelSpec:
     return spec_from_config(json.loads((tiny / "config.json").read_text()))
-
-
-@pytest.fixture
-def load(tiny: Path, spec: ModelSpec):
-    def load(name: str | Path, **options: Any) -> TokenWindows:
-        return load_windows(
-            str(name), ModelTokenizer(tiny), spec, **({"length": 16, "count": None, "seed": None} | options)
-        )
-
-    return load
 
 
 def refusal(load, name: str | Path, **options: Any) -> CalibrationError:

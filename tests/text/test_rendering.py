@@ -21,6 +21,7 @@ from qwenq.text.calibration import load_windows
 from qwenq.text.conversation import Document
 from qwenq.text.rendering import MAX_TEMPLATE_BYTES
 from qwenq.text.tokens import ModelTokenizer
+from tests.conftest import run
 
 ASK = [{"role": "user", "content": "hello"}]
 OVER = "its chat template went over a limit on a conversation"
@@ -133,14 +134,12 @@ def test_quantize_and_run_with_a_template_that_hangs(
     with_template: Any, tiny: Path, tmp_path: Path, edit_json: Any
 ) -> None:
     """Calibration on conversations, and the command line."""
-    from typer.testing import CliRunner
 
-    from qwenq.cli.main import app
 
     model = Path(shutil.copytree(tiny, tmp_path / "model"))
     edit_json(model / "tokenizer_config.json", chat_template=HOSTILE["loops"][0])
     for arguments in (["quantize", str(model), "-o", str(tmp_path / "out")], ["run", str(model), "-p", "hello"]):
-        answer = CliRunner().invoke(app, arguments)
+        answer = run(*arguments)
         assert answer.exit_code == 1 and OVER in answer.stderr, answer.output
 
 

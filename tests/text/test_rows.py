@@ -13,12 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qwenq.checkpoint.reader import read_config
 from qwenq.errors import CalibrationError, CheckpointError
 from qwenq.io.json import check_regular, open_regular, read_limited, read_object
-from qwenq.model.spec import spec_from_config
 from qwenq.text import corpus
-from qwenq.text.calibration import load_windows, overlap
+from qwenq.text.calibration import overlap
 from qwenq.text.conversation import Document, fitted, read_messages, read_row
 from qwenq.text.corpus import SMALL_ROWS_BYTES, SMALL_TEXT_BYTES, Sample, read_corpus
 from qwenq.text.tokens import ModelTokenizer
@@ -157,18 +155,6 @@ def test_what_changes_nothing_is_let_through() -> None:
 
 
 # ---------------------------------------------------------------------- files
-
-
-@pytest.fixture
-def load(tiny: Path) -> Any:
-    spec = spec_from_config(read_config(tiny))
-
-    def load(path: Path, **options: Any) -> Any:
-        return load_windows(
-            str(path), ModelTokenizer(tiny), spec, **({"length": 16, "count": None, "seed": None} | options)
-        )
-
-    return load
 
 
 ROWS = [{"text": f"Document number {k} has some words in it. Ünïcödé 你好 " * 3} for k in range(50)]

@@ -7,6 +7,7 @@ one.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shlex
@@ -171,12 +172,8 @@ class Engine(ABC):
         return 0
 
     @abstractmethod
-    def layouts(self, case: Case) -> tuple[Layout, ...]:
-        """Ways to use the case's rig, the best first."""
-
     def layout(self, case: Case) -> Layout:
-        """The best of them."""
-        return self.layouts(case)[0]
+        """The best way to use the case's rig."""
 
     @abstractmethod
     def estimate(self, case: Case, ranks: int = 0) -> MemoryEstimate:
@@ -262,8 +259,8 @@ class LayerFinder(RigFinder):
 class LayeredEngine(Engine):
     """An engine that splits whole layers over GPUs, which run one after the other."""
 
-    def layouts(self, case: Case) -> tuple[Layout, ...]:
-        return (place(case),)
+    def layout(self, case: Case) -> Layout:
+        return place(case)
 
     def estimate(self, case: Case, ranks: int = 0) -> MemoryEstimate:
         self.check_ranks(ranks)
@@ -306,6 +303,8 @@ class ServerEngine(Engine):
     """
 
     layered: ClassVar[bool] = False
+    requests_flag: ClassVar[str] = ""  # of its command: sequences at once
+    chunk_flag: ClassVar[str] = ""  # and prompt tokens at once
     block_tokens: ClassVar[int] = 1  # the cache is made of
 
     @property
@@ -417,19 +416,13 @@ class ServerEngine(Engine):
         rotary = 2 * spec.max_position_embeddings * spec.head_dim
         return sum(allocated_groups([first if share.embed else (), *layers, (*last, rotary)]))
 
-    def layouts(self, case: Case) -> tuple[Layout, ...]:
-        """Ranks that the shapes allow, the best first; stages alone where they allow none."""
-        options = parallel_options(case)
-        best = best_option(options)
-        if best is None:
+    def layout(self, case: Case) -> Layout:
+        """The best ranks that the shapes allow; stages alone where they allow none."""
+        best = best_option(parallel_options(case))
+        if best is None or best.memory is None:
             shares = rank_shares(case.spec, 1, len(case.hardware.gpus))
-            return (RankLayout(shares, estimate(case, shares), None),)
-        others = [option for option in options if option is not best]
-        return tuple(
-            RankLayout(rank_shares(case.spec, option.tensor, option.pipeline), option.memory, option)
-            for option in (best, *others)
-            if option.memory
-        )
+            return RankLayout(shares, estimate(case, shares), None)
+        return RankLayout(rank_shares(case.spec, best.tensor, best.pipeline), best.memory, best)
 
     def estimate(self, case: Case, ranks: int = 0) -> MemoryEstimate:
         return estimate(case, rank_shares(case.spec, *self._ranks(case, ranks)))
@@ -499,6 +492,21 @@ class ServerEngine(Engine):
     @abstractmethod
     def words(self, case: Case, option: ParallelOption, checkpoint: str) -> list[str]:
         """The words of the command that serves `checkpoint` so."""
+
+    def limit_words(self, work: Workload, option: ParallelOption) -> list[str]:
+        """Words of the command for context, part of a GPU and cache, and for the limits that were asked for."""
+        assert option.memory is not None  # else its shapes are not possible
+        words = [self.context_flag, str(work.context)]
+        words += [self.utilization_flag, f"{option.memory.gpu_memory_utilization:g}"]
+        if self.kv_bytes(work.kv_dtype) < 2:
+            words += ["--kv-cache-dtype", work.kv_dtype]
+        if work.max_num_seqs:
+            words += [self.requests_flag, str(work.max_num_seqs)]
+        if work.enforce_eager:
+            words.append(self.eager_flag)
+        if work.prefill_chunk:
+            words += [self.chunk_flag, str(work.prefill_chunk)]
+        return words
 
     def command(self, plan: Plan) -> str:
         """A command that fits, after a comment on what had to be changed; only a comment where none does."""
@@ -599,6 +607,13 @@ def yarn_of(case: Case) -> Yarn | None:
 def yarn_reach(yarn: Yarn) -> int:
     """The context that these parameters give."""
     return round(yarn["factor"] * yarn["original_max_position_embeddings"])
+
+
+def yarn_words(case: Case, flag: str) -> list[str]:
+    """`flag` and the values of config.json that YaRN changes; none without YaRN."""
+    if (yarn := yarn_of(case)) is None:
+        return []
+    return [flag, json.dumps({"rope_scaling": yarn, "max_position_embeddings": yarn_reach(yarn)})]
 
 
 ENGINES: dict[str, type[Engine]] = {}  # by name, in the order they are offered

@@ -13,12 +13,11 @@ Measured: QwQ-32B in BF16 on four A10G, in March 2025, whose log gives each step
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import ClassVar
 
 from qwenq.planning.case import Case, Share, Workload
-from qwenq.planning.engines.base import ServerEngine, rank_context, register, yarn_of, yarn_reach
+from qwenq.planning.engines.base import ServerEngine, rank_context, register, yarn_words
 from qwenq.planning.memory import Term, merged, ranged
 from qwenq.planning.placement import ParallelOption
 from qwenq.planning.rig import Gpu
@@ -55,6 +54,8 @@ class SglangEngine(ServerEngine):
     utilization_flag = "--mem-fraction-static"
     context_flag = "--context-length"
     eager_flag = "--disable-cuda-graph"
+    requests_flag = "--max-running-requests"
+    chunk_flag = "--chunked-prefill-size"
     inside = ("weights",)
     outside = ("activations", "logits", "graphs", "non_torch", "context")
     outside_said = "activations, CUDA graphs and context"
@@ -112,25 +113,10 @@ class SglangEngine(ServerEngine):
         return SpeedFit(0.15e-3, 0.01e-3, 1.1, 0.7, 1.4, "assumed like vLLM's; SGLang is not measured")
 
     def words(self, case: Case, option: ParallelOption, checkpoint: str) -> list[str]:
-        assert option.memory is not None  # else its shapes are not possible
-        work = case.work
         words = ["python", "-m", "sglang.launch_server", "--model-path", checkpoint]
         words += ["--tp-size", str(option.tensor), "--pp-size", str(option.pipeline)]
-        words += [self.context_flag, str(work.context)]
-        words += [self.utilization_flag, f"{option.memory.gpu_memory_utilization:g}"]
-        if self.kv_bytes(work.kv_dtype) < 2:
-            words += ["--kv-cache-dtype", work.kv_dtype]
-        if work.max_num_seqs:
-            words += ["--max-running-requests", str(work.max_num_seqs)]
-        if work.enforce_eager:
-            words.append(self.eager_flag)
-        if work.prefill_chunk:
-            words += ["--chunked-prefill-size", str(work.prefill_chunk)]
         # get_context_length takes max_position_embeddings as it stands where rope_scaling names the original.
-        if yarn := yarn_of(case):
-            overrides = {"rope_scaling": yarn, "max_position_embeddings": yarn_reach(yarn)}
-            words += ["--json-model-override-args", json.dumps(overrides)]
-        return words
+        return [*words, *self.limit_words(case.work, option), *yarn_words(case, "--json-model-override-args")]
 
 
 def server_defaults(gpu: Gpu, work: Workload, ranks: int) -> tuple[int, int]:

@@ -10,13 +10,12 @@ on a 16 GB card and a 16 GB part of an H100 (reports/engine-logs.md).
 
 from __future__ import annotations
 
-import json
 import shlex
 from functools import cache
 from typing import ClassVar
 
 from qwenq.planning.case import Case, Share, Workload
-from qwenq.planning.engines.base import ServerEngine, rank_context, register, yarn_of, yarn_reach
+from qwenq.planning.engines.base import ServerEngine, rank_context, register, yarn_words
 from qwenq.planning.memory import Term, merged, ranged
 from qwenq.planning.placement import ParallelOption
 from qwenq.planning.rig import Gpu
@@ -52,6 +51,8 @@ class VllmEngine(ServerEngine):
     utilization_flag = "--gpu-memory-utilization"
     context_flag = "--max-model-len"
     eager_flag = "--enforce-eager"
+    requests_flag = "--max-num-seqs"
+    chunk_flag = "--max-num-batched-tokens"
 
     @property
     def profiles_graphs(self) -> bool:
@@ -140,24 +141,11 @@ class VllmEngine(ServerEngine):
         return SPEEDS.get((weights.method, weights.bits), UNMEASURED)
 
     def words(self, case: Case, option: ParallelOption, checkpoint: str) -> list[str]:
-        assert option.memory is not None  # else its shapes are not possible
-        work = case.work
         words = ["vllm", "serve", checkpoint]
         words += ["--tensor-parallel-size", str(option.tensor), "--pipeline-parallel-size", str(option.pipeline)]
-        words += [self.context_flag, str(work.context)]
-        words += [self.utilization_flag, f"{option.memory.gpu_memory_utilization:g}"]
-        if work.kv_dtype == self.smaller_kv:
-            words += ["--kv-cache-dtype", work.kv_dtype]
-        if work.max_num_seqs:
-            words += ["--max-num-seqs", str(work.max_num_seqs)]
-        if work.enforce_eager:
-            words.append(self.eager_flag)
         # The override replaces all rope parameters; the base vLLM then takes is Qwen's. Others' contexts it refuses.
         # 0.32 takes max_position_embeddings as it stands.
-        if yarn := yarn_of(case):
-            overrides = {"rope_scaling": yarn, "max_position_embeddings": yarn_reach(yarn)}
-            words += ["--hf-overrides", json.dumps(overrides)]
-        return words
+        return [*words, *self.limit_words(case.work, option), *yarn_words(case, "--hf-overrides")]
 
 
 def default_batch(gpu: Gpu, work: Workload) -> tuple[int, int]:
