@@ -243,8 +243,9 @@ def joined(
         yield Ranks(launch.rank, launch.size, group)
         group.leave()
     except BaseException as error:
+        own = not group.watch.lost  # others end when they have heard of it, and are lost then
         group.fail(error)
-        if isinstance(error, QwenqError) and launch.rank and not group.watch.lost:
+        if isinstance(error, QwenqError) and launch.rank and own:
             error.message = f"{group.watch.name(launch.rank)}: {error.message}"
         raise
     finally:

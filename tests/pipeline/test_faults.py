@@ -27,6 +27,7 @@ from qwenq.formats.bitsandbytes import NF4
 from qwenq.pipeline.evaluate import evaluate
 from qwenq.pipeline.job import QuantizeJob, partial_directory
 from qwenq.pipeline.quantize import quantize
+from qwenq.planning.rig import find_gpu
 
 Make = Callable[..., Path]
 
@@ -271,7 +272,7 @@ def test_out_of_memory_is_one_line_and_the_job_goes_on_later(
     said = 'CUDA out of memory. Tried to allocate 2.50 GiB. GPU 1 has a total capacity of 23.99 GiB'
     with monkeypatch.context() as patched:
         patched.setattr("torch.cuda.mem_get_info", lambda device: (1 << 30, 24 << 30))
-        patched.setattr("qwenq.pipeline.monitor.gpu_kind", lambda index: "RTX 3090")
+        patched.setattr("qwenq.pipeline.monitor.gpu_at", lambda index: find_gpu("RTX 3090"))
         real, calls = qwenq.pipeline.quantize.make_layer, []
 
         def full(*args: Any) -> Any:

@@ -18,7 +18,7 @@ from qwenq.planning.engines.torch import OWN
 from qwenq.planning.memory import estimate
 from qwenq.planning.placement import parallel_options
 from qwenq.planning.plan import make_plan
-from qwenq.planning.rig import Rig, find_gpu, parse_rig, reserved, rig_of
+from qwenq.planning.rig import Rig, find_gpu, parse_rig, reserved
 from qwenq.planning.weights import Weights, recipe_weights
 from qwenq.units import GIB
 
@@ -51,13 +51,13 @@ def test_the_fraction_without_one_asked_for(gpu: str, tensor: int, pipeline: int
     kind = find_gpu(gpu)
     share = rank_shares(B72, tensor, pipeline)[0]
     total = 1024 * kind.memory_gib
-    found = SGLANG.own_part(case(rig_of([kind]), Workload(4096)), share, kind)
+    found = SGLANG.own_part(case(Rig((kind,)), Workload(4096)), share, kind)
     assert found == round((total - reserved) / total, 3)
 
 
 def test_large_gpus_keep_ten_gib_free() -> None:
     kind = find_gpu("A100 SXM4 80GB")
-    asked = case(rig_of([kind]), Workload(4096, prefill_chunk=2048))
+    asked = case(Rig((kind,)), Workload(4096, prefill_chunk=2048))
     assert SGLANG.own_part(asked, rank_shares(B72, 1)[0], kind) == round(70 / 80, 3)
 
 
@@ -65,7 +65,7 @@ def test_a_published_log_step_by_step() -> None:
     """QwQ-32B in BF16 on four A10G, --mem-fraction-static 0.85: 21.63 GiB free, 15.54 of weights, 46,611 tokens."""
     a10g = replace(find_gpu("A10"), name="A10G", usable_gib=21.63 + 0.65)  # context and NCCL, as estimated
     weights = recipe_weights(QWQ, Recipe(None))
-    asked = case(rig_of([a10g] * 4), Workload(131072, gpu_memory_utilization=0.85), QWQ, weights)
+    asked = case(Rig((a10g,) * 4), Workload(131072, gpu_memory_utilization=0.85), QWQ, weights)
     found = estimate(asked, rank_shares(QWQ, 4))
     gpu = found.gpus[0]
     assert gpu.term("context") == pytest.approx(0.65 * GIB, abs=2)
