@@ -39,7 +39,7 @@ from qwenq.pipeline.head import head_hessian, solved_slices
 from qwenq.pipeline.monitor import memory_errors
 from qwenq.pipeline.ranks import ALONE, Ranks
 from qwenq.pipeline.shares import Share
-from qwenq.pipeline.workers import PartSums, Workers
+from qwenq.pipeline.workers import Workers, summed_products
 from qwenq.planning.sensitivity import (
     OUTER,
     PRIOR_8_BIT,
@@ -280,16 +280,8 @@ def _errors(
 
 def _hessian(workers: Workers, stage: Stage, h_NTH: torch.Tensor, share: Share) -> torch.Tensor:
     """Sum of x x' over what enters a stage's linears, a Triangle's values on the first worker's device."""
-    triangle = Triangle(workers.first.spec.size(stage.inputs))
-    sums = PartSums(workers, triangle.size)
-
-    def collect(network: Network, part: slice) -> None:
-        h = h_NTH[part].to(device=network.device, dtype=network.dtype)
-        triangle.add_products(sums.of(network), network.entering(stage, h))
-
-    for windows in share.passes:
-        workers.each(collect, share, windows, [sums])
-    return sums.take()
+    width = workers.first.spec.size(stage.inputs)
+    return summed_products(workers, h_NTH, share, width, lambda network, h: network.entering(stage, h))
 
 
 def _backward(

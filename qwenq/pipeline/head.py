@@ -14,11 +14,10 @@ from torch import Tensor
 
 from qwenq.checkpoint.reader import SLICE_ROWS
 from qwenq.errors import CheckpointError
-from qwenq.model.layer import Network
 from qwenq.pipeline.block import all_rows
 from qwenq.pipeline.evaluate import HeadWeights
 from qwenq.pipeline.shares import Share
-from qwenq.pipeline.workers import PartSums, Workers
+from qwenq.pipeline.workers import Workers, summed_products
 from qwenq.solver.gptq import SolveStats
 from qwenq.solver.grid import Grid, QTensor
 from qwenq.solver.parallel import cut_rows, solve_rows
@@ -30,16 +29,7 @@ def head_hessian(workers: Workers, norm_H: Tensor, h_NTH: Tensor, share: Share) 
 
     h_NTH: what leaves the last layer, of the rank's windows. CheckpointError where it is not finite.
     """
-    triangle = Triangle(h_NTH.shape[2])
-    sums = PartSums(workers, triangle.size)
-
-    def collect(network: Network, part: slice) -> None:
-        h = h_NTH[part].to(device=network.device, dtype=network.dtype)
-        triangle.add_products(sums.of(network), network.final_norm(h, norm_H))
-
-    for windows in share.passes:
-        workers.each(collect, share, windows, [sums])
-    hessian = sums.take()
+    hessian = summed_products(workers, h_NTH, share, h_NTH.shape[2], lambda network, h: network.final_norm(h, norm_H))
     if not bool(torch.isfinite(hessian).all()):
         raise CheckpointError(
             "the activations entering the head are not finite",

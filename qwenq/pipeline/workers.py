@@ -28,6 +28,7 @@ from qwenq.pipeline.config import (
 from qwenq.pipeline.ranks import ALONE, Ranks
 from qwenq.pipeline.shares import Part, Share, parts_of
 from qwenq.solver.parallel import side_by_side
+from qwenq.solver.triangle import Triangle
 
 
 def cpu_workers(intermediate_size: int, ranks: int = 1) -> int:
@@ -183,3 +184,26 @@ class PartSums:
         """The sum, which is let go of here."""
         total, self._sum = self.total(), None
         return total
+
+
+def summed_products(
+    workers: Workers,
+    h_NTH: torch.Tensor,
+    share: Share,
+    width: int,
+    entering: Callable[[Network, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Sum of x x' over a rank's windows: a Triangle's values on the first worker's device.
+
+    entering: a network's x [..., width] of hidden states, in its dtype.
+    """
+    triangle = Triangle(width)
+    sums = PartSums(workers, triangle.size)
+
+    def collect(network: Network, part: slice) -> None:
+        h = h_NTH[part].to(device=network.device, dtype=network.dtype)
+        triangle.add_products(sums.of(network), entering(network, h))
+
+    for windows in share.passes:
+        workers.each(collect, share, windows, [sums])
+    return sums.take()
