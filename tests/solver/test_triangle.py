@@ -27,9 +27,24 @@ def test_it_holds_every_value_above_the_diagonal(width: int) -> None:
     assert width < 5000 or triangle.size < 0.54 * width**2
 
 
+def test_products_of_bfloat16_inputs_are_rounded_once_and_added_in_float32() -> None:
+    generator = torch.Generator().manual_seed(4)
+    triangle, x_TI = Triangle(600), torch.randn(512, 600, generator=generator).bfloat16()
+    flat = torch.zeros(triangle.size)
+    for part_TI in x_TI.split(64):
+        triangle.add_products(flat, part_TI)
+    once = sum((part_TI.double().T @ part_TI.double()).abs() for part_TI in x_TI.split(64))
+    wrong_II = (whole(flat, triangle).double() - x_TI.double().T @ x_TI.double()).abs()
+    assert bool((wrong_II <= 2**-8 * once).all())
+    counted = torch.zeros(triangle.size)
+    for _ in range(600):  # bfloat16 cannot count beyond 256
+        triangle.add_products(counted, torch.ones(1, 600, dtype=torch.bfloat16))
+    assert bool((counted == 600).all())
+
+
 def test_it_multiplies_as_the_whole_matrix_does() -> None:
     generator = torch.Generator().manual_seed(2)
-    triangle, x_TI = Triangle(600), torch.randn(64, 600, generator=generator).bfloat16()
+    triangle, x_TI = Triangle(600), torch.randn(64, 600, generator=generator)
     flat = torch.zeros(triangle.size)
     triangle.add_products(flat, x_TI)
     w_IO, from_IO = torch.randn(600, 5, generator=generator), torch.randn(600, 5, generator=generator)
