@@ -216,7 +216,9 @@ def _solve_gptq(e_IO: Tensor, h_II: Tensor, grid: Grid) -> tuple[Tensor, _GroupP
             def moved(columns: slice, part: slice = part, r_SS: Tensor = r_SS, p_SO: Tensor = p_SO) -> Tensor:
                 """How far weights have moved when these columns' turn comes, were they not rounded themselves."""
                 r_KK = r_SS[columns, columns]
-                return torch.linalg.solve_triangular(r_KK.T, p_SO[columns, part], upper=True, unitriangular=True)
+                one_KK = torch.eye(len(r_KK), device=r_KK.device)
+                inverse_KK = torch.linalg.solve_triangular(r_KK.T, one_KK, upper=True, unitriangular=True)
+                return inverse_KK @ p_SO[columns, part]  # solving for all rows takes 3 to 7 times as long
 
             for low in range(stop - start - inner, -1, -inner):
                 own, whole = slice(low, low + inner), slice(start + low, start + low + inner)
