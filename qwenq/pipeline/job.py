@@ -31,7 +31,7 @@ from qwenq.solver.gptq import DAMP_PERCENT, round_rows
 from qwenq.solver.grid import QTensor
 from qwenq.text.tokens import TokenWindows
 
-SUMS = f"{PARTS} parts"  # in which order sums over calibration windows are taken (pipeline/shares.py)
+SUMS = f"{PARTS} parts, products in the states' dtype"  # how sums over calibration windows are taken
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 

@@ -148,7 +148,7 @@ def refuse_changes(old: Mapping[str, Any], new: Mapping[str, Any], directory: Pa
     if threads is not None and len(differences) == 1:
         same = f"sums over another number of threads end in other bits: set OMP_NUM_THREADS={threads}"
     if any(where == "numerics.sums" for where, _, _ in differences):
-        same = "another version began it, which takes sums over windows in another order: let that one finish it"
+        same = "another version began it, which takes sums over windows in another way: let that one finish it"
     raise JobError(
         f"{directory}: cannot resume, {'; '.join(changes[:3])}{more}",
         hint=f"{same}, or delete the directory and start anew",

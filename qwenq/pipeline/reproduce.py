@@ -60,7 +60,7 @@ def reproduce(
     was = then.get("sums") if isinstance(then, Mapping) else None
     if was != here.get("sums"):
         raise JobError(
-            f"{MANIFEST_NAME}: its sums over windows were taken in another order ({was or 'all in a row'}, here "
+            f"{MANIFEST_NAME}: its sums over windows were taken in another way ({was or 'all in a row'}, here "
             f"{here.get('sums')}), which ends in other last bits",
             hint="the version that made it makes its layers again; --layers none compares files alone",
         )
