@@ -99,6 +99,7 @@ class DryRun:
         if self.network:
             more["network"] = self.network
             more["wire_layer_s"] = self.wire_s(check.wire_layer_bytes)
+            more["wire_head_s"] = self.wire_s(check.wire_head_bytes)
         if self.budgeted:
             more["recipe"] = recipe_json(self.budgeted)
         return check.to_json() | more
