@@ -78,6 +78,7 @@ def quantize(
     """
     try:
         config = options_of(context_, QuantizeConfig)
+        config.refuse_idle()  # before anything is downloaded
     except ExcludedOptions as error:
         raise typer.BadParameter(error.message) from None
     if save_recipe is not None and not (dry_run and config.mixed):

@@ -235,6 +235,11 @@ class QuantizeConfig:
         elif not self.mixed:
             self.scheme()
 
+    def refuse_idle(self) -> None:
+        """ExcludedOptions for an option that was given and does nothing; a settled configuration has values for all."""
+        if self.error_correction is not None and self.solver == "rtn":
+            raise ExcludedOptions("--error-correction is read from calibration: rounding to nearest reads none")
+
     @property
     def mixed(self) -> bool:
         """Not one scheme, but a mixture."""

@@ -137,6 +137,12 @@ def test_all_windows_of_a_wide_model_are_pulled_by_but_an_odd_one() -> None:
 def test_what_a_job_would_refuse_a_dry_run_refuses(tiny: Path, texts: list[object]) -> None:
     rtn = run("quantize", tiny, *texts[:-2], "--method", "rtn", "--bpw", "5.5", "--dry-run")
     assert rtn.exit_code == 1 and "--method rtn measures no sensitivities" in rtn.stderr
+    for rounds in (["--method", "rtn"], ["--format", "bnb-nf4"]):
+        for given in ("--error-correction", "--pull"):
+            idle = run("quantize", "owner/never-fetched", "-o", "out", *rounds, given, "0")
+            assert idle.exit_code == 2 and "is read from calibration: rounding to nearest reads none" in idle.stderr
+            assert run("quantize", "Qwen2.5-7B", "--dry-run", *rounds, given, "0").stderr == idle.stderr
+        assert run("quantize", "Qwen2.5-7B", "--dry-run", *rounds).exit_code == 0, "nobody gave it"
     one = run("quantize", tiny, "--bits", 4, *texts, "-n", 1, "--pull", "1", "--dry-run")
     assert one.exit_code == 1 and "one window of calibration has no two halves" in one.stderr
     assumed = dry(tiny, "--bits", 4, *texts, "-n", 1)["assumed"]
