@@ -246,6 +246,7 @@ def test_windows_that_run_through_the_16_bit_layers() -> None:
         assert original_windows(large, windows, length) == windows // 2 * 2
     assert original_windows(spec, 90, 400) == 44, "nine batches of five make two unequal halves"
     assert original_windows(large, 1, 512) == 0
+    assert original_windows(spec_of(), 2, 2048) == 2, "half of two is no pair of halves"
 
 
 def test_predicted_peaks_do_not_know_the_number_of_layers() -> None:
