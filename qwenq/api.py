@@ -251,6 +251,7 @@ def evaluate(
     from qwenq.pipeline.job import DTYPES
     from qwenq.pipeline.ranks import ALONE
     from qwenq.pipeline.reference_logits import SavedLogits
+    from qwenq.pipeline.shares import refuse_few
     from qwenq.text.calibration import load_windows
     from qwenq.text.tokens import ModelTokenizer
 
@@ -272,7 +273,7 @@ def evaluate(
     dtype = pick_compute_dtype(config.compute_dtype, device := pick_device(config.device))
     asked = {"checkpoint": checkpoint.sampled(), "reference": base.sampled(), "text": windows.to_json()}
     ranks.refuse_others("command", asked | {"--compute-dtype": dtype})
-    ranks.refuse_few(evaluation=len(windows.ids))
+    refuse_few(ranks.size, evaluation=len(windows.ids))
     layers = base.spec.num_hidden_layers
     return run(
         checkpoint,

@@ -145,6 +145,9 @@ def test_what_a_job_would_refuse_a_dry_run_refuses(tiny: Path, texts: list[objec
         assert run("quantize", "Qwen2.5-7B", "--dry-run", *rounds).exit_code == 0, "nobody gave it"
     one = run("quantize", tiny, "--bits", 4, *texts, "-n", 1, "--pull", "1", "--dry-run")
     assert one.exit_code == 1 and "one window of calibration has no two halves" in one.stderr
+    for few, kind in ((["-n", 3], "calibration"), (["--method", "rtn", "--eval-samples", 3], "evaluation")):
+        said = run("quantize", tiny, "--bits", 4, *texts, *few, "--dry-run", "--ranks", 4)
+        assert said.exit_code == 1 and f"error: 3 {kind} windows for 4 ranks" in said.stderr, said.output
     assumed = dry(tiny, "--bits", 4, *texts, "-n", 1)["assumed"]
     assert assumed["calibration_windows"] == 1 and assumed["original_windows"] == 0
 

@@ -23,8 +23,9 @@ import torch
 from test_quantize import FORKS, assert_same
 
 from qwenq.checkpoint.manifest import MANIFEST_NAME
-from qwenq.errors import UsageError
+from qwenq.errors import RunError, UsageError
 from qwenq.launch import read_launch
+from qwenq.pipeline.ranks import _meet
 
 TIMEOUT_S = 3.0  # of a rank without a sign of life
 TEXT = ["--builtin-share", "0", "--device", "cpu", "-n", "11", "--sequence-length", "64"]
@@ -382,6 +383,19 @@ def test_what_cannot_be_joined_is_said_in_a_line(tiny: Path, text: list[object],
         assert each.code == 1 and "3 calibration windows for 4 ranks" in each.err, each
     (said,) = Started(tmp_path / "inspect", 1, ["inspect", tiny], WORLD_SIZE="2").ended()
     assert said.code == 2 and said.err.startswith("error: `qwenq inspect` does not go over ranks, WORLD_SIZE is 2\n")
+
+
+def test_a_place_to_meet_that_goes_away_is_said_in_a_line() -> None:
+    class Gone:
+        def set(self, key: str, value: str) -> None: ...
+
+        def check(self, keys: list[str]) -> bool:
+            raise torch.distributed.DistNetworkError("Connection reset\nby peer")
+
+    launch = read_launch(ENVIRONMENT)
+    assert launch is not None
+    with pytest.raises(RunError, match=r"^a:29500: rank 1 waited .* went away \(Connection reset by peer\)$"):
+        _meet(Gone(), launch, {})
 
 
 # ---------------------------------------------------------------------- how a process was started

@@ -204,6 +204,7 @@ def test_disk_and_memory_give_the_same_logits(random_model: Make, tmp_path: Path
         for layer in (1, 2):
             assert {p.device.type for p in model.network.model.layers[layer].parameters()} == {"meta"}
         assert model.network.hf_device_map == where
+        assert Session(model, 16).decoding == "transformers' modules: layers on disk"
 
 
 def test_what_goes_to_disk(random_model: Make) -> None:
