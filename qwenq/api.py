@@ -128,9 +128,10 @@ def dry_run(
 ) -> DryRun:
     """Sizes to the byte, predicted peaks and disk of `quantize` with the same arguments. Bytes.
 
-    model: a family's name ("Qwen2.5-72B") too, in BF16. out: the directory whose disk is asked; the current one's
-    without it. ranks: that would share the work, each with the memory told. network: between them (10gbps), to say how
-    long their sums take. Raises QwenqError for what `quantize` would refuse, but for a disk too small: a warning.
+    model: a family's name ("Qwen2.5-72B") too, in BF16. out: the directory whose disk is asked, which
+    `preflight.check_disk(out)` of the result refuses where it is too small; without it the current one's, and a
+    warning. ranks: that would share the work, each with the memory told. network: between them (10gbps), to say how
+    long their sums take. Raises QwenqError for options, models and texts that `quantize` would refuse.
     """
     from qwenq.pipeline.dryrun import dry_run as run
 
@@ -151,10 +152,11 @@ def sensitivity(
 ) -> Sensitivity:
     """Measure the KL (nats a token) that each fused group of a model causes at each scheme, and write it to `output`.
 
-    Of the options only text, seed, `format`, `asymmetric`, `device` (one GPU) and `compute_dtype` count. Hidden states
-    lie beside `output`, or in the current directory, meanwhile. progress: gets a line of text at each step. warn: gets
-    a line for each thing that is read otherwise than config.json says, or left out of the text. ranks: this process
-    among those that measure together (`qwenq.pipeline.ranks.joined`); the first one writes. Raises QwenqError.
+    Of the options only `calibration`, `num_samples`, `sequence_length`, `strict`, `seed`, `format`, `asymmetric`,
+    `device` (one GPU) and `compute_dtype` count: the text is read as it is, without the built-in set's share. Hidden
+    states lie beside `output`, or in the current directory, meanwhile. progress: gets a line of text at each step.
+    warn: gets a line for each thing that is read otherwise than config.json says, or left out of the text. ranks: this
+    process among those that measure together (`qwenq.pipeline.ranks.joined`); the first one writes. Raises QwenqError.
     """
     import tempfile
 
@@ -239,10 +241,10 @@ def evaluate(
 ) -> DriftReport:
     """KL divergence, perplexity and top-1 agreement of a checkpoint against another, both streamed layer by layer.
 
-    model, reference: directories or hub names, 16-bit or quantized. progress: gets the layers done and their number.
-    save_reference_logits: a file to write for `llama-perplexity --kl-divergence`, about 300 kB a position of a Qwen2.5.
-    warn: gets a line for each thing that is read otherwise than a config.json says, or left out of a text. KL in nats a
-    token, with 95 % confidence intervals. ranks: this process among those that evaluate together
+    model, reference: directories, GGUF files or hub names, 16-bit or quantized. progress: gets the layers done and
+    their number. save_reference_logits: a file to write for `llama-perplexity --kl-divergence`, about 300 kB a position
+    of a Qwen2.5. warn: gets a line for each thing that is read otherwise than a config.json says, or left out of a
+    text. KL in nats a token, with 95 % confidence intervals. ranks: this process among those that evaluate together
     (`qwenq.pipeline.ranks.joined`). Raises CheckpointError where the two cannot be compared.
     """
     from qwenq.checkpoint.reader import open_checkpoint
@@ -629,8 +631,8 @@ def load(
 ) -> LoadedModel:
     """Load a checkpoint, weights packed, over the GPUs, host memory and disk of this machine as the planner places it.
 
-    checkpoint: a directory or a hub name. progress: gets the number of each loaded layer. Raises RunError, naming the
-    device and the bytes that are missing, where it does not fit.
+    checkpoint: a directory, a GGUF file or a hub name. progress: gets the number of each loaded layer. Raises RunError,
+    naming the device and the bytes that are missing, where it does not fit.
     """
     return LoadedModel(model_directory(str(checkpoint)), load_options(**options), progress)
 
