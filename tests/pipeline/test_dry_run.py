@@ -93,6 +93,18 @@ def test_what_it_assumes_in_words() -> None:
     assert "GPU" not in on_cpu.stdout
 
 
+def test_what_ranks_send_is_shown_with_the_head_where_it_is_solved(tiny: Path, texts: list[object]) -> None:
+    between = ["--ranks", 2, "--network", "1gbps", "--dry-run"]
+    for form, solved in (("gguf", True), ("gptq", False)):
+        ask = ["quantize", tiny, *texts[:-2], *(["--group-size", 32] if form == "gptq" else []), "--format", form]
+        shown = run(*ask, *between).stdout
+        assert ("received by a rank, the head" in shown) == solved and "received by a rank, a layer" in shown
+        assert shown.count("the same at 1gbps") == 1 + solved
+        found = json.loads(run(*ask, *between, "--json").stdout)
+        assert (found["wire_head_bytes"] > 0) == solved
+        assert found["wire_head_s"] == pytest.approx(found["wire_head_bytes"] * 8e-9)
+
+
 def test_a_machine_too_small_is_warned_of(monkeypatch: pytest.MonkeyPatch, tiny: Path, texts: list[object]) -> None:
     memory = total_memory()
     assert memory is not None
