@@ -18,7 +18,7 @@ from report_runs import changed, manifest
 from test_report import NASTY
 
 from qwenq.escaping import yaml_text
-from qwenq.formats.base import Recipe, Scheme
+from qwenq.formats.base import Recipe, Scheme, get_format
 from qwenq.io.json import model_name
 from qwenq.model.spec import ModelSpec, family_spec
 from qwenq.pipeline.card import model_card, source_license
@@ -83,6 +83,17 @@ def test_the_card_of_a_run(tmp_path: Path) -> None:
 def test_the_example_serves_no_more_than_the_model_was_trained_on(tmp_path: Path) -> None:
     text = model_card(manifest(), tmp_path, replace(spec(), max_position_embeddings=512), Recipe(Scheme(4, 64)))
     assert "vllm serve . --max-model-len 512\n" in text
+
+
+def test_the_card_of_a_gguf_file_is_for_llama_cpp(tmp_path: Path) -> None:
+    """vLLM and tensor-parallel ranks take none; embedding and head are quantized there."""
+    recipe = get_format("gguf").mixture("Q4_K_M", spec())
+    body = model_card(manifest(), tmp_path, spec(), recipe, file="It is-Q4_K_M.gguf")
+    assert "\nllama-server -m 'It is-Q4_K_M.gguf' -c 8192\nqwenq run . -p 'Hello'\n" in body
+    assert "vllm serve" not in body and "tensor-parallel-size" not in body
+    assert "; embedding Q4_K, head Q6_K, norms as in the original." in body
+    folded = changed(manifest(), "job.options", {"method": "gptq", "fold": True})
+    assert "; embedding Q4_K, head Q6_K." in card(folded, tmp_path, recipe)[1]
 
 
 def test_a_mixed_recipe_does_not_promise_transformers(tmp_path: Path) -> None:
