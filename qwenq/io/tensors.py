@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -51,10 +51,15 @@ def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
 
 def read_into(path: Path, start: int, tensor: torch.Tensor) -> None:
     """Fill `tensor` (contiguous, on the CPU) with a file's bytes from `start` on; JobError when there are too few."""
-    data = raw_bytes(tensor)
     with open(path, "rb") as file:
-        file.seek(start)
-        count = file.readinto(data)
+        fill(tensor, file, start, path)
+
+
+def fill(tensor: torch.Tensor, file: IO[bytes], start: int, path: Path) -> None:
+    """`read_into` of a file that is open; `path` names it, or the directory of one without a name."""
+    data = raw_bytes(tensor)
+    file.seek(start)
+    count = file.readinto(data)  # type: ignore[attr-defined]
     if count != len(data):
         raise JobError(
             f"{path}: {count} bytes from {start} on, wanted {len(data)}", hint="something else cut the file short"

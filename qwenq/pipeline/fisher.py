@@ -17,16 +17,15 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Self
 
 import torch
 
 from qwenq.checkpoint.reader import SLICE_ROWS, Checkpoint
 from qwenq.errors import CalibrationError, JobError
 from qwenq.formats.base import Scheme, get_format
-from qwenq.io.durable import new_file
 from qwenq.io.safetensors import fingerprint
-from qwenq.io.tensors import raw_bytes, read_into
+from qwenq.io.tensors import fill, raw_bytes
 from qwenq.machine import free_disk, keep_freed_memory, versions
 from qwenq.model.architectures import Stage
 from qwenq.model.layer import Network
@@ -130,9 +129,8 @@ def measure_sensitivity(
     try:
         with (
             memory_errors("measuring sensitivity", network.device, None, hint),
-            tempfile.TemporaryDirectory(prefix=".qwenq-sensitivity-", dir=scratch) as directory,
+            _States(scratch) as states,
         ):
-            states = _States(Path(directory), spec)
             last = _forward(source, workers, probe, shares, states, listen)
             last_NTH = last["probe"]
             listen("sensitivity: gradients at the head")
@@ -187,23 +185,39 @@ def measure_sensitivity(
 
 
 class _States:
-    """Hidden states entering each layer, in files."""
+    """Hidden states entering each layer, of each token set in a file without a name: it goes with the process, however
+    that ends.
 
-    def __init__(self, directory: Path, spec: ModelSpec) -> None:
-        self.directory, self.hidden = directory, spec.hidden_size
+    Layers are read from the last to the first, and a file ends before the last one that was read.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.files: dict[str, IO[bytes]] = {}
         self.shapes: dict[str, torch.Size] = {}
 
-    def write(self, name: str, layer: int, h_NTH: torch.Tensor) -> None:
-        self.shapes[name] = h_NTH.shape
-        with new_file(self.directory / f"{name}-{layer}") as file:
-            file.write(raw_bytes(h_NTH.to(_STORED)))
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for file in self.files.values():
+            file.close()
+
+    def write(self, name: str, h_NTH: torch.Tensor) -> None:
+        """Add what enters the next layer."""
+        if name not in self.files:
+            self.files[name] = tempfile.TemporaryFile(dir=self.directory)  # noqa: SIM115 - open between the passes
+            self.shapes[name] = h_NTH.shape
+        file = self.files[name]
+        file.write(raw_bytes(h_NTH.to(_STORED)))
+        file.flush()
 
     def read(self, name: str, layer: int) -> torch.Tensor:
-        """The states as written; their file is deleted."""
+        """What entered a layer, as written; its disk is free again."""
         h_NTH = torch.empty(self.shapes[name], dtype=_STORED)
-        path = self.directory / f"{name}-{layer}"
-        read_into(path, 0, h_NTH)
-        path.unlink()
+        start = layer * h_NTH.nbytes
+        fill(h_NTH, self.files[name], start, self.directory)
+        self.files[name].truncate(start)
         return h_NTH
 
 
@@ -230,7 +244,7 @@ def _forward(
     for layer in range(spec.num_hidden_layers):
         workers.fill(source.finite_layer_state(layer))
         for name, (h_NTH, _) in hidden.items():
-            states.write(name, layer, h_NTH)
+            states.write(name, h_NTH)
             workers.run_layer(h_NTH, shares[name])
         workers.release()
         source.refuse_changed()

@@ -299,13 +299,32 @@ def test_a_source_that_changes_meanwhile(step: int, random_model: Callable[..., 
     assert step < len(told) <= step + 2
 
 
-def test_states_that_were_cut_short(tmp_path: Path, tiny: Path) -> None:
-    states = _States(tmp_path, open_source(tiny).spec)
-    states.write("probe", 0, torch.ones(2, 3, 128))
-    with open(tmp_path / "probe-0", "r+b") as file:
-        file.truncate(1000)
-    with pytest.raises(JobError, match=r"probe-0: 1000 bytes from 0 on, wanted 1536$"):
-        states.read("probe", 0)
+def test_states_that_were_cut_short(tmp_path: Path) -> None:
+    with _States(tmp_path) as states:
+        first, last = torch.randn(2, 2, 3, 128).bfloat16()
+        states.write("probe", first)
+        states.write("probe", last)
+        assert torch.equal(states.read("probe", 1), last)
+        assert os.fstat(states.files["probe"].fileno()).st_size == 1536, "disk is freed layer by layer"
+        states.files["probe"].truncate(1000)
+        with pytest.raises(JobError, match=r": 1000 bytes from 0 on, wanted 1536$"):
+            states.read("probe", 0)
+
+
+def test_a_process_that_dies_leaves_nothing(random_model: Callable[..., Path], tmp_path: Path) -> None:
+    """The system frees what has no name with its process, also after kill -9: so nothing has one at any step."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    seen: list[tuple[list[Path], int]] = []
+
+    def look(line: str) -> None:
+        held = {os.path.realpath(f"/proc/self/fd/{handle}") for handle in os.listdir("/proc/self/fd")}
+        seen.append((list(scratch.iterdir()), sum(name.startswith(f"{scratch}/") for name in held)))
+
+    probe = split_windows(TokenWindows(torch.randint(0, 1000, (4, 32)), "ids", {}))
+    measure_sensitivity(open_source(random_model()), probe, scratch=scratch, listen=look)
+    assert [names for names, _ in seen if names] == []
+    assert max(held for _, held in seen) == 2, "the states of both token sets are on that disk"
 
 
 @pytest.mark.parametrize("command", ["quantize", "sensitivity"])
