@@ -111,7 +111,7 @@ def quantize(
     from qwenq.pipeline.quantize import quantize as run
 
     settings = replace(config or QuantizeConfig(), **_with_paths(options))
-    settings.refuse_idle()  # before anything is downloaded
+    settings.refuse_idle(options.keys())  # before anything is downloaded
     prepared = prepare(model_directory(str(model), progress), Path(out), settings, resume=resume)
     job = prepared.measured(resume=resume, listen=progress).job
     return run(job, resume=resume, listen=progress)
@@ -136,7 +136,7 @@ def dry_run(
     from qwenq.pipeline.dryrun import dry_run as run
 
     settings = replace(config or QuantizeConfig(), **_with_paths(options))
-    settings.refuse_idle()
+    settings.refuse_idle(options.keys())
     return run(str(model), settings, None if out is None else Path(out), ranks=ranks, network=network)
 
 

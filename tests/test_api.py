@@ -123,6 +123,9 @@ def test_progress_and_refusals(here: Path) -> None:
         for call in (qwenq.quantize, qwenq.dry_run):
             with pytest.raises(UsageError, match=r"^--error-correction is read from calibration: rounding"):
                 call("owner/never-fetched", "again", error_correction=0.0, **rounded)
+            for config, options in ((None, {"sink_weight": 64.0}), (QuantizeConfig(sink_weight=32), {})):
+                with pytest.raises(UsageError, match=r"^--sink-weight weighs tokens of calibration: rounding"):
+                    call("owner/never-fetched", "again", config, **rounded, **options)
     with pytest.raises(UsageError, match="layers is 'some'"):
         qwenq.verify("out", "my-model", layers="some")
     with pytest.raises(CheckpointError, match="no such directory"):

@@ -13,7 +13,7 @@ from rich.table import Table
 from qwenq.cli import options as ask
 from qwenq.cli.console import LayerProgress, drift_table, err, out, warn
 from qwenq.cli.options import warn_of_shipped
-from qwenq.cli.plain import options_of, print_json, print_step
+from qwenq.cli.plain import options_of, print_json, print_step, typed
 from qwenq.cli.ranks import fetched_once, over_ranks
 from qwenq.errors import ExcludedOptions, PlanError
 from qwenq.escaping import several
@@ -78,13 +78,15 @@ def quantize(
     """
     try:
         config = options_of(context_, QuantizeConfig)
-        config.refuse_idle()  # before anything is downloaded
+        config.refuse_idle([name for name in context_.params if typed(context_, name)])  # before any download
     except ExcludedOptions as error:
         raise typer.BadParameter(error.message) from None
     if save_recipe is not None and not (dry_run and config.mixed):
         raise typer.BadParameter("--save-recipe goes with --dry-run and --target-size, --bpw, --fit or --recipe")
     if (ranks > 1 or network) and not dry_run:
         raise typer.BadParameter("--ranks and --network go with --dry-run: torchrun starts the job itself")
+    if dry_run and resume:
+        raise typer.BadParameter("--resume goes on with a job, and --dry-run begins none: leave one of them out")
     place = output if output != Path() else None
     if dry_run:
         refuse_ranks("quantize --dry-run", "start it once, with --ranks")
@@ -164,14 +166,14 @@ def _dry_run(
         save_recipe(save_to, found.spec, found.budgeted)
     if json:
         print_json(found.to_json())
-        return
-    out.print(_sizes_table(found))
-    out.print(found.assumed.line(config.calibration), soft_wrap=True)
-    if found.budgeted:
-        out.print(recipe_table(found.spec, found.budgeted))
-        out.print(prediction_line(found.budgeted), soft_wrap=True)
-    for line in found.warnings:
-        warn(line)
+    else:
+        out.print(_sizes_table(found))
+        out.print(found.assumed.line(config.calibration), soft_wrap=True)
+        if found.budgeted:
+            out.print(recipe_table(found.spec, found.budgeted))
+            out.print(prediction_line(found.budgeted), soft_wrap=True)
+        for line in found.warnings:
+            warn(line)
     if output is not None:  # without an output directory the disk it will be on is a guess
         found.preflight.check_disk(output)
 

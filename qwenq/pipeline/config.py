@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -51,6 +51,13 @@ SOLVER_WINDOWS = 16  # of calibration, at most, for the Hessians that sensitivit
 PROBE_WINDOWS, PROBE_TOKENS = 32, 128  # and other, shorter ones, at most, that the errors' effect is read on
 SAMPLES = 4  # labels a position, of a sensitivity
 BACKWARD_TOKENS = 1024  # that go backward through a layer together
+_OF_CALIBRATION = {
+    "damp_percent": "damps what calibration measures",
+    "error_correction": "is read from calibration",
+    "error_correction_share": "is of calibration",
+    "builtin_share": "is of calibration",
+    "sink_weight": "weighs tokens of calibration",
+}  # options that do nothing without it, and why
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
@@ -235,10 +242,17 @@ class QuantizeConfig:
         elif not self.mixed:
             self.scheme()
 
-    def refuse_idle(self) -> None:
-        """ExcludedOptions for an option that was given and does nothing; a settled configuration has values for all."""
-        if self.error_correction is not None and self.solver == "rtn":
-            raise ExcludedOptions("--error-correction is read from calibration: rounding to nearest reads none")
+    def refuse_idle(self, given: Collection[str] = ()) -> None:
+        """ExcludedOptions for an option that was given and does nothing; a settled configuration has values for all.
+
+        given: names of options that were, whatever their value; others were where they are not as by default.
+        """
+        if self.solver != "rtn":
+            return
+        for name, idle in _OF_CALIBRATION.items():
+            value, default = getattr(self, name), getattr(QuantizeConfig, name)
+            if value != default or (name in given and value is not None):
+                raise ExcludedOptions(f"{flag(name)} {idle}: rounding to nearest reads none")
 
     @property
     def mixed(self) -> bool:

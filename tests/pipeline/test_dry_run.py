@@ -122,6 +122,23 @@ def test_a_machine_too_small_is_warned_of(monkeypatch: pytest.MonkeyPatch, tiny:
     assert dry(tiny, *texts)["warnings"] == [] and dry(tiny, *texts)["source_download_bytes"] == 0
 
 
+def test_a_disk_too_small_for_a_given_output_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny: Path, texts: list[object]
+) -> None:
+    """With --json too, once the figures are out."""
+    monkeypatch.setattr("qwenq.pipeline.preflight.free_disk", lambda out: 1000)
+    words = ("quantize", tiny, *texts, "-o", tmp_path / "out", "--dry-run")
+    shown, told = run(*words), run(*words, "--json")
+    assert (told.exit_code, told.stderr) == (shown.exit_code, shown.stderr) == (1, told.stderr)
+    assert re.match(r"error: .*/out: needs \S+ MB of disk, ", told.stderr)
+    assert json.loads(told.stdout)["disk_free_bytes"] == 1000
+
+
+def test_a_dry_run_goes_on_with_no_job(tiny: Path) -> None:
+    refused = run("quantize", tiny, "--dry-run", "--resume")
+    assert refused.exit_code == 2 and "--resume goes on with a job, and --dry-run begins none" in refused.stderr
+
+
 def test_a_budget_counts_the_measuring(tiny: Path, texts: list[object], tmp_path: Path) -> None:
     options = ["--device", "cuda:0"]
     found = dry("Qwen2.5-72B", "--bpw", "5", *options)
@@ -150,10 +167,17 @@ def test_what_a_job_would_refuse_a_dry_run_refuses(tiny: Path, texts: list[objec
     rtn = run("quantize", tiny, *texts[:-2], "--method", "rtn", "--bpw", "5.5", "--dry-run")
     assert rtn.exit_code == 1 and "--method rtn measures no sensitivities" in rtn.stderr
     for rounds in (["--method", "rtn"], ["--format", "bnb-nf4"]):
-        for given in ("--error-correction", "--pull"):
-            idle = run("quantize", "owner/never-fetched", "-o", "out", *rounds, given, "0")
-            assert idle.exit_code == 2 and "is read from calibration: rounding to nearest reads none" in idle.stderr
-            assert run("quantize", "Qwen2.5-7B", "--dry-run", *rounds, given, "0").stderr == idle.stderr
+        for given, value, why in (
+            ("--error-correction", 0, "--error-correction is read from calibration"),
+            ("--pull", 0, "--error-correction is read from calibration"),
+            ("--error-correction-share", 0.5, "--error-correction-share is of calibration"),
+            ("--damp-percent", 0.1, "--damp-percent damps what calibration measures"),
+            ("--sink-weight", 64, "--sink-weight weighs tokens of calibration"),
+            ("--builtin-share", 0, "--builtin-share is of calibration"),
+        ):
+            idle = run("quantize", "owner/never-fetched", "-o", "out", *rounds, given, value)
+            assert idle.exit_code == 2 and f"{why}: rounding to nearest reads none" in idle.stderr
+            assert run("quantize", "Qwen2.5-7B", "--dry-run", *rounds, given, value).stderr == idle.stderr
         assert run("quantize", "Qwen2.5-7B", "--dry-run", *rounds).exit_code == 0, "nobody gave it"
     one = run("quantize", tiny, "--bits", 4, *texts, "-n", 1, "--pull", "1", "--dry-run")
     assert one.exit_code == 1 and "one window of calibration has no two halves" in one.stderr
