@@ -113,6 +113,8 @@ def quantize(
     settings = replace(config or QuantizeConfig(), **_with_paths(options))
     settings.refuse_idle(options.keys())  # before anything is downloaded
     prepared = prepare(model_directory(str(model), progress), Path(out), settings, resume=resume)
+    if prepared.calibrates:
+        progress(prepared.calibrates)
     job = prepared.measured(resume=resume, listen=progress).job
     return run(job, resume=resume, listen=progress)
 

@@ -110,6 +110,8 @@ def _quantize(model: str, config: QuantizeConfig, output: Path, resume: bool, js
             warn(f"{several(ignored)}: stored but not used by the model, left out")
         for line in prepared.job.notes:
             warn(line)
+        if prepared.calibrates and ranks.first and not json:
+            print_step(prepared.calibrates)
         with LayerProgress(spec.num_hidden_layers, quiet=json or not ranks.first) as progress:
             try:
                 prepared = prepared.measured(resume=resume, listen=progress.say, ranks=ranks)

@@ -563,6 +563,11 @@ class Resolution:
         return replace(self.config, error_correction=strength)
 
 
+def of_builtin(windows: int) -> str:
+    """Words that follow a calibration text where so many of its windows are not its own."""
+    return f", {windows} of them replaced by the built-in set's (--builtin-share)" if windows else ""
+
+
 def tokens_of(settled: QuantizeConfig, windows: Windows) -> Tokens:
     """Counts and widths that sizes and peaks are predicted from."""
     share = settled.error_correction_share if settled.error_correction else 0.0

@@ -25,6 +25,7 @@ from qwenq.pipeline.config import (
     Resolution,
     Windows,
     device_names,
+    of_builtin,
     tokens_of,
 )
 from qwenq.pipeline.container import containers
@@ -44,6 +45,7 @@ class Assumed:
     """What sizes and peaks count with."""
 
     calibration_windows: int
+    builtin_windows: int  # of these, that the built-in set replaces
     evaluation_windows: int
     window_tokens: int
     counted: bool  # in the text itself, by the model's tokenizer
@@ -61,7 +63,7 @@ class Assumed:
             corrected = f"error correction of o and down from {self.original_windows} of them"
             parts = [
                 f"{about}{self.calibration_windows} calibration windows of {self.window_tokens} tokens of "
-                f"{calibration} in {self.calibration_dtype}",
+                f"{calibration} in {self.calibration_dtype}{of_builtin(self.builtin_windows)}",
                 corrected if self.original_windows else "no error correction",
                 *parts,
             ]
@@ -160,8 +162,13 @@ def dry_run(
     if found.measures(windows):
         schemes = solved_schemes(found.spec, config.format, bool(config.asymmetric))
         measuring = sensitivity_bytes(found.spec, windows.length, found.compute_bytes, on_gpu, schemes, ranks)
+    tokenized = source.directory is None or (source.directory / "tokenizer.json").is_file()
     assumed = Assumed(
         calibration_windows=windows.calibration,
+        builtin_windows=min(
+            found.config.builtin_windows(windows.calibration, tokenizer=tokenized),
+            SET_TOKENS["builtin"] // windows.length,
+        ),
         evaluation_windows=windows.evaluation,
         window_tokens=windows.length,
         counted=windows.counted,

@@ -11,7 +11,14 @@ from qwenq.checkpoint.reader import Checkpoint, open_source
 from qwenq.errors import JobError
 from qwenq.io.durable import file_sha256
 from qwenq.io.safetensors import fingerprint
-from qwenq.pipeline.config import DEFAULT_EVALUATION_WINDOWS, DEFAULT_WINDOWS, QuantizeConfig, Resolution, pick_device
+from qwenq.pipeline.config import (
+    DEFAULT_EVALUATION_WINDOWS,
+    DEFAULT_WINDOWS,
+    QuantizeConfig,
+    Resolution,
+    of_builtin,
+    pick_device,
+)
 from qwenq.pipeline.container import containers
 from qwenq.pipeline.fisher import measure_sensitivity, split_windows
 from qwenq.pipeline.job import DTYPES, QuantizeJob, partial_directory, windows_of
@@ -41,6 +48,15 @@ class Preparation:
     def budgeted(self) -> Budgeted | None:
         """The mixture; None for one scheme."""
         return self.resolution.budgeted
+
+    @property
+    def calibrates(self) -> str:
+        """A line on the calibration text, and on windows of it that the built-in set replaces; empty without one."""
+        if self.calibration is None:
+            return ""
+        windows, length = self.calibration.ids.shape
+        replaced = of_builtin(self.calibration.builtin_windows)
+        return f"calibrating on {windows} windows of {length} tokens of {self.calibration.text}{replaced}"
 
     @property
     def job(self) -> QuantizeJob:
@@ -157,7 +173,7 @@ def prepare(
         strict=config.strict,
     )
     texts = [] if calibration is None or config.calibration.endswith(".npy") else [config.calibration]
-    if calibration is not None and calibration.provenance.get("builtin", {}).get("windows"):
+    if calibration is not None and calibration.builtin_windows:
         texts.append("builtin")
     compared = texts and not config.eval_text.endswith(".npy")
     shared = overlap(texts[0], config.eval_text, *texts[1:]) if compared else None

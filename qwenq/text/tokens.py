@@ -393,6 +393,11 @@ class TokenWindows:
         return hashlib.sha256(shape + self.ids.numpy().tobytes()).hexdigest()
 
     @property
+    def builtin_windows(self) -> int:
+        """How many of the windows are the built-in set's instead of the text's own."""
+        return int(self.provenance.get("builtin", {}).get("windows", 0))
+
+    @property
     def left_out(self) -> str:
         """A line on rows of the text that were no documents; empty where there were none."""
         rows, first = self.provenance.get("skipped_rows", 0), self.provenance.get("first_skipped", "")

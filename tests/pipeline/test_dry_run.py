@@ -37,10 +37,19 @@ def test_windows_are_those_that_the_job_reads(
 ) -> None:
     out = tmp_path / "out"
     assumed = dry(tiny, *texts, *asked)["assumed"]
-    assert run("quantize", tiny, "-o", out, *texts, *asked).exit_code == 0
+    done = run("quantize", tiny, "-o", out, *texts, *asked)
+    assert done.exit_code == 0
     job = json.loads((out / "qwenq-manifest.json").read_text())["job"]
     assert assumed["counted"] and assumed["window_tokens"] == 64
     assert assumed["calibration_windows"] == job["calibration"]["windows"]
+    assert assumed["builtin_windows"] == job["calibration"]["builtin"]["windows"] > 0
+    name = job["calibration"]["text"]
+    told = f"calibrating on {assumed['calibration_windows']} windows of 64 tokens of {name}, "
+    replaced = f"{assumed['builtin_windows']} of them replaced by the built-in set's (--builtin-share)"
+    assert told + replaced in done.stderr.splitlines()
+    assert replaced in run("quantize", tiny, *texts, *asked, "--dry-run").stdout
+    own = run("quantize", tiny, *texts, *asked, "--dry-run", "--builtin-share", 0).stdout
+    assert "assumed: " in own and "built-in" not in own
     assert assumed["evaluation_windows"] == job["evaluation"]["windows"]
     assert (assumed["calibration_dtype"], assumed["compute_dtype"]) == (job["calibration_dtype"], job["compute_dtype"])
     assert (assumed["original_windows"] > 0) == (job["options"]["error_correction"] > 0)
