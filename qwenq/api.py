@@ -154,11 +154,12 @@ def sensitivity(
 ) -> Sensitivity:
     """Measure the KL (nats a token) that each fused group of a model causes at each scheme, and write it to `output`.
 
-    Of the options only `calibration`, `num_samples`, `sequence_length`, `strict`, `seed`, `format`, `asymmetric`,
-    `device` (one GPU) and `compute_dtype` count: the text is read as it is, without the built-in set's share. Hidden
-    states lie beside `output`, or in the current directory, meanwhile. progress: gets a line of text at each step.
-    warn: gets a line for each thing that is read otherwise than config.json says, or left out of the text. ranks: this
-    process among those that measure together (`qwenq.pipeline.ranks.joined`); the first one writes. Raises QwenqError.
+    Of the options only `calibration`, `num_samples`, `builtin_share`, `sequence_length`, `strict`, `seed`, `format`,
+    `asymmetric`, `device` (one GPU) and `compute_dtype` count: the table is that of `quantize` with the same ones.
+    Hidden states lie on the disk of `output`, or of the current directory, meanwhile, in files without a name.
+    progress: gets a line of text at each step. warn: gets a line for each thing that is read otherwise than config.json
+    says, or left out of the text. ranks: this process among those that measure together
+    (`qwenq.pipeline.ranks.joined`); the first one writes. Raises QwenqError.
     """
     import tempfile
 
@@ -169,7 +170,7 @@ def sensitivity(
     from qwenq.pipeline.job import DTYPES
     from qwenq.pipeline.ranks import ALONE
     from qwenq.planning.sensitivity import encode_sensitivity
-    from qwenq.text.calibration import load_windows
+    from qwenq.text.calibration import load_windows, with_builtin
     from qwenq.text.tokens import ModelTokenizer
 
     settings = replace(config or QuantizeConfig(), **_with_paths(options))
@@ -183,10 +184,13 @@ def sensitivity(
     if not scratch.is_dir():
         raise JobError(f"{scratch}: no such directory", hint="make it, or choose another --output")
     source = open_source(model_directory(str(model), progress))
+    tokenizer = ModelTokenizer(source.directory)
     windows = load_windows(
-        settings.calibration, ModelTokenizer(source.directory), source.spec, length=settings.sequence_length,
+        settings.calibration, tokenizer, source.spec, length=settings.sequence_length,
         count=settings.num_samples, seed=settings.seed, up_to=DEFAULT_WINDOWS, strict=settings.strict,
     )  # fmt: skip
+    replaced = settings.builtin_windows(len(windows.ids), tokenizer=tokenizer.present)
+    windows = with_builtin(windows, replaced, tokenizer, source.spec, seed=settings.seed)
     for line in filter(None, (*source.notes, windows.left_out)):
         warn(line)
     asked = {"source": source.sampled(), "text": windows.to_json(), "options": settings.same_everywhere()}

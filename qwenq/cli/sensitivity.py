@@ -14,6 +14,7 @@ from qwenq.cli.console import LayerProgress, out, warn
 from qwenq.cli.options import (
     JOB,
     TEXT,
+    BuiltinShare,
     Calibration,
     ComputeDtype,
     FollowLinks,
@@ -27,7 +28,7 @@ from qwenq.cli.options import (
 from qwenq.cli.plain import options_of, print_json
 from qwenq.cli.ranks import fetched_once, over_ranks
 from qwenq.formats.base import label_of
-from qwenq.pipeline.config import QuantizeConfig, carry_zero_points
+from qwenq.pipeline.config import QuantizeConfig, carry_zero_points, of_builtin
 from qwenq.planning.sensitivity import OUTER, Sensitivity
 
 
@@ -40,6 +41,7 @@ def sensitivity(
         int | None,
         option(TEXT, "--num-samples", "-n", min=2, help="Calibration windows. Default: all, at most 128."),
     ] = QuantizeConfig.num_samples,
+    builtin_share: BuiltinShare = QuantizeConfig.builtin_share,
     sequence_length: SequenceLength = QuantizeConfig.sequence_length,
     seed: Annotated[int, option(TEXT, min=0, help="Decides windows and sampled labels.")] = QuantizeConfig.seed,
     asymmetric: Annotated[
@@ -72,6 +74,10 @@ def sensitivity(
         print_json(found.to_json())
         return
     out.print(sensitivity_table(found))
+    text = found.provenance["calibration"]
+    replaced = of_builtin(text.get("builtin", {}).get("windows", 0))
+    size = f"{text['windows']} windows of {text['window_tokens']} tokens"
+    out.print(f"measured on {size} of {text['text']}{replaced}", soft_wrap=True)
     out.print(f"{output}: serves any budget of this model", soft_wrap=True)
 
 

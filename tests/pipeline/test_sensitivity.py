@@ -178,6 +178,14 @@ def test_a_budget_measures_by_itself(command: list[object], tmp_path: Path) -> N
     kept = read_sensitivity(out / SENSITIVITY_NAME)
     assert kept.measured and sorted(tmp_path.iterdir()) == [out]
     assert SENSITIVITY_NAME in json.loads((out / "qwenq-manifest.json").read_text())["files"]
+    apart = tmp_path / "s.json"
+    measuring = [word for word in command[1:] if word not in ("--eval-text", command[5], "--eval-samples", 2)]
+    measured = run("sensitivity", *measuring, "-o", apart)
+    assert apart.read_bytes() == (out / SENSITIVITY_NAME).read_bytes(), "a table of the same text"
+    line = f"measured on 6 windows of 64 tokens of {command[3].name}, 1 of them replaced by the built-in set's"
+    assert line in measured.stdout
+    own = answer("sensitivity", *measuring, "-o", tmp_path / "own.json", "--builtin-share", 0)
+    assert "builtin" not in own["provenance"]["calibration"]
     impossible = run(*command, "-o", tmp_path / "x", "--bpw", "4.01")
     assert impossible.exit_code == 3 and "sensitivity:" not in impossible.stderr, "said before anything is measured"
     taken = run(*command, "-o", out, "--bpw", "5")
