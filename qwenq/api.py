@@ -98,25 +98,34 @@ def quantize(
     *,
     resume: bool = False,
     progress: Callable[[BlockResult | str], None] = _nothing,
+    warn: Callable[[str], None] = _nothing,
+    ranks: Ranks | None = None,
     **options: Unpack[QuantizeOptions],
 ) -> QuantizeResult:
     """Quantize a 16-bit model, layer by layer, into the directory `out`, and measure the divergence on held-out text.
 
     model: a directory or a hub name. config: options; those given by name take precedence. resume: go on with a stopped
     job, whose options must be the same. progress: gets a line of text at each step and a BlockResult for each finished
-    layer. Returns sizes in bytes, times in seconds, KL in nats a token. Raises QwenqError: PlanError and UsageError for
-    options, CheckpointError for the model, CalibrationError for texts, JobError for `out`.
+    layer. warn: gets a line before the work begins for each thing that is read otherwise than config.json says, or left
+    out of the model or a text; those of the work are in the result. ranks: this process among those that quantize
+    together (`qwenq.pipeline.ranks.joined`), the first of which writes. Returns sizes in bytes, times in seconds, KL in
+    nats a token. Raises QwenqError: PlanError and UsageError for options, CheckpointError for the model,
+    CalibrationError for texts, JobError for `out`.
     """
     from qwenq.pipeline.prepare import prepare
     from qwenq.pipeline.quantize import quantize as run
+    from qwenq.pipeline.ranks import ALONE
 
+    ranks = ranks or ALONE
     settings = replace(config or QuantizeConfig(), **_with_paths(options))
     settings.refuse_idle(options.keys())  # before anything is downloaded
-    prepared = prepare(model_directory(str(model), progress), Path(out), settings, resume=resume)
+    prepared = prepare(model_directory(str(model), progress), Path(out), settings, resume=resume, ranks=ranks)
+    for line in prepared.notes:
+        warn(line)
     if prepared.calibrates:
         progress(prepared.calibrates)
-    job = prepared.measured(resume=resume, listen=progress).job
-    return run(job, resume=resume, listen=progress)
+    job = prepared.measured(resume=resume, listen=progress, ranks=ranks).job
+    return run(job, resume=resume, listen=progress, ranks=ranks)
 
 
 def dry_run(

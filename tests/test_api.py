@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
@@ -12,15 +13,17 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
+import torch
 
 import qwenq
 import qwenq.api
 from qwenq.checkpoint.manifest import current_names
 from qwenq.errors import CheckpointError, UsageError
 from qwenq.pipeline.config import EvaluateConfig, QuantizeConfig
+from qwenq.pipeline.ranks import Ranks
 from qwenq.planning.questions import Question
 from qwenq.results import BlockResult
-from tests.conftest import answer
+from tests.conftest import answer, rewrite
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -102,6 +105,27 @@ def test_the_same_answers_as_the_command_line(here: Path) -> None:
     dry = ("quantize", "my-model", "--dry-run", "--target-size", "1.1MB", "--calibration", "calib.txt")
     made = qwenq.dry_run("my-model", target_size="1.1MB", calibration="calib.txt").to_json()
     assert as_read(made) == said(*dry)
+
+
+def test_what_is_left_out_is_said(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the work begins; ranks get to each of its steps."""
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    rewrite(here / "my-model", lambda tensors: tensors.update({name: torch.ones(16)}))
+    told: list[str] = []
+    reached: list[bool] = []
+    ranks = Ranks()
+    for step in ("qwenq.pipeline.prepare.prepare", "qwenq.pipeline.quantize.quantize"):
+        place, _, call = step.rpartition(".")
+        whole = getattr(importlib.import_module(place), call)
+
+        def noted(*given: Any, whole: Any = whole, **options: Any) -> Any:
+            reached.append(options["ranks"] is ranks)
+            return whole(*given, **options)
+
+        monkeypatch.setattr(step, noted)
+    texts: dict[str, Any] = {"eval_text": "heldout.txt", "sequence_length": 64, "eval_samples": 1}
+    qwenq.quantize("my-model", "out", method="rtn", group_size=32, **texts, warn=told.append, ranks=ranks)
+    assert told == [f"{name}: stored but not used by the model, left out"] and reached == [True, True]
 
 
 def test_progress_and_refusals(here: Path) -> None:

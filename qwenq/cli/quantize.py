@@ -16,7 +16,6 @@ from qwenq.cli.options import warn_of_shipped
 from qwenq.cli.plain import options_of, print_json, print_step, typed
 from qwenq.cli.ranks import fetched_once, over_ranks
 from qwenq.errors import ExcludedOptions, PlanError
-from qwenq.escaping import several
 from qwenq.formats.base import label_of
 from qwenq.launch import refuse_ranks
 from qwenq.model.spec import ModelSpec, family_spec
@@ -106,9 +105,7 @@ def _quantize(model: str, config: QuantizeConfig, output: Path, resume: bool, js
             fetched_once(model, ranks), output, replace(config, device=device), resume=resume, ranks=ranks
         )
         spec = prepared.source.spec
-        if ignored := prepared.source.ignored:
-            warn(f"{several(ignored)}: stored but not used by the model, left out")
-        for line in prepared.job.notes:
+        for line in prepared.notes:
             warn(line)
         if prepared.calibrates and ranks.first and not json:
             print_step(prepared.calibrates)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from qwenq.checkpoint.reader import Checkpoint, open_source
 from qwenq.errors import JobError
+from qwenq.escaping import several
 from qwenq.io.durable import file_sha256
 from qwenq.io.safetensors import fingerprint
 from qwenq.pipeline.config import (
@@ -48,6 +49,13 @@ class Preparation:
     def budgeted(self) -> Budgeted | None:
         """The mixture; None for one scheme."""
         return self.resolution.budgeted
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The job's, after a line on stored tensors that the model does not use, if there are any."""
+        ignored = self.source.ignored
+        unused = [f"{several(ignored)}: stored but not used by the model, left out"] if ignored else []
+        return (*unused, *self.job.notes)
 
     @property
     def calibrates(self) -> str:
