@@ -66,6 +66,12 @@ def run(
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
     top_p: Annotated[float | None, option(ANSWER, "--top-p", help="Draw from the likeliest of this share.")] = None,
+    top_k: Annotated[
+        int | None, option(ANSWER, "--top-k", min=-1, help="Draw from so many likeliest; 0 or -1: from all.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, option(ANSWER, "--repetition-penalty", help="On every token there is; 1: none.")
+    ] = None,
     seed: Annotated[int, option(ANSWER, "--seed", help="Of the draws.")] = 0,
     max_model_len: MaxModelLen = "",
     prefill_chunk: PrefillChunk = 2048,
@@ -106,7 +112,10 @@ def run(
                     f"{flag(name)} is of qwenq's own engine, not {engine}", hint="--engine qwenq, or leave it out"
                 )
         foreign.check_installed()
-    asked: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    asked: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,
+        "top_k": None if top_k is None else max(0, top_k), "repetition_penalty": repetition_penalty, "seed": seed,
+    }  # fmt: skip
     Sampling(**{name: value for name, value in asked.items() if value is not None})  # before anything is downloaded
     words = load_words(context)
     if foreign is not None and foreign.own_kv:

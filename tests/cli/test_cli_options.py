@@ -32,9 +32,9 @@ OPTIONS = {
     "--reference --text --num-samples -n --sequence-length --max-kl --max-ppl-increase --device "
     "--compute-dtype --json",
     "run": "--follow-links "
-    "--prompt -p --system --raw --max-new-tokens -n --temperature --top-p --seed --max-model-len -c "
-    "--prefill-chunk --kv-cache-dtype --compute-dtype --engine --gpu-memory --cpu-memory --offload-dir --dry-run "
-    "--json",
+    "--prompt -p --system --raw --max-new-tokens -n --temperature --top-p --top-k --repetition-penalty --seed "
+    "--max-model-len -c --prefill-chunk --kv-cache-dtype --compute-dtype --engine --gpu-memory --cpu-memory "
+    "--offload-dir --dry-run --json",
     "sensitivity": "--strict --follow-links "
     "--output -o --format --calibration --num-samples -n --builtin-share --sequence-length --seed --asymmetric "
     "--device --compute-dtype --json",

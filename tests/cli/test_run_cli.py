@@ -45,6 +45,26 @@ def test_one_question(tiny: Path) -> None:
     assert peak["device"] == "CPU" and peak["allocated_bytes"] >= 0 and peak["predicted_bytes"] > 0
 
 
+def test_how_tokens_are_drawn(tiny: Path) -> None:
+    """A penalty as transformers has it; the likeliest token alone, however hot."""
+    import transformers
+
+    def ids(*words: object) -> list[int]:
+        asked = ("--raw", "-p", "The sea", "-n", 32, "--compute-dtype", "float32")
+        return list(answer("run", tiny, *asked, *words)["token_ids"])
+
+    prompt = torch.tensor(ModelTokenizer(tiny).encode(["The sea"]))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    options = {"max_new_tokens": 32, "do_sample": False, "repetition_penalty": 3.0, "pad_token_id": 0}
+    wanted = theirs.generate(prompt, **options)[0, prompt.shape[1] :].tolist()
+    penalized, likeliest = ids("--temperature", 0, "--repetition-penalty", 3), ids("--temperature", 0)
+    assert penalized == wanted[: len(penalized)] != likeliest
+    hot = ("--temperature", 100)
+    assert ids(*hot, "--top-k", 1) == likeliest != ids(*hot, "--top-k", -1) == ids(*hot, "--top-k", 0)
+    refusal(run("run", tiny, "-p", "x", "--repetition-penalty", 0), "repetition_penalty is 0.0, wanted 0.01 to 100",
+            code=2)  # fmt: skip
+
+
 def test_text_and_figures_go_to_different_places(tiny: Path) -> None:
     result = run("run", tiny, "-p", "The sea", "-n", 4, "--temperature", 0)
     assert result.exit_code == 0 and result.stdout.endswith("\n") and "tokens/s" not in result.stdout

@@ -75,7 +75,8 @@ def no_rig() -> None:
 
 def test_one_answer(gguf_file: Path, stand_in: Callable[[str], Any]) -> None:
     found = run("run", gguf_file, "--engine", "llama.cpp", "-p", "once", "--raw", "-n", 3, "-c", 64,
-                   "--kv-cache-dtype", "q8_0", "--temperature", 0, "--json")  # fmt: skip
+                   "--kv-cache-dtype", "q8_0", "--temperature", 0, "--top-k", 7, "--repetition-penalty", 1.5,
+                   "--json")  # fmt: skip
     assert found.exit_code == 0, found.output
     answer = json.loads(found.stdout)
     assert answer["token_ids"] == [5, 6, 7] and answer["engine"] == "llama.cpp"
@@ -86,6 +87,7 @@ def test_one_answer(gguf_file: Path, stand_in: Callable[[str], Any]) -> None:
     assert words[10:14] == ["-ctk", "q8_0", "-ctv", "q8_0"] and words[-3] == "127.0.0.1"
     body = stand_in("body")
     assert body["n_predict"] == 3 and body["temperature"] == 0 and body["return_tokens"]
+    assert (body["top_k"], body["repeat_penalty"], body["repeat_last_n"]) == (7, 1.5, -1)
     assert all(type(token) is int for token in body["prompt"])
 
 
