@@ -207,12 +207,14 @@ class LlamaCppServer(ForeignEngine):
             raise RunError(f"{PROGRAM} refused the prompt ({shown(str(reason), 300)})")
         if not isinstance(answer, dict) or not {"tokens", "timings"} <= answer.keys():
             raise RunError(f"{PROGRAM} tells no tokens of its answer", hint="take a newer llama.cpp")
-        new, timings = list(answer["tokens"]), answer["timings"]
-        timing.prompt_tokens, timing.new_tokens = len(ids), len(new)
+        made, timings = list(answer["tokens"]), answer["timings"]
+        # It stops at end tokens of the file's own, or known by their text; a request has words to stop at, not tokens.
+        end = next((k for k, token in enumerate(made) if token in stop_ids), len(made))
+        timing.prompt_tokens, timing.new_tokens = len(ids), len(made[: end + 1])
         timing.prefill_seconds = timings["prompt_ms"] / 1000
-        timing.decode_seconds = timings["predicted_ms"] / 1000
-        timing.stopped = "length" if answer.get("stop_type") == "limit" else "stop"
-        yield from (token for token in new if token not in stop_ids)
+        timing.decode_seconds = timings["predicted_ms"] / 1000 * timing.new_tokens / max(1, len(made))
+        timing.stopped = "length" if end == len(made) and answer.get("stop_type") == "limit" else "stop"
+        yield from made[:end]
 
     @classmethod
     def check_installed(cls) -> None:

@@ -19,7 +19,8 @@ from qwenq.errors import PlanError
 from qwenq.formats.base import get_format
 from qwenq.pipeline.job import QuantizeJob
 from qwenq.pipeline.quantize import quantize
-from tests.conftest import run
+from qwenq.runtime.chat import Chat
+from tests.conftest import answer, run
 
 # Answers as llama-server does: 503 while it loads, then tokens; its arguments and the request go into files.
 STAND_IN = """#!{python}
@@ -39,7 +40,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         open({told!r} + ".body", "w").write(json.dumps(body))
         if os.environ.get("REFUSE"):
             return self.answer(400, {{"error": {{"message": "the request exceeds the context"}}}})
-        self.answer(200, {{"tokens": [5, 6, 7], "stop_type": "limit",
+        self.answer(200, {{"tokens": json.loads(os.environ.get("TOKENS", "[5, 6, 7]")), "stop_type": "limit",
                            "timings": {{"prompt_ms": 500.0, "predicted_ms": 250.0}}}})
     def log_message(self, *args): pass
 port = int(sys.argv[sys.argv.index("--port") + 1])
@@ -78,9 +79,9 @@ def test_one_answer(gguf_file: Path, stand_in: Callable[[str], Any]) -> None:
                    "--kv-cache-dtype", "q8_0", "--temperature", 0, "--top-k", 7, "--repetition-penalty", 1.5,
                    "--json")  # fmt: skip
     assert found.exit_code == 0, found.output
-    answer = json.loads(found.stdout)
-    assert answer["token_ids"] == [5, 6, 7] and answer["engine"] == "llama.cpp"
-    timing = answer["timing"]
+    told = json.loads(found.stdout)
+    assert told["token_ids"] == [5, 6, 7] and told["engine"] == "llama.cpp"
+    timing = told["timing"]
     assert (timing["prefill_seconds"], timing["decode_seconds"], timing["stopped"]) == (0.5, 0.25, "length")
     words, _ = stand_in("argv")
     assert words[:10] == ["-m", str(gguf_file), "-ngl", "0", "-c", "64", "-fa", "on", "--fit", "off"]
@@ -89,6 +90,18 @@ def test_one_answer(gguf_file: Path, stand_in: Callable[[str], Any]) -> None:
     assert body["n_predict"] == 3 and body["temperature"] == 0 and body["return_tokens"]
     assert (body["top_k"], body["repeat_penalty"], body["repeat_last_n"]) == (7, 1.5, -1)
     assert all(type(token) is int for token in body["prompt"])
+
+
+def test_an_end_token_that_the_server_does_not_know(
+    gguf_file: Path, stand_in: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on to the limit; the answer ends where the model ended it, at the speed that the server had."""
+    end = min(Chat(gguf_file, 1024).stop_ids)
+    monkeypatch.setenv("TOKENS", json.dumps([5, 6, end, 7, 8]))
+    answered = answer("run", gguf_file, "--engine", "llama.cpp", "-p", "once", "--raw", "-n", 5, "-c", 64)
+    assert answered["token_ids"] == [5, 6]
+    timing = answered["timing"]
+    assert (timing["new_tokens"], timing["decode_seconds"], timing["stopped"]) == (3, 0.15, "stop")
 
 
 def test_servers_that_fail_end_in_one_line(
