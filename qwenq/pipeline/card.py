@@ -25,6 +25,7 @@ from qwenq.units import format_gb
 CARD_NAME = "README.md"
 _README_BYTES = 1 << 16  # metadata comes first
 _MAX_WARNINGS = 50
+_KEPT = "as in the original"
 SERVED_CONTEXT = 8192  # of the example, where the model was trained on so much
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 _METADATA = re.compile(r"---\r?\n(.*?)\r?\n---\s*\n", re.DOTALL)
@@ -42,12 +43,14 @@ def model_card(
     hashes: Mapping[str, str] | None = None,
     converted_from: str = "",
     file: str = "",
+    outside: Mapping[str, str] | None = None,
 ) -> str:
     """The card of the checkpoint that `described` (the manifest but for the files' hashes) tells of.
 
     source: the 16-bit model's directory, whose licence is kept. hashes: SHA-256 of its files; CheckpointError
     where what is read has another. converted_from: the format it was quantized in, where that is another. file: the
-    first one, where files alone are the model.
+    first one, where files alone are the model. outside: what `embedding`, `norms` and `head` are, those that are not as
+    in the original though the recipe leaves them alone: `in float16`.
     """
     job = described["job"]
     name = shown(str(job["model"]))
@@ -74,7 +77,7 @@ def model_card(
         "",
         "## How it was made",
         "",
-        *_provenance(job, described, spec, recipe),
+        *_provenance(job, described, spec, recipe, outside or {}),
         *(converted if converted_from else ()),
         "",
         "## Limits",
@@ -200,14 +203,16 @@ def _loading(spec: ModelSpec, recipe: Recipe, file: str) -> Iterator[str]:
     yield from (f"- Not {ranks}: {markdown(reason)}." for ranks, reason in reasons.items() if reason)
 
 
-def _provenance(job: Mapping[str, Any], described: Mapping[str, Any], spec: ModelSpec, recipe: Recipe) -> Iterator[str]:
+def _provenance(
+    job: Mapping[str, Any], described: Mapping[str, Any], spec: ModelSpec, recipe: Recipe, outside: Mapping[str, str]
+) -> Iterator[str]:
     counts: dict[str, int] = {}
     for lin in spec.linears:
         label = label_of(recipe.scheme_of(lin))
         counts[label] = counts.get(label, 0) + 1
     schemes = ", ".join(f"{count} linears {label}" for label, count in sorted(counts.items(), key=lambda c: -c[1]))
     folded = job["options"].get("fold") and job["calibration"] is not None
-    yield f"- Scheme: {markdown(schemes)}; {_outside_layers(spec, recipe, bool(folded))}."
+    yield f"- Scheme: {markdown(schemes)}; {_outside_layers(spec, recipe, outside, bool(folded))}."
     if folded:
         yield "- Channel scales are folded into norms and `up_proj`: adapters trained on the original do not fit."
     options = ", ".join(f"{key} {value}" for key, value in job["options"].items())
@@ -231,14 +236,22 @@ def _provenance(job: Mapping[str, Any], described: Mapping[str, Any], spec: Mode
     )
 
 
-def _outside_layers(spec: ModelSpec, recipe: Recipe, folded: bool) -> str:
+def _outside_layers(spec: ModelSpec, recipe: Recipe, outside: Mapping[str, str], folded: bool) -> str:
     """What became of embedding, norms and head: `embedding Q4_K, head Q6_K, norms as in the original`."""
-    found = {lin.stage: recipe.outer_scheme(lin) for lin in spec.outer_linears}
-    found = {"embedding": found["embedding"], "head": found.get("head", found["embedding"])}  # tied: one matrix
-    quantized = [f"{name} {markdown(label_of(scheme))}" for name, scheme in found.items() if scheme is not None]
-    kept = [name for name in ("embedding", *([] if folded else ["norms"]), "head") if found.get(name) is None]
-    said = " and ".join(filter(None, (", ".join(kept[:-1]), *kept[-1:])))
-    return ", ".join([*quantized, *([f"{said} as in the original"] if kept else [])])
+    schemes = {lin.stage: recipe.outer_scheme(lin) for lin in spec.outer_linears}
+    schemes.setdefault("head", schemes["embedding"])  # tied: one matrix
+    became: dict[str, list[str]] = {}
+    for part in ("embedding", "norms", "head"):
+        scheme = schemes.get(part)
+        said = label_of(scheme) if scheme else outside.get(part, _KEPT)
+        if part != "norms" or not folded:  # folded ones are told of elsewhere
+            became.setdefault(said, []).append(part)
+    order = sorted(became, key=lambda said: said == _KEPT)
+    return ", ".join(f"{_listed(became[said])} {markdown(said)}" for said in order)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
 
 def _of_builtin(calibration: Mapping[str, Any]) -> str:

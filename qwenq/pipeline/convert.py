@@ -19,9 +19,10 @@ from qwenq.checkpoint.manifest import MANIFEST_NAME, SourceFiles, read_manifest
 from qwenq.checkpoint.reader import Checkpoint, non_finite
 from qwenq.checkpoint.shards import StoredFiles, stored_files
 from qwenq.errors import CheckpointError, JobError, PlanError, QwenqError
-from qwenq.formats.base import Recipe, Scheme, get_format, quantization_config
+from qwenq.formats.base import FORMATS, Recipe, Scheme, get_format, quantization_config
 from qwenq.io.durable import make_directory
 from qwenq.io.fields import Fields
+from qwenq.io.safetensors import FLOATS
 from qwenq.io.tensors import TORCH_DTYPES
 from qwenq.machine import forget_peak_rss, free_disk, host_facts, peak_rss_bytes, versions
 from qwenq.model.spec import LinearSpec
@@ -207,8 +208,35 @@ def _describe(
     sizes = {key: described[key] for key in ("parameters", "file_bytes", "bits_per_linear_weight")}
     quantized_as = origin["job"]["format"]
     other = quantized_as if quantized_as != recipe.format else ""
-    card = model_card(origin | sizes, source.directory, source.spec, recipe, converted_from=other, file=file)
+    card = model_card(
+        origin | sizes, source.directory, source.spec, recipe, converted_from=other, file=file,
+        outside=_outside(source, recipe, Fields(origin, MANIFEST_NAME, "").sub("job")),
+    )  # fmt: skip
     return described, card
+
+
+def _outside(source: Checkpoint, recipe: Recipe, job: Fields) -> dict[str, str]:
+    """What embedding, norms and head are in, those that are not as in the 16-bit model: `Q6_K unpacked to float16`.
+
+    job: that made the codes. A GGUF file's types for embedding and head are unpacked for any other format.
+    """
+    spec, overrides = source.spec, job.sub("overrides")
+    made_as, stored_dtype = FORMATS.get(job.text("format")), get_format(recipe.format).stored_dtype
+    words = {dtype: word for word, dtype in FLOATS.items()}
+    asked = FLOATS.get(job.text("dtype"))
+    found: dict[str, str] = {}
+    for part, name in (
+        ("embedding", spec.embedding_tensor), ("norms", spec.norm_tensor), ("head", spec.head_tensor)
+    ):  # fmt: skip
+        module, read = name.removesuffix(".weight"), source.dtype_of(name)
+        written = stored_dtype(name, read)
+        if overrides.value.get(module) is not None:
+            found[part] = f"{overrides.sub(module).text('codes')} unpacked to {words[written]}"
+        elif written not in (read, "F32"):
+            found[part] = f"in {words[written]}"
+        elif asked and made_as and made_as.stored_dtype(name, asked) == asked:
+            found[part] = f"in {words[asked]}"
+    return found
 
 
 def _origin(source: Checkpoint) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ from qwenq.checkpoint.shards import Beside, StoredFiles, stored_files
 from qwenq.errors import CheckpointError, JobError
 from qwenq.formats.base import Recipe, Scheme, get_format
 from qwenq.io.json import resolved
+from qwenq.io.safetensors import FLOATS
 from qwenq.io.tensors import DTYPE_NAMES, TORCH_DTYPES
 from qwenq.machine import numerics
 from qwenq.pipeline.activations import TokenSets
@@ -152,6 +153,15 @@ class QuantizeJob:
         """safetensors dtype in which tensor `name` is written when it is not quantized."""
         asked = self.source.dtype_of(name) if self.config.dtype == "auto" else DTYPE_NAMES[DTYPES[self.config.dtype]]
         return get_format(self.recipe.format).stored_dtype(name, asked, self.config.mixture)
+
+    @property
+    def outside(self) -> dict[str, str]:
+        """What embedding, norms and head are in, those that are in a dtype that lacks values of the source's."""
+        spec = self.source.spec
+        names = {"embedding": spec.embedding_tensor, "norms": spec.norm_tensor, "head": spec.head_tensor}
+        pairs = {part: (self.source.dtype_of(name), self.stored_dtype(name)) for part, name in names.items()}
+        words = {dtype: word for word, dtype in FLOATS.items()}
+        return {part: f"in {words[new]}" for part, (old, new) in pairs.items() if new not in (old, "F32")}
 
     @cached_property
     def files(self) -> StoredFiles:

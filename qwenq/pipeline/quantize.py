@@ -460,8 +460,9 @@ class _Run:
             described["run"]["ranks"] = facts
         read = journal.job["source"]
         card = model_card(
-            described, self.job.source.directory, self.spec, self.job.recipe, hashes=read, file=self.files.model_file
-        )
+            described, self.job.source.directory, self.spec, self.job.recipe, hashes=read, file=self.files.model_file,
+            outside=self.job.outside,
+        )  # fmt: skip
         self.output.finish(described, hashes, card)
 
 

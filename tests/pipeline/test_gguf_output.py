@@ -27,7 +27,7 @@ from qwenq.pipeline.evaluate import evaluate
 from qwenq.pipeline.job import QuantizeJob
 from qwenq.pipeline.quantize import quantize
 from qwenq.solver.gptq import round_rows
-from tests.conftest import answer
+from tests.conftest import all_tensors, answer
 
 Make = Callable[..., Path]
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2}
@@ -195,6 +195,33 @@ def test_integers_are_converted_bit_for_bit(
     assert tensors["blk.2.ffn_down.weight"] == kind and tensors["token_embd.weight"] == "F16"
     assert tensors["blk.0.attn_norm.weight"] == "F32"
     assert not verify(out).findings
+
+
+def test_cards_say_what_embedding_and_head_are_once_converted(random_model: Make, calib: Path, tmp_path: Path) -> None:
+    """Unpacked, or in the dtype that was asked for; still so after a second conversion."""
+    source = random_model(**WIDE, dtype=torch.bfloat16)
+    text = ["--calibration", calib, "--eval-text", calib, "-n", 4, "--sequence-length", 64, "--eval-samples", 2]
+    text += ["--no-fold"]
+
+    def said(place: str) -> str:
+        (line,) = (line for line in (tmp_path / place / "README.md").read_text().splitlines() if "- Scheme: " in line)
+        return line.partition("; ")[2]
+
+    answer("quantize", source, "-o", tmp_path / "file", "--format", "gguf", "--gguf-type", "Q4_0", *text)
+    (file,) = (tmp_path / "file").glob("*.gguf")
+    assert said("file") == "embedding Q4_0, head Q6_K, norms as in the original."
+    answer("convert", file, tmp_path / "codes", "--format", "gptq")
+    answer("convert", tmp_path / "codes", tmp_path / "again", "--format", "compressed-tensors")
+    unpacked = "embedding Q4_0 unpacked to float16, head Q6_K unpacked to float16, norms as in the original."
+    assert said("codes") == said("again") == unpacked
+    kept = all_tensors(tmp_path / "codes")
+    assert kept["model.embed_tokens.weight"].dtype == kept["lm_head.weight"].dtype == torch.float16
+
+    answer("quantize", source, "-o", tmp_path / "half", "--group-size", 32, "--dtype", "float16", *text)
+    answer("convert", tmp_path / "half", tmp_path / "other", "--format", "compressed-tensors")
+    assert said("half") == said("other") == "embedding, norms and head in float16."
+    answer("quantize", source, "-o", tmp_path / "same", "--group-size", 32, *text)
+    assert said("same") == "embedding, norms and head as in the original."
 
 
 def test_what_no_type_holds_is_not_converted(random_model: Make, tmp_path: Path) -> None:
