@@ -233,9 +233,14 @@ class Recipe:
         return {scheme for lin in linears if (scheme := self.scheme_of(lin)) is not None}
 
     @property
+    def mixed(self) -> bool:
+        """Whether anything it names is stored otherwise than most linears are."""
+        return any(scheme != self.default for _, scheme in self.overrides)
+
+    @property
     def label(self) -> str:
         """`4-bit g128`, `16-bit`, or `mixed, mostly 4-bit g128`."""
-        return ("mixed, mostly " if self.overrides else "") + label_of(self.default)
+        return ("mixed, mostly " if self.mixed else "") + label_of(self.default)
 
     def check(self, spec: ModelSpec) -> None:
         """Raise PlanError, naming the tensor, when some linear cannot be stored as asked."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,15 @@ def model_card(
     spec: ModelSpec,
     recipe: Recipe,
     *,
+    files: Sequence[str] = (),
     hashes: Mapping[str, str] | None = None,
     converted_from: str = "",
 ) -> str:
     """The card of the checkpoint that `described` (the manifest but for the files' hashes) tells of.
 
-    source: the 16-bit model's directory, whose licence is kept. hashes: SHA-256 of its files; CheckpointError
-    where what is read has another. converted_from: the format it was quantized in, where that is another.
+    source: the 16-bit model's directory, whose licence is kept. files: names of those with the tensors, of which
+    engines are given the first where it is a whole model. hashes: SHA-256 of the source's files; CheckpointError where
+    what is read has another. converted_from: the format it was quantized in, where that is another.
     """
     job = described["job"]
     name = shown(str(job["model"]))
@@ -67,7 +70,7 @@ def model_card(
         "",
         "## Loading it",
         "",
-        *_loading(spec, recipe),
+        *(_running(spec, files[0]) if get_format(recipe.format).whole_file else _loading(spec, recipe)),
         "",
         "## How it was made",
         "",
@@ -92,9 +95,10 @@ def _metadata(job: Mapping[str, Any], licence: Mapping[str, str], recipe: Recipe
         yield "base_model_relation: quantized"
     for key, value in licence.items():
         yield f"{key}: {yaml_text(value)}"
-    yield "library_name: transformers"
+    if not get_format(recipe.format).whole_file:  # the hub knows such files by themselves
+        yield "library_name: transformers"
     yield "pipeline_tag: text-generation"
-    bits = "mixed-bits" if recipe.overrides else f"{recipe.default.bits}-bit" if recipe.default else "16-bit"
+    bits = "mixed-bits" if recipe.mixed else f"{recipe.default.bits}-bit" if recipe.default else "16-bit"
     yield "tags:"
     yield from (f"- {yaml_text(tag)}" for tag in (*get_format(recipe.format).tags, bits, "qwenq"))
     yield "quantized_by: qwenq"
@@ -159,6 +163,17 @@ def _drift(drift: Mapping[str, Any]) -> Iterator[str]:
     )
 
 
+def _running(spec: ModelSpec, file: str) -> Iterator[str]:
+    """Commands for a file that is a whole model, of a split the first one."""
+    name = shlex.quote(file)
+    yield "llama.cpp, and qwenq itself; Ollama, LM Studio and koboldcpp run llama.cpp's files too:"
+    yield ""
+    yield "```"
+    yield f"llama-server -m {name} -c {min(SERVED_CONTEXT, spec.max_position_embeddings)}"
+    yield f"qwenq run {name} -p 'Hello'"
+    yield "```"
+
+
 def _loading(spec: ModelSpec, recipe: Recipe) -> Iterator[str]:
     """For each engine the commands, run in this directory; transformers only where it reads the recipe."""
     there = get_format(recipe.format).by_transformers(recipe, recipe.schemes(spec))
@@ -199,7 +214,10 @@ def _provenance(job: Mapping[str, Any], described: Mapping[str, Any], spec: Mode
     schemes = ", ".join(f"{count} linears {label}" for label, count in sorted(counts.items(), key=lambda c: -c[1]))
     folded = job["options"].get("fold") and job["calibration"] is not None
     kept = "embedding and head" if folded else "embedding, norms and head"
-    yield f"- Scheme: {markdown(schemes)}; {kept} as in the original."
+    if get_format(recipe.format).outer:
+        ends = ", ".join(f"{lin.stage} {label_of(recipe.outer_scheme(lin))}" for lin in spec.outer_linears)
+        schemes, kept = f"{schemes}; {ends}", "" if folded else "norms"
+    yield f"- Scheme: {markdown(schemes)}{f'; {kept} as in the original' if kept else ''}."
     if folded:
         yield "- Channel scales are folded into norms and `up_proj`: adapters trained on the original do not fit."
     options = ", ".join(f"{key} {value}" for key, value in job["options"].items())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,7 @@ def convert(source: Checkpoint, out: Path, format: str, *, listen: Callable[[int
                 hashes |= write_tokenizer(source.directory, work)
             read.refuse_replaced()
             hashes |= output.write_configs()
-            described, card = _describe(source, recipe, read, made)
+            described, card = _describe(source, recipe, read, made, files.names)
             source.refuse_changed([CARD_NAME])
             output.finish(finite_json(described), hashes, card)
             return made
@@ -181,7 +181,7 @@ def _grid(source: Checkpoint, lin: LinearSpec, scheme: Scheme) -> QTensor:
 
 
 def _describe(
-    source: Checkpoint, recipe: Recipe, read: SourceFiles, made: Converted
+    source: Checkpoint, recipe: Recipe, read: SourceFiles, made: Converted, names: Sequence[str]
 ) -> tuple[dict[str, Any], str | None]:
     """The manifest but for the files' hashes, and a card where it is known how the codes were made."""
     origin = _origin(source)
@@ -207,7 +207,10 @@ def _describe(
     sizes = {key: described[key] for key in ("parameters", "file_bytes", "bits_per_linear_weight")}
     quantized_as = origin["job"]["format"]
     other = quantized_as if quantized_as != recipe.format else ""
-    return described, model_card(origin | sizes, source.directory, source.spec, recipe, converted_from=other)
+    card = model_card(
+        origin | sizes, source.directory, source.spec, recipe, files=names, converted_from=other
+    )
+    return described, card
 
 
 def _origin(source: Checkpoint) -> dict[str, Any] | None:

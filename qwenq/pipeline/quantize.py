@@ -459,7 +459,8 @@ class _Run:
         if facts:
             described["run"]["ranks"] = facts
         read = journal.job["source"]
-        card = model_card(described, self.job.source.directory, self.spec, self.job.recipe, hashes=read)
+        source, names = self.job.source.directory, self.files.names
+        card = model_card(described, source, self.spec, self.job.recipe, files=names, hashes=read)
         self.output.finish(described, hashes, card)
 
 

@@ -18,7 +18,7 @@ from report_runs import changed, manifest
 from test_report import NASTY
 
 from qwenq.escaping import yaml_text
-from qwenq.formats.base import Recipe, Scheme
+from qwenq.formats.base import Recipe, Scheme, get_format
 from qwenq.io.json import model_name
 from qwenq.model.spec import ModelSpec, family_spec
 from qwenq.pipeline.card import model_card, source_license
@@ -91,6 +91,20 @@ def test_a_mixed_recipe_does_not_promise_transformers(tmp_path: Path) -> None:
     assert "transformers does not read mixed bits in this format; GPTQModel does." in body
     assert "from transformers import" not in body
     assert "- Scheme: 558 linears 4-bit g64, 1 linears 8-bit g64, 1 linears 16-bit;" in body
+
+
+def test_the_card_of_a_gguf_file_names_engines_that_read_it_and_all_that_is_quantized(tmp_path: Path) -> None:
+    names = ["a b-Q4_K_M-00001-of-00002.gguf", "a b-Q4_K_M-00002-of-00002.gguf"]
+    form, told = get_format("gguf"), changed(manifest(), "job.options", {"fold": True})
+    _, head, body = model_card(told, tmp_path, spec(), form.mixture("Q4_K_M", spec()), files=names).split("---\n", 2)
+    metadata = yaml.safe_load(head)
+    assert "library_name" not in metadata and metadata["tags"] == ["gguf", "mixed-bits", "qwenq"]
+    assert f"llama-server -m '{names[0]}' -c 8192\nqwenq run '{names[0]}' -p 'Hello'\n" in body
+    assert not any(word in body for word in ("vllm", "vLLM", "transformers", "Tensor-parallel", "as in the original"))
+    assert "- Scheme: 400 linears Q4_K, " in body and "; embedding Q4_K, head Q6_K.\n" in body
+    eight = model_card(manifest(), tmp_path, spec(), form.mixture("Q8_0", spec()), files=names)
+    assert '- "8-bit"\n' in eight and ", Q8_0\n" in eight and "mixed" not in eight
+    assert "- Scheme: 560 linears Q8_0; embedding Q8_0, head Q8_0; norms as in the original.\n" in eight
 
 
 @pytest.mark.parametrize(

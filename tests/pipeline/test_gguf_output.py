@@ -184,7 +184,7 @@ def test_integers_are_converted_bit_for_bit(
     answer("quantize", source, "-o", ints, "--bits", bits, "--group-size", group, *text)
     made = answer("convert", ints, out, "--format", "gguf")
     (file,) = out.glob("*.gguf")
-    assert made["file_bytes"] == file.stat().st_size
+    assert file.name == f"ints-{kind}.gguf" and made["file_bytes"] == file.stat().st_size
     before, after = open_checkpoint(ints), open_checkpoint(file)
     theirs = values(file)
     for lin in before.spec.linears:
@@ -194,6 +194,7 @@ def test_integers_are_converted_bit_for_bit(
     tensors = {t.name: t.tensor_type.name for t in gguf.GGUFReader(file).tensors}
     assert tensors["blk.2.ffn_down.weight"] == kind and tensors["token_embd.weight"] == "F16"
     assert tensors["blk.0.attn_norm.weight"] == "F32"
+    assert f"\nllama-server -m {file.name} -c " in (out / "README.md").read_text()
     assert not verify(out).findings
 
 
