@@ -545,6 +545,7 @@ class Gguf(Format):
     mixes = True
     options = tuple(type_scheme(kind) for kind in WRITTEN)
     outer = True
+    mixes_zero_points = False  # minima are a matter of types
     mixtures = tuple(MIXTURES)
     mixture_of_bits = DEFAULTS
 

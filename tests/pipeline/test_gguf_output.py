@@ -220,6 +220,8 @@ def test_padding_to_whole_blocks(random_model: Make, calib: Path, tmp_path: Path
     whole = random_model("whole", **WIDE)
     said = answer("quantize", whole, "--format", "gguf", "--pad-for-tp", 2, "--dry-run", *text, code=1)
     assert "the FFN of 512 is whole blocks of 256 already" in said
+    said = answer("quantize", source, "--format", "gguf", "--bits", 8, "--pad-for-tp", 1, "--dry-run", *text, code=1)
+    assert "--pad-for-tp: every tensor of Q8_0 has the same type without it" in said
 
 
 def test_fallbacks_are_said(tiny: Path, calib: Path, heldout: Path, tmp_path: Path) -> None:
@@ -290,11 +292,21 @@ def test_a_damaged_layer_is_done_again(random_model: Make, tmp_path: Path) -> No
         (["--bits", "4", "--gguf-type", "Q8_0"], "--bits and --gguf-type exclude each other"),
         (["--group-size", "64"], "--format gguf: --group-size is no choice, types have their own"),
         (["--asymmetric"], "--format gguf: --asymmetric is no choice, types have their own"),
+        (["--asymmetric", "--bpw", "5"], "--format gguf: --asymmetric is no choice, types have their own"),
+        (["--symmetric", "--target-size", "1MB"], "--format gguf: --asymmetric is no choice, types have their own"),
     ],
 )
 def test_what_cannot_be_asked_for(words: list[str], line: str, tiny: Path) -> None:
     assert line in answer("quantize", tiny, "--dry-run", "--format", "gguf", *words, code=2)
     assert "--gguf-type goes with --format gguf" in answer("quantize", tiny, "--dry-run", "--gguf-type", "Q8_0", code=2)
+
+
+def test_a_rig_is_planned_for_by_llama_cpp_alone() -> None:
+    ask = ["quantize", "Qwen2.5-7B", "--dry-run", "--fit", "RTX 4070", "--format"]
+    said = answer(*ask, "gguf", "--engine", "vllm", code=1)
+    assert said == "error: --engine vllm: --fit plans --format gguf for other engines\nhint: llama.cpp\n"
+    said = answer(*ask, "gptq", "--engine", "llama.cpp", code=1)
+    assert "--fit plans --format gptq for other engines\nhint: qwenq, transformers, vllm or sglang" in said
 
 
 def test_files_that_are_not_there_or_not_alone(tiny: Path, tmp_path: Path) -> None:
