@@ -206,7 +206,7 @@ class QuantizeJob:
             raise CheckpointError(
                 f"{self.source.tensors[name].file.name}: {name} holds a value of {float(tensor.abs().max()):.6g}, "
                 f"which does not fit {str(dtype).removeprefix('torch.')}",
-                hint="--dtype bfloat16 holds it",
+                hint=f"{'--gguf-type BF16' if self.config.mixture else '--dtype bfloat16'} holds it",
             )
         return converted
 

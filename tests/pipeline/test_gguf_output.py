@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import small_job
-from test_quantize import FORKS, assert_same
+from test_quantize import FORKS, assert_same, change_tensor
 from transformers import AutoModelForCausalLM
 
 import qwenq.pipeline.quantize
@@ -56,6 +56,15 @@ def test_a_mixture_of_16_bits_is_that_whatever_the_source_has(
     said = answer("quantize", source, "-o", tmp_path / "x", "--format", "gguf", "--gguf-type", mixture,
                "--dtype", "float16", "--dry-run", code=2)  # fmt: skip
     assert f"--dtype is no choice: {mixture} says the type of every tensor" in said
+
+
+def test_the_hint_for_what_16_bits_do_not_hold_is_a_mixture(random_model: Make, tmp_path: Path) -> None:
+    """--dtype is no choice there."""
+    source = random_model(num_hidden_layers=1, dtype=torch.bfloat16)
+    change_tensor(source, "model.embed_tokens.weight", 70000.0)
+    with pytest.raises(CheckpointError, match="which does not fit float16") as caught:
+        quantize(gguf_job(source, tmp_path / "out", "F16"))
+    assert caught.value.hint == "--gguf-type BF16 holds it"
 
 
 @pytest.mark.parametrize("mixture", ["Q4_K_M", "Q2_K", "Q3_K_M", "IQ4_XS", "Q5_1", "Q8_0", "BF16"])
