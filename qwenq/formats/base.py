@@ -278,8 +278,17 @@ class Recipe:
 
     def bits_per_linear_weight(self, spec: ModelSpec) -> float:
         """Stored bits per weight of the quantizable linears: codes, scales and zero points, nothing beside them."""
+        return self._linear_bits(spec) / spec.linear_parameters
+
+    def bits_per_weight(self, spec: ModelSpec) -> float:
+        """The same with embedding and head, as budgets of formats count that quantize them too."""
+        form, outer = get_format(self.format), spec.outer_linears
+        bits = self._linear_bits(spec) + sum(form.stored_bits(self.outer_scheme(lin), lin) for lin in outer)
+        return bits / (spec.linear_parameters + sum(lin.parameters for lin in outer))
+
+    def _linear_bits(self, spec: ModelSpec) -> int:
         form = get_format(self.format)
-        return sum(form.stored_bits(self.scheme_of(lin), lin) for lin in spec.linears) / spec.linear_parameters
+        return sum(form.stored_bits(self.scheme_of(lin), lin) for lin in spec.linears)
 
 
 def _by_name(dtype: StoredDtype | str) -> StoredDtype:

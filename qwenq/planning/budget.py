@@ -107,16 +107,17 @@ def choose_for_bits(
         for fused in fused_groups(spec, format)
     }
     outer = spec.outer_linears if get_format(format).outer else ()
+    per = "a weight, embedding and head included," if outer else "per linear weight"
     weights = spec.linear_parameters + sum(lin.parameters for lin in outer)
     smallest = Fraction(_least(costs.values()), weights)
     if not smallest <= bits < 16:
         raise HonestNo(
-            f"{spec.name}: {float(bits):g} bits per linear weight are out of reach",
+            f"{spec.name}: {float(bits):g} bits {per} are out of reach",
             hint=f"reachable: {math.ceil(smallest * 10_000) / 10_000:.4f} to below 16",
         )
     choice, bound = _solved(table, costs, bits * weights // 1)
     assert sum(costs[fused][scheme] for fused, scheme in choice.items()) <= bits * weights
-    target = f"{float(bits):g} bits per linear weight"
+    target = f"{float(bits):g} bits {per.rstrip(',')}"
     return replace(describe_choice(spec, table, choice, dtype_of, format, target=target, beside=beside), bound_kl=bound)
 
 
