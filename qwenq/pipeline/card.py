@@ -45,8 +45,8 @@ def model_card(
 ) -> str:
     """The card of the checkpoint that `described` (the manifest but for the files' hashes) tells of.
 
-    source: the 16-bit model's directory, whose licence is kept. files: names of those with the tensors, of which
-    engines are given the first where it is a whole model. hashes: SHA-256 of the source's files; CheckpointError where
+    source: the 16-bit model's directory, whose licence is kept. files: names of those with the tensors, which
+    engines are given where they are a whole model. hashes: SHA-256 of the source's files; CheckpointError where
     what is read has another. converted_from: the format it was quantized in, where that is another.
     """
     job = described["job"]
@@ -70,7 +70,7 @@ def model_card(
         "",
         "## Loading it",
         "",
-        *(_running(spec, files[0]) if get_format(recipe.format).whole_file else _loading(spec, recipe)),
+        *(_running(spec, files) if get_format(recipe.format).whole_file else _loading(spec, recipe)),
         "",
         "## How it was made",
         "",
@@ -163,10 +163,11 @@ def _drift(drift: Mapping[str, Any]) -> Iterator[str]:
     )
 
 
-def _running(spec: ModelSpec, file: str) -> Iterator[str]:
-    """Commands for a file that is a whole model, of a split the first one."""
-    name = shlex.quote(file)
-    yield "llama.cpp, and qwenq itself; Ollama, LM Studio and koboldcpp run llama.cpp's files too:"
+def _running(spec: ModelSpec, files: Sequence[str]) -> Iterator[str]:
+    """Commands for a file that is a whole model, or a split of one."""
+    name = shlex.quote(files[0])
+    merged = ", Ollama once it is one file (`llama-gguf-split --merge`)" if len(files) > 1 else " and Ollama"
+    yield f"llama.cpp, and qwenq itself; LM Studio, koboldcpp{merged} run llama.cpp's files too:"
     yield ""
     yield "```"
     yield f"llama-server -m {name} -c {min(SERVED_CONTEXT, spec.max_position_embeddings)}"

@@ -99,6 +99,9 @@ def test_the_card_of_a_gguf_file_names_engines_that_read_it_and_all_that_is_quan
     _, head, body = model_card(told, tmp_path, spec(), form.mixture("Q4_K_M", spec()), files=names).split("---\n", 2)
     metadata = yaml.safe_load(head)
     assert "library_name" not in metadata and metadata["tags"] == ["gguf", "mixed-bits", "qwenq"]
+    assert "Ollama once it is one file" in body and "koboldcpp and Ollama run" in model_card(
+        told, tmp_path, spec(), form.mixture("Q4_K_M", spec()), files=names[:1]
+    )
     assert f"llama-server -m '{names[0]}' -c 8192\nqwenq run '{names[0]}' -p 'Hello'\n" in body
     assert not any(word in body for word in ("vllm", "vLLM", "transformers", "Tensor-parallel", "as in the original"))
     assert "- Scheme: 400 linears Q4_K, " in body and "; embedding Q4_K, head Q6_K.\n" in body
