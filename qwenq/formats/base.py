@@ -58,7 +58,7 @@ class Scheme:
 
     @property
     def levels(self) -> int:
-        """Number of codes: 16 or 256."""
+        """Number of codes."""
         return 1 << self.bits
 
     @property

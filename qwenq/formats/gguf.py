@@ -581,7 +581,9 @@ class Gguf(Format):
         ]
 
     def offered(self, lin: LinearSpec, options: Sequence[Scheme] | None = None) -> tuple[Scheme, ...]:
-        """Types that divide its rows, but those for which there is a better one of at most the size."""
+        """Types that divide its rows, but older ones that lose hardly less than smaller ones: with K types there Q4_1
+        and the types of 5 bits in blocks of 32, and Q4_0 beside IQ4_NL.
+        """
         found = super().offered(lin, options)
         worse = {"Q4_0", "Q4_1", "Q5_0", "Q5_1"} if any(s.codes == "Q5_K" for s in found) else {"Q4_0"}
         return tuple(scheme for scheme in found if scheme.codes not in worse)

@@ -187,9 +187,9 @@ def _gguf(spec: ModelSpec, asked: WeightsAsked, others: Mapping[str, object]) ->
             f"{given[0]} is not planned for in llama.cpp",
             hint="a GGUF type (--format Q4_K_M), --bits 4, 8 or 16, or the file that quantize wrote",
         )
-    if asked.format and asked.bits is not None:
-        raise UsageError("--bits and --format exclude each other for GGUF", hint="give one of them")
     if asked.format and asked.format.upper() != "GGUF":
+        if asked.bits is not None:
+            raise UsageError("--bits and --format exclude each other for GGUF", hint="give one of them")
         if asked.format.lower() in (*FORMATS, *ALIASES, *SIZED):
             raise UsageError(
                 f"--format {asked.format} is no GGUF type, which llama.cpp reads",

@@ -310,6 +310,17 @@ def test_what_cannot_be_asked_for(words: list[str], line: str, tiny: Path) -> No
     assert "--gguf-type goes with --format gguf" in answer("quantize", tiny, "--dry-run", "--gguf-type", "Q8_0", code=2)
 
 
+def test_a_recipe_that_names_no_type_is_told_which_there_are(tiny: Path, tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    ask = ["quantize", tiny, "--dry-run", "--format", "gguf"]
+    answer(*ask, "--target-size", "700KB", "--save-recipe", path)
+    for wrong in ('"Q4_K_M"', "4", '"4-bit g128"'):
+        edited = tmp_path / "edited.toml"
+        edited.write_text(path.read_text().replace('"IQ4_NL"', wrong, 1))
+        said = answer(*ask, "--recipe", edited, code=1)
+        assert "hint: one of Q8_0, Q6_K, Q5_1, " in said and said.endswith(" Q2_K, 16-bit\n"), said
+
+
 def test_a_rig_is_planned_for_by_llama_cpp_alone() -> None:
     ask = ["quantize", "Qwen2.5-7B", "--dry-run", "--fit", "RTX 4070", "--format"]
     said = answer(*ask, "gguf", "--engine", "vllm", code=1)
