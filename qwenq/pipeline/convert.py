@@ -208,7 +208,7 @@ def _describe(
     quantized_as = origin["job"]["format"]
     other = quantized_as if quantized_as != recipe.format else ""
     card = model_card(
-        origin | sizes, source.directory, source.spec, recipe, files=names, converted_from=other
+        origin | sizes, source.folder, source.spec, recipe, files=names, converted_from=other
     )
     return described, card
 

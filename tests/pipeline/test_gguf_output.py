@@ -207,6 +207,15 @@ def test_integers_are_converted_bit_for_bit(
     assert not verify(out).findings
 
 
+def test_a_converted_file_keeps_the_licence_of_its_card(random_model: Make, tmp_path: Path) -> None:
+    source = random_model(**WIDE)
+    (source / "README.md").write_text("---\nlicense: apache-2.0\n---\n# It\n")
+    quantize(gguf_job(source, tmp_path / "blocks", "Q8_0"))
+    answer("convert", tmp_path / "blocks" / "model-Q8_0.gguf", tmp_path / "out", "--format", "compressed-tensors")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert 'license: "apache-2.0"\n' in card and "Quantized in the gguf format, then converted bit for bit." in card
+
+
 def test_what_no_type_holds_is_not_converted(random_model: Make, tmp_path: Path) -> None:
     source = random_model(**WIDE)
     quantize(small_job(source, tmp_path / "ints", recipe=Recipe(Scheme(4, 32, sym=False))))
