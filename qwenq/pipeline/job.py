@@ -236,7 +236,15 @@ class QuantizeJob:
             "evaluation": self.evaluation.to_json(),
             "overlap": self.overlap,
             "numerics": self.numerics,
-        } | ({"files": self.files.names} if self.files.whole else {})
+        } | self._cut
+
+    @property
+    def _cut(self) -> dict[str, Any]:
+        """Names of files that are the whole model, and where tensors go into the next one."""
+        if not self.files.whole:
+            return {}
+        size = self.config.split_size
+        return {"files": self.files.names} | ({} if size is None else {"split_size": size})
 
     @property
     def numerics(self) -> dict[str, Any]:

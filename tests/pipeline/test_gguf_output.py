@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 import qwenq.pipeline.quantize
 from qwenq.checkpoint.manifest import verify
 from qwenq.checkpoint.reader import open_checkpoint
-from qwenq.errors import CheckpointError
+from qwenq.errors import CheckpointError, JobError
 from qwenq.formats.base import Recipe, Scheme, get_format
 from qwenq.pipeline.container import size_label
 from qwenq.pipeline.evaluate import evaluate
@@ -276,6 +276,24 @@ def test_killed_and_resumed_is_the_same(after: int, random_model: Make, tmp_path
     assert child.exitcode == -signal.SIGKILL
     quantize(gguf_job(source, tmp_path / "out"), resume=True)
     assert_same(tmp_path / "whole", tmp_path / "out")
+
+
+def test_another_split_of_as_many_files_is_no_same_job(random_model: Make, tmp_path: Path) -> None:
+    """It would lay the files out anew, over the layers that are done."""
+    source, jobs = random_model(**WIDE), []
+    for size in ("500KB", "510KB"):
+        jobs.append(gguf_job(source, tmp_path / "out", split_size=size))
+    assert jobs[0].files.names == jobs[1].files.names
+
+    def stop(event: Any) -> None:
+        if not isinstance(event, str):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(jobs[0], listen=stop)
+    with pytest.raises(JobError, match="cannot resume, split_size was '500KB', now '510KB'"):
+        quantize(jobs[1], resume=True)
+    quantize(jobs[0], resume=True)
 
 
 def test_a_damaged_layer_is_done_again(random_model: Make, tmp_path: Path) -> None:
