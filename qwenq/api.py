@@ -111,6 +111,7 @@ def quantize(
     from qwenq.pipeline.quantize import quantize as run
 
     settings = replace(config or QuantizeConfig(), **_with_paths(options))
+    settings.refuse_idle()  # before anything is downloaded
     prepared = prepare(model_directory(str(model), progress), Path(out), settings, resume=resume)
     job = prepared.measured(resume=resume, listen=progress).job
     return run(job, resume=resume, listen=progress)
@@ -127,13 +128,15 @@ def dry_run(
 ) -> DryRun:
     """Sizes to the byte, predicted peaks and disk of `quantize` with the same arguments. Bytes.
 
-    model: a family's name ("Qwen2.5-72B") too, in BF16. out: the directory whose disk is asked; the current one's
-    without it. ranks: that would share the work, each with the memory told. network: between them (10gbps), to say how
-    long their sums take. Raises QwenqError for what `quantize` would refuse, but for a disk too small: a warning.
+    model: a family's name ("Qwen2.5-72B") too, in BF16. out: the directory whose disk is asked, which
+    `preflight.check_disk(out)` of the result refuses where it is too small; without it the current one's, and a
+    warning. ranks: that would share the work, each with the memory told. network: between them (10gbps), to say how
+    long their sums take. Raises QwenqError for options, models and texts that `quantize` would refuse.
     """
     from qwenq.pipeline.dryrun import dry_run as run
 
     settings = replace(config or QuantizeConfig(), **_with_paths(options))
+    settings.refuse_idle()
     return run(str(model), settings, None if out is None else Path(out), ranks=ranks, network=network)
 
 
@@ -149,10 +152,11 @@ def sensitivity(
 ) -> Sensitivity:
     """Measure the KL (nats a token) that each fused group of a model causes at each scheme, and write it to `output`.
 
-    Of the options only text, seed, `format`, `asymmetric`, `device` (one GPU) and `compute_dtype` count. Hidden states
-    lie beside `output`, or in the current directory, meanwhile. progress: gets a line of text at each step. warn: gets
-    a line for each thing that is read otherwise than config.json says, or left out of the text. ranks: this process
-    among those that measure together (`qwenq.pipeline.ranks.joined`); the first one writes. Raises QwenqError.
+    Of the options only `calibration`, `num_samples`, `sequence_length`, `strict`, `seed`, `format`, `asymmetric`,
+    `device` (one GPU) and `compute_dtype` count: the text is read as it is, without the built-in set's share. Hidden
+    states lie beside `output`, or in the current directory, meanwhile. progress: gets a line of text at each step.
+    warn: gets a line for each thing that is read otherwise than config.json says, or left out of the text. ranks: this
+    process among those that measure together (`qwenq.pipeline.ranks.joined`); the first one writes. Raises QwenqError.
     """
     import tempfile
 
@@ -237,10 +241,10 @@ def evaluate(
 ) -> DriftReport:
     """KL divergence, perplexity and top-1 agreement of a checkpoint against another, both streamed layer by layer.
 
-    model, reference: directories or hub names, 16-bit or quantized. progress: gets the layers done and their number.
-    save_reference_logits: a file to write for `llama-perplexity --kl-divergence`, about 300 kB a position of a Qwen2.5.
-    warn: gets a line for each thing that is read otherwise than a config.json says, or left out of a text. KL in nats a
-    token, with 95 % confidence intervals. ranks: this process among those that evaluate together
+    model, reference: directories, GGUF files or hub names, 16-bit or quantized. progress: gets the layers done and
+    their number. save_reference_logits: a file to write for `llama-perplexity --kl-divergence`, about 300 kB a position
+    of a Qwen2.5. warn: gets a line for each thing that is read otherwise than a config.json says, or left out of a
+    text. KL in nats a token, with 95 % confidence intervals. ranks: this process among those that evaluate together
     (`qwenq.pipeline.ranks.joined`). Raises CheckpointError where the two cannot be compared.
     """
     from qwenq.checkpoint.reader import open_checkpoint
@@ -249,6 +253,7 @@ def evaluate(
     from qwenq.pipeline.job import DTYPES
     from qwenq.pipeline.ranks import ALONE
     from qwenq.pipeline.reference_logits import SavedLogits
+    from qwenq.pipeline.shares import refuse_few
     from qwenq.text.calibration import load_windows
     from qwenq.text.tokens import ModelTokenizer
 
@@ -270,7 +275,7 @@ def evaluate(
     dtype = pick_compute_dtype(config.compute_dtype, device := pick_device(config.device))
     asked = {"checkpoint": checkpoint.sampled(), "reference": base.sampled(), "text": windows.to_json()}
     ranks.refuse_others("command", asked | {"--compute-dtype": dtype})
-    ranks.refuse_few(evaluation=len(windows.ids))
+    refuse_few(ranks.size, evaluation=len(windows.ids))
     layers = base.spec.num_hidden_layers
     return run(
         checkpoint,
@@ -626,8 +631,8 @@ def load(
 ) -> LoadedModel:
     """Load a checkpoint, weights packed, over the GPUs, host memory and disk of this machine as the planner places it.
 
-    checkpoint: a directory or a hub name. progress: gets the number of each loaded layer. Raises RunError, naming the
-    device and the bytes that are missing, where it does not fit.
+    checkpoint: a directory, a GGUF file or a hub name. progress: gets the number of each loaded layer. Raises RunError,
+    naming the device and the bytes that are missing, where it does not fit.
     """
     return LoadedModel(model_directory(str(checkpoint)), load_options(**options), progress)
 

@@ -119,6 +119,10 @@ def test_progress_and_refusals(here: Path) -> None:
         qwenq.quantize("my-model", "again", bits=4, bpw="5")
     with pytest.raises(UsageError, match="--error-correction 2: wanted 0 to 1"):
         qwenq.dry_run("Qwen2.5-72B", error_correction=2)
+    for rounded in ({"method": "rtn"}, {"format": "bnb-int8"}):
+        for call in (qwenq.quantize, qwenq.dry_run):
+            with pytest.raises(UsageError, match=r"^--error-correction is read from calibration: rounding"):
+                call("owner/never-fetched", "again", error_correction=0.0, **rounded)
     with pytest.raises(UsageError, match="layers is 'some'"):
         qwenq.verify("out", "my-model", layers="some")
     with pytest.raises(CheckpointError, match="no such directory"):

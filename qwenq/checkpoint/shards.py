@@ -41,6 +41,11 @@ class StoredFiles(ABC):
         """File names, in order."""
 
     @property
+    def model_file(self) -> str:
+        """The file to run the model by, where nothing but the files is needed; empty where the directory is."""
+        return self.names[0] if self.whole else ""
+
+    @property
     @abstractmethod
     def file_bytes(self) -> int:
         """Of all files, headers included."""

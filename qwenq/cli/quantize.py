@@ -78,6 +78,7 @@ def quantize(
     """
     try:
         config = options_of(context_, QuantizeConfig)
+        config.refuse_idle()  # before anything is downloaded
     except ExcludedOptions as error:
         raise typer.BadParameter(error.message) from None
     if save_recipe is not None and not (dry_run and config.mixed):
@@ -195,10 +196,12 @@ def _sizes_table(found: DryRun) -> Table:
         if gpu:
             table.add_row(f"peak memory of a GPU, predicted{what}", format_gb(gpu))
     if check.ranks > 1:
-        row = "received by a rank, a layer"
-        table.add_row(row, format_gb(check.wire_layer_bytes))
-        if found.network:
-            table.add_row(f"the same at {found.network}", format_seconds(found.wire_s(check.wire_layer_bytes)))
+        for what, count in (("a layer", check.wire_layer_bytes), ("the head", check.wire_head_bytes)):
+            if not count:  # of a head that is not solved
+                continue
+            table.add_row(f"received by a rank, {what}", format_gb(count))
+            if found.network:
+                table.add_row(f"the same at {found.network}", format_seconds(found.wire_s(count)))
         table.add_row("hidden states to the first rank, when saved", format_gb(check.wire_state_bytes))
     table.add_row("disk needed (hidden states included)", format_gb(check.disk_needed_bytes))
     if not found.local:

@@ -31,8 +31,9 @@ from qwenq.cli.options import (
     option,
     warn_of_shipped,
 )
-from qwenq.cli.plain import print_json, print_line, print_step
+from qwenq.cli.plain import print_json, print_line, print_step, typed
 from qwenq.errors import RunError, UsageError
+from qwenq.pipeline.config import flag
 from qwenq.pipeline.source import no_checkpoint
 from qwenq.units import format_gb
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from qwenq.runtime.generate import Sampling, Session
     from qwenq.runtime.load import Loaded, LoadOptions
 
+_OWN_OPTIONS = ("prefill_chunk", "compute_dtype", "gpu_memory", "cpu_memory", "offload_dir")
 SMALL_DIFFERENCE = 64 << 20  # between a peak and its prediction: what allocators and libraries do, no error to be told
 MaxNewTokens = Annotated[
     int | None,
@@ -98,6 +100,11 @@ def run(
                 f"--dry-run is of qwenq's own engine, not {engine}",
                 hint=f"`qwenq plan`, or `qwenq serve --dry-run`, with --engine {engine}",
             )
+        for name in _OWN_OPTIONS:
+            if typed(context, name):
+                raise UsageError(
+                    f"{flag(name)} is of qwenq's own engine, not {engine}", hint="--engine qwenq, or leave it out"
+                )
         foreign.check_installed()
     asked: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     Sampling(**{name: value for name, value in asked.items() if value is not None})  # before anything is downloaded

@@ -131,13 +131,12 @@ def serve(
         door.warn_of_key("VLLM_API_KEY")
         print_line("\n".join(lines))
         return
-    directory = fetched(model)
     if ours:
-        _serve_here(directory, options, door)
+        _serve_here(model, options, door)
         return
-    lines = vllm_commands(str(directory), options, gpu, leads, door)
     if not installed:
         raise RunError("--engine vllm: it is not installed", hint="pip install 'qwenq[vllm]', or --engine qwenq")
+    lines = vllm_commands(str(fetched(model)), options, gpu, leads, door)
     print_step(lines[0])
     environment = os.environ | ({"VLLM_API_KEY": api_key} if api_key else {})
     words = shlex.split(lines[0])
@@ -240,7 +239,7 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _serve_here(directory: Path, options: LoadOptions, door: _Door) -> None:
+def _serve_here(model: str, options: LoadOptions, door: _Door) -> None:
     try:
         from qwenq.io.http import Line, Server, address_of, is_loopback, listen
         from qwenq.runtime.server import Service, make_app
@@ -251,6 +250,7 @@ def _serve_here(directory: Path, options: LoadOptions, door: _Door) -> None:
     from qwenq.runtime.generate import Session
     from qwenq.runtime.load import describe, loaded
 
+    directory = fetched(model)
     checkpoint = open_checkpoint(directory)
     for line in checkpoint.notes:
         warn(line)

@@ -39,15 +39,15 @@ def model_card(
     spec: ModelSpec,
     recipe: Recipe,
     *,
-    files: Sequence[str] = (),
     hashes: Mapping[str, str] | None = None,
     converted_from: str = "",
+    file: str = "",
 ) -> str:
     """The card of the checkpoint that `described` (the manifest but for the files' hashes) tells of.
 
-    source: the 16-bit model's directory, whose licence is kept. files: names of those with the tensors, which
-    engines are given where they are a whole model. hashes: SHA-256 of the source's files; CheckpointError where
-    what is read has another. converted_from: the format it was quantized in, where that is another.
+    source: the 16-bit model's directory, whose licence is kept. hashes: SHA-256 of its files; CheckpointError
+    where what is read has another. converted_from: the format it was quantized in, where that is another. file: the
+    first one, where files alone are the model.
     """
     job = described["job"]
     name = shown(str(job["model"]))
@@ -70,7 +70,7 @@ def model_card(
         "",
         "## Loading it",
         "",
-        *(_running(spec, files) if get_format(recipe.format).whole_file else _loading(spec, recipe)),
+        *_loading(spec, recipe, file),
         "",
         "## How it was made",
         "",
@@ -163,19 +163,7 @@ def _drift(drift: Mapping[str, Any]) -> Iterator[str]:
     )
 
 
-def _running(spec: ModelSpec, files: Sequence[str]) -> Iterator[str]:
-    """Commands for a file that is a whole model, or a split of one."""
-    name = shlex.quote(files[0])
-    merged = ", Ollama once it is one file (`llama-gguf-split --merge`)" if len(files) > 1 else " and Ollama"
-    yield f"llama.cpp, and qwenq itself; LM Studio, koboldcpp{merged} run llama.cpp's files too:"
-    yield ""
-    yield "```"
-    yield f"llama-server -m {name} -c {min(SERVED_CONTEXT, spec.max_position_embeddings)}"
-    yield f"qwenq run {name} -p 'Hello'"
-    yield "```"
-
-
-def _loading(spec: ModelSpec, recipe: Recipe) -> Iterator[str]:
+def _loading(spec: ModelSpec, recipe: Recipe, file: str) -> Iterator[str]:
     """For each engine the commands, run in this directory; transformers only where it reads the recipe."""
     there = get_format(recipe.format).by_transformers(recipe, recipe.schemes(spec))
     if there.reason:
@@ -193,13 +181,19 @@ def _loading(spec: ModelSpec, recipe: Recipe) -> Iterator[str]:
         yield f'model = AutoModelForCausalLM.from_pretrained(".", device_map="auto"{how})'
         yield 'tokenizer = AutoTokenizer.from_pretrained(".")'
         yield "```"
+    served = min(SERVED_CONTEXT, spec.max_position_embeddings)
+    if file:
+        yield from ("", "llama.cpp, and qwenq itself:", "", "```")
+        yield f"llama-server -m {shlex.quote(shown(file))} -c {served}"
+        yield from ("qwenq run . -p 'Hello'", "```")
+        return
     reasons = tensor_parallel_sizes(spec, row_groups(spec, recipe))
     allowed = ", ".join(ranks for ranks, reason in reasons.items() if not reason)
     yield ""
     yield "vLLM, and qwenq itself:"
     yield ""
     yield "```"
-    yield f"vllm serve . --max-model-len {min(SERVED_CONTEXT, spec.max_position_embeddings)}"
+    yield f"vllm serve . --max-model-len {served}"
     yield "qwenq run . -p 'Hello'"
     yield "```"
     yield ""
@@ -214,11 +208,7 @@ def _provenance(job: Mapping[str, Any], described: Mapping[str, Any], spec: Mode
         counts[label] = counts.get(label, 0) + 1
     schemes = ", ".join(f"{count} linears {label}" for label, count in sorted(counts.items(), key=lambda c: -c[1]))
     folded = job["options"].get("fold") and job["calibration"] is not None
-    kept = "embedding and head" if folded else "embedding, norms and head"
-    if get_format(recipe.format).outer:
-        ends = ", ".join(f"{lin.stage} {label_of(recipe.outer_scheme(lin))}" for lin in spec.outer_linears)
-        schemes, kept = f"{schemes}; {ends}", "" if folded else "norms"
-    yield f"- Scheme: {markdown(schemes)}{f'; {kept} as in the original' if kept else ''}."
+    yield f"- Scheme: {markdown(schemes)}; {_outside_layers(spec, recipe, bool(folded))}."
     if folded:
         yield "- Channel scales are folded into norms and `up_proj`: adapters trained on the original do not fit."
     options = ", ".join(f"{key} {value}" for key, value in job["options"].items())
@@ -240,6 +230,16 @@ def _provenance(job: Mapping[str, Any], described: Mapping[str, Any], spec: Mode
         "- `qwenq-manifest.json` has the SHA-256 of every source and output file, and the error of every linear; "
         "`qwenq verify .` checks this directory against it."
     )
+
+
+def _outside_layers(spec: ModelSpec, recipe: Recipe, folded: bool) -> str:
+    """What became of embedding, norms and head: `embedding Q4_K, head Q6_K, norms as in the original`."""
+    found = {lin.stage: recipe.outer_scheme(lin) for lin in spec.outer_linears}
+    found = {"embedding": found["embedding"], "head": found.get("head", found["embedding"])}  # tied: one matrix
+    quantized = [f"{name} {markdown(label_of(scheme))}" for name, scheme in found.items() if scheme is not None]
+    kept = [name for name in ("embedding", *([] if folded else ["norms"]), "head") if found.get(name) is None]
+    said = " and ".join(filter(None, (", ".join(kept[:-1]), *kept[-1:])))
+    return ", ".join([*quantized, *([f"{said} as in the original"] if kept else [])])
 
 
 def _of_builtin(calibration: Mapping[str, Any]) -> str:

@@ -110,13 +110,13 @@ def original_windows(spec: ModelSpec, windows: int, length: int, share: float = 
     """How many calibration windows, the first ones, run through the 16-bit layers too, for error correction.
 
     A whole number of batches, or all windows, and of these an even number: halves are compared, as large as each other.
-    None for a share of 0.
+    Two at least, where there are two; none for a share of 0.
     """
     if share == 0:
         return 0
     step = max(1, BATCH_TOKENS // length)
     enough = CORRECTION_TOKENS_A_COLUMN * spec.intermediate_size / length
-    found = min(windows, math.ceil(max(windows * share, enough) / step) * step)
+    found = min(windows, max(2, math.ceil(max(windows * share, enough) / step) * step))
     return found // 2 * 2
 
 
@@ -237,6 +237,11 @@ class QuantizeConfig:
                 raise ExcludedOptions(f"--dtype is no choice: {self.mixture} says the type of every tensor")
         elif not self.mixed:
             self.scheme()
+
+    def refuse_idle(self) -> None:
+        """ExcludedOptions for an option that was given and does nothing; a settled configuration has values for all."""
+        if self.error_correction is not None and self.solver == "rtn":
+            raise ExcludedOptions("--error-correction is read from calibration: rounding to nearest reads none")
 
     @property
     def mixed(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,7 @@ def convert(source: Checkpoint, out: Path, format: str, *, listen: Callable[[int
                 hashes |= write_tokenizer(source.directory, work)
             read.refuse_replaced()
             hashes |= output.write_configs()
-            described, card = _describe(source, recipe, read, made, files.names)
+            described, card = _describe(source, recipe, read, made, files.model_file)
             source.refuse_changed([CARD_NAME])
             output.finish(finite_json(described), hashes, card)
             return made
@@ -181,7 +181,7 @@ def _grid(source: Checkpoint, lin: LinearSpec, scheme: Scheme) -> QTensor:
 
 
 def _describe(
-    source: Checkpoint, recipe: Recipe, read: SourceFiles, made: Converted, names: Sequence[str]
+    source: Checkpoint, recipe: Recipe, read: SourceFiles, made: Converted, file: str
 ) -> tuple[dict[str, Any], str | None]:
     """The manifest but for the files' hashes, and a card where it is known how the codes were made."""
     origin = _origin(source)
@@ -207,9 +207,7 @@ def _describe(
     sizes = {key: described[key] for key in ("parameters", "file_bytes", "bits_per_linear_weight")}
     quantized_as = origin["job"]["format"]
     other = quantized_as if quantized_as != recipe.format else ""
-    card = model_card(
-        origin | sizes, source.folder, source.spec, recipe, files=names, converted_from=other
-    )
+    card = model_card(origin | sizes, source.folder, source.spec, recipe, converted_from=other, file=file)
     return described, card
 
 

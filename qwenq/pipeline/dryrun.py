@@ -29,6 +29,7 @@ from qwenq.pipeline.config import (
 )
 from qwenq.pipeline.container import containers
 from qwenq.pipeline.preflight import PlannedJob, Preflight, preflight, sensitivity_bytes
+from qwenq.pipeline.shares import refuse_few
 from qwenq.pipeline.source import source_shapes
 from qwenq.planning.budget import Budgeted
 from qwenq.planning.rig import sees_gpu
@@ -99,6 +100,7 @@ class DryRun:
         if self.network:
             more["network"] = self.network
             more["wire_layer_s"] = self.wire_s(check.wire_layer_bytes)
+            more["wire_head_s"] = self.wire_s(check.wire_head_bytes)
         if self.budgeted:
             more["recipe"] = recipe_json(self.budgeted)
         return check.to_json() | more
@@ -136,6 +138,7 @@ def dry_run(
         beside=containers(source, config),
     )  # fmt: skip
     windows, warnings = _windows(found.config, model, source.spec)
+    refuse_few(ranks, calibration=windows.calibration or None, evaluation=windows.evaluation)
     settled = found.settled(windows)
     tokens = tokens_of(settled, windows)
     check = preflight(

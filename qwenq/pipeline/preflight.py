@@ -61,6 +61,7 @@ class Preflight:
     tensor_parallel: dict[str, str]  # "1", "2", "4", "8" -> "" or why not
     ranks: int = 1  # peaks are one rank's
     wire_layer_bytes: int = 0  # that a rank receives for each layer
+    wire_head_bytes: int = 0  # and for a head that is solved
     wire_state_bytes: int = 0  # that the first rank receives whenever hidden states are saved
 
     def to_json(self) -> dict[str, Any]:
@@ -104,6 +105,9 @@ def preflight(job: PlannedJob) -> Preflight:
     states = hidden_state_bytes(spec, tokens, job.compute_bytes)
     buffers = token_buffer_bytes(spec, tokens, job.compute_bytes, job.ranks)
     spill = buffers if buffers > SPILL_BYTES else 0
+    untied = tokens.calibration_windows and not spec.tie_word_embeddings
+    solves = untied and recipe.outer_scheme(spec.outer_linears[-1]) is not None
+    layer, head = (sum(t.nbytes for t in files.parts[k]) for k in (1, -1))
     labels: dict[str, set[str]] = {}
     stage_bytes: dict[str, int] = {}
     for lin in spec.linears:
@@ -130,7 +134,8 @@ def preflight(job: PlannedJob) -> Preflight:
         disk_free_bytes=free_disk(job.out) if job.out else None,
         tensor_parallel=tensor_parallel_sizes(spec, row_groups(spec, recipe)),
         ranks=job.ranks,
-        wire_layer_bytes=wire_layer_bytes(spec, tokens, sum(t.nbytes for t in files.parts[1]), job.ranks),
+        wire_layer_bytes=wire_layer_bytes(spec, tokens, layer, job.ranks),
+        wire_head_bytes=wire_head_bytes(spec, tokens, head, job.ranks) if solves else 0,
         wire_state_bytes=states - states // job.ranks,
     )
 
@@ -212,22 +217,34 @@ def wire_layer_bytes(spec: ModelSpec, tokens: Tokens, written: int, ranks: int) 
         return 0
     others = (ranks - 1) / ranks
     every, corrected = _passes(spec, tokens)
-
-    def summed(values: int, over: list[range], totals: int) -> float:
-        """Of each part of the passes that another rank made a piece; of each total the pieces of all others."""
-        turns = sum(-(-len(parts_of(windows)) // ranks) for windows in over)  # in each, one part of every rank
-        return 4 * values * others * (turns + totals)
-
     total = float(written)
     for stage in spec.architecture.stages:
         linears = spec.stage_linears(0, stage)
         both = stage.adds and corrected
         if tokens.calibration_windows:
-            total += summed(Triangle(spec.size(stage.inputs)).size, every, 1 + len(corrected) if both else 1)
+            triangle = Triangle(spec.size(stage.inputs)).size
+            total += _summed(triangle, every, 1 + len(corrected) if both else 1, ranks)
             total += others * sum(lin.parameters for lin in linears)
         if both:
-            total += summed(spec.size(stage.inputs) * spec.hidden_size, corrected, len(corrected))
+            total += _summed(spec.size(stage.inputs) * spec.hidden_size, corrected, len(corrected), ranks)
     return round(total)
+
+
+def wire_head_bytes(spec: ModelSpec, tokens: Tokens, written: int, ranks: int) -> int:
+    """The same for a head that is solved; `written` bytes are the head's and the last norm's."""
+    if ranks == 1:
+        return 0
+    every, _ = _passes(spec, tokens)
+    codes = (ranks - 1) / ranks * spec.vocab_size * spec.hidden_size
+    return round(written + _summed(Triangle(spec.hidden_size).size, every, 1, ranks) + codes)
+
+
+def _summed(values: int, over: list[range], totals: int, ranks: int) -> float:
+    """Bytes of a float32 sum over passes that a rank receives: of each part that another rank made a piece, of each
+    total the pieces of all others.
+    """
+    turns = sum(-(-len(parts_of(windows)) // ranks) for windows in over)  # in each, one part of every rank
+    return 4 * values * (ranks - 1) / ranks * (turns + totals)
 
 
 def sensitivity_bytes(

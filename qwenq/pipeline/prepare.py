@@ -18,6 +18,7 @@ from qwenq.pipeline.job import DTYPES, QuantizeJob, partial_directory, windows_o
 from qwenq.pipeline.journal import Journal
 from qwenq.pipeline.quantize import check_places
 from qwenq.pipeline.ranks import ALONE, Ranks
+from qwenq.pipeline.shares import refuse_few
 from qwenq.planning.budget import Budgeted
 from qwenq.planning.recipefile import RECIPE_NAME, encode_recipe
 from qwenq.planning.sensitivity import SENSITIVITY_NAME, encode_sensitivity
@@ -164,5 +165,6 @@ def prepare(
     read = {"source": source.sampled(), "calibration": calibration and calibration.to_json()}
     read |= {"evaluation": evaluation.to_json(), "options": config.same_everywhere()}
     ranks.refuse_others("command", read)
-    ranks.refuse_few(calibration=None if calibration is None else len(calibration.ids), evaluation=len(evaluation.ids))
+    calibrating = None if calibration is None else len(calibration.ids)
+    refuse_few(ranks.size, calibration=calibrating, evaluation=len(evaluation.ids))
     return Preparation(found, source, out, calibration, evaluation, shared)

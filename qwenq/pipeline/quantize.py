@@ -459,8 +459,9 @@ class _Run:
         if facts:
             described["run"]["ranks"] = facts
         read = journal.job["source"]
-        source, names = self.job.source.directory, self.files.names
-        card = model_card(described, source, self.spec, self.job.recipe, files=names, hashes=read)
+        card = model_card(
+            described, self.job.source.directory, self.spec, self.job.recipe, hashes=read, file=self.files.model_file
+        )
         self.output.finish(described, hashes, card)
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from qwenq import __version__
-from qwenq.errors import JobError, PlanError, QwenqError, RunError, UsageError
+from qwenq.errors import JobError, QwenqError, RunError, UsageError
 from qwenq.launch import JOIN_TIMEOUTS, Launch
 from qwenq.machine import numerics, versions
 from qwenq.pipeline.config import PARTS, device_names
@@ -90,14 +90,6 @@ class Ranks:
                 raise JobError(
                     f"{self.name(rank)} has another {name} than {self.name(0)}: {theirs}, not {mine}",
                     hint="every rank needs the same command, the same files and the same versions",
-                )
-
-    def refuse_few(self, **windows: int | None) -> None:
-        """PlanError where windows are fewer than ranks: some would have nothing to do. windows: counts, by kind."""
-        for kind, count in windows.items():
-            if count is not None and count < self.size:
-                raise PlanError(
-                    f"{count} {kind} windows for {self.size} ranks", hint="fewer ranks, or more windows of text"
                 )
 
     def name(self, rank: int) -> str:
@@ -431,20 +423,29 @@ def _open_store(launch: Launch) -> Any:
 
 
 def _meet(store: Any, launch: Launch, own: dict[str, Any]) -> list[dict[str, Any]]:
-    """Facts of every rank, by rank, once all of them are there; RunError for those that did not come in time."""
+    """Facts of every rank, by rank, once all of them are there; RunError for those that did not come in time, and where
+    the store is gone.
+    """
+    where, within_s = f"{launch.host}:{launch.port}", JOIN_TIMEOUTS * launch.timeout_s
     keys = [f"qwenq/facts/{rank}" for rank in range(launch.size)]
-    store.set(keys[launch.rank], json.dumps(own))
-    end = time.monotonic() + JOIN_TIMEOUTS * launch.timeout_s
-    while not store.check(keys):
-        if time.monotonic() > end:
-            missing = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
-            raise RunError(
-                f"{launch.host}:{launch.port}: {launch.size - len(missing)} of {launch.size} ranks came within "
-                f"{JOIN_TIMEOUTS * launch.timeout_s:g} s, missing: {', '.join(missing)}",
-                hint="every host starts torchrun with the same --nnodes, --master-addr and --master-port",
-            )
-        time.sleep(0.05)
-    return [json.loads(store.get(key)) for key in keys]
+    end = time.monotonic() + within_s
+    try:
+        store.set(keys[launch.rank], json.dumps(own))
+        while not store.check(keys):
+            if time.monotonic() > end:
+                missing = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
+                raise RunError(
+                    f"{where}: {launch.size - len(missing)} of {launch.size} ranks came within {within_s:g} s, "
+                    f"missing: {', '.join(missing)}",
+                    hint="every host starts torchrun with the same --nnodes, --master-addr and --master-port",
+                )
+            time.sleep(0.05)
+        return [json.loads(store.get(key)) for key in keys]
+    except RuntimeError as error:
+        raise RunError(
+            f"{where}: rank {launch.rank} waited for others there, and it went away ({_one_line(error)})",
+            hint="rank 0 or its torchrun has ended: it says why",
+        ) from None
 
 
 @dataclass

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from qwenq.errors import PlanError
 from qwenq.pipeline.config import PARTS
 
 
@@ -104,3 +105,10 @@ class Share:
 
 
 NO_WINDOWS = Share(())
+
+
+def refuse_few(ranks: int, **windows: int | None) -> None:
+    """PlanError where windows are fewer than ranks: some would have nothing to do. windows: counts, by kind."""
+    for kind, count in windows.items():
+        if count is not None and count < ranks:
+            raise PlanError(f"{count} {kind} windows for {ranks} ranks", hint="fewer ranks, or more windows of text")

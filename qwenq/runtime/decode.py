@@ -49,7 +49,7 @@ def _why_not_here(model: RunningModel, kv_dtype: torch.dtype | None) -> str:
             return f"heads of {model.spec.head_dim} values"
         return cpu_kernels.refusal()
     if any(not isinstance(place, int) for place in model.device_map.values()):
-        return "layers outside GPU memory"
+        return "layers on disk" if model.device.type == "cpu" else "layers outside GPU memory"
     if len(model.devices) > 1:
         return f"layers on {len(model.devices)} GPUs"
     if not has_triton():

@@ -129,6 +129,7 @@ class Session:
     _refused: str = field(default="", repr=False)  # why the kernels of a step can't be launched
     _cache: KvCache | None = field(default=None, repr=False)
     _ids: list[int] = field(default_factory=list, repr=False)  # what the cache holds
+    _answer: int = field(default=0, repr=False)  # number of the one it holds that for
     _whole: int = field(default=0, repr=False)  # of these, computed in whole chunks, as without a cache
 
     def __post_init__(self) -> None:
@@ -155,7 +156,7 @@ class Session:
         """Yield new token ids until a stop token (not yielded), the limit, or `stopped()`.
 
         listen: gets each of them first, with the model's logits, float32 [vocabulary]. RunError for what does not fit
-        the context or the memory of a device.
+        the context or the memory of a device, and for an answer that goes on after another one was begun.
         """
         timing = timing if timing is not None else Timing()
         limit = self.new_tokens(len(ids), sampling.max_new_tokens)
@@ -167,6 +168,7 @@ class Session:
         generator = torch.Generator().manual_seed(sampling.seed)
         ends = sampling.stop_ids | (frozenset() if sampling.ignore_eos else self.stop_ids)
         seen = list(ids)
+        self._answer = answer = self._answer + 1
         clock = time.perf_counter()
         logits = self.prefill(ids, timing, stopped, repeatable=sampling.repeatable)
         timing.prefill_seconds = time.perf_counter() - clock
@@ -187,6 +189,11 @@ class Session:
             if stopped():
                 return
             if count + 1 < limit:
+                if self._answer != answer:
+                    raise RunError(
+                        "another answer was begun meanwhile, and the cache holds that one's tokens",
+                        hint="take an answer to its end before the next one, or load the model twice",
+                    )
                 if count == 0:
                     clock = time.perf_counter()
                 logits = self.forward([token])
@@ -237,7 +244,7 @@ class Session:
         return logits
 
     def _one(self, token: int) -> Tensor | None:
-        """Logits behind one token by Triton kernels; None where modules compute it."""
+        """Logits behind one token by this project's kernels; None where transformers' modules compute it."""
         if self._step is None or self._cache is None:
             return None
         length = self._cache.get_seq_length()

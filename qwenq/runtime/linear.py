@@ -14,7 +14,7 @@ Shapes: x [..., in]; M rows of x; O outputs, I inputs, G groups of K columns.
 - Nf4Linear: bitsandbytes' table of 16 values, likewise in row blocks.
 - TiledLinear: any bits, group and dtype; row blocks of outputs are dequantized in float32 for every call.
 - BlockLinear: a GGUF weight as the file has it, of any type, likewise in row blocks.
-- StoredLinear: 16-bit weights kept as stored where activations have another dtype.
+- StoredLinear: 16-bit weights; where activations have another dtype they stay as stored.
 """
 
 from __future__ import annotations

@@ -42,13 +42,15 @@ class Triangle:
     def add_products(self, flat: Tensor, x_TI: Tensor) -> None:
         """Add x' x for inputs [..., width] to a Hessian, in place.
 
-        Products are float32, but bfloat16 for inputs that a CPU multiplies as such, twice as fast: a product of these
-        tokens is rounded once to bfloat16 then, and added in float32.
+        Products are float32, but bfloat16 for bfloat16 inputs on a CPU that multiplies these, twice as fast: a product
+        of these tokens is rounded once to bfloat16 then, and added in float32.
         """
+        import torch
+
         from qwenq.model.devices import product_dtype
 
         x_TI = x_TI.reshape(-1, self.width)
-        narrow = x_TI.device.type == "cpu" and product_dtype(x_TI) == x_TI.dtype
+        narrow = x_TI.device.type == "cpu" and product_dtype(x_TI) == torch.bfloat16
         if not narrow:
             x_TI = x_TI.float()
         for start, block in self.rows(flat):

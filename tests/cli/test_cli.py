@@ -74,7 +74,7 @@ def test_dry_run_of_a_family(bits: int, wanted: int) -> None:
         "source_tensor_bytes", "schemes", "stage_bytes",
         "peak_ram_bytes", "peak_vram_bytes", "state_bytes", "spill_bytes", "disk_needed_bytes",
         "disk_free_bytes", "tensor_parallel", "device", "assumed", "warnings", "source_download_bytes", "ranks",
-        "wire_layer_bytes", "wire_state_bytes",
+        "wire_layer_bytes", "wire_head_bytes", "wire_state_bytes",
     }  # fmt: skip
     assert found["source_download_bytes"] == found["source_tensor_bytes"]
     assert found["tensor_parallel"]["1"] == "" and "group size 128" in found["tensor_parallel"]["2"]

@@ -236,5 +236,10 @@ def test_a_dry_run_by_hub_name_says_what_it_rests_on(monkeypatch: pytest.MonkeyP
 def test_a_dry_run_of_what_does_not_fit_exits_with_3(tiny: Path) -> None:
     result = run("run", tiny, "--dry-run", "--cpu-memory", "1MB")
     assert result.exit_code == 3 and result.stdout == "" and "error: CPU: needs " in result.stderr
+    for engine in ("gptqmodel", "vllm", "llama.cpp"):
+        for option in ("--prefill-chunk=64", "--compute-dtype=float32", "--gpu-memory=8GiB", "--cpu-memory=8GiB"):
+            ignored = run("run", "owner/never-fetched", "-p", "x", "--engine", engine, option)
+            name = option.partition("=")[0]
+            refusal(ignored, f"{name} is of qwenq's own engine, not {engine}", "--engine qwenq, or leave it out", 2)
     foreign = run("run", tiny, "--dry-run", "--engine", "gptqmodel")
     assert foreign.exit_code == 2 and "--dry-run is of qwenq's own engine, not gptqmodel" in foreign.stderr

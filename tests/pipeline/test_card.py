@@ -85,6 +85,17 @@ def test_the_example_serves_no_more_than_the_model_was_trained_on(tmp_path: Path
     assert "vllm serve . --max-model-len 512\n" in text
 
 
+def test_the_card_of_a_gguf_file_is_for_llama_cpp(tmp_path: Path) -> None:
+    """vLLM and tensor-parallel ranks take none; embedding and head are quantized there."""
+    recipe = get_format("gguf").mixture("Q4_K_M", spec())
+    body = model_card(manifest(), tmp_path, spec(), recipe, file="It is-Q4_K_M.gguf")
+    assert "\nllama-server -m 'It is-Q4_K_M.gguf' -c 8192\nqwenq run . -p 'Hello'\n" in body
+    assert "vllm serve" not in body and "tensor-parallel-size" not in body
+    assert "; embedding Q4_K, head Q6_K, norms as in the original." in body
+    folded = changed(manifest(), "job.options", {"method": "gptq", "fold": True})
+    assert "; embedding Q4_K, head Q6_K." in card(folded, tmp_path, recipe)[1]
+
+
 def test_a_mixed_recipe_does_not_promise_transformers(tmp_path: Path) -> None:
     metadata, body = card(manifest(), tmp_path, MIXED)
     assert metadata["tags"] == ["gptq", "mixed-bits", "qwenq"] and "license" not in metadata
@@ -93,21 +104,13 @@ def test_a_mixed_recipe_does_not_promise_transformers(tmp_path: Path) -> None:
     assert "- Scheme: 558 linears 4-bit g64, 1 linears 8-bit g64, 1 linears 16-bit;" in body
 
 
-def test_the_card_of_a_gguf_file_names_engines_that_read_it_and_all_that_is_quantized(tmp_path: Path) -> None:
-    names = ["a b-Q4_K_M-00001-of-00002.gguf", "a b-Q4_K_M-00002-of-00002.gguf"]
-    form, told = get_format("gguf"), changed(manifest(), "job.options", {"fold": True})
-    _, head, body = model_card(told, tmp_path, spec(), form.mixture("Q4_K_M", spec()), files=names).split("---\n", 2)
-    metadata = yaml.safe_load(head)
-    assert "library_name" not in metadata and metadata["tags"] == ["gguf", "mixed-bits", "qwenq"]
-    assert "Ollama once it is one file" in body and "koboldcpp and Ollama run" in model_card(
-        told, tmp_path, spec(), form.mixture("Q4_K_M", spec()), files=names[:1]
-    )
-    assert f"llama-server -m '{names[0]}' -c 8192\nqwenq run '{names[0]}' -p 'Hello'\n" in body
-    assert not any(word in body for word in ("vllm", "vLLM", "transformers", "Tensor-parallel", "as in the original"))
-    assert "- Scheme: 400 linears Q4_K, " in body and "; embedding Q4_K, head Q6_K.\n" in body
-    eight = model_card(manifest(), tmp_path, spec(), form.mixture("Q8_0", spec()), files=names)
-    assert '- "8-bit"\n' in eight and ", Q8_0\n" in eight and "mixed" not in eight
-    assert "- Scheme: 560 linears Q8_0; embedding Q8_0, head Q8_0; norms as in the original.\n" in eight
+def test_the_hub_takes_a_gguf_file_for_what_it_is(tmp_path: Path) -> None:
+    """No model of transformers'; and of one type throughout, embedding and head too, it is not mixed."""
+    form = get_format("gguf")
+    for mixture, bits in (("Q4_K_M", "mixed-bits"), ("Q8_0", "8-bit"), ("F16", "16-bit")):
+        metadata, body = card(manifest(), tmp_path, form.mixture(mixture, spec()))
+        assert "library_name" not in metadata and metadata["tags"] == ["gguf", bits, "qwenq"]
+        assert ("mixed" in body) == (mixture == "Q4_K_M")
 
 
 @pytest.mark.parametrize(

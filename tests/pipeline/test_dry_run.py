@@ -93,6 +93,18 @@ def test_what_it_assumes_in_words() -> None:
     assert "GPU" not in on_cpu.stdout
 
 
+def test_what_ranks_send_is_shown_with_the_head_where_it_is_solved(tiny: Path, texts: list[object]) -> None:
+    between = ["--ranks", 2, "--network", "1gbps", "--dry-run"]
+    for form, solved in (("gguf", True), ("gptq", False)):
+        ask = ["quantize", tiny, *texts[:-2], *(["--group-size", 32] if form == "gptq" else []), "--format", form]
+        shown = run(*ask, *between).stdout
+        assert ("received by a rank, the head" in shown) == solved and "received by a rank, a layer" in shown
+        assert shown.count("the same at 1gbps") == 1 + solved
+        found = json.loads(run(*ask, *between, "--json").stdout)
+        assert (found["wire_head_bytes"] > 0) == solved
+        assert found["wire_head_s"] == pytest.approx(found["wire_head_bytes"] * 8e-9)
+
+
 def test_a_machine_too_small_is_warned_of(monkeypatch: pytest.MonkeyPatch, tiny: Path, texts: list[object]) -> None:
     memory = total_memory()
     assert memory is not None
@@ -137,8 +149,17 @@ def test_all_windows_of_a_wide_model_are_pulled_by_but_an_odd_one() -> None:
 def test_what_a_job_would_refuse_a_dry_run_refuses(tiny: Path, texts: list[object]) -> None:
     rtn = run("quantize", tiny, *texts[:-2], "--method", "rtn", "--bpw", "5.5", "--dry-run")
     assert rtn.exit_code == 1 and "--method rtn measures no sensitivities" in rtn.stderr
+    for rounds in (["--method", "rtn"], ["--format", "bnb-nf4"]):
+        for given in ("--error-correction", "--pull"):
+            idle = run("quantize", "owner/never-fetched", "-o", "out", *rounds, given, "0")
+            assert idle.exit_code == 2 and "is read from calibration: rounding to nearest reads none" in idle.stderr
+            assert run("quantize", "Qwen2.5-7B", "--dry-run", *rounds, given, "0").stderr == idle.stderr
+        assert run("quantize", "Qwen2.5-7B", "--dry-run", *rounds).exit_code == 0, "nobody gave it"
     one = run("quantize", tiny, "--bits", 4, *texts, "-n", 1, "--pull", "1", "--dry-run")
     assert one.exit_code == 1 and "one window of calibration has no two halves" in one.stderr
+    for few, kind in ((["-n", 3], "calibration"), (["--method", "rtn", "--eval-samples", 3], "evaluation")):
+        said = run("quantize", tiny, "--bits", 4, *texts, *few, "--dry-run", "--ranks", 4)
+        assert said.exit_code == 1 and f"error: 3 {kind} windows for 4 ranks" in said.stderr, said.output
     assumed = dry(tiny, "--bits", 4, *texts, "-n", 1)["assumed"]
     assert assumed["calibration_windows"] == 1 and assumed["original_windows"] == 0
 

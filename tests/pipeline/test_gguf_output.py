@@ -248,7 +248,9 @@ def test_fallbacks_are_said(tiny: Path, calib: Path, heldout: Path, tmp_path: Pa
     wanted = "rows of 384 are no whole blocks of Q4_K: down_proj in Q5_0 (2 tensors), as llama.cpp has it"
     assert wanted in answer(*ask, "--dry-run")["warnings"]
     assert wanted in answer(*ask)["warnings"]
-    assert wanted in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    (file,) = (tmp_path / "out").glob("*.gguf")
+    assert wanted in card and f"\nllama-server -m {file.name} -c 512\n" in card and "vllm" not in card
 
 
 def run_until(source: str, out: str, after: int, resume: bool) -> None:

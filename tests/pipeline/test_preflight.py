@@ -12,7 +12,7 @@ import pytest
 
 from qwenq.checkpoint.shards import stored_files
 from qwenq.errors import JobError, PlanError
-from qwenq.formats.base import Recipe, Scheme
+from qwenq.formats.base import Recipe, Scheme, get_format
 from qwenq.machine import free_disk
 from qwenq.model.spec import ModelSpec, family_spec, spec_from_config
 from qwenq.pipeline.config import Tokens, original_windows
@@ -22,6 +22,7 @@ from qwenq.pipeline.preflight import (
     hidden_state_bytes,
     peak_bytes,
     preflight,
+    wire_head_bytes,
     wire_layer_bytes,
 )
 from qwenq.planning.tensor_parallel import (
@@ -245,6 +246,7 @@ def test_windows_that_run_through_the_16_bit_layers() -> None:
         assert original_windows(large, windows, length) == windows // 2 * 2
     assert original_windows(spec, 90, 400) == 44, "nine batches of five make two unequal halves"
     assert original_windows(large, 1, 512) == 0
+    assert original_windows(spec_of(), 2, 2048) == 2, "half of two is no pair of halves"
 
 
 def test_predicted_peaks_do_not_know_the_number_of_layers() -> None:
@@ -287,3 +289,20 @@ def test_bytes_on_the_wire_by_hand() -> None:
     assert wire_layer_bytes(spec, tokens, 1000, 2) == sums + codes + 1000
     corrected = wire_layer_bytes(spec, replace(tokens, error_correction_share=0.5), 1000, 2)
     assert corrected > wire_layer_bytes(spec, tokens, 1000, 2)
+
+
+def test_a_solved_head_on_the_wire_by_hand() -> None:
+    """Its Hessian's parts and total, half of its codes, and all of it as written, with the last norm."""
+    spec = spec_of(hidden_size=256, intermediate_size=512, num_attention_heads=4, vocab_size=1000)
+    tokens = Tokens(16, 4, 32, 4, 0.0)
+    assert wire_head_bytes(spec, tokens, 1000, 1) == 0
+    by_hand = 4 * 256 * 256 * (8 / 4 + 1 / 2) + 1000 * 256 // 2
+    assert wire_head_bytes(spec, tokens, 1000, 2) == by_hand + 1000
+    q8, written = get_format("gguf").mixture("Q8_0", spec), 2 * 256 + 1000 * 256 // 32 * 34
+    found = preflight(PlannedJob(spec, q8, tokens, compute_bytes=4, ranks=2))
+    assert found.wire_head_bytes == by_hand + written
+    tied = replace(spec, tie_word_embeddings=True)
+    sixteen, none = Recipe(Scheme(8, 32)), Tokens(0, 4, 32)
+    for other, recipe, text in ((tied, q8, tokens), (spec, sixteen, tokens), (spec, q8, none)):
+        check = preflight(PlannedJob(other, recipe, text, compute_bytes=4, ranks=2))
+        assert check.wire_head_bytes == 0 < check.wire_layer_bytes, "it is the embedding, in 16 bits, or rounded"

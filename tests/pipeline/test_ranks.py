@@ -23,8 +23,9 @@ import torch
 from test_quantize import FORKS, assert_same
 
 from qwenq.checkpoint.manifest import MANIFEST_NAME
-from qwenq.errors import UsageError
+from qwenq.errors import RunError, UsageError
 from qwenq.launch import read_launch
+from qwenq.pipeline.ranks import _meet
 
 TIMEOUT_S = 3.0  # of a rank without a sign of life
 TEXT = ["--builtin-share", "0", "--device", "cpu", "-n", "11", "--sequence-length", "64"]
@@ -153,10 +154,12 @@ def test_bytes_do_not_depend_on_the_number_of_ranks(
     for size in (2, 4):
         assert_same(tmp_path / "1", tmp_path / f"{size}")
         run = json.loads((tmp_path / f"{size}" / MANIFEST_NAME).read_text())["run"]
-        if kind == "error correction":
+        if kind in ("error correction", "gguf"):
             dry = json.loads(alone(tmp_path / "dry", *command, "--dry-run", "--ranks", size, "--json").out)
             received = [rank["received_bytes"] for rank in run["ranks"]]
-            assert received == pytest.approx([4 * dry["wire_layer_bytes"]] * size, rel=0.1)
+            assert (dry["wire_head_bytes"] > 0) == (kind == "gguf")
+            told = 4 * dry["wire_layer_bytes"] + dry["wire_head_bytes"]
+            assert received == pytest.approx([told] * size, rel=0.1)
         assert [rank["device"] for rank in run["ranks"]] == ["cpu"] * size
         assert {rank["host"] for rank in run["ranks"]} == {socket.gethostname()}
         assert {rank["threads"] for rank in run["ranks"]} == {1} and run["ranks"][1]["peak_rss_bytes"] > 1e8
@@ -380,6 +383,19 @@ def test_what_cannot_be_joined_is_said_in_a_line(tiny: Path, text: list[object],
         assert each.code == 1 and "3 calibration windows for 4 ranks" in each.err, each
     (said,) = Started(tmp_path / "inspect", 1, ["inspect", tiny], WORLD_SIZE="2").ended()
     assert said.code == 2 and said.err.startswith("error: `qwenq inspect` does not go over ranks, WORLD_SIZE is 2\n")
+
+
+def test_a_place_to_meet_that_goes_away_is_said_in_a_line() -> None:
+    class Gone:
+        def set(self, key: str, value: str) -> None: ...
+
+        def check(self, keys: list[str]) -> bool:
+            raise torch.distributed.DistNetworkError("Connection reset\nby peer")
+
+    launch = read_launch(ENVIRONMENT)
+    assert launch is not None
+    with pytest.raises(RunError, match=r"^a:29500: rank 1 waited .* went away \(Connection reset by peer\)$"):
+        _meet(Gone(), launch, {})
 
 
 # ---------------------------------------------------------------------- how a process was started

@@ -204,6 +204,7 @@ def test_disk_and_memory_give_the_same_logits(random_model: Make, tmp_path: Path
         for layer in (1, 2):
             assert {p.device.type for p in model.network.model.layers[layer].parameters()} == {"meta"}
         assert model.network.hf_device_map == where
+        assert Session(model, 16).decoding == "transformers' modules: layers on disk"
 
 
 def test_what_goes_to_disk(random_model: Make) -> None:
@@ -297,6 +298,19 @@ def test_the_cache_of_the_turn_before_is_used(tiny: Path) -> None:
     assert timing.cached_tokens == 7
     session.release()
     assert list(session.generate(longer, Sampling(max_new_tokens=6), timing)) == kept and timing.cached_tokens == 0
+
+
+def test_an_answer_does_not_go_on_in_the_cache_of_another(tiny: Path) -> None:
+    session = Session(build(open_checkpoint(tiny)), 64)
+    alone = list(session.generate([40, 41, 42], Sampling(max_new_tokens=6)))
+    first = session.generate([5, 6, 7, 8], Sampling(max_new_tokens=6))
+    second = session.generate([40, 41, 42], Sampling(max_new_tokens=6))
+    next(first)
+    next(first)  # the second was only made, and has begun nothing
+    found = [next(second)]
+    with pytest.raises(RunError, match="another answer was begun meanwhile"):
+        next(first)
+    assert [*found, *second] == alone
 
 
 def test_contexts_too_long(tiny: Path) -> None:

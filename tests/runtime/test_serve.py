@@ -398,6 +398,18 @@ def test_errors_of_the_command(tiny: Path) -> None:
         assert "error: vLLM's flags are for a rig" in said and 'hint: name the rig with --gpu "2x RTX 3090"' in said
 
 
+def test_what_is_not_installed_is_said_before_a_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwenq.io.hub.fetch_model", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "qwenq.runtime.server", None)
+    for words, message in (
+        (("--engine", "vllm", "--gpu", "RTX 3090"), "--engine vllm: it is not installed"),
+        (("--engine", "qwenq"), "the server needs qwenq.runtime.server"),
+    ):
+        said = run("serve", "owner/never-fetched", *words)
+        assert said.exit_code == 1 and said.stderr.startswith(f"error: {message}\nhint: pip install"), said.output
+
+
 def test_dry_runs_download_and_start_nothing(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def dry(*words: str) -> Any:
         return run("serve", *words, "--dry-run")

@@ -42,6 +42,16 @@ def test_products_of_bfloat16_inputs_are_rounded_once_and_added_in_float32() -> 
     assert bool((counted == 600).all())
 
 
+def test_float32_products_are_added_without_a_matrix_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`addmm_` alone, as memory is predicted; matmuls of float32 inputs end here."""
+    triangle, x_TI = Triangle(300), torch.randn(9, 300, generator=torch.Generator().manual_seed(5))
+    flat = torch.zeros(triangle.size)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "__matmul__", None)
+        triangle.add_products(flat, x_TI)
+    torch.testing.assert_close(triangle.diagonal(flat), x_TI.square().sum(0))
+
+
 def test_it_multiplies_as_the_whole_matrix_does() -> None:
     generator = torch.Generator().manual_seed(2)
     triangle, x_TI = Triangle(600), torch.randn(64, 600, generator=generator)
