@@ -408,14 +408,16 @@ class QuantizeConfig:
 
     @staticmethod
     def from_manifest(job: Mapping[str, Any]) -> QuantizeConfig:
-        """The options that a manifest's `job` names: the solver's, dtypes, device and seed.
+        """The options that a manifest's `job` names: the solver's, dtypes, device and seed, and a mixture.
 
-        Bits and format are in its recipe, windows in its texts. CheckpointError for what makes no configuration.
+        Other bits and format are in its recipe, windows in its texts. CheckpointError for what makes no configuration.
         """
         kept = ("device", "compute_dtype", "calibration_dtype", "dtype", "seed")
+        mixture = ("format", "gguf_type")  # which decide dtypes of what is not quantized
         try:
+            names = (*kept, *mixture) if job.get("gguf_type") else kept
             options = dict(current_names(job)["options"])
-            return QuantizeConfig.from_json({name: job[name] for name in kept} | options)
+            return QuantizeConfig.from_json({name: job[name] for name in names} | options)
         except (KeyError, TypeError, ValueError, AttributeError, PlanError) as error:
             raise unreadable(error) from None
 

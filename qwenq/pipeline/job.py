@@ -236,15 +236,15 @@ class QuantizeJob:
             "evaluation": self.evaluation.to_json(),
             "overlap": self.overlap,
             "numerics": self.numerics,
-        } | self._cut
+        } | self._whole_files
 
     @property
-    def _cut(self) -> dict[str, Any]:
-        """Names of files that are the whole model, and where tensors go into the next one."""
+    def _whole_files(self) -> dict[str, Any]:
+        """Of files that are the whole model their names, the mixture of their types, and where one ends."""
         if not self.files.whole:
             return {}
-        size = self.config.split_size
-        return {"files": self.files.names} | ({} if size is None else {"split_size": size})
+        asked = {"gguf_type": self.config.mixture, "split_size": self.config.split_size}
+        return {"files": self.files.names} | {name: value for name, value in asked.items() if value}
 
     @property
     def numerics(self) -> dict[str, Any]:

@@ -268,6 +268,17 @@ def run_until(source: str, out: str, after: int, resume: bool) -> None:
     quantize(gguf_job(Path(source), Path(out)), resume=resume, listen=listen)
 
 
+@pytest.mark.parametrize("mixture", ["Q4_K_M", "F16"])
+def test_16_bits_of_a_mixture_are_made_again_as_they_were(
+    mixture: str, random_model: Make, heldout: Path, tmp_path: Path
+) -> None:
+    """In float16, though the source has bfloat16."""
+    source = random_model(intermediate_size=100, num_hidden_layers=2, dtype=torch.bfloat16)
+    text = ["--method", "rtn", "--eval-text", heldout, "--sequence-length", 64, "--eval-samples", 2]
+    answer("quantize", source, "-o", tmp_path / "out", "--format", "gguf", "--gguf-type", mixture, *text)
+    assert answer("verify", tmp_path / "out", "--source", source)["findings"] == []
+
+
 @pytest.mark.parametrize("after", [1, 2, 3])
 def test_killed_and_resumed_is_the_same(after: int, random_model: Make, tmp_path: Path) -> None:
     source = random_model(**WIDE)
