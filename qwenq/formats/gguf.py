@@ -683,7 +683,8 @@ class Gguf(Format):
         return Blocks(scheme.codes, tensors["weight"])
 
     def loaders(self, variant: Variant) -> list[Loader]:
-        return [QWENQ, Loader("llama.cpp"), Loader("Ollama"), *servers("", "GGUF is not its format")]
+        tried = Loader("llama.cpp", tried="CPU: KL as eval's")
+        return [QWENQ, tried, Loader("Ollama"), *servers("", "GGUF is not its format")]
 
     def by_transformers(self, recipe: Recipe, schemes: set[Scheme]) -> ByTransformers:
         return ByTransformers(reason="transformers reads GGUF by dequantizing all of it.")
