@@ -27,6 +27,7 @@ import torch
 from compare import drifts, interval
 
 from qwenq.checkpoint.reader import open_checkpoint
+from qwenq.report.drawing import MARKERS, text_width
 from qwenq.report.plots import Point, draw_kl_size
 
 DRAWS = 4000
@@ -157,6 +158,11 @@ def main() -> None:
                 points.append(Point(label, size / 1e6, *shape))
     (args.out / "sizes.json").write_text(json.dumps(table, indent=1) + "\n")
     drawing = draw_kl_size(points, "file size, MB", 760, "sizes")
+    at = 290.0
+    for series, (kind, words) in enumerate(KINDS.items()):  # a legend, beside the axis's title
+        drawing.mark(MARKERS[series], at, 18, f"{'hollow' if kind == 'llama' else 'mark'} s{series}")
+        drawing.text(at + 12, 22, words, kind="label")
+        at += 36 + text_width(words)
     (args.out / "sizes.svg").write_text(drawing.svg().replace("<title", STYLE + "<title", 1) + "\n", encoding="utf-8")
 
 

@@ -16,7 +16,7 @@ from qwenq.cli.options import warn_of_shipped
 from qwenq.cli.plain import options_of, print_json, print_step, typed
 from qwenq.cli.ranks import fetched_once, over_ranks
 from qwenq.errors import ExcludedOptions, PlanError
-from qwenq.formats.base import label_of
+from qwenq.formats.base import get_format, label_of
 from qwenq.launch import refuse_ranks
 from qwenq.model.spec import ModelSpec, family_spec
 from qwenq.pipeline.config import QuantizeConfig
@@ -216,6 +216,8 @@ def _sizes_table(found: DryRun) -> Table:
 def recipe_table(spec: ModelSpec, found: Budgeted) -> Table:
     """One line for each run of layers with equal schemes."""
     title = f"recipe: {format_gb(found.file_bytes)}, {found.bits_per_linear_weight:.3f} bits per linear weight"
+    if get_format(found.recipe.format).outer:
+        title += f", {found.recipe.bits_per_weight(spec):.3f} with embedding and head"
     table = Table(title=title)
     table.add_column("layers")
     stages = [name for layer, name in found.choice if layer == 0]

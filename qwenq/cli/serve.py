@@ -34,7 +34,7 @@ from qwenq.cli.options import (
 from qwenq.cli.plain import print_line, print_step, typed
 from qwenq.cli.run import print_forecast, stored_question
 from qwenq.errors import PlanError, RunError, UsageError
-from qwenq.io.gguf import gguf_model
+from qwenq.io.gguf import gguf_model, split_stem
 from qwenq.pipeline.config import flag
 
 if TYPE_CHECKING:
@@ -192,7 +192,8 @@ def _serve_by_llama_cpp(
 
     program = "" if dry_run else find_server()
     planned = serving(model, parse_tokens(context) if context else 0, kv_dtype, ubatch, gpu)
-    words = [*planned.words, "--alias", door.name or planned.file.stem, "--host", door.host, "--port", str(door.port)]
+    name = door.name or split_stem(planned.file)
+    words = [*planned.words, "--alias", name, "--host", door.host, "--port", str(door.port)]
     for line in planned.notes:
         warn(line)
     if dry_run:

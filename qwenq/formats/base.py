@@ -58,7 +58,7 @@ class Scheme:
 
     @property
     def levels(self) -> int:
-        """Number of codes: 16 or 256."""
+        """Number of codes."""
         return 1 << self.bits
 
     @property
@@ -233,9 +233,14 @@ class Recipe:
         return {scheme for lin in linears if (scheme := self.scheme_of(lin)) is not None}
 
     @property
+    def mixed(self) -> bool:
+        """Whether anything it names is stored otherwise than most linears are."""
+        return any(scheme != self.default for _, scheme in self.overrides)
+
+    @property
     def label(self) -> str:
         """`4-bit g128`, `16-bit`, or `mixed, mostly 4-bit g128`."""
-        return ("mixed, mostly " if self.overrides else "") + label_of(self.default)
+        return ("mixed, mostly " if self.mixed else "") + label_of(self.default)
 
     def check(self, spec: ModelSpec) -> None:
         """Raise PlanError, naming the tensor, when some linear cannot be stored as asked."""
@@ -273,8 +278,17 @@ class Recipe:
 
     def bits_per_linear_weight(self, spec: ModelSpec) -> float:
         """Stored bits per weight of the quantizable linears: codes, scales and zero points, nothing beside them."""
+        return self._linear_bits(spec) / spec.linear_parameters
+
+    def bits_per_weight(self, spec: ModelSpec) -> float:
+        """The same with embedding and head, as budgets of formats count that quantize them too."""
+        form, outer = get_format(self.format), spec.outer_linears
+        bits = self._linear_bits(spec) + sum(form.stored_bits(self.outer_scheme(lin), lin) for lin in outer)
+        return bits / (spec.linear_parameters + sum(lin.parameters for lin in outer))
+
+    def _linear_bits(self, spec: ModelSpec) -> int:
         form = get_format(self.format)
-        return sum(form.stored_bits(self.scheme_of(lin), lin) for lin in spec.linears) / spec.linear_parameters
+        return sum(form.stored_bits(self.scheme_of(lin), lin) for lin in spec.linears)
 
 
 def _by_name(dtype: StoredDtype | str) -> StoredDtype:

@@ -545,6 +545,7 @@ class Gguf(Format):
     mixes = True
     options = tuple(type_scheme(kind) for kind in WRITTEN)
     outer = True
+    mixes_zero_points = False  # minima are a matter of types
     mixtures = tuple(MIXTURES)
     mixture_of_bits = DEFAULTS
 
@@ -580,7 +581,9 @@ class Gguf(Format):
         ]
 
     def offered(self, lin: LinearSpec, options: Sequence[Scheme] | None = None) -> tuple[Scheme, ...]:
-        """Types that divide its rows, but those for which there is a better one of at most the size."""
+        """Types that divide its rows, but older ones that lose hardly less than smaller ones: with K types there Q4_1
+        and the types of 5 bits in blocks of 32, and Q4_0 beside IQ4_NL.
+        """
         found = super().offered(lin, options)
         worse = {"Q4_0", "Q4_1", "Q5_0", "Q5_1"} if any(s.codes == "Q5_K" for s in found) else {"Q4_0"}
         return tuple(scheme for scheme in found if scheme.codes not in worse)
@@ -680,7 +683,8 @@ class Gguf(Format):
         return Blocks(scheme.codes, tensors["weight"])
 
     def loaders(self, variant: Variant) -> list[Loader]:
-        return [QWENQ, Loader("llama.cpp"), Loader("Ollama"), *servers("", "GGUF is not its format")]
+        tried = Loader("llama.cpp", tried="CPU: KL as eval's")
+        return [QWENQ, tried, Loader("Ollama"), *servers("", "GGUF is not its format")]
 
     def by_transformers(self, recipe: Recipe, schemes: set[Scheme]) -> ByTransformers:
         return ByTransformers(reason="transformers reads GGUF by dequantizing all of it.")

@@ -180,6 +180,11 @@ def split_name(stem: str, number: int, count: int) -> str:
     return f"{stem}-{number + 1:05d}-of-{count:05d}{ENDING}"
 
 
+def is_split(path: Path) -> bool:
+    """Whether a path is called like a file of a split."""
+    return _SPLIT_NAME.fullmatch(path.name) is not None
+
+
 def split_stem(path: Path) -> str:
     """`NAME` of NAME.gguf and of NAME-00001-of-00003.gguf."""
     named = _SPLIT_NAME.fullmatch(path.name)

@@ -110,11 +110,13 @@ class GGUFNames:
     """The family in llama.cpp's files: `general.architecture`, and the names that modules have there.
 
     `paired`: projections whose rows lie there as rotation by neighbouring pairs wants them, not by halves of a head.
+    `unbiased`: linears whose bias llama.cpp has no place for, where the family may have one: it refuses such a file.
     """
 
     architecture: str
     modules: Mapping[str, str]  # within the layer: self_attn.q_proj -> attn_q
     paired: tuple[str, ...] = ()
+    unbiased: tuple[str, ...] = ()
     embedding: str = "token_embd"
     norm: str = "output_norm"
     head: str = "output"
@@ -219,7 +221,7 @@ def _gated_mlp(*, bias: bool | str = False) -> tuple[Stage, Stage]:
     )
 
 
-def _gguf(architecture: str, *paired: str) -> GGUFNames:
+def _gguf(architecture: str, *paired: str, unbiased: tuple[str, ...] = ()) -> GGUFNames:
     """llama.cpp's names for the stages above."""
     attention = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
                  "q_norm": "attn_q_norm", "k_norm": "attn_k_norm"}  # fmt: skip
@@ -227,7 +229,7 @@ def _gguf(architecture: str, *paired: str) -> GGUFNames:
     names = {f"self_attn.{kind}": name for kind, name in attention.items()}
     names |= {f"mlp.{kind}": name for kind, name in mlp.items()}
     names |= {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-    return GGUFNames(architecture, names, paired)
+    return GGUFNames(architecture, names, paired, unbiased)
 
 
 _PAIRED = ("self_attn.q_proj", "self_attn.k_proj")
@@ -249,7 +251,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             (*_attention(qkv_bias="attention_bias", o_bias="attention_bias"), *_gated_mlp()),
             qk_norms=("self_attn.q_norm", "self_attn.k_norm"),
             defaults={"num_key_value_heads": 32, "head_dim": 128},
-            gguf=_gguf("qwen3"),
+            gguf=_gguf("qwen3", unbiased=("self_attn.o_proj",)),
         ),
         Architecture(
             "llama",

@@ -142,7 +142,10 @@ def metadata_of_config(spec: ModelSpec, config: Mapping[str, Any]) -> dict[str, 
         raise CheckpointError(
             f"config.json: hidden_act is {shown(repr(config['hidden_act']), 40)}, GGUF has silu for such a model"
         )
-    name = names_in_gguf(spec.architecture).architecture
+    names = names_in_gguf(spec.architecture)
+    for lin in spec.layer_linears(0):
+        if lin.bias and lin.path in names.unbiased:
+            raise CheckpointError(f"config.json: {lin.path} has a bias, llama.cpp reads none of a {spec.model_type}")
     found = {
         "block_count": spec.num_hidden_layers,
         "context_length": spec.max_position_embeddings,
@@ -155,9 +158,10 @@ def metadata_of_config(spec: ModelSpec, config: Mapping[str, Any]) -> dict[str, 
     }
     if spec.head_dim * spec.num_attention_heads != spec.hidden_size or config.get("head_dim") is not None:
         found |= {"attention.key_length": spec.head_dim, "attention.value_length": spec.head_dim}
-    if names_in_gguf(spec.architecture).paired:
+    if names.paired:
         found |= {"rope.dimension_count": spec.head_dim, "vocab_size": spec.vocab_size}
     found |= {f"rope.scaling.{key}": value for key, value in _scaling_metadata(spec, config).items()}
+    name = names.architecture
     return {"general.architecture": name} | {f"{name}.{key}": value for key, value in found.items()}
 
 

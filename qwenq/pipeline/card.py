@@ -98,9 +98,10 @@ def _metadata(job: Mapping[str, Any], licence: Mapping[str, str], recipe: Recipe
         yield "base_model_relation: quantized"
     for key, value in licence.items():
         yield f"{key}: {yaml_text(value)}"
-    yield "library_name: transformers"
+    if not get_format(recipe.format).whole_file:  # the hub knows such files by themselves
+        yield "library_name: transformers"
     yield "pipeline_tag: text-generation"
-    bits = "mixed-bits" if recipe.overrides else f"{recipe.default.bits}-bit" if recipe.default else "16-bit"
+    bits = "mixed-bits" if recipe.mixed else f"{recipe.default.bits}-bit" if recipe.default else "16-bit"
     yield "tags:"
     yield from (f"- {yaml_text(tag)}" for tag in (*get_format(recipe.format).tags, bits, "qwenq"))
     yield "quantized_by: qwenq"

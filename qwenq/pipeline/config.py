@@ -209,6 +209,9 @@ class QuantizeConfig:
         if self.asymmetric is not None and self.recipe is not None:
             raise ExcludedOptions("--asymmetric and --recipe exclude each other: the recipe says it group by group")
         form = get_format(check_format(self.format))
+        for name in ("group_size", "asymmetric"):
+            if form.mixtures and getattr(self, name) is not None:
+                raise UsageError(f"--format {self.format}: {flag(name)} is no choice, types have their own")
         if self.asymmetric and given and not form.mixes_zero_points:
             raise ExcludedOptions(
                 f"--asymmetric with {given[0]} wants --format {carry_zero_points()}: no other mixed format's zero "
@@ -294,9 +297,6 @@ class QuantizeConfig:
         form = get_format(check_format(self.format))
         if not form.mixtures or self.mixed:
             return ""
-        for name in ("group_size", "asymmetric"):
-            if getattr(self, name) is not None:
-                raise UsageError(f"--format {self.format}: {flag(name)} is no choice, types have their own")
         if self.gguf_type is None:
             bits = 4 if self.bits is None else self.bits
             if bits not in form.mixture_of_bits:
@@ -344,7 +344,13 @@ class QuantizeConfig:
         if self.pad_for_tp is None:
             return spec
         if (block := get_format(self.format).widened_to) is not None:
-            return widened_to(spec, block)
+            wide = widened_to(spec, block)
+            if self.mixture and self.uniform(wide) == self.uniform(spec):
+                raise PlanError(
+                    f"--pad-for-tp: every tensor of {self.mixture} has the same type without it",
+                    hint="leave it out: zeros buy nothing here",
+                )
+            return wide
         return widened(spec, self.pad_for_tp, None if self.mixed else Recipe(self.scheme(), format=self.format))
 
     def choose(
@@ -384,8 +390,8 @@ class QuantizeConfig:
         engine = get_engine(self.engine or form.engine)
         if engine.needs_gguf != form.whole_file:
             raise PlanError(
-                f"--engine {engine.name} does not read --format {self.format}",
-                hint=engine_names(checkpoints=not form.whole_file),
+                f"--engine {engine.name}: --fit plans --format {self.format} for other engines",
+                hint=form.engine if form.whole_file else engine_names(checkpoints=True),
             )
         work = Workload(parse_tokens(self.context or "8k"), 1)
         case = Case(spec, recipe_weights(spec, Recipe(None)), engine, work, parse_rig(self.fit))
@@ -416,14 +422,16 @@ class QuantizeConfig:
 
     @staticmethod
     def from_manifest(job: Mapping[str, Any]) -> QuantizeConfig:
-        """The options that a manifest's `job` names: the solver's, dtypes, device and seed.
+        """The options that a manifest's `job` names: the solver's, dtypes, device and seed, and a mixture.
 
-        Bits and format are in its recipe, windows in its texts. CheckpointError for what makes no configuration.
+        Other bits and format are in its recipe, windows in its texts. CheckpointError for what makes no configuration.
         """
         kept = ("device", "compute_dtype", "calibration_dtype", "dtype", "seed")
+        mixture = ("format", "gguf_type")  # which decide dtypes of what is not quantized
         try:
+            names = (*kept, *mixture) if job.get("gguf_type") else kept
             options = dict(current_names(job)["options"])
-            return QuantizeConfig.from_json({name: job[name] for name in kept} | options)
+            return QuantizeConfig.from_json({name: job[name] for name in names} | options)
         except (KeyError, TypeError, ValueError, AttributeError, PlanError) as error:
             raise unreadable(error) from None
 

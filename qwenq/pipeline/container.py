@@ -53,7 +53,8 @@ def container_of(
     if directory is not None:
         metadata |= metadata_of_tokenizer(directory, spec.vocab_size)
     factors = rope_factors(spec, config)
-    stem = f"{spec.name.rpartition('/')[2] or 'model'}-{mixture or 'mixed'}"
+    types = mixture or ("mixed" if recipe.mixed else recipe.label)
+    stem = f"{spec.name.rpartition('/')[2] or 'model'}-{types}"
     split_bytes = None if split_size is None else parse_size(split_size)
     return Beside(stem, metadata, split_bytes, {} if factors is None else {ROPE_FACTORS: factors})
 

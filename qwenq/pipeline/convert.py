@@ -209,7 +209,7 @@ def _describe(
     quantized_as = origin["job"]["format"]
     other = quantized_as if quantized_as != recipe.format else ""
     card = model_card(
-        origin | sizes, source.directory, source.spec, recipe, converted_from=other, file=file,
+        origin | sizes, source.folder, source.spec, recipe, converted_from=other, file=file,
         outside=_outside(source, recipe, Fields(origin, MANIFEST_NAME, "").sub("job")),
     )  # fmt: skip
     return described, card

@@ -216,7 +216,7 @@ class QuantizeJob:
             raise CheckpointError(
                 f"{self.source.tensors[name].file.name}: {name} holds a value of {float(tensor.abs().max()):.6g}, "
                 f"which does not fit {str(dtype).removeprefix('torch.')}",
-                hint="--dtype bfloat16 holds it",
+                hint=f"{'--gguf-type BF16' if self.config.mixture else '--dtype bfloat16'} holds it",
             )
         return converted
 
@@ -246,7 +246,15 @@ class QuantizeJob:
             "evaluation": self.evaluation.to_json(),
             "overlap": self.overlap,
             "numerics": self.numerics,
-        } | ({"files": self.files.names} if self.files.whole else {})
+        } | self._whole_files
+
+    @property
+    def _whole_files(self) -> dict[str, Any]:
+        """Of files that are the whole model their names, the mixture of their types, and where one ends."""
+        if not self.files.whole:
+            return {}
+        asked = {"gguf_type": self.config.mixture, "split_size": self.config.split_size}
+        return {"files": self.files.names} | {name: value for name, value in asked.items() if value}
 
     @property
     def numerics(self) -> dict[str, Any]:

@@ -107,16 +107,17 @@ def choose_for_bits(
         for fused in fused_groups(spec, format)
     }
     outer = spec.outer_linears if get_format(format).outer else ()
+    per = "a weight, embedding and head included," if outer else "per linear weight"
     weights = spec.linear_parameters + sum(lin.parameters for lin in outer)
     smallest = Fraction(_least(costs.values()), weights)
     if not smallest <= bits < 16:
         raise HonestNo(
-            f"{spec.name}: {float(bits):g} bits per linear weight are out of reach",
+            f"{spec.name}: {float(bits):g} bits {per} are out of reach",
             hint=f"reachable: {math.ceil(smallest * 10_000) / 10_000:.4f} to below 16",
         )
     choice, bound = _solved(table, costs, bits * weights // 1)
     assert sum(costs[fused][scheme] for fused, scheme in choice.items()) <= bits * weights
-    target = f"{float(bits):g} bits per linear weight"
+    target = f"{float(bits):g} bits {per.rstrip(',')}"
     return replace(describe_choice(spec, table, choice, dtype_of, format, target=target, beside=beside), bound_kl=bound)
 
 
@@ -201,7 +202,10 @@ def fixed_bytes(spec: ModelSpec, dtype_of: DtypeOf, format: str = "gptq", beside
     if get_format(format).whole_file:
         none = Sensitivity("", "", {fused: {} for fused in fused_groups(spec, format)})
         chosen = (group_costs(spec, none, fused, dtype_of, format)[None] for fused in fused_groups(spec, format))
-        return file_bytes(spec, Recipe(None, (), format), dtype_of, beside) - sum(chosen)
+        whole = stored_files(spec, Recipe(None, (), format), dtype_of, beside)
+        # smaller tensors make no more files; but they may be cut elsewhere, and each header is filled up
+        spare = ALIGNMENT * len(whole.names) if len(whole.names) > 1 else 0
+        return whole.file_bytes - sum(chosen) + spare
     files = stored_files(spec, Recipe(None), dtype_of).parts
     total = shard_file_bytes(files[0]) + shard_file_bytes(files[-1])
     for layer in range(spec.num_hidden_layers):
@@ -249,8 +253,10 @@ def choose_for_rig(
     spec = case.spec
     asked = f"{case.hardware.label}, {format_tokens(case.work.context)} context, {case.engine.label}"
 
+    dtype = dtype_of if get_format(format).whole_file else "BF16"  # such a file's tensors stay as they are
+
     def held(recipe: Recipe) -> bool:
-        return bool(case.engine.how_held(replace(case, weights=recipe_weights(spec, recipe))))
+        return bool(case.engine.how_held(replace(case, weights=recipe_weights(spec, recipe, dtype=dtype))))
 
     def choose(target_bytes: int, exact: bool = True) -> Budgeted:
         return choose_for_bytes(spec, table, target_bytes, dtype_of, format, beside=beside, exact=exact)

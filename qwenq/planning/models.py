@@ -183,10 +183,13 @@ def source_dtypes(model: Model) -> Callable[[str], str]:
 def _gguf(spec: ModelSpec, asked: WeightsAsked, others: Mapping[str, object]) -> Weights:
     given = [name for name, value in others.items() if value is not None]
     if given:
-        raise UsageError(f"{given[0]} is for what quantize writes, llama.cpp reads GGUF", hint="use --bits 4, 8 or 16")
-    if asked.format and asked.bits is not None:
-        raise UsageError("--bits and --format exclude each other for GGUF", hint="give one of them")
+        raise UsageError(
+            f"{given[0]} is not planned for in llama.cpp",
+            hint="a GGUF type (--format Q4_K_M), --bits 4, 8 or 16, or the file that quantize wrote",
+        )
     if asked.format and asked.format.upper() != "GGUF":
+        if asked.bits is not None:
+            raise UsageError("--bits and --format exclude each other for GGUF", hint="give one of them")
         if asked.format.lower() in (*FORMATS, *ALIASES, *SIZED):
             raise UsageError(
                 f"--format {asked.format} is no GGUF type, which llama.cpp reads",

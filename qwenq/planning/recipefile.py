@@ -143,24 +143,33 @@ def _example(spec: ModelSpec) -> str:
 
 
 def _scheme(spec: ModelSpec, fused: FusedGroup, label: Any, where: str, format: str) -> Scheme | None:
+    form = get_format(format)
+    types = f"one of {', '.join(scheme.label for scheme in form.options)}, 16-bit" if form.outer else ""
     try:
         if not isinstance(label, str):
             hint = "schemes are text, for instance '4-bit g128'"
-            raise PlanError(f"{shown(repr(label), 40)} is no scheme", hint=hint)
-        scheme = parse_scheme(label)
+            raise PlanError(f"{shown(repr(label), 40)} is no scheme", hint=types or hint)
+        scheme = _parsed(label, types)
         if scheme is not None:
-            if not get_format(format).mixes_in(scheme):
+            if not form.mixes_in(scheme):
                 raise PlanError(
                     f"{scheme.label} is not offered in mixed {format} checkpoints",
-                    hint=f"one of {', '.join(s.label for s in get_format(format).options)}"
-                    if get_format(format).outer
-                    else "groups of 128, 64 or 32, or per channel; 4 bits with zero points in compressed-tensors only",
+                    hint=types
+                    or "groups of 128, 64 or 32, or per channel; 4 bits with zero points in compressed-tensors only",
                 )
             for lin in members_of(spec, fused):
                 scheme.check(lin)
     except PlanError as error:
         raise PlanError(f"{where}: {error.message}", hint=error.hint) from None
     return scheme
+
+
+def _parsed(label: str, hint: str) -> Scheme | None:
+    """The scheme that a label means; PlanError, with `hint` where there is one, for what is none."""
+    try:
+        return parse_scheme(label)
+    except PlanError as error:
+        raise PlanError(error.message, hint=hint or error.hint) from None
 
 
 def _lines(text: str) -> dict[str, str]:

@@ -122,7 +122,7 @@ class IntegerGrid(Grid):
 
     @property
     def levels(self) -> int:
-        """Number of codes: 16 or 256."""
+        """Number of codes."""
         return 1 << self.bits
 
     @property

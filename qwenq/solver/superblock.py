@@ -191,6 +191,11 @@ class _Units:
         self.between = (self.levels[1:] + self.levels[:-1]) / 2
         self.most = float(max(levels, key=abs)) if levels else -float(self.zero)
 
+    def on(self, device: torch.device) -> _Units:
+        """These, with a table's levels on a device, so that a loop over columns does not copy them for each."""
+        self.levels, self.between = self.levels.to(device), self.between.to(device)
+        return self
+
     def of(self, codes: Tensor) -> Tensor:
         """Units of codes, float32."""
         if self.even:
@@ -261,7 +266,7 @@ class TableGrid(Grid):
         return (units_GKO * scale_GO[:, None]).flatten(0, 1)
 
     def column_rounder(self, parameters: Parameters, columns: int) -> ColumnRounder:
-        return _unit_rounder(parameters[0], columns, self._units)
+        return _unit_rounder(parameters[0], columns, self._units.on(parameters[0].device))
 
     def refit(
         self, parameters: Parameters, codes_KO: Tensor, h_KK: Tensor, error_KO: Tensor, slope_KO: Tensor
@@ -375,7 +380,7 @@ class SuperGrid(Grid):
         return (units_SNO * scale_SO[:, None]).flatten(0, 1)
 
     def column_rounder(self, parameters: Parameters, columns: int) -> ColumnRounder:
-        return _unit_rounder(self._scale(parameters), columns, self._units)
+        return _unit_rounder(self._scale(parameters), columns, self._units.on(parameters[0].device))
 
     def refit(
         self, parameters: Parameters, codes_KO: Tensor, h_KK: Tensor, error_KO: Tensor, slope_KO: Tensor

@@ -24,6 +24,7 @@ _MODEL, _TOKENS, _TYPES, _MERGES = (f"tokenizer.ggml.{key}" for key in ("model",
 _TEMPLATE = "tokenizer.chat_template"
 _TEMPLATE_NAME_CHARACTERS = 64
 _TEMPLATE_FILE = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9_.-]{{0,{_TEMPLATE_NAME_CHARACTERS - 1}}}")
+_LOOKS_CONTROL = re.compile(r"<\|.*\|>|<\uff5c.*\uff5c>|<unused.*>|<pad>|<mask>|<2mass>|\[@BOS@\]", re.DOTALL)
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # in tokenizer_config.json, and in GGUF
 
 _QWEN2 = (
@@ -306,6 +307,12 @@ def _signature(steps: Iterator[Mapping[str, Any]]) -> list[Any]:
 
 
 def _described_splitting(document: Mapping[str, Any], where: str) -> Splitting:
+    for step in _flat(document.get("normalizer"), "normalizers", where):
+        if step.get("type") != "NFC":  # which llama.cpp does without
+            raise CheckpointError(
+                f"{where}: its normalizer of type {shown(str(step.get('type')), 40)} changes text before it is split, "
+                "and llama.cpp could not be told"
+            )
     ours = _signature(_flat(document.get("pre_tokenizer"), "pretokenizers", where))
     for split in SPLITTINGS:
         if ours == _signature(iter(split.steps)):
@@ -356,11 +363,12 @@ def _merges(model: Mapping[str, Any], where: str) -> list[str]:
 
 
 def _is_control(token: Any) -> bool:
-    """Whether an added token is left out of what is shown: those marked so, and by their looks, as llama.cpp does."""
+    """Whether an added token is left out of what is shown: those marked so, and by their looks, as in llama.cpp's
+    converter (does_token_look_special in conversion/base.py).
+    """
     if not isinstance(token, dict):
         return False
-    text = str(token.get("content"))
-    return bool(token.get("special")) or (text.startswith("<|") and text.endswith("|>"))
+    return bool(token.get("special")) or _LOOKS_CONTROL.fullmatch(str(token.get("content"))) is not None
 
 
 def _adds(processor: Any, place: int, where: str) -> bool:

@@ -99,6 +99,18 @@ def test_the_range_that_is_named_can_be_had() -> None:
     assert run("quantize", "Qwen2.5-72B", "--bpw", named, "--dry-run").exit_code == 0
 
 
+def test_bits_of_a_gguf_file_count_embedding_and_head() -> None:
+    """And the table says both figures, for that of the linears alone may be above the budget."""
+    found = run("quantize", "Qwen2.5-7B", "--format", "gguf", "--bpw", "4.5", "--dry-run")
+    assert found.exit_code == 0, found.output
+    alone, both = re.search(  # type: ignore[union-attr]
+        r"recipe: 4\.\d\d GB, ([\d.]+) bits per linear weight, ([\d.]+) with embedding and head", found.stdout
+    ).groups()
+    assert 4.49 < float(both) <= 4.5 < float(alone)
+    low = run("quantize", "Qwen2.5-7B", "--format", "gguf", "--bpw", "2", "--dry-run")
+    assert low.exit_code == 3 and "2 bits a weight, embedding and head included, are out of reach" in low.stderr
+
+
 def test_zero_points_come_back_in_a_recipe(tmp_path: Path) -> None:
     path = tmp_path / "r.toml"
     words = ["quantize", "Qwen2.5-72B", "--dry-run", "--json", "--format", "compressed-tensors"]

@@ -129,13 +129,13 @@ BAD = [
     (["vram", "Qwen2.5-72B", "--recipe", "r.toml"], "error: r.toml: No such file or directory", "hint: qwenq quantize"),
     (
         ["vram", "Qwen2.5-72B", "--recipe", "r.toml", "--engine", "llama.cpp"],
-        "error: --recipe is for what quantize writes, llama.cpp reads GGUF",
-        "hint: use --bits",
+        "error: --recipe is not planned for in llama.cpp",
+        "hint: a GGUF type (--format Q4_K_M), --bits 4, 8 or 16",
     ),
     (
         ["plan", "Qwen2.5-7B", "--gpu", "3090", "--group-size", "64", "--engine", "llama.cpp"],
-        "error: --group-size is for what quantize writes, llama.cpp reads GGUF",
-        "hint: use --bits",
+        "error: --group-size is not planned for in llama.cpp",
+        "hint: a GGUF type (--format Q4_K_M), --bits 4, 8 or 16",
     ),
     (
         ["plan", "Qwen2.5-72B", "--gpu", "3090", "--pad-for-tp", "3"],
@@ -177,7 +177,7 @@ BAD = [
 USAGE = (  # wrong whatever the model
     "error: not a ", "error: unknown GPU", "error: bits is 3", "error: unknown engine", "error: qwenq has no 'int3'",
     "error: batch size is", "error: --json and --csv", "error: --bits and", "error: --group-size and",
-    "error: --target-size and", "error: --recipe is for", "error: --group-size is for", "error: give one of",
+    "error: --target-size and", "error: --recipe is not", "error: --group-size is not", "error: give one of",
     "error: one context", "error: --reserve is of", "error: --ram is of", "error: --network is between",
 )  # fmt: skip
 

@@ -203,6 +203,17 @@ def test_what_metadata_has_no_words_for_is_refused(changes: dict[str, Any], word
     assert metadata_of_config(spec, config | {"rope_scaling": neutral})["qwen2.rope.scaling.type"] == "yarn"
 
 
+def test_a_bias_that_llama_cpp_has_no_place_for_is_refused(tiny: Path) -> None:
+    """Its loader of Qwen3 makes no attn_output.bias, and ends with "wrong number of tensors"; Llama's does."""
+    config = json.loads((tiny / "config.json").read_bytes()) | {"attention_bias": True}
+    qwen3, llama = config | {"model_type": "qwen3"}, config | {"model_type": "llama"}
+    with pytest.raises(CheckpointError, match=r"self_attn\.o_proj has a bias, llama\.cpp reads none of a qwen3"):
+        metadata_of_config(spec_from_config(qwen3), qwen3)
+    assert metadata_of_config(spec_from_config(llama), llama)["general.architecture"] == "llama"
+    plain = qwen3 | {"attention_bias": False}
+    assert metadata_of_config(spec_from_config(plain), plain)["general.architecture"] == "qwen3"
+
+
 def with_key(file: File, key: str, value: Any) -> None:
     file.entries = [each for each in file.entries if each[0] != key] + ([] if value is None else [entry(key, value)])
 

@@ -104,6 +104,15 @@ def test_a_mixed_recipe_does_not_promise_transformers(tmp_path: Path) -> None:
     assert "- Scheme: 558 linears 4-bit g64, 1 linears 8-bit g64, 1 linears 16-bit;" in body
 
 
+def test_the_hub_takes_a_gguf_file_for_what_it_is(tmp_path: Path) -> None:
+    """No model of transformers'; and of one type throughout, embedding and head too, it is not mixed."""
+    form = get_format("gguf")
+    for mixture, bits in (("Q4_K_M", "mixed-bits"), ("Q8_0", "8-bit"), ("F16", "16-bit")):
+        metadata, body = card(manifest(), tmp_path, form.mixture(mixture, spec()))
+        assert "library_name" not in metadata and metadata["tags"] == ["gguf", bits, "qwenq"]
+        assert ("mixed" in body) == (mixture == "Q4_K_M")
+
+
 @pytest.mark.parametrize(
     ("readme", "license_text", "wanted"),
     [

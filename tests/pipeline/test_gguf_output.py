@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import small_job
-from test_quantize import FORKS, assert_same
+from test_quantize import FORKS, assert_same, change_tensor
 from transformers import AutoModelForCausalLM
 
 import qwenq.pipeline.quantize
 from qwenq.checkpoint.manifest import verify
 from qwenq.checkpoint.reader import open_checkpoint
-from qwenq.errors import CheckpointError
+from qwenq.errors import CheckpointError, JobError
 from qwenq.formats.base import Recipe, Scheme, get_format
 from qwenq.pipeline.container import size_label
 from qwenq.pipeline.evaluate import evaluate
@@ -56,6 +56,15 @@ def test_a_mixture_of_16_bits_is_that_whatever_the_source_has(
     said = answer("quantize", source, "-o", tmp_path / "x", "--format", "gguf", "--gguf-type", mixture,
                "--dtype", "float16", "--dry-run", code=2)  # fmt: skip
     assert f"--dtype is no choice: {mixture} says the type of every tensor" in said
+
+
+def test_the_hint_for_what_16_bits_do_not_hold_is_a_mixture(random_model: Make, tmp_path: Path) -> None:
+    """--dtype is no choice there."""
+    source = random_model(num_hidden_layers=1, dtype=torch.bfloat16)
+    change_tensor(source, "model.embed_tokens.weight", 70000.0)
+    with pytest.raises(CheckpointError, match="which does not fit float16") as caught:
+        quantize(gguf_job(source, tmp_path / "out", "F16"))
+    assert caught.value.hint == "--gguf-type BF16 holds it"
 
 
 @pytest.mark.parametrize("mixture", ["Q4_K_M", "Q2_K", "Q3_K_M", "IQ4_XS", "Q5_1", "Q8_0", "BF16"])
@@ -184,7 +193,7 @@ def test_integers_are_converted_bit_for_bit(
     answer("quantize", source, "-o", ints, "--bits", bits, "--group-size", group, *text)
     made = answer("convert", ints, out, "--format", "gguf")
     (file,) = out.glob("*.gguf")
-    assert made["file_bytes"] == file.stat().st_size
+    assert file.name == f"ints-{kind}.gguf" and made["file_bytes"] == file.stat().st_size
     before, after = open_checkpoint(ints), open_checkpoint(file)
     theirs = values(file)
     for lin in before.spec.linears:
@@ -194,6 +203,7 @@ def test_integers_are_converted_bit_for_bit(
     tensors = {t.name: t.tensor_type.name for t in gguf.GGUFReader(file).tensors}
     assert tensors["blk.2.ffn_down.weight"] == kind and tensors["token_embd.weight"] == "F16"
     assert tensors["blk.0.attn_norm.weight"] == "F32"
+    assert f"\nllama-server -m {file.name} -c " in (out / "README.md").read_text()
     assert not verify(out).findings
 
 
@@ -224,6 +234,15 @@ def test_cards_say_what_embedding_and_head_are_once_converted(random_model: Make
     assert said("same") == "embedding, norms and head as in the original."
 
 
+def test_a_converted_file_keeps_the_licence_of_its_card(random_model: Make, tmp_path: Path) -> None:
+    source = random_model(**WIDE)
+    (source / "README.md").write_text("---\nlicense: apache-2.0\n---\n# It\n")
+    quantize(gguf_job(source, tmp_path / "blocks", "Q8_0"))
+    answer("convert", tmp_path / "blocks" / "model-Q8_0.gguf", tmp_path / "out", "--format", "compressed-tensors")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert 'license: "apache-2.0"\n' in card and "Quantized in the gguf format, then converted bit for bit." in card
+
+
 def test_what_no_type_holds_is_not_converted(random_model: Make, tmp_path: Path) -> None:
     source = random_model(**WIDE)
     quantize(small_job(source, tmp_path / "ints", recipe=Recipe(Scheme(4, 32, sym=False))))
@@ -246,6 +265,8 @@ def test_padding_to_whole_blocks(random_model: Make, calib: Path, tmp_path: Path
     whole = random_model("whole", **WIDE)
     said = answer("quantize", whole, "--format", "gguf", "--pad-for-tp", 2, "--dry-run", *text, code=1)
     assert "the FFN of 512 is whole blocks of 256 already" in said
+    said = answer("quantize", source, "--format", "gguf", "--bits", 8, "--pad-for-tp", 1, "--dry-run", *text, code=1)
+    assert "--pad-for-tp: every tensor of Q8_0 has the same type without it" in said
 
 
 def test_fallbacks_are_said(tiny: Path, calib: Path, heldout: Path, tmp_path: Path) -> None:
@@ -274,6 +295,17 @@ def run_until(source: str, out: str, after: int, resume: bool) -> None:
     quantize(gguf_job(Path(source), Path(out)), resume=resume, listen=listen)
 
 
+@pytest.mark.parametrize("mixture", ["Q4_K_M", "F16"])
+def test_16_bits_of_a_mixture_are_made_again_as_they_were(
+    mixture: str, random_model: Make, heldout: Path, tmp_path: Path
+) -> None:
+    """In float16, though the source has bfloat16."""
+    source = random_model(intermediate_size=100, num_hidden_layers=2, dtype=torch.bfloat16)
+    text = ["--method", "rtn", "--eval-text", heldout, "--sequence-length", 64, "--eval-samples", 2]
+    answer("quantize", source, "-o", tmp_path / "out", "--format", "gguf", "--gguf-type", mixture, *text)
+    assert answer("verify", tmp_path / "out", "--source", source)["findings"] == []
+
+
 @pytest.mark.parametrize("after", [1, 2, 3])
 def test_killed_and_resumed_is_the_same(after: int, random_model: Make, tmp_path: Path) -> None:
     source = random_model(**WIDE)
@@ -284,6 +316,24 @@ def test_killed_and_resumed_is_the_same(after: int, random_model: Make, tmp_path
     assert child.exitcode == -signal.SIGKILL
     quantize(gguf_job(source, tmp_path / "out"), resume=True)
     assert_same(tmp_path / "whole", tmp_path / "out")
+
+
+def test_another_split_of_as_many_files_is_no_same_job(random_model: Make, tmp_path: Path) -> None:
+    """It would lay the files out anew, over the layers that are done."""
+    source, jobs = random_model(**WIDE), []
+    for size in ("500KB", "510KB"):
+        jobs.append(gguf_job(source, tmp_path / "out", split_size=size))
+    assert jobs[0].files.names == jobs[1].files.names
+
+    def stop(event: Any) -> None:
+        if not isinstance(event, str):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(jobs[0], listen=stop)
+    with pytest.raises(JobError, match="cannot resume, split_size was '500KB', now '510KB'"):
+        quantize(jobs[1], resume=True)
+    quantize(jobs[0], resume=True)
 
 
 def test_a_damaged_layer_is_done_again(random_model: Make, tmp_path: Path) -> None:
@@ -318,11 +368,32 @@ def test_a_damaged_layer_is_done_again(random_model: Make, tmp_path: Path) -> No
         (["--bits", "4", "--gguf-type", "Q8_0"], "--bits and --gguf-type exclude each other"),
         (["--group-size", "64"], "--format gguf: --group-size is no choice, types have their own"),
         (["--asymmetric"], "--format gguf: --asymmetric is no choice, types have their own"),
+        (["--asymmetric", "--bpw", "5"], "--format gguf: --asymmetric is no choice, types have their own"),
+        (["--symmetric", "--target-size", "1MB"], "--format gguf: --asymmetric is no choice, types have their own"),
     ],
 )
 def test_what_cannot_be_asked_for(words: list[str], line: str, tiny: Path) -> None:
     assert line in answer("quantize", tiny, "--dry-run", "--format", "gguf", *words, code=2)
     assert "--gguf-type goes with --format gguf" in answer("quantize", tiny, "--dry-run", "--gguf-type", "Q8_0", code=2)
+
+
+def test_a_recipe_that_names_no_type_is_told_which_there_are(tiny: Path, tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    ask = ["quantize", tiny, "--dry-run", "--format", "gguf"]
+    answer(*ask, "--target-size", "700KB", "--save-recipe", path)
+    for wrong in ('"Q4_K_M"', "4", '"4-bit g128"'):
+        edited = tmp_path / "edited.toml"
+        edited.write_text(path.read_text().replace('"IQ4_NL"', wrong, 1))
+        said = answer(*ask, "--recipe", edited, code=1)
+        assert "hint: one of Q8_0, Q6_K, Q5_1, " in said and said.endswith(" Q2_K, 16-bit\n"), said
+
+
+def test_a_rig_is_planned_for_by_llama_cpp_alone() -> None:
+    ask = ["quantize", "Qwen2.5-7B", "--dry-run", "--fit", "RTX 4070", "--format"]
+    said = answer(*ask, "gguf", "--engine", "vllm", code=1)
+    assert said == "error: --engine vllm: --fit plans --format gguf for other engines\nhint: llama.cpp\n"
+    said = answer(*ask, "gptq", "--engine", "llama.cpp", code=1)
+    assert "--fit plans --format gptq for other engines\nhint: qwenq, transformers, vllm or sglang" in said
 
 
 def test_files_that_are_not_there_or_not_alone(tiny: Path, tmp_path: Path) -> None:

@@ -12,12 +12,16 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import torch
 from conftest import settled, text_windows
 
 from qwenq.checkpoint.reader import open_checkpoint, open_source
 from qwenq.formats.base import Recipe, Scheme, get_format
-from qwenq.formats.gguf import MIXTURES
+from qwenq.formats.gguf import MIXTURES, fallback, wanted_types
+from qwenq.model.metadata import gguf_names, metadata_of_config
+from qwenq.model.spec import spec_from_config
 from qwenq.pipeline.evaluate import evaluate
+from qwenq.pipeline.imatrix import write_gguf
 from qwenq.pipeline.job import QuantizeJob
 from qwenq.pipeline.quantize import quantize
 from qwenq.pipeline.reference_logits import SavedLogits
@@ -83,6 +87,46 @@ def test_llama_perplexity_finds_the_kl_of_eval(
     windows = text_windows(heldout, tiny, LENGTH, WINDOWS)
     evaluate(open_checkpoint(file), open_checkpoint(tiny), windows, saved=saved)
     assert mean_kl(file, saved.path) == pytest.approx(saved.kl, abs=tolerance)
+
+
+# layers, heads, KV heads, hidden size, FFN size, tied: 80 layers are its "70B"; 288, 144 and 100 are no super-blocks
+SHAPES = {
+    "qwen2 of 80 layers": ("qwen2", 80, 8, 2, 256, 288, False),
+    "llama of 80 layers": ("llama", 80, 8, 2, 256, 256, False),
+    "llama of 80 layers, all KV heads": ("llama", 80, 8, 8, 256, 256, True),
+    "qwen3": ("qwen3", 28, 8, 4, 256, 256, True),
+    "narrow": ("qwen2", 5, 6, 2, 96, 144, True),
+    "rows of nothing": ("qwen2", 9, 4, 1, 80, 100, False),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_llama_quantize_gives_every_tensor_the_same_type(shape: str, tmp_path: Path) -> None:
+    family, layers, heads, kv_heads, hidden, ffn, tied = SHAPES[shape]
+    config = {
+        "model_type": family, "num_hidden_layers": layers, "num_attention_heads": heads, "hidden_size": hidden,
+        "num_key_value_heads": kv_heads, "head_dim": hidden // heads, "intermediate_size": ffn, "vocab_size": 32,
+        "max_position_embeddings": 512, "tie_word_embeddings": tied,
+    }  # fmt: skip
+    spec = spec_from_config(config)
+    names, linears = gguf_names(spec), [*spec.outer_linears, *spec.linears]
+    matrix, sixteen = tmp_path / "imatrix.gguf", tmp_path / "f16.gguf"
+    metadata = {"tokenizer.ggml.model": "no_vocab", "general.file_type": 1, f"{family}.vocab_size": 32}
+    tensors = {names[t.name]: torch.zeros(t.shape, dtype=(torch.float32, torch.float16)[len(t.shape) - 1])
+               for t in spec.tensors()}  # fmt: skip
+    write_gguf(sixteen, metadata_of_config(spec, config) | metadata, tensors)
+    sums = {names[lin.name + ".weight"]: torch.ones(lin.in_features) for lin in spec.linears}
+    entries = {f"{name}.in_sum2": sum_I for name, sum_I in sums.items()}
+    entries |= {f"{name}.counts": torch.ones(1) for name in sums}
+    about = {"imatrix.datasets": ["x"], "imatrix.chunk_count": 1, "imatrix.chunk_size": 512}
+    write_gguf(matrix, {"general.type": "imatrix"} | about, entries)
+    line = re.compile(r"(\S+\.weight) +- \[.*?type = +(\w+), size = [^>\n]*?(?:->[^(\n]*\((\w+)\))?\s*$", re.MULTILINE)
+    for mixture in MIXTURES:
+        said = tool("llama-quantize", "--dry-run", "--imatrix", matrix, sixteen, mixture, 1)
+        theirs = {found[1]: (found[3] or found[2]).upper() for found in line.finditer(said)}
+        wanted = wanted_types(spec, mixture)
+        ours = {names[lin.name + ".weight"]: fallback(wanted[lin.name], lin.in_features).upper() for lin in linears}
+        assert {name: theirs.get(name) for name in ours} == ours, mixture
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 from families import model
 
+from qwenq.checkpoint.shards import Beside
 from qwenq.errors import HonestNo, PlanError
-from qwenq.formats.base import Recipe, Scheme, parse_scheme, quantization_config
+from qwenq.formats.base import Recipe, Scheme, get_format, parse_scheme, quantization_config
 from qwenq.formats.gptq import GPTQ
 from qwenq.model.spec import ModelSpec, spec_from_config
 from qwenq.planning.budget import (
@@ -23,6 +25,8 @@ from qwenq.planning.budget import (
     choose_for_rig,
     describe_choice,
     file_bytes,
+    fixed_bytes,
+    group_costs,
     reachable_bytes,
     recipe_of,
 )
@@ -91,6 +95,26 @@ def test_sizes_are_counted_to_the_byte_of_a_header(layers: int) -> None:
     tight = choose_for_bytes(spec, prior(spec), smallest, bf16)
     assert smallest - tight.file_bytes <= 300 * layers
     assert {s and s.label for s in tight.choice.values()} == {"4-bit g128"}
+
+
+def test_a_split_file_is_never_counted_too_small() -> None:
+    """Where tensors are cut into other files than in 16 bit, headers are filled up otherwise."""
+    spec, rng, form = small(4), random.Random(0), get_format("gguf")
+    fused = list(fused_groups(spec, "gguf"))
+
+    def stored(name: str) -> str:
+        return form.stored_dtype(name, "BF16")
+
+    table, over = prior(spec, "gguf"), []
+    for _ in range(150):
+        beside = Beside("x", {"general.name": "y" * rng.randrange(32)}, rng.randrange(60_000, 1_200_000))
+        fixed = fixed_bytes(spec, stored, "gguf", beside)
+        costs = {each: group_costs(spec, table, each, stored, "gguf") for each in fused}
+        choice = {each: rng.choice(list(costs[each])) for each in fused}
+        counted = fixed + sum(costs[each][scheme] for each, scheme in choice.items())
+        recipe = recipe_of(spec, choice, "gguf")
+        over.append(counted - file_bytes(spec, recipe, stored, beside))
+    assert min(over) >= 0 and max(over) < 20_000
 
 
 def test_bits_per_weight_are_a_budget_too() -> None:
@@ -304,6 +328,25 @@ def test_the_recipe_for_a_rig_fits_it_and_little_more_would(engine: str) -> None
     assert case.engine.how_held(replace(case, weights=recipe_weights(B7, found.recipe)))
     more = choose_for_bytes(B7, prior(B7), round(found.file_bytes * 1.02), bf16, exact=False)
     assert not case.engine.how_held(replace(case, weights=recipe_weights(B7, more.recipe)))
+
+
+def test_a_gguf_file_is_held_with_norms_and_biases_as_it_has_them() -> None:
+    """In float32, not as they were."""
+    form, table, seen = get_format("gguf"), prior(B7, "gguf"), set[int]()
+
+    def stored(name: str) -> str:
+        return form.stored_dtype(name, "BF16")
+
+    class Small(type(get_engine("llama.cpp"))):  # type: ignore[misc]
+        def how_held(self, case: Case) -> Any:
+            seen.add(case.weights.total_bytes)
+            return [0] if case.weights.total_bytes < 6e9 else []
+
+    whole = recipe_weights(B7, Recipe(None))
+    case = Case(B7, whole, Small((9918,)), Workload(8192, 1), parse_rig("RTX 3060 12GB"))
+    found = choose_for_rig(case, table, stored, "gguf")
+    assert sum(t.nbytes for t in found.recipe.tensors(B7, stored)) in seen
+    assert max(size for size in seen if size < 6e9) > 5.98e9
 
 
 def test_rigs_too_small_and_too_large_are_honest() -> None:

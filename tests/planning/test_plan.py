@@ -586,3 +586,10 @@ def test_one_gpu_is_not_called_a_split() -> None:
         for count, how in ((1, "one GPU"), (2, "layers split")):
             case = Case(spec, weights, engine, Workload(2048), parse_rig(f"{count}x RTX 3090"))
             assert engine.how_held(case) == how == make_plan(case).layout.how
+
+
+def test_ollama_is_told_that_it_takes_no_split() -> None:
+    case = Case(B72, gguf_weights(B72, "Q4_K_M"), LLAMA_CPP, Workload(4096))
+    comment, source, *_ = LLAMA_CPP.modelfile(case, None, "/m/x-00001-of-00002.gguf").splitlines()
+    assert comment.startswith("# Ollama takes no split file") and source == "FROM /m/x-00001-of-00002.gguf"
+    assert LLAMA_CPP.modelfile(case, None, "/m/x.gguf").startswith("FROM /m/x.gguf\n")

@@ -136,6 +136,7 @@ def test_names_people_use() -> None:
     published = load_model("Qwen/Qwen2.5-72B-Instruct-GPTQ-Int4")
     assert model_weights(published).intermediate_size == 29_696
     assert model_weights(published, WeightsAsked(gguf=True)).label == "GGUF Q4_K_M"
+    assert model_weights(published, WeightsAsked(gguf=True, format="gguf", bits=8)).label == "GGUF Q8_0"
     assert model_weights(load_model("qwen2.5-7b"), WeightsAsked(bits=16)).method == "none"
 
 

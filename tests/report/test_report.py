@@ -323,6 +323,14 @@ def test_engines_tried_are_those_of_the_readme(config: dict[str, Any] | None, va
     assert all(loader.tried == "untried" for name, loader in found.items() if name in ("SGLang", "ExLlamaV2"))
 
 
+def test_llama_cpp_is_tried_on_gguf_files() -> None:
+    """By `make interop-llamacpp`; Ollama is not (docs/limits.md)."""
+    config = {"quant_method": "gguf", "types": {"model.layers.0.mlp.up_proj": "Q4_K"}}
+    found = {loader.name: loader for loader in loaders_of({"quantization_config": config}, Variant(4, 256, True))}
+    assert found["llama.cpp"].tried == "CPU: KL as eval's" and found["Ollama"].tried == "untried"
+    assert found["vLLM"].reason == found["SGLang"].reason == "GGUF is not its format"
+
+
 def test_a_config_that_no_format_reads_is_not_taken_for_16_bits(tmp_path: Path) -> None:
     run = write_72b(tmp_path / "4-bit", manifest(layers=80), Scheme(4, 128))
     config = json.loads((run / "config.json").read_text())

@@ -181,6 +181,8 @@ def test_what_cannot_be_written(tiny: Path, tmp_path: Path) -> None:
         ({"decoder": {"type": "Metaspace"}}, "of type BPE, wanted byte-level BPE"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "splitting text has no name that is known here"),
         ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": 5}}, "pretokenizers is 5, wanted a list"),
+        ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}},
+         "its normalizer of type Lowercase changes text"),
         ({"decoder": {"type": "Sequence", "decoders": "x"}}, "decoders is 'x', wanted a list"),
         ({"post_processor": {"type": "Sequence", "processors": {"a": 1}}}, "processors is {'a': 1}, wanted a list"),
         ({"post_processor": {"type": "TemplateProcessing", "single": [5]}}, "single begins with 5, wanted an object"),
@@ -197,6 +199,19 @@ def test_what_cannot_be_written(tiny: Path, tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
         metadata_of_tokenizer(tmp_path / "m", 1024)
+
+
+@pytest.mark.parametrize(
+    ("text", "type_"), [("<｜User｜>", 3), ("<|x|>", 3), ("<unused7>", 3), ("<mask>", 3), ("<think>", 4), ("<a>", 4)]
+)
+def test_tokens_that_look_special_are_control_tokens(text: str, type_: int, tiny: Path, tmp_path: Path) -> None:
+    """Though their publisher did not mark them so, as DeepSeek's of Qwen's distilled models: llama.cpp's converter."""
+    shutil.copytree(tiny, tmp_path / "m")
+    document = json.loads((tiny / "tokenizer.json").read_bytes())
+    document["added_tokens"].append({"id": 1024, "content": text, "special": False})
+    (tmp_path / "m" / "tokenizer.json").write_text(json.dumps(document))
+    found = metadata_of_tokenizer(tmp_path / "m", 1030)
+    assert found["tokenizer.ggml.tokens"][1024] == text and found["tokenizer.ggml.token_type"][1024] == type_
 
 
 def templates_of(directory: Path) -> dict[str, Any]:

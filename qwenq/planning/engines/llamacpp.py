@@ -11,8 +11,10 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import ClassVar
 
+from qwenq.io.gguf import is_split
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.case import Case, Share, Workload
 from qwenq.planning.engines.base import LayeredEngine, pci_order, register, yarn_of
@@ -212,6 +214,8 @@ class LlamaCppEngine(LayeredEngine):
             lines.append(f"PARAMETER num_batch {work.prefill_chunk}")
         if work.kv_dtype not in ("auto", "fp16"):
             lines.insert(0, f"# start ollama with OLLAMA_FLASH_ATTENTION=1 OLLAMA_KV_CACHE_TYPE={work.kv_dtype}")
+        if is_split(Path(file)):  # ollama#5245
+            lines.insert(0, "# Ollama takes no split file: FROM what `llama-gguf-split --merge` makes of it")
         return "\n".join(lines)
 
     def _offloaded(self, placement: Placement | None) -> int:
