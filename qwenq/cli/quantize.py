@@ -98,6 +98,7 @@ def quantize(
 
 def _quantize(model: str, config: QuantizeConfig, output: Path, resume: bool, json: bool) -> None:
     from qwenq.pipeline.prepare import prepare
+    from qwenq.pipeline.quantize import check_places
     from qwenq.pipeline.quantize import quantize as run
 
     with over_ranks(config.device) as (ranks, device):
@@ -108,6 +109,7 @@ def _quantize(model: str, config: QuantizeConfig, output: Path, resume: bool, js
         for line in prepared.notes:
             warn(line)
         if prepared.calibrates and ranks.first and not json:
+            check_places(prepared.job, resume)  # of a job that cannot begin nothing is told
             print_step(prepared.calibrates)
         with LayerProgress(spec.num_hidden_layers, quiet=json or not ranks.first) as progress:
             try:
