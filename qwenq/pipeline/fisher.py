@@ -37,7 +37,7 @@ from qwenq.pipeline.evaluate import HeadWeights
 from qwenq.pipeline.head import head_hessian, solved_slices
 from qwenq.pipeline.monitor import memory_errors
 from qwenq.pipeline.ranks import ALONE, Ranks
-from qwenq.pipeline.shares import Share
+from qwenq.pipeline.shares import Share, refuse_few
 from qwenq.pipeline.workers import Workers, summed_products
 from qwenq.planning.sensitivity import (
     OUTER,
@@ -110,6 +110,7 @@ def measure_sensitivity(
     scratch: a directory of this rank's that keeps hidden states of its share of both token sets. ranks: that measure
     together, each with the same arguments but for device and scratch; all come to the same table.
     """
+    refuse_few(ranks.size, **{name: len(ids_NT) for name, ids_NT in _token_sets(probe).items()})
     keep_freed_memory()
     spec = source.spec
     needed, free = -(-state_bytes(spec, probe) // ranks.size), free_disk(scratch)

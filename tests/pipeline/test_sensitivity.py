@@ -22,6 +22,7 @@ from qwenq.pipeline.evaluate import HeadWeights
 from qwenq.pipeline.fisher import _States, measure_sensitivity, sampled_gradients, split_windows
 from qwenq.pipeline.job import QuantizeJob
 from qwenq.pipeline.quantize import quantize
+from qwenq.pipeline.ranks import Ranks
 from qwenq.planning.budget import recipe_of
 from qwenq.planning.sensitivity import SENSITIVITY_NAME, Sensitivity, encode_sensitivity, fused_groups, read_sensitivity
 from qwenq.text.tokens import TokenWindows
@@ -51,6 +52,12 @@ def measured_kl(
         return quantize(job).drift.kl.mean
 
     return measure
+
+
+def test_fewer_windows_than_ranks_are_refused(tiny: Path, calib: Path, tmp_path: Path) -> None:
+    probe = split_windows(text_windows(calib, tiny, 256, 3))
+    with pytest.raises(PlanError, match="^1 solver windows for 2 ranks$"):
+        measure_sensitivity(open_source(tiny), probe, scratch=tmp_path, ranks=Ranks(0, 2))
 
 
 def rank_correlation(a: list[float], b: list[float]) -> float:
