@@ -56,7 +56,7 @@ def measured_kl(
 
 def test_fewer_windows_than_ranks_are_refused(tiny: Path, calib: Path, tmp_path: Path) -> None:
     probe = split_windows(text_windows(calib, tiny, 256, 3))
-    with pytest.raises(PlanError, match="^1 solver windows for 2 ranks$"):
+    with pytest.raises(PlanError, match=r"^1 solver windows for 2 ranks$"):
         measure_sensitivity(open_source(tiny), probe, scratch=tmp_path, ranks=Ranks(0, 2))
 
 
