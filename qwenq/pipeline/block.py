@@ -32,7 +32,7 @@ from qwenq.pipeline.shares import Share
 from qwenq.pipeline.workers import PartSums, Workers
 from qwenq.results import LayerResult
 from qwenq.solver.equalize import FoldedLayer
-from qwenq.solver.gptq import DAMP_PERCENT, ResidualCovariance, SolveStats, decibel, solve_linears
+from qwenq.solver.gptq import DAMP_PERCENT, ResidualCovariance, SolveStats, decibel, products_dtype, solve_linears
 from qwenq.solver.grid import Grid, QTensor
 from qwenq.solver.parallel import Solved, cut_rows, joined, solve_rows
 from qwenq.solver.triangle import Triangle
@@ -432,6 +432,7 @@ class FusedGroup:
             damp_percent=options.damp_percent,
             method=options.method,
             error_correction=options.error_correction,
+            products=products_dtype(sum(lin.out_features for lin in self.linears), devices[0]),
         )
         whole = all_rows(ranks, solved, list(self.weights), self.scheme.grid(), devices[0])
         return [self._result(lin, *whole[lin.name], calibrated=True) for lin in self.linears]

@@ -18,7 +18,7 @@ from qwenq.pipeline.block import all_rows
 from qwenq.pipeline.evaluate import HeadWeights
 from qwenq.pipeline.shares import Share
 from qwenq.pipeline.workers import Workers, summed_products
-from qwenq.solver.gptq import SolveStats
+from qwenq.solver.gptq import SolveStats, products_dtype
 from qwenq.solver.grid import Grid, QTensor
 from qwenq.solver.parallel import cut_rows, solve_rows
 from qwenq.solver.triangle import Triangle
@@ -46,11 +46,11 @@ def solved_slices(
     hessian: of `head_hessian`. options: of `solve_linears`. Each rank solves its share of a slice, and has the whole.
     """
     spec, ranks, devices = head.checkpoint.spec, workers.ranks, workers.devices
-    triangle = Triangle(spec.hidden_size)
+    triangle, products = Triangle(spec.hidden_size), products_dtype(spec.vocab_size, devices[0])
     for start in range(0, spec.vocab_size, SLICE_ROWS):
         weights = {"head": head.rows(start, min(start + SLICE_ROWS, spec.vocab_size))}
         shares = cut_rows({"head": len(weights["head"])}, ranks.size * len(devices))
         own = shares[ranks.rank * len(devices) :][: len(devices)]
         square_HH = triangle.square(hessian)  # overwritten
-        parts = solve_rows(devices, weights, square_HH, grid, own, **options)
+        parts = solve_rows(devices, weights, square_HH, grid, own, products=products, **options)
         yield all_rows(ranks, parts, ["head"], grid, devices[0])["head"]

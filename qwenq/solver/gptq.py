@@ -34,6 +34,7 @@ LEAF = 16  # columns corrected one by one
 SWEEPS = 2  # of coordinate descent
 ROW_BLOCK = 64  # rows: weights are cut between blocks, where what becomes of a row does not depend on the others
 STAT_BLOCKS = 16  # of rows, evenly spaced, from which a weight's output error is estimated
+NARROW_FROM = 2048  # rows: with fewer bfloat16 products are no faster (reports/LOG.md)
 ROWS_AT_ONCE = 4096  # on a CPU: what a core's cache holds
 _OVERFLOWED = "activations overflowed: compute in bfloat16 or float32"
 
@@ -148,12 +149,14 @@ def processing_order(diagonal_I: Tensor, grid: Grid) -> Tensor:
     return order_UK[active_U.argsort(stable=True)].reshape(-1)
 
 
-def _multiplied(x: Tensor) -> Tensor:
-    """Hessian or errors as corrections are multiplied of them: in bfloat16 on a CPU that is faster at it.
+def products_dtype(rows: int, device: torch.device) -> torch.dtype:
+    """The dtype that corrections between groups are multiplied in, of linears with so many rows together.
 
-    That moves a correction by some 500th of itself, far less than a step of the codes.
+    bfloat16 from NARROW_FROM rows on, on a CPU that is faster at it: that moves a correction by some 500th of itself,
+    far less than a step of the codes.
     """
-    return x.bfloat16() if x.device.type == "cpu" and multiplies_bfloat16(x.device) else x
+    narrow = device.type == "cpu" and rows >= NARROW_FROM and multiplies_bfloat16(device)
+    return torch.bfloat16 if narrow else torch.float32
 
 
 class _GroupParameters:
@@ -199,8 +202,10 @@ def _solve_columns(
         round_column(first + k, value_O, codes_KO[k], e_KO[k])
 
 
-def _solve_gptq(e_IO: Tensor, h_II: Tensor, grid: Grid) -> tuple[Tensor, _GroupParameters]:
-    """Codes uint8 [I, O], and parameters of all groups.
+def _solve_gptq(
+    e_IO: Tensor, h_II: Tensor, grid: Grid, products: torch.dtype
+) -> tuple[Tensor, _GroupParameters]:
+    """Codes uint8 [I, O], and parameters of all groups; `products` as in `solve_linears`.
 
     `h_II` holds L below and on the diagonal. `e_IO` comes in as the weights and leaves as weights - rounded weights.
     With all corrections made, an error e of column k costs (L[k, k] e)**2: its importance when a group is fitted.
@@ -213,11 +218,11 @@ def _solve_gptq(e_IO: Tensor, h_II: Tensor, grid: Grid) -> tuple[Tensor, _GroupP
     pivots_I = h_II.diagonal().clone()
     codes_IO = torch.empty(columns, rows, dtype=torch.uint8, device=e_IO.device)
     parameters = _GroupParameters(columns // width, rows)
-    errors_IO = _multiplied(e_IO)  # of the columns already rounded
+    errors_IO = e_IO.to(products)  # of the columns already rounded
     for start in range((columns - 1) // span * span, -1, -span):
         stop = min(start + span, columns)
         r_SS = h_II[start:stop, start:stop].tril() / pivots_I[start:stop]
-        p_SO = (_multiplied(h_II[stop:, start:stop].T) @ errors_IO[stop:]).float()  # corrections from these columns
+        p_SO = (h_II[stop:, start:stop].T.to(products) @ errors_IO[stop:]).float()  # corrections from these columns
         p_SO.div_(pivots_I[start:stop, None])
         for first in range(0, rows, at_once):
             part = slice(first, first + at_once)
@@ -263,8 +268,9 @@ def _descend(
     h_II: Tensor,
     damped_I: Tensor,
     grid: Grid,
+    products: torch.dtype,
 ) -> None:
-    """One sweep of descent on tr(E (H + damp) E') over parameters and codes, all in place.
+    """One sweep of descent on tr(E (H + damp) E') over parameters and codes, all in place; see `solve_linears`.
 
     `h_II` holds H above its diagonal; `damped_I` is the diagonal of H + damp. For column k, all else fixed, the best
     value to round is q_k + (H E)_k / H_kk.
@@ -272,7 +278,7 @@ def _descend(
     columns, rows = e_IO.shape
     width = grid.group_width(columns)
     at_once = ROWS_AT_ONCE if e_IO.device.type == "cpu" else rows
-    errors_IO = _multiplied(e_IO)
+    errors_IO = e_IO.to(products)
     for index in range(columns // width - 1, -1, -1):
         start, stop = index * width, (index + 1) * width
         group = slice(start, stop)
@@ -280,8 +286,8 @@ def _descend(
         corner_KK += corner_KK.T.clone()
         corner_KK.diagonal().copy_(damped_I[group])
         slope_KO = corner_KK @ e_IO[group]
-        slope_KO += _multiplied(h_II[:start, group].T) @ errors_IO[:start]
-        slope_KO += _multiplied(h_II[group, stop:]) @ errors_IO[stop:]
+        slope_KO += h_II[:start, group].T.to(products) @ errors_IO[:start]
+        slope_KO += h_II[group, stop:].to(products) @ errors_IO[stop:]
         r_KK = corner_KK / corner_KK.diagonal()
         for first in range(0, rows, at_once):
             part = slice(first, first + at_once)
@@ -435,6 +441,7 @@ def solve_linears(
     residuals: Mapping[str, ResidualCovariance] | None = None,
     error_correction: float = 0.0,
     parts: Mapping[str, tuple[int, int]] | None = None,
+    products: torch.dtype = torch.float32,
 ) -> dict[str, tuple[QTensor, SolveStats]]:
     """Quantize linears [out, in] that read the same input, sharing one factorization.
 
@@ -446,6 +453,7 @@ def solve_linears(
     by the share `error_correction` of what `_corrected` makes of them, and error figures count from there.
     `method` "rtn" rounds to nearest with absmax scales and takes the Hessian, if any, for the statistics alone.
     `parts` (by name): of a weight that is a part of the rows of another, its first row there and how many that has.
+    `products`: the dtype that corrections between groups are multiplied in, of `products_dtype`.
     Raises QwenqError, naming tensors, for non-finite or ill-fitting input, and for scales that overflowed from it.
     """
     columns = next(iter(weights.values())).shape[1]
@@ -496,9 +504,9 @@ def solve_linears(
             for place, name in zip(places, weights, strict=True):
                 if residuals is not None and name in residuals:
                     e_IO[:, place].add_(_corrected(residuals[name], order_I, h_II), alpha=error_correction)
-            codes_IO, parameters = _solve_gptq(e_IO, h_II, grid)
+            codes_IO, parameters = _solve_gptq(e_IO, h_II, grid, products)
             for _ in range(sweeps):
-                _descend(e_IO, codes_IO, parameters, h_II, diagonal_I + damp, grid)
+                _descend(e_IO, codes_IO, parameters, h_II, diagonal_I + damp, grid, products)
     errors = [_quadratic(e_IO, rows, h_II, diagonal_I) for rows in samples]
     weight_error_O = torch.linalg.vector_norm(e_IO, dim=0).square()
     codes_IO, found = codes_IO[order_I.argsort()], [_in_column_order(p_NO, order_I) for p_NO in parameters.kept]

@@ -35,12 +35,6 @@ def problem(columns=256, rows=24, seed=0):
     return w_OI, x_TI.T @ x_TI
 
 
-@pytest.fixture
-def in_float32(monkeypatch):
-    """Corrections multiplied in float32, as on a CPU that is slow at bfloat16."""
-    monkeypatch.setattr(gptq, "multiplies_bfloat16", lambda device: False)
-
-
 def scalar_gptq(w_OI, h_II, grid, damp_percent):
     """The paper's algorithm as it stands there: factor of the inverse, one row and one column at a time."""
     columns, width = w_OI.shape[1], grid.group_width(w_OI.shape[1])
@@ -70,7 +64,6 @@ def scalar_gptq(w_OI, h_II, grid, damp_percent):
     return out
 
 
-@pytest.mark.usefixtures("in_float32")
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_equals_a_plain_loop(grid):
     w_OI, h_II = problem(rows=6)
@@ -113,7 +106,6 @@ def scalar_sweep(w_OI, h_II, q, damp):
     return codes, scales
 
 
-@pytest.mark.usefixtures("in_float32")
 @pytest.mark.parametrize("grid", [IntegerGrid(4, 32), IntegerGrid(4, 64, sym=False), IntegerGrid(4, -1)], ids=str)
 def test_descent_equals_a_plain_loop(grid):
     w_OI, h_II = problem(columns=128, rows=4)
@@ -244,7 +236,6 @@ def test_shapes_dtypes_and_float16_scales(grid):
         assert (q.zeros_OG == grid.zero).all()
 
 
-@pytest.mark.usefixtures("in_float32")
 def test_small_pieces_equal_one_piece(monkeypatch):
     """Blocks of the factor, of columns and of rows are a matter of speed."""
     w_OI, h_II = problem(columns=256, rows=40)
@@ -402,13 +393,21 @@ def test_the_error_is_read_from_the_upper_triangle_alone(monkeypatch):
 
 
 @pytest.mark.parametrize("grid", [IntegerGrid(4, 32), IntegerGrid(8, 64), IntegerGrid(4, 64, sym=False)], ids=str)
-def test_corrections_multiplied_in_bfloat16_lose_nothing(monkeypatch, grid):
+def test_corrections_multiplied_in_bfloat16_lose_nothing(grid):
     w_OI, h_II = problem(columns=512, rows=256)
     lost_db = []
-    for narrow in (False, True):
-        monkeypatch.setattr(gptq, "multiplies_bfloat16", lambda device, narrow=narrow: narrow)
-        q, stats = solve_linears({"w": w_OI}, h_II.clone(), grid)["w"]
+    for products in (torch.float32, torch.bfloat16):
+        q, stats = solve_linears({"w": w_OI}, h_II.clone(), grid, products=products)["w"]
         lost, norm = ((e @ h_II * e).sum() for e in (w_OI - q.dequantize(), w_OI))
         assert stats.error_db == pytest.approx(10 * math.log10(lost / norm), abs=0.01)
         lost_db.append(stats.error_db)
     assert lost_db[0] != lost_db[1] and abs(lost_db[1] - lost_db[0]) < 0.02
+
+
+def test_many_rows_are_corrected_in_bfloat16_where_a_cpu_multiplies_it(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(gptq, "multiplies_bfloat16", lambda device: True)
+    assert [gptq.products_dtype(rows, cpu) for rows in (2047, 2048)] == [torch.float32, torch.bfloat16]
+    assert gptq.products_dtype(8192, torch.device("cuda")) == torch.float32
+    monkeypatch.setattr(gptq, "multiplies_bfloat16", lambda device: False)
+    assert gptq.products_dtype(8192, cpu) == torch.float32
