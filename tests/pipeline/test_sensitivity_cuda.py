@@ -24,7 +24,9 @@ from qwenq.solver import gptq
 from qwenq.solver.grid import Grid
 
 
-def rounded(e_IO: Tensor, h_II: Tensor, grid: Grid) -> tuple[Tensor, gptq._GroupParameters]:
+def rounded(
+    e_IO: Tensor, h_II: Tensor, grid: Grid, products: torch.dtype
+) -> tuple[Tensor, gptq._GroupParameters]:
     columns, rows = e_IO.shape
     parameters = gptq._GroupParameters(columns // grid.group_width(columns), rows)
     for group in range(parameters.groups):
