@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -182,23 +183,27 @@ def test_replicas_share_tensors_and_give_what_a_network_gives(tiny: Path, thread
     assert {p.device.type for copy in workers.networks for p in copy.parameters().values()} == {"meta"}
 
 
+@pytest.mark.parametrize("products", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("rows", "count"), [((200, 100), 2), ((64, 577, 64), 3), ((64, 64), 4), ((30,), 2)])
-def test_shares_of_rows_are_solved_as_the_whole_is(rows: tuple[int, ...], count: int) -> None:
+def test_shares_of_rows_are_solved_as_the_whole_is(
+    rows: tuple[int, ...], count: int, products: torch.dtype
+) -> None:
     torch.manual_seed(3)
-    x_TI = torch.randn(500, 128) @ torch.randn(128, 128)
-    weights = {f"w{k}": torch.randn(n, 128) for k, n in enumerate(rows)}
-    halves = {name: (torch.randn(128, len(w_OI)), torch.randn(128, len(w_OI))) for name, w_OI in weights.items()}
+    x_TI = torch.randn(500, 512) @ torch.randn(512, 512)
+    weights = {f"w{k}": torch.randn(n, 512) for k, n in enumerate(rows)}
+    halves = {name: (torch.randn(512, len(w_OI)), torch.randn(512, len(w_OI))) for name, w_OI in weights.items()}
     grid = IntegerGrid(4, 64)
 
     def given() -> tuple[torch.Tensor, dict[str, ResidualCovariance]]:
         # overwritten by who is given it
         return x_TI.T @ x_TI, {name: ResidualCovariance(a + b, a.clone()) for name, (a, b) in halves.items()}
 
+    options: dict[str, Any] = {"error_correction": 0.5, "products": products}
     h_II, residuals = given()
-    whole = solve_linears(weights, h_II, grid, residuals=residuals, error_correction=0.5)
+    whole = solve_linears(weights, h_II, grid, residuals=residuals, **options)
     h_II, residuals = given()
     shares = cut_rows({name: len(w_OI) for name, w_OI in weights.items()}, count)
-    parts = solve_rows([CPU] * count, weights, h_II, grid, shares, residuals=residuals, error_correction=0.5)
+    parts = solve_rows([CPU] * count, weights, h_II, grid, shares, residuals=residuals, **options)
     for name, (q, stats) in whole.items():
         found, found_stats = joined([part[name] for part in parts if name in part], CPU)
         assert torch.equal(found.codes_OI, q.codes_OI) and found.grid == grid
