@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import cProfile
 import gc
 import hashlib
 import io
 import json
 import math
 import os
+import pstats
 import runpy
 import shutil
 import signal
@@ -1183,13 +1185,16 @@ def _agreement(first: Path, second: Path) -> tuple[float, float]:
 
 
 def layer_72b(notes: Notes) -> None:
-    """One decoder layer of the 72B's shape through `qwenq quantize`: time by stage, peak, rates."""
+    """Two decoder layers of the 72B's shape through `qwenq quantize`: time by stage, peak, rates, calls of the host.
+
+    The first pays for libraries that load and for memory that is touched for the first time.
+    """
     work = notes.work
     hidden, ffn, heads, shared = (128, 256, 2, 2) if notes.tiny else (8192, 29568, 64, 8)
     windows, held_out, length = (8, 2, 64) if notes.tiny else (128, 8, 512)
     with notes.step("make the model"):
         make_checkpoint(
-            work / "model", hidden=hidden, ffn=ffn, heads=heads, shared=shared, layers=1, device=notes.device
+            work / "model", hidden=hidden, ffn=ffn, heads=heads, shared=shared, layers=2, device=notes.device
         )
         if notes.cuda:
             torch.cuda.empty_cache()
@@ -1210,7 +1215,9 @@ def layer_72b(notes: Notes) -> None:
     with notes.step("quantize"):
         if notes.cuda:
             torch.cuda.reset_peak_memory_stats()
-        code, said = command_line(words)
+        profile = cProfile.Profile()
+        code, said = profile.runcall(command_line, words)
+        notes.fact("host_calls", _host_calls(profile))
         if notes.cuda:
             peak = torch.cuda.max_memory_allocated()
             notes.fact("peak", {
@@ -1223,16 +1230,29 @@ def layer_72b(notes: Notes) -> None:
         if code:
             raise RuntimeError(f"exit code {code}: {said[-1000:]}")
         result = json.loads(said)
-        layer = result["layers"][0]
+        first, layer = result["layers"]
         stages = {stage: round(seconds, 2) for stage, seconds in layer["stages_s"].items()}
         notes.fact("layer", {
-            "seconds": round(layer["seconds"], 2), "stages_s": stages, "whole_run_s": round(result["seconds"], 2),
+            "seconds": round(layer["seconds"], 2), "first_layer_s": round(first["seconds"], 2), "stages_s": stages,
+            "whole_run_s": round(result["seconds"], 2),
             "peak_rss_bytes": result["peak_rss_bytes"], "calibration_tokens": windows * length,
             "evaluation_tokens": held_out * length, "hours_for_80_layers": round(layer["seconds"] * 80 / 3600, 3),
             "errors_db": {row["name"]: round(row["error_db"], 2) for row in layer["linears"]},
         })  # fmt: skip
     with notes.step("work done"):
         _work_done(notes, hidden, ffn, heads * (128 if hidden >= 1024 else 64), windows * length)
+
+
+def _host_calls(profile: cProfile.Profile, rows: int = 40) -> list[dict[str, Any]]:
+    """Where the host's time went, by function with all that it calls."""
+    found = pstats.Stats(profile).stats  # type: ignore[attr-defined]
+    most = sorted(found.items(), key=lambda item: -item[1][3])
+    ours = [item for item in most if "qwenq" in item[0][0] or item[1][2] > 0.02 * most[0][1][3]][:rows]
+    return [
+        {"at": f"{'/'.join(Path(file).parts[-2:])}:{line} {name}", "calls": calls, "own_s": round(own, 3),
+         "s": round(whole, 3)}
+        for (file, line, name), (_, calls, own, whole, _) in ours
+    ]  # fmt: skip
 
 
 def _work_done(notes: Notes, hidden: int, ffn: int, q_size: int, tokens: int) -> None:

@@ -36,6 +36,7 @@ from qwenq.planning.engines.torch import CUBLAS_WORKSPACE
 from qwenq.planning.memory import context_term
 from qwenq.planning.rig import find_gpu
 from qwenq.runtime import linear
+from qwenq.solver import columns
 from qwenq.units import GIB
 
 MIB = 1 << 20
@@ -266,6 +267,7 @@ class FakeGpus:
         for name, value in cuda.items():
             enter(patch.object(torch.cuda, name, value))
         enter(patch.object(torch.cuda, "is_available", lambda: True))
+        enter(patch.object(columns, "graphed", lambda device: False))  # nothing can be captured
         enter(patch.object(machine, "find_spec", lambda name: None))  # Triton's kernels take no fake tensors
         enter(patch.object(F, "scaled_dot_product_attention", _attention))
         enter(patch.object(bias, "causal_lower_right", lambda tokens, keys: "lower right"))

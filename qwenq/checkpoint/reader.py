@@ -56,6 +56,7 @@ class Checkpoint:
     opened: Mapping[str, Stamp] = field(default_factory=dict, compare=False)  # files as they were before they were read
     hashed: SourceFiles | None = field(default=None, compare=False)  # files that reads are compared with
     relay: Relay | None = field(default=None, compare=False)  # who reads the files, where that is not this process
+    device: str | torch.device = field(default="cpu", compare=False)  # that packed weights are dequantized on
 
     @property
     def recipe(self) -> Recipe:
@@ -165,7 +166,8 @@ class Checkpoint:
         if self.quantized is None or (scheme := self.quantized.scheme_of(lin.name)) is None:
             return self.read(lin.name + ".weight")
         form = get_format(self.quantized.format)
-        packed = {name.removeprefix(lin.name + "."): self.read_packed(name) for name in self.packed_names(lin)}
+        names = self.packed_names(lin)
+        packed = {name.removeprefix(lin.name + "."): self.read_packed(name).to(self.device) for name in names}
         return form.unpack(packed, scheme, lin, self.quantized.version)
 
     def packed_names(self, lin: LinearSpec) -> list[str]:
@@ -263,14 +265,14 @@ class GGUFCheckpoint(Checkpoint):
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor: as stored, or float32 of blocks."""
-        return self._values(name, self.read_packed(name))
+        return self._values(name, self.read_packed(name).to(self.device))
 
     def read_slice(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows start to stop of embedding or head, like `read`."""
         location = self.tensors[name]
         width = location.spec.nbytes // location.spec.shape[0]
         data = self._bytes(location.file, location.start + start * width, location.start + stop * width)
-        return self._values(name, data.view(stop - start, width))
+        return self._values(name, data.view(stop - start, width).to(self.device))
 
     def read_packed(self, name: str) -> torch.Tensor:
         """The bytes of a tensor, uint8 [rows, bytes of a row]."""
@@ -289,7 +291,7 @@ class GGUFCheckpoint(Checkpoint):
         spec = self.tensors[name].spec
         if spec.dtype in TORCH_DTYPES:
             return data_RB.view(TORCH_DTYPES[spec.dtype]).reshape(len(data_RB), *spec.shape[1:])
-        values_RI = torch.empty(len(data_RB), spec.shape[1])
+        values_RI = torch.empty(len(data_RB), spec.shape[1], device=data_RB.device)
         step = max(1, _WRITTEN_OUT // spec.shape[1])
         for start in range(0, len(data_RB), step):
             values_RI[start : start + step] = dequantize_blocks(spec.dtype, data_RB[start : start + step])

@@ -68,6 +68,7 @@ def evaluate(
         share = ranks.share(range(len(evaluation.ids)))
         states = embed_tokens(reference, TokenSets(evaluation.ids, compute_dtype, share), Path(spill))
         embed(checkpoint, {"quantized": (states.states["quantized"], evaluation.ids[share.windows])})
+        checkpoint = replace(checkpoint, device=devices[0])
         runner = LayerRunner(states.states, states.shares, by_name)
         for layer in range(reference.spec.num_hidden_layers):
             runner.replay(layer, reference.finite_layer_state, checkpoint.finite_layer_state)

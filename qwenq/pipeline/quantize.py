@@ -332,12 +332,13 @@ class _Run:
         return self._written(layer + 1).layer_state(layer)
 
     def _written(self, part: int) -> Checkpoint:
-        """A part as it was written: rank 0 reads it, and every rank dequantizes it."""
+        """A part as it was written: rank 0 reads it, and every rank dequantizes it, on its device."""
         tensors = self.files.locations(self.work, part)
         config = dict(self.output.config)
         written = read_quantization_config(config["quantization_config"], "quantization_config")
         kind, place = (GGUFCheckpoint, self.work / self.files.names[0]) if self.files.whole else (Checkpoint, self.work)
-        return kind(place, config, self.spec, tensors, written, (), relay=self._relay())
+        device = self.job.devices[0]
+        return kind(place, config, self.spec, tensors, written, (), relay=self._relay(), device=device)
 
     def _relay(self) -> Relay | None:
         """Bytes of a file that rank 0 alone can read, for all of them."""

@@ -23,14 +23,14 @@ from torch import Tensor
 
 from qwenq.errors import QwenqError
 from qwenq.model.devices import multiplies_bfloat16
-from qwenq.solver.grid import ColumnRounder, Grid, Parameters, QTensor
+from qwenq.solver.columns import ColumnSolver
+from qwenq.solver.grid import Grid, Parameters, QTensor
 
 DAMP_PERCENT = 0.1  # of the mean of the Hessian's diagonal, as a fraction: the field's name for it
 DAMP_TRIES = 4  # each ten times the last, and from the second on at least ten times LEAST_DAMP
 LEAST_DAMP = 1e-4
 FACTOR_BLOCK = 1024
 SPAN = 128  # columns whose corrections from all earlier columns are fetched in one matmul
-LEAF = 16  # columns corrected one by one
 SWEEPS = 2  # of coordinate descent
 ROW_BLOCK = 64  # rows: weights are cut between blocks, where what becomes of a row does not depend on the others
 STAT_BLOCKS = 16  # of rows, evenly spaced, from which a weight's output error is estimated
@@ -179,29 +179,6 @@ class _GroupParameters:
         return tuple(kept[index * n : (index + 1) * n, part] for kept, n in zip(self.kept, counts, strict=True))
 
 
-def _solve_columns(
-    t_KO: Tensor, e_KO: Tensor, codes_KO: Tensor, r_KK: Tensor, round_column: ColumnRounder, first: int = 0
-) -> None:
-    """Round columns from the last to the first, halving recursively so that most corrections are matmuls.
-
-    In: `e_KO` the weights, `t_KO` the weights plus the corrections from columns outside this range.
-    Out: `e_KO` weights minus rounded weights, `t_KO` the values that were rounded, `codes_KO` codes in float32.
-    `first`: of these columns, counted in their group.
-    """
-    columns = t_KO.shape[0]
-    if columns > LEAF:
-        half = columns // 2
-        _solve_columns(t_KO[half:], e_KO[half:], codes_KO[half:], r_KK[half:, half:], round_column, first + half)
-        t_KO[:half].addmm_(r_KK[half:, :half].T, e_KO[half:])
-        _solve_columns(t_KO[:half], e_KO[:half], codes_KO[:half], r_KK[:half, :half], round_column, first)
-        return
-    for k in range(columns - 1, -1, -1):
-        value_O = t_KO[k]
-        if k + 1 < columns:
-            value_O.addmv_(e_KO[k + 1 :].T, r_KK[k + 1 :, k])
-        round_column(first + k, value_O, codes_KO[k], e_KO[k])
-
-
 def _solve_gptq(
     e_IO: Tensor, h_II: Tensor, grid: Grid, products: torch.dtype
 ) -> tuple[Tensor, _GroupParameters]:
@@ -215,6 +192,7 @@ def _solve_gptq(
     inner = grid.widths(columns)[-1]
     span = max(width, SPAN // width * width)
     at_once = ROWS_AT_ONCE if e_IO.device.type == "cpu" else rows
+    solve_columns = ColumnSolver(grid)
     pivots_I = h_II.diagonal().clone()
     codes_IO = torch.empty(columns, rows, dtype=torch.uint8, device=e_IO.device)
     parameters = _GroupParameters(columns // width, rows)
@@ -241,16 +219,15 @@ def _solve_gptq(
                 e_KO = w_KO + moved_KO
                 if inner == width:
                     found = grid.fit(e_KO, pivots_I[whole].square())
-                    rounder = grid.column_rounder(found, width)
+                    narrow = found
                 else:
                     if (low + inner) % width == 0:
                         group = slice(low + inner - width, low + inner)
                         at = slice(start + group.start, start + group.stop)
                         found = grid.fit(e_IO[at, part] + moved(group), pivots_I[at].square())
                     found, narrow = grid.fit_within(found, low % width // inner, e_KO, pivots_I[whole].square())
-                    rounder = grid.column_rounder(narrow, inner)
                 q_KO = torch.empty_like(e_KO)
-                _solve_columns(e_KO.clone(), e_KO, q_KO, r_SS[own, own], rounder)
+                solve_columns(e_KO.clone(), e_KO, q_KO, r_SS[own, own], narrow)
                 codes_IO[whole, part] = q_KO
                 if low % width == 0:
                     parameters.put((start + low) // width, part, found)
@@ -278,6 +255,7 @@ def _descend(
     columns, rows = e_IO.shape
     width = grid.group_width(columns)
     at_once = ROWS_AT_ONCE if e_IO.device.type == "cpu" else rows
+    solve_columns = ColumnSolver(grid)
     errors_IO = e_IO.to(products)
     for index in range(columns // width - 1, -1, -1):
         start, stop = index * width, (index + 1) * width
@@ -296,7 +274,7 @@ def _descend(
             parameters.put(index, part, found)
             # moved_KO in: the values of the codes; out: how much they fell
             t_KO = moved_KO + slope_KO[:, part] / corner_KK.diagonal()[:, None]
-            _solve_columns(t_KO, moved_KO, code_KO, r_KK, grid.column_rounder(found, width))
+            solve_columns(t_KO, moved_KO, code_KO, r_KK, found)
             e_KO.add_(moved_KO)
             codes_IO[group, part] = code_KO
         errors_IO[group] = e_IO[group]

@@ -192,8 +192,13 @@ class _Units:
         self.most = float(max(levels, key=abs)) if levels else -float(self.zero)
 
     def on(self, device: torch.device) -> _Units:
-        """These, with a table's levels on a device, so that a loop over columns does not copy them for each."""
-        self.levels, self.between = self.levels.to(device), self.between.to(device)
+        """These, with a table's levels on a device, so that a loop over columns does not copy them for each.
+
+        They are filled in there: a copy from the host cannot be captured in a CUDA graph.
+        """
+        if self.levels.numel() and device != self.levels.device:
+            self.levels = torch.stack([torch.full((), level, device=device) for level in self.levels.tolist()])
+            self.between = (self.levels[1:] + self.levels[:-1]) / 2
         return self
 
     def of(self, codes: Tensor) -> Tensor:

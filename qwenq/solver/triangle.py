@@ -42,23 +42,25 @@ class Triangle:
     def add_products(self, flat: Tensor, x_TI: Tensor) -> None:
         """Add x' x for inputs [..., width] to a Hessian, in place.
 
-        Products are float32, but bfloat16 for bfloat16 inputs on a CPU that multiplies these, twice as fast: a product
-        of these tokens is rounded once to bfloat16 then, and added in float32.
+        Products are float32. Of bfloat16 inputs they are bfloat16 where a device multiplies these fast: summed in
+        float32 on a GPU, while a CPU rounds a product of these tokens once to bfloat16, and adds it in float32.
         """
         import torch
 
         from qwenq.model.devices import product_dtype
 
         x_TI = x_TI.reshape(-1, self.width)
-        narrow = x_TI.device.type == "cpu" and product_dtype(x_TI) == torch.bfloat16
+        narrow = product_dtype(x_TI) == torch.bfloat16
         if not narrow:
             x_TI = x_TI.float()
         for start, block in self.rows(flat):
             own_KT = x_TI[:, start : start + len(block)].T
-            if narrow:
-                block.add_(own_KT @ x_TI[:, start:])
-            else:
+            if not narrow:
                 block.addmm_(own_KT, x_TI[:, start:])
+            elif flat.device.type == "cuda":
+                block.add_(torch.mm(own_KT, x_TI[:, start:], out_dtype=torch.float32))
+            else:
+                block.add_(own_KT @ x_TI[:, start:])
 
     def square(self, flat: Tensor) -> Tensor:
         """The matrix, float32 [width, width]; zeros below the diagonal blocks."""

@@ -65,7 +65,7 @@ def traced_layer(
     with ExitStack() as stack:
         for module in (workers_module, rows):
             stack.enter_context(patch.object(module, "side_by_side", one_after_the_other))
-        stack.enter_context(patch.object(gptq, "_solve_columns", lambda *operands: None))
+        stack.enter_context(patch.object(gptq.ColumnSolver, "__call__", lambda *operands: None))
         fake = stack.enter_context(FakeGpus(gpus))
         stack.enter_context(torch.inference_mode())
         devices = [f"cuda:{index}" for index in range(len(gpus))]
@@ -140,7 +140,7 @@ def test_linear_algebra_is_loaded_before_gpus_ask_for_it_at_once(monkeypatch: py
 
     monkeypatch.setattr(torch.linalg, "cholesky_ex", cholesky)
     monkeypatch.setattr(rows, "side_by_side", one_after_the_other)
-    monkeypatch.setattr(gptq, "_solve_columns", lambda *operands: None)
+    monkeypatch.setattr(gptq.ColumnSolver, "__call__", lambda *operands: None)
     for _ in range(2):
         with FakeGpus(["RTX 3090", "RTX 3090"]):
             devices = [torch.device(f"cuda:{k}") for k in range(2)]

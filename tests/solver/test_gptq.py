@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenq.errors import QwenqError
-from qwenq.solver import gptq
+from qwenq.formats.gguf import type_scheme
+from qwenq.solver import columns, gptq
 from qwenq.solver.gptq import (
     ResidualCovariance,
     factor_lower,
@@ -241,10 +242,34 @@ def test_small_pieces_equal_one_piece(monkeypatch):
     w_OI, h_II = problem(columns=256, rows=40)
     grid = IntegerGrid(4, 32)
     whole = solve_linears({"w": w_OI}, h_II.clone(), grid)["w"][0].dequantize()
-    for name, value in (("FACTOR_BLOCK", 48), ("SPAN", 64), ("LEAF", 3), ("ROWS_AT_ONCE", 7)):
-        monkeypatch.setattr(gptq, name, value)
+    for module, name, value in (
+        (gptq, "FACTOR_BLOCK", 48), (gptq, "SPAN", 64), (columns, "LEAF", 3), (gptq, "ROWS_AT_ONCE", 7),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, value)
         pieces = solve_linears({"w": w_OI}, h_II.clone(), grid)["w"][0].dequantize()
         assert (pieces != whole).float().mean() < 0.01, name
+
+
+@pytest.mark.parametrize("kind", ["4-bit", "4-bit asymmetric", "Q4_1", "Q4_K", "Q6_K", "IQ4_XS"])
+def test_a_captured_graph_gives_what_its_kernels_give(kind, monkeypatch):
+    """The capture itself needs a GPU: here the same calls are made again on the same tensors."""
+    grid = {"4-bit": IntegerGrid(4, 64), "4-bit asymmetric": IntegerGrid(4, 64, sym=False)}.get(kind)
+    grid = grid or type_scheme(kind).grid()
+    w_OI, h_II = problem(columns=512, rows=24)
+    wanted, _ = solve_linears({"w": w_OI}, h_II.clone(), grid)["w"]
+    captures = []
+
+    def captured(device, run):
+        run()
+        captures.append(run)
+        return run
+
+    monkeypatch.setattr(columns, "graphed", lambda device: True)
+    monkeypatch.setattr(columns, "captured", captured)
+    got, _ = solve_linears({"w": w_OI}, h_II.clone(), grid)["w"]
+    assert len(captures) == 3, "once for the first pass, and for each sweep"
+    assert torch.equal(got.codes_OI, wanted.codes_OI)
+    assert all(torch.equal(a, b) for a, b in zip(got.parameters, wanted.parameters, strict=True))
 
 
 def test_factor_and_permutation_in_place(monkeypatch):
