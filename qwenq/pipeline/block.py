@@ -145,7 +145,7 @@ class BlockSolver:
             h = _on(network, original_NTH[part])
             for stage in ends:
                 h = network.add(stage, h, network.within(stage, network.normed(stage, h)))
-                after[stage.name][part] = h.to(original_NTH.device)
+                after[stage.name][part].copy_(h)
 
         self._pass(advance, passes=self.states.corrected.passes)
         return after
@@ -162,7 +162,7 @@ class BlockSolver:
             h = _on(network, h_NTH[part])
             if stage.norm and pending:
                 h = network.add(pending, h, _on(network, self._buffer(pending)[part]))
-                h_NTH[part] = h.to(h_NTH.device)
+                h_NTH[part].copy_(h)
             normed = network.normed(stage, h)
             del h  # while the block runs, its own tensors have the memory
             x = network.within(stage, normed)
@@ -172,7 +172,7 @@ class BlockSolver:
                 sampled = network.within(later, normed[:, ::MOMENT_STRIDE])
                 sums.of(network).add_(sampled.float().square().sum((0, 1)))
             if stage.adds:
-                self._buffer(stage)[part] = x.to(h_NTH.device)
+                self._buffer(stage)[part].copy_(x)
             return x
 
         return produce
@@ -182,7 +182,7 @@ class BlockSolver:
 
         def add(network: Network, part: slice) -> None:
             h = network.add(stage, _on(network, self.h_NTH[part]), _on(network, self._buffer(stage)[part]))
-            self.h_NTH[part] = h.to(self.h_NTH.device)
+            self.h_NTH[part].copy_(h)
 
         self._pass(add)
 

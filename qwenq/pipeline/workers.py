@@ -141,7 +141,7 @@ class Workers:
         """Send hidden states [windows, tokens, hidden] through the layer as it stands, in place."""
 
         def forward(network: Network, part: slice) -> None:
-            h_NTH[part] = network.forward(h_NTH[part].to(network.device)).to(h_NTH.device)
+            h_NTH[part].copy_(network.forward(h_NTH[part].to(network.device)))
 
         for windows in share.passes:
             self.each(forward, share, windows)
