@@ -52,13 +52,14 @@ PARTS = (
     Part("kernels", 25, 80),
     Part("decode-8", 30, 80),
     Part("model", 45, 130),
+    Part("gguf", 50, 120),
     Part("solver", 20, 60),
     Part("quantize", 60, 140),
     Part("environment", 12, 60),
     Part("layer-72b", 70, 200),
     Part("vram-4", 45, 170),
     Part("vram-8", 40, 130),
-    Part("ranks", 40, 120),
+    Part("ranks", 25, 120),
 )
 
 

@@ -70,8 +70,9 @@ TABLES = {
     "vram-4": ("rows", "times", "decode", "token_profile", "chunk_profile"),
     "vram-8": ("rows", "times", "decode", "token_profile", "chunk_profile"),
     "quantize": ("runs",),
+    "gguf": ("runs", "logits"),
     "layer-72b": ("work",),
-    "model": ("host_memory_rows",),
+    "model": ("logits", "host_memory_rows"),
     "solver": ("solve_profile",),
 }
 
@@ -103,7 +104,7 @@ def _table_of(key: str, value: Any) -> list[str]:
                 for row in value
             ],
         )  # fmt: skip
-    if key in ("runs", "work", "best"):
+    if key in ("runs", "logits", "work", "best"):
         return _records([{"": name} | dict(row) for name, row in value.items()])
     if key.endswith("_profile"):
         took = f"{value['device_ms']} ms on the device of {value['wall_ms_under_profiler']} ms under the profiler."

@@ -41,6 +41,7 @@ from qwenq.checkpoint.reader import open_checkpoint
 from qwenq.errors import QwenqError
 from qwenq.formats.base import PackedShape, Recipe, Scheme
 from qwenq.formats.bitsandbytes import Nf4Blocks
+from qwenq.io.gguf import gguf_model
 from qwenq.machine import has_triton, host_facts, versions
 from qwenq.model.attention import causal_attention
 from qwenq.planning.case import Case
@@ -54,7 +55,7 @@ from qwenq.runtime.forecast import forecast
 from qwenq.runtime.generate import KV_DTYPES, Session, Timing
 from qwenq.runtime.linear import Int4Linear, Nf4Linear, StoredLinear, TritonLinear, packed_linear
 from qwenq.runtime.load import LoadOptions, asked_of_machine, load_from, loaded, plan_load
-from qwenq.runtime.peaks import driver_bytes, visible_rig
+from qwenq.runtime.peaks import driver_bytes, forget_peaks, read_peaks, visible_rig
 from qwenq.runtime.synthetic import SyntheticWeights, synthetic_config
 from qwenq.solver.gptq import solve_linears
 from qwenq.solver.grid import QTensor
@@ -65,6 +66,7 @@ TINY_MODEL = ROOT / "tests" / "data" / "tiny-qwen2"
 CALIBRATION, HELD_OUT = (ROOT / "tests" / "data" / name for name in ("calib.txt", "heldout.txt"))
 FAMILY = ("Qwen2.5-72B", "Qwen2.5-32B", "Qwen2.5-14B", "Qwen2.5-7B", "Qwen2.5-3B", "Qwen2.5-0.5B")
 CPU = torch.device("cpu")
+WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 
 # Relative errors |got - wanted| / |wanted| that are allowed. In bfloat16 scales, outputs and two half sums are rounded.
 BFLOAT16, FLOAT32 = 0.01, 5e-5
@@ -1022,25 +1024,26 @@ def command_line(words: Sequence[str]) -> tuple[int, str]:
 
 @dataclass
 class Run:
-    """A `qwenq` command in a process of its own."""
+    """A `qwenq` command, or another Python program, in a process of its own."""
 
     name: str
     words: list[str]
     environment: dict[str, str]
     log: Path
+    program: tuple[str, ...] = ("-m", "qwenq")
     process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Run:
         out, err = self.log.with_suffix(".out"), self.log.with_suffix(".err")
         with open(out, "wb") as stdout, open(err, "ab") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "qwenq", *self.words], stdout=stdout, stderr=stderr, cwd=ROOT,
+                [sys.executable, *self.program, *self.words], stdout=stdout, stderr=stderr, cwd=ROOT,
                 env=os.environ | self.environment,
             )  # fmt: skip
         return self
 
     def finish(self, limit_s: float) -> dict[str, Any]:
-        """What it printed with --json; RuntimeError with the end of its log when it failed."""
+        """The JSON that it printed; RuntimeError with the end of its log when it failed."""
         assert self.process is not None
         try:
             code = self.process.wait(max(1.0, limit_s))
@@ -1050,15 +1053,20 @@ class Run:
             code = None
         if code != 0:
             said = self.log.with_suffix(".err").read_text(errors="replace")[-3000:]
-            raise RuntimeError(f"{self.name}: exit code {code}\nqwenq {' '.join(self.words)}\n{said}")
+            raise RuntimeError(f"{self.name}: exit code {code}\n{' '.join((*self.program, *self.words))}\n{said}")
         found: dict[str, Any] = json.loads(self.log.with_suffix(".out").read_text())
         return found
+
+
+def threads(notes: Notes, processes: int) -> dict[str, str]:
+    """The environment of one of so many processes that share the cores."""
+    return {"OMP_NUM_THREADS": "1" if notes.tiny else str(max(1, (os.cpu_count() or 1) // processes))}
 
 
 def quantize(notes: Notes) -> None:
     """Small models quantized on the device and on a CPU, twice, and once killed and resumed."""
     work, device = notes.work, notes.device.type
-    layers, hidden = (2, 128) if notes.tiny else (6, 1024)
+    layers, hidden = (2, 128) if notes.tiny else (3, 1024)
     random_model = work / "random-model"  # "random" is a run and its output
     shape = {"ffn": 2 * hidden if notes.tiny else 2816, "heads": hidden // (64 if notes.tiny else 128), "shared": 2}
     with notes.step("make the random model"):
@@ -1073,7 +1081,6 @@ def quantize(notes: Notes) -> None:
         "--eval-samples", "8", "--group-size", "32", "-n", "8" if notes.tiny else "32",
     ]  # fmt: skip
     float32 = ["--compute-dtype", "float32", "--calibration-dtype", "float32"]
-    threads = {"OMP_NUM_THREADS": "1" if notes.tiny else str(max(1, (os.cpu_count() or 1) // 5))}
     wanted: list[tuple[str, Path, list[str], str, list[str]]] = [
         ("real-cpu", TINY_MODEL, real_text, "cpu", float32),
         ("real", TINY_MODEL, real_text, device, float32),
@@ -1091,11 +1098,11 @@ def quantize(notes: Notes) -> None:
     runs = {}
     for name, model, text, where, more in wanted:
         words = ["quantize", str(model), "-o", str(work / name), *text, "--device", where, "--json", *more]
-        hidden_gpu = {"CUDA_VISIBLE_DEVICES": ""} if where == "cpu" else {}
+        # what a GPU computes keeps one core busy
+        environment = threads(notes, 3) | WITHOUT_GPU if where == "cpu" else threads(notes, 8)
+        runs[name] = Run(name, words, environment, work / f"{name}.log")
         if not (notes.tiny and name == "random-killed"):
-            runs[name] = Run(name, words, threads | hidden_gpu, work / f"{name}.log").start()
-        else:
-            runs[name] = Run(name, words, threads | hidden_gpu, work / f"{name}.log")
+            runs[name].start()
     results: dict[str, dict[str, Any]] = {}
     with notes.step("killed and resumed"):
         if notes.tiny:
@@ -1104,17 +1111,19 @@ def quantize(notes: Notes) -> None:
     for name, run in runs.items():
         with notes.step(name):
             results[name] = run.finish(notes.left - 5)
-            drift = results[name]["drift"]
-            row = {
-                "kl": drift["kl"]["mean"], "noise_floor_kl": drift["noise_floor_kl"],
-                "seconds": results[name]["seconds"],
-                "perplexity": drift["perplexity"], "reference_perplexity": drift["reference_perplexity"],
-                "dtype": drift["compute_dtype"], "warnings": results[name]["warnings"],
-                "layer_s": [round(layer["seconds"], 2) for layer in results[name]["layers"]],
-            }  # fmt: skip
-            notes.facts.setdefault("runs", {})[name] = row
+            notes.facts.setdefault("runs", {})[name] = _row_of(results[name])
     with notes.step("compare"):
         _compare(notes, work, results)
+
+
+def _row_of(result: dict[str, Any]) -> dict[str, Any]:
+    drift = result["drift"]
+    return {
+        "kl": drift["kl"]["mean"], "noise_floor_kl": drift["noise_floor_kl"], "seconds": round(result["seconds"], 2),
+        "perplexity": drift["perplexity"], "reference_perplexity": drift["reference_perplexity"],
+        "dtype": drift["compute_dtype"], "warnings": result["warnings"],
+        "layer_s": [round(layer["seconds"], 2) for layer in result["layers"]],
+    }  # fmt: skip
 
 
 def _killed(notes: Notes, run: Run) -> Run:
@@ -1137,9 +1146,8 @@ def _killed(notes: Notes, run: Run) -> Run:
 
 
 def _hashes(directory: Path) -> dict[str, str]:
-    return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(directory.glob("*.safetensors"))
-    }
+    files = sorted(path for path in directory.iterdir() if path.suffix in (".safetensors", ".gguf"))
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def _compare(notes: Notes, work: Path, results: dict[str, dict[str, Any]]) -> None:
@@ -1155,16 +1163,20 @@ def _compare(notes: Notes, work: Path, results: dict[str, dict[str, Any]]) -> No
         if both(a, b):
             share, scales = _agreement(work / a, work / b)
             notes.fact(f"{b}: agreement with the CPU", {"codes": share, "scales": scales})
-            # which codes is chaotic (one rounding decides over what follows); how good they are is not
-            layers = [results[name]["layers"] for name in (a, b)]
-            dbs = [statistics.mean(row["error_db"] for each in found for row in each["linears"]) for found in layers]
-            objective = 10 ** ((dbs[1] - dbs[0]) / 10)
-            notes.check(f"{b}: the solver's objective beside the CPU's, relative difference", objective - 1, 0.01)
-            kl = [results[name]["drift"]["kl"]["mean"] for name in (a, b)]
-            notes.check(f"{b}: KL beside the CPU's, relative difference", kl[1] / kl[0] - 1, 0.03)
+            _beside_the_cpus(notes, b, results[a], results[b])
     if both("real-cpu", "real-default"):
         kl = [results[name]["drift"]["kl"]["mean"] for name in ("real-cpu", "real-default")]
         notes.check("real-default: KL beside the CPU's float32, relative difference", kl[1] / kl[0] - 1, 0.1)
+
+
+def _beside_the_cpus(notes: Notes, name: str, cpu: dict[str, Any], there: dict[str, Any]) -> None:
+    """Which codes is chaotic (one rounding decides over what follows); how good they are is not."""
+    dbs = [statistics.mean(row["error_db"] for each in found["layers"] for row in each["linears"])
+           for found in (cpu, there)]  # fmt: skip
+    objective = 10 ** ((dbs[1] - dbs[0]) / 10)
+    notes.check(f"{name}: the solver's objective beside the CPU's, relative difference", objective - 1, 0.01)
+    kl = there["drift"]["kl"]["mean"] / cpu["drift"]["kl"]["mean"]
+    notes.check(f"{name}: KL beside the CPU's, relative difference", kl - 1, 0.03)
 
 
 def _agreement(first: Path, second: Path) -> tuple[float, float]:
@@ -1287,90 +1299,190 @@ def _work_done(notes: Notes, hidden: int, ffn: int, q_size: int, tokens: int) ->
 
 
 def model(notes: Notes) -> None:
-    """Logits of small checkpoints on the device beside the CPU's in float32; the command line's run, eval, measure."""
-    work, ids = notes.work, [int(k) for k in np.random.default_rng(0).integers(5, 1000, 150)]
+    """Logits of small checkpoints on the device beside the CPU's in float32; the command line's run, eval, measure.
+
+    Whatever another process can do is begun as soon as its input is there: starting one takes longer than its work.
+    """
+    work, device = notes.work, notes.device.type
+    here = threads(notes, 6)
+    kinds = (
+        ("trained-4", TINY_MODEL, ["--bits", "4", "--group-size", "32"]),
+        ("random-8", work / "random", ["--bits", "8", "--group-size", "64"]),
+        ("random-4", work / "random", ["--bits", "4", "--group-size", "64", "--asymmetric"]),
+    )[: 1 if notes.tiny else 3]  # fmt: skip
+    references, commands = dict[str, Run](), dict[str, Run]()
+    made: list[Run] = []
+
+    def begin(name: str, words: list[str]) -> None:
+        commands[name] = Run(name, words, here, work / f"{name}.log").start()
+
     with notes.step("make checkpoints"):
+        if not notes.tiny:
+            begin("sensitivity", [
+                "sensitivity", str(TINY_MODEL), "-o", str(work / "sensitivity.json"), "--device", device, "--json",
+                "--calibration", str(CALIBRATION), "--sequence-length", "64", "-n", "16",
+            ])  # fmt: skip
+            begin("host", [
+                "vram", "measure", "--synthetic", "Qwen2.5-7B", "-c", "1k", "--gpu-memory", "4GiB", "--json",
+            ])  # fmt: skip
         shape = {"hidden": 128, "ffn": 256, "heads": 2} if notes.tiny else {"hidden": 896, "ffn": 4864, "heads": 14}
         make_checkpoint(work / "random", shared=2, layers=2, device=CPU, **shape)
-        runs = []
-        for name, source, more in (
-            ("trained-4", TINY_MODEL, ["--bits", "4", "--group-size", "32"]),
-            ("random-8", work / "random", ["--bits", "8", "--group-size", "64"]),
-            ("random-4", work / "random", ["--bits", "4", "--group-size", "64", "--asymmetric"]),
-        )[: 1 if notes.tiny else 3]:
+        for name, source, more in kinds:
             words = [
                 "quantize", str(source), "-o", str(work / name), "--method", "rtn", "--device", "cpu", "--json",
                 "--eval-text", str(HELD_OUT), "--eval-samples", "1", "--sequence-length", "64", *more,
             ]  # fmt: skip
-            runs.append(Run(name, words, {"CUDA_VISIBLE_DEVICES": ""}, work / f"{name}.log").start())
-        for run in runs:
+            made.append(Run(name, words, here | WITHOUT_GPU, work / f"{name}.log").start())
+        references["random"] = _begin_cpu_logits(notes, "random", ("auto", "fp8"))
+    caches = (
+        ("float32", {"compute_dtype": "float32"}), ("bfloat16", {}),
+        ("bfloat16, fp8 cache", {"kv_dtype": "fp8"}), ("bfloat16, fp16 cache", {"kv_dtype": "fp16"}),
+    )  # fmt: skip
+    with notes.step("logits of random"):
+        _beside_cpu_logits(notes, references["random"], caches)
+    with notes.step("quantized checkpoints"):
+        for run in made:
             run.finish(notes.left)
-    names = [run.name for run in runs] + ["random"]
-    with notes.step("the CPU's logits"):
-        command = [sys.executable, __file__, "logits", "--work", str(work), "--checkpoints", ",".join(names)]
-        done = subprocess.run(
-            command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=False,
-            timeout=max(5, notes.left),
-        )  # fmt: skip
-        if done.returncode:
-            raise RuntimeError(done.stderr[-3000:])
-    for name in names:
-        with notes.step(f"logits of {name}"):
-            for label, options in (
-                ("float32", {"compute_dtype": "float32"}), ("bfloat16", {}),
-                ("bfloat16, fp8 cache", {"kv_dtype": "fp8"}), ("bfloat16, fp16 cache", {"kv_dtype": "fp16"}),
-            ):  # fmt: skip
-                cached = options.get("kv_dtype", "auto")
-                wanted = torch.from_numpy(np.load(work / f"{name}-{'fp8' if cached == 'fp8' else 'auto'}.npy"))
-                got = _logits(work / name, ids, options)
-                limit = 1e-3 if label == "float32" else 0.1 if cached == "fp8" else 0.05
-                notes.check(f"{name}, {label}: logits", error_of(got, wanted), limit)
-                top = float((got.argmax(-1) == wanted.argmax(-1)).float().mean())
-                notes.facts.setdefault("top1", {})[f"{name}, {label}"] = round(top, 3)
-    device = notes.device.type
-    with notes.step("qwenq run"):
-        words = ["run", str(work / "trained-4"), "--raw", "-p", "The sea is", "-n", "12", "--temperature", "0",
-                 "-c", "128", "--json"]  # fmt: skip
-        notes.fact("run", Run("run", words, {}, work / "run.log").start().finish(notes.left))
-    if notes.tiny:
-        return
-    with notes.step("qwenq eval"):
-        words = ["eval", str(work / "trained-4"), "--reference", str(TINY_MODEL), "--text", str(HELD_OUT),
-                 "--sequence-length", "64", "--device", device, "--json"]  # fmt: skip
-        notes.fact("eval", Run("eval", words, {}, work / "eval.log").start().finish(notes.left))
-    with notes.step("qwenq sensitivity"):
-        words = ["sensitivity", str(TINY_MODEL), "-o", str(work / "sensitivity.json"), "--device", device, "--json",
-                 "--calibration", str(CALIBRATION), "--sequence-length", "64", "-n", "16"]  # fmt: skip
-        found = Run("sensitivity", words, {}, work / "sensitivity.log").start().finish(notes.left)
-        notes.fact("sensitivity", str(found)[:600])
-    with notes.step("layers in host memory", 15):
-        words = ["vram", "measure", "--synthetic", "Qwen2.5-7B", "-c", "1k", "--gpu-memory", "4GiB", "--json"]
-        found = Run("host memory", words, {}, work / "host.log").start().finish(notes.left)
-        notes.fact("host_memory_rows", found["rows"])
-        for row in found["rows"]:
-            name = f"layers in host memory, {row['phase']}: error of the estimate in percent"
-            notes.check(name, row["error_percent"], ESTIMATE_PERCENT)
+            references[run.name] = _begin_cpu_logits(notes, run.name)
+            if run.name == "trained-4":
+                begin("run", ["run", str(work / "trained-4"), "--raw", "-p", "The sea is", "-n", "12", "--temperature",
+                              "0", "-c", "128", "--json"])  # fmt: skip
+                begin("eval", ["eval", str(work / "trained-4"), "--reference", str(TINY_MODEL), "--text", str(HELD_OUT),
+                               "--sequence-length", "64", "--device", device, "--json"])  # fmt: skip
+    for run in made:
+        if run.name in references:
+            with notes.step(f"logits of {run.name}"):
+                _beside_cpu_logits(notes, references[run.name], caches[:2])
+    for name in ("run", "eval", "sensitivity"):
+        if name in commands:
+            with notes.step(f"qwenq {name}"):
+                found = commands[name].finish(notes.left)
+                notes.fact(name, str(found)[:600] if name == "sensitivity" else found)
+    if "host" in commands:
+        with notes.step("layers in host memory"):
+            found = commands["host"].finish(notes.left)
+            notes.fact("host_memory_rows", found["rows"])
+            for row in found["rows"]:
+                name = f"layers in host memory, {row['phase']}: error of the estimate in percent"
+                notes.check(name, row["error_percent"], ESTIMATE_PERCENT)
 
 
-def _logits(directory: Path, ids: Sequence[int], options: dict[str, str]) -> Tensor:
-    """Logits behind a prompt in chunks and behind each of 20 tokens after it, float32 [21, vocabulary]."""
-    with loaded(open_checkpoint(directory), LoadOptions(max_model_len=192, **options)) as found:
+def _begin_cpu_logits(notes: Notes, name: str, caches: Sequence[str] = ("auto",)) -> Run:
+    """The CPU's float32 logits of WORK/NAME in a process that sees no GPU."""
+    words = ["logits", "--work", str(notes.work), "--checkpoints", name, "--caches", ",".join(caches)]
+    environment = threads(notes, 6) | WITHOUT_GPU
+    return Run(name, words, environment, notes.work / f"{name}-logits.log", program=(__file__,)).start()
+
+
+def _beside_cpu_logits(notes: Notes, reference: Run, settings: Sequence[tuple[str, dict[str, str]]]) -> None:
+    """The device's logits with each of these options, compared with what `reference` makes meanwhile."""
+    name = reference.name
+    found = {label: _logits(notes.work / name, options) for label, options in settings}
+    reference.finish(notes.left)
+    for label, options in settings:
+        cached = "fp8" if options.get("kv_dtype") == "fp8" else "auto"
+        got, wanted = found[label], torch.from_numpy(np.load(notes.work / f"{name}-{cached}.npy"))
+        limit = 1e-3 if label == "float32" else 0.1 if cached == "fp8" else 0.05
+        notes.check(f"{name}, {label}: logits", error_of(got.logits, wanted), limit)
+        top = float((got.logits.argmax(-1) == wanted.argmax(-1)).float().mean())
+        notes.facts.setdefault("logits", {})[f"{name}, {label}"] = got.facts | {"top1": round(top, 3)}
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Behind a prompt in chunks and behind each of 20 tokens after it, float32 [21, vocabulary]; by which kernels."""
+
+    logits: Tensor
+    facts: dict[str, Any]
+
+
+def _logits(checkpoint: Path, options: dict[str, str]) -> Logits:
+    ids = [int(k) for k in np.random.default_rng(0).integers(5, 1000, 150)]
+    opened = open_checkpoint(gguf_model(checkpoint) or checkpoint)
+    with loaded(opened, LoadOptions(max_model_len=192, prefill_chunk=48, **options)) as found:
         session = Session(found.model, 192, 48, found.work.kv_dtype)
+        forget_peaks(found.model.devices)
         rows = [session.prefill(ids[:130], Timing())]
         rows += [session.forward([token]) for token in ids[130:]]
+        facts = {"kernels": found.model.kernels(), "fallbacks": found.model.fallbacks(), "decoding": session.decoding}
+        peaks = found.beside_prediction(read_peaks(found.model.devices, found.base_rss))
+        facts["estimate_error_percent"] = [round(row["error_percent"] or 0.0, 2) for row in peaks]
         session.release()
     del found, session
     gc.collect()
-    return torch.stack([row.cpu() for row in rows])
+    return Logits(torch.stack([row.cpu() for row in rows]), facts)
 
 
-def cpu_logits(work: Path, names: Sequence[str]) -> None:
-    """What `model` compares with, made where no GPU is visible."""
-    ids = [int(k) for k in np.random.default_rng(0).integers(5, 1000, 150)]
+def cpu_logits(work: Path, names: Sequence[str], caches: Sequence[str]) -> None:
+    """What `model` and `gguf` compare with, made where no GPU is visible."""
     for name in names:
-        for cached in ("auto", "fp8"):
-            found = _logits(work / name, ids, {"compute_dtype": "float32", "kv_dtype": cached})
-            np.save(work / f"{name}-{cached}.npy", found.numpy())
+        for cached in caches:
+            found = _logits(work / name, {"compute_dtype": "float32", "kv_dtype": cached})
+            np.save(work / f"{name}-{cached}.npy", found.logits.numpy())
+    print(json.dumps({"checkpoints": list(names)}))
+
+
+MIXTURES = ("Q4_K_M", "Q2_K", "Q8_0", "Q4_0", "IQ4_XS")  # with them every type but Q4_1, Q5_0, Q5_1 and IQ4_NL
+
+
+def gguf(notes: Notes) -> None:
+    """GGUF files made on the device beside the CPU's, twice the same; run there beside the CPU's logits; evaluated."""
+    work, device = notes.work, notes.device.type
+    source, results = work / "source", dict[str, dict[str, Any]]()
+    shape = (
+        {"hidden": 256, "ffn": 512, "heads": 4, "layers": 2} if notes.tiny
+        else {"hidden": 1024, "ffn": 2816, "heads": 8, "layers": 2}
+    )  # fmt: skip
+    windows, length = (8, 64) if notes.tiny else (24, 256)
+    mixtures = MIXTURES[: 1 if notes.tiny else None]
+    runs: dict[str, Run] = {}
+    with notes.step("make the model"):
+        make_checkpoint(source, shared=2, device=CPU, **shape)
+        held_out = str(token_file(work / "evaluation.npy", 4, length))
+        text = ["--calibration", str(token_file(work / "calibration.npy", windows, length)), "--eval-text", held_out]
+        float32 = ["--compute-dtype", "float32", "--calibration-dtype", "float32"]
+        for name, mixture, where in (
+            *((f"{kind} again", kind, device) for kind in mixtures[:1]),
+            *((name, kind, where) for kind in mixtures for name, where in ((kind, device), (f"{kind} cpu", "cpu"))),
+        ):
+            words = ["quantize", str(source), "-o", str(work / name), "--format", "gguf", "--gguf-type", mixture]
+            environment = threads(notes, 6) | WITHOUT_GPU if where == "cpu" else threads(notes, 16)
+            log = work / f"{name}.log"
+            runs[name] = Run(name, [*words, *text, *float32, "--device", where, "--json"], environment, log).start()
+    references: dict[str, Run] = {}
+    evaluating: Run | None = None
+    for kind in mixtures:
+        with notes.step(f"{kind} on the device"):
+            results[kind] = runs[kind].finish(notes.left - 35)  # of a limit of 120: time for logits
+            notes.facts.setdefault("runs", {})[kind] = _row_of(results[kind])
+            references[kind] = _begin_cpu_logits(notes, kind)
+            if evaluating is None:
+                file = str(gguf_model(work / kind))
+                words = ["eval", file, "--reference", str(source), "--text", held_out, "--device", device, "--json"]
+                evaluating = Run(kind, [*words, *float32[:2]], threads(notes, 16), work / "eval.log").start()
+    for kind, reference in references.items():
+        with notes.step(f"logits of {kind}"):
+            settings = ("float32", {"compute_dtype": "float32"}), ("bfloat16", dict[str, str]())
+            _beside_cpu_logits(notes, reference, settings)
+    for kind in mixtures:
+        with notes.step(f"{kind} on the CPU"):
+            results[f"{kind} cpu"] = runs[f"{kind} cpu"].finish(notes.left - 3)
+            notes.facts.setdefault("runs", {})[f"{kind} cpu"] = _row_of(results[f"{kind} cpu"])
+            if kind in results:
+                _beside_the_cpus(notes, kind, results[f"{kind} cpu"], results[kind])
+    with notes.step("two runs"):
+        again = f"{mixtures[0]} again"
+        runs[again].finish(notes.left - 2)
+        first, second = _hashes(work / mixtures[0]), _hashes(work / again)
+        differ = [file for file in first.keys() | second.keys() if first.get(file) != second.get(file)]
+        notes.same(f"{mixtures[0]}, two runs: files that differ", sorted(differ), [])
+    with notes.step("qwenq eval"):
+        if evaluating is None:
+            raise RuntimeError("no file was made")
+        kl = evaluating.finish(notes.left)["kl"]["mean"]
+        notes.fact("eval_kl", kl)
+        wanted = results[evaluating.name]["drift"]["kl"]["mean"]
+        notes.check(f"{evaluating.name}: KL by eval over the job's, - 1", kl / wanted - 1, 1e-3)
 
 
 def solver(notes: Notes) -> None:
@@ -1445,33 +1557,38 @@ def ranks(notes: Notes) -> None:
         place.bind(("127.0.0.1", 0))
         port = place.getsockname()[1]
     both = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    both["GLOO_SOCKET_IFNAME"] = "lo"  # a machine without a network may not resolve its own name
+    one = Run("one", [*words, "-o", str(notes.work / "ranks-1")], {"OMP_NUM_THREADS": "1"}, notes.work / "one.log")
+    one.start()
+    started = [
+        Run(
+            f"rank {k}", [*words, "-o", str(notes.work / "ranks-2")], both | {"RANK": str(k)},
+            notes.work / f"rank-{k}.log",
+        ).start()
+        for k in range(2)
+    ]  # fmt: skip
     with notes.step("one process"):
-        one = Run("one", [*words, "-o", str(notes.work / "ranks-1")], {"OMP_NUM_THREADS": "1"}, notes.work / "one.log")
-        kl = one.start().finish(notes.left)["drift"]["kl"]["mean"]
+        kl = one.finish(notes.left)["drift"]["kl"]["mean"]
     with notes.step("two ranks"):
-        started = [
-            Run(
-                f"rank {k}", [*words, "-o", str(notes.work / "ranks-2")], both | {"RANK": str(k)},
-                notes.work / f"rank-{k}.log",
-            ).start()
-            for k in range(2)
-        ]  # fmt: skip
         kl_of_two = started[0].finish(notes.left)["drift"]["kl"]["mean"]
         assert started[1].process is not None
         notes.same("exit code of the second rank", started[1].process.wait(max(1.0, notes.left)), 0)
-    notes.check("KL of two ranks over one's, - 1", kl_of_two / kl - 1, 0.1 if notes.cuda else 0.0)
-    shards = [sorted((notes.work / f"ranks-{size}").glob("*.safetensors")) for size in (1, 2)]
-    pairs = [(a.read_bytes(), b.read_bytes()) for a, b in zip(*shards, strict=True)]
-    other = sum(sum(x != y for x, y in zip(a, b, strict=True)) for a, b in pairs)
-    notes.fact("bytes_that_differ", {"of": sum(len(a) for a, _ in pairs), "are": other})
-    if not notes.cuda:
-        notes.same("bytes of two ranks are one's", other, 0)
+    if notes.errors:
+        return
+    with notes.step("compare"):
+        notes.check("KL of two ranks over one's, - 1", kl_of_two / kl - 1, 0.1 if notes.cuda else 0.0)
+        shards = [sorted((notes.work / f"ranks-{size}").glob("*.safetensors")) for size in (1, 2)]
+        pairs = [(a.read_bytes(), b.read_bytes()) for a, b in zip(*shards, strict=True)]
+        other = sum(sum(x != y for x, y in zip(a, b, strict=True)) for a, b in pairs)
+        notes.fact("bytes_that_differ", {"of": sum(len(a) for a, _ in pairs), "are": other})
+        if not notes.cuda:
+            notes.same("bytes of two ranks are one's", other, 0)
 
 
 PARTS: dict[str, Callable[[Notes], None]] = {
     "triton": triton, "decode-4": decode_4, "decode-8": decode_8, "environment": environment, "kernels": kernels,
     "vram-4": vram_4, "vram-8": vram_8, "quantize": quantize,
-    "layer-72b": layer_72b, "model": model, "solver": solver, "ranks": ranks,
+    "layer-72b": layer_72b, "model": model, "gguf": gguf, "solver": solver, "ranks": ranks,
 }  # fmt: skip
 
 
@@ -1484,10 +1601,11 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seconds", type=float, default=math.inf)
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--checkpoints", default="")
+    parser.add_argument("--checkpoints", default="", help="of `logits`: names under --work, with commas between")
+    parser.add_argument("--caches", default="auto", help="of `logits`: dtypes of the KV cache")
     asked = parser.parse_args()
     if asked.part == "logits":
-        cpu_logits(asked.work, asked.checkpoints.split(","))
+        cpu_logits(asked.work, asked.checkpoints.split(","), asked.caches.split(","))
         return 0
     device = torch.device("cuda", 0) if asked.device == "cuda" else CPU
     found = json.loads(asked.found.read_text()) if asked.found else {}

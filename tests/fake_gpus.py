@@ -36,7 +36,7 @@ from qwenq.planning.engines.torch import CUBLAS_WORKSPACE
 from qwenq.planning.memory import context_term
 from qwenq.planning.rig import find_gpu
 from qwenq.runtime import linear
-from qwenq.solver import columns
+from qwenq.solver import columns, superblock
 from qwenq.units import GIB
 
 MIB = 1 << 20
@@ -159,6 +159,8 @@ class _WithoutCudaBuild(TorchFunctionMode):
             target, key, value = args
             aten.copy_(_index(target, key), value)
             return None
+        if func is Tensor.__invert__:
+            return aten.bitwise_not(args[0])
         if func is torch.equal:  # copies arrive
             return True
         if func is torch.tensor and kwargs and kwargs.get("device") is not None:
@@ -201,7 +203,7 @@ def _index(value: Tensor, key: Any) -> Tensor:
             assert isinstance(k, slice), f"cannot index with {k!r} here"
             value, dim = aten.slice(value, dim, k.start, k.stop, k.step or 1), dim + 1
     for at, k in chosen:  # booleans: all of them true
-        value = value.clone() if k.dtype == torch.bool else value.index_select(at, k)
+        value = value.clone() if k.dtype == torch.bool else value.index_select(at, k.reshape(-1)).unflatten(at, k.shape)
     return value
 
 
@@ -276,6 +278,7 @@ class FakeGpus:
         enter(patch.object(layer, "scales_by_weight", lambda norm: True))
         enter(patch.object(linear, "_order", lambda rows, columns, device: torch.zeros(
             rows * columns, dtype=torch.int64, device=device)))  # fmt: skip
+        enter(patch.object(superblock, "_table", superblock._table.__wrapped__))  # what is kept would stay fake
         enter(_Allocations(self.allocators))
         enter(_WithoutCudaBuild())
         return self

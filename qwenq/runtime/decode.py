@@ -20,7 +20,7 @@ from qwenq.machine import has_triton
 from qwenq.model.architectures import ARCHITECTURES
 from qwenq.runtime import cpu_kernels
 from qwenq.runtime.cache import FP8, KvCache
-from qwenq.runtime.linear import kernel_linear
+from qwenq.runtime.linear import dequantized_on_host, kernel_linear
 from qwenq.runtime.model import RunningModel
 
 WARM_STEPS = 2  # without a graph: they compile the kernels
@@ -101,9 +101,10 @@ class DecodeStep:
 
             kernels = triton_kernels
         self.kernels: Any = kernels or cpu_kernels
-        self.graphed = self.kernels is not cpu_kernels
         self.model, self.cache = model, cache
-        self.reason = ""  # why there is no graph though one was asked for
+        self.graphed, self.reason = self.kernels is not cpu_kernels, ""  # why there is no graph though one could be
+        if self.graphed and (kind := dequantized_on_host(model.network)):
+            self.graphed, self.reason = False, f"{kind} is dequantized in host memory"
         self.steps = 0
         self.inputs = torch.zeros(2, dtype=torch.int64, device=model.device)  # the token, and its position
         self.network = one_call(model, cache) if self.kernels is cpu_kernels else None  # made once: tensors stay

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from qwenq.formats.base import PackedShape
 from qwenq.formats.bitsandbytes import Nf4Blocks
-from qwenq.formats.gguf import Blocks, dequantize_blocks, type_scheme
+from qwenq.formats.gguf import WRITTEN, Blocks, dequantize_blocks, type_scheme
 from qwenq.machine import Compute, has_triton, lacks_for_cpu_kernels
 from qwenq.model.devices import multiply_into, product_dtype
 from qwenq.planning.kernels import (
@@ -512,6 +512,12 @@ class BlockEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         rows = dequantize_blocks(self.kind, self.data[ids.reshape(-1)]).to(self.dtype)
         return rows.view(*ids.shape, -1)
+
+
+def dequantized_on_host(network: nn.Module) -> str:
+    """The GGUF type of a weight whose values come from gguf-py, through host memory, for every call; empty: of none."""
+    kinds = (each.kind for each in network.modules() if isinstance(each, BlockLinear | BlockEmbedding))
+    return next((kind for kind in kinds if kind not in WRITTEN), "")
 
 
 def block_head(stored: Blocks, dtype: torch.dtype, device: torch.device) -> CpuLinear | BlockLinear:

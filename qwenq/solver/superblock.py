@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -181,37 +182,35 @@ def _affine_rounder(scale_SO: Tensor, minimum_SO: Tensor, columns: int, top: int
 # ---------------------------------------------------------------------- one scale
 
 
+@cache
+def _table(levels: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Levels, float32, and what lies halfway between neighbours; copied to a device once: a CUDA graph copies nothing
+    from the host.
+    """
+    table = torch.tensor(levels, dtype=torch.float32)
+    between = (table[1:] + table[:-1]) / 2
+    return table.to(device), between.to(device)
+
+
 class _Units:
     """Codes as multiples of a scale: integers around a zero point, or a table of levels, which rise."""
 
     def __init__(self, bits: int, levels: tuple[int, ...]) -> None:
         self.zero, self.top = 1 << (bits - 1), (1 << bits) - 1
-        self.even = not levels
-        self.levels = torch.tensor(levels, dtype=torch.float32)
-        self.between = (self.levels[1:] + self.levels[:-1]) / 2
+        self.even, self.levels = not levels, levels
         self.most = float(max(levels, key=abs)) if levels else -float(self.zero)
-
-    def on(self, device: torch.device) -> _Units:
-        """These, with a table's levels on a device, so that a loop over columns does not copy them for each.
-
-        They are filled in there: a copy from the host cannot be captured in a CUDA graph.
-        """
-        if self.levels.numel() and device != self.levels.device:
-            self.levels = torch.stack([torch.full((), level, device=device) for level in self.levels.tolist()])
-            self.between = (self.levels[1:] + self.levels[:-1]) / 2
-        return self
 
     def of(self, codes: Tensor) -> Tensor:
         """Units of codes, float32."""
         if self.even:
             return codes.float() - self.zero
-        return self.levels.to(codes.device)[codes.int()]
+        return _table(self.levels, codes.device)[0][codes.int()]
 
     def nearest(self, value: Tensor) -> Tensor:
         """Codes, float32, of the units nearest to values in units."""
         if self.even:
             return value.round().add_(self.zero).clamp_(0, self.top)
-        return torch.bucketize(value.contiguous(), self.between.to(value.device)).float()
+        return torch.bucketize(value.contiguous(), _table(self.levels, value.device)[1]).float()
 
 
 def _scale_search(
@@ -271,7 +270,7 @@ class TableGrid(Grid):
         return (units_GKO * scale_GO[:, None]).flatten(0, 1)
 
     def column_rounder(self, parameters: Parameters, columns: int) -> ColumnRounder:
-        return _unit_rounder(parameters[0], columns, self._units.on(parameters[0].device))
+        return _unit_rounder(parameters[0], columns, self._units)
 
     def refit(
         self, parameters: Parameters, codes_KO: Tensor, h_KK: Tensor, error_KO: Tensor, slope_KO: Tensor
@@ -385,7 +384,7 @@ class SuperGrid(Grid):
         return (units_SNO * scale_SO[:, None]).flatten(0, 1)
 
     def column_rounder(self, parameters: Parameters, columns: int) -> ColumnRounder:
-        return _unit_rounder(self._scale(parameters), columns, self._units.on(parameters[0].device))
+        return _unit_rounder(self._scale(parameters), columns, self._units)
 
     def refit(
         self, parameters: Parameters, codes_KO: Tensor, h_KK: Tensor, error_KO: Tensor, slope_KO: Tensor

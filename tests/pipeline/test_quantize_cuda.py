@@ -15,7 +15,7 @@ import pytest
 import torch
 from fake_gpus import Allocator, FakeGpus
 
-from qwenq.formats.base import Recipe, Scheme
+from qwenq.formats.base import Recipe, Scheme, get_format
 from qwenq.model.spec import ModelSpec, family_spec
 from qwenq.pipeline import monitor as clock_module
 from qwenq.pipeline import workers as workers_module
@@ -30,6 +30,7 @@ from qwenq.runtime.synthetic import synthetic_config
 from qwenq.solver import gptq
 from qwenq.solver import parallel as rows
 from qwenq.solver.equalize import FoldedLayer
+from qwenq.solver.gptq import round_rows
 from qwenq.solver.grid import IntegerGrid
 
 LENGTH = 512
@@ -158,3 +159,22 @@ def test_rounding_to_nearest_stays_on_its_gpu() -> None:
         packed, results = round_block(spec, 0, recipe, folded)
         assert fake.allocators[0].allocated_peak == 0 < fake.allocators[1].allocated_peak
     assert len(results) == 7 and {tensor.device.type for tensor in packed.values()} == {"cpu"}
+
+
+@pytest.mark.parametrize("mixture", ["Q2_K", "Q4_K_M", "IQ4_XS"])
+def test_ggufs_types_are_solved_and_packed_on_their_gpu(mixture: str) -> None:
+    shape = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 8, "head_dim": 32}
+    spec, form = replace(of("Qwen2.5-0.5B"), **shape), get_format("gguf")
+    recipe = form.mixture(mixture, spec)
+    _, _, packed = traced_layer(spec, recipe, ["RTX 3090"], 4, 1.0)
+    stored = {t.name: t for lin in spec.layer_linears(0) for t in recipe.linear_tensors(lin)}
+    assert set(packed) == {name for name in stored if not name.endswith(".bias")}
+    for name, tensor in packed.items():
+        assert tensor.dtype == torch.uint8 and tensor.nbytes == stored[name].nbytes, name
+    outer = spec.outer_linears[0]
+    scheme = recipe.outer_scheme(outer)
+    assert scheme is not None
+    with FakeGpus(["RTX 3090"]):
+        rows = round_rows(torch.empty(64, outer.in_features, device="cuda:0"), scheme.grid())
+        assert form.pack(rows)["weight"].device == torch.device("cuda", 0)
+        assert rows.dequantize().shape == (64, outer.in_features)

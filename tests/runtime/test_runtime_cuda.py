@@ -17,9 +17,11 @@ from torch import Tensor
 
 from qwenq.formats.base import PackedShape, Recipe, Scheme
 from qwenq.formats.bitsandbytes import Nf4Blocks
+from qwenq.formats.gguf import GGUF, Blocks, type_scheme
+from qwenq.io.gguf import TYPES
 from qwenq.machine import SCORE_BYTES, Compute
 from qwenq.model.attention import causal_attention
-from qwenq.model.spec import ModelSpec, family_spec
+from qwenq.model.spec import LinearSpec, ModelSpec, family_spec
 from qwenq.planning.kernels import ROW_BLOCK_BYTES, choose, kept_bytes, row_block_bytes, row_block_weights
 from qwenq.planning.profile import MeasuredRow
 from qwenq.planning.weights import allocated_bytes, recipe_weights
@@ -226,6 +228,62 @@ def test_row_blocks_take_what_is_counted(scheme: Scheme | str, sym: bool, capabi
     else:
         assert wanted == ROW_BLOCK_BYTES[kind][0 if sym else 1]
     assert wanted - 0.3 < found / block < wanted + 0.15, (kind, sym, found / block)
+
+
+class RandomBlocks(SyntheticWeights):
+    """What a GGUF file would have: bytes, in the types of a mixture."""
+
+    def table(self, name: str, device: torch.device) -> Any:
+        return self.blocks(dict(self.recipe.overrides)[name.removesuffix(".weight")], self.shapes[name], device)
+
+    def blocks(self, scheme: Scheme | None, shape: tuple[int, ...], device: torch.device) -> Blocks:
+        assert scheme is not None
+        found = TYPES[scheme.codes]
+        data_OB = torch.empty(shape[0], shape[1] // found.values * found.n_bytes, dtype=torch.uint8, device=device)
+        return Blocks(scheme.codes, data_OB)
+
+    def linear(self, lin: LinearSpec, dtype: torch.dtype, device: torch.device) -> Any:
+        bias = self.tensor(lin.name + ".bias", device) if lin.bias else None
+        scheme, shape = self.recipe.scheme_of(lin), self.shapes[lin.name + ".weight"]
+        assert scheme is not None
+        described = GGUF.packed_shape(scheme, lin)
+        return packed_linear(self.blocks(scheme, shape, device), described, bias, dtype, device)
+
+
+@pytest.mark.parametrize(
+    ("mixture", "kernels"),
+    [("Q4_K_M", {"int4", "blocks"}), ("IQ4_XS", {"blocks"}), ("Q8_0", {"int4 halves"})],
+)
+def test_a_gguf_file_runs_on_a_gpu(mixture: str, kernels: set[str]) -> None:
+    spec = replace(of("Qwen2.5-3B", 2), vocab_size=4096, tie_word_embeddings=False)
+    recipe = GGUF.mixture(mixture, spec)
+    weights = recipe_weights(spec, recipe)
+    with FakeGpus(["RTX 3090"]), load_from(
+        RandomBlocks(spec, recipe), weights, synthetic_config(spec), spec, LoadOptions(max_model_len=150)
+    ) as found:  # fmt: skip
+        rows, ended = measure.measure(found, weights, [150])
+        assert not ended and set(found.model.kernels()) == kernels
+    assert [row.phase for row in rows] == ["prefill", "decode"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted"), [("Q2_K", 9.6), ("Q3_K", 9.4), ("Q5_K", 9.4), ("Q6_K", 9.4), ("IQ4_XS", 13.2)]
+)
+def test_row_blocks_of_ggufs_types_take_no_more_than_is_counted(kind: str, wanted: float) -> None:
+    outputs, inputs, tokens = 4096, 8192, 16
+    found, cuda, bf16 = TYPES[kind], torch.device("cuda", 0), torch.bfloat16
+    shape = PackedShape(type_scheme(kind).bits, 32, outputs, inputs, True, table=True, blocks=kind)
+    with FakeGpus(["RTX 3090"]) as gpus:
+        data_OB = torch.empty(outputs, inputs // found.values * found.n_bytes, dtype=torch.uint8, device=cuda)
+        module, choice = packed_linear(Blocks(kind, data_OB), shape, None, bf16, cuda)
+        x = torch.empty(tokens, inputs, dtype=bf16, device=cuda)
+        assert choice.kind == "blocks" and module(x).device == cuda
+        gpus.allocators[0].forget_peaks()
+        before = gpus.allocators[0].allocated
+        module(x)
+        taken = (gpus.allocators[0].allocated_peak - before) / row_block_weights(inputs, "cuda")
+    assert wanted - 0.2 < taken < wanted + 0.1, taken
+    assert taken < ROW_BLOCK_BYTES["blocks"][0]
 
 
 def test_no_room_for_the_cache_is_one_line_with_the_gpu() -> None:

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from qwenq import machine
 from qwenq.formats.base import PackedShape, Recipe, Scheme
+from qwenq.formats.gguf import Blocks
+from qwenq.io.gguf import TYPES
 from qwenq.machine import Compute
 from qwenq.model.spec import ModelSpec, family_spec
 from qwenq.planning.kernels import Choice, choose, compute_on, kept_bytes
@@ -32,7 +34,7 @@ from qwenq.runtime import decode, generate, linear
 from qwenq.runtime.cache import KvCache
 from qwenq.runtime.decode import DecodeStep
 from qwenq.runtime.generate import Session, Timing
-from qwenq.runtime.linear import pack_codes, packed_linear, unpack_codes
+from qwenq.runtime.linear import BlockLinear, pack_codes, packed_linear, unpack_codes
 from qwenq.runtime.model import RunningModel, build_model
 from qwenq.runtime.synthetic import SyntheticWeights, synthetic_config
 from qwenq.solver.grid import QTensor
@@ -420,6 +422,18 @@ def test_no_memory_for_a_graph(
     assert (step._graph is None) == falls_back
     assert step.reason == ("no memory for a CUDA graph" if falls_back else "")
     assert cache.get_seq_length() == 5
+
+
+def test_no_graph_where_a_weight_is_dequantized_in_host_memory(kernels: Any) -> None:
+    """A capture allows no copy from or to the host."""
+    reasons = {}
+    for kind in ("IQ4_XS", "IQ2_S"):
+        model, found = built("Qwen2.5-0.5B"), TYPES[kind]
+        data_OB = torch.zeros(64, 256 // found.values * found.n_bytes, dtype=torch.uint8)
+        model.network.set_submodule("lm_head", BlockLinear(Blocks(kind, data_OB), None, torch.bfloat16, CPU))
+        step = DecodeStep(model, KvCache(2, 32, None), kernels)
+        reasons[kind] = step.graphed, step.reason
+    assert reasons == {"IQ4_XS": (True, ""), "IQ2_S": (False, "IQ2_S is dequantized in host memory")}
 
 
 def test_models_that_a_step_does_not_know() -> None:

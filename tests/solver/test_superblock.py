@@ -113,3 +113,12 @@ def test_integers_stay_in_their_range(kind: str) -> None:
     for p_ON in q.parameters[1 if isinstance(grid, SuperGrid) else 2 :]:
         low, high = (grid.lowest, -1 - grid.lowest) if isinstance(grid, SuperGrid) else (0, 15)
         assert low <= int(p_ON.min()) and int(p_ON.max()) <= high
+
+
+def test_a_table_of_levels_goes_to_a_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph that dequantizes cannot copy it from the host."""
+    codes_KO, scale_1O = torch.arange(16, dtype=torch.uint8).repeat(2)[:, None], torch.ones(1, 1)
+    first_KO = TableGrid().dequantize(codes_KO, (scale_1O,))
+    assert first_KO[:16, 0].tolist() == list(IQ4_LEVELS)
+    monkeypatch.setattr(torch, "tensor", lambda *values, **options: pytest.fail("made again"))
+    assert torch.equal(TableGrid().dequantize(codes_KO, (scale_1O,)), first_KO)
