@@ -44,6 +44,7 @@ Device = Annotated[
     str,
     option(
         MACHINE,
+        "--device",  # typer 0.27 takes a metavar that is the parameter's name for the option's spelling
         metavar="DEVICE",
         help="cpu, cuda:N or cuda:N,cuda:M; auto: every GPU, or cpu.",
         show_default=False,
@@ -160,6 +161,7 @@ StoredDtype = Annotated[
     str,
     option(
         MACHINE,
+        "--dtype",
         metavar="DTYPE",
         help="Of unquantized tensors: float16, bfloat16; auto: kept as is.",
         show_default=False,

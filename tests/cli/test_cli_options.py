@@ -10,9 +10,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
+from typer.models import OptionInfo
 
 from qwenq.cli.main import COMMANDS, RENAMED_FLAGS, SUBCOMMANDS, command
 from qwenq.pipeline.config import QuantizeConfig
@@ -115,6 +116,17 @@ def test_old_names_work_and_are_not_shown() -> None:
     assert set(RENAMED_FLAGS.values()) <= set(OPTIONS["quantize"].split())
     after = run("run", "--", "--pull")  # no option there, but the model's name
     assert after.exit_code == 1 and "--pull: neither a directory" in after.stderr
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_no_metavar_is_taken_for_an_option(name: str) -> None:
+    """typer 0.27 spells an option without a name of its own like a metavar that differs in case alone: --DEVICE."""
+    callback = command(*name.split()).callback
+    assert callback is not None
+    for parameter, hint in get_type_hints(inspect.unwrap(callback), include_extras=True).items():
+        for info in getattr(hint, "__metadata__", ()):
+            if isinstance(info, OptionInfo) and info.default is ...:  # typer keeps the first name there
+                assert (info.metavar or "").lower().replace("_", "-") != parameter.replace("_", "-"), parameter
 
 
 @pytest.mark.parametrize("name", OPTIONS)
