@@ -1222,7 +1222,7 @@ def layer_72b(notes: Notes) -> None:
         if code:
             raise RuntimeError(f"exit code {code}: {said[-1000:]}")
         dry = json.loads(said)
-        predicted = dry["peak_vram_bytes"]
+        predicted = dry["peak_vram_bytes"] + dry["state_vram_bytes"]
         notes.fact("predicted", {"vram_bytes": predicted, "ram_bytes": dry["peak_ram_bytes"]})
     with notes.step("quantize"):
         if notes.cuda:

@@ -16,6 +16,13 @@ from torch import Tensor
 from qwenq.errors import RunError
 
 
+def on_device(tensor: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    """`tensor` there and in this dtype; converted on the side of the copy where it is the smaller one."""
+    if dtype.itemsize > tensor.dtype.itemsize:
+        return tensor.to(device).to(dtype)
+    return tensor.to(dtype).to(device)
+
+
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype to multiply `x` in: its own, but float32 for bfloat16 on a device that is slow at it."""
     if x.dtype == torch.bfloat16 and not multiplies_bfloat16(x.device):

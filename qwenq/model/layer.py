@@ -20,6 +20,7 @@ from qwenq.errors import CheckpointError, out_of_memory
 from qwenq.io.json import shown
 from qwenq.model.architectures import Stage
 from qwenq.model.attention import WINDOWS, register
+from qwenq.model.devices import on_device
 from qwenq.model.spec import ModelSpec
 
 _SHAPES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
@@ -138,7 +139,7 @@ class Network:
 
     def fill(self, state: Mapping[str, torch.Tensor]) -> None:
         """Put one layer's parameters in place, converted to the compute dtype; the former layer's are let go."""
-        converted = {name: t.to(device=self.device, dtype=self.dtype) for name, t in state.items()}
+        converted = {name: on_device(t, self.device, self.dtype) for name, t in state.items()}
         self._layer.load_state_dict(converted, strict=True, assign=True)
         self._layer.requires_grad_(False)
 
@@ -157,7 +158,7 @@ class Network:
 
     def set_parameter(self, path: str, value: torch.Tensor) -> None:
         """Replace a parameter of the layer by its relative name."""
-        self._layer.get_parameter(path).data = value.to(device=self.device, dtype=self.dtype)
+        self._layer.get_parameter(path).data = on_device(value, self.device, self.dtype)
 
     # ------------------------------------------------------------------ the whole layer
 

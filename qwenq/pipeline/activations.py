@@ -59,7 +59,7 @@ class HiddenStates:
                 for rank, place in self.shares[name].places:
                     part = self._part(name, rank, place, ranks)
                     ranks.send(part, rank, 0)
-                    put(raw_bytes(part))
+                    put(raw_bytes(part.cpu()))
 
         if ranks.first:
             return write_synced(path, chunks)
@@ -76,8 +76,10 @@ class HiddenStates:
             for rank, place in self.shares[name].places:
                 part = self._part(name, rank, place, ranks)
                 if ranks.first:
-                    read_into(path, at, part)
+                    read = torch.empty_like(part, device="cpu") if part.device.type != "cpu" else part
+                    read_into(path, at, read)
                     at += part.nbytes
+                    part.copy_(read)
                 ranks.send(part, 0, rank)
         return True
 
@@ -147,10 +149,12 @@ def embed_tokens(
     tokens: TokenSets,
     directory: Path,
     convert: Convert = lambda name, tensor: tensor,
+    gpu: torch.device | None = None,
 ) -> HiddenStates:
     """Hidden states entering the first layer; beyond SPILL_BYTES they lie in files under `directory`.
 
     convert: what the writer does to the stored embedding, which calibration and quantized hidden states begin with.
+    gpu: that those of the calibration tokens are kept on, with their scratch.
     """
     spec, calibration_NT = source.spec, tokens.calibration_NT
     shares: dict[str, Share] = {}
@@ -168,17 +172,20 @@ def embed_tokens(
     if tokens.dtype != torch.float32:
         want("float32", tokens.evaluation_NT, tokens.evaluation.up_to(NOISE_WINDOWS), torch.float32)
     scratch = wanted["calibration"][0].numel() * scratch_width(spec) if "calibration" in wanted else 0
-    total = sum(ids.numel() * spec.hidden_size * kind.itemsize for ids, kind in wanted.values())
-    spill = total + scratch * tokens.calibration_dtype.itemsize > SPILL_BYTES
-    states = {
-        name: _allocate((*ids.shape, spec.hidden_size), kind, directory / f".qwenq-{name}" if spill else None)
-        for name, (ids, kind) in wanted.items()
-    }
+    on_gpu = ("calibration", "original") if gpu else ()
+    total = sum(ids.numel() * spec.hidden_size * t.itemsize for name, (ids, t) in wanted.items() if name not in on_gpu)
+    spill = total + (0 if gpu else scratch * tokens.calibration_dtype.itemsize) > SPILL_BYTES
+
+    def allocate(name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        if gpu and name in (*on_gpu, "scratch"):
+            return torch.empty(*shape, dtype=dtype, device=gpu)
+        return _allocate(shape, dtype, directory / f".qwenq-{name}" if spill else None)
+
+    states = {name: allocate(name, (*ids.shape, spec.hidden_size), kind) for name, (ids, kind) in wanted.items()}
     pairs = {name: (states[name], ids) for name, (ids, _) in wanted.items()}
     embed(source, {name: pair for name, pair in pairs.items() if name not in AS_WRITTEN})
     embed(source, {name: pair for name, pair in pairs.items() if name in AS_WRITTEN}, convert)
-    space = _allocate((scratch,), tokens.calibration_dtype, directory / ".qwenq-scratch" if spill else None)
-    return HiddenStates(states, shares, space)
+    return HiddenStates(states, shares, allocate("scratch", (scratch,), tokens.calibration_dtype))
 
 
 def embed(
@@ -200,7 +207,7 @@ def embed(
         table = convert(name, source.read_slice(name, start, stop)) if here else None
         for h_TH, ids_T, held_T in here:
             assert table is not None
-            h_TH[held_T] = table[ids_T[held_T] - start].to(h_TH.dtype)
+            h_TH[held_T] = table[ids_T[held_T] - start].to(h_TH)
     for states, _ in targets.values():
         if not bool(torch.isfinite(states).all()):
             raise CheckpointError(

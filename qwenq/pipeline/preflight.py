@@ -54,6 +54,7 @@ class Preflight:
     stage_bytes: dict[str, int]
     peak_ram_bytes: int
     peak_vram_bytes: int
+    state_vram_bytes: int  # more, where one GPU has them free: hidden states then stay there
     state_bytes: int  # hidden states kept on disk to resume from, both copies
     spill_bytes: int  # token buffers in a memory-mapped file
     disk_needed_bytes: int
@@ -128,6 +129,7 @@ def preflight(job: PlannedJob) -> Preflight:
         stage_bytes=stage_bytes,
         peak_ram_bytes=host,
         peak_vram_bytes=device,
+        state_vram_bytes=gpu_state_bytes(spec, tokens) if job.on_gpu and job.ranks == 1 else 0,
         state_bytes=2 * states,
         spill_bytes=spill,
         disk_needed_bytes=file_total + 2 * states + spill + _SLACK_BYTES,
@@ -176,6 +178,13 @@ def token_buffer_bytes(spec: ModelSpec, tokens: Tokens, compute_bytes: int, rank
     return hidden_state_bytes(spec, tokens, compute_bytes, ranks) + scratch
 
 
+def gpu_state_bytes(spec: ModelSpec, tokens: Tokens) -> int:
+    """Hidden states of the calibration tokens and their scratch, where one GPU has room for them."""
+    none = replace(tokens, calibration_windows=0)
+    wide = tokens.calibration_bytes
+    return token_buffer_bytes(spec, tokens, wide) - token_buffer_bytes(spec, none, wide)
+
+
 def peak_bytes(
     spec: ModelSpec, tokens: Tokens, compute_bytes: int, on_gpu: bool, ranks: int = 1
 ) -> tuple[int, int]:
@@ -202,7 +211,7 @@ def peak_bytes(
     work = max(tokens.calibration_bytes * parameters + max(calibrating, solving), evaluating)
     buffers = token_buffer_bytes(spec, tokens, compute_bytes, ranks)
     if on_gpu:
-        return BASE_BYTES + buffers + source, max(work, head)
+        return BASE_BYTES + buffers + 2 * source, max(work, head)  # the next layer is read meanwhile
     none = replace(tokens, calibration_windows=0)
     at_the_head = hidden_state_bytes(spec, none, compute_bytes, ranks) + head
     return BASE_BYTES + max(buffers + source + work, at_the_head), 0

@@ -16,7 +16,8 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ from qwenq.pipeline.job import DTYPES, QuantizeJob, QuantizeResult, partial_dire
 from qwenq.pipeline.journal import Journal, locked, never_begun, refuse_changes
 from qwenq.pipeline.monitor import StageClock, memory_errors
 from qwenq.pipeline.output import Output, copied_files, give_name
-from qwenq.pipeline.preflight import PlannedJob, preflight
+from qwenq.pipeline.preflight import PlannedJob, Preflight, preflight
 from qwenq.pipeline.ranks import ALONE, Ranks
 from qwenq.pipeline.shares import NO_WINDOWS
 from qwenq.pipeline.workers import Workers
@@ -59,6 +60,7 @@ from qwenq.solver.equalize import FoldedLayer
 from qwenq.solver.parallel import joined_stats
 
 _STATE_FILES = (".qwenq-state-0.safetensors", ".qwenq-state-1.safetensors")
+VRAM_KEPT_FREE = 2 << 30  # bytes: the allocator's slack, libraries' workspaces
 _STATE_INTERVAL_S = 30.0  # hidden states are saved to disk this often; layers done since are replayed on resume
 _NO_MEMORY = "make room, then go on with --resume; or start again with fewer windows (-n)"
 Listener = Callable[[BlockResult | str], None]
@@ -118,7 +120,13 @@ def check_places(job: QuantizeJob, resume: bool) -> None:
         raise _unfinished(work)
     if resume and not work.exists():
         raise JobError(f"{work}: no unfinished job there to resume", hint="leave --resume out")
-    check = preflight(
+    check = preflight_of(job)
+    written = sum(p.stat().st_size for p in work.rglob("*") if p.is_file()) if work.exists() else 0
+    replace(check, disk_needed_bytes=max(check.disk_needed_bytes - written, 0)).check_disk(job.out)
+
+
+def preflight_of(job: QuantizeJob) -> Preflight:
+    return preflight(
         PlannedJob(
             job.source.spec,
             job.recipe,
@@ -131,12 +139,45 @@ def check_places(job: QuantizeJob, resume: bool) -> None:
             beside=job.container,
         )
     )
-    written = sum(p.stat().st_size for p in work.rglob("*") if p.is_file()) if work.exists() else 0
-    replace(check, disk_needed_bytes=max(check.disk_needed_bytes - written, 0)).check_disk(job.out)
+
+
+def gpu_for_states(job: QuantizeJob, devices: Sequence[torch.device]) -> torch.device | None:
+    """The job's one GPU, where the calibration tokens' hidden states fit beside all else: to copy them there and back
+    takes longer than a layer's matmuls.
+    """
+    if job.calibration is None or len(devices) > 1 or devices[0].type != "cuda":
+        return None
+    check = preflight_of(job)
+    free, _ = torch.cuda.mem_get_info(devices[0])
+    fits = check.peak_vram_bytes + check.state_vram_bytes + VRAM_KEPT_FREE <= free
+    return devices[0] if fits else None
 
 
 def _unfinished(work: Path) -> JobError:
     return JobError(f"{work}: an unfinished job is there", hint="go on with --resume, or delete it")
+
+
+class SourceLayers:
+    """A source's layers, one after the other. ahead: the next is read and checked while the GPU works on this one."""
+
+    def __init__(self, source: Checkpoint, *, ahead: bool) -> None:
+        self._source = source
+        self._reader = ThreadPoolExecutor(1, "qwenq-reader") if ahead else None
+        self._next: tuple[int, Future[dict[str, torch.Tensor]]] | None = None
+
+    def take(self, layer: int) -> dict[str, torch.Tensor]:
+        """The layer's tensors by their names within it; CheckpointError for one that is not finite."""
+        if self._next is not None and self._next[0] == layer:
+            state = self._next[1].result()
+        else:
+            state = self._source.finite_layer_state(layer)
+        self._next = None
+        if layer + 1 < self._source.spec.num_hidden_layers:
+            if self._reader is None:
+                self._source.prefetch(layer + 1)
+            else:
+                self._next = layer + 1, self._reader.submit(self._source.finite_layer_state, layer + 1)
+        return state
 
 
 class _Run:
@@ -177,13 +218,17 @@ class _Run:
         journal = self._journal(described, beside) if self.ranks.first else None
         if (done := self._done_before(journal)) is not None:
             return done
-        states = embed_tokens(self.job.source, self.job.tokens(self.ranks), self.work, self.job.convert)
+        gpu = gpu_for_states(self.job, self.calibrator.devices) if self.ranks.size == 1 else None
+        if gpu is not None:
+            self.listen(f"hidden states of the calibration tokens stay on {gpu}")
+        states = embed_tokens(self.job.source, self.job.tokens(self.ranks), self.work, self.job.convert, gpu)
         outer = self._write_ends() if self.ranks.first else {}
         runner = LayerRunner(states.states, states.shares, self.workers)
         rows = self._recover(journal, states, runner)
         saved, interval_s = time.perf_counter(), _STATE_INTERVAL_S
+        source = SourceLayers(self.job.source, ahead=self.job.config.device != "cpu")
         for layer in range(len(rows), self.spec.num_hidden_layers):
-            row = self._layer(layer, states, runner)
+            row = self._layer(layer, source, states, runner)
             began = time.perf_counter()
             if self.ranks.from_first(lambda began=began, due=saved + interval_s: began > due):  # type: ignore[misc]
                 row["state"] = self._save_state(journal, states)
@@ -194,7 +239,7 @@ class _Run:
             if journal is not None:
                 journal.append(row)
             self.listen(BlockResult.from_json(row["result"]))
-        del runner
+        del runner, source
         head = None
         if self.job.head_scheme is not None:
             return_freed_memory()
@@ -244,12 +289,13 @@ class _Run:
 
     # -------------------------------------------------------------- one layer
 
-    def _layer(self, layer: int, states: HiddenStates, runner: LayerRunner) -> dict[str, Any]:
+    def _layer(
+        self, layer: int, source: SourceLayers, states: HiddenStates, runner: LayerRunner
+    ) -> dict[str, Any]:
         start = time.perf_counter()
         clock = StageClock(self.job.devices)
         with clock.time("load"):
-            state = self.job.source.finite_layer_state(layer)
-            self.job.source.prefetch(layer + 1)
+            state = source.take(layer)
         with clock.time("evaluate"):
             runner.advance(state, "float32", "reference")
         squares = None if self.job.config.save_imatrix is None else InputSquares(self.calibrator, self.spec)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from qwenq.model.architectures import Stage
+from qwenq.model.devices import on_device
 
 MOMENT_EXPONENT = 1 / 16
 POWER_EXPONENT = 1 / 4
@@ -106,7 +107,7 @@ class FoldedLayer:
         return channel_scales(power_I / sum(len(w_OI) for w_OI in weights), moment_I)
 
     def _tensor(self, name: str) -> Tensor:
-        return self.state[name].to(device=self.device, dtype=torch.float32)
+        return on_device(self.state[name], self.device, torch.float32)
 
     def _as_stored(self, name: str, value: Tensor) -> Tensor:
         return value.to(self.kept[name].dtype)

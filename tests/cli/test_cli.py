@@ -72,7 +72,7 @@ def test_dry_run_of_a_family(bits: int, wanted: int) -> None:
     assert set(found) == {
         "model", "parameters", "scheme", "format", "bits_per_linear_weight", "tensor_bytes", "file_bytes",
         "source_tensor_bytes", "schemes", "stage_bytes",
-        "peak_ram_bytes", "peak_vram_bytes", "state_bytes", "spill_bytes", "disk_needed_bytes",
+        "peak_ram_bytes", "peak_vram_bytes", "state_vram_bytes", "state_bytes", "spill_bytes", "disk_needed_bytes",
         "disk_free_bytes", "tensor_parallel", "device", "assumed", "warnings", "source_download_bytes", "ranks",
         "wire_layer_bytes", "wire_head_bytes", "wire_state_bytes",
     }  # fmt: skip

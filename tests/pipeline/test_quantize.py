@@ -11,6 +11,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from qwenq.errors import CheckpointError, JobError, PlanError, QwenqError, Usage
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.pipeline.evaluate import evaluate
 from qwenq.pipeline.job import QuantizeJob, partial_directory
-from qwenq.pipeline.quantize import quantize
+from qwenq.pipeline.quantize import VRAM_KEPT_FREE, SourceLayers, gpu_for_states, preflight_of, quantize
 from qwenq.text.tokens import TokenWindows
 
 Make = Callable[..., Path]
@@ -701,3 +702,42 @@ def test_activations_that_are_not_finite_are_named(random_model: Make, tmp_path:
 def test_float16_calibrates_nothing(random_model: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"^--calibration-dtype float16: wanted float32, bfloat16 or auto$"):
         small_job(random_model(), tmp_path / "out", calibration_dtype="float16")
+
+
+def test_the_next_layer_read_ahead_is_the_same_and_its_fault_is_told_in_its_turn(
+    random_model: Make, tmp_path: Path
+) -> None:
+    source = open_checkpoint(random_model("m", num_hidden_layers=3))
+    file = next(iter(source.files))
+    plain, ahead = (SourceLayers(source, ahead=ahead) for ahead in (False, True))
+    for layer in (0, 1):
+        one, two = plain.take(layer), ahead.take(layer)
+        assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    restarted = SourceLayers(source, ahead=True)
+    assert torch.equal(restarted.take(1)["mlp.up_proj.weight"], one["mlp.up_proj.weight"])
+    damaged = tmp_path / "damaged"
+    shutil.copytree(file.parent, damaged)
+    at = source.tensors["model.layers.1.mlp.down_proj.weight"]
+    with open(damaged / at.file.name, "r+b") as content:
+        content.seek(at.start)
+        content.write(b"\xff" * (at.end - at.start))  # NaN, in any float
+    layers = SourceLayers(open_checkpoint(damaged), ahead=True)
+    layers.take(0)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.down_proj"):
+        layers.take(1)
+
+
+def test_hidden_states_stay_on_one_gpu_with_room(random_model: Make, tmp_path: Path, monkeypatch: Any) -> None:
+    job = small_job(random_model("m"), tmp_path / "out")
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    on_gpu = replace(job, config=replace(job.config, device="cuda:0"))
+    check = preflight_of(on_gpu)
+    assert check.state_vram_bytes >= (6 + 3) * 32 * job.source.spec.hidden_size * 4, "calibration, half of it original"
+    wanted = check.peak_vram_bytes + check.state_vram_bytes + VRAM_KEPT_FREE
+    for free, place in ((wanted, gpu), (wanted - 1, None)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 1 << 40))
+        assert gpu_for_states(on_gpu, [gpu]) == place
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 40, 1 << 40))
+    assert gpu_for_states(on_gpu, [gpu, torch.device("cuda", 1)]) is None
+    assert gpu_for_states(job, [cpu]) is None
+    assert gpu_for_states(replace(on_gpu, calibration=None), [gpu]) is None

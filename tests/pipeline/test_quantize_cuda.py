@@ -22,7 +22,7 @@ from qwenq.pipeline import workers as workers_module
 from qwenq.pipeline.block import BlockSolver, CalibrationStates, SolverOptions, round_block
 from qwenq.pipeline.config import Tokens, original_windows
 from qwenq.pipeline.monitor import StageClock
-from qwenq.pipeline.preflight import peak_bytes, scratch_width
+from qwenq.pipeline.preflight import gpu_state_bytes, peak_bytes, scratch_width
 from qwenq.pipeline.ranks import ALONE
 from qwenq.pipeline.shares import passes
 from qwenq.pipeline.workers import Workers
@@ -58,7 +58,7 @@ def layer(spec: ModelSpec) -> tuple[dict[str, torch.Tensor], dict[str, torch.Ten
 
 
 def traced_layer(
-    spec: ModelSpec, recipe: Recipe, gpus: list[str], windows: int, correction: float
+    spec: ModelSpec, recipe: Recipe, gpus: list[str], windows: int, correction: float, states_there: bool = False
 ) -> tuple[list[Allocator], int, dict[str, torch.Tensor]]:
     """Quantize a layer: what each GPU's allocator saw, the dry run's prediction in bytes, and the packed tensors."""
     tokens = Tokens(windows, 4, LENGTH, calibration_bytes=2, **({} if correction else {"error_correction_share": 0.0}))
@@ -73,14 +73,16 @@ def traced_layer(
         held = Workers(synthetic_config(spec), spec, dtype=torch.bfloat16, window_tokens=LENGTH, devices=devices)
         state, kept = layer(spec)
         held.fill(state)
-        hidden = torch.empty(windows, LENGTH, spec.hidden_size, dtype=torch.bfloat16)
-        scratch = torch.empty(windows * LENGTH * scratch_width(spec), dtype=torch.bfloat16)
+        place = devices[0] if states_there else "cpu"
+        hidden = torch.empty(windows, LENGTH, spec.hidden_size, dtype=torch.bfloat16, device=place)
+        scratch = torch.empty(windows * LENGTH * scratch_width(spec), dtype=torch.bfloat16, device=place)
         share, corrected = ALONE.share(*passes(windows, count)), ALONE.share(*passes(count, count))
         states = CalibrationStates(hidden, hidden[:count].clone() if count else None, scratch, share, corrected)
         folded = FoldedLayer(state, kept, devices[0])
         options = SolverOptions(error_correction=correction)
         packed, _ = BlockSolver(held, spec, 0, recipe, folded, states, options, StageClock()).run()
-        return fake.allocators, peak_bytes(spec, tokens, 2, on_gpu=True)[1], packed
+        predicted = peak_bytes(spec, tokens, 2, on_gpu=True)[1]
+        return fake.allocators, predicted + (gpu_state_bytes(spec, tokens) if states_there else 0), packed
 
 
 @pytest.mark.parametrize(
@@ -102,6 +104,13 @@ def test_a_layer_takes_what_the_dry_run_says(name: str, gpus: int, correction: f
     peaks = [allocator.allocated_peak for allocator in allocators]
     assert 0.85 < max(peaks) / predicted < 1.01, (peaks, predicted)
     assert min(peaks) > 0.5 * max(peaks)  # no GPU idles
+
+
+def test_a_layer_whose_hidden_states_stay_on_the_gpu_takes_what_the_dry_run_says() -> None:
+    spec, recipe = of("Qwen2.5-0.5B"), Recipe(Scheme(4, 64))
+    (allocator,), predicted, packed = traced_layer(spec, recipe, ["RTX 3090"], 16, 1.0, states_there=True)
+    assert {tensor.device.type for tensor in packed.values()} == {"cpu"}
+    assert 0.85 < allocator.allocated_peak / predicted < 1.01, (allocator.allocated_peak, predicted)
 
 
 def test_stages_wait_for_what_gpus_were_given(monkeypatch: pytest.MonkeyPatch) -> None:
