@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
-"""Draw the pictures of README.md and docs/: KL against size, the calculator page, a report.
+"""Draw the pictures of README.md and docs/: KL by text, KL against size, the calculator page, a report.
 
     make pictures
 
-KL against size comes from reports/benchmarks.jsonl (measured, see reports/solver.md and reports/budget.md); the report
+KL by text comes from reports/qwen25.jsonl (measured, see reports/qwen25.md), KL against size from
+reports/benchmarks.jsonl (reports/solver.md and reports/budget.md); the report
 is reports/demo.html as it was recorded; the calculator page is served and photographed in headless Chromium
 (`QWENQ_CHROMIUM`, /usr/bin/chromium by default), with playwright.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from pathlib import Path
 from playwright.sync_api import Browser, sync_playwright
 
 from qwenq.report.benchmarks import Benchmark, read_benchmarks
+from qwenq.report.drawing import MARKERS, Drawing, Scale, nice_range, text_width, tick_text
 from qwenq.report.plots import Point, draw_kl_size
 
 HERE = Path(__file__).parent
@@ -40,8 +43,9 @@ STYLE = (
 
 
 def main() -> None:
-    """Write the three pictures."""
+    """Write the four pictures."""
     PICTURES.mkdir(exist_ok=True)
+    (PICTURES / "qwen25-kl.svg").write_text(kl_by_text(), encoding="utf-8")
     (PICTURES / "kl-size.svg").write_text(kl_size(), encoding="utf-8")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
@@ -62,9 +66,63 @@ def kl_size() -> str:
               ours=b.tool == "qwenq")
         for b in found
     ]  # fmt: skip
-    svg = draw_kl_size(points, "stored bits per linear weight", 760, "kl-size").svg()
+    return _file(draw_kl_size(points, "stored bits per linear weight", 760, "kl-size"))
+
+
+def _file(drawing: Drawing) -> str:
+    """With a style and a ground of its own."""
     ground = '<rect width="100%" height="100%" fill="#fff"/>'
-    return svg.replace("<title", f"<style>{STYLE}</style>{ground}<title", 1) + "\n"
+    return drawing.svg().replace("<title", f"<style>{STYLE}</style>{ground}<title", 1) + "\n"
+
+
+# Of the real Qwen2.5: what is drawn, in the order of the legend
+SHOWN = {
+    ("qwenq", "4-bit g128"): "qwenq",
+    ("gptqmodel", "4-bit g128 mse=2.4"): "GPTQModel, mse=2.4",
+    ("gptqmodel", "4-bit g128"): "GPTQModel",
+    ("llmcompressor", "4-bit g128 imatrix_mse"): "llm-compressor, imatrix_mse",
+}
+ROW_PX = 52.0
+
+
+def kl_by_text() -> str:
+    """Mean KL of a real Qwen2.5 at 4 bits, by kind of text and tool, all given the same encyclopedia windows."""
+    lines = (REPORTS / "qwen25.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if row["calibration"] == "encyclopedia"]
+    found = {(row["text"], SHOWN[key]): row for row in rows if (key := (row["tool"], row["setting"])) in SHOWN}
+    texts = list(dict.fromkeys(text for text, _ in found))
+    said = "; ".join(
+        f"{text}, {name}: {row['kl']:.4f} ({row['kl_low']:.4f} to {row['kl_high']:.4f})"
+        for (text, name), row in found.items()
+    )
+    wide, top = 760, 58.0
+    bottom = top + ROW_PX * len(texts)
+    drawing = Drawing(wide, round(bottom + 46), "qwen25-kl", "KL divergence by kind of text", said)
+    low, high = nice_range([row[key] for row in found.values() for key in ("kl_low", "kl_high")], log=True)
+    x = Scale(low, high, 104.0, wide - 16.0, log=True)
+    for tick in x.ticks(6):
+        drawing.line(x(tick), top, x(tick), bottom, "grid")
+        drawing.text(x(tick), bottom + 18, tick_text(tick), "middle", "tick")
+    drawing.text(x.stop, bottom + 36, "mean KL, nats per token, log scale; bars are 95 % intervals", "end", "title")
+    at = 12.0
+    for k, name in enumerate(SHOWN.values()):
+        drawing.mark(MARKERS[k], at, 20, _mark(k))
+        drawing.text(at + 12, 24.5, name)
+        at += text_width(name) + 34
+    for row, text in enumerate(texts):
+        middle = top + ROW_PX * (row + 0.5)
+        drawing.line(x.start, middle - ROW_PX / 2, x.stop, middle - ROW_PX / 2, "grid")
+        drawing.text(x.start - 10, middle + 4.5, text, "end")
+        for k, name in enumerate(SHOWN.values()):
+            y, measured = middle + 10.0 * (k - (len(SHOWN) - 1) / 2), found[text, name]
+            drawing.line(x(measured["kl_low"]), y, x(measured["kl_high"]), y, f"stroke s{k}")
+            drawing.mark(MARKERS[k], x(measured["kl"]), y, _mark(k))
+    drawing.line(x.start, bottom, x.stop, bottom, "axis")
+    return _file(drawing)
+
+
+def _mark(series: int) -> str:
+    return f"{'mark' if series == 0 else 'hollow'} s{series}"
 
 
 def _label(benchmark: Benchmark) -> str:

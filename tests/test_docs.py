@@ -159,7 +159,8 @@ def test_make_targets_exist() -> None:
         assert set(named) <= targets, f"{names(page)}: {set(named) - targets}"
 
 
-def test_plot_is_drawn_from_the_recorded_figures() -> None:
+@pytest.mark.parametrize(("name", "function"), [("kl-size", "kl_size"), ("qwen25-kl", "kl_by_text")])
+def test_plot_is_drawn_from_the_recorded_figures(name: str, function: str) -> None:
     pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    drawn = runpy.run_path(str(ROOT / "docs" / "make_pictures.py"))["kl_size"]()
-    assert (ROOT / "docs" / "pictures" / "kl-size.svg").read_text(encoding="utf-8") == drawn, "run make pictures"
+    drawn = runpy.run_path(str(ROOT / "docs" / "make_pictures.py"))[function]()
+    assert (ROOT / "docs" / "pictures" / f"{name}.svg").read_text(encoding="utf-8") == drawn, "run make pictures"
