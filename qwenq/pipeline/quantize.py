@@ -135,6 +135,7 @@ def preflight_of(job: QuantizeJob) -> Preflight:
             tokens_of(job.config, job.windows),
             compute_bytes=DTYPES[job.config.compute_dtype].itemsize,
             on_gpu=job.config.device != "cpu",
+            several_gpus=len(job.devices) > 1,
             out=job.out,
             dtype_of=job.stored_dtype,
             source_dtype_of=job.source.dtype_of,

@@ -766,5 +766,7 @@ def test_hidden_states_stay_on_one_gpu_with_room(random_model: Make, tmp_path: P
         assert gpu_for_states(on_gpu, [gpu]) == place
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 40, 1 << 40))
     assert gpu_for_states(on_gpu, [gpu, torch.device("cuda", 1)]) is None
+    two = replace(job, config=replace(job.config, device="cuda:0,cuda:1"))
+    assert preflight_of(two).state_vram_bytes == 0, "several GPUs send them through host memory"
     assert gpu_for_states(job, [cpu]) is None
     assert gpu_for_states(replace(on_gpu, calibration=None), [gpu]) is None
