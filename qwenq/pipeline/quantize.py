@@ -151,6 +151,7 @@ def gpu_for_states(job: QuantizeJob, devices: Sequence[torch.device]) -> torch.d
     if job.calibration is None or len(devices) > 1 or devices[0].type != "cuda":
         return None
     check = preflight_of(job)
+    torch.cuda.empty_cache()  # what measuring sensitivities left to the allocator is free too
     free, _ = torch.cuda.mem_get_info(devices[0])
     fits = check.peak_vram_bytes + check.state_vram_bytes + VRAM_KEPT_FREE <= free
     return devices[0] if fits else None

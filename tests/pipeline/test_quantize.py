@@ -764,6 +764,10 @@ def test_hidden_states_stay_on_one_gpu_with_room(random_model: Make, tmp_path: P
     for free, place in ((wanted, gpu), (wanted - 1, None)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 1 << 40))
         assert gpu_for_states(on_gpu, [gpu]) == place
+    left = {"cached": 1 << 30}  # by an earlier step of this process
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (wanted - left["cached"], 1 << 40))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: left.update(cached=0))
+    assert gpu_for_states(on_gpu, [gpu]) == gpu
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 40, 1 << 40))
     assert gpu_for_states(on_gpu, [gpu, torch.device("cuda", 1)]) is None
     two = replace(job, config=replace(job.config, device="cuda:0,cuda:1"))
