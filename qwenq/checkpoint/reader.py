@@ -166,8 +166,9 @@ class Checkpoint:
         if self.quantized is None or (scheme := self.quantized.scheme_of(lin.name)) is None:
             return self.read(lin.name + ".weight")
         form = get_format(self.quantized.format)
+        device = self.device if form.solved else "cpu"  # a library's own functions may not be built for another
         names = self.packed_names(lin)
-        packed = {name.removeprefix(lin.name + "."): self.read_packed(name).to(self.device) for name in names}
+        packed = {name.removeprefix(lin.name + "."): self.read_packed(name).to(device) for name in names}
         return form.unpack(packed, scheme, lin, self.quantized.version)
 
     def packed_names(self, lin: LinearSpec) -> list[str]:

@@ -199,7 +199,8 @@ def _sizes_table(found: DryRun) -> Table:
         if gpu:
             table.add_row(f"peak memory of a GPU, predicted{what}", format_gb(gpu))
             if check.state_vram_bytes and not what:
-                table.add_row("more where it is free, for hidden states", format_gb(check.state_vram_bytes))
+                states = format_gb(check.state_vram_bytes)
+                table.add_row("more on a single GPU that has it free, for hidden states", states)
     if check.ranks > 1:
         for what, count in (("a layer", check.wire_layer_bytes), ("the head", check.wire_head_bytes)):
             if not count:  # of a head that is not solved

@@ -150,6 +150,7 @@ def dry_run(
             tokens,
             compute_bytes=found.compute_bytes,
             on_gpu=on_gpu,
+            several_gpus="," in device,
             out=output or Path.cwd() / "out",
             dtype_of=found.dtype_of,
             source_dtype_of=source.dtype_of,

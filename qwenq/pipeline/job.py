@@ -33,6 +33,7 @@ from qwenq.solver.grid import QTensor
 from qwenq.text.tokens import TokenWindows
 
 SUMS = f"{PARTS} parts, products in the states' dtype"  # how sums over calibration windows are taken
+GPU_SUMS = f"{SUMS}, summed in float32"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -259,7 +260,8 @@ class QuantizeJob:
     @property
     def numerics(self) -> dict[str, Any]:
         """What decides the last bits of sums on this machine: a resumed job needs the same."""
-        return numerics(self.devices) | ({"sums": SUMS} if self.calibration else {})
+        sums = SUMS if self.devices == ("cpu",) else GPU_SUMS
+        return numerics(self.devices) | ({"sums": sums} if self.calibration else {})
 
     def same_everywhere(self, described: Mapping[str, Any]) -> dict[str, Any]:
         """Of `describe`, what every rank has to have the same: all but its directory's name and what it computes on."""

@@ -54,7 +54,7 @@ class Preflight:
     stage_bytes: dict[str, int]
     peak_ram_bytes: int
     peak_vram_bytes: int
-    state_vram_bytes: int  # more, where one GPU has them free: hidden states then stay there
+    state_vram_bytes: int  # more, where a job's only GPU has them free: hidden states then stay there
     state_bytes: int  # hidden states kept on disk to resume from, both copies
     spill_bytes: int  # token buffers in a memory-mapped file
     disk_needed_bytes: int
@@ -87,6 +87,7 @@ class PlannedJob:
     tokens: Tokens
     compute_bytes: int  # of a value in the evaluation windows' hidden states
     on_gpu: bool = False
+    several_gpus: bool = False  # hidden states stay in host memory then
     out: Path | None = None
     dtype_of: Callable[[str], str] = lambda name: "BF16"  # stored dtype of what is not quantized
     source_dtype_of: Callable[[str], str] = lambda name: "BF16"
@@ -109,6 +110,7 @@ def preflight(job: PlannedJob) -> Preflight:
     untied = tokens.calibration_windows and not spec.tie_word_embeddings
     solves = untied and recipe.outer_scheme(spec.outer_linears[-1]) is not None
     layer, head = (sum(t.nbytes for t in files.parts[k]) for k in (1, -1))
+    alone = job.on_gpu and not job.several_gpus and job.ranks == 1
     labels: dict[str, set[str]] = {}
     stage_bytes: dict[str, int] = {}
     for lin in spec.linears:
@@ -129,7 +131,7 @@ def preflight(job: PlannedJob) -> Preflight:
         stage_bytes=stage_bytes,
         peak_ram_bytes=host,
         peak_vram_bytes=device,
-        state_vram_bytes=gpu_state_bytes(spec, tokens) if job.on_gpu and job.ranks == 1 else 0,
+        state_vram_bytes=gpu_state_bytes(spec, tokens) if alone else 0,
         state_bytes=2 * states,
         spill_bytes=spill,
         disk_needed_bytes=file_total + 2 * states + spill + _SLACK_BYTES,
@@ -206,7 +208,8 @@ def peak_bytes(
     activations = tokens.calibration_bytes * (4 * part + states)
     calibrating = max(activations + collecting, between, squaring)
     solving = max(_solving(spec, stage, corrects, ranks) for stage in stages)
-    evaluating = compute_bytes * (parameters + 4 * part + states)
+    written = 4 * parameters if on_gpu else 0  # the layer as it was written, dequantized there
+    evaluating = written + compute_bytes * (parameters + 4 * part + states)
     head = 6 * 4 * 1024 * 4096 + 8 * 4096 * hidden + 8 * evaluation * hidden
     work = max(tokens.calibration_bytes * parameters + max(calibrating, solving), evaluating)
     buffers = token_buffer_bytes(spec, tokens, compute_bytes, ranks)

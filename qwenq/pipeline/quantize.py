@@ -15,9 +15,11 @@ import hashlib
 import math
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -133,6 +135,7 @@ def preflight_of(job: QuantizeJob) -> Preflight:
             tokens_of(job.config, job.windows),
             compute_bytes=DTYPES[job.config.compute_dtype].itemsize,
             on_gpu=job.config.device != "cpu",
+            several_gpus=len(job.devices) > 1,
             out=job.out,
             dtype_of=job.stored_dtype,
             source_dtype_of=job.source.dtype_of,
@@ -148,6 +151,7 @@ def gpu_for_states(job: QuantizeJob, devices: Sequence[torch.device]) -> torch.d
     if job.calibration is None or len(devices) > 1 or devices[0].type != "cuda":
         return None
     check = preflight_of(job)
+    torch.cuda.empty_cache()  # what measuring sensitivities left to the allocator is free too
     free, _ = torch.cuda.mem_get_info(devices[0])
     fits = check.peak_vram_bytes + check.state_vram_bytes + VRAM_KEPT_FREE <= free
     return devices[0] if fits else None
@@ -161,7 +165,7 @@ class SourceLayers:
     """A source's layers, one after the other. ahead: the next is read and checked while the GPU works on this one."""
 
     def __init__(self, source: Checkpoint, *, ahead: bool) -> None:
-        self._source = source
+        self._source, self._closed = source, threading.Event()
         self._reader = ThreadPoolExecutor(1, "qwenq-reader") if ahead else None
         self._next: tuple[int, Future[dict[str, torch.Tensor]]] | None = None
 
@@ -176,8 +180,20 @@ class SourceLayers:
             if self._reader is None:
                 self._source.prefetch(layer + 1)
             else:
-                self._next = layer + 1, self._reader.submit(self._source.finite_layer_state, layer + 1)
+                source = replace(self._source, relay=self._read_ahead)
+                self._next = layer + 1, self._reader.submit(source.finite_layer_state, layer + 1)
         return state
+
+    def close(self) -> None:
+        """Have the reader stop behind the tensor it is at: Python waits for its threads before a process ends."""
+        self._closed.set()
+        if self._reader is not None:
+            self._reader.shutdown(wait=False, cancel_futures=True)
+
+    def _read_ahead(self, path: Path, start: int, end: int) -> torch.Tensor:
+        if self._closed.is_set():
+            raise CancelledError
+        return Checkpoint.read_bytes(path, start, end, self._source.hashed)
 
 
 class _Run:
@@ -226,20 +242,20 @@ class _Run:
         runner = LayerRunner(states.states, states.shares, self.workers)
         rows = self._recover(journal, states, runner)
         saved, interval_s = time.perf_counter(), _STATE_INTERVAL_S
-        source = SourceLayers(self.job.source, ahead=self.job.config.device != "cpu")
-        for layer in range(len(rows), self.spec.num_hidden_layers):
-            row = self._layer(layer, source, states, runner)
-            began = time.perf_counter()
-            if self.ranks.from_first(lambda began=began, due=saved + interval_s: began > due):  # type: ignore[misc]
-                row["state"] = self._save_state(journal, states)
-                saved = time.perf_counter()
-                if self.ranks.size > 1:  # states of all ranks go over the network: a tenth of the time at most
-                    interval_s = max(_STATE_INTERVAL_S, 10 * (saved - began))
-            rows.append(row)
-            if journal is not None:
-                journal.append(row)
-            self.listen(BlockResult.from_json(row["result"]))
-        del runner, source
+        with closing(SourceLayers(self.job.source, ahead=self.job.config.device != "cpu")) as source:
+            for layer in range(len(rows), self.spec.num_hidden_layers):
+                row = self._layer(layer, source, states, runner)
+                began = time.perf_counter()
+                if self.ranks.from_first(lambda began=began, due=saved + interval_s: began > due):  # type: ignore[misc]
+                    row["state"] = self._save_state(journal, states)
+                    saved = time.perf_counter()
+                    if self.ranks.size > 1:  # states of all ranks go over the network: a tenth of the time at most
+                        interval_s = max(_STATE_INTERVAL_S, 10 * (saved - began))
+                rows.append(row)
+                if journal is not None:
+                    journal.append(row)
+                self.listen(BlockResult.from_json(row["result"]))
+        del runner
         head = None
         if self.job.head_scheme is not None:
             return_freed_memory()

@@ -6,6 +6,7 @@ as computing them (reports/gpu.md).
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import cache, partial
 
@@ -15,6 +16,8 @@ from torch import Tensor
 from qwenq.solver.grid import ColumnRounder, Grid, Parameters
 
 LEAF = 16  # columns corrected one by one
+PAYS_FROM = 3  # groups of a weight: kernels are launched twice before a graph is replayed, and its operands copied
+_CAPTURING = threading.Lock()  # in a process only one capture may be under way (torch's notes on CUDA semantics)
 
 
 def solve_columns(
@@ -43,15 +46,15 @@ def solve_columns(
 class ColumnSolver:
     """`solve_columns` for one group of a weight after another, on the weight's grid."""
 
-    def __init__(self, grid: Grid) -> None:
-        self._grid = grid
+    def __init__(self, grid: Grid, groups: int) -> None:
+        self._grid, self._pays = grid, groups >= PAYS_FROM
         self._graphs: dict[tuple[torch.Size, ...], _Graph] = {}  # by the operands' shapes
 
     def __call__(
         self, t_KO: Tensor, e_KO: Tensor, codes_KO: Tensor, r_KK: Tensor, parameters: Parameters
     ) -> None:
         """`solve_columns` of a group that has these parameters; what `t_KO` holds afterwards is left open."""
-        if not graphed(t_KO.device):
+        if not self._pays or not graphed(t_KO.device):
             solve_columns(t_KO, e_KO, codes_KO, r_KK, self._grid.column_rounder(parameters, len(t_KO)))
             return
         shapes = tuple(operand.shape for operand in (t_KO, *parameters))
@@ -89,9 +92,9 @@ class _Graph:
 
 
 def captured(device: torch.device, run: Callable[[], None]) -> Callable[[], None]:
-    """`run` as a CUDA graph, to be replayed on the tensors that it works on."""
+    """`run` as a CUDA graph, to be replayed on the tensors that it works on. Threads of other GPUs wait their turn."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device):
+    with _CAPTURING, torch.cuda.device(device):
         stream = _capture_stream(device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

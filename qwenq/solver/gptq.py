@@ -192,7 +192,7 @@ def _solve_gptq(
     inner = grid.widths(columns)[-1]
     span = max(width, SPAN // width * width)
     at_once = ROWS_AT_ONCE if e_IO.device.type == "cpu" else rows
-    solve_columns = ColumnSolver(grid)
+    solve_columns = ColumnSolver(grid, columns // inner)
     pivots_I = h_II.diagonal().clone()
     codes_IO = torch.empty(columns, rows, dtype=torch.uint8, device=e_IO.device)
     parameters = _GroupParameters(columns // width, rows)
@@ -255,7 +255,7 @@ def _descend(
     columns, rows = e_IO.shape
     width = grid.group_width(columns)
     at_once = ROWS_AT_ONCE if e_IO.device.type == "cpu" else rows
-    solve_columns = ColumnSolver(grid)
+    solve_columns = ColumnSolver(grid, columns // width)
     errors_IO = e_IO.to(products)
     for index in range(columns // width - 1, -1, -1):
         start, stop = index * width, (index + 1) * width

@@ -87,6 +87,13 @@ def test_dry_run_in_words(tmp_path: Path, tiny: Path) -> None:
     assert re.search(r"qkv: 4-bit g32 .* MB", result.stdout) and re.search(r"peak memory, predicted", result.stdout)
 
 
+@pytest.mark.parametrize(("device", "told"), [("cuda:0", True), ("cuda:0,cuda:1", False), ("cpu", False)])
+def test_dry_run_tells_of_hidden_states_on_a_single_gpu(device: str, told: bool) -> None:
+    result = run("quantize", "Qwen2.5-7B", "--dry-run", "--device", device)
+    assert result.exit_code == 0
+    assert ("more on a single GPU that has it free, for hidden states" in result.stdout) == told
+
+
 def test_dry_run_answers_without_torch() -> None:
     code = (
         "import sys; sys.argv = ['qwenq', 'quantize', 'Qwen2.5-72B', '--dry-run']\n"

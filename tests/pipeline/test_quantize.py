@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 import qwenq.io.tensors
 import qwenq.pipeline.quantize
 from qwenq.checkpoint.manifest import JOURNAL_NAME, LOCK_NAME, MANIFEST_NAME
-from qwenq.checkpoint.reader import open_checkpoint, open_source
+from qwenq.checkpoint.reader import Checkpoint, open_checkpoint, open_source
 from qwenq.errors import CheckpointError, JobError, PlanError, QwenqError, UsageError
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.pipeline.evaluate import evaluate
@@ -714,7 +714,9 @@ def test_the_next_layer_read_ahead_is_the_same_and_its_fault_is_told_in_its_turn
         one, two = plain.take(layer), ahead.take(layer)
         assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     restarted = SourceLayers(source, ahead=True)
-    assert torch.equal(restarted.take(1)["mlp.up_proj.weight"], one["mlp.up_proj.weight"])
+    restarted.take(0)
+    wanted = source.layer_state(2)["mlp.up_proj.weight"]
+    assert torch.equal(restarted.take(2)["mlp.up_proj.weight"], wanted), "not layer 1, which was read ahead"
     damaged = tmp_path / "damaged"
     shutil.copytree(file.parent, damaged)
     at = source.tensors["model.layers.1.mlp.down_proj.weight"]
@@ -727,6 +729,33 @@ def test_the_next_layer_read_ahead_is_the_same_and_its_fault_is_told_in_its_turn
         layers.take(1)
 
 
+def test_a_job_that_ends_early_does_not_read_on(random_model: Make, tmp_path: Path, monkeypatch: Any) -> None:
+    """Interrupted while layer 1 is read ahead: the thread ends behind the tensor it is at, not behind the layer."""
+    read_bytes, reading, read_on = Checkpoint.read_bytes, threading.Event(), threading.Event()
+    readers: list[threading.Thread] = []  # that of each tensor read ahead
+
+    def slowly(path: Path, start: int, end: int, hashed: Any = None) -> torch.Tensor:
+        if threading.current_thread().name.startswith("qwenq-reader"):
+            readers.append(threading.current_thread())
+            reading.set()
+            assert read_on.wait(60)
+        return read_bytes(path, start, end, hashed)
+
+    def interrupted(*operands: Any) -> None:
+        assert reading.wait(60)
+        raise KeyboardInterrupt
+
+    job = small_job(random_model("m"), tmp_path / "out")
+    monkeypatch.setattr(Checkpoint, "read_bytes", staticmethod(slowly))
+    monkeypatch.setattr(qwenq.pipeline.quantize, "make_layer", interrupted)
+    monkeypatch.setattr(qwenq.pipeline.quantize, "SourceLayers", lambda source, ahead: SourceLayers(source, ahead=True))
+    with pytest.raises(KeyboardInterrupt):
+        quantize(job)
+    read_on.set()
+    readers[0].join(60)
+    assert len(readers) == 1 and not readers[0].is_alive()
+
+
 def test_hidden_states_stay_on_one_gpu_with_room(random_model: Make, tmp_path: Path, monkeypatch: Any) -> None:
     job = small_job(random_model("m"), tmp_path / "out")
     gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
@@ -737,7 +766,13 @@ def test_hidden_states_stay_on_one_gpu_with_room(random_model: Make, tmp_path: P
     for free, place in ((wanted, gpu), (wanted - 1, None)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 1 << 40))
         assert gpu_for_states(on_gpu, [gpu]) == place
+    left = {"cached": 1 << 30}  # by an earlier step of this process
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (wanted - left["cached"], 1 << 40))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: left.update(cached=0))
+    assert gpu_for_states(on_gpu, [gpu]) == gpu
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 40, 1 << 40))
     assert gpu_for_states(on_gpu, [gpu, torch.device("cuda", 1)]) is None
+    two = replace(job, config=replace(job.config, device="cuda:0,cuda:1"))
+    assert preflight_of(two).state_vram_bytes == 0, "several GPUs send them through host memory"
     assert gpu_for_states(job, [cpu]) is None
     assert gpu_for_states(replace(on_gpu, calibration=None), [gpu]) is None

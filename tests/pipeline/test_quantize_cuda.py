@@ -16,9 +16,11 @@ import torch
 from fake_gpus import Allocator, FakeGpus
 
 from qwenq.formats.base import Recipe, Scheme, get_format
+from qwenq.model.layer import Network
 from qwenq.model.spec import ModelSpec, family_spec
 from qwenq.pipeline import monitor as clock_module
 from qwenq.pipeline import workers as workers_module
+from qwenq.pipeline.activations import LayerRunner
 from qwenq.pipeline.block import BlockSolver, CalibrationStates, SolverOptions, round_block
 from qwenq.pipeline.config import Tokens, original_windows
 from qwenq.pipeline.monitor import StageClock
@@ -111,6 +113,23 @@ def test_a_layer_whose_hidden_states_stay_on_the_gpu_takes_what_the_dry_run_says
     (allocator,), predicted, packed = traced_layer(spec, recipe, ["RTX 3090"], 16, 1.0, states_there=True)
     assert {tensor.device.type for tensor in packed.values()} == {"cpu"}
     assert 0.85 < allocator.allocated_peak / predicted < 1.01, (allocator.allocated_peak, predicted)
+
+
+def test_a_layer_read_back_on_its_gpu_takes_no_more_than_the_dry_run_says() -> None:
+    """As `--resume` replays it: dequantized to float32, and calibration states sent through it."""
+    spec, windows = of("Qwen3-0.6B"), 32
+    predicted = peak_bytes(spec, Tokens(windows, 1, LENGTH, 2, error_correction_share=0.0), 2, on_gpu=True)[1]
+    with FakeGpus(["RTX 3090"]) as fake, torch.inference_mode(), patch.object(Network, "release"):  # no fake is swapped
+        held = Workers(synthetic_config(spec), spec, dtype=torch.bfloat16, window_tokens=LENGTH, devices=["cuda:0"])
+        states = torch.empty(windows, LENGTH, spec.hidden_size, dtype=torch.bfloat16)
+        share = ALONE.share(range(windows))
+        runner = LayerRunner({"calibration": states}, {"calibration": share}, {"calibration": held})
+        prefix = spec.layer_prefix(0)
+        runner.advance(
+            {t.name.removeprefix(prefix): torch.empty(t.shape, device="cuda:0") for t in spec.layer_tensors(0)},
+            "calibration",
+        )
+    assert 0.85 < fake.allocators[0].allocated_peak / predicted < 1, (fake.allocators[0].allocated_peak, predicted)
 
 
 def test_stages_wait_for_what_gpus_were_given(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,8 @@
 import math
+import threading
+import time
+from contextlib import contextmanager, nullcontext
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -255,7 +259,7 @@ def test_a_captured_graph_gives_what_its_kernels_give(kind, monkeypatch):
     """The capture itself needs a GPU: here the same calls are made again on the same tensors."""
     grid = {"4-bit": IntegerGrid(4, 64), "4-bit asymmetric": IntegerGrid(4, 64, sym=False)}.get(kind)
     grid = grid or type_scheme(kind).grid()
-    w_OI, h_II = problem(columns=512, rows=24)
+    w_OI, h_II = problem(columns=768, rows=24)
     wanted, _ = solve_linears({"w": w_OI}, h_II.clone(), grid)["w"]
     captures = []
 
@@ -270,6 +274,47 @@ def test_a_captured_graph_gives_what_its_kernels_give(kind, monkeypatch):
     assert len(captures) == 3, "once for the first pass, and for each sweep"
     assert torch.equal(got.codes_OI, wanted.codes_OI)
     assert all(torch.equal(a, b) for a, b in zip(got.parameters, wanted.parameters, strict=True))
+
+
+def test_a_weight_of_one_group_is_not_captured(monkeypatch):
+    w_OI, h_II = problem(columns=256, rows=24)
+    wanted, _ = solve_linears({"w": w_OI}, h_II.clone(), IntegerGrid(8, -1))["w"]
+    monkeypatch.setattr(columns, "graphed", lambda device: True)
+    monkeypatch.setattr(columns, "captured", lambda device, run: pytest.fail("captured"))
+    got, _ = solve_linears({"w": w_OI}, h_II.clone(), IntegerGrid(8, -1))["w"]
+    assert torch.equal(got.codes_OI, wanted.codes_OI)
+
+
+def test_threads_capture_one_after_the_other(monkeypatch):
+    """Each thread has its own GPU, torch allows a process one capture at a time. torch.cuda is stood in for."""
+    under_way, most = set(), []
+
+    @contextmanager
+    def capture(graph, **options):
+        assert options["capture_error_mode"] == "thread_local", "threads of other GPUs go on allocating"
+        under_way.add(graph)
+        most.append(len(under_way))
+        time.sleep(0.02)
+        yield
+        under_way.remove(graph)
+
+    monkeypatch.setattr(columns, "_capture_stream", lambda device: MagicMock())
+    for name, value in {
+        "CUDAGraph": MagicMock, "graph": capture, "current_stream": MagicMock,
+        "device": lambda device: nullcontext(), "stream": lambda stream: nullcontext(),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    ran = []
+    threads = [
+        threading.Thread(target=columns.captured, args=(torch.device("cuda", k), lambda k=k: ran.append(k)))
+        for k in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1, 1, 1]
+    assert sorted(ran) == [0, 0, 1, 1, 2, 2, 3, 3], "once to load libraries, once captured"
 
 
 def test_factor_and_permutation_in_place(monkeypatch):
