@@ -6,7 +6,7 @@
 this project. Programs are taken from an answer's first fenced block, else from all of it, up to the last line with
 which they are Python, and run in a process of their own with limits of time (10 s of the processor's), memory and
 files; they are a model's, so run this where that is no harm. The first checkpoint is what the
-others are compared with. Answers that were written before are kept: a run that was ended goes on.
+others are compared with. Answers that were written before with the same --tokens are kept: a run that was ended goes on.
 """
 
 from __future__ import annotations
@@ -74,12 +74,14 @@ def answer_all(directory: str, prompts: list[dict[str, Any]], kept: dict[str, An
     with loaded(checkpoint, LoadOptions(max_model_len=1024)) as found:
         session = Session(found.model, 1024, stop_ids=chat.stop_ids)
         for prompt in prompts:
-            if prompt["name"] in kept:
+            if kept.get(prompt["name"], {}).get("limit") == tokens:
                 continue
             messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": prompt["prompt"]}]
             ids, timing = chat.prompt_ids(messages), Timing()
             text = "".join(chat.stream(session.generate(ids, Sampling(max_new_tokens=tokens), timing), ids))
-            kept[prompt["name"]] = {"text": text, "tokens": timing.new_tokens, "stopped": timing.stopped}
+            kept[prompt["name"]] = {
+                "text": text, "tokens": timing.new_tokens, "stopped": timing.stopped, "limit": tokens,
+            }  # fmt: skip
             if "tests" in prompt:
                 kept[prompt["name"]]["fault"] = fault(text, prompt["tests"])
             save()
