@@ -6,7 +6,7 @@
 this project. Programs are taken from an answer's first fenced block, else from all of it, up to the last line with
 which they are Python, and run in a process of their own with limits of time (10 s of the processor's), memory and
 files; they are a model's, so run this where that is no harm. The first checkpoint is what the
-others are compared with. Answers that were written before with the same --tokens are kept: a run that was ended goes on.
+others are compared with. Answers written before with the same --tokens are kept: a run that was ended goes on.
 """
 
 from __future__ import annotations

@@ -25,10 +25,17 @@ _NO_MEMORY = (
 )  # fmt: skip
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether Python, torch, its allocators or the loader of libraries say that memory does not suffice."""
-    said = isinstance(error, RuntimeError | ImportError) and any(words in str(error) for words in _NO_MEMORY)
-    return isinstance(error, MemoryError) or said
+def out_of_memory(error: BaseException | None) -> BaseException | None:
+    """The error by which Python, torch, its allocators or the loader of libraries say that memory does not suffice.
+
+    That is `error`, or one behind it: a CUDA graph whose capture ran out of memory fails once more as it is ended.
+    """
+    if isinstance(error, MemoryError):
+        return error
+    if not isinstance(error, RuntimeError | ImportError):
+        return None
+    said = any(words in str(error) for words in _NO_MEMORY)
+    return error if said else out_of_memory(error.__context__)
 
 
 class QwenqError(Exception):

@@ -104,11 +104,12 @@ def memory_errors(doing: str, device: torch.device, need: int | None, hint: str)
     except QwenqError:
         raise
     except (MemoryError, RuntimeError) as error:  # torch's own OutOfMemoryError is a RuntimeError
-        if not (isinstance(error, torch.OutOfMemoryError) or out_of_memory(error)):
+        cause = error if isinstance(error, torch.OutOfMemoryError) else out_of_memory(error)
+        if cause is None:
             raise
-        if found := _TORCH_OOM.search(str(error)):  # torch knows better which GPU and how much
+        if found := _TORCH_OOM.search(str(cause)):  # torch knows better which GPU and how much
             device, need = torch.device("cuda", int(found[3])), round(float(found[1]) * _UNITS[found[2]])
-        elif found := _TORCH_CPU_OOM.search(str(error)):
+        elif found := _TORCH_CPU_OOM.search(str(cause)):
             device, need = torch.device("cpu"), int(found[1])
         have = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_ram()
         said_need, short = "", ""

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwenq.errors import out_of_memory
 from qwenq.machine import has_triton
 from qwenq.model.architectures import ARCHITECTURES
 from qwenq.runtime import cpu_kernels
@@ -62,14 +63,6 @@ def _why_not_here(model: RunningModel, kv_dtype: torch.dtype | None) -> str:
     if model.spec.head_dim & (model.spec.head_dim - 1) or model.spec.head_dim < 32:
         return f"heads of {model.spec.head_dim} values"
     return ""
-
-
-def _out_of_memory(error: BaseException | None) -> bool:
-    """Whether memory ran out: in torch's allocator, in the driver that makes the graph, or before either failed."""
-    if error is None:
-        return False
-    here = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
-    return here or _out_of_memory(error.__context__)
 
 
 def one_call(model: RunningModel, cache: KvCache) -> cpu_kernels.Network | None:
@@ -138,7 +131,7 @@ class DecodeStep:
                     logits = self._step()
             except RuntimeError as error:
                 torch.cuda.set_stream(stream)  # where ending the capture failed, its own is still the current one
-                if not _out_of_memory(error):
+                if out_of_memory(error) is None:
                     raise
                 del graph
                 torch.cuda.empty_cache()

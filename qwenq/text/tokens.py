@@ -53,7 +53,7 @@ _CHAT_S, _CHAT_S_PER_MB = 10, 1  # processor time of all conversations of a text
 def _of_the_machine(error: BaseException) -> bool:
     """Whether memory or handles of files did not suffice, which is no fault of the tokenizer's files."""
     handles = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-    return handles or out_of_memory(error)
+    return handles or out_of_memory(error) is not None
 
 
 @contextmanager

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import small_job
 
-from qwenq.errors import out_of_memory
+from qwenq.errors import RunError, out_of_memory
+from qwenq.pipeline.monitor import memory_errors
 from qwenq.pipeline.quantize import quantize
 from tests.conftest import run
 
@@ -79,3 +81,14 @@ def test_what_is_a_lack_of_memory() -> None:
     for other in (ValueError("out of memory"), RuntimeError("shapes differ"), ImportError("no module named x"),
                   ImportError("libx.so: cannot allocate memory in static TLS block")):  # fmt: skip
         assert not out_of_memory(other)
+
+
+def test_a_lack_of_memory_behind_another_error_is_one() -> None:
+    """As torch has it: ending the capture of a graph that ran out of memory fails by itself."""
+    lack = RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 3221225472 bytes. out of memory")
+    monitored = memory_errors("quantizing", torch.device("cpu"), None, "fewer windows")
+    with pytest.raises(RunError, match=r"out of memory while quantizing: needs 3\.00 GiB more"), monitored:
+        try:
+            raise lack
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
