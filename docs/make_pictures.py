@@ -82,13 +82,15 @@ SHOWN = {
     ("gptqmodel", "4-bit g128"): "GPTQModel",
     ("llmcompressor", "4-bit g128 imatrix_mse"): "llm-compressor, imatrix_mse",
 }
+WINDOWS = 10  # of each text: those that every tool's checkpoint was read on
 ROW_PX = 52.0
 
 
 def kl_by_text() -> str:
     """Mean KL of a real Qwen2.5 at 4 bits, by kind of text and tool, all given the same encyclopedia windows."""
     lines = (REPORTS / "qwen25.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [row for row in map(json.loads, lines) if row["calibration"] == "encyclopedia"]
+    every = map(json.loads, lines)
+    rows = [row for row in every if (row["calibration"], row["windows"]) == ("encyclopedia", WINDOWS)]
     found = {(row["text"], SHOWN[key]): row for row in rows if (key := (row["tool"], row["setting"])) in SHOWN}
     texts = list(dict.fromkeys(text for text, _ in found))
     said = "; ".join(
