@@ -76,10 +76,11 @@ class HiddenStates:
             for rank, place in self.shares[name].places:
                 part = self._part(name, rank, place, ranks)
                 if ranks.first:
-                    read = torch.empty_like(part, device="cpu") if part.device.type != "cpu" else part
-                    read_into(path, at, read)
+                    here = part if part.device.type == "cpu" else torch.empty_like(part, device="cpu")
+                    read_into(path, at, here)
                     at += part.nbytes
-                    part.copy_(read)
+                    if here is not part:
+                        part.copy_(here)
                 ranks.send(part, 0, rank)
         return True
 

@@ -128,6 +128,7 @@ def check_places(job: QuantizeJob, resume: bool) -> None:
 
 
 def preflight_of(job: QuantizeJob) -> Preflight:
+    """Sizes and predicted peaks of a job, of one process."""
     return preflight(
         PlannedJob(
             job.source.spec,
