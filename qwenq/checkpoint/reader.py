@@ -28,7 +28,7 @@ from qwenq.formats.gguf import dequantize_blocks
 from qwenq.io.gguf import is_gguf
 from qwenq.io.json import open_regular, shown
 from qwenq.io.safetensors import SAMPLE_BYTES, TensorLocation, TensorSpec
-from qwenq.io.tensors import TORCH_DTYPES, raw_bytes
+from qwenq.io.tensors import TORCH_DTYPES, all_finite, raw_bytes
 from qwenq.model.metadata import paired_heads
 from qwenq.model.spec import LinearSpec, ModelSpec
 from qwenq.solver.grid import QTensor
@@ -424,4 +424,4 @@ def _zero_padded(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 
 def non_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
     """Name of the first tensor holding a NaN or an infinity."""
-    return next((name for name, t in tensors if t.is_floating_point() and not bool(torch.isfinite(t).all())), None)
+    return next((name for name, t in tensors if not all_finite(t)), None)

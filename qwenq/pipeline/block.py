@@ -19,7 +19,8 @@ from torch import Tensor
 
 from qwenq.errors import CheckpointError
 from qwenq.formats.base import Recipe, Scheme, get_format
-from qwenq.io.tensors import DTYPE_NAMES, TORCH_DTYPES
+from qwenq.machine import return_freed_memory
+from qwenq.io.tensors import DTYPE_NAMES, TORCH_DTYPES, all_finite
 from qwenq.model.architectures import Stage
 from qwenq.model.layer import Network
 from qwenq.model.spec import LinearSpec, ModelSpec
@@ -244,6 +245,7 @@ class BlockSolver:
         `wanted_NTH` are the states that the first windows should come to: with the Hessian of these windows they give
         the residual cross-covariance, which the weights are corrected by.
         """
+        return_freed_memory()
         (lin,) = self.spec.stage_linears(self.layer, stage)
         self.workers.set_parameter(f"{lin.path}.weight", self.folded.weight(lin.path))
         triangle = Triangle(lin.in_features)
@@ -261,6 +263,7 @@ class BlockSolver:
             residual = self._residual_covariance(lin, produce, wanted_NTH, (hessians, *self._squares(stage)))
         self._pass(collect, [hessians, *self._squares(stage)], self.states.share.passes[corrected:])
         hessian = hessians.take()
+        return_freed_memory()
         with self.clock.time(f"solve {stage.name}"):
             hessian = triangle.square(hessian)
             self._solve(stage, hessian, None if residual is None else {lin.name: residual})
@@ -416,7 +419,7 @@ class FusedGroup:
 
         shares: rows that each device of this rank solves; the ranks' together are all.
         """
-        if not bool(torch.isfinite(hessian.diagonal()).all()):
+        if not all_finite(hessian.diagonal()):
             names = ", ".join(lin.kind for lin in self.linears)
             raise CheckpointError(
                 f"layer {self.linears[0].layer}: the activations entering {names} are not finite",

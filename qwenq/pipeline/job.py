@@ -18,7 +18,7 @@ from qwenq.errors import CheckpointError, JobError
 from qwenq.formats.base import Recipe, Scheme, get_format
 from qwenq.io.json import resolved
 from qwenq.io.safetensors import FLOATS
-from qwenq.io.tensors import DTYPE_NAMES, TORCH_DTYPES
+from qwenq.io.tensors import DTYPE_NAMES, TORCH_DTYPES, all_finite
 from qwenq.machine import numerics
 from qwenq.pipeline.activations import TokenSets
 from qwenq.pipeline.block import SolverOptions
@@ -213,7 +213,7 @@ class QuantizeJob:
         if tensor.dtype == dtype:
             return tensor
         converted = tensor.to(dtype)
-        if bool(torch.isfinite(tensor).all()) and not bool(torch.isfinite(converted).all()):
+        if not all_finite(converted) and all_finite(tensor):
             raise CheckpointError(
                 f"{self.source.tensors[name].file.name}: {name} holds a value of {float(tensor.abs().max()):.6g}, "
                 f"which does not fit {str(dtype).removeprefix('torch.')}",
