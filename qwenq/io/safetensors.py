@@ -236,11 +236,17 @@ SAMPLE_BYTES = 4096  # of each tensor; a fine-tuned model differs in all of them
 
 
 def fingerprint(directory: Path) -> str:
-    """SHA-256 over name, dtype, shape and first bytes of each tensor, by name: the same however files are cut."""
+    """`sampled_sha256` of a directory's tensors, by which a model is known again."""
+    return sampled_sha256(checkpoint_tensors(directory))
+
+
+def sampled_sha256(tensors: Mapping[str, TensorLocation], before: bytes = b"") -> str:
+    """SHA-256 over `before`, and name, dtype, shape and first bytes of each tensor, by name: the same however files are
+    cut.
+    """
     import hashlib
 
-    digest = hashlib.sha256()
-    tensors = checkpoint_tensors(directory)
+    digest = hashlib.sha256(before)
     for name in sorted(tensors):
         location = tensors[name]
         digest.update(f"{name} {location.spec.dtype} {list(location.spec.shape)}\n".encode())

@@ -252,7 +252,7 @@ def config_of_metadata(
     if len(embedding) != 2:
         raise CheckpointError(f"{where}: no tensor {names.embedding}.weight", hint="is it a whole model?")
     heads, hidden = read.whole("attention.head_count"), read.whole("embedding_length")
-    head_dim = read.whole("attention.key_length", hidden // max(1, heads))
+    head_dim = read.whole("attention.key_length", hidden // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if read.whole(key, head_dim) != head_dim:
             raise CheckpointError(f"{where}: {read.prefix}{key} is {read.found(key)}, the heads have {head_dim}")
