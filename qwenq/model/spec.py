@@ -198,6 +198,22 @@ def _whole(config: Mapping[str, Any], key: str, where: str, default: Any = None)
     return value
 
 
+def _with_yarn(config: Mapping[str, Any], max_position: int, where: str) -> int:
+    """The longest context that rotary embeddings are scaled to; `max_position` where YaRN does not scale them."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        raise CheckpointError(f"{where}: rope_scaling is {type(rope).__name__}, wanted an object")
+    if rope.get("rope_type", rope.get("type")) != "yarn":
+        return max_position
+    factor, original = rope.get("factor", 1), rope.get("original_max_position_embeddings", max_position)
+    numbers = isinstance(factor, int | float) and isinstance(original, int)
+    if not numbers or not 0 < factor <= 1 << 20 or not 0 < original <= _LONGEST_CONTEXT:
+        raise CheckpointError(
+            f"{where}: rope_scaling has factor {repr(factor)[:40]} and original length {repr(original)[:40]}"
+        )
+    return max(max_position, round(factor * original))
+
+
 def spec_from_config(config: Mapping[str, Any], where: str = "config.json", name: str = "") -> ModelSpec:
     """Read a Hugging Face `config.json`; raises CheckpointError for what is unsupported or contradicts itself."""
     model_type = config.get("model_type")
@@ -220,18 +236,7 @@ def spec_from_config(config: Mapping[str, Any], where: str = "config.json", name
             f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
         )
     max_position = _whole(config, "max_position_embeddings", where)
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(rope, Mapping):
-        raise CheckpointError(f"{where}: rope_scaling is {type(rope).__name__}, wanted an object")
-    extended = max_position
-    if rope.get("rope_type", rope.get("type")) == "yarn":
-        factor, original = rope.get("factor", 1), rope.get("original_max_position_embeddings", max_position)
-        numbers = isinstance(factor, int | float) and isinstance(original, int)
-        if not numbers or not 0 < factor <= 1 << 20 or not 0 < original <= _LONGEST_CONTEXT:
-            raise CheckpointError(
-                f"{where}: rope_scaling has factor {repr(factor)[:40]} and original length {repr(original)[:40]}"
-            )
-        extended = max(extended, round(factor * original))
+    extended = _with_yarn(config, max_position, where)
     spec = ModelSpec(
         model_type=architecture.model_type,
         hidden_size=hidden,

@@ -107,18 +107,7 @@ def convert(source: Checkpoint, out: Path, format: str, *, listen: Callable[[int
         with memory_errors("converting", torch.device("cpu"), None, "end other programs"):
             copied = copied_files(source.folder)
             source = source.hash_files(copied)
-            files.begin(work)
-            parts = {}
-            for number, specs in enumerate(files.parts):
-                wanted = {spec.name: spec for spec in specs}
-                tensors = _layer(source, recipe, number - 1) if 0 < number < len(files.parts) - 1 else {}
-                for name in wanted.keys() - tensors.keys():
-                    tensors[name] = source.read(name).to(TORCH_DTYPES[wanted[name].dtype])
-                    if non_finite([(name, tensors[name])]) is not None:
-                        raise CheckpointError(f"{source.directory}: {name} holds what no {wanted[name].dtype} is")
-                parts[number] = files.write(work, number, {name: tensors[name] for name in wanted})
-                listen(number)
-            hashes = files.hashes(work, parts)
+            hashes = files.hashes(work, _write_parts(source, recipe, files, work, listen))
             made = Converted(
                 out=out,
                 source_format=source.recipe.format,
@@ -147,6 +136,24 @@ def convert(source: Checkpoint, out: Path, format: str, *, listen: Callable[[int
     finally:
         if os.path.lexists(work):
             shutil.rmtree(work)
+
+
+def _write_parts(
+    source: Checkpoint, recipe: Recipe, files: StoredFiles, work: Path, listen: Callable[[int], None]
+) -> dict[int, str]:
+    """Write all tensors, part by part; SHA-256 of each part."""
+    files.begin(work)
+    parts = {}
+    for number, specs in enumerate(files.parts):
+        wanted = {spec.name: spec for spec in specs}
+        tensors = _layer(source, recipe, number - 1) if 0 < number < len(files.parts) - 1 else {}
+        for name in wanted.keys() - tensors.keys():
+            tensors[name] = source.read(name).to(TORCH_DTYPES[wanted[name].dtype])
+            if non_finite([(name, tensors[name])]) is not None:
+                raise CheckpointError(f"{source.directory}: {name} holds what no {wanted[name].dtype} is")
+        parts[number] = files.write(work, number, {name: tensors[name] for name in wanted})
+        listen(number)
+    return parts
 
 
 def _layer(source: Checkpoint, recipe: Recipe, layer: int) -> dict[str, torch.Tensor]:

@@ -124,12 +124,7 @@ def dry_run(
     output: where it would be written, whose disk is asked; None for the current directory's. ranks: that would do it;
     memory is one rank's. network: what they are connected by, to say how long it takes.
     """
-    if ranks < 1 or ranks > PARTS or PARTS % ranks:
-        raise UsageError(f"--ranks {ranks}: wanted 1, 2, 4 or {PARTS}")
-    if network:
-        network_bits(network)
-        if ranks == 1:
-            raise UsageError("--network is between ranks, and there is one", hint="--ranks 2, 4 or 8")
+    _check_ranks(ranks, network)
     source = source_shapes(model)
     on_gpu = sees_gpu() if config.device == "auto" else device_names(config.device) != ["cpu"]
     place = "cuda" if on_gpu else "cpu"
@@ -163,13 +158,12 @@ def dry_run(
     if found.measures(windows):
         schemes = solved_schemes(found.spec, config.format, bool(config.asymmetric))
         measuring = sensitivity_bytes(found.spec, windows.length, found.compute_bytes, on_gpu, schemes, ranks)
+    local = source.directory is not None
     tokenized = source.directory is None or (source.directory / "tokenizer.json").is_file()
+    builtin = found.config.builtin_windows(windows.calibration, tokenizer=tokenized)
     assumed = Assumed(
         calibration_windows=windows.calibration,
-        builtin_windows=min(
-            found.config.builtin_windows(windows.calibration, tokenizer=tokenized),
-            SET_TOKENS["builtin"] // windows.length,
-        ),
+        builtin_windows=min(builtin, SET_TOKENS["builtin"] // windows.length),
         evaluation_windows=windows.evaluation,
         window_tokens=windows.length,
         counted=windows.counted,
@@ -182,8 +176,17 @@ def dry_run(
     if found.config.mixture:
         warnings += get_format(config.format).notes(found.config.mixture, found.spec)
     warnings += _lacking(check, measuring, output is None)
-    local = source.directory is not None
     return DryRun(check, found.spec, found.budgeted, measuring, assumed, local, (*source.notes, *warnings), network)
+
+
+def _check_ranks(ranks: int, network: str) -> None:
+    """Raise UsageError for a number of ranks that windows cannot be shared among, and a network between none."""
+    if ranks < 1 or ranks > PARTS or PARTS % ranks:
+        raise UsageError(f"--ranks {ranks}: wanted 1, 2, 4 or {PARTS}")
+    if network:
+        network_bits(network)
+        if ranks == 1:
+            raise UsageError("--network is between ranks, and there is one", hint="--ranks 2, 4 or 8")
 
 
 def recipe_json(found: Budgeted) -> dict[str, Any]:

@@ -57,13 +57,8 @@ def reproduce(
         raise unreadable(KeyError("files"))
     written = open_checkpoint(directory if first is None else inside(directory, first))
     here, then = job.numerics, manifest["job"].get("numerics")
-    was = then.get("sums") if isinstance(then, Mapping) else None
-    if was != here.get("sums"):
-        raise JobError(
-            f"{MANIFEST_NAME}: its sums over windows were taken in another way ({was or 'all in a row'}, here "
-            f"{here.get('sums')}), which ends in other last bits",
-            hint="the version that made it makes its layers again; --layers none compares files alone",
-        )
+    then = then if isinstance(then, Mapping) else {}
+    _refuse_other_sums(then, here)
     torch.set_num_threads(_threads(then))
     calibrator = job.workers(DTYPES[job.config.calibration_dtype], job.calibration)
     findings: list[Finding] = []
@@ -189,15 +184,24 @@ def _difference(tensors: Mapping[str, torch.Tensor], written: Checkpoint) -> str
     return f"differs in {other} of {total} bytes, first in {names[0]}" if names else ""
 
 
-def _why(then: Any, here: Mapping[str, Any]) -> str:
-    """Differences of the machine that change last bits."""
-    was = then if isinstance(then, Mapping) else {}
-    changes = [f"{key} {was.get(key)}, here {value}" for key, value in here.items() if was.get(key) != value]
-    changes = [change for change in changes if not change.startswith("threads ")]  # set as they were
-    return f" (made with {'; '.join(changes)})" if changes else ""
+def _refuse_other_sums(then: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Raise JobError where the job took its sums over windows otherwise than it would here."""
+    was = then.get("sums")
+    if was != here.get("sums"):
+        raise JobError(
+            f"{MANIFEST_NAME}: its sums over windows were taken in another way ({was or 'all in a row'}, here "
+            f"{here.get('sums')}), which ends in other last bits",
+            hint="the version that made it makes its layers again; --layers none compares files alone",
+        )
 
 
-def _threads(then: Any) -> int:
+def _why(then: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """Differences of the machine that change last bits, but for threads, which are set as they were."""
+    changed = [key for key, value in here.items() if key != "threads" and then.get(key) != value]
+    return f" (made with {'; '.join(f'{key} {then.get(key)}, here {here[key]}' for key in changed)})" if changed else ""
+
+
+def _threads(then: Mapping[str, Any]) -> int:
     """As many threads as the job had: sums over another number end in other bits."""
-    count = then.get("threads") if isinstance(then, Mapping) else None
+    count = then.get("threads")
     return count if type(count) is int and 0 < count <= 1024 else torch.get_num_threads()
