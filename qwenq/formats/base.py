@@ -47,6 +47,11 @@ class Scheme:
     def __post_init__(self) -> None:
         if self.codes not in CODES:
             raise UsageError(f"codes is {self.codes!r}, wanted one of {', '.join(CODES)}")
+        if (type(self.bits), type(self.group_size), type(self.sym)) != (int, int, bool):
+            raise UsageError(
+                f"bits is {self.bits!r}, group size {self.group_size!r} and sym {self.sym!r}, wanted whole numbers and "
+                "a truth value"
+            )
         self.meaning.check(self)
         if self.group_size != -1 and self.group_size < 1:
             raise UsageError(f"group size is {self.group_size}, wanted {', '.join(map(str, GROUP_SIZES))} or -1")

@@ -15,6 +15,7 @@ from qwenq.errors import CalibrationError, CheckpointError, JobError, QwenqError
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.io.json import inside
 from qwenq.io.tensors import raw_bytes
+from qwenq.model.spec import spec_from_config
 from qwenq.pipeline.activations import LayerRunner, embed_tokens
 from qwenq.pipeline.config import DEFAULT_WINDOWS, QuantizeConfig, unreadable
 from qwenq.pipeline.job import DTYPES, QuantizeJob
@@ -53,17 +54,17 @@ def reproduce(
     job = read_job(manifest, opened, directory, calibration)
     whole = manifest["job"].get("files")  # names of files that are the whole model
     first = whole[0] if isinstance(whole, list) and whole else None
-    if first is not None and first not in manifest["files"]:
+    if first is not None and first not in [*manifest["files"]]:  # it may be of any type
         raise unreadable(KeyError("files"))
     written = open_checkpoint(directory if first is None else inside(directory, first))
     here, then = job.numerics, manifest["job"].get("numerics")
     then = then if isinstance(then, Mapping) else {}
     _refuse_other_sums(then, here)
-    torch.set_num_threads(_threads(then))
-    calibrator = job.workers(DTYPES[job.config.calibration_dtype], job.calibration)
     findings: list[Finding] = []
     made: list[int] = []
     try:
+        torch.set_num_threads(_threads(then))
+        calibrator = job.workers(DTYPES[job.config.calibration_dtype], job.calibration)
         with tempfile.TemporaryDirectory() as scratch:
             states = embed_tokens(job.source, job.tokens(), Path(scratch), job.convert)
             both = {"calibration": calibrator, "original": calibrator}
@@ -88,11 +89,12 @@ def reproduce(
 
 
 def _widened(source: Checkpoint, manifest: Mapping[str, Any]) -> Checkpoint:
-    """The source with its FFN padded as the job padded it."""
+    """The source with its FFN padded as the job padded it; CheckpointError for a width that no model has."""
     job = manifest.get("job")
     width = job.get("intermediate_size") if isinstance(job, Mapping) else None
     if type(width) is not int or width <= source.spec.intermediate_size:
         return source
+    spec_from_config(source.config | {"intermediate_size": width}, where=MANIFEST_NAME)
     return source.padded(width)
 
 
@@ -114,8 +116,9 @@ def read_job(manifest: Mapping[str, Any], source: Checkpoint, out: Path, calibra
         raise unreadable(error) from None
     config = QuantizeConfig.from_manifest(job)
     recipe.check(source.spec)
-    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if config.device != "cpu" and not set(config.device.split(",")) <= {"cuda", *(f"cuda:{k}" for k in range(here))}:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    here = {"cuda", *(f"cuda:{k}" for k in range(count))} if count else set()
+    if config.device != "cpu" and not set(config.device.split(",")) <= here:
         raise JobError(
             f"{MANIFEST_NAME}: made on {config.device}, which is not here", hint="GPUs and CPUs round differently"
         )

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run, small_job
+from conftest import answer, run, small_job
 from safetensors.torch import load_file, save_file
 
 from qwenq.checkpoint.manifest import MANIFEST_NAME, encode_manifest, verify
@@ -116,6 +116,8 @@ def test_the_manifest_says_what_it_was_made_from(random_model: Make, tmp_path: P
     assert "Quantized in the gptq format, then converted bit for bit." in card and "compressed-tensors" in card
     convert(open_checkpoint(tmp_path / "b"), tmp_path / "c", "awq")
     assert json.loads((tmp_path / "c" / "qwenq-manifest.json").read_text())["made_from"] == second["made_from"]
+    again = answer("verify", tmp_path / "b", "--source", tmp_path / "a", "--all-layers", code=1)
+    assert again.startswith(f"error: {tmp_path / 'a'}: already quantized (gptq)")  # no layer was solved here
     (tmp_path / "a" / "config.json").write_text("{}")
     assert [f.problem[:12] for f in verify(tmp_path / "b", tmp_path / "a").findings] == ["another file"]
 

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from test_faults import FORMATS
 
 from qwenq.checkpoint.manifest import MANIFEST_NAME, encode_manifest, read_manifest, verify
-from qwenq.errors import CalibrationError, CheckpointError, JobError
+from qwenq.errors import CalibrationError, CheckpointError, JobError, QwenqError
 from qwenq.io.tensors import write_shard
+from qwenq.pipeline.job import QuantizeJob
 from qwenq.pipeline.quantize import quantize
 from qwenq.pipeline.reproduce import reproduce, sample
 from tests.conftest import run
@@ -127,19 +128,34 @@ def test_what_cannot_be_made_again_says_why(tiny: Path, calib: Path, heldout: Pa
         made_again(out, tiny, calibration=str(heldout))
     with pytest.raises(JobError, match="the model has layers 0 to 3"):
         made_again(out, tiny, layers=[4])
+
+
+def test_a_forged_job_is_refused_in_one_line(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever changes a manifest can make its digests right too."""
+    out, linear = tmp_path / "out", "model.layers.0.mlp.up_proj"
+    quantize(small_job(tiny, out, method="rtn", calibration=None))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     manifest = read_manifest(out)[0]
-    for key, value in {
-        "scheme": {"bits": 3},
-        "options": {"x": 1},
-        "overrides": 3,
-        "dtype": "float8",
-        "seed": "0",
-    }.items():
-        with pytest.raises(CheckpointError, match="its job cannot be read"):
+    unread = "its job cannot be read"
+    for key, value, said in (
+        ("scheme", {"bits": 3}, unread),
+        ("scheme", {"bits": 4.0, "group_size": 32}, unread),
+        ("scheme", {"bits": 4, "group_size": 32.0}, unread),
+        ("overrides", {linear: {"bits": 4, "group_size": 32, "sym": []}}, unread),
+        ("overrides", 3, unread),
+        ("options", {"x": 1}, unread),
+        ("dtype", "float8", unread),
+        ("seed", "0", unread),
+        ("files", [[]], unread),
+        ("intermediate_size", 10**9, "intermediate_size is 1e+09, more than any model has"),
+        ("device", "cuda", "made on cuda, which is not here"),
+    ):
+        with pytest.raises(QwenqError) as caught:
             reproduce(out, tiny, manifest | {"job": manifest["job"] | {key: value}})
+        assert caught.value.message.startswith(f"{MANIFEST_NAME}: {said}"), (key, value)
 
 
-def test_threads_are_set_as_they_were(tiny: Path, tmp_path: Path) -> None:
+def test_threads_are_set_as_they_were(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     quantize(small_job(tiny, out, method="rtn", calibration=None))
     manifest = read_manifest(out)[0]
@@ -147,6 +163,15 @@ def test_threads_are_set_as_they_were(tiny: Path, tmp_path: Path) -> None:
     seen: list[int] = []
     reproduce(out, tiny, manifest, [0], listen=lambda line: seen.append(torch.get_num_threads()))
     assert seen == [2] and torch.get_num_threads() == 1
+
+    def without_memory(*operands: Any) -> None:
+        seen.append(torch.get_num_threads())
+        raise MemoryError
+
+    monkeypatch.setattr(QuantizeJob, "workers", without_memory)
+    with pytest.raises(MemoryError):
+        reproduce(out, tiny, manifest, [0])
+    assert seen == [2, 2] and torch.get_num_threads() == 1
 
 
 def test_the_command(tiny: Path, tmp_path: Path) -> None:
