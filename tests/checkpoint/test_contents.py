@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import rewrite, small_job
+from conftest import rewrite, run, small_job
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -22,7 +22,6 @@ from qwenq.formats.base import Recipe, Scheme
 from qwenq.model.spec import family_configs, family_spec, spec_from_config
 from qwenq.pipeline.quantize import quantize
 from qwenq.planning.models import Model, WeightsAsked, model_weights
-from tests.conftest import run
 
 Edit = Callable[..., dict[str, Any]]
 Make = Callable[..., Path]

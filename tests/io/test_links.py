@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import small_job
+from conftest import run, small_job
 
 import qwenq
 from qwenq.checkpoint.manifest import verify
@@ -18,7 +18,6 @@ from qwenq.errors import CheckpointError
 from qwenq.io.json import inside
 from qwenq.pipeline.convert import convert
 from qwenq.pipeline.quantize import quantize
-from tests.conftest import run
 
 Make = Callable[..., Path]
 

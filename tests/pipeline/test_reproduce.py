@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,17 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import answer, small_job, text_windows
+from conftest import answer, forge, run, small_job, text_windows
 from safetensors.torch import load_file
 from test_faults import FORMATS
 
-from qwenq.checkpoint.manifest import MANIFEST_NAME, encode_manifest, read_manifest, verify
+from qwenq.checkpoint.manifest import MANIFEST_NAME, read_manifest, verify
 from qwenq.errors import CalibrationError, CheckpointError, JobError, QwenqError
 from qwenq.io.tensors import write_shard
 from qwenq.pipeline.job import QuantizeJob
 from qwenq.pipeline.quantize import quantize
 from qwenq.pipeline.reproduce import reproduce, sample
-from tests.conftest import run
 
 Make = Callable[..., Path]
 
@@ -93,11 +91,7 @@ def test_a_forged_layer_is_named(tiny: Path, tmp_path: Path) -> None:
     tensors = load_file(out / name)
     tensors["model.layers.1.mlp.up_proj.qweight"][3, 5] ^= 1
     digest = write_shard(out / name, tensors)
-    document = json.loads((out / MANIFEST_NAME).read_text())
-    run = document.pop("run")
-    document["files"][name] = digest
-    del document["digest"], document["manifest"], run["digest"]
-    (out / MANIFEST_NAME).write_bytes(encode_manifest(document, run))
+    forge(out, lambda manifest: manifest["files"].update({name: digest}))
     assert verify(out, tiny).findings == ()
     assert made_again(out, tiny, layers=[0, 2])[1] == []
     (finding,) = made_again(out, tiny, layers=range(4))[1]
