@@ -333,13 +333,11 @@ def open_checkpoint(directory: Path) -> Checkpoint:
 
 def _stamps(directory: Path) -> dict[str, Stamp]:
     """Every file of a directory, or GGUF file beside that one, as it is now; empty where there is none."""
-    if is_gguf(directory):
-        files: Iterable[Path] = directory.parent.glob("*" + directory.suffix)
-    elif directory.is_dir():
-        files = files_in(directory)
-    else:
+    alone = is_gguf(directory)
+    folder = directory.parent if alone else directory
+    if not folder.is_dir():
         return {}
-    folder = directory.parent if is_gguf(directory) else directory
+    files = folder.glob("*" + directory.suffix) if alone else files_in(folder)
     found = {path.relative_to(folder).as_posix(): stamp(path) for path in files}
     return {name: file for name, file in found.items() if file is not None}
 

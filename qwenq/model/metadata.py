@@ -51,7 +51,6 @@ class GGUFModel:
     GGML type of each linear, the embedding and the head by its name, where any is quantized.
     """
 
-    file: GGUFFile
     config: dict[str, Any]
     spec: ModelSpec
     tensors: dict[str, TensorLocation]
@@ -87,7 +86,7 @@ def open_gguf(path: Path) -> GGUFModel:
     types = {module: tensors[module + ".weight"].spec.dtype for module in modules}
     if any(kind not in PLAIN_TYPES for kind in types.values()):
         config["quantization_config"] = {"quant_method": METHOD, "types": types}
-    return GGUFModel(file, config, spec, tensors)
+    return GGUFModel(config, spec, tensors)
 
 
 # ---------------------------------------------------------------------- names

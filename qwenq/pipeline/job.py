@@ -106,10 +106,7 @@ class QuantizeJob:
         config = self.config
         damping = DAMP_PERCENT if config.damp_percent is None else config.damp_percent
         assert config.error_correction is not None
-        return SolverOptions(
-            config.solver, damping, config.fold, config.error_correction, config.error_correction_share,
-            config.sink_weight,
-        )  # fmt: skip
+        return SolverOptions(config.solver, damping, config.fold, config.error_correction, config.sink_weight)
 
     @property
     def devices(self) -> tuple[str, ...]:
