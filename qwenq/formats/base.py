@@ -227,6 +227,10 @@ class Recipe:
             found.append(first.setdefault((*kind, *(dtype_of(prefix + ending) for ending in endings)), layer))
         return found
 
+    def left_out(self, spec: ModelSpec) -> list[str]:
+        """Modules that stay in 16 bit, as configs with one scheme list them: the head, and linears named for that."""
+        return [spec.architecture.head, *(name for name, scheme in self.overrides if scheme is None)]
+
     def outer_scheme(self, lin: LinearSpec) -> Scheme | None:
         """The scheme of embedding or head, which stay in 16 bit unless they are named."""
         return self._by_name.get(lin.name)

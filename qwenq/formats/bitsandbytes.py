@@ -104,10 +104,7 @@ class Bitsandbytes(Format):
             "bnb_4bit_use_double_quant": False,
             "llm_int8_enable_fp32_cpu_offload": False,
             "llm_int8_has_fp16_weight": False,
-            "llm_int8_skip_modules": [
-                spec.architecture.head,
-                *(name for name, scheme in recipe.overrides if scheme is None),
-            ],
+            "llm_int8_skip_modules": recipe.left_out(spec),
             "llm_int8_threshold": 6.0,
         }
 
@@ -128,9 +125,10 @@ class Bitsandbytes(Format):
             if kind != "nf4" or storage != "uint8":
                 raise UnreadScheme(f"{where}: 4-bit type {kind!r} stored as {storage!r}, wanted 'nf4' as 'uint8'")
             scheme = NF4_NESTED if config.get("bnb_4bit_use_double_quant") else NF4
-        kept = read_names(config.get("llm_int8_skip_modules"), f"{where}: llm_int8_skip_modules")
-        check_count(kept, f"{where}: llm_int8_skip_modules")
-        rules = tuple((_skip_pattern(name, f"{where}: llm_int8_skip_modules"), None) for name in kept)
+        here = f"{where}: llm_int8_skip_modules"
+        kept = read_names(config.get("llm_int8_skip_modules"), here)
+        check_count(kept, here)
+        rules = tuple((_skip_pattern(name, here), None) for name in kept)
         return Quantization(form.name, scheme, rules)
 
     def stated(self, config: Mapping[str, Any]) -> tuple[list[int], list[int]]:

@@ -155,15 +155,15 @@ def test_sizes_of_a_checkpoint_that_unties_a_tied_familys_head(tmp_path: Path) -
 # ---------------------------------------------------------------------- bare names
 
 
+def bare(tensors: dict[str, torch.Tensor]) -> None:
+    for name in list(tensors):
+        tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+
 def test_names_without_model_are_read(random_model: Make, tmp_path: Path) -> None:
     """As embedding models are saved, from the class without a head: `layers.0...`, `embed_tokens.weight`."""
     path = random_model("bare", "qwen3", tie_word_embeddings=True, head_dim=16)
     wanted = open_checkpoint(path).read("model.layers.1.mlp.up_proj.weight")
-
-    def bare(t: dict[str, torch.Tensor]) -> None:
-        for name in list(t):
-            t[name.removeprefix("model.")] = t.pop(name)
-
     rewrite(path, bare)
     found = open_checkpoint(path)
     assert torch.equal(found.read("model.layers.1.mlp.up_proj.weight"), wanted) and found.ignored == ()
@@ -176,13 +176,7 @@ def test_names_without_model_are_read(random_model: Make, tmp_path: Path) -> Non
 
 def test_an_embedding_model_without_a_head_is_named(random_model: Make) -> None:
     path = random_model("bare")
-
-    def bare(t: dict[str, torch.Tensor]) -> None:
-        del t[HEAD]
-        for name in list(t):
-            t[name.removeprefix("model.")] = t.pop(name)
-
-    rewrite(path, bare)
+    rewrite(path, lambda t: (t.pop(HEAD), bare(t)))
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(path)
     assert caught.value.message == f"{path}: tensor lm_head.weight is in no shard"

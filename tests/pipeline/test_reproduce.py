@@ -14,11 +14,14 @@ from safetensors.torch import load_file
 from test_faults import FORMATS
 
 from qwenq.checkpoint.manifest import MANIFEST_NAME, read_manifest, verify
+from qwenq.checkpoint.reader import open_source
 from qwenq.errors import CalibrationError, CheckpointError, JobError, QwenqError
 from qwenq.io.tensors import write_shard
 from qwenq.pipeline.job import QuantizeJob
 from qwenq.pipeline.quantize import quantize
 from qwenq.pipeline.reproduce import reproduce, sample
+from qwenq.text.calibration import load_windows, with_builtin
+from qwenq.text.tokens import ModelTokenizer
 
 Make = Callable[..., Path]
 
@@ -33,8 +36,6 @@ def calibrated(source: Path, out: Path, calib: Path, **changes: Any) -> Path:
 
 
 def test_a_padded_checkpoint_is_made_from_the_padded_source(tiny: Path, calib: Path, tmp_path: Path) -> None:
-    from qwenq.checkpoint.reader import open_source
-
     job = small_job(tiny, tmp_path / "out", calibration=None, method="rtn")
     quantize(replace(job, source=open_source(tiny).padded(512)))
     assert made_again(tmp_path / "out", tiny) == ((0, 2, 3), [])
@@ -47,10 +48,6 @@ def test_sample() -> None:
 
 @pytest.mark.parametrize("kind", [*FORMATS, "rtn"])
 def test_layers_made_again_are_the_written_ones(kind: str, tiny: Path, calib: Path, tmp_path: Path) -> None:
-    from qwenq.checkpoint.reader import open_source
-    from qwenq.text.calibration import load_windows
-    from qwenq.text.tokens import ModelTokenizer
-
     changes: dict[str, Any] = {"recipe": FORMATS[kind]} if kind in FORMATS else {}
     if kind == "rtn":
         changes = {"method": "rtn", "calibration": None}
@@ -66,10 +63,6 @@ def test_layers_made_again_are_the_written_ones(kind: str, tiny: Path, calib: Pa
 
 
 def test_windows_of_the_builtin_set_are_found_again(tiny: Path, calib: Path, tmp_path: Path) -> None:
-    from qwenq.checkpoint.reader import open_source
-    from qwenq.text.calibration import load_windows, with_builtin
-    from qwenq.text.tokens import ModelTokenizer
-
     spec, tokenizer = open_source(tiny).spec, ModelTokenizer(tiny)
     own = load_windows(str(calib), tokenizer, spec, length=32, count=6, seed=0)
     windows = with_builtin(own, 2, tokenizer, spec, seed=0)
