@@ -222,6 +222,7 @@ DTYPE_BYTES = {
     "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
 FLOATS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}  # as torch and configurations call them
+FLOAT_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 
 
 def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:

@@ -22,7 +22,7 @@ from qwenq.errors import CheckpointError, JobError, PlanError, QwenqError
 from qwenq.formats.base import FORMATS, Recipe, Scheme, get_format, quantization_config
 from qwenq.io.durable import make_directory
 from qwenq.io.fields import Fields
-from qwenq.io.safetensors import FLOATS
+from qwenq.io.safetensors import FLOAT_NAMES, FLOATS
 from qwenq.io.tensors import TORCH_DTYPES
 from qwenq.machine import forget_peak_rss, free_disk, host_facts, peak_rss_bytes, versions
 from qwenq.model.spec import LinearSpec
@@ -229,7 +229,6 @@ def _outside(source: Checkpoint, recipe: Recipe, job: Fields) -> dict[str, str]:
     """
     spec, overrides = source.spec, job.sub("overrides")
     made_as, stored_dtype = FORMATS.get(job.text("format")), get_format(recipe.format).stored_dtype
-    words = {dtype: word for word, dtype in FLOATS.items()}
     asked = FLOATS.get(job.text("dtype"))
     found: dict[str, str] = {}
     for part, name in (
@@ -238,11 +237,11 @@ def _outside(source: Checkpoint, recipe: Recipe, job: Fields) -> dict[str, str]:
         module, read = name.removesuffix(".weight"), source.dtype_of(name)
         written = stored_dtype(name, read)
         if overrides.value.get(module) is not None:
-            found[part] = f"{overrides.sub(module).text('codes')} unpacked to {words[written]}"
+            found[part] = f"{overrides.sub(module).text('codes')} unpacked to {FLOAT_NAMES[written]}"
         elif written not in (read, "F32"):
-            found[part] = f"in {words[written]}"
+            found[part] = f"in {FLOAT_NAMES[written]}"
         elif asked and made_as and made_as.stored_dtype(name, asked) == asked:
-            found[part] = f"in {words[asked]}"
+            found[part] = f"in {FLOAT_NAMES[asked]}"
     return found
 
 

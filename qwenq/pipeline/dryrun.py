@@ -212,19 +212,13 @@ def _windows(config: QuantizeConfig, model: str, spec: ModelSpec) -> tuple[Windo
     calibrated = config.solver == "gptq"
     most = config.num_samples or DEFAULT_WINDOWS
     most_held = config.eval_samples or DEFAULT_EVALUATION_WINDOWS
-    if any((Path(model) / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
-        count = _counter(Path(model), spec, config.strict)
-        windows, length, counted = 0, config.sequence_length, True
-        if calibrated:
-            windows, length, counted = count(config.calibration, most, length, config.seed)
-        held_out, _, _ = count(config.eval_text, most_held, length, None)
-    else:
-        length, counted = config.sequence_length, False
-
-        def known(name: str, most: int) -> int:
-            return min(most, max(1, SET_TOKENS[name] // length)) if name in SET_TOKENS else most
-
-        windows, held_out = known(config.calibration, most) if calibrated else 0, known(config.eval_text, most_held)
+    tokenizers = ("tokenizer.json", "vocab.json", "tokenizer.model")
+    tokenized = any((Path(model) / name).is_file() for name in tokenizers)
+    count = _counter(Path(model), spec, config.strict) if tokenized else _estimated
+    windows, length, counted = 0, config.sequence_length, tokenized
+    if calibrated:
+        windows, length, counted = count(config.calibration, most, length, config.seed)
+    held_out, _, _ = count(config.eval_text, most_held, length, None)
     warnings = []
     for option, name, wanted, found in (
         ("--num-samples", config.calibration, config.num_samples if calibrated else None, windows),
@@ -236,10 +230,19 @@ def _windows(config: QuantizeConfig, model: str, spec: ModelSpec) -> tuple[Windo
     return Windows(windows, held_out, length, counted), warnings
 
 
+def _estimated(name: str, most: int, length: int, seed: int | None) -> tuple[int, int, bool]:
+    """A text's windows without a tokenizer: sets that are known have about as many tokens whatever the model."""
+    known = max(1, SET_TOKENS[name] // length) if name in SET_TOKENS else most
+    return min(most, known), length, False
+
+
 def _counter(
     directory: Path, spec: ModelSpec, strict: bool
 ) -> Callable[[str, int, int, int | None], tuple[int, int, bool]]:
-    """A function that counts a text's windows, `most` at most, as a job draws them; sets of the hub are not fetched."""
+    """A function that counts a text's windows, `most` at most, as a job draws them; sets of the hub are not fetched.
+
+    It returns their number, their length, and whether the text itself was counted.
+    """
     from qwenq.text.calibration import load_windows
     from qwenq.text.tokens import ModelTokenizer
 
