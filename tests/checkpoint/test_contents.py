@@ -53,7 +53,7 @@ def copied(random_model: Make) -> Path:
 # ---------------------------------------------------------------------- a head of its own
 
 
-def test_a_head_that_is_another_is_kept_and_said_once(merged: Path, edit_json: Edit) -> None:
+def test_a_head_that_is_another_is_kept_and_said_once(merged: Path) -> None:
     found = open_checkpoint(merged)
     assert found.notes == (NOTE,) and found.ignored == () and found.config["tie_word_embeddings"] is False
     assert torch.equal(found.read(found.head_name), head_of(3))
@@ -92,7 +92,7 @@ def test_quantize_writes_the_head_and_says_that_it_is_not_tied(merged: Path, tmp
     torch.testing.assert_close(found.logits, found.hidden_states[-1] @ head_of(3).float().T, rtol=0, atol=1e-4)
 
 
-def test_eval_and_run_use_the_stored_head(merged: Path, tmp_path: Path, edit_json: Edit) -> None:
+def test_eval_and_run_use_the_stored_head(merged: Path, tmp_path: Path) -> None:
     untied = tmp_path / "untied"
     untied.mkdir()
     for file in merged.iterdir():

@@ -12,7 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import run, small_job
+from conftest import run
 from gguf_bytes import tiny_file
 from safetensors.numpy import load_file
 
@@ -25,7 +25,6 @@ from qwenq.io.gguf import TYPES
 from qwenq.machine import Compute
 from qwenq.pipeline.convert import convert
 from qwenq.pipeline.evaluate import evaluate
-from qwenq.pipeline.quantize import quantize
 from qwenq.planning.kernels import Choice, choose
 from qwenq.runtime.linear import BlockEmbedding, BlockLinear, Int4Linear, packed_linear
 from qwenq.solver.grid import QTensor
@@ -128,7 +127,7 @@ def test_evaluation_equals_that_of_the_same_values(five: Path, tiny: Path, tmp_p
     assert evaluate(open_checkpoint(five), open_checkpoint(five), windows).kl.mean == 0
 
 
-def test_a_scale_that_is_no_number(five: Path, tiny: Path) -> None:
+def test_a_scale_that_is_no_number(five: Path) -> None:
     found = open_checkpoint(five)
     location = found.tensors["model.layers.1.self_attn.q_proj.weight"]
     data = bytearray(five.read_bytes())
@@ -248,7 +247,7 @@ def test_embeddings_are_looked_up_in_blocks() -> None:
     assert torch.equal(BlockEmbedding(Blocks("Q6_K", data), torch.float32)(ids), table[ids])
 
 
-def test_a_model_runs_as_its_values_do(five: Path, tiny: Path, tmp_path: Path) -> None:
+def test_a_model_runs_as_its_values_do(five: Path) -> None:
     """Greedy tokens in float32 equal those of transformers' model filled with gguf-py's values."""
     from transformers import AutoModelForCausalLM
 
@@ -319,22 +318,3 @@ def test_minima_that_are_no_zero_points(tiny: Path, tmp_path: Path) -> None:
     found = open_checkpoint(tmp_path / "out")
     for lin in source.spec.linears:
         assert torch.equal(source.linear_weight(lin), found.linear_weight(lin)), lin.name
-
-
-@pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(4, 128), Scheme(8, 64)], ids=lambda scheme: scheme.label)
-def test_to_gguf_and_back(scheme: Scheme, tiny: Path, tmp_path: Path) -> None:
-    """Symmetric groups of 32, 64 and 128: the same values in GGUF, as gguf-py reads them, and back in g32."""
-    quantize(small_job(tiny, tmp_path / "a", recipe=Recipe(scheme)))
-    first = open_checkpoint(tmp_path / "a")
-    convert(first, tmp_path / "b", "gguf")
-    (path,) = (tmp_path / "b").glob("*.gguf")
-    second = open_checkpoint(path)
-    stored = {t.name: t for t in gguf.GGUFReader(path).tensors}
-    tensor = stored["blk.1.ffn_down.weight"]
-    theirs = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
-    assert torch.equal(theirs, first.linear_weight(first.spec.layer_linears(1)[-1]))
-    convert(second, tmp_path / "c", "gptq")
-    third = open_checkpoint(tmp_path / "c")
-    assert third.recipe.default == Scheme(scheme.bits, 32)
-    for lin in first.spec.linears:
-        assert torch.equal(first.linear_weight(lin), third.linear_weight(lin)), lin.name

@@ -85,7 +85,7 @@ def test_a_lock_that_is_none(kind: str, victim: Path, tmp_path: Path) -> None:
     assert victim.read_text() == "precious" and os.path.lexists(lock)
 
 
-def test_the_working_directory_may_be_no_link(victim: Path, tmp_path: Path) -> None:
+def test_the_working_directory_may_be_no_link(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "out.partial").symlink_to("elsewhere")
     with pytest.raises(NotADirectoryError, match="is a link"):

@@ -201,15 +201,19 @@ def test_integers_are_converted_bit_for_bit(
     assert file.name == f"ints-{kind}.gguf" and made["file_bytes"] == file.stat().st_size
     before, after = open_checkpoint(ints), open_checkpoint(file)
     theirs = values(file)
-    for lin in before.spec.linears:
-        weight = before.linear_weight(lin)
-        assert torch.equal(weight, after.linear_weight(lin))
-    assert np.array_equal(before.linear_weight(before.spec.linears[0]).numpy(), theirs["blk.0.attn_q.weight"])
+    assert all(torch.equal(before.linear_weight(lin), after.linear_weight(lin)) for lin in before.spec.linears)
+    first, *_, last = before.spec.layer_linears(0)
+    assert np.array_equal(before.linear_weight(first).numpy(), theirs["blk.0.attn_q.weight"])
+    assert np.array_equal(before.linear_weight(last).numpy(), theirs["blk.0.ffn_down.weight"])
     tensors = {t.name: t.tensor_type.name for t in gguf.GGUFReader(file).tensors}
     assert tensors["blk.2.ffn_down.weight"] == kind and tensors["token_embd.weight"] == "F16"
     assert tensors["blk.0.attn_norm.weight"] == "F32"
     assert f"\nllama-server -m {file.name} -c " in (out / "README.md").read_text()
     assert not verify(out).findings
+    answer("convert", file, tmp_path / "back", "--format", "gptq")
+    back = open_checkpoint(tmp_path / "back")
+    assert back.recipe.default == Scheme(bits, 32)
+    assert all(torch.equal(before.linear_weight(lin), back.linear_weight(lin)) for lin in before.spec.linears)
 
 
 def test_cards_say_what_embedding_and_head_are_once_converted(
@@ -412,7 +416,7 @@ def test_a_tokenizer_that_is_no_byte_level_bpe_is_refused(
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_dry_run_of_the_72b(tmp_path: Path) -> None:
+def test_dry_run_of_the_72b() -> None:
     """Without a tokenizer at hand: its 6 MB are missing."""
     for words, wanted in ((["--bits", "4"], 47.41), (["--bits", "8"], 77.26), (["--gguf-type", "Q2_K"], 29.81)):
         found = answer("quantize", "Qwen2.5-72B", "--dry-run", "--format", "gguf", *words)

@@ -230,7 +230,7 @@ def test_an_overflow_is_named(name: str, random_model: Make, tmp_path: Path) -> 
 # ---------------------------------------------------------------------- drift
 
 
-def test_quantize_and_eval_agree_exactly(tiny: Path, tiny_result: Any, random_model: Make, tmp_path: Path) -> None:
+def test_quantize_and_eval_agree_exactly(random_model: Make, tmp_path: Path) -> None:
     job = small_job(random_model("qwen3", "qwen3", head_dim=32), tmp_path / "out", recipe=MIXED)
     assert quantize(job).drift == evaluate(open_checkpoint(job.out), job.source, job.evaluation)
 

@@ -35,7 +35,7 @@ def calibrated(source: Path, out: Path, calib: Path, **changes: Any) -> Path:
     return out
 
 
-def test_a_padded_checkpoint_is_made_from_the_padded_source(tiny: Path, calib: Path, tmp_path: Path) -> None:
+def test_a_padded_checkpoint_is_made_from_the_padded_source(tiny: Path, tmp_path: Path) -> None:
     job = small_job(tiny, tmp_path / "out", calibration=None, method="rtn")
     quantize(replace(job, source=open_source(tiny).padded(512)))
     assert made_again(tmp_path / "out", tiny) == ((0, 2, 3), [])

@@ -86,7 +86,7 @@ def test_eight_bits_cost_the_square_of_the_step(table: Sensitivity, measured_kl:
 
 
 @pytest.mark.slow
-def test_ten_random_recipes_are_ranked_rightly(table: Sensitivity, measured_kl: Callable, tiny: Path) -> None:
+def test_ten_random_recipes_are_ranked_rightly(table: Sensitivity, measured_kl: Callable) -> None:
     """Ranks as the default solver leaves them; levels as the solver leaves them that the table is of, without error
 
     correction."""
