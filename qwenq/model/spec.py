@@ -184,8 +184,10 @@ class ModelSpec:
 
 
 # More than any model has, and little enough that no list by layer and no product of two shapes is a danger.
+_PADDED = "official_quantized_intermediate_size"
 _LARGEST = {"num_hidden_layers": 1000, "vocab_size": 1 << 24, "hidden_size": 1 << 18, "intermediate_size": 1 << 20,
-            "head_dim": 1 << 14, "num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12}  # fmt: skip
+            "head_dim": 1 << 14, "num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12,
+            _PADDED: 1 << 20}  # fmt: skip
 _LONGEST_CONTEXT = 1 << 40
 
 
@@ -251,7 +253,7 @@ def spec_from_config(config: Mapping[str, Any], where: str = "config.json", name
         extended_context=_whole(config, "extended_context", where, default=extended),
         name=name,
         bias_keys=tuple(key for key in architecture.bias_keys if config.get(key, False)),
-        official_quantized_intermediate_size=config.get("official_quantized_intermediate_size"),
+        official_quantized_intermediate_size=None if config.get(_PADDED) is None else _whole(config, _PADDED, where),
     )
     architecture.window.refuse(config, spec.extended_context, where)
     return spec

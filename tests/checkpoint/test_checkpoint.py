@@ -332,6 +332,14 @@ def test_tensors_of_another_shape_than_transformers_default(random_model: Make, 
     assert refusal(path).endswith("num_attention_heads 4 is not a multiple of num_key_value_heads 32")
 
 
+def test_a_publishers_width_that_is_none(random_model: Make, edit_json: Edit) -> None:
+    """Only shipped models have one, but any config.json may say so."""
+    path = random_model()
+    for value, said in (("x", "'x', wanted a positive whole number"), (10**9, "1e+09, more than any model has")):
+        edit_json(path / "config.json", official_quantized_intermediate_size=value)
+        assert refusal(path).startswith(f"{path}/config.json: official_quantized_intermediate_size is {said}")
+
+
 def test_no_directory_and_no_config(tmp_path: Path) -> None:
     assert refusal(tmp_path / "none") == f"{tmp_path / 'none'}: no such directory"
     assert refusal(tmp_path) == f"{tmp_path / 'config.json'}: No such file or directory"
