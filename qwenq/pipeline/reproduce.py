@@ -135,7 +135,7 @@ def _calibration(text: Any, seed: int, source: Checkpoint, given: str | None) ->
         replaced = text.get("builtin", {}).get("windows", 0)
         if not isinstance(name, str) or any(type(value) is not int for value in (length, count, replaced)):
             raise TypeError
-        if not 0 <= replaced <= count:
+        if length < 1 or not 0 <= replaced <= count:
             raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError):
         raise CheckpointError(f"{MANIFEST_NAME}: job.calibration does not say which text was read") from None

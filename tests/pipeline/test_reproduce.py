@@ -70,10 +70,11 @@ def test_windows_of_the_builtin_set_are_found_again(tiny: Path, calib: Path, tmp
     quantize(small_job(tiny, tmp_path / "out", calibration=windows))
     assert made_again(tmp_path / "out", tiny, calibration=str(calib), layers=[0]) == ((0,), [])
     manifest = read_manifest(tmp_path / "out")[0]
-    for forged in (-1, 7, "2", None):
-        manifest["job"]["calibration"]["builtin"]["windows"] = forged
+    forgeries = [{"builtin": {"windows": windows}} for windows in (-1, 7, "2", None)] + [{"window_tokens": -1}]
+    for forged in forgeries:
+        job = manifest["job"] | {"calibration": manifest["job"]["calibration"] | forged}
         with pytest.raises(CheckpointError, match="does not say which text was read"):
-            reproduce(tmp_path / "out", tiny, manifest, calibration=str(calib))
+            reproduce(tmp_path / "out", tiny, manifest | {"job": job}, calibration=str(calib))
 
 
 def test_a_forged_layer_is_named(tiny: Path, tmp_path: Path) -> None:
