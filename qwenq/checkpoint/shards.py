@@ -19,7 +19,7 @@ from qwenq.formats.base import Recipe, get_format
 from qwenq.io.durable import file_sha256, new_file, sync_directory
 from qwenq.io.gguf import BlockTensor, Layout, split_layouts
 from qwenq.io.json import open_regular
-from qwenq.io.safetensors import TensorLocation, TensorSpec, encode_header, tensor_bytes
+from qwenq.io.safetensors import TensorLocation, TensorSpec, encode_header
 from qwenq.model.metadata import gguf_names, paired_heads
 from qwenq.model.spec import ModelSpec
 
@@ -284,6 +284,6 @@ def shard_file_bytes(tensors: list[TensorSpec]) -> int:
 
 def encode_index(files: Mapping[str, list[TensorSpec]]) -> dict[str, Any]:
     """`model.safetensors.index.json` for shard files and their tensors."""
-    total = sum(tensor_bytes(t.dtype, t.shape) for specs in files.values() for t in specs)
+    total = sum(t.nbytes for specs in files.values() for t in specs)
     weight_map = {t.name: file for file, specs in files.items() for t in specs}
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

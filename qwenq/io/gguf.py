@@ -10,6 +10,7 @@ Offsets count from where the data begins. A split model has its metadata in the 
 from __future__ import annotations
 
 import array
+import math
 import os
 import re
 import struct
@@ -71,10 +72,8 @@ class BlockTensor(TensorSpec):
 
     @property
     def nbytes(self) -> int:
-        found, size = TYPES[self.dtype], 1
-        for dim in self.shape:
-            size *= dim
-        return size // found.values * found.n_bytes
+        found = TYPES[self.dtype]
+        return math.prod(self.shape) // found.values * found.n_bytes
 
 
 # ---------------------------------------------------------------------- metadata

@@ -7,6 +7,7 @@ shape and `data_offsets`, relative to the data; `__metadata__` maps text to text
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -227,10 +228,7 @@ FLOAT_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 
 def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Bytes of a dense tensor of safetensors dtype `dtype`."""
-    size = DTYPE_BYTES[dtype]
-    for dim in shape:
-        size *= dim
-    return size
+    return DTYPE_BYTES[dtype] * math.prod(shape)
 
 
 SAMPLE_BYTES = 4096  # of each tensor; a fine-tuned model differs in all of them
