@@ -19,12 +19,12 @@ from torch import Tensor
 
 from qwenq.errors import CheckpointError
 from qwenq.formats.base import Recipe, Scheme, get_format
-from qwenq.machine import return_freed_memory
 from qwenq.io.tensors import DTYPE_NAMES, TORCH_DTYPES, all_finite
+from qwenq.machine import return_freed_memory
 from qwenq.model.architectures import Stage
 from qwenq.model.layer import Network
 from qwenq.model.spec import LinearSpec, ModelSpec
-from qwenq.pipeline.config import ERROR_CORRECTION_SHARE, SINK_WEIGHT
+from qwenq.pipeline.config import SINK_WEIGHT
 from qwenq.pipeline.imatrix import InputSquares
 from qwenq.pipeline.monitor import StageClock
 from qwenq.pipeline.preflight import scratch_width
@@ -50,7 +50,6 @@ class SolverOptions:
     damp_percent: float = DAMP_PERCENT  # share of the mean Hessian diagonal added to the diagonal
     fold: bool = True  # fold channel scales into norms and up_proj (solver/equalize.py)
     error_correction: float = 1.0  # how far o and down are moved towards the 16-bit hidden states before rounding
-    error_correction_share: float = ERROR_CORRECTION_SHARE  # of the calibration windows: they cost a pass of theirs
     sink_weight: float = SINK_WEIGHT  # of tokens with massive states, in Hessians and corrections; others count once
 
 
