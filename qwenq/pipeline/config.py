@@ -38,7 +38,8 @@ SINK_WEIGHT = 64.0  # of tokens with massive states (reports/LOG.md)
 BUILTIN_SHARE = 0.2  # of the windows of another calibration text, that the built-in set replaces (reports/LOG.md)
 SET_TOKENS = {"builtin": 156_200, "heldout": 12_300}  # about so many by Qwen2.5's tokenizer
 BATCH_TOKENS = 2048  # that go through a layer together
-CPU_BATCH_TOKENS = 1024  # likewise, by each worker of a CPU
+CPU_BATCH_TOKENS = 1024  # likewise, by each worker of a CPU, at most
+CPU_BATCH_VALUES = 5 << 19  # of such a batch in the FFN: more take memory and save no time (reports/LOG.md)
 HELD_VALUES = 1 << 21  # of parts of a sum that wait to be added together: small ones cost more to add than to hold
 ERROR_CORRECTION_SHARE = 0.5  # of the calibration windows, which run through the 16-bit layers too
 CORRECTION_TOKENS_A_COLUMN = 8  # but at least so many tokens for each input column of down, where there are so many
@@ -46,6 +47,7 @@ CORRECTION_LEAST_A_COLUMN = 2  # with fewer they say too little to be worth that
 PARTS = 8  # of the windows of a pass, summed apart and then in order, which ranks and workers share (docs/scale-out.md)
 MOST_WORKERS = 4  # of a CPU, that share the windows which go through a layer together, each with its own Hessian
 WORKERS_UP_TO = 8192  # wide FFNs: beyond, matmuls alone keep cores busy, and Hessians are large
+NARROW_UP_TO = 4.75  # bits of a linear weight, scales included: those of 4 bits in groups of 32 and more
 NOISE_WINDOWS = 2  # evaluation windows that are also run in float32, when computing in a narrower type
 SOLVER_WINDOWS = 16  # of calibration, at most, for the Hessians that sensitivities' errors are solved with
 PROBE_WINDOWS, PROBE_TOKENS = 32, 128  # and other, shorter ones, at most, that the errors' effect is read on
@@ -512,16 +514,16 @@ class Resolution:
         device: `cpu` or `cuda...`, what `auto` has become. fingerprint: of the source's files, empty when they are not
         here. measured: sensitivities that a stopped job has measured already. beside: what files hold beside tensors.
         """
-        method = config.solver
+        method, wide = config.solver, config.widened(spec)
+        bits = math.inf if config.mixed else config.uniform(wide).bits_per_linear_weight(wide)
         settled = replace(
             config,
             method=method,
             fold=config.fold and method == "gptq",
             device=device,
-            compute_dtype=pick_compute_dtype(config.compute_dtype, device),
+            compute_dtype=pick_compute_dtype(config.compute_dtype, device, bits),
             calibration_dtype=pick_calibration_dtype(config.calibration_dtype, device),
         )
-        wide = config.widened(spec)
         stored_dtype = get_format(config.format).stored_dtype
 
         def dtype_of(name: str) -> str:
@@ -630,10 +632,19 @@ def pick_device(device: str, *, several: bool = True) -> str:
     return ",".join(f"cuda:{number}" for number in numbers)
 
 
-def pick_compute_dtype(compute_dtype: str, device: str) -> str:
-    """The dtype activations are computed in; float16 is refused: Qwen2.5 overflows it, and CPUs crawl in it."""
+def cpu_batch_tokens(intermediate_size: int) -> int:
+    """Tokens that each worker of a CPU sends through a layer together, or a window that is longer."""
+    return min(CPU_BATCH_TOKENS, CPU_BATCH_VALUES // intermediate_size)
+
+
+def pick_compute_dtype(compute_dtype: str, device: str, bits: float = math.inf) -> str:
+    """The dtype activations are computed in; float16 is refused: Qwen2.5 overflows it, and CPUs crawl in it.
+
+    bits: of a linear weight, where it is a checkpoint's divergence that is computed. Up to NARROW_UP_TO a CPU with
+    instructions for bfloat16 takes that: its noise is a hundredth of what so few bits lose.
+    """
     if compute_dtype == "auto":
-        return "float32" if device == "cpu" else "bfloat16"
+        return "bfloat16" if device != "cpu" or (bits <= NARROW_UP_TO and has_bfloat16()) else "float32"
     if compute_dtype not in ("float32", "bfloat16"):
         raise UsageError(
             f"--compute-dtype {compute_dtype}: wanted float32, bfloat16 or auto",
