@@ -281,7 +281,7 @@ class BlockCodes(Codes):
         return _NOISE.get(self.name)
 
     def parse(self, label: str) -> Scheme | None:
-        return type_scheme(self.name) if label == self.name else None
+        return type_scheme(self.name) if label.upper() == self.name else None
 
     def grid(self, scheme: Scheme) -> Grid:
         from qwenq.solver.grid import IntegerGrid
@@ -625,9 +625,11 @@ class Gguf(Format):
         return QTensor(q.codes_OI, (q.parameters[0], zero_OG.to(torch.uint8)), IntegerGrid(4, 32, False))
 
     def file_metadata(self, recipe: Recipe, mixture: str) -> dict[str, Any]:
-        """`general.file_type`: for types of one's own that of the mixture whose tensors are mostly of the same."""
+        """`general.file_type`: for types of one's own what llama.cpp guesses of a file that is mostly of that type, the
+        middle one of several mixtures (llama-model-loader.cpp).
+        """
         mostly = recipe.default.codes if recipe.default else "F16"
-        like = mixture or next(name for name, found in MIXTURES.items() if found.base == mostly)
+        like = mixture or (mostly if mostly in MIXTURES else f"{mostly}_M")
         return {"general.file_type": MIXTURES[like].number, "general.quantization_version": 2}
 
     def stored_dtype(self, name: str, dtype: str, mixture: str = "") -> str:

@@ -285,17 +285,20 @@ def _checkpoint_weights(spec: ModelSpec, path: Path) -> Weights:
     """Weights as a checkpoint has them, whose own config says whether the head is tied."""
     if is_gguf(path):
         found = read_headers(path)
+        own = replace(spec, tie_word_embeddings=found.spec.tie_word_embeddings)
     else:
         config = read_config(path)
         tied = bool(config.get("tie_word_embeddings", spec.tie_word_embeddings))
-        own = replace(spec, tie_word_embeddings=tied)
-        found = read_contents(own, config, checkpoint_tensors(path), shown(str(path)))
-    return _of_headers(spec if is_gguf(path) else found.spec, _specs(found.tensors), found.config, str(path))
+        found = read_contents(
+            replace(spec, tie_word_embeddings=tied), config, checkpoint_tensors(path), shown(str(path))
+        )
+        own = found.spec
+    return _of_headers(own, _specs(found.tensors), found.config, str(path))
 
 
 def _of_headers(spec: ModelSpec, tensors: Mapping[str, TensorSpec], config: Mapping[str, Any], where: str) -> Weights:
     _check_shapes(spec, tensors, shown(where))
-    return header_weights(spec, tensors, config, f"{shown(where)}/config.json")
+    return header_weights(spec, tensors, config, f"{shown(where)}/config.json", where)
 
 
 def _check_shapes(spec: ModelSpec, tensors: Mapping[str, TensorSpec], where: str) -> None:
