@@ -149,7 +149,8 @@ KINDS: dict[str, list[object]] = {
 def test_bytes_do_not_depend_on_the_number_of_ranks(
     kind: str, tiny: Path, text: list[object], tmp_path: Path
 ) -> None:
-    command = ["quantize", tiny, *KINDS[kind], *([*LENGTH, *text[-4:]] if kind in ("rounded", "bitsandbytes") else text)]
+    read = [*LENGTH, *text[-4:]] if kind in ("rounded", "bitsandbytes") else text
+    command = ["quantize", tiny, *KINDS[kind], *read]
     for size in (1, 2, 4):
         over(tmp_path / f"said-{size}", size, *command, "-o", tmp_path / f"{size}")
     for size in (2, 4):
