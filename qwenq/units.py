@@ -31,7 +31,9 @@ def parse_tokens(text: str) -> int:
 
 
 def format_gb(n_bytes: float) -> str:
-    """`41.49 GB` (1e9 bytes), or MB below one; kB where that would be 0.0 MB."""
+    """`41.49 GB` (1e9 bytes), or MB below one; kB where that would be 0.0 MB, bytes where that would be 0.0 kB."""
+    if 0 < abs(n_bytes) < 50:
+        return f"{n_bytes:g} bytes"
     if 0 < abs(n_bytes) < 5e4:
         return f"{n_bytes / 1e3:.1f} kB"
     return f"{n_bytes / GB:.2f} GB" if abs(n_bytes) >= GB else f"{n_bytes / 1e6:.1f} MB"

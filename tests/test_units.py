@@ -28,8 +28,8 @@ def test_what_is_no_context(text: str) -> None:
 
 
 def test_figures_are_written() -> None:
-    assert [format_gb(n) for n in (41_490_000_000, 10**9, 10**8, 50_000, 49_999, 0)] == [
-        "41.49 GB", "1.00 GB", "100.0 MB", "0.1 MB", "50.0 kB", "0.0 MB",
+    assert [format_gb(n) for n in (41_490_000_000, 10**9, 10**8, 50_000, 49_999, 50, 47, 0)] == [
+        "41.49 GB", "1.00 GB", "100.0 MB", "0.1 MB", "50.0 kB", "0.1 kB", "47 bytes", "0.0 MB",
     ]  # fmt: skip
     assert [format_gib(n) for n in (38 << 30, 1 << 29)] == ["38.00 GiB", "512.0 MiB"]
     assert [format_tokens(n) for n in (32768, 1000, 1025)] == ["32k", "1000", "1025"]

@@ -237,7 +237,7 @@ def serve_command(
 @vram_app.command("export")
 def export_command(
     context: typer.Context,
-    models: Annotated[list[str], typer.Argument(help="Models to compare.")],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Models to compare.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.")],
     max_model_len: Annotated[str, typer.Option("--max-model-len", "-c", help="Contexts, e.g. 1k,8k,32k.")] = "",
     bits: Annotated[str, typer.Option("--bits", help="Compared, e.g. 4,8,16; 4 where no format is named.")] = "",

@@ -85,7 +85,7 @@ def model_card(
         "- The drift is of one text. Another language or task can lose more; read it on text like your own with "
         "`qwenq eval`.",
         "- Nothing else was evaluated: no tasks, no safety. What is known of the original holds at best.",
-        "- Which engines were tried with such checkpoints, and which were not, is in qwenq's README.",
+        "- Which engines were tried with such checkpoints, and which were not, is in qwenq's `docs/limits.md`.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -233,7 +233,8 @@ class Spread:
     def _table(self) -> list[str]:
         q = self.question
         names = [n for n in TERM_NAMES if any(g.term(n) for found in self.estimates for g in found.gpus)]
-        short = {"activations": "activ.", "dequantization": "dequant.", "non_torch": "libs", "context": "CUDA"}
+        short = {"activations": "activ.", "dequantization": "dequant.", "graphs": "graphs", "non_torch": "libs"}
+        short["context"] = "CUDA"
         head = [short.get(name, TERM_NAMES[name]) for name in names]
         lines = [
             f"{'GiB per GPU':<26}{'context':>8}"
