@@ -434,6 +434,7 @@ class Format(ABC):
     outer: bool = False  # embedding and head are quantized too
     mixtures: tuple[str, ...] = ()  # fixed ones, that have names: Q4_K_M
     mixture_of_bits: Mapping[int, str] = {}  # those that --bits means
+    unquantized: tuple[str, ...] = ()  # those that leave every tensor in 16 bit
     asymmetric: bool = False  # by default
     fixed: Scheme | None = None  # the only scheme that may be asked for
     solved: bool = True  # by this project's solver; else rounded by functions of the library that defines the format

@@ -548,6 +548,7 @@ class Gguf(Format):
     mixes_zero_points = False  # minima are a matter of types
     mixtures = tuple(MIXTURES)
     mixture_of_bits = DEFAULTS
+    unquantized = SOURCES
 
     def check_scheme(self, scheme: Scheme) -> None:
         if not isinstance(scheme.meaning, BlockCodes):

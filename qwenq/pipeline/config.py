@@ -262,12 +262,14 @@ class QuantizeConfig:
         """
         if self.solver != "rtn":
             return
+        plain = self.mixture in get_format(self.format).unquantized
+        none = f"{self.mixture} needs none" if plain else "rounding to nearest reads none"
         for name, idle in _OF_CALIBRATION.items():
             value, default = getattr(self, name), getattr(QuantizeConfig, name)
             if value != default or (name in given and value is not None):
-                raise ExcludedOptions(f"{flag(name)} {idle}: rounding to nearest reads none")
+                raise ExcludedOptions(f"{flag(name)} {idle}: {none}")
         if "fold" in given and self.fold:
-            raise ExcludedOptions("--fold takes channel scales from calibration: rounding to nearest reads none")
+            raise ExcludedOptions(f"--fold takes channel scales from calibration: {none}")
 
     @property
     def mixed(self) -> bool:
@@ -291,7 +293,7 @@ class QuantizeConfig:
 
     @property
     def solver(self) -> str:
-        """gptq unless told otherwise; some formats are always rounded."""
+        """gptq unless told otherwise, or nothing is quantized; some formats are always rounded."""
         if self.method not in (None, "gptq", "rtn"):
             raise UsageError(f"--method {self.method}: wanted gptq or rtn")
         form = get_format(check_format(self.format))
@@ -301,7 +303,8 @@ class QuantizeConfig:
                     f"--format {self.format} rounds by {form.method}' own functions", hint="leave --method out"
                 )
             return "rtn"
-        return self.method or "gptq"
+        plain = self.mixture in form.unquantized and self.save_imatrix is None  # which calibration would only delay
+        return self.method or ("rtn" if plain else "gptq")
 
     @property
     def mixture(self) -> str:

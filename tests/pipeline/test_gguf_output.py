@@ -393,6 +393,16 @@ def test_a_file_of_types_of_ones_own_is_called_as_llama_cpp_would_guess(kind: st
     assert metadata["general.file_type"] == gguf.LlamaFileType[name]
 
 
+def test_what_quantizes_nothing_calibrates_only_for_an_importance_matrix(tiny: Path, tmp_path: Path) -> None:
+    ask = ["quantize", tiny, "--dry-run", "--format", "gguf", "--gguf-type"]
+    assert answer(*ask, "bf16")["assumed"]["calibration_windows"] == 0
+    assert answer(*ask, "Q8_0")["assumed"]["calibration_windows"] > 0
+    saved = ["--save-imatrix", tmp_path / "imatrix.gguf", "-n", 4]
+    assert answer(*ask, "BF16", *saved)["assumed"]["calibration_windows"] == 4
+    said = answer(*ask, "F16", "-n", 4, code=2)
+    assert "--num-samples counts windows of calibration: F16 needs none" in said
+
+
 def test_types_are_read_in_any_case(tiny: Path, tmp_path: Path) -> None:
     path, ask = tmp_path / "r.toml", ["quantize", tiny, "--dry-run", "--format", "gguf"]
     small, large = (answer(*ask, "--gguf-type", name) for name in ("q4_k_m", "Q4_K_M"))
