@@ -175,6 +175,15 @@ def parse_scheme(label: str) -> Scheme | None:
     return found
 
 
+def of_most_weights(schemes: Iterable[tuple[LinearSpec, Scheme | None]]) -> Scheme | None:
+    """The scheme that most weights of these linears have; None where none is quantized."""
+    weights = Counter[Scheme]()
+    for lin, scheme in schemes:
+        if scheme is not None:
+            weights[scheme] += lin.parameters
+    return max(weights, key=weights.__getitem__, default=None)
+
+
 def label_of(scheme: Scheme | None) -> str:
     """`4-bit g128`; `16-bit` for what is not quantized."""
     return scheme.label if scheme else "16-bit"
@@ -339,7 +348,7 @@ class Quantization:
         return next((scheme for pattern, scheme in self.rules if pattern.match(module)), self.default)
 
     def recipe(self, spec: ModelSpec) -> Recipe:
-        """The same, as a recipe over the model's linears; the most frequent scheme stands for a missing default.
+        """The same, as a recipe over the model's linears; the scheme of most weights stands for a missing default.
 
         CheckpointError for rules that would take long over so many names.
         """
@@ -350,13 +359,11 @@ class Quantization:
                 "refused",
                 hint="write patterns without `.*`, or several names in one",
             )
-        found = [(lin.name, self.scheme_of(lin.name)) for lin in spec.linears]
-        default = self.default
-        if default is None:
-            default = next(iter(Counter(scheme for _, scheme in found if scheme).most_common(1)), (None, 0))[0]
+        found = [(lin, self.scheme_of(lin.name)) for lin in spec.linears]
+        default = of_most_weights(found) if self.default is None else self.default
         outer = spec.outer_linears if get_format(self.format).outer else ()
         others = [(lin.name, self.scheme_of(lin.name)) for lin in outer]
-        others += [(name, scheme) for name, scheme in found if scheme != default]
+        others += [(lin.name, scheme) for lin, scheme in found if scheme != default]
         return Recipe(default, tuple(others), self.format)
 
 
