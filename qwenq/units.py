@@ -8,15 +8,21 @@ from qwenq.errors import UsageError
 
 GIB = 1 << 30
 GB = 10**9
+LEAST_BARE = 10_000  # bytes without a unit
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", re.IGNORECASE)
 _TOKENS = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([km]?)\s*", re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `47GB` (decimal), `44GiB` (binary) or `1500000000`; raises UsageError for anything else."""
-    match = _SIZE.fullmatch(text)
+    """Bytes of `47GB` (decimal), `44GiB` (binary) or `1500000000`; raises UsageError for anything else.
+
+    A number without a unit that is less than LEAST_BARE but not 0 is none: nobody means 47 bytes.
+    """
+    match, hint = _SIZE.fullmatch(text), "write for instance 47GB, 44GiB or 500MB"
     if not match or (match[3] and not match[2]):
-        raise UsageError(f"not a size: {text!r}", hint="write for instance 47GB, 44GiB or 500MB")
+        raise UsageError(f"not a size: {text!r}", hint=hint)
+    if text.strip() == match[1] and 0 < float(match[1]) < LEAST_BARE:
+        raise UsageError(f"not a size: {text!r} has no unit", hint=hint)
     base = 1024 if match[3] else 1000
     return round(float(match[1]) * base ** ("", "K", "M", "G", "T").index(match[2].upper()))
 

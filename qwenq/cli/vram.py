@@ -135,6 +135,9 @@ def estimate_command(
     if as_json and as_csv:
         raise UsageError("--json and --csv exclude each other")
     question = options_of(context, Question).resolve()
+    for name, value in (("--max-num-seqs", max_num_seqs), ("--gpu-memory-utilization", gpu_memory_utilization)):
+        if value and not question.engine.eager_flag:
+            raise UsageError(f"{name} is for servers, {question.engine.name} is none", hint="leave it out")
     answer = spread(question, contexts_of(question, max_model_len))
     for line in question.notes:
         print_step(f"warning: {line}")

@@ -341,6 +341,9 @@ def test_formats_that_do_not_go_together() -> None:
         (["--format", "fp8", "--group-size", "64"], "--format fp8 has no --group-size"),
         (["--format", "exl2"], "--format exl2: wanted one of"),
         (["--enforce-eager"], "--enforce-eager is for servers"),
+        (["--max-num-seqs", "4"], "--max-num-seqs is for servers, qwenq is none"),
+        (["--gpu-memory-utilization", "0.9", "--engine", "llama.cpp"], "--gpu-memory-utilization is for servers"),
+        (["--gpu", "3090", "--reserve", "1"], "not a size: '1' has no unit"),
     ):
         result = run("vram", "Qwen2.5-7B", *args)
         assert result.exit_code == 2 and says in result.stderr, (args, result.stderr)
