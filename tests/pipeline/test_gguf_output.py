@@ -279,6 +279,7 @@ def test_fallbacks_are_said(tiny: Path, calib: Path, heldout: Path, tmp_path: Pa
     assert wanted in answer(*ask, "--dry-run")["warnings"]
     assert wanted in answer(*ask)["warnings"]
     card = (tmp_path / "out" / "README.md").read_text()
+    assert "\n# tiny-qwen2, Q4_K_M\n" in card, "by the name it was asked for"
     (file,) = (tmp_path / "out").glob("*.gguf")
     assert wanted in card and f"\nllama-server -m {file.name} -c 512\n" in card and "vllm" not in card
 
