@@ -56,7 +56,8 @@ def model_card(
     name = shown(str(job["model"]))
     converted = [f"- Quantized in the {markdown(converted_from)} format, then converted bit for bit."]
     lines = ["---", *_metadata(job, source_license(source, hashes), recipe), "---", ""]
-    called = shown(str(job["gguf_type"])) if job.get("gguf_type") else recipe.label
+    mixture = "" if converted_from else str(job.get("gguf_type") or "")
+    called = shown(mixture) or recipe.label
     lines += [f"# {markdown(name)}, {markdown(called)}", ""]
     lines += [
         f"{markdown(name)} quantized by qwenq {markdown(str(job['qwenq']))} to "

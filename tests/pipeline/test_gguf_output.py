@@ -225,6 +225,8 @@ def test_cards_say_what_embedding_and_head_are_once_converted(random_model: Make
     answer("convert", tmp_path / "codes", tmp_path / "again", "--format", "compressed-tensors")
     unpacked = "embedding Q4_0 unpacked to float16, head Q6_K unpacked to float16, norms as in the original."
     assert said("codes") == said("again") == unpacked
+    for place, scheme in (("file", "Q4_0"), ("codes", "4-bit g32"), ("again", "4-bit g32")):
+        assert (tmp_path / place / "README.md").read_text().partition("\n# ")[2].startswith(f"model, {scheme}\n")
     kept = all_tensors(tmp_path / "codes")
     assert kept["model.embed_tokens.weight"].dtype == kept["lm_head.weight"].dtype == torch.float16
 
