@@ -54,11 +54,15 @@ PROBE_WINDOWS, PROBE_TOKENS = 32, 128  # and other, shorter ones, at most, that 
 SAMPLES = 4  # labels a position, of a sensitivity
 BACKWARD_TOKENS = 1024  # that go backward through a layer together
 _OF_CALIBRATION = {
+    "calibration": "names a calibration text",
+    "num_samples": "counts windows of calibration",
+    "builtin_share": "is of calibration",
+    "seed": "draws windows of calibration",
     "damp_percent": "damps what calibration measures",
     "error_correction": "is read from calibration",
     "error_correction_share": "is of calibration",
-    "builtin_share": "is of calibration",
     "sink_weight": "weighs tokens of calibration",
+    "calibration_dtype": "is of calibration",
 }  # options that do nothing without it, and why
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
@@ -141,7 +145,7 @@ class QuantizeConfig:
     bits: int | None = None  # 4 or 8; 4 by default
     group_size: int | None = None  # columns that share a scale: 128, 64, 32 or -1, the row; 128 by default
     format: str = "gptq"
-    gguf_type: str | None = None  # one of llama.cpp's mixtures: Q4_K_M
+    gguf_type: str | None = None  # one of llama.cpp's mixtures, in any case: Q4_K_M
     split_size: str | None = None  # of a GGUF file's tensors, at most; a larger one has a file of its own
     asymmetric: bool | None = None  # zero points of each group's own; for awq by default
     target_size: str | None = None  # bytes of the shard files, at most
@@ -151,7 +155,7 @@ class QuantizeConfig:
     engine: str | None = None  # that `fit` plans for; qwenq by default
     recipe: Path | None = None  # a recipe file
     sensitivity: Path | None = None  # a table that `qwenq sensitivity` wrote
-    pad_for_tp: int | None = None  # GPUs whose cuts no group straddles, once the FFN is widened
+    pad_for_tp: int | None = None  # GPUs whose cuts no group straddles, once the FFN is widened; 1 for gguf
     # text
     calibration: str = "builtin"  # a set's name, or a file
     num_samples: int | None = None  # windows; all by default, at most DEFAULT_WINDOWS
@@ -241,6 +245,12 @@ class QuantizeConfig:
                 raise ExcludedOptions(f"{flag(name)} goes with --format gguf")
         if self.split_size is not None and parse_size(self.split_size) == 0:
             raise UsageError(f"--split-size {self.split_size}: wanted more than 0 bytes")
+        if form.widened_to is not None and self.pad_for_tp not in (None, 1):
+            raise UsageError(
+                f"--pad-for-tp {self.pad_for_tp}: --format {self.format} pads for no number of GPUs, but to whole "
+                f"blocks of {form.widened_to}",
+                hint="--pad-for-tp 1",
+            )
         if form.mixtures:
             if self.mixture and self.dtype != "auto":
                 raise ExcludedOptions(f"--dtype is no choice: {self.mixture} says the type of every tensor")
@@ -254,10 +264,14 @@ class QuantizeConfig:
         """
         if self.solver != "rtn":
             return
+        plain = self.mixture in get_format(self.format).unquantized
+        none = f"{self.mixture} needs none" if plain else "rounding to nearest reads none"
         for name, idle in _OF_CALIBRATION.items():
             value, default = getattr(self, name), getattr(QuantizeConfig, name)
             if value != default or (name in given and value is not None):
-                raise ExcludedOptions(f"{flag(name)} {idle}: rounding to nearest reads none")
+                raise ExcludedOptions(f"{flag(name)} {idle}: {none}")
+        if "fold" in given and self.fold:
+            raise ExcludedOptions(f"--fold takes channel scales from calibration: {none}")
 
     @property
     def mixed(self) -> bool:
@@ -281,7 +295,7 @@ class QuantizeConfig:
 
     @property
     def solver(self) -> str:
-        """gptq unless told otherwise; some formats are always rounded."""
+        """gptq unless told otherwise, or nothing is quantized; some formats are always rounded."""
         if self.method not in (None, "gptq", "rtn"):
             raise UsageError(f"--method {self.method}: wanted gptq or rtn")
         form = get_format(check_format(self.format))
@@ -291,7 +305,8 @@ class QuantizeConfig:
                     f"--format {self.format} rounds by {form.method}' own functions", hint="leave --method out"
                 )
             return "rtn"
-        return self.method or "gptq"
+        plain = self.mixture in form.unquantized and self.save_imatrix is None  # which calibration would only delay
+        return self.method or ("rtn" if plain else "gptq")
 
     @property
     def mixture(self) -> str:
@@ -307,13 +322,14 @@ class QuantizeConfig:
             return form.mixture_of_bits[bits]
         if self.bits is not None:
             raise ExcludedOptions("--bits and --gguf-type exclude each other")
-        if self.gguf_type not in form.mixtures:
-            near = [name for name in form.mixtures if self.gguf_type and name.startswith(self.gguf_type.upper())]
+        name = self.gguf_type.upper()  # as llama-quantize reads it
+        if name not in form.mixtures:
+            near = [known for known in form.mixtures if name and known.startswith(name)]
             raise UsageError(
                 f"--gguf-type {self.gguf_type[:40]}: wanted one of {', '.join(form.mixtures)}",
                 hint=f"is it {' or '.join(near)}?" if near else "",
             )
-        return self.gguf_type
+        return name
 
     def uniform(self, spec: ModelSpec) -> Recipe:
         """The recipe where there is no budget: one scheme for all linears, or one of the format's own mixtures."""

@@ -30,7 +30,7 @@ from qwenq.pipeline.config import (
     cpu_batch_tokens,
 )
 from qwenq.pipeline.shares import Share, parts_of, passes
-from qwenq.planning.tensor_parallel import row_groups, tensor_parallel_sizes
+from qwenq.planning.tensor_parallel import sizes_of_recipe
 from qwenq.solver.triangle import Triangle
 from qwenq.units import format_gb
 
@@ -59,7 +59,7 @@ class Preflight:
     spill_bytes: int  # token buffers in a memory-mapped file
     disk_needed_bytes: int
     disk_free_bytes: int | None
-    tensor_parallel: dict[str, str]  # "1", "2", "4", "8" -> "" or why not
+    tensor_parallel: dict[str, str]  # "1", "2", "4", "8" -> "" or why not; none of GGUF
     ranks: int = 1  # peaks are one rank's
     wire_layer_bytes: int = 0  # that a rank receives for each layer
     wire_head_bytes: int = 0  # and for a head that is solved
@@ -136,7 +136,7 @@ def preflight(job: PlannedJob) -> Preflight:
         spill_bytes=spill,
         disk_needed_bytes=file_total + 2 * states + spill + _SLACK_BYTES,
         disk_free_bytes=free_disk(job.out) if job.out else None,
-        tensor_parallel=tensor_parallel_sizes(spec, row_groups(spec, recipe)),
+        tensor_parallel=sizes_of_recipe(spec, recipe),
         ranks=job.ranks,
         wire_layer_bytes=wire_layer_bytes(spec, tokens, layer, job.ranks),
         wire_head_bytes=wire_head_bytes(spec, tokens, head, job.ranks) if solves else 0,

@@ -227,7 +227,7 @@ def _by_memory(name: str, memory_gib: float) -> Gpu:
     """A GPU of which only the nameplate memory is known; cards' gigabytes are binary, whatever their boxes say."""
     if not 1 <= memory_gib <= 1024:
         raise UsageError(f"a GPU of {name!r}, wanted 1GB to 1024GB")
-    note = "not in the catalogue: memory alone"
+    note = "not in the catalogue: known by its memory alone"
     return Gpu(name, "", memory_gib, None, None, None, None, "", None, None, "", GIVEN, note)
 
 
@@ -236,28 +236,32 @@ def _mac(memory_gib: float) -> Gpu:
     if not 8 <= memory_gib <= 1024:
         raise UsageError(f"a Mac of {memory_gib:g}GB, wanted 8GB to 1024GB")
     usable = memory_gib * next(part for most, part in METAL_PARTS if memory_gib <= most)
-    note = "not in the catalogue: memory alone"
+    note = "not in the catalogue: known by its memory alone"
     return Gpu(
         f"Mac {memory_gib:g}GB", "apple", memory_gib, usable, None, None, None, "unified", None, None, "", GIVEN, note
     )
 
 
 _COUNT = r"\d{1,3}|\d{4,}(?=\s*[x×*]\s)|\d{5,}"  # `7900xtx` is a name
+_SPACED = r"\d{1,2}(?=\s+[a-z])(?!\s+gi?b\b)"  # `2 RTX 3090`; `24 GB` is a memory
 _PART = re.compile(
-    rf"\s*(?:(?P<before>{_COUNT})\s*[x×*]\s*)?(?P<name>.*?)(?:(?:\s+[x×]\s*|\s*\*\s*)(?P<after>\d+))?\s*", re.I
+    rf"\s*(?:(?P<before>{_COUNT})\s*[x×*]\s*|(?P<spaced>{_SPACED})\s+)?"
+    r"(?P<name>.*?)(?:(?:\s+[x×]\s*|\s*\*\s*)(?P<after>\d+))?\s*",
+    re.I,
 )
 
 
 def parse_rig(text: str) -> Rig:
-    """A rig from `2x RTX 3090`, `RTX 4090 + 2x RTX 3060 12GB` or `a100 sxm4 80gb*4`; PlanError for anything else."""
+    """A rig from `2x RTX 3090`, `RTX 4090 + 2 RTX 3060 12GB` or `a100 sxm4 80gb*4`; PlanError for anything else."""
     gpus: list[Gpu] = []
     for part in re.split(r"[+,;]", text):
         match = _PART.fullmatch(part)
-        if not match or not match["name"] or (match["before"] and match["after"]):
+        before = match and (match["before"] or match["spaced"])
+        if not match or not match["name"] or (before and match["after"]):
             raise UsageError(
                 f"not a rig: {text[:80]!r}", hint='write for instance "2x RTX 3090" or "RTX 4090 + 2x RTX 3060 12GB"'
             )
-        said = match["before"] or match["after"] or "1"
+        said = before or match["after"] or "1"
         count = int(said) if len(said) < 10 else MAX_GPUS + 1
         if not 1 <= count <= MAX_GPUS:
             raise UsageError(f"{said[:20]} GPUs of a kind in {text[:80]!r}, wanted 1 to {MAX_GPUS}")
