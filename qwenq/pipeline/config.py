@@ -650,6 +650,8 @@ def pick_device(device: str, *, several: bool = True) -> str:
 
 def cpu_batch_tokens(intermediate_size: int) -> int:
     """Tokens that each worker of a CPU sends through a layer together, or a window that is longer."""
+    if intermediate_size > WORKERS_UP_TO:
+        return BATCH_TOKENS
     return min(CPU_BATCH_TOKENS, CPU_BATCH_VALUES // intermediate_size)
 
 

@@ -22,7 +22,14 @@ from qwenq.io.tensors import TORCH_DTYPES, all_finite
 from qwenq.machine import numerics
 from qwenq.pipeline.activations import TokenSets
 from qwenq.pipeline.block import SolverOptions
-from qwenq.pipeline.config import PARTS, QuantizeConfig, Windows, original_windows
+from qwenq.pipeline.config import (
+    CPU_BATCH_TOKENS,
+    PARTS,
+    QuantizeConfig,
+    Windows,
+    cpu_batch_tokens,
+    original_windows,
+)
 from qwenq.pipeline.container import containers
 from qwenq.pipeline.ranks import ALONE, Ranks
 from qwenq.pipeline.shares import passes
@@ -257,6 +264,9 @@ class QuantizeJob:
     def numerics(self) -> dict[str, Any]:
         """What decides the last bits of sums on this machine: a resumed job needs the same."""
         sums = SUMS if self.devices == ("cpu",) else GPU_SUMS
+        batch = cpu_batch_tokens(self.source.spec.intermediate_size)
+        if self.devices == ("cpu",) and batch < CPU_BATCH_TOKENS:  # they were of 1,024 for every width once
+            sums += f", batches of {batch} tokens"
         return numerics(self.devices) | ({"sums": sums} if self.calibration else {})
 
     def same_everywhere(self, described: Mapping[str, Any]) -> dict[str, Any]:

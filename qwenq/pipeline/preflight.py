@@ -197,7 +197,7 @@ def peak_bytes(
     shared = not on_gpu and spec.intermediate_size <= WORKERS_UP_TO
     workers = min(MOST_WORKERS, PARTS // ranks) if shared else 1
     evaluation = _of_rank(spec, tokens, ranks)[2] * tokens.length
-    batch = max(tokens.length, cpu_batch_tokens(spec.intermediate_size) if shared else BATCH_TOKENS)
+    batch = max(tokens.length, BATCH_TOKENS if on_gpu else cpu_batch_tokens(spec.intermediate_size))
     at_once = min(workers * batch, tokens.calibration + tokens.evaluation)
     part, states = at_once * width, 2 * at_once * hidden
     corrects = tokens.error_correction_share > 0

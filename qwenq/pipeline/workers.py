@@ -63,7 +63,7 @@ class Workers:
         places = self.devices
         if self.devices == (torch.device("cpu"),):
             places *= min(most, cpu_workers(spec.intermediate_size, ranks.size))
-        on_cpu = self.devices[0].type == "cpu" and spec.intermediate_size <= WORKERS_UP_TO
+        on_cpu = self.devices[0].type == "cpu"
         batch_tokens = cpu_batch_tokens(spec.intermediate_size) if on_cpu else BATCH_TOKENS
         self.windows_each = max(1, batch_tokens // window_tokens)
         self.networks = [Network(config, spec, dtype=dtype, device=device) for device in places]

@@ -105,6 +105,8 @@ def summarise(tokens: TokenDrift, reading: Reading) -> DriftReport:
     delta = (nll - ref_nll).mean(1)
 
     def interval(values: np.ndarray, point: float) -> Interval:
+        if windows == 1:
+            return Interval(float(point), float("nan"), float("nan"))
         low, high = np.percentile(values, [2.5, 97.5])  # NaN when any is: a mean that is no number has no interval
         return Interval(float(point), float(low), float(high))
 

@@ -151,7 +151,7 @@ def test_rows_that_are_not_finite_are_counted(bad: float, side: int) -> None:
     tokens = compare(*pair, torch.arange(5))
     figures = torch.stack([tokens.reference_nll, tokens.nll, tokens.kl, tokens.same_top1])
     assert figures.isnan().all(0).tolist() == figures.isnan().any(0).tolist() == [False, False, True, False, True]
-    found = report(tokens, windows=1)
+    found = report(tokens, windows=5)
     assert found.non_finite == 2 and math.isnan(found.top1_agreement.mean) and math.isnan(found.top1_agreement.low)
     assert math.isnan(found.kl.mean) and math.isnan(found.kl.low) and math.isnan(found.kl.high)
     json.dumps(finite_json(found.to_json()), allow_nan=False)
@@ -162,6 +162,8 @@ def test_two_streams_of_nothing_but_nan_agree_on_nothing() -> None:
     assert math.isnan(report(compare(nan, nan.clone(), torch.arange(5)), windows=1).top1_agreement.mean)
 
 
-def test_one_window_has_no_standard_error() -> None:
+def test_one_window_has_no_standard_error_and_no_interval() -> None:
     found = report(tokens_of(1, 0), 1)
+    for interval in (found.kl, found.top1_agreement, found.perplexity_increase_percent):
+        assert math.isfinite(interval.mean) and math.isnan(interval.low) and math.isnan(interval.high)
     assert math.isnan(found.perplexity_se) and finite_json(found.to_json())["perplexity_se"] is None
