@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ class Loaded:
         for peak in peaks:
             predicted = self.plan.predicted.get(peak.device, 0)
             error = 100 * (predicted / peak.allocated_bytes - 1) if peak.allocated_bytes and predicted else None
-            rows.append(peak.to_json() | {"predicted_bytes": predicted, "error_percent": error})
+            rows.append(asdict(peak) | {"predicted_bytes": predicted, "error_percent": error})
         return rows
 
 

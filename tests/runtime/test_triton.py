@@ -32,6 +32,7 @@ from qwenq.planning.placement import host_map
 from qwenq.planning.rig import known_gpu
 from qwenq.runtime import decode, generate, linear
 from qwenq.runtime.cache import KvCache
+from qwenq.runtime.cpu_kernels import KernelRefused
 from qwenq.runtime.decode import DecodeStep
 from qwenq.runtime.generate import Session, Timing
 from qwenq.runtime.linear import BlockLinear, pack_codes, packed_linear, unpack_codes
@@ -360,11 +361,8 @@ class Refusing:
         self.cache, self.graphed, self.reason = cache, True, ""
 
     def __call__(self, token: int) -> Tensor:
-        self.cache.make_room(1)
-        raise RuntimeError("Triton kernel attend_one: no tiling")
-
-    def refused(self, error: Exception) -> bool:
-        return True
+        self.cache.make_room()
+        raise KernelRefused("Triton kernel attend_one: no tiling")
 
 
 def test_a_refused_step_goes_on_with_modules(monkeypatch: pytest.MonkeyPatch) -> None:
