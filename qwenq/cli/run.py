@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -96,7 +97,7 @@ def run(
     from qwenq.checkpoint.reader import open_checkpoint
     from qwenq.runtime.chat import Chat
     from qwenq.runtime.foreign import foreign_engine
-    from qwenq.runtime.generate import Sampling, Session, new_tokens
+    from qwenq.runtime.generate import Sampling, new_tokens
     from qwenq.runtime.load import describe, loaded
 
     foreign = foreign_engine(engine)
@@ -106,11 +107,7 @@ def run(
                 f"--dry-run is of qwenq's own engine, not {engine}",
                 hint=f"`qwenq plan`, or `qwenq serve --dry-run`, with --engine {engine}",
             )
-        for name in _OWN_OPTIONS:
-            if typed(context, name):
-                raise UsageError(
-                    f"{flag(name)} is of qwenq's own engine, not {engine}", hint="--engine qwenq, or leave it out"
-                )
+        refuse_typed(context, _OWN_OPTIONS, f"engine, not {engine}")
         foreign.check_installed()
     asked: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,
@@ -159,8 +156,6 @@ def run(
             )
         with redirect_stdout(sys.stderr):  # all of them log to stdout
             answering = foreign(directory, options.max_model_len, kv_cache_dtype)
-        for line in answering.notes:
-            warn(line)
         try:
             _answer_foreign(answering, chat, ids, sampling, json)
         finally:
@@ -170,11 +165,18 @@ def run(
         if not json:
             for line in describe(found):
                 print_step(line)
-        session = Session(found.model, found.work.context, options.prefill_chunk, options.kv_dtype, chat.stop_ids)
+        session = found.session(chat.stop_ids)
         if ids is not None:
             _answer(found, session, chat, ids, sampling, json)
         else:
             _talk(found, session, chat, sampling, system, raw)
+
+
+def refuse_typed(context: typer.Context, names: Iterable[str], whose: str) -> None:
+    """UsageError for an option of our own engine or server that another one would not be told of."""
+    for name in names:
+        if typed(context, name):
+            raise UsageError(f"{flag(name)} is of qwenq's own {whose}", hint="--engine qwenq, or leave it out")
 
 
 def stored_question(model: str, engine: str, **asked: Any) -> Question:
@@ -298,6 +300,8 @@ def _talk(found: Loaded, session: Session, chat: Chat, sampling: Sampling, syste
 def _answer_foreign(engine: ForeignEngine, chat: Chat, ids: list[int], sampling: Sampling, json: bool) -> None:
     from qwenq.runtime.generate import Timing
 
+    for line in engine.notes:
+        warn(line)
     timing = Timing()
     with redirect_stdout(sys.stderr):
         tokens = list(engine.generate(ids, sampling, chat.stop_ids, timing))

@@ -28,6 +28,7 @@ from qwenq.machine import Compute
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.kernels import LayerParts, choose, dense_from, kept, layer_parts, row_block_bytes
 from qwenq.planning.tensor_parallel import RowGroups, row_groups, same_groups
+from qwenq.units import MIB
 
 
 @dataclass(frozen=True)
@@ -308,9 +309,6 @@ def _as_stated(spec: ModelSpec, config: Mapping[str, Any], unread: str) -> Decla
     )
 
 
-MIB = 1 << 20
-
-
 def allocated_bytes(sizes: Iterable[int], free: list[int] | None = None) -> int:
     """`torch.cuda.memory_allocated` after tensors of these sizes, loaded in this order and never freed.
 
@@ -324,16 +322,18 @@ def allocated_bytes(sizes: Iterable[int], free: list[int] | None = None) -> int:
         wanted = -(-size // 512) * 512
         if wanted > MIB:
             fit = bisect_left(free, wanted)
-            if fit < len(free):
-                block = free.pop(fit)
-            else:
-                block = 20 * MIB if wanted < 10 * MIB else -(-wanted // (2 * MIB)) * (2 * MIB)
+            block = free.pop(fit) if fit < len(free) else _segment(wanted)
             if block - wanted > MIB:
                 insort(free, block - wanted)
             else:
                 wanted = block
         counted += wanted
     return counted
+
+
+def _segment(wanted: int) -> int:
+    """Bytes of a new segment for a large tensor."""
+    return 20 * MIB if wanted < 10 * MIB else -(-wanted // (2 * MIB)) * (2 * MIB)
 
 
 def allocated_groups(groups: Sequence[tuple[int, ...]]) -> list[int]:
@@ -359,7 +359,6 @@ def allocated_equal(size: int, count: int) -> int:
     wanted = -(-size // 512) * 512
     if wanted <= MIB:
         return wanted * count
-    segment = 20 * MIB if wanted < 10 * MIB else -(-wanted // (2 * MIB)) * (2 * MIB)
-    each, left = divmod(segment, wanted)
+    each, left = divmod(_segment(wanted), wanted)
     kept = left if left <= MIB else 0  # with the segment's last tensor
     return wanted * count + kept * (count // each)

@@ -26,6 +26,7 @@ from qwenq.planning.placement import DeviceMap, host_map, place, spill_to_disk
 from qwenq.planning.rig import Rig, device
 from qwenq.planning.weights import Weights as WeightBytes
 from qwenq.planning.weights import header_weights
+from qwenq.runtime.generate import Session
 from qwenq.runtime.model import (
     DISK,
     CheckpointWeights,
@@ -94,6 +95,10 @@ class Loaded:
     work: Workload
     seconds: float
     base_rss: int  # resident memory before the weights
+
+    def session(self, stop_ids: frozenset[int]) -> Session:
+        """A dialogue with it, of the context it was loaded for."""
+        return Session(self.model, self.work.context, self.work.prefill_chunk, self.work.kv_dtype, stop_ids)
 
     def beside_prediction(self, peaks: Sequence[Peak]) -> list[dict[str, Any]]:
         """Each device's peak with what was predicted and the error in percent."""
