@@ -161,14 +161,7 @@ def build_model(
     where, device = place(names.embedding)
     with memory_errors("loading the embedding", device, 2 * spec.vocab_size * spec.hidden_size, _SMALLER):
         table = weights.table(spec.embedding_tensor, device)
-        tied: nn.Module | None = None
-        embedding: nn.Module
-        if not isinstance(table, Blocks):
-            embedding = StoredEmbedding(table, dtype)
-        elif spec.tie_word_embeddings and isinstance(tied := block_head(table, dtype, device), CpuLinear):
-            embedding = PackedEmbedding(tied, dtype)
-        else:
-            embedding = BlockEmbedding(table, dtype)
+        embedding, tied = _embedding(table, spec, dtype, device)
         keep(names.embedding, embedding, where)
     for layer in range(spec.num_hidden_layers):
         where, device = place(spec.layer_name(layer))
@@ -196,14 +189,28 @@ def build_model(
     where, device = place(names.head)
     with memory_errors("loading the head", device, 2 * spec.vocab_size * spec.hidden_size, _SMALLER):
         head = table.to(device) if spec.tie_word_embeddings else weights.table(spec.head_tensor, device)
-        if isinstance(head, Blocks):
-            keep(names.head, tied or block_head(head, dtype, device), where)
-        else:
-            keep(names.head, StoredLinear(head, None, dtype, is_head=True), where)
+        keep(names.head, tied or _head(head, dtype, device), where)
     network.eval().requires_grad_(False)
     dispatch(network, names, device_map, offload_directory, disk_index)
     return_freed_memory()
     return RunningModel(network, spec, dtype, dict(device_map), choices)
+
+
+def _embedding(
+    table: Tensor | Blocks, spec: ModelSpec, dtype: torch.dtype, device: torch.device
+) -> tuple[nn.Module, nn.Module | None]:
+    """The embedding, and the head where that keeps the table for both."""
+    if not isinstance(table, Blocks):
+        return StoredEmbedding(table, dtype), None
+    if spec.tie_word_embeddings and isinstance(head := _head(table, dtype, device), CpuLinear):
+        return PackedEmbedding(head, dtype), head
+    return BlockEmbedding(table, dtype), None
+
+
+def _head(table: Tensor | Blocks, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    if isinstance(table, Blocks):
+        return block_head(table, dtype, device)
+    return StoredLinear(table, None, dtype, is_head=True)
 
 
 _SMALLER = "lower --gpu-memory or --max-model-len so that more stays in host memory, or end what else uses the device"
