@@ -36,8 +36,8 @@ from qwenq.solver.grid import QTensor
 CPU = torch.device("cpu")
 
 
-def of(name: str, layers: int) -> ModelSpec:
-    return model(name, num_hidden_layers=layers)
+def of(name: str, layers: int, **changes: Any) -> ModelSpec:
+    return model(name, num_hidden_layers=layers, **changes)
 
 
 def loading(
@@ -68,12 +68,12 @@ def assert_counted(rows: list[MeasuredRow], percent: float = 1.0) -> None:
 FOUR, EIGHT = Recipe(Scheme(4, 64)), Recipe(Scheme(8, 64))
 MIXED = Recipe(Scheme(4, 128), (("model.layers.1.mlp.down_proj", Scheme(8, 128)),))
 CASES: list[tuple[str, ModelSpec, Recipe, dict[str, Any]]] = [
-    ("4-bit", of("Qwen2.5-7B", 8), FOUR, {}),
-    ("8-bit", of("Qwen2.5-7B", 6), EIGHT, {}),
-    ("8-bit rows", of("Qwen2.5-7B", 6), Recipe(Scheme(8, -1)), {}),
-    ("mixed, fp8 cache", of("Qwen3-8B", 6), MIXED, {"kv_dtype": "fp8"}),
-    ("16-bit, tied", of("Qwen2.5-3B", 6), Recipe(None), {"prefill_chunk": 512}),
-    ("short chunks", of("Qwen2.5-3B", 6), FOUR, {"prefill_chunk": 96}),
+    ("4-bit", of("Qwen2.5-7B", 4, vocab_size=32768), FOUR, {}),
+    ("8-bit", of("Qwen2.5-7B", 4, vocab_size=32768), EIGHT, {}),
+    ("8-bit rows", of("Qwen2.5-7B", 4, vocab_size=32768), Recipe(Scheme(8, -1)), {}),
+    ("mixed, fp8 cache", of("Qwen3-8B", 4, vocab_size=32768), MIXED, {"kv_dtype": "fp8"}),
+    ("16-bit, tied", of("Qwen2.5-3B", 4), Recipe(None), {"prefill_chunk": 512}),
+    ("short chunks", of("Qwen2.5-3B", 4), FOUR, {"prefill_chunk": 96}),
 ]
 
 
@@ -86,9 +86,9 @@ def test_the_estimate_is_what_torch_allocates(spec: ModelSpec, recipe: Recipe, o
 
 
 def test_a_cache_of_another_dtype_is_counted_when_it_is_read_back() -> None:
-    spec = of("Qwen2.5-14B", 1)
-    for kept in ("fp8", "fp16"):
-        assert_counted(traced(spec, FOUR, ["RTX 3090"], [16_000], prefill_chunk=512, kv_dtype=kept)[0])
+    spec = of("Qwen2.5-14B", 1, vocab_size=4096)
+    for kept in ("fp8", "fp16"):  # 5 % of the 330 MiB are what is read back
+        assert_counted(traced(spec, FOUR, ["RTX 3090"], [4000], prefill_chunk=512, kv_dtype=kept)[0], 2.0)
 
 
 def test_the_cache_leaves_no_holes() -> None:
@@ -100,20 +100,18 @@ def test_the_cache_leaves_no_holes() -> None:
 
 
 def test_two_gpus_are_both_used_and_activations_move() -> None:
-    # 12 GB hold not all of the layers
-    spec = of("Qwen2.5-72B", 16)
-    rows, found = traced(spec, FOUR, ["RTX 3060 12GB", "RTX 3060 12GB"], [512])
+    limit = 5 << 30  # which holds not all of the layers
+    rows, found = traced(of("Qwen2.5-72B", 4), FOUR, ["RTX 3060 12GB"] * 2, [512], gpu_memory=(limit, limit))
     places = found.device_map
-    assert {places[f"model.layers.{layer}"] for layer in range(16)} == {0, 1} and places["lm_head"] == 1
+    assert {places[f"model.layers.{layer}"] for layer in range(4)} == {0, 1} and places["lm_head"] == 1
     assert len({row.device for row in rows}) == 2
     assert all(row.allocated_bytes > 2 << 30 for row in rows)
 
 
 def test_layers_in_host_memory_are_counted() -> None:
     """One GPU that holds half of the layers: the others come when their turn is, one at a time."""
-    spec = of("Qwen2.5-7B", 12)
-    rows, found = traced(spec, FOUR, ["RTX 3060 12GB"], [3000], gpu_memory=(4 << 30,))
-    assert 2 < sum(place == "cpu" for place in found.device_map.values()) < 9
+    rows, found = traced(of("Qwen2.5-7B", 6), FOUR, ["RTX 3060 12GB"], [3000], gpu_memory=(13 << 28,))
+    assert 1 < sum(place == "cpu" for place in found.device_map.values()) < 5
     assert_counted(rows)
 
 
@@ -131,10 +129,10 @@ def test_a_tensor_on_the_wrong_gpu_is_an_error() -> None:
 
 def test_older_gpus_and_float32_are_counted_too() -> None:
     """No tinygemm, no flash kernel; FakeGpus refuses torch's own attention where it would write out all scores."""
-    spec = of("Qwen2.5-7B", 4)
+    spec = of("Qwen2.5-7B", 2)
     for gpu, capability, dtype in (("Tesla T4", (7, 5), "auto"), ("RTX 3090", (8, 6), "float32")):
         rows, found = traced(spec, FOUR, [gpu], [600, 3000], capability, compute_dtype=dtype)
-        assert found.kernels() == {"tiled": 28}
+        assert found.kernels() == {"tiled": 14}
         (reason,) = found.fallbacks()
         assert ("capability" in reason) == (dtype == "auto") and ("float32" in reason) == (dtype == "float32")
         assert_counted(rows, 1.5)
@@ -143,7 +141,7 @@ def test_older_gpus_and_float32_are_counted_too() -> None:
 def test_what_older_gpus_copy_of_a_long_cache_is_counted() -> None:
     """Keys and values in float32, at a block of a prompt and at each new token."""
     rows, _ = traced(of("Qwen2.5-14B", 1), FOUR, ["Tesla T4"], [16_000], (7, 5), prefill_chunk=512)
-    for row in rows:  # keys alone, or values, are 62.5 MiB in float32
+    for row in rows:  # keys alone, or values, are 62.5 MiB in float32; at 8,000 tokens written out weights take more
         error = row.predicted_bytes - row.allocated_bytes
         assert abs(error) < 16 * MIB, (row.phase, error / MIB)
 
@@ -239,7 +237,7 @@ class RandomBlocks(SyntheticWeights):
     [("Q4_K_M", {"int4", "blocks"}), ("IQ4_XS", {"blocks"}), ("Q8_0", {"int4 halves"})],
 )
 def test_a_gguf_file_runs_on_a_gpu(mixture: str, kernels: set[str]) -> None:
-    spec = model("Qwen2.5-3B", num_hidden_layers=2, vocab_size=4096, tie_word_embeddings=False)
+    spec = of("Qwen2.5-3B", 1, vocab_size=4096, tie_word_embeddings=False)
     rows, found = traced(spec, GGUF.mixture(mixture, spec), ["RTX 3090"], [150], source=RandomBlocks)
     assert set(found.kernels()) == kernels and [row.phase for row in rows] == ["prefill", "decode"]
 
