@@ -337,7 +337,7 @@ def verify(
     from qwenq.pipeline.reproduce import reproduce
 
     manifest, _ = read_manifest(directory)
-    wanted = range(len(manifest["layers"])) if isinstance(layers, str) else layers
+    wanted = result.layers_not_made_again if isinstance(layers, str) else layers
     again, findings = reproduce(directory, base, manifest, wanted, calibration=calibration, listen=progress)
     left = tuple(layer for layer in result.layers_not_made_again if layer not in again)
     return replace(result, layers_made_again=again, layers_not_made_again=left, findings=tuple(findings))

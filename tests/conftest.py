@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
+from qwenq.checkpoint.manifest import MANIFEST_NAME, encode_manifest
 from qwenq.checkpoint.reader import open_source, read_config
 from qwenq.cli.main import app
 from qwenq.formats.base import Recipe, Scheme
@@ -127,6 +128,14 @@ def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(whole, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
+
+
+def forge(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a manifest and make its digests right again: only what it says can give it away."""
+    document = json.loads((directory / MANIFEST_NAME).read_text())
+    change(document)
+    run = document.pop("run")
+    (directory / MANIFEST_NAME).write_bytes(encode_manifest(document, run))
 
 
 def run(*words: object, stdin: str | None = None, **environment: str) -> Result:

@@ -78,6 +78,10 @@ class File:
         header = self.header()
         return header + bytes(-len(header) % self.alignment) + self.data
 
+    def write(self, path: Path) -> Path:
+        path.write_bytes(self.encode())
+        return path
+
 
 def tensor_data(tensors: Sequence[tuple[str, Sequence[int], int, bytes]], alignment: int = 32) -> File:
     """A file of these tensors, each with its bytes, laid out as it should be."""

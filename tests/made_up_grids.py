@@ -1,4 +1,4 @@
-"""Grids that no format here has, made to be solved by a loop that knows nothing of them."""
+"""A grid that no format here has, made to be solved by a loop that knows nothing of it."""
 
 from __future__ import annotations
 
@@ -8,52 +8,6 @@ import torch
 from torch import Tensor
 
 from qwenq.solver.grid import Grid, IntegerGrid, Parameters, float16_scale, move
-
-LEVELS = (-127.0, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # llama.cpp's IQ4_NL
-
-
-@dataclass(frozen=True)
-class TableGrid(Grid):
-    """16 unequal levels under one float16 scale a group: scale [1, O]."""
-
-    group_size: int = 32
-    stored_dtypes = (torch.float16,)
-
-    def fit(self, w_KO: Tensor, importance_K: Tensor | None = None) -> Parameters:
-        full_O = w_KO.abs().amax(0) / 127
-        if importance_K is None:
-            return (float16_scale(full_O)[None],)
-        best_O, scale_O = torch.full_like(full_O, -1.0), full_O
-        for sign in (1, -1):
-            for shrink in (1.15, 1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.7):
-                values_KO = self._level(self.round(w_KO, (full_O * shrink * sign,)))
-                cross_O = importance_K @ (w_KO * values_KO)
-                norm_O = importance_K @ values_KO.square()
-                better_O = cross_O.square() / norm_O > best_O
-                best_O = torch.where(better_O, cross_O.square() / norm_O, best_O)
-                scale_O = torch.where(better_O, cross_O / norm_O, scale_O)
-        return (float16_scale(scale_O)[None],)
-
-    def round(self, w_KO: Tensor, parameters: Parameters) -> Tensor:
-        levels = torch.tensor(LEVELS)
-        return torch.bucketize((w_KO / parameters[0]).contiguous(), (levels[1:] + levels[:-1]) / 2).float()
-
-    def dequantize(self, codes_KO: Tensor, parameters: Parameters) -> Tensor:
-        scale_GO = parameters[0].float()
-        levels_GKO = self._level(codes_KO).unflatten(0, (len(scale_GO), -1))
-        return (levels_GKO * scale_GO[:, None]).flatten(0, 1)
-
-    def _level(self, codes_KO: Tensor) -> Tensor:
-        return torch.tensor(LEVELS)[codes_KO.long()]
-
-    def refit(
-        self, parameters: Parameters, codes_KO: Tensor, h_KK: Tensor, error_KO: Tensor, slope_KO: Tensor
-    ) -> tuple[Parameters, Tensor]:
-        level_KO = self._level(codes_KO)
-        step_O = (level_KO * slope_KO).sum(0) / (level_KO * (h_KK @ level_KO)).sum(0)
-        fitted = (float16_scale(parameters[0] + step_O.nan_to_num(0.0)),)
-        move(level_KO * (fitted[0] - parameters[0]), h_KK, error_KO, slope_KO)
-        return fitted, level_KO * fitted[0]
 
 
 @dataclass(frozen=True)

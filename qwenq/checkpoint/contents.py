@@ -108,12 +108,8 @@ def _named(spec: ModelSpec, stored: Mapping[str, TensorLocation]) -> dict[str, T
     if not prefix or spec.embedding_tensor in stored or bare not in stored:
         return dict(stored)
     kept = (prefix + ".", spec.architecture.head + ".")
-    return {
-        name if name.startswith(kept) else f"{prefix}.{name}": location
-        if name.startswith(kept)
-        else replace(location, spec=replace(location.spec, name=f"{prefix}.{name}"))
-        for name, location in stored.items()
-    }
+    names = {name: name if name.startswith(kept) else f"{prefix}.{name}" for name in stored}
+    return {names[name]: replace(t, spec=replace(t.spec, name=names[name])) for name, t in stored.items()}
 
 
 def _refuse_mlx(config: Mapping[str, Any], where: str) -> None:

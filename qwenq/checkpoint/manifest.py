@@ -33,10 +33,13 @@ from qwenq.io.json import (
 from qwenq.io.safetensors import read_header
 
 MANIFEST_NAME = "qwenq-manifest.json"
+JOURNAL_NAME = "qwenq-journal.jsonl"
+LOCK_NAME = ".qwenq-lock"
 SCRATCH_PREFIX = ".qwenq-"  # states, spilled buffers and the lock: gone before the directory gets its name
 _KEPT_BY_OTHERS = (".cache", ".git", ".gitattributes")  # by `hf download` and `git clone`, of no model
 _VERSION = 1
 _MAX_BYTES = 32_000_000  # 1,000 decoder layers have 5 MB
+_CHUNK = 1 << 20  # bytes: hashed while they are in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -185,7 +188,6 @@ def _encode(document: Mapping[str, Any]) -> bytes:
 
 
 Stamp = tuple[int, int, int, int, int]  # device, inode, bytes, times of the last write and of the last change in ns
-_CHUNK = 1 << 20  # bytes: hashed while they are in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -215,14 +217,14 @@ class SourceFiles:
     cuts: dict[Path, Cuts] = field(default_factory=dict)
 
     @staticmethod
-    def read(directory: Path, names: Iterable[str], cuts: Mapping[Path, Iterable[int]] | None = None) -> SourceFiles:
+    def read(directory: Path, names: Iterable[str], cuts: Mapping[Path, Iterable[int]]) -> SourceFiles:
         """Hash the named files of `directory`; names that are not there are left out. cuts: offsets, by file."""
         read = SourceFiles(directory, {}, {})
         for name in names:
             path = inside(directory, name)
             if os.path.lexists(path):
                 read.stamps[name] = stamp(path)
-                if cuts is not None and path in cuts:
+                if path in cuts:
                     read.hashes[name], read.cuts[path] = _hash_with_cuts(path, sorted({0, *cuts[path]}))
                 else:
                     read.hashes[name] = hash_of(path)
@@ -353,7 +355,3 @@ def check_source(source: Path, named: Mapping[str, str]) -> Iterator[Finding]:
             continue
         if found != digest:
             yield Finding(shown(str(path)), f"another file: SHA-256 {found}, quantized was {shown(digest, 64)}")
-
-
-JOURNAL_NAME = "qwenq-journal.jsonl"
-LOCK_NAME = ".qwenq-lock"

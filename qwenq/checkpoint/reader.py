@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -27,8 +26,8 @@ from qwenq.formats.base import Format, Quantization, Recipe, get_format, read_qu
 from qwenq.formats.gguf import dequantize_blocks
 from qwenq.io.gguf import is_gguf
 from qwenq.io.json import open_regular, shown
-from qwenq.io.safetensors import SAMPLE_BYTES, TensorLocation, TensorSpec
-from qwenq.io.tensors import TORCH_DTYPES, raw_bytes
+from qwenq.io.safetensors import TensorLocation, TensorSpec, sampled_sha256
+from qwenq.io.tensors import TORCH_DTYPES, all_finite, raw_bytes
 from qwenq.model.metadata import paired_heads
 from qwenq.model.spec import LinearSpec, ModelSpec
 from qwenq.solver.grid import QTensor
@@ -86,9 +85,8 @@ class Checkpoint:
         for name, location in self.tensors.items():
             cuts[location.file] |= {location.start, location.end}
             if name in (self.spec.embedding_tensor, self.head_name):
-                rows = max(1, location.spec.shape[0])
-                step = SLICE_ROWS * ((location.end - location.start) // rows)
-                cuts[location.file] |= set(range(location.start, location.end, step)) if step else set()
+                step = SLICE_ROWS * (location.spec.nbytes // location.spec.shape[0])
+                cuts[location.file] |= set(range(location.start, location.end, step))
         names = [*self.own_files, *others]
         hashed = SourceFiles.read(self.folder, names, cuts)
         self.refuse_changed(names)
@@ -108,14 +106,7 @@ class Checkpoint:
         """SHA-256 over its configuration and the name, dtype, shape and first bytes of each tensor: two that differ
         are other models, or damaged.
         """
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for name in sorted(self.tensors):
-            location = self.tensors[name]
-            digest.update(f"{name} {location.spec.dtype} {list(location.spec.shape)}\n".encode())
-            with open_regular(location.file) as file:
-                file.seek(location.start)
-                digest.update(file.read(min(SAMPLE_BYTES, location.end - location.start)))
-        return digest.hexdigest()
+        return sampled_sha256(self.tensors, json.dumps(self.config, sort_keys=True).encode())
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor as stored, a private copy on the CPU; CheckpointError when its bytes are not those hashed."""
@@ -125,10 +116,14 @@ class Checkpoint:
 
     def read_slice(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows start to stop of a stored matrix, as stored."""
+        return self._rows(name, start, stop).view(TORCH_DTYPES[self.tensors[name].spec.dtype])
+
+    def _rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Their bytes, uint8 [rows, bytes of a row]."""
         location = self.tensors[name]
         width = location.spec.nbytes // location.spec.shape[0]
         data = self._bytes(location.file, location.start + start * width, location.start + stop * width)
-        return data.view(TORCH_DTYPES[location.spec.dtype]).reshape(stop - start, *location.spec.shape[1:])
+        return data.view(stop - start, width)
 
     def read_packed(self, name: str) -> torch.Tensor:
         """One tensor of a quantized linear, as its format unpacks it."""
@@ -270,10 +265,7 @@ class GGUFCheckpoint(Checkpoint):
 
     def read_slice(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows start to stop of embedding or head, like `read`."""
-        location = self.tensors[name]
-        width = location.spec.nbytes // location.spec.shape[0]
-        data = self._bytes(location.file, location.start + start * width, location.start + stop * width)
-        return self._values(name, data.view(stop - start, width).to(self.device))
+        return self._values(name, self._rows(name, start, stop).to(self.device))
 
     def read_packed(self, name: str) -> torch.Tensor:
         """The bytes of a tensor, uint8 [rows, bytes of a row]."""
@@ -341,13 +333,11 @@ def open_checkpoint(directory: Path) -> Checkpoint:
 
 def _stamps(directory: Path) -> dict[str, Stamp]:
     """Every file of a directory, or GGUF file beside that one, as it is now; empty where there is none."""
-    if is_gguf(directory):
-        files: Iterable[Path] = directory.parent.glob("*" + directory.suffix)
-    elif directory.is_dir():
-        files = files_in(directory)
-    else:
+    alone = is_gguf(directory)
+    folder = directory.parent if alone else directory
+    if not folder.is_dir():
         return {}
-    folder = directory.parent if is_gguf(directory) else directory
+    files = folder.glob("*" + directory.suffix) if alone else files_in(folder)
     found = {path.relative_to(folder).as_posix(): stamp(path) for path in files}
     return {name: file for name, file in found.items() if file is not None}
 
@@ -424,4 +414,4 @@ def _zero_padded(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 
 def non_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
     """Name of the first tensor holding a NaN or an infinity."""
-    return next((name for name, t in tensors if t.is_floating_point() and not bool(torch.isfinite(t).all())), None)
+    return next((name for name, t in tensors if not all_finite(t)), None)

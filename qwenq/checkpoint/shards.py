@@ -19,7 +19,7 @@ from qwenq.formats.base import Recipe, get_format
 from qwenq.io.durable import file_sha256, new_file, sync_directory
 from qwenq.io.gguf import BlockTensor, Layout, split_layouts
 from qwenq.io.json import open_regular
-from qwenq.io.safetensors import TensorLocation, TensorSpec, encode_header, tensor_bytes
+from qwenq.io.safetensors import TensorLocation, TensorSpec, encode_header
 from qwenq.model.metadata import gguf_names, paired_heads
 from qwenq.model.spec import ModelSpec
 
@@ -92,19 +92,15 @@ class Shards(StoredFiles):
     parts: Sequence[list[TensorSpec]]
 
     @cached_property
-    def _names(self) -> list[str]:
-        return [f"model-{k:05d}-of-{len(self.parts):05d}.safetensors" for k in range(1, len(self.parts) + 1)]
-
-    @property
     def names(self) -> list[str]:
-        return self._names
+        return [f"model-{k:05d}-of-{len(self.parts):05d}.safetensors" for k in range(1, len(self.parts) + 1)]
 
     @property
     def file_bytes(self) -> int:
         return sum(map(shard_file_bytes, self.parts))
 
     def file_of(self, part: int) -> str:
-        return self._names[part]
+        return self.names[part]
 
     def begin(self, work: Path) -> None:
         pass  # each part makes its file
@@ -112,28 +108,28 @@ class Shards(StoredFiles):
     def write(self, work: Path, part: int, tensors: Mapping[str, Tensor]) -> str:
         from qwenq.io.tensors import write_shard
 
-        return write_shard(work / self._names[part], tensors)
+        return write_shard(work / self.names[part], tensors)
 
     def sha256(self, work: Path, part: int) -> str:
-        path = work / self._names[part]
+        path = work / self.names[part]
         return file_sha256(path) if path.is_file() else ""
 
     def locations(self, work: Path, part: int) -> dict[str, TensorLocation]:
-        path = work / self._names[part]
-        header, order = encode_header({tensor.name: tensor for tensor in self.parts[part]})
-        specs, at, found = {tensor.name: tensor for tensor in self.parts[part]}, len(header), {}
+        path, specs = work / self.names[part], {tensor.name: tensor for tensor in self.parts[part]}
+        header, order = encode_header(specs)
+        at, found = len(header), {}
         for name in order:
             found[name] = TensorLocation(specs[name], path, at, at + specs[name].nbytes)
             at = found[name].end
         return found
 
     def hashes(self, work: Path, parts: Mapping[int, str]) -> dict[str, str]:
-        return {self._names[part]: sha256 for part, sha256 in parts.items()}
+        return {self.names[part]: sha256 for part, sha256 in parts.items()}
 
     @property
     def index(self) -> dict[str, Any]:
         """`model.safetensors.index.json`."""
-        return encode_index(dict(zip(self._names, self.parts, strict=True)))
+        return encode_index(dict(zip(self.names, self.parts, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -288,6 +284,6 @@ def shard_file_bytes(tensors: list[TensorSpec]) -> int:
 
 def encode_index(files: Mapping[str, list[TensorSpec]]) -> dict[str, Any]:
     """`model.safetensors.index.json` for shard files and their tensors."""
-    total = sum(tensor_bytes(t.dtype, t.shape) for specs in files.values() for t in specs)
+    total = sum(t.nbytes for specs in files.values() for t in specs)
     weight_map = {t.name: file for file, specs in files.items() for t in specs}
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -82,10 +82,7 @@ class Awq(Format):
             "bits": recipe.default.bits,
             "group_size": recipe.default.group_size,
             "zero_point": True,
-            "modules_to_not_convert": [
-                spec.architecture.head,
-                *(name for name, scheme in recipe.overrides if scheme is None),
-            ],
+            "modules_to_not_convert": recipe.left_out(spec),
         }
 
     def read_config(self, config: Mapping[str, Any], where: str) -> Quantization:
@@ -104,9 +101,10 @@ class Awq(Format):
             raise (UnreadScheme if config["zero_point"] is False else CheckpointError)(
                 f"{where}: AWQ zero_point is {config.get('zero_point')!r}, wanted true"
             )
-        kept = read_names(config.get("modules_to_not_convert"), f"{where}: modules_to_not_convert")
-        check_count(kept, f"{where}: modules_to_not_convert")
-        rules = tuple((read_pattern(".*" + re.escape(name), f"{where}: modules_to_not_convert"), None) for name in kept)
+        here = f"{where}: modules_to_not_convert"
+        kept = read_names(config.get("modules_to_not_convert"), here)
+        check_count(kept, here)
+        rules = tuple((read_pattern(".*" + re.escape(name), here), None) for name in kept)
         return Quantization("awq", read_scheme(bits, group_size, False, where), rules)
 
     def pack(self, q: QTensor, version: str = "") -> dict[str, Tensor]:

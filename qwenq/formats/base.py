@@ -47,6 +47,11 @@ class Scheme:
     def __post_init__(self) -> None:
         if self.codes not in CODES:
             raise UsageError(f"codes is {self.codes!r}, wanted one of {', '.join(CODES)}")
+        if (type(self.bits), type(self.group_size), type(self.sym)) != (int, int, bool):
+            raise UsageError(
+                f"bits is {self.bits!r}, group size {self.group_size!r} and sym {self.sym!r}, wanted whole numbers and "
+                "a truth value"
+            )
         self.meaning.check(self)
         if self.group_size != -1 and self.group_size < 1:
             raise UsageError(f"group size is {self.group_size}, wanted {', '.join(map(str, GROUP_SIZES))} or -1")
@@ -221,6 +226,10 @@ class Recipe:
             kind = [schemes.get(prefix + path, default) for path in paths]
             found.append(first.setdefault((*kind, *(dtype_of(prefix + ending) for ending in endings)), layer))
         return found
+
+    def left_out(self, spec: ModelSpec) -> list[str]:
+        """Modules that stay in 16 bit, as configs with one scheme list them: the head, and linears named for that."""
+        return [spec.architecture.head, *(name for name, scheme in self.overrides if scheme is None)]
 
     def outer_scheme(self, lin: LinearSpec) -> Scheme | None:
         """The scheme of embedding or head, which stay in 16 bit unless they are named."""

@@ -34,7 +34,7 @@ from qwenq.formats.base import (
     register,
 )
 from qwenq.formats.config import check_count, read_names, read_pattern, refuse_unknown
-from qwenq.io.safetensors import FLOATS, TensorSpec
+from qwenq.io.safetensors import FLOAT_NAMES, FLOATS, TensorSpec
 from qwenq.model.spec import LinearSpec, ModelSpec
 
 if TYPE_CHECKING:
@@ -104,10 +104,7 @@ class Bitsandbytes(Format):
             "bnb_4bit_use_double_quant": False,
             "llm_int8_enable_fp32_cpu_offload": False,
             "llm_int8_has_fp16_weight": False,
-            "llm_int8_skip_modules": [
-                spec.architecture.head,
-                *(name for name, scheme in recipe.overrides if scheme is None),
-            ],
+            "llm_int8_skip_modules": recipe.left_out(spec),
             "llm_int8_threshold": 6.0,
         }
 
@@ -128,9 +125,10 @@ class Bitsandbytes(Format):
             if kind != "nf4" or storage != "uint8":
                 raise UnreadScheme(f"{where}: 4-bit type {kind!r} stored as {storage!r}, wanted 'nf4' as 'uint8'")
             scheme = NF4_NESTED if config.get("bnb_4bit_use_double_quant") else NF4
-        kept = read_names(config.get("llm_int8_skip_modules"), f"{where}: llm_int8_skip_modules")
-        check_count(kept, f"{where}: llm_int8_skip_modules")
-        rules = tuple((_skip_pattern(name, f"{where}: llm_int8_skip_modules"), None) for name in kept)
+        here = f"{where}: llm_int8_skip_modules"
+        kept = read_names(config.get("llm_int8_skip_modules"), here)
+        check_count(kept, here)
+        rules = tuple((_skip_pattern(name, here), None) for name in kept)
         return Quantization(form.name, scheme, rules)
 
     def stated(self, config: Mapping[str, Any]) -> tuple[list[int], list[int]]:
@@ -271,9 +269,8 @@ class Int8(Bitsandbytes):
 
 def _state_json(lin: LinearSpec, dtype: str) -> bytes:
     """`quant_state.bitsandbytes__nf4` as bitsandbytes writes it for a weight of safetensors dtype `dtype`."""
-    name = next(name for name, stored in FLOATS.items() if stored == dtype)
-    state = {"quant_type": "nf4", "blocksize": BLOCK, "dtype": name,
-             "shape": [lin.out_features, lin.in_features]}  # fmt: skip
+    shape = [lin.out_features, lin.in_features]
+    state = {"quant_type": "nf4", "blocksize": BLOCK, "dtype": FLOAT_NAMES[dtype], "shape": shape}
     return json.dumps(state).encode()
 
 
@@ -305,18 +302,17 @@ def _state(tensors: Mapping[str, Tensor], lin: LinearSpec) -> dict[str, Any]:
     except (ValueError, RecursionError):
         raise CheckpointError(f"{wrong} is not JSON") from None
     wanted: dict[str, Any] = {"quant_type": "nf4", "blocksize": BLOCK, "shape": [lin.out_features, lin.in_features]}
-    free: dict[str, tuple[str, ...]] = {"dtype": ("float16", "bfloat16", "float32")}
+    free = ["dtype"]
     if "weight.nested_absmax" in tensors:
         wanted |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"}
-        free["nested_offset"] = ()
-    if not isinstance(state, dict) or set(state) != set(wanted) | set(free):
+        free.append("nested_offset")
+    if not isinstance(state, dict) or set(state) != {*wanted, *free}:
         raise CheckpointError(f"{wrong}: wanted exactly {', '.join([*wanted, *free])}")
     for key, value in wanted.items():
         if state[key] != value:
             raise CheckpointError(f"{wrong}: {key} is {str(state[key])[:40]!r}, wanted {value!r}")
-    if state["dtype"] not in free["dtype"]:
-        known = ", ".join(free["dtype"])
-        raise CheckpointError(f"{wrong}: dtype is {str(state['dtype'])[:40]!r}, wanted one of {known}")
+    if state["dtype"] not in [*FLOATS]:  # it may be of any type
+        raise CheckpointError(f"{wrong}: dtype is {str(state['dtype'])[:40]!r}, wanted one of {', '.join(FLOATS)}")
     if not isinstance(state.get("nested_offset", 0.0), float | int):
         raise CheckpointError(f"{wrong}: nested_offset is {str(state['nested_offset'])[:40]!r}, wanted a number")
     return state

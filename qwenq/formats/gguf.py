@@ -66,23 +66,26 @@ class _Field(ABC):
 
 
 @dataclass(frozen=True)
-class _Half(_Field):
-    """A float16: parameter `index`, which a block has one of."""
+class _Plain(_Field):
+    """`count` values of parameter `index` as they are: a float16 for the block, int8 scales of its sub-groups."""
 
     index: int
+    dtype: str = "float16"
+    count: int = 1
 
     def n_bytes(self, values: int) -> int:
-        return 2
+        return self.count * (2 if self.dtype == "float16" else 1)
 
     def put(self, codes_NK: Tensor, parameters: Sequence[Tensor]) -> Tensor:
         import torch
 
-        return parameters[self.index].to(torch.float16).reshape(-1).view(torch.uint8).view(-1, 2)
+        stored_NC = parameters[self.index].to(getattr(torch, self.dtype))
+        return stored_NC.reshape(-1).view(torch.uint8).view(len(stored_NC), -1)
 
     def take(self, data_NB: Tensor, codes_NK: Tensor, parameters: list[Tensor | None]) -> None:
         import torch
 
-        parameters[self.index] = data_NB.contiguous().view(torch.float16)
+        parameters[self.index] = data_NB.contiguous().view(getattr(torch, self.dtype))
 
 
 @dataclass(frozen=True)
@@ -122,26 +125,6 @@ class _SignedCodes(_Field):
 
     def take(self, data_NB: Tensor, codes_NK: Tensor, parameters: list[Tensor | None]) -> None:
         codes_NK.copy_(data_NB ^ 128)
-
-
-@dataclass(frozen=True)
-class _Bytes(_Field):
-    """int8 scales of 16 sub-groups: parameter `index`."""
-
-    index: int
-
-    def n_bytes(self, values: int) -> int:
-        return 16
-
-    def put(self, codes_NK: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-        import torch
-
-        return parameters[self.index].contiguous().view(torch.uint8)
-
-    def take(self, data_NB: Tensor, codes_NK: Tensor, parameters: list[Tensor | None]) -> None:
-        import torch
-
-        parameters[self.index] = data_NB.contiguous().view(torch.int8)
 
 
 class _NibblePairs(_Field):
@@ -210,18 +193,18 @@ class _SplitScales(_Field):
 
 
 _FIELDS: dict[str, tuple[_Field, ...]] = {
-    "Q4_0": (_Half(0), _Bits(4, 16)),
-    "Q4_1": (_Half(0), _Half(1), _Bits(4, 16)),
-    "Q5_0": (_Half(0), _Bits(1, 1, 4), _Bits(4, 16)),
-    "Q5_1": (_Half(0), _Half(1), _Bits(1, 1, 4), _Bits(4, 16)),
-    "Q8_0": (_Half(0), _SignedCodes()),
-    "IQ4_NL": (_Half(0), _Bits(4, 16)),
-    "Q2_K": (_NibblePairs(), _Bits(2, 32), _Half(0), _Half(1)),
-    "Q3_K": (_Bits(1, 32, 2), _Bits(2, 32), _SplitScales(16, (_Bits(4, 8), _Bits(2, 4, 4))), _Half(0)),
-    "Q4_K": (_Half(0), _Half(1), _SixBitPairs(), _Bits(4, 32)),
-    "Q5_K": (_Half(0), _Half(1), _SixBitPairs(), _Bits(1, 32, 4), _Bits(4, 32)),
-    "Q6_K": (_Bits(4, 64), _Bits(2, 32, 4), _Bytes(1), _Half(0)),
-    "IQ4_XS": (_Half(0), _SplitScales(8, (_Bits(2, 1, 4), _Bits(4, 1))), _Bits(4, 16)),
+    "Q4_0": (_Plain(0), _Bits(4, 16)),
+    "Q4_1": (_Plain(0), _Plain(1), _Bits(4, 16)),
+    "Q5_0": (_Plain(0), _Bits(1, 1, 4), _Bits(4, 16)),
+    "Q5_1": (_Plain(0), _Plain(1), _Bits(1, 1, 4), _Bits(4, 16)),
+    "Q8_0": (_Plain(0), _SignedCodes()),
+    "IQ4_NL": (_Plain(0), _Bits(4, 16)),
+    "Q2_K": (_NibblePairs(), _Bits(2, 32), _Plain(0), _Plain(1)),
+    "Q3_K": (_Bits(1, 32, 2), _Bits(2, 32), _SplitScales(16, (_Bits(4, 8), _Bits(2, 4, 4))), _Plain(0)),
+    "Q4_K": (_Plain(0), _Plain(1), _SixBitPairs(), _Bits(4, 32)),
+    "Q5_K": (_Plain(0), _Plain(1), _SixBitPairs(), _Bits(1, 32, 4), _Bits(4, 32)),
+    "Q6_K": (_Bits(4, 64), _Bits(2, 32, 4), _Plain(1, "int8", 16), _Plain(0)),
+    "IQ4_XS": (_Plain(0), _SplitScales(8, (_Bits(2, 1, 4), _Bits(4, 1))), _Bits(4, 16)),
 }
 
 

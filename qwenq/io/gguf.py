@@ -10,6 +10,7 @@ Offsets count from where the data begins. A split model has its metadata in the 
 from __future__ import annotations
 
 import array
+import math
 import os
 import re
 import struct
@@ -71,10 +72,8 @@ class BlockTensor(TensorSpec):
 
     @property
     def nbytes(self) -> int:
-        found, size = TYPES[self.dtype], 1
-        for dim in self.shape:
-            size *= dim
-        return size // found.values * found.n_bytes
+        found = TYPES[self.dtype]
+        return math.prod(self.shape) // found.values * found.n_bytes
 
 
 # ---------------------------------------------------------------------- metadata
@@ -97,12 +96,10 @@ _CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", _BOOL: "B", 10
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """An opened model: metadata of the first file, tensors of all, by their GGUF names. No bytes of weights."""
+    """An opened model: metadata of its first file, tensors of all, by their GGUF names. No bytes of weights."""
 
-    path: Path
     metadata: Mapping[str, Value]
     tensors: Mapping[str, TensorLocation]
-    files: tuple[Path, ...]  # `path`, then the others of a split
 
     @classmethod
     def open(cls, path: Path) -> GGUFFile:
@@ -116,7 +113,7 @@ class GGUFFile:
         named = _SPLIT_NAME.fullmatch(path.name)
         where = shown(path.name)
         if count == 1:
-            return cls(path, first.metadata, first.tensors, (path,))
+            return cls(first.metadata, first.tensors)
         if named is None or count != int(named["count"]):
             raise CheckpointError(
                 f"{where}: split.count says {count} files, its name does not",
@@ -127,7 +124,7 @@ class GGUFFile:
                 f"{where}: file {first.whole('split.no', 0) + 1} of {count}",
                 hint=f"give the first one, {shown(split_name(named['stem'], 0, count))}",
             )
-        return cls(path, first.metadata, *_join(path, named["stem"], count, first))
+        return cls(first.metadata, _join(path, named["stem"], count, first))
 
     def numbers(self, name: str) -> list[float]:
         """All values of an F32 tensor; CheckpointError for another type, or more than MAX_NUMBERS values."""
@@ -206,12 +203,9 @@ class _Header(NamedTuple):
         return value
 
 
-def _join(
-    path: Path, stem: str, count: int, first: _Header
-) -> tuple[dict[str, TensorLocation], tuple[Path, ...]]:
-    """Tensors and files of a split whose first file is read."""
-    total = first.whole("split.tensors.count", 0)
-    tensors, files = dict(first.tensors), [path]
+def _join(path: Path, stem: str, count: int, first: _Header) -> dict[str, TensorLocation]:
+    """Tensors of a split whose first file is read."""
+    total, tensors = first.whole("split.tensors.count", 0), dict(first.tensors)
     for number in range(1, count):
         name = split_name(stem, number, count)
         other = inside(path.parent, name)
@@ -228,10 +222,9 @@ def _join(
         tensors |= part.tensors
         if len(tensors) > MAX_TENSORS:
             raise CheckpointError(f"{part.where}: more than {MAX_TENSORS} tensors with the files before")
-        files.append(other)
     if len(tensors) != total:
         raise CheckpointError(f"{first.where}: split.tensors.count is {total}, its files hold {len(tensors)}")
-    return tensors, tuple(files)
+    return tensors
 
 
 def _read(path: Path) -> _Header:

@@ -135,7 +135,7 @@ def inside(directory: Path, name: str) -> Path:
         raise CheckpointError(f"file name {shown(name)} is too long: refused")
     path = directory / name
     root, target = resolved(directory), resolved(path)
-    if target.parent not in (root, *_blobs(root)) and not _followed.count:
+    if target.parent not in (root, *_blobs(root)) and not _Followed.count:
         raise CheckpointError(
             f"{shown(name)} links to a file outside the checkpoint's directory: refused",
             hint="--follow-links reads it all the same; only for links that you made or trust",
@@ -161,20 +161,17 @@ class _Followed:
     count = 0  # open contexts of followed_links
 
 
-_followed = _Followed()
-
-
 @contextmanager
 def followed_links() -> Iterator[None]:
     """Read files of checkpoints that are links out of their directories, for as long as the context lasts.
 
     Of the whole process, all its threads included. What a link leads to still has to be a regular file.
     """
-    _followed.count += 1
+    _Followed.count += 1
     try:
         yield
     finally:
-        _followed.count -= 1
+        _Followed.count -= 1
 
 
 def model_name(directory: Path) -> str:

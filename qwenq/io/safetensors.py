@@ -7,6 +7,7 @@ shape and `data_offsets`, relative to the data; `__metadata__` maps text to text
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -222,25 +223,29 @@ DTYPE_BYTES = {
     "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
 FLOATS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}  # as torch and configurations call them
+FLOAT_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 
 
 def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Bytes of a dense tensor of safetensors dtype `dtype`."""
-    size = DTYPE_BYTES[dtype]
-    for dim in shape:
-        size *= dim
-    return size
+    return DTYPE_BYTES[dtype] * math.prod(shape)
 
 
 SAMPLE_BYTES = 4096  # of each tensor; a fine-tuned model differs in all of them
 
 
 def fingerprint(directory: Path) -> str:
-    """SHA-256 over name, dtype, shape and first bytes of each tensor, by name: the same however files are cut."""
+    """`sampled_sha256` of a directory's tensors, by which a model is known again."""
+    return sampled_sha256(checkpoint_tensors(directory))
+
+
+def sampled_sha256(tensors: Mapping[str, TensorLocation], before: bytes = b"") -> str:
+    """SHA-256 over `before`, and name, dtype, shape and first bytes of each tensor, by name: the same however files are
+    cut.
+    """
     import hashlib
 
-    digest = hashlib.sha256()
-    tensors = checkpoint_tensors(directory)
+    digest = hashlib.sha256(before)
     for name in sorted(tensors):
         location = tensors[name]
         digest.update(f"{name} {location.spec.dtype} {list(location.spec.shape)}\n".encode())

@@ -35,6 +35,17 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of numbers holds no NaN and no infinity; true of integers and of nothing.
+
+    `torch.isfinite` takes 40 times as long for bfloat16 on a CPU, and three times the tensor's memory.
+    """
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    low, high = tensor.aminmax()  # NaN where there is one
+    return bool(low.isfinite()) and bool(high.isfinite())
+
+
 def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
     """Write `tensors` as safetensors at `path` and return the file's SHA-256."""
     header, order = encode_header({name: spec_of(name, t) for name, t in tensors.items()})

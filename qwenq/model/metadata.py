@@ -51,7 +51,6 @@ class GGUFModel:
     GGML type of each linear, the embedding and the head by its name, where any is quantized.
     """
 
-    file: GGUFFile
     config: dict[str, Any]
     spec: ModelSpec
     tensors: dict[str, TensorLocation]
@@ -87,7 +86,7 @@ def open_gguf(path: Path) -> GGUFModel:
     types = {module: tensors[module + ".weight"].spec.dtype for module in modules}
     if any(kind not in PLAIN_TYPES for kind in types.values()):
         config["quantization_config"] = {"quant_method": METHOD, "types": types}
-    return GGUFModel(file, config, spec, tensors)
+    return GGUFModel(config, spec, tensors)
 
 
 # ---------------------------------------------------------------------- names
@@ -252,7 +251,7 @@ def config_of_metadata(
     if len(embedding) != 2:
         raise CheckpointError(f"{where}: no tensor {names.embedding}.weight", hint="is it a whole model?")
     heads, hidden = read.whole("attention.head_count"), read.whole("embedding_length")
-    head_dim = read.whole("attention.key_length", hidden // max(1, heads))
+    head_dim = read.whole("attention.key_length", hidden // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if read.whole(key, head_dim) != head_dim:
             raise CheckpointError(f"{where}: {read.prefix}{key} is {read.found(key)}, the heads have {head_dim}")

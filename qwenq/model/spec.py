@@ -184,8 +184,10 @@ class ModelSpec:
 
 
 # More than any model has, and little enough that no list by layer and no product of two shapes is a danger.
+_PADDED = "official_quantized_intermediate_size"
 _LARGEST = {"num_hidden_layers": 1000, "vocab_size": 1 << 24, "hidden_size": 1 << 18, "intermediate_size": 1 << 20,
-            "head_dim": 1 << 14, "num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12}  # fmt: skip
+            "head_dim": 1 << 14, "num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12,
+            _PADDED: 1 << 20}  # fmt: skip
 _LONGEST_CONTEXT = 1 << 40
 
 
@@ -196,6 +198,22 @@ def _whole(config: Mapping[str, Any], key: str, where: str, default: Any = None)
     if value > most:
         raise CheckpointError(f"{where}: {key} is {min(value, 10**300):.6g}, more than any model has ({most})")
     return value
+
+
+def _with_yarn(config: Mapping[str, Any], max_position: int, where: str) -> int:
+    """The longest context that rotary embeddings are scaled to; `max_position` where YaRN does not scale them."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        raise CheckpointError(f"{where}: rope_scaling is {type(rope).__name__}, wanted an object")
+    if rope.get("rope_type", rope.get("type")) != "yarn":
+        return max_position
+    factor, original = rope.get("factor", 1), rope.get("original_max_position_embeddings", max_position)
+    numbers = isinstance(factor, int | float) and isinstance(original, int)
+    if not numbers or not 0 < factor <= 1 << 20 or not 0 < original <= _LONGEST_CONTEXT:
+        raise CheckpointError(
+            f"{where}: rope_scaling has factor {repr(factor)[:40]} and original length {repr(original)[:40]}"
+        )
+    return max(max_position, round(factor * original))
 
 
 def spec_from_config(config: Mapping[str, Any], where: str = "config.json", name: str = "") -> ModelSpec:
@@ -220,18 +238,7 @@ def spec_from_config(config: Mapping[str, Any], where: str = "config.json", name
             f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
         )
     max_position = _whole(config, "max_position_embeddings", where)
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(rope, Mapping):
-        raise CheckpointError(f"{where}: rope_scaling is {type(rope).__name__}, wanted an object")
-    extended = max_position
-    if rope.get("rope_type", rope.get("type")) == "yarn":
-        factor, original = rope.get("factor", 1), rope.get("original_max_position_embeddings", max_position)
-        numbers = isinstance(factor, int | float) and isinstance(original, int)
-        if not numbers or not 0 < factor <= 1 << 20 or not 0 < original <= _LONGEST_CONTEXT:
-            raise CheckpointError(
-                f"{where}: rope_scaling has factor {repr(factor)[:40]} and original length {repr(original)[:40]}"
-            )
-        extended = max(extended, round(factor * original))
+    extended = _with_yarn(config, max_position, where)
     spec = ModelSpec(
         model_type=architecture.model_type,
         hidden_size=hidden,
@@ -246,7 +253,7 @@ def spec_from_config(config: Mapping[str, Any], where: str = "config.json", name
         extended_context=_whole(config, "extended_context", where, default=extended),
         name=name,
         bias_keys=tuple(key for key in architecture.bias_keys if config.get(key, False)),
-        official_quantized_intermediate_size=config.get("official_quantized_intermediate_size"),
+        official_quantized_intermediate_size=None if config.get(_PADDED) is None else _whole(config, _PADDED, where),
     )
     architecture.window.refuse(config, spec.extended_context, where)
     return spec

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from qwenq.errors import CheckpointError
 from qwenq.formats.base import Recipe, Scheme, get_format
-from qwenq.io.tensors import DTYPE_NAMES, TORCH_DTYPES
+from qwenq.io.tensors import DTYPE_NAMES, TORCH_DTYPES, all_finite
+from qwenq.machine import return_freed_memory
 from qwenq.model.architectures import Stage
 from qwenq.model.layer import Network
 from qwenq.model.spec import LinearSpec, ModelSpec
-from qwenq.pipeline.config import ERROR_CORRECTION_SHARE, SINK_WEIGHT
+from qwenq.pipeline.config import SINK_WEIGHT
 from qwenq.pipeline.imatrix import InputSquares
 from qwenq.pipeline.monitor import StageClock
 from qwenq.pipeline.preflight import scratch_width
@@ -49,7 +50,6 @@ class SolverOptions:
     damp_percent: float = DAMP_PERCENT  # share of the mean Hessian diagonal added to the diagonal
     fold: bool = True  # fold channel scales into norms and up_proj (solver/equalize.py)
     error_correction: float = 1.0  # how far o and down are moved towards the 16-bit hidden states before rounding
-    error_correction_share: float = ERROR_CORRECTION_SHARE  # of the calibration windows: they cost a pass of theirs
     sink_weight: float = SINK_WEIGHT  # of tokens with massive states, in Hessians and corrections; others count once
 
 
@@ -244,6 +244,7 @@ class BlockSolver:
         `wanted_NTH` are the states that the first windows should come to: with the Hessian of these windows they give
         the residual cross-covariance, which the weights are corrected by.
         """
+        return_freed_memory()
         (lin,) = self.spec.stage_linears(self.layer, stage)
         self.workers.set_parameter(f"{lin.path}.weight", self.folded.weight(lin.path))
         triangle = Triangle(lin.in_features)
@@ -261,6 +262,7 @@ class BlockSolver:
             residual = self._residual_covariance(lin, produce, wanted_NTH, (hessians, *self._squares(stage)))
         self._pass(collect, [hessians, *self._squares(stage)], self.states.share.passes[corrected:])
         hessian = hessians.take()
+        return_freed_memory()
         with self.clock.time(f"solve {stage.name}"):
             hessian = triangle.square(hessian)
             self._solve(stage, hessian, None if residual is None else {lin.name: residual})
@@ -416,7 +418,7 @@ class FusedGroup:
 
         shares: rows that each device of this rank solves; the ranks' together are all.
         """
-        if not bool(torch.isfinite(hessian.diagonal()).all()):
+        if not all_finite(hessian.diagonal()):
             names = ", ".join(lin.kind for lin in self.linears)
             raise CheckpointError(
                 f"layer {self.linears[0].layer}: the activations entering {names} are not finite",

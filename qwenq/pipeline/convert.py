@@ -22,7 +22,7 @@ from qwenq.errors import CheckpointError, JobError, PlanError, QwenqError
 from qwenq.formats.base import FORMATS, Recipe, Scheme, get_format, quantization_config
 from qwenq.io.durable import make_directory
 from qwenq.io.fields import Fields
-from qwenq.io.safetensors import FLOATS
+from qwenq.io.safetensors import FLOAT_NAMES, FLOATS
 from qwenq.io.tensors import TORCH_DTYPES
 from qwenq.machine import forget_peak_rss, free_disk, host_facts, peak_rss_bytes, versions
 from qwenq.model.spec import LinearSpec
@@ -107,18 +107,7 @@ def convert(source: Checkpoint, out: Path, format: str, *, listen: Callable[[int
         with memory_errors("converting", torch.device("cpu"), None, "end other programs"):
             copied = copied_files(source.folder)
             source = source.hash_files(copied)
-            files.begin(work)
-            parts = {}
-            for number, specs in enumerate(files.parts):
-                wanted = {spec.name: spec for spec in specs}
-                tensors = _layer(source, recipe, number - 1) if 0 < number < len(files.parts) - 1 else {}
-                for name in wanted.keys() - tensors.keys():
-                    tensors[name] = source.read(name).to(TORCH_DTYPES[wanted[name].dtype])
-                    if non_finite([(name, tensors[name])]) is not None:
-                        raise CheckpointError(f"{source.directory}: {name} holds what no {wanted[name].dtype} is")
-                parts[number] = files.write(work, number, {name: tensors[name] for name in wanted})
-                listen(number)
-            hashes = files.hashes(work, parts)
+            hashes = files.hashes(work, _write_parts(source, recipe, files, work, listen))
             made = Converted(
                 out=out,
                 source_format=source.recipe.format,
@@ -147,6 +136,24 @@ def convert(source: Checkpoint, out: Path, format: str, *, listen: Callable[[int
     finally:
         if os.path.lexists(work):
             shutil.rmtree(work)
+
+
+def _write_parts(
+    source: Checkpoint, recipe: Recipe, files: StoredFiles, work: Path, listen: Callable[[int], None]
+) -> dict[int, str]:
+    """Write all tensors, part by part; SHA-256 of each part."""
+    files.begin(work)
+    parts = {}
+    for number, specs in enumerate(files.parts):
+        wanted = {spec.name: spec for spec in specs}
+        tensors = _layer(source, recipe, number - 1) if 0 < number < len(files.parts) - 1 else {}
+        for name in wanted.keys() - tensors.keys():
+            tensors[name] = source.read(name).to(TORCH_DTYPES[wanted[name].dtype])
+            if non_finite([(name, tensors[name])]) is not None:
+                raise CheckpointError(f"{source.directory}: {name} holds what no {wanted[name].dtype} is")
+        parts[number] = files.write(work, number, {name: tensors[name] for name in wanted})
+        listen(number)
+    return parts
 
 
 def _layer(source: Checkpoint, recipe: Recipe, layer: int) -> dict[str, torch.Tensor]:
@@ -222,7 +229,6 @@ def _outside(source: Checkpoint, recipe: Recipe, job: Fields) -> dict[str, str]:
     """
     spec, overrides = source.spec, job.sub("overrides")
     made_as, stored_dtype = FORMATS.get(job.text("format")), get_format(recipe.format).stored_dtype
-    words = {dtype: word for word, dtype in FLOATS.items()}
     asked = FLOATS.get(job.text("dtype"))
     found: dict[str, str] = {}
     for part, name in (
@@ -231,11 +237,11 @@ def _outside(source: Checkpoint, recipe: Recipe, job: Fields) -> dict[str, str]:
         module, read = name.removesuffix(".weight"), source.dtype_of(name)
         written = stored_dtype(name, read)
         if overrides.value.get(module) is not None:
-            found[part] = f"{overrides.sub(module).text('codes')} unpacked to {words[written]}"
+            found[part] = f"{overrides.sub(module).text('codes')} unpacked to {FLOAT_NAMES[written]}"
         elif written not in (read, "F32"):
-            found[part] = f"in {words[written]}"
+            found[part] = f"in {FLOAT_NAMES[written]}"
         elif asked and made_as and made_as.stored_dtype(name, asked) == asked:
-            found[part] = f"in {words[asked]}"
+            found[part] = f"in {FLOAT_NAMES[asked]}"
     return found
 
 

@@ -124,12 +124,7 @@ def dry_run(
     output: where it would be written, whose disk is asked; None for the current directory's. ranks: that would do it;
     memory is one rank's. network: what they are connected by, to say how long it takes.
     """
-    if ranks < 1 or ranks > PARTS or PARTS % ranks:
-        raise UsageError(f"--ranks {ranks}: wanted 1, 2, 4 or {PARTS}")
-    if network:
-        network_bits(network)
-        if ranks == 1:
-            raise UsageError("--network is between ranks, and there is one", hint="--ranks 2, 4 or 8")
+    _check_ranks(ranks, network)
     source = source_shapes(model)
     on_gpu = sees_gpu() if config.device == "auto" else device_names(config.device) != ["cpu"]
     place = "cuda" if on_gpu else "cpu"
@@ -163,13 +158,12 @@ def dry_run(
     if found.measures(windows):
         schemes = solved_schemes(found.spec, config.format, bool(config.asymmetric))
         measuring = sensitivity_bytes(found.spec, windows.length, found.compute_bytes, on_gpu, schemes, ranks)
+    local = source.directory is not None
     tokenized = source.directory is None or (source.directory / "tokenizer.json").is_file()
+    builtin = found.config.builtin_windows(windows.calibration, tokenizer=tokenized)
     assumed = Assumed(
         calibration_windows=windows.calibration,
-        builtin_windows=min(
-            found.config.builtin_windows(windows.calibration, tokenizer=tokenized),
-            SET_TOKENS["builtin"] // windows.length,
-        ),
+        builtin_windows=min(builtin, SET_TOKENS["builtin"] // windows.length),
         evaluation_windows=windows.evaluation,
         window_tokens=windows.length,
         counted=windows.counted,
@@ -182,8 +176,17 @@ def dry_run(
     if found.config.mixture:
         warnings += get_format(config.format).notes(found.config.mixture, found.spec)
     warnings += _lacking(check, measuring, output is None)
-    local = source.directory is not None
     return DryRun(check, found.spec, found.budgeted, measuring, assumed, local, (*source.notes, *warnings), network)
+
+
+def _check_ranks(ranks: int, network: str) -> None:
+    """Raise UsageError for a number of ranks that windows cannot be shared among, and a network between none."""
+    if ranks < 1 or ranks > PARTS or PARTS % ranks:
+        raise UsageError(f"--ranks {ranks}: wanted 1, 2, 4 or {PARTS}")
+    if network:
+        network_bits(network)
+        if ranks == 1:
+            raise UsageError("--network is between ranks, and there is one", hint="--ranks 2, 4 or 8")
 
 
 def recipe_json(found: Budgeted) -> dict[str, Any]:
@@ -209,19 +212,13 @@ def _windows(config: QuantizeConfig, model: str, spec: ModelSpec) -> tuple[Windo
     calibrated = config.solver == "gptq"
     most = config.num_samples or DEFAULT_WINDOWS
     most_held = config.eval_samples or DEFAULT_EVALUATION_WINDOWS
-    if any((Path(model) / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
-        count = _counter(Path(model), spec, config.strict)
-        windows, length, counted = 0, config.sequence_length, True
-        if calibrated:
-            windows, length, counted = count(config.calibration, most, length, config.seed)
-        held_out, _, _ = count(config.eval_text, most_held, length, None)
-    else:
-        length, counted = config.sequence_length, False
-
-        def known(name: str, most: int) -> int:
-            return min(most, max(1, SET_TOKENS[name] // length)) if name in SET_TOKENS else most
-
-        windows, held_out = known(config.calibration, most) if calibrated else 0, known(config.eval_text, most_held)
+    tokenizers = ("tokenizer.json", "vocab.json", "tokenizer.model")
+    tokenized = any((Path(model) / name).is_file() for name in tokenizers)
+    count = _counter(Path(model), spec, config.strict) if tokenized else _estimated
+    windows, length, counted = 0, config.sequence_length, tokenized
+    if calibrated:
+        windows, length, counted = count(config.calibration, most, length, config.seed)
+    held_out, _, _ = count(config.eval_text, most_held, length, None)
     warnings = []
     for option, name, wanted, found in (
         ("--num-samples", config.calibration, config.num_samples if calibrated else None, windows),
@@ -233,10 +230,19 @@ def _windows(config: QuantizeConfig, model: str, spec: ModelSpec) -> tuple[Windo
     return Windows(windows, held_out, length, counted), warnings
 
 
+def _estimated(name: str, most: int, length: int, seed: int | None) -> tuple[int, int, bool]:
+    """A text's windows without a tokenizer: sets that are known have about as many tokens whatever the model."""
+    known = max(1, SET_TOKENS[name] // length) if name in SET_TOKENS else most
+    return min(most, known), length, False
+
+
 def _counter(
     directory: Path, spec: ModelSpec, strict: bool
 ) -> Callable[[str, int, int, int | None], tuple[int, int, bool]]:
-    """A function that counts a text's windows, `most` at most, as a job draws them; sets of the hub are not fetched."""
+    """A function that counts a text's windows, `most` at most, as a job draws them; sets of the hub are not fetched.
+
+    It returns their number, their length, and whether the text itself was counted.
+    """
     from qwenq.text.calibration import load_windows
     from qwenq.text.tokens import ModelTokenizer
 

@@ -157,18 +157,31 @@ def measure_sensitivity(
         raise JobError(
             f"{error.filename or scratch}: {error.strerror or error}", hint="free some space, then try again"
         ) from error
-    tokens = probe.probe_NT.shape[1]
-    kl: dict[FusedGroup, dict[Scheme | None, float]] = {}
-    for fused, by_scheme in scores.items():
-        squares = sum(float(s.double().square().mean()) for s in by_scheme.values())
-        factor = squares / (2 * tokens) / max(sum(noise[fused].values()), 1e-30)
-        kl[fused] = {
-            scheme: factor * noise[fused][solved_as(scheme)] * (PRIOR_8_BIT if scheme != solved_as(scheme) else 1.0)
-            for scheme in _offered(spec, fused, probe)
-        }
-    kl |= outer
+    kl = outer | {fused: _by_error(spec, fused, probe, scores[fused], noise[fused]) for fused in scores}
     kl = {fused: kl[fused] for fused in fused_groups(spec, probe.format)}
-    provenance = {
+    table = Sensitivity(spec.name, fingerprint(source.directory), kl, _provenance(probe, compute_dtype))
+    source.refuse_changed()
+    return table
+
+
+def _by_error(
+    spec: ModelSpec,
+    fused: FusedGroup,
+    probe: Probe,
+    scores: Mapping[Scheme, torch.Tensor],
+    noise: Mapping[Scheme, float],
+) -> dict[Scheme | None, float]:
+    """KL a token of a fused group by scheme: each scheme's relative output error, times the factor fitted over all."""
+    squares = sum(float(s.double().square().mean()) for s in scores.values())
+    factor = squares / (2 * probe.probe_NT.shape[1]) / max(sum(noise.values()), 1e-30)
+    return {
+        scheme: factor * noise[solved_as(scheme)] * (PRIOR_8_BIT if scheme != solved_as(scheme) else 1.0)
+        for scheme in _offered(spec, fused, probe)
+    }
+
+
+def _provenance(probe: Probe, compute_dtype: torch.dtype) -> dict[str, Any]:
+    found = {
         "calibration": dict(probe.calibration),
         "solver_windows": list(probe.solver_NT.shape),
         "probe_windows": list(probe.probe_NT.shape),
@@ -179,10 +192,8 @@ def measure_sensitivity(
         "versions": versions(),
     }
     if not get_format(probe.format).outer:
-        provenance["eight_bit"] = f"{PRIOR_8_BIT:.6f} of 4 bits in the same groups"
-    table = Sensitivity(spec.name, fingerprint(source.directory), kl, provenance)
-    source.refuse_changed()
-    return table
+        found["eight_bit"] = f"{PRIOR_8_BIT:.6f} of 4 bits in the same groups"
+    return found
 
 
 class _States:

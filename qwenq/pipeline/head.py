@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from qwenq.checkpoint.reader import SLICE_ROWS
 from qwenq.errors import CheckpointError
+from qwenq.io.tensors import all_finite
 from qwenq.pipeline.block import all_rows
 from qwenq.pipeline.evaluate import HeadWeights
 from qwenq.pipeline.shares import Share
@@ -30,7 +30,7 @@ def head_hessian(workers: Workers, norm_H: Tensor, h_NTH: Tensor, share: Share) 
     h_NTH: what leaves the last layer, of the rank's windows. CheckpointError where it is not finite.
     """
     hessian = summed_products(workers, h_NTH, share, h_NTH.shape[2], lambda network, h: network.final_norm(h, norm_H))
-    if not bool(torch.isfinite(hessian).all()):
+    if not all_finite(hessian):
         raise CheckpointError(
             "the activations entering the head are not finite",
             hint="compute in bfloat16 or float32 (--calibration-dtype), and check the source's weights",

@@ -17,8 +17,8 @@ from qwenq.checkpoint.shards import Beside, StoredFiles, stored_files
 from qwenq.errors import CheckpointError, JobError
 from qwenq.formats.base import Recipe, Scheme, get_format
 from qwenq.io.json import resolved
-from qwenq.io.safetensors import FLOATS
-from qwenq.io.tensors import DTYPE_NAMES, TORCH_DTYPES
+from qwenq.io.safetensors import FLOAT_NAMES, FLOATS
+from qwenq.io.tensors import TORCH_DTYPES, all_finite
 from qwenq.machine import numerics
 from qwenq.pipeline.activations import TokenSets
 from qwenq.pipeline.block import SolverOptions
@@ -34,7 +34,7 @@ from qwenq.text.tokens import TokenWindows
 
 SUMS = f"{PARTS} parts, products in the states' dtype"  # how sums over calibration windows are taken
 GPU_SUMS = f"{SUMS}, summed in float32"
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {name: TORCH_DTYPES[dtype] for name, dtype in FLOATS.items()}
 
 
 def partial_directory(out: Path) -> Path:
@@ -106,10 +106,7 @@ class QuantizeJob:
         config = self.config
         damping = DAMP_PERCENT if config.damp_percent is None else config.damp_percent
         assert config.error_correction is not None
-        return SolverOptions(
-            config.solver, damping, config.fold, config.error_correction, config.error_correction_share,
-            config.sink_weight,
-        )  # fmt: skip
+        return SolverOptions(config.solver, damping, config.fold, config.error_correction, config.sink_weight)
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -152,7 +149,7 @@ class QuantizeJob:
 
     def stored_dtype(self, name: str) -> str:
         """safetensors dtype in which tensor `name` is written when it is not quantized."""
-        asked = self.source.dtype_of(name) if self.config.dtype == "auto" else DTYPE_NAMES[DTYPES[self.config.dtype]]
+        asked = self.source.dtype_of(name) if self.config.dtype == "auto" else FLOATS[self.config.dtype]
         return get_format(self.recipe.format).stored_dtype(name, asked, self.config.mixture)
 
     @property
@@ -161,8 +158,7 @@ class QuantizeJob:
         spec = self.source.spec
         names = {"embedding": spec.embedding_tensor, "norms": spec.norm_tensor, "head": spec.head_tensor}
         pairs = {part: (self.source.dtype_of(name), self.stored_dtype(name)) for part, name in names.items()}
-        words = {dtype: word for word, dtype in FLOATS.items()}
-        return {part: f"in {words[new]}" for part, (old, new) in pairs.items() if new not in (old, "F32")}
+        return {part: f"in {FLOAT_NAMES[new]}" for part, (old, new) in pairs.items() if new not in (old, "F32")}
 
     @cached_property
     def files(self) -> StoredFiles:
@@ -213,7 +209,7 @@ class QuantizeJob:
         if tensor.dtype == dtype:
             return tensor
         converted = tensor.to(dtype)
-        if bool(torch.isfinite(tensor).all()) and not bool(torch.isfinite(converted).all()):
+        if not all_finite(converted) and all_finite(tensor):
             raise CheckpointError(
                 f"{self.source.tensors[name].file.name}: {name} holds a value of {float(tensor.abs().max()):.6g}, "
                 f"which does not fit {str(dtype).removeprefix('torch.')}",

@@ -155,9 +155,22 @@ def prepare(
         )
     if config.pad_for_tp is not None:
         source = source.padded(found.spec.intermediate_size)
+    calibration, evaluation = _read_texts(config, source)
+    shared = _overlap(config, calibration)
+    found.settled(windows_of(calibration, evaluation))  # what cannot be corrected is refused here
+    read = {"source": source.sampled(), "calibration": calibration and calibration.to_json()}
+    read |= {"evaluation": evaluation.to_json(), "options": config.same_everywhere()}
+    ranks.refuse_others("command", read)
+    calibrating = None if calibration is None else len(calibration.ids)
+    refuse_few(ranks.size, calibration=calibrating, evaluation=len(evaluation.ids))
+    return Preparation(found, source, out, calibration, evaluation, shared)
+
+
+def _read_texts(config: QuantizeConfig, source: Checkpoint) -> tuple[TokenWindows | None, TokenWindows]:
+    """Windows of calibration, None for rounding to nearest, which reads none; and of evaluation, of the same length."""
     tokenizer = ModelTokenizer(source.directory)
     calibration = None
-    if config.solver == "gptq":  # rounding to nearest reads no calibration text
+    if config.solver == "gptq":
         calibration = load_windows(
             config.calibration,
             tokenizer,
@@ -180,15 +193,14 @@ def prepare(
         up_to=DEFAULT_EVALUATION_WINDOWS,
         strict=config.strict,
     )
+    return calibration, evaluation
+
+
+def _overlap(config: QuantizeConfig, calibration: TokenWindows | None) -> float | None:
+    """Share of the evaluation text that is also in what was calibrated on; None where one of them is no text."""
     texts = [] if calibration is None or config.calibration.endswith(".npy") else [config.calibration]
     if calibration is not None and calibration.builtin_windows:
         texts.append("builtin")
-    compared = texts and not config.eval_text.endswith(".npy")
-    shared = overlap(texts[0], config.eval_text, *texts[1:]) if compared else None
-    found.settled(windows_of(calibration, evaluation))  # what cannot be corrected is refused here
-    read = {"source": source.sampled(), "calibration": calibration and calibration.to_json()}
-    read |= {"evaluation": evaluation.to_json(), "options": config.same_everywhere()}
-    ranks.refuse_others("command", read)
-    calibrating = None if calibration is None else len(calibration.ids)
-    refuse_few(ranks.size, calibration=calibrating, evaluation=len(evaluation.ids))
-    return Preparation(found, source, out, calibration, evaluation, shared)
+    if not texts or config.eval_text.endswith(".npy"):
+        return None
+    return overlap(texts[0], config.eval_text, *texts[1:])

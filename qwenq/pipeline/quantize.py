@@ -76,6 +76,7 @@ def quantize(
     ranks: that do it together, each calling this with the same job; the first one alone reads and writes the output.
     """
     started = time.perf_counter()
+    return_freed_memory()  # the tokenizer's
     forget_peak_rss()
     keep_freed_memory()
     work = partial_directory(job.out)

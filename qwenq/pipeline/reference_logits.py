@@ -22,6 +22,7 @@ from torch import Tensor
 from qwenq.checkpoint.reader import SLICE_ROWS
 from qwenq.errors import CheckpointError, JobError, UsageError
 from qwenq.io.durable import write_synced
+from qwenq.io.tensors import all_finite
 from qwenq.machine import free_disk
 from qwenq.units import format_gb
 
@@ -108,7 +109,7 @@ class LogitsFile:
 
     def _encode(self, logits_PV: Tensor) -> np.ndarray:
         """Rows of the file, u16 [positions, row_u16]."""
-        if not bool(torch.isfinite(logits_PV).all()):
+        if not all_finite(logits_PV):
             raise CheckpointError("a logit of the reference is not finite: no reference logits are written")
         top_P1 = logits_PV.max(-1, keepdim=True).values
         low_P1 = torch.maximum(logits_PV.min(-1, keepdim=True).values, top_P1 - _FLOOR_NATS)

@@ -15,6 +15,7 @@ from qwenq.errors import CalibrationError, CheckpointError, JobError, QwenqError
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.io.json import inside
 from qwenq.io.tensors import raw_bytes
+from qwenq.model.spec import spec_from_config
 from qwenq.pipeline.activations import LayerRunner, embed_tokens
 from qwenq.pipeline.config import DEFAULT_WINDOWS, QuantizeConfig, unreadable
 from qwenq.pipeline.job import DTYPES, QuantizeJob
@@ -53,22 +54,17 @@ def reproduce(
     job = read_job(manifest, opened, directory, calibration)
     whole = manifest["job"].get("files")  # names of files that are the whole model
     first = whole[0] if isinstance(whole, list) and whole else None
-    if first is not None and first not in manifest["files"]:
+    if first is not None and first not in [*manifest["files"]]:  # it may be of any type
         raise unreadable(KeyError("files"))
     written = open_checkpoint(directory if first is None else inside(directory, first))
     here, then = job.numerics, manifest["job"].get("numerics")
-    was = then.get("sums") if isinstance(then, Mapping) else None
-    if was != here.get("sums"):
-        raise JobError(
-            f"{MANIFEST_NAME}: its sums over windows were taken in another way ({was or 'all in a row'}, here "
-            f"{here.get('sums')}), which ends in other last bits",
-            hint="the version that made it makes its layers again; --layers none compares files alone",
-        )
-    torch.set_num_threads(_threads(then))
-    calibrator = job.workers(DTYPES[job.config.calibration_dtype], job.calibration)
+    then = then if isinstance(then, Mapping) else {}
+    _refuse_other_sums(then, here)
     findings: list[Finding] = []
     made: list[int] = []
     try:
+        torch.set_num_threads(_threads(then))
+        calibrator = job.workers(DTYPES[job.config.calibration_dtype], job.calibration)
         with tempfile.TemporaryDirectory() as scratch:
             states = embed_tokens(job.source, job.tokens(), Path(scratch), job.convert)
             both = {"calibration": calibrator, "original": calibrator}
@@ -93,11 +89,12 @@ def reproduce(
 
 
 def _widened(source: Checkpoint, manifest: Mapping[str, Any]) -> Checkpoint:
-    """The source with its FFN padded as the job padded it."""
+    """The source with its FFN padded as the job padded it; CheckpointError for a width that no model has."""
     job = manifest.get("job")
     width = job.get("intermediate_size") if isinstance(job, Mapping) else None
     if type(width) is not int or width <= source.spec.intermediate_size:
         return source
+    spec_from_config(source.config | {"intermediate_size": width}, where=MANIFEST_NAME)
     return source.padded(width)
 
 
@@ -119,8 +116,9 @@ def read_job(manifest: Mapping[str, Any], source: Checkpoint, out: Path, calibra
         raise unreadable(error) from None
     config = QuantizeConfig.from_manifest(job)
     recipe.check(source.spec)
-    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if config.device != "cpu" and not set(config.device.split(",")) <= {"cuda", *(f"cuda:{k}" for k in range(here))}:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    here = {"cuda", *(f"cuda:{k}" for k in range(count))} if count else set()
+    if config.device != "cpu" and not set(config.device.split(",")) <= here:
         raise JobError(
             f"{MANIFEST_NAME}: made on {config.device}, which is not here", hint="GPUs and CPUs round differently"
         )
@@ -137,7 +135,7 @@ def _calibration(text: Any, seed: int, source: Checkpoint, given: str | None) ->
         replaced = text.get("builtin", {}).get("windows", 0)
         if not isinstance(name, str) or any(type(value) is not int for value in (length, count, replaced)):
             raise TypeError
-        if not 0 <= replaced <= count:
+        if length < 1 or not 0 <= replaced <= count:
             raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError):
         raise CheckpointError(f"{MANIFEST_NAME}: job.calibration does not say which text was read") from None
@@ -189,15 +187,24 @@ def _difference(tensors: Mapping[str, torch.Tensor], written: Checkpoint) -> str
     return f"differs in {other} of {total} bytes, first in {names[0]}" if names else ""
 
 
-def _why(then: Any, here: Mapping[str, Any]) -> str:
-    """Differences of the machine that change last bits."""
-    was = then if isinstance(then, Mapping) else {}
-    changes = [f"{key} {was.get(key)}, here {value}" for key, value in here.items() if was.get(key) != value]
-    changes = [change for change in changes if not change.startswith("threads ")]  # set as they were
-    return f" (made with {'; '.join(changes)})" if changes else ""
+def _refuse_other_sums(then: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Raise JobError where the job took its sums over windows otherwise than it would here."""
+    was = then.get("sums")
+    if was != here.get("sums"):
+        raise JobError(
+            f"{MANIFEST_NAME}: its sums over windows were taken in another way ({was or 'all in a row'}, here "
+            f"{here.get('sums')}), which ends in other last bits",
+            hint="the version that made it makes its layers again; --layers none compares files alone",
+        )
 
 
-def _threads(then: Any) -> int:
+def _why(then: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """Differences of the machine that change last bits, but for threads, which are set as they were."""
+    changed = [key for key, value in here.items() if key != "threads" and then.get(key) != value]
+    return f" (made with {'; '.join(f'{key} {then.get(key)}, here {here[key]}' for key in changed)})" if changed else ""
+
+
+def _threads(then: Mapping[str, Any]) -> int:
     """As many threads as the job had: sums over another number end in other bits."""
-    count = then.get("threads") if isinstance(then, Mapping) else None
+    count = then.get("threads")
     return count if type(count) is int and 0 < count <= 1024 else torch.get_num_threads()

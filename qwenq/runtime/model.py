@@ -24,7 +24,7 @@ from qwenq.checkpoint.reader import Checkpoint
 from qwenq.errors import CheckpointError
 from qwenq.formats.base import get_format
 from qwenq.formats.gguf import Blocks
-from qwenq.io.tensors import TORCH_DTYPES
+from qwenq.io.tensors import TORCH_DTYPES, all_finite
 from qwenq.machine import return_freed_memory
 from qwenq.model.architectures import Architecture
 from qwenq.model.layer import model_config, refused_by_transformers
@@ -108,7 +108,7 @@ class CheckpointWeights:
         return Blocks(kind, self.checkpoint.read_packed(name).to(device))
 
     def _finite(self, name: str, value: Tensor) -> Tensor:
-        if value.is_floating_point() and value.ndim == 1 and not bool(value.isfinite().all()):
+        if value.ndim == 1 and not all_finite(value):
             raise CheckpointError(f"{name} holds a NaN or an infinity", hint="the checkpoint may be damaged")
         return value
 

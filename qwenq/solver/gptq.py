@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from qwenq.errors import QwenqError
+from qwenq.io.tensors import all_finite
 from qwenq.model.devices import multiplies_bfloat16
 from qwenq.solver.columns import ColumnSolver
 from qwenq.solver.grid import Grid, Parameters, QTensor
@@ -126,7 +127,7 @@ def factor_lower(h_II: Tensor, damp: float) -> bool:
         corner_KK = h_II[start:stop, start:stop] - done_KI @ done_KI.T
         corner_KK.diagonal().add_(damp)
         corner_KK, info = torch.linalg.cholesky_ex(corner_KK)
-        if int(info) != 0 or not bool(corner_KK.isfinite().all()):
+        if int(info) != 0 or not all_finite(corner_KK):
             return False
         target_KK = h_II[start:stop, start:stop]
         target_KK.copy_(target_KK.triu(1) + corner_KK)
@@ -391,7 +392,7 @@ def _check_finite(
     weights: Mapping[str, Tensor], h_II: Tensor | None, residuals: Mapping[str, ResidualCovariance] | None
 ) -> None:
     for name, w_OI in weights.items():
-        if not math.isfinite(float(w_OI.abs().max())):
+        if not all_finite(w_OI):
             bad = int((~w_OI.isfinite()).sum())
             raise QwenqError(
                 f"{name}: {bad} of {w_OI.numel()} weights are not finite",
@@ -399,13 +400,12 @@ def _check_finite(
             )
     if h_II is not None:
         for start in range(0, h_II.shape[0], FACTOR_BLOCK):
-            if not math.isfinite(float(h_II[start : start + FACTOR_BLOCK, start:].abs().max())):
+            if not all_finite(h_II[start : start + FACTOR_BLOCK, start:]):
                 raise QwenqError(f"{', '.join(weights)}: the Hessian of their inputs is not finite", hint=_OVERFLOWED)
     for name, residual in (residuals or {}).items():
         for sums_IO in (residual.whole_IO, residual.half_IO):
-            for part_KO in sums_IO.split(FACTOR_BLOCK):
-                if not math.isfinite(float(part_KO.abs().max())):
-                    raise QwenqError(f"{name}: what its outputs are short of is not finite", hint=_OVERFLOWED)
+            if not all_finite(sums_IO):
+                raise QwenqError(f"{name}: what its outputs are short of is not finite", hint=_OVERFLOWED)
 
 
 def solve_linears(
@@ -492,7 +492,7 @@ def solve_linears(
     out: dict[str, tuple[QTensor, SolveStats]] = {}
     for name, part, error_O, signal_O in zip(weights, places, errors, signals, strict=True):
         stored = [p[:, part].T.to(dtype).contiguous() for p, dtype in zip(found, grid.stored_dtypes, strict=True)]
-        if any(p_ON.is_floating_point() and not bool(p_ON.isfinite().all()) for p_ON in stored):
+        if not all(all_finite(p_ON) for p_ON in stored):
             raise QwenqError(f"{name}: scales are not finite", hint="its weights or inputs are too large for float32")
         tensor = QTensor(codes_IO[:, part].T.contiguous(), tuple(stored), grid)
         weight_losses = weight_error_O[part].double().cpu(), weight_norm_O[part].double().cpu()

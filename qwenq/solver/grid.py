@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 MIN_SCALE = 1e-5  # float16 has 7 bits of precision left here and none a little below
-MAX_SCALE = 65504.0
+MAX_SCALE = 65504.0  # of float16
 
 # Scale candidates as fractions of the one that just reaches the largest weight; each is then refitted, so few do.
 SHRINK = tuple(1.1 - 0.05 * i for i in range(13))

@@ -18,17 +18,16 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from qwenq.solver.grid import ColumnRounder, Grid, Parameters, move
+from qwenq.solver.grid import MAX_SCALE, ColumnRounder, Grid, Parameters, move
 
 SHRINK = (1.1, 1.04, 1.0, 0.96, 0.92, 0.88, 0.84, 0.78, 0.7)  # candidates, fewer than an integer grid's
 VALUES_AT_ONCE = 1 << 18  # of a search: what a core's cache holds
 ROUNDS = 2  # of super-block scale and sub-groups' integers in turn
-MAX_FLOAT16 = 65504.0
 
 
 def _float16(value: Tensor) -> Tensor:
     """As stored, in float32; tiny ones may become 0, which holds an empty block."""
-    return value.nan_to_num(0.0, 0.0, 0.0).clamp_(-MAX_FLOAT16, MAX_FLOAT16).half().float()
+    return value.nan_to_num(0.0, 0.0, 0.0).clamp_(-MAX_SCALE, MAX_SCALE).half().float()
 
 
 def _inverse(scale: Tensor) -> Tensor:
@@ -247,19 +246,14 @@ class TableGrid(Grid):
     """scale * level, a float16 a group and a table of unequal levels: GGUF's IQ4_NL. Parameter: scale [1, O]."""
 
     group_size: int = 32
-    levels: tuple[int, ...] = IQ4_LEVELS
 
     stored_dtypes = (torch.float16,)
-
-    @property
-    def _units(self) -> _Units:
-        return _Units(4, self.levels)
+    _units = _Units(4, IQ4_LEVELS)
 
     def fit(self, w_KO: Tensor, importance_K: Tensor | None = None) -> Parameters:
-        units = self._units
         if importance_K is None:
-            return (_float16(w_KO.abs().amax(0, keepdim=True) / units.most),)
-        return (_float16(_scale_search(w_KO[None], importance_K[None, :, None], units)),)
+            return (_float16(w_KO.abs().amax(0, keepdim=True) / self._units.most),)
+        return (_float16(_scale_search(w_KO[None], importance_K[None, :, None], self._units)),)
 
     def round(self, w_KO: Tensor, parameters: Parameters) -> Tensor:
         return self._units.nearest(w_KO * _inverse(parameters[0]))

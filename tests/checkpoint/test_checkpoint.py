@@ -209,16 +209,11 @@ def test_wrong_shape(random_model: Make, edit_json: Edit) -> None:
     assert message.startswith("model-0000")
 
 
-def test_integer_source(random_model: Make) -> None:
+@pytest.mark.parametrize(("dtype", "said"), [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3")])
+def test_8_bit_sources(dtype: torch.dtype, said: str, random_model: Make) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
-    path = rewrite(random_model(), lambda t: t.update({name: t[name].to(torch.int8)}))
-    assert refusal(path) == f"model.safetensors: {name} has dtype I8, wanted F16 or BF16 or F32"
-
-
-def test_float8_source(random_model: Make) -> None:
-    name = "model.layers.0.mlp.up_proj.weight"
-    path = rewrite(random_model(), lambda t: t.update({name: t[name].to(torch.float8_e4m3fn)}))
-    assert refusal(path) == f"model.safetensors: {name} has dtype F8_E4M3, wanted F16 or BF16 or F32"
+    path = rewrite(random_model(), lambda t: t.update({name: t[name].to(dtype)}))
+    assert refusal(path) == f"model.safetensors: {name} has dtype {said}, wanted F16 or BF16 or F32"
 
 
 def test_extra_tensors(random_model: Make) -> None:
@@ -240,14 +235,6 @@ def test_a_tied_model_may_store_its_head(random_model: Make) -> None:
     assert open_checkpoint(path).ignored == ("lm_head.weight",)
 
 
-def test_pickled_only(random_model: Make) -> None:
-    path = random_model()
-    for file in path.glob("model*safetensors*"):
-        file.unlink()
-    torch.save({}, path / "pytorch_model.bin")
-    assert refusal(path) == f"{path}: only pickled weights (pytorch_model.bin), which can run code: refused"
-
-
 def test_truncated_shard(random_model: Make) -> None:
     path = random_model()
     shard = sorted(path.glob("*.safetensors"))[1]
@@ -256,22 +243,6 @@ def test_truncated_shard(random_model: Make) -> None:
     assert message.startswith(f"{shard.name}: tensor ") and "ends at byte" in message
     shard.write_bytes(b"")
     assert refusal(path) == f"{shard.name}: 0 bytes, too short for a safetensors file"
-
-
-def test_missing_shard(random_model: Make) -> None:
-    path = random_model()
-    shard = sorted(path.glob("*.safetensors"))[1]
-    shard.unlink()
-    assert refusal(path) == f"model.safetensors.index.json names {shard.name}, which is not there"
-
-
-def test_index_naming_an_absent_tensor(random_model: Make) -> None:
-    path = random_model()
-    index = json.loads((path / "model.safetensors.index.json").read_text())
-    file = next(iter(index["weight_map"].values()))
-    index["weight_map"]["model.layers.9.nothing"] = file
-    (path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert f"{file}: tensor model.layers.9.nothing is missing" in refusal(path)
 
 
 def test_already_quantized(random_model: Make, edit_json: Edit) -> None:
@@ -359,6 +330,14 @@ def test_tensors_of_another_shape_than_transformers_default(random_model: Make, 
     path = random_model("other", "qwen2")
     edit_json(path / "config.json", num_key_value_heads=None)
     assert refusal(path).endswith("num_attention_heads 4 is not a multiple of num_key_value_heads 32")
+
+
+def test_a_publishers_width_that_is_none(random_model: Make, edit_json: Edit) -> None:
+    """Only shipped models have one, but any config.json may say so."""
+    path = random_model()
+    for value, said in (("x", "'x', wanted a positive whole number"), (10**9, "1e+09, more than any model has")):
+        edit_json(path / "config.json", official_quantized_intermediate_size=value)
+        assert refusal(path).startswith(f"{path}/config.json: official_quantized_intermediate_size is {said}")
 
 
 def test_no_directory_and_no_config(tmp_path: Path) -> None:

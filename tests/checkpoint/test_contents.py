@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import rewrite, small_job
+from conftest import rewrite, run, small_job
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -22,7 +22,6 @@ from qwenq.formats.base import Recipe, Scheme
 from qwenq.model.spec import family_configs, family_spec, spec_from_config
 from qwenq.pipeline.quantize import quantize
 from qwenq.planning.models import Model, WeightsAsked, model_weights
-from tests.conftest import run
 
 Edit = Callable[..., dict[str, Any]]
 Make = Callable[..., Path]
@@ -54,7 +53,7 @@ def copied(random_model: Make) -> Path:
 # ---------------------------------------------------------------------- a head of its own
 
 
-def test_a_head_that_is_another_is_kept_and_said_once(merged: Path, edit_json: Edit) -> None:
+def test_a_head_that_is_another_is_kept_and_said_once(merged: Path) -> None:
     found = open_checkpoint(merged)
     assert found.notes == (NOTE,) and found.ignored == () and found.config["tie_word_embeddings"] is False
     assert torch.equal(found.read(found.head_name), head_of(3))
@@ -93,7 +92,7 @@ def test_quantize_writes_the_head_and_says_that_it_is_not_tied(merged: Path, tmp
     torch.testing.assert_close(found.logits, found.hidden_states[-1] @ head_of(3).float().T, rtol=0, atol=1e-4)
 
 
-def test_eval_and_run_use_the_stored_head(merged: Path, tmp_path: Path, edit_json: Edit) -> None:
+def test_eval_and_run_use_the_stored_head(merged: Path, tmp_path: Path) -> None:
     untied = tmp_path / "untied"
     untied.mkdir()
     for file in merged.iterdir():
@@ -156,15 +155,15 @@ def test_sizes_of_a_checkpoint_that_unties_a_tied_familys_head(tmp_path: Path) -
 # ---------------------------------------------------------------------- bare names
 
 
+def bare(tensors: dict[str, torch.Tensor]) -> None:
+    for name in list(tensors):
+        tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+
 def test_names_without_model_are_read(random_model: Make, tmp_path: Path) -> None:
     """As embedding models are saved, from the class without a head: `layers.0...`, `embed_tokens.weight`."""
     path = random_model("bare", "qwen3", tie_word_embeddings=True, head_dim=16)
     wanted = open_checkpoint(path).read("model.layers.1.mlp.up_proj.weight")
-
-    def bare(t: dict[str, torch.Tensor]) -> None:
-        for name in list(t):
-            t[name.removeprefix("model.")] = t.pop(name)
-
     rewrite(path, bare)
     found = open_checkpoint(path)
     assert torch.equal(found.read("model.layers.1.mlp.up_proj.weight"), wanted) and found.ignored == ()
@@ -177,13 +176,7 @@ def test_names_without_model_are_read(random_model: Make, tmp_path: Path) -> Non
 
 def test_an_embedding_model_without_a_head_is_named(random_model: Make) -> None:
     path = random_model("bare")
-
-    def bare(t: dict[str, torch.Tensor]) -> None:
-        del t[HEAD]
-        for name in list(t):
-            t[name.removeprefix("model.")] = t.pop(name)
-
-    rewrite(path, bare)
+    rewrite(path, lambda t: (t.pop(HEAD), bare(t)))
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(path)
     assert caught.value.message == f"{path}: tensor lm_head.weight is in no shard"

@@ -12,14 +12,12 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import small_job
-from gguf_bytes import File, tiny_file
+from conftest import run
+from gguf_bytes import tiny_file
 from safetensors.numpy import load_file
-from typer.testing import CliRunner
 
 from qwenq import api
 from qwenq.checkpoint.reader import GGUFCheckpoint, open_checkpoint, open_source
-from qwenq.cli.main import app
 from qwenq.errors import CheckpointError, PlanError
 from qwenq.formats.base import PackedShape, Recipe, Scheme
 from qwenq.formats.gguf import WRITTEN, Blocks, dequantize_blocks
@@ -27,7 +25,6 @@ from qwenq.io.gguf import TYPES
 from qwenq.machine import Compute
 from qwenq.pipeline.convert import convert
 from qwenq.pipeline.evaluate import evaluate
-from qwenq.pipeline.quantize import quantize
 from qwenq.planning.kernels import Choice, choose
 from qwenq.runtime.linear import BlockEmbedding, BlockLinear, Int4Linear, packed_linear
 from qwenq.solver.grid import QTensor
@@ -40,14 +37,9 @@ READ_BY_GGUF_PY = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "I
                    "NVFP4")  # fmt: skip
 
 
-def at(path: Path, file: File) -> Path:
-    path.write_bytes(file.encode())
-    return path
-
-
 @pytest.fixture
 def five(tiny: Path, tmp_path: Path) -> Path:
-    return at(tmp_path / "five.gguf", tiny_file(tiny, layers=4, types=FIVE))
+    return tiny_file(tiny, layers=4, types=FIVE).write(tmp_path / "five.gguf")
 
 
 def random_rows(kind: str, rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -127,7 +119,7 @@ def test_hashed_reads_and_changed_files(five: Path) -> None:
 def test_evaluation_equals_that_of_the_same_values(five: Path, tiny: Path, tmp_path: Path) -> None:
     """A GGUF file in F32 is the model itself; a quantized one loses what a directory of the same values loses."""
     windows = load_windows("heldout", ModelTokenizer(tiny), open_checkpoint(tiny).spec, length=32, count=2, seed=None)
-    same = at(tmp_path / "same.gguf", tiny_file(tiny, layers=4))
+    same = tiny_file(tiny, layers=4).write(tmp_path / "same.gguf")
     reference = open_checkpoint(tiny)
     assert evaluate(open_checkpoint(same), reference, windows).kl.mean == 0
     lost = evaluate(open_checkpoint(five), reference, windows).kl.mean
@@ -135,7 +127,7 @@ def test_evaluation_equals_that_of_the_same_values(five: Path, tiny: Path, tmp_p
     assert evaluate(open_checkpoint(five), open_checkpoint(five), windows).kl.mean == 0
 
 
-def test_a_scale_that_is_no_number(five: Path, tiny: Path) -> None:
+def test_a_scale_that_is_no_number(five: Path) -> None:
     found = open_checkpoint(five)
     location = found.tensors["model.layers.1.self_attn.q_proj.weight"]
     data = bytearray(five.read_bytes())
@@ -149,7 +141,7 @@ def test_a_file_without_a_tokenizer(tiny: Path, tmp_path: Path) -> None:
     """Everything but text works."""
     file = tiny_file(tiny, layers=4, types=FIVE)
     file.entries = [each for each in file.entries if not each[0].startswith("tokenizer.")]
-    path = at(tmp_path / "m.gguf", file)
+    path = file.write(tmp_path / "m.gguf")
     assert api.inspect(path).disagreements == ()
     assert api.plan(path, gpu="RTX 3090", context=256).fits
     with pytest.raises(CheckpointError, match="no tokenizer in its metadata"):
@@ -188,15 +180,13 @@ def test_planning_a_gguf_file_imports_neither_torch_nor_numpy_nor_gguf(five: Pat
 
 
 def test_commands_take_the_file(five: Path) -> None:
-    run = CliRunner(env={"COLUMNS": "200"})
-    for command in (["inspect", str(five)], ["vram", str(five), "--gpu", "RTX 3090", "-c", "256"],
-                    ["plan", str(five), "--gpu", "RTX 3090", "-c", "256"],
-                    ["run", str(five), "--dry-run"],
-                    ["serve", str(five), "--engine", "qwenq", "--dry-run"]):  # fmt: skip
-        done = run.invoke(app, command)
+    for command, *options in (
+        ["inspect"], ["vram", "--gpu", "RTX 3090", "-c", 256], ["plan", "--gpu", "RTX 3090", "-c", 256],
+        ["run", "--dry-run"], ["serve", "--engine", "qwenq", "--dry-run"],
+    ):  # fmt: skip
+        done = run(command, five, *options)
         assert done.exit_code == 0, done.output
-    done = run.invoke(app, ["inspect", str(five.with_name("missing.gguf"))])
-    assert done.exit_code == 1
+    assert run("inspect", five.with_name("missing.gguf")).exit_code == 1
 
 
 # ---------------------------------------------------------------------- running
@@ -257,7 +247,7 @@ def test_embeddings_are_looked_up_in_blocks() -> None:
     assert torch.equal(BlockEmbedding(Blocks("Q6_K", data), torch.float32)(ids), table[ids])
 
 
-def test_a_model_runs_as_its_values_do(five: Path, tiny: Path, tmp_path: Path) -> None:
+def test_a_model_runs_as_its_values_do(five: Path) -> None:
     """Greedy tokens in float32 equal those of transformers' model filled with gguf-py's values."""
     from transformers import AutoModelForCausalLM
 
@@ -282,7 +272,8 @@ def test_gguf_to_integer_formats_bit_for_bit(
     kind: str, scheme: Scheme, format: str, tiny: Path, tmp_path: Path
 ) -> None:
     types = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"), kind)
-    source = open_checkpoint(at(tmp_path / "m.gguf", tiny_file(tiny, layers=4, types=types | {"token_embd": "Q8_0"})))
+    file = tiny_file(tiny, layers=4, types=types | {"token_embd": "Q8_0"})
+    source = open_checkpoint(file.write(tmp_path / "m.gguf"))
     made = convert(source, tmp_path / "out", format)
     found = open_checkpoint(tmp_path / "out")
     assert made.format == format and found.recipe == Recipe(scheme, format=format)
@@ -310,7 +301,7 @@ def test_what_does_not_convert(five: Path, tmp_path: Path) -> None:
 def test_minima_that_are_no_zero_points(tiny: Path, tmp_path: Path) -> None:
     """Q4_1 converts where minima are whole multiples of scales, and is refused, naming the linear, where not."""
     types = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"), "Q4_1")
-    path = at(tmp_path / "m.gguf", tiny_file(tiny, types=types))
+    path = tiny_file(tiny, types=types).write(tmp_path / "m.gguf")
     with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.q_proj: minima of its Q4_1 groups"):
         convert(open_checkpoint(path), tmp_path / "out", "gptq")
     data = bytearray(path.read_bytes())
@@ -327,22 +318,3 @@ def test_minima_that_are_no_zero_points(tiny: Path, tmp_path: Path) -> None:
     found = open_checkpoint(tmp_path / "out")
     for lin in source.spec.linears:
         assert torch.equal(source.linear_weight(lin), found.linear_weight(lin)), lin.name
-
-
-@pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(4, 128), Scheme(8, 64)], ids=lambda scheme: scheme.label)
-def test_to_gguf_and_back(scheme: Scheme, tiny: Path, tmp_path: Path) -> None:
-    """Symmetric groups of 32, 64 and 128: the same values in GGUF, as gguf-py reads them, and back in g32."""
-    quantize(small_job(tiny, tmp_path / "a", recipe=Recipe(scheme)))
-    first = open_checkpoint(tmp_path / "a")
-    convert(first, tmp_path / "b", "gguf")
-    (path,) = (tmp_path / "b").glob("*.gguf")
-    second = open_checkpoint(path)
-    stored = {t.name: t for t in gguf.GGUFReader(path).tensors}
-    tensor = stored["blk.1.ffn_down.weight"]
-    theirs = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
-    assert torch.equal(theirs, first.linear_weight(first.spec.layer_linears(1)[-1]))
-    convert(second, tmp_path / "c", "gptq")
-    third = open_checkpoint(tmp_path / "c")
-    assert third.recipe.default == Scheme(scheme.bits, 32)
-    for lin in first.spec.linears:
-        assert torch.equal(first.linear_weight(lin), third.linear_weight(lin)), lin.name

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import small_job
+from conftest import forge, run, small_job
 
 from qwenq.checkpoint.manifest import JOURNAL_NAME, MANIFEST_NAME, canonical, encode_manifest, read_manifest, verify
 from qwenq.pipeline.quantize import quantize
-from tests.conftest import run
 
 Make = Callable[..., Path]
 
@@ -132,12 +131,9 @@ def test_a_link_out_of_the_directory_is_named(copy: Path, finished: Path) -> Non
 
 
 def test_names_that_lead_out_are_never_opened(copy: Path, tmp_path: Path) -> None:
-    document = json.loads((copy / MANIFEST_NAME).read_text())
-    run = document.pop("run")
-    del document["digest"], document["manifest"], run["digest"]
     (tmp_path / "outside").write_text("secret")
-    document["files"]["../outside"] = hashlib.sha256(b"secret").hexdigest()
-    (copy / MANIFEST_NAME).write_bytes(encode_manifest(document, run))
+    secret = hashlib.sha256(b"secret").hexdigest()
+    forge(copy, lambda manifest: manifest["files"].update({"../outside": secret}))
     assert [f.problem for f in verify(copy).findings] == [
         "file name ../outside leads out of the checkpoint's directory: refused"
     ]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import all_tensors, answer, predicted, small_job
+from families import model
+from test_quantize import MIXED
 
 from qwenq.checkpoint.reader import Checkpoint, open_checkpoint
 from qwenq.errors import PlanError
@@ -21,19 +24,13 @@ from qwenq.pipeline.quantize import quantize
 
 Make = Callable[..., Path]
 
-MIXED = (
-    ("model.layers.0.mlp.down_proj", Scheme(8, 32)),
-    ("model.layers.1.self_attn.o_proj", None),
-    ("model.layers.2.mlp.gate_proj", Scheme(8, -1)),
-    ("model.layers.2.mlp.up_proj", Scheme(8, -1)),
-)
 KEPT = (("model.layers.1.self_attn.o_proj", None), ("model.layers.2.mlp.down_proj", None))
 RECIPES = {
     "gptq asymmetric": Recipe(Scheme(4, 32, sym=False)),
     "awq": Recipe(Scheme(4, 32, sym=False), KEPT, "awq"),
     "awq per channel": Recipe(Scheme(4, -1, sym=False), (), "awq"),
     "compressed": Recipe(Scheme(4, 32), (), "compressed-tensors"),
-    "compressed mixed": Recipe(Scheme(4, 32), MIXED, "compressed-tensors"),
+    "compressed mixed": replace(MIXED, format="compressed-tensors"),
     "compressed asymmetric": Recipe(Scheme(8, 32, sym=False), KEPT, "compressed-tensors"),
     "nf4": Recipe(NF4, KEPT, "bnb-nf4"),
     "int8": Recipe(INT8_ROWS, KEPT, "bnb-int8"),
@@ -192,10 +189,7 @@ def test_refusals_name_format_and_scheme(recipe: Recipe, message: str, random_mo
 
 def test_72b_sizes_by_format() -> None:
     """Bytes by hand: codes, scales and zero points of each group, and what each format keeps a linear or a column."""
-    from qwenq.model.spec import family_spec
-
-    spec = family_spec("Qwen2.5-72B")
-    assert spec is not None
+    spec = model("Qwen2.5-72B")
     weights = spec.linear_parameters
     rest = 2 * (spec.parameters - weights)
     rows = sum(lin.out_features for lin in spec.linears)

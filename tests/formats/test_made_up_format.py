@@ -52,7 +52,6 @@ class Super(Format):
     """4-bit codes one a byte, 6-bit scales of 32 columns one a byte, a float16 for each 256; a file beside."""
 
     name = method = "super"
-    note = "made up"
     tags = ("super",)
     integer_codes = False
 

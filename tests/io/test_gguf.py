@@ -18,11 +18,7 @@ from qwenq.io.gguf import TYPES, BlockTensor, GGUFFile, Number, layout, split_la
 from qwenq.io.safetensors import TensorSpec
 
 ARCHITECTURE = entry("general.architecture", "qwen2")
-
-
-def written(path: Path, file: File) -> Path:
-    path.write_bytes(file.encode())
-    return path
+ONE_ENTRY = b"GGUF" + raw.number("I", 3) + raw.number("Q", 0) + raw.number("Q", 1) + raw.text("x")  # up to its kind
 
 
 def test_types_are_those_of_gguf_py() -> None:
@@ -113,8 +109,8 @@ def test_splits(tmp_path: Path) -> None:
     files = split_files(tmp_path)
     assert [path.name for path in files] == [split_name("m", k, 4) for k in range(4)]
     found = GGUFFile.open(files[0])
-    assert list(found.tensors) == [f"t{k}" for k in range(7)] and found.files == tuple(files)
-    assert [found.tensors[f"t{k}"].file for k in (0, 2, 6)] == [files[0], files[1], files[3]]
+    assert list(found.tensors) == [f"t{k}" for k in range(7)]
+    assert [found.tensors[f"t{k}"].file for k in (0, 2, 4, 6)] == files
     fields = gguf.GGUFReader(files[2]).fields
     assert [fields[f"split.{key}"].contents() for key in ("no", "count", "tensors.count")] == [2, 4, 7]
     assert "general.architecture" not in fields
@@ -212,9 +208,8 @@ HOSTILE = {
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_files(case: str, tmp_path: Path) -> None:
     file, words = HOSTILE[case]
-    path = written(tmp_path / "x.gguf", file)
     with pytest.raises(CheckpointError, match=words) as error:
-        GGUFFile.open(path)
+        GGUFFile.open(file.write(tmp_path / "x.gguf"))
     assert error.value.message.startswith("x.gguf: ") and error.value.message.isprintable()
 
 
@@ -236,8 +231,7 @@ def test_four_thousand_million_dimensions(tmp_path: Path) -> None:
 
 def announced(kind: int, of: int, count: int) -> bytes:
     """A file whose one entry is an array that says it has `count` elements, and little after that."""
-    head = b"GGUF" + raw.number("I", 3) + raw.number("Q", 0) + raw.number("Q", 1)
-    return head + raw.text("x") + raw.number("I", kind) + raw.number("I", of) + raw.number("Q", count) + bytes(64)
+    return ONE_ENTRY + raw.number("I", kind) + raw.number("I", of) + raw.number("Q", count) + bytes(64)
 
 
 @pytest.mark.parametrize("of", [raw.TEXT, raw.U8, raw.F64])
@@ -254,9 +248,8 @@ def test_arrays_that_are_not_there_cost_nothing(of: int, count: int, tmp_path: P
 
 
 def test_a_text_longer_than_the_file(tmp_path: Path) -> None:
-    head = b"GGUF" + raw.number("I", 3) + raw.number("Q", 0) + raw.number("Q", 1) + raw.text("x")
     for length in (100, 1 << 40, U64 - 1):
-        (tmp_path / "x.gguf").write_bytes(head + raw.number("I", raw.TEXT) + raw.number("Q", length) + b"short")
+        (tmp_path / "x.gguf").write_bytes(ONE_ENTRY + raw.number("I", raw.TEXT) + raw.number("Q", length) + b"short")
         with pytest.raises(CheckpointError, match=f"metadata x takes {length} bytes"):
             GGUFFile.open(tmp_path / "x.gguf")
 
@@ -266,9 +259,8 @@ def test_a_million_strings_are_read_and_three_refused(tmp_path: Path) -> None:
     tracemalloc.start()
     try:
         for count, words in ((1_000_000, ""), (3_000_000, "3000000 elements, more than the 2,000,000")):
-            head = b"GGUF" + raw.number("I", 3) + raw.number("Q", 0) + raw.number("Q", 1) + raw.text("x")
             array = raw.number("I", raw.ARRAY) + raw.number("I", raw.TEXT) + raw.number("Q", count)
-            (tmp_path / "x.gguf").write_bytes(head + array + (raw.number("Q", 1) + b"s") * count)
+            (tmp_path / "x.gguf").write_bytes(ONE_ENTRY + array + (raw.number("Q", 1) + b"s") * count)
             if words:
                 with pytest.raises(CheckpointError, match=words):
                     GGUFFile.open(tmp_path / "x.gguf")
@@ -280,9 +272,8 @@ def test_a_million_strings_are_read_and_three_refused(tmp_path: Path) -> None:
 
 
 def test_a_header_of_more_than_its_limit(tmp_path: Path) -> None:
-    head = b"GGUF" + raw.number("I", 3) + raw.number("Q", 0) + raw.number("Q", 1) + raw.text("x")
     with open(tmp_path / "x.gguf", "wb") as file:
-        file.write(head + raw.number("I", raw.TEXT) + raw.number("Q", 40_000_000))
+        file.write(ONE_ENTRY + raw.number("I", raw.TEXT) + raw.number("Q", 40_000_000))
         file.truncate(50_000_000)
     with pytest.raises(CheckpointError, match="a header of more than 32,000,000 bytes"):
         GGUFFile.open(tmp_path / "x.gguf")

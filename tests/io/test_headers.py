@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenq.errors import CheckpointError
-from qwenq.io.json import inside, parse_object, read_object
+from qwenq.io.json import parse_object, read_object
 from qwenq.io.safetensors import INDEX_NAME, TensorSpec, checkpoint_tensors, read_header
 
 TINY = Path(__file__).parents[1] / "data" / "tiny-qwen2"
@@ -131,7 +131,7 @@ def index(directory: Path, weight_map: Any) -> None:
         ({"a": "pytorch_model.bin"}, "wanted a .safetensors file"),
         ({"a": 3}, "wanted a .safetensors file"),
         ({"a": "gone.safetensors"}, "names gone.safetensors, which is not there"),
-        ({"a": "one.safetensors", "z": "one.safetensors"}, "tensor z is missing"),
+        ({"a": "one.safetensors", "z": "one.safetensors"}, "^one.safetensors: tensor z is missing, .* puts it there"),
         ({"z": "one.safetensors"}, "holds tensor a, but .* does not name it"),
         ({"a": "two.safetensors", "b": "one.safetensors"}, "two.safetensors: holds tensor b, but .* puts it in one"),
         ({}, "missing or empty"),
@@ -170,7 +170,7 @@ def test_what_a_directory_may_hold(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no safetensors file"):
         checkpoint_tensors(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    with pytest.raises(CheckpointError, match=r"only pickled weights \(pytorch_model.bin\)"):
+    with pytest.raises(CheckpointError, match=r"only pickled .*\(pytorch_model.bin\), which can run code: refused$"):
         checkpoint_tensors(tmp_path)
     write(tmp_path / "gptq_model-4bit-128g.safetensors", {"a": entry(0, 1)}, b"x")
     assert list(checkpoint_tensors(tmp_path)) == ["a"]
@@ -193,7 +193,3 @@ def test_random_bytes_are_refused_or_read(data: bytes) -> None:
         assert isinstance(parse_object(data, "x"), dict)
     except CheckpointError as error:
         assert "\n" not in error.message
-
-
-def test_plain_names_stay_inside(tmp_path: Path) -> None:
-    assert inside(tmp_path, "a.json") == tmp_path / "a.json"

@@ -6,10 +6,9 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import small_job
+from conftest import run, small_job
 
 import qwenq
 from qwenq.checkpoint.manifest import verify
@@ -18,7 +17,6 @@ from qwenq.errors import CheckpointError
 from qwenq.io.json import inside
 from qwenq.pipeline.convert import convert
 from qwenq.pipeline.quantize import quantize
-from tests.conftest import run
 
 Make = Callable[..., Path]
 
@@ -121,7 +119,7 @@ def test_chat_templates_in_a_folder_are_copied_hashed_and_verified(templated: Pa
     assert [found.file for found in verify(out).findings] == [name, "additional_chat_templates/more.jinja"]
 
 
-def test_a_job_with_a_folder_of_templates_is_resumed(templated: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_job_with_a_folder_of_templates_is_resumed(templated: Path, tmp_path: Path) -> None:
     job = small_job(templated, tmp_path / "out")
 
     def stop(event: object) -> None:

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import answer, small_job
+from conftest import answer, run, small_job
 from fuzz.commands import special
+from test_quantize import Stop, stop_after
 
 from qwenq.checkpoint.manifest import JOURNAL_NAME, LOCK_NAME, verify
 from qwenq.errors import CheckpointError, JobError, QwenqError
 from qwenq.io.durable import append_synced, make_directory, new_file, write_bytes
 from qwenq.io.json import MAX_SMALL_BYTES, inside, read_object
+from qwenq.pipeline.job import partial_directory
 from qwenq.pipeline.journal import Journal, locked
 from qwenq.pipeline.quantize import quantize
-from tests.conftest import run
 
 
 def invoke(*words: str | Path) -> tuple[int, str]:
@@ -84,31 +85,19 @@ def test_a_lock_that_is_none(kind: str, victim: Path, tmp_path: Path) -> None:
     assert victim.read_text() == "precious" and os.path.lexists(lock)
 
 
-def test_the_working_directory_may_be_no_link(victim: Path, tmp_path: Path) -> None:
+def test_the_working_directory_may_be_no_link(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "out.partial").symlink_to("elsewhere")
     with pytest.raises(NotADirectoryError, match="is a link"):
         make_directory(tmp_path / "out.partial", exist_ok=True)
 
 
-class Stop(Exception):
-    pass
-
-
-def unfinished(job: Any) -> Path:
-    def listen(event: Any) -> None:
-        if not isinstance(event, str) and event.layer == 1:
-            raise Stop
-
-    with pytest.raises(Stop):
-        quantize(job, listen=listen)
-    return Path(f"{job.out}.partial")
-
-
 @pytest.mark.parametrize("name", ["config.json.tmp", "LICENSE", "model-00002-of-00006.safetensors", "notes.tmp"])
 def test_no_link_is_resumed_into_the_output(name: str, tiny: Path, victim: Path, tmp_path: Path) -> None:
     job = small_job(tiny, tmp_path / "out")
-    work = unfinished(job)
+    with pytest.raises(Stop):
+        quantize(job, listen=stop_after(1))
+    work = partial_directory(job.out)
     before = {path.name for path in tmp_path.iterdir()}
     moved = tmp_path / "moved"
     if (work / name).exists():

@@ -78,8 +78,7 @@ def test_weights_as_transformers_reads_them(family: str, tmp_path: Path) -> None
         model: Any = LlamaForCausalLM(LlamaConfig(**SIZES))
     else:
         model = Qwen3ForCausalLM(Qwen3Config(**SIZES))
-    path = tmp_path / "m.gguf"
-    path.write_bytes(model_file(model, family).encode())
+    path = model_file(model, family).write(tmp_path / "m.gguf")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf").state_dict()
     found = open_checkpoint(path)
     assert found.spec.model_type == family and found.quantized is None
@@ -98,8 +97,7 @@ def test_a_llama_with_biases(tmp_path: Path) -> None:
     for name, value in model.named_parameters():
         if name.endswith(".bias"):
             torch.nn.init.normal_(value)
-    (tmp_path / "m.gguf").write_bytes(model_file(model, "llama").encode())
-    found = open_checkpoint(tmp_path / "m.gguf")
+    found = open_checkpoint(model_file(model, "llama").write(tmp_path / "m.gguf"))
     assert found.config["attention_bias"] is True and found.config["mlp_bias"] is False
     for name, value in model.state_dict().items():
         assert torch.equal(found.read(name), value), name
@@ -107,8 +105,7 @@ def test_a_llama_with_biases(tmp_path: Path) -> None:
 
 def test_a_tied_head(tmp_path: Path) -> None:
     model = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True))
-    (tmp_path / "m.gguf").write_bytes(model_file(model, "llama", tied=True).encode())
-    found = open_checkpoint(tmp_path / "m.gguf")
+    found = open_checkpoint(model_file(model, "llama", tied=True).write(tmp_path / "m.gguf"))
     assert found.spec.tie_word_embeddings and found.head_name == "model.embed_tokens.weight"
     assert torch.equal(found.read_slice(found.head_name, 3, 7), model.lm_head.weight[3:7])
 
@@ -153,22 +150,19 @@ def test_factors_of_llama_3_are_transformers(tmp_path: Path) -> None:
     size = len(file.data)
     file.tensors.append(["rope_freqs.weight", [32], 0, size])
     file.data += np.array(factors, np.float32).tobytes()
-    (tmp_path / "m.gguf").write_bytes(file.encode())
-    found = open_checkpoint(tmp_path / "m.gguf")
+    found = open_checkpoint(file.write(tmp_path / "m.gguf"))
     rope = found.config["rope_scaling"]
     assert (rope["rope_type"], rope["factor"], rope["high_freq_factor"]) == ("llama3", 32.0, 4.0)
     file.data = file.data[:size] + np.array([*factors[:-1], 31.0], np.float32).tobytes()
-    (tmp_path / "m.gguf").write_bytes(file.encode())
     with pytest.raises(CheckpointError, match=r"other factors than Llama 3\.1's"):
-        open_checkpoint(tmp_path / "m.gguf")
+        open_checkpoint(file.write(tmp_path / "m.gguf"))
 
 
 def test_yarn(tmp_path: Path, tiny: Path) -> None:
     file = tiny_file(tiny)
     file.entries += [entry("qwen2.rope.scaling.type", "yarn"), entry("qwen2.rope.scaling.factor", 4.0),
                      entry("qwen2.rope.scaling.original_context_length", 512)]  # fmt: skip
-    (tmp_path / "m.gguf").write_bytes(file.encode())
-    found = open_gguf(tmp_path / "m.gguf")
+    found = open_gguf(file.write(tmp_path / "m.gguf"))
     assert found.spec.extended_context == 2048
     assert found.config["rope_scaling"] == {
         "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512,
@@ -244,20 +238,17 @@ def test_refused_by_name(case: str, tiny: Path, tmp_path: Path) -> None:
     key, value, words = REFUSED[case]
     file = tiny_file(tiny)
     with_key(file, key, value)
-    (tmp_path / "m.gguf").write_bytes(file.encode())
     with pytest.raises(CheckpointError, match=words):
-        open_checkpoint(tmp_path / "m.gguf")
+        open_checkpoint(file.write(tmp_path / "m.gguf"))
 
 
 def test_tensors_that_have_no_place(tiny: Path, tmp_path: Path) -> None:
     file = tiny_file(tiny)
     file.tensors.append(["blk.0.ffn_gate_exps.weight", [32], 0, len(file.data)])
     file.data += bytes(128)
-    (tmp_path / "m.gguf").write_bytes(file.encode())
     with pytest.raises(CheckpointError, match=r"tensor blk\.0\.ffn_gate_exps\.weight has no place in a qwen2 model"):
-        open_checkpoint(tmp_path / "m.gguf")
+        open_checkpoint(file.write(tmp_path / "m.gguf"))
     file = tiny_file(tiny)
     assert file.tensors[0][2] == raw.GGML["F16"]
     file.tensors[0][2] = raw.GGML["BF16"]  # of as many bytes
-    (tmp_path / "m.gguf").write_bytes(file.encode())
-    assert open_checkpoint(tmp_path / "m.gguf").quantized is None
+    assert open_checkpoint(file.write(tmp_path / "m.gguf")).quantized is None

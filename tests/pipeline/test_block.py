@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import small_job, text_windows
+from families import model
 
 from qwenq.formats.base import Recipe, Scheme
-from qwenq.model.spec import family_spec
 from qwenq.pipeline.block import BlockSolver, SolverOptions
 from qwenq.pipeline.config import default_error_correction
 from qwenq.pipeline.monitor import StageClock
@@ -43,8 +43,7 @@ def test_workers_take_their_share_of_the_stage_around_them() -> None:
 
 def test_eight_bits_alone_and_few_tokens_are_not_corrected() -> None:
     four, eight = Scheme(4, 64), Scheme(8, 64)
-    spec = family_spec("Qwen2.5-0.5B")
-    assert spec is not None
+    spec = model("Qwen2.5-0.5B")
 
     def pull(recipe: Recipe, tokens: int = 65536) -> float:
         return default_error_correction(recipe, spec, tokens)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import small_job
+from families import model
 from hypothesis import example, given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
@@ -20,22 +21,16 @@ from test_report import NASTY
 from qwenq.escaping import yaml_text
 from qwenq.formats.base import Recipe, Scheme, get_format
 from qwenq.io.json import model_name
-from qwenq.model.spec import ModelSpec, family_spec
 from qwenq.pipeline.card import model_card, source_license
 from qwenq.pipeline.quantize import quantize
 
+SPEC = model("Qwen2.5-72B")
 MIXED = Recipe(Scheme(4, 64), (("model.layers.0.mlp.down_proj", Scheme(8, 64)), ("model.layers.1.mlp.up_proj", None)))
-
-
-def spec() -> ModelSpec:
-    found = family_spec("Qwen2.5-72B")
-    assert found is not None
-    return found
 
 
 def card(described: dict[str, Any], source: Path, recipe: Recipe = Recipe(Scheme(4, 64))) -> tuple[dict[str, Any], str]:
     """Metadata and text."""
-    text = model_card(described, source, spec(), recipe)
+    text = model_card(described, source, SPEC, recipe)
     _, head, body = text.split("---\n", 2)
     return yaml.safe_load(head), body
 
@@ -81,14 +76,14 @@ def test_the_card_of_a_run(tmp_path: Path) -> None:
 
 
 def test_the_example_serves_no_more_than_the_model_was_trained_on(tmp_path: Path) -> None:
-    text = model_card(manifest(), tmp_path, replace(spec(), max_position_embeddings=512), Recipe(Scheme(4, 64)))
+    text = model_card(manifest(), tmp_path, replace(SPEC, max_position_embeddings=512), Recipe(Scheme(4, 64)))
     assert "vllm serve . --max-model-len 512\n" in text
 
 
 def test_the_card_of_a_gguf_file_is_for_llama_cpp(tmp_path: Path) -> None:
     """vLLM and tensor-parallel ranks take none; embedding and head are quantized there."""
-    recipe = get_format("gguf").mixture("Q4_K_M", spec())
-    body = model_card(manifest(), tmp_path, spec(), recipe, file="It is-Q4_K_M.gguf")
+    recipe = get_format("gguf").mixture("Q4_K_M", SPEC)
+    body = model_card(manifest(), tmp_path, SPEC, recipe, file="It is-Q4_K_M.gguf")
     assert "\nllama-server -m 'It is-Q4_K_M.gguf' -c 8192\nqwenq run . -p 'Hello'\n" in body
     assert "vllm serve" not in body and "tensor-parallel-size" not in body
     assert "; embedding Q4_K, head Q6_K, norms as in the original." in body
@@ -108,7 +103,7 @@ def test_the_hub_takes_a_gguf_file_for_what_it_is(tmp_path: Path) -> None:
     """No model of transformers'; and of one type throughout, embedding and head too, it is not mixed."""
     form = get_format("gguf")
     for mixture, bits in (("Q4_K_M", "mixed-bits"), ("Q8_0", "8-bit"), ("F16", "16-bit")):
-        metadata, body = card(manifest(), tmp_path, form.mixture(mixture, spec()))
+        metadata, body = card(manifest(), tmp_path, form.mixture(mixture, SPEC))
         assert "library_name" not in metadata and metadata["tags"] == ["gguf", bits, "qwenq"]
         assert ("mixed" in body) == (mixture == "Q4_K_M")
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run, small_job
+from conftest import answer, forge, run, small_job
 from safetensors.torch import load_file, save_file
+from test_quantize import MIXED
 
-from qwenq.checkpoint.manifest import MANIFEST_NAME, encode_manifest, verify
+from qwenq.checkpoint.manifest import MANIFEST_NAME, verify
 from qwenq.checkpoint.reader import Checkpoint, open_checkpoint
 from qwenq.errors import CheckpointError, JobError, PlanError, QwenqError
 from qwenq.formats.base import FORMATS, Recipe, Scheme
@@ -25,15 +26,6 @@ from qwenq.report.runs import load_runs
 from qwenq.solver.grid import QTensor
 
 Make = Callable[..., Path]
-MIXED = Recipe(
-    Scheme(4, 32),
-    (
-        ("model.layers.0.mlp.down_proj", Scheme(8, 32)),
-        ("model.layers.1.self_attn.o_proj", None),
-        ("model.layers.2.mlp.gate_proj", Scheme(8, -1)),
-        ("model.layers.2.mlp.up_proj", Scheme(8, -1)),
-    ),
-)
 DIFFER = ("quantize_config.json", "README.md")
 ASYMMETRIC = Recipe(Scheme(4, 32, sym=False), (("model.layers.1.self_attn.o_proj", None),))
 
@@ -116,6 +108,8 @@ def test_the_manifest_says_what_it_was_made_from(random_model: Make, tmp_path: P
     assert "Quantized in the gptq format, then converted bit for bit." in card and "compressed-tensors" in card
     convert(open_checkpoint(tmp_path / "b"), tmp_path / "c", "awq")
     assert json.loads((tmp_path / "c" / "qwenq-manifest.json").read_text())["made_from"] == second["made_from"]
+    again = answer("verify", tmp_path / "b", "--source", tmp_path / "a", "--all-layers", code=1)
+    assert again.startswith(f"error: {tmp_path / 'a'}: already quantized (gptq)")  # no layer was solved here
     (tmp_path / "a" / "config.json").write_text("{}")
     assert [f.problem[:12] for f in verify(tmp_path / "b", tmp_path / "a").findings] == ["another file"]
 
@@ -125,15 +119,10 @@ def test_a_forged_count_of_windows_of_the_builtin_set(builtin: Any, random_model
     """The card would have it as Markdown."""
     out = tmp_path / "a"
     quantize(small_job(random_model(), out))
-    document = json.loads((out / MANIFEST_NAME).read_text())
-    run = document.pop("run")
-    document["job"]["calibration"]["builtin"] = builtin
-    del document["digest"], document["manifest"], run["digest"]
-    (out / MANIFEST_NAME).write_bytes(encode_manifest(document, run))
+    forge(out, lambda manifest: manifest["job"]["calibration"].update(builtin=builtin))
     with pytest.raises(CheckpointError, match=r"job\.calibration\.builtin"):
         convert(open_checkpoint(out), tmp_path / "b", "awq")
-    document["job"]["calibration"]["builtin"] = {"windows": 3}
-    (out / MANIFEST_NAME).write_bytes(encode_manifest(document, run))
+    forge(out, lambda manifest: manifest["job"]["calibration"].update(builtin={"windows": 3}))
     convert(open_checkpoint(out), tmp_path / "b", "awq")
     assert "(3 of these windows from the built-in set)" in (tmp_path / "b" / "README.md").read_text()
 
@@ -227,17 +216,17 @@ def test_any_field_of_a_manifest_may_be_missing_or_of_another_type(random_model:
     changed = [path for path in places(json.loads(text)) if path[0] in ("job", "drift", "warnings")]
     refused = 0
     for number, path in enumerate(changed):
-        document = json.loads(text)
-        owner = document
-        for key in path[:-1]:
-            owner = owner[key]
-        owner[path[-1]] = (None, "", {}, [], 5)[number % 5]
-        if number % 2:
-            del owner[path[-1]]
-        run = document.pop("run")
-        content = {key: value for key, value in document.items() if key not in ("digest", "manifest")}
-        del run["digest"]
-        (result.out / MANIFEST_NAME).write_bytes(encode_manifest(content, run))
+
+        def change(manifest: dict[str, Any], number: int = number, path: tuple[Any, ...] = path) -> None:
+            owner: Any = manifest
+            for key in path[:-1]:
+                owner = owner[key]
+            owner[path[-1]] = (None, "", {}, [], 5)[number % 5]
+            if number % 2:
+                del owner[path[-1]]
+
+        (result.out / MANIFEST_NAME).write_text(text)
+        forge(result.out, change)
         try:
             convert(open_checkpoint(result.out), tmp_path / "converted", "compressed-tensors")
         except QwenqError as error:

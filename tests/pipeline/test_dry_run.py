@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import run, text_windows
+from families import model
 
 from qwenq.machine import total_memory
-from qwenq.model.spec import family_spec
 from qwenq.pipeline.config import DEFAULT_WINDOWS, SET_TOKENS, original_windows
 from qwenq.pipeline.preflight import sensitivity_bytes
-from tests.conftest import run, text_windows
 
 GB = 10**9
 
@@ -151,9 +151,7 @@ def test_a_dry_run_goes_on_with_no_job(tiny: Path) -> None:
 def test_a_budget_counts_the_measuring(tiny: Path, texts: list[object], tmp_path: Path) -> None:
     options = ["--device", "cuda:0"]
     found = dry("Qwen2.5-72B", "--bpw", "5", *options)
-    spec = family_spec("Qwen2.5-72B")
-    assert spec is not None
-    wanted = sensitivity_bytes(spec, 512, 2, on_gpu=True)
+    wanted = sensitivity_bytes(model("Qwen2.5-72B"), 512, 2, on_gpu=True)
     assert (found["sensitivity_ram_bytes"], found["sensitivity_vram_bytes"]) == wanted
     assert 8 * GB < wanted[1] < 9 * GB, "as traced"
     words = run("quantize", "Qwen2.5-72B", "--bpw", "5", *options, "--dry-run")
@@ -167,9 +165,7 @@ def test_a_budget_counts_the_measuring(tiny: Path, texts: list[object], tmp_path
 
 
 def test_all_windows_of_a_wide_model_are_pulled_by_but_an_odd_one() -> None:
-    spec = family_spec("Qwen2.5-7B")
-    assert spec is not None
-    assert original_windows(spec, 85, 512) == 84
+    assert original_windows(model("Qwen2.5-7B"), 85, 512) == 84
 
 
 def test_what_a_job_would_refuse_a_dry_run_refuses(tiny: Path, texts: list[object]) -> None:

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import small_job
-from safetensors.torch import load_file, save_file
+from conftest import rewrite, small_job
 
 from qwenq.checkpoint.reader import open_checkpoint
 from qwenq.errors import CalibrationError, CheckpointError, HonestNo, QwenqError
@@ -26,15 +25,6 @@ Make = Callable[..., Path]
 
 def windows(count: int = 3, tokens: int = 32, top: int = 1000) -> TokenWindows:
     return TokenWindows(torch.randint(0, top, (count, tokens), generator=torch.Generator().manual_seed(3)), "ids", {})
-
-
-def one_file(path: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
-    tensors = {name: t for file in path.glob("*.safetensors") for name, t in load_file(file).items()}
-    change(tensors)
-    for file in path.glob("model*"):
-        file.unlink()
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    return path
 
 
 def refusal(checkpoint: Path, reference: Path, ids: TokenWindows | None = None) -> str:
@@ -62,7 +52,7 @@ def test_every_part_of_the_model_counts(random_model: Make) -> None:
         "model.layers.2.mlp.up_proj.weight",
     ]  # fmt: skip
     for k, name in enumerate(parts):
-        path = one_file(random_model(f"b{k}"), lambda t, n=name: t[n].mul_(1.5))
+        path = rewrite(random_model(f"b{k}"), lambda t, n=name: t[n].mul_(1.5))
         assert evaluate(open_checkpoint(path), reference, windows()).kl.mean > 1e-4, name
 
 
@@ -74,7 +64,7 @@ def test_padding_of_the_vocabulary_is_no_difference(random_model: Make, edit_jso
         for name in ("model.embed_tokens.weight", "lm_head.weight"):
             tensors[name] = torch.cat([tensors[name], torch.full((128, 64), 9.0).half()])
 
-    one_file(padded, pad)
+    rewrite(padded, pad)
     edit_json(padded / "config.json", vocab_size=1152)
     for a, b in ((plain, padded), (padded, plain)):
         drift = evaluate(open_checkpoint(a), open_checkpoint(b), windows())
@@ -103,9 +93,9 @@ def test_what_may_not_differ(random_model: Make, edit_json: Callable[..., Any]) 
 def test_bad_numbers_are_named(random_model: Make) -> None:
     a = random_model("a")
     name = "model.layers.1.mlp.down_proj.weight"
-    bad = one_file(random_model("b"), lambda t: t[name].view(-1)[:1].fill_(float("nan")))
+    bad = rewrite(random_model("b"), lambda t: t[name].view(-1)[:1].fill_(float("nan")))
     assert refusal(bad, a) == f"{bad}/model.safetensors: {name} holds a NaN or an infinity"
-    head = one_file(random_model("c"), lambda t: t["lm_head.weight"][5].fill_(float("inf")))
+    head = rewrite(random_model("c"), lambda t: t["lm_head.weight"][5].fill_(float("inf")))
     drift = evaluate(open_checkpoint(head), open_checkpoint(a), windows())
     assert drift.non_finite == drift.tokens
     with pytest.raises(HonestNo, match="93 of 93 logit rows are not finite"):

@@ -13,8 +13,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import small_job
-from test_quantize import FORKS, assert_same, change_tensor
+from conftest import all_tensors, answer, small_job
+from test_quantize import FORKS, Stop, assert_same, change_tensor, stop_after
 from transformers import AutoModelForCausalLM
 
 import qwenq.pipeline.quantize
@@ -27,7 +27,6 @@ from qwenq.pipeline.evaluate import evaluate
 from qwenq.pipeline.job import QuantizeJob
 from qwenq.pipeline.quantize import quantize
 from qwenq.solver.gptq import round_rows
-from tests.conftest import all_tensors, answer
 
 Make = Callable[..., Path]
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2}
@@ -43,6 +42,11 @@ def values(file: Path) -> dict[str, np.ndarray]:
     """Every tensor of a file in float32, by gguf-py."""
     reader = gguf.GGUFReader(file)
     return {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}
+
+
+@pytest.fixture
+def text(calib: Path) -> list[object]:
+    return ["--calibration", calib, "--eval-text", calib, "-n", 4, "--sequence-length", 64, "--eval-samples", 2]
 
 
 @pytest.mark.parametrize(("mixture", "source_dtype"), [("F16", torch.bfloat16), ("BF16", torch.float16)])
@@ -136,10 +140,11 @@ def test_other_families(model_type: str, random_model: Make, tmp_path: Path) -> 
     assert np.abs(theirs - paired).max() < 0.1 * np.abs(q).max()
 
 
-def test_predicted_bytes_are_written_bytes_and_parts_verify(random_model: Make, calib: Path, tmp_path: Path) -> None:
+def test_predicted_bytes_are_written_bytes_and_parts_verify(
+    random_model: Make, calib: Path, text: list[object], tmp_path: Path
+) -> None:
     source, out = random_model(**WIDE), tmp_path / "out"
     ask = ["quantize", source, "-o", out, "--format", "gguf", "--bits", 4, "--split-size", "500KB"]
-    text = ["--calibration", calib, "--eval-text", calib, "-n", 4, "--sequence-length", 64, "--eval-samples", 2]
     predicted = answer(*ask, *text, "--dry-run")
     made = answer(*ask, *text)
     files = sorted(out.glob("*.gguf"))
@@ -155,9 +160,10 @@ def test_predicted_bytes_are_written_bytes_and_parts_verify(random_model: Make, 
     assert [f.file for f in verify(out).findings] == [files[1].name]
 
 
-def test_layers_are_made_again_from_the_source(random_model: Make, calib: Path, tmp_path: Path) -> None:
+def test_layers_are_made_again_from_the_source(
+    random_model: Make, calib: Path, text: list[object], tmp_path: Path
+) -> None:
     source, out = random_model(**WIDE), tmp_path / "out"
-    text = ["--calibration", calib, "--eval-text", calib, "-n", 4, "--sequence-length", 64, "--eval-samples", 2]
     answer("quantize", source, "-o", out, "--format", "gguf", *text)
     assert answer("verify", out, "--source", source, "--calibration", calib)["layers_made_again"] == [0, 1, 2]
 
@@ -186,31 +192,35 @@ def test_a_type_for_each_tensor_within_a_size(model_type: str, random_model: Mak
 
 @pytest.mark.parametrize(("bits", "group", "kind"), [(4, 32, "Q4_0"), (4, 128, "Q4_0"), (8, 64, "Q8_0")])
 def test_integers_are_converted_bit_for_bit(
-    bits: int, group: int, kind: str, random_model: Make, calib: Path, tmp_path: Path
+    bits: int, group: int, kind: str, random_model: Make, text: list[object], tmp_path: Path
 ) -> None:
     source, ints, out = random_model(**WIDE), tmp_path / "ints", tmp_path / "out"
-    text = ["--calibration", calib, "--eval-text", calib, "-n", 4, "--sequence-length", 64, "--eval-samples", 2]
     answer("quantize", source, "-o", ints, "--bits", bits, "--group-size", group, *text)
     made = answer("convert", ints, out, "--format", "gguf")
     (file,) = out.glob("*.gguf")
     assert file.name == f"ints-{kind}.gguf" and made["file_bytes"] == file.stat().st_size
     before, after = open_checkpoint(ints), open_checkpoint(file)
     theirs = values(file)
-    for lin in before.spec.linears:
-        weight = before.linear_weight(lin)
-        assert torch.equal(weight, after.linear_weight(lin))
-    assert np.array_equal(before.linear_weight(before.spec.linears[0]).numpy(), theirs["blk.0.attn_q.weight"])
+    assert all(torch.equal(before.linear_weight(lin), after.linear_weight(lin)) for lin in before.spec.linears)
+    first, *_, last = before.spec.layer_linears(0)
+    assert np.array_equal(before.linear_weight(first).numpy(), theirs["blk.0.attn_q.weight"])
+    assert np.array_equal(before.linear_weight(last).numpy(), theirs["blk.0.ffn_down.weight"])
     tensors = {t.name: t.tensor_type.name for t in gguf.GGUFReader(file).tensors}
     assert tensors["blk.2.ffn_down.weight"] == kind and tensors["token_embd.weight"] == "F16"
     assert tensors["blk.0.attn_norm.weight"] == "F32"
     assert f"\nllama-server -m {file.name} -c " in (out / "README.md").read_text()
     assert not verify(out).findings
+    answer("convert", file, tmp_path / "back", "--format", "gptq")
+    back = open_checkpoint(tmp_path / "back")
+    assert back.recipe.default == Scheme(bits, 32)
+    assert all(torch.equal(before.linear_weight(lin), back.linear_weight(lin)) for lin in before.spec.linears)
 
 
-def test_cards_say_what_embedding_and_head_are_once_converted(random_model: Make, calib: Path, tmp_path: Path) -> None:
+def test_cards_say_what_embedding_and_head_are_once_converted(
+    random_model: Make, text: list[object], tmp_path: Path
+) -> None:
     """Unpacked, or in the dtype that was asked for; still so after a second conversion."""
     source = random_model(**WIDE, dtype=torch.bfloat16)
-    text = ["--calibration", calib, "--eval-text", calib, "-n", 4, "--sequence-length", 64, "--eval-samples", 2]
     text += ["--no-fold"]
 
     def said(place: str) -> str:
@@ -250,10 +260,9 @@ def test_what_no_type_holds_is_not_converted(random_model: Make, tmp_path: Path)
     assert said.startswith("error: 4-bit g32 asym to gguf: no type of GGUF holds its codes")
 
 
-def test_padding_to_whole_blocks(random_model: Make, calib: Path, tmp_path: Path) -> None:
+def test_padding_to_whole_blocks(random_model: Make, text: list[object], tmp_path: Path) -> None:
     """An FFN of 448 falls back; padded to 512 its rows are whole, and the function is the same."""
     source = random_model(**(WIDE | {"intermediate_size": 448}))
-    text = ["--calibration", calib, "--eval-text", calib, "-n", 4, "--sequence-length", 64, "--eval-samples", 2]
     ask = ["quantize", source, "--format", "gguf", "--gguf-type", "Q4_K_S", "--pad-for-tp", 1, *text]
     made = answer(*ask, "-o", tmp_path / "out")
     assert not any("whole blocks" in line for line in made["warnings"])
@@ -320,17 +329,12 @@ def test_killed_and_resumed_is_the_same(after: int, random_model: Make, tmp_path
 
 def test_another_split_of_as_many_files_is_no_same_job(random_model: Make, tmp_path: Path) -> None:
     """It would lay the files out anew, over the layers that are done."""
-    source, jobs = random_model(**WIDE), []
-    for size in ("500KB", "510KB"):
-        jobs.append(gguf_job(source, tmp_path / "out", split_size=size))
+    source = random_model(**WIDE)
+    jobs = [gguf_job(source, tmp_path / "out", split_size=size) for size in ("500KB", "510KB")]
     assert jobs[0].files.names == jobs[1].files.names
 
-    def stop(event: Any) -> None:
-        if not isinstance(event, str):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        quantize(jobs[0], listen=stop)
+    with pytest.raises(Stop):
+        quantize(jobs[0], listen=stop_after(0))
     with pytest.raises(JobError, match="cannot resume, split_size was '500KB', now '510KB'"):
         quantize(jobs[1], resume=True)
     quantize(jobs[0], resume=True)
@@ -341,12 +345,8 @@ def test_a_damaged_layer_is_done_again(random_model: Make, tmp_path: Path) -> No
     quantize(gguf_job(source, tmp_path / "whole"))
     job = gguf_job(source, tmp_path / "out")
 
-    def stop(event: Any) -> None:
-        if not isinstance(event, str) and event.layer == 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        quantize(job, listen=stop)
+    with pytest.raises(Stop):
+        quantize(job, listen=stop_after(1))
     work = tmp_path / "out.partial"
     location = job.files.locations(work, 1)["model.layers.0.mlp.up_proj.weight"]
     with open(location.file, "r+b") as file:
@@ -416,7 +416,7 @@ def test_a_tokenizer_that_is_no_byte_level_bpe_is_refused(
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_dry_run_of_the_72b(tmp_path: Path) -> None:
+def test_dry_run_of_the_72b() -> None:
     """Without a tokenizer at hand: its 6 MB are missing."""
     for words, wanted in ((["--bits", "4"], 47.41), (["--bits", "8"], 77.26), (["--gguf-type", "Q2_K"], 29.81)):
         found = answer("quantize", "Qwen2.5-72B", "--dry-run", "--format", "gguf", *words)

@@ -9,12 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from families import model
 
 from qwenq.checkpoint.shards import stored_files
 from qwenq.errors import JobError, PlanError
 from qwenq.formats.base import Recipe, Scheme, get_format
 from qwenq.machine import free_disk
-from qwenq.model.spec import ModelSpec, family_spec, spec_from_config
+from qwenq.model.spec import ModelSpec, spec_from_config
 from qwenq.pipeline.config import Tokens, original_windows
 from qwenq.pipeline.preflight import (
     PlannedJob,
@@ -47,9 +48,7 @@ def spec_of(**config: object) -> ModelSpec:
 
 @pytest.fixture(scope="module")
 def qwen72() -> ModelSpec:
-    spec = family_spec("Qwen2.5-72B")
-    assert spec is not None
-    return spec
+    return model("Qwen2.5-72B")
 
 
 def dry_run(spec: ModelSpec, recipe: Recipe) -> Preflight:

@@ -14,10 +14,11 @@ from unittest.mock import patch
 import pytest
 import torch
 from fake_gpus import Allocator, FakeGpus
+from families import model
 
 from qwenq.formats.base import Recipe, Scheme, get_format
 from qwenq.model.layer import Network
-from qwenq.model.spec import ModelSpec, family_spec
+from qwenq.model.spec import ModelSpec
 from qwenq.pipeline import monitor as clock_module
 from qwenq.pipeline import workers as workers_module
 from qwenq.pipeline.activations import LayerRunner
@@ -39,9 +40,7 @@ LENGTH = 512
 
 
 def of(name: str) -> ModelSpec:
-    found = family_spec(name)
-    assert found is not None
-    return replace(found, num_hidden_layers=1)
+    return replace(model(name), num_hidden_layers=1)
 
 
 def one_after_the_other(calls: list[Callable[[], Any]]) -> list[Any]:

@@ -119,7 +119,7 @@ def test_windows_begin_as_llama_perplexity_begins_them(tiny: Path) -> None:
         assert found[:, 0].tolist() == first and found[:, 1:].equal(windows().ids[:, 1:])
 
 
-def test_what_cannot_be_saved(random_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match=r"99 positions of 9 windows of 24 tokens, .* at least 100"):
         LogitsFile(VOCAB, 9, 24)
     file = LogitsFile(VOCAB, 10, 24)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,16 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import answer, small_job, text_windows
+from conftest import answer, forge, run, small_job, text_windows
 from safetensors.torch import load_file
 from test_faults import FORMATS
 
-from qwenq.checkpoint.manifest import MANIFEST_NAME, encode_manifest, read_manifest, verify
-from qwenq.errors import CalibrationError, CheckpointError, JobError
+from qwenq.checkpoint.manifest import MANIFEST_NAME, read_manifest, verify
+from qwenq.checkpoint.reader import open_source
+from qwenq.errors import CalibrationError, CheckpointError, JobError, QwenqError
 from qwenq.io.tensors import write_shard
+from qwenq.pipeline.job import QuantizeJob
 from qwenq.pipeline.quantize import quantize
 from qwenq.pipeline.reproduce import reproduce, sample
-from tests.conftest import run
+from qwenq.text.calibration import load_windows, with_builtin
+from qwenq.text.tokens import ModelTokenizer
 
 Make = Callable[..., Path]
 
@@ -33,9 +35,7 @@ def calibrated(source: Path, out: Path, calib: Path, **changes: Any) -> Path:
     return out
 
 
-def test_a_padded_checkpoint_is_made_from_the_padded_source(tiny: Path, calib: Path, tmp_path: Path) -> None:
-    from qwenq.checkpoint.reader import open_source
-
+def test_a_padded_checkpoint_is_made_from_the_padded_source(tiny: Path, tmp_path: Path) -> None:
     job = small_job(tiny, tmp_path / "out", calibration=None, method="rtn")
     quantize(replace(job, source=open_source(tiny).padded(512)))
     assert made_again(tmp_path / "out", tiny) == ((0, 2, 3), [])
@@ -48,10 +48,6 @@ def test_sample() -> None:
 
 @pytest.mark.parametrize("kind", [*FORMATS, "rtn"])
 def test_layers_made_again_are_the_written_ones(kind: str, tiny: Path, calib: Path, tmp_path: Path) -> None:
-    from qwenq.checkpoint.reader import open_source
-    from qwenq.text.calibration import load_windows
-    from qwenq.text.tokens import ModelTokenizer
-
     changes: dict[str, Any] = {"recipe": FORMATS[kind]} if kind in FORMATS else {}
     if kind == "rtn":
         changes = {"method": "rtn", "calibration": None}
@@ -67,10 +63,6 @@ def test_layers_made_again_are_the_written_ones(kind: str, tiny: Path, calib: Pa
 
 
 def test_windows_of_the_builtin_set_are_found_again(tiny: Path, calib: Path, tmp_path: Path) -> None:
-    from qwenq.checkpoint.reader import open_source
-    from qwenq.text.calibration import load_windows, with_builtin
-    from qwenq.text.tokens import ModelTokenizer
-
     spec, tokenizer = open_source(tiny).spec, ModelTokenizer(tiny)
     own = load_windows(str(calib), tokenizer, spec, length=32, count=6, seed=0)
     windows = with_builtin(own, 2, tokenizer, spec, seed=0)
@@ -78,10 +70,11 @@ def test_windows_of_the_builtin_set_are_found_again(tiny: Path, calib: Path, tmp
     quantize(small_job(tiny, tmp_path / "out", calibration=windows))
     assert made_again(tmp_path / "out", tiny, calibration=str(calib), layers=[0]) == ((0,), [])
     manifest = read_manifest(tmp_path / "out")[0]
-    for forged in (-1, 7, "2", None):
-        manifest["job"]["calibration"]["builtin"]["windows"] = forged
+    forgeries = [{"builtin": {"windows": windows}} for windows in (-1, 7, "2", None)] + [{"window_tokens": -1}]
+    for forged in forgeries:
+        job = manifest["job"] | {"calibration": manifest["job"]["calibration"] | forged}
         with pytest.raises(CheckpointError, match="does not say which text was read"):
-            reproduce(tmp_path / "out", tiny, manifest, calibration=str(calib))
+            reproduce(tmp_path / "out", tiny, manifest | {"job": job}, calibration=str(calib))
 
 
 def test_a_forged_layer_is_named(tiny: Path, tmp_path: Path) -> None:
@@ -92,11 +85,7 @@ def test_a_forged_layer_is_named(tiny: Path, tmp_path: Path) -> None:
     tensors = load_file(out / name)
     tensors["model.layers.1.mlp.up_proj.qweight"][3, 5] ^= 1
     digest = write_shard(out / name, tensors)
-    document = json.loads((out / MANIFEST_NAME).read_text())
-    run = document.pop("run")
-    document["files"][name] = digest
-    del document["digest"], document["manifest"], run["digest"]
-    (out / MANIFEST_NAME).write_bytes(encode_manifest(document, run))
+    forge(out, lambda manifest: manifest["files"].update({name: digest}))
     assert verify(out, tiny).findings == ()
     assert made_again(out, tiny, layers=[0, 2])[1] == []
     (finding,) = made_again(out, tiny, layers=range(4))[1]
@@ -127,19 +116,34 @@ def test_what_cannot_be_made_again_says_why(tiny: Path, calib: Path, heldout: Pa
         made_again(out, tiny, calibration=str(heldout))
     with pytest.raises(JobError, match="the model has layers 0 to 3"):
         made_again(out, tiny, layers=[4])
+
+
+def test_a_forged_job_is_refused_in_one_line(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever changes a manifest can make its digests right too."""
+    out, linear = tmp_path / "out", "model.layers.0.mlp.up_proj"
+    quantize(small_job(tiny, out, method="rtn", calibration=None))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     manifest = read_manifest(out)[0]
-    for key, value in {
-        "scheme": {"bits": 3},
-        "options": {"x": 1},
-        "overrides": 3,
-        "dtype": "float8",
-        "seed": "0",
-    }.items():
-        with pytest.raises(CheckpointError, match="its job cannot be read"):
+    unread = "its job cannot be read"
+    for key, value, said in (
+        ("scheme", {"bits": 3}, unread),
+        ("scheme", {"bits": 4.0, "group_size": 32}, unread),
+        ("scheme", {"bits": 4, "group_size": 32.0}, unread),
+        ("overrides", {linear: {"bits": 4, "group_size": 32, "sym": []}}, unread),
+        ("overrides", 3, unread),
+        ("options", {"x": 1}, unread),
+        ("dtype", "float8", unread),
+        ("seed", "0", unread),
+        ("files", [[]], unread),
+        ("intermediate_size", 10**9, "intermediate_size is 1e+09, more than any model has"),
+        ("device", "cuda", "made on cuda, which is not here"),
+    ):
+        with pytest.raises(QwenqError) as caught:
             reproduce(out, tiny, manifest | {"job": manifest["job"] | {key: value}})
+        assert caught.value.message.startswith(f"{MANIFEST_NAME}: {said}"), (key, value)
 
 
-def test_threads_are_set_as_they_were(tiny: Path, tmp_path: Path) -> None:
+def test_threads_are_set_as_they_were(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     quantize(small_job(tiny, out, method="rtn", calibration=None))
     manifest = read_manifest(out)[0]
@@ -147,6 +151,15 @@ def test_threads_are_set_as_they_were(tiny: Path, tmp_path: Path) -> None:
     seen: list[int] = []
     reproduce(out, tiny, manifest, [0], listen=lambda line: seen.append(torch.get_num_threads()))
     assert seen == [2] and torch.get_num_threads() == 1
+
+    def without_memory(*operands: Any) -> None:
+        seen.append(torch.get_num_threads())
+        raise MemoryError
+
+    monkeypatch.setattr(QuantizeJob, "workers", without_memory)
+    with pytest.raises(MemoryError):
+        reproduce(out, tiny, manifest, [0])
+    assert seen == [2, 2] and torch.get_num_threads() == 1
 
 
 def test_the_command(tiny: Path, tmp_path: Path) -> None:

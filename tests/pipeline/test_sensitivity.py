@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import answer, run, settled, text_windows
 
 from qwenq.checkpoint.reader import open_source
 from qwenq.errors import CalibrationError, CheckpointError, JobError, PlanError
@@ -26,7 +27,6 @@ from qwenq.pipeline.ranks import Ranks
 from qwenq.planning.budget import recipe_of
 from qwenq.planning.sensitivity import SENSITIVITY_NAME, Sensitivity, encode_sensitivity, fused_groups, read_sensitivity
 from qwenq.text.tokens import TokenWindows
-from tests.conftest import answer, run, settled, text_windows
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_eight_bits_cost_the_square_of_the_step(table: Sensitivity, measured_kl:
 
 
 @pytest.mark.slow
-def test_ten_random_recipes_are_ranked_rightly(table: Sensitivity, measured_kl: Callable, tiny: Path) -> None:
+def test_ten_random_recipes_are_ranked_rightly(table: Sensitivity, measured_kl: Callable) -> None:
     """Ranks as the default solver leaves them; levels as the solver leaves them that the table is of, without error
 
     correction."""
