@@ -287,7 +287,11 @@ def evaluate(
     if windows.left_out:
         warn(windows.left_out)
     ranks = ranks or ALONE
-    dtype = pick_compute_dtype(config.compute_dtype, device := pick_device(config.device))
+    dtype = pick_compute_dtype(
+        config.compute_dtype,
+        device := pick_device(config.device),
+        checkpoint.recipe.bits_per_linear_weight(checkpoint.spec),
+    )
     asked = {"checkpoint": checkpoint.sampled(), "reference": base.sampled(), "text": windows.to_json()}
     ranks.refuse_others("command", asked | {"--compute-dtype": dtype})
     refuse_few(ranks.size, evaluation=len(windows.ids))

@@ -16,7 +16,7 @@ from typing import Any
 
 from qwenq import __version__
 
-KEPT_BYTES = 64 << 20
+KEPT_BYTES = 24 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # mallopt(3)
 
 

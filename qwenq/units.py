@@ -8,15 +8,21 @@ from qwenq.errors import UsageError
 
 MIB, GIB = 1 << 20, 1 << 30
 GB = 10**9
+LEAST_BARE = 10_000  # bytes without a unit
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", re.IGNORECASE)
 _TOKENS = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([km]?)\s*", re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `47GB` (decimal), `44GiB` (binary) or `1500000000`; raises UsageError for anything else."""
-    match = _SIZE.fullmatch(text)
+    """Bytes of `47GB` (decimal), `44GiB` (binary) or `1500000000`; raises UsageError for anything else.
+
+    A number without a unit that is less than LEAST_BARE but not 0 is none: nobody means 47 bytes.
+    """
+    match, hint = _SIZE.fullmatch(text), "write for instance 47GB, 44GiB or 500MB"
     if not match or (match[3] and not match[2]):
-        raise UsageError(f"not a size: {text!r}", hint="write for instance 47GB, 44GiB or 500MB")
+        raise UsageError(f"not a size: {text!r}", hint=hint)
+    if text.strip() == match[1] and 0 < float(match[1]) < LEAST_BARE:
+        raise UsageError(f"not a size: {text!r} has no unit", hint=hint)
     base = 1024 if match[3] else 1000
     return round(float(match[1]) * base ** ("", "K", "M", "G", "T").index(match[2].upper()))
 
@@ -31,7 +37,9 @@ def parse_tokens(text: str) -> int:
 
 
 def format_gb(n_bytes: float) -> str:
-    """`41.49 GB` (1e9 bytes), or MB below one; kB where that would be 0.0 MB."""
+    """`41.49 GB` (1e9 bytes), or MB below one; kB where that would be 0.0 MB, bytes where that would be 0.0 kB."""
+    if 0 < abs(n_bytes) < 50:
+        return f"{n_bytes:g} bytes"
     if 0 < abs(n_bytes) < 5e4:
         return f"{n_bytes / 1e3:.1f} kB"
     return f"{n_bytes / GB:.2f} GB" if abs(n_bytes) >= GB else f"{n_bytes / 1e6:.1f} MB"

@@ -130,7 +130,7 @@ def test_what_is_left_out_is_said(here: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_progress_and_refusals(here: Path) -> None:
     events: list[Any] = []
-    texts: dict[str, Any] = {"calibration": "calib.txt", "eval_text": "heldout.txt", "sequence_length": 64}
+    texts: dict[str, Any] = {"eval_text": "heldout.txt", "sequence_length": 64}
     qwenq.quantize("my-model", "out", method="rtn", group_size=32, **texts, progress=events.append)
     assert [event.layer for event in events if isinstance(event, BlockResult)] == [0, 1, 2, 3]
     assert "hashing the source" in events

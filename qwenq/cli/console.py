@@ -13,7 +13,7 @@ from rich.text import Text
 
 from qwenq.cli.plain import print_step
 from qwenq.escaping import printable, printable_lines
-from qwenq.results import BlockResult, DriftReport
+from qwenq.results import BlockResult, DriftReport, Interval
 from qwenq.units import format_seconds
 
 
@@ -112,13 +112,22 @@ def drift_table(drift: DriftReport, reference: str = "16-bit") -> Table:
     table.add_column("value", justify="right")
     table.add_column("95 % interval", justify="right")
     ppl, kl, top = drift.perplexity_increase_percent, drift.kl, drift.top1_agreement
-    table.add_row("mean KL (nats/token)", f"{kl.mean:.5f}", f"{kl.low:.5f} to {kl.high:.5f}")
+    several = drift.windows > 1  # windows are what intervals are drawn from
+
+    def between(interval: Interval, spec: str, unit: str = "", scale: float = 1.0) -> str:
+        return f"{scale * interval.low:{spec}} to {scale * interval.high:{spec}}{unit}" if several else "one window"
+
+    def error(se: float) -> str:
+        return f"SE {se:.3f}" if several else "one window"
+
+    table.add_row("mean KL (nats/token)", f"{kl.mean:.5f}", between(kl, ".5f"))
     table.add_row("median KL, 99th percentile", f"{drift.kl_median:.5f}, {drift.kl_p99:.4f}", "")
-    table.add_row("top-1 agreement", f"{100 * top.mean:.2f} %", f"{100 * top.low:.2f} to {100 * top.high:.2f} %")
-    ref_ppl, ref_se = drift.reference_perplexity, drift.reference_perplexity_se
-    table.add_row(f"perplexity, {reference}", f"{ref_ppl:.3f}", f"SE {ref_se:.3f}")
-    table.add_row("perplexity, quantized", f"{drift.perplexity:.3f}", f"SE {drift.perplexity_se:.3f}")
-    table.add_row("perplexity increase (paired)", f"{ppl.mean:+.2f} %", f"{ppl.low:+.2f} to {ppl.high:+.2f} %")
+    table.add_row("top-1 agreement", f"{100 * top.mean:.2f} %", between(top, ".2f", " %", 100))
+    table.add_row(
+        f"perplexity, {reference}", f"{drift.reference_perplexity:.3f}", error(drift.reference_perplexity_se)
+    )
+    table.add_row("perplexity, quantized", f"{drift.perplexity:.3f}", error(drift.perplexity_se))
+    table.add_row("perplexity increase (paired)", f"{ppl.mean:+.2f} %", between(ppl, "+.2f", " %"))
     table.add_row("noise floor (KL)", f"{drift.noise_floor_kl:.2g}", "")
     if drift.non_finite:
         table.add_row("logit rows not finite", f"{drift.non_finite} of {drift.tokens}", "")

@@ -14,7 +14,9 @@ from qwenq.units import format_gb
 
 # 576 and 1,536 are divisible by 64, not by 128
 _RUNS = {
-    name: QuantizeConfig(bits=bits, group_size=64, method=method, num_samples=64, device="cpu")
+    name: QuantizeConfig(
+        bits=bits, group_size=64, method=method, num_samples=64, device="cpu", compute_dtype="float32"
+    )
     for name, bits, method in (("8-bit", 8, "gptq"), ("4-bit", 4, "gptq"), ("4-bit-rtn", 4, "rtn"))
 }
 _NOTES = (

@@ -24,7 +24,7 @@ from qwenq.cli.options import (
 )
 from qwenq.cli.plain import print_json
 from qwenq.cli.ranks import fetched_once, over_ranks
-from qwenq.errors import PlanError
+from qwenq.errors import UsageError
 from qwenq.pipeline.config import EvaluateConfig
 
 
@@ -106,5 +106,5 @@ def _percent(text: str | None) -> float | None:
     except ValueError:
         percent = math.nan
     if math.isnan(percent):
-        raise PlanError(f"--max-ppl-increase {text}: not a percentage", hint="for instance 2%")
+        raise UsageError(f"--max-ppl-increase {text}: not a percentage", hint="for instance 2%")
     return percent

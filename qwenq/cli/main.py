@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import importlib
+import inspect
 import io
 import os
 import re
@@ -130,6 +131,7 @@ class _Deferred(TyperCommand):
         command.name = self.name
         for each in (command, *getattr(command, "commands", {}).values()):
             _read_plainly(each)
+            each.help = _unwrapped(each.help or "")
         if not gc.isenabled():  # by `qwenq.__main__`, while modules are imported
             gc.freeze()
             gc.enable()
@@ -206,6 +208,11 @@ def _refused_by_system(error: Exception) -> QwenqError | None:
     if "Too many open files" in str(error):
         return QwenqError("Too many open files", hint="raise the limit: ulimit -n")
     return None
+
+
+def _unwrapped(text: str) -> str:
+    """A help text whose lines end with its paragraphs: Typer breaks them where a docstring does, too."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in inspect.cleandoc(text).split("\n\n"))
 
 
 def _read_plainly(command: Any) -> None:

@@ -58,7 +58,7 @@ ComputeDtype = Annotated[
     option(
         MACHINE,
         metavar="DTYPE",
-        help="Of activations: float32 (auto on a CPU), bfloat16 (on a GPU).",
+        help="Of activations: float32, bfloat16, or auto: by device and bits.",
         show_default=False,
     ),
 ]
@@ -87,7 +87,7 @@ Asymmetric = Annotated[
     option(BITS, "--asymmetric/--symmetric", help=f"Zero points for each group. Default: only for {ASYMMETRIC}."),
 ]
 PadForTp = Annotated[
-    int | None, option(BITS, metavar="GPUS", help="Widen the FFN with zeros to split on so many GPUs.", min=1)
+    int | None, option(BITS, metavar="GPUS", help="FFN widened to split on so many GPUs; 1 for gguf.", min=1)
 ]
 TargetSize = Annotated[
     str | None, option(BUDGET, metavar="SIZE", help="Best mixed bits of shard files at most so large, e.g. 47GB.")

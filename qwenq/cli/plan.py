@@ -143,7 +143,7 @@ def _text(found: Plan) -> list[str]:
         if found.host is None or found.host.fits is not False:
             lines.append(f"  speed then: {found.offload_speed.text()}")
     if not found.fits:
-        lines.append("rigs that hold it: qwenq plan MODEL --recommend")
+        lines.append("rigs that hold it: the same command with --recommend in place of its rig")
     if not found.serving.case.engine.refusal(case.weights):  # of weights that no server loads it would say nothing
         lines += _parallel_lines(found)
     for name, text in plan_commands(found).items():

@@ -132,7 +132,7 @@ def _quantize(model: str, config: QuantizeConfig, output: Path, resume: bool, js
             warn(line)
     out.print(drift_table(result.drift))
     out.print(
-        f"{result.out}: {prepared.resolution.recipe.label}, {format_gb(result.file_bytes)} "
+        f"{result.out}: {config.mixture or prepared.resolution.recipe.label}, {format_gb(result.file_bytes)} "
         f"({result.bits_per_linear_weight:.2f} bits per linear weight), {format_seconds(result.seconds)}, "
         f"peak {format_gb(result.peak_rss_bytes)} of memory",
         soft_wrap=True,
@@ -168,7 +168,7 @@ def _dry_run(
     if json:
         print_json(found.to_json())
     else:
-        out.print(_sizes_table(found))
+        out.print(_sizes_table(found, config.mixture))
         out.print(found.assumed.line(config.calibration), soft_wrap=True)
         if found.budgeted:
             out.print(recipe_table(found.spec, found.budgeted))
@@ -179,9 +179,9 @@ def _dry_run(
         found.preflight.check_disk(output)
 
 
-def _sizes_table(found: DryRun) -> Table:
+def _sizes_table(found: DryRun, mixture: str) -> Table:
     check = found.preflight
-    table = Table(title=f"dry run: {check.model} to {check.scheme} ({check.format})")
+    table = Table(title=f"dry run: {check.model} to {mixture or check.scheme} ({check.format})")
     table.add_column("what")
     table.add_column("", justify="right")
     for stage, label in check.schemes.items():

@@ -136,6 +136,9 @@ def estimate_command(
     if as_json and as_csv:
         raise UsageError("--json and --csv exclude each other")
     question = options_of(context, Question).resolve()
+    for name, value in (("--max-num-seqs", max_num_seqs), ("--gpu-memory-utilization", gpu_memory_utilization)):
+        if value and not question.engine.eager_flag:
+            raise UsageError(f"{name} is for servers, {question.engine.name} is none", hint="leave it out")
     answer = spread(question, contexts_of(question, max_model_len))
     for line in question.notes:
         print_step(f"warning: {line}")
@@ -238,7 +241,7 @@ def serve_command(
 @vram_app.command("export")
 def export_command(
     context: typer.Context,
-    models: Annotated[list[str], typer.Argument(help="Models to compare.")],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Models to compare.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.")],
     max_model_len: Annotated[str, typer.Option("--max-model-len", "-c", help="Contexts, e.g. 1k,8k,32k.")] = "",
     bits: Annotated[str, typer.Option("--bits", help="Compared, e.g. 4,8,16; 4 where no format is named.")] = "",

@@ -180,6 +180,15 @@ def parse_scheme(label: str) -> Scheme | None:
     return found
 
 
+def of_most_weights(schemes: Iterable[tuple[LinearSpec, Scheme | None]]) -> Scheme | None:
+    """The scheme that most weights of these linears have; None where none is quantized."""
+    weights = Counter[Scheme]()
+    for lin, scheme in schemes:
+        if scheme is not None:
+            weights[scheme] += lin.parameters
+    return max(weights, key=weights.__getitem__, default=None)
+
+
 def label_of(scheme: Scheme | None) -> str:
     """`4-bit g128`; `16-bit` for what is not quantized."""
     return scheme.label if scheme else "16-bit"
@@ -348,7 +357,7 @@ class Quantization:
         return next((scheme for pattern, scheme in self.rules if pattern.match(module)), self.default)
 
     def recipe(self, spec: ModelSpec) -> Recipe:
-        """The same, as a recipe over the model's linears; the most frequent scheme stands for a missing default.
+        """The same, as a recipe over the model's linears; the scheme of most weights stands for a missing default.
 
         CheckpointError for rules that would take long over so many names.
         """
@@ -359,13 +368,11 @@ class Quantization:
                 "refused",
                 hint="write patterns without `.*`, or several names in one",
             )
-        found = [(lin.name, self.scheme_of(lin.name)) for lin in spec.linears]
-        default = self.default
-        if default is None:
-            default = next(iter(Counter(scheme for _, scheme in found if scheme).most_common(1)), (None, 0))[0]
+        found = [(lin, self.scheme_of(lin.name)) for lin in spec.linears]
+        default = of_most_weights(found) if self.default is None else self.default
         outer = spec.outer_linears if get_format(self.format).outer else ()
         others = [(lin.name, self.scheme_of(lin.name)) for lin in outer]
-        others += [(name, scheme) for name, scheme in found if scheme != default]
+        others += [(lin.name, scheme) for lin, scheme in found if scheme != default]
         return Recipe(default, tuple(others), self.format)
 
 
@@ -443,6 +450,7 @@ class Format(ABC):
     outer: bool = False  # embedding and head are quantized too
     mixtures: tuple[str, ...] = ()  # fixed ones, that have names: Q4_K_M
     mixture_of_bits: Mapping[int, str] = {}  # those that --bits means
+    unquantized: tuple[str, ...] = ()  # those that leave every tensor in 16 bit
     asymmetric: bool = False  # by default
     fixed: Scheme | None = None  # the only scheme that may be asked for
     solved: bool = True  # by this project's solver; else rounded by functions of the library that defines the format

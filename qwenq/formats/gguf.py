@@ -8,7 +8,6 @@ llama-quant.cpp, as it decides with an importance matrix.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -31,6 +30,7 @@ from qwenq.formats.base import (
     Solved,
     StoredDtype,
     Variant,
+    of_most_weights,
     register,
     servers,
 )
@@ -264,7 +264,7 @@ class BlockCodes(Codes):
         return _NOISE.get(self.name)
 
     def parse(self, label: str) -> Scheme | None:
-        return type_scheme(self.name) if label == self.name else None
+        return type_scheme(self.name) if label.upper() == self.name else None
 
     def grid(self, scheme: Scheme) -> Grid:
         from qwenq.solver.grid import IntegerGrid
@@ -531,23 +531,22 @@ class Gguf(Format):
     mixes_zero_points = False  # minima are a matter of types
     mixtures = tuple(MIXTURES)
     mixture_of_bits = DEFAULTS
+    unquantized = SOURCES
 
     def check_scheme(self, scheme: Scheme) -> None:
         if not isinstance(scheme.meaning, BlockCodes):
             raise PlanError(f"format gguf cannot hold {scheme.label}", hint=f"types: {', '.join(WRITTEN)}")
 
     def mixture(self, name: str, spec: ModelSpec) -> Recipe:
-        """llama.cpp's mixture of that name, fallbacks included; the most frequent scheme by linears is the default."""
+        """llama.cpp's mixture of that name, fallbacks included; the scheme of most weights is the default."""
         if name not in MIXTURES:
             raise UsageError(f"--gguf-type {shown(name, 40)}: wanted one of {', '.join(MIXTURES)}")
-        types, columns = wanted_types(spec, name), {lin.path: lin.in_features for lin in spec.layer_linears(0)}
+        types, first = wanted_types(spec, name), spec.layer_linears(0)
         outer = tuple((lin.name, scheme_for(types[lin.name], lin.in_features)) for lin in spec.outer_linears)
-        prefixes = map(spec.layer_prefix, range(spec.num_hidden_layers))
-        names = ((prefix + path, width) for prefix in prefixes for path, width in columns.items())
-        linears = [(name, scheme_for(types[name], width)) for name, width in names]
-        counts = Counter(scheme for _, scheme in linears if scheme is not None)
-        default = counts.most_common(1)[0][0] if counts else None
-        rest = tuple((name, scheme) for name, scheme in linears if scheme != default)
+        names = [(spec.layer_prefix(layer) + lin.path, lin) for layer in range(spec.num_hidden_layers) for lin in first]
+        linears = [(name, lin, scheme_for(types[name], lin.in_features)) for name, lin in names]
+        default = of_most_weights((lin, scheme) for _, lin, scheme in linears)
+        rest = tuple((name, scheme) for name, _, scheme in linears if scheme != default)
         return Recipe(default, (*outer, *rest), self.name)
 
     def notes(self, name: str, spec: ModelSpec) -> list[str]:
@@ -608,9 +607,11 @@ class Gguf(Format):
         return QTensor(q.codes_OI, (q.parameters[0], zero_OG.to(torch.uint8)), IntegerGrid(4, 32, False))
 
     def file_metadata(self, recipe: Recipe, mixture: str) -> dict[str, Any]:
-        """`general.file_type`: for types of one's own that of the mixture whose tensors are mostly of the same."""
+        """`general.file_type`: for types of one's own what llama.cpp guesses of a file that is mostly of that type, the
+        middle one of several mixtures (llama-model-loader.cpp).
+        """
         mostly = recipe.default.codes if recipe.default else "F16"
-        like = mixture or next(name for name, found in MIXTURES.items() if found.base == mostly)
+        like = mixture or (mostly if mostly in MIXTURES else f"{mostly}_M")
         return {"general.file_type": MIXTURES[like].number, "general.quantization_version": 2}
 
     def stored_dtype(self, name: str, dtype: str, mixture: str = "") -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import ipaddress
 import re
 import socket
@@ -298,7 +299,8 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         bound.close()
         raise RunError(
-            f"cannot listen on {host} port {port}: {error.strerror or error}", hint="choose another with --port"
+            f"cannot listen on {host} port {port}: {error.strerror or error}",
+            hint=f"choose another with {'--host' if error.errno == errno.EADDRNOTAVAIL else '--port'}",
         ) from None
     return bound
 

@@ -163,7 +163,15 @@ class Network:
     # ------------------------------------------------------------------ the whole layer
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
-        """h -> h after this layer, causal attention within each window."""
+        """h -> h after this layer, causal attention within each window.
+
+        States wider than the compute dtype stay so: what each block makes of them is added as they are.
+        """
+        if h.dtype != self.dtype:
+            for stage in self.spec.architecture.stages:
+                if stage.adds:
+                    h = self.add(stage, h, self.within(stage, self.normed(stage, h)))
+            return h
         out: torch.Tensor = self._layer(
             h, attention_mask=None, position_embeddings=self._position_embeddings(h.shape[1])
         )
@@ -190,9 +198,9 @@ class Network:
     # ------------------------------------------------------------------ stage by stage
 
     def normed(self, stage: Stage, h: torch.Tensor) -> torch.Tensor:
-        """h entering the block of `stage` -> input of the block, x of its first stage."""
+        """h entering the block of `stage` -> input of the block in the compute dtype, x of its first stage."""
         x: torch.Tensor = self._layer.get_submodule(self.spec.architecture.first_of_block(stage).norm)(h)
-        return x
+        return x.to(self.dtype)
 
     def within(self, stage: Stage, x: torch.Tensor) -> torch.Tensor:
         """Input of the block of `stage` -> x of that stage: the block runs up to the stage's first linear."""

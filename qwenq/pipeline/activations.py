@@ -2,7 +2,8 @@
 
 `calibration` run through the quantized layers on the calibration tokens, `original` through the 16-bit ones on the
 first windows of these.
-`reference` run through the 16-bit layers and `quantized` through the quantized ones, on the evaluation tokens.
+`reference` run through the 16-bit layers and `quantized` through the quantized ones, on the evaluation tokens: float32,
+whatever the layers compute in, which halves the noise floor of bfloat16 (reports/LOG.md).
 `float32` (only when computing in a narrower type) are the reference again in float32, for the noise floor.
 """
 
@@ -168,8 +169,8 @@ def embed_tokens(
         want("calibration", calibration_NT, tokens.calibration, tokens.calibration_dtype)
         if tokens.corrected.count:
             want("original", calibration_NT, tokens.corrected, tokens.calibration_dtype)
-    want("reference", tokens.evaluation_NT, tokens.evaluation, tokens.dtype)
-    want("quantized", tokens.evaluation_NT, tokens.evaluation, tokens.dtype)
+    want("reference", tokens.evaluation_NT, tokens.evaluation, torch.float32)
+    want("quantized", tokens.evaluation_NT, tokens.evaluation, torch.float32)
     if tokens.dtype != torch.float32:
         want("float32", tokens.evaluation_NT, tokens.evaluation.up_to(NOISE_WINDOWS), torch.float32)
     scratch = wanted["calibration"][0].numel() * scratch_width(spec) if "calibration" in wanted else 0

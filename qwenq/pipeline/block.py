@@ -244,7 +244,8 @@ class BlockSolver:
         `wanted_NTH` are the states that the first windows should come to: with the Hessian of these windows they give
         the residual cross-covariance, which the weights are corrected by.
         """
-        return_freed_memory()
+        if self.spec.size(stage.inputs) > self.spec.hidden_size:  # the layer's largest sums: where its peak is
+            return_freed_memory()
         (lin,) = self.spec.stage_linears(self.layer, stage)
         self.workers.set_parameter(f"{lin.path}.weight", self.folded.weight(lin.path))
         triangle = Triangle(lin.in_features)
@@ -262,7 +263,6 @@ class BlockSolver:
             residual = self._residual_covariance(lin, produce, wanted_NTH, (hessians, *self._squares(stage)))
         self._pass(collect, [hessians, *self._squares(stage)], self.states.share.passes[corrected:])
         hessian = hessians.take()
-        return_freed_memory()
         with self.clock.time(f"solve {stage.name}"):
             hessian = triangle.square(hessian)
             self._solve(stage, hessian, None if residual is None else {lin.name: residual})

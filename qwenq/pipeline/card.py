@@ -56,7 +56,9 @@ def model_card(
     name = shown(str(job["model"]))
     converted = [f"- Quantized in the {markdown(converted_from)} format, then converted bit for bit."]
     lines = ["---", *_metadata(job, source_license(source, hashes), recipe), "---", ""]
-    lines += [f"# {markdown(name)}, {markdown(recipe.label)}", ""]
+    mixture = "" if converted_from else str(job.get("gguf_type") or "")
+    called = shown(mixture) or recipe.label
+    lines += [f"# {markdown(name)}, {markdown(called)}", ""]
     lines += [
         f"{markdown(name)} quantized by qwenq {markdown(str(job['qwenq']))} to "
         f"{described['bits_per_linear_weight']:.3f} bits per linear weight: {format_gb(described['file_bytes'])} of "
@@ -85,7 +87,7 @@ def model_card(
         "- The drift is of one text. Another language or task can lose more; read it on text like your own with "
         "`qwenq eval`.",
         "- Nothing else was evaluated: no tasks, no safety. What is known of the original holds at best.",
-        "- Which engines were tried with such checkpoints, and which were not, is in qwenq's README.",
+        "- Which engines were tried with such checkpoints, and which were not, is in qwenq's `docs/limits.md`.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -211,7 +213,10 @@ def _provenance(
     for lin in spec.linears:
         label = label_of(recipe.scheme_of(lin))
         counts[label] = counts.get(label, 0) + 1
-    schemes = ", ".join(f"{count} linears {label}" for label, count in sorted(counts.items(), key=lambda c: -c[1]))
+    schemes = ", ".join(
+        f"{count} linear{'' if count == 1 else 's'} {label}"
+        for label, count in sorted(counts.items(), key=lambda c: -c[1])
+    )
     folded = job["options"].get("fold") and job["calibration"] is not None
     yield f"- Scheme: {markdown(schemes)}; {_outside_layers(spec, recipe, outside, bool(folded))}."
     if folded:

@@ -38,7 +38,8 @@ SINK_WEIGHT = 64.0  # of tokens with massive states (reports/LOG.md)
 BUILTIN_SHARE = 0.2  # of the windows of another calibration text, that the built-in set replaces (reports/LOG.md)
 SET_TOKENS = {"builtin": 156_200, "heldout": 12_300}  # about so many by Qwen2.5's tokenizer
 BATCH_TOKENS = 2048  # that go through a layer together
-CPU_BATCH_TOKENS = 1024  # likewise, by each worker of a CPU
+CPU_BATCH_TOKENS = 1024  # likewise, by each worker of a CPU, at most
+CPU_BATCH_VALUES = 5 << 19  # of such a batch in the FFN: more take memory and save no time (reports/LOG.md)
 HELD_VALUES = 1 << 21  # of parts of a sum that wait to be added together: small ones cost more to add than to hold
 ERROR_CORRECTION_SHARE = 0.5  # of the calibration windows, which run through the 16-bit layers too
 CORRECTION_TOKENS_A_COLUMN = 8  # but at least so many tokens for each input column of down, where there are so many
@@ -46,17 +47,22 @@ CORRECTION_LEAST_A_COLUMN = 2  # with fewer they say too little to be worth that
 PARTS = 8  # of the windows of a pass, summed apart and then in order, which ranks and workers share (docs/scale-out.md)
 MOST_WORKERS = 4  # of a CPU, that share the windows which go through a layer together, each with its own Hessian
 WORKERS_UP_TO = 8192  # wide FFNs: beyond, matmuls alone keep cores busy, and Hessians are large
+NARROW_UP_TO = 4.75  # bits of a linear weight, scales included: those of 4 bits in groups of 32 and more
 NOISE_WINDOWS = 2  # evaluation windows that are also run in float32, when computing in a narrower type
 SOLVER_WINDOWS = 16  # of calibration, at most, for the Hessians that sensitivities' errors are solved with
 PROBE_WINDOWS, PROBE_TOKENS = 32, 128  # and other, shorter ones, at most, that the errors' effect is read on
 SAMPLES = 4  # labels a position, of a sensitivity
 BACKWARD_TOKENS = 1024  # that go backward through a layer together
 _OF_CALIBRATION = {
+    "calibration": "names a calibration text",
+    "num_samples": "counts windows of calibration",
+    "builtin_share": "is of calibration",
+    "seed": "draws windows of calibration",
     "damp_percent": "damps what calibration measures",
     "error_correction": "is read from calibration",
     "error_correction_share": "is of calibration",
-    "builtin_share": "is of calibration",
     "sink_weight": "weighs tokens of calibration",
+    "calibration_dtype": "is of calibration",
 }  # options that do nothing without it, and why
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
@@ -139,7 +145,7 @@ class QuantizeConfig:
     bits: int | None = None  # 4 or 8; 4 by default
     group_size: int | None = None  # columns that share a scale: 128, 64, 32 or -1, the row; 128 by default
     format: str = "gptq"
-    gguf_type: str | None = None  # one of llama.cpp's mixtures: Q4_K_M
+    gguf_type: str | None = None  # one of llama.cpp's mixtures, in any case: Q4_K_M
     split_size: str | None = None  # of a GGUF file's tensors, at most; a larger one has a file of its own
     asymmetric: bool | None = None  # zero points of each group's own; for awq by default
     target_size: str | None = None  # bytes of the shard files, at most
@@ -149,7 +155,7 @@ class QuantizeConfig:
     engine: str | None = None  # that `fit` plans for; qwenq by default
     recipe: Path | None = None  # a recipe file
     sensitivity: Path | None = None  # a table that `qwenq sensitivity` wrote
-    pad_for_tp: int | None = None  # GPUs whose cuts no group straddles, once the FFN is widened
+    pad_for_tp: int | None = None  # GPUs whose cuts no group straddles, once the FFN is widened; 1 for gguf
     # text
     calibration: str = "builtin"  # a set's name, or a file
     num_samples: int | None = None  # windows; all by default, at most DEFAULT_WINDOWS
@@ -239,6 +245,12 @@ class QuantizeConfig:
                 raise ExcludedOptions(f"{flag(name)} goes with --format gguf")
         if self.split_size is not None and parse_size(self.split_size) == 0:
             raise UsageError(f"--split-size {self.split_size}: wanted more than 0 bytes")
+        if form.widened_to is not None and self.pad_for_tp not in (None, 1):
+            raise UsageError(
+                f"--pad-for-tp {self.pad_for_tp}: --format {self.format} pads for no number of GPUs, but to whole "
+                f"blocks of {form.widened_to}",
+                hint="--pad-for-tp 1",
+            )
         if form.mixtures:
             if self.mixture and self.dtype != "auto":
                 raise ExcludedOptions(f"--dtype is no choice: {self.mixture} says the type of every tensor")
@@ -252,10 +264,14 @@ class QuantizeConfig:
         """
         if self.solver != "rtn":
             return
+        plain = self.mixture in get_format(self.format).unquantized
+        none = f"{self.mixture} needs none" if plain else "rounding to nearest reads none"
         for name, idle in _OF_CALIBRATION.items():
             value, default = getattr(self, name), getattr(QuantizeConfig, name)
             if value != default or (name in given and value is not None):
-                raise ExcludedOptions(f"{flag(name)} {idle}: rounding to nearest reads none")
+                raise ExcludedOptions(f"{flag(name)} {idle}: {none}")
+        if "fold" in given and self.fold:
+            raise ExcludedOptions(f"--fold takes channel scales from calibration: {none}")
 
     @property
     def mixed(self) -> bool:
@@ -279,7 +295,7 @@ class QuantizeConfig:
 
     @property
     def solver(self) -> str:
-        """gptq unless told otherwise; some formats are always rounded."""
+        """gptq unless told otherwise, or nothing is quantized; some formats are always rounded."""
         if self.method not in (None, "gptq", "rtn"):
             raise UsageError(f"--method {self.method}: wanted gptq or rtn")
         form = get_format(check_format(self.format))
@@ -289,7 +305,8 @@ class QuantizeConfig:
                     f"--format {self.format} rounds by {form.method}' own functions", hint="leave --method out"
                 )
             return "rtn"
-        return self.method or "gptq"
+        plain = self.mixture in form.unquantized and self.save_imatrix is None  # which calibration would only delay
+        return self.method or ("rtn" if plain else "gptq")
 
     @property
     def mixture(self) -> str:
@@ -305,13 +322,14 @@ class QuantizeConfig:
             return form.mixture_of_bits[bits]
         if self.bits is not None:
             raise ExcludedOptions("--bits and --gguf-type exclude each other")
-        if self.gguf_type not in form.mixtures:
-            near = [name for name in form.mixtures if self.gguf_type and name.startswith(self.gguf_type.upper())]
+        name = self.gguf_type.upper()  # as llama-quantize reads it
+        if name not in form.mixtures:
+            near = [known for known in form.mixtures if name and known.startswith(name)]
             raise UsageError(
                 f"--gguf-type {self.gguf_type[:40]}: wanted one of {', '.join(form.mixtures)}",
                 hint=f"is it {' or '.join(near)}?" if near else "",
             )
-        return self.gguf_type
+        return name
 
     def uniform(self, spec: ModelSpec) -> Recipe:
         """The recipe where there is no budget: one scheme for all linears, or one of the format's own mixtures."""
@@ -512,16 +530,16 @@ class Resolution:
         device: `cpu` or `cuda...`, what `auto` has become. fingerprint: of the source's files, empty when they are not
         here. measured: sensitivities that a stopped job has measured already. beside: what files hold beside tensors.
         """
-        method = config.solver
+        method, wide = config.solver, config.widened(spec)
+        bits = math.inf if config.mixed else config.uniform(wide).bits_per_linear_weight(wide)
         settled = replace(
             config,
             method=method,
             fold=config.fold and method == "gptq",
             device=device,
-            compute_dtype=pick_compute_dtype(config.compute_dtype, device),
+            compute_dtype=pick_compute_dtype(config.compute_dtype, device, bits),
             calibration_dtype=pick_calibration_dtype(config.calibration_dtype, device),
         )
-        wide = config.widened(spec)
         stored_dtype = get_format(config.format).stored_dtype
 
         def dtype_of(name: str) -> str:
@@ -630,10 +648,19 @@ def pick_device(device: str, *, several: bool = True) -> str:
     return ",".join(f"cuda:{number}" for number in numbers)
 
 
-def pick_compute_dtype(compute_dtype: str, device: str) -> str:
-    """The dtype activations are computed in; float16 is refused: Qwen2.5 overflows it, and CPUs crawl in it."""
+def cpu_batch_tokens(intermediate_size: int) -> int:
+    """Tokens that each worker of a CPU sends through a layer together, or a window that is longer."""
+    return min(CPU_BATCH_TOKENS, CPU_BATCH_VALUES // intermediate_size)
+
+
+def pick_compute_dtype(compute_dtype: str, device: str, bits: float = math.inf) -> str:
+    """The dtype activations are computed in; float16 is refused: Qwen2.5 overflows it, and CPUs crawl in it.
+
+    bits: of a linear weight, where it is a checkpoint's divergence that is computed. Up to NARROW_UP_TO a CPU with
+    instructions for bfloat16 takes that: its noise is a hundredth of what so few bits lose.
+    """
     if compute_dtype == "auto":
-        return "float32" if device == "cpu" else "bfloat16"
+        return "bfloat16" if device != "cpu" or (bits <= NARROW_UP_TO and has_bfloat16()) else "float32"
     if compute_dtype not in ("float32", "bfloat16"):
         raise UsageError(
             f"--compute-dtype {compute_dtype}: wanted float32, bfloat16 or auto",

@@ -40,7 +40,7 @@ DTYPES = {name: TORCH_DTYPES[dtype] for name, dtype in FLOATS.items()}
 def partial_directory(out: Path) -> Path:
     """Where a job works until it is whole; JobError for what names no directory that could be made."""
     if not out.name:
-        raise JobError(f"{out}: no name for a new directory", hint="choose another --output")
+        raise JobError(f"{out}: no name for a new directory", hint="choose another directory")
     return out.with_name(out.name + ".partial")
 
 
@@ -49,10 +49,10 @@ def refuse_place(out: Path, source: Path) -> None:
     place, source = resolved(out.absolute(), JobError), resolved(source)
     if place == source or source in place.parents:
         raise JobError(
-            f"{out}: the output may not be the model's own directory or inside it", hint="choose another --output"
+            f"{out}: the output may not be the model's own directory or inside it", hint="choose another directory"
         )
     if os.path.lexists(out):
-        raise JobError(f"{out}: exists already", hint="choose another --output, or delete it")
+        raise JobError(f"{out}: exists already", hint="choose another directory, or delete it")
 
 
 @dataclass(frozen=True)

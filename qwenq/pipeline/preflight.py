@@ -17,7 +17,6 @@ from qwenq.model.spec import ModelSpec
 from qwenq.pipeline.config import (
     BACKWARD_TOKENS,
     BATCH_TOKENS,
-    CPU_BATCH_TOKENS,
     MOST_WORKERS,
     NOISE_WINDOWS,
     PARTS,
@@ -28,9 +27,10 @@ from qwenq.pipeline.config import (
     SPILL_BYTES,
     WORKERS_UP_TO,
     Tokens,
+    cpu_batch_tokens,
 )
 from qwenq.pipeline.shares import Share, parts_of, passes
-from qwenq.planning.tensor_parallel import row_groups, tensor_parallel_sizes
+from qwenq.planning.tensor_parallel import sizes_of_recipe
 from qwenq.solver.triangle import Triangle
 from qwenq.units import format_gb
 
@@ -59,7 +59,7 @@ class Preflight:
     spill_bytes: int  # token buffers in a memory-mapped file
     disk_needed_bytes: int
     disk_free_bytes: int | None
-    tensor_parallel: dict[str, str]  # "1", "2", "4", "8" -> "" or why not
+    tensor_parallel: dict[str, str]  # "1", "2", "4", "8" -> "" or why not; none of GGUF
     ranks: int = 1  # peaks are one rank's
     wire_layer_bytes: int = 0  # that a rank receives for each layer
     wire_head_bytes: int = 0  # and for a head that is solved
@@ -85,7 +85,7 @@ class PlannedJob:
     spec: ModelSpec
     recipe: Recipe
     tokens: Tokens
-    compute_bytes: int  # of a value in the evaluation windows' hidden states
+    compute_bytes: int  # of a value that a layer computes with on the evaluation windows
     on_gpu: bool = False
     several_gpus: bool = False  # hidden states stay in host memory then
     out: Path | None = None
@@ -136,7 +136,7 @@ def preflight(job: PlannedJob) -> Preflight:
         spill_bytes=spill,
         disk_needed_bytes=file_total + 2 * states + spill + _SLACK_BYTES,
         disk_free_bytes=free_disk(job.out) if job.out else None,
-        tensor_parallel=tensor_parallel_sizes(spec, row_groups(spec, recipe)),
+        tensor_parallel=sizes_of_recipe(spec, recipe),
         ranks=job.ranks,
         wire_layer_bytes=wire_layer_bytes(spec, tokens, layer, job.ranks),
         wire_head_bytes=wire_head_bytes(spec, tokens, head, job.ranks) if solves else 0,
@@ -168,8 +168,8 @@ def _of_rank(spec: ModelSpec, tokens: Tokens, ranks: int) -> tuple[int, int, int
 def hidden_state_bytes(spec: ModelSpec, tokens: Tokens, compute_bytes: int, ranks: int = 1) -> int:
     """Hidden states of all tokens of a rank, in float32 for the noise floor too."""
     calibration, original, evaluation, few = _of_rank(spec, tokens, ranks)
-    noise = 4 * few if compute_bytes < 4 else 0
-    states = (calibration + original) * tokens.calibration_bytes + 2 * evaluation * compute_bytes + noise
+    noise = few if compute_bytes < 4 else 0
+    states = (calibration + original) * tokens.calibration_bytes + 4 * (2 * evaluation + noise)
     return states * tokens.length * spec.hidden_size
 
 
@@ -197,7 +197,8 @@ def peak_bytes(
     shared = not on_gpu and spec.intermediate_size <= WORKERS_UP_TO
     workers = min(MOST_WORKERS, PARTS // ranks) if shared else 1
     evaluation = _of_rank(spec, tokens, ranks)[2] * tokens.length
-    at_once = min(workers * CPU_BATCH_TOKENS if shared else BATCH_TOKENS, tokens.calibration + tokens.evaluation)
+    batch = max(tokens.length, cpu_batch_tokens(spec.intermediate_size) if shared else BATCH_TOKENS)
+    at_once = min(workers * batch, tokens.calibration + tokens.evaluation)
     part, states = at_once * width, 2 * at_once * hidden
     corrects = tokens.error_correction_share > 0
     triangle, residual = Triangle(width).size, width * hidden if corrects else 0
@@ -209,7 +210,11 @@ def peak_bytes(
     calibrating = max(activations + collecting, between, squaring)
     solving = max(_solving(spec, stage, corrects, ranks) for stage in stages)
     written = 4 * parameters if on_gpu else 0  # the layer as it was written, dequantized there
-    evaluating = written + compute_bytes * (parameters + 4 * part + states)
+    evaluating = compute_bytes * (parameters + 4 * part + states) + 4 * states
+    if compute_bytes < 4:  # the noise floor's windows
+        few = min(at_once, _of_rank(spec, tokens, ranks)[3] * tokens.length)
+        evaluating = max(evaluating, 4 * (parameters + 4 * few * width + 4 * few * hidden))
+    evaluating += written
     head = 6 * 4 * 1024 * 4096 + 8 * 4096 * hidden + 8 * evaluation * hidden
     work = max(tokens.calibration_bytes * parameters + max(calibrating, solving), evaluating)
     buffers = token_buffer_bytes(spec, tokens, compute_bytes, ranks)

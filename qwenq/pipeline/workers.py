@@ -19,11 +19,11 @@ from qwenq.model.layer import Network
 from qwenq.model.spec import ModelSpec
 from qwenq.pipeline.config import (
     BATCH_TOKENS,
-    CPU_BATCH_TOKENS,
     HELD_VALUES,
     MOST_WORKERS,
     PARTS,
     WORKERS_UP_TO,
+    cpu_batch_tokens,
 )
 from qwenq.pipeline.ranks import ALONE, Ranks
 from qwenq.pipeline.shares import Part, Share, parts_of
@@ -64,8 +64,8 @@ class Workers:
         if self.devices == (torch.device("cpu"),):
             places *= min(most, cpu_workers(spec.intermediate_size, ranks.size))
         on_cpu = self.devices[0].type == "cpu" and spec.intermediate_size <= WORKERS_UP_TO
-        self.batch_tokens = CPU_BATCH_TOKENS if on_cpu else BATCH_TOKENS
-        self.windows_each = max(1, self.batch_tokens // window_tokens)
+        batch_tokens = cpu_batch_tokens(spec.intermediate_size) if on_cpu else BATCH_TOKENS
+        self.windows_each = max(1, batch_tokens // window_tokens)
         self.networks = [Network(config, spec, dtype=dtype, device=device) for device in places]
 
     def __len__(self) -> int:

@@ -14,7 +14,7 @@ from qwenq.formats.base import Recipe, get_format, read_quantization_config, rec
 from qwenq.io.json import inside, read_object
 from qwenq.io.safetensors import INDEX_NAME, MAX_HEADER_BYTES, TensorSpec
 from qwenq.model.spec import ModelSpec
-from qwenq.planning.tensor_parallel import row_groups, tensor_parallel_sizes
+from qwenq.planning.tensor_parallel import sizes_of_recipe
 from qwenq.planning.weights import published_recipe, published_spec
 
 _TOLERANCE = 0.005  # stated totals are rounded: 72.7B
@@ -105,7 +105,7 @@ def audit(
         source=HEADERS if tensors is not None else SHIPPED,
         expected_parameters=expect_parameters,
         kv_bytes_per_token=spec.kv_bytes_per_token(),
-        tensor_parallel=tensor_parallel_sizes(spec, row_groups(spec, recipe)),
+        tensor_parallel=sizes_of_recipe(spec, recipe),
         disagreements=tuple(problems),
     )
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from qwenq.checkpoint.shards import NOTHING, Beside, shard_file_bytes, stored_files
 from qwenq.errors import HonestNo, PlanError
-from qwenq.formats.base import GROUP_SIZES, Recipe, Scheme, get_format
+from qwenq.formats.base import GROUP_SIZES, Recipe, Scheme, get_format, of_most_weights
 from qwenq.io.gguf import ALIGNMENT, BlockTensor
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.case import Case
@@ -146,11 +145,10 @@ def describe_choice(
 
 
 def recipe_of(spec: ModelSpec, choice: Choice, format: str = "gptq") -> Recipe:
-    """The recipe of a choice: its most frequent scheme by linears is the default, the rest are overrides."""
-    counts = Counter(
-        scheme for fused, scheme in choice.items() if scheme and fused[0] != OUTER for _ in members_of(spec, fused)
+    """The recipe of a choice: the scheme of most weights in layers is the default, the rest are overrides."""
+    default = of_most_weights(
+        (lin, scheme) for fused, scheme in choice.items() if fused[0] != OUTER for lin in members_of(spec, fused)
     )
-    default = counts.most_common(1)[0][0] if counts else None
     return Recipe(
         default,
         tuple(

@@ -89,6 +89,8 @@ def model_weights(model: Model, asked: WeightsAsked = WeightsAsked()) -> Weights
             return found
     if any(value is not None for value in mixed.values()):
         return _mixed_weights(model, asked)
+    if bits not in (None, 4, 8, 16):
+        raise UsageError(f"--bits {bits}: wanted 4, 8, or 16 for not quantized")
     scheme = Scheme(4 if bits in (None, 16) else bits, 128 if asked.group_size is None else asked.group_size)
     if bits == 16:
         _refuse_padding(ranks)
@@ -202,7 +204,7 @@ def _gguf(spec: ModelSpec, asked: WeightsAsked, others: Mapping[str, object]) ->
         return gguf_weights(spec, asked.format.upper())
     bits = 4 if asked.bits is None else asked.bits
     if bits not in BITS_TO_TYPE:
-        raise UsageError(f"bits is {bits}, wanted 4, 8 or 16")
+        raise UsageError(f"--bits {bits}: wanted 4, 8, or 16 for not quantized")
     return gguf_weights(spec, BITS_TO_TYPE[bits])
 
 
@@ -223,6 +225,12 @@ def _of_format(spec: ModelSpec, asked: WeightsAsked, mixed: Mapping[str, object]
         if said or asked.pad_for_tp is not None:
             raise UsageError(f"--format {name} has no {(*said, '--pad-for-tp')[0]}", hint="leave it out")
         return published_weights(spec, name)
+    if name not in FORMATS:
+        known = [*(name for name, form in FORMATS.items() if not form.whole_file), *SIZED]
+        raise UsageError(
+            f"--format {shown(asked.format)}: wanted one of {', '.join(known)}",
+            hint="or a GGUF type, with --engine llama.cpp",
+        )
     form = get_format(name)
     if form.fixed is not None:
         for option, value, only in zip(sizes, sizes.values(), (form.fixed.bits, form.fixed.group_size), strict=True):
@@ -283,17 +291,20 @@ def _checkpoint_weights(spec: ModelSpec, path: Path) -> Weights:
     """Weights as a checkpoint has them, whose own config says whether the head is tied."""
     if is_gguf(path):
         found = read_headers(path)
+        own = replace(spec, tie_word_embeddings=found.spec.tie_word_embeddings)
     else:
         config = read_config(path)
         tied = bool(config.get("tie_word_embeddings", spec.tie_word_embeddings))
-        own = replace(spec, tie_word_embeddings=tied)
-        found = read_contents(own, config, checkpoint_tensors(path), shown(str(path)))
-    return _of_headers(spec if is_gguf(path) else found.spec, _specs(found.tensors), found.config, str(path))
+        found = read_contents(
+            replace(spec, tie_word_embeddings=tied), config, checkpoint_tensors(path), shown(str(path))
+        )
+        own = found.spec
+    return _of_headers(own, _specs(found.tensors), found.config, str(path))
 
 
 def _of_headers(spec: ModelSpec, tensors: Mapping[str, TensorSpec], config: Mapping[str, Any], where: str) -> Weights:
     _check_shapes(spec, tensors, shown(where))
-    return header_weights(spec, tensors, config, f"{shown(where)}/config.json")
+    return header_weights(spec, tensors, config, f"{shown(where)}/config.json", where)
 
 
 def _check_shapes(spec: ModelSpec, tensors: Mapping[str, TensorSpec], where: str) -> None:

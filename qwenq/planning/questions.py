@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qwenq.errors import UsageError
+from qwenq.errors import PlanError, UsageError
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.case import Case, Workload, check_context
-from qwenq.planning.engines.base import Engine, get_engine
+from qwenq.planning.engines.base import Engine, get_engine, readers
 from qwenq.planning.memory import TERM_NAMES, GpuMemory, MemoryEstimate
 from qwenq.planning.models import Model, WeightsAsked, load_model, model_weights
 from qwenq.planning.rig import Gpu, Rig, parse_rig, reserved
@@ -103,6 +103,8 @@ class Question:
             format=self.format,
         )
         weights = model_weights(model, asked)
+        if unread := engine.refusal(weights):
+            raise PlanError(f"--engine {engine.name}: {unread}", hint=f"--engine {' or '.join(readers(weights))}")
         if weights.head:  # of a checkpoint that unties it, say
             model = replace(model, spec=replace(model.spec, tie_word_embeddings=False))
         if self.pad_for_tp is not None:
@@ -226,7 +228,8 @@ class Spread:
     def _table(self) -> list[str]:
         q = self.question
         names = [n for n in TERM_NAMES if any(g.term(n) for found in self.estimates for g in found.gpus)]
-        short = {"activations": "activ.", "dequantization": "dequant.", "non_torch": "libs", "context": "CUDA"}
+        short = {"activations": "activ.", "dequantization": "dequant.", "graphs": "graphs", "non_torch": "libs"}
+        short["context"] = "CUDA"
         head = [short.get(name, TERM_NAMES[name]) for name in names]
         lines = [
             f"{'GiB per GPU':<26}{'context':>8}"

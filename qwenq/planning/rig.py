@@ -27,7 +27,7 @@ KEPT_RANGE = (0.5, 1.6)  # times that
 KEPT_SAID = "assumed: 0.4 GiB or 2 % kept by the driver, 0.37 to 0.65 GiB on the GeForce cards that were measured"
 MAX_GPUS = 64
 GIVEN = "given"  # the source of a GPU named by its memory
-_UNKNOWN = "not in the catalogue: memory alone"
+_UNKNOWN = "not in the catalogue: known by its memory alone"
 
 
 # Metal's recommendedMaxWorkingSetSize, from logs of llama.cpp: 11453 MB of 16 GiB, 17180 of 24, 22907 of 32 (two
@@ -240,21 +240,25 @@ def _mac(memory_gib: float) -> Gpu:
 
 
 _COUNT = r"\d{1,3}|\d{4,}(?=\s*[x×*]\s)|\d{5,}"  # `7900xtx` is a name
+_SPACED = r"\d{1,2}(?=\s+[a-z])(?!\s+gi?b\b)"  # `2 RTX 3090`; `24 GB` is a memory
 _PART = re.compile(
-    rf"\s*(?:(?P<before>{_COUNT})\s*[x×*]\s*)?(?P<name>.*?)(?:(?:\s+[x×]\s*|\s*\*\s*)(?P<after>\d+))?\s*", re.I
+    rf"\s*(?:(?P<before>{_COUNT})\s*[x×*]\s*|(?P<spaced>{_SPACED})\s+)?"
+    r"(?P<name>.*?)(?:(?:\s+[x×]\s*|\s*\*\s*)(?P<after>\d+))?\s*",
+    re.I,
 )
 
 
 def parse_rig(text: str) -> Rig:
-    """A rig from `2x RTX 3090`, `RTX 4090 + 2x RTX 3060 12GB` or `a100 sxm4 80gb*4`; PlanError for anything else."""
+    """A rig from `2x RTX 3090`, `RTX 4090 + 2 RTX 3060 12GB` or `a100 sxm4 80gb*4`; PlanError for anything else."""
     gpus: list[Gpu] = []
     for part in re.split(r"[+,;]", text):
         match = _PART.fullmatch(part)
-        if not match or not match["name"] or (match["before"] and match["after"]):
+        before = match and (match["before"] or match["spaced"])
+        if not match or not match["name"] or (before and match["after"]):
             raise UsageError(
                 f"not a rig: {text[:80]!r}", hint='write for instance "2x RTX 3090" or "RTX 4090 + 2x RTX 3060 12GB"'
             )
-        said = match["before"] or match["after"] or "1"
+        said = before or match["after"] or "1"
         count = int(said) if len(said) < 10 else MAX_GPUS + 1
         if not 1 <= count <= MAX_GPUS:
             raise UsageError(f"{said[:20]} GPUs of a kind in {text[:80]!r}, wanted 1 to {MAX_GPUS}")

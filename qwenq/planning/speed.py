@@ -46,7 +46,9 @@ class Speed(NamedTuple):
     basis: str
 
     def text(self) -> str:
-        """`decode 57.1 to 98.2 tokens/s, prefill 1,010 to 2,130 tokens/s (basis)`."""
+        """`decode 57.1 to 98.2 tokens/s, prefill 1,010 to 2,130 tokens/s (basis)`; `unknown (why)` where both are."""
+        if self.decode is self.prefill is None:
+            return f"unknown ({self.basis})"
         return f"decode {_said(self.decode)}, prefill {_said(self.prefill)} ({self.basis})"
 
     def short(self) -> dict[str, str]:
@@ -130,12 +132,14 @@ def estimate_speed(case: Case, shares: Sequence[Share], offloaded_bytes: int = 0
     fit = engine.run_fit(case, shares)
     wide = 1.0 if all("A100" in gpu.name for gpu in gpus) else OTHER_CARD
     decode, prefill = decode_seconds(case, shares), prefill_seconds(case, shares)
+    if decode is prefill is None:
+        return Speed(None, None, "of these cards neither bandwidth nor compute is known")
     basis = fit.source
     step = chunk = (0.0, 0.0)  # seconds at least and at most that weights in host memory add
     if offloaded_bytes:
         bus = bus_gb_s(gpus[0])
         if bus is None:
-            return Speed(None, None, basis + "; the bus to host memory is unknown")
+            return Speed(None, None, "the bus to host memory is unknown")
         size = engine.prefill_chunk(work)
         step = chunk = offloaded_bytes / (0.8e9 * bus), offloaded_bytes / (0.3e9 * bus)
         chunks_of = f"{engine.chunk_word} of {size} tokens"

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from qwenq.formats.base import Recipe
+from qwenq.formats.base import Recipe, get_format
 from qwenq.model.architectures import Stage
 from qwenq.model.spec import ModelSpec
 
@@ -91,6 +91,11 @@ def _problems(spec: ModelSpec, groups: RowGroups, ranks: int) -> list[_Problem]:
             here = f"{what} {width} / {ranks} = {width // ranks} {no}{so}"
             found.append(_Problem(here, f"{what} {width} {no} times the ranks{so}"))
     return found
+
+
+def sizes_of_recipe(spec: ModelSpec, recipe: Recipe) -> dict[str, str]:
+    """`tensor_parallel_sizes` of a recipe's checkpoint; none of a file that its engine cuts between layers."""
+    return {} if get_format(recipe.format).whole_file else tensor_parallel_sizes(spec, row_groups(spec, recipe))
 
 
 def row_groups(spec: ModelSpec, recipe: Recipe) -> RowGroups:

@@ -50,6 +50,7 @@ class Weights:
     parts: tuple[LayerParts, ...] = ()  # layers as this project's own engine reads them; empty: it keeps them as stored
     row_block_bytes: int = 0  # of `kept`: most that one row block takes while weights are written out
     dense_from: int = 1  # of `kept`: rows from which they are
+    place: str = ""  # the directory, GGUF file or hub name that has them; empty: planned
 
     def kept(self, compute: Compute) -> Weights:
         """The same with layers as this project's own engine keeps them in memory when it computes like that."""
@@ -167,9 +168,13 @@ def published_weights(spec: ModelSpec, quant: str) -> Weights:
 
 
 def header_weights(
-    spec: ModelSpec, tensors: Mapping[str, TensorSpec], config: Mapping[str, Any], where: str = "config.json"
+    spec: ModelSpec,
+    tensors: Mapping[str, TensorSpec],
+    config: Mapping[str, Any],
+    where: str = "config.json",
+    place: str = "",
 ) -> Weights:
-    """Weights of a real checkpoint from its headers; CheckpointError when they are not this model's.
+    """Weights of a real checkpoint, at `place`, from its headers; CheckpointError when they are not this model's.
 
     `where` is the config's name in what is refused: all that opening the checkpoint refuses.
     """
@@ -216,6 +221,7 @@ def header_weights(
         source=source,
         row_groups=declared.row_groups,
         parts=parts,
+        place=place,
     )
 
 

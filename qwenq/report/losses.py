@@ -63,13 +63,18 @@ def incomparable(runs: Sequence[Run]) -> list[Text]:
     same: tuple[tuple[str, Callable[[Run], object]], ...] = (
         ("was made from other source files than", lambda run: run.job.get("source")),
         ("has its drift read on other tokens than", lambda run: run.drift.text_sha256),
-        ("has its drift computed in another type than", lambda run: run.drift.compute_dtype),
         ("has its drift defined otherwise than", lambda run: run.drift.metrics_version),
     )
     for run in runs[1:]:
         for words, what in same:
             if what(run) != what(first):
                 found.append((Code(run.name), f" {words} ", Code(first.name), ": do not compare their figures"))
+        if run.drift.compute_dtype != first.drift.compute_dtype:
+            noise = 2 * max(run.drift.noise_floor_kl, first.drift.noise_floor_kl)  # of both models of a run
+            found.append((
+                Code(run.name), f" has its drift computed in {run.drift.compute_dtype}, ", Code(first.name),
+                f" in {first.drift.compute_dtype}: differences of KL below {noise:.1g} mean nothing",
+            ))  # fmt: skip
     return found
 
 

@@ -13,12 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 from click.testing import Result
 from typer.testing import CliRunner
 
+from qwenq.cli.console import drift_table
 from qwenq.cli.main import command as load_command
+from qwenq.solver.metrics import Reading, TokenDrift, summarise
 from tests.conftest import run
+
+# ---------------------------------------------------------------------- what users read
+
+
+@pytest.mark.parametrize(("windows", "said"), [(1, {"", "one window"}), (2, {"", "SE 0.143", "0.00500 to 0.00500"})])
+def test_one_window_has_no_interval(windows: int, said: set[str]) -> None:
+    nll = torch.tensor([1.0, 1.1, 1.2, 1.3]) if windows == 1 else torch.tensor([1.0, 1.0, 1.1, 1.1])
+    tokens = TokenDrift(nll, nll, torch.full((4,), 0.005), torch.ones(4), 0)
+    table = drift_table(summarise(tokens, Reading("t", "", windows, 4 // windows + 1, "float32")))
+    cells = [str(cell) for cell in table.columns[2].cells]
+    assert said <= set(cells) and (windows > 1 or set(cells) == said)
+
 
 # ---------------------------------------------------------------------- what users type
 
@@ -194,12 +209,12 @@ def test_errors_of_quantize(command: Callable[..., list[str]], tiny: Path, tmp_p
         (
             command(output=tmp_path / "there"),
             f"{tmp_path}/there: exists already",
-            "choose another --output, or delete it",
+            "choose another directory, or delete it",
         ),
         (
             command(output=tiny / "out"),
             f"{tiny}/out: the output may not be the model's own directory or inside it",
-            "choose another --output",
+            "choose another directory",
         ),
         (
             command(resume=True),
@@ -209,7 +224,7 @@ def test_errors_of_quantize(command: Callable[..., list[str]], tiny: Path, tmp_p
         (
             command(calibration=tmp_path / "empty.txt"),
             f"{tmp_path}/empty.txt: no text in it",
-            "an empty set calibrates nothing",
+            "is it the file you meant?",
         ),
         (
             command(sequence_length=1024),
@@ -274,11 +289,13 @@ def test_errors_of_eval(tiny: Path, random_model: Callable[..., Path]) -> None:
         run("eval", tiny, "--reference", tiny, "--max-ppl-increase", "much"),
         "--max-ppl-increase much: not a percentage",
         "for instance 2%",
+        code=2,
     )
     refusal(
         run("eval", tiny, "--reference", tiny, "--max-ppl-increase", "nan"),
         "--max-ppl-increase nan: not a percentage",
         "for instance 2%",
+        code=2,
     )
     assert run("eval", tiny, "--reference", tiny, "--max-kl", "nan").exit_code == 2
 

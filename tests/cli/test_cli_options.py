@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import os
 import subprocess
@@ -135,6 +136,9 @@ def test_help_fits_a_screen(name: str) -> None:
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
     assert len(lines) <= (78 if name == "quantize" else 55) and max(map(len, lines)) <= 100
+    prose = [line.strip() for line in itertools.takewhile(lambda line: "╭" not in line, lines)]
+    for line, after in itertools.pairwise(prose):
+        assert not after or not line or len(line) + len(after.split()[0]) + 1 > 98, "broken where the docstring is"
     assert sum(line.startswith("╭─ Options ") for line in lines) == 1
 
 

@@ -100,7 +100,12 @@ BAD = [
         "hint: ask for",
     ),
     (["vram", "Qwen2.5-72C"], "error: Qwen2.5-72C: neither a directory nor a shipped model", "hint: near: Qwen2.5-72B"),
-    (["vram", "Qwen2.5-72B", "--bits", "3"], "error: bits is 3, wanted 4 or 8", ""),
+    (["vram", "Qwen2.5-72B", "--bits", "3"], "error: --bits 3: wanted 4, 8, or 16 for not quantized", ""),
+    (
+        ["vram", "Qwen2.5-72B", "--format", "gptq2"],
+        "error: --format gptq2: wanted one of gptq, awq, compressed-tensors, bnb-nf4, bnb-int8, fp8",
+        "hint: or a GGUF type, with --engine llama.cpp",
+    ),
     (
         ["vram", "Qwen2.5-72B", "--group-size", "7"],
         "error: model.layers.0.self_attn.q_proj: group size 7",
@@ -174,10 +179,11 @@ BAD = [
 
 
 USAGE = (  # wrong whatever the model
-    "error: not a ", "error: unknown GPU", "error: bits is 3", "error: unknown engine", "error: qwenq has no 'int3'",
-    "error: batch size is", "error: --json and --csv", "error: --bits and", "error: --group-size and",
-    "error: --target-size and", "error: --recipe is not", "error: --group-size is not", "error: give one of",
-    "error: one context", "error: --reserve is of", "error: --ram is of", "error: --network is between",
+    "error: not a ", "error: unknown GPU", "error: --bits 3", "error: --format gptq2", "error: unknown engine",
+    "error: qwenq has no 'int3'", "error: batch size is", "error: --json and --csv", "error: --bits and",
+    "error: --group-size and", "error: --target-size and", "error: --recipe is not", "error: --group-size is not",
+    "error: give one of", "error: one context", "error: --reserve is of", "error: --ram is of",
+    "error: --network is between",
 )  # fmt: skip
 
 
@@ -332,8 +338,11 @@ def test_formats_that_do_not_go_together() -> None:
         (["--format", "awq", "--engine", "llama.cpp"], "is no GGUF type"),
         (["--format", "gptq", "--target-size", "5GB"], "--format and --target-size exclude each other"),
         (["--format", "fp8", "--group-size", "64"], "--format fp8 has no --group-size"),
-        (["--format", "exl2"], "format is 'exl2'"),
+        (["--format", "exl2"], "--format exl2: wanted one of"),
         (["--enforce-eager"], "--enforce-eager is for servers"),
+        (["--max-num-seqs", "4"], "--max-num-seqs is for servers, qwenq is none"),
+        (["--gpu-memory-utilization", "0.9", "--engine", "llama.cpp"], "--gpu-memory-utilization is for servers"),
+        (["--gpu", "3090", "--reserve", "1"], "not a size: '1' has no unit"),
     ):
         result = run("vram", "Qwen2.5-7B", *args)
         assert result.exit_code == 2 and says in result.stderr, (args, result.stderr)

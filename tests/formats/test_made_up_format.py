@@ -92,8 +92,8 @@ def test_a_format_of_ones_own(random_model: Any, calib: Path, heldout: Path, tmp
     source, out = random_model(hidden_size=256, intermediate_size=256, dtype=torch.bfloat16), tmp_path / "out"
     ask = ["quantize", source, "-o", out, "--format", "super"]
     predicted = answer(*ask, "--sequence-length", 64, "--dry-run")
-    text = ["--calibration", calib, "--eval-text", heldout, "-n", 8, "--sequence-length", 64, "--eval-samples", 2]
-    made = answer(*ask, *text)
+    held_out = ["--eval-text", heldout, "--sequence-length", 64, "--eval-samples", 2]
+    made = answer(*ask, *held_out, "--calibration", calib, "-n", 8)
     assert predicted["scheme"] == "S4" and predicted["file_bytes"] == made["file_bytes"]
     assert predicted["file_bytes"] == sum(f.stat().st_size for f in out.glob("*.safetensors"))
     assert made["bits_per_linear_weight"] == 8 + 8 / 32 + 16 / 256
@@ -103,7 +103,7 @@ def test_a_format_of_ones_own(random_model: Any, calib: Path, heldout: Path, tmp
     assert inspected["disagreements"] == [] and inspected["scheme"] == "S4, super"
     evaluated = answer("eval", out, "--reference", source, "--text", heldout, "-n", 2, "--sequence-length", 64)
     assert evaluated["kl"]["mean"] == pytest.approx(made["drift"]["kl"]["mean"], rel=1e-4)
-    rounded = answer(*ask[:3], tmp_path / "rtn", *ask[4:], *text, "--method", "rtn")
+    rounded = answer(*ask[:3], tmp_path / "rtn", *ask[4:], *held_out, "--method", "rtn")
     assert made["drift"]["kl"]["mean"] < rounded["drift"]["kl"]["mean"]
     answer("verify", out)
     planned = answer("vram", out, "-c", 64, "--gpu", "RTX 3090")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from qwenq.checkpoint.shards import encode_index, shard_file_bytes
 from qwenq.io.durable import file_sha256, write_bytes, write_json, write_synced
 from qwenq.io.safetensors import TensorSpec
-from qwenq.io.tensors import TORCH_DTYPES, raw_bytes, spec_of, write_shard
+from qwenq.io.tensors import TORCH_DTYPES, all_finite, raw_bytes, spec_of, write_shard
 
 
 def test_literal_bytes(tmp_path: Path) -> None:
@@ -108,6 +108,16 @@ def test_raw_bytes_does_not_copy() -> None:
     view = raw_bytes(tensor)
     tensor[0] = 0x0102
     assert bytes(view[:2]) == b"\x02\x01"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_finite_is_what_isfinite_says(dtype: torch.dtype) -> None:
+    most = torch.finfo(dtype).max
+    for values in ([], [0.0, -1.0], [most, -most], [most, float("nan")], [float("nan")] * 3, [1.0, float("inf")],
+                   [-float("inf"), 2.0]):  # fmt: skip
+        tensor = torch.tensor(values, dtype=torch.float64).to(dtype)
+        assert all_finite(tensor) == bool(torch.isfinite(tensor).all()), values
+    assert all_finite(torch.zeros(3, dtype=torch.int32)) and not all_finite(torch.full((600, 700), torch.nan)[:, 1:])
 
 
 def test_index(tmp_path: Path) -> None:

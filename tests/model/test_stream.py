@@ -65,6 +65,27 @@ def test_the_trained_model_too(tiny: Path) -> None:
     torch.testing.assert_close(got, full_logits(tiny, ids), rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("kind", ["qwen2 untied", "qwen3", "llama"])
+def test_float32_states_between_bfloat16_blocks_blur_less(kind: str, random_model: Callable[..., Path]) -> None:
+    model_type, config = MODELS[kind]
+    checkpoint = open_checkpoint(random_model("model", model_type, num_hidden_layers=6, **config))
+    ids_BT, distance = some_ids(4, 64), {}
+    embedded = checkpoint.read("model.embed_tokens.weight")[ids_BT.reshape(-1)].view(*ids_BT.shape, -1).float()
+
+    def states(compute: torch.dtype, between: torch.dtype) -> torch.Tensor:
+        network, h = Network(checkpoint.config, checkpoint.spec, dtype=compute), embedded.to(between)
+        for layer in range(checkpoint.spec.num_hidden_layers):
+            network.fill(checkpoint.layer_state(layer))
+            h = network.forward(h)
+            assert h.dtype == between
+        return h.float()
+
+    exact = states(torch.float32, torch.float32)
+    for between in (torch.bfloat16, torch.float32):
+        distance[between] = float((states(torch.bfloat16, between) - exact).norm() / exact.norm())
+    assert 0 < distance[torch.float32] < 0.9 * distance[torch.bfloat16] < 0.05
+
+
 def test_yarn_as_model_cards_write_it(random_model: Callable[..., Path], edit_json: Callable[..., Any]) -> None:
     """`rope_scaling` beside `rope_theta`, as Qwen2.5's cards say; and it makes a difference, so it was read."""
     path = random_model()

@@ -96,7 +96,7 @@ def test_a_mixed_recipe_does_not_promise_transformers(tmp_path: Path) -> None:
     assert metadata["tags"] == ["gptq", "mixed-bits", "qwenq"] and "license" not in metadata
     assert "transformers does not read mixed bits in this format; GPTQModel does." in body
     assert "from transformers import" not in body
-    assert "- Scheme: 558 linears 4-bit g64, 1 linears 8-bit g64, 1 linears 16-bit;" in body
+    assert "- Scheme: 558 linears 4-bit g64, 1 linear 8-bit g64, 1 linear 16-bit;" in body
 
 
 def test_the_hub_takes_a_gguf_file_for_what_it_is(tmp_path: Path) -> None:

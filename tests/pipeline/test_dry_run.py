@@ -62,7 +62,7 @@ def test_more_windows_than_there_are(tiny: Path, texts: list[object], calib: Pat
     assert many["warnings"] == [f"--num-samples 500: {calib} has {there} windows of 512 tokens"]
     all_there_are = dry(tiny, *texts, "--sequence-length", 512)
     assert all_there_are["peak_ram_bytes"] == many["peak_ram_bytes"] and all_there_are["warnings"] == []
-    none = dry(tiny, *texts, "--method", "rtn", "-n", 500)
+    none = dry(tiny, *texts[2:], "--method", "rtn")
     assert none["assumed"]["calibration_windows"] == 0 and none["warnings"] == []
 
 
@@ -97,8 +97,8 @@ def test_what_it_assumes_in_words() -> None:
     assert re.search(r"peak memory, predicted +│ +\d", result.stdout) and "(on GPU)" not in result.stdout
     assert re.search(r"peak memory of a GPU, predicted +│ +\d", result.stdout)
     assert re.search(r"and on top the source's download +│ +15\.23 GB", result.stdout)
-    on_cpu = run("quantize", "Qwen2.5-0.5B", "--group-size", 64, "--dry-run", "--device", "cpu", "--method", "rtn")
-    assert "assumed: 20 evaluation windows in float32; on cpu, up to 4 workers\n" in on_cpu.stdout
+    on_cpu = run("quantize", "Qwen2.5-0.5B", "--group-size", 64, "--dry-run", "--device", "cpu", "--bits", 8)
+    assert "; 20 evaluation windows in float32; on cpu, up to 4 workers\n" in on_cpu.stdout
     assert "GPU" not in on_cpu.stdout
 
 
@@ -169,7 +169,7 @@ def test_all_windows_of_a_wide_model_are_pulled_by_but_an_odd_one() -> None:
 
 
 def test_what_a_job_would_refuse_a_dry_run_refuses(tiny: Path, texts: list[object]) -> None:
-    rtn = run("quantize", tiny, *texts[:-2], "--method", "rtn", "--bpw", "5.5", "--dry-run")
+    rtn = run("quantize", tiny, *texts[2:-2], "--method", "rtn", "--bpw", "5.5", "--dry-run")
     assert rtn.exit_code == 1 and "--method rtn measures no sensitivities" in rtn.stderr
     for rounds in (["--method", "rtn"], ["--format", "bnb-nf4"]):
         for given, value, why in (
@@ -179,15 +179,23 @@ def test_what_a_job_would_refuse_a_dry_run_refuses(tiny: Path, texts: list[objec
             ("--damp-percent", 0.1, "--damp-percent damps what calibration measures"),
             ("--sink-weight", 64, "--sink-weight weighs tokens of calibration"),
             ("--builtin-share", 0, "--builtin-share is of calibration"),
+            ("--calibration", "builtin", "--calibration names a calibration text"),
+            ("-n", 128, "--num-samples counts windows of calibration"),
+            ("--seed", 0, "--seed draws windows of calibration"),
+            ("--calibration-dtype", "auto", "--calibration-dtype is of calibration"),
+            ("--fold", "", "--fold takes channel scales from calibration"),
         ):
-            idle = run("quantize", "owner/never-fetched", "-o", "out", *rounds, given, value)
-            assert idle.exit_code == 2 and f"{why}: rounding to nearest reads none" in idle.stderr
-            assert run("quantize", "Qwen2.5-7B", "--dry-run", *rounds, given, value).stderr == idle.stderr
-        assert run("quantize", "Qwen2.5-7B", "--dry-run", *rounds).exit_code == 0, "nobody gave it"
+            words = [*rounds, given] if value == "" else [*rounds, given, value]
+            idle = run("quantize", "owner/never-fetched", "-o", "out", *words)
+            assert idle.exit_code == 2 and f"{why}: rounding to nearest reads none" in " ".join(idle.stderr.split())
+            assert run("quantize", "Qwen2.5-7B", "--dry-run", *words).stderr == idle.stderr
+        for none in ([], ["--no-fold"]):
+            assert run("quantize", "Qwen2.5-7B", "--dry-run", *rounds, *none).exit_code == 0, "nobody gave it"
     one = run("quantize", tiny, "--bits", 4, *texts, "-n", 1, "--pull", "1", "--dry-run")
     assert one.exit_code == 1 and "one window of calibration has no two halves" in one.stderr
-    for few, kind in ((["-n", 3], "calibration"), (["--method", "rtn", "--eval-samples", 3], "evaluation")):
-        said = run("quantize", tiny, "--bits", 4, *texts, *few, "--dry-run", "--ranks", 4)
+    rounded = [*texts[2:], "--method", "rtn", "--eval-samples", 3]
+    for few, kind in (([*texts, "-n", 3], "calibration"), (rounded, "evaluation")):
+        said = run("quantize", tiny, "--bits", 4, *few, "--dry-run", "--ranks", 4)
         assert said.exit_code == 1 and f"error: 3 {kind} windows for 4 ranks" in said.stderr, said.output
     assumed = dry(tiny, "--bits", 4, *texts, "-n", 1)["assumed"]
     assert assumed["calibration_windows"] == 1 and assumed["original_windows"] == 0

@@ -22,6 +22,7 @@ from qwenq.checkpoint.manifest import verify
 from qwenq.checkpoint.reader import open_checkpoint
 from qwenq.errors import CheckpointError, JobError
 from qwenq.formats.base import Recipe, Scheme, get_format
+from qwenq.formats.gguf import type_scheme
 from qwenq.pipeline.container import size_label
 from qwenq.pipeline.evaluate import evaluate
 from qwenq.pipeline.job import QuantizeJob
@@ -234,6 +235,8 @@ def test_cards_say_what_embedding_and_head_are_once_converted(
     answer("convert", tmp_path / "codes", tmp_path / "again", "--format", "compressed-tensors")
     unpacked = "embedding Q4_0 unpacked to float16, head Q6_K unpacked to float16, norms as in the original."
     assert said("codes") == said("again") == unpacked
+    for place, scheme in (("file", "Q4_0"), ("codes", "4-bit g32"), ("again", "4-bit g32")):
+        assert (tmp_path / place / "README.md").read_text().partition("\n# ")[2].startswith(f"model, {scheme}\n")
     kept = all_tensors(tmp_path / "codes")
     assert kept["model.embed_tokens.weight"].dtype == kept["lm_head.weight"].dtype == torch.float16
 
@@ -272,8 +275,10 @@ def test_padding_to_whole_blocks(random_model: Make, text: list[object], tmp_pat
     assert down.tensor_type.name == "Q4_K" and list(down.shape) == [512, 256]
     assert not gguf.quants.dequantize(down.data, down.tensor_type)[:, 448:].any()
     whole = random_model("whole", **WIDE)
-    said = answer("quantize", whole, "--format", "gguf", "--pad-for-tp", 2, "--dry-run", *text, code=1)
+    said = answer("quantize", whole, "--format", "gguf", "--pad-for-tp", 1, "--dry-run", *text, code=1)
     assert "the FFN of 512 is whole blocks of 256 already" in said
+    said = answer("quantize", source, "--format", "gguf", "--pad-for-tp", 2, "--dry-run", *text, code=2)
+    assert "--pad-for-tp 2: --format gguf pads for no number of GPUs, but to whole blocks of 256" in said
     said = answer("quantize", source, "--format", "gguf", "--bits", 8, "--pad-for-tp", 1, "--dry-run", *text, code=1)
     assert "--pad-for-tp: every tensor of Q8_0 has the same type without it" in said
 
@@ -285,6 +290,7 @@ def test_fallbacks_are_said(tiny: Path, calib: Path, heldout: Path, tmp_path: Pa
     assert wanted in answer(*ask, "--dry-run")["warnings"]
     assert wanted in answer(*ask)["warnings"]
     card = (tmp_path / "out" / "README.md").read_text()
+    assert "\n# tiny-qwen2, Q4_K_M\n" in card, "by the name it was asked for"
     (file,) = (tmp_path / "out").glob("*.gguf")
     assert wanted in card and f"\nllama-server -m {file.name} -c 512\n" in card and "vllm" not in card
 
@@ -375,6 +381,41 @@ def test_a_damaged_layer_is_done_again(random_model: Make, tmp_path: Path) -> No
 def test_what_cannot_be_asked_for(words: list[str], line: str, tiny: Path) -> None:
     assert line in answer("quantize", tiny, "--dry-run", "--format", "gguf", *words, code=2)
     assert "--gguf-type goes with --format gguf" in answer("quantize", tiny, "--dry-run", "--gguf-type", "Q8_0", code=2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("Q2_K", "MOSTLY_Q2_K"), ("Q3_K", "MOSTLY_Q3_K_M"), ("Q4_K", "MOSTLY_Q4_K_M"), ("Q5_K", "MOSTLY_Q5_K_M"),
+        ("Q6_K", "MOSTLY_Q6_K"), ("IQ4_XS", "MOSTLY_IQ4_XS"), ("Q8_0", "MOSTLY_Q8_0"),
+    ],
+)  # fmt: skip
+def test_a_file_of_types_of_ones_own_is_called_as_llama_cpp_would_guess(kind: str, name: str) -> None:
+    """The type that most tensors have, and of several mixtures the middle one: llama-model-loader.cpp."""
+    metadata = get_format("gguf").file_metadata(Recipe(type_scheme(kind), format="gguf"), "")
+    assert metadata["general.file_type"] == gguf.LlamaFileType[name]
+
+
+def test_what_quantizes_nothing_calibrates_only_for_an_importance_matrix(tiny: Path, tmp_path: Path) -> None:
+    ask = ["quantize", tiny, "--dry-run", "--format", "gguf", "--gguf-type"]
+    assert answer(*ask, "bf16")["assumed"]["calibration_windows"] == 0
+    assert answer(*ask, "Q8_0")["assumed"]["calibration_windows"] > 0
+    saved = ["--save-imatrix", tmp_path / "imatrix.gguf", "-n", 4]
+    assert answer(*ask, "BF16", *saved)["assumed"]["calibration_windows"] == 4
+    said = answer(*ask, "F16", "-n", 4, code=2)
+    assert "--num-samples counts windows of calibration: F16 needs none" in said
+
+
+def test_types_are_read_in_any_case(tiny: Path, tmp_path: Path) -> None:
+    path, ask = tmp_path / "r.toml", ["quantize", tiny, "--dry-run", "--format", "gguf"]
+    small, large = (answer(*ask, "--gguf-type", name) for name in ("q4_k_m", "Q4_K_M"))
+    assert small == large and small["scheme"] == large["scheme"]
+    planned = ["vram", "Qwen2.5-7B", "--engine", "llama.cpp", "--format"]
+    assert answer(*planned, "iq4_xs") == answer(*planned, "IQ4_XS")
+    chosen = answer(*ask, "--target-size", "700KB", "--save-recipe", path)
+    path.write_text(path.read_text().replace('"IQ4_NL"', '"iq4_nl"'))
+    assert '"iq4_nl"' in path.read_text()
+    assert answer(*ask, "--recipe", path)["recipe"]["layers"] == chosen["recipe"]["layers"]
 
 
 def test_a_recipe_that_names_no_type_is_told_which_there_are(tiny: Path, tmp_path: Path) -> None:

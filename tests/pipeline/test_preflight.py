@@ -223,8 +223,8 @@ def test_hidden_states_by_hand() -> None:
     spec = spec_of()
     assert hidden_state_bytes(spec, Tokens(3, 2, 10), 4) == (3 + 2 + 2 + 2) * 10 * 64 * 4
     assert hidden_state_bytes(spec, Tokens(3, 2, 10, 2), 4) == (3 + 2) * 10 * 64 * 2 + (2 + 2) * 10 * 64 * 4
-    assert hidden_state_bytes(spec, Tokens(3, 2, 10, 2), 2) == (3 + 2 + 2 + 2) * 10 * 64 * 2 + 2 * 10 * 64 * 4
-    assert hidden_state_bytes(spec, Tokens(3, 1, 10, 2), 2) == (3 + 2 + 1 + 1) * 10 * 64 * 2 + 1 * 10 * 64 * 4
+    assert hidden_state_bytes(spec, Tokens(3, 2, 10, 2), 2) == (3 + 2) * 10 * 64 * 2 + (2 + 2 + 2) * 10 * 64 * 4
+    assert hidden_state_bytes(spec, Tokens(3, 1, 10, 2), 2) == (3 + 2) * 10 * 64 * 2 + (1 + 1 + 1) * 10 * 64 * 4
     assert hidden_state_bytes(spec, Tokens(3, 2, 10, error_correction_share=0), 4) == (3 + 2 + 2) * 10 * 64 * 4
 
 

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
+from qwenq import api
+from qwenq.pipeline import config
 from qwenq.pipeline.config import QuantizeConfig
 from qwenq.pipeline.prepare import prepare
+from qwenq.pipeline.quantize import quantize
 from qwenq.text import calibration
 from qwenq.text.tokens import TooShort
 
@@ -17,13 +20,13 @@ from qwenq.text.tokens import TooShort
 def test_windows_that_the_builtin_set_lacks_are_told(
     tiny: Path, calib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = QuantizeConfig(
+    plain = QuantizeConfig(
         device="cpu", calibration=str(calib), sequence_length=64, num_samples=16, eval_samples=2,
         error_correction_share=1.0,
     )  # fmt: skip
 
     def notes(**options: Any) -> list[str]:
-        job = prepare(tiny, tmp_path / "out", replace(config, **options)).job
+        job = prepare(tiny, tmp_path / "out", replace(plain, **options)).job
         return [note for note in job.notes if "built-in" in note]
 
     assert notes() == notes(builtin_share=0.0) == notes(builtin_share=1.0) == notes(calibration="builtin") == []
@@ -39,3 +42,26 @@ def test_windows_that_the_builtin_set_lacks_are_told(
     short = notes(builtin_share=0.5, sequence_length=32)
     assert short == ["0 of 8 windows asked of the built-in set: it has no more of 32 tokens"]
     assert notes(builtin_share=0.125) == []
+
+
+def test_the_divergence_of_few_bits_is_computed_in_bfloat16(
+    tiny: Path, calib: Path, heldout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a CPU has instructions for it; `eval` of the checkpoint then comes to the same figures."""
+
+    def job(**options: Any) -> Any:
+        read = {"calibration": str(calib), "eval_text": str(heldout), "sequence_length": 64}
+        options = {"num_samples": 16, "eval_samples": 3, "device": "cpu"} | read | options
+        return prepare(tiny, tmp_path / "out", QuantizeConfig(**options)).job
+
+    monkeypatch.setattr(config, "has_bfloat16", lambda: False)
+    assert job(bits=4, group_size=32).config.compute_dtype == "float32"
+    monkeypatch.setattr(config, "has_bfloat16", lambda: True)
+    assert job(bits=8, group_size=32).config.compute_dtype == "float32"
+    assert job(format="gguf", gguf_type="Q5_0").config.compute_dtype == "float32"
+    assert job(format="gguf", gguf_type="Q4_0").config.compute_dtype == "bfloat16"
+    assert job(bits=4, group_size=32, compute_dtype="float32").config.compute_dtype == "float32"
+    drift = quantize(job(bits=4, group_size=32)).drift
+    assert drift.compute_dtype == "bfloat16" and 0 < 2 * drift.noise_floor_kl < 0.1 * drift.kl.mean
+    again = api.evaluate(tmp_path / "out", tiny, text=str(heldout), sequence_length=64, num_samples=3, device="cpu")
+    assert again == drift

@@ -28,8 +28,8 @@ from qwenq.launch import read_launch
 from qwenq.pipeline.ranks import _meet
 
 TIMEOUT_S = 3.0  # of a rank without a sign of life
-WINDOWS = ["--device", "cpu", "-n", "11", "--sequence-length", "64"]
-TEXT = ["--builtin-share", "0", *WINDOWS]  # the share is no option of rounding jobs
+LENGTH = ["--device", "cpu", "--sequence-length", "64"]
+TEXT = ["--builtin-share", "0", "-n", "11", *LENGTH]
 
 
 @dataclass
@@ -149,7 +149,8 @@ KINDS: dict[str, list[object]] = {
 def test_bytes_do_not_depend_on_the_number_of_ranks(
     kind: str, tiny: Path, text: list[object], tmp_path: Path
 ) -> None:
-    command = ["quantize", tiny, *KINDS[kind], *(text[2:] if kind in ("rounded", "bitsandbytes") else text)]
+    read = [*LENGTH, *text[-4:]] if kind in ("rounded", "bitsandbytes") else text
+    command = ["quantize", tiny, *KINDS[kind], *read]
     for size in (1, 2, 4):
         over(tmp_path / f"said-{size}", size, *command, "-o", tmp_path / f"{size}")
     for size in (2, 4):
@@ -178,7 +179,7 @@ def test_a_mixed_recipe_from_sensitivities_measured_together(tiny: Path, text: l
 
 def test_eval_and_sensitivity_give_the_same_figures(tiny: Path, calib: Path, heldout: Path, tmp_path: Path) -> None:
     out = tmp_path / "q"
-    alone(tmp_path / "made", "quantize", tiny, "-o", out, "--method", "rtn", *WINDOWS, "--eval-text", heldout)
+    alone(tmp_path / "made", "quantize", tiny, "-o", out, "--method", "rtn", *LENGTH, "--eval-text", heldout)
     words = ["eval", out, "--reference", tiny, "--text", heldout, "--sequence-length", "64", "-n", "9"]
     words += ["--device", "cpu", "--compute-dtype", "bfloat16", "--json"]
     logits = [tmp_path / f"logits-{size}" for size in (1, 2)]

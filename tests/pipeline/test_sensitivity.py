@@ -197,7 +197,7 @@ def test_a_budget_measures_by_itself(command: list[object], tmp_path: Path) -> N
     assert impossible.exit_code == 3 and "sensitivity:" not in impossible.stderr, "said before anything is measured"
     taken = run(*command, "-o", out, "--bpw", "5")
     assert taken.exit_code == 1 and "exists already" in taken.stderr and "sensitivity:" not in taken.stderr
-    rounding = run(*command, "-o", tmp_path / "x", "--bpw", "5", "--method", "rtn")
+    rounding = run(*command[:2], "-o", tmp_path / "x", "--bpw", "5", "--method", "rtn")
     assert rounding.exit_code == 1 and "give them with --sensitivity" in rounding.stderr
 
 

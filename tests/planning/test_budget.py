@@ -16,7 +16,7 @@ from families import model
 
 from qwenq.checkpoint.shards import Beside
 from qwenq.errors import HonestNo, PlanError
-from qwenq.formats.base import Recipe, Scheme, get_format, parse_scheme, quantization_config
+from qwenq.formats.base import Recipe, Scheme, get_format, parse_scheme, quantization_config, read_quantization_config
 from qwenq.formats.gptq import GPTQ
 from qwenq.model.spec import ModelSpec, spec_from_config
 from qwenq.planning.budget import (
@@ -51,6 +51,20 @@ B72, B7 = model("Qwen2.5-72B"), model("Qwen2.5-7B")
 
 def bf16(name: str) -> str:
     return "BF16"
+
+
+@pytest.mark.parametrize("form", ["gptq", "compressed-tensors"])
+def test_a_mixture_is_called_by_what_most_weights_have(form: str) -> None:
+    """Of 7 linears 3 have 8 bits, which are 9 % of the weights; gate and up alone are 58 %."""
+    labels = {"qkv": "8-bit g128", "o": "4-bit g64", "gate_up": "4-bit g32", "down": "4-bit g64"}
+    choice = {fused: parse_scheme(labels[fused[1]]) for fused in fused_groups(B7, form)}
+    recipe = recipe_of(B7, choice, form)
+    assert recipe.label == "mixed, mostly 4-bit g32"
+    config = quantization_config(recipe, B7, damp_percent=0.1, method="gptq")
+    assert read_quantization_config(config, "config.json").recipe(B7).label == recipe.label
+    assert {lin.name: recipe.scheme_of(lin) for lin in B7.linears} == {
+        lin.name: parse_scheme(labels[lin.stage]) for lin in B7.linears
+    }
 
 
 def small(layers: int = 1) -> ModelSpec:

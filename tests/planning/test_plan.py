@@ -409,7 +409,7 @@ def test_old_gpus_write_weights_out() -> None:
 def test_a_rig_of_memory_alone() -> None:
     plan = make_plan(Case(B72, INT4, get_engine("qwenq"), Workload(4096), parse_rig("2x 24GB")))
     assert plan.fits and plan.speed.decode is None and plan.speed.prefill is None
-    assert plan.notes[0] == "24GB: not in the catalogue: memory alone"
+    assert plan.notes[0] == "24GB: not in the catalogue: known by its memory alone"
     assert "assumed" in plan.notes[1] and "23.23 to 23.76 GiB" in plan.notes[1]
 
 

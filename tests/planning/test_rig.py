@@ -64,6 +64,8 @@ def test_known_figures_and_unknown_ones() -> None:
         ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
         ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "RTX PRO 6000 Blackwell"),
         ("2x 24GB", "2x 24GB"),
+        ("2 RTX 3090 + 1 Tesla P40", "2x RTX 3090 + Tesla P40"),
+        ("24 GB", "24 GB"),
         ("RTX 3090 + 16 GiB", "RTX 3090 + 16 GiB"),
     ],
 )
@@ -129,7 +131,7 @@ def test_a_memory_size_chooses_among_versions(gpu: Gpu) -> None:
 
 def test_a_gpu_by_its_memory_alone() -> None:
     gpu = find_gpu("24GB")
-    assert gpu.limit_bytes == round(24 * 0.98 * GIB) and gpu.note == "not in the catalogue: memory alone"
+    assert gpu.limit_bytes == round(24 * 0.98 * GIB) and gpu.note == "not in the catalogue: known by its memory alone"
     assert gpu.bandwidth_gb_s is None and gpu.tensor_tflops is None and gpu.price_usd is None
 
 

@@ -129,6 +129,7 @@ def test_warnings_come_first_and_fallbacks_are_never_lost(tmp_path: Path) -> Non
     told = fallen | {"warnings": ["model.layers.1.x.down_proj: fell back to rounding to nearest (why)"]}
     other = changed(manifest(), "drift.text_sha256", "f" * 64)
     unlike = manifest() | {"warnings": [f"w{k}" for k in range(30)]}
+    unlike["drift"] = unlike["drift"] | {"compute_dtype": "bfloat16", "noise_floor_kl": 0.0003}
     unlike["job"]["source"] = {"config.json": "1" * 64}
     page, text = texts(runs_of(tmp_path, fallen=fallen, told=told, other=other, unlike=unlike))
     first = text.split("## What was lost")[0].splitlines()[4:]
@@ -138,6 +139,8 @@ def test_warnings_come_first_and_fallbacks_are_never_lost(tmp_path: Path) -> Non
     assert "- `unlike`: w19" in first and "- `unlike`: w20" not in first
     assert "- `unlike`: and 10 more, in its manifest" in first
     assert "- `other` has its drift read on other tokens than `fallen`: do not compare their figures" in first
+    narrow = "has its drift computed in bfloat16, `fallen` in float32: differences of KL below 0.0006 mean nothing"
+    assert f"- `unlike` {narrow}" in first
     assert "- `unlike` was made from other source files than `fallen`: do not compare their figures" in first
     assert page.index('<section id="warnings">') < page.index('<section id="summary">')
 

@@ -149,6 +149,33 @@ def test_what_it_would_be_told(gguf_file: Path, stand_in: Callable[[str], Any], 
     assert quantized[3] == "# start ollama with OLLAMA_FLASH_ATTENTION=1 OLLAMA_KV_CACHE_TYPE=q4_0"
 
 
+def test_a_plan_is_of_the_file_and_names_it(gguf_file: Path, tiny: Path, tmp_path: Path) -> None:
+    rig = ["--gpu", "RTX 3060 12GB", "-c", 128]
+    served = [run("plan", gguf_file, *rig, "--engine", engine) for engine in ("qwenq", "llama.cpp")]
+    assert [found.exit_code for found in served] == [0, 0], served[0].output
+    qwenq, own = (found.stdout.splitlines()[-1] for found in served)
+    assert own == qwenq and own.startswith(f"llama-server -m {gguf_file} -ngl ")
+    planned = run("plan", tiny, *rig).stdout
+    assert f"vllm serve {tiny} " in planned and "llama-server -m MODEL.gguf " in planned, "of it there is no GGUF yet"
+    for engine in ("transformers", "vllm", "sglang"):
+        for command in ("vram", "plan"):
+            refused = run(command, gguf_file, *rig, "--engine", engine)
+            assert refused.exit_code == 1 and refused.stderr.startswith(f"error: --engine {engine}: "), refused.output
+            assert refused.stderr.endswith("hint: --engine qwenq or llama.cpp\n")
+    config = json.loads((tiny / "config.json").read_text())
+    assert not config["tie_word_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    engine = ["--engine", "llama.cpp", "-c", 128]
+    beside = answer("vram", tmp_path, "--checkpoint", gguf_file, *engine)
+    assert beside["weights"]["bytes"] == answer("vram", gguf_file, *engine)["weights"]["bytes"], "its own head counts"
+
+
+def test_a_file_is_cut_by_no_tensor_parallelism(gguf_file: Path, tiny: Path) -> None:
+    told = run("inspect", gguf_file).stdout + run("quantize", tiny, "--format", "gguf", "--dry-run").stdout
+    assert "FFN size" in told and "disk needed" in told and "tensor parallel" not in told
+    assert "tensor parallel 2" in run("inspect", tiny).stdout
+
+
 def test_what_it_is_started_with(
     gguf_file: Path, stand_in: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,7 @@ import pytest
 import torch
 from serving import direct, make_service, served, until
 
+from qwenq.errors import RunError
 from qwenq.io.http import listen
 from qwenq.runtime.generate import Session
 from qwenq.runtime.server import Service, make_app
@@ -382,6 +383,10 @@ def test_errors_of_the_command(tiny: Path) -> None:
     with listen("127.0.0.1", 0) as taken:
         port = str(taken.getsockname()[1])
         assert f"error: cannot listen on 127.0.0.1 port {port}" in refused("--port", port, "--engine", "qwenq")
+    for address, way in (("192.0.2.1", "--host"), ("127.0.0.1", "--port")):  # the first is nobody's: RFC 5737
+        with listen("127.0.0.1", 0) as taken, pytest.raises(RunError) as told:
+            listen(address, taken.getsockname()[1])
+        assert told.value.hint == f"choose another with {way}"
     if os.environ.get("CUDA_VISIBLE_DEVICES") is None and not torch.cuda.is_available():
         said = refused("--engine", "vllm", "--dry-run")
         assert "error: vLLM's flags are for a rig" in said and 'hint: name the rig with --gpu "2x RTX 3090"' in said

@@ -519,7 +519,8 @@ class ServerEngine(Engine):
             lines = [f"# as asked it does not fit ({reason}); it does with {escape.text}"]
         else:
             return f"# {self.title} does not fit, whatever its flags: {reason}"
-        return "\n".join([*lines, pci_order(case) + shlex.join(self.words(case, option, "CHECKPOINT"))])
+        words = self.words(case, option, case.weights.place or "CHECKPOINT")
+        return "\n".join([*lines, pci_order(case) + shlex.join(words)])
 
     def _part_note(self, option: ParallelOption) -> list[str]:
         """A comment where the server can have less of a GPU than asked."""
@@ -624,6 +625,11 @@ def engine_names(*, checkpoints: bool = False) -> str:
     """`qwenq, transformers or vllm`; `checkpoints`: of those alone that load safetensors checkpoints."""
     *names, last = (name for name, kind in ENGINES.items() if not (checkpoints and kind.needs_gguf))
     return f"{', '.join(names)} or {last}"
+
+
+def readers(weights: Weights) -> list[str]:
+    """Names of the engines that load such weights."""
+    return [name for name in ENGINES if not get_engine(name).refusal(weights)]
 
 
 def get_engine(name: str, version: str = "", libraries: Mapping[str, str] | None = None) -> Engine:

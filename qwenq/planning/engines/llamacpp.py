@@ -171,10 +171,14 @@ class LlamaCppEngine(LayeredEngine):
                 return
 
     def own_case(self, case: Case) -> Case:
-        """A case of another engine under this one: the nearest GGUF type, Q4_K_M, Q8_0 or F16, and KV cache."""
+        """A case of another engine under this one: its GGUF file, or the nearest type of Q4_K_M, Q8_0 and F16; the
+        nearest KV cache.
+        """
         if case.engine.needs_gguf:
             return case
-        weights = gguf_weights(case.spec, BITS_TO_TYPE.get(case.weights.bits, BITS_TO_TYPE[4]))
+        weights = case.weights
+        if weights.method != "gguf":
+            weights = gguf_weights(case.spec, BITS_TO_TYPE.get(weights.bits, BITS_TO_TYPE[4]))
         kv = NEAREST_KV.get(case.work.kv_dtype, "auto")
         work = Workload(case.work.context, case.work.batch, kv_dtype=kv)
         return Case(case.spec, weights, self, work, case.hardware)
@@ -224,12 +228,13 @@ class LlamaCppEngine(LayeredEngine):
     def command(self, plan: Plan) -> str:
         case = self.own_case(plan.case)
         placement = place(case)
+        file = case.weights.place or "MODEL.gguf"
         note = f"{case.weights.label}, {format_gb(case.weights.total_bytes)}"
         if not placement.fits:
             placement = place(case, offload=True)
             out = len(placement.host_layers)
             note += f"; {out} layer{'s' if out > 1 else ''} on the CPU"
-        return pci_order(case) + shlex.join(self.words(case, placement, "MODEL.gguf")) + f"  # {note}"
+        return pci_order(case) + shlex.join(self.words(case, placement, file)) + f"  # {note}"
 
 
 ADVISED = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "Q3_K_M", "Q2_K")  # the types that are published most

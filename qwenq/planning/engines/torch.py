@@ -11,6 +11,7 @@ d head size, V vocabulary, c cached tokens. 2 bytes a value or as said.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -502,7 +503,7 @@ class TransformersEngine(TorchEngine):
     latest = (5, 23)
     kv_dtypes: ClassVar = {"auto": 2.0, "fp16": 2.0, "bf16": 2.0}
     unread: ClassVar = {
-        "gguf": "transformers reads GPTQ and 16-bit checkpoints, not GGUF: plan with --engine transformers"
+        "gguf": "transformers dequantizes GGUF to 16 bits as it loads: give it another format"
     }
     states_peak = True
 
@@ -581,7 +582,7 @@ class TransformersEngine(TorchEngine):
         if yarn := yarn_of(case):
             lines += [
                 f"yarn = {yarn}",
-                'config = AutoConfig.from_pretrained("CHECKPOINT")',
+                f"config = AutoConfig.from_pretrained({json.dumps(case.weights.place or 'CHECKPOINT')})",
                 "config.rope_parameters = config.rope_parameters | yarn  # transformers 4: config.rope_scaling = yarn",
                 f"config.max_position_embeddings = {yarn_reach(yarn)}  # then from_pretrained(..., config=config)",
             ]
