@@ -14,37 +14,19 @@ from __future__ import annotations
 import argparse
 import shutil
 import time
-from pathlib import Path
 
-from foreign_run import (
-    check_paths,
-    check_vocabulary,
-    copy_tokenizer,
-    directory_bytes,
-    peak_rss_bytes,
-    print_figures,
-    process_age_s,
-    read_tokens,
-    versions,
-)
+from foreign_run import calibrating_parser, calibration_tokens, copy_tokenizer, figures_of, print_figures
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path, help="16-bit model directory")
-    parser.add_argument("out", type=Path, help="directory for the checkpoint; new or empty")
-    parser.add_argument("--tokens", type=Path, required=True, help="int64 [num_samples, seq_len], .npy")
-    parser.add_argument("--bits", type=int, choices=(4, 8), default=4)
-    parser.add_argument("--group-size", type=int, default=128)
+    parser = calibrating_parser(__doc__.splitlines()[0], (4, 8))
     parser.add_argument("--iterations", type=int, default=200, help="steps of sign gradient descent a layer")
     return parser.parse_args()
 
 
 def quantize(args: argparse.Namespace) -> dict[str, object]:
     """Quantize and save; the figures of the JSON line."""
-    check_paths(args.model, args.out)
-    tokens = read_tokens(args.tokens)  # [N, T]
-    check_vocabulary(tokens, args.model)
+    tokens = calibration_tokens(args)  # [N, T]
 
     import torch
     from auto_round import AutoRound
@@ -71,19 +53,7 @@ def quantize(args: argparse.Namespace) -> dict[str, object]:
             shutil.move(file, args.out / file.name)
         made.rmdir()
     copy_tokenizer(args.model, args.out)
-    return {
-        "tool": "autoround",
-        "model": args.model.name,
-        "bits": args.bits,
-        "group_size": args.group_size,
-        "iterations": args.iterations,
-        "calibration": list(tokens.shape),
-        "quantize_s": round(quantize_s, 2),
-        "process_s": round(process_age_s(), 2),
-        "peak_rss_bytes": peak_rss_bytes(),
-        "safetensors_bytes": directory_bytes(args.out, ".safetensors"),
-        "versions": versions("auto-round", "torch", "transformers", "numpy"),
-    }
+    return figures_of(args, tokens, quantize_s, {"iterations": args.iterations}, "auto-round")
 
 
 if __name__ == "__main__":

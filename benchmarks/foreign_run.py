@@ -13,7 +13,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
@@ -34,8 +34,45 @@ def print_figures(args: argparse.Namespace, quantize: Callable[[argparse.Namespa
     print(json.dumps(figures))
 
 
-def read_tokens(path: Path) -> np.ndarray:
-    """Token ids [num_samples, seq_len], int64: the same calibration windows for every tool."""
+def calibrating_parser(description: str, bits: Sequence[int]) -> argparse.ArgumentParser:
+    """The arguments of a tool that calibrates."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("model", type=Path, help="16-bit model directory")
+    parser.add_argument("out", type=Path, help="directory for the checkpoint; new or empty")
+    parser.add_argument("--tokens", type=Path, required=True, help="int64 [num_samples, seq_len], .npy")
+    parser.add_argument("--bits", type=int, choices=bits, default=4)
+    parser.add_argument("--group-size", type=int, default=128)
+    return parser
+
+
+def calibration_tokens(args: argparse.Namespace) -> np.ndarray:
+    """Its token ids [num_samples, seq_len], int64, the same windows for every tool; its paths are checked first."""
+    check_paths(args.model, args.out)
+    tokens = _read_tokens(args.tokens)
+    _check_vocabulary(tokens, args.model)
+    return tokens
+
+
+def figures_of(
+    args: argparse.Namespace, tokens: np.ndarray, quantize_s: float, settings: dict[str, object], *packages: str
+) -> dict[str, object]:
+    """The JSON line of a tool that calibrated and has saved its checkpoint; the first of its packages names it."""
+    return {
+        "tool": packages[0].replace("-", ""),
+        "model": args.model.name,
+        "bits": args.bits,
+        "group_size": args.group_size,
+        **settings,
+        "calibration": list(tokens.shape),
+        "quantize_s": round(quantize_s, 2),
+        "process_s": round(process_age_s(), 2),
+        "peak_rss_bytes": peak_rss_bytes(),
+        "safetensors_bytes": directory_bytes(args.out, ".safetensors"),
+        "versions": versions(*packages, "torch", "transformers", "numpy"),
+    }
+
+
+def _read_tokens(path: Path) -> np.ndarray:
     try:
         tokens = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as err:
@@ -54,7 +91,7 @@ def check_paths(model: Path, out: Path) -> None:
         fail(f"{out} already exists and is not an empty directory")
 
 
-def check_vocabulary(tokens: np.ndarray, model: Path) -> None:
+def _check_vocabulary(tokens: np.ndarray, model: Path) -> None:
     """Refuse token ids outside the model's vocabulary, the sign of another model's tokenizer."""
     vocab_size = json.loads((model / "config.json").read_text())["vocab_size"]
     low, high = int(tokens.min()), int(tokens.max())

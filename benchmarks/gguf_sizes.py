@@ -24,13 +24,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from compare import drifts, interval
+from compare import DRAWS, drifts, interval
 
 from qwenq.checkpoint.reader import open_checkpoint
 from qwenq.report.drawing import MARKERS, text_width
 from qwenq.report.plots import Point, draw_kl_size
 
-DRAWS = 4000
 KINDS = {"llama": "llama-quantize", "same": "the same types", "best": "types by the knapsack"}
 STYLE = (
     "<style>text{font:13px sans-serif;fill:#222}.grid{stroke:#ddd}.axis,.leader,.range{stroke:#666}"

@@ -16,30 +16,14 @@ import argparse
 import os
 import tempfile
 import time
-from pathlib import Path
 
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # read when gptqmodel is imported
 
-from foreign_run import (
-    check_paths,
-    check_vocabulary,
-    copy_tokenizer,
-    directory_bytes,
-    peak_rss_bytes,
-    print_figures,
-    process_age_s,
-    read_tokens,
-    versions,
-)
+from foreign_run import calibrating_parser, calibration_tokens, copy_tokenizer, figures_of, print_figures
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path, help="16-bit model directory")
-    parser.add_argument("out", type=Path, help="directory for the GPTQ checkpoint; new or empty")
-    parser.add_argument("--tokens", type=Path, required=True, help="int64 [num_samples, seq_len], .npy")
-    parser.add_argument("--bits", type=int, choices=(2, 3, 4, 8), default=4)
-    parser.add_argument("--group-size", type=int, default=128)
+    parser = calibrating_parser(__doc__.splitlines()[0], (2, 3, 4, 8))
     parser.add_argument("--mse", type=float, default=0.0, help="power of GPTQModel's clipping search; 0 turns it off")
     parser.add_argument("--dtype", default="auto", help="auto: bfloat16 on a CPU, the model's own on a GPU")
     parser.add_argument("--device", default="cpu")
@@ -48,9 +32,7 @@ def parse_args() -> argparse.Namespace:
 
 def quantize(args: argparse.Namespace) -> dict[str, object]:
     """Quantize and save; the figures of the JSON line."""
-    check_paths(args.model, args.out)
-    tokens = read_tokens(args.tokens)  # [N, T]
-    check_vocabulary(tokens, args.model)
+    tokens = calibration_tokens(args)  # [N, T]
 
     from gptqmodel import GPTQModel, QuantizeConfig
 
@@ -67,22 +49,13 @@ def quantize(args: argparse.Namespace) -> dict[str, object]:
     quantize_s = time.perf_counter() - start_s
     model.save(str(args.out))
     copy_tokenizer(args.model, args.out)
-    return {
-        "tool": "gptqmodel",
-        "model": args.model.name,
-        "bits": args.bits,
-        "group_size": args.group_size,
+    settings: dict[str, object] = {
         "mse": args.mse,
         "damp_percent": config.damp_percent,
         "act_group_aware": config.act_group_aware,
         "dtype": str(next(model.model.parameters()).dtype).removeprefix("torch."),
-        "calibration": list(tokens.shape),
-        "quantize_s": round(quantize_s, 2),
-        "process_s": round(process_age_s(), 2),
-        "peak_rss_bytes": peak_rss_bytes(),
-        "safetensors_bytes": directory_bytes(args.out, ".safetensors"),
-        "versions": versions("gptqmodel", "torch", "transformers", "numpy"),
     }
+    return figures_of(args, tokens, quantize_s, settings, "gptqmodel")
 
 
 def main() -> None:

@@ -1145,9 +1145,15 @@ def _killed(notes: Notes, run: Run) -> Run:
     return Run(run.name, [*run.words, "--resume"], run.environment, run.log).start()
 
 
-def _hashes(directory: Path) -> dict[str, str]:
-    files = sorted(path for path in directory.iterdir() if path.suffix in (".safetensors", ".gguf"))
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+def _same_files(notes: Notes, what: str, *directories: Path) -> None:
+    """Whether two directories hold the same weight files, byte for byte."""
+    first, second = (
+        {path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+         for path in directory.iterdir() if path.suffix in (".safetensors", ".gguf")}
+        for directory in directories
+    )  # fmt: skip
+    differ = [file for file in first.keys() | second.keys() if first.get(file) != second.get(file)]
+    notes.same(f"{what}: files that differ", sorted(differ), [])
 
 
 def _compare(notes: Notes, work: Path, results: dict[str, dict[str, Any]]) -> None:
@@ -1156,9 +1162,7 @@ def _compare(notes: Notes, work: Path, results: dict[str, dict[str, Any]]) -> No
 
     for what, a, b in (("killed and resumed", "random-1", "random-killed"), ("two runs", "random-1", "random-2")):
         if both(a, b):
-            first, second = _hashes(work / a), _hashes(work / b)
-            differ = [file for file in first.keys() | second.keys() if first.get(file) != second.get(file)]
-            notes.same(f"{what}: files that differ", sorted(differ), [])
+            _same_files(notes, what, work / a, work / b)
     for a, b in (("real-cpu", "real"), ("random-cpu", "random")):
         if both(a, b):
             share, scales = _agreement(work / a, work / b)
@@ -1473,9 +1477,7 @@ def gguf(notes: Notes) -> None:
     with notes.step("two runs"):
         again = f"{mixtures[0]} again"
         runs[again].finish(notes.left - 2)
-        first, second = _hashes(work / mixtures[0]), _hashes(work / again)
-        differ = [file for file in first.keys() | second.keys() if first.get(file) != second.get(file)]
-        notes.same(f"{mixtures[0]}, two runs: files that differ", sorted(differ), [])
+        _same_files(notes, f"{mixtures[0]}, two runs", work / mixtures[0], work / again)
     with notes.step("qwenq eval"):
         if evaluating is None:
             raise RuntimeError("no file was made")

@@ -14,28 +14,12 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 
-from foreign_run import (
-    check_paths,
-    check_vocabulary,
-    copy_tokenizer,
-    directory_bytes,
-    peak_rss_bytes,
-    print_figures,
-    process_age_s,
-    read_tokens,
-    versions,
-)
+from foreign_run import calibrating_parser, calibration_tokens, copy_tokenizer, figures_of, print_figures
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path, help="16-bit model directory")
-    parser.add_argument("out", type=Path, help="directory for the checkpoint; new or empty")
-    parser.add_argument("--tokens", type=Path, required=True, help="int64 [num_samples, seq_len], .npy")
-    parser.add_argument("--bits", type=int, choices=(4, 8), default=4)
-    parser.add_argument("--group-size", type=int, default=128)
+    parser = calibrating_parser(__doc__.splitlines()[0], (4, 8))
     parser.add_argument("--observer", default="imatrix_mse", help="how scales are chosen: minmax, mse or imatrix_mse")
     parser.add_argument("--dtype", default="bfloat16", help="dtype the model is calibrated and saved in")
     return parser.parse_args()
@@ -43,9 +27,7 @@ def parse_args() -> argparse.Namespace:
 
 def quantize(args: argparse.Namespace) -> dict[str, object]:
     """Quantize and save; the figures of the JSON line."""
-    check_paths(args.model, args.out)
-    tokens = read_tokens(args.tokens)  # [N, T]
-    check_vocabulary(tokens, args.model)
+    tokens = calibration_tokens(args)  # [N, T]
 
     import torch
     from llmcompressor import oneshot
@@ -79,22 +61,13 @@ def quantize(args: argparse.Namespace) -> dict[str, object]:
     quantize_s = time.perf_counter() - start_s
     model.save_pretrained(args.out, save_compressed=True)
     copy_tokenizer(args.model, args.out)
-    return {
-        "tool": "llmcompressor",
-        "model": args.model.name,
-        "bits": args.bits,
-        "group_size": args.group_size,
+    settings: dict[str, object] = {
         "observer": args.observer,
         "dampening_frac": modifier.dampening_frac,
         "actorder": str(modifier.actorder),
         "dtype": args.dtype,
-        "calibration": list(tokens.shape),
-        "quantize_s": round(quantize_s, 2),
-        "process_s": round(process_age_s(), 2),
-        "peak_rss_bytes": peak_rss_bytes(),
-        "safetensors_bytes": directory_bytes(args.out, ".safetensors"),
-        "versions": versions("llmcompressor", "compressed-tensors", "torch", "transformers", "numpy"),
     }
+    return figures_of(args, tokens, quantize_s, settings, "llmcompressor", "compressed-tensors")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 from playwright.sync_api import Browser, sync_playwright
 
 from qwenq.report.benchmarks import Benchmark, read_benchmarks
-from qwenq.report.drawing import MARKERS, Drawing, Scale, nice_range, text_width, tick_text
+from qwenq.report.drawing import MARKERS, Drawing, Scale, figure_text, nice_range, text_width
 from qwenq.report.plots import Point, draw_kl_size
 
 HERE = Path(__file__).parent
@@ -104,7 +104,7 @@ def kl_by_text() -> str:
     x = Scale(low, high, 104.0, wide - 16.0, log=True)
     for tick in x.ticks(6):
         drawing.line(x(tick), top, x(tick), bottom, "grid")
-        drawing.text(x(tick), bottom + 18, tick_text(tick), "middle", "tick")
+        drawing.text(x(tick), bottom + 18, figure_text(tick), "middle", "tick")
     drawing.text(x.stop, bottom + 36, "mean KL, nats per token, log scale; bars are 95 % intervals", "end", "title")
     at = 12.0
     for k, name in enumerate(SHOWN.values()):

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from qwenq.planning.questions import Question, Spread
     from qwenq.planning.sensitivity import Sensitivity
     from qwenq.results import BlockResult, DriftReport
-    from qwenq.runtime.generate import Timing
+    from qwenq.runtime.generate import Session, Timing
     from qwenq.runtime.load import Loaded, LoadOptions
 
 StrPath = str | Path
@@ -564,7 +564,6 @@ class LoadedModel:
     def __init__(self, checkpoint: Path, options: LoadOptions, progress: Callable[[int], None]) -> None:
         from qwenq.checkpoint.reader import open_checkpoint
         from qwenq.runtime.chat import Chat
-        from qwenq.runtime.generate import Session
         from qwenq.runtime.load import loaded
 
         opened = open_checkpoint(checkpoint)
@@ -572,9 +571,7 @@ class LoadedModel:
         self._chat = Chat(checkpoint, opened.spec.vocab_size)
         self._stack = ExitStack()
         self.loaded: Loaded = self._stack.enter_context(loaded(opened, options, progress))
-        self._session: Session | None = Session(
-            self.loaded.model, self.max_model_len, options.prefill_chunk, options.kv_dtype, self._chat.stop_ids
-        )
+        self._session: Session | None = self.loaded.session(self._chat.stop_ids)
 
     @property
     def max_model_len(self) -> int:

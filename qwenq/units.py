@@ -6,7 +6,7 @@ import re
 
 from qwenq.errors import UsageError
 
-GIB = 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
 GB = 10**9
 LEAST_BARE = 10_000  # bytes without a unit
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", re.IGNORECASE)
@@ -47,7 +47,7 @@ def format_gb(n_bytes: float) -> str:
 
 def format_gib(n_bytes: float) -> str:
     """`38.64 GiB` (2**30 bytes), or MiB below one."""
-    return f"{n_bytes / GIB:.2f} GiB" if abs(n_bytes) >= GIB else f"{n_bytes / (1 << 20):.1f} MiB"
+    return f"{n_bytes / GIB:.2f} GiB" if abs(n_bytes) >= GIB else f"{n_bytes / MIB:.1f} MiB"
 
 
 def format_tokens(tokens: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -222,3 +222,22 @@ def tiny_result(tiny: Path, calib: Path, heldout: Path, tmp_path_factory: pytest
         return quantize(job)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def service(tiny: Path) -> Any:
+    """A server's model, the trained one, in this process."""
+    from serving import make_service  # whose libraries are an extra's
+
+    return make_service(tiny)
+
+
+@pytest.fixture(scope="module")
+def address(service: Any) -> Iterator[str]:
+    """Where it is served."""
+    from serving import served
+
+    from qwenq.runtime.server import make_app
+
+    with served(make_app(service)) as found:
+        yield found

@@ -37,9 +37,8 @@ from qwenq.planning.memory import context_term
 from qwenq.planning.rig import find_gpu
 from qwenq.runtime import linear
 from qwenq.solver import columns, superblock
-from qwenq.units import GIB
+from qwenq.units import GIB, MIB
 
-MIB = 1 << 20
 aten = torch.ops.aten
 PRODUCTS = {aten.mm.default, aten.mm.out, aten.addmm.default, aten.bmm.default}
 

@@ -28,7 +28,7 @@ from gpu_parts import Notes  # noqa: E402
 CUDA = torch.device("cuda", 0)
 
 
-@pytest.mark.parametrize("part", ["environment", "kernels", "vram-4", "vram-8", "layer-72b", "solver", "ranks"])
+@pytest.mark.parametrize("part", ["environment", "kernels", "vram-4", "vram-8", "layer-72b", "solver"])
 def test_a_part_on_a_cpu(part: str, tmp_path: Path) -> None:
     notes = Notes(tmp_path / "notes.json", tiny=True, work=tmp_path)
     gpu_parts.PARTS[part](notes)

@@ -55,7 +55,7 @@ def make_demo_model(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         write_tokenizer(file, out)
     leave_grid(weights, source.spec.num_hidden_layers, seed=0)
-    _write_weights(out, weights)
+    write_weights(out, weights, torch.float16, _SHARD_BYTES)
     write_json(out / "config.json", _config(source.config))
     write_json(out / "generation_config.json", {key: source.config[key] for key in _TOKENS})
 
@@ -115,7 +115,9 @@ def leave_grid(weights: Weights, layers: int, seed: int) -> None:
             weights[name] = (rotation.T @ weights[name]).astype(np.float32)
 
 
-def _write_weights(out: Path, weights: Weights) -> None:
+def write_weights(out: Path, weights: Weights, dtype: torch.dtype, shard_bytes: int) -> None:
+    """Write a sharded checkpoint's tensors and index; CheckpointError for a weight that `dtype` does not hold."""
+
     def place(name: str) -> tuple[int, int, str]:
         match = re.match(r"model\.layers\.(\d+)\.", name)
         return (1, int(match[1]), name) if match else (0 if "embed" in name else 2, 0, name)
@@ -123,10 +125,10 @@ def _write_weights(out: Path, weights: Weights) -> None:
     shards: list[dict[str, torch.Tensor]] = [{}]
     used = 0
     for name in sorted(weights, key=place):
-        tensor = torch.from_numpy(np.ascontiguousarray(weights[name])).to(torch.float16)
+        tensor = torch.from_numpy(np.ascontiguousarray(weights[name])).to(dtype)
         if not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{name}: a weight does not fit float16")
-        if shards[-1] and used + tensor.nbytes > _SHARD_BYTES:
+            raise CheckpointError(f"{name}: a weight does not fit {str(dtype)[6:]}")
+        if shards[-1] and used + tensor.nbytes > shard_bytes:
             shards.append({})
             used = 0
         shards[-1][name] = tensor

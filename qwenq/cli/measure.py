@@ -78,12 +78,15 @@ def measure(
             raise UsageError(f"{flag(name)} is of random weights: with --synthetic", hint="leave it out")
     if output is not None and output.exists():
         raise PlanError(f"{output}: exists", hint="choose another name with -o")
+    if output is not None and not output.absolute().parent.is_dir():
+        raise PlanError(f"{output.parent}: no such directory", hint="make it, or choose another name with -o")
     contexts = sorted({parse_tokens(part) for part in max_model_len.split(",")})
     words = load_words(context)
     words["max_model_len"] = max(contexts)
     options = load_options(**words)
-    opened = _synthetic(synthetic, bits, group_size, options) if synthetic else _stored(str(checkpoint), options)
-    weights, held = opened
+    weights, held = (
+        _synthetic(synthetic, bits, group_size, options) if synthetic else _stored(str(checkpoint), options)
+    )
     with held as found:
         for line in describe(found):
             print_step(line)

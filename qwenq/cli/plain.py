@@ -68,6 +68,11 @@ def typed(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
+def names_in(text: str) -> list[str]:
+    """Names with commas between them."""
+    return [name for part in text.split(",") if (name := part.strip())]
+
+
 def options_of(context: typer.Context, kind: type[T], **others: Any) -> T:
     """A dataclass of options, `kind`, from a command's parameters of the same names; `others` take precedence."""
     given = {f.name: context.params[f.name] for f in fields(kind) if f.name in context.params}  # type: ignore[arg-type]

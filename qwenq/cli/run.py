@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import redirect_stdout
+from collections.abc import Iterable
+from contextlib import closing, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -96,22 +97,12 @@ def run(
     from qwenq.checkpoint.reader import open_checkpoint
     from qwenq.runtime.chat import Chat
     from qwenq.runtime.foreign import foreign_engine
-    from qwenq.runtime.generate import Sampling, Session, new_tokens
+    from qwenq.runtime.generate import Sampling, new_tokens
     from qwenq.runtime.load import describe, loaded
 
     foreign = foreign_engine(engine)
     if foreign is not None:
-        if dry_run:
-            raise UsageError(
-                f"--dry-run is of qwenq's own engine, not {engine}",
-                hint=f"`qwenq plan`, or `qwenq serve --dry-run`, with --engine {engine}",
-            )
-        for name in _OWN_OPTIONS:
-            if typed(context, name):
-                raise UsageError(
-                    f"{flag(name)} is of qwenq's own engine, not {engine}", hint="--engine qwenq, or leave it out"
-                )
-        foreign.check_installed()
+        _check_foreign(context, engine, foreign)
     asked: dict[str, Any] = {
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,
         "top_k": None if top_k is None else max(0, top_k), "repetition_penalty": repetition_penalty, "seed": seed,
@@ -120,8 +111,6 @@ def run(
     words = load_words(context)
     if foreign is not None and foreign.own_kv:
         del words["kv_cache_dtype"]
-    elif foreign is not None and kv_cache_dtype != "auto":
-        raise UsageError(f"--kv-cache-dtype is not handed to {engine} by run", hint="`qwenq serve` tells vLLM of it")
     options = load_options(**words)
     if prompt == "":
         raise UsageError("--prompt: the prompt is empty", hint="write one, or leave --prompt out for a chat")
@@ -137,6 +126,8 @@ def run(
         raise UsageError("--system goes into a template, and --raw takes none", hint="leave one of them out")
     if json and prompt is None:
         raise UsageError("--json answers one question", hint="give it with --prompt")
+    if foreign is not None and prompt is None:
+        raise UsageError(f"--engine {engine} answers one question", hint="give it with --prompt, or use `qwenq serve`")
     directory = fetched(model)
     checkpoint = open_checkpoint(directory)
     for line in checkpoint.notes:
@@ -153,28 +144,41 @@ def run(
     room = own if foreign is None or options.max_model_len else checkpoint.spec.extended_context
     new_tokens(1 if ids is None else len(ids), sampling.max_new_tokens, room)  # here, not after minutes of loading
     if foreign is not None:
-        if ids is None:
-            raise UsageError(
-                f"--engine {engine} answers one question", hint="give it with --prompt, or use `qwenq serve`"
-            )
+        assert ids is not None
         with redirect_stdout(sys.stderr):  # all of them log to stdout
             answering = foreign(directory, options.max_model_len, kv_cache_dtype)
-        for line in answering.notes:
-            warn(line)
-        try:
+        with closing(answering):
             _answer_foreign(answering, chat, ids, sampling, json)
-        finally:
-            answering.close()
         return
     with loaded(checkpoint, options) as found:
         if not json:
             for line in describe(found):
                 print_step(line)
-        session = Session(found.model, found.work.context, options.prefill_chunk, options.kv_dtype, chat.stop_ids)
+        session = found.session(chat.stop_ids)
         if ids is not None:
             _answer(found, session, chat, ids, sampling, json)
         else:
             _talk(found, session, chat, sampling, system, raw)
+
+
+def _check_foreign(context: typer.Context, engine: str, foreign: type[ForeignEngine]) -> None:
+    """UsageError for options that another engine is not told of; RunError where it is not installed."""
+    if context.params["dry_run"]:
+        raise UsageError(
+            f"--dry-run is of qwenq's own engine, not {engine}",
+            hint=f"`qwenq plan`, or `qwenq serve --dry-run`, with --engine {engine}",
+        )
+    refuse_typed(context, _OWN_OPTIONS, f"engine, not {engine}")
+    foreign.check_installed()
+    if not foreign.own_kv and context.params["kv_cache_dtype"] != "auto":
+        raise UsageError(f"--kv-cache-dtype is not handed to {engine} by run", hint="`qwenq serve` tells vLLM of it")
+
+
+def refuse_typed(context: typer.Context, names: Iterable[str], whose: str) -> None:
+    """UsageError for an option of our own engine or server that another one would not be told of."""
+    for name in names:
+        if typed(context, name):
+            raise UsageError(f"{flag(name)} is of qwenq's own {whose}", hint="--engine qwenq, or leave it out")
 
 
 def stored_question(model: str, engine: str, **asked: Any) -> Question:
@@ -298,6 +302,8 @@ def _talk(found: Loaded, session: Session, chat: Chat, sampling: Sampling, syste
 def _answer_foreign(engine: ForeignEngine, chat: Chat, ids: list[int], sampling: Sampling, json: bool) -> None:
     from qwenq.runtime.generate import Timing
 
+    for line in engine.notes:
+        warn(line)
     timing = Timing()
     with redirect_stdout(sys.stderr):
         tokens = list(engine.generate(ids, sampling, chat.stop_ids, timing))

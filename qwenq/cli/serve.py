@@ -31,11 +31,10 @@ from qwenq.cli.options import (
     load_words,
     option,
 )
-from qwenq.cli.plain import print_line, print_step, typed
-from qwenq.cli.run import print_forecast, stored_question
+from qwenq.cli.plain import names_in, print_line, print_step, typed
+from qwenq.cli.run import print_forecast, refuse_typed, stored_question
 from qwenq.errors import PlanError, RunError, UsageError
 from qwenq.io.gguf import gguf_model, split_stem
-from qwenq.pipeline.config import flag
 
 if TYPE_CHECKING:
     from qwenq.planning.engines.base import Engine
@@ -108,7 +107,7 @@ def serve(
     door = _Door(served_model_name, host, port, api_key, allowed_hosts, max_queue)
     chunk = prefill_chunk if typed(context, "prefill_chunk") else 0  # else a server's own
     if _by_llama_cpp(model, kind, hosts):
-        _refuse_own_options(context, "llama.cpp")
+        refuse_typed(context, _OWN_OPTIONS, "server, and this is llama.cpp's")
         _serve_by_llama_cpp(model, max_model_len, kv_cache_dtype, chunk, gpu, door, dry_run)
         return
     here = kind is not None and kind.layered
@@ -119,9 +118,9 @@ def serve(
     theirs = installed and _has_gpu() and gguf_model(Path(model)) is None  # vLLM is handed no GGUF
     ours = here or (kind is None and not (gpu or hosts) and not theirs)
     if not ours:
-        _refuse_own_options(context, "vLLM")
+        refuse_typed(context, _OWN_OPTIONS, "server, and this is vLLM's")
     door = replace(door, name=door.name or (Path(model).resolve().name if Path(model).is_dir() else model))
-    leads = [h.strip() for h in hosts.split(",") if h.strip()]
+    leads = names_in(hosts)
     if dry_run and ours:
         print_forecast(model, options, json=False)
         return
@@ -161,15 +160,6 @@ class _Door:
         """Say that commands which are only printed do not carry the key."""
         if self.api_key:
             warn(f"the key is in no command below: set {variable} where it is started")
-
-
-def _refuse_own_options(context: typer.Context, server: str) -> None:
-    """UsageError for an option that another server would not be told of."""
-    for name in _OWN_OPTIONS:
-        if typed(context, name):
-            raise UsageError(
-                f"{flag(name)} is of qwenq's own server, and this is {server}'s", hint="--engine qwenq, or leave it out"
-            )
 
 
 def _by_llama_cpp(model: str, kind: type[Engine] | None, hosts: str) -> bool:
@@ -247,7 +237,6 @@ def _serve_here(model: str, options: LoadOptions, door: _Door) -> None:
         raise RunError(f"the server needs {error.name}", hint="pip install 'qwenq[page]'") from None
     from qwenq.checkpoint.reader import open_checkpoint
     from qwenq.runtime.chat import Chat
-    from qwenq.runtime.generate import Session
     from qwenq.runtime.load import describe, loaded
 
     directory = fetched(model)
@@ -258,12 +247,11 @@ def _serve_here(model: str, options: LoadOptions, door: _Door) -> None:
     with listen(door.host, door.port) as bound, loaded(checkpoint, options) as found:
         for line in describe(found):
             print_step(line)
-        session = Session(found.model, found.work.context, options.prefill_chunk, options.kv_dtype, chat.stop_ids)
+        session = found.session(chat.stop_ids)
         print_step(f"tokens by {session.decoding}")
         service = Service(session, chat, door.name, Line(door.max_queue), door.api_key)
         print_line(f"{address_of(bound, door.host)}/v1")
         print_step("Ctrl-C ends it")
         if not door.api_key and not is_loopback(door.host):
             warn(f"{door.host} is reached from other machines, with no --api-key: whoever reaches it may use it")
-        names = [name.strip() for name in door.allowed_hosts.split(",") if name.strip()]
-        Server(make_app(service, names), service.closing.set).run(sockets=[bound])
+        Server(make_app(service, names_in(door.allowed_hosts)), service.closing.set).run(sockets=[bound])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from qwenq.cli.plain import FOLLOW_LINKS, follow_links, options_of, print_json, print_line, print_step
+from qwenq.cli.plain import FOLLOW_LINKS, follow_links, names_in, options_of, print_json, print_line, print_step
 from qwenq.errors import PlanError, UsageError
 from qwenq.planning.engines.base import engine_names
 from qwenq.planning.questions import Question, contexts_of, spread
@@ -234,7 +235,7 @@ def serve_command(
         print_step("Ctrl-C ends it")
         if not is_loopback(host):
             print_step(f"warning: {host} is reached from other machines; the page asks nobody for a key")
-        run_page(bound, [name.strip() for name in allowed_hosts.split(",") if name.strip()])
+        run_page(bound, names_in(allowed_hosts))
 
 
 @vram_app.command("export")
@@ -257,16 +258,11 @@ def export_command(
 
     if output.exists():
         raise PlanError(f"{output}: exists", hint="choose another name with -o")
+    widths = _widths(bits) if bits else [None if format else 4]
     variants = []
-    for model in models:
-        for width in (bits or ("" if format else "4")).split(","):
-            for kind in kv_cache_dtype.split(","):
-                if width and not width.strip().isdigit():
-                    raise UsageError(f"bits is {width!r}, wanted numbers such as 4,8,16")
-                question = options_of(
-                    context, Question, model=model, bits=int(width) if width else None, kv_cache_dtype=kind.strip()
-                ).resolve()
-                variants.append(spread(question, contexts_of(question, max_model_len)))
+    for model, width, kind in product(models, widths, kv_cache_dtype.split(",")):
+        question = options_of(context, Question, model=model, bits=width, kv_cache_dtype=kind.strip()).resolve()
+        variants.append(spread(question, contexts_of(question, max_model_len)))
     title = f"VRAM of {', '.join(models)}" + (
         f" on {variants[0].question.rig.label}" if variants[0].question.rig else ""
     )
@@ -275,3 +271,10 @@ def export_command(
     except OSError as error:
         raise PlanError(f"{output}: {error.strerror}", hint="choose another name with -o") from None
     print_line(str(output))
+
+
+def _widths(text: str) -> list[int]:
+    for width in text.split(","):
+        if not width.strip().isdecimal():
+            raise UsageError(f"bits is {width!r}, wanted numbers such as 4,8,16")
+    return [int(width) for width in text.split(",")]

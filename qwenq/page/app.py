@@ -134,7 +134,6 @@ def planned(ask: Ask) -> dict[str, Any]:
     contexts_of(question, str(ask.context))
     found = make_plan(question.at(ask.context))
     told = found.to_json()
-    shares = (found.offload or found).shares
     return {
         "plan": {key: told[key] for key in ("fits", "certainty", "speed", "offload_speed", "host", "instead", "notes")}
         | {
@@ -144,10 +143,7 @@ def planned(ask: Ask) -> dict[str, Any]:
             "how": found.layout.how,
             "split": found.placement.reason if found.placement else "",
             "offload": found.offload.reason if found.offload else "",
-            "gpus": [
-                {"layers": [share.layers.start, share.layers.stop], "embedding": share.embed, "head": share.head}
-                for share in shares
-            ],
+            "gpus": [share.to_json() for share in (found.offload or found).shares],
             "memory": (found.offload or found).memory.to_json()["gpus"],
             "parallel": told["parallel"],
             "flags": plan_commands(found),
@@ -173,8 +169,7 @@ def _rigs(ask: Ask) -> list[dict[str, Any]]:
 @lru_cache(maxsize=8)
 def _finder(ask: Ask) -> RigFinder:
     """Costs by context, kept while only the context changes."""
-    question = resolve(ask)
-    return question.engine.rig_finder(question.at(ask.context))
+    return resolve(ask).engine.rig_finder()
 
 
 def choices() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -156,10 +157,8 @@ def _parts(spec: ModelSpec, tensors: Iterable[TensorSpec]) -> tuple[Part, ...]:
             return "norms"
         return "attention" if f".{names.attention}." in name else "mlp" if ".mlp." in name else "other"
 
-    parameters: dict[str, int] = {}
-    for tensor in spec.tensors("I8"):
-        parameters[part_of(tensor.name)] = parameters.get(part_of(tensor.name), 0) + tensor.nbytes
-    stored: dict[str, int] = {}
-    for tensor in tensors:
-        stored[part_of(tensor.name)] = stored.get(part_of(tensor.name), 0) + tensor.nbytes
-    return tuple(Part(n, parameters.get(n, 0), stored.get(n, 0)) for n in {**parameters, **stored})
+    parameters, stored = Counter[str](), Counter[str]()
+    for count, listed in ((parameters, spec.tensors("I8")), (stored, tensors)):
+        for tensor in listed:
+            count[part_of(tensor.name)] += tensor.nbytes
+    return tuple(Part(name, parameters[name], stored[name]) for name in {**parameters, **stored})

@@ -111,6 +111,9 @@ class Share:
     def used(self) -> bool:
         return bool(self.layers) or self.embed or self.head
 
+    def to_json(self) -> dict[str, Any]:
+        return {"layers": [self.layers.start, self.layers.stop], "embedding": self.embed, "head": self.head}
+
 
 def whole(spec: ModelSpec) -> Share:
     """Everything on one GPU."""

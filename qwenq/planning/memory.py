@@ -222,11 +222,7 @@ class MemoryEstimate:
     def to_json(self) -> dict[str, Any]:
         return {
             "model": self.case.spec.name,
-            "weights": {
-                "label": self.weights.label,
-                "bytes": self.weights.total_bytes,
-                "source": self.weights.source,
-            },
+            "weights": self.weights.to_json(),
             "engine": self.case.engine.label,
             "context": self.work.context,
             "batch_size": self.work.batch,

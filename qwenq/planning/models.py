@@ -92,10 +92,14 @@ def model_weights(model: Model, asked: WeightsAsked = WeightsAsked()) -> Weights
     if bits not in (None, 4, 8, 16):
         raise UsageError(f"--bits {bits}: wanted 4, 8, or 16 for not quantized")
     scheme = Scheme(4 if bits in (None, 16) else bits, 128 if asked.group_size is None else asked.group_size)
-    uniform = Recipe(None if bits == 16 else scheme)
+    if bits == 16:
+        _refuse_padding(ranks)
+    return _uniform_weights(spec, Recipe(None if bits == 16 else scheme), ranks)
+
+
+def _uniform_weights(spec: ModelSpec, uniform: Recipe, ranks: int | None) -> Weights:
+    """Weights of one scheme, the FFN padded for so many ranks."""
     if ranks is not None:
-        if bits == 16:
-            _refuse_padding(ranks)
         from qwenq.planning.budget import widened
 
         spec = widened(spec, ranks, uniform)
@@ -236,13 +240,7 @@ def _of_format(spec: ModelSpec, asked: WeightsAsked, mixed: Mapping[str, object]
     else:
         bits = 4 if asked.bits is None else asked.bits
         scheme = Scheme(bits, 128 if asked.group_size is None else asked.group_size, not form.asymmetric)
-    uniform = Recipe(scheme, format=name)
-    if asked.pad_for_tp is not None:
-        from qwenq.planning.budget import widened
-
-        spec = widened(spec, asked.pad_for_tp, uniform)
-    uniform.check(spec)
-    return recipe_weights(spec, uniform)
+    return _uniform_weights(spec, Recipe(scheme, format=name), asked.pad_for_tp)
 
 
 def _refuse_padding(ranks: int | None) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from qwenq.errors import HonestNo, PlanError
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.case import Case, Share, check_context, rank_shares
-from qwenq.planning.memory import GpuMemory, MemoryEstimate, Term, estimate
+from qwenq.planning.memory import MemoryEstimate, Term, estimate
 from qwenq.planning.tensor_parallel import helpful_width, tensor_parallel_reasons
 from qwenq.planning.weights import Weights
 
@@ -87,14 +87,7 @@ class Placement(Layout):
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "gpus": [
-                {
-                    "layers": [share.layers.start, share.layers.stop],
-                    "embedding": share.embed,
-                    "head": share.head,
-                }
-                for share in self.shares
-            ],
+            "gpus": [share.to_json() for share in self.shares],
             "gpu_layers": self.gpu_layers,
             "offloaded_bytes": self.offloaded_bytes,
             "reason": self.reason,
@@ -128,6 +121,12 @@ def host_range(case: Case, gpu_layers: int) -> range:
     return range(layers - gpu_layers) if case.engine.host_layers_first else range(gpu_layers, layers)
 
 
+def host_layers_term(case: Case, layer_bytes: Sequence[int], gpu_layers: int) -> Term:
+    """What layers in host memory still take on the first GPU."""
+    n_bytes = host_layers_bytes(case, layer_bytes, gpu_layers)
+    return Term("kv_cache", n_bytes, "fitted", "KV of the layers in host memory, and one such layer at work")
+
+
 def host_layers_bytes(case: Case, layer_bytes: Sequence[int], gpu_layers: int) -> int:
     """Bytes that layers in host memory still take on the first GPU: their KV cache, and one of them while it runs."""
     out = case.spec.num_hidden_layers - gpu_layers
@@ -149,19 +148,15 @@ def place(case: Case, *, offload: bool = False) -> Placement:
         raise PlanError(f"{engine.title} places its own layers", hint="see tensor and pipeline parallel options")
     split = _Splitter(case)
     layers = spec.num_hidden_layers
-    shares = split.fill(layers, 0)
-    if shares is not None:
+    fits = split.fill(layers, 0) is not None
+    if fits or not offload:
         shares = split.widest(layers)
-        one = len(shares) == 1
-        return split.placement(
-            shares, layers, "all on one GPU" if one else "layers balanced so that the fullest GPU keeps the most room"
-        )
-    if not offload:
-        shares = split.widest(layers)
-        one = len(shares) == 1
-        return split.placement(
-            shares, layers, "does not fit" + ("" if one else "; this split exceeds the limits the least")
-        )
+        if fits:
+            balanced = "layers balanced so that the fullest GPU keeps the most room"
+            reason = "all on one GPU" if len(shares) == 1 else balanced
+        else:
+            reason = "does not fit" + ("" if len(shares) == 1 else "; this split exceeds the limits the least")
+        return split.placement(shares, layers, reason)
     kept = split.most_layers()
     filled = split.fill(kept, 0) if kept >= 0 else None
     if filled is None:
@@ -303,12 +298,10 @@ class _Splitter:
 
     def placement(self, shares: tuple[Share, ...], gpu_layers: int, reason: str) -> Placement:
         memory = estimate(self.case, shares)
-        extra = self._offload_bytes(gpu_layers)
-        if extra:
-            term = Term("kv_cache", extra, "fitted", "KV of the layers in host memory, and one such layer at work")
-            first = memory.gpus[0]
-            gpu = GpuMemory(first.name, (*first.terms, term), first.limit_bytes, first.moment)
-            memory = replace(memory, gpus=(gpu, *memory.gpus[1:]))
+        term = host_layers_term(self.case, self.layer_bytes, gpu_layers)
+        if term.n_bytes:
+            first, *others = memory.gpus
+            memory = replace(memory, gpus=(replace(first, terms=(*first.terms, term)), *others))
         offloaded = sum(self.layer_bytes[layer] for layer in host_range(self.case, gpu_layers))
         return Placement(shares, memory, gpu_layers, offloaded, reason)
 

@@ -223,7 +223,7 @@ def recommend(case: Case, finder: RigFinder | None = None) -> tuple[Recommendati
     `finder`: of the same question at another context.
     """
     engine, found = case.engine, []
-    finder = finder or engine.rig_finder(case)
+    finder = finder or engine.rig_finder()
     for gpu in catalogue():
         if not engine.runs_on(gpu):
             continue

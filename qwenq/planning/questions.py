@@ -178,11 +178,6 @@ def contexts_of(question: Resolved, text: str) -> list[int]:
     return contexts
 
 
-def estimate_at(question: Resolved, context: int) -> MemoryEstimate:
-    """The estimate at one context: in the rig's best layout, or on one notional GPU without a rig."""
-    return question.engine.estimate(question.at(context), question.tensor_parallel)
-
-
 @dataclass(frozen=True)
 class Spread:
     """Estimates of one question over several contexts."""
@@ -195,7 +190,7 @@ class Spread:
         return {
             "model": q.spec.name,
             "engine": q.engine.label,
-            "weights": {"label": q.weights.label, "bytes": q.weights.total_bytes, "source": q.weights.source},
+            "weights": q.weights.to_json(),
             "rig": q.rig.label if q.rig else None,
             "notes": [q.engine.version_note] if q.engine.version_note else [],
             "estimates": [found.to_json() for found in self.estimates],
@@ -256,8 +251,9 @@ class Spread:
 
 
 def spread(question: Resolved, contexts: Sequence[int]) -> Spread:
-    """The question answered at each context."""
-    return Spread(question, tuple(estimate_at(question, context) for context in contexts))
+    """The question answered at each context: in the rig's best layout, or on one notional GPU without a rig."""
+    cases = map(question.at, contexts)
+    return Spread(question, tuple(question.engine.estimate(case, question.tensor_parallel) for case in cases))
 
 
 _WIDTH = 60  # characters of a bar

@@ -27,6 +27,7 @@ KEPT_RANGE = (0.5, 1.6)  # times that
 KEPT_SAID = "assumed: 0.4 GiB or 2 % kept by the driver, 0.37 to 0.65 GiB on the GeForce cards that were measured"
 MAX_GPUS = 64
 GIVEN = "given"  # the source of a GPU named by its memory
+_UNKNOWN = "not in the catalogue: known by its memory alone"
 
 
 # Metal's recommendedMaxWorkingSetSize, from logs of llama.cpp: 11453 MB of 16 GiB, 17180 of 24, 22907 of 32 (two
@@ -46,15 +47,15 @@ class Gpu:
     name: str
     vendor: str
     memory_gib: float
-    usable_gib: float | None
-    bandwidth_gb_s: float | None
-    tensor_tflops: float | None  # dense 16-bit matmuls with tensor cores
-    nvlink_gb_s: float | None  # both directions; 0: none
-    bus: str
-    power_w: float | None
-    price_usd: float | None
-    price_basis: str  # launch price, approximate price, or empty
-    source: str
+    usable_gib: float | None = None
+    bandwidth_gb_s: float | None = None
+    tensor_tflops: float | None = None  # dense 16-bit matmuls with tensor cores
+    nvlink_gb_s: float | None = None  # both directions; 0: none
+    bus: str = ""
+    power_w: float | None = None
+    price_usd: float | None = None
+    price_basis: str = ""  # launch price, approximate price, or empty
+    source: str = ""
     note: str = ""
     tensor_derived: bool = False
     compute_capability: tuple[int, int] | None = None  # NVIDIA's; None: unknown, or of another vendor
@@ -138,7 +139,7 @@ class Rig:
 
 def device(name: str) -> Gpu:
     """A device that is no GPU of a rig: the `CPU`, or some `GPU`."""
-    return Gpu(name, "", 0, None, None, None, None, "", None, None, "", "")
+    return Gpu(name, vendor="", memory_gib=0)
 
 
 @cache
@@ -227,8 +228,7 @@ def _by_memory(name: str, memory_gib: float) -> Gpu:
     """A GPU of which only the nameplate memory is known; cards' gigabytes are binary, whatever their boxes say."""
     if not 1 <= memory_gib <= 1024:
         raise UsageError(f"a GPU of {name!r}, wanted 1GB to 1024GB")
-    note = "not in the catalogue: known by its memory alone"
-    return Gpu(name, "", memory_gib, None, None, None, None, "", None, None, "", GIVEN, note)
+    return Gpu(name, vendor="", memory_gib=memory_gib, source=GIVEN, note=_UNKNOWN)
 
 
 def _mac(memory_gib: float) -> Gpu:
@@ -236,10 +236,7 @@ def _mac(memory_gib: float) -> Gpu:
     if not 8 <= memory_gib <= 1024:
         raise UsageError(f"a Mac of {memory_gib:g}GB, wanted 8GB to 1024GB")
     usable = memory_gib * next(part for most, part in METAL_PARTS if memory_gib <= most)
-    note = "not in the catalogue: known by its memory alone"
-    return Gpu(
-        f"Mac {memory_gib:g}GB", "apple", memory_gib, usable, None, None, None, "unified", None, None, "", GIVEN, note
-    )
+    return Gpu(f"Mac {memory_gib:g}GB", "apple", memory_gib, usable, bus="unified", source=GIVEN, note=_UNKNOWN)
 
 
 _COUNT = r"\d{1,3}|\d{4,}(?=\s*[x×*]\s)|\d{5,}"  # `7900xtx` is a name
@@ -286,24 +283,9 @@ def reserved(rig: Rig, n_bytes: int) -> Rig:
 _DRIVER_NAMES = {"h100 80 hbm3": "h100 sxm 80", "h200": "h200 sxm 141"}  # as NVML calls them
 _VARIANTS = {"ti", "super", "d", "xt", "xtx", "gre", "nvl", "max", "ultra"}  # words that make another card
 _NOISE = {
-    "nvidia",
-    "geforce",
-    "amd",
-    "radeon",
-    "intel",
-    "apple",
-    "tesla",
-    "gpu",
-    "graphics",
-    "generation",
-    "workstation",
-    "server",
-    "edition",
-    "gtx",
-    "rtx",
-    "rx",
-    "pcie",
-}
+    "nvidia", "geforce", "amd", "radeon", "intel", "apple", "tesla", "gpu", "graphics", "generation", "workstation",
+    "server", "edition", "gtx", "rtx", "rx", "pcie",
+}  # fmt: skip
 
 
 @lru_cache(maxsize=512)
@@ -407,10 +389,7 @@ def known_gpu(name: str, total: int, capability: tuple[int, int] | None) -> Gpu:
     if len(same) == 1:
         return replace(same[0], compute_capability=capability or same[0].compute_capability, triton=triton)
     memory = total / GIB
-    return Gpu(
-        name, "nvidia", memory, memory, None, None, None, "", None, None, "", "NVML",
-        compute_capability=capability, triton=triton,
-    )  # fmt: skip
+    return Gpu(name, "nvidia", memory, memory, source="NVML", compute_capability=capability, triton=triton)
 
 
 def _visible(nvml: Any, every: list[Any], environment: Mapping[str, str]) -> list[Any]:

@@ -154,20 +154,20 @@ def _predicted(row: dict[str, str], spec: ModelSpec, weights: Weights) -> Valida
     if name not in ENGINES:
         raise LeftOut(f"engine is {shown(name, 40)!r}, wanted one of {', '.join(ENGINES)}")
     libraries = {library: text for library, text in environment.items() if library not in ENGINES}
-    engine = get_engine(name, (row.get("version") or "").strip() or environment.get(name, ""), libraries)
+    engine = get_engine(name, _cell(row, "version") or environment.get(name, ""), libraries)
     if isinstance(engine, ServerEngine):
         return _served(row, spec, weights, engine)
     if not engine.states_peak:
         stating = " and ".join(kind.name for kind in ENGINES.values() if kind.states_peak)
         raise LeftOut(f"engine is {shown(name, 40)!r}; an allocator peak is of {stating}, a cache's room of servers")
-    if not (row.get("input_len") or "").strip():
+    if not _cell(row, "input_len"):
         raise LeftOut("input_len is empty")
     prompt, measured = _whole(row, "input_len"), _gib(row, "mem_gib")
     gpus = _whole(row, "gpu_num", 1)
     if not 1 <= gpus <= spec.num_hidden_layers:
         raise PlanError(f"gpu_num is {gpus}, wanted 1 to {spec.num_hidden_layers}")
     generated = _whole(row, "generated_tokens", GENERATED_TOKENS)
-    attention = (row.get("attention") or "").strip().lower()
+    attention = _cell(row, "attention").lower()
     if attention not in ("", *FLASH):
         raise LeftOut(f"attention is {shown(attention, 40)!r}, counted is {FLASH[0]}")
     batch, chunk = _whole(row, "batch_size", 1), _whole(row, "prefill_chunk", 0)
@@ -183,20 +183,20 @@ def _served(row: dict[str, str], spec: ModelSpec, weights: Weights, engine: Serv
 
     The part is taken as it was asked for: the server did, whatever found room beside it later.
     """
-    logged = [name for name in ("kv_tokens", "mem_gib") if (row.get(name) or "").strip()]
-    if not logged or not (row.get("gpu") or "").strip():
+    logged = [name for name in ("kv_tokens", "mem_gib") if _cell(row, name)]
+    if not logged or not _cell(row, "gpu"):
         raise LeftOut("no " + ("gpu" if logged else "kv_tokens or mem_gib") + " for the room of a server's cache")
     gpus, stages = _whole(row, "gpu_num", 1), _whole(row, "pipeline_parallel_size", 1)
     if not 1 <= gpus <= 64 or gpus % stages:
         raise PlanError(f"gpu_num is {gpus} and pipeline_parallel_size {stages}, wanted whole stages of 1 to 64 GPUs")
-    asked = (row.get("gpu_memory_utilization") or "").strip()
+    asked = _cell(row, "gpu_memory_utilization")
     context = _whole(row, "max_model_len", _whole(row, "input_len", 4096))
     eager = (row.get("enforce_eager") or "false").strip().lower()
     if eager not in _TRUTHS:
         raise PlanError(f"enforce_eager is {shown(eager, 40)!r}, wanted true or false")
     work = Workload(
         context,
-        kv_dtype=(row.get("kv_cache_dtype") or "auto").strip() or "auto",
+        kv_dtype=_cell(row, "kv_cache_dtype") or "auto",
         prefill_chunk=_whole(row, "prefill_chunk", 0),
         max_num_seqs=_whole(row, "max_num_seqs", 0),
         gpu_memory_utilization=float(asked) if asked else None,
@@ -215,8 +215,12 @@ _TRUTHS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no
 FLASH = ("flash attention 2", "flash_attention_2", "fa2", "flash")
 
 
+def _cell(row: dict[str, str], column: str) -> str:
+    return (row.get(column) or "").strip()
+
+
 def _gib(row: dict[str, str], column: str) -> float:
-    if not (row.get(column) or "").strip():
+    if not _cell(row, column):
         raise LeftOut(f"{column} is empty")
     found = float(row[column])
     if not 0.001 <= found < 1e6:
@@ -226,7 +230,7 @@ def _gib(row: dict[str, str], column: str) -> float:
 
 def _whole(row: dict[str, str], column: str, default: int | None = None) -> int:
     """A whole number; `default` for an empty cell."""
-    text = (row.get(column) or "").strip()
+    text = _cell(row, column)
     if not text and default is not None:
         return default
     if not _NUMBER.fullmatch(text):

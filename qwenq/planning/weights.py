@@ -28,6 +28,7 @@ from qwenq.machine import Compute
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.kernels import LayerParts, choose, dense_from, kept, layer_parts, row_block_bytes
 from qwenq.planning.tensor_parallel import RowGroups, row_groups, same_groups
+from qwenq.units import MIB
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,9 @@ class Weights:
     @cached_property
     def total_bytes(self) -> int:
         return sum(self.embed) + sum(self.norm) + sum(self.head) + sum(self.layer_bytes)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"label": self.label, "bytes": self.total_bytes, "source": self.source}
 
 
 def recipe_weights(
@@ -311,12 +315,31 @@ def _as_stated(spec: ModelSpec, config: Mapping[str, Any], unread: str) -> Decla
     )
 
 
-MIB = 1 << 20
+def allocated_bytes(sizes: Iterable[int], free: list[int] | None = None) -> int:
+    """`torch.cuda.memory_allocated` after tensors of these sizes, loaded in this order and never freed.
+
+    Rules of c10/cuda/CUDACachingAllocator.cpp: sizes round up to 512 bytes; up to 1 MiB come from a pool of small
+    blocks; larger ones take the best-fitting free block, else a new segment of 20 MiB (below 10 MiB) or of whole 2 MiB;
+    a block is split only when more than 1 MiB would be left, otherwise all of it counts as allocated. `free`: sizes of
+    free blocks, ascending, which are taken and left; none on an empty GPU.
+    """
+    counted, free = 0, [] if free is None else free
+    for size in sizes:
+        wanted = -(-size // 512) * 512
+        if wanted > MIB:
+            fit = bisect_left(free, wanted)
+            block = free.pop(fit) if fit < len(free) else _segment(wanted)
+            if block - wanted > MIB:
+                insort(free, block - wanted)
+            else:
+                wanted = block
+        counted += wanted
+    return counted
 
 
-def allocated_bytes(sizes: Iterable[int]) -> int:
-    """`torch.cuda.memory_allocated` after tensors of these sizes, in this order, on an empty GPU."""
-    return _allocated(sizes, [])
+def _segment(wanted: int) -> int:
+    """Bytes of a new segment for a large tensor."""
+    return 20 * MIB if wanted < 10 * MIB else -(-wanted // (2 * MIB)) * (2 * MIB)
 
 
 def allocated_groups(groups: Sequence[tuple[int, ...]]) -> list[int]:
@@ -330,7 +353,7 @@ def allocated_groups(groups: Sequence[tuple[int, ...]]) -> list[int]:
     for group in groups:
         if (group, free) not in known:
             left = list(free)
-            n_bytes = _allocated(group, left)
+            n_bytes = allocated_bytes(group, left)
             known[group, free] = n_bytes, tuple(block for block in left if block >= least)
         n_bytes, free = known[group, free]
         found.append(n_bytes)
@@ -342,32 +365,6 @@ def allocated_equal(size: int, count: int) -> int:
     wanted = -(-size // 512) * 512
     if wanted <= MIB:
         return wanted * count
-    segment = 20 * MIB if wanted < 10 * MIB else -(-wanted // (2 * MIB)) * (2 * MIB)
-    each, left = divmod(segment, wanted)
+    each, left = divmod(_segment(wanted), wanted)
     kept = left if left <= MIB else 0  # with the segment's last tensor
     return wanted * count + kept * (count // each)
-
-
-def _allocated(sizes: Iterable[int], free: list[int]) -> int:
-    """Bytes that torch's CUDA caching allocator counts for these tensors, loaded and never freed.
-
-    Rules of c10/cuda/CUDACachingAllocator.cpp: sizes round up to 512 bytes; up to 1 MiB come from a pool of small
-    blocks; larger ones take the best-fitting free block, else a new segment of 20 MiB (below 10 MiB) or of whole 2 MiB;
-    a block is split only when more than 1 MiB would be left, otherwise all of it counts as allocated. `free`: sizes of
-    free blocks, ascending, which are taken and left.
-    """
-    counted = 0
-    for size in sizes:
-        wanted = -(-size // 512) * 512
-        if wanted > MIB:
-            fit = bisect_left(free, wanted)
-            if fit < len(free):
-                block = free.pop(fit)
-            else:
-                block = 20 * MIB if wanted < 10 * MIB else -(-wanted // (2 * MIB)) * (2 * MIB)
-            if block - wanted > MIB:
-                insort(free, block - wanted)
-            else:
-                wanted = block
-        counted += wanted
-    return counted

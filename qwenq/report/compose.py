@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from qwenq.report.machines import engine_named, load, loaders_section, memory_se
 from qwenq.report.provenance import cost_section, notes_section, provenance_section
 from qwenq.report.runs import Run
 from qwenq.report.writing import to_markdown
+from qwenq.results import finite_json
 
 
 @dataclass(frozen=True)
@@ -76,26 +76,24 @@ def write_report(document: Document, page: Path, markdown: Path) -> None:
 
 def _figures(run: Run) -> dict[str, Any]:
     """A run's figures for programs; null where there is no number."""
-
-    def finite(value: float | None) -> float | None:
-        return value if value is not None and math.isfinite(value) else None
-
     drift = run.drift
     intervals = {name: getattr(drift, name) for name in ("kl", "top1_agreement", "perplexity_increase_percent")}
     kinds = dict.fromkeys(kind for layer in run.layers for kind in layer.error_db)
-    return {
+    figures = {
         "name": run.name,
         "scheme": run.scheme,
         "method": run.method,
         "file_bytes": run.file_bytes,
-        "bits_per_linear_weight": finite(run.bits_per_linear_weight),
-        **{k: [finite(v.mean), finite(v.low), finite(v.high)] for k, v in intervals.items()},
-        "perplexity": finite(drift.perplexity),
-        "reference_perplexity": finite(drift.reference_perplexity),
-        "error_db": {kind: [_tenth(layer.error_db.get(kind)) for layer in run.layers] for kind in kinds},
-        "stream_error_db": [_tenth(layer.stream_error_db) for layer in run.layers],
+        "bits_per_linear_weight": run.bits_per_linear_weight,
+        **{k: [v.mean, v.low, v.high] for k, v in intervals.items()},
+        "perplexity": drift.perplexity,
+        "reference_perplexity": drift.reference_perplexity,
+        "error_db": {kind: [_hundredth(layer.error_db.get(kind)) for layer in run.layers] for kind in kinds},
+        "stream_error_db": [_hundredth(layer.stream_error_db) for layer in run.layers],
     }
+    found: dict[str, Any] = finite_json(figures)
+    return found
 
 
-def _tenth(value: float | None) -> float | None:
-    return round(value, 2) if value is not None and math.isfinite(value) else None
+def _hundredth(value: float | None) -> float | None:
+    return None if value is None else round(value, 2)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from qwenq.report.drawing import Drawing
+from qwenq.report.drawing import Drawing, figure_text
 from qwenq.results import Interval
 from qwenq.units import format_gb
 
@@ -110,7 +109,7 @@ def number(value: float, spec: str, unit: str = "") -> str:
     """`value` formatted, with a true minus; `not finite` for NaN."""
     if not math.isfinite(value):
         return "not finite"
-    text = re.sub(r"e(-?)\+?0*", r"e\1", f"{value:{spec}}").replace("-", "−")
+    text = figure_text(value, spec)
     return f"{text} {unit}" if unit else text
 
 

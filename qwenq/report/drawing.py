@@ -56,9 +56,9 @@ class Scale:
         return found
 
 
-def tick_text(value: float) -> str:
-    """A tick's value without noise: 0.05, 1, 20, 1e-05."""
-    return re.sub(r"e(-?)\+?0*", r"e\1", f"{value:.6g}").replace("-", "−")
+def figure_text(value: float, spec: str = ".6g") -> str:
+    """A figure without noise and with a true minus: 0.05, 1, 20, 1e−5."""
+    return re.sub(r"e(-?)\+?0*", r"e\1", f"{value:{spec}}").replace("-", "−")
 
 
 def text_width(text: str) -> float:
@@ -143,7 +143,7 @@ def draw_axes(
     left, right, top, bottom = x.start, x.stop, y.stop, y.start
     for value in y_ticks:
         drawing.line(left, y(value), right, y(value), "grid")
-        drawing.text(left - 7, y(value) + 4.5, tick_text(value), "end", "tick")
+        drawing.text(left - 7, y(value) + 4.5, figure_text(value), "end", "tick")
     drawing.line(left, bottom, right, bottom, "axis")
     for value, label in x_ticks:
         drawing.line(x(value), bottom, x(value), bottom + 4, "axis")

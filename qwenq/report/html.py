@@ -78,7 +78,7 @@ def _block(block: Block) -> Iterator[str]:
 
 
 def _table(block: Table) -> str:
-    kinds = {"l": "", "r": ' class="r"', "c": ' class="c"'}
+    kinds = {"l": "", "r": ' class="r"'}
     align = [kinds[side] for side in block.align]
     head = "".join(f'<th scope="col"{kind}>{_text(cell)}</th>' for cell, kind in zip(block.head, align, strict=True))
     rows = "".join(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from qwenq.model.architectures import known_kinds
 from qwenq.report.benchmarks import Benchmark
@@ -200,7 +201,7 @@ def _size_figure(
     gb = max(p.size for p in drawn) >= 1 or not by_bytes
     unit = ("size of all files, GB" if gb else "size of all files, MB") if by_bytes else "stored bits per linear weight"
     if not gb:
-        drawn = [Point(p.label, p.size * 1000, p.kl, p.low, p.high, p.series, p.ours) for p in drawn]
+        drawn = [replace(p, size=1000 * p.size) for p in drawn]
     marks = ["circles: this project's solver"] if any(p.series == 0 for p in drawn) else []
     marks += ["squares: rounding to nearest"] if any(p.series == 1 for p in drawn) else []
     marks += ["hollow marks: other tools"] if any(not p.ours for p in drawn) else []

@@ -13,12 +13,12 @@ from qwenq.report.drawing import (
     Drawing,
     Scale,
     draw_axes,
+    figure_text,
     leader,
     nice_range,
     place_labels,
     spread_labels,
     text_width,
-    tick_text,
 )
 from qwenq.units import format_tokens
 
@@ -200,7 +200,7 @@ def _marker_kind(series: int, *, filled: bool = True) -> str:
 
 
 def _number_ticks(scale: Scale, about: int) -> list[tuple[float, str]]:
-    return [(value, tick_text(value)) for value in scale.ticks(about)]
+    return [(value, figure_text(value)) for value in scale.ticks(about)]
 
 
 def _layer_ticks(first: int, last: int, width: float) -> list[tuple[float, str]]:

@@ -38,8 +38,8 @@ def _block(block: Block) -> Iterator[str]:
 def _table(block: Table) -> Iterator[str]:
     yield f"{markdown(block.caption)}:"
     yield ""
-    align = block.align.replace("c", "l")
-    yield from table([_text(cell) for cell in block.head], [[_text(cell) for cell in row] for row in block.rows], align)
+    rows = [[_text(cell) for cell in row] for row in block.rows]
+    yield from table([_text(cell) for cell in block.head], rows, block.align)
 
 
 def _text(text: Text) -> str:

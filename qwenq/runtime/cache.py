@@ -86,11 +86,11 @@ class KvCache:
         keys, values = (kept[:, :, :stop] for kept in stored)
         return (keys, values) if keys.dtype == key.dtype else (keys.to(key.dtype), values.to(key.dtype))
 
-    def make_room(self, tokens: int) -> None:
-        """Count tokens that are written straight into `stored`; ValueError when they do not fit."""
-        if self._lengths[0] + tokens > self.capacity:
-            raise ValueError(f"{self._lengths[0] + tokens} tokens in a cache of {self.capacity}")
-        self._lengths = [length + tokens for length in self._lengths]
+    def make_room(self) -> None:
+        """Count a token that is written straight into `stored`; ValueError when the cache is full."""
+        if self._lengths[0] == self.capacity:
+            raise ValueError(f"{self.capacity + 1} tokens in a cache of {self.capacity}")
+        self._lengths = [length + 1 for length in self._lengths]
 
     def stored(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, [B, N, capacity, D] each, filled or not."""

@@ -36,7 +36,7 @@ _ARGUMENTS = {
 
 
 class KernelRefused(RuntimeError):
-    """Kernels that can't be built or loaded on this machine."""
+    """A kernel of this project's that can't be built, compiled or launched on this machine, in any tiling."""
 
 
 def refusal() -> str:

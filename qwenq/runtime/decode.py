@@ -108,7 +108,7 @@ class DecodeStep:
     def __call__(self, token: int) -> Tensor:
         """Logits behind the token, [vocabulary], in memory that the next step writes again."""
         self.inputs.copy_(torch.tensor([token, self.cache.get_seq_length()]))
-        self.cache.make_room(1)  # a step that fails leaves it to the caller to crop the cache
+        self.cache.make_room()  # a step that fails leaves it to the caller to crop the cache
         self.steps += 1
         if self._graph is None and self.graphed and self.steps > WARM_STEPS:
             self._capture()
@@ -117,10 +117,6 @@ class DecodeStep:
         self._graph.replay()
         assert self._logits is not None
         return self._logits
-
-    def refused(self, error: Exception) -> bool:
-        """Whether the error says that a kernel can't be compiled or launched on this GPU."""
-        return isinstance(error, self.kernels.KernelRefused)
 
     def _capture(self) -> None:
         """Capture the step; steps stay without a graph, with `reason`, when memory for it is not there."""

@@ -51,9 +51,7 @@ class Forecast:
     def to_json(self) -> dict[str, Any]:
         return {
             "model": self.model,
-            "weights": {
-                "label": self.weights.label, "bytes": self.weights.total_bytes, "source": self.weights.source,
-            },
+            "weights": self.weights.to_json(),
             "context": self.work.context,
             "prefill_chunk": self.work.prefill_chunk,
             "kv_cache_dtype": self.work.kv_dtype,
@@ -61,7 +59,7 @@ class Forecast:
             "devices": [asdict(held) for held in self.devices],
             "plan": self.plan.to_json(),
             "speed": self.speed.to_json(),
-        }  # fmt: skip
+        }
 
     def lines(self) -> list[str]:
         """For people."""

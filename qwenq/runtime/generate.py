@@ -16,6 +16,7 @@ from qwenq.io.tensors import all_finite
 from qwenq.pipeline.monitor import memory_errors
 from qwenq.planning.engines.torch import QWENQ_PREFILL_CHUNK
 from qwenq.runtime.cache import FP8, KvCache
+from qwenq.runtime.cpu_kernels import KernelRefused
 from qwenq.runtime.decode import DecodeStep, why_not
 from qwenq.runtime.model import RunningModel, compute_device
 
@@ -251,9 +252,7 @@ class Session:
         length = self._cache.get_seq_length()
         try:
             return self._step(token)
-        except RuntimeError as reason:
-            if not self._step.refused(reason):
-                raise
+        except KernelRefused as reason:
             self._cache.crop(length)
             self._step, self._refused = None, str(reason)
             warnings.warn(f"tokens by {self.decoding}", RuntimeWarning, 2)

@@ -20,7 +20,7 @@ Shapes: x [..., in]; M rows of x; O outputs, I inputs, G groups of K columns.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -120,11 +120,18 @@ def _parameter(value: Tensor) -> nn.Parameter:
 class _Linear(nn.Module):
     """The part that packed linears share: sizes, bias, and columns sorted by group."""
 
-    def __init__(self, q: QTensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        shape: Sequence[int],
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        order_I: Tensor | None = None,
+    ) -> None:
         super().__init__()
-        self.out_features, self.in_features = q.codes_OI.shape
+        self.out_features, self.in_features = shape
         self.bias = None if bias is None else _parameter(bias.to(device=device, dtype=dtype))
-        self.order = None if q.order_I is None else _parameter(q.order_I.to(device))
+        self.order = None if order_I is None else _parameter(order_I.to(device))
 
     def rows_of(self, x: Tensor) -> Tensor:
         """x as [M, in], columns in the order of the groups."""
@@ -137,6 +144,32 @@ class _Linear(nn.Module):
         return y_MO.view(*x.shape[:-1], self.out_features)
 
 
+class _RowBlockLinear(_Linear):
+    """A linear whose weight is written out for every call, a row block of outputs at a time. `is_head`: float32 out."""
+
+    is_head = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_MI = self.rows_of(x)
+        out_dtype = torch.float32 if self.is_head else x.dtype
+        y_MO = torch.empty(x_MI.shape[0], self.out_features, dtype=out_dtype, device=x.device)
+        x_MI = x_MI.to(product_dtype(x_MI))
+        return self.finish(multiply_row_blocks(y_MO, x_MI, self.weight_rows), x)
+
+    def weight_rows(self, start: int, stop: int) -> Tensor:
+        """The weight's outputs start to stop, [stop - start, in]."""
+        raise NotImplementedError
+
+
+def multiply_row_blocks(y_MO: Tensor, x_MI: Tensor, weight_rows: Callable[[int, int], Tensor]) -> Tensor:
+    """y = x w' in the dtype of x, rounded to that of y, with the rows of w, [stop - start, I], that are asked for."""
+    step = block_rows(x_MI.shape[1], x_MI.device)
+    for start in range(0, y_MO.shape[1], step):
+        stop = min(start + step, y_MO.shape[1])
+        multiply_into(y_MO[:, start:stop], x_MI, weight_rows(start, stop).to(x_MI.dtype).T)
+    return y_MO
+
+
 class TritonLinear(_Linear):
     """4- or 8-bit codes with the scales and zero points as stored, multiplied by this project's own kernels; bfloat16.
 
@@ -147,7 +180,7 @@ class TritonLinear(_Linear):
     def __init__(self, q: QTensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> None:
         from qwenq.runtime import triton_kernels
 
-        super().__init__(q, bias, dtype, device)
+        super().__init__(q.codes_OI.shape, bias, dtype, device, q.order_I)
         self.kernels, self.bits, self.sym, self.dtype = triton_kernels, q.integers.bits, _symmetric(q), dtype
         self.dense_from = dense_from("triton", device.type)
         codes_OI = q.codes_OI.to(device)
@@ -171,7 +204,7 @@ class TritonLinear(_Linear):
             try:
                 y_MO = self.kernels.multiply(x_MI, *self._weight)
                 return y_MO.view(*x.shape[:-1], self.out_features)
-            except self.kernels.KernelRefused as reason:
+            except cpu_kernels.KernelRefused as reason:
                 self.dense_from = x_MI.shape[0]
                 warnings.warn(f"weights written out from {self.dense_from} rows on: {reason}", RuntimeWarning, 2)
         y_MO = torch.empty(x_MI.shape[0], self.out_features, dtype=x.dtype, device=x.device)
@@ -193,7 +226,7 @@ class TritonLinear(_Linear):
         try:
             self.kernels.multiply(torch.zeros(1, inputs, dtype=self.dtype, device=device), *self._weight)
             self.weight_rows(0, 1, self.dtype)
-        except self.kernels.KernelRefused as reason:
+        except cpu_kernels.KernelRefused as reason:
             return str(reason)
         return ""
 
@@ -204,7 +237,7 @@ class TritonLinear(_Linear):
         return w_RI.T
 
 
-class CpuLinear(nn.Module):
+class CpuLinear(_Linear):
     """Codes of up to 8 bits with scales as stored, multiplied by this project's own CPU kernels; bfloat16.
 
     Activations are rounded to 16-bit integers with a scale for each kernel group. `is_head`: float32 out.
@@ -219,14 +252,10 @@ class CpuLinear(nn.Module):
         *,
         is_head: bool = False,
     ) -> None:
-        super().__init__()
-        self.bits = cpu_bits(shape)
-        codes_OI, scales_OG, minima_OG = _signed(stored, self.bits)
-        self.out_features, self.in_features = codes_OI.shape
-        self.is_head = is_head
-        order = stored.order_I if isinstance(stored, QTensor) else None
-        self.order = None if order is None else _parameter(order)
-        self.bias = None if bias is None else _parameter(bias.to(dtype))
+        codes_OI, scales_OG, minima_OG = _signed(stored, cpu_bits(shape))
+        order_I = stored.order_I if isinstance(stored, QTensor) else None
+        super().__init__(codes_OI.shape, bias, dtype, codes_OI.device, order_I)
+        self.bits, self.is_head = cpu_bits(shape), is_head
         wide = self.in_features // scales_OG.shape[1]
         each = wide // kernel_group(wide, CPU_GROUPS)  # a wider group repeats its own
         outputs = -(-self.out_features // cpu_kernels.BLOCK)
@@ -292,7 +321,7 @@ class Int4Linear(_Linear):
     """
 
     def __init__(self, q: QTensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(q, bias, dtype, device)
+        super().__init__(q.codes_OI.shape, bias, dtype, device, q.order_I)
         wide = self.in_features // q.scales_OG.shape[1]
         self.group = kernel_group(wide)
         self.cuda_packed = device.type == "cuda"
@@ -373,7 +402,7 @@ class Int8Linear(_Linear):
     """8-bit codes with one scale a row: `_weight_int8pack_mm`, the float32 scale applied to its product; bfloat16."""
 
     def __init__(self, q: QTensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(q, bias, dtype, device)
+        super().__init__(q.codes_OI.shape, bias, dtype, device, q.order_I)
         self.codes = _parameter((q.codes_OI.to(device) ^ 128).view(torch.int8).contiguous())  # code - 128
         self.scale = _parameter(q.scales_OG[:, 0].float().to(device))
         self.ones = _parameter(torch.ones(self.out_features, dtype=dtype, device=device))
@@ -393,11 +422,11 @@ class Int8Linear(_Linear):
         return self.finish(y_MO, x)
 
 
-class TiledLinear(_Linear):
+class TiledLinear(_RowBlockLinear):
     """Codes as they are (4-bit ones two a byte), dequantized in float32 in row blocks for every call."""
 
     def __init__(self, q: QTensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(q, bias, dtype, device)
+        super().__init__(q.codes_OI.shape, bias, dtype, device, q.order_I)
         codes_OI = q.codes_OI.to(device)
         self.bits = q.integers.bits
         self.columns = self.in_features + self.in_features % 2
@@ -410,16 +439,6 @@ class TiledLinear(_Linear):
         self.zeros = None if _symmetric(q) else _parameter(q.zeros_OG.to(device).contiguous())
         self.zero = q.integers.zero
 
-    def forward(self, x: Tensor) -> Tensor:
-        x_MI = self.rows_of(x)
-        y_MO = torch.empty(x_MI.shape[0], self.out_features, dtype=x.dtype, device=x.device)
-        x_MI = x_MI.to(product_dtype(x_MI))
-        step = block_rows(self.in_features, x.device)
-        for start in range(0, self.out_features, step):
-            stop = min(start + step, self.out_features)
-            multiply_into(y_MO[:, start:stop], x_MI, self.weight_rows(start, stop).to(x_MI.dtype).T)
-        return self.finish(y_MO, x)
-
     def weight_rows(self, start: int, stop: int) -> Tensor:
         """The weight's outputs start to stop, float32 [stop - start, in]."""
         codes_RI, scales_RG = self.codes[start:stop], self.scales[start:stop].float()
@@ -430,7 +449,7 @@ class TiledLinear(_Linear):
         return w_RGK.mul_(scales_RG[:, :, None]).view(stop - start, self.in_features)
 
 
-class Nf4Linear(nn.Module):
+class Nf4Linear(_RowBlockLinear):
     """bitsandbytes' NF4 with blocks inside rows, looked up in float32 in row blocks for every call.
 
     `codes` uint8 [out, in / 2], the first of two columns in the high half; `absmax` float32 [out, in / 64]. Weights are
@@ -438,24 +457,11 @@ class Nf4Linear(nn.Module):
     """
 
     def __init__(self, stored: Nf4Blocks, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__()
-        self.out_features, self.in_features = stored.shape
+        super().__init__(stored.shape, bias, dtype, device)
         self.stored_dtype, table = stored.dtype, stored.table
         self.codes = _parameter(stored.codes.to(device).view(self.out_features, -1))
         self.table = _parameter(torch.stack((table.repeat_interleave(16), table.repeat(16)), 1).to(device))  # by byte
         self.absmax = _parameter(stored.absmax.to(device).view(self.out_features, -1))
-        self.bias = None if bias is None else _parameter(bias.to(device=device, dtype=dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x_MI = x.reshape(-1, self.in_features)
-        y_MO = torch.empty(x_MI.shape[0], self.out_features, dtype=x.dtype, device=x.device)
-        x_MI = x_MI.to(product_dtype(x_MI))
-        step = block_rows(self.in_features, x.device)
-        for start in range(0, self.out_features, step):
-            block = slice(start, start + step)
-            multiply_into(y_MO[:, block], x_MI, self.weight_rows(start, start + step).to(x_MI.dtype).T)
-        y = y_MO if self.bias is None else y_MO.add_(self.bias)
-        return y.view(*x.shape[:-1], self.out_features)
 
     def weight_rows(self, start: int, stop: int) -> Tensor:
         """The weight's outputs start to stop, in the dtype it was quantized from."""
@@ -464,30 +470,18 @@ class Nf4Linear(nn.Module):
         return w.mul_(absmax[:, :, None]).view(absmax.shape[0], self.in_features).to(self.stored_dtype)
 
 
-class BlockLinear(nn.Module):
+class BlockLinear(_RowBlockLinear):
     """A GGUF weight, its bytes as they are: row blocks of outputs are dequantized in float32 for every call."""
 
     def __init__(
         self, stored: Blocks, bias: Tensor | None, dtype: torch.dtype, device: torch.device, *, is_head: bool = False
     ) -> None:
-        super().__init__()
-        self.kind = stored.kind
-        self.out_features, self.in_features = stored.shape
+        super().__init__(stored.shape, bias, dtype, device)
+        self.kind, self.is_head = stored.kind, is_head
         self.data = _parameter(stored.data_OB.to(device))
-        self.bias = None if bias is None else _parameter(bias.to(device=device, dtype=dtype))
-        self.is_head = is_head
 
-    def forward(self, x: Tensor) -> Tensor:
-        x_MI = x.reshape(-1, self.in_features)
-        out_dtype = torch.float32 if self.is_head else x.dtype
-        y_MO = torch.empty(x_MI.shape[0], self.out_features, dtype=out_dtype, device=x.device)
-        x_MI = x_MI.to(product_dtype(x_MI))
-        step = block_rows(self.in_features, x.device)
-        for start in range(0, self.out_features, step):
-            block = slice(start, start + step)
-            multiply_into(y_MO[:, block], x_MI, dequantize_blocks(self.kind, self.data[block]).to(x_MI.dtype).T)
-        y = y_MO if self.bias is None else y_MO.add_(self.bias)
-        return y.view(*x.shape[:-1], self.out_features)
+    def weight_rows(self, start: int, stop: int) -> Tensor:
+        return dequantize_blocks(self.kind, self.data[start:stop])
 
 
 class PackedEmbedding(nn.Module):
@@ -577,11 +571,7 @@ class StoredLinear(nn.Module):
             return F.linear(x_MI.half(), self.weight).float()
         shape, out_dtype = (x_MI.shape[0], self.out_features), dtype if self.is_head else x_MI.dtype
         y_MO = torch.empty(shape, dtype=out_dtype, device=x_MI.device)
-        x_MI = x_MI.to(dtype)
-        step = block_rows(self.in_features, x_MI.device)
-        for start in range(0, self.out_features, step):
-            block = slice(start, start + step)
-            multiply_into(y_MO[:, block], x_MI, self.weight[block].to(dtype).T)
+        multiply_row_blocks(y_MO, x_MI.to(dtype), lambda start, stop: self.weight[start:stop])
         return y_MO if self.bias is None else y_MO.add_(self.bias)
 
 

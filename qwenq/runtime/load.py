@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from qwenq.planning.placement import DeviceMap, host_map, place, spill_to_disk
 from qwenq.planning.rig import Rig, device
 from qwenq.planning.weights import Weights as WeightBytes
 from qwenq.planning.weights import header_weights
+from qwenq.runtime.generate import Session
 from qwenq.runtime.model import (
     DISK,
     CheckpointWeights,
@@ -95,13 +96,17 @@ class Loaded:
     seconds: float
     base_rss: int  # resident memory before the weights
 
+    def session(self, stop_ids: frozenset[int]) -> Session:
+        """A dialogue with it, of the context it was loaded for."""
+        return Session(self.model, self.work.context, self.work.prefill_chunk, self.work.kv_dtype, stop_ids)
+
     def beside_prediction(self, peaks: Sequence[Peak]) -> list[dict[str, Any]]:
         """Each device's peak with what was predicted and the error in percent."""
         rows = []
         for peak in peaks:
             predicted = self.plan.predicted.get(peak.device, 0)
             error = 100 * (predicted / peak.allocated_bytes - 1) if peak.allocated_bytes and predicted else None
-            rows.append(peak.to_json() | {"predicted_bytes": predicted, "error_percent": error})
+            rows.append(asdict(peak) | {"predicted_bytes": predicted, "error_percent": error})
         return rows
 
 

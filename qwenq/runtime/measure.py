@@ -12,7 +12,7 @@ from qwenq.pipeline.monitor import gpu_at
 from qwenq.planning.case import Case, Workload
 from qwenq.planning.engines.torch import OWN
 from qwenq.planning.memory import NOT_ALLOCATED, Term
-from qwenq.planning.placement import host_layers_bytes
+from qwenq.planning.placement import host_layers_term
 from qwenq.planning.profile import MeasuredRow
 from qwenq.planning.rig import Gpu
 from qwenq.planning.weights import Weights
@@ -83,11 +83,10 @@ def _rows(found: Loaded, weights: Weights, work: Workload, phase: str) -> list[M
 
 
 def _host_layers(found: Loaded, case: Case, gpu: Gpu) -> Term:
-    """Bytes that layers in host memory and on disk take on the GPU that computes them."""
+    """What layers in host memory and on disk take on the GPU that computes them."""
     layers = range(case.spec.num_hidden_layers)
     inside = sum(isinstance(found.model.device_map[case.spec.layer_name(k)], int) for k in layers)
-    need = host_layers_bytes(case, OWN.kept(case.weights, case.work, gpu).layer_bytes, inside)
-    return Term("kv_cache", need, "fitted", "KV of the layers in host memory, and one such layer at work")
+    return host_layers_term(case, OWN.kept(case.weights, case.work, gpu).layer_bytes, inside)
 
 
 def _parts(terms: Sequence[Term]) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from accelerate import dispatch_model
+from accelerate import dispatch_model, init_empty_weights
 from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module
 from accelerate.utils import offload_weight, save_offload_index, send_to_device
 from torch import Tensor, nn
@@ -34,6 +34,8 @@ from qwenq.planning.kernels import Choice
 from qwenq.runtime.cache import ATTENTION, register
 from qwenq.runtime.linear import BlockEmbedding, CpuLinear, PackedEmbedding, StoredLinear, block_head, packed_linear
 
+DeviceMap = Mapping[str, int | str]  # name of a module: the index of a GPU, `cpu` or `disk`
+
 
 @dataclass(frozen=True)
 class RunningModel:
@@ -42,7 +44,7 @@ class RunningModel:
     network: Any  # transformers' ...ForCausalLM
     spec: ModelSpec
     dtype: torch.dtype
-    device_map: Mapping[str, int | str]
+    device_map: DeviceMap
     choices: Mapping[str, Choice]  # by linear name; 16-bit linears have none
 
     @property
@@ -134,7 +136,7 @@ def build_model(
     weights: Weights,
     config: Mapping[str, Any],
     spec: ModelSpec,
-    device_map: Mapping[str, int | str],
+    device_map: DeviceMap,
     *,
     dtype: torch.dtype,
     offload_directory: Path | None = None,
@@ -147,7 +149,6 @@ def build_model(
     """
     network = _empty_network(config, spec, dtype)
     choices: dict[str, Choice] = {}
-    shared: dict[torch.device, Tensor | Blocks] = {}  # a tied table, once a device
     disk_index: dict[str, Any] = {}
 
     def place(module: str) -> tuple[int | str, torch.device]:
@@ -160,16 +161,8 @@ def build_model(
     where, device = place(names.embedding)
     with memory_errors("loading the embedding", device, 2 * spec.vocab_size * spec.hidden_size, _SMALLER):
         table = weights.table(spec.embedding_tensor, device)
-        tied: nn.Module | None = None
-        embedding: nn.Module
-        if not isinstance(table, Blocks):
-            embedding = StoredEmbedding(table, dtype)
-        elif spec.tie_word_embeddings and isinstance(tied := block_head(table, dtype, device), CpuLinear):
-            embedding = PackedEmbedding(tied, dtype)
-        else:
-            embedding = BlockEmbedding(table, dtype)
+        embedding, tied = _embedding(table, spec, dtype, device)
         keep(names.embedding, embedding, where)
-        shared[device] = table
     for layer in range(spec.num_hidden_layers):
         where, device = place(spec.layer_name(layer))
         linears = {lin.name: lin for lin in spec.layer_linears(layer)}
@@ -195,18 +188,29 @@ def build_model(
     norm.weight = nn.Parameter(weights.tensor(spec.norm_tensor, device).to(dtype), requires_grad=False)
     where, device = place(names.head)
     with memory_errors("loading the head", device, 2 * spec.vocab_size * spec.hidden_size, _SMALLER):
-        if not spec.tie_word_embeddings:
-            head = weights.table(spec.head_tensor, device)
-        else:
-            head = shared[device] if device in shared else shared.setdefault(device, table.to(device))
-        if isinstance(head, Blocks):
-            keep(names.head, tied or block_head(head, dtype, device), where)
-        else:
-            keep(names.head, StoredLinear(head, None, dtype, is_head=True), where)
+        head = table.to(device) if spec.tie_word_embeddings else weights.table(spec.head_tensor, device)
+        keep(names.head, tied or _head(head, dtype, device), where)
     network.eval().requires_grad_(False)
     dispatch(network, names, device_map, offload_directory, disk_index)
     return_freed_memory()
     return RunningModel(network, spec, dtype, dict(device_map), choices)
+
+
+def _embedding(
+    table: Tensor | Blocks, spec: ModelSpec, dtype: torch.dtype, device: torch.device
+) -> tuple[nn.Module, nn.Module | None]:
+    """The embedding, and the head where that keeps the table for both."""
+    if not isinstance(table, Blocks):
+        return StoredEmbedding(table, dtype), None
+    if spec.tie_word_embeddings and isinstance(head := _head(table, dtype, device), CpuLinear):
+        return PackedEmbedding(head, dtype), head
+    return BlockEmbedding(table, dtype), None
+
+
+def _head(table: Tensor | Blocks, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    if isinstance(table, Blocks):
+        return block_head(table, dtype, device)
+    return StoredLinear(table, None, dtype, is_head=True)
 
 
 _SMALLER = "lower --gpu-memory or --max-model-len so that more stays in host memory, or end what else uses the device"
@@ -214,15 +218,11 @@ _SMALLER = "lower --gpu-memory or --max-model-len so that more stays in host mem
 
 def modeling_code(spec: ModelSpec) -> Any:
     """transformers' module of the architecture; asked for early, its memory is not counted as the model's."""
-    import accelerate  # noqa: F401
-
     register()
     return importlib.import_module(spec.architecture.modules[1])
 
 
 def _empty_network(config: Mapping[str, Any], spec: ModelSpec, dtype: torch.dtype) -> Any:
-    from accelerate import init_empty_weights
-
     modeling, prefix = modeling_code(spec), spec.architecture.classes
     settings = model_config(config, spec)
     settings._attn_implementation = ATTENTION
@@ -234,7 +234,6 @@ def _empty_network(config: Mapping[str, Any], spec: ModelSpec, dtype: torch.dtyp
 
 DISK = "disk"
 CACHE = "past_key_values"  # knows by itself where its tensors are
-DeviceMap = Mapping[str, int | str]
 
 
 def compute_device(place: int | str, device_map: DeviceMap) -> torch.device:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -27,14 +26,6 @@ class Peak:
     allocated_bytes: int
     reserved_bytes: int = 0
     driver_bytes: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "device": self.device,
-            "allocated_bytes": self.allocated_bytes,
-            "reserved_bytes": self.reserved_bytes,
-            "driver_bytes": self.driver_bytes,
-        }
 
 
 def visible_rig(limits: Sequence[int] = ()) -> Rig | None:

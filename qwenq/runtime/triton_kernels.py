@@ -23,18 +23,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwenq.runtime.cpu_kernels import Head
+from qwenq.runtime.cpu_kernels import Head, KernelRefused
+from qwenq.runtime.linear import UNIT
 
-UNIT = 32  # columns whose 4-bit codes are interleaved
 FEW_ROWS = 16  # a tensor core's rows: up to here columns are split and one tile has them all
 PLAIN_SHARED_BYTES = 48 << 10  # a block's shared memory on any CUDA GPU without opting in for more
 SCRATCH_BYTES = 8 << 10  # beside a kernel's loads in flight: what Triton changes layouts through
 
 A = TypeVar("A")
-
-
-class KernelRefused(RuntimeError):
-    """A kernel that can't be compiled or launched here in any tiling."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +96,7 @@ def launched_once(name: str, out: Tensor, launch: Callable[[], Any]) -> None:
     launched((name, out.device, out.dtype), (None,), lambda _: launch())
 
 
+@cache
 def ladder(tiling: Tiling, rows: int, bits: int, group: int, limit_bytes: int) -> list[Tiling]:
     """`tiling`, then smaller ones, of which each fits; the smallest alone when none should."""
     steps = [tiling]
@@ -292,15 +289,12 @@ def multiply(
     else:
         limit = shared_limit(x_MI.device)
         case = ("multiply", x_MI.device, x_MI.dtype, bits, group, sym, bias_O is not None, usual, usual.tile(rows))
-        launched(case, _ladder(usual, usual.tile(rows), bits, group, limit), launch)
+        launched(case, ladder(usual, usual.tile(rows), bits, group, limit), launch)
     if most > 1:
         launched_once("add_splits", out, lambda: _add_splits[(triton.cdiv(rows * outputs, 512),)](
             partial, bias, out, rows * outputs, outputs, HAS_BIAS=bias_O is not None, SPLITS=most, BLOCK=512
         ))  # fmt: skip
     return out
-
-
-_ladder = cache(ladder)
 
 
 def tiling_for(rows: int, outputs: int, inputs: int, bits: int) -> Tiling:
@@ -347,15 +341,13 @@ def _write_rows(
         tl.store(out_at + 8 * tile, w.to(out_ptr.dtype.element_ty), mask=kept[:, None])
 
 
-def write_rows(
-    codes: Tensor, pairs_2GO: Tensor, sym: bool, out_RI: Tensor, start: int, block: int = 32, warps: int = 4
-) -> None:
+def write_rows(codes: Tensor, pairs_2GO: Tensor, sym: bool, out_RI: Tensor, start: int) -> None:
     """Outputs `start` and on of the weight, each value rounded once, into out [R, I]."""
     (rows, inputs), (_, groups, outputs) = out_RI.shape, pairs_2GO.shape
     bits, group = 8 if codes.shape[1] == inputs else 4, inputs // groups
-    launched_once("write_rows", out_RI, lambda: _write_rows[triton.cdiv(rows, block), groups](
+    launched_once("write_rows", out_RI, lambda: _write_rows[triton.cdiv(rows, 32), groups](
         codes if bits == 8 else codes.view(torch.int16), pairs_2GO, out_RI, start, start + rows, outputs,
-        inputs // UNIT, groups, BITS=bits, GROUP=group, SYM=sym, BLOCK_O=block, num_warps=warps,
+        inputs // UNIT, groups, BITS=bits, GROUP=group, SYM=sym, BLOCK_O=32, num_warps=4,
     ))  # fmt: skip
 
 

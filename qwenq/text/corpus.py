@@ -104,12 +104,12 @@ def read_corpus(path: Path, sample: Sample = Sample(), strict: bool = False) -> 
         if ending == ".parquet":
             return _parquet(path, file, size, sample, strict)
         kind = _KINDS[ending]
-        content = _small_content(path, file, size, packed, kind.small_bytes)
-        if content is not None:
-            provenance = {"kind": "file", "file_sha256": _sha256(file)}
-            return Corpus.collect(kind.whole(_unmarked(content, path), path), provenance, strict)
-        stream = _stream(file, packed)
         try:
+            content = _small_content(file, size, packed, kind.small_bytes)
+            if content is not None:
+                provenance = {"kind": "file", "file_sha256": _sha256(file)}
+                return Corpus.collect(kind.whole(_unmarked(content, path), path), provenance, strict)
+            stream = _stream(file, packed)
             _unmarked(stream.read(4), path)
             stream.seek(0)
             items = kind.large(stream, size, packed, path, sample)
@@ -147,14 +147,11 @@ def _row(row: Any, where: str) -> Iterator[Item]:
         yield from (Document(document.text[start : start + most]) for start in range(0, size, most))
 
 
-def _small_content(path: Path, file: io.BufferedReader, size: int, packed: bool, limit: int) -> bytes | None:
+def _small_content(file: io.BufferedReader, size: int, packed: bool, limit: int) -> bytes | None:
     """All bytes of a file, unpacked, when they are at most `limit`; the file is left at its beginning."""
     if size > limit:
         return None
-    try:
-        content = _stream(file, packed).read(limit + 1)
-    except _GZIP_ERRORS as error:
-        raise CalibrationError(f"{path}: not a whole gzip file ({shown(str(error))})") from None
+    content = _stream(file, packed).read(limit + 1)
     file.seek(0)
     return content if len(content) <= limit else None
 

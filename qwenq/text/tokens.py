@@ -116,17 +116,11 @@ class ModelTokenizer:
             return self._loaded() if vocabulary is None else _tokenizer_of(vocabulary, self.directory)
 
     def _loaded(self) -> Any:
-        whole = (self.directory / "tokenizer.json").is_file()
-        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         with _at_fault(self._unreadable):
-            if whole:
-                from transformers import PreTrainedTokenizerFast
+            import transformers  # which imports the class that is asked for alone
 
-                fast = PreTrainedTokenizerFast.from_pretrained(str(self.directory), **options)
-            else:
-                from transformers import AutoTokenizer
-
-                fast = AutoTokenizer.from_pretrained(str(self.directory), **options)
+            kind: Any = transformers.PreTrainedTokenizerFast if self.present else transformers.AutoTokenizer
+            fast = kind.from_pretrained(str(self.directory), local_files_only=True, trust_remote_code=False)
             fast.backend_tokenizer.no_padding()
             fast.backend_tokenizer.no_truncation()
         return fast
@@ -142,7 +136,7 @@ class ModelTokenizer:
         """The error of a directory that transformers does not read, naming the file at fault."""
         reason = shown(" ".join(str(error).split()) or type(error).__name__)
         path = self.directory / "tokenizer.json"
-        if not path.is_file():
+        if not self.present:
             return CheckpointError(f"{self.directory}: transformers makes no tokenizer of its files ({reason})")
         content = read_limited(path, MAX_TOKENIZER_BYTES)
         if content.startswith(LFS_POINTER):
@@ -188,8 +182,7 @@ class ModelTokenizer:
         if self._vocabulary is not None:
             return hashlib.sha256(json.dumps(self._vocabulary.document, sort_keys=True).encode()).hexdigest()
         self._check_files()
-        whole = (self.directory / "tokenizer.json").is_file()
-        names = ["tokenizer.json"] if whole else ["vocab.json", "merges.txt", "tokenizer.model"]
+        names = ["tokenizer.json"] if self.present else ["vocab.json", "merges.txt", "tokenizer.model"]
         digest = hashlib.sha256()
         for name in names:
             if (self.directory / name).is_file():
@@ -210,8 +203,8 @@ class ModelTokenizer:
     def separator(self) -> int:
         """The token put between documents: the end-of-text token, else config.json's or the tokenizer's end token."""
         for text in _SEPARATORS:
-            if (token := self._tokenizer.token_to_id(text)) is not None:
-                return int(token)
+            if (token := self.id_of(text)) is not None:
+                return token
         there = self._vocabulary is not None or inside(self.directory, "config.json").exists()
         eos = read_config(self.directory).get("eos_token_id") if there else None
         eos = eos[0] if isinstance(eos, list) and eos else eos

@@ -370,7 +370,7 @@ def test_warnings_stay_one_line_and_keep_brackets(monkeypatch: pytest.MonkeyPatc
 
 
 def test_ctrl_c_prints_the_command_that_goes_on(command: Callable[..., list[str]], tmp_path: Path) -> None:
-    arguments = command(num_samples=60, sequence_length=128, output=tmp_path / "my out")
+    arguments = command(num_samples=24, output=tmp_path / "my out")
     start = [sys.executable, "-m", "qwenq"]
     job = subprocess.Popen(
         [*start, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -135,6 +135,17 @@ def test_wrong_options_exit_with_2_and_read_nothing(options: list[str], message:
     refusal(run("run", "owner/never-fetched", "--raw", "-p", "The sea", *options), message, hint, 2)
 
 
+def test_what_another_engine_is_not_asked_for_is_refused_before_anything_is_read(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwenq.runtime.foreign.GptqModelEngine.check_installed", lambda: None)
+    words = "run", "owner/never-fetched", "--engine", "gptqmodel"
+    hint = "give it with --prompt, or use `qwenq serve`"
+    refusal(run(*words), "--engine gptqmodel answers one question", hint, 2)
+    told = run(*words, "-p", "x", "--kv-cache-dtype", "fp8")
+    refusal(told, "--kv-cache-dtype is not handed to gptqmodel by run", "`qwenq serve` tells vLLM of it", 2)
+
+
 @pytest.mark.parametrize(
     ("options", "message", "hint"),
     [

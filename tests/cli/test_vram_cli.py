@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from qwenq.planning.questions import Question, estimate_at
+from qwenq.planning.questions import Question, spread
 from tests.conftest import answer, run
 
 DATA = Path(__file__).parents[1] / "data"
@@ -25,8 +25,7 @@ def test_json_says_what_the_library_says() -> None:
     answer = json.loads(result.stdout)
     question = Question(model="Qwen2.5-72B", gpu="2x RTX 3090").resolve()
     assert [e["context"] for e in answer["estimates"]] == [8192, 32768]
-    for found in answer["estimates"]:
-        assert found == estimate_at(question, found["context"]).to_json()
+    assert answer["estimates"] == [found.to_json() for found in spread(question, [8192, 32768]).estimates]
     first = answer["estimates"][0]
     assert first["kv_bytes_per_token"] == 327_680 and first["fits"] is True and answer["estimates"][1]["fits"] is False
     assert first["weights"]["bytes"] == 41_489_965_056

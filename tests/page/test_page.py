@@ -210,6 +210,12 @@ def test_export_is_self_contained(tmp_path: Path) -> None:
     assert again.exit_code == 1 and "exists" in again.stderr
 
 
+@pytest.mark.parametrize(("bits", "width"), [("4,", "''"), ("4,\u00b2", "'\u00b2'"), ("4,x", "'x'")])
+def test_export_refuses_bits_that_are_no_numbers(bits: str, width: str, tmp_path: Path) -> None:
+    refused = run("vram", "export", "Qwen2.5-7B", "-o", tmp_path / "c.html", "--bits", bits)
+    assert refused.exit_code == 2 and f"error: bits is {width}, wanted numbers such as 4,8,16" in refused.stderr
+
+
 def test_request_model_is_hashable() -> None:
     assert hash(Ask.model_validate_json(json.dumps(STATE))) == hash(Ask.model_validate_json(json.dumps(STATE)))
 

@@ -23,8 +23,8 @@ from qwenq.planning.ggufsize import gguf_weights
 from qwenq.planning.memory import GpuMemory, Term, estimate
 from qwenq.planning.rig import Rig, find_gpu
 from qwenq.planning.validate import errors, read_rows
-from qwenq.planning.weights import MIB, Weights, allocated_bytes, published_weights, recipe_weights
-from qwenq.units import GIB
+from qwenq.planning.weights import Weights, allocated_bytes, published_weights, recipe_weights
+from qwenq.units import GIB, MIB
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "published"
 

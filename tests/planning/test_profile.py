@@ -11,9 +11,8 @@ import pytest
 from qwenq.errors import PlanError
 from qwenq.planning.memory import Term
 from qwenq.planning.profile import MeasuredRow, fit_rows, profile_json, read_profile
+from qwenq.units import MIB
 from tests.conftest import answer, run
-
-MIB = 1 << 20
 
 
 def row(working: int, allocated: int, **changes: Any) -> MeasuredRow:
@@ -131,6 +130,8 @@ def test_running_out_of_memory_keeps_the_rows_before(tiny: Path, monkeypatch: py
     result = run("vram", "measure", tiny, "-c", "64,128,256", "--prefill-chunk", 50)
     assert result.exit_code == 3 and "error: memory ran out, context 128: CPU: out of memory" in result.stderr
     assert result.stdout.count("prefill") == 1
+    nowhere = run("vram", "measure", tiny, "-o", "no/such/rows.json")  # said before anything is measured
+    assert nowhere.exit_code == 1 and nowhere.stderr.splitlines()[0] == "error: no/such: no such directory"
     both = run("vram", "measure", tiny, "--synthetic", "Qwen2.5-0.5B")
     assert both.exit_code == 2 and "one of them" in both.stderr
     for words in (["--bits", 8], ["--group-size", 64]):

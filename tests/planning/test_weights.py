@@ -231,7 +231,7 @@ def test_groups_of_tensors_are_counted_as_one_by_one(kinds: list[tuple[int, ...]
 
 
 def test_equal_layers_are_gone_through_once_they_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, allocated = [], weights._allocated
-    monkeypatch.setattr(weights, "_allocated", lambda *given: seen.append(1) or allocated(*given))
+    seen, allocated = [], weights.allocated_bytes
+    monkeypatch.setattr(weights, "allocated_bytes", lambda *given: seen.append(1) or allocated(*given))
     assert recipe_weights(model("Qwen2.5-72B"), Recipe(Scheme(4))).allocated[1][-1] > 0
     assert len(seen) < 20  # of 82 groups

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from qwenq.report.drawing import (
     Scale,
     crosses,
+    figure_text,
     nice_range,
     overlaps,
     place_labels,
     spread_labels,
     text_width,
-    tick_text,
 )
 from qwenq.report.plots import Point, draw_kl_size
 
@@ -31,7 +31,7 @@ def test_scales_by_hand() -> None:
     assert [round(log(v), 9) for v in (0.001, 0.1, 10)] == [300, 200, 100]
     assert log.ticks(5) == pytest.approx([0.001, 0.01, 0.1, 1, 10])
     assert Scale(0.002, 0.2, 0, 1, log=True).ticks(5) == pytest.approx([0.003, 0.01, 0.03, 0.1])
-    assert [tick_text(v) for v in (0.05, -20.0, 1e-5, 1000000)] == ["0.05", "−20", "1e−5", "1e6"]
+    assert [figure_text(v) for v in (0.05, -20.0, 1e-5, 1000000)] == ["0.05", "−20", "1e−5", "1e6"]
 
 
 @given(st.floats(-100, 100), st.floats(1e-3, 1e6), st.integers(2, 9))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,6 @@ from tokenizers import Tokenizer, processors
 from qwenq.errors import CheckpointError
 from qwenq.runtime.chat import Chat
 from qwenq.runtime.generate import Sampling, next_token
-
-
-@pytest.fixture
-def model(tiny: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(tiny, tmp_path / "model"))
 
 
 def test_an_end_token_that_only_the_tokenizer_names(model: Path, edit_json: Any) -> None:

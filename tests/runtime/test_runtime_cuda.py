@@ -6,13 +6,14 @@ happens inside kernels is not seen. What torch allocates is, and must be what th
 
 from __future__ import annotations
 
-from dataclasses import replace
+from contextlib import AbstractContextManager
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 from fake_gpus import MIB, Allocator, FakeGpus
+from families import model
 from torch import Tensor
 
 from qwenq.formats.base import PackedShape, Recipe, Scheme
@@ -21,71 +22,73 @@ from qwenq.formats.gguf import GGUF, Blocks, type_scheme
 from qwenq.io.gguf import TYPES
 from qwenq.machine import SCORE_BYTES, Compute
 from qwenq.model.attention import causal_attention
-from qwenq.model.spec import LinearSpec, ModelSpec, family_spec
+from qwenq.model.spec import LinearSpec, ModelSpec
 from qwenq.planning.kernels import ROW_BLOCK_BYTES, choose, kept_bytes, row_block_bytes, row_block_weights
 from qwenq.planning.profile import MeasuredRow
 from qwenq.planning.weights import allocated_bytes, recipe_weights
 from qwenq.runtime import linear, measure
 from qwenq.runtime.linear import Nf4Linear, packed_linear, tile_order
-from qwenq.runtime.load import LoadOptions, load_from
+from qwenq.runtime.load import Loaded, LoadOptions, load_from
+from qwenq.runtime.model import RunningModel
 from qwenq.runtime.synthetic import SyntheticWeights, synthetic_config
 from qwenq.solver.grid import QTensor
 
 CPU = torch.device("cpu")
 
 
-def of(name: str, layers: int) -> ModelSpec:
-    found = family_spec(name)
-    assert found is not None
-    return replace(found, num_hidden_layers=layers)
+def of(name: str, layers: int, **changes: Any) -> ModelSpec:
+    return model(name, num_hidden_layers=layers, **changes)
+
+
+def loading(
+    spec: ModelSpec, recipe: Recipe, context: int, source: type[SyntheticWeights] = SyntheticWeights, **options: Any
+) -> AbstractContextManager[Loaded]:
+    """A model as `qwenq vram measure --synthetic` loads it."""
+    asked = LoadOptions(max_model_len=context, **options)
+    return load_from(source(spec, recipe), recipe_weights(spec, recipe), synthetic_config(spec), spec, asked)
 
 
 def traced(
-    spec: ModelSpec, recipe: Recipe, gpus: list[str], contexts: list[int], **options: Any
-) -> tuple[list[MeasuredRow], dict[str, Any]]:
-    """Rows of `qwenq vram measure --synthetic`, and where its modules went."""
-    weights = recipe_weights(spec, recipe)
-    asked = LoadOptions(max_model_len=max(contexts), **options)
-    with FakeGpus(gpus), load_from(
-        SyntheticWeights(spec, recipe), weights, synthetic_config(spec), spec, asked
-    ) as found:  # fmt: skip
-        rows, ended = measure.measure(found, weights, contexts)
+    spec: ModelSpec, recipe: Recipe, gpus: list[str], contexts: list[int], capability: tuple[int, int] = (8, 6),
+    **options: Any,
+) -> tuple[list[MeasuredRow], RunningModel]:  # fmt: skip
+    """Rows of `qwenq vram measure --synthetic`, and its model."""
+    with FakeGpus(gpus, capability), loading(spec, recipe, max(contexts), **options) as found:
+        rows, ended = measure.measure(found, recipe_weights(spec, recipe), contexts)
         assert not ended, ended
-        return rows, dict(found.model.device_map)
+        return rows, found.model
+
+
+def assert_counted(rows: list[MeasuredRow], percent: float = 1.0) -> None:
+    """Each estimate is within so much of what was allocated."""
+    for row in rows:
+        assert abs(row.error_percent) < percent, (row.context, row.phase, row.device, f"{row.error_percent:+.2f} %")
 
 
 FOUR, EIGHT = Recipe(Scheme(4, 64)), Recipe(Scheme(8, 64))
 MIXED = Recipe(Scheme(4, 128), (("model.layers.1.mlp.down_proj", Scheme(8, 128)),))
-CASES: list[tuple[str, ModelSpec, Recipe, list[str], dict[str, Any]]] = [
-    ("4-bit", of("Qwen2.5-7B", 8), FOUR, ["RTX 3090"], {}),
-    ("8-bit", of("Qwen2.5-7B", 6), EIGHT, ["RTX 3090"], {}),
-    ("8-bit rows", of("Qwen2.5-7B", 6), Recipe(Scheme(8, -1)), ["RTX 3090"], {}),
-    ("mixed, fp8 cache", of("Qwen3-8B", 6), MIXED, ["RTX 3090"], {"kv_dtype": "fp8"}),
-    ("16-bit, tied", of("Qwen2.5-3B", 6), Recipe(None), ["RTX 3090"], {"prefill_chunk": 512}),
-    ("short chunks", of("Qwen2.5-3B", 6), FOUR, ["RTX 3090"], {"prefill_chunk": 96}),
+CASES: list[tuple[str, ModelSpec, Recipe, dict[str, Any]]] = [
+    ("4-bit", of("Qwen2.5-7B", 4, vocab_size=32768), FOUR, {}),
+    ("8-bit", of("Qwen2.5-7B", 4, vocab_size=32768), EIGHT, {}),
+    ("8-bit rows", of("Qwen2.5-7B", 4, vocab_size=32768), Recipe(Scheme(8, -1)), {}),
+    ("mixed, fp8 cache", of("Qwen3-8B", 4, vocab_size=32768), MIXED, {"kv_dtype": "fp8"}),
+    ("16-bit, tied", of("Qwen2.5-3B", 4), Recipe(None), {"prefill_chunk": 512}),
+    ("short chunks", of("Qwen2.5-3B", 4), FOUR, {"prefill_chunk": 96}),
 ]
 
 
-@pytest.mark.parametrize(("spec", "recipe", "gpus", "options"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
-def test_the_estimate_is_what_torch_allocates(
-    spec: ModelSpec, recipe: Recipe, gpus: list[str], options: dict[str, Any]
-) -> None:
-    rows, places = traced(spec, recipe, gpus, [600, 3000], **options)
-    assert {row.phase for row in rows} == {"prefill", "decode"}
-    assert {place for place in places.values() if isinstance(place, int)} <= set(range(len(gpus)))
-    for row in rows:
-        error = (row.exact_bytes + row.working_bytes) / row.allocated_bytes - 1
-        assert abs(error) < 0.01, (row.context, row.phase, row.device, f"{error:+.2%}")
-        assert row.reserved_bytes >= row.allocated_bytes
+@pytest.mark.parametrize(("spec", "recipe", "options"), [c[1:] for c in CASES], ids=[c[0] for c in CASES])
+def test_the_estimate_is_what_torch_allocates(spec: ModelSpec, recipe: Recipe, options: dict[str, Any]) -> None:
+    rows, found = traced(spec, recipe, ["RTX 3090"], [600, 3000], **options)
+    assert {row.phase for row in rows} == {"prefill", "decode"} and set(found.device_map.values()) == {0}
+    assert_counted(rows)
+    assert all(row.reserved_bytes >= row.allocated_bytes for row in rows)
 
 
 def test_a_cache_of_another_dtype_is_counted_when_it_is_read_back() -> None:
-    spec = of("Qwen2.5-14B", 1)
-    for options in ({"kv_dtype": "fp8"}, {"kv_dtype": "fp16"}):
-        rows, _ = traced(spec, FOUR, ["RTX 3090"], [16_000], prefill_chunk=512, **options)
-        for row in rows:
-            error = (row.exact_bytes + row.working_bytes) / row.allocated_bytes - 1
-            assert abs(error) < 0.01, (options, row.phase, f"{error:+.2%}")
+    spec = of("Qwen2.5-14B", 1, vocab_size=4096)
+    for kept in ("fp8", "fp16"):  # 5 % of the 330 MiB are what is read back
+        assert_counted(traced(spec, FOUR, ["RTX 3090"], [4000], prefill_chunk=512, kv_dtype=kept)[0], 2.0)
 
 
 def test_the_cache_leaves_no_holes() -> None:
@@ -97,22 +100,19 @@ def test_the_cache_leaves_no_holes() -> None:
 
 
 def test_two_gpus_are_both_used_and_activations_move() -> None:
-    # 12 GB hold not all of the layers
-    spec = of("Qwen2.5-72B", 16)
-    rows, places = traced(spec, FOUR, ["RTX 3060 12GB", "RTX 3060 12GB"], [512])
-    assert {places[f"model.layers.{layer}"] for layer in range(16)} == {0, 1} and places["lm_head"] == 1
+    limit = 5 << 30  # which holds not all of the layers
+    rows, found = traced(of("Qwen2.5-72B", 4), FOUR, ["RTX 3060 12GB"] * 2, [512], gpu_memory=(limit, limit))
+    places = found.device_map
+    assert {places[f"model.layers.{layer}"] for layer in range(4)} == {0, 1} and places["lm_head"] == 1
     assert len({row.device for row in rows}) == 2
     assert all(row.allocated_bytes > 2 << 30 for row in rows)
 
 
 def test_layers_in_host_memory_are_counted() -> None:
     """One GPU that holds half of the layers: the others come when their turn is, one at a time."""
-    spec = of("Qwen2.5-7B", 12)
-    rows, places = traced(spec, FOUR, ["RTX 3060 12GB"], [3000], gpu_memory=(4 << 30,))
-    assert 2 < sum(place == "cpu" for place in places.values()) < 9
-    for row in rows:
-        error = (row.exact_bytes + row.working_bytes) / row.allocated_bytes - 1
-        assert abs(error) < 0.01, (row.context, row.phase, f"{error:+.2%}")
+    rows, found = traced(of("Qwen2.5-7B", 6), FOUR, ["RTX 3060 12GB"], [3000], gpu_memory=(13 << 28,))
+    assert 1 < sum(place == "cpu" for place in found.device_map.values()) < 5
+    assert_counted(rows)
 
 
 def test_a_tensor_on_the_wrong_gpu_is_an_error() -> None:
@@ -129,38 +129,20 @@ def test_a_tensor_on_the_wrong_gpu_is_an_error() -> None:
 
 def test_older_gpus_and_float32_are_counted_too() -> None:
     """No tinygemm, no flash kernel; FakeGpus refuses torch's own attention where it would write out all scores."""
-    spec = of("Qwen2.5-7B", 4)
-    weights = recipe_weights(spec, FOUR)
-    cases: list[tuple[str, tuple[int, int], str]] = [
-        ("Tesla T4", (7, 5), "auto"),
-        ("RTX 3090", (8, 6), "float32"),
-    ]
-    for gpu, capability, dtype in cases:
-        asked = LoadOptions(max_model_len=3000, compute_dtype=dtype)
-        with FakeGpus([gpu], capability), load_from(
-            SyntheticWeights(spec, FOUR), weights, synthetic_config(spec), spec, asked
-        ) as found:  # fmt: skip
-            assert found.model.kernels() == {"tiled": 28}
-            (reason,) = found.model.fallbacks()
-            assert ("capability" in reason) == (dtype == "auto") and ("float32" in reason) == (dtype == "float32")
-            rows, ended = measure.measure(found, weights, [600, 3000])
-        assert not ended
-        for row in rows:
-            error = (row.exact_bytes + row.working_bytes) / row.allocated_bytes - 1
-            assert abs(error) < 0.015, (gpu, row.context, row.phase, f"{error:+.2%}")
+    spec = of("Qwen2.5-7B", 2)
+    for gpu, capability, dtype in (("Tesla T4", (7, 5), "auto"), ("RTX 3090", (8, 6), "float32")):
+        rows, found = traced(spec, FOUR, [gpu], [600, 3000], capability, compute_dtype=dtype)
+        assert found.kernels() == {"tiled": 14}
+        (reason,) = found.fallbacks()
+        assert ("capability" in reason) == (dtype == "auto") and ("float32" in reason) == (dtype == "float32")
+        assert_counted(rows, 1.5)
 
 
 def test_what_older_gpus_copy_of_a_long_cache_is_counted() -> None:
     """Keys and values in float32, at a block of a prompt and at each new token."""
-    spec = of("Qwen2.5-14B", 1)
-    weights, asked = recipe_weights(spec, FOUR), LoadOptions(max_model_len=16_000, prefill_chunk=512)
-    with FakeGpus(["Tesla T4"], (7, 5)), load_from(
-        SyntheticWeights(spec, FOUR), weights, synthetic_config(spec), spec, asked
-    ) as found:  # fmt: skip
-        rows, ended = measure.measure(found, weights, [16_000])
-    assert not ended
-    for row in rows:  # keys alone, or values, are 62.5 MiB in float32
-        error = row.exact_bytes + row.working_bytes - row.allocated_bytes
+    rows, _ = traced(of("Qwen2.5-14B", 1), FOUR, ["Tesla T4"], [16_000], (7, 5), prefill_chunk=512)
+    for row in rows:  # keys alone, or values, are 62.5 MiB in float32; at 8,000 tokens written out weights take more
+        error = row.predicted_bytes - row.allocated_bytes
         assert abs(error) < 16 * MIB, (row.phase, error / MIB)
 
 
@@ -255,15 +237,9 @@ class RandomBlocks(SyntheticWeights):
     [("Q4_K_M", {"int4", "blocks"}), ("IQ4_XS", {"blocks"}), ("Q8_0", {"int4 halves"})],
 )
 def test_a_gguf_file_runs_on_a_gpu(mixture: str, kernels: set[str]) -> None:
-    spec = replace(of("Qwen2.5-3B", 2), vocab_size=4096, tie_word_embeddings=False)
-    recipe = GGUF.mixture(mixture, spec)
-    weights = recipe_weights(spec, recipe)
-    with FakeGpus(["RTX 3090"]), load_from(
-        RandomBlocks(spec, recipe), weights, synthetic_config(spec), spec, LoadOptions(max_model_len=150)
-    ) as found:  # fmt: skip
-        rows, ended = measure.measure(found, weights, [150])
-        assert not ended and set(found.model.kernels()) == kernels
-    assert [row.phase for row in rows] == ["prefill", "decode"]
+    spec = of("Qwen2.5-3B", 1, vocab_size=4096, tie_word_embeddings=False)
+    rows, found = traced(spec, GGUF.mixture(mixture, spec), ["RTX 3090"], [150], source=RandomBlocks)
+    assert set(found.kernels()) == kernels and [row.phase for row in rows] == ["prefill", "decode"]
 
 
 @pytest.mark.parametrize(
@@ -288,13 +264,10 @@ def test_row_blocks_of_ggufs_types_take_no_more_than_is_counted(kind: str, wante
 
 def test_no_room_for_the_cache_is_one_line_with_the_gpu() -> None:
     spec = of("Qwen2.5-7B", 8)
-    weights = recipe_weights(spec, FOUR)
-    with FakeGpus(["RTX 3060 12GB", "RTX 3060 12GB"]) as gpus, load_from(
-        SyntheticWeights(spec, FOUR), weights, synthetic_config(spec), spec, LoadOptions(max_model_len=4096)
-    ) as found:  # fmt: skip
+    with FakeGpus(["RTX 3060 12GB", "RTX 3060 12GB"]) as gpus, loading(spec, FOUR, 4096) as found:
         for allocator in gpus.allocators:
             allocator.limit = allocator.reserved  # others came and took the rest
-        rows, ended = measure.measure(found, weights, [4096])
+        rows, ended = measure.measure(found, recipe_weights(spec, FOUR), [4096])
     assert not rows and "RTX 3060" in ended and "out of memory while making a cache of 4096 tokens" in ended
 
 

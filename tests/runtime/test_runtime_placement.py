@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import model as family
 from torch import nn
 
 from qwenq.checkpoint.reader import open_checkpoint
@@ -16,7 +17,7 @@ from qwenq.formats.base import Recipe, Scheme
 from qwenq.machine import Compute
 from qwenq.model import devices
 from qwenq.model.architectures import ARCHITECTURES
-from qwenq.model.spec import ModelSpec, family_spec
+from qwenq.model.spec import ModelSpec
 from qwenq.pipeline import monitor
 from qwenq.planning.case import Case, Workload
 from qwenq.planning.engines.torch import OWN
@@ -24,21 +25,15 @@ from qwenq.planning.placement import host_map, place
 from qwenq.planning.rig import Rig, find_gpu, parse_rig
 from qwenq.planning.weights import Weights, recipe_weights
 from qwenq.runtime import model
-from qwenq.runtime import model as dispatch
 from qwenq.runtime import peaks as memory
 from qwenq.runtime.load import LoadPlan, plan_load
 from qwenq.runtime.model import CheckpointWeights, build_model, compute_device
+from qwenq.runtime.synthetic import synthetic_config
 from qwenq.units import GIB
 
 BF16 = torch.bfloat16
 CPU = torch.device("cpu")
 RIGS = ["2x RTX 3090", "RTX 4090 + 2x RTX 3060 12GB", "RTX 3060 12GB + RTX 4090", "RTX 3060 12GB", "4x RTX 3090"]
-
-
-def of(name: str) -> ModelSpec:
-    found = family_spec(name)
-    assert found is not None
-    return found
 
 
 def planned(spec: ModelSpec, rig: Rig, context: int, room: int = 1 << 40) -> tuple[LoadPlan, Weights]:
@@ -49,11 +44,11 @@ def planned(spec: ModelSpec, rig: Rig, context: int, room: int = 1 << 40) -> tup
 @pytest.mark.parametrize("rig", RIGS)
 @pytest.mark.parametrize("name", ["Qwen2.5-72B", "Qwen2.5-32B", "Qwen2.5-3B"])  # the last one's head is tied
 def test_every_module_has_one_place_and_no_gpu_is_over_its_limit(name: str, rig: str) -> None:
-    spec, gpus = of(name), parse_rig(rig)
+    spec, gpus = family(name), parse_rig(rig)
     plan, weights = planned(spec, gpus, 4096)
     assert set(plan.device_map) == set(host_map(spec))
     with torch.device("meta"):  # accelerate's own check: every tensor is under exactly one key
-        network = model._empty_network(_config(spec), spec, BF16)
+        network = model._empty_network(synthetic_config(spec), spec, BF16)
     names = [n for n, _ in network.named_parameters()]
     for tensor in names:
         assert sum(tensor.startswith(key + ".") for key in plan.device_map) == 1, tensor
@@ -71,21 +66,15 @@ def test_every_module_has_one_place_and_no_gpu_is_over_its_limit(name: str, rig:
     assert [order[place] for place in places] == sorted(order[place] for place in places)  # GPU after GPU, then host
 
 
-def _config(spec: ModelSpec) -> dict[str, Any]:
-    from qwenq.runtime.synthetic import synthetic_config
-
-    return synthetic_config(spec)
-
-
 def test_the_map_is_the_planners_own() -> None:
-    spec, rig = of("Qwen2.5-32B"), parse_rig("RTX 4090 + RTX 3060 12GB")
+    spec, rig = family("Qwen2.5-32B"), parse_rig("RTX 4090 + RTX 3060 12GB")
     plan, weights = planned(spec, rig, 4096)
     work = Workload(4096, prefill_chunk=1024)
     assert plan.device_map == place(Case(spec, weights, OWN, work, rig)).device_map()
 
 
 def test_what_host_memory_cannot_take_goes_to_disk() -> None:
-    spec, rig = of("Qwen2.5-72B"), parse_rig("RTX 3090")
+    spec, rig = family("Qwen2.5-72B"), parse_rig("RTX 3090")
     plan, weights = planned(spec, rig, 4096)
     assert plan.disk_bytes == 0 and "stay in host memory" in plan.reason
     tight, _ = planned(spec, rig, 4096, room=10 * GIB)
@@ -97,7 +86,7 @@ def test_what_host_memory_cannot_take_goes_to_disk() -> None:
 
 
 def test_memory_that_others_hold_is_named() -> None:
-    spec, gpu = of("Qwen2.5-72B"), find_gpu("RTX 3090")
+    spec, gpu = family("Qwen2.5-72B"), find_gpu("RTX 3090")
     rig = Rig((gpu,), free_bytes=(3 * GIB,))
     with pytest.raises(QwenqError) as caught:
         planned(spec, rig, 4096)
@@ -109,7 +98,7 @@ def test_memory_that_others_hold_is_named() -> None:
 
 def test_each_gpu_of_a_mixed_rig_counts_what_it_keeps_itself() -> None:
     """A T4 keeps scales and packed zero points as they are, 2.5 bytes a group, where a 3090's kernel keeps 4."""
-    spec = of("Qwen2.5-32B")
+    spec = family("Qwen2.5-32B")
     weights = recipe_weights(spec, Recipe(Scheme(4, 32, sym=False)))
     work, rig = Workload(512, prefill_chunk=64), parse_rig("Tesla T4 + RTX 3090")
     plan = plan_load(Case(spec, weights, OWN, work, rig), 1 << 40)
@@ -147,7 +136,7 @@ def test_devices_are_called_as_the_plan_calls_them(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA GeForce RTX 3090")
     properties = SimpleNamespace(total_memory=24 * GIB, major=8, minor=6)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-    plan, _ = planned(of("Qwen2.5-32B"), parse_rig("2x RTX 3090"), 4096)
+    plan, _ = planned(family("Qwen2.5-32B"), parse_rig("2x RTX 3090"), 4096)
     assert [monitor.device_name(torch.device("cuda", index)) for index in (0, 1)] == list(plan.predicted)
     assert monitor.device_name("cpu") == "CPU"
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (GIB, 24 * GIB))
@@ -161,12 +150,12 @@ def test_devices_are_called_as_the_plan_calls_them(monkeypatch: pytest.MonkeyPat
 
 def test_layers_in_host_memory_compute_where_their_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: dict[str, Any] = {}
-    monkeypatch.setattr(dispatch, "dispatch_model", lambda network, **options: told.update(options))
+    monkeypatch.setattr(model, "dispatch_model", lambda network, **options: told.update(options))
     places: dict[str, int | str] = {
         "model.embed_tokens": 1, "model.layers.0": 0, "model.layers.1": "cpu", "model.layers.2": "disk",
     }  # fmt: skip
     network = SimpleNamespace()
-    dispatch.dispatch(network, ARCHITECTURES["qwen2"], places, tmp_path, {})
+    model.dispatch(network, ARCHITECTURES["qwen2"], places, tmp_path, {})
     assert told["device_map"] == places == network.hf_device_map
     assert told["main_device"] == compute_device("cpu", places) == torch.device("cuda", 1)
 
@@ -182,12 +171,12 @@ def test_only_blocks_whose_input_comes_from_elsewhere_are_hooked(monkeypatch: py
     hooked: dict[str, tuple[str, torch.device]] = {}
 
     def add_hook(module: nn.Module, hook: Any) -> None:
-        device = hook.device if isinstance(hook, dispatch.HostMemoryHook) else hook.execution_device
+        device = hook.device if isinstance(hook, model.HostMemoryHook) else hook.execution_device
         hooked[names[id(module)]] = type(hook).__name__, device
 
-    monkeypatch.setattr(dispatch, "add_hook_to_module", add_hook)
+    monkeypatch.setattr(model, "add_hook_to_module", add_hook)
     network = SimpleNamespace(get_submodule=modules.__getitem__)
-    dispatch.dispatch(network, ARCHITECTURES["qwen2"], places, None, {})
+    model.dispatch(network, ARCHITECTURES["qwen2"], places, None, {})
     first, second = (torch.device("cuda", index) for index in (0, 1))
     assert hooked == {
         "model.layers.1": ("AlignDevicesHook", second),
@@ -211,7 +200,7 @@ def test_weights_come_and_go_with_their_turn(monkeypatch: pytest.MonkeyPatch) ->
             copied.append(tuple(value.shape))
         return value.clone()
 
-    dispatch.add_hook_to_module(module, dispatch.HostMemoryHook(torch.device("cpu")))
+    model.add_hook_to_module(module, model.HostMemoryHook(torch.device("cpu")))
     inside: list[torch.Tensor] = []
     module[0].register_forward_pre_hook(lambda m, args: inside.append(m.weight))
     monkeypatch.setattr(torch.Tensor, "to", to)

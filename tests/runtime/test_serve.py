@@ -30,17 +30,6 @@ from tests.conftest import run
 ASK = [{"role": "user", "content": "Tell me about the sea."}]
 
 
-@pytest.fixture(scope="module")
-def service(tiny: Path) -> Service:
-    return make_service(tiny)
-
-
-@pytest.fixture(scope="module")
-def address(service: Service) -> Iterator[str]:
-    with served(make_app(service)) as found:
-        yield found
-
-
 @pytest.fixture
 def client(address: str) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=address + "/v1", api_key="none", max_retries=0, timeout=60) as found:

@@ -42,17 +42,6 @@ TEMPLATE = (  # renders everything it is given, so that a prompt shows what came
 Post = Callable[..., Any]
 
 
-@pytest.fixture(scope="module")
-def service(tiny: Path) -> Service:
-    return make_service(tiny)
-
-
-@pytest.fixture(scope="module")
-def address(service: Service) -> Iterator[str]:
-    with served(make_app(service)) as found:
-        yield found
-
-
 @pytest.fixture
 def post(address: str) -> Iterator[Post]:
     """post(**fields): the JSON of an answer to a completion, or to a chat when there are messages."""
@@ -499,13 +488,9 @@ def test_an_agents_requests(tools_service: Service, monkeypatch: pytest.MonkeyPa
     assert second["message"] == {"role": "assistant", "content": "It rains."} and second["finish_reason"] == "stop"
 
 
-def test_chat_with_a_base_model_is_refused(tiny: Path, tmp_path: Path) -> None:
-    path = tmp_path / "model"
-    shutil.copytree(tiny, path)
-    config = json.loads((path / "tokenizer_config.json").read_text())
-    del config["chat_template"]
-    (path / "tokenizer_config.json").write_text(json.dumps(config))
-    service = make_service(path)
+def test_chat_with_a_base_model_is_refused(model: Path, edit_json: Any) -> None:
+    edit_json(model / "tokenizer_config.json", chat_template=None)
+    service = make_service(model)
     with served(make_app(service)) as address:
         refused = httpx.post(address + "/v1/chat/completions", json={"messages": ASK}, timeout=60)
         assert refused.status_code == 400 and "no chat template" in refused.json()["error"]["message"]

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import model as family
 from random_codes import random_q
 from torch import Tensor, nn
 
@@ -26,12 +27,12 @@ from qwenq.formats.base import PackedShape, Recipe, Scheme
 from qwenq.formats.gguf import Blocks
 from qwenq.io.gguf import TYPES
 from qwenq.machine import Compute
-from qwenq.model.spec import ModelSpec, family_spec
 from qwenq.planning.kernels import Choice, choose, compute_on, kept_bytes
 from qwenq.planning.placement import host_map
 from qwenq.planning.rig import known_gpu
 from qwenq.runtime import decode, generate, linear
 from qwenq.runtime.cache import KvCache
+from qwenq.runtime.cpu_kernels import KernelRefused
 from qwenq.runtime.decode import DecodeStep
 from qwenq.runtime.generate import Session, Timing
 from qwenq.runtime.linear import BlockLinear, pack_codes, packed_linear, unpack_codes
@@ -313,17 +314,11 @@ def test_attention_of_one_token(kernels: Any, length: int) -> None:
     assert error_of(got, torch.einsum("hs,hsd->hd", torch.softmax(scores, -1), v_H)) < 1e-5
 
 
-def small(name: str) -> ModelSpec:
-    found = family_spec(name)
-    assert found is not None
-    return replace(
-        found, num_hidden_layers=2, vocab_size=256, hidden_size=128, intermediate_size=192, num_attention_heads=4,
+def built(name: str) -> RunningModel:
+    spec = family(
+        name, num_hidden_layers=2, vocab_size=256, hidden_size=128, intermediate_size=192, num_attention_heads=4,
         num_key_value_heads=2, head_dim=32,
     )  # fmt: skip
-
-
-def built(name: str) -> RunningModel:
-    spec = small(name)
     torch.manual_seed(0)
     source = SyntheticWeights(spec, Recipe(Scheme(4, 64)))
     return build_model(source, synthetic_config(spec), spec, host_map(spec), dtype=torch.float32)
@@ -360,11 +355,8 @@ class Refusing:
         self.cache, self.graphed, self.reason = cache, True, ""
 
     def __call__(self, token: int) -> Tensor:
-        self.cache.make_room(1)
-        raise RuntimeError("Triton kernel attend_one: no tiling")
-
-    def refused(self, error: Exception) -> bool:
-        return True
+        self.cache.make_room()
+        raise KernelRefused("Triton kernel attend_one: no tiling")
 
 
 def test_a_refused_step_goes_on_with_modules(monkeypatch: pytest.MonkeyPatch) -> None:

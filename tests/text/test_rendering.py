@@ -130,13 +130,8 @@ def test_slow_conversations_together_have_a_limit(with_template: Any, monkeypatc
         list(tokenizer.render_chats(documents))
 
 
-def test_quantize_and_run_with_a_template_that_hangs(
-    with_template: Any, tiny: Path, tmp_path: Path, edit_json: Any
-) -> None:
+def test_quantize_and_run_with_a_template_that_hangs(model: Path, tmp_path: Path, edit_json: Any) -> None:
     """Calibration on conversations, and the command line."""
-
-
-    model = Path(shutil.copytree(tiny, tmp_path / "model"))
     edit_json(model / "tokenizer_config.json", chat_template=HOSTILE["loops"][0])
     for arguments in (["quantize", str(model), "-o", str(tmp_path / "out")], ["run", str(model), "-p", "hello"]):
         answer = run(*arguments)

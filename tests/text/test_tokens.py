@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -172,9 +171,8 @@ def test_the_separator_may_come_from_the_config(tiny: Path, tmp_path: Path) -> N
         assert ModelTokenizer(tmp_path).separator
 
 
-def test_what_the_library_beneath_prints_goes_nowhere(tiny: Path, tmp_path: Path, edit_json: Any, capfd: Any) -> None:
+def test_what_the_library_beneath_prints_goes_nowhere(model: Path, edit_json: Any, capfd: Any) -> None:
     """Names of options that it does not know, as they are in the file, and its panics."""
-    model = Path(shutil.copytree(tiny, tmp_path / "model"))
     token = {"content": "<x>", "special": True, "\x1b[31mred": True}
     edit_json(model / "tokenizer_config.json", added_tokens_decoder={"1000": token})
     ModelTokenizer(model).encode(["a"])

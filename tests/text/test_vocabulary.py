@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -102,12 +101,10 @@ def test_a_template_whose_name_is_no_file_is_not_written(name: str, tiny: Path, 
 
 
 @pytest.mark.parametrize("split", SPLITTINGS, ids=lambda split: split.names[0])
-def test_every_splitting_goes_both_ways(split: Any, tiny: Path, tmp_path: Path) -> None:
-    shutil.copytree(tiny, tmp_path / "m")
-    document = json.loads((tiny / "tokenizer.json").read_bytes())
-    document["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": split.steps}
-    (tmp_path / "m" / "tokenizer.json").write_text(json.dumps(document))
-    metadata = metadata_of_tokenizer(tmp_path / "m", 1024)
+def test_every_splitting_goes_both_ways(split: Any, model: Path, edit_json: Any) -> None:
+    steps = {"type": "Sequence", "pretokenizers": split.steps}
+    document = edit_json(model / "tokenizer.json", pre_tokenizer=steps)
+    metadata = metadata_of_tokenizer(model, 1024)
     assert metadata["tokenizer.ggml.pre"] == split.names[0]
     found = vocabulary_of_metadata(metadata, "x").document
     assert found["pre_tokenizer"] == document["pre_tokenizer"]
@@ -172,10 +169,9 @@ def test_a_template_that_breaks_out_is_refused(tiny: Path, tmp_path: Path) -> No
     assert "unsafe" in str(error.value) or "access" in str(error.value)
 
 
-def test_what_cannot_be_written(tiny: Path, tmp_path: Path) -> None:
-    shutil.copytree(tiny, tmp_path / "m")
-    path = tmp_path / "m" / "tokenizer.json"
-    document = json.loads((tiny / "tokenizer.json").read_bytes())
+def test_what_cannot_be_written(model: Path) -> None:
+    path = model / "tokenizer.json"
+    document = json.loads(path.read_bytes())
     for change, words in (
         ({"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}, "of type Unigram, wanted byte-level BPE"),
         ({"decoder": {"type": "Metaspace"}}, "of type BPE, wanted byte-level BPE"),
@@ -192,25 +188,24 @@ def test_what_cannot_be_written(tiny: Path, tmp_path: Path) -> None:
     ):
         path.write_text(json.dumps(document | change))
         with pytest.raises(CheckpointError, match=words):
-            metadata_of_tokenizer(tmp_path / "m", 1024)
+            metadata_of_tokenizer(model, 1024)
     path.write_text(json.dumps(document))
     with pytest.raises(CheckpointError, match="the embedding has 1000 rows"):
-        metadata_of_tokenizer(tmp_path / "m", 1000)
+        metadata_of_tokenizer(model, 1000)
     path.unlink()
     with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
-        metadata_of_tokenizer(tmp_path / "m", 1024)
+        metadata_of_tokenizer(model, 1024)
 
 
 @pytest.mark.parametrize(
     ("text", "type_"), [("<｜User｜>", 3), ("<|x|>", 3), ("<unused7>", 3), ("<mask>", 3), ("<think>", 4), ("<a>", 4)]
 )
-def test_tokens_that_look_special_are_control_tokens(text: str, type_: int, tiny: Path, tmp_path: Path) -> None:
+def test_tokens_that_look_special_are_control_tokens(text: str, type_: int, model: Path) -> None:
     """Though their publisher did not mark them so, as DeepSeek's of Qwen's distilled models: llama.cpp's converter."""
-    shutil.copytree(tiny, tmp_path / "m")
-    document = json.loads((tiny / "tokenizer.json").read_bytes())
+    document = json.loads((model / "tokenizer.json").read_bytes())
     document["added_tokens"].append({"id": 1024, "content": text, "special": False})
-    (tmp_path / "m" / "tokenizer.json").write_text(json.dumps(document))
-    found = metadata_of_tokenizer(tmp_path / "m", 1030)
+    (model / "tokenizer.json").write_text(json.dumps(document))
+    found = metadata_of_tokenizer(model, 1030)
     assert found["tokenizer.ggml.tokens"][1024] == text and found["tokenizer.ggml.token_type"][1024] == type_
 
 
@@ -223,9 +218,8 @@ def templates_of(directory: Path) -> dict[str, Any]:
     return {key.removeprefix("tokenizer.chat_template").removeprefix(".") or "default": found[key] for key in found}
 
 
-def test_every_chat_template_is_written(tiny: Path, tmp_path: Path, edit_json: Any) -> None:
+def test_every_chat_template_is_written(model: Path, edit_json: Any) -> None:
     """A list of tokenizer_config.json, chat_template.jinja and the files of further ones, in any combination."""
-    model = Path(shutil.copytree(tiny, tmp_path / "m"))
     settings, more = model / "tokenizer_config.json", model / "additional_chat_templates"
     more.mkdir()
     (more / "rag.jinja").write_text("RAG")

@@ -17,7 +17,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import ClassVar, TypedDict
+from typing import ClassVar, Protocol, TypedDict
 
 from qwenq.errors import HonestNo, PlanError, UsageError
 from qwenq.formats.base import Recipe, Scheme
@@ -85,20 +85,19 @@ class Engine(ABC):
         name = self.title or self.name
         return f"{name} {'.'.join(map(str, self.version))}" if self.versioned else name
 
-    def library(self, name: str) -> Version | None:
-        return dict(self.libraries).get(name)
-
     @property
     def version_note(self) -> str:
         """That nobody checked this version, and which one's facts stand in; empty where one of that line was."""
         if not self.versioned or not self.oldest:
             return ""
-        shown = ".".join(map(str, self.version))
         if self.version[: len(self.latest)] > self.latest:
-            return f"{self.title or self.name} {shown} was not checked: counted as {'.'.join(map(str, self.latest))}"
-        if self.version < self.oldest:
-            return f"{self.title or self.name} {shown} was not checked: counted as {'.'.join(map(str, self.oldest))}"
-        return ""
+            counted = self.latest
+        elif self.version < self.oldest:
+            counted = self.oldest
+        else:
+            return ""
+        shown, known = (".".join(map(str, version)) for version in (self.version, counted))
+        return f"{self.title or self.name} {shown} was not checked: counted as {known}"
 
     def kv_bytes(self, kv_dtype: str) -> float:
         """Bytes of one cached value; UsageError when the engine has no such cache."""
@@ -187,9 +186,9 @@ class Engine(ABC):
     def how_held(self, case: Case) -> str:
         """How the rig holds the case: `one GPU`, `layers split`, `TP 2 x PP 1`; empty when it does not."""
 
-    def rig_finder(self, case: Case) -> RigFinder:
+    def rig_finder(self) -> RigFinder:
         """What answers for many rigs of one case."""
-        return RigFinder(self)
+        return self
 
     def check_ranks(self, ranks: int) -> None:
         """UsageError for a tensor parallel size that it cannot have."""
@@ -221,26 +220,20 @@ class Engine(ABC):
         return ""
 
 
-class RigFinder:
+class RigFinder(Protocol):
     """How a rig holds a case and up to which context, asked of one case on many rigs."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def how_held(self, case: Case) -> str: ...
 
-    def how_held(self, case: Case) -> str:
-        return self.engine.how_held(case)
-
-    def longest_context(self, case: Case) -> int:
-        return self.engine.longest_context(case)
+    def longest_context(self, case: Case) -> int: ...
 
 
-class LayerFinder(RigFinder):
+class LayerFinder:
     """Keeps costs by context between rigs; contexts in steps: 1,024 tokens up to 16k, 2,048 to 32k, 4,096 beyond."""
 
     STEPS: ClassVar[tuple[int, ...]] = (*range(1024, 16384, 1024), *range(16384, 32768, 2048))
 
-    def __init__(self, engine: Engine) -> None:
-        super().__init__(engine)
+    def __init__(self) -> None:
         self.costs: dict[int, Costs] = {}
 
     def _splits(self, case: Case) -> bool:
@@ -272,8 +265,8 @@ class LayeredEngine(Engine):
     def how_held(self, case: Case) -> str:
         return how_split(case) if splits(case) else ""
 
-    def rig_finder(self, case: Case) -> RigFinder:
-        return LayerFinder(self)
+    def rig_finder(self) -> RigFinder:
+        return LayerFinder()
 
     def check_ranks(self, ranks: int) -> None:
         super().check_ranks(ranks)
@@ -366,7 +359,7 @@ class ServerEngine(Engine):
         """Tokens and bytes a GPU of the KV cache in the part that is asked for, whatever finds room beside it."""
         gpus, free = case.hardware.gpus, case.hardware.limits
         needed = [self.terms(case, share, gpu)[0] for share, gpu in zip(shares, gpus, strict=True)]
-        asked = case.work.gpu_memory_utilization or self.asked_part(case)
+        asked = self.asked_part(case)
         left = [
             asked * self.part_of(terms, gpu.limit_bytes, n) - self.inside_bytes(terms)
             for terms, gpu, n in zip(needed, gpus, free, strict=True)

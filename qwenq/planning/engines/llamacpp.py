@@ -25,9 +25,8 @@ from qwenq.planning.plan import Plan
 from qwenq.planning.rig import Gpu
 from qwenq.planning.speed import SpeedFit
 from qwenq.planning.weights import Weights
-from qwenq.units import format_gb, format_tokens
+from qwenq.units import MIB, format_gb, format_tokens
 
-MIB = 1 << 20
 NEAREST_KV = {"fp8": "q8_0", "q8_0": "q8_0", "q4_0": "q4_0"}  # of other engines' caches; 16 bits otherwise
 # Since about this build the server reserves logits for few outputs (llama.cpp#23861, 29 May 2026; 9272 did not yet).
 FEW_OUTPUTS = (9400,)

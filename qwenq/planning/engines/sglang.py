@@ -25,7 +25,6 @@ from qwenq.planning.speed import SpeedFit
 from qwenq.planning.weights import Weights
 from qwenq.units import GIB
 
-MIB = 1 << 20
 _LOG = "QwQ-32B on four A10G"
 LEAST_REQUESTS = 2048  # rows of the table of requests where none are asked for (init_memory_pool; up to 4,096)
 # GPU memory below so many GiB -> prompt tokens at once, largest batch of a CUDA graph with less than 4 ranks, and more

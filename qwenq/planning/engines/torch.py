@@ -533,7 +533,7 @@ class TransformersEngine(TorchEngine):
 
     def kernel_for(self, weights: Weights) -> Kernel:
         """GPTQ by the library: AutoGPTQ's where it is one of `libraries`, else GPTQModel's on Ampere and later."""
-        if weights.method not in KERNELS and self.library("autogptq") is not None:
+        if weights.method not in KERNELS and "autogptq" in dict(self.libraries):
             return EXLLAMA_V1 if weights.bits == 4 else CUDA_OLD
         return super().kernel_for(weights)
 
