@@ -210,11 +210,10 @@ def peak_bytes(
     calibrating = max(activations + collecting, between, squaring)
     solving = max(_solving(spec, stage, corrects, ranks) for stage in stages)
     written = 4 * parameters if on_gpu else 0  # the layer as it was written, dequantized there
-    evaluating = compute_bytes * (parameters + 4 * part + states) + 4 * states
-    if compute_bytes < 4:  # the noise floor's windows
+    evaluating = written + compute_bytes * (parameters + 4 * part + states) + 4 * states
+    if compute_bytes < 4:  # the noise floor's windows go through the source's layer
         few = min(at_once, _of_rank(spec, tokens, ranks)[3] * tokens.length)
         evaluating = max(evaluating, 4 * (parameters + 4 * few * width + 4 * few * hidden))
-    evaluating += written
     head = 6 * 4 * 1024 * 4096 + 8 * 4096 * hidden + 8 * evaluation * hidden
     work = max(tokens.calibration_bytes * parameters + max(calibrating, solving), evaluating)
     buffers = token_buffer_bytes(spec, tokens, compute_bytes, ranks)

@@ -18,7 +18,6 @@ import typer
 from click.testing import Result
 from typer.testing import CliRunner
 
-from qwenq.cli.console import drift_table
 from qwenq.cli.main import command as load_command
 from qwenq.solver.metrics import Reading, TokenDrift, summarise
 from tests.conftest import run
@@ -27,7 +26,10 @@ from tests.conftest import run
 
 
 @pytest.mark.parametrize(("windows", "said"), [(1, {"", "one window"}), (2, {"", "SE 0.143", "0.00500 to 0.00500"})])
-def test_one_window_has_no_interval(windows: int, said: set[str]) -> None:
+def test_one_window_has_no_interval(windows: int, said: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")  # the console keeps the width that it is made with
+    from qwenq.cli.console import drift_table
+
     nll = torch.tensor([1.0, 1.1, 1.2, 1.3]) if windows == 1 else torch.tensor([1.0, 1.0, 1.1, 1.1])
     tokens = TokenDrift(nll, nll, torch.full((4,), 0.005), torch.ones(4), 0)
     table = drift_table(summarise(tokens, Reading("t", "", windows, 4 // windows + 1, "float32")))
@@ -304,7 +306,7 @@ def test_errors_of_eval(tiny: Path, random_model: Callable[..., Path]) -> None:
 
 
 def test_quantize_in_words(command: Callable[..., list[str]], tmp_path: Path) -> None:
-    result = run(*command())
+    result = run(*command(compute_dtype="float32"))
     assert result.exit_code == 0, result.output
     assert "drift on heldout.txt (4 x 128 tokens, float32)" in result.stdout
     last = result.stdout.splitlines()[-1]

@@ -128,7 +128,7 @@ def test_the_dry_run_counts_what_the_job_reads() -> None:
     """Eight bits alone are not pulled, rounding reads no calibration text: fewer hidden states."""
 
     def states(*options: str) -> int:
-        result = run("quantize", "Qwen2.5-0.5B", "--dry-run", "--json", *options)
+        result = run("quantize", "Qwen2.5-0.5B", "--dry-run", "--json", "--compute-dtype", "float32", *options)
         assert result.exit_code == 0, result.output
         return json.loads(result.stdout)["state_bytes"]
 

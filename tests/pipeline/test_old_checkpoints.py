@@ -30,7 +30,8 @@ SAME_BITS = {
 }  # fmt: skip
 TEXT = ["--calibration", "calib.txt", "--eval-text", "heldout.txt", "-n", "4", "--sequence-length", "32",
         "--eval-samples", "1", "--device", "cpu", "--calibration-dtype", "float32"]  # fmt: skip
-DEFAULTS_OF_THEN = ["--builtin-share", "0", "--sink-weight", "1", "--damp-percent", "0.02"]
+IN_FLOAT32 = ["--compute-dtype", "float32"]
+DEFAULTS_OF_THEN = ["--builtin-share", "0", "--sink-weight", "1", "--damp-percent", "0.02", *IN_FLOAT32]
 JOB = ["quantize", "tiny-qwen2", "--bits", "4", *TEXT, "--pull", "1", "--pull-share", "0.5", *DEFAULTS_OF_THEN]
 
 RUN_ALL = """
@@ -195,7 +196,7 @@ def test_codes_survive_another_format(old: Callable[[str], Path], tmp_path: Path
 def test_eval_gives_the_figures_of_then(old: Callable[[str], Path]) -> None:
     then = json.loads((OLD / "eval.json").read_text())
     measured = ["--reference", "tiny-qwen2", "--text", "heldout.txt", "-n", "2", "--sequence-length", "64"]
-    (now,) = answers(["eval", old("gptq"), *measured, "--device", "cpu"])
+    (now,) = answers(["eval", old("gptq"), *measured, *IN_FLOAT32, "--device", "cpu"])
     assert now.keys() == then.keys()
     assert now["kl"] == pytest.approx(then["kl"], rel=1e-3)
     for key in ("perplexity", "reference_perplexity"):
