@@ -7,6 +7,7 @@ planning: `estimate`, `plan`, `inspect`, and `dry_run` of a model whose tokenize
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -287,11 +288,9 @@ def evaluate(
     if windows.left_out:
         warn(windows.left_out)
     ranks = ranks or ALONE
-    dtype = pick_compute_dtype(
-        config.compute_dtype,
-        device := pick_device(config.device),
-        checkpoint.recipe.bits_per_linear_weight(checkpoint.spec),
-    )
+    full = base.quantized is None and saved is None  # what is far smaller or is read elsewhere has to be exact
+    bits = checkpoint.recipe.uniform_bits(checkpoint.spec) if full else math.inf
+    dtype = pick_compute_dtype(config.compute_dtype, device := pick_device(config.device), bits)
     asked = {"checkpoint": checkpoint.sampled(), "reference": base.sampled(), "text": windows.to_json()}
     ranks.refuse_others("command", asked | {"--compute-dtype": dtype})
     refuse_few(ranks.size, evaluation=len(windows.ids))

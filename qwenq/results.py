@@ -81,7 +81,7 @@ def _fields(row: Any, kinds: dict[str, tuple[type, ...]]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its 95 % interval (percentiles of a bootstrap over windows of text)."""
+    """A mean with its 95 % interval (percentiles of a bootstrap over windows of text), NaN of one window."""
 
     mean: float
     low: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from typing import Any
@@ -112,13 +113,15 @@ def drift_table(drift: DriftReport, reference: str = "16-bit") -> Table:
     table.add_column("value", justify="right")
     table.add_column("95 % interval", justify="right")
     ppl, kl, top = drift.perplexity_increase_percent, drift.kl, drift.top1_agreement
-    several = drift.windows > 1  # windows are what intervals are drawn from
+
+    none = "one window" if drift.windows == 1 else "not finite"
 
     def between(interval: Interval, spec: str, unit: str = "", scale: float = 1.0) -> str:
-        return f"{scale * interval.low:{spec}} to {scale * interval.high:{spec}}{unit}" if several else "one window"
+        known = math.isfinite(interval.low) and math.isfinite(interval.high)
+        return f"{scale * interval.low:{spec}} to {scale * interval.high:{spec}}{unit}" if known else none
 
     def error(se: float) -> str:
-        return f"SE {se:.3f}" if several else "one window"
+        return f"SE {se:.3f}" if math.isfinite(se) else none
 
     table.add_row("mean KL (nats/token)", f"{kl.mean:.5f}", between(kl, ".5f"))
     table.add_row("median KL, 99th percentile", f"{drift.kl_median:.5f}, {drift.kl_p99:.4f}", "")

@@ -58,7 +58,7 @@ ComputeDtype = Annotated[
     option(
         MACHINE,
         metavar="DTYPE",
-        help="Of activations: float32, bfloat16; auto: by device and bits.",
+        help="Of activations: float32, bfloat16; auto: by device and task.",
         show_default=False,
     ),
 ]

@@ -6,6 +6,7 @@ config.json says of it, both ways, and how its tensors are packed and unpacked. 
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -249,6 +250,12 @@ class Recipe:
         layers = set(self.layer_kinds(spec))
         linears = (lin for layer in layers for lin in spec.layer_linears(layer))
         return {scheme for lin in linears if (scheme := self.scheme_of(lin)) is not None}
+
+    def uniform_bits(self, spec: ModelSpec) -> float:
+        """Stored bits per weight, scales included, where all linears have one scheme; infinite elsewhere."""
+        layers = set(self.layer_kinds(spec))
+        found = {self.scheme_of(lin) for layer in layers for lin in spec.layer_linears(layer)}
+        return self.bits_per_linear_weight(spec) if len(found) == 1 else math.inf
 
     @property
     def mixed(self) -> bool:

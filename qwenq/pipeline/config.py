@@ -531,15 +531,6 @@ class Resolution:
         here. measured: sensitivities that a stopped job has measured already. beside: what files hold beside tensors.
         """
         method, wide = config.solver, config.widened(spec)
-        bits = math.inf if config.mixed else config.uniform(wide).bits_per_linear_weight(wide)
-        settled = replace(
-            config,
-            method=method,
-            fold=config.fold and method == "gptq",
-            device=device,
-            compute_dtype=pick_compute_dtype(config.compute_dtype, device, bits),
-            calibration_dtype=pick_calibration_dtype(config.calibration_dtype, device),
-        )
         stored_dtype = get_format(config.format).stored_dtype
 
         def dtype_of(name: str) -> str:
@@ -551,9 +542,18 @@ class Resolution:
             raise PlanError("--method rtn measures no sensitivities", hint="give them with --sensitivity FILE")
         held = partial(beside, wide)
         budgeted = config.choose(wide, table, dtype_of, held) if config.mixed else None
-        found = Resolution(settled, wide, dtype_of, table, budgeted, held)
-        found.recipe.check(wide)
-        return found
+        recipe = budgeted.recipe if budgeted else config.uniform(wide)
+        recipe.check(wide)
+        bits = math.inf if config.budgeted else recipe.uniform_bits(wide)  # sensitivities are measured in that dtype
+        settled = replace(
+            config,
+            method=method,
+            fold=config.fold and method == "gptq",
+            device=device,
+            compute_dtype=pick_compute_dtype(config.compute_dtype, device, bits),
+            calibration_dtype=pick_calibration_dtype(config.calibration_dtype, device),
+        )
+        return Resolution(settled, wide, dtype_of, table, budgeted, held)
 
     @property
     def recipe(self) -> Recipe:
@@ -649,7 +649,7 @@ def pick_device(device: str, *, several: bool = True) -> str:
 
 
 def cpu_batch_tokens(intermediate_size: int) -> int:
-    """Tokens that each worker of a CPU sends through a layer together, or a window that is longer."""
+    """Tokens that each worker of a CPU sends through a layer together, in whole windows, or one that is longer."""
     if intermediate_size > WORKERS_UP_TO:
         return BATCH_TOKENS
     return min(CPU_BATCH_TOKENS, CPU_BATCH_VALUES // intermediate_size)
@@ -658,8 +658,8 @@ def cpu_batch_tokens(intermediate_size: int) -> int:
 def pick_compute_dtype(compute_dtype: str, device: str, bits: float = math.inf) -> str:
     """The dtype activations are computed in; float16 is refused: Qwen2.5 overflows it, and CPUs crawl in it.
 
-    bits: of a linear weight, where it is a checkpoint's divergence that is computed. Up to NARROW_UP_TO a CPU with
-    instructions for bfloat16 takes that: its noise is a hundredth of what so few bits lose.
+    bits: of a linear weight, where it is the divergence from a 16-bit model that is computed. Up to NARROW_UP_TO a CPU
+    with instructions for bfloat16 takes that: its noise was a hundredth of what so few bits lose (reports/LOG.md).
     """
     if compute_dtype == "auto":
         return "bfloat16" if device != "cpu" or (bits <= NARROW_UP_TO and has_bfloat16()) else "float32"

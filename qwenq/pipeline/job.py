@@ -264,10 +264,14 @@ class QuantizeJob:
     def numerics(self) -> dict[str, Any]:
         """What decides the last bits of sums on this machine: a resumed job needs the same."""
         sums = SUMS if self.devices == ("cpu",) else GPU_SUMS
+        if self.calibration is None:
+            return numerics(self.devices)
+        length = self.calibration.ids.shape[1]
         batch = cpu_batch_tokens(self.source.spec.intermediate_size)
-        if self.devices == ("cpu",) and batch < CPU_BATCH_TOKENS:  # they were of 1,024 for every width once
-            sums += f", batches of {batch} tokens"
-        return numerics(self.devices) | ({"sums": sums} if self.calibration else {})
+        windows, once = max(1, batch // length), max(1, CPU_BATCH_TOKENS // length)
+        if self.devices == ("cpu",) and windows < once:  # the bits of narrower FFNs are those of earlier versions
+            sums += f", batches of {windows} window{'s' if windows > 1 else ''}"
+        return numerics(self.devices) | {"sums": sums}
 
     def same_everywhere(self, described: Mapping[str, Any]) -> dict[str, Any]:
         """Of `describe`, what every rank has to have the same: all but its directory's name and what it computes on."""

@@ -147,6 +147,9 @@ def refuse_changes(old: Mapping[str, Any], new: Mapping[str, Any], directory: Pa
     same = "resume with the same command and inputs"
     if threads is not None and len(differences) == 1:
         same = f"sums over another number of threads end in other bits: set OMP_NUM_THREADS={threads}"
+    narrower = next((was for where, was, _ in differences if where == "compute_dtype"), None)
+    if narrower is not None and len(differences) == 1:
+        same = f"its divergence was begun in {narrower}: add --compute-dtype {narrower}"
     if any(where == "numerics.sums" for where, _, _ in differences):
         same = "another version began it, which takes sums over windows in another way: let that one finish it"
     raise JobError(

@@ -209,7 +209,7 @@ def peak_bytes(
     activations = tokens.calibration_bytes * (4 * part + states)
     calibrating = max(activations + collecting, between, squaring)
     solving = max(_solving(spec, stage, corrects, ranks) for stage in stages)
-    written = 4 * parameters if on_gpu else 0  # the layer as it was written, dequantized there
+    written = 4 * parameters if on_gpu or compute_bytes < 4 else 0  # the layer as it was written, dequantized
     evaluating = written + compute_bytes * (parameters + 4 * part + states) + 4 * states
     if compute_bytes < 4:  # the noise floor's windows go through the source's layer
         few = min(at_once, _of_rank(spec, tokens, ranks)[3] * tokens.length)

@@ -38,12 +38,18 @@ class Point:
     ours: bool
 
 
+def _between(point: Point) -> str:
+    """Its interval in words; nothing where there is none."""
+    known = math.isfinite(point.low) and math.isfinite(point.high)
+    return f" ({point.low:.4g} to {point.high:.4g})" if known else ""
+
+
 def draw_kl_size(points: Sequence[Point], size_title: str, width: int, ident: str) -> Drawing:
     """Mean KL with its interval against size; logarithmic where the values span more than a factor of 4."""
     tall = 360 if width > 600 else 430
     drawing = Drawing(
         width, tall, ident, "KL divergence against size",
-        "; ".join(f"{p.label}: KL {p.kl:.4g} ({p.low:.4g} to {p.high:.4g}) at {p.size:.4g}" for p in points),
+        "; ".join(f"{p.label}: KL {p.kl:.4g}{_between(p)} at {p.size:.4g}" for p in points),
     )  # fmt: skip
     values = [v for p in points for v in (p.kl, p.low, p.high) if math.isfinite(v)]
     log = min(values) > 0 and max(values) / min(values) > 4

@@ -117,6 +117,11 @@ def test_finite_is_what_isfinite_says(dtype: torch.dtype) -> None:
                    [-float("inf"), 2.0]):  # fmt: skip
         tensor = torch.tensor(values, dtype=torch.float64).to(dtype)
         assert all_finite(tensor) == bool(torch.isfinite(tensor).all()), values
+    large = torch.ones(700, 1100, dtype=dtype)
+    assert all_finite(large) and all_finite(large.T)
+    for value in (float("nan"), float("inf"), -float("inf")):
+        large[613, 517] = value
+        assert not all_finite(large) and not all_finite(large[:, 100:])
     assert all_finite(torch.zeros(3, dtype=torch.int32)) and not all_finite(torch.full((600, 700), torch.nan)[:, 1:])
 
 

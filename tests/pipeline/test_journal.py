@@ -217,6 +217,13 @@ def test_another_number_of_threads_is_refused_with_what_to_set(tmp_path: Path) -
         refuse_changes(old, {"seed": 0, "numerics": {"torch": "2.14", "threads": 8}}, tmp_path)
 
 
+def test_a_divergence_that_was_begun_in_another_dtype(tmp_path: Path) -> None:
+    """Of an earlier version, say, whose default it was."""
+    with pytest.raises(JobError) as caught:
+        refuse_changes({"compute_dtype": "float32"}, {"compute_dtype": "bfloat16"}, tmp_path)
+    assert "add --compute-dtype float32, or delete the directory" in caught.value.hint
+
+
 def test_the_lock_holds_within_one_process_too(tmp_path: Path) -> None:
     with locked(tmp_path), pytest.raises(JobError, match=f"in use by process {os.getpid()}"), locked(tmp_path):
         pass

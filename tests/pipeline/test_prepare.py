@@ -63,5 +63,29 @@ def test_the_divergence_of_few_bits_is_computed_in_bfloat16(
     assert job(bits=4, group_size=32, compute_dtype="float32").config.compute_dtype == "float32"
     drift = quantize(job(bits=4, group_size=32)).drift
     assert drift.compute_dtype == "bfloat16" and 0 < 2 * drift.noise_floor_kl < 0.1 * drift.kl.mean
+    read: Any = {"text": str(heldout), "sequence_length": 64, "num_samples": 3, "device": "cpu"}
+    assert api.evaluate(tmp_path / "out", tiny, **read) == drift
+    for exact in (  # what may be far smaller, and what is read elsewhere
+        api.evaluate(tmp_path / "out", tmp_path / "out", **read),
+        api.evaluate(tmp_path / "out", tiny, save_reference_logits=tmp_path / "logits", **read | {"num_samples": 5}),
+    ):
+        assert exact.compute_dtype == "float32" and exact.noise_floor_kl == 0
+
+
+@pytest.mark.parametrize("rest", ["4-bit g32", "8-bit g32"])
+def test_a_recipes_divergence_is_computed_as_eval_would(
+    rest: str, tiny: Path, calib: Path, heldout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "has_bfloat16", lambda: True)
+    recipe = tmp_path / "recipe.toml"
+    units = f'qkv = "4-bit g32", o = "4-bit g32", gate_up = "4-bit g32", down = "{rest}"'
+    layers = "".join(f"{k} = {{ {units} }}\n" for k in range(4))
+    recipe.write_text(f'version = 1\nmodel = "tiny-qwen2"\n[layer]\n{layers}')
+    job = prepare(tiny, tmp_path / "out", QuantizeConfig(
+        device="cpu", recipe=recipe, calibration=str(calib), eval_text=str(heldout), sequence_length=64, num_samples=8,
+        eval_samples=3,
+    )).job  # fmt: skip
+    drift = quantize(job).drift
+    assert drift.compute_dtype == ("bfloat16" if rest == "4-bit g32" else "float32")
     again = api.evaluate(tmp_path / "out", tiny, text=str(heldout), sequence_length=64, num_samples=3, device="cpu")
     assert again == drift

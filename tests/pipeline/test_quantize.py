@@ -25,6 +25,8 @@ from qwenq.checkpoint.manifest import JOURNAL_NAME, LOCK_NAME, MANIFEST_NAME
 from qwenq.checkpoint.reader import Checkpoint, open_checkpoint, open_source
 from qwenq.errors import CheckpointError, JobError, PlanError, QwenqError, UsageError
 from qwenq.formats.base import Recipe, Scheme
+from qwenq.pipeline import config
+from qwenq.pipeline import job as job_module
 from qwenq.pipeline.evaluate import evaluate
 from qwenq.pipeline.job import QuantizeJob, partial_directory
 from qwenq.pipeline.quantize import VRAM_KEPT_FREE, SourceLayers, gpu_for_states, preflight_of, quantize
@@ -319,6 +321,20 @@ def test_bfloat16_compute_reports_its_noise_floor(random_model: Make, tmp_path: 
     drift = quantize(job).drift
     assert 0 < drift.noise_floor_kl < 0.01 and drift.compute_dtype == "bfloat16"
     assert drift == evaluate(open_checkpoint(job.out), job.source, job.evaluation, compute_dtype=torch.bfloat16)
+
+
+def test_batches_that_end_in_other_bits_are_in_the_numerics(
+    random_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = small_job(random_model(), tmp_path / "out")
+    width, before = job.source.spec.intermediate_size, job.numerics
+    monkeypatch.setattr(config, "CPU_BATCH_VALUES", 64 * width)
+    assert job.numerics["sums"] == before["sums"] + ", batches of 2 windows"
+    monkeypatch.setattr(config, "CPU_BATCH_VALUES", 16 * width)
+    assert job.numerics["sums"] == before["sums"] + ", batches of 1 window"
+    monkeypatch.setattr(config, "CPU_BATCH_TOKENS", 16)
+    monkeypatch.setattr(job_module, "CPU_BATCH_TOKENS", 16)
+    assert job.numerics == before, "windows are longer than either"
 
 
 # ---------------------------------------------------------------------- stopped and resumed

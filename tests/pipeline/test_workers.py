@@ -16,7 +16,7 @@ from conftest import small_job
 from qwenq.checkpoint.reader import open_checkpoint
 from qwenq.errors import PlanError
 from qwenq.model.layer import Network
-from qwenq.pipeline.config import pick_device
+from qwenq.pipeline.config import cpu_batch_tokens, pick_device
 from qwenq.pipeline.quantize import quantize
 from qwenq.pipeline.ranks import ALONE
 from qwenq.pipeline.shares import Share, parts_of, passes
@@ -105,6 +105,11 @@ def test_the_first_windows_lie_where_all_of_them_do() -> None:
         assert few.windows == [w for w in share.windows if w < 3] and few.count == 3
         for part, whole in zip(few.parts(range(11)), share.parts(range(11)), strict=False):
             assert (part.number, part.own.start) == (whole.number, whole.own.start)
+
+
+def test_batches_of_a_cpu_by_the_ffn() -> None:
+    widths = 384, 2560, 2561, 4864, 8192, 8193
+    assert [cpu_batch_tokens(width) for width in widths] == [1024, 1024, 1023, 538, 320, 2048]
 
 
 def test_batches_stay_within_parts() -> None:
