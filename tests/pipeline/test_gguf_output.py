@@ -409,7 +409,9 @@ def test_what_quantizes_nothing_calibrates_only_for_an_importance_matrix(tiny: P
 def test_types_are_read_in_any_case(tiny: Path, tmp_path: Path) -> None:
     path, ask = tmp_path / "r.toml", ["quantize", tiny, "--dry-run", "--format", "gguf"]
     small, large = (answer(*ask, "--gguf-type", name) for name in ("q4_k_m", "Q4_K_M"))
-    assert small == large and small["scheme"] == large["scheme"]
+    for found in (small, large):
+        del found["disk_free_bytes"]  # others write to it meanwhile
+    assert small == large
     planned = ["vram", "Qwen2.5-7B", "--engine", "llama.cpp", "--format"]
     assert answer(*planned, "iq4_xs") == answer(*planned, "IQ4_XS")
     chosen = answer(*ask, "--target-size", "700KB", "--save-recipe", path)
