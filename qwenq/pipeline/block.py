@@ -244,7 +244,7 @@ class BlockSolver:
         `wanted_NTH` are the states that the first windows should come to: with the Hessian of these windows they give
         the residual cross-covariance, which the weights are corrected by.
         """
-        if self.spec.size(stage.inputs) > self.spec.hidden_size:  # the layer's largest sums: where its peak is
+        if stage == self.spec.architecture.stages[-1]:  # down has the layer's largest sums: its peak is there
             return_freed_memory()
         (lin,) = self.spec.stage_linears(self.layer, stage)
         self.workers.set_parameter(f"{lin.path}.weight", self.folded.weight(lin.path))
