@@ -20,10 +20,10 @@ def convert(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="CHECKPOINT", help="A quantized checkpoint, ours or another tool's: a directory or a GGUF file."
+            metavar="CHECKPOINT", help="A quantized checkpoint from any tool: a directory or a GGUF file."
         ),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to make.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output directory.")],
     format: Annotated[
         str,
         typer.Option(
@@ -37,7 +37,7 @@ def convert(
 ) -> None:
     """Store a quantized checkpoint's codes in another format, bit for bit, without solving or rounding anything.
 
-    Between formats of integer codes; refused when the format cannot hold them.
+    Works between formats with integer codes; an error if the target format cannot hold them.
     """
     made = api.convert(source, out, format, warn=warn)
     if json:

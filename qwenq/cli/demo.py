@@ -33,17 +33,17 @@ _NOTES = (
 
 
 def demo(
-    directory: Annotated[Path, typer.Option("--output", "-o", help="Where the model and its variants go.")] = Path(
+    directory: Annotated[Path, typer.Option("--output", "-o", help="Directory for the model and its variants.")] = Path(
         "out/demo"
     ),
     report: Annotated[
-        Path, typer.Option(help="The Markdown report to write; the page goes beside it, ending in .html.")
+        Path, typer.Option(help="The Markdown report to write; the HTML page goes next to it.")
     ] = Path("reports/demo.md"),
 ) -> None:
-    """Fetch a real 135M model, quantize it to 8 and 4 bits, measure the drift, write the report as page and Markdown.
+    """Fetch a real 135M model, quantize it to 8 and 4 bits, measure the drift, and write a report (HTML, Markdown).
 
-    Finished variants are kept: a second call goes on where the first stopped. Other tools' results are drawn beside
-    them where a benchmarks.jsonl lies beside the report.
+    Finished variants are kept, so a second call continues where the first stopped. If there is a benchmarks.jsonl next
+    to the report, other tools' results are shown too.
     """
     from qwenq.checkpoint.manifest import MANIFEST_NAME
     from qwenq.cli.demo_model import make_demo_model

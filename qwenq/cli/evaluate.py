@@ -30,10 +30,10 @@ from qwenq.pipeline.config import EvaluateConfig
 
 def evaluate(
     model: Model,
-    reference: Annotated[str, typer.Option(help="The 16-bit checkpoint, or another one: like MODEL.")],
+    reference: Annotated[str, typer.Option(help="The 16-bit checkpoint, or any other; same forms as MODEL.")],
     text: Annotated[
         str,
-        option(TEXT, help="Held-out text: a set's name, or a .txt, .jsonl, .json, .parquet (also .gz) or .npy file."),
+        option(TEXT, help="Held-out text: a set's name, or a .txt, .jsonl, .json (also .gz), .parquet or .npy file."),
     ] = EvaluateConfig.text,
     num_samples: Annotated[
         int | None,
@@ -42,15 +42,15 @@ def evaluate(
     sequence_length: SequenceLength = EvaluateConfig.sequence_length,
     max_kl: Annotated[
         float | None,
-        option(JOB, min=0.0, help="Exit with 3 when the mean KL is above this."),
+        option(JOB, min=0.0, help="Exit with 3 if the mean KL exceeds this."),
     ] = None,
     max_ppl_increase: Annotated[
         str | None,
-        option(JOB, metavar="PERCENT", help="Exit with 3 when perplexity rises by more, for instance 2%."),
+        option(JOB, metavar="PERCENT", help="Exit with 3 if perplexity rises by more than this, e.g. 2%."),
     ] = None,
     save_reference_logits: Annotated[
         Path | None,
-        option(JOB, metavar="FILE", help="Write the reference's logits too, for `llama-perplexity --kl-divergence`."),
+        option(JOB, metavar="FILE", help="Write the reference logits for `llama-perplexity --kl-divergence`."),
     ] = None,
     device: Device = EvaluateConfig.device,
     compute_dtype: ComputeDtype = EvaluateConfig.compute_dtype,
@@ -84,7 +84,7 @@ def evaluate(
     else:
         out.print(drift_table(drift, _name_of(base)))
         if saved is not None:
-            line = f"KL at the positions in {saved.path}, which llama-perplexity counts: {saved.kl:.6f}"
+            line = f"KL at the positions in {saved.path}, those llama-perplexity counts: {saved.kl:.6f}"
             out.print(line, soft_wrap=True)
     from qwenq.pipeline.evaluate import check_limits
 
@@ -106,5 +106,5 @@ def _percent(text: str | None) -> float | None:
     except ValueError:
         percent = math.nan
     if math.isnan(percent):
-        raise UsageError(f"--max-ppl-increase {text}: not a percentage", hint="for instance 2%")
+        raise UsageError(f"--max-ppl-increase {text}: not a percentage", hint="e.g. 2%")
     return percent

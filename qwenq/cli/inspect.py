@@ -23,15 +23,15 @@ def inspect(
         ),
     ],
     expect_params: Annotated[
-        str | None, typer.Option(metavar="COUNT", help="Total the model card states, for instance 72.7B.")
+        str | None, typer.Option(metavar="COUNT", help="Total the model card states, e.g. 72.7B.")
     ] = None,
     follow_links: FollowLinks = False,
     json: JsonFlag = False,
 ) -> None:
-    """Print shapes, parameters, bytes by part and KV bytes a token; audit config against headers and stated totals.
+    """Print shapes, parameters, bytes by part and KV bytes per token; check config, headers and stated totals.
 
-    Reads headers only, no weights; of a family, and of a hub name that is one, the shapes shipped with qwenq, and says
-    so. Exits with 3 when something disagrees.
+    Reads only headers, not weights. For a family name, or the hub name of one, it uses the shapes shipped with qwenq
+    and says so. Exits with 3 if something disagrees.
     """
     from qwenq.planning.questions import parse_parameters
 
@@ -57,7 +57,7 @@ def inspect(
             ("vocabulary", spec.vocab_size),
             ("head tied to the embedding", "yes" if spec.tie_word_embeddings else "no"),
             ("positions, extended by YaRN", f"{spec.max_position_embeddings}, {spec.extended_context}"),
-            ("KV cache a token (16-bit)", f"{result.kv_bytes_per_token:.0f} bytes"),
+            ("KV cache per token (16-bit)", f"{result.kv_bytes_per_token:.0f} bytes"),
         ):
             shape.add_row(label, str(value))
         for ranks, reason in result.tensor_parallel.items():

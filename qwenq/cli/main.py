@@ -37,7 +37,7 @@ class Entry:
 COMMANDS = {
     "quantize": Entry(
         "quantize", "quantize",
-        "Turn a 16-bit checkpoint into a 4-bit, 8-bit or mixed one, layer by layer, and measure what was lost.",
+        "Turn a 16-bit checkpoint into a 4-bit, 8-bit or mixed one, layer by layer, and measure what it lost.",
     ),
     "eval": Entry(
         "evaluate", "evaluate",
@@ -45,19 +45,19 @@ COMMANDS = {
     ),
     "run": Entry(
         "run", "run",
-        "Run a checkpoint, weights packed, over the GPUs, host memory and disk of this machine, and talk to it.",
+        "Run a checkpoint with packed weights on this machine's GPUs, host memory and disk, and chat with it.",
     ),
     "sensitivity": Entry(
         "sensitivity", "sensitivity",
-        "Measure the KL that each fused group of MODEL costs at each scheme, for `qwenq quantize --sensitivity FILE`.",
+        "Measure the KL each fused group of MODEL costs at each scheme, for `qwenq quantize --sensitivity FILE`.",
     ),
     "serve": Entry(
         "serve", "serve",
-        "Serve a checkpoint on OpenAI's API: /v1/models, /v1/chat/completions, /v1/completions, with streaming.",
+        "Serve a checkpoint over an OpenAI-compatible API: /v1/models, /v1/chat/completions, /v1/completions.",
     ),
     "inspect": Entry(
         "inspect", "inspect",
-        "Print shapes, parameters, bytes by part and KV bytes a token; audit config against headers and stated totals.",
+        "Print shapes, parameters, bytes by part and KV bytes per token; check config, headers and stated totals.",
     ),
     "convert": Entry(
         "convert", "convert",
@@ -65,30 +65,29 @@ COMMANDS = {
     ),
     "verify": Entry(
         "verify", "verify",
-        "Check every file of a checkpoint against its manifest: missing, changed or extra ones are named, one a line.",
+        "Check every file of a checkpoint against its manifest and list missing, changed and extra files.",
     ),
     "report": Entry(
         "report", "report",
-        "Write report.html, one file that needs no network, and report.md, from the manifests of finished runs.",
+        "Write report.html (self-contained) and report.md from the manifests of finished runs.",
     ),
     "demo": Entry(
         "demo", "demo",
-        "Fetch a real 135M model, quantize it to 8 and 4 bits, measure the drift, write the report as page and "
-        "Markdown.",
+        "Fetch a real 135M model, quantize it to 8 and 4 bits, measure the drift, and write a report (HTML, Markdown).",
     ),
     "vram": Entry(
         "vram", "vram_app",
-        "Memory a model needs on a rig. `qwenq vram MODEL` is short for `qwenq vram estimate MODEL`.",
+        "Show how much memory a model needs on a rig. `qwenq vram MODEL` is short for `qwenq vram estimate MODEL`.",
     ),
     "plan": Entry(
-        "plan", "plan", "Plan MODEL on a rig. Exit code 3 when it does not fit; the plan is printed all the same."
+        "plan", "plan", "Plan MODEL on a rig. Prints the plan either way, and exits with 3 if the model does not fit."
     ),
 }  # fmt: skip
 # Subcommands that are defined in modules of their own.
 SUBCOMMANDS = {
     "vram": {
         "measure": Entry(
-            "measure", "measure", "Run a model at each context and print its real peaks beside the estimate."
+            "measure", "measure", "Run a model at each context and compare its real memory peaks with the estimate."
         ),
     },
 }  # fmt: skip
@@ -268,7 +267,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Quantize Qwen2.5-72B-class models on machines that cannot hold them; plan, measure and run them on yours.",
+    help="Quantize Qwen2.5-72B-class models on machines that cannot hold them; plan, measure and run them.",
 )
 
 

@@ -41,10 +41,10 @@ def measure(
     ] = None,
     synthetic: Annotated[
         str,
-        option(WEIGHTS, "--synthetic", help="Random weights of this model's shapes instead: Qwen2.5-72B."),
+        option(WEIGHTS, "--synthetic", help="Use random weights with this model's shapes, e.g. Qwen2.5-72B."),
     ] = "",
-    bits: Annotated[int, option(WEIGHTS, "--bits", help="Of the random weights: 4, 8, or 16.")] = 4,
-    group_size: Annotated[int, option(WEIGHTS, "--group-size", help="Of the random weights.")] = 128,
+    bits: Annotated[int, option(WEIGHTS, "--bits", help="Bits of the random weights: 4, 8, or 16.")] = 4,
+    group_size: Annotated[int, option(WEIGHTS, "--group-size", help="Group size of the random weights.")] = 128,
     max_model_len: Annotated[
         str,
         option(ENGINE, "--max-model-len", "-c", help="Contexts, e.g. 1k,8k,32k."),
@@ -57,16 +57,16 @@ def measure(
     offload_dir: OffloadDir = None,
     output: Annotated[
         Path | None,
-        option(JOB, "--output", "-o", help="Keep the rows for `qwenq vram --profile FILE`."),
+        option(JOB, "--output", "-o", help="Save the results for `qwenq vram --profile FILE`."),
     ] = None,
     follow_links: FollowLinks = False,
     json: JsonFlag = False,
 ) -> None:
-    """Run a model at each context and print its real peaks beside the estimate.
+    """Run a model at each context and compare its real memory peaks with the estimate.
 
-    On GPUs torch's allocator peak and reserve and the driver's figure, on a CPU resident memory. With --synthetic
-    nothing is downloaded: random packed weights of the exact shapes are made on the devices. Exit code 3 when memory
-    ran out at some context.
+    On GPUs it prints torch's allocated and reserved peaks and the driver's figure, on a CPU resident memory.
+    --synthetic downloads nothing: random packed weights with the exact shapes are created on the devices. Exits with 3
+    if memory runs out at some context.
     """
     from qwenq.runtime.load import describe
     from qwenq.runtime.measure import measure as run

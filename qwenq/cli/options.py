@@ -1,4 +1,4 @@
-"""Options that several commands take, or that are many; each with its help and the panel of the help it stands in."""
+"""Options shared by several commands, and those of quantize, each with its help text and panel."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ENGINE, ANSWER, SERVER, WEIGHTS = "Engine", "Answer", "Server", "Weights"
 
 
 def option(panel: str, *names: str, help: str, **more: Any) -> Any:
-    """An option that stands in a panel of its command's help; without `names` it is called as its parameter."""
+    """An option in a panel of its command's help; without `names` it is named after its parameter."""
     return typer.Option(*names, help=help, rich_help_panel=panel, **more)
 
 
@@ -30,16 +30,16 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A checkpoint directory, a GGUF file, or a hub name: Qwen/Qwen2.5-7B-Instruct.",
+        help="A checkpoint directory, a GGUF file, or a hub name (Qwen/Qwen2.5-7B-Instruct).",
     ),
 ]
 Original = Annotated[
     str,
-    typer.Argument(metavar="MODEL", help="A 16-bit checkpoint: a directory or a hub name: Qwen/Qwen2.5-7B-Instruct."),
+    typer.Argument(metavar="MODEL", help="A 16-bit checkpoint: a directory or a hub name (Qwen/Qwen2.5-7B-Instruct)."),
 ]
 JsonFlag = Annotated[bool, option(JOB, "--json", help="Print one JSON object instead of tables.")]
 FollowLinks = Annotated[bool, option(JOB, "--follow-links", help=FOLLOW_LINKS, callback=follow_links)]
-Strict = Annotated[bool, option(TEXT, "--strict", help="Refuse a text for one bad row.")]
+Strict = Annotated[bool, option(TEXT, "--strict", help="Fail on any bad row of a text.")]
 Device = Annotated[
     str,
     option(
@@ -58,67 +58,67 @@ ComputeDtype = Annotated[
     option(
         MACHINE,
         metavar="DTYPE",
-        help="Of activations: float32, bfloat16; auto: by device and task.",
+        help="Activations: float32, bfloat16; auto: by device and task.",
         show_default=False,
     ),
 ]
-SequenceLength = Annotated[int, option(TEXT, metavar="N", help="Tokens a window.", min=2)]
+SequenceLength = Annotated[int, option(TEXT, metavar="N", help="Tokens per window.", min=2)]
 Calibration = Annotated[
-    str, option(TEXT, metavar="TEXT", help="A set's name, or a .txt, .jsonl, .json, .parquet (also .gz) or .npy file.")
+    str, option(TEXT, metavar="TEXT", help="A set's name, or a .txt, .jsonl, .json (also .gz), .parquet or .npy file.")
 ]
 
 # ---------------------------------------------------------------------- quantize
 
-Output = Annotated[Path, option(JOB, "--output", "-o", metavar="DIR", help="Directory to make.", show_default=False)]
-Bits = Annotated[int | None, option(BITS, metavar="N", help="4 or 8, for every linear. Default 4.")]
+Output = Annotated[Path, option(JOB, "--output", "-o", metavar="DIR", help="Output directory.", show_default=False)]
+Bits = Annotated[int | None, option(BITS, metavar="N", help="4 or 8, for every linear. Default: 4.")]
 GroupSize = Annotated[
-    int | None, option(BITS, metavar="N", help="Columns a scale: 128, 64, 32, -1 (row). Default 128.")
+    int | None, option(BITS, metavar="N", help="Columns per scale: 128 (default), 64, 32, -1 (row).")
 ]
 Format = Annotated[str, option(BITS, "--format", metavar="NAME", help=", ".join(FORMATS) + ".")]
 GgufType = Annotated[
     str | None,
-    option(BITS, metavar="NAME", help="llama.cpp's mixture, for instance Q5_K_M."),
+    option(BITS, metavar="NAME", help="A llama.cpp mixture, e.g. Q5_K_M."),
 ]
 SplitSize = Annotated[
-    str | None, option(BITS, metavar="SIZE", help="Of a GGUF file's tensors, at most, or one tensor: 50GB.")
+    str | None, option(BITS, metavar="SIZE", help="Split GGUF into files of at most this, e.g. 50GB.")
 ]
 Asymmetric = Annotated[
     bool | None,
-    option(BITS, "--asymmetric/--symmetric", help=f"Zero points for each group. Default: only for {ASYMMETRIC}."),
+    option(BITS, "--asymmetric/--symmetric", help=f"Zero points per group. Default: only for {ASYMMETRIC}."),
 ]
 PadForTp = Annotated[
-    int | None, option(BITS, metavar="GPUS", help="FFN widened to split on so many GPUs; 1 for gguf.", min=1)
+    int | None, option(BITS, metavar="GPUS", help="Pad the FFN to split over this many GPUs; gguf: 1.", min=1)
 ]
 TargetSize = Annotated[
-    str | None, option(BUDGET, metavar="SIZE", help="Best mixed bits of shard files at most so large, e.g. 47GB.")
+    str | None, option(BUDGET, metavar="SIZE", help="Best mixed bits within this file size, e.g. 47GB.")
 ]
 BitsPerWeight = Annotated[
     str | None,
-    option(BUDGET, "--bpw", metavar="BITS", help="Best mixed bits of at most so many a linear weight, e.g. 5."),
+    option(BUDGET, "--bpw", metavar="BITS", help="Best mixed bits within this mean per linear weight: 5."),
 ]
 Fit = Annotated[str | None, option(BUDGET, metavar="RIG", help='Best mixed bits that fit a rig, e.g. "2x RTX 3090".')]
 Context = Annotated[
-    str | None, option(BUDGET, "--context", "-c", metavar="N", help="Tokens that --fit leaves room for. Default 8k.")
+    str | None, option(BUDGET, "--context", "-c", metavar="N", help="Context that --fit leaves room for. Default: 8k.")
 ]
 FitEngine = Annotated[
     str | None,
-    option(BUDGET, "--engine", metavar="NAME", help=f"Of --fit: {engine_names()}."),
+    option(BUDGET, "--engine", metavar="NAME", help=f"For --fit: {engine_names()}."),
 ]
 RecipeFile = Annotated[Path | None, option(BUDGET, metavar="FILE", help="A recipe file, perhaps edited.")]
 SensitivityFile = Annotated[
-    Path | None, option(BUDGET, metavar="FILE", help="A table that `qwenq sensitivity` wrote for this model.")
+    Path | None, option(BUDGET, metavar="FILE", help="This model's table, from `qwenq sensitivity`.")
 ]
 SaveRecipe = Annotated[
-    Path | None, option(BUDGET, metavar="FILE", help="With --dry-run: write the recipe there, to edit and give back.")
+    Path | None, option(BUDGET, metavar="FILE", help="With --dry-run: write the recipe there, to edit and use.")
 ]
 NumSamples = Annotated[
     int | None,
     option(TEXT, "--num-samples", "-n", metavar="N", help="Calibration windows. Default: all, at most 128.", min=1),
 ]
 BuiltinShare = Annotated[
-    float | None, option(TEXT, metavar="SHARE", help="Share of windows from the built-in set. Default 0.2.")
+    float | None, option(TEXT, metavar="SHARE", help="Share of windows from the built-in set. Default: 0.2.")
 ]
-Seed = Annotated[int, option(TEXT, metavar="N", help="Decides which windows are drawn.", min=0)]
+Seed = Annotated[int, option(TEXT, metavar="N", help="Selects the windows.", min=0)]
 EvalText = Annotated[str, option(TEXT, metavar="TEXT", help="Held-out text for the divergence.")]
 EvalSamples = Annotated[
     int | None, option(TEXT, metavar="N", help="Held-out windows. Default: all, at most 20.", min=1)
@@ -126,18 +126,18 @@ EvalSamples = Annotated[
 Method = Annotated[str | None, option(SOLVER, metavar="NAME", help="gptq, or rtn: rounding to nearest.")]
 DampPercent = Annotated[
     float | None,
-    option(SOLVER, metavar="SHARE", help="Damping of the diagonal. Default 0.1.", min=0.0, max=1.0),
+    option(SOLVER, metavar="SHARE", help="Diagonal damping. Default: 0.1.", min=0.0, max=1.0),
 ]
 Fold = Annotated[
     bool,
-    option(BITS, "--fold/--no-fold", help="Channel scales in norms and up_proj; off: LoRA fits.", show_default=False),
+    option(BITS, "--fold/--no-fold", help="Fold channel scales; --no-fold: LoRA still fits.", show_default=False),
 ]
 ErrorCorrection = Annotated[
     float | None,
     option(
         SOLVER,
         metavar="X",
-        help="For o and down. Default 1; 0 for 8 bits or little text.",
+        help="For o and down. Default: 1; 0 at 8 bits or with little text.",
         min=0.0,
         max=1.0,
     ),
@@ -148,14 +148,14 @@ ErrorCorrectionShare = Annotated[
     option(
         SOLVER,
         metavar="SHARE",
-        help="Share of the calibration windows that it reads; 1 loses less and takes longer.",
+        help="Share of the calibration windows used for it; 1 loses less but is slower.",
         min=0.0,
         max=1.0,
     ),
 ]
 CalibrationDtype = Annotated[
     str,
-    option(MACHINE, metavar="DTYPE", help="Of calibration: float32, bfloat16 (auto where native).", show_default=False),
+    option(MACHINE, metavar="DTYPE", help="Calibration: float32, bfloat16 (auto where native).", show_default=False),
 ]
 StoredDtype = Annotated[
     str,
@@ -163,29 +163,29 @@ StoredDtype = Annotated[
         MACHINE,
         "--dtype",
         metavar="DTYPE",
-        help="Of unquantized tensors: float16, bfloat16; auto: kept as is.",
+        help="Unquantized tensors: float16, bfloat16; auto: kept as is.",
         show_default=False,
     ),
 ]
 SaveImatrix = Annotated[
     Path | None,
-    option(JOB, metavar="FILE", help="Write the importance matrix there, for llama-quantize."),
+    option(JOB, metavar="FILE", help="Write an importance matrix for llama-quantize."),
 ]
-DryRun = Annotated[bool, option(JOB, "--dry-run", help="Read headers only; print sizes, memory and disk.")]
+DryRun = Annotated[bool, option(JOB, "--dry-run", help="Read only headers; print sizes, memory and disk.")]
 RankCount = Annotated[
-    int, option(JOB, "--ranks", metavar="N", help="With --dry-run: processes that share the work.", min=1)
+    int, option(JOB, "--ranks", metavar="N", help="With --dry-run: number of processes.", min=1)
 ]
 Network = Annotated[
-    str, option(JOB, "--network", metavar="RATE", help="With --ranks: between them, e.g. 10gbps.", show_default=False)
+    str, option(JOB, "--network", metavar="RATE", help="With --ranks: their network, e.g. 10gbps.", show_default=False)
 ]
-Resume = Annotated[bool, option(JOB, "--resume", help="Go on with a stopped job: same command, plus this.")]
+Resume = Annotated[bool, option(JOB, "--resume", help="Continue a stopped job: same command plus this.")]
 
 # ---------------------------------------------------------------------- load, run and serve
 
 MaxModelLen = Annotated[
     str,
     option(
-        ENGINE, "--max-model-len", "-c", metavar="N", help="Context in tokens, prompt and answer, e.g. 16k. Default 4k."
+        ENGINE, "--max-model-len", "-c", metavar="N", help="Context in tokens, e.g. 16k. Default: 4k."
     ),
 ]
 PrefillChunk = Annotated[
@@ -194,15 +194,15 @@ PrefillChunk = Annotated[
 GpuMemory = Annotated[
     str,
     option(
-        MACHINE, "--gpu-memory", metavar="SIZE", help="Limit a GPU, e.g. 20GiB, or 20GiB,10GiB. Default: what is free."
+        MACHINE, "--gpu-memory", metavar="SIZE", help="Limit per GPU, e.g. 20GiB or 20GiB,10GiB. Default: free memory."
     ),
 ]
 CpuMemory = Annotated[
     str,
-    option(MACHINE, "--cpu-memory", metavar="SIZE", help="Limit of host memory, the rest goes to disk. Default: free."),
+    option(MACHINE, "--cpu-memory", metavar="SIZE", help="Host memory limit; the rest goes to disk. Default: free."),
 ]
 OffloadDir = Annotated[
-    Path | None, option(MACHINE, "--offload-dir", metavar="DIR", help="Where layers on disk are kept while it runs.")
+    Path | None, option(MACHINE, "--offload-dir", metavar="DIR", help="Directory for layers that are kept on disk.")
 ]
 KvDtype = Annotated[
     str, option(ENGINE, "--kv-cache-dtype", metavar="DTYPE", help="auto, bf16, fp16 or fp8.", show_default=False)
@@ -219,7 +219,7 @@ RunDtype = Annotated[
 ]
 
 
-# ---------------------------------------------------------------------- what they mean
+# ---------------------------------------------------------------------- interpreting them
 
 
 def load_words(context: typer.Context) -> LoadWords:
@@ -229,11 +229,11 @@ def load_words(context: typer.Context) -> LoadWords:
 
 
 def fetched(model: str) -> Path:
-    """The directory of MODEL, downloaded with its progress shown; PlanError for what is none."""
+    """The directory of MODEL, downloaded if needed, with progress; PlanError if there is none."""
     return model_directory(model, print_step)
 
 
 def warn_of_shipped(model: str) -> None:
-    """Say that a hub name's shapes are those shipped with qwenq. A family's bare name asks for nothing else."""
+    """Warn that a hub name's shapes are those shipped with qwenq; for a family name that goes without saying."""
     if "/" in model:
-        warn(f"{model}: shapes as shipped with qwenq, no header was read")
+        warn(f"{model}: using the shapes shipped with qwenq; no header was read")

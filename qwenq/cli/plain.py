@@ -13,7 +13,7 @@ import typer
 from qwenq.escaping import json_text, printable_lines
 from qwenq.io.json import followed_links
 
-FOLLOW_LINKS = "Read files linked from elsewhere."  # help of --follow-links
+FOLLOW_LINKS = "Follow links out of the model's directory."  # help of --follow-links
 T = TypeVar("T")
 
 _PAINTED = re.compile(r"(\x1b\[[0-9;]+m[█|]\x1b\[0m)")  # the bars of a chart, the only colours of plain lines

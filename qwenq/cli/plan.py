@@ -48,14 +48,14 @@ def plan(
     model: Model,
     context: Annotated[
         str,
-        typer.Option("--context", "--max-model-len", "-c", metavar="N", help="Tokens: 16k.", rich_help_panel=WORKLOAD),
+        typer.Option("--context", "--max-model-len", "-c", metavar="N", help="Such as 16k.", rich_help_panel=WORKLOAD),
     ] = "8k",
     gpu: GpuRig = None,
     detect: Annotated[
-        bool, typer.Option("--detect", help="This machine's GPUs, their free memory.", rich_help_panel=RIG)
+        bool, typer.Option("--detect", help="Use this machine's GPUs and their free memory.", rich_help_panel=RIG)
     ] = False,
     recommend_rigs: Annotated[
-        bool, typer.Option("--recommend", help="Rigs that hold the model at this context.", rich_help_panel=RIG)
+        bool, typer.Option("--recommend", help="List rigs that hold the model at this context.", rich_help_panel=RIG)
     ] = False,
     bits: Bits = None,
     group_size: GroupSize = None,
@@ -78,7 +78,7 @@ def plan(
     follow_links: FollowLinks = False,
     as_json: Json = False,
 ) -> None:
-    """Plan MODEL on a rig. Exit code 3 when it does not fit; the plan is printed all the same."""
+    """Plan MODEL on a rig. Prints the plan either way, and exits with 3 if the model does not fit."""
     if sum((gpu is not None, detect, recommend_rigs)) != 1:
         raise UsageError("give one of --gpu, --detect and --recommend", hint='for instance --gpu "2x RTX 3090"')
     rig = None

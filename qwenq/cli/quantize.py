@@ -71,9 +71,9 @@ def quantize(
     resume: ask.Resume = False,
     json: ask.JsonFlag = False,
 ) -> None:
-    """Turn a 16-bit checkpoint into a 4-bit, 8-bit or mixed one, layer by layer, and measure what was lost.
+    """Turn a 16-bit checkpoint into a 4-bit, 8-bit or mixed one, layer by layer, and measure what it lost.
 
-    Layers are streamed: peak memory is one layer's, not the model's.
+    Layers are streamed, so peak memory is that of one layer, not of the model.
     """
     try:
         config = options_of(context_, QuantizeConfig)

@@ -16,25 +16,25 @@ from qwenq.planning.engines.base import engine_names
 def report(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="CHECKPOINT", help="What `qwenq quantize` or `convert` made, of one model."),
+        typer.Argument(metavar="CHECKPOINT", help="Outputs of `qwenq quantize` or `convert`, all of one model."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory for report.html and report.md.")],
-    title: Annotated[str, typer.Option(help="Heading. Default: the model and the number of variants.")] = "",
+    title: Annotated[str, typer.Option(help="Title. Default: the model and the number of variants.")] = "",
     benchmarks: Annotated[
-        Path | None, typer.Option(help="Other tools' results, JSON lines, drawn beside the runs.")
+        Path | None, typer.Option(help="Other tools' results as JSON lines, shown next to the runs.")
     ] = None,
     measured: Annotated[
-        list[Path] | None, typer.Option(help="What `qwenq vram measure` saved, a file a checkpoint; repeatable.")
+        list[Path] | None, typer.Option(help="Saved by `qwenq vram measure`, one file per checkpoint; repeatable.")
     ] = None,
     gpu: Annotated[
-        list[str] | None, typer.Option("--gpu", help="A rig, as in `qwenq plan`, repeatable. Default: common ones.")
+        list[str] | None, typer.Option("--gpu", help="A rig, as in `qwenq plan`; repeatable. Default: common ones.")
     ] = None,
-    engine: Annotated[str, typer.Option(help=f"Whose memory: {engine_names(checkpoints=True)}.")] = "qwenq",
+    engine: Annotated[str, typer.Option(help=f"For the memory estimate: {engine_names(checkpoints=True)}.")] = "qwenq",
     json: JsonFlag = False,
 ) -> None:
-    """Write report.html, one file that needs no network, and report.md, from the manifests of finished runs.
+    """Write report.html (self-contained) and report.md from the manifests of finished runs.
 
-    Warnings and fallbacks come first; then what was lost, KL against size, errors by layer, which rigs hold it,
+    Warnings and fallbacks come first, then the quality lost, KL against size, errors by layer, which rigs hold it,
     memory against context, engines and tensor parallelism, and the provenance.
     """
     from qwenq.report.benchmarks import read_benchmarks, read_measurements

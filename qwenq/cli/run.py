@@ -49,31 +49,31 @@ _OWN_OPTIONS = ("prefill_chunk", "compute_dtype", "gpu_memory", "cpu_memory", "o
 SMALL_DIFFERENCE = 64 << 20  # between a peak and its prediction: what allocators and libraries do, no error to be told
 MaxNewTokens = Annotated[
     int | None,
-    option(ANSWER, "--max-new-tokens", "-n", min=1, help="Tokens of an answer. Default: at most 512."),
+    option(ANSWER, "--max-new-tokens", "-n", min=1, help="Maximum answer tokens. Default: up to 512."),
 ]
 Temperature = Annotated[
     float | None,
-    option(ANSWER, "--temperature", help="0: always the likeliest token. Default: the model's own setting."),
+    option(ANSWER, "--temperature", help="0: always the likeliest token. Default: the model's own."),
 ]
-EngineName = Annotated[str, option(ENGINE, "--engine", help="qwenq; or gptqmodel, vllm or llama.cpp, where installed.")]
+EngineName = Annotated[str, option(ENGINE, "--engine", help="qwenq; or gptqmodel, vllm or llama.cpp if installed.")]
 
 
 def run(
     context: typer.Context,
     model: Model,
-    prompt: Annotated[str | None, option(ANSWER, "--prompt", "-p", help="One question; without it a chat.")] = None,
-    system: Annotated[str, option(ANSWER, "--system", help="System message of the chat.")] = "",
-    raw: Annotated[bool, option(ANSWER, "--raw", help="Continue the text as it is, without a template.")] = False,
+    prompt: Annotated[str | None, option(ANSWER, "--prompt", "-p", help="One prompt; without it, a chat.")] = None,
+    system: Annotated[str, option(ANSWER, "--system", help="System message for the chat.")] = "",
+    raw: Annotated[bool, option(ANSWER, "--raw", help="Continue the text as is, without a template.")] = False,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = None,
-    top_p: Annotated[float | None, option(ANSWER, "--top-p", help="Draw from the likeliest of this share.")] = None,
+    top_p: Annotated[float | None, option(ANSWER, "--top-p", help="Nucleus sampling threshold.")] = None,
     top_k: Annotated[
-        int | None, option(ANSWER, "--top-k", min=-1, help="Draw from so many likeliest; 0 or -1: from all.")
+        int | None, option(ANSWER, "--top-k", min=-1, help="Sample from this many likeliest tokens; 0 or -1: all.")
     ] = None,
     repetition_penalty: Annotated[
-        float | None, option(ANSWER, "--repetition-penalty", help="On every token there is; 1: none.")
+        float | None, option(ANSWER, "--repetition-penalty", help="Penalty for tokens already in the text; 1: none.")
     ] = None,
-    seed: Annotated[int, option(ANSWER, "--seed", help="Of the draws.")] = 0,
+    seed: Annotated[int, option(ANSWER, "--seed", help="Sampling seed.")] = 0,
     max_model_len: MaxModelLen = "",
     prefill_chunk: PrefillChunk = 2048,
     kv_cache_dtype: KvDtype = "auto",
@@ -84,15 +84,15 @@ def run(
     offload_dir: OffloadDir = None,
     dry_run: Annotated[
         bool,
-        option(JOB, "--dry-run", help="Say where layers would go, what devices would hold, how fast; load none."),
+        option(JOB, "--dry-run", help="Print placement, memory per device and expected speed; load nothing."),
     ] = False,
     follow_links: FollowLinks = False,
     json: JsonFlag = False,
 ) -> None:
-    """Run a checkpoint, weights packed, over the GPUs, host memory and disk of this machine, and talk to it.
+    """Run a checkpoint with packed weights on this machine's GPUs, host memory and disk, and chat with it.
 
-    Ends with tokens a second and each device's peak memory beside what was predicted. With --dry-run headers alone are
-    read, a hub model's from the hub; exit code 3 when it does not fit.
+    Ends with tokens per second and each device's peak memory compared with the prediction. --dry-run reads only headers
+    (from the hub for a hub model), and exits with 3 if the model does not fit.
     """
     from qwenq.checkpoint.reader import open_checkpoint
     from qwenq.runtime.chat import Chat

@@ -35,7 +35,7 @@ from qwenq.planning.sensitivity import OUTER, Sensitivity
 def sensitivity(
     context: typer.Context,
     model: Original,
-    output: Annotated[Path, option(JOB, "--output", "-o", help="File to write.")] = Path("sensitivity.json"),
+    output: Annotated[Path, option(JOB, "--output", "-o", help="Output file.")] = Path("sensitivity.json"),
     calibration: Calibration = QuantizeConfig.calibration,
     num_samples: Annotated[
         int | None,
@@ -43,12 +43,12 @@ def sensitivity(
     ] = QuantizeConfig.num_samples,
     builtin_share: BuiltinShare = QuantizeConfig.builtin_share,
     sequence_length: SequenceLength = QuantizeConfig.sequence_length,
-    seed: Annotated[int, option(TEXT, min=0, help="Decides windows and sampled labels.")] = QuantizeConfig.seed,
+    seed: Annotated[int, option(TEXT, min=0, help="Selects windows and sampled labels.")] = QuantizeConfig.seed,
     asymmetric: Annotated[
-        bool, typer.Option("--asymmetric", help=f"4 bits with zero points too, which {carry_zero_points()} carries.")
+        bool, typer.Option("--asymmetric", help=f"Also measure 4 bits with zero points, for {carry_zero_points()}.")
     ] = False,
     format: Annotated[
-        str, option(JOB, "--format", metavar="NAME", help="Whose schemes: those of gptq serve all others but gguf.")
+        str, option(JOB, "--format", metavar="NAME", help="Schemes to measure; gptq's suit every format but gguf.")
     ] = QuantizeConfig.format,
     device: OneDevice = QuantizeConfig.device,
     compute_dtype: ComputeDtype = QuantizeConfig.compute_dtype,
@@ -56,10 +56,10 @@ def sensitivity(
     follow_links: FollowLinks = False,
     json: JsonFlag = False,
 ) -> None:
-    """Measure the KL that each fused group of MODEL costs at each scheme, for `qwenq quantize --sensitivity FILE`.
+    """Measure the KL each fused group of MODEL costs at each scheme, for `qwenq quantize --sensitivity FILE`.
 
-    Two streamed passes over the layers, forward and backward, one layer in memory at a time. The effect is read on
-    calibration windows that the errors were not solved on.
+    Two streamed passes over the layers, forward and backward, with one layer in memory at a time. The effect is
+    measured on calibration windows that were not used for solving.
     """
     config = options_of(context, QuantizeConfig, asymmetric=asymmetric or None)
     with over_ranks(config.device) as (ranks, own):

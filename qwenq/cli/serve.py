@@ -49,28 +49,28 @@ def serve(
     model: Model,
     host: Annotated[
         str,
-        option(SERVER, "--host", help="Address to listen on; loopback unless told otherwise."),
+        option(SERVER, "--host", help="Address to listen on."),
     ] = "127.0.0.1",
-    port: Annotated[int, option(SERVER, "--port", min=0, max=65535, help="0: any free one.")] = 8000,
+    port: Annotated[int, option(SERVER, "--port", min=0, max=65535, help="0: any free port.")] = 8000,
     served_model_name: Annotated[
         str,
-        option(SERVER, "--served-model-name", help="What clients call the model. Default: the directory's name."),
+        option(SERVER, "--served-model-name", help="Model name for clients. Default: the directory's name."),
     ] = "",
     api_key: Annotated[
         str,
-        option(SERVER, "--api-key", envvar="QWENQ_API_KEY", help="What clients must send.", show_envvar=True),
+        option(SERVER, "--api-key", envvar="QWENQ_API_KEY", help="Key that clients must send.", show_envvar=True),
     ] = "",
     allowed_hosts: Annotated[
         str,
-        option(SERVER, "--allowed-hosts", help="Names it is reached by, beside addresses and local ones; *: any."),
+        option(SERVER, "--allowed-hosts", help="Host names to accept besides IP addresses and local names; *: any."),
     ] = "",
-    max_queue: Annotated[int, option(SERVER, "--max-queue", min=0, help="Requests that may wait.")] = 16,
+    max_queue: Annotated[int, option(SERVER, "--max-queue", min=0, help="Maximum number of waiting requests.")] = 16,
     engine: Annotated[
         str,
         option(
             ENGINE,
             "--engine",
-            help="vllm, llama.cpp or qwenq; auto: vLLM where it is installed and there is a GPU, llama.cpp for GGUF.",
+            help="vllm, llama.cpp or qwenq; auto: llama.cpp for GGUF, vLLM with a GPU, if installed; else qwenq.",
         ),
     ] = "auto",
     max_model_len: MaxModelLen = "",
@@ -82,22 +82,22 @@ def serve(
     offload_dir: OffloadDir = None,
     gpu: Annotated[
         str,
-        option(MACHINE, "--gpu", help='vLLM, llama.cpp: the rig, "2x RTX 3090". Default: this machine\'s.'),
+        option(MACHINE, "--gpu", help='vLLM, llama.cpp: the rig, e.g. "2x RTX 3090". Default: this machine.'),
     ] = "",
     hosts: Annotated[
         str,
-        option(MACHINE, "--hosts", help="vLLM over several equal hosts, the first one leading: a,b,c."),
+        option(MACHINE, "--hosts", help="vLLM on several identical hosts, head node first: a,b,c."),
     ] = "",
     dry_run: Annotated[
         bool,
-        option(JOB, "--dry-run", help="Print the engine's commands, or what our own server would load."),
+        option(JOB, "--dry-run", help="Print the engine's commands, or what qwenq's server would load."),
     ] = False,
     follow_links: FollowLinks = False,
 ) -> None:
-    """Serve a checkpoint on OpenAI's API: /v1/models, /v1/chat/completions, /v1/completions, with streaming.
+    """Serve a checkpoint over an OpenAI-compatible API: /v1/models, /v1/chat/completions, /v1/completions.
 
-    With several hosts vLLM's own Ray commands are printed, to be typed on each of them. With --dry-run a hub name is
-    planned for by its headers; nothing is downloaded.
+    With several hosts, prints vLLM's Ray commands to run on each. With --dry-run, a hub name is planned from its
+    headers and nothing is downloaded.
     """
     from qwenq.planning.engines.base import ENGINES
 

@@ -18,30 +18,30 @@ from qwenq.errors import UsageError
 def verify(
     directory: Annotated[
         Path,
-        typer.Argument(metavar="CHECKPOINT", help="What `qwenq quantize` made: the directory, or a GGUF file in it."),
+        typer.Argument(metavar="CHECKPOINT", help="Output of `qwenq quantize`: the directory, or a GGUF file in it."),
     ],
     source: Annotated[
-        Path | None, typer.Option(help="The 16-bit checkpoint it was made from: hash its files too.")
+        Path | None, typer.Option(help="The 16-bit source checkpoint: hash its files too.")
     ] = None,
     layers: Annotated[
-        str, typer.Option(help="With --source: layers to make again and compare, e.g. 0,5; `none`. Default: three.")
+        str, typer.Option(help="With --source: layers to recompute and compare, e.g. 0,5, or `none`. Default: three.")
     ] = "",
-    all_layers: Annotated[bool, typer.Option("--all-layers", help="With --source: make every layer again.")] = False,
+    all_layers: Annotated[bool, typer.Option("--all-layers", help="With --source: recompute every layer.")] = False,
     calibration: Annotated[
-        str | None, typer.Option(help="The calibration file, when the manifest names one that is not a set.")
+        str | None, typer.Option(help="Your calibration file, if the checkpoint was made with one.")
     ] = None,
     follow_links: FollowLinks = False,
     json: JsonFlag = False,
 ) -> None:
-    """Check every file of a checkpoint against its manifest: missing, changed or extra ones are named, one a line.
+    """Check every file of a checkpoint against its manifest and list missing, changed and extra files.
 
-    With --source, hash the source's files too and make some layers again from them, which must give the same bytes.
-    Exits with 1 when anything is found. A manifest is no signature: it shows damage and mix-ups, not who wrote it.
+    With --source, also hash the source's files and recompute some layers from them, which must give the same bytes.
+    Exits with 1 if anything is found. A manifest is not a signature: it reveals damage and mix-ups, not who wrote it.
     """
     given = {"--layers": layers, "--all-layers": all_layers, "--calibration": calibration}
     asked = [name for name, value in given.items() if value]
     if source is None and asked:
-        raise UsageError(f"{asked[0]} goes with --source", hint="layers are made again from the 16-bit checkpoint")
+        raise UsageError(f"{asked[0]} goes with --source", hint="layers are recomputed from the 16-bit checkpoint")
     if layers and all_layers:
         raise UsageError("--layers and --all-layers exclude each other")
     chosen = _numbers(layers)
@@ -61,12 +61,12 @@ def verify(
             out.print(str(finding), soft_wrap=True)
         if not result.findings:
             read = f", {result.source_files} files of the source" if source else ""
-            read += f", {_named(again)} made again" if again else ""
-            out.print(f"{directory}: {result.files} files{read}, all as in its manifest", soft_wrap=True)
+            read += f", {_named(again)} recomputed" if again else ""
+            out.print(f"{directory}: {result.files} files{read}, all matching the manifest", soft_wrap=True)
             out.print(f"digest {result.digest}", soft_wrap=True)
             if result.layers_not_made_again:
                 left = _named(result.layers_not_made_again)
-                out.print(f"not made again: {left} (--all-layers makes every one)", soft_wrap=True)
+                out.print(f"not recomputed: {left} (--all-layers recomputes every layer)", soft_wrap=True)
     if result.findings:
         raise typer.Exit(1)
 
@@ -88,4 +88,4 @@ def _numbers(text: str) -> list[int] | None:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise UsageError(f"--layers {text}: not layers", hint="numbers from 0 on, for instance 0,5") from None
+        raise UsageError(f"--layers {text}: not layers", hint="numbers from 0 on, e.g. 0,5") from None

@@ -32,7 +32,7 @@ class _ModelOrSubcommand(TyperGroup):
 vram_app = typer.Typer(
     cls=_ModelOrSubcommand,
     no_args_is_help=True,
-    help="Memory a model needs on a rig. `qwenq vram MODEL` is short for `qwenq vram estimate MODEL`.",
+    help="Show how much memory a model needs on a rig. `qwenq vram MODEL` is short for `qwenq vram estimate MODEL`.",
 )
 WEIGHTS, WORKLOAD, ENGINE, RIG, ANSWER = "Weights", "Workload", "Engine", "Rig", "Answer"
 
@@ -45,58 +45,58 @@ def _option(panel: str, *names: str, help: str, metavar: str | None = None, **mo
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Family name (Qwen2.5-72B), directory, GGUF file or hub name.")
 ]
-Bits = Annotated[int | None, _option(WEIGHTS, "--bits", metavar="N", help="4, 8, or 16: not quantized. Default 4.")]
+Bits = Annotated[int | None, _option(WEIGHTS, "--bits", metavar="N", help="4, 8, or 16 (not quantized). Default: 4.")]
 GroupSize = Annotated[
-    int | None, _option(WEIGHTS, "--group-size", metavar="N", help="128, 64, 32, or -1: a row. Default 128.")
+    int | None, _option(WEIGHTS, "--group-size", metavar="N", help="128, 64, 32, or -1 (per row). Default: 128.")
 ]
 FormatName = Annotated[
     str,
     _option(WEIGHTS, "--format", metavar="NAME", help="gptq, awq, compressed-tensors, nf4, int8, fp8, or a GGUF type."),
 ]
 TargetSize = Annotated[
-    str | None, _option(WEIGHTS, "--target-size", metavar="SIZE", help="Mixed bits as quantize chooses: 47GB.")
+    str | None, _option(WEIGHTS, "--target-size", metavar="SIZE", help="Mixed bits as chosen by quantize, e.g. 47GB.")
 ]
 RecipeFile = Annotated[
-    Path | None, _option(WEIGHTS, "--recipe", metavar="FILE", help="A recipe of `quantize --save-recipe`.")
+    Path | None, _option(WEIGHTS, "--recipe", metavar="FILE", help="A recipe from `quantize --save-recipe`.")
 ]
 Checkpoint = Annotated[
-    Path | None, _option(WEIGHTS, "--checkpoint", metavar="DIR", help="A real checkpoint; its headers are read.")
+    Path | None, _option(WEIGHTS, "--checkpoint", metavar="DIR", help="A real checkpoint, sized by its headers.")
 ]
 PadForTp = Annotated[
-    int | None, _option(WEIGHTS, "--pad-for-tp", metavar="N", min=1, help="FFN padded as by `quantize --pad-for-tp`.")
+    int | None, _option(WEIGHTS, "--pad-for-tp", metavar="N", min=1, help="Pad the FFN, as `quantize --pad-for-tp`.")
 ]
 ExpectParams = Annotated[
-    str | None, _option(WEIGHTS, "--expect-params", metavar="N", help="Refuse shapes that do not make 72.7B, say.")
+    str | None, _option(WEIGHTS, "--expect-params", metavar="N", help="Fail unless shapes add up to this: 72.7B.")
 ]
-BatchSize = Annotated[int, _option(WORKLOAD, "--batch-size", metavar="N", help="Sequences at once. Default 1.")]
+BatchSize = Annotated[int, _option(WORKLOAD, "--batch-size", metavar="N", help="Concurrent sequences. Default: 1.")]
 KvDtype = Annotated[
     str, _option(WORKLOAD, "--kv-cache-dtype", metavar="DTYPE", help="auto, fp16, bf16, fp8, or the engine's own.")
 ]
 PrefillChunk = Annotated[
-    int, _option(WORKLOAD, "--prefill-chunk", metavar="N", help="Prompt tokens at once. Default: the engine's.")
+    int, _option(WORKLOAD, "--prefill-chunk", metavar="N", help="Prompt tokens per step. Default: the engine's.")
 ]
 EngineName = Annotated[
-    str, _option(ENGINE, "--engine", metavar="NAME", help=f"{engine_names()}. Default {Question.engine}.")
+    str, _option(ENGINE, "--engine", metavar="NAME", help=f"{engine_names()}. Default: {Question.engine}.")
 ]
-EngineVersion = Annotated[str, _option(ENGINE, "--engine-version", metavar="VERSION", help="Such as 4.46.0.")]
+EngineVersion = Annotated[str, _option(ENGINE, "--engine-version", metavar="VERSION", help="E.g. 4.46.0.")]
 MaxNumSeqs = Annotated[
-    int, _option(ENGINE, "--max-num-seqs", metavar="N", help="A server's limit. Default: its own for the GPU.")
+    int, _option(ENGINE, "--max-num-seqs", metavar="N", help="Servers: concurrent sequences. Default: the server's.")
 ]
 Utilization = Annotated[
     float | None,
-    _option(ENGINE, "--gpu-memory-utilization", metavar="PART", help="A server's part of a GPU. vLLM's own: 0.92."),
+    _option(ENGINE, "--gpu-memory-utilization", metavar="PART", help="Servers: share of a GPU. vLLM's default: 0.92."),
 ]
-EnforceEager = Annotated[bool, _option(ENGINE, "--enforce-eager", help="A server without CUDA graphs.")]
-HostRam = Annotated[str, _option(RIG, "--ram", metavar="SIZE", help="The machine's own memory, for offloading: 64GB.")]
+EnforceEager = Annotated[bool, _option(ENGINE, "--enforce-eager", help="Servers: no CUDA graphs.")]
+HostRam = Annotated[str, _option(RIG, "--ram", metavar="SIZE", help="Host memory for offloading, e.g. 64GB.")]
 GpuRig = Annotated[
-    str | None, _option(RIG, "--gpu", metavar="RIG", help='"2x RTX 3090", "RTX 4090 + 2x RTX 3060 12GB".')
+    str | None, _option(RIG, "--gpu", metavar="RIG", help='E.g. "2x RTX 3090" or "RTX 4090 + 2x RTX 3060 12GB".')
 ]
-Reserve = Annotated[str, _option(RIG, "--reserve", metavar="SIZE", help="Kept free on every GPU: 1GiB, for a desktop.")]
+Reserve = Annotated[str, _option(RIG, "--reserve", metavar="SIZE", help="Memory kept free on every GPU, e.g. 1GiB.")]
 ProfileFile = Annotated[
-    Path | None, _option(RIG, "--profile", metavar="FILE", help="Measured there by `qwenq vram measure -o FILE`.")
+    Path | None, _option(RIG, "--profile", metavar="FILE", help="Measurements from `qwenq vram measure -o FILE`.")
 ]
 FollowLinks = Annotated[bool, _option(WEIGHTS, "--follow-links", help=FOLLOW_LINKS, callback=follow_links)]
-Json = Annotated[bool, _option(ANSWER, "--json", help="Machine-readable.")]
+Json = Annotated[bool, _option(ANSWER, "--json", help="Print JSON.")]
 
 
 @vram_app.command("estimate")
@@ -104,7 +104,7 @@ def estimate_command(
     context: typer.Context,
     model: Model,
     max_model_len: Annotated[
-        str, _option(WORKLOAD, "--max-model-len", "-c", metavar="N,...", help="Contexts: 1k,8k,32k,128k.")
+        str, _option(WORKLOAD, "--max-model-len", "-c", metavar="N,...", help="Contexts, e.g. 1k,8k,32k,128k.")
     ] = "",
     bits: Bits = None,
     group_size: GroupSize = None,
@@ -121,7 +121,7 @@ def estimate_command(
     gpu: GpuRig = None,
     reserve: Reserve = "",
     tensor_parallel_size: Annotated[
-        int, _option(ENGINE, "--tensor-parallel-size", metavar="N", help="Ranks of a server; as the rig allows.")
+        int, _option(ENGINE, "--tensor-parallel-size", metavar="N", help="Servers: ranks. Default: by the rig.")
     ] = 0,
     max_num_seqs: MaxNumSeqs = 0,
     gpu_memory_utilization: Utilization = None,
@@ -130,9 +130,9 @@ def estimate_command(
     profile: ProfileFile = None,
     follow_links: FollowLinks = False,
     as_json: Json = False,
-    as_csv: Annotated[bool, _option(ANSWER, "--csv", help="One line a GPU and term.")] = False,
+    as_csv: Annotated[bool, _option(ANSWER, "--csv", help="Print CSV, one line per GPU and term.")] = False,
 ) -> None:
-    """Memory of MODEL against context, per GPU, each term with its provenance."""
+    """Show the memory of MODEL against context, per GPU, with the provenance of each term."""
     if as_json and as_csv:
         raise UsageError("--json and --csv exclude each other")
     question = options_of(context, Question).resolve()
@@ -163,12 +163,12 @@ def validate_command(
         Path,
         typer.Argument(
             help="CSV: model, quant, input_len, gpu_num, mem_gib, env; generated_tokens, prefill_chunk, batch_size, "
-            "attention. Of vLLM: engine, version, gpu, gpu_memory_utilization, kv_tokens, or its log."
+            "attention. For vLLM: engine, version, gpu, gpu_memory_utilization, kv_tokens, or its log."
         ),
     ],
     as_json: Json = False,
 ) -> None:
-    """Predicted against published memory, row by row: transformers' peaks, the room of a server's KV cache."""
+    """Compare predicted with published memory, row by row: transformers' peaks or the room for a server's KV cache."""
     from qwenq.planning.validate import errors, read_rows, summary
 
     rows, skipped = read_rows(file)
@@ -196,7 +196,7 @@ def validate_command(
 
 @vram_app.command("gpus")
 def gpus_command(as_json: Json = False) -> None:
-    """The GPU catalogue, with the source of each row; `?` is unknown."""
+    """List the GPU catalogue, with the source of each row; `?` is unknown."""
     from dataclasses import asdict
 
     from qwenq.planning.rig import catalogue
@@ -216,15 +216,15 @@ def gpus_command(as_json: Json = False) -> None:
 
 @vram_app.command("serve")
 def serve_command(
-    host: Annotated[str, typer.Option("--host", help="Address to listen on; loopback unless told otherwise.")] = (
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = (
         "127.0.0.1"
     ),
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any free one.")] = 8321,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any free port.")] = 8321,
     allowed_hosts: Annotated[
-        str, typer.Option("--allowed-hosts", help="Names it is reached by, beside addresses and local ones; *: any.")
+        str, typer.Option("--allowed-hosts", help="Host names to accept besides IP addresses and local names; *: any.")
     ] = "",
 ) -> None:
-    """Open the page: sliders, charts and a rig builder over the same numbers."""
+    """Serve the calculator page: sliders, charts and a rig builder with the same numbers."""
     try:
         from qwenq.io.http import address_of, is_loopback, listen
         from qwenq.page.app import run_page
@@ -242,10 +242,10 @@ def serve_command(
 def export_command(
     context: typer.Context,
     models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Models to compare.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Output HTML file.")],
     max_model_len: Annotated[str, typer.Option("--max-model-len", "-c", help="Contexts, e.g. 1k,8k,32k.")] = "",
-    bits: Annotated[str, typer.Option("--bits", help="Compared, e.g. 4,8,16; 4 where no format is named.")] = "",
-    kv_cache_dtype: Annotated[str, typer.Option("--kv-cache-dtype", help="Compared, e.g. auto,fp8.")] = "auto",
+    bits: Annotated[str, typer.Option("--bits", help="Bits, e.g. 4,8,16. Default: 4 if no format is given.")] = "",
+    kv_cache_dtype: Annotated[str, typer.Option("--kv-cache-dtype", help="KV cache dtypes, e.g. auto,fp8.")] = "auto",
     group_size: GroupSize = None,
     format: FormatName = "",
     batch_size: BatchSize = 1,
@@ -253,7 +253,7 @@ def export_command(
     prefill_chunk: PrefillChunk = 0,
     gpu: GpuRig = None,
 ) -> None:
-    """Write one comparison as a self-contained HTML file: every model with every bits and KV type."""
+    """Write a comparison as a self-contained HTML file: every model with all given bits and KV cache dtypes."""
     from qwenq.page.export import comparison_html
 
     if output.exists():

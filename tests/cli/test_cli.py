@@ -291,13 +291,13 @@ def test_errors_of_eval(tiny: Path, random_model: Callable[..., Path]) -> None:
     refusal(
         run("eval", tiny, "--reference", tiny, "--max-ppl-increase", "much"),
         "--max-ppl-increase much: not a percentage",
-        "for instance 2%",
+        "e.g. 2%",
         code=2,
     )
     refusal(
         run("eval", tiny, "--reference", tiny, "--max-ppl-increase", "nan"),
         "--max-ppl-increase nan: not a percentage",
-        "for instance 2%",
+        "e.g. 2%",
         code=2,
     )
     assert run("eval", tiny, "--reference", tiny, "--max-kl", "nan").exit_code == 2

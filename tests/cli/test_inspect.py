@@ -28,7 +28,7 @@ def test_shipped_shapes_are_those_of_the_name_and_say_what_they_are(
     assert (found["scheme"], found["spec"]["intermediate_size"]) == (scheme, width)
     assert sum(part["stored_bytes"] for part in found["parts"]) == pytest.approx(total, rel=1e-4)
     assert found["source"] == "shapes shipped with qwenq, no header was read" and not found["tensors_read"]
-    warned = f"warning: {name}: shapes as shipped with qwenq, no header was read\n"
+    warned = f"warning: {name}: using the shapes shipped with qwenq; no header was read\n"
     assert result.stderr == (warned if "/" in name else "")
     assert "shapes shipped with qwenq, no header was read" in run("inspect", name).stdout
 

@@ -245,7 +245,7 @@ def test_a_dry_run_by_hub_name_says_what_it_rests_on(monkeypatch: pytest.MonkeyP
     name = "Qwen/Qwen2.5-72B-Instruct-GPTQ-Int4"
     result = run("run", name, "--dry-run", "--json")
     assert result.exit_code == 0
-    assert result.stderr == f"warning: {name}: shapes as shipped with qwenq, no header was read\n"
+    assert result.stderr == f"warning: {name}: using the shapes shipped with qwenq; no header was read\n"
     found = json.loads(result.stdout)
     assert [held["device"] for held in found["devices"]] == ["GPU 0 RTX 3090", "GPU 1 RTX 3090"]
     assert sum(held["layers"] for held in found["devices"]) == 80
