@@ -66,7 +66,7 @@ def refuse_ranks(command: str, instead: str = "") -> None:
     launch = read_launch()
     if launch is not None:
         raise UsageError(
-            f"`{command}` does not go over ranks, WORLD_SIZE is {launch.size}",
+            f"`{command}` does not run on several ranks, and WORLD_SIZE is {launch.size}",
             hint=instead or "start it once, without torchrun",
         )
 

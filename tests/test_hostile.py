@@ -172,7 +172,7 @@ def test_what_transformers_does_not_take(key: str, value: Any, tiny: Path) -> No
     import torch
 
     config = changed(tiny / "config.json", **{key: value})
-    with pytest.raises(CheckpointError, match=r"^config.json: transformers makes no layer of it \(") as caught:
+    with pytest.raises(CheckpointError, match=r"^config.json: transformers cannot build a layer from it \(") as caught:
         Network(config, spec_from_config(config), dtype=torch.float32)
     assert caught.value.message.isprintable()
 
@@ -184,7 +184,9 @@ def test_a_rotary_base_that_torch_does_not_take(model: Path, edit_json: Any) -> 
     for words in (["run", "-p", "x"], ["vram", "measure", "-c", "64"], ["sensitivity", *few]):
         result = run(*words, model)
         assert result.exit_code == 1
-        assert result.stderr.startswith("error: config.json: transformers makes no layer of it (int too big"), words
+        assert result.stderr.startswith("error: config.json: transformers cannot build a layer from it (int too big"), (
+            words
+        )
 
 
 @pytest.mark.parametrize(

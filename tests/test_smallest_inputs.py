@@ -147,7 +147,7 @@ def test_labels_of_sensitivities(digits: int, tiny: Path, tmp_path: Path) -> Non
     (tmp_path / "s.json").write_text(table.replace('"4-bit g128"', f'"4-bit g{"9" * digits}"'))
     code, output = said("quantize", tiny, "-o", tmp_path / "out", "--dry-run", "--target-size", "1.2MB",
                         "--sensitivity", tmp_path / "s.json")  # fmt: skip
-    assert code == 1 and "is no scheme" in output.replace("\n", "") and len(output) < 2000
+    assert code == 1 and "is not a scheme" in output.replace("\n", "") and len(output) < 2000
 
 
 def test_a_model_name_longer_than_a_path_may_be(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def _refuse_mlx(config: Mapping[str, Any], where: str) -> None:
     if isinstance(found, Mapping) and "bits" in found:
         raise UnreadScheme(
             f"{where}: quantized by MLX ({shown(repr(found['bits']), 20)} bits), which this version does not read",
-            hint="mlx-lm runs it; take the 16-bit model, or its GPTQ or AWQ version",
+            hint="mlx-lm runs it; use the 16-bit model, or its GPTQ or AWQ version",
         )
 
 
@@ -159,7 +159,7 @@ def refuse_quantized_head(spec: ModelSpec, stored: Iterable[str], where: str) ->
         raise UnreadScheme(
             f"{where}: the head is quantized ({', '.join(shown(part, 60) for part in parts[:3])}), which this version "
             "does not read",
-            hint="engines that the checkpoint was made for run it; `qwenq quantize` leaves the head in 16 bits",
+            hint="the engines it was made for can run it; `qwenq quantize` leaves the head in 16 bits",
         )
 
 
@@ -167,7 +167,7 @@ def refuse_adapter(directory: Path) -> None:
     """Raise CheckpointError for a PEFT adapter, which has no config.json of its own."""
     if os.path.lexists(directory / "adapter_config.json") and not os.path.lexists(directory / "config.json"):
         raise CheckpointError(
-            f"{shown(str(directory))}: a PEFT adapter, no model",
+            f"{shown(str(directory))}: a PEFT adapter, not a model",
             hint="merge it into its base model (merge_and_unload), save that, and give its directory",
         )
 

@@ -91,10 +91,10 @@ def refuse_strangers(work: Path, names: Collection[str]) -> None:
     """Raise JobError for the first file of `work` that is neither one of `names` nor a job's own, and for any link."""
     for path in files_in(work):
         if not stat.S_ISREG(path.lstat().st_mode):
-            raise JobError(f"{path}: a link or no regular file", hint="move it elsewhere, then go on with --resume")
+            raise JobError(f"{path}: a link or no regular file", hint="move it elsewhere, then continue with --resume")
         scratch = path.name.startswith(SCRATCH_PREFIX) or path.name.endswith(TORN_ENDING)
         if not scratch and path.relative_to(work).as_posix() not in (*names, MANIFEST_NAME, JOURNAL_NAME):
-            raise JobError(f"{path}: not a file of this job", hint="move it elsewhere, then go on with --resume")
+            raise JobError(f"{path}: not a file of this job", hint="move it elsewhere, then continue with --resume")
 
 
 def read_manifest(directory: Path) -> tuple[dict[str, Any], list[Finding]]:
@@ -270,7 +270,7 @@ def changed(path: Path) -> CheckpointError:
     """The error for a file that is not the one that was opened or hashed: some layers would be of another model."""
     return CheckpointError(
         f"{path}: changed while it was being read",
-        hint="put the file back and start again; `qwenq quantize` goes on with --resume, which hashes it anew",
+        hint="put the file back and start again; `qwenq quantize --resume` continues, and hashes it again",
     )
 
 

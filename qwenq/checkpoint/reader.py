@@ -324,7 +324,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     for name in ignored:
         if quantized and name.endswith(".bias") and bool(whole.read(name).any()):
             raise CheckpointError(
-                f"{stored[name].file.name}: {name} is stored and not zero, a {spec.model_type} model as config.json "
+                f"{stored[name].file.name}: {name} is stored and not zero; a {spec.model_type} model as config.json "
                 "describes it has no such bias",
                 hint="other engines would leave it out or add it: take a checkpoint whose config.json says",
             )

@@ -87,7 +87,7 @@ class LayerProgress:
         for linear in result.linears:
             if linear.fallback and linear.fallback not in self.fallbacks:
                 self.fallbacks.add(linear.fallback)  # the job's own warnings count how many there were
-                warn(f"{linear.name}: rounded to nearest ({linear.fallback}); more like it are counted at the end")
+                warn(f"{linear.name}: rounded to nearest ({linear.fallback}); further ones are counted at the end")
         if self.live:
             self.bar.update(self.task, completed=result.layer + 1, description=f"layer {result.layer} {errors}")
         elif not self.quiet:

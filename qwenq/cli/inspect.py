@@ -77,4 +77,6 @@ def inspect(
             out.print(f"disagrees: {line}", soft_wrap=True)
     if result.disagreements:
         more = f", and {len(result.disagreements) - 1} more" if len(result.disagreements) > 1 else ""
-        raise HonestNo(f"{model}: {result.disagreements[0]}{more}", hint="take config and weights from one repository")
+        raise HonestNo(
+            f"{model}: {result.disagreements[0]}{more}", hint="take config and weights from the same repository"
+        )

@@ -203,7 +203,7 @@ def _refused_by_system(error: Exception) -> QwenqError | None:
         where = f"{error.filename}: " if error.filename else ""
         return QwenqError(f"{where}{error.strerror or os.strerror(error.errno)}", hint=hint)
     if out_of_memory(error):
-        return QwenqError("out of memory", hint="end other programs, or ask for less at once")
+        return QwenqError("out of memory", hint="close other programs, or ask for less at once")
     if "Too many open files" in str(error):
         return QwenqError("Too many open files", hint="raise the limit: ulimit -n")
     return None

@@ -72,10 +72,10 @@ def measure(
     from qwenq.runtime.measure import measure as run
 
     if (checkpoint is None) == (not synthetic):
-        raise UsageError("give a checkpoint or --synthetic MODEL, one of them")
+        raise UsageError("give either a checkpoint or --synthetic MODEL")
     for name in ("bits", "group_size"):
         if checkpoint and typed(context, name):
-            raise UsageError(f"{flag(name)} is of random weights: with --synthetic", hint="leave it out")
+            raise UsageError(f"{flag(name)} is for random weights, with --synthetic", hint="leave it out")
     if output is not None and output.exists():
         raise PlanError(f"{output}: exists", hint="choose another name with -o")
     if output is not None and not output.absolute().parent.is_dir():
@@ -102,7 +102,7 @@ def measure(
     else:
         print_line("\n".join(_table(result)))
     if ended:
-        raise HonestNo(f"memory ran out, {ended}", hint="the contexts before it are above")
+        raise HonestNo(f"memory ran out, {ended}", hint="the contexts before it are listed above")
 
 
 def _stored(checkpoint: str, options: Any) -> tuple[Any, Any]:

@@ -93,7 +93,7 @@ def plan(
         print_step(f"warning: {line}")
     contexts = contexts_of(asked, context)
     if len(contexts) != 1:
-        raise UsageError("one context, please", hint="`qwenq vram` takes several")
+        raise UsageError("wanted one context", hint="`qwenq vram` accepts several")
     case = asked.at(contexts[0])
     if recommend_rigs:
         rigs = recommend(case)

@@ -83,9 +83,9 @@ def quantize(
     if save_recipe is not None and not (dry_run and config.mixed):
         raise typer.BadParameter("--save-recipe goes with --dry-run and --target-size, --bpw, --fit or --recipe")
     if (ranks > 1 or network) and not dry_run:
-        raise typer.BadParameter("--ranks and --network go with --dry-run: torchrun starts the job itself")
+        raise typer.BadParameter("--ranks and --network go with --dry-run: torchrun starts the real job")
     if dry_run and resume:
-        raise typer.BadParameter("--resume goes on with a job, and --dry-run begins none: leave one of them out")
+        raise typer.BadParameter("--resume and --dry-run exclude each other")
     place = output if output != Path() else None
     if dry_run:
         refuse_ranks("quantize --dry-run", "start it once, with --ranks")
@@ -144,10 +144,10 @@ def _say_how_to_go_on(output: Path) -> None:
 
     partial = partial_directory(output)
     if not partial.exists():
-        print_step("\nstopped; nothing was begun")
+        print_step("\nstopped; nothing had been started")
         return
     again = [word for word in sys.argv[1:] if word != "--resume"]
-    print_step(f"\nstopped; {partial} keeps what is done. Go on with:")
+    print_step(f"\nstopped; {partial} keeps what is done. Continue with:")
     print_step(f"  qwenq {shlex.join(again)} --resume")
 
 

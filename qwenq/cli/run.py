@@ -123,11 +123,11 @@ def run(
         print_forecast(model, options, json)
         return
     if system and raw:
-        raise UsageError("--system goes into a template, and --raw takes none", hint="leave one of them out")
+        raise UsageError("--system needs a chat template, and --raw does not use one", hint="leave one of them out")
     if json and prompt is None:
-        raise UsageError("--json answers one question", hint="give it with --prompt")
+        raise UsageError("--json needs a prompt", hint="give it with --prompt")
     if foreign is not None and prompt is None:
-        raise UsageError(f"--engine {engine} answers one question", hint="give it with --prompt, or use `qwenq serve`")
+        raise UsageError(f"--engine {engine} needs a prompt", hint="give it with --prompt, or use `qwenq serve`")
     directory = fetched(model)
     checkpoint = open_checkpoint(directory)
     for line in checkpoint.notes:
@@ -136,8 +136,8 @@ def run(
     sampling = chat.sampling(**asked)
     if not raw and not chat.has_template:
         if system:
-            raise UsageError("--system goes into a template, and the checkpoint has none", hint="leave it out")
-        warn("the checkpoint has no chat template: the text is continued as it stands")
+            raise UsageError("--system needs a chat template, and the checkpoint has none", hint="leave it out")
+        warn("the checkpoint has no chat template: the text is continued as is")
         raw = True
     ids = _ids(chat, prompt, system, raw) if prompt is not None else None
     own = options.work(checkpoint.spec).context  # checked against the model, for other engines too
@@ -162,23 +162,23 @@ def run(
 
 
 def _check_foreign(context: typer.Context, engine: str, foreign: type[ForeignEngine]) -> None:
-    """UsageError for options that another engine is not told of; RunError where it is not installed."""
+    """UsageError for options that another engine is not told of; RunError where not installed."""
     if context.params["dry_run"]:
         raise UsageError(
-            f"--dry-run is of qwenq's own engine, not {engine}",
+            f"--dry-run is for qwenq's own engine, not {engine}",
             hint=f"`qwenq plan`, or `qwenq serve --dry-run`, with --engine {engine}",
         )
     refuse_typed(context, _OWN_OPTIONS, f"engine, not {engine}")
     foreign.check_installed()
     if not foreign.own_kv and context.params["kv_cache_dtype"] != "auto":
-        raise UsageError(f"--kv-cache-dtype is not handed to {engine} by run", hint="`qwenq serve` tells vLLM of it")
+        raise UsageError(f"`run` does not pass --kv-cache-dtype to {engine}", hint="`qwenq serve` passes it to vLLM")
 
 
 def refuse_typed(context: typer.Context, names: Iterable[str], whose: str) -> None:
     """UsageError for an option of our own engine or server that another one would not be told of."""
     for name in names:
         if typed(context, name):
-            raise UsageError(f"{flag(name)} is of qwenq's own {whose}", hint="--engine qwenq, or leave it out")
+            raise UsageError(f"{flag(name)} is for qwenq's own {whose}", hint="--engine qwenq, or leave it out")
 
 
 def stored_question(model: str, engine: str, **asked: Any) -> Question:
@@ -276,7 +276,7 @@ def _talk(found: Loaded, session: Session, chat: Chat, sampling: Sampling, syste
     """Turn after turn from stdin; an empty line is skipped, /clear forgets, end of input or /exit ends."""
     messages = [{"role": "system", "content": system}] if system else []
     if sys.stdin.isatty():
-        print_step("a line is a turn; /clear forgets what was said, /exit or Ctrl-D ends")
+        print_step("each line is one turn; /clear forgets the chat, /exit or Ctrl-D ends it")
     while True:
         if sys.stdin.isatty():
             print_step("> ", end="")
@@ -293,7 +293,7 @@ def _talk(found: Loaded, session: Session, chat: Chat, sampling: Sampling, syste
         try:
             text = _answer(found, session, chat, ids, sampling, False)
         except RunError as error:  # the context is full, say: the model stays loaded
-            print_step(f"error: {error.message}\nhint: {error.hint}; /clear forgets the dialogue")
+            print_step(f"error: {error.message}\nhint: {error.hint}; /clear forgets the chat")
             continue
         if not raw:
             messages = [*turn, {"role": "assistant", "content": text}]

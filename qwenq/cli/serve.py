@@ -112,7 +112,7 @@ def serve(
         return
     here = kind is not None and kind.layered
     if here and (gpu or hosts):
-        raise UsageError("--gpu and --hosts are of other servers' commands", hint="--engine vllm, or leave them out")
+        raise UsageError("--gpu and --hosts are for other servers' commands", hint="--engine vllm, or leave them out")
     installed = importlib.util.find_spec("vllm") is not None
     options = load_options(**load_words(context))
     theirs = installed and _has_gpu() and gguf_model(Path(model)) is None  # vLLM is handed no GGUF
@@ -134,7 +134,7 @@ def serve(
         _serve_here(model, options, door)
         return
     if not installed:
-        raise RunError("--engine vllm: it is not installed", hint="pip install 'qwenq[vllm]', or --engine qwenq")
+        raise RunError("--engine vllm: vLLM is not installed", hint="pip install 'qwenq[vllm]', or --engine qwenq")
     lines = vllm_commands(str(fetched(model)), options, gpu, leads, door)
     print_step(lines[0])
     environment = os.environ | ({"VLLM_API_KEY": api_key} if api_key else {})
@@ -159,7 +159,7 @@ class _Door:
     def warn_of_key(self, variable: str) -> None:
         """Say that commands which are only printed do not carry the key."""
         if self.api_key:
-            warn(f"the key is in no command below: set {variable} where it is started")
+            warn(f"the commands below do not contain the key: set {variable} where you run them")
 
 
 def _by_llama_cpp(model: str, kind: type[Engine] | None, hosts: str) -> bool:
@@ -168,7 +168,7 @@ def _by_llama_cpp(model: str, kind: type[Engine] | None, hosts: str) -> bool:
 
     if kind is not None:
         if kind.needs_gguf and hosts:
-            raise UsageError("--hosts is of vLLM's commands", hint="--engine vllm, or leave it out")
+            raise UsageError("--hosts is for vLLM's commands", hint="--engine vllm, or leave it out")
         return kind.needs_gguf
     return not hosts and gguf_model(Path(model)) is not None and has_server()
 
@@ -208,7 +208,7 @@ def vllm_commands(model: str, options: LoadOptions, gpu: str, hosts: list[str], 
         if gpu:
             raise
         raise PlanError(
-            f"vLLM's flags are for a rig, and this machine shows none: {error.message}",
+            f"vLLM's flags depend on the rig, and none was found: {error.message}",
             hint='name the rig with --gpu "2x RTX 3090", or take --engine qwenq',
         ) from None
     count = max(1, len(hosts))
@@ -251,7 +251,7 @@ def _serve_here(model: str, options: LoadOptions, door: _Door) -> None:
         print_step(f"tokens by {session.decoding}")
         service = Service(session, chat, door.name, Line(door.max_queue), door.api_key)
         print_line(f"{address_of(bound, door.host)}/v1")
-        print_step("Ctrl-C ends it")
+        print_step("Ctrl-C stops it")
         if not door.api_key and not is_loopback(door.host):
-            warn(f"{door.host} is reached from other machines, with no --api-key: whoever reaches it may use it")
+            warn(f"{door.host} is reachable from other machines without an --api-key: anyone who reaches it can use it")
         Server(make_app(service, names_in(door.allowed_hosts)), service.closing.set).run(sockets=[bound])

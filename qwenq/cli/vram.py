@@ -138,7 +138,7 @@ def estimate_command(
     question = options_of(context, Question).resolve()
     for name, value in (("--max-num-seqs", max_num_seqs), ("--gpu-memory-utilization", gpu_memory_utilization)):
         if value and not question.engine.eager_flag:
-            raise UsageError(f"{name} is for servers, {question.engine.name} is none", hint="leave it out")
+            raise UsageError(f"{name} is for servers, and {question.engine.name} is not one", hint="leave it out")
     answer = spread(question, contexts_of(question, max_model_len))
     for line in question.notes:
         print_step(f"warning: {line}")
@@ -232,9 +232,9 @@ def serve_command(
         raise PlanError(f"the page needs {error.name}", hint="pip install 'qwenq[page]'") from None
     with listen(host, port) as bound:
         print_line(f"{address_of(bound, host)}/")
-        print_step("Ctrl-C ends it")
+        print_step("Ctrl-C stops it")
         if not is_loopback(host):
-            print_step(f"warning: {host} is reached from other machines; the page asks nobody for a key")
+            print_step(f"warning: {host} is reachable from other machines, and the page has no key")
         run_page(bound, names_in(allowed_hosts))
 
 

@@ -176,7 +176,8 @@ def parse_scheme(label: str) -> Scheme | None:
     found = next((scheme for codes in CODES.values() if (scheme := codes.parse(text)) is not None), None)
     if found is None:
         raise PlanError(
-            f"{shown(label, 40)!r} is no scheme", hint="for instance 4-bit g128, 8-bit g32, 4-bit per channel or 16-bit"
+            f"{shown(label, 40)!r} is not a scheme",
+            hint="for instance 4-bit g128, 8-bit g32, 4-bit per channel or 16-bit",
         )
     return found
 
@@ -482,13 +483,13 @@ class Format(ABC):
         labels = sorted({scheme.label for scheme in schemes})
         if not self.mixes and len(labels) > 1:
             raise PlanError(
-                f"format {self.name} holds one scheme a checkpoint, asked for {', '.join(labels)}",
+                f"format {self.name} holds one scheme per checkpoint, got {', '.join(labels)}",
                 hint=f"mixed bits go into --format {names_of(sorted(mixing(), key=lambda form: form.name))}",
             )
 
     def mixture(self, name: str, spec: ModelSpec) -> Recipe:
         """The recipe that one of `mixtures` means for a model; UsageError for another name."""
-        raise UsageError(f"format {self.name} has no mixtures with names, got {shown(name, 40)}")
+        raise UsageError(f"format {self.name} has no named mixtures, got {shown(name, 40)}")
 
     def notes(self, name: str, spec: ModelSpec) -> list[str]:
         """Where a mixture cannot be what its name says, a line each."""
@@ -657,8 +658,8 @@ class Format(ABC):
         """
         if self.packed_shape(scheme, lin) is None:
             raise CheckpointError(
-                f"{lin.name}: no kernel here multiplies with {scheme.label} of {self.name}",
-                hint="`qwenq eval` reads it, and the engines it was made for run it",
+                f"{lin.name}: no kernel of qwenq supports {scheme.label} of {self.name}",
+                hint="`qwenq eval` reads it, and the engines it was made for can run it",
             )
         return self.unpack(tensors, scheme, lin, version)
 

@@ -196,7 +196,7 @@ class Nf4(Bitsandbytes):
 
         if lin.in_features % BLOCK:
             raise CheckpointError(
-                f"{lin.name}: NF4 blocks of {BLOCK} run over the ends of its {lin.in_features} inputs",
+                f"{lin.name}: NF4 blocks of {BLOCK} cross the ends of its {lin.in_features} inputs",
                 hint="`qwenq convert` it to another format",
             )
         loaded = _loaded(tensors, lin)
@@ -231,7 +231,7 @@ class Int8(Bitsandbytes):
     def check_scheme(self, scheme: Scheme) -> None:
         if scheme != INT8_ROWS:
             raise PlanError(
-                f"format bnb-int8 cannot hold {scheme.label}", hint="LLM.int8 is symmetric, with one scale a row"
+                f"format bnb-int8 cannot hold {scheme.label}", hint="LLM.int8 is symmetric, with one scale per row"
             )
 
     def tensors(self, scheme: Scheme, lin: LinearSpec, dtype_of: StoredDtype) -> Iterator[TensorSpec]:

@@ -60,7 +60,7 @@ def refuse_unknown(config: Mapping[str, Any], known: Collection[str], where: str
         if key not in known and _says(value):
             raise UnreadScheme(
                 f"{where}: {shown(str(key), 40)} is {shown(repr(value), 60)}, which this version does not understand",
-                hint="it could change what the stored codes mean; engines that know it read the checkpoint",
+                hint="it could change what the stored codes mean; use an engine that supports it",
             )
 
 
@@ -99,7 +99,7 @@ def read_pattern(pattern: Any, where: str) -> NamePattern:
     if reason:
         raise CheckpointError(
             f"{where} has the pattern {shown(pattern, 60)}, which could take forever ({reason}): refused",
-            hint="write the names out, or without repeats inside repeats",
+            hint="write the names out, or avoid nested repeats",
         )
     try:
         with warnings.catch_warnings():

@@ -74,5 +74,5 @@ class Fields:
     def _wrong(self, key: str, value: object, wanted: str) -> CheckpointError:
         return CheckpointError(
             f"{self.file}: {self.where}{key} is {shown(repr(value), 60)}, wanted {wanted}",
-            hint="is it of this version of qwenq?",
+            hint="was it written by this version of qwenq?",
         )

@@ -215,7 +215,7 @@ def _join(path: Path, stem: str, count: int, first: _Header) -> dict[str, Tensor
         for key, wanted in (("split.no", number), ("split.count", count), ("split.tensors.count", total)):
             if part.metadata.get(key) != wanted:
                 said = shown(repr(part.metadata.get(key)), 40)
-                raise CheckpointError(f"{part.where}: {key} is {said}, wanted {wanted}", hint="files of two splits?")
+                raise CheckpointError(f"{part.where}: {key} is {said}, wanted {wanted}", hint="files from two splits?")
         for tensor in part.tensors:
             if tensor in tensors:
                 raise CheckpointError(f"{part.where}: tensor {shown(tensor)} is in an earlier file too")

@@ -269,7 +269,7 @@ def _first_bytes(name: str, location: TensorLocation) -> bytes:
         skipped = 0 if response.status_code == 206 else location.start  # the endpoint knows no ranges
         if skipped > _MOST_SKIPPED:
             raise HubError(
-                f"{name}: {_host()} sends files whole, and a tensor is to be read from within {location.file.name}",
+                f"{name}: {_host()} sends files whole, and a tensor must be read from within {location.file.name}",
                 hint="download the model and plan from its directory",
             )
         found = bytearray()
@@ -381,7 +381,7 @@ def _explain(error: Exception, name: str) -> HubError:
     if full or "No space left on device" in str(error):  # the xet client raises plain RuntimeError
         return HubError(
             f"{name}: the disk is full ({constants.HF_HUB_CACHE})",
-            hint="make room and run it again, finished files are kept; HF_HOME puts the cache on another disk",
+            hint="free some space and run it again: finished files are kept; HF_HOME puts the cache on another disk",
         )
     if isinstance(error, OSError) and error.errno is not None:
         return HubError(f"{name}: {error.strerror} ({error.filename or constants.HF_HUB_CACHE})", hint="see HF_HOME")
@@ -397,7 +397,7 @@ def _explain(error: Exception, name: str) -> HubError:
             f"{name}: the connection to {_host()} broke or stalled ({kind})",
             hint="run it again: finished files are kept",
         )
-    return HubError(f"{name}: cannot be had from {_host()} ({kind}: {_one_line(error)})", hint="check HF_ENDPOINT")
+    return HubError(f"{name}: cannot be fetched from {_host()} ({kind}: {_one_line(error)})", hint="check HF_ENDPOINT")
 
 
 def _explain_status(error: Any, name: str) -> HubError:
@@ -409,8 +409,8 @@ def _explain_status(error: Any, name: str) -> HubError:
     if isinstance(error, errors.GatedRepoError):
         account = "with the account HF_TOKEN belongs to" if token else "then set HF_TOKEN"
         return HubError(
-            f"{name}: gated ({status}), its licence must be accepted first",
-            hint=f"accept the licence on the model page, {page}, {account}",
+            f"{name}: gated ({status}), its license must be accepted first",
+            hint=f"accept the license on the model page, {page}, {account}",
         )
     if isinstance(error, errors.EntryNotFoundError):
         file = shown(urlsplit(str(response.url)).path.rpartition("/")[2])
@@ -422,7 +422,7 @@ def _explain_status(error: Any, name: str) -> HubError:
         )
     if status == 403:
         return HubError(
-            f"{name}: access refused (403)", hint=f"accept the licence on {page} if it asks for one; check HF_TOKEN"
+            f"{name}: access refused (403)", hint=f"accept the license on {page} if it asks for one; check HF_TOKEN"
         )
     if status in (401, 404):
         hint = "check the spelling" if token else "check the spelling; if it is private, set HF_TOKEN"
@@ -430,7 +430,7 @@ def _explain_status(error: Any, name: str) -> HubError:
     if status == 429:
         return HubError(f"{name}: too many requests (429)", hint="wait a few minutes, or set HF_TOKEN")
     if status >= 500:
-        return HubError(f"{name}: {_host()} is out of order ({status})", hint="try again later")
+        return HubError(f"{name}: {_host()} is not working ({status})", hint="try again later")
     return HubError(f"{name}: {_host()} answered {status}")
 
 

@@ -82,7 +82,7 @@ def parse_object(text: bytes, where: str, most: int = MAX_VALUES) -> dict[str, A
         raise CheckpointError(f"{where}: JSON of {values} values or more, more than the {most} it can need")
 
     def refuse_constant(token: str) -> Any:
-        raise CheckpointError(f"{where}: JSON holds {token}, which is no number of JSON's")
+        raise CheckpointError(f"{where}: JSON holds {token}, which is not a JSON number")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -113,7 +113,7 @@ def parse_object(text: bytes, where: str, most: int = MAX_VALUES) -> dict[str, A
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise CheckpointError(f"{where}: JSON holds half of a surrogate pair, which is no text") from None
+            raise CheckpointError(f"{where}: JSON holds half of a surrogate pair, which is not valid text") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{where}: JSON is a {type(value).__name__}, wanted an object")
     return value
@@ -138,7 +138,7 @@ def inside(directory: Path, name: str) -> Path:
     if target.parent not in (root, *_blobs(root)) and not _Followed.count:
         raise CheckpointError(
             f"{shown(name)} links to a file outside the checkpoint's directory: refused",
-            hint="--follow-links reads it all the same; only for links that you made or trust",
+            hint="--follow-links reads it anyway; only for links that you made or trust",
         )
     return path
 

@@ -57,13 +57,13 @@ def checkpoint_tensors(directory: Path) -> dict[str, TensorLocation]:
     if files:
         raise CheckpointError(
             f"{shown(str(directory))}: {len(files)} safetensors files but no {INDEX_NAME}",
-            hint="the index says which tensor is in which file; download it beside them",
+            hint="the index says which tensor is in which file; download it into the same directory",
         )
     pickled = sorted(p.name for p in directory.iterdir() if p.suffix in PICKLED_ENDINGS)
     if pickled:
         raise CheckpointError(
             f"{shown(str(directory))}: only pickled weights ({shown(pickled[0])}), which can run code: refused",
-            hint="convert them to safetensors on a machine you can lose, or take a repository that has safetensors",
+            hint="convert them to safetensors on a machine you can lose, or use a repository with safetensors",
         )
     raise CheckpointError(f"{shown(str(directory))}: no safetensors file", hint=f"wanted {SINGLE_NAME} or {INDEX_NAME}")
 

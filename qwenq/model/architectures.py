@@ -90,8 +90,8 @@ class SlidingWindow:
             long = kind == "sliding_attention" and isinstance(window, int) and window >= context
             if kind != "full_attention" and not long:
                 raise CheckpointError(
-                    f"{where}: layer_types has {shown(repr(kind), 40)}, wanted full_attention alone",
-                    hint="take a version of the model whose layers all attend to the whole text",
+                    f"{where}: layer_types has {shown(repr(kind), 40)}, wanted only full_attention",
+                    hint="use a version of the model with full attention in every layer",
                 )
         off = window is None or (self.switch and not config.get(self.switch))
         if off or (isinstance(window, int) and window >= context):
@@ -101,7 +101,7 @@ class SlidingWindow:
             f"supported, the model reads {context}",
             hint=f"set {self.switch} to false (as all published Qwen2.5 models have it)"
             if self.switch
-            else "attention to the last tokens alone is outside this tool: take a version of the model without it",
+            else "sliding-window attention is not supported: use a version of the model without it",
         )
 
 

@@ -63,7 +63,7 @@ def check_gpus(devices: Sequence[torch.device]) -> None:
         if 10 * major + minor < oldest:
             raise RunError(
                 f"{gpu} {torch.cuda.get_device_name(gpu)}: compute capability {major}.{minor}, "
-                f"this build of torch begins at {oldest / 10:.1f}",
+                f"this build of torch needs at least {oldest / 10:.1f}",
                 hint="leave it out with CUDA_VISIBLE_DEVICES, or install torch for an older CUDA (cu126)",
             )
     for source, target in zip(gpus, gpus[1:] + gpus[:1], strict=True):
@@ -71,7 +71,7 @@ def check_gpus(devices: Sequence[torch.device]) -> None:
         if not torch.equal(sent.to(target).cpu(), sent.cpu()):
             raise RunError(
                 f"copies from {source} to {target} arrive damaged",
-                hint="a newer driver, or the IOMMU off, mends it; CUDA_VISIBLE_DEVICES=0 uses one GPU",
+                hint="a newer driver, or turning the IOMMU off, fixes it; CUDA_VISIBLE_DEVICES=0 uses one GPU",
             )
 
 

@@ -59,8 +59,8 @@ def _refuse_beyond_stages(settings: Any) -> None:
         if any(part not in (None, neutral) for part in (value if isinstance(value, list) else [value])):
             raise CheckpointError(
                 f"config.json: {key} is {shown(repr(value), 40)}, wanted {neutral or 'null'}: "
-                f"the entry of {settings.model_type} cannot say it",
-                hint="docs/adding-an-architecture.md lists what else an entry cannot say",
+                f"the entry of {settings.model_type} cannot express it",
+                hint="docs/adding-an-architecture.md lists what an entry cannot express",
             )
 
 
@@ -82,7 +82,8 @@ def refused_by_transformers() -> Iterator[None]:
             raise
         reason = shown(" ".join(str(error).split()) or type(error).__name__, 200)
         raise CheckpointError(
-            f"config.json: transformers makes no layer of it ({reason})", hint="compare it with the publisher's own"
+            f"config.json: transformers cannot build a layer from it ({reason})",
+            hint="compare it with the publisher's own",
         ) from error
 
 
@@ -116,8 +117,9 @@ class Network:
             foldable = scales_by_weight(norm)
         if not foldable:
             raise CheckpointError(
-                f"{norm.__name__} does not multiply by its weight alone: the entry of {entry.model_type} cannot say it",
-                hint="docs/adding-an-architecture.md lists what else an entry cannot say",
+                f"{norm.__name__} does not multiply by its weight alone: the entry of {entry.model_type} cannot "
+                "express it",
+                hint="docs/adding-an-architecture.md lists what an entry cannot express",
             )
         with refused_by_transformers(), torch.device("meta"):
             self._layer = getattr(modeling, entry.classes + "DecoderLayer")(self.config, 0)

@@ -245,7 +245,7 @@ def config_of_metadata(
         if read.found(key) not in (None, *harmless):
             raise CheckpointError(
                 f"{where}: {read.prefix}{key} is {shown(repr(read.found(key)), 40)}, which is not supported",
-                hint="mixture-of-experts and vision models are outside this tool" if "expert" in key else "",
+                hint="mixture-of-experts and vision models are not supported" if "expert" in key else "",
             )
     embedding = shapes.get(names.embedding + ".weight", ())
     if len(embedding) != 2:
@@ -298,7 +298,7 @@ def _architecture(metadata: Mapping[str, Any], where: str) -> Architecture:
     if not isinstance(name, str) or name not in known:
         raise CheckpointError(
             f"{where}: general.architecture is {shown(repr(name), 40)}, wanted one of {', '.join(sorted(known))}",
-            hint="mixture-of-experts and vision models are outside this tool",
+            hint="mixture-of-experts and vision models are not supported",
         )
     kind = metadata.get("general.type", "model")
     if kind != "model":

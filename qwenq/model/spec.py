@@ -224,7 +224,7 @@ def spec_from_config(config: Mapping[str, Any], where: str = "config.json", name
         raise CheckpointError(
             f"{where}: model_type {repr(model_type)[:40]} is not supported "
             f"(wanted one of {', '.join(ARCHITECTURES)})",
-            hint="mixture-of-experts and vision models are outside this tool",
+            hint="mixture-of-experts and vision models are not supported",
         )
     heads = _whole(config, "num_attention_heads", where)
     hidden = _whole(config, "hidden_size", where)
@@ -289,7 +289,7 @@ def refuse_experts(name: str) -> None:
     if _EXPERTS.search(name):
         raise CheckpointError(
             f"{shown(name)}: mixture-of-experts models are not supported",
-            hint=f"dense models are, of model_type {', '.join(ARCHITECTURES)}",
+            hint=f"dense models of these types are: {', '.join(ARCHITECTURES)}",
         )
 
 

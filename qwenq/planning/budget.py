@@ -263,7 +263,7 @@ def choose_for_rig(
     if case.engine.how_held(case):
         raise HonestNo(
             f"{spec.name}: its 16-bit weights ({format_gb(whole)}) fit {asked}: there is nothing to quantize",
-            hint="name a size with --target-size to quantize all the same",
+            hint="give a --target-size to quantize anyway",
         )
     if not held(choose(smallest, exact=False).recipe):
         raise HonestNo(
@@ -302,8 +302,8 @@ def widened_to(spec: ModelSpec, block: int) -> ModelSpec:
     """The model with its FFN padded to whole blocks of `block`; PlanError where that buys nothing."""
     if spec.intermediate_size % block == 0:
         raise PlanError(
-            f"--pad-for-tp: the FFN of {spec.intermediate_size} is whole blocks of {block} already",
-            hint="leave it out: llama.cpp cuts between rows, and padding buys nothing here",
+            f"--pad-for-tp: the FFN of {spec.intermediate_size} already consists of whole blocks of {block}",
+            hint="leave it out: llama.cpp splits between rows, and padding gains nothing here",
         )
     return replace(spec, intermediate_size=-(-spec.intermediate_size // block) * block)
 

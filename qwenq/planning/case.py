@@ -69,7 +69,7 @@ class Case:
     def hardware(self) -> Rig:
         """The rig; PlanError where none was named."""
         if self.rig is None:
-            raise PlanError("no rig was named", hint='for instance "2x RTX 3090"')
+            raise PlanError("no rig was given", hint='for instance "2x RTX 3090"')
         return self.rig
 
     @property

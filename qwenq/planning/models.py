@@ -190,7 +190,7 @@ def _gguf(spec: ModelSpec, asked: WeightsAsked, others: Mapping[str, object]) ->
     given = [name for name, value in others.items() if value is not None]
     if given:
         raise UsageError(
-            f"{given[0]} is not planned for in llama.cpp",
+            f"{given[0]} is not supported for llama.cpp",
             hint="a GGUF type (--format Q4_K_M), --bits 4, 8 or 16, or the file that quantize wrote",
         )
     if asked.format and asked.format.upper() != "GGUF":
@@ -198,7 +198,7 @@ def _gguf(spec: ModelSpec, asked: WeightsAsked, others: Mapping[str, object]) ->
             raise UsageError("--bits and --format exclude each other for GGUF", hint="give one of them")
         if asked.format.lower() in (*FORMATS, *ALIASES, *SIZED):
             raise UsageError(
-                f"--format {asked.format} is no GGUF type, which llama.cpp reads",
+                f"--format {asked.format} is not a GGUF type, which llama.cpp needs",
                 hint=f"one of {', '.join(gguf_types())}",
             )
         return gguf_weights(spec, asked.format.upper())
@@ -246,7 +246,7 @@ def _of_format(spec: ModelSpec, asked: WeightsAsked, mixed: Mapping[str, object]
 def _refuse_padding(ranks: int | None) -> None:
     if ranks is not None:
         raise PlanError(
-            f"--pad-for-tp {ranks} is for what quantize writes, these weights are as they are",
+            f"--pad-for-tp {ranks} is for checkpoints that quantize writes, not for existing weights",
             hint="give --bits 4 or 8, --target-size or --recipe too",
         )
 
@@ -317,7 +317,7 @@ def _check_shapes(spec: ModelSpec, tensors: Mapping[str, TensorSpec], where: str
         if tensors[name].shape != shape:
             raise CheckpointError(
                 f"{where}: {name} is {list(tensors[name].shape)}, the config says {list(shape)}",
-                hint="config.json and weights are not of one model",
+                hint="config.json and weights belong to different models",
             )
 
 

@@ -76,7 +76,7 @@ class Profile:
     fits: tuple[DeviceFit, ...]
 
     def fit_for(self, gpu: str) -> DeviceFit:
-        """The fit of a kind of GPU; `GPU` (no rig was named) takes the only one. PlanError when there is none."""
+        """The fit of a kind of GPU; `GPU` (no rig was given) takes the only one. PlanError when there is none."""
         if gpu == "GPU" and len(self.fits) == 1:
             return self.fits[0]
         for fit in self.fits:

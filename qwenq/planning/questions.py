@@ -119,11 +119,11 @@ class Question:
             enforce_eager=self.enforce_eager,
         )
         if self.enforce_eager and not engine.eager_flag:
-            raise UsageError(f"--enforce-eager is for servers, {engine.name} is none", hint="leave it out")
+            raise UsageError(f"--enforce-eager is for servers, and {engine.name} is not one", hint="leave it out")
         rig = self.rig or (None if self.gpu is None else parse_rig(self.gpu))
         if rig is None and (self.ram or self.reserve):
             name = "--reserve" if self.reserve else "--ram"
-            raise UsageError(f"{name} is of a rig, and there is none", hint="name it with --gpu, or leave it out")
+            raise UsageError(f"{name} needs a rig, and none was given", hint="name it with --gpu, or leave it out")
         if rig and self.ram:
             rig = replace(rig, host_bytes=parse_memory(self.ram))
         if rig and self.reserve:

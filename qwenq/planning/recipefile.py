@@ -148,7 +148,7 @@ def _scheme(spec: ModelSpec, fused: FusedGroup, label: Any, where: str, format: 
     try:
         if not isinstance(label, str):
             hint = "schemes are text, for instance '4-bit g128'"
-            raise PlanError(f"{shown(repr(label), 40)} is no scheme", hint=types or hint)
+            raise PlanError(f"{shown(repr(label), 40)} is not a scheme", hint=types or hint)
         scheme = _parsed(label, types)
         if scheme is not None:
             if not form.mixes_in(scheme):

@@ -165,7 +165,7 @@ def find_gpu(name: str) -> Gpu:
         hint = f"one of: {', '.join([*(gpu.name for gpu in found), *others])}"
         if others:
             hint += f' (not in the catalogue; "{_stated_memory(others[0]):g}GB" plans by its memory)'
-        raise UsageError(f"GPU {name.strip()[:60]!r} could be several", hint=hint)
+        raise UsageError(f"GPU {name.strip()[:60]!r} is ambiguous", hint=hint)
     by_key = {_key(gpu.name): gpu.name for gpu in catalogue()}
     words = set(_key(name).split())
     near = [key for key in by_key if words and words <= set(key.split())]  # the 5060 Ti, where a 5060 is asked for
@@ -173,7 +173,7 @@ def find_gpu(name: str) -> Gpu:
     hint = f"near: {', '.join(by_key[key] for key in near[:4])}" if near else "`qwenq vram gpus` lists the catalogue"
     size = f"{_stated_memory(name) or 24:g}GB"
     raise UsageError(
-        f"unknown GPU {name.strip()[:60]!r}", hint=f'{hint}; any other by its memory, for instance "{size}"'
+        f"unknown GPU {name.strip()[:60]!r}", hint=f'{hint}; for any other, give its memory, for instance "{size}"'
     )
 
 
@@ -347,7 +347,7 @@ def detect_rig() -> Rig:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
         raise PlanError(
-            f"no NVIDIA driver answers ({error})", hint='name the rig instead, for instance --gpu "2x RTX 3090"'
+            f"no NVIDIA driver responds ({error})", hint='give the rig instead, for instance --gpu "2x RTX 3090"'
         ) from None
     try:
         every = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
@@ -428,7 +428,7 @@ def _read(nvml: Any, handle: Any) -> tuple[Gpu, int, str]:
         total, free = total_memory() or 0, available_ram()
         if not 0 < free <= total:
             raise PlanError(
-                f"{name}: neither the driver nor the system tells its memory", hint="name the rig with --gpu"
+                f"{name}: neither the driver nor the system reports its memory", hint="name the rig with --gpu"
             )
         note = f"{name}: the driver tells no memory, so what the system has free counts: {format_gib(free)}"
     try:

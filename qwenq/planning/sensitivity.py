@@ -95,7 +95,7 @@ class Sensitivity:
             layers = len({layer for layer, _ in self.kl if layer != OUTER})
             if layers == spec.num_hidden_layers:
                 raise PlanError(
-                    f"the sensitivity table was measured for other formats than {format}",
+                    f"the sensitivity table was measured for formats other than {format}",
                     hint=f"measure it again: qwenq sensitivity MODEL --format {format}",
                 )
             raise PlanError(
@@ -219,15 +219,17 @@ def read_sensitivity(path: Path) -> Sensitivity:
         layer, _, fused = key.partition(".")
         known = fused in (*known_stages(), *known_kinds()) if _LAYER.fullmatch(layer) else layer == _OUTER_NAME
         if not known or not isinstance(row, Mapping):
-            raise PlanError(f"{path}: {key[:40]!r} is no fused group", hint="the file is damaged")
+            raise PlanError(f"{path}: {key[:40]!r} is not a fused group", hint="the file is damaged")
         entries: dict[Scheme | None, float] = {}
         for label, value in row.items():
             good = isinstance(value, int | float) and not isinstance(value, bool)
             if not good or not 0 <= value < math.inf:
-                raise PlanError(f"{path}: {key}, {label[:40]}: {str(value)[:40]} is no KL", hint="the file is damaged")
+                raise PlanError(
+                    f"{path}: {key}, {label[:40]}: {str(value)[:40]} is not a KL", hint="the file is damaged"
+                )
             scheme = parse_scheme(label)
             if scheme is None:
-                raise PlanError(f"{path}: {key}: 16-bit is no scheme to be measured", hint="the file is damaged")
+                raise PlanError(f"{path}: {key}: 16-bit is not a scheme to measure", hint="the file is damaged")
             entries[scheme] = float(value)
         if not entries:
             raise PlanError(f"{path}: {key} has no scheme", hint="the file is damaged")

@@ -112,7 +112,7 @@ def _letter(k: int) -> str:
 
 def _load_run(directory: Path, name: str) -> Run:
     if not directory.is_dir():
-        raise CheckpointError(f"{shown(str(directory))}: no such directory", hint="give what `qwenq quantize` made")
+        raise CheckpointError(f"{shown(str(directory))}: no such directory", hint="give the output of `qwenq quantize`")
     manifest, findings = read_manifest(directory)
     run = read_run(manifest, name, directory)
     return replace(run, warnings=(*map(str, findings), *run.warnings))

@@ -82,8 +82,8 @@ class Chat:
             value = self._generation.get(key)
             if value is not None and value not in unasked:
                 raise CheckpointError(
-                    f"{self.directory / _GENERATION}: {key} is {shown(repr(value), 40)}, which is not done here",
-                    hint=f"remove {key} from it, and answers are drawn without it",
+                    f"{self.directory / _GENERATION}: {key} is {shown(repr(value), 40)}, which is not supported",
+                    hint=f"remove {key} from it to sample without it",
                 )
         draws = bool(self._generation.get("do_sample"))
         known = [key for key in _MOST if draws or key not in _DRAWS]
@@ -93,7 +93,7 @@ class Chat:
         try:
             Sampling(**settings)
         except UsageError as error:  # the file's own, not what was asked
-            raise CheckpointError(f"{self.directory / _GENERATION}: {error.message}", hint="mend it") from None
+            raise CheckpointError(f"{self.directory / _GENERATION}: {error.message}", hint="fix it") from None
         return Sampling(**settings | {key: value for key, value in asked.items() if value is not None})
 
     def stream(self, ids: Iterable[int], prompt: Sequence[int] = ()) -> Iterator[str]:
@@ -104,10 +104,10 @@ class Chat:
         """A number of generation_config.json, `top_k` as a whole one however it is written."""
         value, path = self._generation[key], self.directory / _GENERATION
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise CheckpointError(f"{path}: {key} is {shown(repr(value))}, wanted a number", hint="mend it")
+            raise CheckpointError(f"{path}: {key} is {shown(repr(value))}, wanted a number", hint="fix it")
         if abs(value) > _MOST[key] or (key == "top_k" and value != int(value)):
             wanted = f"{'a whole number' if key == 'top_k' else 'a number'} of at most {_MOST[key]:,}"
-            raise CheckpointError(f"{path}: {key} is {shown(repr(value), 40)}, wanted {wanted}", hint="mend it")
+            raise CheckpointError(f"{path}: {key} is {shown(repr(value), 40)}, wanted {wanted}", hint="fix it")
         return max(0, int(value)) if key == "top_k" else float(value)  # -1 is vLLM's word for all
 
     def _token(self, value: Any) -> int:
@@ -115,7 +115,7 @@ class Chat:
         if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
             raise CheckpointError(
                 f"{self.directory}: eos_token_id has {shown(repr(value), 40)}, wanted token ids",
-                hint="an answer would never end: mend generation_config.json and config.json",
+                hint="answers would never end: fix generation_config.json and config.json",
             )
         return int(value)
 

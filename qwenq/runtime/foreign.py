@@ -42,7 +42,7 @@ class ForeignEngine(ABC):
         """RunError for an engine that is not."""
         if importlib.util.find_spec(cls.name) is None:
             raise RunError(
-                f"--engine {cls.name}: it is not installed", hint=f"pip install 'qwenq[{cls.extra}]', or leave it out"
+                f"--engine {cls.name}: not installed", hint=f"pip install 'qwenq[{cls.extra}]', or leave it out"
             )
 
 

@@ -193,8 +193,8 @@ class Session:
             if count + 1 < limit:
                 if self._answer != answer:
                     raise RunError(
-                        "another answer was begun meanwhile, and the cache holds that one's tokens",
-                        hint="take an answer to its end before the next one, or load the model twice",
+                        "another answer was started meanwhile, and the cache holds its tokens",
+                        hint="finish an answer before starting the next, or load the model twice",
                     )
                 if count == 0:
                     clock = time.perf_counter()
@@ -319,7 +319,9 @@ def next_token(
     seen: prompt and answer so far; its last `new` tokens are the answer's.
     """
     if not all_finite(logits_V):
-        raise RunError("the model's logits are not finite", hint="the checkpoint may be damaged: `qwenq eval` tells")
+        raise RunError(
+            "the model's logits are not finite", hint="the checkpoint may be damaged: check it with `qwenq eval`"
+        )
     if sampling.repetition_penalty != 1.0:
         ids = torch.tensor(sorted(set(seen)))
         chosen = logits_V[ids]

@@ -206,7 +206,7 @@ class TritonLinear(_Linear):
                 return y_MO.view(*x.shape[:-1], self.out_features)
             except cpu_kernels.KernelRefused as reason:
                 self.dense_from = x_MI.shape[0]
-                warnings.warn(f"weights written out from {self.dense_from} rows on: {reason}", RuntimeWarning, 2)
+                warnings.warn(f"weights dequantized from {self.dense_from} rows on: {reason}", RuntimeWarning, 2)
         y_MO = torch.empty(x_MI.shape[0], self.out_features, dtype=x.dtype, device=x.device)
         step = min(block_rows(self.in_features, x.device), self.out_features)
         w_RI = torch.empty(step, self.in_features, dtype=x.dtype, device=x.device)

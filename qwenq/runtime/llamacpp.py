@@ -200,13 +200,13 @@ class LlamaCppServer(ForeignEngine):
         try:
             status, answer = self._ask("POST", "/completion", body)
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise RunError(f"{PROGRAM} broke off ({error or type(error).__name__}: {self._last_error()})") from None
+            raise RunError(f"{PROGRAM} failed ({error or type(error).__name__}: {self._last_error()})") from None
         if status != http.client.OK:
             said = answer.get("error", answer) if isinstance(answer, dict) else answer
             reason = said.get("message", said) if isinstance(said, dict) else said
             raise RunError(f"{PROGRAM} refused the prompt ({shown(str(reason), 300)})")
         if not isinstance(answer, dict) or not {"tokens", "timings"} <= answer.keys():
-            raise RunError(f"{PROGRAM} tells no tokens of its answer", hint="take a newer llama.cpp")
+            raise RunError(f"{PROGRAM} does not return the tokens of its answer", hint="use a newer llama.cpp")
         made, timings = list(answer["tokens"]), answer["timings"]
         # It stops at end tokens of the file's own, or known by their text; a request has words to stop at, not tokens.
         end = next((k for k, token in enumerate(made) if token in stop_ids), len(made))

@@ -241,7 +241,7 @@ class _Work:
         error = None if turn.cancelled() else turn.exception()
         if error is not None and not isinstance(error, QwenqError | Closing):
             logging.getLogger("uvicorn.error").error("an answer failed", exc_info=error)
-            error = RunError("internal error, which the server's log has")
+            error = RunError("internal error; see the server's log")
         self._put(error)
 
     def _put(self, made: tuple[int, Piece | None] | BaseException | None) -> None:

@@ -405,7 +405,7 @@ def _check_finite(
     for name, residual in (residuals or {}).items():
         for sums_IO in (residual.whole_IO, residual.half_IO):
             if not all_finite(sums_IO):
-                raise QwenqError(f"{name}: what its outputs are short of is not finite", hint=_OVERFLOWED)
+                raise QwenqError(f"{name}: the cross-covariance of its residual is not finite", hint=_OVERFLOWED)
 
 
 def solve_linears(

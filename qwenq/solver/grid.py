@@ -243,7 +243,7 @@ class QTensor:
     def integers(self) -> IntegerGrid:
         """Its grid, an integer one; TypeError for another."""
         if not isinstance(self.grid, IntegerGrid):
-            raise TypeError(f"{type(self.grid).__name__} is no integer grid")
+            raise TypeError(f"{type(self.grid).__name__} is not an integer grid")
         return self.grid
 
     @property

@@ -94,7 +94,7 @@ class _Asked:
     def windows(self, corpus: Corpus, enough: int | None, tokenizer: ModelTokenizer, spec: ModelSpec) -> TokenWindows:
         documents = corpus.documents
         if not any(d.text.strip() or d.messages for d in documents):
-            raise CalibrationError(f"{self.name}: no text in it", hint="is it the file you meant?")
+            raise CalibrationError(f"{self.name}: no text in it", hint="is it the right file?")
         if self.seed is not None:
             order = np.random.default_rng(self.seed).permutation(len(documents))
             documents = [documents[k] for k in order]

@@ -249,11 +249,11 @@ def _parsed(text: str, where: str) -> Any:
 
 def _text(text: Any, where: str) -> str:
     if not isinstance(text, str):
-        raise CalibrationError(f"{where}: a {type(text).__name__} where text is wanted")
+        raise CalibrationError(f"{where}: a {type(text).__name__}, wanted text")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise CalibrationError(f"{where}: half of a surrogate pair in it, which is no text") from None
+        raise CalibrationError(f"{where}: half of a surrogate pair in it, which is not valid text") from None
     return text
 
 

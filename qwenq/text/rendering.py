@@ -139,7 +139,7 @@ class _Renderer:
         if self._line(process, _START_S) is None:
             self.close()
             raise CalibrationError(
-                f"the process that renders chat templates did not start in {_START_S} s",
+                f"the process that renders chat templates did not start within {_START_S} s",
                 hint=f"try `{sys.executable} -m qwenq.text.rendering` by hand",
             )
         return process

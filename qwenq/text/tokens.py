@@ -137,7 +137,7 @@ class ModelTokenizer:
         reason = shown(" ".join(str(error).split()) or type(error).__name__)
         path = self.directory / "tokenizer.json"
         if not self.present:
-            return CheckpointError(f"{self.directory}: transformers makes no tokenizer of its files ({reason})")
+            return CheckpointError(f"{self.directory}: transformers cannot build a tokenizer from its files ({reason})")
         content = read_limited(path, MAX_TOKENIZER_BYTES)
         if content.startswith(LFS_POINTER):
             return CheckpointError(
@@ -415,7 +415,8 @@ def check_length(length: int, limit: int, where: str) -> None:
     """Raise CalibrationError for windows longer than the model reads."""
     if length > limit:
         raise CalibrationError(
-            f"{where}: windows of {length} tokens, the model reads {limit}", hint=f"--sequence-length {limit} or less"
+            f"{where}: windows of {length} tokens, but the model reads {limit}",
+            hint=f"--sequence-length {limit} or less",
         )
 
 

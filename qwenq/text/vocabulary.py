@@ -95,7 +95,7 @@ def vocabulary_of_metadata(metadata: Mapping[str, Any], where: str) -> Vocabular
     if not has_tokenizer(metadata):
         raise CheckpointError(
             f"{where}: no tokenizer in its metadata",
-            hint="take a file with one; inspect, vram, plan and convert work without",
+            hint="use a file with one; inspect, vram, plan and convert work without it",
         )
     if kind != "gpt2":
         raise CheckpointError(
@@ -115,7 +115,7 @@ def vocabulary_of_metadata(metadata: Mapping[str, Any], where: str) -> Vocabular
     pairs = [merge.split(" ") for merge in merges]
     for merge, pair in zip(merges, pairs, strict=True):
         if len(pair) != 2 or pair[0] not in ids or pair[1] not in ids or pair[0] + pair[1] not in ids:
-            raise CheckpointError(f"{where}: {_MERGES} has {shown(merge, 40)}, not two tokens that make one")
+            raise CheckpointError(f"{where}: {_MERGES} has {shown(merge, 40)}, not two tokens that form a third")
     special = {
         f"{ours}_token": tokens[number]
         for ours, theirs in _SPECIAL.items()
@@ -188,7 +188,7 @@ def _named_splitting(metadata: Mapping[str, Any], where: str) -> Splitting:
             return split
     raise CheckpointError(
         f"{where}: tokenizer.ggml.pre is {shown(repr(name), 40)}, wanted one of "
-        f"{', '.join(split.names[0] for split in SPLITTINGS)}: text would be split otherwise than in training"
+        f"{', '.join(split.names[0] for split in SPLITTINGS)}: text would be split differently from training"
     )
 
 
@@ -248,7 +248,7 @@ def metadata_of_tokenizer(directory: Path, vocab_size: int) -> dict[str, Any]:
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not _is_byte_level(document, where):
         kind = model.get("type") if isinstance(model, dict) else None
         raise CheckpointError(
-            f"{where}: a tokenizer of type {shown(str(kind), 40)}, wanted byte-level BPE, the only one written to GGUF"
+            f"{where}: a tokenizer of type {shown(str(kind), 40)}, wanted byte-level BPE, the only type written to GGUF"
         )
     split = _described_splitting(document, where)
     config_path = inside(directory, "tokenizer_config.json")
@@ -311,14 +311,14 @@ def _described_splitting(document: Mapping[str, Any], where: str) -> Splitting:
         if step.get("type") != "NFC":  # which llama.cpp does without
             raise CheckpointError(
                 f"{where}: its normalizer of type {shown(str(step.get('type')), 40)} changes text before it is split, "
-                "and llama.cpp could not be told"
+                "which GGUF cannot express"
             )
     ours = _signature(_flat(document.get("pre_tokenizer"), "pretokenizers", where))
     for split in SPLITTINGS:
         if ours == _signature(iter(split.steps)):
             return split
     raise CheckpointError(
-        f"{where}: its way of splitting text has no name that is known here, so llama.cpp could not be told "
+        f"{where}: its pre-tokenizer has no name known here, which GGUF needs "
         f"({shown(str(ours), 120)})",
         hint=f"known: {', '.join(split.names[0] for split in SPLITTINGS)}",
     )

@@ -291,7 +291,7 @@ def test_an_adapter_is_called_one(tmp_path: Path) -> None:
     save_file({"base_model.model.x.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "adapter_model.safetensors")
     for words in (["inspect"], ["vram"], ["quantize", "-o", str(tmp_path / "out")]):
         done = run(words[0], tmp_path, *words[1:])
-        assert done.exit_code == 1 and f"error: {tmp_path}: a PEFT adapter, no model" in done.stderr
+        assert done.exit_code == 1 and f"error: {tmp_path}: a PEFT adapter, not a model" in done.stderr
         assert "hint: merge it into its base model" in done.stderr
 
 
@@ -341,7 +341,7 @@ def test_layers_that_attend_otherwise_are_refused(
     path = random_model("m", kind, **({"head_dim": 16} if kind == "qwen3" else {}))
     types = ["full_attention", "sliding_attention", "full_attention"]
     edit_json(path / "config.json", layer_types=types, sliding_window=8, use_sliding_window=said)
-    with pytest.raises(CheckpointError, match="layer_types has 'sliding_attention', wanted full_attention alone"):
+    with pytest.raises(CheckpointError, match="layer_types has 'sliding_attention', wanted only full_attention"):
         open_checkpoint(path)
     edit_json(path / "config.json", layer_types=["full_attention"] * 3, sliding_window=None, use_sliding_window=False)
     assert open_checkpoint(path).spec.num_hidden_layers == 3

@@ -227,7 +227,7 @@ def test_errors_of_quantize(command: Callable[..., list[str]], tiny: Path, tmp_p
         (
             command(calibration=tmp_path / "empty.txt"),
             f"{tmp_path}/empty.txt: no text in it",
-            "is it the file you meant?",
+            "is it the right file?",
         ),
         (
             command(sequence_length=1024),
@@ -264,7 +264,7 @@ def test_errors_of_sources(
     refusal(
         run(*command(path)),
         f"{path}/config.json: model_type 'qwen2_moe' is not supported (wanted one of qwen2, qwen3, llama, mistral)",
-        "mixture-of-experts and vision models are outside this tool",
+        "mixture-of-experts and vision models are not supported",
     )
     (path / "config.json").write_text(json.dumps(config))
     shard = sorted(path.glob("*.safetensors"))[0]
@@ -387,7 +387,7 @@ def test_ctrl_c_prints_the_command_that_goes_on(command: Callable[..., list[str]
     out, err = job.communicate(timeout=60)
     assert job.returncode == 130 and out == "" and "Traceback" not in err
     said = err.splitlines()
-    assert f"stopped; {tmp_path / 'my out'}.partial keeps what is done. Go on with:" in said
+    assert f"stopped; {tmp_path / 'my out'}.partial keeps what is done. Continue with:" in said
     printed = shlex.split(said[-1])
     assert printed == ["qwenq", *arguments, "--resume"]
     assert not (tmp_path / "my out").exists()

@@ -81,7 +81,7 @@ def test_without_a_template_the_text_is_continued(
     plain = run("run", model, "-p", "The sea", "-n", 5, "--temperature", 0, "--json")
     assert plain.exit_code == 0 and "the checkpoint has no chat template" in plain.stderr
     templated = run("run", model, "-p", "The sea", "--system", "Be brief")
-    refusal(templated, "--system goes into a template, and the checkpoint has none", "leave it out", 2)
+    refusal(templated, "--system needs a chat template, and the checkpoint has none", "leave it out", 2)
     assert json.loads(plain.stdout)["timing"]["prompt_tokens"] == len(ModelTokenizer(model).encode(["The sea"])[0])
 
 
@@ -103,7 +103,7 @@ def test_a_full_context_does_not_end_a_chat(random_model: Callable[..., Path], e
     words = "sea " * 100
     result = run("run", model, "-c", 64, "-n", 5, "--temperature", 0, stdin=f"Hello\n{words}\nAgain\n/clear\nHello\n")
     assert result.exit_code == 0, result.stderr
-    assert "in a context of 64" in result.stderr and "/clear forgets the dialogue" in result.stderr
+    assert "in a context of 64" in result.stderr and "/clear forgets the chat" in result.stderr
     prompts = [int(line.split()[1]) for line in result.stderr.splitlines() if line.startswith("prompt ")]
     assert len(prompts) == 3, "the long turn got no answer, those around it did"
     assert prompts[1] > prompts[0] == prompts[2], "a dialogue grows, and is forgotten when asked"
@@ -122,7 +122,7 @@ WRONG = [
     (["--seed", str(1 << 80)], f"seed is {1 << 80}, wanted a whole number of 64 bits", None),
     (["-c", "0"], "not a context length: '0'", "write tokens, for instance 8192 or 32k"),
     (["--gpu-memory", "much"], "not a size: 'much'", "write for instance 47GB, 44GiB or 500MB"),
-    (["--system", "Be brief"], "--system goes into a template, and --raw takes none", "leave one of them out"),
+    (["--system", "Be brief"], "--system needs a chat template, and --raw does not use one", "leave one of them out"),
     (["-p", ""], "--prompt: the prompt is empty", "write one, or leave --prompt out for a chat"),
     (["-c", "64", "-n", "64"], "--max-new-tokens 64 leaves no room for a prompt in --max-model-len 64", "at most 63"),
 ]
@@ -143,13 +143,13 @@ def test_what_another_engine_is_not_asked_for_is_refused_before_anything_is_read
     hint = "give it with --prompt, or use `qwenq serve`"
     refusal(run(*words), "--engine gptqmodel answers one question", hint, 2)
     told = run(*words, "-p", "x", "--kv-cache-dtype", "fp8")
-    refusal(told, "--kv-cache-dtype is not handed to gptqmodel by run", "`qwenq serve` tells vLLM of it", 2)
+    refusal(told, "--kv-cache-dtype is not handed to gptqmodel by run", "`qwenq serve` passes it to vLLM", 2)
 
 
 @pytest.mark.parametrize(
     ("options", "message", "hint"),
     [
-        (["--engine", "vllm"], "--engine vllm: it is not installed", "pip install 'qwenq[vllm]', or leave it out"),
+        (["--engine", "vllm"], "--engine vllm: vLLM is not installed", "pip install 'qwenq[vllm]', or leave it out"),
         (["--gpu-memory", "8GiB"], "--gpu-memory is given, but torch sees no GPU", "leave it out to run on the CPU"),
         (["--offload-dir", "nowhere"], "--offload-dir nowhere: no such directory", None),
         (["-c", "1k"], "context is 1024 tokens, tiny-qwen2 allows 512", "ask for at most 512"),
@@ -178,7 +178,7 @@ def test_errors(
 
 
 def test_broken_checkpoints_are_named(tiny: Path, random_model: Callable[..., Path]) -> None:
-    refusal(run("run", tiny, "--json"), "--json answers one question", "give it with --prompt", 2)
+    refusal(run("run", tiny, "--json"), "--json needs a prompt", "give it with --prompt", 2)
     path = random_model()
     shard = sorted(path.glob("*.safetensors"))[0]
     data = shard.read_bytes()

@@ -57,7 +57,7 @@ def test_too_few_open_files(tiny: Path) -> None:
 def test_too_little_memory_to_begin(tiny: Path) -> None:
     done = limited(resource.RLIMIT_AS, 300 << 20, "run", tiny, "-p", "x", "-n", 1)
     assert done.returncode == 1
-    assert done.stderr == "error: out of memory\nhint: end other programs, or ask for less at once\n"
+    assert done.stderr == "error: out of memory\nhint: close other programs, or ask for less at once\n"
 
 
 @pytest.mark.parametrize("failure", [MemoryError(), RuntimeError(NO_MEMORY)], ids=["Python", "torch"])

@@ -126,19 +126,23 @@ BAD = [
         "hint: give",
     ),
     (["vram", "Qwen2.5-72B", "--target-size", "9GB", "--recipe", "r"], "error: --target-size and --recipe ", "hint: g"),
-    (["vram", "Qwen2.5-72B", "--reserve", "1GiB"], "error: --reserve is of a rig, and there is none", "hint: name it"),
-    (["plan", "Qwen2.5-72B", "--recommend", "--ram", "64GB"], "error: --ram is of a rig, and there is none", "hint: n"),
+    (["vram", "Qwen2.5-72B", "--reserve", "1GiB"], "error: --reserve needs a rig, and none was given", "hint: name it"),
+    (
+        ["plan", "Qwen2.5-72B", "--recommend", "--ram", "64GB"],
+        "error: --ram needs a rig, and none was given",
+        "hint: n",
+    ),
     (["quantize", "Qwen2.5-72B", "--dry-run", "--network", "10gbps"], "error: --network is between ranks", "hint: --r"),
     (["vram", "Qwen2.5-72B", "--target-size", ""], "error: not a size: ''", "hint: write for instance 47GB"),
     (["vram", "Qwen2.5-72B", "--recipe", "r.toml"], "error: r.toml: No such file or directory", "hint: qwenq quantize"),
     (
         ["vram", "Qwen2.5-72B", "--recipe", "r.toml", "--engine", "llama.cpp"],
-        "error: --recipe is not planned for in llama.cpp",
+        "error: --recipe is not supported for llama.cpp",
         "hint: a GGUF type (--format Q4_K_M), --bits 4, 8 or 16",
     ),
     (
         ["plan", "Qwen2.5-7B", "--gpu", "3090", "--group-size", "64", "--engine", "llama.cpp"],
-        "error: --group-size is not planned for in llama.cpp",
+        "error: --group-size is not supported for llama.cpp",
         "hint: a GGUF type (--format Q4_K_M), --bits 4, 8 or 16",
     ),
     (
@@ -148,7 +152,7 @@ BAD = [
     ),
     (
         ["vram", "Qwen2.5-72B", "--checkpoint", str(DATA / "tiny-qwen2"), "--pad-for-tp", "2"],
-        "error: --pad-for-tp 2 is for what quantize writes, these weights are as they are",
+        "error: --pad-for-tp 2 is for checkpoints that quantize writes, not for existing weights",
         "hint: give --bits 4 or 8",
     ),
     (["vram", str(DATA / "tiny-qwen2"), "--pad-for-tp", "2"], "error: --pad-for-tp 2 is for what", "hint: give --bits"),
@@ -167,13 +171,19 @@ BAD = [
     ),
     (["vram", "validate", "nowhere.csv"], "error: nowhere.csv: No such file or directory", "hint: wanted a CSV"),
     (["plan", "Qwen2.5-72B"], "error: give one of --gpu, --detect and --recommend", "hint: for instance"),
-    (["plan", "Qwen2.5-72B", "--gpu", "3090", "-c", "1k,2k"], "error: one context, please", "hint: `qwenq vram`"),
+    (["plan", "Qwen2.5-72B", "--gpu", "3090", "-c", "1k,2k"], "error: wanted one context", "hint: `qwenq vram`"),
     (["plan", "Qwen2.5-72B", "--gpu", ""], "error: not a rig: ''", "hint: write for instance"),
     (["vram", "Qwen2.5-72B", "--gpu", ""], "error: not a rig: ''", "hint: write for instance"),
-    (["plan", "Qwen2.5-72B", "--gpu", "3090", "--reserve", "100GiB"],
-     "error: --reserve 100.00 GiB leaves nothing of GPU 0", "hint: a smaller --reserve"),
-    (["plan", "Qwen2.5-7B", "--gpu", "3090", "--batch-size", "9" * 400], "error: batch size is a number of 400 digits",
-     ""),
+    (
+        ["plan", "Qwen2.5-72B", "--gpu", "3090", "--reserve", "100GiB"],
+        "error: --reserve 100.00 GiB leaves nothing of GPU 0",
+        "hint: a smaller --reserve",
+    ),
+    (
+        ["plan", "Qwen2.5-7B", "--gpu", "3090", "--batch-size", "9" * 400],
+        "error: batch size is a number of 400 digits",
+        "",
+    ),
     (["plan", "Qwen2.5-72B", "--gpu", "M2 Ultra"], "error: qwenq does not run on Apple M2 Ultra", "hint: --engine"),
 ]
 
@@ -285,7 +295,7 @@ def test_detect_without_a_driver() -> None:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         result = run("plan", "Qwen2.5-72B", "--detect")
-        assert result.exit_code == 1 and result.stderr.startswith("error: no NVIDIA driver answers")
+        assert result.exit_code == 1 and result.stderr.startswith("error: no NVIDIA driver responds")
     else:
         pynvml.nvmlShutdown()
         pytest.skip("this machine has an NVIDIA driver")

@@ -171,7 +171,7 @@ def test_double_quantization_of_others_is_read(tiny: Path, tmp_path: Path) -> No
         (Recipe(Scheme(4, 32), (), "awq"), "format awq cannot hold 4-bit g32"),
         (
             Recipe(Scheme(4, 32, sym=False), (("model.layers.0.mlp.down_proj", Scheme(4, -1, sym=False)),), "awq"),
-            "format awq holds one scheme a checkpoint, asked for 4-bit g32 asym, 4-bit per channel asym",
+            "format awq holds one scheme per checkpoint, got 4-bit g32 asym, 4-bit per channel asym",
         ),
         (Recipe(NF4), "format gptq cannot hold NF4 g64"),
         (Recipe(NF4, (), "compressed-tensors"), "format compressed-tensors cannot hold NF4 g64"),

@@ -93,7 +93,7 @@ def test_settings_that_no_entry_says_are_refused(
     monkeypatch.setitem(
         ARCHITECTURES, model_type, replace(ARCHITECTURES["llama"], model_type=model_type, classes=classes)
     )
-    with pytest.raises(CheckpointError, match=f"config.json: {said}: the entry of {model_type} cannot say it"):
+    with pytest.raises(CheckpointError, match=f"config.json: {said}: the entry of {model_type} cannot express it"):
         model_config(SHAPES | settings, spec_from_config(SHAPES | {"model_type": model_type}))
 
 

@@ -384,7 +384,9 @@ def test_what_cannot_be_joined_is_said_in_a_line(tiny: Path, text: list[object],
     for each in Started(tmp_path / "few", 4, few).ended():
         assert each.code == 1 and "3 calibration windows for 4 ranks" in each.err, each
     (said,) = Started(tmp_path / "inspect", 1, ["inspect", tiny], WORLD_SIZE="2").ended()
-    assert said.code == 2 and said.err.startswith("error: `qwenq inspect` does not go over ranks, WORLD_SIZE is 2\n")
+    assert said.code == 2 and said.err.startswith(
+        "error: `qwenq inspect` does not run on several ranks, and WORLD_SIZE is 2\n"
+    )
 
 
 def test_a_place_to_meet_that_goes_away_is_said_in_a_line() -> None:

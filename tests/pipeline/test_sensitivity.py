@@ -265,7 +265,7 @@ def test_zero_points_are_measured_and_used_when_asked_for(command: list[object],
     assert " asym" in (out / "qwenq-recipe.toml").read_text()
 
 
-@pytest.mark.parametrize(("row", "said"), [({}, "0.o has no scheme"), ({"16-bit": 0}, "16-bit is no scheme")])
+@pytest.mark.parametrize(("row", "said"), [({}, "0.o has no scheme"), ({"16-bit": 0}, "16-bit is not a scheme")])
 def test_rows_that_measure_nothing_are_refused(row: dict, said: str, table: Sensitivity, tmp_path: Path) -> None:
     path = tmp_path / "s.json"
     path.write_text(

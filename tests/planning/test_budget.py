@@ -263,7 +263,7 @@ def test_offered_schemes() -> None:
 def test_labels_are_read_back(scheme: Scheme | None) -> None:
     assert parse_scheme(scheme.label if scheme else "16-bit") == scheme
     for bad in ("5-bit g128", "4-bit", "4bit g64", "", "4-bit g", "16-bit g128"):
-        with pytest.raises(PlanError, match="is no scheme"):
+        with pytest.raises(PlanError, match="is not a scheme"):
             parse_scheme(bad)
 
 
@@ -282,10 +282,10 @@ def test_a_recipe_file_says_the_same_when_read_back(tmp_path: Path) -> None:
 
 BROKEN: dict[str, tuple[Callable[[str], str], str]] = {
     "scheme": (lambda t: t.replace('o = "4-bit g128"', 'o = "5-bit g128"', 1),
-               r"r\.toml, line 12, layer 0, o: '5-bit g128' is no scheme"),
+               r"r\.toml, line 12, layer 0, o: '5-bit g128' is not a scheme"),
     "group": (lambda t: t.replace('o = "4-bit g128"', 'o = "4-bit g96"', 1), r"line 12, layer 0, o: .*g96"),
     "asymmetric": (lambda t: t.replace('o = "4-bit g128"', 'o = "4-bit g64 asym"', 1), "layer 0, o: 4-bit g64"),
-    "number": (lambda t: t.replace('o = "4-bit g128"', "o = 4", 1), "line 12, layer 0, o: 4 is no scheme"),
+    "number": (lambda t: t.replace('o = "4-bit g128"', "o = 4", 1), "line 12, layer 0, o: 4 is not a scheme"),
     "name": (lambda t: t.replace("o = ", "q = ", 1), "line 12, layer 0: has qkv, q, gate_up, down, wanted qkv, o"),
     "missing layer": (lambda t: re.sub(r"(?m)^1 .*\n", "", t), "layer 1: missing"),
     "one layer more": (lambda t: t + '7 = { qkv = "16-bit" }\n', r"line 15: layer '7', small has 3 layers \(0 to 2\)"),
@@ -322,8 +322,8 @@ def test_a_table_is_read_back_and_refused_for_another_model(tmp_path: Path) -> N
         found.check(B72)
     for edit, said in (
         (lambda t: t.replace('"version": 1', '"version": 2'), "version 2, wanted"),
-        (lambda t: t.replace('"0.qkv"', '"0.kqv"'), "'0.kqv' is no fused group"),
-        (lambda t: re.sub(r'("4-bit g128": )[\d.e-]+', r"\1-1", t, count=1), "0.qkv, 4-bit g128: -1 is no KL"),
+        (lambda t: t.replace('"0.qkv"', '"0.kqv"'), "'0.kqv' is not a fused group"),
+        (lambda t: re.sub(r'("4-bit g128": )[\d.e-]+', r"\1-1", t, count=1), "0.qkv, 4-bit g128: -1 is not a KL"),
         (lambda t: t.replace('"measured"', '""'), "lacks kl_nats_per_token or fingerprint"),
     ):
         path.write_text(edit(encode_sensitivity(table).decode()))

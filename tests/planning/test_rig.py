@@ -81,13 +81,13 @@ def test_spellings(text: str, label: str) -> None:
         ("Voodoo2", "unknown GPU 'Voodoo2'", "qwenq vram gpus"),
         ("9999999x RTX 3090", "9999999 GPUs of a kind in .*, wanted 1 to 64", ""),
         ("RTX 3090 x" + "9" * 5000, "GPUs of a kind in .*, wanted 1 to 64", ""),
-        ("RTX 6000", "GPU 'RTX 6000' could be several", "RTX 6000 Ada, RTX PRO 6000 Blackwell, Quadro RTX 6000"),
-        ("RTX 4060 Ti", "could be several", "RTX 4060 Ti 16GB, RTX 4060 Ti 8GB"),
+        ("RTX 6000", "GPU 'RTX 6000' is ambiguous", "RTX 6000 Ada, RTX PRO 6000 Blackwell, Quadro RTX 6000"),
+        ("RTX 4060 Ti", "is ambiguous", "RTX 4060 Ti 16GB, RTX 4060 Ti 8GB"),
         ("2000GB", "a GPU of '2000GB'", ""),
-        ("A100", "GPU 'A100' could be several", "A100 PCIe 40GB, A100 SXM4 80GB, A100 PCIe 80GB"),
-        ("A100 80GB", "GPU 'A100 80GB' could be several", "A100 SXM4 80GB, A100 PCIe 80GB"),
-        ("RTX 3060", "GPU 'RTX 3060' could be several", "RTX 3060 12GB, RTX 3060 8GB"),
-        ("RTX 5060 Ti", "GPU 'RTX 5060 Ti' could be several", "RTX 5060 Ti 8GB"),
+        ("A100", "GPU 'A100' is ambiguous", "A100 PCIe 40GB, A100 SXM4 80GB, A100 PCIe 80GB"),
+        ("A100 80GB", "GPU 'A100 80GB' is ambiguous", "A100 SXM4 80GB, A100 PCIe 80GB"),
+        ("RTX 3060", "GPU 'RTX 3060' is ambiguous", "RTX 3060 12GB, RTX 3060 8GB"),
+        ("RTX 5060 Ti", "GPU 'RTX 5060 Ti' is ambiguous", "RTX 5060 Ti 8GB"),
         ("RTX 4090 48GB", "unknown GPU 'RTX 4090 48GB'", 'by its memory, for instance "48GB"'),
         ("", "not a rig: ''", "2x RTX 3090"),
         ("RTX 4090 +", "not a rig", "2x RTX 3090"),
@@ -109,7 +109,7 @@ def test_a_card_is_never_taken_for_another_of_its_series(name: str) -> None:
     try:
         assert find_gpu(name).name.removeprefix("Apple ").removesuffix(" 8GB") == name
     except PlanError as error:
-        assert f"unknown GPU '{name}'" in error.message or "could be several" in error.message, error
+        assert f"unknown GPU '{name}'" in error.message or "is ambiguous" in error.message, error
 
 
 def test_versions_that_the_catalogue_lacks_are_not_in_it() -> None:

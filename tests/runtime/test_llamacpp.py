@@ -71,7 +71,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
 
 
 def no_rig() -> None:
-    raise PlanError("no NVIDIA driver answers")
+    raise PlanError("no NVIDIA driver responds")
 
 
 def test_one_answer(gguf_file: Path, stand_in: Callable[[str], Any]) -> None:
@@ -112,7 +112,7 @@ def test_servers_that_fail_end_in_one_line(
         patched.setenv("REFUSE", "1")
         found = run(*words)
         line = "error: llama-server refused the prompt (the request exceeds the context)"
-        note = "warning: llama.cpp gets no layers for a GPU: no NVIDIA driver answers"
+        note = "warning: llama.cpp gets no layers for a GPU: no NVIDIA driver responds"
         assert found.exit_code == 1 and found.stderr.splitlines() == [note, line]
     with monkeypatch.context() as patched:
         patched.setenv("FAIL", "1")
@@ -192,7 +192,7 @@ def test_what_it_is_started_with(
     ("options", "line", "code"),
     [
         (("--kv-cache-dtype", "fp8"), "error: llama.cpp has no 'fp8' KV cache", 2),
-        (("--hosts", "a,b"), "error: --hosts is of vLLM's commands", 2),
+        (("--hosts", "a,b"), "error: --hosts is for vLLM's commands", 2),
         *(
             (words, f"error: {words[0]} is of qwenq's own server, and this is llama.cpp's", 2)
             for words in (("--allowed-hosts", "x"), ("--gpu-memory", "8GB"), ("--max-queue", "4"))

@@ -226,7 +226,9 @@ def test_damaged_copies_and_gpus_too_old_are_refused(monkeypatch: pytest.MonkeyP
     with pytest.raises(RunError, match="copies from cuda:1 to cuda:0 arrive damaged"):
         devices.check_gpus([first, second])
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_90"])
-    with pytest.raises(RunError, match=r"cuda:0 Tesla V100: compute capability 7.0, this build of torch begins at 7.5"):
+    with pytest.raises(
+        RunError, match=r"cuda:0 Tesla V100: compute capability 7.0, this build of torch needs at least 7.5"
+    ):
         devices.check_gpus([first])
 
 

@@ -405,7 +405,7 @@ def test_residuals_that_are_not_finite_are_named(half, value):
     w_OI, h_II = problem(columns=64)
     sums = torch.zeros(64, 24), torch.zeros(64, 24)
     sums[half][3, 5] = value
-    with pytest.raises(QwenqError, match=r"^layers\.3\.o: what its outputs are short of is not finite$"):
+    with pytest.raises(QwenqError, match=r"^layers\.3\.o: the cross-covariance of its residual is not finite$"):
         short = {"layers.3.o": ResidualCovariance(*sums)}
         solve_linears({"layers.3.o": w_OI}, h_II, IntegerGrid(4, 64), residuals=short, error_correction=1.0)
 

@@ -170,7 +170,7 @@ def test_empty(content: str, load, tmp_path: Path) -> None:
         (tmp_path / name).write_text(content)
         error = refusal(load, tmp_path / name)
         assert (error.message, error.hint) == (
-            f"{tmp_path / name}: no text in it", "is it the file you meant?",
+            f"{tmp_path / name}: no text in it", "is it the right file?",
         )  # fmt: skip
 
 
