@@ -415,7 +415,7 @@ def check_length(length: int, limit: int, where: str) -> None:
     """Raise CalibrationError for windows longer than the model reads."""
     if length > limit:
         raise CalibrationError(
-            f"{where}: windows of {length} tokens, but the model reads {limit}",
+            f"{where}: windows of {length} tokens, the model reads {limit}",
             hint=f"--sequence-length {limit} or less",
         )
 

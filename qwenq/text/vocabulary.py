@@ -318,8 +318,7 @@ def _described_splitting(document: Mapping[str, Any], where: str) -> Splitting:
         if ours == _signature(iter(split.steps)):
             return split
     raise CheckpointError(
-        f"{where}: its pre-tokenizer has no name known here, which GGUF needs "
-        f"({shown(str(ours), 120)})",
+        f"{where}: its pre-tokenizer has no name known here, which GGUF needs ({shown(str(ours), 120)})",
         hint=f"known: {', '.join(split.names[0] for split in SPLITTINGS)}",
     )
 

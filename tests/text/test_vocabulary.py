@@ -175,7 +175,7 @@ def test_what_cannot_be_written(model: Path) -> None:
     for change, words in (
         ({"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}, "of type Unigram, wanted byte-level BPE"),
         ({"decoder": {"type": "Metaspace"}}, "of type BPE, wanted byte-level BPE"),
-        ({"pre_tokenizer": {"type": "Whitespace"}}, "splitting text has no name that is known here"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "its pre-tokenizer has no name known here"),
         ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": 5}}, "pretokenizers is 5, wanted a list"),
         ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}},
          "its normalizer of type Lowercase changes text"),
