@@ -141,9 +141,9 @@ def test_what_another_engine_is_not_asked_for_is_refused_before_anything_is_read
     monkeypatch.setattr("qwenq.runtime.foreign.GptqModelEngine.check_installed", lambda: None)
     words = "run", "owner/never-fetched", "--engine", "gptqmodel"
     hint = "give it with --prompt, or use `qwenq serve`"
-    refusal(run(*words), "--engine gptqmodel answers one question", hint, 2)
+    refusal(run(*words), "--engine gptqmodel needs a prompt", hint, 2)
     told = run(*words, "-p", "x", "--kv-cache-dtype", "fp8")
-    refusal(told, "--kv-cache-dtype is not handed to gptqmodel by run", "`qwenq serve` passes it to vLLM", 2)
+    refusal(told, "`run` does not pass --kv-cache-dtype to gptqmodel", "`qwenq serve` passes it to vLLM", 2)
 
 
 @pytest.mark.parametrize(
@@ -271,6 +271,6 @@ def test_a_dry_run_of_what_does_not_fit_exits_with_3(tiny: Path) -> None:
         for option in ("--prefill-chunk=64", "--compute-dtype=float32", "--gpu-memory=8GiB", "--cpu-memory=8GiB"):
             ignored = run("run", "owner/never-fetched", "-p", "x", "--engine", engine, option)
             name = option.partition("=")[0]
-            refusal(ignored, f"{name} is of qwenq's own engine, not {engine}", "--engine qwenq, or leave it out", 2)
+            refusal(ignored, f"{name} is for qwenq's own engine, not {engine}", "--engine qwenq, or leave it out", 2)
     foreign = run("run", tiny, "--dry-run", "--engine", "gptqmodel")
-    assert foreign.exit_code == 2 and "--dry-run is of qwenq's own engine, not gptqmodel" in foreign.stderr
+    assert foreign.exit_code == 2 and "--dry-run is for qwenq's own engine, not gptqmodel" in foreign.stderr

@@ -345,7 +345,7 @@ def test_formats_that_do_not_go_together() -> None:
     for args, says in (
         (["--format", "nf4", "--bits", "8"], "--bits is 8, --format bnb-nf4 has 4"),
         (["--format", "Q6_K"], "--format Q6_K is GGUF"),
-        (["--format", "awq", "--engine", "llama.cpp"], "is no GGUF type"),
+        (["--format", "awq", "--engine", "llama.cpp"], "is not a GGUF type"),
         (["--format", "gptq", "--target-size", "5GB"], "--format and --target-size exclude each other"),
         (["--format", "fp8", "--group-size", "64"], "--format fp8 has no --group-size"),
         (["--format", "exl2"], "--format exl2: wanted one of"),

@@ -383,7 +383,7 @@ def test_gated(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     for call in (fetch_config, fetch_headers, fetch_model):
         error = failure(call, "org/tiny")
         assert "gated (401)" in error.message
-        assert f"{stand_in.url}/org/tiny" in error.hint and "accept the licence" in error.hint
+        assert f"{stand_in.url}/org/tiny" in error.hint and "accept the license" in error.hint
         assert "then set HF_TOKEN" in error.hint
     monkeypatch.setenv("HF_TOKEN", "hf_thisIsASecret")
     stand_in.refuse = refusing("/resolve/", 403, "GatedRepo")
@@ -394,7 +394,7 @@ def test_gated(stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
         assert "access refused (403)" in failure(fetch_model, "org/tiny").message
 
 
-@pytest.mark.parametrize(("status", "words"), [(429, "too many requests"), (503, "out of order (503)")])
+@pytest.mark.parametrize(("status", "words"), [(429, "too many requests"), (503, "is not working (503)")])
 def test_the_hub_is_busy(stand_in: StandIn, status: int, words: str) -> None:
     stand_in.refuse = lambda path: (status, {})
     assert words in failure(fetch_model, "org/tiny").message

@@ -34,7 +34,7 @@ def linked(random_model: Make, tmp_path: Path) -> Path:
 def test_links_out_are_refused_with_a_way_out_and_read_where_it_is_taken(linked: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         open_source(linked)
-    assert caught.value.hint.startswith("--follow-links reads it all the same")
+    assert caught.value.hint.startswith("--follow-links reads it anyway")
     with qwenq.followed_links():
         result = quantize(small_job(linked, tmp_path / "out"))
     plain = quantize(small_job(tmp_path / "disk", tmp_path / "plain"))
@@ -60,7 +60,7 @@ def test_commands_follow_links_when_told_to(words: list[str], linked: Path) -> N
     asked = [word.format(linked) for word in words]
     refused = run(*asked)
     assert refused.exit_code == 1 and "links to a file outside" in refused.stderr, refused.output
-    assert "hint: --follow-links reads it all the same" in refused.stderr
+    assert "hint: --follow-links reads it anyway" in refused.stderr
     done = run(*asked, "--follow-links")
     assert done.exit_code == 0, done.output
     assert run(*asked).exit_code == 1  # the permission ends with the command

@@ -145,7 +145,7 @@ def test_a_disk_too_small_for_a_given_output_is_refused(
 
 def test_a_dry_run_goes_on_with_no_job(tiny: Path) -> None:
     refused = run("quantize", tiny, "--dry-run", "--resume")
-    assert refused.exit_code == 2 and "--resume goes on with a job, and --dry-run begins none" in refused.stderr
+    assert refused.exit_code == 2 and "--resume and --dry-run exclude each other" in refused.stderr
 
 
 def test_a_budget_counts_the_measuring(tiny: Path, texts: list[object], tmp_path: Path) -> None:

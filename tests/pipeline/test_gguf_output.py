@@ -276,7 +276,7 @@ def test_padding_to_whole_blocks(random_model: Make, text: list[object], tmp_pat
     assert not gguf.quants.dequantize(down.data, down.tensor_type)[:, 448:].any()
     whole = random_model("whole", **WIDE)
     said = answer("quantize", whole, "--format", "gguf", "--pad-for-tp", 1, "--dry-run", *text, code=1)
-    assert "the FFN of 512 is whole blocks of 256 already" in said
+    assert "the FFN of 512 already consists of whole blocks of 256" in said
     said = answer("quantize", source, "--format", "gguf", "--pad-for-tp", 2, "--dry-run", *text, code=2)
     assert "--pad-for-tp 2: --format gguf pads for no number of GPUs, but to whole blocks of 256" in said
     said = answer("quantize", source, "--format", "gguf", "--bits", 8, "--pad-for-tp", 1, "--dry-run", *text, code=1)

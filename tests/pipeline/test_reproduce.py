@@ -167,11 +167,11 @@ def test_the_command(tiny: Path, tmp_path: Path) -> None:
     quantize(small_job(tiny, out, method="rtn", calibration=None))
     words = ["verify", str(out), "--source", str(tiny)]
     good = run(*words, "--layers", "1")
-    assert good.exit_code == 0 and "layer 1 made again, all as in its manifest" in good.stdout
+    assert good.exit_code == 0 and "layer 1 recomputed, all matching the manifest" in good.stdout
     assert run(*words, "--layers", "x").exit_code == 2
     asked = answer(*words, "--all-layers")
     assert asked["ok"] and asked["layers_made_again"] == [0, 1, 2, 3]
     assert asked["layers_not_made_again"] == []
     none = answer(*words, "--layers", "none")
     assert none["layers_made_again"] == [] and none["layers_not_made_again"] == [0, 1, 2, 3]
-    assert "not made again: layers 0, 2 to 3 (--all-layers makes every one)" in good.stdout
+    assert "not recomputed: layers 0, 2 to 3 (--all-layers recomputes every layer)" in good.stdout

@@ -147,7 +147,7 @@ def test_a_gpu_that_shares_the_systems_memory_has_what_the_system_has_free(
     assert done.exit_code == 0
     assert "NVIDIA GB10: the driver tells no memory, so what the system has free counts: 100.00 GiB" in done.stderr
     three.setattr("qwenq.planning.rig.available_ram", lambda: 1 << 60)  # a system that tells nothing either
-    with pytest.raises(PlanError, match="neither the driver nor the system tells its memory"):
+    with pytest.raises(PlanError, match="neither the driver nor the system reports its memory"):
         detect_rig()
 
 

@@ -308,7 +308,7 @@ def test_an_answer_does_not_go_on_in_the_cache_of_another(tiny: Path) -> None:
     next(first)
     next(first)  # the second was only made, and has begun nothing
     found = [next(second)]
-    with pytest.raises(RunError, match="another answer was begun meanwhile"):
+    with pytest.raises(RunError, match="another answer was started meanwhile"):
         next(first)
     assert [*found, *second] == alone
 

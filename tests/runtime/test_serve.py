@@ -337,7 +337,7 @@ def test_open_addresses_without_a_key_are_warned_of(tiny: Path, monkeypatch: pyt
         assert result.exit_code == 0, result.output
         return result.stderr
 
-    assert "warning: 0.0.0.0 is reached from other machines" in said("--host", "0.0.0.0")
+    assert "warning: 0.0.0.0 is reachable from other machines" in said("--host", "0.0.0.0")
     for options in (["--host", "0.0.0.0", "--api-key", "x"], ["--host", "127.0.0.2"], []):
         assert "warning" not in said(*options)
 
@@ -347,7 +347,7 @@ def test_what_vllm_would_be_told(tiny: Path) -> None:
         words = ["serve", str(tiny), "--dry-run", "--engine", "vllm", "--gpu", "2x RTX 3090", *options]
         result = run(*words)
         assert result.exit_code == 0, result.stderr
-        assert ("set VLLM_API_KEY where it is started" in result.stderr) == ("--api-key" in options)
+        assert ("set VLLM_API_KEY where you run them" in result.stderr) == ("--api-key" in options)
         return result.stdout.splitlines()
 
     (single,) = lines("-c", "256", "--kv-cache-dtype", "fp8", "--port", "9")
@@ -373,10 +373,10 @@ def test_errors_of_the_command(tiny: Path) -> None:
         return result.stderr
 
     assert "error: unknown engine 'tgi'" in refused("--engine", "tgi")
-    assert "are of other servers' commands" in refused("--engine", "qwenq", "--gpu", "RTX 3090")
+    assert "are for other servers' commands" in refused("--engine", "qwenq", "--gpu", "RTX 3090")
     for words in (["--allowed-hosts", "x"], ["--max-queue", "4"], ["--compute-dtype", "float32"]):
         said = refused("--engine", "vllm", "--dry-run", "--gpu", "RTX 3090", *words)
-        assert f"error: {words[0]} is of qwenq's own server, and this is vLLM's" in said
+        assert f"error: {words[0]} is for qwenq's own server, and this is vLLM's" in said
     assert "error: vLLM cannot serve" in refused(
         "--engine", "vllm", "--gpu", "RTX 3090", "-c", "512", "--hosts", "a,b,c,d,e"
     )
@@ -389,7 +389,7 @@ def test_errors_of_the_command(tiny: Path) -> None:
         assert told.value.hint == f"choose another with {way}"
     if os.environ.get("CUDA_VISIBLE_DEVICES") is None and not torch.cuda.is_available():
         said = refused("--engine", "vllm", "--dry-run")
-        assert "error: vLLM's flags are for a rig" in said and 'hint: name the rig with --gpu "2x RTX 3090"' in said
+        assert "error: vLLM's flags depend on the rig, and none was found" in said and 'hint: name the rig with --gpu "2x RTX 3090"' in said
 
 
 def test_what_is_not_installed_is_said_before_a_download(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -299,7 +299,7 @@ def test_a_row_count_no_tiling_takes_is_written_out(kernels: Any, monkeypatch: p
         raise kernels.KernelRefused("Triton kernel multiply: no")
 
     monkeypatch.setattr(kernels, "multiply", refuse)
-    with pytest.warns(RuntimeWarning, match="weights written out from 3 rows on: Triton kernel multiply: no"):
+    with pytest.warns(RuntimeWarning, match="weights dequantized from 3 rows on: Triton kernel multiply: no"):
         assert error_of(module(x), wanted) < 1e-5
     assert module.dense_from == 3
 
