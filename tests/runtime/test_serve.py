@@ -389,7 +389,10 @@ def test_errors_of_the_command(tiny: Path) -> None:
         assert told.value.hint == f"choose another with {way}"
     if os.environ.get("CUDA_VISIBLE_DEVICES") is None and not torch.cuda.is_available():
         said = refused("--engine", "vllm", "--dry-run")
-        assert "error: vLLM's flags depend on the rig, and none was found" in said and 'hint: name the rig with --gpu "2x RTX 3090"' in said
+        assert (
+            "error: vLLM's flags depend on the rig, and none was found" in said
+            and 'hint: name the rig with --gpu "2x RTX 3090"' in said
+        )
 
 
 def test_what_is_not_installed_is_said_before_a_download(monkeypatch: pytest.MonkeyPatch) -> None:
