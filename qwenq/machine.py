@@ -169,9 +169,9 @@ def has_triton() -> bool:
 
 
 def lacks_for_cpu_kernels() -> str:
-    """Why this project's CPU kernels can't be built here, as far as that shows without building; empty if nothing."""
+    """Why this project's CPU kernels cannot be compiled here, as far as can be told; empty if nothing."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
-        return "this project's CPU kernels are for Linux on x86"
+        return "this project's CPU kernels need Linux on x86"
     if not {"avx2", "fma", "f16c"} <= _instructions():
         return "this project's CPU kernels need AVX2, FMA and F16C"
     if not (words := compiler()) or shutil.which(words[0]) is None:

@@ -95,7 +95,7 @@ def read_contents(
         spec = replace(spec, tie_word_embeddings=False)
         config = {**config, "tie_word_embeddings": False}
         notes.append(
-            f"config.json ties the head to the embedding, but {head} is stored and is another: it is kept "
+            f"config.json ties the head to the embedding, but a different {head} is stored: it is kept "
             "(tie_word_embeddings false)"
         )
     return Contents(spec, dict(config), tensors, tuple(notes))

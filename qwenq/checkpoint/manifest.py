@@ -122,11 +122,11 @@ def read_manifest(directory: Path) -> tuple[dict[str, Any], list[Finding]]:
             raise CheckpointError(f"{MANIFEST_NAME}: {where} is not an object of hashes")
     findings = []
     if document.get("digest") != digest_of(document):
-        findings.append(Finding(MANIFEST_NAME, "changed: its digest is not that of its content"))
+        findings.append(Finding(MANIFEST_NAME, "changed: its digest does not match its content"))
     if run.get("digest") != digest_of(run):
-        findings.append(Finding(MANIFEST_NAME, "changed: the digest of `run` is not that of its content"))
+        findings.append(Finding(MANIFEST_NAME, "changed: the digest of `run` does not match its content"))
     if not findings and _encode(document) != data:
-        findings.append(Finding(MANIFEST_NAME, "changed: the same values, written otherwise"))
+        findings.append(Finding(MANIFEST_NAME, "changed: the same values in a different form"))
     return document, findings
 
 
@@ -171,7 +171,7 @@ def check_files(directory: Path, manifest: Mapping[str, Any]) -> Iterator[Findin
     for path in files_in(directory):
         name = path.relative_to(directory).as_posix()
         if name not in wanted and name not in (MANIFEST_NAME, LOCK_NAME, *_KEPT_BY_OTHERS):
-            yield Finding(shown(name), "extra: the manifest does not name it")
+            yield Finding(shown(name), "extra: not in the manifest")
 
 
 def files_in(directory: Path) -> list[Path]:
@@ -346,7 +346,7 @@ def check_source(source: Path, named: Mapping[str, str]) -> Iterator[Finding]:
             yield Finding(shown(name), error.message)
             continue
         if not path.is_file():
-            yield Finding(shown(str(path)), "missing: the manifest names it as a file of the source")
+            yield Finding(shown(str(path)), "missing: the manifest lists it as a source file")
             continue
         try:
             found = hash_of(path)

@@ -389,8 +389,8 @@ def _where_it_went(missing: list[str], stored: Mapping[str, TensorLocation], hea
     """What to do about tensors that no shard has."""
     if missing == [head]:
         return (
-            "a model saved without its head, an embedding model say, predicts no tokens; where the head is the "
-            "embedding, config.json wants tie_word_embeddings true"
+            "a model saved without its head (an embedding model?) predicts no tokens; if the head is the embedding, "
+            "config.json needs tie_word_embeddings true"
         )
     if prefix := saved_wrapped(stored, missing):
         return (

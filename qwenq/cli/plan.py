@@ -143,7 +143,7 @@ def _text(found: Plan) -> list[str]:
         if found.host is None or found.host.fits is not False:
             lines.append(f"  speed then: {found.offload_speed.text()}")
     if not found.fits:
-        lines.append("rigs that hold it: the same command with --recommend in place of its rig")
+        lines.append("to list rigs that hold it, run the same command with --recommend instead of the rig")
     if not found.serving.case.engine.refusal(case.weights):  # of weights that no server loads it would say nothing
         lines += _parallel_lines(found)
     for name, text in plan_commands(found).items():
@@ -156,9 +156,9 @@ def _parallel_lines(found: Plan) -> list[str]:
     lines, sizes = [f"{found.serving.case.engine.title}, tensor x pipeline parallel:"], found.tensor_parallel
     for option in found.serving.options:
         cut = sizes.get(str(option.tensor))  # said below, once
-        verdict = f"no: tensor parallel size {option.tensor}, see below" if cut else option.verdict
+        verdict = f"no: see tensor-parallel size {option.tensor} below" if cut else option.verdict
         lines.append(f"  {option.tensor} x {option.pipeline}: {verdict}")
-    lines.append("tensor parallel sizes of these weights:")
+    lines.append("tensor-parallel sizes of these weights:")
     return lines + [f"  {line}" for line in found.tensor_parallel_lines]
 
 
@@ -166,7 +166,7 @@ def _host_lines(found: Plan) -> list[str]:
     """Whether the machine's own memory holds what is put there."""
     host = found.host
     if host is None or host.limit_bytes is None:
-        return ["needs the host memory for it; --ram 64GB compares"]
+        return ["needs that much host memory; check with --ram 64GB"]
     needed = f"{host.total_bytes / GIB:.2f} GiB with KV cache and 3 GiB for the process and the system"
     answer = "fits" if host.fits else "does not fit"
     return [f"host memory: {needed}, of {host.limit_bytes / GIB:.2f} GiB: {answer}"]

@@ -182,7 +182,7 @@ def _dry_run(
 def _sizes_table(found: DryRun, mixture: str) -> Table:
     check = found.preflight
     table = Table(title=f"dry run: {check.model} to {mixture or check.scheme} ({check.format})")
-    table.add_column("what")
+    table.add_column("part")
     table.add_column("", justify="right")
     for stage, label in check.schemes.items():
         table.add_row(f"{stage}: {label}", format_gb(check.stage_bytes[stage]))
@@ -200,7 +200,7 @@ def _sizes_table(found: DryRun, mixture: str) -> Table:
             table.add_row(f"peak memory of a GPU, predicted{what}", format_gb(gpu))
             if check.state_vram_bytes and not what:
                 states = format_gb(check.state_vram_bytes)
-                table.add_row("more on a single GPU that has it free, for hidden states", states)
+                table.add_row("additional, for hidden states, if a single GPU has room", states)
     if check.ranks > 1:
         for what, count in (("a layer", check.wire_layer_bytes), ("the head", check.wire_head_bytes)):
             if not count:  # of a head that is not solved
@@ -208,10 +208,10 @@ def _sizes_table(found: DryRun, mixture: str) -> Table:
             table.add_row(f"received by a rank, {what}", format_gb(count))
             if found.network:
                 table.add_row(f"the same at {found.network}", format_seconds(found.wire_s(count)))
-        table.add_row("hidden states to the first rank, when saved", format_gb(check.wire_state_bytes))
+        table.add_row("hidden states sent to the first rank when saved", format_gb(check.wire_state_bytes))
     table.add_row("disk needed (hidden states included)", format_gb(check.disk_needed_bytes))
     if not found.local:
-        table.add_row("and on top the source's download", format_gb(check.source_tensor_bytes))
+        table.add_row("additional download of the source", format_gb(check.source_tensor_bytes))
     table.add_row("disk free", format_gb(check.disk_free_bytes or 0))
     for ranks, reason in check.tensor_parallel.items():
         table.add_row(f"tensor parallel {ranks}", reason or "yes")
@@ -247,4 +247,4 @@ def prediction_line(found: Budgeted) -> str:
         proof = "; no recipe of this size is predicted to lose less"
         if gap > 1e-9 * found.predicted_kl:
             proof = f"; no recipe of this size is predicted to lose less than {found.bound_kl:.5f}"
-    return f"predicted KL {found.predicted_kl:.5f} nats a token (sensitivities: {found.sensitivity}){proof}"
+    return f"predicted KL {found.predicted_kl:.5f} nats per token (sensitivities: {found.sensitivity}){proof}"

@@ -78,12 +78,12 @@ def sensitivity(
     replaced = of_builtin(text.get("builtin", {}).get("windows", 0))
     size = f"{text['windows']} windows of {text['window_tokens']} tokens"
     out.print(f"measured on {size} of {text['text']}{replaced}", soft_wrap=True)
-    out.print(f"{output}: serves any budget of this model", soft_wrap=True)
+    out.print(f"{output}: valid for any budget of this model", soft_wrap=True)
 
 
 def sensitivity_table(found: Sensitivity) -> Table:
     """KL of each fused group at its coarsest 4-bit scheme, or its first where it has none, layer by layer."""
-    table = Table(title=f"KL (millinats a token) of one fused group alone at its first scheme, {found.model}")
+    table = Table(title=f"KL (millinats per token) of each fused group alone at its first scheme, {found.model}")
     table.add_column("layer", justify="right")
     stages = [stage for layer, stage in found.kl if layer == 0]
     for stage in stages:

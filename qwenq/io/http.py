@@ -201,14 +201,14 @@ class Guard:
     def _problem(self, headers: Headers, method: str) -> str | None:
         host = headers.getlist("host")
         if len(host) != 1 or not host_is_allowed(host[0], self.allowed):
-            return "this host name is not answered here (--allowed-hosts names more)"
+            return "this host name is not allowed (add it with --allowed-hosts)"
         names = self.allowed - {"*"}
         if any(not origin_is_allowed(origin, host[0], names) for origin in headers.getlist("origin")):
-            return "pages of other origins are not answered here"
+            return "pages of other origins are not allowed"
         site, mode = headers.get("sec-fetch-site", "none"), headers.get("sec-fetch-mode")
         visit = mode == "navigate" and method == "GET"
         if site in ("cross-site", "same-site") and not visit and "origin" not in headers:
-            return "pages of other origins are not answered here"
+            return "pages of other origins are not allowed"
         return None
 
 

@@ -319,7 +319,7 @@ def _whole(directory: Path, name: str) -> dict[str, TensorLocation]:
         return checkpoint_tensors(directory)
     except CheckpointError as error:
         offline = "unset HF_HUB_OFFLINE and run it again to finish the download"
-        hint = offline if _offline() else f"if it stays so, delete {directory.parent.parent} and run it again"
+        hint = offline if _offline() else f"if that does not help, delete {directory.parent.parent} and run it again"
         raise HubError(f"{name}: the copy in the cache is not whole ({error.message})", hint=hint) from None
 
 

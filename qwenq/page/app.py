@@ -308,7 +308,7 @@ def _asked(bodies: BodyReader, line: Line, work: Callable[[Ask], Any]) -> Callab
             turn = asyncio.wrap_future(line.enter(partial(work, ask)))
             return JSONResponse(await while_there(request, turn))
         except Busy:
-            body = {"error": f"{line.waiting} questions are waiting already", "hint": "ask again in a moment"}
+            body = {"error": f"{line.waiting} requests are already waiting", "hint": "ask again in a moment"}
             return JSONResponse(body, status_code=503, headers={"Retry-After": "5"})
         except BadBody as error:
             return JSONResponse({"error": error.message, "hint": ""}, status_code=error.status)

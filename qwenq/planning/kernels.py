@@ -112,12 +112,12 @@ def not_on_cpu_kernels(shape: PackedShape, compute: Compute) -> str:
     if compute.device != "cpu" or compute.dtype != "bfloat16":
         return "CPU kernels take bfloat16 activations on a CPU"
     if not compute.compiler:
-        return "CPU kernels can't be built"
+        return "CPU kernels cannot be compiled"
     if shape.table and shape.blocks not in _CPU_BLOCKS:
         return f"CPU kernels have no table for {shape.blocks or 'NF4'}"
     group = shape.group if not shape.blocks else _SUB_GROUPS.get(shape.blocks, 32)
     if kernel_group(group, CPU_GROUPS) == 0:
-        return f"groups of {group} columns: CPU kernels want a multiple of 16"
+        return f"groups of {group} columns: CPU kernels need a multiple of 16"
     return ""
 
 
@@ -128,7 +128,7 @@ def _not_triton(shape: PackedShape, compute: Compute) -> str:
     if not compute.triton:
         return "Triton is not installed"
     if shape.in_features % 64 or kernel_group(shape.group) == 0:
-        return f"{shape.in_features} inputs in groups of {shape.group}: Triton kernels want a multiple of 64 and of 32"
+        return f"{shape.in_features} inputs in groups of {shape.group}: Triton kernels need a multiple of 64 and of 32"
     return ""
 
 
@@ -136,12 +136,12 @@ def _blocks(shape: PackedShape, compute: Compute) -> Choice:
     """A kernel for a GGUF weight whose codes one takes, else row blocks out of the bytes as they are."""
     kind = shape.blocks
     if shape.table or shape.bits not in (4, 8):
-        return Choice("blocks", f"{kind}: there is no kernel for it, so row blocks are written out")
+        return Choice("blocks", f"{kind}: no kernel, so weights are dequantized in row blocks")
     found = choose(replace(shape, blocks=""), replace(compute, triton=compute.triton and shape.sym))
     if found.kind == "tiled":
         return Choice("blocks", f"{kind} in row blocks: {found.reason}")
     if compute.device == "cuda" and compute.triton and not shape.sym:
-        return Choice(found.kind, f"{kind}: Triton kernels want whole zero points")
+        return Choice(found.kind, f"{kind}: Triton kernels need integer zero points")
     return found
 
 
@@ -152,9 +152,9 @@ def _four_bit(shape: PackedShape, compute: Compute) -> Choice:
         return Choice("tiled", f"groups of {shape.group} columns: the kernel takes {sizes}")
     outputs, inputs = (16, 2) if compute.device == "cpu" else (8, 32)
     if shape.out_features % outputs:
-        return Choice("tiled", f"{shape.out_features} outputs: the kernel wants a multiple of {outputs}")
+        return Choice("tiled", f"{shape.out_features} outputs: the kernel needs a multiple of {outputs}")
     if shape.in_features % inputs:
-        return Choice("tiled", f"{shape.in_features} inputs: the kernel wants a multiple of {inputs}")
+        return Choice("tiled", f"{shape.in_features} inputs: the kernel needs a multiple of {inputs}")
     if compute.device == "cuda" and compute.capability < (8, 0):
         return Choice("tiled", "tinygemm needs compute capability 8.0")
     return Choice("int4" if shape.bits == 4 else "int4 halves")

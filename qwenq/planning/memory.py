@@ -129,9 +129,9 @@ def slack_term(dynamic_bytes: int, packed_bytes: int = 0) -> Term:
 
     `packed_bytes`: weights that were unpacked on the GPU, which leaves holes between them.
     """
-    source = "3 % of what comes and goes, as unsloth keeps free"
+    source = "3 % of temporary memory, as unsloth keeps free"
     if packed_bytes:
-        source += "; 1 % of packed weights for holes between them, as traced (reports/runtime.md)"
+        source += "; 1 % of packed weights for gaps between them, as traced (reports/runtime.md)"
     low, n_bytes, high = (slack_bytes(dynamic_bytes, packed_bytes, share) for share in (0, 0.03, 0.08))
     return Term("slack", n_bytes, "reported", source, low, high)
 

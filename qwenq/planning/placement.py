@@ -337,7 +337,7 @@ class ParallelOption:
         if self.memory.fits:
             return f"fits, KV cache of {self.memory.kv_capacity_tokens} tokens"
         worst = min(gpu.free_bytes or 0 for gpu in self.memory.gpus)
-        return f"shapes allow it, but a GPU is short of {-worst / (1 << 30):.2f} GiB"
+        return f"shapes allow it, but a GPU lacks {-worst / (1 << 30):.2f} GiB"
 
     def longest_context(self, case: Case) -> int:
         """Most tokens a sequence can have in this layout; 0 when none."""

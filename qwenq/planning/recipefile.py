@@ -46,7 +46,7 @@ def encode_recipe(spec: ModelSpec, found: Budgeted) -> str:
         f"target = {_quoted(found.target)}",
         f"file_bytes = {found.file_bytes}",
         f"bits_per_linear_weight = {found.bits_per_linear_weight:.4f}",
-        f"predicted_kl = {found.predicted_kl:.6g}  # nats a token; sensitivities: {found.sensitivity}",
+        f"predicted_kl = {found.predicted_kl:.6g}  # nats per token; sensitivities: {found.sensitivity}",
         "",
     ]
     if outer := _names(spec, form, OUTER):

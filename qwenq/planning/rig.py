@@ -27,7 +27,7 @@ KEPT_RANGE = (0.5, 1.6)  # times that
 KEPT_SAID = "assumed: 0.4 GiB or 2 % kept by the driver, 0.37 to 0.65 GiB on the GeForce cards that were measured"
 MAX_GPUS = 64
 GIVEN = "given"  # the source of a GPU named by its memory
-_UNKNOWN = "not in the catalogue: known by its memory alone"
+_UNKNOWN = "not in the catalogue: only its memory size is known"
 
 
 # Metal's recommendedMaxWorkingSetSize, from logs of llama.cpp: 11453 MB of 16 GiB, 17180 of 24, 22907 of 32 (two
@@ -430,7 +430,7 @@ def _read(nvml: Any, handle: Any) -> tuple[Gpu, int, str]:
             raise PlanError(
                 f"{name}: neither the driver nor the system reports its memory", hint="name the rig with --gpu"
             )
-        note = f"{name}: the driver tells no memory, so what the system has free counts: {format_gib(free)}"
+        note = f"{name}: the driver reports no memory, so the system's free memory is used: {format_gib(free)}"
     try:
         major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
         capability = (int(major), int(minor))

@@ -133,7 +133,7 @@ def estimate_speed(case: Case, shares: Sequence[Share], offloaded_bytes: int = 0
     wide = 1.0 if all("A100" in gpu.name for gpu in gpus) else OTHER_CARD
     decode, prefill = decode_seconds(case, shares), prefill_seconds(case, shares)
     if decode is prefill is None:
-        return Speed(None, None, "of these cards neither bandwidth nor compute is known")
+        return Speed(None, None, "neither bandwidth nor compute of these cards is known")
     basis = fit.source
     step = chunk = (0.0, 0.0)  # seconds at least and at most that weights in host memory add
     if offloaded_bytes:

@@ -67,7 +67,7 @@ class Weights:
                 parts=(),
                 row_block_bytes=max((row_block_bytes(shape, compute) for shape in packed), default=0),
                 dense_from=min((dense_from(choose(s, compute).kind, compute.device) for s in packed), default=1),
-                source=f"{self.source}, as kernels keep it" if packed else self.source,
+                source=f"{self.source}, as kernels store it" if packed else self.source,
             )
         return self._kept[compute]
 

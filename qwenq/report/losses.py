@@ -61,9 +61,9 @@ def incomparable(runs: Sequence[Run]) -> list[Text]:
     """Why figures of one run may not be set beside the first one's."""
     first, found = runs[0], list[Text]()
     same: tuple[tuple[str, Callable[[Run], object]], ...] = (
-        ("was made from other source files than", lambda run: run.job.get("source")),
-        ("has its drift read on other tokens than", lambda run: run.drift.text_sha256),
-        ("has its drift defined otherwise than", lambda run: run.drift.metrics_version),
+        ("was made from different source files than", lambda run: run.job.get("source")),
+        ("has its drift measured on different tokens than", lambda run: run.drift.text_sha256),
+        ("has its drift defined differently from", lambda run: run.drift.metrics_version),
     )
     for run in runs[1:]:
         for words, what in same:
@@ -248,7 +248,7 @@ def layers_section(runs: Sequence[Run]) -> Section:
                 "error-stream",
                 "Error of the hidden states after each layer",
                 "Quantized against 16-bit hidden states on the evaluation tokens, relative to the energy of the 16-bit "
-                "ones, 10 log10: what all layers so far have done together.",
+                "ones, 10 log10: the combined effect of all layers so far.",
                 lambda w, i: draw_layers(
                     {"": streams}, "error of hidden states, dB", _kinds_words({"stream": streams}), w, i
                 ),

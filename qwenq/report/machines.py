@@ -36,7 +36,7 @@ def rigs_section(loaded: Sequence[Loaded], missing: Sequence[str], rigs: Sequenc
         where = f"Estimated for {engine.label}, one sequence, a 16-bit KV cache, every layer on the GPUs"
         if all(longest == limit for _, row in found for longest in row):
             fewest = min(found, key=lambda pair: sum(pair[0].limits))[0]
-            text = f"{where}: every rig tried holds every variant at the model's whole context of {limit:,} tokens"
+            text = f"{where}: every rig listed holds every variant at the model's full context of {limit:,} tokens"
             blocks.append(Paragraph(f"{text}, the smallest being {fewest.label}."))
         else:
             blocks.append(Paragraph(f"{where}. The model's own limit is {limit:,} tokens."))
@@ -88,11 +88,11 @@ def memory_section(loaded: Sequence[Loaded], engine: Engine, measurements: Seque
     if any(measured.values()):
         text += "Crosses are measurements, all GPUs together. "
     else:
-        text += "No measurement on a GPU was given. "
+        text += "No GPU measurements were given. "
     if highest < smallest[1] * GIB:
         text += f"Everything stays below the smallest card listed ({smallest[0]}, {smallest[1]:.2f} GiB usable)."
     else:
-        text += "Dotted lines are what single cards offer a program."
+        text += "Dotted lines show the memory that single cards offer."
     blocks: list[Block] = [
         Figure(
             "memory-context",
@@ -107,7 +107,7 @@ def memory_section(loaded: Sequence[Loaded], engine: Engine, measurements: Seque
     blocks += [_measured_table(one.run.label, own[one.run.name]) for one in loaded if own[one.run.name]]
     known = {m for found in own.values() for m in found}
     strays = dict.fromkeys(m.checkpoint for m in measurements if m not in known)
-    blocks += [Paragraph(f"A measurement of {name} was given, which is none of these runs.") for name in strays]
+    blocks += [Paragraph(f"A measurement of {name} was given, which is not one of these runs.") for name in strays]
     return Section("memory", "Memory against context", tuple(blocks))
 
 

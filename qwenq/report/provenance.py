@@ -29,10 +29,10 @@ def cost_section(runs: Sequence[Run]) -> Section:
     resumed = [run.name for run in runs if run.host.get("resumed")]
     blocks: list[Block] = [Table.of("Time by stage, peak memory of the process", _head(runs), rows)]
     if resumed:
-        blocks.append(Paragraph(f"Resumed, so the wall time is of the last part alone: {', '.join(resumed)}."))
+        blocks.append(Paragraph(f"Resumed, so the wall time covers only the last part: {', '.join(resumed)}."))
     converted = [run.name for run in runs if run.converted]
     if converted:
-        blocks.append(Paragraph(f"Converted, so time and memory are of the conversion alone: {', '.join(converted)}."))
+        blocks.append(Paragraph(f"Converted, so time and memory cover only the conversion: {', '.join(converted)}."))
     return Section("cost", "Time and memory of the job", tuple(blocks))
 
 

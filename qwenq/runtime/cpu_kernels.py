@@ -59,9 +59,9 @@ def _built(flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL | str:
             found = ctypes.CDLL(str(library))  # OpenMP's symbols are those that torch has loaded for all
         except subprocess.CalledProcessError as reason:
             said = [line for line in reason.stderr.splitlines() if "error" in line] or ["no message"]
-            return f"{command[0]} does not build the CPU kernels: {said[0].rpartition('error: ')[2][:200]}"
+            return f"{command[0]} cannot compile the CPU kernels: {said[0].rpartition('error: ')[2][:200]}"
         except (OSError, subprocess.SubprocessError) as reason:
-            return f"the CPU kernels can't be built or loaded: {str(reason).splitlines()[0][:200]}"
+            return f"the CPU kernels cannot be compiled or loaded: {str(reason).splitlines()[0][:200]}"
     for name, arguments in _ARGUMENTS.items():
         getattr(found, name).argtypes, getattr(found, name).restype = arguments, None
     return found

@@ -45,7 +45,7 @@ def _why_not_here(model: RunningModel, kv_dtype: torch.dtype | None) -> str:
     """What of the devices, dtypes and heads keeps the kernels from a model."""
     if set(model.device_map.values()) == {"cpu"} and model.device.type == "cpu":
         if model.dtype != torch.bfloat16 or kv_dtype not in (None, torch.bfloat16):
-            return "the CPU kernels want activations and a cache in bfloat16"
+            return "the CPU kernels need activations and a cache in bfloat16"
         if model.spec.head_dim % 16 or model.spec.head_dim > cpu_kernels.MOST_WIDTH:
             return f"heads of {model.spec.head_dim} values"
         return cpu_kernels.refusal()
@@ -57,7 +57,7 @@ def _why_not_here(model: RunningModel, kv_dtype: torch.dtype | None) -> str:
         return "Triton is not installed"
     capability = torch.cuda.get_device_capability(model.device)
     if capability < (8, 0) or model.dtype != torch.bfloat16:
-        return "the kernels want bfloat16 activations and compute capability 8.0"
+        return "the kernels need bfloat16 activations and compute capability 8.0"
     if kv_dtype == FP8 and capability < (8, 9):
         return "an fp8 cache needs compute capability 8.9 there"
     if model.spec.head_dim & (model.spec.head_dim - 1) or model.spec.head_dim < 32:

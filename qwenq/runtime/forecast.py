@@ -133,6 +133,6 @@ def _speed(case: Case, plan: LoadPlan) -> Speed:
     if plan.disk_bytes:
         return Speed(None, None, "not predicted: layers are read from disk for every token")
     if case.rig is None:
-        return Speed(None, None, "not predicted for CPUs; a short answer by `qwenq run` tells (-p hi -n 32)")
+        return Speed(None, None, "not predicted for CPUs; try a short answer: `qwenq run` with -p hi -n 32")
     shares = [share_of(case.spec, plan.device_map, index) for index in range(len(case.rig.gpus))]
     return estimate_speed(case, shares, _in_host_memory(case, plan))

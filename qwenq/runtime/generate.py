@@ -278,7 +278,7 @@ class Session:
         spec, places = self.model.spec, self.model.device_map
         devices = [compute_device(places[spec.layer_name(k)], places) for k in range(spec.num_hidden_layers)]
         cache = KvCache(len(devices), self.max_model_len, KV_DTYPES[self.kv_dtype])
-        doing, hint = f"making a cache of {self.max_model_len} tokens", "a smaller --max-model-len"
+        doing, hint = f"allocating a cache of {self.max_model_len} tokens", "a smaller --max-model-len"
         with memory_errors(doing, devices[0], None, hint):
             cache.allocate(devices, spec.num_key_value_heads, spec.head_dim, self.model.dtype)
         return cache

@@ -99,7 +99,7 @@ def _rig(gpu: str) -> tuple[Rig | None, tuple[str, ...]]:
     try:
         rig = detect_rig()
     except PlanError as error:  # llama.cpp runs on a CPU too
-        return None, (f"llama.cpp gets no layers for a GPU: {error.message}",)
+        return None, (f"llama.cpp gets no GPU layers: {error.message}",)
     return rig, rig.notes
 
 
@@ -108,7 +108,7 @@ def find_server() -> str:
     named = os.environ.get(VARIABLE, "")
     found = shutil.which(named or PROGRAM)
     if found is None:
-        where = f"{VARIABLE} names {shown(named)}, which is no program" if named else f"no {PROGRAM} on PATH"
+        where = f"{VARIABLE} names {shown(named)}, which is not a program" if named else f"no {PROGRAM} on PATH"
         raise RunError(
             f"--engine {_ENGINE}: {where}",
             hint=f"install llama.cpp, or name its server: {VARIABLE}=/path/{PROGRAM}",

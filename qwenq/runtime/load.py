@@ -235,5 +235,5 @@ def describe(found: Loaded) -> list[str]:
         f"loaded in {found.seconds:.1f}s on {where}: {kinds}; {str(model.dtype)[6:]} activations; "
         f"context {found.work.context}; {found.plan.reason}"
     ]
-    lines += [f"{count} linears are not on the fastest kernel: {why}" for why, count in model.fallbacks().items()]
+    lines += [f"{count} linears do not use the fastest kernel: {why}" for why, count in model.fallbacks().items()]
     return lines

@@ -118,7 +118,7 @@ class _Request(BaseModel):
             raise Refused(f"{shown(name, 60)} is not supported by this server", param=shown(name, 60),
                           hint=_INSTEAD.get(name, "leave it out"))  # fmt: skip
         if self._limit == 0:
-            raise Refused("max_tokens is 0, wanted at least 1, or none for what the context leaves", param="max_tokens")
+            raise Refused("max_tokens is 0, wanted at least 1, or none for the rest of the context", param="max_tokens")
         stops = self._stops
         if len(stops) > MAX_STOPS or sum(map(len, stops)) > MAX_STOP_CHARACTERS or not all(stops):
             wanted = f"up to {MAX_STOPS} texts, of {MAX_STOP_CHARACTERS} characters in all, none empty"
@@ -201,7 +201,7 @@ class ChatRequest(_Request):
                           hint="leave it out")  # fmt: skip
         if not chat.has_template:
             raise Refused(
-                "the model has no chat template, as base models have none", param="messages",
+                "the model has no chat template (a base model?)", param="messages",
                 hint="/v1/completions continues a text",
             )  # fmt: skip
         tools: tuple[Message, ...] = ()

@@ -183,7 +183,7 @@ def _not_found(service: Service) -> Response:
 
 
 def _busy(service: Service) -> Response:
-    body = error_body(f"{service.line.waiting} requests are waiting already", "rate_limit_error", code="queue_full")
+    body = error_body(f"{service.line.waiting} requests are already waiting", "rate_limit_error", code="queue_full")
     return JSONResponse(body, 429, headers={"Retry-After": str(_RETRY_AFTER_S)})
 
 

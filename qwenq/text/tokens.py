@@ -297,7 +297,7 @@ class ModelTokenizer:
         except TemplateFault as fault:
             reason, hint = shown(" ".join(str(fault).split())), "plain `text` needs no template"
             if fault.limit:
-                message = f"{self.directory}: its chat template went over a limit on a conversation ({reason})"
+                message = f"{self.directory}: its chat template exceeded a limit on a conversation ({reason})"
                 raise CalibrationError(message, hint=hint) from None
             message = f"{self.directory}: its chat template refused a conversation ({reason})"
             raise _Refusal(message, hint=hint) from None
@@ -322,7 +322,7 @@ def _tokenizer_of(vocabulary: Vocabulary, path: Path) -> Any:
     """transformers' tokenizer of a GGUF file's metadata."""
     from transformers import PreTrainedTokenizerFast
 
-    where = f"{path}: no tokenizer can be made of its metadata"
+    where = f"{path}: no tokenizer can be built from its metadata"
     with _at_fault(lambda error: CheckpointError(f"{where} ({shown(str(error))})")):
         backend = Tokenizer.from_str(json.dumps(vocabulary.document, ensure_ascii=False))
         templates: Any = vocabulary.chat_templates
@@ -459,7 +459,7 @@ def pack_windows(
     wanted = available if count is None else count
     if wanted > available:
         raise TooShort(
-            f"{where}: {available} windows of {length} tokens, {wanted} asked for",
+            f"{where}: {available} windows of {length} tokens, {wanted} requested",
             hint=f"--num-samples {available}, or more text",
         )
     windows = stream[: available * length].reshape(available, length)

@@ -27,7 +27,7 @@ Edit = Callable[..., dict[str, Any]]
 Make = Callable[..., Path]
 HEAD = "lm_head.weight"
 NOTE = (
-    "config.json ties the head to the embedding, but lm_head.weight is stored and is another: it is kept "
+    "config.json ties the head to the embedding, but a different lm_head.weight is stored: it is kept "
     "(tie_word_embeddings false)"
 )
 

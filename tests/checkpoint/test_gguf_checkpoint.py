@@ -235,7 +235,7 @@ def test_kernels_by_type_and_why_not() -> None:
     assert choose(q4_0, Compute("bfloat16", "cuda", triton=False)).kind == "int4"
     q4_k = PackedShape(4, 32, 64, 512, False, blocks="Q4_K")  # minima are no whole zero points, which Triton's take
     found = choose(q4_k, Compute("bfloat16", "cuda"))
-    assert found.kind == "int4" and found.reason == "Q4_K: Triton kernels want whole zero points"
+    assert found.kind == "int4" and found.reason == "Q4_K: Triton kernels need integer zero points"
     assert choose(q4_k, Compute("bfloat16", "cpu", compiler=False)).kind == "int4"
     assert choose(q4_0, Compute("float32", "cuda")).reason.startswith("Q4_0 in row blocks: float32 activations")
 

@@ -108,7 +108,7 @@ def test_dry_run_in_words(tmp_path: Path, tiny: Path) -> None:
 def test_dry_run_tells_of_hidden_states_on_a_single_gpu(device: str, told: bool) -> None:
     result = run("quantize", "Qwen2.5-7B", "--dry-run", "--device", device)
     assert result.exit_code == 0
-    words = r"more on a single GPU that has it free, for\W+(?:[\d.]+ GB\W+)?hidden states"  # on one line or two
+    words = r"additional, for hidden states, if a\W+(?:[\d.]+ GB\W+)?single GPU has room"  # on one line or two
     assert bool(re.search(words, result.stdout)) == told
 
 

@@ -391,7 +391,7 @@ def test_no_server_fits_where_it_does_not_run() -> None:
 
 def test_versions_nobody_checked_are_said() -> None:
     text = run("vram", "Qwen2.5-7B", "--engine", "vllm", "--engine-version", "0.99", "-c", "4k").stdout
-    assert "vLLM 0.99 was not checked: counted as 0.26" in text
+    assert "vLLM 0.99 has not been checked: counted as 0.26" in text
     asked = ("plan", "Qwen2.5-7B", "--engine", "vllm", "--engine-version", "0.99", "--gpu", "L4")
     plan = answer(*asked)
-    assert "vLLM 0.99 was not checked: counted as 0.26" in plan["notes"]
+    assert "vLLM 0.99 has not been checked: counted as 0.26" in plan["notes"]

@@ -89,7 +89,7 @@ def test_verify_leaves_alone_what_clones_and_downloads_keep(random_model: Make, 
     done = run("verify", out)
     assert done.exit_code == 0
     (out / ".gitignore").write_text("x")
-    assert [str(found) for found in verify(out).findings] == [".gitignore: extra: the manifest does not name it"]
+    assert [str(found) for found in verify(out).findings] == [".gitignore: extra: not in the manifest"]
 
 
 # ---------------------------------------------------------------------- chat templates in a folder

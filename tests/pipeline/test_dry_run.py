@@ -96,7 +96,7 @@ def test_what_it_assumes_in_words() -> None:
     )
     assert re.search(r"peak memory, predicted +│ +\d", result.stdout) and "(on GPU)" not in result.stdout
     assert re.search(r"peak memory of a GPU, predicted +│ +\d", result.stdout)
-    assert re.search(r"and on top the source's download +│ +15\.23 GB", result.stdout)
+    assert re.search(r"additional download of the source +│ +15\.23 GB", result.stdout)
     on_cpu = run("quantize", "Qwen2.5-0.5B", "--group-size", 64, "--dry-run", "--device", "cpu", "--bits", 8)
     assert "; 20 evaluation windows in float32; on cpu, up to 4 workers\n" in on_cpu.stdout
     assert "GPU" not in on_cpu.stdout

@@ -145,7 +145,7 @@ def test_a_gpu_that_shares_the_systems_memory_has_what_the_system_has_free(
     assert rig.label == "DGX Spark (GB10)" and rig.limits == (100 * GIB,) and sees_gpu()
     done = run("plan", "Qwen2.5-72B", "--detect", "--json")
     assert done.exit_code == 0
-    assert "NVIDIA GB10: the driver tells no memory, so what the system has free counts: 100.00 GiB" in done.stderr
+    assert "NVIDIA GB10: the driver reports no memory, so the system's free memory is used: 100.00 GiB" in done.stderr
     three.setattr("qwenq.planning.rig.available_ram", lambda: 1 << 60)  # a system that tells nothing either
     with pytest.raises(PlanError, match="neither the driver nor the system reports its memory"):
         detect_rig()

@@ -100,9 +100,11 @@ def test_a_stage_of_a_pipeline_has_little_besides() -> None:
 def test_versions_that_nobody_checked_say_so() -> None:
     assert get_engine("vllm").version_note == "" and get_engine("vllm", "0.19.1").version_note == ""
     assert get_engine("vllm", "0.26.3").version_note == ""
-    assert get_engine("vllm", "0.99").version_note == "vLLM 0.99 was not checked: counted as 0.26"
-    assert get_engine("transformers", "4.20.1").version_note == "transformers 4.20.1 was not checked: counted as 4.37"
-    assert get_engine("transformers", "6.0").version_note.startswith("transformers 6.0 was not checked")
+    assert get_engine("vllm", "0.99").version_note == "vLLM 0.99 has not been checked: counted as 0.26"
+    assert (
+        get_engine("transformers", "4.20.1").version_note == "transformers 4.20.1 has not been checked: counted as 4.37"
+    )
+    assert get_engine("transformers", "6.0").version_note.startswith("transformers 6.0 has not been checked")
 
 
 def test_log_lines_are_read() -> None:

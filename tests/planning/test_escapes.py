@@ -79,7 +79,7 @@ def test_the_command_fits(rig: str, context: int, part: float, first: str) -> No
     plan = planned(rig, Workload(context, gpu_memory_utilization=part))
     assert not plan.fits and plan.instead[0].startswith(first), plan.instead
     comment, command = VLLM.command(plan).splitlines()
-    assert comment.startswith("# as asked it does not fit (") and plan.instead[0] in comment
+    assert comment.startswith("# does not fit as asked (") and plan.instead[0] in comment
     assert command.startswith("vllm serve ") and obeys(plan)
     with pytest.raises(HonestNo):
         VLLM.plan_words(plan, "CHECKPOINT")
@@ -102,7 +102,7 @@ def test_what_is_at_its_limit_keeps_no_other_change_from_being_tried(kv_dtype: s
 def test_nothing_fits() -> None:
     plan = planned("RTX 3090", Workload(8192))
     assert plan.serving.escapes == () and plan.instead == ()
-    assert VLLM.command(plan).startswith("# vLLM does not fit, whatever its flags: shapes allow it, but")
+    assert VLLM.command(plan).startswith("# vLLM does not fit with any flags: shapes allow it, but")
     assert "\n" not in VLLM.command(plan)
 
 

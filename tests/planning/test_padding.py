@@ -107,7 +107,7 @@ def test_plan_says_which_sizes_work() -> None:
     sizes = json.loads(result.stdout)["tensor_parallel"]
     assert sizes["1"] == "" and "is not a multiple of the group size 128" in sizes["2"]
     shown = run("plan", "Qwen2.5-72B", "--gpu", "2x RTX 3090").stdout
-    assert "tensor parallel sizes of these weights:\n  1: yes\n  2, 4, 8: FFN width 29568 is not a multiple" in shown
+    assert "tensor-parallel sizes of these weights:\n  1: yes\n  2, 4, 8: FFN width 29568 is not a multiple" in shown
     assert "--pad-for-tp 8 (29696) allows all" in shown
 
 

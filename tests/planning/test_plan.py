@@ -400,7 +400,7 @@ def test_old_gpus_write_weights_out() -> None:
     assert seconds[0] - seconds[1] == pytest.approx(4 * B72.linear_parameters / 320e9, rel=0.05)
     noted = make_plan(Case(B72, INT4, get_engine("qwenq"), Workload(1024), Rig((old,) * 4))).notes
     assert noted == (
-        "Tesla T4: no packed kernel (compute capability 7.5, it needs 8.0): weights are written out for every token",
+        "Tesla T4: no packed kernel (compute capability 7.5, it needs 8.0): weights are dequantized for every token",
     )
     assert make_plan(Case(B72, INT4, get_engine("qwenq"), Workload(1024), Rig((new,) * 4))).notes == ()
     assert make_plan(Case(B72, INT4, get_engine("transformers"), Workload(1024), Rig((old,) * 4))).notes == ()
@@ -409,7 +409,7 @@ def test_old_gpus_write_weights_out() -> None:
 def test_a_rig_of_memory_alone() -> None:
     plan = make_plan(Case(B72, INT4, get_engine("qwenq"), Workload(4096), parse_rig("2x 24GB")))
     assert plan.fits and plan.speed.decode is None and plan.speed.prefill is None
-    assert plan.notes[0] == "24GB: not in the catalogue: known by its memory alone"
+    assert plan.notes[0] == "24GB: not in the catalogue: only its memory size is known"
     assert "assumed" in plan.notes[1] and "23.23 to 23.76 GiB" in plan.notes[1]
 
 
@@ -511,7 +511,7 @@ def test_compute_buffers_of_older_builds_are_as_they_were() -> None:
     found = estimate(Case(model("Qwen2.5-7B"), gguf_weights(model("Qwen2.5-7B"), "Q4_K_M"), old, Workload(4096)))
     assert found.term("activations") / (1 << 20) == 304.0  # logged, May 2026
     assert (old.label, LLAMA_CPP.label) == ("llama.cpp b9000", "llama.cpp")
-    assert "was not checked" in get_engine("llama.cpp", "b12000").version_note and not old.version_note
+    assert "has not been checked" in get_engine("llama.cpp", "b12000").version_note and not old.version_note
     command = old.command(make_plan(Case(B72, INT4, get_engine("qwenq"), Workload(8192), TWO_3090)))
     assert "--fit" not in command
 
@@ -591,5 +591,5 @@ def test_one_gpu_is_not_called_a_split() -> None:
 def test_ollama_is_told_that_it_takes_no_split() -> None:
     case = Case(B72, gguf_weights(B72, "Q4_K_M"), LLAMA_CPP, Workload(4096))
     comment, source, *_ = LLAMA_CPP.modelfile(case, None, "/m/x-00001-of-00002.gguf").splitlines()
-    assert comment.startswith("# Ollama takes no split file") and source == "FROM /m/x-00001-of-00002.gguf"
+    assert comment.startswith("# Ollama does not load split files") and source == "FROM /m/x-00001-of-00002.gguf"
     assert LLAMA_CPP.modelfile(case, None, "/m/x.gguf").startswith("FROM /m/x.gguf\n")

@@ -131,7 +131,9 @@ def test_a_memory_size_chooses_among_versions(gpu: Gpu) -> None:
 
 def test_a_gpu_by_its_memory_alone() -> None:
     gpu = find_gpu("24GB")
-    assert gpu.limit_bytes == round(24 * 0.98 * GIB) and gpu.note == "not in the catalogue: known by its memory alone"
+    assert (
+        gpu.limit_bytes == round(24 * 0.98 * GIB) and gpu.note == "not in the catalogue: only its memory size is known"
+    )
     assert gpu.bandwidth_gb_s is None and gpu.tensor_tflops is None and gpu.price_usd is None
 
 

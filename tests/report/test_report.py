@@ -138,10 +138,10 @@ def test_warnings_come_first_and_fallbacks_are_never_lost(tmp_path: Path) -> Non
     assert "- `told`: model.layers.1.x.down_proj: fell back to rounding to nearest (why)" in first
     assert "- `unlike`: w19" in first and "- `unlike`: w20" not in first
     assert "- `unlike`: and 10 more, in its manifest" in first
-    assert "- `other` has its drift read on other tokens than `fallen`: do not compare their figures" in first
+    assert "- `other` has its drift measured on different tokens than `fallen`: do not compare their figures" in first
     narrow = "has its drift computed in bfloat16, `fallen` in float32: differences of KL below 0.0006 mean nothing"
     assert f"- `unlike` {narrow}" in first
-    assert "- `unlike` was made from other source files than `fallen`: do not compare their figures" in first
+    assert "- `unlike` was made from different source files than `fallen`: do not compare their figures" in first
     assert page.index('<section id="warnings">') < page.index('<section id="summary">')
 
 
@@ -151,7 +151,7 @@ def test_a_changed_manifest_is_the_first_warning(tmp_path: Path) -> None:
     file.write_text(file.read_text().replace('"mean": 0.02', '"mean": 0.01'))
     _, text = texts([run])
     first = text.split("## What was lost")[0].splitlines()[4:]
-    assert first[2] == "- `run`: qwenq-manifest.json: changed: its digest is not that of its content"
+    assert first[2] == "- `run`: qwenq-manifest.json: changed: its digest does not match its content"
     assert first[3] == "- `run`: something else"
 
 
@@ -269,8 +269,8 @@ def test_measurements_add_up_over_gpus_and_leave_the_cpu_out(tmp_path: Path) -> 
     assert gpu_peaks(found) == {8192: 85 << 30} and {m.checkpoint for m in found} == {"else"}
     directory = write_72b(tmp_path / "4-bit", manifest(layers=80), Scheme(4, 128))
     _, text = texts([directory], measurements=found)
-    assert "A measurement of else was given, which is none of these runs." in text
-    assert "No measurement on a GPU was given." in text
+    assert "A measurement of else was given, which is not one of these runs." in text
+    assert "No GPU measurements were given." in text
 
 
 def test_rigs_engines_and_memory_of_a_72b(tmp_path: Path) -> None:
@@ -357,7 +357,7 @@ def test_a_real_run_is_reported(tiny_result: Any) -> None:
     page, text = texts([result.out for result in made.values()])
     kl = made["gptq"].drift.kl
     assert f"{kl.mean:.6f} ({kl.low:.6f} to {kl.high:.6f})" in text
-    assert "holds every variant at the model's whole context of 512 tokens" in text
+    assert "holds every variant at the model's full context of 512 tokens" in text
     assert Page(page).tags["figure"] == 4
 
 
@@ -427,7 +427,7 @@ def test_a_conversion_is_reported_by_what_it_hands_on(tmp_path: Path) -> None:
     )  # fmt: skip
     assert run.file_bytes == 171_000_000 and run.converted and run.job["format"] == "awq"
     page, text = texts(runs_of(tmp_path, a=origin, b=converted(origin)))
-    assert "Converted, so time and memory are of the conversion alone: b." in text
+    assert "Converted, so time and memory cover only the conversion: b." in text
     assert "do not compare" not in text, "both were made from the same source"
     assert "0.0500" in page
 

@@ -112,7 +112,7 @@ def test_servers_that_fail_end_in_one_line(
         patched.setenv("REFUSE", "1")
         found = run(*words)
         line = "error: llama-server refused the prompt (the request exceeds the context)"
-        note = "warning: llama.cpp gets no layers for a GPU: no NVIDIA driver responds"
+        note = "warning: llama.cpp gets no GPU layers: no NVIDIA driver responds"
         assert found.exit_code == 1 and found.stderr.splitlines() == [note, line]
     with monkeypatch.context() as patched:
         patched.setenv("FAIL", "1")
@@ -121,7 +121,7 @@ def test_servers_that_fail_end_in_one_line(
         assert found.exit_code == 1 and found.stderr.splitlines()[0] == line
     for named, wanted in (
         ("", "error: --engine llama.cpp: no llama-server on PATH"),
-        ("/no/server", "error: --engine llama.cpp: QWENQ_LLAMA_SERVER names /no/server, which is no program"),
+        ("/no/server", "error: --engine llama.cpp: QWENQ_LLAMA_SERVER names /no/server, which is not a program"),
     ):
         monkeypatch.setenv("QWENQ_LLAMA_SERVER", named)
         monkeypatch.setenv("PATH", "/nowhere")

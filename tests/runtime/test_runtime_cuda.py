@@ -268,7 +268,7 @@ def test_no_room_for_the_cache_is_one_line_with_the_gpu() -> None:
         for allocator in gpus.allocators:
             allocator.limit = allocator.reserved  # others came and took the rest
         rows, ended = measure.measure(found, recipe_weights(spec, FOUR), [4096])
-    assert not rows and "RTX 3060" in ended and "out of memory while making a cache of 4096 tokens" in ended
+    assert not rows and "RTX 3060" in ended and "out of memory while allocating a cache of 4096 tokens" in ended
 
 
 # ---------------------------------------------------------------------- tinygemm's layout

@@ -166,7 +166,7 @@ def test_a_layout_that_loses_codes_is_not_read(monkeypatch: pytest.MonkeyPatch) 
 
 def test_what_a_gpu_without_triton_would_get() -> None:
     plain = Compute(triton=False)
-    assert choose(PackedShape(4, 64, 44, 64, True), plain).reason == "44 outputs: the kernel wants a multiple of 8"
+    assert choose(PackedShape(4, 64, 44, 64, True), plain).reason == "44 outputs: the kernel needs a multiple of 8"
     three_groups_of_32 = choose(PackedShape(4, 96, 64, 192, True), plain)
     assert three_groups_of_32 == Choice("int4", "Triton is not installed")
     assert choose(PackedShape(4, 64, 64, 64, True), Compute("float32")).kind == "tiled"

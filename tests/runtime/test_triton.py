@@ -364,7 +364,7 @@ def test_a_refused_step_goes_on_with_modules(monkeypatch: pytest.MonkeyPatch) ->
     plain = Session(model, 32)
     plain.prefill([1, 2, 3], Timing())
     wanted = plain.forward([4])
-    assert plain.decoding == "transformers' modules: the CPU kernels want activations and a cache in bfloat16"
+    assert plain.decoding == "transformers' modules: the CPU kernels need activations and a cache in bfloat16"
     monkeypatch.setattr(generate, "why_not", lambda model, kept: "")
     monkeypatch.setattr(generate, "DecodeStep", Refusing)
     session = Session(model, 32)
@@ -430,7 +430,7 @@ def test_no_graph_where_a_weight_is_dequantized_in_host_memory(kernels: Any) -> 
 
 def test_models_that_a_step_does_not_know() -> None:
     model = built("Qwen2.5-0.5B")
-    assert decode.why_not(model, None) == "the CPU kernels want activations and a cache in bfloat16"
+    assert decode.why_not(model, None) == "the CPU kernels need activations and a cache in bfloat16"
     assert decode.why_not(replace(model, device_map=model.device_map | {"lm_head": 0}), None) == (
         "layers outside GPU memory"
     )

@@ -24,7 +24,7 @@ from qwenq.text.tokens import ModelTokenizer
 from tests.conftest import run
 
 ASK = [{"role": "user", "content": "hello"}]
-OVER = "its chat template went over a limit on a conversation"
+OVER = "its chat template exceeded a limit on a conversation"
 REFUSED = "its chat template refused a conversation"
 
 

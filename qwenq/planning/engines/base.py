@@ -97,7 +97,7 @@ class Engine(ABC):
         else:
             return ""
         shown, known = (".".join(map(str, version)) for version in (self.version, counted))
-        return f"{self.title or self.name} {shown} was not checked: counted as {known}"
+        return f"{self.title or self.name} {shown} has not been checked: counted as {known}"
 
     def kv_bytes(self, kv_dtype: str) -> float:
         """Bytes of one cached value; UsageError when the engine has no such cache."""
@@ -516,9 +516,9 @@ class ServerEngine(Engine):
         elif found.escapes:
             escape = found.escapes[0]
             case, option = replace(case, work=escape.work), escape.option
-            lines = [f"# as asked it does not fit ({reason}); it does with {escape.text}"]
+            lines = [f"# does not fit as asked ({reason}); fits with {escape.text}"]
         else:
-            return f"# {self.title} does not fit, whatever its flags: {reason}"
+            return f"# {self.title} does not fit with any flags: {reason}"
         words = self.words(case, option, case.weights.place or "CHECKPOINT")
         return "\n".join([*lines, pci_order(case) + shlex.join(words)])
 

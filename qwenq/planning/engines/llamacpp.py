@@ -218,7 +218,9 @@ class LlamaCppEngine(LayeredEngine):
         if work.kv_dtype not in ("auto", "fp16"):
             lines.insert(0, f"# start ollama with OLLAMA_FLASH_ATTENTION=1 OLLAMA_KV_CACHE_TYPE={work.kv_dtype}")
         if is_split(Path(file)):  # ollama#5245
-            lines.insert(0, "# Ollama takes no split file: FROM what `llama-gguf-split --merge` makes of it")
+            lines.insert(
+                0, "# Ollama does not load split files: FROM the output of `llama-gguf-split --merge`"
+            )
         return "\n".join(lines)
 
     def _offloaded(self, placement: Placement | None) -> int:

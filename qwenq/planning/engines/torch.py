@@ -421,7 +421,7 @@ class QwenqEngine(TorchEngine):
         major, minor = gpu.compute_capability or (0, 0)
         return [
             f"{gpu.name}: no packed kernel (compute capability {major}.{minor}, it needs 8.0): "
-            "weights are written out for every token"
+            "weights are dequantized for every token"
         ]
 
     def speed_fit(self, weights: Weights) -> SpeedFit:
@@ -503,7 +503,7 @@ class TransformersEngine(TorchEngine):
     latest = (5, 23)
     kv_dtypes: ClassVar = {"auto": 2.0, "fp16": 2.0, "bf16": 2.0}
     unread: ClassVar = {
-        "gguf": "transformers dequantizes GGUF to 16 bits as it loads: give it another format"
+        "gguf": "transformers dequantizes GGUF to 16 bits while loading: use another format"
     }
     states_peak = True
 
