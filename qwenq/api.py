@@ -420,7 +420,7 @@ def estimate(
 def plan(
     model: StrPath, gpu: str | None = None, context: int | str = "8k", **options: Unpack[PlanOptions]
 ) -> Plan:
-    """How a model is placed on a rig, whether it fits, how fast it decodes, and the largest context. Bytes, tokens/s.
+    """Placement of a model on a rig: whether it fits, its speed and the largest context. Bytes, tokens/s.
 
     gpu: a rig, "2x RTX 3090"; without one this machine's GPUs and their free memory. What does not fit is answered, not
     raised: `fits` is False. Raises PlanError for what is unknown.
@@ -631,7 +631,7 @@ class LoadedModel:
 
 
 class Sampling(TypedDict, total=False):
-    """How tokens are drawn; what is not given is as the checkpoint's generation_config.json says."""
+    """Sampling settings; anything not given comes from the checkpoint's generation_config.json."""
 
     max_new_tokens: int
     temperature: float  # 0: always the likeliest token

@@ -21,7 +21,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # mallopt(3)
 
 
 def numerics(devices: Sequence[str]) -> dict[str, Any]:
-    """What decides in which order sums are taken, and so the last bits: a resumed job needs the same."""
+    """Settings that determine the order of sums, and so the last bits; a resumed job needs the same."""
     from importlib.metadata import version
 
     import torch
@@ -67,7 +67,7 @@ def has_bfloat16() -> bool:
 
 
 def _instructions() -> set[str]:
-    """What this CPU says of itself, its instruction sets among these words; empty where the system does not tell."""
+    """The system's words about this CPU, including its instruction sets; empty if unknown."""
     return {word for line in _lines("/proc/cpuinfo") for word in line.split()}
 
 
@@ -144,7 +144,7 @@ SCORE_BYTES = 32 << 20  # of a block's attention scores on a GPU without a flash
 
 @dataclass(frozen=True)
 class Compute:
-    """What decides a kernel besides the linear."""
+    """Inputs to the choice of a kernel besides the linear."""
 
     dtype: str = "bfloat16"
     device: str = "cuda"

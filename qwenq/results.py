@@ -1,4 +1,4 @@
-"""What a run has to say: one object for the progress line, the journal row, the report and the plot."""
+"""Results of a run: one object for the progress line, the journal row, the report and the plot."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class LayerResult:
 
     @staticmethod
     def from_json(row: Any) -> LayerResult:
-        """What `asdict` gave, after JSON; ValueError for anything else."""
+        """The inverse of `asdict` after JSON; ValueError for anything else."""
         return LayerResult(**_fields(row, _kinds(LayerResult)))
 
 
@@ -49,7 +49,7 @@ class BlockResult:
 
     @staticmethod
     def from_json(row: Any) -> BlockResult:
-        """What `to_json` gave, after JSON; ValueError for anything else."""
+        """The inverse of `to_json` after JSON; ValueError for anything else."""
         block = _fields(row, _kinds(BlockResult))
         linears = tuple(map(LayerResult.from_json, block["linears"]))
         _fields(block["stages_s"], dict.fromkeys(block["stages_s"], _NUMBER))

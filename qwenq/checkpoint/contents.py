@@ -81,7 +81,7 @@ def read_contents(
     where: str,
     same: Same = same_bytes,
 ) -> Contents:
-    """What is stored, under the model's names. A head is tied to the embedding only where it equals it.
+    """Stored tensors under the model's names. A head counts as tied only if it equals the embedding.
 
     same: compares embedding and head. Raises CheckpointError, naming `where`, for 16-bit tensors whose config.json
     calls them quantized.

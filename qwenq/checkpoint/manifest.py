@@ -175,7 +175,7 @@ def check_files(directory: Path, manifest: Mapping[str, Any]) -> Iterator[Findin
 
 
 def files_in(directory: Path) -> list[Path]:
-    """What lies in a checkpoint's directory, by name, and in the place of its folder of templates what lies in that."""
+    """Files in a checkpoint's directory by name, with its templates folder replaced by that folder's files."""
     found = []
     for path in sorted(directory.iterdir()):
         folder = path.name == TEMPLATES and path.is_dir() and not path.is_symlink()

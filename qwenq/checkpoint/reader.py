@@ -255,7 +255,7 @@ class GGUFCheckpoint(Checkpoint):
         super().refuse_changed()
 
     def dtype_of(self, name: str) -> str:
-        """Of a tensor that is stored in blocks F16, in which its values are kept where they are not packed."""
+        """Dtype of a tensor; F16 for one stored in blocks, the dtype its values have when not packed."""
         dtype = super().dtype_of(name)
         return dtype if dtype in TORCH_DTYPES else "F16"
 
@@ -386,7 +386,7 @@ def _audit(
 
 
 def _where_it_went(missing: list[str], stored: Mapping[str, TensorLocation], head: str) -> str:
-    """What to do about tensors that no shard has."""
+    """Hint for tensors that no shard has."""
     if missing == [head]:
         return (
             "a model saved without its head (an embedding model?) predicts no tokens; if the head is the embedding, "

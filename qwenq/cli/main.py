@@ -27,7 +27,7 @@ from qwenq.launch import refuse_ranks
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a command is defined, and its line in the list of commands (the first of its docstring)."""
+    """Module and function of a command, and its line in the list of commands (the first of its docstring)."""
 
     module: str
     name: str  # of the function, or of a Typer application with subcommands
@@ -193,7 +193,7 @@ def _told(error: QwenqError) -> typer.Exit:
 
 
 def _refused_by_system(error: Exception) -> QwenqError | None:
-    """What files, memory or names of files refuse anywhere, in one line; None for a fault of this program."""
+    """A one-line error for failures of files, memory or encoding; None for a bug in this program."""
     if isinstance(error, UnicodeError):
         return QwenqError(f"text that is not UTF-8 ({error})")
     if isinstance(error, OSError):

@@ -223,7 +223,7 @@ RunDtype = Annotated[
 
 
 def load_words(context: typer.Context) -> LoadWords:
-    """How to load a checkpoint, from a command's parameters."""
+    """Load options from a command's parameters."""
     given: Any = {name: context.params[name] for name in LoadWords.__annotations__ if name in context.params}
     return given
 

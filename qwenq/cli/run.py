@@ -204,7 +204,7 @@ def stored_question(model: str, engine: str, **asked: Any) -> Question:
 
 
 def print_forecast(model: str, options: LoadOptions, json: bool) -> None:
-    """What a load of MODEL would come to on this machine."""
+    """Print the forecast of loading MODEL on this machine."""
     from qwenq.runtime.forecast import forecast
 
     resolved = stored_question(model, "qwenq").resolve()

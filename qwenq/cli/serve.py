@@ -147,7 +147,7 @@ def serve(
 
 @dataclass(frozen=True)
 class _Door:
-    """How clients reach the model, and what they call it."""
+    """Address, key and model name for clients."""
 
     name: str  # empty: after the file
     host: str

@@ -1,4 +1,4 @@
-"""How weights are stored: schemes, recipes, and the object that knows a format. The one source of sizes. No torch.
+"""Storage of weights: schemes, recipes and the Format class. The only source of sizes. No torch.
 
 A format is one file of this folder with one object in it: which schemes it holds, its tensors byte for byte, what
 config.json says of it, both ways, and how its tensors are packed and unpacked. Everything else asks the object.
@@ -223,7 +223,7 @@ class Recipe:
         return self._by_name.get(lin.name, self.default)
 
     def layer_kinds(self, spec: ModelSpec, dtype: StoredDtype | str = "BF16") -> list[int]:
-        """For each decoder layer the first one that is stored alike, its tensors' names aside."""
+        """For each decoder layer, the first layer stored the same way, apart from tensor names."""
         if not self.overrides and isinstance(dtype, str):
             return [0] * spec.num_hidden_layers
         paths = [linear.path for linear in spec.architecture.linears]
@@ -352,7 +352,7 @@ Rule = tuple[Matcher, Scheme | None]
 
 @dataclass(frozen=True)
 class Quantization:
-    """How each linear is stored, as a config says: the first of `rules` that matches a module's name decides."""
+    """Storage of each linear according to a config: the first of `rules` that matches a module's name."""
 
     format: str  # one of FORMATS
     default: Scheme | None  # where no rule matches; None leaves the linear in 16 bit
@@ -430,7 +430,7 @@ class Variant(NamedTuple):
 
 
 class ByTransformers(NamedTuple):
-    """How transformers loads a checkpoint: packages to install, a config object that it needs, or why it does not."""
+    """Loading a checkpoint with transformers: packages to install, a config object, or the reason it cannot."""
 
     install: str = ""
     config: str = ""  # `CompressedTensorsConfig(dequantize=True)`, of transformers
@@ -438,7 +438,7 @@ class ByTransformers(NamedTuple):
 
 
 class Solved(NamedTuple):
-    """How the codes were made, for a config that has a place for it."""
+    """How the codes were solved, for configs that record it."""
 
     method: str
     damp_percent: float | None
@@ -492,11 +492,11 @@ class Format(ABC):
         raise UsageError(f"format {self.name} has no named mixtures, got {shown(name, 40)}")
 
     def notes(self, name: str, spec: ModelSpec) -> list[str]:
-        """Where a mixture cannot be what its name says, a line each."""
+        """One line for each place where a mixture cannot be what its name says."""
         return []
 
     def file_metadata(self, recipe: Recipe, mixture: str) -> dict[str, Any]:
-        """What a container with metadata says of the recipe; mixture: its name, or empty."""
+        """A container's metadata about the recipe; mixture: its name, or empty."""
         return {}
 
     @property
@@ -591,7 +591,7 @@ class Format(ABC):
         return stored.shape == wanted.shape
 
     def packed_shape(self, scheme: Scheme, lin: LinearSpec, *, sorted_columns: bool = False) -> PackedShape | None:
-        """How this project's own engine sees a linear: its kernel is chosen by that. None where no kernel runs it."""
+        """A linear's shape for choosing a kernel of qwenq's own engine. None if no kernel runs it."""
         if not isinstance(scheme.meaning, IntegerCodes):
             return None
         beside = (2 * lin.out_features,) if lin.bias else ()
@@ -670,7 +670,7 @@ class Format(ABC):
         return [QWENQ]
 
     def by_transformers(self, recipe: Recipe, schemes: set[Scheme]) -> ByTransformers:
-        """How transformers loads a checkpoint by `recipe`; `schemes`: those in it."""
+        """Loading a checkpoint of `recipe` with transformers; `schemes`: those in it."""
         return ByTransformers(reason="transformers does not read this format.")
 
 

@@ -114,7 +114,7 @@ class Bitsandbytes(Format):
         return config.get("quant_method", self.method if early else None) == self.method
 
     def read_config(self, config: Mapping[str, Any], where: str) -> Quantization:
-        """Of both widths."""
+        """Read configs of both widths."""
         refuse_unknown(config, _KEYS, where)
         four = bool(config.get("load_in_4bit", config.get("_load_in_4bit")))
         if four == bool(config.get("load_in_8bit", config.get("_load_in_8bit"))):
@@ -180,7 +180,7 @@ class Nf4(Bitsandbytes):
         return PackedShape(4, BLOCK, lin.out_features, lin.in_features, True, beside, table=True)
 
     def round(self, weight_OI: Tensor, lin: LinearSpec) -> dict[str, Tensor]:
-        """Of a weight in float16, bfloat16 or float32; the dtype is stored too, and reading gives it back in it."""
+        """Round a float16, bfloat16 or float32 weight; its dtype is stored, and reading restores it."""
         packed, state = _functional().quantize_4bit(weight_OI.contiguous(), blocksize=BLOCK, quant_type="nf4")
         return {"weight": packed} | {f"weight.{key}": value for key, value in state.as_dict(packed=True).items()}
 

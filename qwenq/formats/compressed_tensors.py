@@ -225,7 +225,7 @@ def _weights(scheme: Scheme) -> dict[str, Any]:
 
 
 def _matchers(names: list[str], where: str) -> list[Matcher]:
-    """What the names of a targets or ignore list match: those written out together, and each pattern."""
+    """Matchers for a targets or ignore list: the literal names together, then each pattern."""
     written = [name.removeprefix("re:") for name in names if name.startswith("re:")]
     check_count(written, where)
     if _LINEAR in names:

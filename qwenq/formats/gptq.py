@@ -262,7 +262,7 @@ def _parts(tensors: Mapping[str, Tensor], bits: int, version: str, name: str) ->
 
 
 def _group_sizes(index_I: Tensor, groups: int) -> list[int]:
-    """How many columns each group has."""
+    """Columns per group."""
     import torch
 
     sizes: list[int] = torch.bincount(index_I, minlength=groups).tolist()

@@ -152,7 +152,7 @@ def resolved(path: Path, error: type[QwenqError] = CheckpointError) -> Path:
 
 
 def _blobs(root: Path) -> list[Path]:
-    """Where the hub's cache keeps the files of a snapshot, or of its folder of templates."""
+    """The hub cache's directory for the files of a snapshot or of its templates folder."""
     place = root.parent if root.name == TEMPLATES else root
     return [place.parent.parent / "blobs"] if place.parent.name == "snapshots" else []
 

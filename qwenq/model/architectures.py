@@ -76,7 +76,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class SlidingWindow:
-    """How config.json says that tokens attend to the last few alone: the window's key, and what switches it on."""
+    """Sliding-window attention in config.json: the window's key, and the key that switches it on."""
 
     key: str = "sliding_window"
     switch: str = "use_sliding_window"  # a key that has to be true; empty where the window alone decides

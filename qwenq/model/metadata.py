@@ -237,7 +237,7 @@ def _scaling_metadata(spec: ModelSpec, config: Mapping[str, Any]) -> dict[str, A
 def config_of_metadata(
     metadata: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], factors: Sequence[float] | None, where: str
 ) -> dict[str, Any]:
-    """What config.json would say; `shapes` by GGUF name, `factors` of ROPE_FACTORS where it is there."""
+    """The equivalent config.json; `shapes` by GGUF name, `factors` of ROPE_FACTORS where it is there."""
     entry = _architecture(metadata, where)
     names = names_in_gguf(entry)
     read = _Keys(metadata, names.architecture + ".", where)

@@ -127,7 +127,7 @@ def answer(ask: Ask) -> dict[str, Any]:
 
 @lru_cache(maxsize=128)
 def planned(ask: Ask) -> dict[str, Any]:
-    """What `qwenq plan` says beside the estimates: placement, speed, host memory, flags to paste, what would fit."""
+    """The rest of `qwenq plan`'s answer: placement, speed, host memory, flags to paste, ways to fit."""
     question = resolve(ask)
     if question.rig is None or question.misfits:
         return {"plan": None}

@@ -60,7 +60,7 @@ def dense_from(kind: Kind, device: str) -> int:
 
 
 def compute_on(gpu: Gpu, value_bytes: int) -> Compute:
-    """How this project's engine computes on a GPU, or on the `CPU`, with activations of so many bytes.
+    """The Compute of qwenq's own engine on a GPU, or on the `CPU`, with activations of this many bytes.
 
     GPUs of unknown compute capability are taken to have 8.0.
     """

@@ -143,7 +143,7 @@ def _specs(tensors: Mapping[str, TensorLocation]) -> dict[str, TensorSpec]:
 
 
 def _contents(model: Model) -> Contents:
-    """What a checkpoint or hub model has stored: headers, and where a head is tied, what of both tells them apart."""
+    """Stored contents of a checkpoint or hub model: headers, and for a tied head, a comparison with the embedding."""
     where = shown(str(model.directory or model.hub or model.spec.name))
     if model.directory is not None and _has_tensors(model.directory):
         if is_gguf(model.directory):

@@ -46,7 +46,7 @@ class Layout(ABC):
 
 
 def how_split(case: Case) -> str:
-    """How layers lie that fit a case's rig."""
+    """A layout of layers that fits a case's rig."""
     return "layers split" if case.rig is not None and len(case.rig.gpus) > 1 else "one GPU"
 
 
@@ -122,7 +122,7 @@ def host_range(case: Case, gpu_layers: int) -> range:
 
 
 def host_layers_term(case: Case, layer_bytes: Sequence[int], gpu_layers: int) -> Term:
-    """What layers in host memory still take on the first GPU."""
+    """Memory that layers in host memory need on the first GPU."""
     n_bytes = host_layers_bytes(case, layer_bytes, gpu_layers)
     return Term("kv_cache", n_bytes, "fitted", "KV of the layers in host memory, and one such layer at work")
 
@@ -422,7 +422,7 @@ def parallel_options(case: Case) -> tuple[ParallelOption, ...]:
 
 
 def best_option(options: Sequence[ParallelOption]) -> ParallelOption | None:
-    """Of those that fit the most ranks side by side with nearly the largest cache, else one that the shapes allow."""
+    """Of layouts that fit, the one with the most ranks and nearly the largest cache; else one the shapes allow."""
     possible = [option for option in options if not option.reasons]
     fitting = [(option.memory.kv_capacity_tokens or 0, option) for option in possible if option.works and option.memory]
     if fitting:

@@ -26,7 +26,7 @@ HOST_PROCESS = 3 * GIB  # Python, libraries and the system beside layers in host
 
 
 class HostMemory(NamedTuple):
-    """What a plan puts into the machine's own memory, and what there is (None: not said)."""
+    """Host memory a plan uses, and what is available (None: unknown)."""
 
     weights_bytes: int
     kv_bytes: int

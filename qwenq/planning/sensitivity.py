@@ -52,7 +52,7 @@ class Sensitivity:
 
     @property
     def source(self) -> str:
-        """For a reader: where the predicted figures come from."""
+        """The source of the predicted figures, for display."""
         return "measured" if self.measured else "a prior by kind and depth, not measured on this model"
 
     def loss(self, fused: FusedGroup, scheme: Scheme | None) -> float:
@@ -120,7 +120,7 @@ class Sensitivity:
 
 
 def fused_groups(spec: ModelSpec, format: str = "gptq") -> Iterator[FusedGroup]:
-    """What a scheme is chosen for: every fused group, layer by layer, in the order they run.
+    """The units a scheme is chosen for: every fused group, layer by layer, in execution order.
 
     In a format that holds embedding and head too, nothing is fused: these, then every linear.
     """

@@ -52,7 +52,7 @@ class ValidatedRow:
 
     @property
     def error_percent(self) -> float:
-        """Of the tokens where they were logged, which tells more digits."""
+        """Error of the tokens if they were logged, which has more digits; else of the bytes."""
         if self.predicted_tokens is not None and self.kv_tokens:
             return 100 * (self.predicted_tokens / self.kv_tokens - 1)
         return 100 * (self.predicted_gib / self.mem_gib - 1)

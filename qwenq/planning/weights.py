@@ -1,4 +1,4 @@
-"""Where a model's weight bytes sit: embedding, layers, norm, head; from a recipe, a published format or headers."""
+"""A model's weight bytes by place: embedding, layers, norm, head; from a recipe, a published format or headers."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ class Measurement:
 
     @property
     def peak_bytes(self) -> int:
-        """What the device really gave: the driver's figure where there is one."""
+        """Measured peak: the driver's figure if there is one."""
         return self.driver_bytes or self.allocated_bytes
 
 

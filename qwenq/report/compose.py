@@ -24,7 +24,7 @@ from qwenq.results import finite_json
 
 @dataclass(frozen=True)
 class Extras:
-    """What a report has beside its runs."""
+    """Contents of a report besides its runs."""
 
     title: str = ""
     command: str = ""  # that made the runs

@@ -21,7 +21,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Small:
-    """What belongs to the figure before it, such as its interval."""
+    """Text that belongs to the preceding figure, such as its interval."""
 
     text: str
 

@@ -181,7 +181,7 @@ def place_labels(
 ) -> list[tuple[float, float, bool]]:
     """Where each point's label starts (left end, baseline), and whether it is far enough to need a leader line.
 
-    Each in turn takes the best place beside the others: right, left, above and below, then further out; a leader
+    Each in turn takes the best free place: right, left, above and below, then further out; a leader
     through a label costs most, one through a marker less. Then each again, now that all are there, while any moves.
     Of several orders the one that costs least counts.
     """

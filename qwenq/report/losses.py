@@ -38,7 +38,7 @@ OWN_TOOL = "qwenq"  # as benchmarks name it
 
 
 def warnings_section(runs: Sequence[Run], left_out: Sequence[str] = ()) -> Section:
-    """What a reader must not miss: what was left out, each run's warnings, and what makes the runs hard to compare."""
+    """Omissions, each run's warnings, and anything that makes the runs hard to compare."""
     lines: list[Text] = [*left_out]
     for run in runs:
         found = list(run.warnings)
@@ -119,7 +119,7 @@ def summary_section(runs: Sequence[Run]) -> Section:
 
 
 def _key(runs: Sequence[Run]) -> list[Block]:
-    """What the labels stand for, where they are not the names."""
+    """A key to the labels, if they are not the names."""
     if all(run.label == run.name for run in runs):
         return []
     key: list[Part] = ["The runs: "]

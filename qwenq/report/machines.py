@@ -153,7 +153,7 @@ def _measured_table(label: str, measurements: Sequence[Measurement]) -> Table:
 
 
 def _terms_table(one: Loaded, estimates: Sequence[MemoryEstimate]) -> Table:
-    """Where the estimate comes from, for the first variant."""
+    """Sources of the estimate, for the first variant."""
     picked = _some(estimates)
     names = [name for name in TERM_NAMES if any(e.term(name) for e in picked)]
     kinds = {term.name: term.provenance for e in picked for gpu in e.gpus for term in gpu.terms}

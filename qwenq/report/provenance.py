@@ -125,5 +125,5 @@ def _bytes(value: object) -> str:
 
 
 def notes_section(notes: Sequence[str]) -> Section:
-    """What the reader has to know of these runs in particular."""
+    """Notes about these runs in particular."""
     return Section("notes", "Read this with it", (Items(tuple(notes)),))

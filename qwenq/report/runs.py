@@ -153,7 +153,7 @@ def read_run(manifest: Mapping[str, Any], name: str, directory: Path) -> Run:
 
 
 def _drift(found: Fields) -> DriftReport:
-    """What was lost, as measured; NaN for what was not a number."""
+    """The measured drift; NaN for anything that was not a number."""
     read: dict[str, Callable[[str], Any]] = {
         "Interval": found.interval, "float": found.number, "int": found.whole, "str": found.text,
     }  # fmt: skip

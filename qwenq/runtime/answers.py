@@ -87,7 +87,7 @@ class StopTexts:
         self.stops, self.found, self._held = stops, False, ""
 
     def feed(self, text: str) -> str:
-        """What can be shown now; `found` when the answer ends with it."""
+        """Text that can be shown now; sets `found` when the answer ends with it."""
         held = self._held + text
         at = min((at for stop in self.stops if (at := held.find(stop)) >= 0), default=-1)
         if at >= 0:
@@ -126,7 +126,7 @@ class Calls:
             yield from self._shown(shown)
 
     def end(self) -> Iterator[str | Call]:
-        """What was held back; a call whose end was not written is one, if it is whole."""
+        """The text held back; an unterminated call counts if it is complete."""
         yield from self._call(self._held, _OPEN + self._held) if self._inside else self._shown(self._held)
 
     def _shown(self, text: str) -> Iterator[str]:
@@ -149,7 +149,7 @@ class Calls:
 
 
 def _begun(text: str, mark: str) -> int:
-    """How many characters at the end of `text` could be the first ones of `mark`."""
+    """Number of characters at the end of `text` that could start `mark`."""
     return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)
 
 

@@ -122,12 +122,12 @@ class Linear(ctypes.Structure):
     )
 
     def scratch_bytes(self, rows: int) -> int:
-        """What `multiply` wants for activations made ready for it."""
+        """Scratch bytes that `multiply` needs for prepared activations."""
         return (rows + 8) * (2 * self.inputs + 8 * (self.inputs // self.group))
 
 
 def _at(*tensors: Tensor | None) -> Iterator[int]:
-    """Where tensors lie; 0 for none."""
+    """Addresses of tensors; 0 for None."""
     return (0 if tensor is None else tensor.data_ptr() for tensor in tensors)
 
 
@@ -184,7 +184,7 @@ def gate(gate_MI: Tensor, up_MI: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Head:
-    """How one head is made ready: cosines and sines of its position [1, D], norms of Qwen3 [D], their epsilon."""
+    """Inputs for preparing one head: cosines and sines of its position [1, D], norms of Qwen3 [D], their epsilon."""
 
     cos: Tensor
     sin: Tensor

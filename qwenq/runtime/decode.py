@@ -42,7 +42,7 @@ def why_not(model: RunningModel, kv_dtype: torch.dtype | None) -> str:
 
 
 def _why_not_here(model: RunningModel, kv_dtype: torch.dtype | None) -> str:
-    """What of the devices, dtypes and heads keeps the kernels from a model."""
+    """The reason, if any, why devices, dtypes or heads rule out the kernels for a model."""
     if set(model.device_map.values()) == {"cpu"} and model.device.type == "cpu":
         if model.dtype != torch.bfloat16 or kv_dtype not in (None, torch.bfloat16):
             return "the CPU kernels need activations and a cache in bfloat16"

@@ -1,4 +1,4 @@
-"""What a load would come to, without loading: where layers go, what each device holds at most, how fast it may be."""
+"""Forecast of a load without loading: placement of layers, peak memory per device, expected speed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CPU = "cpu"
 
 @dataclass(frozen=True)
 class Held:
-    """What one device, or the disk, would hold, and may. On GPUs as torch's allocator counts it."""
+    """Predicted use and limit of one device or the disk. On GPUs as torch's allocator counts it."""
 
     device: str  # GPU 0 RTX 3090, CPU, disk
     layers: int
@@ -62,7 +62,7 @@ class Forecast:
         }
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Lines for display."""
         speed = self.speed
         return [
             f"{self.model}: {format_gb(self.weights.total_bytes)} of weights ({self.weights.label}; "

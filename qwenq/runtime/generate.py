@@ -27,7 +27,7 @@ KV_DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8":
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. `temperature` 0 (or below GREEDY_BELOW) takes the most likely one; `top_k` 0 and
+    """Sampling of the next token. `temperature` 0 (or below GREEDY_BELOW) takes the most likely one; `top_k` 0 and
     `top_p` 1 keep all.
 
     `max_new_tokens` 0: what the context leaves after the prompt, at most DEFAULT_NEW_TOKENS.
@@ -68,7 +68,7 @@ class Sampling:
 
 @dataclass
 class Timing:
-    """What a generation took; filled while it runs."""
+    """Tokens and seconds of a generation, filled in while it runs."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of the prompt, kept from the turn before
@@ -101,7 +101,7 @@ class Timing:
 
 
 def new_tokens(prompt: int, asked: int, context: int) -> int:
-    """How many tokens may follow a prompt of so many (asked 0: as many as fit, at most DEFAULT_NEW_TOKENS).
+    """Number of tokens that may follow a prompt (asked 0: as many as fit, at most DEFAULT_NEW_TOKENS).
 
     RunError when prompt and answer do not fit the context.
     """
@@ -144,7 +144,7 @@ class Session:
             raise UsageError(f"--prefill-chunk {self.prefill_chunk}: wanted at least 1")
 
     def new_tokens(self, prompt: int, asked: int) -> int:
-        """How many tokens may follow a prompt; RunError when it and its answer do not fit the context."""
+        """Number of tokens that may follow a prompt; RunError if prompt and answer do not fit the context."""
         return new_tokens(prompt, asked, self.max_model_len)
 
     def generate(

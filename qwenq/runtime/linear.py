@@ -278,7 +278,7 @@ class CpuLinear(_Linear):
         return y_MO.view(*x.shape[:-1], self.out_features)
 
     def kernel_linear(self) -> cpu_kernels.Linear:
-        """As the kernels see it, while its tensors stay where they are."""
+        """The kernels' view of it; its tensors stay where they are."""
         shape = self.out_features, self.in_features
         return cpu_kernels.packed(shape, self.codes, self.scales, self.offsets, self.bias, self.order)
 
@@ -558,7 +558,7 @@ class StoredLinear(nn.Module):
         return self._product(x_MI).view(*x.shape[:-1], self.out_features)
 
     def kernel_linear(self) -> cpu_kernels.Linear | None:
-        """As this project's CPU kernel sees it, which is twice as fast as torch for one row in bfloat16; else None."""
+        """This project's CPU kernel's view of it (twice as fast as torch for one row in bfloat16), or None."""
         if self.weight.device.type != "cpu" or self.weight.dtype.itemsize != 2 or cpu_kernels.refusal():
             return None
         return cpu_kernels.stored(self.weight, self.bias)
@@ -637,7 +637,7 @@ def _order(rows: int, columns: int, device: torch.device) -> Tensor | None:
 
 
 def _pack_column(codes_R1: Tensor) -> Tensor:
-    """How a CPU packs one column; cut short, so that no order is found, when equal columns do not look alike."""
+    """A CPU's packing of one column; cut short, so that no order is found, if equal columns differ."""
     columns = _pack(codes_R1.expand(-1, 32)).reshape(32, -1)
     return columns[0] if bool((columns == columns[0]).all()) else columns[0, :-1]
 

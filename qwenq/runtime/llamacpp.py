@@ -36,7 +36,7 @@ _ENGINE = LlamaCppEngine.name
 
 @dataclass(frozen=True)
 class Serving:
-    """How llama.cpp would serve a GGUF file: a case, and where its layers go; no placement without a GPU."""
+    """llama.cpp serving a GGUF file: a case and the placement of its layers; no placement without a GPU."""
 
     file: Path
     case: Case
@@ -49,7 +49,7 @@ class Serving:
 
     @property
     def words(self) -> list[str]:
-        """Of the command, without where it listens."""
+        """Words of the command, without its address."""
         return self.engine.words(self.case, self.placement, str(self.file))
 
     @property

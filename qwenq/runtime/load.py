@@ -44,7 +44,7 @@ DEFAULT_CONTEXT = 4096
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """What a user may ask of a load. Limits in bytes; an empty `gpu_memory` takes what is free, 0 host memory too."""
+    """Options of a load. Limits in bytes; an empty `gpu_memory`, or host memory of 0, means all free memory."""
 
     max_model_len: int = 0  # 0: DEFAULT_CONTEXT, or the model's own limit when that is less
     prefill_chunk: int = QWENQ_PREFILL_CHUNK
@@ -56,7 +56,7 @@ class LoadOptions:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the activations: bfloat16, in which torch's packed kernels are fast, unless float32 is asked for."""
+        """Dtype of the activations: bfloat16, in which torch's packed kernels are fast, unless float32 is requested."""
         return torch.float32 if self.compute_dtype == "float32" else torch.bfloat16
 
     def work(self, spec: ModelSpec) -> Workload:
@@ -70,7 +70,7 @@ class LoadOptions:
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """Where every module goes, and what each device that computes will hold at most, as its allocator counts it."""
+    """Placement of every module, and the peak memory of each computing device, as its allocator counts it."""
 
     device_map: DeviceMap
     predicted: dict[str, int]  # bytes by device name
@@ -227,7 +227,7 @@ def check_disk(directory: Path, need: int) -> None:
 
 
 def describe(found: Loaded) -> list[str]:
-    """What was loaded, in lines for people."""
+    """Lines that describe what was loaded."""
     model = found.model
     kinds = ", ".join(f"{count} {kind}" for kind, count in model.kernels().items()) or "16-bit linears"
     where = ", ".join(device_name(device) for device in model.devices)

@@ -83,7 +83,7 @@ def _rows(found: Loaded, weights: Weights, work: Workload, phase: str) -> list[M
 
 
 def _host_layers(found: Loaded, case: Case, gpu: Gpu) -> Term:
-    """What layers in host memory and on disk take on the GPU that computes them."""
+    """Memory that layers in host memory and on disk need on the GPU that computes them."""
     layers = range(case.spec.num_hidden_layers)
     inside = sum(isinstance(found.model.device_map[case.spec.layer_name(k)], int) for k in layers)
     return host_layers_term(case, OWN.kept(case.weights, case.work, gpu).layer_bytes, inside)

@@ -49,7 +49,7 @@ class RunningModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the input goes."""
+        """Device of the inputs."""
         return compute_device(self.device_map[self.spec.architecture.embedding], self.device_map)
 
     @property
@@ -59,7 +59,7 @@ class RunningModel:
         return tuple(found)
 
     def kernels(self) -> dict[str, int]:
-        """How many linears each kind of kernel has."""
+        """Number of linears for each kind of kernel."""
         kinds = [choice.kind for choice in self.choices.values()]
         return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
 
@@ -82,7 +82,7 @@ class StoredEmbedding(nn.Module):
 
 
 class Weights(Protocol):
-    """Where weights come from: shards, or thin air (`synthetic`)."""
+    """Source of weights: shards, or random numbers (`synthetic`)."""
 
     def tensor(self, name: str, device: torch.device) -> Tensor: ...
 
@@ -237,7 +237,7 @@ CACHE = "past_key_values"  # knows by itself where its tensors are
 
 
 def compute_device(place: int | str, device_map: DeviceMap) -> torch.device:
-    """Where a module at `place` computes: host memory and disk feed the first GPU, or the CPU where there is none."""
+    """The device that computes a module at `place`: for host memory and disk the first GPU, or the CPU without one."""
     if isinstance(place, int):
         return torch.device("cuda", place)
     first = next((other for other in device_map.values() if isinstance(other, int)), None)

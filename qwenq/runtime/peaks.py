@@ -17,7 +17,7 @@ from qwenq.planning.rig import Rig
 
 @dataclass(frozen=True)
 class Peak:
-    """What one device held at most: torch's allocator, its reserve, and what the driver says the process has.
+    """Peak memory of one device: torch's allocated and reserved memory, and the driver's figure for the process.
 
     On a CPU `allocated_bytes` is resident memory beyond what the process had before the model; the others are 0.
     """
@@ -78,7 +78,7 @@ def read_peaks(devices: Sequence[torch.device], base_rss: int) -> list[Peak]:
 
 
 def driver_bytes() -> dict[int, int]:
-    """What the driver (NVML) says this process has on each GPU, CUDA context included; empty without NVML.
+    """The driver's (NVML's) memory of this process on each GPU, CUDA context included; empty without NVML.
 
     Where the driver does not tell processes apart (containers), it is everything in use on the GPU.
     """

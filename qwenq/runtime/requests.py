@@ -189,7 +189,7 @@ class ChatRequest(_Request):
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
     def order(self, chat: Chat, context: int) -> Order:
-        """What the model is to do; a QwenqError for what it cannot or is not asked to."""
+        """The order for the model; a QwenqError for anything unsupported or invalid."""
         self._check(chat)
         if self.tool_choice not in (None, "auto", "none"):
             raise Refused("tool_choice: auto and none are supported by this server", param="tool_choice",
@@ -220,7 +220,7 @@ class TextRequest(_Request):
     add_special_tokens: bool | None = None
 
     def order(self, chat: Chat, context: int) -> Order:
-        """What the model is to do; a QwenqError for what it cannot or is not asked to."""
+        """The order for the model; a QwenqError for anything unsupported or invalid."""
         self._check(chat)
         if self.add_special_tokens is False:
             raise Refused("add_special_tokens: false is not supported by this server", param="add_special_tokens",

@@ -35,7 +35,7 @@ A = TypeVar("A")
 
 @dataclass(frozen=True)
 class Tiling:
-    """How `multiply` is cut up: outputs and columns at a time, splits of the columns, warps, loads in flight, rows."""
+    """Tiling of `multiply`: outputs and columns at a time, splits of the columns, warps, loads in flight, rows."""
 
     outputs: int = 64
     columns: int = 128

@@ -81,7 +81,7 @@ class ResidualCovariance:
     first: int = 0  # output of the linear that the first one here is
 
     def rows(self, rows: range, device: torch.device) -> ResidualCovariance:
-        """That of some outputs of the linear."""
+        """The problem restricted to some outputs of the linear."""
         low, high = rows.start - self.first, rows.stop - self.first
         return ResidualCovariance(self.whole_IO[:, low:high].to(device), self.half_IO[:, low:high].to(device))
 
@@ -304,7 +304,7 @@ def _solve_upper(b_IO: Tensor, h_II: Tensor) -> Tensor:
 
 
 def _corrected(residual: ResidualCovariance, order_I: Tensor, h_II: Tensor) -> Tensor:
-    """How weights [in, out], in processing order, should move for their outputs to be less short; overwrites its input.
+    """Correction of weights [in, out], in processing order, that reduces their residual; overwrites its input.
 
     The damped least-squares fit (L L')^-1 s of few tokens is mostly noise. The difference of the two halves' sums has
     as much noise as their sum has and nothing else, so 1 - |L^-1 (s1 - s2)|^2 / |L^-1 (s1 + s2)|^2 estimates for each

@@ -47,7 +47,7 @@ def solve_rows(
     residuals: Mapping[str, ResidualCovariance] | None = None,
     **options: Any,
 ) -> list[Solved]:
-    """As `solve_linears`, whose arguments these are, for shares of the rows of every weight, one a device.
+    """Like `solve_linears`, with the same arguments, but each device solves a share of every weight's rows.
 
     Each device factors a copy of the Hessian, which costs no more time than waiting for one to do it and has nothing
     to exchange. On a CPU rows come out as they would alone: they are cut between blocks. GPUs' matmuls depend on how

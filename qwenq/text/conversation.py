@@ -58,7 +58,7 @@ class Document:
 
     @property
     def words(self) -> str:
-        """What is said in it, without a template."""
+        """The text of a conversation, without a template."""
         return self.text or " ".join(m.get("content", "") for m in self.messages)
 
     @property

@@ -45,7 +45,7 @@ Item = Document | CalibrationError  # a row's document, or why there is none
 
 @dataclass(frozen=True)
 class Sample:
-    """What is wanted of a text: about so many characters (None: all), drawn by `seed` or (None) from its beginning."""
+    """Sample of a text: about this many characters (None: all), drawn with `seed` or (None) from its beginning."""
 
     characters: int | None = None
     seed: int | None = None
@@ -272,7 +272,7 @@ def _large_json(stream: BinaryIO, size: int, packed: bool, path: Path, sample: S
 
 @dataclass(frozen=True)
 class _Kind:
-    """How files of one ending are read."""
+    """Reader for files with one extension."""
 
     small_bytes: int
     whole: Callable[[bytes, Path], Iterator[Item]]
@@ -320,7 +320,7 @@ def _reservoir(pieces: Iterator[tuple[bytes, int]], sample: Sample) -> list[tupl
 
 
 def _places(size: int, block: int, seed: int) -> Iterator[int]:
-    """Where blocks begin, over the whole of a file, in an order drawn by the seed."""
+    """Starts of blocks across a whole file, in an order drawn with the seed."""
     count = max(1, min(size // block, _PLACES))
     for k in np.random.default_rng(seed).permutation(count):
         yield int(k) * size // count

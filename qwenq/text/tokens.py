@@ -58,7 +58,7 @@ def _of_the_machine(error: BaseException) -> bool:
 
 @contextmanager
 def _at_fault(say: Callable[[BaseException], CheckpointError]) -> Iterator[None]:
-    """Whatever transformers raises, or the library beneath it panics with, as a fault of the tokenizer's files."""
+    """Turn exceptions of transformers, and panics of the library beneath it, into errors about the tokenizer's files."""
     try:
         yield
     except BaseException as error:
@@ -387,7 +387,7 @@ class TokenWindows:
 
     @property
     def builtin_windows(self) -> int:
-        """How many of the windows are the built-in set's instead of the text's own."""
+        """Number of windows taken from the built-in set instead of the text."""
         return int(self.provenance.get("builtin", {}).get("windows", 0))
 
     @property

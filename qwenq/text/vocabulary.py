@@ -35,7 +35,7 @@ _LLAMA3 = _QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 
 @dataclass(frozen=True)
 class Splitting:
-    """How text is split before merges, under llama.cpp's names, the first of which is written."""
+    """Pre-tokenizers under llama.cpp's names, the first of which is written."""
 
     names: tuple[str, ...]
     pattern: str = ""  # empty: GPT-2's, which is the byte-level pre-tokenizer's own
@@ -170,7 +170,7 @@ def _templates_of_metadata(metadata: Mapping[str, Any], where: str) -> dict[str,
 
 
 def template_file(name: str, where: str) -> str:
-    """Where transformers keeps a chat template, by its name; CheckpointError for one that is no file's name."""
+    """transformers' file for a named chat template; CheckpointError if the name cannot be a file name."""
     if name == "default":
         return "chat_template.jinja"
     if not _TEMPLATE_FILE.fullmatch(name):

@@ -87,7 +87,7 @@ class Engine(ABC):
 
     @property
     def version_note(self) -> str:
-        """That nobody checked this version, and which one's facts stand in; empty where one of that line was."""
+        """A note that this version has not been checked and which one is used instead; empty if it has."""
         if not self.versioned or not self.oldest:
             return ""
         if self.version[: len(self.latest)] > self.latest:
@@ -184,10 +184,10 @@ class Engine(ABC):
 
     @abstractmethod
     def how_held(self, case: Case) -> str:
-        """How the rig holds the case: `one GPU`, `layers split`, `TP 2 x PP 1`; empty when it does not."""
+        """The layout on the rig: `one GPU`, `layers split`, `TP 2 x PP 1`; empty if the case does not fit."""
 
     def rig_finder(self) -> RigFinder:
-        """What answers for many rigs of one case."""
+        """A RigFinder for one case."""
         return self
 
     def check_ranks(self, ranks: int) -> None:
@@ -221,7 +221,7 @@ class Engine(ABC):
 
 
 class RigFinder(Protocol):
-    """How a rig holds a case and up to which context, asked of one case on many rigs."""
+    """Layout and longest context of one case on many rigs."""
 
     def how_held(self, case: Case) -> str: ...
 
@@ -320,7 +320,7 @@ class ServerEngine(Engine):
         """The part of a GPU that it takes when none is asked for, of `part_of`."""
 
     def asked_part(self, case: Case) -> float:
-        """As asked, or its own on the GPU where that is least."""
+        """The requested share of a GPU, or the default on the GPU where it is smallest."""
         gpus = case.hardware.gpus
         return case.work.gpu_memory_utilization or min(
             self.own_part(case, rank_shares(case.spec, len(gpus))[0], gpu) for gpu in gpus
@@ -471,7 +471,7 @@ class ServerEngine(Engine):
         yield from self.uniform_instead(case)
 
     def cache_notes(self, memory: MemoryEstimate) -> list[str]:
-        """How many tokens the cache holds, and what comes on top of the part where that is less than asked."""
+        """Notes on the tokens the cache holds, and on memory outside the share if it is less than requested."""
         lines = [f"{self.title}'s KV cache would hold {memory.kv_capacity_tokens} tokens"]
         asked, part = memory.asked_utilization, memory.gpu_memory_utilization
         if asked is not None and part is not None and part != asked:

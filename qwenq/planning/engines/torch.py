@@ -42,7 +42,7 @@ REPEATED_KV_TRAFFIC = 3.9  # times the bytes of repeated keys and values; fitted
 
 
 class Kernel(NamedTuple):
-    """How an engine multiplies with packed weights; bytes per weight of the widest linear.
+    """An engine's matmul with packed weights; bytes per weight of the widest linear.
 
     `static`: a buffer kept for good. `peak`: temporaries while dequantizing, before the output exists. `hold`: the
     dequantized matrix kept during the multiplication. Temporaries only from `min_rows` rows on.
