@@ -110,7 +110,7 @@ def quantize(
     layer. warn: gets a line before the work begins for each thing that is read otherwise than config.json says, or left
     out of the model or a text; those of the work are in the result. ranks: this process among those that quantize
     together (`qwenq.pipeline.ranks.joined`), the first of which writes. Returns sizes in bytes, times in seconds, KL in
-    nats a token. Raises QwenqError: PlanError and UsageError for options, CheckpointError for the model,
+    nats per token. Raises QwenqError: PlanError and UsageError for options, CheckpointError for the model,
     CalibrationError for texts, JobError for `out`.
     """
     from qwenq.pipeline.prepare import prepare
@@ -162,7 +162,7 @@ def sensitivity(
     ranks: Ranks | None = None,
     **options: Unpack[QuantizeOptions],
 ) -> Sensitivity:
-    """Measure the KL (nats a token) that each fused group of a model causes at each scheme, and write it to `output`.
+    """Measure the KL (nats per token) that each fused group of a model causes at each scheme, and write it to `output`.
 
     Of the options only `calibration`, `num_samples`, `builtin_share`, `sequence_length`, `strict`, `seed`, `format`,
     `asymmetric`, `device` (one GPU) and `compute_dtype` count: the table is that of `quantize` with the same ones.
@@ -260,7 +260,7 @@ def evaluate(
     model, reference: directories, GGUF files or hub names, 16-bit or quantized. progress: gets the layers done and
     their number. save_reference_logits: a file to write for `llama-perplexity --kl-divergence`, about 300 kB a position
     of a Qwen2.5. warn: gets a line for each thing that is read otherwise than a config.json says, or left out of a
-    text. KL in nats a token, with 95 % confidence intervals. ranks: this process among those that evaluate together
+    text. KL in nats per token, with 95 % confidence intervals. ranks: this process among those that evaluate together
     (`qwenq.pipeline.ranks.joined`). Raises CheckpointError where the two cannot be compared.
     """
     from qwenq.checkpoint.reader import open_checkpoint
@@ -478,7 +478,7 @@ class Inspection:
 
 
 def inspect(model: StrPath, expect_parameters: float | None = None) -> Inspection:
-    """Shapes, parameters, bytes by part and KV bytes a token; config audited against headers and stated totals.
+    """Shapes, parameters, bytes by part and KV bytes per token; config audited against headers and stated totals.
 
     model: a directory, a hub name (headers alone are fetched) or a family's name. expect_parameters: the total that the
     model card states. Disagreements are answered, not raised. Raises CheckpointError for files that cannot be read.

@@ -1,1 +1,1 @@
-"""The door: one file a command, thin over the library."""
+"""The door: one file per command, thin over the library."""

@@ -38,7 +38,7 @@ def warn(line: str) -> None:
 
 
 class LayerProgress:
-    """A live bar on a terminal, one plain line a layer elsewhere; both to stderr."""
+    """A live bar on a terminal, one plain line per layer elsewhere; both to stderr."""
 
     def __init__(self, total: int | None = None, *, quiet: bool = False) -> None:
         self.total, self.quiet, self.done = total, quiet, 0  # None: told later, or never

@@ -134,7 +134,7 @@ def serve(
         _serve_here(model, options, door)
         return
     if not installed:
-        raise RunError("--engine vllm: vLLM is not installed", hint="pip install 'qwenq[vllm]', or --engine qwenq")
+        raise RunError("--engine vllm: not installed", hint="pip install 'qwenq[vllm]', or --engine qwenq")
     lines = vllm_commands(str(fetched(model)), options, gpu, leads, door)
     print_step(lines[0])
     environment = os.environ | ({"VLLM_API_KEY": api_key} if api_key else {})

@@ -65,7 +65,7 @@ class Nf4Codes(Codes):
 
 CODES.update({codes.name: codes for codes in (Nf4Codes("nf4"), Nf4Codes("nf4-nested", " nested"))})
 NF4, NF4_NESTED = Scheme(4, BLOCK, codes="nf4"), Scheme(4, BLOCK, codes="nf4-nested")
-INT8_ROWS = Scheme(8, -1)  # LLM.int8: one scale a row
+INT8_ROWS = Scheme(8, -1)  # LLM.int8: one scale per row
 
 
 _KEYS = frozenset({
@@ -220,7 +220,7 @@ class Nf4Blocks:
 
 
 class Int8(Bitsandbytes):
-    """LLM.int8: symmetric, one scale a row."""
+    """LLM.int8: symmetric, one scale per row."""
 
     name = "bnb-int8"
     tags = ("bnb-int8", "bitsandbytes")
@@ -254,7 +254,7 @@ class Int8(Bitsandbytes):
         return {"weight": codes, "SCB": rows, "weight_format": torch.tensor(0, dtype=torch.uint8)}
 
     def unpack(self, tensors: Mapping[str, Tensor], scheme: Scheme, lin: LinearSpec, version: str = "") -> QTensor:
-        """A symmetric 8-bit grid with one float32 scale a row: SCB / 127."""
+        """A symmetric 8-bit grid with one float32 scale per row: SCB / 127."""
         import torch
 
         from qwenq.solver.grid import QTensor

@@ -78,7 +78,7 @@ def check_gpus(devices: Sequence[torch.device]) -> None:
 def without_cudnn_attention() -> None:
     """Have torch prefer its flash kernel: on Hopper it would take cuDNN's, which plans anew for every length of keys.
 
-    A token's keys are one longer than the last one's: 23 to 37 ms a token on an H100 by others' figures, none measured
+    Each token has one key more than the last: 23 to 37 ms per token on an H100 by others' figures, none measured
     here, and plans are never let go (aten/src/ATen/native/cudnn/MHA.cpp).
     """
     torch.backends.cuda.enable_cudnn_sdp(False)

@@ -50,7 +50,7 @@ def choose_for_bytes(
 ) -> Budgeted:
     """Least predicted KL among recipes whose files, every byte counted, are at most `target_bytes`.
 
-    Sizes of headers are counted from above, by a few bytes a layer. HonestNo, with the range, for a target out of it.
+    Sizes of headers are counted from above, by a few bytes per layer. HonestNo, with the range, for a target out of it.
     exact False: a quick good recipe instead of the best one, for trying many targets.
     """
     fixed = fixed_bytes(spec, dtype_of, format, beside)
@@ -106,7 +106,7 @@ def choose_for_bits(
         for fused in fused_groups(spec, format)
     }
     outer = spec.outer_linears if get_format(format).outer else ()
-    per = "a weight, embedding and head included," if outer else "per linear weight"
+    per = "per weight, embedding and head included," if outer else "per linear weight"
     weights = spec.linear_parameters + sum(lin.parameters for lin in outer)
     smallest = Fraction(_least(costs.values()), weights)
     if not smallest <= bits < 16:

@@ -81,7 +81,7 @@ class Choice:
 def choose(shape: PackedShape, compute: Compute = Compute()) -> Choice:
     """The kernel of a packed linear, chosen once: by what its format says of it.
 
-    On GPUs 8-bit codes with one scale a row run as two tinygemm matmuls where that can be: torch's int8 kernel there
+    On GPUs 8-bit codes with one scale per row run as two tinygemm matmuls where that can be: torch's int8 kernel there
     is a plain loop (aten/src/ATen/native/cuda/int8mm.cu).
     """
     if not not_on_cpu_kernels(shape, compute):

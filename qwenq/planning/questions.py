@@ -210,7 +210,7 @@ class Spread:
         q, first = self.question, self.estimates[0]
         lines = [
             f"{q.spec.name}: {q.weights.label}, {format_gb(q.weights.total_bytes)} of weights; {q.engine.label}; "
-            f"KV {q.template.kv_dtype}, {first.kv_bytes_per_token:,.0f} bytes a token; batch {q.template.batch}",
+            f"KV {q.template.kv_dtype}, {first.kv_bytes_per_token:,.0f} bytes per token; batch {q.template.batch}",
             "",
         ]
         lines += self._table()

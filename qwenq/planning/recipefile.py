@@ -1,4 +1,4 @@
-"""Recipes as files: TOML, one line a layer, made to be read and edited."""
+"""Recipes as files: TOML, one line per layer, made to be read and edited."""
 
 from __future__ import annotations
 
@@ -86,13 +86,13 @@ def read_recipe(path: Path, spec: ModelSpec, format: str = "gptq") -> Choice:
         raise PlanError(f"{path}: not UTF-8 text") from None
     except (ValueError, RecursionError) as error:  # a date that is none, a number of 5,000 digits, lists in lists
         reason = "nested too deep" if isinstance(error, RecursionError) else shown(str(error), 200)
-        raise PlanError(f"{path}: {reason}", hint="the file is TOML; one line a layer under [layer]") from None
+        raise PlanError(f"{path}: {reason}", hint="the file is TOML; one line per layer under [layer]") from None
     if found.get("version") != VERSION:
         raise PlanError(f"{path}: version is {shown(repr(found.get('version')), 40)}, wanted {VERSION}")
     lines = _lines(text)
     layers = found.get("layer")
     if not isinstance(layers, dict):
-        raise PlanError(f"{path}: no [layer] table", hint="one line a layer, e.g. " + _example(spec))
+        raise PlanError(f"{path}: no [layer] table", hint="one line per layer, e.g. " + _example(spec))
     wanted = [str(layer) for layer in range(spec.num_hidden_layers)]
     for key in layers:
         if key not in wanted:

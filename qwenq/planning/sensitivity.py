@@ -25,7 +25,7 @@ FusedGroup = tuple[int, str]  # layer, name of a stage: linears that engines fus
 OUTER = -1  # the layer of embedding and head
 _OUTER_NAME = "outer"
 
-# Prior: KL in nats a token when one fused group alone is 4-bit g128, for a model of PRIOR_LAYERS layers, and more for
+# Prior: KL in nats per token when one fused group alone is 4-bit g128, for a model of PRIOR_LAYERS layers, and more for
 # the ends of the network. Rounded from a table measured on the demo's model (reports/budget.md); a large model loses
 # less, but for choosing only proportions matter.
 PRIOR_KL = {"qkv": 2.0e-3, "o": 0.4e-3, "gate_up": 2.5e-3, "down": 1.6e-3}
@@ -39,7 +39,7 @@ PRIOR_8_BIT = (15 / 255) ** 2  # the error's energy falls with the square of the
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """KL (nats a token) that each fused group causes alone, by scheme; what stays in 16 bit causes none."""
+    """KL (nats per token) that each fused group causes alone, by scheme; what stays in 16 bit causes none."""
 
     model: str
     fingerprint: str  # of the source's files; empty for a prior, which is of no model in particular

@@ -1,6 +1,6 @@
 """Decode and prefill speed as a range, from bandwidth, compute and a per-layer overhead fitted to published runs.
 
-Fitted to Qwen's A100-80GB table (batch 1, prompt plus 2,048 tokens; transformers 4.46, vLLM 0.6.3): seconds a step
+Fitted to Qwen's A100-80GB table (batch 1, prompt plus 2,048 tokens; transformers 4.46, vLLM 0.6.3): seconds per step
     = overhead x layers + traffic x weight bytes / (ranks x bandwidth) + KV bytes / (ranks x bandwidth) + prefill / 2048
 (transformers before 4.48 also moves its repeated keys and values, 3.9 times). The fit, and the error of every group of
 rows, is in reports/estimator-validation.md; a range covers the worst row of its group.

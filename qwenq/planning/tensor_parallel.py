@@ -18,7 +18,7 @@ def tensor_parallel_reasons(spec: ModelSpec, groups: RowGroups, ranks: int) -> l
     """Why `ranks` GPUs cannot cut the model; empty when they can.
 
     Linears before attention and activation split by output (heads, FFN width), those after (o, down) by input, where no
-    quantization group may straddle two ranks. With one scale a row (group size -1) every rank keeps all scales. Engines
+    quantization group may straddle two ranks. With one scale per row (group size -1) every rank has all scales. Engines
     pad the vocabulary themselves.
     """
     return [problem.here for problem in _problems(spec, groups, ranks)]

@@ -38,7 +38,7 @@ def register() -> None:
 
 
 class KvCache:
-    """Keys and values of one sequence, `capacity` tokens a layer, on the device its layer computes on.
+    """Keys and values of one sequence, `capacity` tokens per layer, on the device its layer computes on.
 
     `dtype` None keeps the activations' own; float8 and float16 are stored clamped to their range, without scales, and
     read back in the activations' dtype. Dropping tokens (`crop`) costs nothing.

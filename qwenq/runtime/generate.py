@@ -79,7 +79,7 @@ class Timing:
 
     @property
     def prefill_speed(self) -> float:
-        """Prompt tokens a second, cached ones not counted."""
+        """Prompt tokens per second, cached ones not counted."""
         return (self.prompt_tokens - self.cached_tokens) / self.prefill_seconds if self.prefill_seconds else 0.0
 
     @property

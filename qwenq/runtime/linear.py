@@ -1,6 +1,6 @@
 """Linears that stay packed while they multiply, on this project's Triton kernels or those that torch ships.
 
-Which one a linear becomes depends on how its format describes it, on activation dtype and device:
+Which one per linear becomes depends on how its format describes it, on activation dtype and device:
 `planning.kernels.choose`.
 Shapes: x [..., in]; M rows of x; O outputs, I inputs, G groups of K columns.
 
@@ -10,7 +10,7 @@ Shapes: x [..., in]; M rows of x; O outputs, I inputs, G groups of K columns.
   take (scale, offset) pairs in the activations' dtype: w = (code - 8) * scale + offset. 8-bit codes in groups run there
   as two products, code = 16 * high + low. From `dense_from` rows on, one row block of outputs at a time is
   written out and multiplied densely, which is faster for prompts.
-- Int8Linear: `_weight_int8pack_mm`, one scale a row, kept in float32 and applied to the product.
+- Int8Linear: `_weight_int8pack_mm`, one scale per row, kept in float32 and applied to the product.
 - Nf4Linear: bitsandbytes' table of 16 values, likewise in row blocks.
 - TiledLinear: any bits, group and dtype; row blocks of outputs are dequantized in float32 for every call.
 - BlockLinear: a GGUF weight as the file has it, of any type, likewise in row blocks.
@@ -317,7 +317,7 @@ class Int4Linear(_Linear):
 
     With w = scale * (half - 8) + offset for each half, 16 w_high + w_low =
     scale * (code - 128) + 16 * offset_high + offset_low - 8 * scale. Halves without zero points share their pairs,
-    [1, G, O, 2], which saves 4 bytes a group; others have their own, [2, G, O, 2].
+    [1, G, O, 2], which saves 4 bytes per group; others have their own, [2, G, O, 2].
     """
 
     def __init__(self, q: QTensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> None:
@@ -399,7 +399,7 @@ class Int4Linear(_Linear):
 
 
 class Int8Linear(_Linear):
-    """8-bit codes with one scale a row: `_weight_int8pack_mm`, the float32 scale applied to its product; bfloat16."""
+    """8-bit codes with one scale per row: `_weight_int8pack_mm`, the float32 scale applied to its product; bfloat16."""
 
     def __init__(self, q: QTensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(q.codes_OI.shape, bias, dtype, device, q.order_I)

@@ -63,7 +63,7 @@ def forget_peaks(devices: Sequence[torch.device]) -> None:
 
 
 def read_peaks(devices: Sequence[torch.device], base_rss: int) -> list[Peak]:
-    """Peaks since `forget_peaks`, one a device; a CPU's above `base_rss`."""
+    """Peaks since `forget_peaks`, one per device; a CPU's above `base_rss`."""
     driver = driver_bytes()
     peaks = []
     for device in devices:

@@ -58,7 +58,7 @@ def _of_the_machine(error: BaseException) -> bool:
 
 @contextmanager
 def _at_fault(say: Callable[[BaseException], CheckpointError]) -> Iterator[None]:
-    """Turn exceptions of transformers, and panics of the library beneath it, into errors about the tokenizer's files."""
+    """Turn transformers' exceptions, and panics of the library beneath it, into errors about the tokenizer's files."""
     try:
         yield
     except BaseException as error:

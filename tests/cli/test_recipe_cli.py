@@ -108,7 +108,7 @@ def test_bits_of_a_gguf_file_count_embedding_and_head() -> None:
     ).groups()
     assert 4.49 < float(both) <= 4.5 < float(alone)
     low = run("quantize", "Qwen2.5-7B", "--format", "gguf", "--bpw", "2", "--dry-run")
-    assert low.exit_code == 3 and "2 bits a weight, embedding and head included, are out of reach" in low.stderr
+    assert low.exit_code == 3 and "2 bits per weight, embedding and head included, are out of reach" in low.stderr
 
 
 def test_zero_points_come_back_in_a_recipe(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_what_another_engine_is_not_asked_for_is_refused_before_anything_is_read
 @pytest.mark.parametrize(
     ("options", "message", "hint"),
     [
-        (["--engine", "vllm"], "--engine vllm: vLLM is not installed", "pip install 'qwenq[vllm]', or leave it out"),
+        (["--engine", "vllm"], "--engine vllm: not installed", "pip install 'qwenq[vllm]', or leave it out"),
         (["--gpu-memory", "8GiB"], "--gpu-memory is given, but torch sees no GPU", "leave it out to run on the CPU"),
         (["--offload-dir", "nowhere"], "--offload-dir nowhere: no such directory", None),
         (["-c", "1k"], "context is 1024 tokens, tiny-qwen2 allows 512", "ask for at most 512"),
@@ -196,7 +196,7 @@ def test_a_bad_generation_config_is_the_files_fault(
     model = random_model(max_position_embeddings=512)
     (model / "generation_config.json").write_text('{"do_sample": true, "temperature": -2.0}')
     result = run("run", model, "--raw", "-p", "The sea")
-    refusal(result, f"{model}/generation_config.json: temperature is -2.0, wanted 0 or more", "mend it")
+    refusal(result, f"{model}/generation_config.json: temperature is -2.0, wanted 0 or more", "fix it")
 
 
 def test_what_is_no_checkpoint_gets_a_hint_of_its_own() -> None:

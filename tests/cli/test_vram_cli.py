@@ -155,7 +155,11 @@ BAD = [
         "error: --pad-for-tp 2 is for checkpoints that quantize writes, not for existing weights",
         "hint: give --bits 4 or 8",
     ),
-    (["vram", str(DATA / "tiny-qwen2"), "--pad-for-tp", "2"], "error: --pad-for-tp 2 is for what", "hint: give --bits"),
+    (
+        ["vram", str(DATA / "tiny-qwen2"), "--pad-for-tp", "2"],
+        "error: --pad-for-tp 2 is for checkpoints",
+        "hint: give --bits",
+    ),
     (["vram", "Qwen2.5-72B", "--bits", "16", "--pad-for-tp", "2"], "error: --pad-for-tp 2 is for", "hint: give --bits"),
     (
         ["vram", "Qwen2.5-72B-GPTQ-Int4", "--target-size", "47GB"],
@@ -192,7 +196,7 @@ USAGE = (  # wrong whatever the model
     "error: not a ", "error: unknown GPU", "error: --bits 3", "error: --format gptq2", "error: unknown engine",
     "error: qwenq has no 'int3'", "error: batch size is", "error: --json and --csv", "error: --bits and",
     "error: --group-size and", "error: --target-size and", "error: --recipe is not", "error: --group-size is not",
-    "error: give one of", "error: one context", "error: --reserve is of", "error: --ram is of",
+    "error: give one of", "error: wanted one", "error: --reserve needs", "error: --ram needs",
     "error: --network is between",
 )  # fmt: skip
 
@@ -350,7 +354,7 @@ def test_formats_that_do_not_go_together() -> None:
         (["--format", "fp8", "--group-size", "64"], "--format fp8 has no --group-size"),
         (["--format", "exl2"], "--format exl2: wanted one of"),
         (["--enforce-eager"], "--enforce-eager is for servers"),
-        (["--max-num-seqs", "4"], "--max-num-seqs is for servers, qwenq is none"),
+        (["--max-num-seqs", "4"], "--max-num-seqs is for servers, and qwenq is not one"),
         (["--gpu-memory-utilization", "0.9", "--engine", "llama.cpp"], "--gpu-memory-utilization is for servers"),
         (["--gpu", "3090", "--reserve", "1"], "not a size: '1' has no unit"),
     ):

@@ -400,7 +400,7 @@ def test_what_is_not_installed_is_said_before_a_download(monkeypatch: pytest.Mon
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "qwenq.runtime.server", None)
     for words, message in (
-        (("--engine", "vllm", "--gpu", "RTX 3090"), "--engine vllm: vLLM is not installed"),
+        (("--engine", "vllm", "--gpu", "RTX 3090"), "--engine vllm: not installed"),
         (("--engine", "qwenq"), "the server needs qwenq.runtime.server"),
     ):
         said = run("serve", "owner/never-fetched", *words)

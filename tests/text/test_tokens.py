@@ -76,7 +76,7 @@ def test_too_short_and_too_many() -> None:
     assert caught.value.hint == "--sequence-length 3 or less, or more text"
     with pytest.raises(CalibrationError) as caught:
         pack([[1] * 25], 10, 5)
-    assert caught.value.message == "text.txt: 2 windows of 10 tokens, 5 asked for"
+    assert caught.value.message == "text.txt: 2 windows of 10 tokens, 5 requested"
     assert caught.value.hint == "--num-samples 2, or more text"
     with pytest.raises(CalibrationError, match="0 tokens, shorter than one window of 2"):
         pack([[]], 2)

@@ -356,7 +356,7 @@ class ServerEngine(Engine):
         return Allowance(tuple(limits), capacity, part, asked)
 
     def cache_room(self, case: Case, shares: Sequence[Share]) -> tuple[int, int]:
-        """Tokens and bytes a GPU of the KV cache in the part that is asked for, whatever finds room beside it."""
+        """Tokens and bytes per GPU of the KV cache in the part that is asked for, whatever finds room beside it."""
         gpus, free = case.hardware.gpus, case.hardware.limits
         needed = [self.terms(case, share, gpu)[0] for share, gpu in zip(shares, gpus, strict=True)]
         asked = self.asked_part(case)

@@ -457,7 +457,7 @@ class QwenqEngine(TorchEngine):
 OWN = QwenqEngine(QwenqEngine.latest)
 # Qwen2.5-72B on an H200 (reports/gpu.md). A graph's step takes 19.0 ms at 4 bits and 24.0 at 8 after 1k tokens, 21.6
 # and 26.6 after 32k. At 8 bits weights are read at the 3,805 GB/s that the card was measured to read, 1.26 times their
-# bytes at its nominal 4,800; 0.05 ms a layer are left. At 4 bits, with that overhead, unpacking makes them 1.83 times.
+# bytes at its nominal 4,800; 0.05 ms per layer are left. At 4 bits, with that overhead, unpacking makes it 1.83 times.
 # Elsewhere the kernels were not measured: a card that computes more for each byte it reads may be as fast as at 8 bits.
 GRAPHED = {
     4: SpeedFit(0.051e-3, 0, 1.83, 0.75, 1.45, "this engine's 72B on one H200, a step replayed as a CUDA graph"),

@@ -134,7 +134,7 @@ class VllmEngine(ServerEngine):
             source = f"vLLM's estimate for {count} graphs: 0.79 GiB for 86 of 48 layers on A10G, by layers and graphs"
             return ranged("graphs", GRAPH_BYTES * count * len(share.layers), "fitted", source, 0.55, 1.6)
         n_bytes = (0.0173 * len(share.layers) + 0.386 / share.ranks ** (2 / 3)) * GIB * count / 102
-        source = f"{count} graphs; 0.0173 GiB a layer and 0.386 / TP^(2/3) for 102, {_LOGS}"
+        source = f"{count} graphs; 0.0173 GiB per layer and 0.386 / TP^(2/3) for 102, {_LOGS}"
         return ranged("graphs", n_bytes, "fitted", source, 0.7, 1.25)
 
     def speed_fit(self, weights: Weights) -> SpeedFit:
