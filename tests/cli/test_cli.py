@@ -127,6 +127,7 @@ def test_dry_run_answers_without_torch() -> None:
 
 def test_dry_run_of_a_disk_too_small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("qwenq.pipeline.preflight.free_disk", lambda out: 5_000_000_000)
+    monkeypatch.setattr("qwenq.pipeline.dryrun.total_memory", lambda: 64_000_000_000)  # or it warns first
     result = run("quantize", "Qwen2.5-72B", "--dry-run", "-o", tmp_path / "out")
     assert result.exit_code == 1
     assert re.fullmatch(
