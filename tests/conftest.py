@@ -138,7 +138,7 @@ def forge(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
     (directory / MANIFEST_NAME).write_bytes(encode_manifest(document, run))
 
 
-def run(*words: object, stdin: str | None = None, **environment: str) -> Result:
+def run(*words: object, stdin: str | bytes | None = None, **environment: str) -> Result:
     """A command line of qwenq, on a terminal of 120 columns without colours."""
     runner = CliRunner(env={"COLUMNS": "120", "TERM": "dumb"} | environment)
     return runner.invoke(app, [str(word) for word in words], input=stdin)

@@ -109,17 +109,18 @@ def read_manifest(directory: Path) -> tuple[dict[str, Any], list[Finding]]:
             hint="`qwenq quantize` writes one; checkpoints of other tools have none",
         )
     data = read_limited(path, _MAX_BYTES)
-    document = parse_object(data, MANIFEST_NAME)
+    named = shown(str(directory / MANIFEST_NAME))
+    document = parse_object(data, named)
     if document.get("manifest") != _VERSION:
         raise CheckpointError(
-            f"{MANIFEST_NAME}: version {shown(repr(document.get('manifest')), 40)}, wanted {_VERSION}",
+            f"{named}: version {shown(repr(document.get('manifest')), 40)}, wanted {_VERSION}",
             hint="another version of qwenq wrote it",
         )
     run = document.get("run")
     run = run if isinstance(run, dict) else {}
     for where, files in (("files", document.get("files")), ("run.files", run.get("files"))):
         if not isinstance(files, dict) or not all(isinstance(digest, str) for digest in files.values()):
-            raise CheckpointError(f"{MANIFEST_NAME}: {where} is not an object of hashes")
+            raise CheckpointError(f"{named}: {where} is not an object of hashes")
     findings = []
     if document.get("digest") != digest_of(document):
         findings.append(Finding(MANIFEST_NAME, "changed: its digest does not match its content"))
@@ -314,7 +315,7 @@ def verify(directory: Path, source: Path | None = None) -> Verification:
     except CheckpointError as error:
         if not (directory / MANIFEST_NAME).exists():
             raise
-        problem = error.message.removeprefix(f"{MANIFEST_NAME}: ")
+        problem = error.message.removeprefix(f"{shown(str(directory / MANIFEST_NAME))}: ")
         return Verification("", 0, 0, (Finding(MANIFEST_NAME, problem),))
     findings += check_files(directory, manifest)
     named: Mapping[str, str] = {}

@@ -295,11 +295,35 @@ def command(name: str, *subcommands: str) -> Any:
     return found
 
 
+class _Messages(io.FileIO):
+    """Standard error that ends no job of hours: what a closed terminal or a full disk does not take is lost."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # `qwenq ... 2>&1 | head` ends
+                raise
+            return len(data)
+
+
+def _open_messages() -> None:
+    """Make `sys.stderr` one that nothing fails for; where it was closed, the null device in its place."""
+    handle, encoding = 0, "utf-8"
+    if isinstance(sys.stderr, io.TextIOWrapper):
+        handle, encoding = sys.stderr.fileno(), sys.stderr.encoding
+    elif sys.stderr is None:  # its number is free, and would be the next file's
+        handle = os.open(os.devnull, os.O_WRONLY)
+    if handle:
+        raw = _Messages(handle, "w", closefd=False)
+        sys.stderr = io.TextIOWrapper(io.BufferedWriter(raw), encoding, "backslashreplace", line_buffering=True)
+
+
 def main() -> None:
     """Console entry: run the command line."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding does not hold
+    _open_messages()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding does not hold
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, _interrupt)
     escape_logs()

@@ -178,10 +178,11 @@ def _recommended(case: Case, rigs: tuple[Recommendation, ...]) -> list[str]:
         f"{format_tokens(case.work.context)} with {case.engine.label}:"
     ]
     for found in rigs:
+        most = format_tokens(found.largest_context // 1024 * 1024 or found.largest_context)
         power = "" if found.power_w is None else f"{found.power_w:,.0f} W"
         lines.append(
             f"  {found.count}x {found.gpu.name:<28} {_price(found):<28} {power:<8} up to "
-            f"{found.largest_context // 1024}k; {found.how}"
+            f"{most}; {found.how}"
         )
     if not rigs:
         lines.append("  none of up to 8 equal GPUs")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Iterable
@@ -126,6 +127,8 @@ def run(
         raise UsageError("--system needs a chat template, and --raw does not use one", hint="leave one of them out")
     if json and prompt is None:
         raise UsageError("--json needs a prompt", hint="give it with --prompt")
+    if prompt is None and sys.stdin is None:
+        raise UsageError("a chat reads stdin, which is closed", hint="ask one question with --prompt")
     if foreign is not None and prompt is None:
         raise UsageError(f"--engine {engine} needs a prompt", hint="give it with --prompt, or use `qwenq serve`")
     directory = fetched(model)
@@ -274,6 +277,8 @@ def _answer(found: Loaded, session: Session, chat: Chat, ids: list[int], samplin
 
 def _talk(found: Loaded, session: Session, chat: Chat, sampling: Sampling, system: str, raw: bool) -> None:
     """Turn after turn from stdin; an empty line is skipped, /clear forgets, end of input or /exit ends."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # whatever the locale: a bad line is refused below
     messages = [{"role": "system", "content": system}] if system else []
     if sys.stdin.isatty():
         print_step("each line is one turn; /clear forgets the chat, /exit or Ctrl-D ends it")
@@ -287,6 +292,9 @@ def _talk(found: Loaded, session: Session, chat: Chat, sampling: Sampling, syste
             continue
         if line.strip() == "/clear":
             del messages[1 if system else 0 :]
+            continue
+        if not line.isascii() and any("\ud800" <= letter <= "\udfff" for letter in line):
+            print_step("error: the line is not UTF-8 text\nhint: set the terminal to UTF-8; the line was left out")
             continue
         turn = [*messages, {"role": "user", "content": line.strip()}]
         ids = chat.text_ids(line.rstrip("\n")) if raw else chat.prompt_ids(turn)

@@ -8,6 +8,7 @@ bring threads of its own.
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -51,11 +52,14 @@ def _built(flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL | str:
     if why := lacks_for_cpu_kernels():
         return why
     source, command = Path(__file__).with_suffix(".c"), compiler()
+    english = os.environ | {"LC_ALL": "C"}  # an error is called one
     with tempfile.TemporaryDirectory(prefix="qwenq-kernels-") as directory:
         built, library = Path(directory, "kernels.o"), Path(directory, "kernels.so")
         try:
             for words in ((*flags, "-c", str(source), "-o", str(built)), ("-shared", str(built), "-o", str(library))):
-                subprocess.run((*command, *words), check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
+                subprocess.run(
+                    (*command, *words), env=english, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS
+                )
             found = ctypes.CDLL(str(library))  # OpenMP's symbols are those that torch has loaded for all
         except subprocess.CalledProcessError as reason:
             said = [line for line in reason.stderr.splitlines() if "error" in line] or ["no message"]

@@ -26,7 +26,8 @@ from qwenq.planning.placement import DeviceMap, host_map, place, spill_to_disk
 from qwenq.planning.rig import Rig, device
 from qwenq.planning.weights import Weights as WeightBytes
 from qwenq.planning.weights import header_weights
-from qwenq.runtime.generate import Session
+from qwenq.runtime.decode import why_not
+from qwenq.runtime.generate import KV_DTYPES, Session
 from qwenq.runtime.model import (
     DISK,
     CheckpointWeights,
@@ -212,6 +213,7 @@ def load_from(
         model = build_model(
             source, config, spec, plan.device_map, dtype=options.dtype, offload_directory=Path(directory), listen=listen
         )
+        why_not(model, KV_DTYPES[options.kv_dtype])  # builds the kernels of a token's step, if no linear has yet
         yield Loaded(model, plan, work, time.perf_counter() - clock, base)
 
 

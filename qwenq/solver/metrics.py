@@ -92,6 +92,7 @@ class Reading:
     noise_floor_kl: float = 0.0  # of the reference in that dtype against float32
 
 
+@np.errstate(over="ignore", invalid="ignore")  # beyond 709 nats a token a perplexity is infinite, without an interval
 def summarise(tokens: TokenDrift, reading: Reading) -> DriftReport:
     """Summarise; the tokens of each window are resampled together, since they are not independent."""
     windows = reading.windows

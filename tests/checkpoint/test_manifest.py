@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from conftest import forge, run, small_job
 
 from qwenq.checkpoint.manifest import JOURNAL_NAME, MANIFEST_NAME, canonical, encode_manifest, read_manifest, verify
+from qwenq.errors import CheckpointError
 from qwenq.pipeline.quantize import quantize
 
 Make = Callable[..., Path]
@@ -162,7 +164,9 @@ def test_another_source_is_named(finished: Path, tiny: Path, tmp_path: Path) -> 
 def test_manifests_that_are_none(text: bytes, message: str, copy: Path) -> None:
     (copy / MANIFEST_NAME).write_bytes(text)
     (finding,) = verify(copy).findings
-    assert finding.file == MANIFEST_NAME and message in finding.problem
+    assert finding.file == MANIFEST_NAME and message in finding.problem and MANIFEST_NAME not in finding.problem
+    with pytest.raises(CheckpointError, match=f"^{re.escape(str(copy / MANIFEST_NAME))}: "):  # one of several runs
+        read_manifest(copy)
 
 
 def test_the_command(copy: Path, tiny: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import re
 import shlex
 import signal
@@ -125,6 +127,7 @@ def test_dry_run_answers_without_torch() -> None:
 
 def test_dry_run_of_a_disk_too_small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("qwenq.pipeline.preflight.free_disk", lambda out: 5_000_000_000)
+    monkeypatch.setattr("qwenq.pipeline.dryrun.total_memory", lambda: 64_000_000_000)  # or it warns first
     result = run("quantize", "Qwen2.5-72B", "--dry-run", "-o", tmp_path / "out")
     assert result.exit_code == 1
     assert re.fullmatch(
@@ -406,3 +409,19 @@ def test_a_reader_that_has_enough_ends_a_command_quietly() -> None:
         child.stdout.close()
         assert child.stderr.read() == b""
     assert child.returncode == 1  # click's, of a broken pipe
+
+
+@pytest.mark.parametrize("lost", ["full", "closed", "hung up"])
+def test_messages_that_go_nowhere_end_no_command(lost: str, tmp_path: Path) -> None:
+    """A log on a full disk, no stderr at all, a terminal that is gone: the answer is on stdout all the same."""
+    words = [sys.executable, "-m", "qwenq", "vram", "Qwen2.5-7B", "--gpu", "M3 Max 128GB", "-c", "1k", "--json"]
+    said = subprocess.run(words, capture_output=True, text=True)
+    assert said.returncode == 0 and said.stderr.startswith("warning: qwenq does not run on Apple")
+    terminal, end = pty.openpty()
+    os.close(terminal)  # what is written to its other end fails with EIO
+    before = {"closed": lambda: os.close(2), "hung up": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
+    with open("/dev/full", "w") as full:
+        stderr = end if lost == "hung up" else full
+        done = subprocess.run(words, stdout=subprocess.PIPE, stderr=stderr, text=True, preexec_fn=before.get(lost))
+    os.close(end)
+    assert done.returncode == 0 and done.stdout == said.stdout

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,6 +110,24 @@ def test_a_full_context_does_not_end_a_chat(random_model: Callable[..., Path], e
     prompts = [int(line.split()[1]) for line in result.stderr.splitlines() if line.startswith("prompt ")]
     assert len(prompts) == 3, "the long turn got no answer, those around it did"
     assert prompts[1] > prompts[0] == prompts[2], "a dialogue grows, and is forgotten when asked"
+
+
+def test_a_line_that_is_no_text_does_not_end_a_chat(
+    random_model: Callable[..., Path], edit_json: Callable[..., Any]
+) -> None:
+    model = random_model(max_position_embeddings=512)
+    edit_json(model / "tokenizer_config.json", chat_template=TEMPLATE)
+    result = run("run", model, "-n", 2, "--temperature", 0, stdin=b"Hello\nna\xefve\nna\xc3\xafve\n")
+    assert result.exit_code == 0, result.stderr
+    assert len([line for line in result.stderr.splitlines() if line.startswith("prompt ")]) == 2
+    assert result.stderr.count("error: the line is not UTF-8 text\n") == 1
+
+
+def test_a_chat_without_stdin_is_refused_before_loading() -> None:
+    words = [sys.executable, "-m", "qwenq", "run", "no-such-model"]
+    done = subprocess.run(words, capture_output=True, text=True, preexec_fn=lambda: os.close(0))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: a chat reads stdin, which is closed\nhint: ask one question with --prompt\n"
 
 
 WRONG = [

@@ -293,6 +293,12 @@ def test_recommend() -> None:
     assert none.exit_code == 3 and "none of up to 8 equal GPUs" in none.stdout
 
 
+def test_recommended_contexts_below_a_thousand(tiny: Path) -> None:
+    """They were rounded down to 0k."""
+    lines = run("plan", tiny, "--recommend", "-c", 512).stdout.splitlines()[1:]
+    assert lines and all(" up to 512; " in line for line in lines)
+
+
 def test_detect_without_a_driver() -> None:
     pynvml = pytest.importorskip("pynvml")
     try:

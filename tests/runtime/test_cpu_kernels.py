@@ -372,3 +372,18 @@ def test_a_compiler_without_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> Non
         assert "timed out" in cpu_kernels.refusal()
     finally:
         cpu_kernels._built.cache_clear()
+
+
+def test_a_compiler_is_asked_for_english(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What it says is looked through for errors; German ones are called Fehler."""
+    compiler = tmp_path / "cc"
+    said = '[ "$LC_ALL" = C ] && echo x.c:1: error: no header >&2 || echo Fehler >&2'
+    compiler.write_text(f"#!/bin/sh\n{said}\nexit 1\n")
+    compiler.chmod(0o700)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
+    cpu_kernels._built.cache_clear()
+    try:
+        assert cpu_kernels.refusal() == f"{compiler} does not build the CPU kernels: no header"
+    finally:
+        cpu_kernels._built.cache_clear()

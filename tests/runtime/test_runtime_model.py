@@ -25,6 +25,7 @@ from qwenq.planning.case import Case
 from qwenq.planning.engines.torch import OWN
 from qwenq.planning.placement import host_map, spill_to_disk
 from qwenq.planning.weights import header_weights
+from qwenq.runtime import cpu_kernels
 from qwenq.runtime.cache import FP8, KvCache
 from qwenq.runtime.generate import Sampling, Session, Timing, next_token
 from qwenq.runtime.load import LoadOptions, loaded, plan_load
@@ -216,6 +217,19 @@ def test_what_goes_to_disk(random_model: Make) -> None:
     assert [k for k, v in spilled.items() if v == "disk"] == ["model.layers.2"]
     on_gpu = everything | {"model.layers.0": 0, "model.layers.1": 1}
     assert spill_to_disk(checkpoint.spec, on_gpu, weights, 0) == on_gpu | {"model.layers.2": "disk"}
+
+
+def test_kernels_are_built_while_loading(random_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the first prompt, whose speed would be the compiler's: 16-bit linears ask for them only then."""
+    asked: list[str] = []
+
+    def built() -> str:
+        asked.append("built")
+        return "not here"
+
+    monkeypatch.setattr(cpu_kernels, "_built", built)
+    with loaded(open_checkpoint(random_model()), LoadOptions(max_model_len=64)):
+        assert asked
 
 
 def test_a_cpu_too_small_uses_the_disk_or_says_what_is_missing(random_model: Make, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -167,3 +168,12 @@ def test_one_window_has_no_standard_error_and_no_interval() -> None:
     for interval in (found.kl, found.top1_agreement, found.perplexity_increase_percent):
         assert math.isfinite(interval.mean) and math.isnan(interval.low) and math.isnan(interval.high)
     assert math.isnan(found.perplexity_se) and finite_json(found.to_json())["perplexity_se"] is None
+
+
+def test_losses_beyond_what_a_perplexity_can_be() -> None:
+    """Logits in the thousands, a broken head's: figures that are no numbers, and no warning, which would be raised."""
+    tokens = tokens_of(4, 0)
+    more = torch.tensor([0.0, 800.0, 1600.0, 2400.0]).repeat_interleave(20)
+    found = report(replace(tokens, nll=tokens.nll + more), 4)
+    assert found.perplexity == math.inf and found.perplexity_increase_percent.mean == math.inf
+    assert math.isnan(found.perplexity_increase_percent.high) and math.isfinite(found.reference_perplexity)
