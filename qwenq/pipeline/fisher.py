@@ -138,7 +138,7 @@ def measure_sensitivity(
             head, share = HeadWeights(source), shares["probe"]
             gradient = sampled_gradients(network, head, last_NTH, probe.samples, probe.seed, share).cpu()
             hessian = _head_hessian(workers, head, last.pop("solver"), shares["solver"], probe)
-            outer = _head_losses(workers, head, hessian, last_NTH, probe, share)
+            outer, looked_up = _head_losses(workers, head, hessian, last_NTH, probe, share)
             del last, hessian
             scores: dict[FusedGroup, dict[Scheme, torch.Tensor]] = {}
             noise: dict[FusedGroup, dict[Scheme, float]] = {}
@@ -152,7 +152,7 @@ def measure_sensitivity(
                 network.release()
                 source.refuse_changed()
                 listen(f"sensitivity: layer {layer} measured, {layer} to go")
-            _add_embedding_losses(outer, source, network.device, gradient, probe, share, ranks)
+            _add_embedding_losses(outer, looked_up, source, network.device, gradient, probe, share, ranks)
     except OSError as error:
         raise JobError(
             f"{error.filename or scratch}: {error.strerror or error}", hint="free some space, then try again"
@@ -363,23 +363,24 @@ def _head_hessian(
     workers: Workers, head: HeadWeights, h_NTH: torch.Tensor, share: Share, probe: Probe
 ) -> torch.Tensor | None:
     """Of the states leaving the last layer, where the format has the head solved; see `head_hessian`."""
-    if not get_format(probe.format).outer or head.checkpoint.spec.tie_word_embeddings:
-        return None
-    return head_hessian(workers, head.norm, h_NTH, share)
+    return head_hessian(workers, head.norm, h_NTH, share) if get_format(probe.format).outer else None
 
 
 def _head_losses(
     workers: Workers, head: HeadWeights, hessian: torch.Tensor | None, h_NTH: torch.Tensor, probe: Probe, share: Share
-) -> dict[FusedGroup, dict[Scheme | None, float]]:
-    """KL that the rounded head causes, by scheme, to second order: half the variance of the logits' changes under p.
+) -> tuple[dict[FusedGroup, dict[Scheme | None, float]], dict[Scheme, torch.Tensor]]:
+    """KL that the solved head causes, by scheme, to second order: half the variance of the logits' changes under p.
 
-    hessian: that it is solved with; rounded to nearest without one. Empty for a format that leaves it in 16 bit; under
-    the embedding's name where they are tied.
+    hessian: that it is solved with; without one, where the format leaves it in 16 bit, nothing. Where it is the
+    embedding too the KL is under that name, and errors of the rows of the probe's tokens come with it, bfloat16
+    [windows, tokens, hidden] on the CPU.
     """
     network, ranks, spec = workers.first, workers.ranks, head.checkpoint.spec
-    if not get_format(probe.format).outer:
-        return {}
+    if hessian is None:
+        return {}, {}
     fused = OUTER, spec.outer_linears[-1].stage
+    own_NT = probe.probe_NT[share.windows]
+    looked_up: dict[Scheme, torch.Tensor] = {}
     schemes = _offered(spec, fused, probe)
     windows, tokens, _ = h_NTH.shape
     x_PH = network.final_norm(h_NTH.reshape(-1, h_NTH.shape[2]).float().to(network.device), head.norm)
@@ -388,9 +389,16 @@ def _head_losses(
         for part in _chunks(share, tokens):
             log_total_P[part] = torch.logaddexp(log_total_P[part], (x_PH[part] @ w_VH.T).logsumexp(1))
     moments = {scheme: torch.zeros(2, len(x_PH), device=network.device) for scheme in schemes}
-    rounded = {scheme: _rounded_slices(workers, head, hessian, scheme.grid()) for scheme in schemes}
-    for w_VH in _head_slices(head, network.device):
-        wrong = {scheme: next(slices) - w_VH for scheme, slices in rounded.items()}
+    if spec.tie_word_embeddings:
+        shape = *own_NT.shape, spec.hidden_size
+        looked_up = {scheme: torch.empty(shape, dtype=torch.bfloat16) for scheme in schemes}
+    options = {"damp_percent": DAMP_PERCENT, "sweeps": 0}
+    solved = {scheme: solved_slices(workers, head, hessian, scheme.grid(), **options) for scheme in schemes}
+    for k, w_VH in enumerate(_head_slices(head, network.device)):
+        wrong = {scheme: next(slices)[0].dequantize() - w_VH for scheme, slices in solved.items()}
+        held_NT = own_NT // SLICE_ROWS == k
+        for scheme, e_NTH in looked_up.items():
+            e_NTH[held_NT] = wrong[scheme].cpu()[own_NT[held_NT] - k * SLICE_ROWS].to(e_NTH)
         for part in _chunks(share, tokens):
             p_PV = (x_PH[part] @ w_VH.T - log_total_P[part, None]).exp_()
             for scheme, e_VH in wrong.items():
@@ -398,7 +406,8 @@ def _head_losses(
                 moments[scheme][0, part] += (p_PV * change_PV).sum(1)
                 moments[scheme][1, part] += (p_PV * change_PV.square_()).sum(1)
     variance = {scheme: (b - a * a).view(windows, tokens) for scheme, (a, b) in moments.items()}
-    return {fused: {scheme: float(ranks.all_windows(v_NT, share).mean()) / 2 for scheme, v_NT in variance.items()}}
+    kl: dict[Scheme | None, float] = {s: float(ranks.all_windows(v, share).mean()) / 2 for s, v in variance.items()}
+    return {fused: kl}, looked_up
 
 
 def _head_slices(head: HeadWeights, device: torch.device) -> Iterator[torch.Tensor]:
@@ -408,18 +417,9 @@ def _head_slices(head: HeadWeights, device: torch.device) -> Iterator[torch.Tens
         yield head.rows(start, min(start + SLICE_ROWS, vocab)).to(device)
 
 
-def _rounded_slices(
-    workers: Workers, head: HeadWeights, hessian: torch.Tensor | None, grid: Grid
-) -> Iterator[torch.Tensor]:
-    """The same as they are rounded: solved where there is a Hessian, else to nearest."""
-    if hessian is None:
-        return (round_rows(w_VH, grid).dequantize() for w_VH in _head_slices(head, workers.first.device))
-    solved = solved_slices(workers, head, hessian, grid, damp_percent=DAMP_PERCENT, sweeps=0)
-    return (qtensor.dequantize() for qtensor, _ in solved)
-
-
 def _add_embedding_losses(
     outer: dict[FusedGroup, dict[Scheme | None, float]],
+    looked_up: Mapping[Scheme, torch.Tensor],
     source: Checkpoint,
     device: torch.device,
     gradient_SNTH: torch.Tensor,
@@ -429,22 +429,22 @@ def _add_embedding_losses(
 ) -> None:
     """Add to `outer` what rounding the embedding causes, by scheme; a tied head's is there already.
 
-    gradient_SNTH: of log p with respect to what enters the first layer.
+    looked_up: of `_head_losses`. gradient_SNTH: of log p with respect to what enters the first layer.
     """
     if not outer:
         return
     fused = OUTER, source.spec.outer_linears[0].stage
     row = outer.setdefault(fused, {})
     for scheme in _offered(source.spec, fused, probe):
-        grid = scheme.grid()
+        own_NT, grid = probe.probe_NT[share.windows], scheme.grid()
 
         def wrong(name: str, rows_VH: torch.Tensor, grid: Grid = grid) -> torch.Tensor:
             rows_VH = rows_VH.to(device).float()
             return round_rows(rows_VH, grid).dequantize().sub_(rows_VH).cpu()
 
-        own_NT = probe.probe_NT[share.windows]
-        e_NTH = torch.empty(*own_NT.shape, source.spec.hidden_size)
-        embed(source, {"probe": (e_NTH, own_NT)}, wrong)
+        if (e_NTH := looked_up.get(scheme)) is None:
+            e_NTH = torch.empty(*own_NT.shape, source.spec.hidden_size)
+            embed(source, {"probe": (e_NTH, own_NT)}, wrong)
         sums = [(gradient_SNTH[:, k] * e_NTH[k]).sum((1, 2)) for k in range(len(own_NT))]
         own_NS = torch.stack(sums) if sums else torch.zeros(0, len(gradient_SNTH))
         score_SN = ranks.all_windows(own_NS, share).T.double()

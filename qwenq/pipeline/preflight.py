@@ -9,7 +9,7 @@ from typing import Any
 
 from qwenq.checkpoint.shards import NOTHING, Beside, stored_files
 from qwenq.errors import JobError
-from qwenq.formats.base import GROUP_SIZES, Recipe
+from qwenq.formats.base import GROUP_SIZES, Recipe, get_format
 from qwenq.io.safetensors import tensor_bytes
 from qwenq.machine import free_disk
 from qwenq.model.architectures import Stage
@@ -28,6 +28,7 @@ from qwenq.pipeline.config import (
     WORKERS_UP_TO,
     Tokens,
     cpu_batch_tokens,
+    head_windows,
 )
 from qwenq.pipeline.shares import Share, parts_of, passes
 from qwenq.planning.tensor_parallel import sizes_of_recipe
@@ -107,9 +108,10 @@ def preflight(job: PlannedJob) -> Preflight:
     states = hidden_state_bytes(spec, tokens, job.compute_bytes)
     buffers = token_buffer_bytes(spec, tokens, job.compute_bytes, job.ranks)
     spill = buffers if buffers > SPILL_BYTES else 0
-    untied = tokens.calibration_windows and not spec.tie_word_embeddings
-    solves = untied and recipe.outer_scheme(spec.outer_linears[-1]) is not None
-    layer, head = (sum(t.nbytes for t in files.parts[k]) for k in (1, -1))
+    solves = tokens.calibration_windows and recipe.outer_scheme(spec.outer_linears[-1]) is not None
+    embedding, layer, head = (sum(t.nbytes for t in files.parts[k]) for k in (0, 1, -1))
+    if spec.tie_word_embeddings:
+        head += 2 * embedding  # read for the first hidden states, and for the divergence
     alone = job.on_gpu and not job.several_gpus and job.ranks == 1
     labels: dict[str, set[str]] = {}
     stage_bytes: dict[str, int] = {}
@@ -247,10 +249,13 @@ def wire_layer_bytes(spec: ModelSpec, tokens: Tokens, written: int, ranks: int) 
 
 
 def wire_head_bytes(spec: ModelSpec, tokens: Tokens, written: int, ranks: int) -> int:
-    """The same for a head that is solved; `written` bytes are the head's and the last norm's."""
+    """The same for a head that is solved; `written` bytes are the head's, as often as it is read, and the last norm's.
+    """
     if ranks == 1:
         return 0
     every, _ = _passes(spec, tokens)
+    if spec.tie_word_embeddings:
+        every = [range(head_windows(spec, tokens.calibration_windows, tokens.length))]
     codes = (ranks - 1) / ranks * spec.vocab_size * spec.hidden_size
     return round(written + _summed(Triangle(spec.hidden_size).size, every, 1, ranks) + codes)
 
@@ -270,6 +275,7 @@ def sensitivity_bytes(
     on_gpu: bool,
     schemes: int = len(GROUP_SIZES),
     ranks: int = 1,
+    format: str = "gptq",
 ) -> tuple[int, int]:
     """Predicted peak (host, GPU) in bytes of measuring sensitivities on windows of `length` tokens; see peak_bytes.
 
@@ -286,6 +292,9 @@ def sensitivity_bytes(
     work = max(errors_bytes(spec, length, compute_bytes), backward)
     kept = 4 * Triangle(_widest(spec)).size  # the Hessian, from which each scheme takes a copy
     held = 2 * parameters + schemes * 2 * parameters + 8 * SAMPLES * probed * hidden  # source, errors, gradients twice
+    if get_format(format).outer and spec.tie_word_embeddings:  # errors of the embedding's rows
+        looked_up = 2 * schemes * probed * hidden
+        held, states = held + looked_up, states + looked_up
     if on_gpu:
         return BASE_BYTES + max(states, held + kept), max(work, head)
     return BASE_BYTES + max(states + head, held + kept + work), 0

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import answer, run, settled, text_windows
+from conftest import answer, run, settled, text_windows, tied_copy
 
 from qwenq.checkpoint.reader import open_source
 from qwenq.errors import CalibrationError, CheckpointError, JobError, PlanError
 from qwenq.formats.base import Scheme
+from qwenq.formats.gguf import type_scheme
 from qwenq.io.safetensors import fingerprint
 from qwenq.model.layer import Network
 from qwenq.pipeline.evaluate import HeadWeights
@@ -25,7 +26,14 @@ from qwenq.pipeline.job import QuantizeJob
 from qwenq.pipeline.quantize import quantize
 from qwenq.pipeline.ranks import Ranks
 from qwenq.planning.budget import recipe_of
-from qwenq.planning.sensitivity import SENSITIVITY_NAME, Sensitivity, encode_sensitivity, fused_groups, read_sensitivity
+from qwenq.planning.sensitivity import (
+    OUTER,
+    SENSITIVITY_NAME,
+    Sensitivity,
+    encode_sensitivity,
+    fused_groups,
+    read_sensitivity,
+)
 from qwenq.text.tokens import TokenWindows
 
 
@@ -52,6 +60,25 @@ def measured_kl(
         return quantize(job).drift.kl.mean
 
     return measure
+
+
+def test_a_tied_head_is_solved_and_looked_up(tiny: Path, calib: Path, heldout: Path, tmp_path: Path) -> None:
+    """What the table says of the embedding that is the head too, and what it costs when it alone is quantized."""
+    path = tied_copy(tiny, tmp_path / "tied")
+    source, fused, scheme = open_source(path), (OUTER, "embedding"), type_scheme("Q5_0")
+    probe = split_windows(text_windows(calib, path, 256), format="gguf")
+    table = measure_sensitivity(source, probe, scratch=tmp_path)
+    choice = {each: scheme if each == fused else None for each in fused_groups(source.spec, "gguf")}
+    windows = text_windows(calib, path, 256), text_windows(heldout, path, 128, 8)
+    kl = {}
+    for solver in ("gptq", "rtn"):
+        calibration = windows[0] if solver == "gptq" else None
+        recipe, config = recipe_of(source.spec, choice, "gguf"), settled(method=solver, format="gguf")
+        kl[solver] = quantize(
+            QuantizeJob(source, tmp_path / solver, recipe, config, calibration, windows[1])
+        ).drift.kl.mean
+    assert table.loss(fused, scheme) == pytest.approx(kl["gptq"], rel=0.25)
+    assert kl["gptq"] < kl["rtn"]
 
 
 def test_fewer_windows_than_ranks_are_refused(tiny: Path, calib: Path, tmp_path: Path) -> None:
