@@ -9,10 +9,13 @@ so the cost is linear in the number of layers. Tokens that E is solved on and to
 
 Few samples make a scheme's own figure noisy, and its rounding luck is not that of a later run. So schemes of a group
 share one factor: KL = factor * relative output error of the scheme, the factor fitted over all of the group's schemes.
+Rows do not depend on each other, so both are read from some rows of a linear (`sensitivity_rows`): their error stands
+for that of all, scaled to as much energy.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -32,10 +35,11 @@ from qwenq.model.layer import Network
 from qwenq.model.spec import ModelSpec
 from qwenq.pipeline.activations import embed
 from qwenq.pipeline.block import all_rows
-from qwenq.pipeline.config import BACKWARD_TOKENS, PROBE_TOKENS, PROBE_WINDOWS, SAMPLES, SOLVER_WINDOWS
+from qwenq.pipeline.config import BACKWARD_TOKENS, HEAD_STRIDE, PROBE_TOKENS, PROBE_WINDOWS, SAMPLES, SOLVER_WINDOWS
 from qwenq.pipeline.evaluate import HeadWeights
 from qwenq.pipeline.head import head_hessian, solved_slices
 from qwenq.pipeline.monitor import memory_errors
+from qwenq.pipeline.preflight import sensitivity_rows
 from qwenq.pipeline.ranks import ALONE, Ranks
 from qwenq.pipeline.shares import Share, refuse_few
 from qwenq.pipeline.workers import Workers, summed_products
@@ -273,8 +277,10 @@ def _offered(spec: ModelSpec, fused: FusedGroup, probe: Probe) -> tuple[Scheme, 
 def _errors(
     workers: Workers, h_NTH: torch.Tensor, share: Share, probe: Probe
 ) -> tuple[dict[str, dict[Scheme, dict[str, torch.Tensor]]], dict[str, dict[Scheme, float]]]:
-    """GPTQ's weight errors [out, in] by fused group, scheme and path in the layer, in bfloat16 on the CPU; and by group
-    and scheme the energy of the output errors relative to the outputs, summed over the group's linears.
+    """GPTQ's weight errors [rows, in] by fused group, scheme and path in the layer, in bfloat16 on the CPU; and by
+    group and scheme the energy of the output errors relative to the outputs, summed over the group's linears.
+
+    Errors are of `sensitivity_rows`, times the square root of all rows over these.
 
     One Hessian at a time is on the network's device: the layer's windows go through it up to each stage anew. Ranks
     share windows and rows.
@@ -284,7 +290,8 @@ def _errors(
     lost: dict[str, dict[Scheme, float]] = {}
     for stage in network.spec.architecture.stages:
         triangle, hessian = Triangle(network.spec.size(stage.inputs)), _hessian(workers, stage, h_NTH, share).cpu()
-        weights = {path: network.weight(path).float() for path in stage.paths}
+        whole = {path: network.weight(path) for path in stage.paths}
+        weights = {path: w_OI[_rows(len(w_OI))].float() for path, w_OI in whole.items()}
         free = get_format(probe.format).outer  # then each linear is a group of its own
         groups = {path: path.rpartition(".")[2] if free else stage.name for path in stage.paths}
         offered = _offered(network.spec, (0, groups[stage.paths[0]]), probe)
@@ -296,12 +303,18 @@ def _errors(
             del own_II
             solved = all_rows(ranks, parts, list(weights), scheme.grid(), network.device)
             for path, (qtensor, stats) in solved.items():
-                error = qtensor.dequantize().sub_(weights[path]).to(torch.bfloat16).cpu()
+                error = qtensor.dequantize().sub_(weights[path]).mul_(math.sqrt(len(whole[path]) / len(weights[path])))
+                error = error.to(torch.bfloat16).cpu()
                 errors.setdefault(groups[path], {}).setdefault(scheme, {})[path] = error
                 of_group = lost.setdefault(groups[path], {})
                 of_group[scheme] = of_group.get(scheme, 0.0) + 10 ** (stats.error_db / 10)
             del solved, parts, qtensor, stats  # codes and scales are on the device
     return errors, lost
+
+
+def _rows(rows: int) -> slice:
+    found = sensitivity_rows(rows)
+    return slice(found.start, found.stop, found.step)
 
 
 def _hessian(workers: Workers, stage: Stage, h_NTH: torch.Tensor, share: Share) -> torch.Tensor:
@@ -339,7 +352,7 @@ def _backward(
             g = gradient_SNTH[s, part].to(network.device, network.dtype)
             entering, *outputs = torch.autograd.grad(leaving, wanted, g, retain_graph=s + 1 < samples)
             before_SNTH[s, part] = entering.float()
-            at = dict(zip(paths, outputs, strict=True))
+            at = {path: dy[..., _rows(dy.shape[2])] for path, dy in zip(paths, outputs, strict=True)}
             for (stage, scheme, path), change in changes.items():
                 scores[stage][scheme][s, part] += (at[path] * change).sum((1, 2), dtype=torch.float32).cpu()
     return scores, before_SNTH
@@ -373,7 +386,8 @@ def _head_losses(
 ) -> dict[FusedGroup, dict[Scheme | None, float]]:
     """KL that the rounded head causes, by scheme, to second order: half the variance of the logits' changes under p.
 
-    hessian: that it is solved with; rounded to nearest without one. Empty for a format that leaves it in 16 bit; under
+    hessian: that it is solved with; rounded to nearest without one. Read from one token in HEAD_STRIDE, whose logits
+    are those of the whole vocabulary. Empty for a format that leaves it in 16 bit; under
     the embedding's name where they are tied.
     """
     network, ranks, spec = workers.first, workers.ranks, head.checkpoint.spec
@@ -381,6 +395,7 @@ def _head_losses(
         return {}
     fused = OUTER, spec.outer_linears[-1].stage
     schemes = _offered(spec, fused, probe)
+    h_NTH = h_NTH[:, (h_NTH.shape[1] - 1) % HEAD_STRIDE :: HEAD_STRIDE]
     windows, tokens, _ = h_NTH.shape
     x_PH = network.final_norm(h_NTH.reshape(-1, h_NTH.shape[2]).float().to(network.device), head.norm)
     log_total_P = torch.full((len(x_PH),), -torch.inf, device=network.device)

@@ -23,6 +23,7 @@ from qwenq.pipeline.config import (
     PROBE_TOKENS,
     PROBE_WINDOWS,
     SAMPLES,
+    SENSITIVITY_ROWS,
     SOLVER_WINDOWS,
     SPILL_BYTES,
     WORKERS_UP_TO,
@@ -263,6 +264,17 @@ def _summed(values: int, over: list[range], totals: int, ranks: int) -> float:
     return 4 * values * (ranks - 1) / ranks * (turns + totals)
 
 
+def sensitivity_rows(rows: int) -> range:
+    """Rows, of a linear with so many, whose errors a sensitivity is measured with: about SENSITIVITY_ROWS.
+
+    They are evenly spaced. The step is odd: heads are powers of two wide, and an even step would meet the same few
+    dimensions of each.
+    """
+    step = max(1, rows // SENSITIVITY_ROWS)
+    step -= 1 - step % 2
+    return range(step // 2, rows, step)
+
+
 def sensitivity_bytes(
     spec: ModelSpec,
     length: int,
@@ -278,14 +290,16 @@ def sensitivity_bytes(
     hidden, probed = spec.hidden_size, PROBE_WINDOWS * PROBE_TOKENS // ranks
     parameters = sum(lin.parameters for lin in spec.layer_linears(0))
     outputs = sum(lin.out_features for lin in spec.layer_linears(0))
-    largest = max(lin.parameters for lin in spec.layer_linears(0))
+    solved = {lin.kind: len(sensitivity_rows(lin.out_features)) for lin in spec.layer_linears(0)}  # rows
+    errors = sum(solved[lin.kind] * lin.in_features for lin in spec.layer_linears(0))
+    largest = max(solved[lin.kind] * lin.in_features for lin in spec.layer_linears(0))
     states = (SOLVER_WINDOWS * length // ranks + probed) * hidden * compute_bytes
-    passing = 16 * _widest(spec) + 24 * hidden + (schemes + 1) * outputs  # values a token
+    passing = 16 * _widest(spec) + 24 * hidden + outputs + (schemes + 1) * sum(solved.values())  # a token
     backward = compute_bytes * (parameters + largest + BACKWARD_TOKENS * passing)
     head = 4 * probed * hidden * (3 * SAMPLES + 3) + 4 * 4096 * (hidden + 4 * 1024)
     work = max(errors_bytes(spec, length, compute_bytes), backward)
     kept = 4 * Triangle(_widest(spec)).size  # the Hessian, from which each scheme takes a copy
-    held = 2 * parameters + schemes * 2 * parameters + 8 * SAMPLES * probed * hidden  # source, errors, gradients twice
+    held = 2 * parameters + schemes * 2 * errors + 8 * SAMPLES * probed * hidden  # source, errors, gradients twice
     if on_gpu:
         return BASE_BYTES + max(states, held + kept), max(work, head)
     return BASE_BYTES + max(states + head, held + kept + work), 0
@@ -296,7 +310,7 @@ def errors_bytes(spec: ModelSpec, length: int, compute_bytes: int) -> int:
     layer, width = spec.layer_linears(0), _widest(spec)
     at_once = min(BATCH_TOKENS, SOLVER_WINDOWS // PARTS * length)  # of one part
     collecting = 8 * Triangle(width).size + compute_bytes * at_once * (7 * width + 4 * spec.hidden_size)
-    solving = max(_solving(spec, stage, corrects=False, ranks=1) for stage in spec.architecture.stages)
+    solving = max(_solving(spec, stage, corrects=False, ranks=1, some=True) for stage in spec.architecture.stages)
     return compute_bytes * sum(lin.parameters for lin in layer) + max(collecting, solving)
 
 
@@ -305,11 +319,13 @@ def _widest(spec: ModelSpec) -> int:
     return max(spec.size(stage.inputs) for stage in spec.architecture.stages if stage.adds)
 
 
-def _solving(spec: ModelSpec, stage: Stage, corrects: bool, ranks: int) -> int:
+def _solving(spec: ModelSpec, stage: Stage, corrects: bool, ranks: int, some: bool = False) -> int:
     """The Hessian; float32 weights; and of a rank's rows their errors twice while they are permuted, and uint8 codes.
 
-    corrects: two sums of residuals too.
+    corrects: two sums of residuals too. some: of `sensitivity_rows` alone.
     """
-    parameters = sum(lin.parameters for lin in spec.stage_linears(0, stage))
+    rows = {lin.kind: len(sensitivity_rows(lin.out_features)) if some else lin.out_features
+            for lin in spec.stage_linears(0, stage)}  # fmt: skip
+    parameters = sum(rows[lin.kind] * lin.in_features for lin in spec.stage_linears(0, stage))
     own = 9 * parameters + (8 * parameters if corrects and stage.adds else 0)
     return 4 * spec.size(stage.inputs) ** 2 + 4 * parameters + own // ranks
