@@ -130,6 +130,15 @@ def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -
     return directory
 
 
+def tied_copy(source: Path, place: Path) -> Path:
+    """A checkpoint whose head is its embedding: the model computes something else."""
+    shutil.copytree(source, place)
+    (place / "config.json").write_text(
+        json.dumps(json.loads((source / "config.json").read_text()) | {"tie_word_embeddings": True})
+    )
+    return rewrite(place, lambda tensors: tensors.pop("lm_head.weight"))
+
+
 def forge(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change a manifest and make its digests right again: only what it says can give it away."""
     document = json.loads((directory / MANIFEST_NAME).read_text())

@@ -152,10 +152,12 @@ def embed_tokens(
     directory: Path,
     convert: Convert = lambda name, tensor: tensor,
     gpu: torch.device | None = None,
+    written: Checkpoint | None = None,
 ) -> HiddenStates:
     """Hidden states entering the first layer; beyond SPILL_BYTES they lie in files under `directory`.
 
     convert: what the writer does to the stored embedding, which calibration and quantized hidden states begin with.
+    written: what has it already as it is written, where that is not a matter of each row by itself.
     gpu: that those of the calibration tokens are kept on, with their scratch.
     """
     spec, calibration_NT = source.spec, tokens.calibration_NT
@@ -186,7 +188,8 @@ def embed_tokens(
     states = {name: allocate(name, (*ids.shape, spec.hidden_size), kind) for name, (ids, kind) in wanted.items()}
     pairs = {name: (states[name], ids) for name, (ids, _) in wanted.items()}
     embed(source, {name: pair for name, pair in pairs.items() if name not in AS_WRITTEN})
-    embed(source, {name: pair for name, pair in pairs.items() if name in AS_WRITTEN}, convert)
+    as_written = {name: pair for name, pair in pairs.items() if name in AS_WRITTEN}
+    embed(source, as_written, convert) if written is None else embed(written, as_written)
     return HiddenStates(states, shares, allocate("scratch", (scratch,), tokens.calibration_dtype))
 
 
@@ -206,7 +209,8 @@ def embed(
         stop = min(start + SLICE_ROWS, vocab)
         here = [(h_TH, ids_T, (ids_T >= start) & (ids_T < stop)) for h_TH, ids_T in windows]
         here = [each for each in here if bool(each[2].any())]
-        table = convert(name, source.read_slice(name, start, stop)) if here else None
+        # of a file that one rank reads for all of them every rank gets every slice
+        table = convert(name, source.read_slice(name, start, stop)) if here or source.relay else None
         for h_TH, ids_T, held_T in here:
             assert table is not None
             h_TH[held_T] = table[ids_T[held_T] - start].to(h_TH)

@@ -49,6 +49,7 @@ MOST_WORKERS = 4  # of a CPU, that share the windows which go through a layer to
 WORKERS_UP_TO = 8192  # wide FFNs: beyond, matmuls alone keep cores busy, and Hessians are large
 NARROW_UP_TO = 4.75  # bits of a linear weight, scales included: those of 4 bits in groups of 32 and more
 NOISE_WINDOWS = 2  # evaluation windows that are also run in float32, when computing in a narrower type
+HEAD_WINDOWS = 16  # of calibration, at most, that run through the 16-bit model first where the head is the embedding
 SOLVER_WINDOWS = 16  # of calibration, at most, for the Hessians that sensitivities' errors are solved with
 PROBE_WINDOWS, PROBE_TOKENS = 32, 128  # and other, shorter ones, at most, that the errors' effect is read on
 SAMPLES = 4  # labels a position, of a sensitivity

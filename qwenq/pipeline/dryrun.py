@@ -157,7 +157,8 @@ def dry_run(
     measuring = None
     if found.measures(windows):
         schemes = solved_schemes(found.spec, config.format, bool(config.asymmetric))
-        measuring = sensitivity_bytes(found.spec, windows.length, found.compute_bytes, on_gpu, schemes, ranks)
+        shape = windows.length, found.compute_bytes, on_gpu
+        measuring = sensitivity_bytes(found.spec, *shape, schemes, ranks, config.format)
     local = source.directory is not None
     tokenized = source.directory is None or (source.directory / "tokenizer.json").is_file()
     builtin = found.config.builtin_windows(windows.calibration, tokenizer=tokenized)

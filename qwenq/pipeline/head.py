@@ -1,26 +1,31 @@
-"""The head of an untied model, solved like a linear of a layer: its inputs are what leaves the last norm.
+"""The head, solved like a linear of a layer in formats that quantize it: its inputs are what leaves the last norm.
 
-Formats that leave the head in 16 bit have none of this. A tied head is the embedding, which is written before anything
-runs through the layers, and is rounded to nearest.
+A head of its own is solved last, on the states of the layers as written. One that is the embedding too is solved first,
+since every state begins with it: some windows run through the 16-bit model beforehand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from qwenq.checkpoint.reader import SLICE_ROWS
+from qwenq.checkpoint.reader import SLICE_ROWS, Checkpoint, non_finite
 from qwenq.errors import CheckpointError
+from qwenq.formats.base import get_format
 from qwenq.io.tensors import all_finite
+from qwenq.pipeline.activations import LayerState, embed
 from qwenq.pipeline.block import all_rows
 from qwenq.pipeline.evaluate import HeadWeights
+from qwenq.pipeline.job import QuantizeJob
 from qwenq.pipeline.shares import Share
 from qwenq.pipeline.workers import Workers, summed_products
+from qwenq.results import LayerResult
 from qwenq.solver.gptq import SolveStats, products_dtype
 from qwenq.solver.grid import Grid, QTensor
-from qwenq.solver.parallel import cut_rows, solve_rows
+from qwenq.solver.parallel import cut_rows, joined_stats, solve_rows
 from qwenq.solver.triangle import Triangle
 
 
@@ -36,6 +41,54 @@ def head_hessian(workers: Workers, norm_H: Tensor, h_NTH: Tensor, share: Share) 
             hint="compute in bfloat16 or float32 (--calibration-dtype), and check the source's weights",
         )
     return hessian
+
+
+def tied_hessian(job: QuantizeJob, workers: Workers, layers: Callable[[int], LayerState]) -> Tensor:
+    """`head_hessian` of the 16-bit model's states of the job's first calibration windows, `head_windows` of them.
+
+    layers: the source's.
+    """
+    source, spec = job.source, job.source.spec
+    assert job.calibration is not None
+    share = workers.ranks.share(range(job.head_windows))
+    ids_NT = job.calibration.ids[share.windows]
+    h_NTH = torch.empty(*ids_NT.shape, spec.hidden_size, dtype=workers.dtype)
+    embed(source, {"original": (h_NTH, ids_NT)})
+    for layer in range(spec.num_hidden_layers):
+        workers.fill(layers(layer))
+        workers.run_layer(h_NTH, share)
+        workers.release()
+    return head_hessian(workers, HeadWeights(source, job.convert).norm, h_NTH, share)
+
+
+def solve_head(job: QuantizeJob, workers: Workers, hessian: Tensor) -> tuple[dict[str, Tensor], LayerResult]:
+    """The head as it is written, by its tensor's name, on the CPU; nothing of it on ranks but the first.
+
+    hessian: of `head_hessian`.
+    """
+    source, name, scheme = job.source, job.source.spec.head_tensor, job.head_scheme
+    assert scheme is not None
+    head = HeadWeights(source, lambda name, rows_OI: refuse_non_finite(source, name, rows_OI))
+    options = {"damp_percent": job.options.damp_percent, "method": job.options.method}
+    packed, stats = [], []
+    for qtensor, found in solved_slices(workers, head, hessian, scheme.grid(), **options):
+        stats.append(found)
+        if workers.ranks.first:
+            packed.append(get_format(job.recipe.format).pack(qtensor)["weight"].cpu())
+    whole = joined_stats(stats)
+    result = LayerResult(
+        name.removesuffix(".weight"), scheme.label, whole.error_db, whole.weight_error_db, whole.damp_percent,
+        whole.fallback,
+    )  # fmt: skip
+    return {name: torch.cat(packed)} if packed else {}, result
+
+
+def refuse_non_finite(source: Checkpoint, name: str, tensor: Tensor) -> Tensor:
+    """The tensor, `name` of the source or rows of it; CheckpointError where it is not finite."""
+    if non_finite([(name, tensor)]):
+        file = source.tensors[name].file
+        raise CheckpointError(f"{file}: {name} holds a NaN or an infinity", hint="download it again")
+    return tensor
 
 
 def solved_slices(

@@ -24,6 +24,7 @@ from qwenq.pipeline.activations import TokenSets
 from qwenq.pipeline.block import SolverOptions
 from qwenq.pipeline.config import (
     CPU_BATCH_TOKENS,
+    HEAD_WINDOWS,
     PARTS,
     QuantizeConfig,
     Windows,
@@ -185,11 +186,17 @@ class QuantizeJob:
 
     @property
     def head_scheme(self) -> Scheme | None:
-        """What the head is solved for; None where it is the embedding, stays in 16 bit, or nothing is calibrated."""
-        spec = self.source.spec
-        if self.calibration is None or spec.tie_word_embeddings:
-            return None
-        return self.recipe.outer_scheme(spec.outer_linears[-1])
+        """What the head is solved for, be it the embedding too; None where it stays in 16 bit or nothing is calibrated.
+        """
+        return None if self.calibration is None else self.recipe.outer_scheme(self.source.spec.outer_linears[-1])
+
+    @property
+    def head_windows(self) -> int:
+        """Calibration windows, the first ones, whose Hessian an embedding is solved with that is the head too; else 0.
+        """
+        if self.calibration is None or self.head_scheme is None or not self.source.spec.tie_word_embeddings:
+            return 0
+        return min(HEAD_WINDOWS, len(self.calibration.ids))
 
     def _rounded(self, name: str) -> Callable[[torch.Tensor], QTensor] | None:
         """A function that rounds rows of the embedding or the head to their grid; None for what stays as it is.
@@ -257,7 +264,9 @@ class QuantizeJob:
         """Of files that are the whole model their names, the mixture of their types, and where one ends."""
         if not self.files.whole:
             return {}
-        asked = {"gguf_type": self.config.mixture, "split_size": self.config.split_size}
+        asked = {
+            "gguf_type": self.config.mixture, "split_size": self.config.split_size, "head_windows": self.head_windows,
+        }  # fmt: skip
         return {"files": self.files.names} | {name: value for name, value in asked.items() if value}
 
     @property

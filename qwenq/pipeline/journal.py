@@ -1,5 +1,7 @@
 """The journal of a long job: one JSON line for the job, then one for each finished layer, each line synced.
 
+Before the layers comes the embedding, where that is solved.
+
 A line counts once it is whole: its last field, `check`, is the SHA-256 of the `check` before it and of the line without
 it. From the first line that is torn, changed or out of order on, lines are dropped. Lines name files by SHA-256, so a
 damaged file is seen.
@@ -93,6 +95,12 @@ class Journal:
         """Rows of finished layers, in order."""
         return [row for row in self.rows if "layer" in row]
 
+    @property
+    def embedding(self) -> dict[str, Any]:
+        """SHA-256 and result of an embedding that was solved; empty where there is none yet."""
+        found: Any = next((row["embedding"] for row in self.rows if "embedding" in row), {})
+        return found if isinstance(found, dict) else {}
+
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a row and sync it."""
         line, check = _line(row, self._check)
@@ -107,9 +115,17 @@ class Journal:
             if "layer" in row and (layers := layers + 1) > count:
                 break
             kept.append(row)
-        self.rows, self._check = kept, ""
+        self._rewrite(kept)
+
+    def begin_again(self) -> None:
+        """Drop all rows but the job's."""
+        if len(self.rows) > 1:
+            self._rewrite(self.rows[:1])
+
+    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
+        self.rows, self._check = rows, ""
         text = b""
-        for row in kept:
+        for row in rows:
             line, self._check = _line(row, self._check)
             text += line + b"\n"
         write_bytes(self.path, text)

@@ -9,7 +9,7 @@ from typing import Any
 
 from qwenq.checkpoint.shards import NOTHING, Beside, stored_files
 from qwenq.errors import JobError
-from qwenq.formats.base import GROUP_SIZES, Recipe
+from qwenq.formats.base import GROUP_SIZES, Recipe, get_format
 from qwenq.io.safetensors import tensor_bytes
 from qwenq.machine import free_disk
 from qwenq.model.architectures import Stage
@@ -17,6 +17,7 @@ from qwenq.model.spec import ModelSpec
 from qwenq.pipeline.config import (
     BACKWARD_TOKENS,
     BATCH_TOKENS,
+    HEAD_WINDOWS,
     MOST_WORKERS,
     NOISE_WINDOWS,
     PARTS,
@@ -108,9 +109,10 @@ def preflight(job: PlannedJob) -> Preflight:
     states = hidden_state_bytes(spec, tokens, job.compute_bytes)
     buffers = token_buffer_bytes(spec, tokens, job.compute_bytes, job.ranks)
     spill = buffers if buffers > SPILL_BYTES else 0
-    untied = tokens.calibration_windows and not spec.tie_word_embeddings
-    solves = untied and recipe.outer_scheme(spec.outer_linears[-1]) is not None
-    layer, head = (sum(t.nbytes for t in files.parts[k]) for k in (1, -1))
+    solves = tokens.calibration_windows and recipe.outer_scheme(spec.outer_linears[-1]) is not None
+    embedding, layer, head = (sum(t.nbytes for t in files.parts[k]) for k in (0, 1, -1))
+    if spec.tie_word_embeddings:
+        head += 2 * embedding  # read for the first hidden states, and for the divergence
     alone = job.on_gpu and not job.several_gpus and job.ranks == 1
     labels: dict[str, set[str]] = {}
     stage_bytes: dict[str, int] = {}
@@ -248,10 +250,13 @@ def wire_layer_bytes(spec: ModelSpec, tokens: Tokens, written: int, ranks: int) 
 
 
 def wire_head_bytes(spec: ModelSpec, tokens: Tokens, written: int, ranks: int) -> int:
-    """The same for a head that is solved; `written` bytes are the head's and the last norm's."""
+    """The same for a head that is solved; `written` bytes are the head's, as often as it is read, and the last norm's.
+    """
     if ranks == 1:
         return 0
     every, _ = _passes(spec, tokens)
+    if spec.tie_word_embeddings:
+        every = [range(min(HEAD_WINDOWS, tokens.calibration_windows))]
     codes = (ranks - 1) / ranks * spec.vocab_size * spec.hidden_size
     return round(written + _summed(Triangle(spec.hidden_size).size, every, 1, ranks) + codes)
 
@@ -282,6 +287,7 @@ def sensitivity_bytes(
     on_gpu: bool,
     schemes: int = len(GROUP_SIZES),
     ranks: int = 1,
+    format: str = "gptq",
 ) -> tuple[int, int]:
     """Predicted peak (host, GPU) in bytes of measuring sensitivities on windows of `length` tokens; see peak_bytes.
 
@@ -300,6 +306,9 @@ def sensitivity_bytes(
     work = max(errors_bytes(spec, length, compute_bytes), backward)
     kept = 4 * Triangle(_widest(spec)).size  # the Hessian, from which each scheme takes a copy
     held = 2 * parameters + schemes * 2 * errors + 8 * SAMPLES * probed * hidden  # source, errors, gradients twice
+    if get_format(format).outer and spec.tie_word_embeddings:  # errors of the embedding's rows that tokens name
+        looked_up = 4 * schemes * PROBE_WINDOWS * PROBE_TOKENS * hidden
+        held, states = held + looked_up, states + looked_up
     if on_gpu:
         return BASE_BYTES + max(states, held + kept), max(work, head)
     return BASE_BYTES + max(states + head, held + kept + work), 0
@@ -310,7 +319,12 @@ def errors_bytes(spec: ModelSpec, length: int, compute_bytes: int) -> int:
     layer, width = spec.layer_linears(0), _widest(spec)
     at_once = min(BATCH_TOKENS, SOLVER_WINDOWS // PARTS * length)  # of one part
     collecting = 8 * Triangle(width).size + compute_bytes * at_once * (7 * width + 4 * spec.hidden_size)
-    solving = max(_solving(spec, stage, corrects=False, ranks=1, some=True) for stage in spec.architecture.stages)
+    solving = 0
+    for stage in spec.architecture.stages:
+        columns = spec.size(stage.inputs)
+        weights = sum(len(sensitivity_rows(lin.out_features)) * columns for lin in spec.stage_linears(0, stage))
+        more = max(9 * weights, 4 * Triangle(columns).size)  # errors and codes; the Hessian before it is written out
+        solving = max(solving, 4 * columns**2 + 4 * weights + more)
     return compute_bytes * sum(lin.parameters for lin in layer) + max(collecting, solving)
 
 
@@ -319,13 +333,11 @@ def _widest(spec: ModelSpec) -> int:
     return max(spec.size(stage.inputs) for stage in spec.architecture.stages if stage.adds)
 
 
-def _solving(spec: ModelSpec, stage: Stage, corrects: bool, ranks: int, some: bool = False) -> int:
+def _solving(spec: ModelSpec, stage: Stage, corrects: bool, ranks: int) -> int:
     """The Hessian; float32 weights; and of a rank's rows their errors twice while they are permuted, and uint8 codes.
 
-    corrects: two sums of residuals too. some: of `sensitivity_rows` alone.
+    corrects: two sums of residuals too.
     """
-    rows = {lin.kind: len(sensitivity_rows(lin.out_features)) if some else lin.out_features
-            for lin in spec.stage_linears(0, stage)}  # fmt: skip
-    parameters = sum(rows[lin.kind] * lin.in_features for lin in spec.stage_linears(0, stage))
+    parameters = sum(lin.parameters for lin in spec.stage_linears(0, stage))
     own = 9 * parameters + (8 * parameters if corrects and stage.adds else 0)
     return 4 * spec.size(stage.inputs) ** 2 + 4 * parameters + own // ranks

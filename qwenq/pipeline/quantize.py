@@ -4,7 +4,8 @@ r"""The main job: 16-bit shards in, quantized shards out, one decoder layer at a
                       \--> original states              (16-bit layer, calibration windows, half or all)
                       \--> calibration states, solve --> shard i, journal line i
     shard i ----------------> quantized states           (the layer as written, evaluation tokens)
-    final norm, head --> DriftReport   (a head of its own is solved then, where the format quantizes it)
+    final norm, head --> DriftReport   (a head of its own is solved then, where the format quantizes it; one that is the
+                                        embedding too is solved before all else)
 
 Work happens in OUT.partial, which becomes OUT by one rename when everything in it is whole.
 """
@@ -35,10 +36,10 @@ from qwenq.checkpoint.manifest import (
     read_manifest,
     refuse_strangers,
 )
-from qwenq.checkpoint.reader import SLICE_ROWS, Checkpoint, GGUFCheckpoint, Relay, non_finite
+from qwenq.checkpoint.reader import SLICE_ROWS, Checkpoint, GGUFCheckpoint, Relay
 from qwenq.errors import CheckpointError, JobError, QwenqError
 from qwenq.escaping import several
-from qwenq.formats.base import Scheme, get_format, quantization_config, read_quantization_config
+from qwenq.formats.base import get_format, quantization_config, read_quantization_config
 from qwenq.io.durable import make_directory, write_bytes
 from qwenq.io.fields import Fields
 from qwenq.machine import forget_peak_rss, host_facts, keep_freed_memory, peak_rss_bytes, return_freed_memory, versions
@@ -47,7 +48,7 @@ from qwenq.pipeline.block import BlockSolver, CalibrationStates, round_block, ro
 from qwenq.pipeline.card import CARD_NAME, model_card
 from qwenq.pipeline.config import tokens_of
 from qwenq.pipeline.evaluate import HeadWeights, measure_drift
-from qwenq.pipeline.head import head_hessian, solved_slices
+from qwenq.pipeline.head import head_hessian, refuse_non_finite, solve_head, tied_hessian
 from qwenq.pipeline.imatrix import InputSquares, check_imatrix, is_kept, keep_layer, write_imatrix
 from qwenq.pipeline.job import DTYPES, QuantizeJob, QuantizeResult, partial_directory, refuse_place
 from qwenq.pipeline.journal import Journal, locked, never_begun, refuse_changes
@@ -59,7 +60,6 @@ from qwenq.pipeline.shares import NO_WINDOWS
 from qwenq.pipeline.workers import Workers
 from qwenq.results import BlockResult, DriftReport, LayerResult, finite_json
 from qwenq.solver.equalize import FoldedLayer
-from qwenq.solver.parallel import joined_stats
 
 _STATE_FILES = (".qwenq-state-0.safetensors", ".qwenq-state-1.safetensors")
 VRAM_KEPT_FREE = 2 << 30  # bytes: the allocator's slack, libraries' workspaces
@@ -236,11 +236,12 @@ class _Run:
         journal = self._journal(described, beside) if self.ranks.first else None
         if (done := self._done_before(journal)) is not None:
             return done
+        outer, head = self._write_ends(journal)
         gpu = gpu_for_states(self.job, self.calibrator.devices) if self.ranks.size == 1 else None
         if gpu is not None:
             self.listen(f"hidden states of the calibration tokens stay on {gpu}")
-        states = embed_tokens(self.job.source, self.job.tokens(self.ranks), self.work, self.job.convert, gpu)
-        outer = self._write_ends() if self.ranks.first else {}
+        written = self._written(0) if self.job.head_windows else None
+        states = embed_tokens(self.job.source, self.job.tokens(self.ranks), self.work, self.job.convert, gpu, written)
         runner = LayerRunner(states.states, states.shares, self.workers)
         rows = self._recover(journal, states, runner)
         saved, interval_s = time.perf_counter(), _STATE_INTERVAL_S
@@ -258,12 +259,11 @@ class _Run:
                     journal.append(row)
                 self.listen(BlockResult.from_json(row["result"]))
         del runner
-        head = None
-        if self.job.head_scheme is not None:
+        if self.job.head_scheme is not None and not self.job.head_windows:
             return_freed_memory()
             self.listen("solving the head")
-            outer[self._end], head = self._solve_head(self.job.head_scheme, states)
-            self.listen(f"the head: {head.scheme}, output error {head.shown_db:.1f} dB")
+            outer[self._end], head = self._solve_head(states)
+            self._tell_head(head)
         states = states.without_calibration()
         return_freed_memory()
         self.listen("measuring drift at the head")
@@ -293,17 +293,55 @@ class _Run:
         told = self.ranks.from_first(lambda: None if found is None else finite_json(found.to_json()))
         return found if told is None or found is not None else QuantizeResult.from_json(told)
 
-    def _write_ends(self) -> dict[int, str]:
-        """Write what is not in a layer, but for a head that is solved; SHA-256 by part."""
-        for name, content in self.job.beside:
-            write_bytes(self.work / name, content)
-        self.files.begin(self.work)
-        self.listen("writing the embedding" + ("" if self.job.head_scheme else ", the last norm and the head"))
-        written = {0: self.files.write(self.work, 0, self._outer([self.spec.embedding_tensor]))}
-        if self.job.head_scheme is None:
-            last = [self.spec.norm_tensor, *([] if self.spec.tie_word_embeddings else [self.spec.head_tensor])]
+    def _write_ends(self, journal: Journal | None) -> tuple[dict[int, str], LayerResult | None]:
+        """Write what is not in a layer, but for a head of its own that is solved; SHA-256 by part, on the first rank.
+
+        And what became of a head that is the embedding too, where that is solved.
+        """
+        written: dict[int, str] = {}
+        spec, tied, head = self.spec, self.job.head_windows > 0, None
+        if self.ranks.first:
+            for name, content in self.job.beside:
+                write_bytes(self.work / name, content)
+            self.files.begin(self.work)
+        if tied:
+            written[0], head = self._solve_embedding(journal)
+        if self.ranks.first and not tied:
+            self.listen("writing the embedding" + ("" if self.job.head_scheme else ", the last norm and the head"))
+            written[0] = self.files.write(self.work, 0, self._outer([spec.embedding_tensor]))
+        if self.ranks.first and (tied or self.job.head_scheme is None):
+            last = [spec.norm_tensor, *([] if spec.tie_word_embeddings else [spec.head_tensor])]
             written[self._end] = self.files.write(self.work, self._end, self._outer(last))
-        return written
+        return written, head
+
+    def _solve_embedding(self, journal: Journal | None) -> tuple[str, LayerResult]:
+        """Solve and write an embedding that is the head too, unless the journal has it and it is whole."""
+        job, known = self.job, {} if journal is None else journal.embedding
+
+        def whole() -> dict[str, Any] | None:
+            try:
+                LayerResult.from_json(known.get("result"))
+            except ValueError:
+                return None
+            return known if self.files.sha256(self.work, 0) == known.get("sha256") else None
+
+        row: dict[str, Any] | None = self.ranks.from_first(whole)
+        if row is None:
+            self.listen(f"solving the embedding, which is the head too, on {job.head_windows} windows")
+            with closing(SourceLayers(job.source, ahead=job.config.device != "cpu")) as source:
+                hessian = tied_hessian(job, self.calibrator, source.take)
+            tensors, result = solve_head(job, self.calibrator, hessian)
+            sha256 = self.files.write(self.work, 0, tensors) if self.ranks.first else ""
+            row = {"sha256": sha256, "result": asdict(result)}
+            if journal is not None and known != row:
+                journal.begin_again()  # layers, if there are any, were made from another embedding
+                journal.append({"embedding": row})
+        head = LayerResult.from_json(row["result"])
+        self._tell_head(head)
+        return row["sha256"], head
+
+    def _tell_head(self, head: LayerResult) -> None:
+        self.listen(f"the head: {head.scheme}, output error {head.shown_db:.1f} dB")
 
     # -------------------------------------------------------------- one layer
 
@@ -395,9 +433,9 @@ class _Run:
     def _written_layer(self, layer: int) -> dict[str, torch.Tensor]:
         return self._written(layer + 1).layer_state(layer)
 
-    def _written(self, part: int) -> Checkpoint:
-        """A part as it was written: rank 0 reads it, and every rank dequantizes it, on its device."""
-        tensors = self.files.locations(self.work, part)
+    def _written(self, *parts: int) -> Checkpoint:
+        """Parts as they were written: rank 0 reads them, and every rank dequantizes them, on its device."""
+        tensors = {name: at for part in parts for name, at in self.files.locations(self.work, part).items()}
         config = dict(self.output.config)
         written = read_quantization_config(config["quantization_config"], "quantization_config")
         kind, place = (GGUFCheckpoint, self.work / self.files.names[0]) if self.files.whole else (Checkpoint, self.work)
@@ -431,53 +469,34 @@ class _Run:
         """The last part: norm and head."""
         return len(self.files.parts) - 1
 
-    def _solve_head(self, scheme: Scheme, states: HiddenStates) -> tuple[str, LayerResult]:
+    def _solve_head(self, states: HiddenStates) -> tuple[str, LayerResult]:
         """Solve the head on the calibration tokens and write it, with the last norm; SHA-256 of the part."""
-        source, name = self.job.source, self.spec.head_tensor
-        head, grid, form = HeadWeights(source, self._finite), scheme.grid(), get_format(self.job.recipe.format)
-        norm_H = self.job.convert(self.spec.norm_tensor, source.read(self.spec.norm_tensor))
-        share = states.shares["calibration"]
-        hessian = head_hessian(self.calibrator, norm_H, states.states["calibration"], share)
-        options = {"damp_percent": self.job.options.damp_percent, "method": self.job.options.method}
-        packed, stats = [], []
-        for qtensor, found in solved_slices(self.calibrator, head, hessian, grid, **options):
-            stats.append(found)
-            if self.ranks.first:
-                packed.append(form.pack(qtensor)["weight"].cpu())
-        whole = joined_stats(stats)
-        result = LayerResult(
-            name.removesuffix(".weight"), scheme.label, whole.error_db, whole.weight_error_db, whole.damp_percent,
-            whole.fallback,
-        )  # fmt: skip
+        norm_H = HeadWeights(self.job.source, self.job.convert).norm
+        hessian = head_hessian(
+            self.calibrator, norm_H, states.states["calibration"], states.shares["calibration"]
+        )
+        tensors, result = solve_head(self.job, self.calibrator, hessian)
         if not self.ranks.first:
             return "", result
-        tensors = self._outer([self.spec.norm_tensor]) | {name: torch.cat(packed)}
-        return self.files.write(self.work, self._end, tensors), result
+        return self.files.write(self.work, self._end, self._outer([self.spec.norm_tensor]) | tensors), result
 
     def _outer(self, names: list[str]) -> dict[str, torch.Tensor]:
         """Tensors outside the layers, as they are written: rounded to nearest where they are quantized."""
-        tensors = {}
+        source, tensors = self.job.source, {}
         for name in names:
-            pack, read = self.job.packer(name), self.job.source.read_slice
+            pack = self.job.packer(name)
             if pack is None:
-                tensors[name] = self.job.convert(name, self._finite(name, self.job.source.read(name)))
+                tensors[name] = self.job.convert(name, refuse_non_finite(source, name, source.read(name)))
                 continue
-            rows = self.job.source.tensors[name].spec.shape[0]
-            starts = range(0, rows, SLICE_ROWS)
-            slices = (self._finite(name, read(name, start, min(start + SLICE_ROWS, rows))) for start in starts)
-            tensors[name] = torch.cat([pack(slice_OI) for slice_OI in slices])
+            rows = source.tensors[name].spec.shape[0]
+            slices = (source.read_slice(name, k, min(k + SLICE_ROWS, rows)) for k in range(0, rows, SLICE_ROWS))
+            tensors[name] = torch.cat([pack(refuse_non_finite(source, name, slice_OI)) for slice_OI in slices])
         return tensors
-
-    def _finite(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if non_finite([(name, tensor)]):
-            file = self.job.source.tensors[name].file
-            raise CheckpointError(f"{file}: {name} holds a NaN or an infinity", hint="download it again")
-        return tensor
 
     def _drift(self, states: HiddenStates) -> DriftReport:
         reference = quantized = HeadWeights(self.job.source)
         if self.job.head_scheme is not None:
-            quantized = HeadWeights(self._written(self._end))
+            quantized = HeadWeights(self._written(*([0] if self.spec.tie_word_embeddings else []), self._end))
             _ = quantized.norm  # rank 0 reads it for all of them, whose windows are not equally many
         elif self.job.converts:
             quantized = HeadWeights(self.job.source, self.job.convert)

@@ -18,6 +18,7 @@ from qwenq.io.tensors import raw_bytes
 from qwenq.model.spec import spec_from_config
 from qwenq.pipeline.activations import LayerRunner, embed_tokens
 from qwenq.pipeline.config import DEFAULT_WINDOWS, QuantizeConfig, unreadable
+from qwenq.pipeline.head import solve_head, tied_hessian
 from qwenq.pipeline.job import DTYPES, QuantizeJob
 from qwenq.pipeline.monitor import StageClock
 from qwenq.pipeline.quantize import make_layer
@@ -42,9 +43,9 @@ def reproduce(
 ) -> tuple[tuple[int, ...], list[Finding]]:
     """Make `layers` (None: the first, a middle and the last one) again; returns those made, and what differs.
 
-    The first that differs is the last that is made. The calibration tokens run through the written layers up to each
-    that is made again. calibration: the file they come from, when the manifest names one. Raises QwenqError when
-    something needed cannot be had.
+    An embedding that is solved is made again before any layer. The first that differs is the last that is made. The
+    calibration tokens run through the written layers up to each that is made again. calibration: the file they come
+    from, when the manifest names one. Raises QwenqError when something needed cannot be had.
     """
     opened = _widened(open_source(source), manifest)
     spec = opened.spec
@@ -60,13 +61,22 @@ def reproduce(
     here, then = job.numerics, manifest["job"].get("numerics")
     then = then if isinstance(then, Mapping) else {}
     _refuse_other_sums(then, here)
+    if job.head_windows and (was := manifest["job"].get("head_windows")) != job.head_windows:
+        raise _other_version(f"its embedding was made in another way (head_windows {was}, here {job.head_windows})")
     findings: list[Finding] = []
     made: list[int] = []
     try:
         torch.set_num_threads(_threads(then))
         calibrator = job.workers(DTYPES[job.config.calibration_dtype], job.calibration)
+        if job.head_windows:
+            listen("the embedding, which is the head too: making it again")
+            tensors, _ = solve_head(job, calibrator, tied_hessian(job, calibrator, job.source.finite_layer_state))
+            if problem := _difference(tensors, written):
+                file = first or job.files.file_of(0)
+                return (), [Finding(file, f"the embedding, made again, {problem}{_why(then, here)}")]
         with tempfile.TemporaryDirectory() as scratch:
-            states = embed_tokens(job.source, job.tokens(), Path(scratch), job.convert)
+            embedded = written if job.head_windows else None
+            states = embed_tokens(job.source, job.tokens(), Path(scratch), job.convert, written=embedded)
             both = {"calibration": calibrator, "original": calibrator}
             runner = LayerRunner(states.states, states.shares, both)
             for layer in range(wanted[-1] + 1):
@@ -191,11 +201,17 @@ def _refuse_other_sums(then: Mapping[str, Any], here: Mapping[str, Any]) -> None
     """Raise JobError where the job took its sums over windows otherwise than it would here."""
     was = then.get("sums")
     if was != here.get("sums"):
-        raise JobError(
-            f"{MANIFEST_NAME}: its sums over windows were taken in another way ({was or 'all in a row'}, here "
-            f"{here.get('sums')}), which ends in other last bits",
-            hint="the version that made it makes its layers again; --layers none compares files alone",
+        raise _other_version(
+            f"its sums over windows were taken in another way ({was or 'all in a row'}, here {here.get('sums')}), "
+            "which ends in other last bits"
         )
+
+
+def _other_version(problem: str) -> JobError:
+    return JobError(
+        f"{MANIFEST_NAME}: {problem}",
+        hint="the version that made it makes its layers again; --layers none compares files alone",
+    )
 
 
 def _why(then: Mapping[str, Any], here: Mapping[str, Any]) -> str:

@@ -13,19 +13,22 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import all_tensors, answer, small_job
+from conftest import all_tensors, answer, forge, run, small_job
 from test_quantize import FORKS, Stop, assert_same, change_tensor, stop_after
 from transformers import AutoModelForCausalLM
 
+import qwenq.pipeline.job
 import qwenq.pipeline.quantize
 from qwenq.checkpoint.manifest import verify
 from qwenq.checkpoint.reader import open_checkpoint
 from qwenq.errors import CheckpointError, JobError
 from qwenq.formats.base import Recipe, Scheme, get_format
 from qwenq.formats.gguf import type_scheme
+from qwenq.io.durable import file_sha256
 from qwenq.pipeline.container import size_label
 from qwenq.pipeline.evaluate import evaluate
 from qwenq.pipeline.job import QuantizeJob
+from qwenq.pipeline.journal import Journal
 from qwenq.pipeline.quantize import quantize
 from qwenq.solver.gptq import round_rows
 
@@ -161,12 +164,34 @@ def test_predicted_bytes_are_written_bytes_and_parts_verify(
     assert [f.file for f in verify(out).findings] == [files[1].name]
 
 
+@pytest.mark.parametrize("tied", [False, True])
 def test_layers_are_made_again_from_the_source(
-    random_model: Make, calib: Path, text: list[object], tmp_path: Path
+    tied: bool, random_model: Make, calib: Path, text: list[object], tmp_path: Path
 ) -> None:
-    source, out = random_model(**WIDE), tmp_path / "out"
+    source, out = random_model(**WIDE, tie_word_embeddings=tied), tmp_path / "out"
     answer("quantize", source, "-o", out, "--format", "gguf", *text)
     assert answer("verify", out, "--source", source, "--calibration", calib)["layers_made_again"] == [0, 1, 2]
+
+
+def test_a_forged_embedding_that_is_the_head_too_is_named(
+    random_model: Make, calib: Path, text: list[object], tmp_path: Path
+) -> None:
+    """Every hash made right again: only making it again shows it."""
+    source, out = random_model(**WIDE, tie_word_embeddings=True), tmp_path / "out"
+    answer("quantize", source, "-o", out, "--format", "gguf", *text)
+    file = out / "model-Q4_K_M.gguf"
+    damage_embedding(file)
+    forge(out, lambda manifest: manifest["files"].update({file.name: file_sha256(file)}))
+    ask = ["verify", out, "--source", source, "--calibration", calib]
+    assert answer(*ask, "--layers", "none")["findings"] == []
+    said = run(*ask, "--layers", "0", "--json")
+    (finding,) = json.loads(said.stdout)["findings"]
+    assert said.exit_code == 1 and finding["file"] == file.name
+    wanted = "the embedding, made again, differs in 1 of 215040 bytes, first in model.embed_tokens.weight"
+    assert finding["problem"] == wanted
+    forge(out, lambda manifest: manifest["job"].pop("head_windows"))
+    said = answer(*ask, code=1)
+    assert "its embedding was made in another way (head_windows None, here 4)" in said
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "llama"])
@@ -321,9 +346,9 @@ def test_16_bits_of_a_mixture_are_made_again_as_they_were(
     assert answer("verify", tmp_path / "out", "--source", source)["findings"] == []
 
 
-@pytest.mark.parametrize("after", [1, 2, 3])
-def test_killed_and_resumed_is_the_same(after: int, random_model: Make, tmp_path: Path) -> None:
-    source = random_model(**WIDE)
+@pytest.mark.parametrize(("after", "tied"), [(1, False), (2, True), (3, False)])
+def test_killed_and_resumed_is_the_same(after: int, tied: bool, random_model: Make, tmp_path: Path) -> None:
+    source = random_model(**WIDE, tie_word_embeddings=tied)
     quantize(gguf_job(source, tmp_path / "whole"))
     child = FORKS.Process(target=run_until, args=(str(source), str(tmp_path / "out"), after, False))
     child.start()
@@ -331,6 +356,52 @@ def test_killed_and_resumed_is_the_same(after: int, random_model: Make, tmp_path
     assert child.exitcode == -signal.SIGKILL
     quantize(gguf_job(source, tmp_path / "out"), resume=True)
     assert_same(tmp_path / "whole", tmp_path / "out")
+
+
+def damage_embedding(file: Path) -> None:
+    """Change a bit of the lowest of a code."""
+    (tensor,) = (t for t in gguf.GGUFReader(file).tensors if t.name == "token_embd.weight")
+    with file.open("r+b") as stream:
+        stream.seek(int(tensor.data_offset) + 5)
+        byte = stream.read(1)[0]
+        stream.seek(-1, os.SEEK_CUR)
+        stream.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize("harm", ["none", "before its line", "file", "another's line"])
+def test_a_solved_embedding_is_kept_or_made_again(
+    harm: str, random_model: Make, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Resuming takes it from the file; where that is damaged the same comes out, and layers of it are kept."""
+    source = random_model(**WIDE, tie_word_embeddings=True)
+    quantize(gguf_job(source, tmp_path / "whole"))
+    job = gguf_job(source, tmp_path / "out")
+    work = tmp_path / "out.partial"
+
+    def killed(self: Any, row: Any) -> None:
+        raise Stop
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        if harm == "before its line":
+            patch.setattr(Journal, "append", killed)
+        quantize(job, listen=stop_after(1))
+    if harm == "file":
+        damage_embedding(work / "model-Q4_K_M.gguf")
+    if harm == "another's line":
+        journal = Journal.load(work)
+        layers = journal.layers
+        row = {"embedding": journal.embedding | {"sha256": "0" * 64}}
+        journal.begin_again()
+        for each in (row, *layers):
+            journal.append(each)
+    said: list[Any] = []
+    quantize(job, resume=True, listen=said.append)
+    assert_same(tmp_path / "whole", tmp_path / "out")
+    lines = [line for line in said if isinstance(line, str)]
+    solved = "solving the embedding, which is the head too, on 6 windows" in lines
+    layers_made = [event.layer for event in said if not isinstance(event, str)]
+    made_anew = [0, 1, 2] if harm in ("before its line", "another's line") else [2]
+    assert (solved, layers_made) == (harm != "none", made_anew)
 
 
 def test_another_split_of_as_many_files_is_no_same_job(random_model: Make, tmp_path: Path) -> None:
@@ -464,6 +535,38 @@ def test_dry_run_of_the_72b() -> None:
     for words, wanted in ((["--bits", "4"], 47.41), (["--bits", "8"], 77.26), (["--gguf-type", "Q2_K"], 29.81)):
         found = answer("quantize", "Qwen2.5-72B", "--dry-run", "--format", "gguf", *words)
         assert found["file_bytes"] / 1e9 == pytest.approx(wanted, rel=1e-3)
+
+
+def test_a_head_that_is_the_embedding_is_solved_with_the_16_bit_models_outputs(
+    random_model: Make, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Against transformers' states of the source, on the first windows alone; all that follows reads what was solved.
+    """
+    monkeypatch.setattr(qwenq.pipeline.job, "HEAD_WINDOWS", 4)
+    source = random_model(**WIDE, tie_word_embeddings=True)
+    job = gguf_job(source, tmp_path / "out")
+    result = quantize(job)
+    assert job.calibration is not None and job.head_scheme is not None and result.head is not None
+    written = open_checkpoint(next((tmp_path / "out").glob("*.gguf")))
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    with torch.inference_mode():
+        x_TI = model.model(job.calibration.ids[:4]).last_hidden_state.flatten(0, 1)
+    stored = job.source.read("model.embed_tokens.weight").float()
+    solved, nearest = written.read("model.embed_tokens.weight"), round_rows(stored, job.head_scheme.grid()).dequantize()
+
+    def error(weight: torch.Tensor) -> float:
+        return float((x_TI @ (weight - stored).T).square().sum())
+
+    assert error(solved) < 0.8 * error(nearest)
+    outputs = float((x_TI @ stored.T).square().sum())
+    assert result.head.error_db == pytest.approx(10 * np.log10(error(solved) / outputs), abs=0.3)
+    assert result.head.name == "model.embed_tokens" and result.head.scheme == "Q6_K"
+    drift = evaluate(written, job.source, job.evaluation)
+    assert drift.kl.mean == pytest.approx(result.drift.kl.mean, rel=1e-6)
+    manifest = json.loads((tmp_path / "out" / "qwenq-manifest.json").read_text())
+    assert manifest["job"]["head_windows"] == 4
+    assert gguf_job(source, tmp_path / "x", calibration=None).head_windows == 0
+    assert gguf_job(source, tmp_path / "x", "BF16").head_windows == 0
 
 
 def test_a_head_of_its_own_is_solved_with_the_last_norms_outputs(random_model: Make, tmp_path: Path) -> None:

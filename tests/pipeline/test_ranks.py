@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import tied_copy
 from test_quantize import FORKS, assert_same
 
 from qwenq.checkpoint.manifest import MANIFEST_NAME
@@ -137,6 +138,7 @@ KINDS: dict[str, list[object]] = {
     "error correction": ["--group-size", "32", "--error-correction", "1"],
     "symmetric": ["--bits", "4", "--error-correction", "0", "--calibration-dtype", "bfloat16"],
     "gguf": ["--format", "gguf", "--gguf-type", "Q4_K_M", "--error-correction", "1"],
+    "gguf, tied": ["--format", "gguf", "--gguf-type", "Q4_K_M"],
     "asymmetric, bfloat16": ["--format", "awq", "--group-size", "64", "--compute-dtype", "bfloat16"],
     "rounded": ["--method", "rtn"],
     "bitsandbytes": ["--format", "bnb-nf4"],
@@ -150,16 +152,17 @@ def test_bytes_do_not_depend_on_the_number_of_ranks(
     kind: str, tiny: Path, text: list[object], tmp_path: Path
 ) -> None:
     read = [*LENGTH, *text[-4:]] if kind in ("rounded", "bitsandbytes") else text
-    command = ["quantize", tiny, *KINDS[kind], *read]
+    model = tied_copy(tiny, tmp_path / "tied") if kind == "gguf, tied" else tiny
+    command = ["quantize", model, *KINDS[kind], *read]
     for size in (1, 2, 4):
         over(tmp_path / f"said-{size}", size, *command, "-o", tmp_path / f"{size}")
     for size in (2, 4):
         assert_same(tmp_path / "1", tmp_path / f"{size}")
         run = json.loads((tmp_path / f"{size}" / MANIFEST_NAME).read_text())["run"]
-        if kind in ("error correction", "gguf"):
+        if kind in ("error correction", "gguf", "gguf, tied"):
             dry = json.loads(alone(tmp_path / "dry", *command, "--dry-run", "--ranks", size, "--json").out)
             received = [rank["received_bytes"] for rank in run["ranks"]]
-            assert (dry["wire_head_bytes"] > 0) == (kind == "gguf")
+            assert (dry["wire_head_bytes"] > 0) == (kind != "error correction")
             told = 4 * dry["wire_layer_bytes"] + dry["wire_head_bytes"]
             assert received == pytest.approx([told] * size, rel=0.1)
         assert [rank["device"] for rank in run["ranks"]] == ["cpu"] * size
@@ -197,9 +200,10 @@ def test_eval_and_sensitivity_give_the_same_figures(tiny: Path, calib: Path, hel
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", ["gptq", "gguf"])
-def test_sensitivities_over_four_ranks(format: str, tiny: Path, calib: Path, tmp_path: Path) -> None:
-    words = ["sensitivity", tiny, "--calibration", calib, "--sequence-length", "64", "-n", "9", "--device", "cpu"]
+@pytest.mark.parametrize(("format", "tied"), [("gptq", False), ("gguf", False), ("gguf", True)])
+def test_sensitivities_over_four_ranks(format: str, tied: bool, tiny: Path, calib: Path, tmp_path: Path) -> None:
+    model = tied_copy(tiny, tmp_path / "tied") if tied else tiny
+    words = ["sensitivity", model, "--calibration", calib, "--sequence-length", "64", "-n", "9", "--device", "cpu"]
     for size in (1, 4):
         over(tmp_path / f"said-{size}", size, *words, "--format", format, "-o", tmp_path / f"table-{size}")
     assert (tmp_path / "table-1").read_bytes() == (tmp_path / "table-4").read_bytes()

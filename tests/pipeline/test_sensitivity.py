@@ -12,20 +12,29 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import answer, run, settled, text_windows
+from conftest import answer, run, settled, text_windows, tied_copy
 
 from qwenq.checkpoint.reader import open_source
 from qwenq.errors import CalibrationError, CheckpointError, JobError, PlanError
 from qwenq.formats.base import Scheme
+from qwenq.formats.gguf import type_scheme
 from qwenq.io.safetensors import fingerprint
 from qwenq.model.layer import Network
 from qwenq.pipeline.evaluate import HeadWeights
 from qwenq.pipeline.fisher import _States, measure_sensitivity, sampled_gradients, split_windows
 from qwenq.pipeline.job import QuantizeJob
+from qwenq.pipeline.preflight import sensitivity_rows
 from qwenq.pipeline.quantize import quantize
 from qwenq.pipeline.ranks import Ranks
 from qwenq.planning.budget import recipe_of
-from qwenq.planning.sensitivity import SENSITIVITY_NAME, Sensitivity, encode_sensitivity, fused_groups, read_sensitivity
+from qwenq.planning.sensitivity import (
+    OUTER,
+    SENSITIVITY_NAME,
+    Sensitivity,
+    encode_sensitivity,
+    fused_groups,
+    read_sensitivity,
+)
 from qwenq.text.tokens import TokenWindows
 
 
@@ -52,6 +61,25 @@ def measured_kl(
         return quantize(job).drift.kl.mean
 
     return measure
+
+
+def test_a_tied_head_is_solved_and_looked_up(tiny: Path, calib: Path, heldout: Path, tmp_path: Path) -> None:
+    """What the table says of the embedding that is the head too, and what it costs when it alone is quantized."""
+    path = tied_copy(tiny, tmp_path / "tied")
+    source, fused, scheme = open_source(path), (OUTER, "embedding"), type_scheme("Q5_0")
+    probe = split_windows(text_windows(calib, path, 256), format="gguf")
+    table = measure_sensitivity(source, probe, scratch=tmp_path)
+    choice = {each: scheme if each == fused else None for each in fused_groups(source.spec, "gguf")}
+    windows = text_windows(calib, path, 256), text_windows(heldout, path, 128, 8)
+    kl = {}
+    for solver in ("gptq", "rtn"):
+        calibration = windows[0] if solver == "gptq" else None
+        recipe, config = recipe_of(source.spec, choice, "gguf"), settled(method=solver, format="gguf")
+        kl[solver] = quantize(
+            QuantizeJob(source, tmp_path / solver, recipe, config, calibration, windows[1])
+        ).drift.kl.mean
+    assert table.loss(fused, scheme) == pytest.approx(kl["gptq"], rel=0.25)
+    assert kl["gptq"] < kl["rtn"]
 
 
 def test_fewer_windows_than_ranks_are_refused(tiny: Path, calib: Path, tmp_path: Path) -> None:
@@ -83,6 +111,21 @@ def test_eight_bits_cost_the_square_of_the_step(table: Sensitivity, measured_kl:
     choice = dict.fromkeys(fused_groups(open_source(tiny).spec), Scheme(8, 64))
     predicted = sum(table.loss(fused, scheme) for fused, scheme in choice.items())
     assert 0.5 < predicted / measured_kl(choice) < 2
+
+
+def test_some_rows_tell_what_all_rows_do(
+    table: Sensitivity, tiny: Path, calib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every third row of attention and every eleventh of the FFN, where a small model's table is of all rows."""
+    assert [len(sensitivity_rows(rows)) for rows in (64, 767, 768, 8192, 29568)] == [64, 767, 256, 264, 257]
+    monkeypatch.setattr("qwenq.pipeline.preflight.SENSITIVITY_ROWS", 32)
+    assert (len(sensitivity_rows(128)), len(sensitivity_rows(384))) == (43, 35)
+    probe = split_windows(text_windows(calib, tiny, 256))
+    some = measure_sensitivity(open_source(tiny), probe, scratch=tmp_path)
+    pairs = [(kl, some.loss(fused, scheme)) for fused, row in table.kl.items() for scheme, kl in row.items()]
+    ratios = [few / every for every, few in pairs]
+    assert 0.5 < min(ratios) and max(ratios) < 2 and len(set(ratios)) > 1
+    assert rank_correlation(*map(list, zip(*pairs, strict=True))) > 0.95
 
 
 @pytest.mark.slow
