@@ -49,7 +49,8 @@ MOST_WORKERS = 4  # of a CPU, that share the windows which go through a layer to
 WORKERS_UP_TO = 8192  # wide FFNs: beyond, matmuls alone keep cores busy, and Hessians are large
 NARROW_UP_TO = 4.75  # bits of a linear weight, scales included: those of 4 bits in groups of 32 and more
 NOISE_WINDOWS = 2  # evaluation windows that are also run in float32, when computing in a narrower type
-HEAD_WINDOWS = 16  # of calibration, at most, that run through the 16-bit model first where the head is the embedding
+HEAD_WINDOWS = 16  # of calibration, that run through the 16-bit model first where a solved head is the embedding
+HEAD_TOKENS_A_COLUMN = 8  # but at least so many tokens for each of its columns, where there are so many
 SOLVER_WINDOWS = 16  # of calibration, at most, for the Hessians that sensitivities' errors are solved with
 PROBE_WINDOWS, PROBE_TOKENS = 32, 128  # and other, shorter ones, at most, that the errors' effect is read on
 SAMPLES = 4  # labels a position, of a sensitivity
@@ -134,6 +135,11 @@ def original_windows(spec: ModelSpec, windows: int, length: int, share: float = 
     enough = CORRECTION_TOKENS_A_COLUMN * spec.intermediate_size / length
     found = min(windows, max(2, math.ceil(max(windows * share, enough) / step) * step))
     return found // 2 * 2
+
+
+def head_windows(spec: ModelSpec, windows: int, length: int) -> int:
+    """How many calibration windows, the first ones, a solved head that is the embedding gets its Hessian from."""
+    return min(windows, max(HEAD_WINDOWS, math.ceil(HEAD_TOKENS_A_COLUMN * spec.hidden_size / length)))
 
 
 @dataclass(frozen=True)

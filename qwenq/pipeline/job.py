@@ -24,11 +24,11 @@ from qwenq.pipeline.activations import TokenSets
 from qwenq.pipeline.block import SolverOptions
 from qwenq.pipeline.config import (
     CPU_BATCH_TOKENS,
-    HEAD_WINDOWS,
     PARTS,
     QuantizeConfig,
     Windows,
     cpu_batch_tokens,
+    head_windows,
     original_windows,
 )
 from qwenq.pipeline.container import containers
@@ -196,7 +196,7 @@ class QuantizeJob:
         """
         if self.calibration is None or self.head_scheme is None or not self.source.spec.tie_word_embeddings:
             return 0
-        return min(HEAD_WINDOWS, len(self.calibration.ids))
+        return head_windows(self.source.spec, *self.calibration.ids.shape)
 
     def _rounded(self, name: str) -> Callable[[torch.Tensor], QTensor] | None:
         """A function that rounds rows of the embedding or the head to their grid; None for what stays as it is.

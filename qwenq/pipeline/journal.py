@@ -168,6 +168,8 @@ def refuse_changes(old: Mapping[str, Any], new: Mapping[str, Any], directory: Pa
         same = f"its divergence was begun in {narrower}: add --compute-dtype {narrower}"
     if any(where == "numerics.sums" for where, _, _ in differences):
         same = "another version began it, which takes sums over windows in another way: let that one finish it"
+    if any(where == "head_windows" for where, _, _ in differences):
+        same = "another version began it, which makes a tied head in another way: let that one finish it"
     raise JobError(
         f"{directory}: cannot resume, {'; '.join(changes[:3])}{more}",
         hint=f"{same}, or delete the directory and start anew",

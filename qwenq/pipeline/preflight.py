@@ -17,7 +17,6 @@ from qwenq.model.spec import ModelSpec
 from qwenq.pipeline.config import (
     BACKWARD_TOKENS,
     BATCH_TOKENS,
-    HEAD_WINDOWS,
     MOST_WORKERS,
     NOISE_WINDOWS,
     PARTS,
@@ -30,6 +29,7 @@ from qwenq.pipeline.config import (
     WORKERS_UP_TO,
     Tokens,
     cpu_batch_tokens,
+    head_windows,
 )
 from qwenq.pipeline.shares import Share, parts_of, passes
 from qwenq.planning.tensor_parallel import sizes_of_recipe
@@ -256,7 +256,7 @@ def wire_head_bytes(spec: ModelSpec, tokens: Tokens, written: int, ranks: int) -
         return 0
     every, _ = _passes(spec, tokens)
     if spec.tie_word_embeddings:
-        every = [range(min(HEAD_WINDOWS, tokens.calibration_windows))]
+        every = [range(head_windows(spec, tokens.calibration_windows, tokens.length))]
     codes = (ranks - 1) / ranks * spec.vocab_size * spec.hidden_size
     return round(written + _summed(Triangle(spec.hidden_size).size, every, 1, ranks) + codes)
 

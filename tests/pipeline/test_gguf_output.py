@@ -542,7 +542,7 @@ def test_a_head_that_is_the_embedding_is_solved_with_the_16_bit_models_outputs(
 ) -> None:
     """Against transformers' states of the source, on the first windows alone; all that follows reads what was solved.
     """
-    monkeypatch.setattr(qwenq.pipeline.job, "HEAD_WINDOWS", 4)
+    monkeypatch.setattr(qwenq.pipeline.job, "head_windows", lambda spec, windows, length: 4)
     source = random_model(**WIDE, tie_word_embeddings=True)
     job = gguf_job(source, tmp_path / "out")
     result = quantize(job)

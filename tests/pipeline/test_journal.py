@@ -213,6 +213,9 @@ def test_another_number_of_threads_is_refused_with_what_to_set(tmp_path: Path) -
     with pytest.raises(JobError, match=r"numerics.sums was None, now '8 parts'$") as caught:
         refuse_changes(old, {"seed": 0, "numerics": {"torch": "2.13", "threads": 8, "sums": "8 parts"}}, tmp_path)
     assert caught.value.hint.startswith("another version began it")
+    with pytest.raises(JobError, match=r"head_windows was None, now 16$") as caught:
+        refuse_changes(old, old | {"head_windows": 16}, tmp_path)
+    assert caught.value.hint.startswith("another version began it, which makes a tied head")
     with pytest.raises(JobError, match=r"numerics.torch was '2.13', now '2.14'$"):
         refuse_changes(old, {"seed": 0, "numerics": {"torch": "2.14", "threads": 8}}, tmp_path)
 

@@ -16,7 +16,7 @@ from qwenq.errors import JobError, PlanError
 from qwenq.formats.base import Recipe, Scheme, get_format
 from qwenq.machine import free_disk
 from qwenq.model.spec import ModelSpec, spec_from_config
-from qwenq.pipeline.config import Tokens, original_windows
+from qwenq.pipeline.config import Tokens, head_windows, original_windows
 from qwenq.pipeline.preflight import (
     PlannedJob,
     Preflight,
@@ -304,6 +304,13 @@ def test_a_solved_head_on_the_wire_by_hand() -> None:
     for recipe, text in ((sixteen, tokens), (q8, none)):
         check = preflight(PlannedJob(spec, recipe, text, compute_bytes=4, ranks=2))
         assert check.wire_head_bytes == 0 < check.wire_layer_bytes, "in 16 bits, or rounded"
+
+
+def test_windows_of_a_head_that_is_the_embedding() -> None:
+    """16, or eight tokens a column, or all there are."""
+    asked = ((576, 128, 512), (2560, 128, 512), (2560, 128, 2048), (896, 40, 128), (896, 6, 512))
+    found = [head_windows(spec_of(hidden_size=hidden), *windows) for hidden, *windows in asked]
+    assert found == [16, 40, 16, 40, 6]
 
 
 def test_a_solved_head_that_is_the_embedding_on_the_wire_by_hand() -> None:
