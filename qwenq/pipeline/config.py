@@ -54,6 +54,8 @@ HEAD_TOKENS_A_COLUMN = 8  # but at least so many tokens for each of its columns,
 SOLVER_WINDOWS = 16  # of calibration, at most, for the Hessians that sensitivities' errors are solved with
 PROBE_WINDOWS, PROBE_TOKENS = 32, 128  # and other, shorter ones, at most, that the errors' effect is read on
 SAMPLES = 4  # labels a position, of a sensitivity
+SENSITIVITY_ROWS = 256  # of a linear, about, that errors are solved of; all below three times as many
+HEAD_STRIDE = 4  # of the probe tokens, one in so many is read for what a rounded head costs
 BACKWARD_TOKENS = 1024  # that go backward through a layer together
 _OF_CALIBRATION = {
     "calibration": "names a calibration text",

@@ -9,10 +9,13 @@ so the cost is linear in the number of layers. Tokens that E is solved on and to
 
 Few samples make a scheme's own figure noisy, and its rounding luck is not that of a later run. So schemes of a group
 share one factor: KL = factor * relative output error of the scheme, the factor fitted over all of the group's schemes.
+Rows do not depend on each other, so both are read from some rows of a linear (`sensitivity_rows`): their error stands
+for that of all, scaled to as much energy.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -32,10 +35,11 @@ from qwenq.model.layer import Network
 from qwenq.model.spec import ModelSpec
 from qwenq.pipeline.activations import embed
 from qwenq.pipeline.block import all_rows
-from qwenq.pipeline.config import BACKWARD_TOKENS, PROBE_TOKENS, PROBE_WINDOWS, SAMPLES, SOLVER_WINDOWS
+from qwenq.pipeline.config import BACKWARD_TOKENS, HEAD_STRIDE, PROBE_TOKENS, PROBE_WINDOWS, SAMPLES, SOLVER_WINDOWS
 from qwenq.pipeline.evaluate import HeadWeights
 from qwenq.pipeline.head import head_hessian, solved_slices
 from qwenq.pipeline.monitor import memory_errors
+from qwenq.pipeline.preflight import sensitivity_rows
 from qwenq.pipeline.ranks import ALONE, Ranks
 from qwenq.pipeline.shares import Share, refuse_few
 from qwenq.pipeline.workers import Workers, summed_products
@@ -51,7 +55,7 @@ from qwenq.planning.sensitivity import (
 )
 from qwenq.solver.gptq import DAMP_PERCENT, round_rows
 from qwenq.solver.grid import Grid
-from qwenq.solver.parallel import cut_rows, solve_rows
+from qwenq.solver.parallel import Solved, cut_rows, solve_rows
 from qwenq.solver.triangle import Triangle
 from qwenq.text.tokens import TokenWindows
 from qwenq.units import format_gb
@@ -152,7 +156,7 @@ def measure_sensitivity(
                 network.release()
                 source.refuse_changed()
                 listen(f"sensitivity: layer {layer} measured, {layer} to go")
-            _add_embedding_losses(outer, looked_up, source, network.device, gradient, probe, share, ranks)
+            _add_embedding_losses(outer, looked_up, source, gradient, probe, share, ranks)
     except OSError as error:
         raise JobError(
             f"{error.filename or scratch}: {error.strerror or error}", hint="free some space, then try again"
@@ -273,35 +277,54 @@ def _offered(spec: ModelSpec, fused: FusedGroup, probe: Probe) -> tuple[Scheme, 
 def _errors(
     workers: Workers, h_NTH: torch.Tensor, share: Share, probe: Probe
 ) -> tuple[dict[str, dict[Scheme, dict[str, torch.Tensor]]], dict[str, dict[Scheme, float]]]:
-    """GPTQ's weight errors [out, in] by fused group, scheme and path in the layer, in bfloat16 on the CPU; and by group
-    and scheme the energy of the output errors relative to the outputs, summed over the group's linears.
+    """GPTQ's weight errors [rows, in] by fused group, scheme and path in the layer, in bfloat16 on the CPU; and by
+    group and scheme the energy of the output errors relative to the outputs, summed over the group's linears.
+
+    Errors are of `sensitivity_rows`, times the square root of all rows over these.
 
     One Hessian at a time is on the network's device: the layer's windows go through it up to each stage anew. Ranks
     share windows and rows.
     """
-    network, ranks, devices = workers.first, workers.ranks, workers.devices
+    network = workers.first
     errors: dict[str, dict[Scheme, dict[str, torch.Tensor]]] = {}
     lost: dict[str, dict[Scheme, float]] = {}
     for stage in network.spec.architecture.stages:
         triangle, hessian = Triangle(network.spec.size(stage.inputs)), _hessian(workers, stage, h_NTH, share).cpu()
-        weights = {path: network.weight(path).float() for path in stage.paths}
+        whole = {path: network.weight(path) for path in stage.paths}
+        weights = {path: w_OI[_rows(len(w_OI))].float() for path, w_OI in whole.items()}
         free = get_format(probe.format).outer  # then each linear is a group of its own
         groups = {path: path.rpartition(".")[2] if free else stage.name for path in stage.paths}
         offered = _offered(network.spec, (0, groups[stage.paths[0]]), probe)
         schemes = list(dict.fromkeys(map(solved_as, offered)))
         for scheme in schemes:
-            own_II = triangle.square(hessian.to(network.device))  # overwritten
-            own = cut_rows({path: len(w_OI) for path, w_OI in weights.items()}, ranks.size)[ranks.rank]
-            parts = solve_rows(devices, weights, own_II, scheme.grid(), [own], damp_percent=DAMP_PERCENT, sweeps=0)
-            del own_II
-            solved = all_rows(ranks, parts, list(weights), scheme.grid(), network.device)
+            solved = _solved(workers, weights, hessian, triangle, scheme.grid())
             for path, (qtensor, stats) in solved.items():
-                error = qtensor.dequantize().sub_(weights[path]).to(torch.bfloat16).cpu()
+                error = qtensor.dequantize().sub_(weights[path]).mul_(math.sqrt(len(whole[path]) / len(weights[path])))
+                error = error.to(torch.bfloat16).cpu()
                 errors.setdefault(groups[path], {}).setdefault(scheme, {})[path] = error
                 of_group = lost.setdefault(groups[path], {})
                 of_group[scheme] = of_group.get(scheme, 0.0) + 10 ** (stats.error_db / 10)
-            del solved, parts, qtensor, stats  # codes and scales are on the device
+            del solved, qtensor, stats  # codes and scales are on the device
     return errors, lost
+
+
+def _solved(
+    workers: Workers, weights: Mapping[str, torch.Tensor], hessian: torch.Tensor, triangle: Triangle, grid: Grid
+) -> Solved:
+    """The weights as GPTQ alone rounds them, on the network's device; ranks share their rows.
+
+    hessian: the triangle's values.
+    """
+    ranks, device = workers.ranks, workers.first.device
+    own_II = triangle.square(hessian.to(device))  # overwritten
+    own = cut_rows({name: len(w_OI) for name, w_OI in weights.items()}, ranks.size)[ranks.rank]
+    parts = solve_rows(workers.devices, weights, own_II, grid, [own], damp_percent=DAMP_PERCENT, sweeps=0)
+    return all_rows(ranks, parts, list(weights), grid, device)
+
+
+def _rows(rows: int) -> slice:
+    found = sensitivity_rows(rows)
+    return slice(found.start, found.stop, found.step)
 
 
 def _hessian(workers: Workers, stage: Stage, h_NTH: torch.Tensor, share: Share) -> torch.Tensor:
@@ -339,7 +362,7 @@ def _backward(
             g = gradient_SNTH[s, part].to(network.device, network.dtype)
             entering, *outputs = torch.autograd.grad(leaving, wanted, g, retain_graph=s + 1 < samples)
             before_SNTH[s, part] = entering.float()
-            at = dict(zip(paths, outputs, strict=True))
+            at = {path: dy[..., _rows(dy.shape[2])] for path, dy in zip(paths, outputs, strict=True)}
             for (stage, scheme, path), change in changes.items():
                 scores[stage][scheme][s, part] += (at[path] * change).sum((1, 2), dtype=torch.float32).cpu()
     return scores, before_SNTH
@@ -371,43 +394,65 @@ def _head_losses(
 ) -> tuple[dict[FusedGroup, dict[Scheme | None, float]], dict[Scheme, torch.Tensor]]:
     """KL that the solved head causes, by scheme, to second order: half the variance of the logits' changes under p.
 
-    hessian: that it is solved with; without one, where the format leaves it in 16 bit, nothing. Where it is the
-    embedding too the KL is under that name, and errors of the rows of the probe's tokens come with it, bfloat16
-    [windows, tokens, hidden] on the CPU.
+    hessian: that it is solved with; without one, where the format leaves it in 16 bit, nothing. The KL is read for one
+    scheme, from one token in HEAD_STRIDE; other schemes have it times their relative output error over that one's, of
+    the rows of the probe's tokens. Errors of these rows, [rows, hidden], come with it where the head is the embedding
+    too: then the KL is under that name.
     """
-    network, ranks, spec = workers.first, workers.ranks, head.checkpoint.spec
+    spec = head.checkpoint.spec
     if hessian is None:
         return {}, {}
     fused = OUTER, spec.outer_linears[-1].stage
-    own_NT = probe.probe_NT[share.windows]
+    rows_UH = _probe_rows(probe, spec, head.rows)
+    noise: dict[Scheme, float] = {}
     looked_up: dict[Scheme, torch.Tensor] = {}
-    schemes = _offered(spec, fused, probe)
-    windows, tokens, _ = h_NTH.shape
-    x_PH = network.final_norm(h_NTH.reshape(-1, h_NTH.shape[2]).float().to(network.device), head.norm)
+    for scheme in _offered(spec, fused, probe):
+        solved = _solved(workers, {"head": rows_UH}, hessian, Triangle(spec.hidden_size), scheme.grid())
+        qtensor, stats = solved["head"]
+        noise[scheme] = 10 ** (stats.error_db / 10)
+        if spec.tie_word_embeddings:
+            looked_up[scheme] = qtensor.dequantize().cpu().sub_(rows_UH)
+    read = sorted(noise, key=lambda scheme: noise[scheme])[len(noise) // 2]
+    factor = _head_kl(workers, head, hessian, h_NTH, read.grid(), share) / max(noise[read], 1e-30)
+    return {fused: {scheme: factor * relative for scheme, relative in noise.items()}}, looked_up
+
+
+def _head_kl(
+    workers: Workers, head: HeadWeights, hessian: torch.Tensor, h_NTH: torch.Tensor, grid: Grid, share: Share
+) -> float:
+    """KL a token that the head causes as it is solved for one grid."""
+    network = workers.first
+    h_NTH = h_NTH[:, (h_NTH.shape[1] - 1) % HEAD_STRIDE :: HEAD_STRIDE]
+    windows, tokens, hidden = h_NTH.shape
+    x_PH = network.final_norm(h_NTH.reshape(-1, hidden).float().to(network.device), head.norm)
     log_total_P = torch.full((len(x_PH),), -torch.inf, device=network.device)
     for w_VH in _head_slices(head, network.device):
         for part in _chunks(share, tokens):
             log_total_P[part] = torch.logaddexp(log_total_P[part], (x_PH[part] @ w_VH.T).logsumexp(1))
-    moments = {scheme: torch.zeros(2, len(x_PH), device=network.device) for scheme in schemes}
-    if spec.tie_word_embeddings:
-        shape = *own_NT.shape, spec.hidden_size
-        looked_up = {scheme: torch.empty(shape, dtype=torch.bfloat16) for scheme in schemes}
-    options = {"damp_percent": DAMP_PERCENT, "sweeps": 0}
-    solved = {scheme: solved_slices(workers, head, hessian, scheme.grid(), **options) for scheme in schemes}
-    for k, w_VH in enumerate(_head_slices(head, network.device)):
-        wrong = {scheme: next(slices)[0].dequantize() - w_VH for scheme, slices in solved.items()}
-        held_NT = own_NT // SLICE_ROWS == k
-        for scheme, e_NTH in looked_up.items():
-            e_NTH[held_NT] = wrong[scheme].cpu()[own_NT[held_NT] - k * SLICE_ROWS].to(e_NTH)
+    mean_P, square_P = torch.zeros_like(log_total_P), torch.zeros_like(log_total_P)
+    solved = solved_slices(workers, head, hessian, grid, damp_percent=DAMP_PERCENT, sweeps=0)
+    for w_VH, (qtensor, _) in zip(_head_slices(head, network.device), solved, strict=True):
+        e_VH = qtensor.dequantize() - w_VH
         for part in _chunks(share, tokens):
             p_PV = (x_PH[part] @ w_VH.T - log_total_P[part, None]).exp_()
-            for scheme, e_VH in wrong.items():
-                change_PV = x_PH[part] @ e_VH.T
-                moments[scheme][0, part] += (p_PV * change_PV).sum(1)
-                moments[scheme][1, part] += (p_PV * change_PV.square_()).sum(1)
-    variance = {scheme: (b - a * a).view(windows, tokens) for scheme, (a, b) in moments.items()}
-    kl: dict[Scheme | None, float] = {s: float(ranks.all_windows(v, share).mean()) / 2 for s, v in variance.items()}
-    return {fused: kl}, looked_up
+            change_PV = x_PH[part] @ e_VH.T
+            mean_P[part] += (p_PV * change_PV).sum(1)
+            square_P[part] += (p_PV * change_PV.square_()).sum(1)
+    variance_NT = (square_P - mean_P.square()).view(windows, tokens)
+    return float(workers.ranks.all_windows(variance_NT, share).mean()) / 2
+
+
+def _probe_rows(probe: Probe, spec: ModelSpec, read: Callable[[int, int], torch.Tensor]) -> torch.Tensor:
+    """Rows of embedding or head that the probe's tokens name, each once, by token id, float32 on the CPU.
+
+    read: rows start to stop.
+    """
+    ids_U, rows = probe.probe_NT.unique(), []
+    for start in range(0, spec.vocab_size, SLICE_ROWS):
+        here_U = ids_U[(ids_U >= start) & (ids_U < start + SLICE_ROWS)]
+        if len(here_U):
+            rows.append(read(start, min(start + SLICE_ROWS, spec.vocab_size))[here_U - start].float().cpu())
+    return torch.cat(rows)
 
 
 def _head_slices(head: HeadWeights, device: torch.device) -> Iterator[torch.Tensor]:
@@ -421,7 +466,6 @@ def _add_embedding_losses(
     outer: dict[FusedGroup, dict[Scheme | None, float]],
     looked_up: Mapping[Scheme, torch.Tensor],
     source: Checkpoint,
-    device: torch.device,
     gradient_SNTH: torch.Tensor,
     probe: Probe,
     share: Share,
@@ -433,19 +477,14 @@ def _add_embedding_losses(
     """
     if not outer:
         return
-    fused = OUTER, source.spec.outer_linears[0].stage
+    spec, fused = source.spec, (OUTER, source.spec.outer_linears[0].stage)
     row = outer.setdefault(fused, {})
-    for scheme in _offered(source.spec, fused, probe):
-        own_NT, grid = probe.probe_NT[share.windows], scheme.grid()
-
-        def wrong(name: str, rows_VH: torch.Tensor, grid: Grid = grid) -> torch.Tensor:
-            rows_VH = rows_VH.to(device).float()
-            return round_rows(rows_VH, grid).dequantize().sub_(rows_VH).cpu()
-
-        if (e_NTH := looked_up.get(scheme)) is None:
-            e_NTH = torch.empty(*own_NT.shape, source.spec.hidden_size)
-            embed(source, {"probe": (e_NTH, own_NT)}, wrong)
-        sums = [(gradient_SNTH[:, k] * e_NTH[k]).sum((1, 2)) for k in range(len(own_NT))]
+    places_NT = probe.probe_NT.unique(return_inverse=True)[1][share.windows]
+    if not looked_up:
+        rows_UH = _probe_rows(probe, spec, lambda start, stop: source.read_slice(spec.embedding_tensor, start, stop))
+    for scheme in _offered(spec, fused, probe):
+        e_UH = looked_up[scheme] if looked_up else round_rows(rows_UH, scheme.grid()).dequantize() - rows_UH
+        sums = [(gradient_SNTH[:, k] * e_UH[places_T]).sum((1, 2)) for k, places_T in enumerate(places_NT)]
         own_NS = torch.stack(sums) if sums else torch.zeros(0, len(gradient_SNTH))
         score_SN = ranks.all_windows(own_NS, share).T.double()
         row[scheme] = row.get(scheme, 0.0) + float(score_SN.square().mean()) / (2 * probe.probe_NT.shape[1])

@@ -23,6 +23,7 @@ from qwenq.pipeline.config import (
     PROBE_TOKENS,
     PROBE_WINDOWS,
     SAMPLES,
+    SENSITIVITY_ROWS,
     SOLVER_WINDOWS,
     SPILL_BYTES,
     WORKERS_UP_TO,
@@ -268,6 +269,17 @@ def _summed(values: int, over: list[range], totals: int, ranks: int) -> float:
     return 4 * values * (ranks - 1) / ranks * (turns + totals)
 
 
+def sensitivity_rows(rows: int) -> range:
+    """Rows, of a linear with so many, whose errors a sensitivity is measured with: about SENSITIVITY_ROWS.
+
+    They are evenly spaced. The step is odd: heads are powers of two wide, and an even step would meet the same few
+    dimensions of each.
+    """
+    step = max(1, rows // SENSITIVITY_ROWS)
+    step -= 1 - step % 2
+    return range(step // 2, rows, step)
+
+
 def sensitivity_bytes(
     spec: ModelSpec,
     length: int,
@@ -284,16 +296,18 @@ def sensitivity_bytes(
     hidden, probed = spec.hidden_size, PROBE_WINDOWS * PROBE_TOKENS // ranks
     parameters = sum(lin.parameters for lin in spec.layer_linears(0))
     outputs = sum(lin.out_features for lin in spec.layer_linears(0))
-    largest = max(lin.parameters for lin in spec.layer_linears(0))
+    solved = {lin.kind: len(sensitivity_rows(lin.out_features)) for lin in spec.layer_linears(0)}  # rows
+    errors = sum(solved[lin.kind] * lin.in_features for lin in spec.layer_linears(0))
+    largest = max(solved[lin.kind] * lin.in_features for lin in spec.layer_linears(0))
     states = (SOLVER_WINDOWS * length // ranks + probed) * hidden * compute_bytes
-    passing = 16 * _widest(spec) + 24 * hidden + (schemes + 1) * outputs  # values a token
+    passing = 16 * _widest(spec) + 24 * hidden + outputs + (schemes + 1) * sum(solved.values())  # a token
     backward = compute_bytes * (parameters + largest + BACKWARD_TOKENS * passing)
     head = 4 * probed * hidden * (3 * SAMPLES + 3) + 4 * 4096 * (hidden + 4 * 1024)
     work = max(errors_bytes(spec, length, compute_bytes), backward)
     kept = 4 * Triangle(_widest(spec)).size  # the Hessian, from which each scheme takes a copy
-    held = 2 * parameters + schemes * 2 * parameters + 8 * SAMPLES * probed * hidden  # source, errors, gradients twice
-    if get_format(format).outer and spec.tie_word_embeddings:  # errors of the embedding's rows
-        looked_up = 2 * schemes * probed * hidden
+    held = 2 * parameters + schemes * 2 * errors + 8 * SAMPLES * probed * hidden  # source, errors, gradients twice
+    if get_format(format).outer and spec.tie_word_embeddings:  # errors of the embedding's rows that tokens name
+        looked_up = 4 * schemes * PROBE_WINDOWS * PROBE_TOKENS * hidden
         held, states = held + looked_up, states + looked_up
     if on_gpu:
         return BASE_BYTES + max(states, held + kept), max(work, head)
@@ -305,7 +319,12 @@ def errors_bytes(spec: ModelSpec, length: int, compute_bytes: int) -> int:
     layer, width = spec.layer_linears(0), _widest(spec)
     at_once = min(BATCH_TOKENS, SOLVER_WINDOWS // PARTS * length)  # of one part
     collecting = 8 * Triangle(width).size + compute_bytes * at_once * (7 * width + 4 * spec.hidden_size)
-    solving = max(_solving(spec, stage, corrects=False, ranks=1) for stage in spec.architecture.stages)
+    solving = 0
+    for stage in spec.architecture.stages:
+        columns = spec.size(stage.inputs)
+        weights = sum(len(sensitivity_rows(lin.out_features)) * columns for lin in spec.stage_linears(0, stage))
+        more = max(9 * weights, 4 * Triangle(columns).size)  # errors and codes; the Hessian before it is written out
+        solving = max(solving, 4 * columns**2 + 4 * weights + more)
     return compute_bytes * sum(lin.parameters for lin in layer) + max(collecting, solving)
 
 

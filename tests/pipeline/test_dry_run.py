@@ -153,10 +153,10 @@ def test_a_budget_counts_the_measuring(tiny: Path, texts: list[object], tmp_path
     found = dry("Qwen2.5-72B", "--bpw", "5", *options)
     wanted = sensitivity_bytes(model("Qwen2.5-72B"), 512, 2, on_gpu=True)
     assert (found["sensitivity_ram_bytes"], found["sensitivity_vram_bytes"]) == wanted
-    assert 8 * GB < wanted[1] < 9 * GB, "as traced"
+    assert 7 * GB < wanted[1] < 7.3 * GB, "as traced"
     words = run("quantize", "Qwen2.5-72B", "--bpw", "5", *options, "--dry-run")
     shown = " ".join(words.stdout.replace("│", " ").split())  # a narrow console breaks the label
-    assert re.search(r"peak memory of a GPU, predicted,( measuring sensitivities)? 8\.40 GB", shown)
+    assert re.search(r"peak memory of a GPU, predicted,( measuring sensitivities)? 7\.14 GB", shown)
     assert "sensitivity_ram_bytes" not in dry("Qwen2.5-72B", *options)
     table, budget = tmp_path / "s.json", [*texts[:6], "--bpw", "5"]
     assert run("sensitivity", tiny, *texts[:2], *texts[4:6], "-n", 4, "-o", table).exit_code == 0

@@ -23,6 +23,7 @@ from qwenq.model.layer import Network
 from qwenq.pipeline.evaluate import HeadWeights
 from qwenq.pipeline.fisher import _States, measure_sensitivity, sampled_gradients, split_windows
 from qwenq.pipeline.job import QuantizeJob
+from qwenq.pipeline.preflight import sensitivity_rows
 from qwenq.pipeline.quantize import quantize
 from qwenq.pipeline.ranks import Ranks
 from qwenq.planning.budget import recipe_of
@@ -110,6 +111,21 @@ def test_eight_bits_cost_the_square_of_the_step(table: Sensitivity, measured_kl:
     choice = dict.fromkeys(fused_groups(open_source(tiny).spec), Scheme(8, 64))
     predicted = sum(table.loss(fused, scheme) for fused, scheme in choice.items())
     assert 0.5 < predicted / measured_kl(choice) < 2
+
+
+def test_some_rows_tell_what_all_rows_do(
+    table: Sensitivity, tiny: Path, calib: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every third row of attention and every eleventh of the FFN, where a small model's table is of all rows."""
+    assert [len(sensitivity_rows(rows)) for rows in (64, 767, 768, 8192, 29568)] == [64, 767, 256, 264, 257]
+    monkeypatch.setattr("qwenq.pipeline.preflight.SENSITIVITY_ROWS", 32)
+    assert (len(sensitivity_rows(128)), len(sensitivity_rows(384))) == (43, 35)
+    probe = split_windows(text_windows(calib, tiny, 256))
+    some = measure_sensitivity(open_source(tiny), probe, scratch=tmp_path)
+    pairs = [(kl, some.loss(fused, scheme)) for fused, row in table.kl.items() for scheme, kl in row.items()]
+    ratios = [few / every for every, few in pairs]
+    assert 0.5 < min(ratios) and max(ratios) < 2 and len(set(ratios)) > 1
+    assert rank_correlation(*map(list, zip(*pairs, strict=True))) > 0.95
 
 
 @pytest.mark.slow
