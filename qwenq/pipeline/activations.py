@@ -152,10 +152,12 @@ def embed_tokens(
     directory: Path,
     convert: Convert = lambda name, tensor: tensor,
     gpu: torch.device | None = None,
+    written: Checkpoint | None = None,
 ) -> HiddenStates:
     """Hidden states entering the first layer; beyond SPILL_BYTES they lie in files under `directory`.
 
     convert: what the writer does to the stored embedding, which calibration and quantized hidden states begin with.
+    written: where the embedding is as it was written, which saves converting it again.
     gpu: that those of the calibration tokens are kept on, with their scratch.
     """
     spec, calibration_NT = source.spec, tokens.calibration_NT
@@ -186,7 +188,8 @@ def embed_tokens(
     states = {name: allocate(name, (*ids.shape, spec.hidden_size), kind) for name, (ids, kind) in wanted.items()}
     pairs = {name: (states[name], ids) for name, (ids, _) in wanted.items()}
     embed(source, {name: pair for name, pair in pairs.items() if name not in AS_WRITTEN})
-    embed(source, {name: pair for name, pair in pairs.items() if name in AS_WRITTEN}, convert)
+    as_written = {name: pair for name, pair in pairs.items() if name in AS_WRITTEN}
+    embed(*((source, as_written, convert) if written is None else (written, as_written)))
     return HiddenStates(states, shares, allocate("scratch", (scratch,), tokens.calibration_dtype))
 
 

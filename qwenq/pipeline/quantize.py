@@ -239,8 +239,10 @@ class _Run:
         gpu = gpu_for_states(self.job, self.calibrator.devices) if self.ranks.size == 1 else None
         if gpu is not None:
             self.listen(f"hidden states of the calibration tokens stay on {gpu}")
-        states = embed_tokens(self.job.source, self.job.tokens(self.ranks), self.work, self.job.convert, gpu)
         outer = self._write_ends() if self.ranks.first else {}
+        written = self._written(0) if self.ranks.size == 1 else None  # several ranks convert sooner than they send
+        tokens = self.job.tokens(self.ranks)
+        states = embed_tokens(self.job.source, tokens, self.work, self.job.convert, gpu, written)
         runner = LayerRunner(states.states, states.shares, self.workers)
         rows = self._recover(journal, states, runner)
         saved, interval_s = time.perf_counter(), _STATE_INTERVAL_S
@@ -395,9 +397,9 @@ class _Run:
     def _written_layer(self, layer: int) -> dict[str, torch.Tensor]:
         return self._written(layer + 1).layer_state(layer)
 
-    def _written(self, part: int) -> Checkpoint:
-        """A part as it was written: rank 0 reads it, and every rank dequantizes it, on its device."""
-        tensors = self.files.locations(self.work, part)
+    def _written(self, *parts: int) -> Checkpoint:
+        """Parts as they were written: rank 0 reads them, and every rank dequantizes them, on its device."""
+        tensors = {name: at for part in parts for name, at in self.files.locations(self.work, part).items()}
         config = dict(self.output.config)
         written = read_quantization_config(config["quantization_config"], "quantization_config")
         kind, place = (GGUFCheckpoint, self.work / self.files.names[0]) if self.files.whole else (Checkpoint, self.work)
@@ -476,8 +478,8 @@ class _Run:
 
     def _drift(self, states: HiddenStates) -> DriftReport:
         reference = quantized = HeadWeights(self.job.source)
-        if self.job.head_scheme is not None:
-            quantized = HeadWeights(self._written(self._end))
+        if self.job.head_scheme is not None or (self.job.converts and self.ranks.size == 1):
+            quantized = HeadWeights(self._written(0, self._end))
             _ = quantized.norm  # rank 0 reads it for all of them, whose windows are not equally many
         elif self.job.converts:
             quantized = HeadWeights(self.job.source, self.job.convert)
