@@ -63,7 +63,6 @@ def _sums(
     """
     (candidates, groups, rows), width = inverse_CSO.shape, w_SNO.shape[1]
     wu_CSO, u_CSO, uu_CSO = (torch.empty_like(inverse_CSO) for _ in range(3))
-    shift_CSO = None if start_CSO is None else -start_CSO * inverse_CSO
     subs = groups if w_SNO.is_cuda else min(groups, max(1, VALUES_AT_ONCE // (width * rows)))
     at_once = max(1, VALUES_AT_ONCE // (subs * width * rows))
     for low in range(0, groups, subs):
@@ -72,10 +71,10 @@ def _sums(
         for first in range(0, candidates, at_once):
             part = slice(first, first + at_once), own
             inverse_CS1O = inverse_CSO[part][:, :, None]
-            if shift_CSO is None:
+            if start_CSO is None:
                 unit_CSNO = nearest(w_SNO[own] * inverse_CS1O)
             else:
-                unit_CSNO = nearest(torch.addcmul(shift_CSO[part][:, :, None], w_SNO[own], inverse_CS1O))
+                unit_CSNO = nearest((w_SNO[own] - start_CSO[part][:, :, None]).mul_(inverse_CS1O))
                 u_CSO[part] = (p_S1N @ unit_CSNO)[:, :, 0]
             wu_CSO[part] = (weighted_SNO * unit_CSNO).sum(2)
             uu_CSO[part] = (p_S1N @ unit_CSNO.square_())[:, :, 0]
