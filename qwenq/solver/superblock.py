@@ -315,31 +315,24 @@ def _unit_rounder(scale_SO: Tensor, columns: int, units: _Units) -> ColumnRounde
 
 
 def _move_in_turn(
-    moved: Callable[[int, Tensor, Tensor], Tensor], size: int, h_KK: Tensor, error_KO: Tensor, slope_KO: Tensor
+    moved: Callable[[int, Tensor, Tensor], Tensor], subs: range, h_KK: Tensor, error_KO: Tensor, slope_KO: Tensor
 ) -> None:
-    """Move the values of one sub-group of `size` columns after the other, and bring error and slope up to date.
+    """Move the values of sub-groups `subs` one after the other, and bring error and slope of them up to date, in place.
 
     moved(sub, h_NN, slope_NO): how much the values of a sub-group rise, [N, O], from its block of H and its slope as it
     is by then. Halving recursively makes most of the work matmuls.
     """
-    change_KO = torch.empty_like(error_KO)
-
-    def move(first: int, count: int) -> None:
-        half = count // 2
-        if half == 0:
-            own = slice(first * size, (first + 1) * size)
-            change_KO[own] = moved(first, h_KK[own, own], slope_KO[own])
-            slope_KO[own].addmm_(h_KK[own, own], change_KO[own], alpha=-1)
-            return
-        middle = first + half
-        low, high = slice(first * size, middle * size), slice(middle * size, (first + count) * size)
-        move(first, half)
-        slope_KO[high].addmm_(h_KK[high, low], change_KO[low], alpha=-1)
-        move(middle, count - half)
-        slope_KO[low].addmm_(h_KK[low, high], change_KO[high], alpha=-1)
-
-    move(0, len(h_KK) // size)
-    error_KO.sub_(change_KO)
+    if len(subs) == 1:
+        change_NO = moved(subs[0], h_KK, slope_KO)
+        error_KO.sub_(change_NO)
+        slope_KO.addmm_(h_KK, change_NO, alpha=-1)
+        return
+    half, columns = len(subs) // 2, len(h_KK) // len(subs) * (len(subs) // 2)
+    low, high = slice(columns), slice(columns, None)
+    for these, own, other in ((subs[:half], low, high), (subs[half:], high, low)):
+        before_NO = error_KO[own].clone()
+        _move_in_turn(moved, these, h_KK[own, own], error_KO[own], slope_KO[own])
+        slope_KO[other].addmm_(h_KK[other, own], error_KO[own] - before_NO)
 
 
 @dataclass(frozen=True)
@@ -438,7 +431,7 @@ class SuperGrid(Grid):
             s_SO[sub] = torch.where(change_O == 0, s_SO[sub], wanted_O)
             return unit_NO * change_O
 
-        _move_in_turn(moved, self.sub_size, h_KK, error_KO, slope_KO)
+        _move_in_turn(moved, range(len(s_SO)), h_KK, error_KO, slope_KO)
         all_KO = (unit_SNO * s_SO[:, None]).flatten(0, 1)
         whole_KO = h_KK @ all_KO
         gain_O, norm_O = (all_KO * slope_KO).sum(0), (all_KO * whole_KO).sum(0)
@@ -582,6 +575,6 @@ class SuperAffineGrid(Grid):
             m_SO[sub] = torch.where(better_O, lowest_O, m_SO[sub])
             return torch.addcmul(shift_O, code_NO, change_O)
 
-        _move_in_turn(moved, self.sub_size, h_KK, error_KO, slope_KO)
+        _move_in_turn(moved, range(len(s_SO)), h_KK, error_KO, slope_KO)
         found = d_1O, dmin_1O, s_SO, m_SO
         return found, self.dequantize(codes_KO, found)
