@@ -157,7 +157,7 @@ def embed_tokens(
     """Hidden states entering the first layer; beyond SPILL_BYTES they lie in files under `directory`.
 
     convert: what the writer does to the stored embedding, which calibration and quantized hidden states begin with.
-    written: what has it already as it is written, where that is not a matter of each row by itself.
+    written: the embedding as it was written, where reading that back is quicker, or the only way.
     gpu: that those of the calibration tokens are kept on, with their scratch.
     """
     spec, calibration_NT = source.spec, tokens.calibration_NT

@@ -105,5 +105,6 @@ def solved_slices(
         shares = cut_rows({"head": len(weights["head"])}, ranks.size * len(devices))
         own = shares[ranks.rank * len(devices) :][: len(devices)]
         square_HH = triangle.square(hessian)  # overwritten
-        parts = solve_rows(devices, weights, square_HH, grid, own, products=products, **options)
+        place = {"head": (start, spec.vocab_size)}
+        parts = solve_rows(devices, weights, square_HH, grid, own, parts=place, products=products, **options)
         yield all_rows(ranks, parts, ["head"], grid, devices[0])["head"]

@@ -240,7 +240,8 @@ class _Run:
         gpu = gpu_for_states(self.job, self.calibrator.devices) if self.ranks.size == 1 else None
         if gpu is not None:
             self.listen(f"hidden states of the calibration tokens stay on {gpu}")
-        written = self._written(0) if self.job.head_windows else None
+        alone = self.ranks.size == 1
+        written = self._written(0) if self.job.head_windows or alone else None  # ranks convert sooner than they send
         states = embed_tokens(self.job.source, self.job.tokens(self.ranks), self.work, self.job.convert, gpu, written)
         runner = LayerRunner(states.states, states.shares, self.workers)
         rows = self._recover(journal, states, runner)
@@ -495,7 +496,7 @@ class _Run:
 
     def _drift(self, states: HiddenStates) -> DriftReport:
         reference = quantized = HeadWeights(self.job.source)
-        if self.job.head_scheme is not None:
+        if self.job.head_scheme is not None or (self.job.converts and self.ranks.size == 1):
             quantized = HeadWeights(self._written(*([0] if self.spec.tie_word_embeddings else []), self._end))
             _ = quantized.norm  # rank 0 reads it for all of them, whose windows are not equally many
         elif self.job.converts:

@@ -382,6 +382,11 @@ def _quadratic(e_IO: Tensor, rows: list[int], h_II: Tensor | None, diagonal_I: T
     return total_O[: len(rows)]
 
 
+def _squared_norms(e_IO: Tensor) -> Tensor:
+    """Sum of squares of each column, float32 [O]."""
+    return torch.stack([part_KO.square().sum(0) for part_KO in e_IO.split(SPAN)]).sum(0)
+
+
 def _sampled(first: int, whole: int, rows: int) -> list[int]:
     """From which rows the output error is estimated, of `rows` from `first` on of a weight of `whole` rows."""
     step = math.ceil(math.ceil(whole / ROW_BLOCK) / STAT_BLOCKS)
@@ -467,7 +472,7 @@ def solve_linears(
         for (name, w_OI), place in zip(weights.items(), places, strict=True)
     ]
     signals = [_quadratic(e_IO, rows, h_II, diagonal_I) for rows in samples]
-    weight_norm_O = torch.linalg.vector_norm(e_IO, dim=0).square()
+    weight_norm_O = _squared_norms(e_IO)
 
     tried, fallback = 0.0, ""
     if h_II is None or method == "rtn":
@@ -486,7 +491,7 @@ def solve_linears(
             for _ in range(sweeps):
                 _descend(e_IO, codes_IO, parameters, h_II, diagonal_I + damp, grid, products)
     errors = [_quadratic(e_IO, rows, h_II, diagonal_I) for rows in samples]
-    weight_error_O = torch.linalg.vector_norm(e_IO, dim=0).square()
+    weight_error_O = _squared_norms(e_IO)
     codes_IO, found = codes_IO[order_I.argsort()], [_in_column_order(p_NO, order_I) for p_NO in parameters.kept]
 
     out: dict[str, tuple[QTensor, SolveStats]] = {}

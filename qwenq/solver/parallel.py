@@ -45,6 +45,7 @@ def solve_rows(
     shares: Sequence[Mapping[str, range]],
     *,
     residuals: Mapping[str, ResidualCovariance] | None = None,
+    parts: Mapping[str, tuple[int, int]] | None = None,
     **options: Any,
 ) -> list[Solved]:
     """Like `solve_linears`, with the same arguments, but each device solves a share of every weight's rows.
@@ -56,9 +57,10 @@ def solve_rows(
 
     def solve(device: torch.device, share: Mapping[str, range], own_II: Tensor) -> Solved:
         own = {name: weights[name][rows.start : rows.stop].to(device) for name, rows in share.items()}
-        parts = {name: (rows.start, len(weights[name])) for name, rows in share.items()}
+        places = {name: (parts or {}).get(name, (0, len(weights[name]))) for name in share}
+        placed = {name: (first + share[name].start, whole) for name, (first, whole) in places.items()}
         lacking = {name: residuals[name].rows(share[name], device) for name in share if residuals and name in residuals}
-        return solve_linears(own, own_II, grid, residuals=lacking or None, parts=parts, **options)
+        return solve_linears(own, own_II, grid, residuals=lacking or None, parts=placed, **options)
 
     work = [(device, share) for device, share in zip(devices, shares, strict=True) if share]
     for device, _ in work:

@@ -11,7 +11,7 @@ Products are taken in the order in which llama.cpp takes them, so that every val
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 
@@ -40,12 +40,6 @@ def _quotient(top: Tensor, bottom: Tensor) -> Tensor:
     return (top / bottom).nan_to_num_(0.0, 0.0, 0.0)
 
 
-def _candidates(shrinks: Sequence[float], w_SNO: Tensor) -> Iterator[tuple[float, ...]]:
-    """Some of the candidates at a time: many for few weights, whose calls cost more than their arithmetic."""
-    at_once = max(1, VALUES_AT_ONCE // w_SNO.numel())
-    yield from (tuple(shrinks[first : first + at_once]) for first in range(0, len(shrinks), at_once))
-
-
 def _column(values: Iterable[float], like: Tensor) -> Tensor:
     """Float32 [C, 1, 1]"""
     return torch.tensor(list(values), dtype=torch.float32, device=like.device)[:, None, None]
@@ -53,6 +47,38 @@ def _column(values: Iterable[float], like: Tensor) -> Tensor:
 
 def _as_found(value: Tensor) -> Tensor:
     return value
+
+
+def _sums(
+    w_SNO: Tensor,
+    importance_SN1: Tensor,
+    inverse_CSO: Tensor,
+    start_CSO: Tensor | None,
+    nearest: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted sums over N of w u, u and u u, [C, S, O] each: u the `nearest` units of (w - start) * inverse.
+
+    Without a start there are no sums of u. `nearest` may overwrite what it is given. On a CPU some sub-groups and
+    candidates at a time: many of few weights, whose calls cost more than their arithmetic.
+    """
+    (candidates, groups, rows), width = inverse_CSO.shape, w_SNO.shape[1]
+    wu_CSO, u_CSO, uu_CSO = (torch.empty_like(inverse_CSO) for _ in range(3))
+    subs = groups if w_SNO.is_cuda else min(groups, max(1, VALUES_AT_ONCE // (width * rows)))
+    at_once = max(1, VALUES_AT_ONCE // (subs * width * rows))
+    for low in range(0, groups, subs):
+        own = slice(low, low + subs)
+        weighted_SNO, p_S1N = w_SNO[own] * importance_SN1[own], importance_SN1[own].mT
+        for first in range(0, candidates, at_once):
+            part = slice(first, first + at_once), own
+            inverse_CS1O = inverse_CSO[part][:, :, None]
+            if start_CSO is None:
+                unit_CSNO = nearest(w_SNO[own] * inverse_CS1O)
+            else:
+                unit_CSNO = nearest((w_SNO[own] - start_CSO[part][:, :, None]).mul_(inverse_CS1O))
+                u_CSO[part] = (p_S1N @ unit_CSNO)[:, :, 0]
+            wu_CSO[part] = (weighted_SNO * unit_CSNO).sum(2)
+            uu_CSO[part] = (p_S1N @ unit_CSNO.square_())[:, :, 0]
+    return wu_CSO, u_CSO, uu_CSO
 
 
 def _affine_search(
@@ -67,41 +93,32 @@ def _affine_search(
     """Scale and minimum [S, O] of `scale * code - minimum`, codes 0 to `top`, of least weighted error.
 
     Each candidate gives codes; scale and minimum of least squares for these codes, and what they leave of the error
-    once they are `stored`, follow from a few sums. positive: no minimum below 0.
+    once they are `stored`, follow from a few sums.
+    positive: no minimum below 0.
     """
     low_SO, high_SO = w_SNO.amin(1), w_SNO.amax(1)
     if positive:
         low_SO = low_SO.clamp(max=0)
-    weighted_SNO = w_SNO * importance_SN1
-    p_S1, w_SO = importance_SN1.sum(1), weighted_SNO.sum(1)
-    span_SO, sum_SO = high_SO - low_SO, high_SO + low_SO
-    least_SO, scale_SO, minimum_SO = torch.full_like(low_SO, torch.inf), span_SO / top, -low_SO
-    for shrinks in _candidates(SHRINK, w_SNO):
-        inverse_CSO = _inverse(span_SO * _column((shrink / top for shrink in shrinks), w_SNO))
-        start_CSO = low_SO * _column(shrinks, w_SNO)
-        if not positive:
-            start_CSO += sum_SO * _column(((1 - shrink) / 2 for shrink in shrinks), w_SNO)
-        q_CSNO = w_SNO - start_CSO[:, :, None]
-        q_CSNO.mul_(inverse_CSO[:, :, None]).round_().clamp_(0, top)
-        product_CSNO = weighted_SNO * q_CSNO
-        wq_CSO = product_CSNO.sum(2)
-        q_CSO = torch.mul(importance_SN1, q_CSNO, out=product_CSNO).sum(2)
-        qq_CSO = torch.mul(importance_SN1, q_CSNO.square_(), out=product_CSNO).sum(2)
-        s_CSO = _quotient(p_S1 * wq_CSO - q_CSO * w_SO, p_S1 * qq_CSO - q_CSO * q_CSO)
-        if positive:
-            s_CSO = torch.where(s_CSO * q_CSO < w_SO, _quotient(wq_CSO, qq_CSO), s_CSO)
-        s_CSO = stored(s_CSO)
-        m_CSO = (s_CSO * q_CSO - w_SO) / p_S1
-        m_CSO = stored_minimum(m_CSO.clamp_(min=0) if positive else m_CSO)
-        error_CSO = s_CSO * (s_CSO * qq_CSO - 2 * wq_CSO)  # over what is lost with nothing but zeros
-        error_CSO += m_CSO * (m_CSO * p_S1 + 2 * (w_SO - s_CSO * q_CSO))
-        error_CSO.masked_fill_(~((error_CSO < torch.inf) & (s_CSO > 0)), torch.inf)
-        error_SO, index_SO = error_CSO.min(0)
-        better_SO = error_SO < least_SO
-        least_SO = torch.where(better_SO, error_SO, least_SO)
-        scale_SO = torch.where(better_SO, s_CSO.gather(0, index_SO[None])[0], scale_SO)
-        minimum_SO = torch.where(better_SO, m_CSO.gather(0, index_SO[None])[0], minimum_SO)
-    return scale_SO, minimum_SO
+    p_S1, w_SO = importance_SN1.sum(1), (w_SNO * importance_SN1).sum(1)
+    span_SO, shrink_C11 = high_SO - low_SO, _column(SHRINK, w_SNO)
+    start_CSO = low_SO * shrink_C11
+    if not positive:
+        start_CSO += (high_SO + low_SO) * ((1 - shrink_C11) / 2)
+    inverse_CSO = _inverse(span_SO * (shrink_C11 / top))
+    wq_CSO, q_CSO, qq_CSO = _sums(w_SNO, importance_SN1, inverse_CSO, start_CSO, lambda x: x.round_().clamp_(0, top))
+    s_CSO = _quotient(p_S1 * wq_CSO - q_CSO * w_SO, p_S1 * qq_CSO - q_CSO * q_CSO)
+    if positive:
+        s_CSO = torch.where(s_CSO * q_CSO < w_SO, _quotient(wq_CSO, qq_CSO), s_CSO)
+    s_CSO = stored(s_CSO)
+    m_CSO = (s_CSO * q_CSO - w_SO) / p_S1
+    m_CSO = stored_minimum(m_CSO.clamp_(min=0) if positive else m_CSO)
+    error_CSO = s_CSO * (s_CSO * qq_CSO - 2 * wq_CSO)  # over what is lost with nothing but zeros
+    error_CSO += m_CSO * (m_CSO * p_S1 + 2 * (w_SO - s_CSO * q_CSO))
+    error_CSO.masked_fill_(~((error_CSO < torch.inf) & (s_CSO > 0)), torch.inf)
+    least_1SO, index_1SO = error_CSO.min(0, keepdim=True)
+    found_1SO = least_1SO < torch.inf
+    scale_1SO = torch.where(found_1SO, s_CSO.gather(0, index_1SO), span_SO / top)
+    return scale_1SO[0], torch.where(found_1SO, m_CSO.gather(0, index_1SO), -low_SO)[0]
 
 
 @dataclass(frozen=True)
@@ -143,7 +160,9 @@ class AffineGrid(Grid):
     ) -> tuple[Parameters, Tensor]:
         scale_1O, minimum_1O = parameters
         before_KO = self.dequantize(codes_KO, parameters)
-        step_O, raise_O = _least_squares(codes_KO, h_KK @ codes_KO, h_KK.sum(1), float(h_KK.sum()), slope_KO)
+        uu_O, u1_O = (h_KK @ codes_KO).mul_(codes_KO).sum(0), h_KK.sum(1) @ codes_KO
+        us_O, s_O = (codes_KO * slope_KO).sum(0), slope_KO.sum(0)
+        step_O, raise_O = _least_squares(uu_O, u1_O, us_O, s_O, float(h_KK.sum()))
         found = _float16(scale_1O + step_O), _float16(minimum_1O + raise_O)
         after_KO = self.dequantize(codes_KO, found)
         move(after_KO - before_KO, h_KK, error_KO, slope_KO)
@@ -151,14 +170,12 @@ class AffineGrid(Grid):
 
 
 def _least_squares(
-    unit_KO: Tensor, spread_KO: Tensor, h_K: Tensor, h_sum: float, slope_KO: Tensor
+    uu_O: Tensor, u1_O: Tensor, us_O: Tensor, s_O: Tensor, h_sum: float
 ) -> tuple[Tensor, Tensor]:
     """How far scale and an added constant [O] of some columns should move: two normal equations a row.
 
-    spread_KO: H times the units; h_K, h_sum: H times ones, and its sum, over the same columns.
+    uu, u1: units' and the constant's products under H; us, s: theirs with the slope; h_sum: the sum of H.
     """
-    uu_O, u1_O = (unit_KO * spread_KO).sum(0), h_K @ unit_KO
-    us_O, s_O = (unit_KO * slope_KO).sum(0), slope_KO.sum(0)
     both_O = uu_O * h_sum - u1_O * u1_O
     return _quotient(us_O * h_sum - s_O * u1_O, both_O), _quotient(s_O * uu_O - us_O * u1_O, both_O)
 
@@ -211,6 +228,12 @@ class _Units:
             return value.round().add_(self.zero).clamp_(0, self.top)
         return torch.bucketize(value.contiguous(), _table(self.levels, value.device)[1]).float()
 
+    def rounded(self, value: Tensor) -> Tensor:
+        """The units nearest to values in units; it may overwrite them."""
+        if self.even:
+            return value.round_().clamp_(-self.zero, self.top - self.zero)
+        return self.of(self.nearest(value))
+
 
 def _scale_search(
     w_SNO: Tensor, importance_SN1: Tensor, units: _Units, stored: Callable[[Tensor], Tensor] = _as_found
@@ -219,23 +242,14 @@ def _scale_search(
     either end where units are unequal.
     """
     low_SO, high_SO = w_SNO.amin(1), w_SNO.amax(1)
-    far_SO = torch.where(high_SO > -low_SO, high_SO, low_SO)
-    full_SO = far_SO / units.most
-    weighted_SNO = w_SNO * importance_SN1
-    best_SO, scale_SO = torch.full_like(full_SO, -torch.inf), full_SO
-    for shrinks in _candidates(SHRINK if units.even else (*SHRINK, *(-shrink for shrink in SHRINK)), w_SNO):
-        inverse_CSO = _inverse(full_SO * _column(shrinks, w_SNO))
-        u_CSNO = units.of(units.nearest(w_SNO * inverse_CSO[:, :, None]))
-        product_CSNO = weighted_SNO * u_CSNO
-        cross_CSO = product_CSNO.sum(2)
-        norm_CSO = torch.mul(importance_SN1, u_CSNO.square_(), out=product_CSNO).sum(2)
-        found_CSO = stored(_quotient(cross_CSO, norm_CSO))
-        gain_CSO = (found_CSO * (2 * cross_CSO - found_CSO * norm_CSO)).nan_to_num_(-torch.inf, torch.inf, -torch.inf)
-        gain_SO, index_SO = gain_CSO.max(0)
-        better_SO = gain_SO > best_SO
-        best_SO = torch.where(better_SO, gain_SO, best_SO)
-        scale_SO = torch.where(better_SO, found_CSO.gather(0, index_SO[None])[0], scale_SO)
-    return scale_SO
+    full_SO = torch.where(high_SO > -low_SO, high_SO, low_SO) / units.most
+    shrinks = SHRINK if units.even else (*SHRINK, *(-shrink for shrink in SHRINK))
+    inverse_CSO = _inverse(full_SO * _column(shrinks, w_SNO))
+    cross_CSO, _, norm_CSO = _sums(w_SNO, importance_SN1, inverse_CSO, None, units.rounded)
+    found_CSO = stored(_quotient(cross_CSO, norm_CSO))
+    gain_CSO = (found_CSO * (2 * cross_CSO - found_CSO * norm_CSO)).nan_to_num_(-torch.inf, torch.inf, -torch.inf)
+    best_1SO, index_1SO = gain_CSO.max(0, keepdim=True)
+    return torch.where(best_1SO > -torch.inf, found_CSO.gather(0, index_1SO), full_SO)[0]
 
 
 IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # of llama.cpp's IQ4 types
@@ -300,6 +314,27 @@ def _unit_rounder(scale_SO: Tensor, columns: int, units: _Units) -> ColumnRounde
 # ---------------------------------------------------------------------- super-blocks
 
 
+def _move_in_turn(
+    moved: Callable[[int, Tensor, Tensor], Tensor], subs: range, h_KK: Tensor, error_KO: Tensor, slope_KO: Tensor
+) -> None:
+    """Move the values of sub-groups `subs` one after the other, and bring error and slope of them up to date, in place.
+
+    moved(sub, h_NN, slope_NO): how much the values of a sub-group rise, [N, O], from its block of H and its slope as it
+    is by then. Halving recursively makes most of the work matmuls.
+    """
+    if len(subs) == 1:
+        change_NO = moved(subs[0], h_KK, slope_KO)
+        error_KO.sub_(change_NO)
+        slope_KO.addmm_(h_KK, change_NO, alpha=-1)
+        return
+    half, columns = len(subs) // 2, len(h_KK) // len(subs) * (len(subs) // 2)
+    low, high = slice(columns), slice(columns, None)
+    for these, own, other in ((subs[:half], low, high), (subs[half:], high, low)):
+        before_NO = error_KO[own].clone()
+        _move_in_turn(moved, these, h_KK[own, own], error_KO[own], slope_KO[own])
+        slope_KO[other].addmm_(h_KK[other, own], error_KO[own] - before_NO)
+
+
 @dataclass(frozen=True)
 class SuperGrid(Grid):
     """d * s * u(code): d a float16 for all 256 columns [1, O], s an integer for each sub-group [S, O].
@@ -338,8 +373,8 @@ class SuperGrid(Grid):
         d_1O = self._super(scale_SO)
         s_SO = self._coded(scale_SO, d_1O)
         for _ in range(ROUNDS):
-            u_SNO = units.of(units.nearest(w_SNO * _inverse(d_1O * s_SO)[:, None]))
-            cross_SO, norm_SO = (p_SN1 * w_SNO * u_SNO).sum(1), (p_SN1 * u_SNO.square()).sum(1)
+            inverse_1SO = _inverse(d_1O * s_SO)[None]
+            (cross_SO,), _, (norm_SO,) = _sums(w_SNO, p_SN1, inverse_1SO, None, units.rounded)
             d_1O = _float16(_quotient((s_SO * cross_SO).sum(0, True), (s_SO * s_SO * norm_SO).sum(0, True)))
             s_SO = self._coded(_quotient(cross_SO, norm_SO), d_1O)
         return d_1O, s_SO
@@ -386,20 +421,19 @@ class SuperGrid(Grid):
         """Each sub-group's integer in turn, then the super-block's scale, where that lowers the error."""
         d_1O, s_SO = parameters[0], parameters[1].clone()
         unit_SNO = self._units.of(codes_KO).unflatten(0, (-1, self.sub_size))
-        whole_KO = torch.zeros_like(slope_KO)  # H times s * units
-        for sub in range(len(s_SO)):
-            own = slice(sub * self.sub_size, (sub + 1) * self.sub_size)
+
+        def moved(sub: int, h_NN: Tensor, slope_NO: Tensor) -> Tensor:
             unit_NO = unit_SNO[sub]
-            spread_KO = h_KK[:, own] @ unit_NO
-            gain_O, norm_O = (unit_NO * slope_KO[own]).sum(0), (unit_NO * spread_KO[own]).sum(0)
+            gain_O, norm_O = (unit_NO * slope_NO).sum(0), (h_NN @ unit_NO).mul_(unit_NO).sum(0)
             wanted_O = self._coded(s_SO[sub] * d_1O[0] + _quotient(gain_O, norm_O), d_1O)[0]
             change_O = (wanted_O - s_SO[sub]) * d_1O[0]
             change_O = torch.where(change_O * (change_O * norm_O - 2 * gain_O) < 0, change_O, 0.0)
             s_SO[sub] = torch.where(change_O == 0, s_SO[sub], wanted_O)
-            error_KO[own].addcmul_(unit_NO, change_O, value=-1)
-            slope_KO.addcmul_(spread_KO, change_O, value=-1)
-            whole_KO.addcmul_(spread_KO, s_SO[sub])
+            return unit_NO * change_O
+
+        _move_in_turn(moved, range(len(s_SO)), h_KK, error_KO, slope_KO)
         all_KO = (unit_SNO * s_SO[:, None]).flatten(0, 1)
+        whole_KO = h_KK @ all_KO
         gain_O, norm_O = (all_KO * slope_KO).sum(0), (all_KO * whole_KO).sum(0)
         change_1O = _float16(d_1O + _quotient(gain_O, norm_O)) - d_1O
         change_1O = torch.where(change_1O * (change_1O * norm_O - 2 * gain_O) < 0, change_1O, 0.0)
@@ -446,11 +480,11 @@ class SuperAffineGrid(Grid):
         s_SO, m_SO = self._coded(scale_SO, d_1O), self._coded(minimum_SO, dmin_1O)
         if importance_K is None:
             return d_1O, dmin_1O, s_SO, m_SO
-        pw_SNO = p_SN1 * w_SNO
-        w_SO, p_S1 = pw_SNO.sum(1), p_SN1.sum(1)
+        w_SO, p_S1 = (p_SN1 * w_SNO).sum(1), p_SN1.sum(1)
         for _ in range(ROUNDS):
-            q_SNO = self._nearest(w_SNO, d_1O * s_SO, dmin_1O * m_SO)
-            wq_SO, q_SO, qq_SO = (pw_SNO * q_SNO).sum(1), (p_SN1 * q_SNO).sum(1), (p_SN1 * q_SNO.square()).sum(1)
+            inverse_1SO, start_1SO = _inverse(d_1O * s_SO)[None], -(dmin_1O * m_SO)[None]
+            sums = _sums(w_SNO, p_SN1, inverse_1SO, start_1SO, lambda x: x.round_().clamp_(0, self.top))
+            (wq_SO,), (q_SO,), (qq_SO,) = sums
             # least squares over the whole super-block: (d, dmin) of the integers as they are
             ss_1O, sm_1O, mm_1O = (
                 (a * b).sum(0, True) for a, b in ((s_SO * s_SO, qq_SO), (s_SO * m_SO, q_SO), (m_SO * m_SO, p_S1))
@@ -521,27 +555,26 @@ class SuperAffineGrid(Grid):
         d_1O, dmin_1O = parameters[:2]
         s_SO, m_SO = (p_SO.clone() for p_SO in parameters[2:])
         codes_SNO = codes_KO.unflatten(0, (-1, self.sub_size))
-        for sub in range(len(s_SO)):
-            own = slice(sub * self.sub_size, (sub + 1) * self.sub_size)
-            h_KN, code_NO = h_KK[:, own], codes_SNO[sub]
-            spread_KO, ones_K = h_KN @ code_NO, h_KN.sum(1)
-            own_slope_NO, total = slope_KO[own], float(ones_K[own].sum())
-            step_O, _ = _least_squares(code_NO, spread_KO[own], ones_K[own], total, own_slope_NO)
+
+        def moved(sub: int, h_NN: Tensor, slope_NO: Tensor) -> Tensor:
+            code_NO, total = codes_SNO[sub], float(h_NN.sum())
+            uu_O, u1_O = (h_NN @ code_NO).mul_(code_NO).sum(0), h_NN.sum(1) @ code_NO
+            us_O, slope_O = (code_NO * slope_NO).sum(0), slope_NO.sum(0)
+            step_O, _ = _least_squares(uu_O, u1_O, us_O, slope_O, total)
             wanted_O = self._coded(s_SO[sub] * d_1O[0] + step_O, d_1O)[0]
             change_O = (wanted_O - s_SO[sub]) * d_1O[0]
             # the constant of least error once the scale has moved by so much
-            u1_O, slope_O = ones_K[own] @ code_NO, own_slope_NO.sum(0)
             raise_O = (slope_O - change_O * u1_O) / total
             lowest_O = self._coded(m_SO[sub] * dmin_1O[0] - raise_O, dmin_1O)[0]
             shift_O = (m_SO[sub] - lowest_O) * dmin_1O[0]
-            uu_O, us_O = (code_NO * spread_KO[own]).sum(0), (code_NO * own_slope_NO).sum(0)
             grown_O = change_O * (change_O * uu_O + 2 * shift_O * u1_O - 2 * us_O)
             grown_O += shift_O * (shift_O * total - 2 * slope_O)
             better_O = grown_O < 0
             change_O, shift_O = torch.where(better_O, change_O, 0.0), torch.where(better_O, shift_O, 0.0)
             s_SO[sub] = torch.where(better_O, wanted_O, s_SO[sub])
             m_SO[sub] = torch.where(better_O, lowest_O, m_SO[sub])
-            error_KO[own].addcmul_(code_NO, change_O, value=-1).sub_(shift_O)
-            slope_KO.addcmul_(spread_KO, change_O, value=-1).addcmul_(ones_K[:, None], shift_O[None], value=-1)
+            return torch.addcmul(shift_O, code_NO, change_O)
+
+        _move_in_turn(moved, range(len(s_SO)), h_KK, error_KO, slope_KO)
         found = d_1O, dmin_1O, s_SO, m_SO
         return found, self.dequantize(codes_KO, found)
