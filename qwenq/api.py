@@ -187,7 +187,7 @@ def sensitivity(
     ranks = ranks or ALONE
     path = None if output is None or not ranks.first else Path(output)
     if path is not None and path.exists():
-        raise JobError(f"{path}: exists already", hint="choose another --output, or delete it")
+        raise JobError(f"{path}: already exists", hint="choose another --output, or delete it")
     scratch = Path.cwd() if path is None else path.absolute().parent
     if not ranks.first:
         scratch = Path(tempfile.gettempdir())

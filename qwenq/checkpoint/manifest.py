@@ -91,7 +91,7 @@ def refuse_strangers(work: Path, names: Collection[str]) -> None:
     """Raise JobError for the first file of `work` that is neither one of `names` nor a job's own, and for any link."""
     for path in files_in(work):
         if not stat.S_ISREG(path.lstat().st_mode):
-            raise JobError(f"{path}: a link or no regular file", hint="move it elsewhere, then continue with --resume")
+            raise JobError(f"{path}: a link or not a regular file", hint="move it away, then continue with --resume")
         scratch = path.name.startswith(SCRATCH_PREFIX) or path.name.endswith(TORN_ENDING)
         if not scratch and path.relative_to(work).as_posix() not in (*names, MANIFEST_NAME, JOURNAL_NAME):
             raise JobError(f"{path}: not a file of this job", hint="move it elsewhere, then continue with --resume")

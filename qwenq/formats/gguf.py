@@ -557,8 +557,8 @@ class Gguf(Format):
             if stored != kind and kind not in SOURCES:
                 fallen.setdefault((kind, lin.in_features, stored), []).append(lin.kind)
         return [
-            f"rows of {columns} are no whole blocks of {kind}: {', '.join(dict.fromkeys(kinds))} in {stored} "
-            f"({len(kinds)} tensors), as llama.cpp has it"
+            f"rows of {columns} are not whole blocks of {kind}: {', '.join(dict.fromkeys(kinds))} in {stored} "
+            f"({len(kinds)} tensors), as in llama.cpp"
             for (kind, columns, stored), kinds in fallen.items()
         ]
 
@@ -601,8 +601,8 @@ class Gguf(Format):
         zero_OG = torch.where(minimum_OG == 0, 0.0, -minimum_OG / scale_OG).nan_to_num(-1.0, -1.0, -1.0).round()
         if not bool(((zero_OG >= 0) & (zero_OG <= 15) & (-zero_OG * scale_OG == minimum_OG)).all()):
             raise CheckpointError(
-                f"{lin.name}: minima of its Q4_1 groups are no whole multiples of their scales, so no zero points say "
-                "the same"
+                f"{lin.name}: minima of its Q4_1 groups are not whole multiples of their scales, so zero "
+                "points cannot express them"
             )
         return QTensor(q.codes_OI, (q.parameters[0], zero_OG.to(torch.uint8)), IntegerGrid(4, 32, False))
 

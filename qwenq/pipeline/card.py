@@ -62,7 +62,7 @@ def model_card(
     lines += [
         f"{markdown(name)} quantized by qwenq {markdown(str(job['qwenq']))} to "
         f"{described['bits_per_linear_weight']:.3f} bits per linear weight: {format_gb(described['file_bytes'])} of "
-        f"tensors in the {markdown(recipe.format)} format. What that loses was measured against the 16-bit model, "
+        f"tensors in the {markdown(recipe.format)} format. Its loss against the 16-bit model was measured and is shown "
         "below.",
         "",
         "## Warnings and fallbacks",
@@ -84,10 +84,10 @@ def model_card(
         "",
         "## Limits",
         "",
-        "- The drift is of one text. Another language or task can lose more; read it on text like your own with "
-        "`qwenq eval`.",
-        "- Nothing else was evaluated: no tasks, no safety. What is known of the original holds at best.",
-        "- Which engines were tried with such checkpoints, and which were not, is in qwenq's `docs/limits.md`.",
+        "- The loss was measured on one text. Other languages or tasks can lose more; `qwenq eval` measures it on text "
+        "like your own.",
+        "- Nothing else was evaluated, neither tasks nor safety. Results known for the original are an upper bound.",
+        "- qwenq's `docs/limits.md` lists which engines were tested with such checkpoints.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -138,7 +138,7 @@ def _warnings(warnings: Sequence[str]) -> Iterator[str]:
     if len(warnings) > _MAX_WARNINGS:
         yield f"- and {len(warnings) - _MAX_WARNINGS} more, in `qwenq-manifest.json`"
     if not warnings:
-        yield "None: every linear was solved as asked."
+        yield "None: every linear was quantized as requested."
 
 
 def _drift(drift: Mapping[str, Any]) -> Iterator[str]:
@@ -151,7 +151,7 @@ def _drift(drift: Mapping[str, Any]) -> Iterator[str]:
         return [label, figure(mean, spec, unit), interval]
 
     yield (
-        f"Read on {code(shown(str(drift['text'])))}: {drift['windows']} windows of {drift['window_tokens']} tokens, "
+        f"Measured on {code(shown(str(drift['text'])))}: {drift['windows']} windows of {drift['window_tokens']} tokens, "
         f"computed in {markdown(str(drift['compute_dtype']))}."
     )
     yield ""
@@ -220,7 +220,7 @@ def _provenance(
     folded = job["options"].get("fold") and job["calibration"] is not None
     yield f"- Scheme: {markdown(schemes)}; {_outside_layers(spec, recipe, outside, bool(folded))}."
     if folded:
-        yield "- Channel scales are folded into norms and `up_proj`: adapters trained on the original do not fit."
+        yield "- Channel scales are folded into norms and `up_proj`: adapters trained on the original do not fit it."
     options = ", ".join(f"{key} {value}" for key, value in job["options"].items())
     yield f"- Options: {markdown(shown(options, 2000))}, seed {job['seed']}."
     calibration = job["calibration"]

@@ -226,7 +226,7 @@ class QuantizeConfig:
         form = get_format(check_format(self.format))
         for name in ("group_size", "asymmetric"):
             if form.mixtures and getattr(self, name) is not None:
-                raise UsageError(f"--format {self.format}: {flag(name)} is no choice, types have their own")
+                raise UsageError(f"--format {self.format}: {flag(name)} does not apply: each type has its own")
         if self.asymmetric and given and not form.mixes_zero_points:
             raise ExcludedOptions(
                 f"--asymmetric with {given[0]} wants --format {carry_zero_points()}: no other mixed format's zero "
@@ -262,7 +262,7 @@ class QuantizeConfig:
             )
         if form.mixtures:
             if self.mixture and self.dtype != "auto":
-                raise ExcludedOptions(f"--dtype is no choice: {self.mixture} says the type of every tensor")
+                raise ExcludedOptions(f"--dtype does not apply: {self.mixture} sets the type of every tensor")
         elif not self.mixed:
             self.scheme()
 
@@ -357,7 +357,7 @@ class QuantizeConfig:
             for name, value in only.items():
                 if getattr(self, name) not in (None, value):
                     raise UsageError(
-                        f"--format {self.format} is {fixed.label}: {flag(name)} is no choice", hint="leave it out"
+                        f"--format {self.format} is {fixed.label}: {flag(name)} does not apply", hint="leave it out"
                     )
             return fixed
         asymmetric = form.asymmetric if self.asymmetric is None else self.asymmetric

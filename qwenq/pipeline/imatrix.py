@@ -59,7 +59,7 @@ def check_imatrix(path: Path, spec: ModelSpec, *, resume: bool) -> None:
     """
     gguf_names(spec)
     if path.exists() and not (resume and _is_imatrix(path)):
-        raise JobError(f"{path}: exists already", hint="choose another --save-imatrix, or delete it")
+        raise JobError(f"{path}: already exists", hint="choose another --save-imatrix, or delete it")
     if not path.absolute().parent.is_dir():
         raise JobError(f"{path}: no place for a file", hint="choose another --save-imatrix")
 

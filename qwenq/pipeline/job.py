@@ -60,7 +60,7 @@ def refuse_place(out: Path, source: Path) -> None:
             f"{out}: the output may not be the model's own directory or inside it", hint="choose another directory"
         )
     if os.path.lexists(out):
-        raise JobError(f"{out}: exists already", hint="choose another directory, or delete it")
+        raise JobError(f"{out}: already exists", hint="choose another directory, or delete it")
 
 
 @dataclass(frozen=True)

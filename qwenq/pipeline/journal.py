@@ -238,7 +238,7 @@ def _lock_file(path: Path, directory: int) -> IO[str]:
         if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             raise
         raise JobError(
-            f"{path}: a link or no regular file, wanted a lock", hint="nothing of qwenq's makes one: look what it is"
+            f"{path}: a link or not a regular file, wanted a lock", hint="not made by qwenq: look at what it is"
         ) from None
 
 

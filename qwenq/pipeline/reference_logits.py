@@ -71,7 +71,7 @@ class LogitsFile:
     def check(self, path: Path) -> None:
         """Raise JobError where the file cannot be made at `path`."""
         if path.exists():
-            raise JobError(f"{path}: exists already", hint="choose another --save-reference-logits, or delete it")
+            raise JobError(f"{path}: already exists", hint="choose another --save-reference-logits, or delete it")
         parent = path.absolute().parent
         if not parent.is_dir():
             raise JobError(f"{parent}: no such directory", hint="make it, or choose another --save-reference-logits")

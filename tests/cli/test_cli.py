@@ -176,8 +176,8 @@ def test_options_that_mean_nothing(command: Callable[..., list[str]]) -> None:
             "--format exl2: wanted one of gptq, awq, compressed-tensors, gguf, bnb-nf4, bnb-int8",
             None,
         ),
-        (command(format="gguf"), "--format gguf: --group-size is no choice, types have their own", None),
-        (command(format="bnb-nf4"), "--format bnb-nf4 is NF4 g64: --group-size is no choice", "leave it out"),
+        (command(format="gguf"), "--format gguf: --group-size does not apply: each type has its own", None),
+        (command(format="bnb-nf4"), "--format bnb-nf4 is NF4 g64: --group-size does not apply", "leave it out"),
         (command(dtype="float64"), "--dtype float64: wanted auto, float16 or bfloat16", None),
         (
             command(compute_dtype="float16"),
@@ -214,7 +214,7 @@ def test_errors_of_quantize(command: Callable[..., list[str]], tiny: Path, tmp_p
         ),
         (
             command(output=tmp_path / "there"),
-            f"{tmp_path}/there: exists already",
+            f"{tmp_path}/there: already exists",
             "choose another directory, or delete it",
         ),
         (

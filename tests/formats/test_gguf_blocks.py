@@ -147,4 +147,4 @@ def test_types_of_a_mixture() -> None:
     assert wanted_types(small, "Q4_K_M")["model.embed_tokens"] == "Q8_0"
     assert wanted_types(small, "Q4_0")["model.embed_tokens"] == "Q6_K"
     notes = GGUF.notes("Q4_0", small)
-    assert notes == ["rows of 896 are no whole blocks of Q6_K: embed_tokens in Q8_0 (1 tensors), as llama.cpp has it"]
+    assert notes == ["rows of 896 are not whole blocks of Q6_K: embed_tokens in Q8_0 (1 tensors), as in llama.cpp"]

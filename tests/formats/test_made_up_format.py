@@ -116,7 +116,7 @@ def test_a_format_of_ones_own(random_model: Any, calib: Path, heldout: Path, tmp
 def test_what_it_cannot_do_is_said(random_model: Any, tiny: Path, tmp_path: Path) -> None:
     narrow = answer("quantize", tiny, "-o", tmp_path / "out", "--format", "super", "--dry-run", code=1)
     assert narrow.startswith("error: model.layers.0.self_attn.q_proj: super-blocks of 256 do not divide its 128 inputs")
-    assert "error: --format super is S4: --bits is no choice" in answer(
+    assert "error: --format super is S4: --bits does not apply" in answer(
         "quantize", tiny, "-o", tmp_path / "out", "--format", "super", "--bits", 8, "--dry-run", code=2
     )
     with pytest.raises(PlanError, match="format gptq cannot hold S4"):

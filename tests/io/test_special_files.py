@@ -103,7 +103,7 @@ def test_no_link_is_resumed_into_the_output(name: str, tiny: Path, victim: Path,
     if (work / name).exists():
         shutil.move(work / name, moved)
     (work / name).symlink_to(moved if moved.exists() else victim)
-    with pytest.raises(JobError, match=f"{name}: a link or no regular file"):
+    with pytest.raises(JobError, match=f"{name}: a link or not a regular file"):
         quantize(job, resume=True)
     assert victim.read_text() == "precious" and not job.out.exists()
     assert {path.name for path in tmp_path.iterdir()} - {"moved"} == before

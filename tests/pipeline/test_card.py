@@ -51,8 +51,8 @@ def test_the_card_of_a_run(tmp_path: Path) -> None:
     lines = body.splitlines()
     for wanted in (
         "# Qwen/Qwen2.5-72B-Instruct, 4-bit g64",
-        "None: every linear was solved as asked.",
-        "Read on `heldout`: 20 windows of 512 tokens, computed in float32.",
+        "None: every linear was quantized as requested.",
+        "Measured on `heldout`: 20 windows of 512 tokens, computed in float32.",
         "| KL divergence from the 16-bit model, nats per token | 0.02000 | 0.01800 to 0.02400 |",
         "| top-1 agreement | 80.00 % | 78.00 to 82.00 |",
         "| perplexity increase | +10.00 % | +8.00 to +12.00 |",

@@ -153,7 +153,7 @@ def test_what_cannot_be_held_is_refused(random_model: Make, tmp_path: Path) -> N
 def test_places(random_model: Make, tmp_path: Path) -> None:
     quantize(small_job(random_model(), tmp_path / "a"))
     (tmp_path / "there").mkdir()
-    for out, message in ((tmp_path / "there", "exists already"), (tmp_path / "a" / "b", "inside it")):
+    for out, message in ((tmp_path / "there", "already exists"), (tmp_path / "a" / "b", "inside it")):
         with pytest.raises(JobError, match=message):
             convert(open_checkpoint(tmp_path / "a"), out, "awq")
     (tmp_path / "b.partial").mkdir()

@@ -63,11 +63,11 @@ def test_a_mixture_of_16_bits_is_that_whatever_the_source_has(
     assert kinds == {mixture, "F32"}
     said = answer("quantize", source, "-o", tmp_path / "x", "--format", "gguf", "--gguf-type", mixture,
                "--dtype", "float16", "--dry-run", code=2)  # fmt: skip
-    assert f"--dtype is no choice: {mixture} says the type of every tensor" in said
+    assert f"--dtype does not apply: {mixture} sets the type of every tensor" in said
 
 
 def test_the_hint_for_what_16_bits_do_not_hold_is_a_mixture(random_model: Make, tmp_path: Path) -> None:
-    """--dtype is no choice there."""
+    """--dtype does not apply there."""
     source = random_model(num_hidden_layers=1, dtype=torch.bfloat16)
     change_tensor(source, "model.embed_tokens.weight", 70000.0)
     with pytest.raises(CheckpointError, match="which does not fit float16") as caught:
@@ -311,7 +311,7 @@ def test_padding_to_whole_blocks(random_model: Make, text: list[object], tmp_pat
 def test_fallbacks_are_said(tiny: Path, calib: Path, heldout: Path, tmp_path: Path) -> None:
     text = ["--calibration", calib, "--eval-text", heldout, "-n", 2, "--sequence-length", 64, "--eval-samples", 2]
     ask = ["quantize", tiny, "-o", tmp_path / "out", "--format", "gguf", *text]
-    wanted = "rows of 384 are no whole blocks of Q4_K: down_proj in Q5_0 (2 tensors), as llama.cpp has it"
+    wanted = "rows of 384 are not whole blocks of Q4_K: down_proj in Q5_0 (2 tensors), as in llama.cpp"
     assert wanted in answer(*ask, "--dry-run")["warnings"]
     assert wanted in answer(*ask)["warnings"]
     card = (tmp_path / "out" / "README.md").read_text()
@@ -443,10 +443,10 @@ def test_a_damaged_layer_is_done_again(random_model: Make, tmp_path: Path) -> No
         (["--split-size", "0"], "--split-size 0: wanted more than 0 bytes"),
         (["--bits", "5"], "--bits 5: wanted 4 or 8"),
         (["--bits", "4", "--gguf-type", "Q8_0"], "--bits and --gguf-type exclude each other"),
-        (["--group-size", "64"], "--format gguf: --group-size is no choice, types have their own"),
-        (["--asymmetric"], "--format gguf: --asymmetric is no choice, types have their own"),
-        (["--asymmetric", "--bpw", "5"], "--format gguf: --asymmetric is no choice, types have their own"),
-        (["--symmetric", "--target-size", "1MB"], "--format gguf: --asymmetric is no choice, types have their own"),
+        (["--group-size", "64"], "--format gguf: --group-size does not apply: each type has its own"),
+        (["--asymmetric"], "--format gguf: --asymmetric does not apply: each type has its own"),
+        (["--asymmetric", "--bpw", "5"], "--format gguf: --asymmetric does not apply: each type has its own"),
+        (["--symmetric", "--target-size", "1MB"], "--format gguf: --asymmetric does not apply: each type has its own"),
     ],
 )
 def test_what_cannot_be_asked_for(words: list[str], line: str, tiny: Path) -> None:

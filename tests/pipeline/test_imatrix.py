@@ -163,12 +163,12 @@ def test_on_resume_only_an_importance_matrix_is_written_over(there: str, tiny: P
     else:
         kind = {"GGUF": "model", "imatrix": "imatrix"}[there]
         write_gguf(path, {"general.type": kind}, {"x": torch.zeros(1)})
-    with pytest.raises(JobError, match="exists already"):
+    with pytest.raises(JobError, match="already exists"):
         check_imatrix(path, spec, resume=False)
     if there == "imatrix":
         check_imatrix(path, spec, resume=True)
     else:
-        with pytest.raises(JobError, match="exists already"):
+        with pytest.raises(JobError, match="already exists"):
             check_imatrix(path, spec, resume=True)
 
 
@@ -178,7 +178,7 @@ def test_places_and_methods_that_cannot_be(random_model: Make, tmp_path: Path) -
     with pytest.raises(ExcludedOptions, match="reads none"):
         QuantizeConfig(format="bnb-nf4", save_imatrix=Path("imatrix.gguf"))
     (tmp_path / "there").write_bytes(b"")
-    for place, wanted in (("there", "exists already"), ("none/imatrix.gguf", "no place for a file")):
+    for place, wanted in (("there", "already exists"), ("none/imatrix.gguf", "no place for a file")):
         with pytest.raises(JobError, match=wanted):
             quantize(small_job(random_model(f"model-{place[:4]}"), tmp_path / "out", save_imatrix=tmp_path / place))
         assert not (tmp_path / "out.partial").exists()

@@ -538,9 +538,9 @@ def test_where_out_may_be(random_model: Make, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(source)
     assert "may not be the model's own" in refused(small_job(source, tmp_path / "link" / "out"))
     (tmp_path / "there").mkdir()
-    assert refused(small_job(source, tmp_path / "there")) == f"{tmp_path / 'there'}: exists already"
+    assert refused(small_job(source, tmp_path / "there")) == f"{tmp_path / 'there'}: already exists"
     (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
-    assert refused(small_job(source, tmp_path / "dangling")) == f"{tmp_path / 'dangling'}: exists already"
+    assert refused(small_job(source, tmp_path / "dangling")) == f"{tmp_path / 'dangling'}: already exists"
     (tmp_path / "file").touch()
     assert "Not a directory" in refused(small_job(source, tmp_path / "file" / "out"))
 
@@ -618,7 +618,7 @@ def test_threads_racing_for_one_directory(random_model: Make, tmp_path: Path) ->
     for thread in threads:
         thread.join()
     assert outcomes.count(tmp_path / "out") == 1
-    assert all("unfinished job" in o or "exists already" in o for o in outcomes if isinstance(o, str))
+    assert all("unfinished job" in o or "already exists" in o for o in outcomes if isinstance(o, str))
     quantize(small_job(source, tmp_path / "whole"))
     assert_same(tmp_path / "whole", tmp_path / "out")
 

@@ -124,7 +124,7 @@ def test_what_cannot_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         LogitsFile(VOCAB, 9, 24)
     file = LogitsFile(VOCAB, 10, 24)
     (tmp_path / "there").write_bytes(b"")
-    for path, wanted in ((tmp_path / "there", "exists already"), (tmp_path / "no" / "x", "no such directory")):
+    for path, wanted in ((tmp_path / "there", "already exists"), (tmp_path / "no" / "x", "no such directory")):
         with pytest.raises(JobError, match=wanted):
             file.check(path)
     monkeypatch.setattr(qwenq.pipeline.reference_logits, "free_disk", lambda path: 1000)

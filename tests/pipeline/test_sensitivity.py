@@ -204,7 +204,7 @@ def test_a_table_serves_any_budget(tmp_path: Path, tiny: Path, calib: Path, rand
         dry = run("quantize", tiny, "--bpw", bits, "--sensitivity", path, "--dry-run", "--json")
         assert dry.exit_code == 0 and json.loads(dry.stdout)["recipe"]["sensitivity"] == "measured"
     refused = run("sensitivity", tiny, "-o", path, "--calibration", calib)
-    assert refused.exit_code == 1 and "exists already" in refused.stderr
+    assert refused.exit_code == 1 and "already exists" in refused.stderr
     other = random_model(num_hidden_layers=4, hidden_size=128, intermediate_size=384)
     refused = run("quantize", other, "--bpw", "5", "--sensitivity", path, "--dry-run")
     assert refused.exit_code == 1
@@ -239,7 +239,7 @@ def test_a_budget_measures_by_itself(command: list[object], tmp_path: Path) -> N
     impossible = run(*command, "-o", tmp_path / "x", "--bpw", "4.01")
     assert impossible.exit_code == 3 and "sensitivity:" not in impossible.stderr, "said before anything is measured"
     taken = run(*command, "-o", out, "--bpw", "5")
-    assert taken.exit_code == 1 and "exists already" in taken.stderr and "sensitivity:" not in taken.stderr
+    assert taken.exit_code == 1 and "already exists" in taken.stderr and "sensitivity:" not in taken.stderr
     rounding = run(*command[:2], "-o", tmp_path / "x", "--bpw", "5", "--method", "rtn")
     assert rounding.exit_code == 1 and "give them with --sensitivity" in rounding.stderr
 
