@@ -133,7 +133,7 @@ def test_running_out_of_memory_keeps_the_rows_before(tiny: Path, monkeypatch: py
     nowhere = run("vram", "measure", tiny, "-o", "no/such/rows.json")  # said before anything is measured
     assert nowhere.exit_code == 1 and nowhere.stderr.splitlines()[0] == "error: no/such: no such directory"
     both = run("vram", "measure", tiny, "--synthetic", "Qwen2.5-0.5B")
-    assert both.exit_code == 2 and "one of them" in both.stderr
+    assert both.exit_code == 2 and "give either a checkpoint or --synthetic MODEL" in both.stderr
     for words in (["--bits", 8], ["--group-size", 64]):
         ignored = run("vram", "measure", tiny, *words)
         assert ignored.exit_code == 2 and f"error: {words[0]} is of random weights" in ignored.stderr

@@ -384,6 +384,6 @@ def test_a_compiler_is_asked_for_english(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
     cpu_kernels._built.cache_clear()
     try:
-        assert cpu_kernels.refusal() == f"{compiler} does not build the CPU kernels: no header"
+        assert cpu_kernels.refusal() == f"{compiler} cannot compile the CPU kernels: no header"
     finally:
         cpu_kernels._built.cache_clear()
