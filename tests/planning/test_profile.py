@@ -136,4 +136,4 @@ def test_running_out_of_memory_keeps_the_rows_before(tiny: Path, monkeypatch: py
     assert both.exit_code == 2 and "give either a checkpoint or --synthetic MODEL" in both.stderr
     for words in (["--bits", 8], ["--group-size", 64]):
         ignored = run("vram", "measure", tiny, *words)
-        assert ignored.exit_code == 2 and f"error: {words[0]} is of random weights" in ignored.stderr
+        assert ignored.exit_code == 2 and f"error: {words[0]} is for random weights" in ignored.stderr
