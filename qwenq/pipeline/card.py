@@ -151,8 +151,8 @@ def _drift(drift: Mapping[str, Any]) -> Iterator[str]:
         return [label, figure(mean, spec, unit), interval]
 
     yield (
-        f"Measured on {code(shown(str(drift['text'])))}: {drift['windows']} windows of {drift['window_tokens']} tokens, "
-        f"computed in {markdown(str(drift['compute_dtype']))}."
+        f"Measured on {code(shown(str(drift['text'])))}: {drift['windows']} windows of {drift['window_tokens']} "
+        f"tokens, computed in {markdown(str(drift['compute_dtype']))}."
     )
     yield ""
     yield from table(
