@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)            ## a real model to 8 and 4 bits, drift measured, reports/demo.html
 	$(BIN)/qwenq demo
 
-test: $(STAMP)            ## the fast tests, eleven minutes on two cores
+test: $(STAMP)            ## the fast tests, 11 minutes on two recent cores
 	$(BIN)/python -m pytest -n 2 -m 'not slow'
 
 test-slow: $(STAMP)       ## the slower checks: kill and resume at random points, memory growth
