@@ -81,7 +81,7 @@ class ResidualCovariance:
     first: int = 0  # output of the linear that the first one here is
 
     def rows(self, rows: range, device: torch.device) -> ResidualCovariance:
-        """The problem restricted to some outputs of the linear."""
+        """The cross-covariance of some outputs of the linear."""
         low, high = rows.start - self.first, rows.stop - self.first
         return ResidualCovariance(self.whole_IO[:, low:high].to(device), self.half_IO[:, low:high].to(device))
 
