@@ -499,8 +499,8 @@ def sampled_gradients(
     """Gradients of log p(y) with respect to h, float32 [samples, N, T, H]; a label y per position and sample.
 
     h_NTH: hidden states leaving the last layer. share: which windows they are; all by default. The head is read twice,
-    slice by slice of the vocabulary; labels are drawn by the largest of logit + Gumbel noise, which is each window's
-    own.
+    slice by slice of the vocabulary. A slice's label replaces the one before with its share of the probability up to
+    there, and is drawn from the slice by its cumulative probability; random numbers are each window's own.
     """
     windows, tokens, hidden = h_NTH.shape
     share = share or ALONE.share(range(windows))
@@ -509,23 +509,23 @@ def sampled_gradients(
     x_PH = network.final_norm(h_PH, norm)
     generators = [torch.Generator().manual_seed((seed << 20) + window & (1 << 63) - 1) for window in share.windows]
     log_total_P = torch.full((len(x_PH),), -torch.inf, device=network.device)
-    best_SP = torch.full((samples, len(x_PH)), -torch.inf, device=network.device)
     label_SPH = torch.zeros(samples, len(x_PH), hidden, device=network.device)  # head row of the label
     for w_VH in _head_slices(head, network.device):
         for part in _chunks(share, tokens):
             logits_PV = x_PH[part] @ w_VH.T
-            log_total_P[part] = torch.logaddexp(log_total_P[part], logits_PV.logsumexp(1))
+            highest_P1 = logits_PV.amax(1, keepdim=True)
+            sum_PV = logits_PV.sub_(highest_P1).exp_().cumsum_(1)
+            log_slice_P = sum_PV[:, -1].log() + highest_P1[:, 0]
+            log_total_P[part] = torch.logaddexp(log_total_P[part], log_slice_P)
+            drawn = [
+                torch.rand(2, tokens, samples, generator=generators[window])
+                for window in range(part.start // tokens, part.stop // tokens)
+            ]
+            replaces_PS, within_PS = torch.cat(drawn, 1).to(network.device)
+            won_PS = replaces_PS < (log_slice_P - log_total_P[part]).exp_()[:, None]
+            index_PS = torch.searchsorted(sum_PV, within_PS * sum_PV[:, -1:], right=True).clamp_(max=len(w_VH) - 1)
             for s in range(samples):
-                drawn = [
-                    torch.rand(tokens, len(w_VH), generator=generators[window])
-                    for window in range(part.start // tokens, part.stop // tokens)
-                ]
-                uniform_PV = torch.cat(drawn).clamp_(1e-20, 1 - 1e-7)
-                noisy_PV = logits_PV - uniform_PV.to(network.device).log_().neg_().log_()
-                value_P, index_P = noisy_PV.max(1)
-                won_P = value_P > best_SP[s, part]
-                best_SP[s, part] = torch.where(won_P, value_P, best_SP[s, part])
-                label_SPH[s, part] = torch.where(won_P[:, None], w_VH[index_P], label_SPH[s, part])
+                label_SPH[s, part] = torch.where(won_PS[:, s, None], w_VH[index_PS[:, s]], label_SPH[s, part])
     mean_PH = torch.zeros_like(x_PH)  # of the head's rows under p
     for w_VH in _head_slices(head, network.device):
         for part in _chunks(share, tokens):
