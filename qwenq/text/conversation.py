@@ -85,7 +85,7 @@ def read_row(row: Any, where: str) -> Document:
         return _conversation(row, [*prompt, *completion], where)
     for question, more, answer in _PAIRS:
         if all(isinstance(row.get(key), str) for key in (question, answer)):
-            added = row.get(more, "")
+            added = row.get(more) if more else ""  # a column may have no name
             asked = row[question] + (f"\n\n{_text(added, where)}" if added else "")
             turns = [*_history(row, where), {"role": "user", "content": asked}]
             return _conversation(row, [*turns, {"role": "assistant", "content": row[answer]}], where)

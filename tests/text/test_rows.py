@@ -34,6 +34,7 @@ def chat(*messages: Any, **more: Any) -> Document:
 SYSTEM = {"role": "system", "content": "Be brief."}
 
 READ: list[tuple[str, Any, Document]] = [
+    ("a column without a name, an index say", {"": 7, "question": "Hi", "answer": "Yes?"}, chat(USER, YES)),
     ("text", {"text": "abc", "id": 3}, Document("abc")),
     ("a string", "abc", Document("abc")),
     ("content, as code sets have it", {"content": "x = 1", "path": "a.py"}, Document("x = 1")),
