@@ -34,7 +34,7 @@ from qwenq.cli.options import (
 from qwenq.cli.plain import names_in, print_line, print_step, typed
 from qwenq.cli.run import print_forecast, refuse_typed, stored_question
 from qwenq.errors import PlanError, RunError, UsageError
-from qwenq.io.gguf import gguf_model, split_stem
+from qwenq.io.gguf import gguf_model, is_gguf, split_stem
 
 if TYPE_CHECKING:
     from qwenq.planning.engines.base import Engine
@@ -54,7 +54,7 @@ def serve(
     port: Annotated[int, option(SERVER, "--port", min=0, max=65535, help="0: any free port.")] = 8000,
     served_model_name: Annotated[
         str,
-        option(SERVER, "--served-model-name", help="Model name for clients. Default: the directory's name."),
+        option(SERVER, "--served-model-name", help="Model name for clients. Default: that of the directory or file."),
     ] = "",
     api_key: Annotated[
         str,
@@ -119,7 +119,10 @@ def serve(
     ours = here or (kind is None and not (gpu or hosts) and not theirs)
     if not ours:
         refuse_typed(context, _OWN_OPTIONS, "server, and this is vLLM's")
-    door = replace(door, name=door.name or (Path(model).resolve().name if Path(model).is_dir() else model))
+    if not door.name:
+        place = Path(model)
+        named = place.resolve().name if place.is_dir() else split_stem(place) if is_gguf(place) else model
+        door = replace(door, name=named)
     leads = names_in(hosts)
     if dry_run and ours:
         print_forecast(model, options, json=False)
