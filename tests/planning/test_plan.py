@@ -22,14 +22,13 @@ from qwenq.model.spec import ModelSpec
 from qwenq.planning.budget import sized_recipe
 from qwenq.planning.case import Case, Share, Workload, even_shares, rank_shares
 from qwenq.planning.engines.base import get_engine
-from qwenq.planning.ggufsize import gguf_weights
 from qwenq.planning.memory import estimate
 from qwenq.planning.placement import Placement, cutting_reasons, parallel_options, place
 from qwenq.planning.plan import make_plan, recommend
 from qwenq.planning.rig import Rig, find_gpu, parse_rig
 from qwenq.planning.speed import Speed, bus_gb_s, decode_seconds, estimate_speed, prefill_seconds
 from qwenq.planning.tensor_parallel import padded_width
-from qwenq.planning.weights import Weights, published_weights, recipe_weights
+from qwenq.planning.weights import Weights, gguf_weights, published_weights, recipe_weights
 from qwenq.units import GIB
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "published"

@@ -18,13 +18,12 @@ from qwenq.io.gguf import is_split
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.case import Case, Share, Workload
 from qwenq.planning.engines.base import LayeredEngine, pci_order, register, yarn_of
-from qwenq.planning.ggufsize import BITS_TO_TYPE, gguf_types, gguf_weights
 from qwenq.planning.memory import Term, merged
 from qwenq.planning.placement import Placement, place
 from qwenq.planning.plan import Plan
 from qwenq.planning.rig import Gpu
 from qwenq.planning.speed import SpeedFit
-from qwenq.planning.weights import Weights
+from qwenq.planning.weights import BITS_TO_TYPE, Weights, gguf_types, gguf_weights
 from qwenq.units import MIB, format_gb, format_tokens
 
 NEAREST_KV = {"fp8": "q8_0", "q8_0": "q8_0", "q4_0": "q4_0"}  # of other engines' caches; 16 bits otherwise
