@@ -60,9 +60,9 @@ def test_stages_of_a_pipeline_decide_the_fraction_of_a_logged_run() -> None:
     kind = find_gpu("RTX 3090")
     logged = case(Rig((kind,) * 4), Workload(4096))
     rooms = {}
-    for tensor, reserved in ((2, 512 + 3072 + 48 + 512), (4, 512 + 3072 + 160 + 512)):
+    for tensor, kept_free in ((2, 512 + 3072 + 48 + 512), (4, 512 + 3072 + 160 + 512)):
         shares, total = rank_shares(B72, tensor, 4 // tensor), 1024 * kind.memory_gib
-        said = logged.asking(gpu_memory_utilization=round((total - reserved) / total, 3))
+        said = logged.asking(gpu_memory_utilization=round((total - kept_free) / total, 3))
         rooms[tensor] = SGLANG.cache_room(logged, shares)
         assert rooms[tensor] == SGLANG.cache_room(said, shares)
     assert rooms[2] != rooms[4]
