@@ -609,12 +609,9 @@ class LoadedModel:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
             asked = self._chat.prompt_ids(messages)
 
-        def noted() -> Iterator[int]:
-            for token in session.generate(asked, self._chat.sampling(**sampling), timing):
-                ids.append(token)
-                yield token
-
-        return self._chat.stream(noted(), asked)
+        settings = self._chat.sampling(**sampling)
+        made = session.generate(asked, settings, timing, listen=lambda token, logits_V: ids.append(token))
+        return self._chat.stream(made, asked)
 
     def close(self) -> None:
         """Let go of weights and cache."""
