@@ -47,18 +47,14 @@ _OWN_OPTIONS = ("allowed_hosts", "max_queue", "compute_dtype", "gpu_memory", "cp
 def serve(
     context: typer.Context,
     model: Model,
-    host: Annotated[
-        str,
-        option(SERVER, "--host", help="Address to listen on."),
-    ] = "127.0.0.1",
+    host: Annotated[str, option(SERVER, "--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, option(SERVER, "--port", min=0, max=65535, help="0: any free port.")] = 8000,
     served_model_name: Annotated[
         str,
         option(SERVER, "--served-model-name", help="Model name for clients. Default: that of the directory or file."),
     ] = "",
     api_key: Annotated[
-        str,
-        option(SERVER, "--api-key", envvar="QWENQ_API_KEY", help="Key that clients must send.", show_envvar=True),
+        str, option(SERVER, "--api-key", envvar="QWENQ_API_KEY", help="Key that clients must send.", show_envvar=True)
     ] = "",
     allowed_hosts: Annotated[
         str,
@@ -81,16 +77,13 @@ def serve(
     cpu_memory: CpuMemory = "",
     offload_dir: OffloadDir = None,
     gpu: Annotated[
-        str,
-        option(MACHINE, "--gpu", help='vLLM, llama.cpp: the rig, e.g. "2x RTX 3090". Default: this machine.'),
+        str, option(MACHINE, "--gpu", help='vLLM, llama.cpp: the rig, e.g. "2x RTX 3090". Default: this machine.')
     ] = "",
     hosts: Annotated[
-        str,
-        option(MACHINE, "--hosts", help="vLLM on several identical hosts, head node first: a,b,c."),
+        str, option(MACHINE, "--hosts", help="vLLM on several identical hosts, head node first: a,b,c.")
     ] = "",
     dry_run: Annotated[
-        bool,
-        option(JOB, "--dry-run", help="Print the engine's commands, or what qwenq's server would load."),
+        bool, option(JOB, "--dry-run", help="Print the engine's commands, or what qwenq's server would load.")
     ] = False,
     follow_links: FollowLinks = False,
 ) -> None:
