@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
+from qwenq.errors import HonestNo
 from qwenq.io.gguf import is_split
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.case import Case, Share, Workload
@@ -228,12 +229,13 @@ class LlamaCppEngine(LayeredEngine):
 
     def command(self, plan: Plan) -> str:
         case = self.own_case(plan.case)
-        placement = place(case)
+        try:
+            placement = place(case, offload=True)
+        except HonestNo:
+            return "# llama.cpp does not fit: the first GPU does not hold even its output"
         file = case.weights.place or "MODEL.gguf"
         note = f"{case.weights.label}, {format_gb(case.weights.total_bytes)}"
-        if not placement.fits:
-            placement = place(case, offload=True)
-            out = len(placement.host_layers)
+        if out := len(placement.host_layers):
             note += f"; {out} layer{'s' if out > 1 else ''} on the CPU"
         return pci_order(case) + shlex.join(self.words(case, placement, file)) + f"  # {note}"
 

@@ -558,16 +558,14 @@ class TransformersEngine(TorchEngine):
         if unread := self.refusal(plan.case.weights):
             return f"# {unread}"
         case, rig = plan.case, plan.case.hardware
-        placement, lines = plan.offload or plan.placement, list[str]()
+        placement, lines = plan.offload or (plan.placement if plan.fits else None), list[str]()
         if placement is None:
             work = Workload(case.work.context, case.work.batch, prefill_chunk=case.work.prefill_chunk)
-            own = replace(case, engine=self, work=work)
-            placement = place(own)
-            if not placement.fits:
-                try:
-                    placement = place(own, offload=True)
-                except HonestNo:
-                    return "# transformers does not fit, even with layers in host memory"
+            try:
+                placement = place(replace(case, engine=self, work=work), offload=True)
+            except HonestNo:
+                return "# transformers does not fit, even with layers in host memory"
+            if placement.host_layers:
                 lines.append(f"# {placement.reason}")
         memory: dict[int | str, str] = {index: f"{limit * 0.97 / GIB:.1f}GiB" for index, limit in enumerate(rig.limits)}
         if placement.offloaded_bytes:
