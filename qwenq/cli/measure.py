@@ -64,6 +64,7 @@ def measure(
     if memory runs out at some context.
     """
     from qwenq.runtime.load import describe
+    from qwenq.runtime.measure import DECODE_TOKENS
     from qwenq.runtime.measure import measure as run
 
     if (checkpoint is None) == (not synthetic):
@@ -76,8 +77,10 @@ def measure(
     if output is not None and not output.absolute().parent.is_dir():
         raise PlanError(f"{output.parent}: no such directory", hint="make it, or choose another name with -o")
     contexts = sorted({parse_tokens(part) for part in max_model_len.split(",")})
+    if contexts[0] <= DECODE_TOKENS:
+        raise UsageError(f"context is {contexts[0]} tokens, wanted more than {DECODE_TOKENS}")
     words = load_words(context)
-    words["max_model_len"] = max(contexts)
+    words["max_model_len"] = contexts[-1]
     options = load_options(**words)
     weights, held = _synthetic(synthetic, bits, group_size, options) if synthetic else _stored(str(checkpoint), options)
     with held as found:
