@@ -86,6 +86,7 @@ def test_rows_whose_meaning_is_plain(row: Any, document: Document) -> None:
 REFUSED: list[tuple[Any, str]] = [
     ({"body": "x"}, "neither `text` nor `messages` in it; it has body"),
     ({"role": "user", "content": "x"}, "neither `text` nor `messages`"),
+    ({"question": "a", "answer": "b", "history": 3}, "history wants pairs of texts"),
     ({"messages": [USER], "images": ["a.png"]}, "a conversation with images, which is not read"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
      "content has a 'image_url' part"),
