@@ -194,7 +194,7 @@ def test_a_forged_embedding_that_is_the_head_too_is_named(
     assert "its embedding was made in another way (head_windows None, here 4)" in said
 
 
-@pytest.mark.parametrize("model_type", ["qwen2", "llama"])
+@pytest.mark.parametrize("model_type", ["qwen2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_a_type_for_each_tensor_within_a_size(model_type: str, random_model: Make, calib: Path, tmp_path: Path) -> None:
     source, out = random_model(model_type=model_type, **WIDE), tmp_path / "out"
     text = ["--calibration", calib, "--eval-text", calib, "-n", 6, "--sequence-length", 64, "--eval-samples", 2]
