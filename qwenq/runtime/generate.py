@@ -131,8 +131,8 @@ class Session:
     _refused: str = field(default="", repr=False)  # why the kernels of a step can't be launched
     _cache: KvCache | None = field(default=None, repr=False)
     _ids: list[int] = field(default_factory=list, repr=False)  # what the cache holds
-    _answer: int = field(default=0, repr=False)  # number of the one it holds that for
-    _whole: int = field(default=0, repr=False)  # of these, computed in whole chunks, as without a cache
+    _answer: int = field(default=0, repr=False)  # number of the answer it was filled for
+    _whole: int = field(default=0, repr=False)  # how many of these were computed in whole chunks, as without a cache
 
     def __post_init__(self) -> None:
         if self.max_model_len > self.model.spec.extended_context:
