@@ -187,11 +187,9 @@ def choices() -> dict[str, Any]:
         "gguf_engines": [name for name, engine in ENGINES.items() if engine.needs_gguf],
         "server_engines": [name for name, engine in ENGINES.items() if not engine.layered],
         "formats": {
-            name: {"fixed": form.fixed is not None, "bits": form.fixed.bits if form.fixed else 0}
-            for name, form in FORMATS.items()
-            if not form.whole_file
+            name: {"fixed": form.fixed is not None} for name, form in FORMATS.items() if not form.whole_file
         }
-        | {name: {"fixed": True, "bits": sized.bits} for name, sized in SIZED.items()},
+        | {name: {"fixed": True} for name in SIZED},
         "gguf_types": list(gguf_types()),
         "terms": TERM_NAMES,
         "max_gpus": MAX_PAGE_GPUS,
