@@ -566,7 +566,7 @@ def _caches(notes: Notes) -> None:
         for name, kept in KV_DTYPES.items():
             found = []
             for device in (CPU, notes.device):
-                cache = KvCache(1, 96, kept)
+                cache = KvCache([device], 96, 2, 128, kept or dtype)
                 for start, stop in ((0, 64), (64, 69), (69, 70)):
                     parts = (x[:, :, start:stop].to(dtype).to(device) for x in (key, value))
                     read = cache.update(*parts, 0)

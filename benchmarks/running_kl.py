@@ -31,9 +31,9 @@ def log_probabilities(directory: Path, ids: torch.Tensor, dtype: torch.dtype, ch
     model = build_model(
         CheckpointWeights(checkpoint), checkpoint.config, checkpoint.spec, host_map(checkpoint.spec), dtype=dtype
     )
-    parts = []
+    parts, layers = [], [model.device] * model.spec.num_hidden_layers
     for row in ids:
-        cache = KvCache(checkpoint.spec.num_hidden_layers, ids.shape[1])
+        cache = KvCache(layers, ids.shape[1], model.spec.num_key_value_heads, model.spec.head_dim, dtype)
         for piece in row[None].split(chunk or len(row), 1):
             parts.append(model.network(piece, past_key_values=cache).logits[0].float().log_softmax(-1))
     return torch.cat(parts)

@@ -31,9 +31,9 @@ from qwenq.model.spec import ModelSpec, family_spec
 from qwenq.planning.case import Case, Workload
 from qwenq.planning.engines.base import get_engine
 from qwenq.planning.engines.llamacpp import LlamaCppEngine
-from qwenq.planning.ggufsize import gguf_weights
 from qwenq.planning.plan import make_plan
 from qwenq.planning.rig import parse_rig
+from qwenq.planning.weights import gguf_weights
 
 CASES = (
     ("Qwen2.5-72B", "Q4_K_S", "2x RTX 3090", 8192, "auto"),

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
-from qwenq.errors import CheckpointError, JobError, UsageError
+from qwenq.errors import CheckpointError, JobError, RunError, UsageError
 from qwenq.io.gguf import gguf_model, is_gguf
 from qwenq.io.json import followed_links, shown
 from qwenq.pipeline.config import (
@@ -334,8 +334,7 @@ def verify(
     if isinstance(layers, str) and layers != "all":
         raise UsageError(f"layers is {layers!r}", hint='numbers from 0 on, or "all"')
     result = run(directory, base)
-    none = layers is not None and len(layers) == 0
-    if base is None or none or result.findings:
+    if base is None or (layers is not None and len(layers) == 0) or result.findings:
         return result
     from qwenq.pipeline.reproduce import reproduce
 
@@ -517,7 +516,6 @@ class LoadWords(TypedDict, total=False):
 
 def load_options(**words: Unpack[LoadWords]) -> LoadOptions:
     """Options of a load, understood; UsageError or PlanError for what means nothing."""
-    from qwenq.errors import RunError
     from qwenq.runtime.generate import KV_DTYPES
     from qwenq.runtime.load import LoadOptions
     from qwenq.units import parse_size, parse_tokens
@@ -611,12 +609,9 @@ class LoadedModel:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
             asked = self._chat.prompt_ids(messages)
 
-        def noted() -> Iterator[int]:
-            for token in session.generate(asked, self._chat.sampling(**sampling), timing):
-                ids.append(token)
-                yield token
-
-        return self._chat.stream(noted(), asked)
+        settings = self._chat.sampling(**sampling)
+        made = session.generate(asked, settings, timing, listen=lambda token, logits_V: ids.append(token))
+        return self._chat.stream(made, asked)
 
     def close(self) -> None:
         """Let go of weights and cache."""

@@ -29,7 +29,7 @@ class Launch:
 
 def read_launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
     """The launch that WORLD_SIZE and its companions describe; None for a process alone. UsageError for half of one."""
-    size = _number(environment, "WORLD_SIZE", 1) if "WORLD_SIZE" in environment else 1
+    size = _number(environment, "WORLD_SIZE", 1, "1")
     if size == 1:
         return None
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
@@ -41,7 +41,6 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
     rank = _number(environment, "RANK", 0)
     if rank >= size:
         raise UsageError(f"RANK is {rank}, wanted less than WORLD_SIZE, {size}")
-    local = _number(environment, "LOCAL_RANK", 0) if "LOCAL_RANK" in environment else 0
     agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
         timeout_s = float(environment.get(TIMEOUT_NAME, TIMEOUT_S))
@@ -52,8 +51,8 @@ def read_launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
     return Launch(
         rank=rank,
         size=size,
-        local_rank=local,
-        local_size=_number(environment, "LOCAL_WORLD_SIZE", 1) if "LOCAL_WORLD_SIZE" in environment else 1,
+        local_rank=_number(environment, "LOCAL_RANK", 0, "0"),
+        local_size=_number(environment, "LOCAL_WORLD_SIZE", 1, "1"),
         host=environment["MASTER_ADDR"],
         port=_number(environment, "MASTER_PORT", 0),
         keeps_store=rank == 0 and not agent,
@@ -71,8 +70,8 @@ def refuse_ranks(command: str, instead: str = "") -> None:
         )
 
 
-def _number(environment: Mapping[str, str], name: str, least: int) -> int:
-    text = environment[name]
+def _number(environment: Mapping[str, str], name: str, least: int, default: str = "") -> int:
+    text = environment.get(name, default)
     if not text.isascii() or not text.isdigit() or int(text) < least:
         raise UsageError(f"{name} is {text[:40]!r}, wanted a whole number from {least} on")
     return int(text)

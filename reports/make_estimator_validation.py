@@ -238,10 +238,9 @@ def known_section() -> list[str]:
     from qwenq.formats.base import Recipe, Scheme
     from qwenq.planning.budget import sized_recipe
     from qwenq.planning.engines.llamacpp import compute_buffer
-    from qwenq.planning.ggufsize import gguf_weights
     from qwenq.planning.placement import place
     from qwenq.planning.rig import parse_rig
-    from qwenq.planning.weights import recipe_weights
+    from qwenq.planning.weights import gguf_weights, recipe_weights
 
     spec, rig = model("Qwen2.5-72B"), parse_rig("2x RTX 3090")
     uniform = recipe_weights(spec, Recipe(Scheme(4, 128)))

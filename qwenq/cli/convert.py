@@ -19,17 +19,13 @@ from qwenq.units import format_gb, format_seconds
 def convert(
     source: Annotated[
         Path,
-        typer.Argument(
-            metavar="CHECKPOINT", help="A quantized checkpoint from any tool: a directory or a GGUF file."
-        ),
+        typer.Argument(metavar="CHECKPOINT", help="A quantized checkpoint from any tool: a directory or a GGUF file."),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Output directory.")],
     format: Annotated[
         str,
         typer.Option(
-            "--format",
-            help=names_of(form for form in FORMATS.values() if form.integer_codes) + ".",
-            metavar="NAME",
+            "--format", help=names_of(form for form in FORMATS.values() if form.integer_codes) + ".", metavar="NAME"
         ),
     ],
     follow_links: FollowLinks = False,

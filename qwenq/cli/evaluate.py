@@ -36,17 +36,12 @@ def evaluate(
         option(TEXT, help="Held-out text: a set's name, or a .txt, .jsonl, .json (also .gz), .parquet or .npy file."),
     ] = EvaluateConfig.text,
     num_samples: Annotated[
-        int | None,
-        option(TEXT, "--num-samples", "-n", min=1, help="Windows. Default: all, at most 20."),
+        int | None, option(TEXT, "--num-samples", "-n", min=1, help="Windows. Default: all, at most 20.")
     ] = EvaluateConfig.num_samples,
     sequence_length: SequenceLength = EvaluateConfig.sequence_length,
-    max_kl: Annotated[
-        float | None,
-        option(JOB, min=0.0, help="Exit with 3 if the mean KL exceeds this."),
-    ] = None,
+    max_kl: Annotated[float | None, option(JOB, min=0.0, help="Exit with 3 if the mean KL exceeds this.")] = None,
     max_ppl_increase: Annotated[
-        str | None,
-        option(JOB, metavar="PERCENT", help="Exit with 3 if perplexity rises by more than this, e.g. 2%."),
+        str | None, option(JOB, metavar="PERCENT", help="Exit with 3 if perplexity rises by more than this, e.g. 2%.")
     ] = None,
     save_reference_logits: Annotated[
         Path | None,

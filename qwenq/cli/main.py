@@ -185,7 +185,7 @@ def _interrupted() -> typer.Exit:
 
 
 def _told(error: QwenqError) -> typer.Exit:
-    """The exit that an error makes, after its one line and its hint."""
+    """Print an error's line and hint; the exit with its code."""
     print_step(f"error: {error.message}")
     if error.hint:
         print_step(f"hint: {error.hint}")

@@ -40,15 +40,11 @@ def measure(
         str | None, typer.Argument(metavar="CHECKPOINT", help="A checkpoint directory, a GGUF file, or a hub name.")
     ] = None,
     synthetic: Annotated[
-        str,
-        option(WEIGHTS, "--synthetic", help="Use random weights with this model's shapes, e.g. Qwen2.5-72B."),
+        str, option(WEIGHTS, "--synthetic", help="Use random weights with this model's shapes, e.g. Qwen2.5-72B.")
     ] = "",
     bits: Annotated[int, option(WEIGHTS, "--bits", help="Bits of the random weights: 4, 8, or 16.")] = 4,
     group_size: Annotated[int, option(WEIGHTS, "--group-size", help="Group size of the random weights.")] = 128,
-    max_model_len: Annotated[
-        str,
-        option(ENGINE, "--max-model-len", "-c", help="Contexts, e.g. 1k,8k,32k."),
-    ] = "1k,4k",
+    max_model_len: Annotated[str, option(ENGINE, "--max-model-len", "-c", help="Contexts, e.g. 1k,8k,32k.")] = "1k,4k",
     prefill_chunk: PrefillChunk = 2048,
     kv_cache_dtype: KvDtype = "auto",
     compute_dtype: RunDtype = "auto",
@@ -56,8 +52,7 @@ def measure(
     cpu_memory: CpuMemory = "",
     offload_dir: OffloadDir = None,
     output: Annotated[
-        Path | None,
-        option(JOB, "--output", "-o", help="Save the results for `qwenq vram --profile FILE`."),
+        Path | None, option(JOB, "--output", "-o", help="Save the results for `qwenq vram --profile FILE`.")
     ] = None,
     follow_links: FollowLinks = False,
     json: JsonFlag = False,
@@ -69,6 +64,7 @@ def measure(
     if memory runs out at some context.
     """
     from qwenq.runtime.load import describe
+    from qwenq.runtime.measure import DECODE_TOKENS
     from qwenq.runtime.measure import measure as run
 
     if (checkpoint is None) == (not synthetic):
@@ -81,12 +77,12 @@ def measure(
     if output is not None and not output.absolute().parent.is_dir():
         raise PlanError(f"{output.parent}: no such directory", hint="make it, or choose another name with -o")
     contexts = sorted({parse_tokens(part) for part in max_model_len.split(",")})
+    if contexts[0] <= DECODE_TOKENS:
+        raise UsageError(f"context is {contexts[0]} tokens, wanted more than {DECODE_TOKENS}")
     words = load_words(context)
-    words["max_model_len"] = max(contexts)
+    words["max_model_len"] = contexts[-1]
     options = load_options(**words)
-    weights, held = (
-        _synthetic(synthetic, bits, group_size, options) if synthetic else _stored(str(checkpoint), options)
-    )
+    weights, held = _synthetic(synthetic, bits, group_size, options) if synthetic else _stored(str(checkpoint), options)
     with held as found:
         for line in describe(found):
             print_step(line)

@@ -29,8 +29,7 @@ def option(panel: str, *names: str, help: str, **more: Any) -> Any:
 Model = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL",
-        help="A checkpoint directory, a GGUF file, or a hub name (Qwen/Qwen2.5-7B-Instruct).",
+        metavar="MODEL", help="A checkpoint directory, a GGUF file, or a hub name (Qwen/Qwen2.5-7B-Instruct)."
     ),
 ]
 Original = Annotated[
@@ -56,10 +55,7 @@ OneDevice = Annotated[
 ComputeDtype = Annotated[
     str,
     option(
-        MACHINE,
-        metavar="DTYPE",
-        help="Activations: float32, bfloat16; auto: by device and task.",
-        show_default=False,
+        MACHINE, metavar="DTYPE", help="Activations: float32, bfloat16; auto: by device and task.", show_default=False
     ),
 ]
 SequenceLength = Annotated[int, option(TEXT, metavar="N", help="Tokens per window.", min=2)]
@@ -71,14 +67,9 @@ Calibration = Annotated[
 
 Output = Annotated[Path, option(JOB, "--output", "-o", metavar="DIR", help="Output directory.", show_default=False)]
 Bits = Annotated[int | None, option(BITS, metavar="N", help="4 or 8, for every linear. Default: 4.")]
-GroupSize = Annotated[
-    int | None, option(BITS, metavar="N", help="Columns per scale: 128 (default), 64, 32, -1 (row).")
-]
+GroupSize = Annotated[int | None, option(BITS, metavar="N", help="Columns per scale: 128 (default), 64, 32, -1 (row).")]
 Format = Annotated[str, option(BITS, "--format", metavar="NAME", help=", ".join(FORMATS) + ".")]
-GgufType = Annotated[
-    str | None,
-    option(BITS, metavar="NAME", help="A llama.cpp mixture, e.g. Q5_K_M."),
-]
+GgufType = Annotated[str | None, option(BITS, metavar="NAME", help="A llama.cpp mixture, e.g. Q5_K_M.")]
 SplitSize = Annotated[
     str | None, option(BITS, metavar="SIZE", help="Split GGUF into files of at most this, e.g. 50GB.")
 ]
@@ -93,17 +84,13 @@ TargetSize = Annotated[
     str | None, option(BUDGET, metavar="SIZE", help="Best mixed bits within this file size, e.g. 47GB.")
 ]
 BitsPerWeight = Annotated[
-    str | None,
-    option(BUDGET, "--bpw", metavar="BITS", help="Best mixed bits within this mean per linear weight: 5."),
+    str | None, option(BUDGET, "--bpw", metavar="BITS", help="Best mixed bits within this mean per linear weight: 5.")
 ]
 Fit = Annotated[str | None, option(BUDGET, metavar="RIG", help='Best mixed bits that fit a rig, e.g. "2x RTX 3090".')]
 Context = Annotated[
     str | None, option(BUDGET, "--context", "-c", metavar="N", help="Context that --fit leaves room for. Default: 8k.")
 ]
-FitEngine = Annotated[
-    str | None,
-    option(BUDGET, "--engine", metavar="NAME", help=f"For --fit: {engine_names()}."),
-]
+FitEngine = Annotated[str | None, option(BUDGET, "--engine", metavar="NAME", help=f"For --fit: {engine_names()}.")]
 RecipeFile = Annotated[Path | None, option(BUDGET, metavar="FILE", help="A recipe file, perhaps edited.")]
 SensitivityFile = Annotated[
     Path | None, option(BUDGET, metavar="FILE", help="This model's table, from `qwenq sensitivity`.")
@@ -125,22 +112,14 @@ EvalSamples = Annotated[
 ]
 Method = Annotated[str | None, option(SOLVER, metavar="NAME", help="gptq, or rtn: rounding to nearest.")]
 DampPercent = Annotated[
-    float | None,
-    option(SOLVER, metavar="SHARE", help="Diagonal damping. Default: 0.1.", min=0.0, max=1.0),
+    float | None, option(SOLVER, metavar="SHARE", help="Diagonal damping. Default: 0.1.", min=0.0, max=1.0)
 ]
 Fold = Annotated[
-    bool,
-    option(BITS, "--fold/--no-fold", help="Fold channel scales; --no-fold: LoRA still fits.", show_default=False),
+    bool, option(BITS, "--fold/--no-fold", help="Fold channel scales; --no-fold: LoRA still fits.", show_default=False)
 ]
 ErrorCorrection = Annotated[
     float | None,
-    option(
-        SOLVER,
-        metavar="X",
-        help="For o and down. Default: 1; 0 at 8 bits or with little text.",
-        min=0.0,
-        max=1.0,
-    ),
+    option(SOLVER, metavar="X", help="For o and down. Default: 1; 0 at 8 bits or with little text.", min=0.0, max=1.0),
 ]
 SinkWeight = Annotated[float, option(SOLVER, metavar="X", help="Weight of attention sinks, 1 to 1024.")]
 ErrorCorrectionShare = Annotated[
@@ -167,14 +146,9 @@ StoredDtype = Annotated[
         show_default=False,
     ),
 ]
-SaveImatrix = Annotated[
-    Path | None,
-    option(JOB, metavar="FILE", help="Write an importance matrix for llama-quantize."),
-]
+SaveImatrix = Annotated[Path | None, option(JOB, metavar="FILE", help="Write an importance matrix for llama-quantize.")]
 DryRun = Annotated[bool, option(JOB, "--dry-run", help="Read only headers; print sizes, memory and disk.")]
-RankCount = Annotated[
-    int, option(JOB, "--ranks", metavar="N", help="With --dry-run: number of processes.", min=1)
-]
+RankCount = Annotated[int, option(JOB, "--ranks", metavar="N", help="With --dry-run: number of processes.", min=1)]
 Network = Annotated[
     str, option(JOB, "--network", metavar="RATE", help="With --ranks: their network, e.g. 10gbps.", show_default=False)
 ]
@@ -183,10 +157,7 @@ Resume = Annotated[bool, option(JOB, "--resume", help="Continue a stopped job: s
 # ---------------------------------------------------------------------- load, run and serve
 
 MaxModelLen = Annotated[
-    str,
-    option(
-        ENGINE, "--max-model-len", "-c", metavar="N", help="Context in tokens, e.g. 16k. Default: 4k."
-    ),
+    str, option(ENGINE, "--max-model-len", "-c", metavar="N", help="Context in tokens, e.g. 16k. Default: 4k.")
 ]
 PrefillChunk = Annotated[
     int, option(ENGINE, "--prefill-chunk", metavar="N", help="Prompt tokens computed at once.", min=1)

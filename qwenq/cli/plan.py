@@ -33,14 +33,12 @@ from qwenq.cli.vram import (
     TargetSize,
     Utilization,
 )
-from qwenq.errors import UsageError
+from qwenq.errors import HonestNo, UsageError
 from qwenq.planning.case import Case
 from qwenq.planning.engines.base import plan_commands
-from qwenq.planning.plan import Plan, Recommendation, describe_gpu, make_plan, recommend
+from qwenq.planning.plan import HOST_PROCESS, Plan, Recommendation, describe_gpu, make_plan, recommend
 from qwenq.planning.questions import Question, contexts_of
 from qwenq.units import GIB, format_gb, format_tokens
-
-NOT_FITTING = 3  # exit code of an honest no
 
 
 def plan(
@@ -102,7 +100,7 @@ def plan(
         else:
             print_line("\n".join(_recommended(case, rigs)))
         if not rigs:
-            raise typer.Exit(NOT_FITTING)
+            raise typer.Exit(HonestNo.exit_code)
         return
     found = make_plan(case)
     if as_json:
@@ -110,7 +108,7 @@ def plan(
     else:
         print_line("\n".join(_text(found)))
     if not found.fits:
-        raise typer.Exit(NOT_FITTING)
+        raise typer.Exit(HonestNo.exit_code)
 
 
 def _text(found: Plan) -> list[str]:
@@ -167,7 +165,8 @@ def _host_lines(found: Plan) -> list[str]:
     host = found.host
     if host is None or host.limit_bytes is None:
         return ["needs that much host memory; check with --ram 64GB"]
-    needed = f"{host.total_bytes / GIB:.2f} GiB with KV cache and 3 GiB for the process and the system"
+    process = f"{HOST_PROCESS / GIB:g} GiB for the process and the system"
+    needed = f"{host.total_bytes / GIB:.2f} GiB with KV cache and {process}"
     answer = "fits" if host.fits else "does not fit"
     return [f"host memory: {needed}, of {host.limit_bytes / GIB:.2f} GiB: {answer}"]
 

@@ -1,4 +1,4 @@
-"""A command as one of several ranks: which ones it runs with, and who of them speaks."""
+"""A command as one of several ranks: joining the others, and printing from the first alone."""
 
 from __future__ import annotations
 

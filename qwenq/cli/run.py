@@ -231,15 +231,9 @@ def _answer(found: Loaded, session: Session, chat: Chat, ids: list[int], samplin
 
     devices = found.model.devices
     forget_peaks(devices)
-    timing, tokens = Timing(), []
-
-    def noted() -> Any:
-        for token in session.generate(ids, sampling, timing):
-            tokens.append(token)
-            yield token
-
-    text = ""
-    for part in chat.stream(noted(), ids):
+    timing, tokens, text = Timing(), list[int](), ""
+    made = session.generate(ids, sampling, timing, listen=lambda token, logits_V: tokens.append(token))
+    for part in chat.stream(made, ids):
         text += part
         if not json:
             print_line(part, end="")

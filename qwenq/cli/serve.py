@@ -34,7 +34,7 @@ from qwenq.cli.options import (
 from qwenq.cli.plain import names_in, print_line, print_step, typed
 from qwenq.cli.run import print_forecast, refuse_typed, stored_question
 from qwenq.errors import PlanError, RunError, UsageError
-from qwenq.io.gguf import gguf_model, split_stem
+from qwenq.io.gguf import gguf_model, is_gguf, split_stem
 
 if TYPE_CHECKING:
     from qwenq.planning.engines.base import Engine
@@ -47,18 +47,14 @@ _OWN_OPTIONS = ("allowed_hosts", "max_queue", "compute_dtype", "gpu_memory", "cp
 def serve(
     context: typer.Context,
     model: Model,
-    host: Annotated[
-        str,
-        option(SERVER, "--host", help="Address to listen on."),
-    ] = "127.0.0.1",
+    host: Annotated[str, option(SERVER, "--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, option(SERVER, "--port", min=0, max=65535, help="0: any free port.")] = 8000,
     served_model_name: Annotated[
         str,
-        option(SERVER, "--served-model-name", help="Model name for clients. Default: the directory's name."),
+        option(SERVER, "--served-model-name", help="Model name for clients. Default: that of the directory or file."),
     ] = "",
     api_key: Annotated[
-        str,
-        option(SERVER, "--api-key", envvar="QWENQ_API_KEY", help="Key that clients must send.", show_envvar=True),
+        str, option(SERVER, "--api-key", envvar="QWENQ_API_KEY", help="Key that clients must send.", show_envvar=True)
     ] = "",
     allowed_hosts: Annotated[
         str,
@@ -81,16 +77,13 @@ def serve(
     cpu_memory: CpuMemory = "",
     offload_dir: OffloadDir = None,
     gpu: Annotated[
-        str,
-        option(MACHINE, "--gpu", help='vLLM, llama.cpp: the rig, e.g. "2x RTX 3090". Default: this machine.'),
+        str, option(MACHINE, "--gpu", help='vLLM, llama.cpp: the rig, e.g. "2x RTX 3090". Default: this machine.')
     ] = "",
     hosts: Annotated[
-        str,
-        option(MACHINE, "--hosts", help="vLLM on several identical hosts, head node first: a,b,c."),
+        str, option(MACHINE, "--hosts", help="vLLM on several identical hosts, head node first: a,b,c.")
     ] = "",
     dry_run: Annotated[
-        bool,
-        option(JOB, "--dry-run", help="Print the engine's commands, or what qwenq's server would load."),
+        bool, option(JOB, "--dry-run", help="Print the engine's commands, or what qwenq's server would load.")
     ] = False,
     follow_links: FollowLinks = False,
 ) -> None:
@@ -119,7 +112,10 @@ def serve(
     ours = here or (kind is None and not (gpu or hosts) and not theirs)
     if not ours:
         refuse_typed(context, _OWN_OPTIONS, "server, and this is vLLM's")
-    door = replace(door, name=door.name or (Path(model).resolve().name if Path(model).is_dir() else model))
+    if not door.name:
+        place = Path(model)
+        named = place.resolve().name if place.is_dir() else split_stem(place) if is_gguf(place) else model
+        door = replace(door, name=named)
     leads = names_in(hosts)
     if dry_run and ours:
         print_forecast(model, options, json=False)

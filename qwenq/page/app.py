@@ -20,11 +20,11 @@ from qwenq.formats.base import FORMATS, SIZED
 from qwenq.io.http import BadBody, BodyReader, Busy, Guard, Line, Server, while_there
 from qwenq.model.spec import family_configs, family_spec
 from qwenq.planning.engines.base import ENGINES, RigFinder, get_engine, plan_commands
-from qwenq.planning.ggufsize import gguf_types
 from qwenq.planning.memory import TERM_NAMES
 from qwenq.planning.plan import make_plan, recommend
 from qwenq.planning.questions import Question, Resolved, contexts_of, spread
 from qwenq.planning.rig import Rig, catalogue, find_gpu
+from qwenq.planning.weights import gguf_types
 
 MAX_PAGE_GPUS = 16
 CHART_CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
@@ -187,11 +187,9 @@ def choices() -> dict[str, Any]:
         "gguf_engines": [name for name, engine in ENGINES.items() if engine.needs_gguf],
         "server_engines": [name for name, engine in ENGINES.items() if not engine.layered],
         "formats": {
-            name: {"fixed": form.fixed is not None, "bits": form.fixed.bits if form.fixed else 0}
-            for name, form in FORMATS.items()
-            if not form.whole_file
+            name: {"fixed": form.fixed is not None} for name, form in FORMATS.items() if not form.whole_file
         }
-        | {name: {"fixed": True, "bits": sized.bits} for name, sized in SIZED.items()},
+        | {name: {"fixed": True} for name in SIZED},
         "gguf_types": list(gguf_types()),
         "terms": TERM_NAMES,
         "max_gpus": MAX_PAGE_GPUS,

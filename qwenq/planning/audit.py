@@ -100,7 +100,7 @@ def audit(
         spec=spec,
         scheme=scheme,
         parameters=spec.parameters,
-        parts=_parts(spec, tensors.values() if tensors is not None else _shipped_tensors(spec, recipe)),
+        parts=_parts(spec, recipe.tensors(spec) if tensors is None else tensors.values()),
         tensors_read=tensors is not None,
         source=HEADERS if tensors is not None else SHIPPED,
         expected_parameters=expect_parameters,
@@ -140,10 +140,6 @@ def _compare(recipe: Recipe, spec: ModelSpec, tensors: Mapping[str, TensorSpec])
         if name not in needed and not unused and not (packed_head and name.startswith(head)):
             problems.append(f"{shown(name)}: stored, but the config has no place for it")
     return problems
-
-
-def _shipped_tensors(spec: ModelSpec, recipe: Recipe) -> Iterable[TensorSpec]:
-    return recipe.tensors(spec, "F16") if recipe.default else spec.tensors("BF16")
 
 
 def _parts(spec: ModelSpec, tensors: Iterable[TensorSpec]) -> tuple[Part, ...]:

@@ -101,11 +101,15 @@ def choose_for_bits(
 
     Embedding and head count with them in a format that quantizes them.
     """
+    form = get_format(format)
     costs = {
-        fused: {scheme: _stored_bits(spec, fused, scheme, format) for scheme in _held(spec, table, fused, format)}
+        fused: {
+            scheme: sum(form.stored_bits(scheme, lin) for lin in members_of(spec, fused))
+            for scheme in _held(spec, table, fused, format)
+        }
         for fused in fused_groups(spec, format)
     }
-    outer = spec.outer_linears if get_format(format).outer else ()
+    outer = spec.outer_linears if form.outer else ()
     per = "per weight, embedding and head included," if outer else "per linear weight"
     weights = spec.linear_parameters + sum(lin.parameters for lin in outer)
     smallest = Fraction(_least(costs.values()), weights)
@@ -185,7 +189,7 @@ def group_costs(
     longer = len(str(spec.num_hidden_layers - 1)) - len(str(fused[0]))
     for scheme in _held(spec, table, fused, format):
         total = 0
-        for tensor in (t for lin in members for t in get_format(format).linear_tensors(scheme, lin, dtype_of)):
+        for tensor in (t for lin in members for t in form.linear_tensors(scheme, lin, dtype_of)):
             entry = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [whole, whole]}
             total += tensor.nbytes + len(json.dumps({tensor.name: entry}, separators=(",", ":"))) - 1 + longer
         costs[scheme] = total
@@ -218,11 +222,6 @@ def _held(spec: ModelSpec, table: Sensitivity, fused: FusedGroup, format: str) -
     """Options of a fused group: the table's schemes that the format offers in mixtures, and 16 bit."""
     offered = set(schemes_for(spec, fused, get_format(format)))
     return [*(scheme for scheme in table.kl[fused] if scheme in offered), None]
-
-
-def _stored_bits(spec: ModelSpec, fused: FusedGroup, scheme: Scheme | None, format: str) -> int:
-    """Bits of a fused group's codes, scales and zero points, as `Recipe.bits_per_linear_weight` counts them."""
-    return sum(get_format(format).stored_bits(scheme, lin) for lin in members_of(spec, fused))
 
 
 def _solved(

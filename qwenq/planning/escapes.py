@@ -67,7 +67,7 @@ class _Asked:
         return [option for option in parallel_options(self.case) if not self.ranks or option.tensor == self.ranks]
 
     def has(self, change: Change) -> bool:
-        """Whether that is so already."""
+        """Whether the case already has the change, or its engine knows none."""
         engine = self.case.engine
         if change == "kv cache":
             return self.case.kv_bytes <= engine.kv_bytes(engine.smaller_kv)

@@ -17,8 +17,16 @@ from qwenq.io.gguf import gguf_model, is_gguf
 from qwenq.io.json import inside, read_object, shown
 from qwenq.io.safetensors import INDEX_NAME, TensorLocation, TensorSpec, checkpoint_tensors
 from qwenq.model.spec import ModelSpec, family_spec, near_names, refuse_experts, spec_from_config
-from qwenq.planning.ggufsize import BITS_TO_TYPE, gguf_types, gguf_weights, is_gguf_type
-from qwenq.planning.weights import Weights, header_weights, published_weights, recipe_weights
+from qwenq.planning.weights import (
+    BITS_TO_TYPE,
+    Weights,
+    gguf_types,
+    gguf_weights,
+    header_weights,
+    is_gguf_type,
+    published_weights,
+    recipe_weights,
+)
 
 _PUBLISHED = re.compile(r"(.*?)-(GPTQ-Int[48]|AWQ|FP8)", re.IGNORECASE)
 _STATED_KEYS = ("num_parameters", "total_parameters", "n_params", "parameters")

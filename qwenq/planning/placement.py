@@ -283,7 +283,7 @@ class _Splitter:
         return min(left[0] - self._offload_bytes(layers), *left)
 
     def _most_room(self, layers: int) -> int:
-        """More than any split leaves on the fullest GPU: if weights were all, and cut to the byte."""
+        """Upper bound of the room on the fullest GPU: of weights alone, as if they could be split to the byte."""
         held = sum(self.layer_bytes) - sum(self.layer_bytes[layer] for layer in host_range(self.case, layers))
         largest = sorted(self.limits, reverse=True)
         return max((sum(largest[:count]) - held) // count for count in range(1, len(largest) + 1)) + 1

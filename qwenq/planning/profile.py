@@ -177,7 +177,10 @@ def read_profile(path: Path) -> Profile:
         raise PlanError(f"{path}: no rows")
     if len(rows) > _MAX_ROWS:
         raise PlanError(f"{path}: {len(rows)} rows, more than {_MAX_ROWS}")
-    return Profile(path.name, fit_rows([_row(row, f"{path}: row {k}") for k, row in enumerate(rows, 1)]))
+    fits = fit_rows([_row(row, f"{path}: row {k}") for k, row in enumerate(rows, 1)])
+    if not fits:
+        raise PlanError(f"{path}: no row has a measured peak", hint="measure where the system reports memory")
+    return Profile(path.name, fits)
 
 
 def _row(row: Any, where: str) -> MeasuredRow:

@@ -132,7 +132,7 @@ class Question:
         return Resolved(model, weights, engine, rig, template, self.tensor_parallel_size)
 
     def _check_ways(self) -> None:
-        """PlanError for several ways at once to say which weights."""
+        """UsageError for several ways at once to say which weights."""
         ways = {"--target-size": self.target_size, "--recipe": self.recipe, "--checkpoint": self.checkpoint}
         scheme = {"--bits": self.bits, "--group-size": self.group_size, "--format": self.format or None}
         given = [name for name, value in ways.items() if value is not None]
@@ -153,7 +153,7 @@ def parse_memory(text: str) -> int:
 
 
 def parse_parameters(text: str) -> float:
-    """72.7e9 of `72.7B`; PlanError otherwise."""
+    """72.7e9 of `72.7B`; UsageError otherwise."""
     number, unit = (text[:-1], text[-1].upper()) if text and text[-1].isalpha() else (text, "")
     factors = {"": 1.0, "M": 1e6, "B": 1e9, "T": 1e12}
     try:

@@ -152,7 +152,7 @@ def catalogue() -> tuple[Gpu, ...]:
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU people mean by `name`; PlanError with near matches, or with the variants when several are meant."""
+    """The GPU people mean by `name`; UsageError with near matches, or with the variants when several are meant."""
     if memory := _MEMORY.fullmatch(name):
         return _by_memory(name.strip(), float(memory[1]))
     if memory := _MAC.fullmatch(name):
@@ -249,7 +249,7 @@ _PART = re.compile(
 
 
 def parse_rig(text: str) -> Rig:
-    """A rig from `2x RTX 3090`, `RTX 4090 + 2 RTX 3060 12GB` or `a100 sxm4 80gb*4`; PlanError for anything else."""
+    """A rig from `2x RTX 3090`, `RTX 4090 + 2 RTX 3060 12GB` or `a100 sxm4 80gb*4`; UsageError otherwise."""
     gpus: list[Gpu] = []
     for part in re.split(r"[+,;]", text):
         match = _PART.fullmatch(part)

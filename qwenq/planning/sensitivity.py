@@ -80,7 +80,7 @@ class Sensitivity:
                     kl[fused][scheme] = prior_kl(spec, fused) * prior_noise(scheme)
                 else:
                     kl[fused][scheme] = self.kl[fused][known] * prior_noise(scheme) / prior_noise(known)
-        return Sensitivity(self.model, self.fingerprint, kl, self.provenance)
+        return replace(self, kl=kl)
 
     def check(self, spec: ModelSpec, fingerprint: str = "", format: str = "gptq") -> None:
         """PlanError unless the table is of this model (of these files when their fingerprint is known) and a format."""

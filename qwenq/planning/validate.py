@@ -162,7 +162,7 @@ def _predicted(row: dict[str, str], spec: ModelSpec, weights: Weights) -> Valida
         raise LeftOut(f"engine is {shown(name, 40)!r}; an allocator peak is of {stating}, a cache's room of servers")
     if not _cell(row, "input_len"):
         raise LeftOut("input_len is empty")
-    prompt, measured = _whole(row, "input_len"), _gib(row, "mem_gib")
+    prompt, measured = _whole(row, "input_len"), _gib(row)
     gpus = _whole(row, "gpu_num", 1)
     if not 1 <= gpus <= spec.num_hidden_layers:
         raise PlanError(f"gpu_num is {gpus}, wanted 1 to {spec.num_hidden_layers}")
@@ -207,7 +207,7 @@ def _served(row: dict[str, str], spec: ModelSpec, weights: Weights, engine: Serv
     shares = rank_shares(spec, gpus // stages, stages)
     tokens, room = engine.cache_room(case, shares)
     kv_tokens = _whole(row, "kv_tokens") if "kv_tokens" in logged else None
-    measured = _gib(row, "mem_gib") if "mem_gib" in logged else (kv_tokens or 0) * room / max(1, tokens) / GIB
+    measured = _gib(row) if "mem_gib" in logged else (kv_tokens or 0) * room / max(1, tokens) / GIB
     return ValidatedRow(row["model"], row["quant"], context, room / GIB, measured, engine.name, tokens, kv_tokens)
 
 
@@ -219,12 +219,12 @@ def _cell(row: dict[str, str], column: str) -> str:
     return (row.get(column) or "").strip()
 
 
-def _gib(row: dict[str, str], column: str) -> float:
-    if not _cell(row, column):
-        raise LeftOut(f"{column} is empty")
-    found = float(row[column])
+def _gib(row: dict[str, str]) -> float:
+    if not _cell(row, "mem_gib"):
+        raise LeftOut("mem_gib is empty")
+    found = float(row["mem_gib"])
     if not 0.001 <= found < 1e6:
-        raise PlanError(f"{column} is {shown(row[column], 40)!r}, wanted a positive number of GiB")
+        raise PlanError(f"mem_gib is {shown(row['mem_gib'], 40)!r}, wanted a positive number of GiB")
     return found
 
 

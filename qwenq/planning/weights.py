@@ -1,4 +1,4 @@
-"""A model's weight bytes by place: embedding, layers, norm, head; from a recipe, a published format or headers."""
+"""A model's weight bytes by place: embedding, layers, norm, head; of a recipe, a published format or real headers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -165,6 +165,39 @@ def published_weights(spec: ModelSpec, quant: str) -> Weights:
         if name in sized.published:
             return _sized_weights(spec, quant, sized, dtype="BF16")
     raise PlanError(f"unknown quantization {quant!r}", hint="one of BF16, GPTQ-Int4, GPTQ-Int8, AWQ, FP8")
+
+
+BITS_TO_TYPE = {4: "Q4_K_M", 8: "Q8_0", 16: "F16"}  # of GGUF
+_GGUF_ALIASES = {"Q5_K": "Q5_K_M", "Q4_K": "Q4_K_M", "Q3_K": "Q3_K_M"}  # llama-quantize's own
+
+
+def gguf_types() -> tuple[str, ...]:
+    """Names of llama.cpp's mixtures, largest first."""
+    return get_format("gguf").mixtures
+
+
+def is_gguf_type(name: str) -> bool:
+    """Whether it is the name of a mixture, in any case."""
+    return name.upper() in (*gguf_types(), *_GGUF_ALIASES)
+
+
+@lru_cache(maxsize=64)
+def gguf_weights(spec: ModelSpec, file_type: str) -> Weights:
+    """Weights of a GGUF of `file_type` (`Q4_K_M`, `Q8_0`, ...), without the file's header.
+
+    Checked against published files of Qwen2.5 (tests/planning/test_weights.py).
+    """
+    form, name = get_format("gguf"), _GGUF_ALIASES.get(file_type.upper(), file_type.upper())
+    if name not in form.mixtures:
+        raise PlanError(f"unknown GGUF type {file_type!r}", hint=f"one of {', '.join(form.mixtures)}")
+    sixteen = name if name in ("F16", "BF16") else "F16"
+    return recipe_weights(
+        spec,
+        form.mixture(name, spec),
+        label=f"GGUF {name}",
+        dtype=lambda tensor: form.stored_dtype(tensor, sixteen),
+        source="llama.cpp's type for each tensor",
+    )
 
 
 def header_weights(

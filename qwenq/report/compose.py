@@ -37,7 +37,7 @@ class Extras:
 
 
 def compose(runs: Sequence[Run], extras: Extras) -> Document:
-    """The report of these runs, in the order given; PlanError for a rig or an engine that nobody knows."""
+    """The report of these runs, in the order given; UsageError for a rig or an engine that nobody knows."""
     engine, rigs = engine_named(extras.engine), rigs_named(extras.rigs)
     found = [load(run, extras.engine) for run in runs]
     loaded = [one for one in found if not isinstance(one, str)]

@@ -280,12 +280,12 @@ def memory_by_context(loaded: Loaded, engine: Engine) -> list[MemoryEstimate]:
 
 
 def rigs_named(names: tuple[str, ...]) -> list[Rig]:
-    """The rigs asked for, or those people have; PlanError for one that nobody knows."""
+    """The rigs asked for, or those people have; UsageError for one that nobody knows."""
     return [parse_rig(name) for name in names or RIGS]
 
 
 def engine_named(name: str) -> Engine:
-    """The engine; PlanError for one that nobody knows, or that reads none of these checkpoints."""
+    """The engine; UsageError for one that nobody knows, or that reads none of these checkpoints."""
     engine = get_engine(name)
     if engine.needs_gguf:
         hint = f"--engine {engine_names(checkpoints=True)}"

@@ -60,8 +60,8 @@ def draw_kl_size(points: Sequence[Point], size_title: str, width: int, ident: st
     x = Scale(size_low, size_high, left, right)
     draw_axes(
         drawing, x, y,
-        x_ticks=_number_ticks(x, width // 110), y_ticks=y.ticks(5), x_title=size_title,
-        y_title="mean KL, nats per token" + (", log scale" if log else ""),
+        x_ticks=[(value, figure_text(value)) for value in x.ticks(width // 110)], y_ticks=y.ticks(5),
+        x_title=size_title, y_title="mean KL, nats per token" + (", log scale" if log else ""),
     )  # fmt: skip
     taken: list[Box] = []
     spots = []
@@ -203,10 +203,6 @@ def draw_memory(
 def _marker_kind(series: int, *, filled: bool = True) -> str:
     k = series % len(MARKERS)
     return f"{'mark' if filled else 'hollow'} s{k}" if MARKERS[k] != "plus" else f"stroke s{k}"
-
-
-def _number_ticks(scale: Scale, about: int) -> list[tuple[float, str]]:
-    return [(value, figure_text(value)) for value in scale.ticks(about)]
 
 
 def _layer_ticks(first: int, last: int, width: float) -> list[tuple[float, str]]:

@@ -38,32 +38,24 @@ def register() -> None:
 
 
 class KvCache:
-    """Keys and values of one sequence, `capacity` tokens per layer, on the device its layer computes on.
+    """Keys and values of one sequence, `capacity` tokens of `heads` heads for each layer, on the device it computes on.
 
-    `dtype` None keeps the activations' own; float8 and float16 are stored clamped to their range, without scales, and
-    read back in the activations' dtype. Dropping tokens (`crop`) costs nothing.
+    float8 and float16 are stored clamped to their range, without scales, and read back in the activations' dtype.
+    Dropping tokens (`crop`) costs nothing. All is made at once: a GPU's allocator then lays it side by side. Made
+    between activations it would settle in what those left free, one tensor to a block, and the rest of each block would
+    be lost: 6.5 GiB for the 72B at 32k.
     """
 
-    def __init__(self, layers: int, capacity: int, dtype: torch.dtype | None = None) -> None:
-        self.capacity, self.dtype = capacity, dtype
-        self._stored: list[tuple[Tensor, Tensor] | None] = [None] * layers
-        self._lengths = [0] * layers
-
-    def allocate(self, devices: Sequence[torch.device], heads: int, width: int, dtype: torch.dtype) -> None:
-        """Make every layer's tensors now, for activations of `dtype`; else each is made at its first tokens.
-
-        A GPU's allocator then lays them side by side. Made between activations they would settle in what those left
-        free, one to a block, and the rest of each block would be lost: 6.5 GiB for the 72B at 32k.
-        """
-        for layer, device in enumerate(devices):
-            self._make(layer, (1, heads, self.capacity, width), dtype, device)
-
-    def _make(
-        self, layer: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        key, value = (torch.empty(shape, dtype=self.dtype or dtype, device=device) for _ in "kv")
-        self._stored[layer] = key, value
-        return key, value
+    def __init__(
+        self, devices: Sequence[torch.device], capacity: int, heads: int, width: int, dtype: torch.dtype
+    ) -> None:
+        self.capacity = capacity
+        shape = 1, heads, capacity, width
+        self._stored = [
+            (torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
+            for device in devices
+        ]
+        self._lengths = [0] * len(devices)
 
     def update(self, key: Tensor, value: Tensor, layer: int, *unused: Any, **more: Any) -> tuple[Tensor, Tensor]:
         """Append key and value [B, N, T, D] of a layer and return all there are."""
@@ -72,8 +64,6 @@ class KvCache:
         if stop > self.capacity:
             raise ValueError(f"{stop} tokens in a cache of {self.capacity}")
         stored = self._stored[layer]
-        if stored is None:
-            stored = self._make(layer, (*key.shape[:2], self.capacity, key.shape[3]), key.dtype, key.device)
         for kept, new in zip(stored, (key, value), strict=True):
             limit = torch.finfo(kept.dtype).max
             if kept.dtype == FP8:
@@ -94,9 +84,7 @@ class KvCache:
 
     def stored(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, [B, N, capacity, D] each, filled or not."""
-        found = self._stored[layer]
-        assert found is not None  # `allocate` made it
-        return found
+        return self._stored[layer]
 
     def get_seq_length(self, layer: int = 0) -> int:
         """Tokens in the cache; transformers asks for it by this name."""

@@ -1,17 +1,20 @@
 """This project's own kernels for x86 CPUs (`cpu_kernels.c`): matmuls, and what one token needs between them.
 
-They are built with the machine's C compiler (`cc`, or what `CC` names) once a process, as Triton builds its launchers.
-Without one torch's packed kernels take over, and the reason is told. OpenMP comes from torch: a second copy would
-bring threads of its own.
+They are built with the machine's C compiler (`cc`, or what `CC` names), as Triton builds its launchers, and kept in the
+user's cache. Without a compiler torch's packed kernels take over, and the reason is told. OpenMP comes from torch: a
+second copy would bring threads of its own.
 """
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
+import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,8 +22,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qwenq.io.durable import write_bytes
 from qwenq.machine import compiler, lacks_for_cpu_kernels
 
+SOURCE = Path(__file__).with_suffix(".c")
 BLOCK = 16  # outputs
 ROWS = 64  # of activations at once: rounded, they stay in a core's cache
 BUILD_SECONDS = 60
@@ -51,23 +56,68 @@ def _built(flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL | str:
     """The kernels, or why there are none."""
     if why := lacks_for_cpu_kernels():
         return why
-    source, command = Path(__file__).with_suffix(".c"), compiler()
-    english = os.environ | {"LC_ALL": "C"}  # an error is called one
-    with tempfile.TemporaryDirectory(prefix="qwenq-kernels-") as directory:
-        built, library = Path(directory, "kernels.o"), Path(directory, "kernels.so")
-        try:
-            for words in ((*flags, "-c", str(source), "-o", str(built)), ("-shared", str(built), "-o", str(library))):
-                subprocess.run(
-                    (*command, *words), env=english, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS
-                )
-            found = ctypes.CDLL(str(library))  # OpenMP's symbols are those that torch has loaded for all
-        except subprocess.CalledProcessError as reason:
-            said = [line for line in reason.stderr.splitlines() if "error" in line] or ["no message"]
-            return f"{command[0]} cannot compile the CPU kernels: {said[0].rpartition('error: ')[2][:200]}"
-        except (OSError, subprocess.SubprocessError) as reason:
-            return f"the CPU kernels cannot be compiled or loaded: {str(reason).splitlines()[0][:200]}"
+    try:
+        place = _place(flags)
+        found = _loaded(place) or _compiled(flags, place)
+    except subprocess.CalledProcessError as reason:
+        said = [line for line in reason.stderr.splitlines() if "error" in line] or ["no message"]
+        return f"{reason.cmd[0]} cannot compile the CPU kernels: {said[0].rpartition('error: ')[2][:200]}"
+    except (OSError, subprocess.SubprocessError) as reason:
+        return f"the CPU kernels cannot be compiled or loaded: {str(reason).splitlines()[0][:200]}"
     for name, arguments in _ARGUMENTS.items():
         getattr(found, name).argtypes, getattr(found, name).restype = arguments, None
+    return found
+
+
+def _run_compiler(*words: str) -> str:
+    """What the compiler prints to stderr; it is asked for English, where an error is called one."""
+    english = os.environ | {"LC_ALL": "C"}
+    return subprocess.run(
+        (*compiler(), *words), env=english, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS
+    ).stderr
+
+
+def _place(flags: tuple[str, ...]) -> Path | None:
+    """The library's file in the user's cache, where there is one that nobody else can write to.
+
+    Its name stands for the source and all that decides what becomes of it: `-###` compiles nothing, and prints the
+    compiler's version and what the flags mean on this CPU.
+    """
+    meant = _run_compiler(*flags, "-###", "-S", "-x", "c", os.devnull, "-o", os.devnull)
+    try:
+        meant = meant.replace(os.getcwd(), "")  # which Clang notes for a debugger
+        caches = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        folder = (caches if caches.is_absolute() else Path.home() / ".cache") / "qwenq"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.lstat()
+    except (OSError, RuntimeError):  # read-only, or nobody's home
+        return None
+    private = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
+    name = hashlib.sha256(SOURCE.read_bytes() + meant.encode()).hexdigest()
+    return folder / f"cpu-kernels-{name[:32]}.so" if private else None
+
+
+def _loaded(place: Path | None) -> ctypes.CDLL | None:
+    """The kept library; None where there is none that is whole and loads. Its SHA-256 stands behind it."""
+    if place is not None:
+        with suppress(OSError):
+            content = place.read_bytes()
+            if hashlib.sha256(content[:-32]).digest() == content[-32:]:
+                return ctypes.CDLL(str(place))
+    return None
+
+
+def _compiled(flags: tuple[str, ...], place: Path | None) -> ctypes.CDLL:
+    """The library, built and kept at `place`, where that can be."""
+    with tempfile.TemporaryDirectory(prefix="qwenq-kernels-") as directory:
+        built, library = Path(directory, "kernels.o"), Path(directory, "kernels.so")
+        _run_compiler(*flags, "-c", str(SOURCE), "-o", str(built))
+        _run_compiler("-shared", str(built), "-o", str(library))
+        found = ctypes.CDLL(str(library))  # OpenMP's symbols are those that torch has loaded for all
+        content = library.read_bytes()
+    if place is not None:
+        with suppress(OSError):
+            write_bytes(place, content + hashlib.sha256(content).digest())
     return found
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenq.errors import HonestNo, RunError
+from qwenq.machine import UNTOLD_RAM
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.case import Case, Share, Workload
 from qwenq.planning.engines.torch import OWN
@@ -28,7 +29,7 @@ class Held:
     device: str  # GPU 0 RTX 3090, CPU, disk
     layers: int
     predicted_bytes: int
-    limit_bytes: int | None  # what is free, or a limit below it; None for the disk, which is checked on its own
+    limit_bytes: int | None  # free, or a limit below it; None for the disk, or where it is not told
 
     @property
     def line(self) -> str:
@@ -84,7 +85,7 @@ def forecast(spec: ModelSpec, weights: Weights, options: LoadOptions) -> Forecas
             check_disk(options.offload_directory or Path(tempfile.gettempdir()), plan.disk_bytes)
     except RunError as error:
         raise HonestNo(error.message, hint=error.hint) from None
-    devices = _held(case, plan, room)
+    devices = _held(case, plan, room if room < UNTOLD_RAM else None)
     dtype = str(options.dtype)[6:]
     return Forecast(spec.name, weights, work, dtype, plan, devices, _speed(case, plan))
 
@@ -101,7 +102,7 @@ def share_of(spec: ModelSpec, places: Mapping[str, int | str], index: int) -> Sh
     )
 
 
-def _held(case: Case, plan: LoadPlan, room: int) -> tuple[Held, ...]:
+def _held(case: Case, plan: LoadPlan, room: int | None) -> tuple[Held, ...]:
     counts: dict[int | str, int] = {}
     rig = case.rig
     for layer in range(len(case.weights.layers)):

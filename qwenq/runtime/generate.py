@@ -131,8 +131,8 @@ class Session:
     _refused: str = field(default="", repr=False)  # why the kernels of a step can't be launched
     _cache: KvCache | None = field(default=None, repr=False)
     _ids: list[int] = field(default_factory=list, repr=False)  # what the cache holds
-    _answer: int = field(default=0, repr=False)  # number of the one it holds that for
-    _whole: int = field(default=0, repr=False)  # of these, computed in whole chunks, as without a cache
+    _answer: int = field(default=0, repr=False)  # number of the answer it was filled for
+    _whole: int = field(default=0, repr=False)  # how many of these were computed in whole chunks, as without a cache
 
     def __post_init__(self) -> None:
         if self.max_model_len > self.model.spec.extended_context:
@@ -142,10 +142,6 @@ class Session:
             )
         if self.prefill_chunk < 1:
             raise UsageError(f"--prefill-chunk {self.prefill_chunk}: wanted at least 1")
-
-    def new_tokens(self, prompt: int, asked: int) -> int:
-        """Number of tokens that may follow a prompt; RunError if prompt and answer do not fit the context."""
-        return new_tokens(prompt, asked, self.max_model_len)
 
     def generate(
         self,
@@ -161,7 +157,7 @@ class Session:
         the context or the memory of a device, and for an answer that goes on after another one was begun.
         """
         timing = timing if timing is not None else Timing()
-        limit = self.new_tokens(len(ids), sampling.max_new_tokens)
+        limit = new_tokens(len(ids), sampling.max_new_tokens, self.max_model_len)
         if max(ids) >= self.model.spec.vocab_size:
             raise RunError(
                 f"token id {max(ids)} is outside the vocabulary of {self.model.spec.vocab_size}",
@@ -277,11 +273,10 @@ class Session:
     def _new_cache(self) -> KvCache:
         spec, places = self.model.spec, self.model.device_map
         devices = [compute_device(places[spec.layer_name(k)], places) for k in range(spec.num_hidden_layers)]
-        cache = KvCache(len(devices), self.max_model_len, KV_DTYPES[self.kv_dtype])
+        dtype = KV_DTYPES[self.kv_dtype] or self.model.dtype
         doing, hint = f"allocating a cache of {self.max_model_len} tokens", "a smaller --max-model-len"
         with memory_errors(doing, devices[0], None, hint):
-            cache.allocate(devices, spec.num_key_value_heads, spec.head_dim, self.model.dtype)
-        return cache
+            return KvCache(devices, self.max_model_len, spec.num_key_value_heads, spec.head_dim, dtype)
 
     def _common(self, ids: Sequence[int], repeatable: bool) -> int:
         """Cut the cache to the longest common beginning with `ids`, leaving at least one token to compute.

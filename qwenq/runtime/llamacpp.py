@@ -85,9 +85,8 @@ def serving(model: str, context: int = 0, kv_dtype: str = "auto", ubatch: int = 
     case = asked.at(context or min(DEFAULT_CONTEXT, asked.spec.max_position_embeddings))
     placement = None
     if rig is not None:
-        placement = place(case)
-        if not placement.fits:
-            placement = place(case, offload=True)
+        placement = place(case, offload=True)
+        if placement.host_layers:
             notes += ("not all layers fit the GPUs: the first ones stay on the CPU",)
     return Serving(file, case, placement, (*notes, *asked.notes))
 

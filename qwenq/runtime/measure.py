@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from qwenq.errors import PlanError, RunError
+from qwenq.errors import RunError
 from qwenq.pipeline.monitor import gpu_at
 from qwenq.planning.case import Case, Workload
 from qwenq.planning.engines.torch import OWN
@@ -31,13 +31,12 @@ def measure(
 ) -> tuple[list[MeasuredRow], str]:
     """Rows of every context, phase and device, and why it ended early (empty when it did not).
 
-    Contexts grow; each gets a cache of its own size. Out of memory ends the measurement, the rows so far are kept.
+    Contexts, of more than DECODE_TOKENS, grow; each gets a cache of its own size. Out of memory ends the measurement,
+    the rows so far are kept.
     """
     model, rows = found.model, list[MeasuredRow]()
     generator = torch.Generator().manual_seed(0)
     for context in sorted(contexts):
-        if context <= DECODE_TOKENS:
-            raise PlanError(f"context is {context} tokens, wanted more than {DECODE_TOKENS}")
         work = replace(found.work, context=context, prompt=0)
         ids = torch.randint(0, model.spec.vocab_size, (context,), generator=generator).tolist()
         session = Session(model, context, found.work.prefill_chunk, found.work.kv_dtype)

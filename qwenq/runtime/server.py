@@ -163,7 +163,7 @@ def make_app(service: Service, allowed_hosts: Collection[str] = ()) -> FastAPI:
 
 
 def _has_key(service: Service, request: Request) -> bool:
-    """Whether the request has the service's key, compared in a time that tells nothing of either."""
+    """Whether the request has the service's key, compared in constant time."""
     given = [value for name, value in request.headers.raw if name == b"authorization"]
     key = given[0].strip() if len(given) == 1 else b""
     if key[:7].lower() == b"bearer ":

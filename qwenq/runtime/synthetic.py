@@ -43,8 +43,8 @@ class SyntheticWeights:
         shape = self.shapes[name]
         if name.endswith("norm.weight"):
             return torch.ones(shape, dtype=torch.bfloat16, device=device)
-        wide = shape[-1] if len(shape) > 1 else 1
-        return torch.randn(shape, dtype=torch.bfloat16, device=device).mul_(wide**-0.5 if len(shape) > 1 else 0.02)
+        spread = shape[-1] ** -0.5 if len(shape) > 1 else 0.02
+        return torch.randn(shape, dtype=torch.bfloat16, device=device).mul_(spread)
 
     def table(self, name: str, device: torch.device) -> Tensor:
         """Embedding or head."""

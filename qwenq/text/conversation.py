@@ -85,7 +85,7 @@ def read_row(row: Any, where: str) -> Document:
         return _conversation(row, [*prompt, *completion], where)
     for question, more, answer in _PAIRS:
         if all(isinstance(row.get(key), str) for key in (question, answer)):
-            added = row.get(more, "")
+            added = row.get(more) if more else ""  # a column may have no name
             asked = row[question] + (f"\n\n{_text(added, where)}" if added else "")
             turns = [*_history(row, where), {"role": "user", "content": asked}]
             return _conversation(row, [*turns, {"role": "assistant", "content": row[answer]}], where)
@@ -164,7 +164,8 @@ def _turn(message: Any, where: str) -> Any:
 def _history(row: Mapping[str, Any], where: str) -> list[Message]:
     """Earlier turns as LLaMA-Factory's Alpaca rows have them: [[question, answer], ...]."""
     turns: list[Message] = []
-    for pair in row.get("history", ()):
+    history = row.get("history") or []
+    for pair in history if isinstance(history, list) else [history]:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(said, str) for said in pair)):
             raise CalibrationError(f"{where}: history wants pairs of texts")
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]

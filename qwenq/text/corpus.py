@@ -435,7 +435,6 @@ def _parquet(path: Path, file: io.BufferedReader, size: int, sample: Sample, str
         unpacked = sum(table.metadata.row_group(k).total_byte_size for k in range(table.num_row_groups))
         small = size <= SMALL_ROWS_BYTES and unpacked <= 4 * SMALL_ROWS_BYTES
         if small:
-            file.seek(0)
             provenance: dict[str, Any] = {"kind": "file", "file_sha256": _sha256(file)}
         else:
             provenance = {"kind": "file", "file_bytes": size}

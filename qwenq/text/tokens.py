@@ -68,8 +68,8 @@ def _at_fault(say: Callable[[BaseException], CheckpointError]) -> Iterator[None]
 
 
 @contextmanager
-def _unsaid() -> Iterator[None]:
-    """Meanwhile nothing written to stdout and stderr arrives there, not even by what passes Python by.
+def _silenced() -> Iterator[None]:
+    """Send stdout and stderr to the null device meanwhile, by their file descriptors.
 
     The library beneath prints its panics, and names of options that it does not know, as they are in the file.
     """
@@ -112,7 +112,7 @@ class ModelTokenizer:
         vocabulary = self._vocabulary
         if vocabulary is None:
             self._check_files()
-        with _unsaid():
+        with _silenced():
             return self._loaded() if vocabulary is None else _tokenizer_of(vocabulary, self.directory)
 
     def _loaded(self) -> Any:

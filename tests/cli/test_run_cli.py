@@ -285,6 +285,13 @@ def test_a_dry_run_by_hub_name_says_what_it_rests_on(monkeypatch: pytest.MonkeyP
     assert "disk: " in spilled.stdout and "speed: not predicted: layers are read from disk" in spilled.stdout
 
 
+def test_a_dry_run_where_the_system_does_not_tell_its_memory(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qwenq import machine
+
+    monkeypatch.setattr(machine, "_kibibytes", lambda path, name: 0)
+    assert re.fullmatch(r"CPU: 4 layers, [\d.]+ MB", run("run", tiny, "--dry-run", "-c", 128).stdout.splitlines()[1])
+
+
 def test_a_dry_run_of_what_does_not_fit_exits_with_3(tiny: Path) -> None:
     result = run("run", tiny, "--dry-run", "--cpu-memory", "1MB")
     assert result.exit_code == 3 and result.stdout == "" and "error: CPU: needs " in result.stderr

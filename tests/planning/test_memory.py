@@ -19,11 +19,10 @@ from qwenq.planning.engines.base import ENGINES, get_engine
 from qwenq.planning.engines.llamacpp import compute_buffer
 from qwenq.planning.engines.torch import EXLLAMA_V1, Pass, TorchEngine, TransformersEngine, parse_environment
 from qwenq.planning.engines.vllm import VllmEngine
-from qwenq.planning.ggufsize import gguf_weights
 from qwenq.planning.memory import GpuMemory, Term, estimate
 from qwenq.planning.rig import Rig, find_gpu
 from qwenq.planning.validate import errors, read_rows
-from qwenq.planning.weights import Weights, allocated_bytes, published_weights, recipe_weights
+from qwenq.planning.weights import Weights, allocated_bytes, gguf_weights, published_weights, recipe_weights
 from qwenq.units import GIB, MIB
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "published"

@@ -22,15 +22,15 @@ from qwenq.model.spec import ModelSpec
 from qwenq.planning.budget import sized_recipe
 from qwenq.planning.case import Case, Share, Workload, even_shares, rank_shares
 from qwenq.planning.engines.base import get_engine
-from qwenq.planning.ggufsize import gguf_weights
 from qwenq.planning.memory import estimate
 from qwenq.planning.placement import Placement, cutting_reasons, parallel_options, place
 from qwenq.planning.plan import make_plan, recommend
 from qwenq.planning.rig import Rig, find_gpu, parse_rig
 from qwenq.planning.speed import Speed, bus_gb_s, decode_seconds, estimate_speed, prefill_seconds
 from qwenq.planning.tensor_parallel import padded_width
-from qwenq.planning.weights import Weights, published_weights, recipe_weights
+from qwenq.planning.weights import Weights, gguf_weights, published_weights, recipe_weights
 from qwenq.units import GIB
+from tests.conftest import run
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "published"
 
@@ -122,6 +122,15 @@ def test_nothing_fits_at_all() -> None:
         place(case, offload=True)
     plan = make_plan(case)
     assert plan.offload is None and not plan.fits and plan.largest_context == 0
+
+
+@pytest.mark.parametrize("engine", ["qwenq", "vllm", "llama.cpp"])
+def test_where_nothing_fits_the_plan_is_printed_and_has_no_commands(engine: str) -> None:
+    found = run("plan", "Qwen2.5-72B", "--gpu", "1GB", "-c", "128k", "--engine", engine)
+    assert found.exit_code == 3 and "does not fit" in found.stdout and not found.stderr
+    plan = json.loads(run("plan", "Qwen2.5-72B", "--gpu", "1GB", "-c", "128k", "--engine", engine, "--json").stdout)
+    assert plan["flags"].keys() == {"vllm", "transformers", "llama.cpp"}
+    assert all(text.startswith("# ") and "\n" not in text for text in plan["flags"].values()), plan["flags"]
 
 
 @settings(max_examples=25, deadline=None)

@@ -90,6 +90,14 @@ def test_files_that_are_no_profile(content: str, tmp_path: Path) -> None:
         read_profile(file)
 
 
+def test_a_profile_that_measured_nothing_is_refused(tmp_path: Path) -> None:
+    """As of a CPU whose system does not report a process's memory."""
+    file = tmp_path / "p.json"
+    file.write_text(json.dumps(profile_json([row(MIB, 0)], {})))
+    with pytest.raises(PlanError, match=r"p\.json: no row has a measured peak"):
+        read_profile(file)
+
+
 def test_a_real_measurement(tiny: Path, tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     found = answer("vram", "measure", tiny, "-c", "64,256", "--prefill-chunk", 50, "-o", file)
@@ -132,6 +140,8 @@ def test_running_out_of_memory_keeps_the_rows_before(tiny: Path, monkeypatch: py
     assert result.stdout.count("prefill") == 1
     nowhere = run("vram", "measure", tiny, "-o", "no/such/rows.json")  # said before anything is measured
     assert nowhere.exit_code == 1 and nowhere.stderr.splitlines()[0] == "error: no/such: no such directory"
+    short_one = run("vram", "measure", "owner/never-fetched", "-c", "4,64")
+    assert short_one.exit_code == 2 and "error: context is 4 tokens, wanted more than 4" in short_one.stderr
     both = run("vram", "measure", tiny, "--synthetic", "Qwen2.5-0.5B")
     assert both.exit_code == 2 and "give either a checkpoint or --synthetic MODEL" in both.stderr
     for words in (["--bits", 8], ["--group-size", 64]):

@@ -55,6 +55,19 @@ def test_the_fraction_without_one_asked_for(gpu: str, tensor: int, pipeline: int
     assert found == round((total - reserved) / total, 3)
 
 
+def test_stages_of_a_pipeline_decide_the_fraction_of_a_logged_run() -> None:
+    """Of 4 GPUs, 2 ranks in 2 stages capture smaller graphs than 4 ranks, and so take more of each GPU."""
+    kind = find_gpu("RTX 3090")
+    logged = case(Rig((kind,) * 4), Workload(4096))
+    rooms = {}
+    for tensor, kept_free in ((2, 512 + 3072 + 48 + 512), (4, 512 + 3072 + 160 + 512)):
+        shares, total = rank_shares(B72, tensor, 4 // tensor), 1024 * kind.memory_gib
+        said = logged.asking(gpu_memory_utilization=round((total - kept_free) / total, 3))
+        rooms[tensor] = SGLANG.cache_room(logged, shares)
+        assert rooms[tensor] == SGLANG.cache_room(said, shares)
+    assert rooms[2] != rooms[4]
+
+
 def test_large_gpus_keep_ten_gib_free() -> None:
     kind = find_gpu("A100 SXM4 80GB")
     asked = case(Rig((kind,)), Workload(4096, prefill_chunk=2048))

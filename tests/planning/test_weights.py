@@ -15,13 +15,13 @@ from qwenq.errors import CheckpointError, PlanError
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.model.spec import family_configs
 from qwenq.planning import weights
-from qwenq.planning.ggufsize import gguf_weights
 from qwenq.planning.models import WeightsAsked, load_model, load_spec, model_weights
 from qwenq.planning.weights import (
     MIB,
     allocated_bytes,
     allocated_equal,
     allocated_groups,
+    gguf_weights,
     header_weights,
     published_weights,
     recipe_weights,

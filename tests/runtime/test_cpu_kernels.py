@@ -6,8 +6,9 @@ without VNNI too.
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from qwenq.checkpoint.reader import open_checkpoint
 from qwenq.errors import RunError
 from qwenq.formats.base import PackedShape, Recipe, Scheme
 from qwenq.formats.gguf import CODES, WRITTEN, Blocks, type_scheme
-from qwenq.machine import lacks_for_cpu_kernels
+from qwenq.machine import compiler, lacks_for_cpu_kernels
 from qwenq.model.spec import LinearSpec
 from qwenq.planning.kernels import Choice, kept_bytes
 from qwenq.planning.models import load_spec
@@ -376,14 +377,120 @@ def test_a_compiler_without_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_compiler_is_asked_for_english(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What it says is looked through for errors; German ones are called Fehler."""
-    compiler = tmp_path / "cc"
+    german = tmp_path / "cc"
     said = '[ "$LC_ALL" = C ] && echo x.c:1: error: no header >&2 || echo Fehler >&2'
-    compiler.write_text(f"#!/bin/sh\n{said}\nexit 1\n")
-    compiler.chmod(0o700)
-    monkeypatch.setenv("CC", str(compiler))
+    german.write_text(f"#!/bin/sh\n{said}\nexit 1\n")
+    german.chmod(0o700)
+    monkeypatch.setenv("CC", str(german))
     monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
     cpu_kernels._built.cache_clear()
     try:
-        assert cpu_kernels.refusal() == f"{compiler} cannot compile the CPU kernels: no header"
+        assert cpu_kernels.refusal() == f"{german} cannot compile the CPU kernels: no header"
     finally:
         cpu_kernels._built.cache_clear()
+
+
+# ---------------------------------------------------------------------- where they are kept
+
+
+@pytest.fixture
+def builds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], int]:
+    """What a new process does: it loads the kernels, here of a short source. Returns how often something was compiled.
+
+    The compiler is `tmp_path / "cc"`, the cache that of `tmp_path / "caches"`.
+    """
+    log, caches = tmp_path / "log", tmp_path / "caches"
+    script = f'#!/bin/sh\necho "$@" >>"{log}"\nexec {" ".join(compiler())} "$@"\n'
+    (tmp_path / "cc").write_text(script)
+    (tmp_path / "cc").chmod(0o700)
+    source = tmp_path / "kernels.c"
+    source.write_text("".join(f"void {name}(void) {{}}\n" for name in cpu_kernels._ARGUMENTS))
+    monkeypatch.setattr(cpu_kernels, "SOURCE", source)
+    monkeypatch.setenv("CC", str(tmp_path / "cc"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(caches))
+
+    def build() -> int:
+        log.write_text("")
+        built = cpu_kernels._built.__wrapped__()
+        assert not isinstance(built, str), built
+        built.gate(0, 0, 0, 0)
+        return sum(" -c " in line for line in log.read_text().splitlines())
+
+    return build
+
+
+def kept_in(folder: Path) -> list[Path]:
+    return sorted(folder.glob("caches/qwenq/*"))
+
+
+def test_kernels_are_built_once(builds: Callable[[], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert builds() == 1
+    (kept,) = kept_in(tmp_path)
+    assert kept.parent.stat().st_mode & 0o777 == 0o700
+    monkeypatch.chdir(tmp_path)
+    assert builds() == 0
+    assert kept_in(tmp_path) == [kept]
+
+
+def test_another_source_compiler_or_processor_builds_anew(builds: Callable[[], int], tmp_path: Path) -> None:
+    builds()
+    for change in ("source", "version", "-mno-fma"):
+        if change == "source":
+            with cpu_kernels.SOURCE.open("a") as file:
+                file.write("\n")
+        else:
+            said = "echo version 99 >&2\n" if change == "version" else f'set -- "$@" {change}\n'
+            script = (tmp_path / "cc").read_text()
+            (tmp_path / "cc").write_text(script.replace("exec", f"{said}exec"))
+        assert (builds(), builds()) == (1, 0), change
+    assert len(kept_in(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "no library", "folder"])
+def test_a_damaged_library_is_built_anew(builds: Callable[[], int], tmp_path: Path, damage: str) -> None:
+    builds()
+    (kept,) = kept_in(tmp_path)
+    whole = kept.read_bytes()
+    if damage == "cut":
+        kept.write_bytes(whole[:4096])
+    elif damage == "changed":
+        kept.write_bytes(whole.replace(b"gate", b"gone"))
+    elif damage == "no library":
+        kept.write_bytes(b"text" + hashlib.sha256(b"text").digest())
+    else:  # neither read nor replaced
+        kept.unlink()
+        kept.mkdir()
+        assert (builds(), builds()) == (1, 1)
+        return
+    assert (builds(), builds()) == (1, 0)
+    assert kept.read_bytes() == whole
+
+
+@pytest.mark.parametrize("caches", ["read-only", "open to others", "somebody's", "a link", "relative"])
+def test_a_cache_that_is_not_the_users_own_is_not_used(
+    builds: Callable[[], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caches: str
+) -> None:
+    folder = tmp_path / "caches" / "qwenq"
+    folder.mkdir(mode=0o755 if caches == "open to others" else 0o700, parents=True)
+    if caches == "read-only":
+        monkeypatch.setenv("XDG_CACHE_HOME", "/proc")  # for root too
+    elif caches == "somebody's":
+        monkeypatch.setattr("os.geteuid", lambda: 12345)
+    elif caches == "a link":
+        folder.rename(tmp_path / "elsewhere")
+        folder.symlink_to(tmp_path / "elsewhere")
+    elif caches == "relative":  # which the XDG specification wants ignored: it would be another in each directory
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("XDG_CACHE_HOME", "caches")
+        monkeypatch.setenv("HOME", "/proc")
+    assert (builds(), builds()) == (1, 1)
+    assert not kept_in(tmp_path) and not list(tmp_path.glob("elsewhere/*"))
+
+
+def test_without_xdg_cache_home_the_home_directory_has_it(
+    builds: Callable[[], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert (builds(), builds()) == (1, 0)
+    assert len(list(tmp_path.glob(".cache/qwenq/cpu-kernels-*.so"))) == 1

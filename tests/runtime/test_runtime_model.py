@@ -46,7 +46,9 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, **options:
 @torch.inference_mode()
 def logits(model: RunningModel, pieces: tuple[int, ...] = (70,), kv: torch.dtype | None = None) -> Tensor:
     """All logits [70, vocabulary], the prompt computed in pieces."""
-    cache = KvCache(model.spec.num_hidden_layers, 70, kv)
+    spec = model.spec
+    layers = [torch.device("cpu")] * spec.num_hidden_layers
+    cache = KvCache(layers, 70, spec.num_key_value_heads, spec.head_dim, kv or model.dtype)
     parts = [model.network(part, past_key_values=cache).logits[0].float() for part in IDS.split(list(pieces), 1)]
     return torch.cat(parts)
 
@@ -170,16 +172,15 @@ def test_fp8_cache(random_model: Make) -> None:
 @pytest.mark.parametrize(("kind", "most"), [(torch.float16, 65504.0), (FP8, 448.0)])
 def test_a_narrow_cache_clamps_to_its_range(kind: torch.dtype, most: float) -> None:
     """bfloat16 reaches further than float16: what is beyond would be stored as infinity and come back as NaN."""
-    cache = KvCache(1, 4, kind)
+    cache = KvCache([torch.device("cpu")], 4, 1, 4, kind)
     new = torch.tensor([1e30, -1e30, 65536.0, 1.5], dtype=torch.bfloat16).view(1, 1, 1, 4)
     keys, values = cache.update(new, new, 0)
-    stored = cache._stored[0]
-    assert stored is not None and stored[0][0, 0, 0].tolist() == [most, -most, most, 1.5]
+    assert cache.stored(0)[0][0, 0, 0].tolist() == [most, -most, most, 1.5]
     assert keys.dtype == torch.bfloat16 and bool(keys.isfinite().all()) and torch.equal(keys, values)
 
 
 def test_a_cache_too_small_says_so() -> None:
-    cache = KvCache(1, 4)
+    cache = KvCache([torch.device("cpu")], 4, 2, 8, torch.float32)
     cache.update(torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4, 8), 0)
     with pytest.raises(ValueError, match="5 tokens in a cache of 4"):
         cache.update(torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8), 0)

@@ -19,6 +19,7 @@ import httpx
 import openai
 import pytest
 import torch
+from gguf_bytes import tiny_file
 from serving import direct, make_service, served, until
 
 from qwenq.errors import RunError
@@ -340,6 +341,19 @@ def test_open_addresses_without_a_key_are_warned_of(tiny: Path, monkeypatch: pyt
     assert "warning: 0.0.0.0 is reachable from other machines" in said("--host", "0.0.0.0")
     for options in (["--host", "0.0.0.0", "--api-key", "x"], ["--host", "127.0.0.2"], []):
         assert "warning" not in said(*options)
+
+
+def test_a_gguf_file_is_served_under_its_name(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not under the path to it, which is nobody's business."""
+    served_as: list[str] = []
+    monkeypatch.setattr("qwenq.runtime.server.make_app", lambda service, hosts: served_as.append(service.name))
+    monkeypatch.setattr("qwenq.io.http.Server.run", lambda self, sockets: None)
+    file = tmp_path / "tiny-00001-of-00001.gguf"
+    file.write_bytes(tiny_file(tiny).encode())
+    for path in (file, tiny):
+        result = run("serve", path, "--engine", "qwenq", "--port", "0")
+        assert result.exit_code == 0, result.output
+    assert served_as == ["tiny", tiny.name]
 
 
 def test_what_vllm_would_be_told(tiny: Path) -> None:

@@ -330,8 +330,7 @@ def built(name: str) -> RunningModel:
 def test_a_step_is_that_of_transformers_modules(kernels: Any, name: str, kept: torch.dtype | None) -> None:
     """Logits of three tokens behind a prompt, with norms of heads and biases."""
     model = built(name)
-    cache, spec = KvCache(2, 32, kept), model.spec
-    cache.allocate([CPU] * 2, spec.num_key_value_heads, spec.head_dim, torch.float32)
+    cache = KvCache([CPU] * 2, 32, model.spec.num_key_value_heads, model.spec.head_dim, kept or torch.float32)
     tokens = [5, 7, 100]
     with torch.inference_mode():
         model.network(torch.randint(0, 256, (1, 9)), past_key_values=cache, use_cache=True)
@@ -398,7 +397,7 @@ def test_no_memory_for_a_graph(
     kernels: Any, error: Exception | None, falls_back: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = built("Qwen2.5-0.5B")
-    cache = KvCache(2, 32, None)
+    cache = KvCache([CPU] * 2, 32, 1, 8, torch.float32)
     for name, value in {
         "device": lambda device: nullcontext(), "current_stream": lambda: None, "CUDAGraph": Graph,
         "graph": lambda graph, **options: capture(error), "set_stream": lambda stream: None,
@@ -423,7 +422,7 @@ def test_no_graph_where_a_weight_is_dequantized_in_host_memory(kernels: Any) -> 
         model, found = built("Qwen2.5-0.5B"), TYPES[kind]
         data_OB = torch.zeros(64, 256 // found.values * found.n_bytes, dtype=torch.uint8)
         model.network.set_submodule("lm_head", BlockLinear(Blocks(kind, data_OB), None, torch.bfloat16, CPU))
-        step = DecodeStep(model, KvCache(2, 32, None), kernels)
+        step = DecodeStep(model, KvCache([CPU] * 2, 32, 1, 8, torch.float32), kernels)
         reasons[kind] = step.graphed, step.reason
     assert reasons == {"IQ4_XS": (True, ""), "IQ2_S": (False, "IQ2_S is dequantized in host memory")}
 

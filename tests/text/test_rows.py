@@ -34,6 +34,7 @@ def chat(*messages: Any, **more: Any) -> Document:
 SYSTEM = {"role": "system", "content": "Be brief."}
 
 READ: list[tuple[str, Any, Document]] = [
+    ("a column without a name, an index say", {"": 7, "question": "Hi", "answer": "Yes?"}, chat(USER, YES)),
     ("text", {"text": "abc", "id": 3}, Document("abc")),
     ("a string", "abc", Document("abc")),
     ("content, as code sets have it", {"content": "x = 1", "path": "a.py"}, Document("x = 1")),
@@ -85,6 +86,7 @@ def test_rows_whose_meaning_is_plain(row: Any, document: Document) -> None:
 REFUSED: list[tuple[Any, str]] = [
     ({"body": "x"}, "neither `text` nor `messages` in it; it has body"),
     ({"role": "user", "content": "x"}, "neither `text` nor `messages`"),
+    ({"question": "a", "answer": "b", "history": 3}, "history wants pairs of texts"),
     ({"messages": [USER], "images": ["a.png"]}, "a conversation with images, which is not read"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
      "content has a 'image_url' part"),

@@ -150,8 +150,8 @@ class Engine(ABC):
         """Bytes it may take of each of the rig's GPUs, which need the terms `needed`."""
         return Allowance(case.hardware.limits)
 
-    def asked_part(self, case: Case) -> float:
-        """The part of each GPU to begin with."""
+    def asked_part(self, case: Case, shares: Sequence[Share] = ()) -> float:
+        """The part of each GPU to begin with; without `shares` of tensor parallel ranks."""
         return 1.0
 
     @abstractmethod
@@ -319,12 +319,11 @@ class ServerEngine(Engine):
     def own_part(self, case: Case, share: Share, gpu: Gpu) -> float:
         """The part of a GPU that it takes when none is asked for, of `part_of`."""
 
-    def asked_part(self, case: Case) -> float:
-        """The requested share of a GPU, or the default on the GPU where it is smallest."""
+    def asked_part(self, case: Case, shares: Sequence[Share] = ()) -> float:
+        """The requested part of a GPU, or the default on the GPU in use where it is smallest."""
         gpus = case.hardware.gpus
-        return case.work.gpu_memory_utilization or min(
-            self.own_part(case, rank_shares(case.spec, len(gpus))[0], gpu) for gpu in gpus
-        )
+        pairs = zip(shares or rank_shares(case.spec, len(gpus)), gpus, strict=True)
+        return case.work.gpu_memory_utilization or min(self.own_part(case, s, gpu) for s, gpu in pairs if s.used)
 
     def part_of(self, terms: Sequence[Term], total: int, free: int) -> int:
         """Bytes that the part is counted of: a GPU's `total`, of which `free` bytes are to be had."""
@@ -347,7 +346,7 @@ class ServerEngine(Engine):
         gpus, free = case.hardware.gpus, case.hardware.limits
         bases = [self.part_of(terms, gpu.limit_bytes, n) for terms, gpu, n in zip(needed, gpus, free, strict=True)]
         used = [index for index, share in enumerate(shares) if share.used]
-        asked = case.work.gpu_memory_utilization or min(self.own_part(case, shares[k], gpus[k]) for k in used)
+        asked = self.asked_part(case, shares)
         room = min((free[k] - self.outside_bytes(needed[k])) / bases[k] for k in used)
         part = max(0.0, min(asked, math.floor(1000 * room) / 1000))
         left = [bases[k] * part - self.inside_bytes(needed[k]) for k in used]
@@ -359,7 +358,7 @@ class ServerEngine(Engine):
         """Tokens and bytes per GPU of the KV cache in the part that is asked for, whatever finds room beside it."""
         gpus, free = case.hardware.gpus, case.hardware.limits
         needed = [self.terms(case, share, gpu)[0] for share, gpu in zip(shares, gpus, strict=True)]
-        asked = self.asked_part(case)
+        asked = self.asked_part(case, shares)
         left = [
             asked * self.part_of(terms, gpu.limit_bytes, n) - self.inside_bytes(terms)
             for terms, gpu, n in zip(needed, gpus, free, strict=True)

@@ -14,17 +14,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
+from qwenq.errors import HonestNo
 from qwenq.io.gguf import is_split
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.case import Case, Share, Workload
 from qwenq.planning.engines.base import LayeredEngine, pci_order, register, yarn_of
-from qwenq.planning.ggufsize import BITS_TO_TYPE, gguf_types, gguf_weights
 from qwenq.planning.memory import Term, merged
 from qwenq.planning.placement import Placement, place
 from qwenq.planning.plan import Plan
 from qwenq.planning.rig import Gpu
 from qwenq.planning.speed import SpeedFit
-from qwenq.planning.weights import Weights
+from qwenq.planning.weights import BITS_TO_TYPE, Weights, gguf_types, gguf_weights
 from qwenq.units import MIB, format_gb, format_tokens
 
 NEAREST_KV = {"fp8": "q8_0", "q8_0": "q8_0", "q4_0": "q4_0"}  # of other engines' caches; 16 bits otherwise
@@ -229,12 +229,13 @@ class LlamaCppEngine(LayeredEngine):
 
     def command(self, plan: Plan) -> str:
         case = self.own_case(plan.case)
-        placement = place(case)
+        try:
+            placement = place(case, offload=True)
+        except HonestNo:
+            return "# llama.cpp does not fit: the first GPU does not hold even its output"
         file = case.weights.place or "MODEL.gguf"
         note = f"{case.weights.label}, {format_gb(case.weights.total_bytes)}"
-        if not placement.fits:
-            placement = place(case, offload=True)
-            out = len(placement.host_layers)
+        if out := len(placement.host_layers):
             note += f"; {out} layer{'s' if out > 1 else ''} on the CPU"
         return pci_order(case) + shlex.join(self.words(case, placement, file)) + f"  # {note}"
 

@@ -157,9 +157,13 @@ class TorchEngine(LayeredEngine):
         asked = [m for m in moments if not phase or m.name.startswith("decoding") == (phase == "decode")]
         worst = max(asked or [Moment(phase, at_end=1)], key=lambda moment: moment.working(cached))
         last_logits = self.logits_peak(self.prefill_pass(case, share, gpu)).moment
+        of_weights = f"{weights.source}; torch's allocator rounding"
+        of_weights += "; rotary tables of each layer" if tables else ""
+        of_cache = f"2 x layers x KV width x tokens, {case.work.kv_dtype}"
+        of_cache += "; twice at the end of a step" if self.copies_cache else ""
         terms = [
-            Term("weights", held + tables, "exact", _weights_source(weights, tables)),
-            Term("kv_cache", worst.kv_cache(cached), "exact", self._kv_source(case.work)),
+            Term("weights", held + tables, "exact", of_weights),
+            Term("kv_cache", worst.kv_cache(cached), "exact", of_cache),
             ranged("activations", worst.activations, "fitted", f"tensors alive: {worst.name}", 0.98, 1.03),
             ranged("logits", worst.logits, "fitted", last_logits, 0.98, 1.02),
             ranged(
@@ -316,10 +320,6 @@ class TorchEngine(LayeredEngine):
             return Peak(worst, "weights written out", written)
         return Peak(worst, "sampling" if worst == logits else moment)
 
-    def _kv_source(self, work: Workload) -> str:
-        text = f"2 x layers x KV width x tokens, {work.kv_dtype}"
-        return text + ("; twice at the end of a step" if self.copies_cache else "")
-
 
 def _moment(peak: Peak, at_prompt: int = 0, at_end: int = 0, prefix: str = "", wide: int = 1) -> Moment:
     """A peak beside caches; activations of `wide` times 16 bits."""
@@ -337,10 +337,6 @@ def held_bytes(weights: Weights, share: Share) -> int:
     embed, _, head = weights.allocated
     upto, layers = weights.allocated_sums, share.layers
     return (embed if share.embed else 0) + upto[layers.stop] - upto[layers.start] + (head if share.head else 0)
-
-
-def _weights_source(weights: Weights, tables: int) -> str:
-    return weights.source + "; torch's allocator rounding" + ("; rotary tables of each layer" if tables else "")
 
 
 @register
@@ -444,7 +440,7 @@ class QwenqEngine(TorchEngine):
     def host_terms(self, case: Case, phase: str = "") -> tuple[Term, ...]:
         """Weights, cache and working memory of a run on a CPU, beyond the empty process."""
         weights = self.kept(case.weights, case.work, device("CPU"))
-        terms, _ = self.terms(replace(case, weights=weights), whole(case.spec), device("CPU"), phase)
+        terms, _ = self.terms(case, whole(case.spec), device("CPU"), phase)
         found = []
         for term in terms:
             if term.name not in (*NOT_ALLOCATED, "non_torch"):
@@ -562,16 +558,14 @@ class TransformersEngine(TorchEngine):
         if unread := self.refusal(plan.case.weights):
             return f"# {unread}"
         case, rig = plan.case, plan.case.hardware
-        placement, lines = plan.offload or plan.placement, list[str]()
+        placement, lines = plan.offload or (plan.placement if plan.fits else None), list[str]()
         if placement is None:
             work = Workload(case.work.context, case.work.batch, prefill_chunk=case.work.prefill_chunk)
-            own = replace(case, engine=self, work=work)
-            placement = place(own)
-            if not placement.fits:
-                try:
-                    placement = place(own, offload=True)
-                except HonestNo:
-                    return "# transformers does not fit, even with layers in host memory"
+            try:
+                placement = place(replace(case, engine=self, work=work), offload=True)
+            except HonestNo:
+                return "# transformers does not fit, even with layers in host memory"
+            if placement.host_layers:
                 lines.append(f"# {placement.reason}")
         memory: dict[int | str, str] = {index: f"{limit * 0.97 / GIB:.1f}GiB" for index, limit in enumerate(rig.limits)}
         if placement.offloaded_bytes:
@@ -600,9 +594,8 @@ def _compact(placement: Placement) -> str:
             parts.append(_layer_range(names.layers, share.layers, str(index)))
         if share.head:
             last = index
-    total = len(placement.memory.weights.layers)
-    if placement.gpu_layers < total:
-        parts.append(_layer_range(names.layers, range(placement.gpu_layers, total), '"cpu"'))
+    if placement.host_layers:
+        parts.append(_layer_range(names.layers, placement.host_layers, '"cpu"'))
     shown = f'"{last}"' if isinstance(last, str) else str(last)
     return "{" + ", ".join([*parts, f'"{names.norm}": {shown}', f'"{names.head}": {shown}']) + "}"
 
