@@ -176,17 +176,18 @@ class GGUFFiles(StoredFiles):
 
     def begin(self, work: Path) -> None:
         for name, made in self._layouts.items():
+            fixed = {0: made.header}  # what is known beforehand, by offset
+            for other in self.others.keys() & made.offsets.keys():
+                values = self.others[other]
+                fixed[made.offsets[other]] = struct.pack(f"<{len(values)}f", *values)
             path = work / name
-            if path.is_file() and path.stat().st_size == made.size:
-                with open_regular(path) as file:
-                    if file.read(len(made.header)) == made.header:
-                        continue
+            if path.is_file() and path.stat().st_size == made.size and _holds(path, fixed):
+                continue
             with new_file(path) as file:
                 os.posix_fallocate(file.fileno(), 0, made.size)  # a full disk is an error here
-                file.write(made.header)
-                for other in self.others.keys() & made.offsets.keys():
-                    file.seek(made.offsets[other])
-                    file.write(struct.pack(f"<{len(self.others[other])}f", *self.others[other]))
+                for offset, data in fixed.items():
+                    file.seek(offset)
+                    file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
         sync_directory(work)
@@ -237,6 +238,12 @@ class GGUFFiles(StoredFiles):
         for tensor in self.parts[part]:
             files.setdefault(self._place(tensor)[0], []).append(tensor)
         return files
+
+
+def _holds(path: Path, fixed: Mapping[int, bytes]) -> bool:
+    """Whether a file has these bytes at these offsets."""
+    with open_regular(path) as file:
+        return all(file.seek(offset) == offset and file.read(len(data)) == data for offset, data in fixed.items())
 
 
 def _no_link(name: str, flags: int) -> int:
