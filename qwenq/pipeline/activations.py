@@ -9,6 +9,7 @@ whatever the layers compute in, which halves the noise floor of bfloat16 (report
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -223,9 +224,7 @@ def embed(
 
 
 def _allocate(shape: Sequence[int], dtype: torch.dtype, spill: Path | None) -> torch.Tensor:
-    size = 1
-    for dim in shape:
-        size *= dim
+    size = math.prod(shape)
     if spill is None or size == 0:
         return torch.empty(*shape, dtype=dtype)
     with new_file(spill) as file:

@@ -476,9 +476,7 @@ def all_rows(
                 tensor = torch.empty(shape, dtype=TORCH_DTYPES[dtype]) if given is None else given[k].cpu()
                 tensors.append(ranks.broadcast(tensor.contiguous(), rank))
             codes_OI, *parameters = (tensor.to(device) for tensor in tensors[:-4])
-            error_O, signal_O, weight_error_O, weight_signal_O = tensors[-4:]
-            by_row = error_O, signal_O, weight_error_O, weight_signal_O
-            stats = SolveStats(by_row, described[name]["damp"], described[name]["fallback"])
+            stats = SolveStats(tuple(tensors[-4:]), described[name]["damp"], described[name]["fallback"])
             parts.append((QTensor(codes_OI, tuple(parameters), grid), stats))
         whole[name] = joined(parts, device)
     return whole
