@@ -17,7 +17,7 @@ from qwenq.errors import CheckpointError
 from qwenq.formats.base import get_format
 from qwenq.io.tensors import all_finite
 from qwenq.pipeline.activations import LayerState, embed
-from qwenq.pipeline.block import all_rows
+from qwenq.pipeline.block import result_of, solve_on_ranks
 from qwenq.pipeline.evaluate import HeadWeights
 from qwenq.pipeline.job import QuantizeJob
 from qwenq.pipeline.shares import Share
@@ -25,7 +25,7 @@ from qwenq.pipeline.workers import Workers, summed_products
 from qwenq.results import LayerResult
 from qwenq.solver.gptq import SolveStats, products_dtype
 from qwenq.solver.grid import Grid, QTensor
-from qwenq.solver.parallel import cut_rows, joined_stats, solve_rows
+from qwenq.solver.parallel import joined_stats
 from qwenq.solver.triangle import Triangle
 
 
@@ -75,11 +75,7 @@ def solve_head(job: QuantizeJob, workers: Workers, hessian: Tensor) -> tuple[dic
         stats.append(found)
         if workers.ranks.first:
             packed.append(get_format(job.recipe.format).pack(qtensor)["weight"].cpu())
-    whole = joined_stats(stats)
-    result = LayerResult(
-        name.removesuffix(".weight"), scheme.label, whole.error_db, whole.weight_error_db, whole.damp_percent,
-        whole.fallback,
-    )  # fmt: skip
+    result = result_of(name.removesuffix(".weight"), scheme, joined_stats(stats))
     return {name: torch.cat(packed)} if packed else {}, result
 
 
@@ -98,13 +94,10 @@ def solved_slices(
 
     hessian: of `head_hessian`. options: of `solve_linears`. Each rank solves its share of a slice, and has the whole.
     """
-    spec, ranks, devices = head.checkpoint.spec, workers.ranks, workers.devices
-    triangle, products = Triangle(spec.hidden_size), products_dtype(spec.vocab_size, devices[0])
+    spec = head.checkpoint.spec
+    triangle, products = Triangle(spec.hidden_size), products_dtype(spec.vocab_size, workers.devices[0])
     for start in range(0, spec.vocab_size, SLICE_ROWS):
         weights = {"head": head.rows(start, min(start + SLICE_ROWS, spec.vocab_size))}
-        shares = cut_rows({"head": len(weights["head"])}, ranks.size * len(devices))
-        own = shares[ranks.rank * len(devices) :][: len(devices)]
         square_HH = triangle.square(hessian)  # overwritten
         place = {"head": (start, spec.vocab_size)}
-        parts = solve_rows(devices, weights, square_HH, grid, own, parts=place, products=products, **options)
-        yield all_rows(ranks, parts, ["head"], grid, devices[0])["head"]
+        yield solve_on_ranks(workers, weights, square_HH, grid, parts=place, products=products, **options)["head"]
