@@ -36,8 +36,6 @@ FLOAT_DTYPES = ("F16", "BF16", "F32")
 SLICE_ROWS = 4096  # of the vocabulary: rows of the embedding and the head that are read at a time
 _WRITTEN_OUT = 1 << 22  # values of a GGUF tensor dequantized at a time
 _CHUNK = 1 << 20  # bytes: hashed while they are in the processor's cache
-
-
 Relay = Callable[[Path, int, int], torch.Tensor]  # file, start, end -> uint8
 
 
@@ -84,7 +82,7 @@ class Checkpoint:
         cuts: dict[Path, set[int]] = {path: set() for path in self.files}
         for name, location in self.tensors.items():
             cuts[location.file] |= {location.start, location.end}
-            if name in (self.spec.embedding_tensor, self.head_name):
+            if name in (self.spec.embedding_tensor, self.spec.head_tensor):
                 step = SLICE_ROWS * (location.spec.nbytes // location.spec.shape[0])
                 cuts[location.file] |= set(range(location.start, location.end, step))
         names = [*self.own_files, *others]
@@ -229,10 +227,6 @@ class Checkpoint:
 
     def dtype_of(self, name: str) -> str:
         return self.tensors[name].spec.dtype
-
-    @property
-    def head_name(self) -> str:
-        return self.spec.head_tensor
 
 
 class GGUFCheckpoint(Checkpoint):

@@ -150,7 +150,7 @@ class HeadWeights:
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """Head rows start to stop, float32 [rows, hidden]."""
-        name = self.checkpoint.head_name
+        name = self.checkpoint.spec.head_tensor
         return self.convert(name, self.checkpoint.read_slice(name, start, stop)).float()
 
 

@@ -105,8 +105,8 @@ def test_layer_state_has_the_layers_own_names(tiny: Path) -> None:
 
 
 def test_head_of_tied_and_untied(random_model: Make) -> None:
-    assert open_checkpoint(random_model("a")).head_name == "lm_head.weight"
-    assert open_checkpoint(random_model("b", tie_word_embeddings=True)).head_name == "model.embed_tokens.weight"
+    assert open_checkpoint(random_model("a")).spec.head_tensor == "lm_head.weight"
+    assert open_checkpoint(random_model("b", tie_word_embeddings=True)).spec.head_tensor == "model.embed_tokens.weight"
 
 
 # ---------------------------------------------------------------------- packed weights
