@@ -237,10 +237,10 @@ class _Run:
         if (done := self._done_before(journal)) is not None:
             return done
         outer, head = self._write_ends(journal)
-        gpu = gpu_for_states(self.job, self.calibrator.devices) if self.ranks.size == 1 else None
+        alone = self.ranks.size == 1
+        gpu = gpu_for_states(self.job, self.calibrator.devices) if alone else None
         if gpu is not None:
             self.listen(f"hidden states of the calibration tokens stay on {gpu}")
-        alone = self.ranks.size == 1
         written = self._written(0) if self.job.head_windows or alone else None  # ranks convert sooner than they send
         states = embed_tokens(self.job.source, self.job.tokens(self.ranks), self.work, self.job.convert, gpu, written)
         runner = LayerRunner(states.states, states.shares, self.workers)
@@ -253,7 +253,7 @@ class _Run:
                 if self.ranks.from_first(lambda began=began, due=saved + interval_s: began > due):  # type: ignore[misc]
                     row["state"] = self._save_state(journal, states)
                     saved = time.perf_counter()
-                    if self.ranks.size > 1:  # states of all ranks go over the network: a tenth of the time at most
+                    if not alone:  # states of all ranks go over the network: a tenth of the time at most
                         interval_s = max(_STATE_INTERVAL_S, 10 * (saved - began))
                 rows.append(row)
                 if journal is not None:
