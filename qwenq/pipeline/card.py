@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -209,13 +210,10 @@ def _loading(spec: ModelSpec, recipe: Recipe, file: str) -> Iterator[str]:
 def _provenance(
     job: Mapping[str, Any], described: Mapping[str, Any], spec: ModelSpec, recipe: Recipe, outside: Mapping[str, str]
 ) -> Iterator[str]:
-    counts: dict[str, int] = {}
-    for lin in spec.linears:
-        label = label_of(recipe.scheme_of(lin))
-        counts[label] = counts.get(label, 0) + 1
+    counts = Counter(label_of(recipe.scheme_of(lin)) for lin in spec.linears)
     schemes = ", ".join(
         f"{count} linear{'' if count == 1 else 's'} {label}"
-        for label, count in sorted(counts.items(), key=lambda c: -c[1])
+        for label, count in counts.most_common()
     )
     folded = job["options"].get("fold") and job["calibration"] is not None
     yield f"- Scheme: {markdown(schemes)}; {_outside_layers(spec, recipe, outside, bool(folded))}."

@@ -197,7 +197,7 @@ def _save_logits(
     positions = LogitsFile(reference[0].checkpoint.spec.vocab_size, windows, length).saved
     saved.kl = float(found.kl.view(windows, length - 1)[:, positions].mean())
     weights, h_NTH = reference
-    own = [_predicting(network, weights, h_NTH[part])[:, positions] for part in _one_by_one(len(h_NTH))]
+    own = [_predicting(network, weights, h_1TH)[:, positions] for h_1TH in h_NTH[:, None]]
     nothing_NPH = h_NTH.new_empty(0, positions.stop - positions.start, h_NTH.shape[2], dtype=torch.float32)
     x_NPH = ranks.all_windows(torch.cat([nothing_NPH.to(network.device), *own]), share)
     if ranks.first:
@@ -223,7 +223,7 @@ def compare_heads(
         raise CheckpointError(f"token id {int(ids_NT.max())} is outside the common vocabulary of {vocab}")
     targets = ids_NT[share.windows][:, 1:].to(network.device)
     x_ref, x_q = (
-        [_predicting(network, weights, h_NTH[part])[0] for part in _one_by_one(len(h_NTH))]
+        [_predicting(network, weights, h_1TH)[0] for h_1TH in h_NTH[:, None]]
         for weights, h_NTH in (reference, quantized)
     )
     shared = reference[0] == quantized[0]
@@ -246,10 +246,6 @@ def compare_heads(
 
 
 _CHUNK_TOKENS = 1024
-
-
-def _one_by_one(windows: int) -> list[slice]:
-    return [slice(k, k + 1) for k in range(windows)]
 
 
 def _predicting(network: Network, weights: HeadWeights, h_1TH: torch.Tensor) -> torch.Tensor:
