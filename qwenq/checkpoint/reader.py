@@ -193,15 +193,20 @@ class Checkpoint:
 
     def finite_layer_state(self, layer: int) -> dict[str, torch.Tensor]:
         """`layer_state`; CheckpointError, naming it, for a tensor that is not finite."""
-        state = self.layer_state(layer)
-        if (bad := non_finite(state.items())) is not None:
-            name = self.spec.layer_prefix(layer) + bad
+        prefix, state = self.spec.layer_prefix(layer), self.layer_state(layer)
+        for name, tensor in state.items():
+            self.refuse_non_finite(prefix + name, tensor)
+        return state
+
+    def refuse_non_finite(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor, which is what was read of tensor `name`; CheckpointError where it holds a NaN or an infinity."""
+        if not all_finite(tensor):
             where = self.tensors[name].file if name in self.tensors else self.directory
             raise CheckpointError(
                 f"{where}: {name} holds a NaN or an infinity",
                 hint="the download may be damaged: compare its SHA-256 with the repository's",
             )
-        return state
+        return tensor
 
     def padded(self, intermediate_size: int) -> Checkpoint:
         """The same function with a wider FFN: rows added to gate and up, and columns to down, are zero.
@@ -404,8 +409,3 @@ def _zero_padded(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     wide = tensor.new_zeros(shape)
     wide[tuple(slice(size) for size in tensor.shape)] = tensor
     return wide
-
-
-def non_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
-    """Name of the first tensor holding a NaN or an infinity."""
-    return next((name for name, t in tensors if not all_finite(t)), None)

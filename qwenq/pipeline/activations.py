@@ -19,10 +19,9 @@ from typing import Any
 import torch
 
 from qwenq.checkpoint.reader import SLICE_ROWS, Checkpoint
-from qwenq.errors import CheckpointError
 from qwenq.io.durable import file_sha256, new_file, write_synced
 from qwenq.io.safetensors import TensorSpec, encode_header, read_header
-from qwenq.io.tensors import DTYPE_NAMES, all_finite, raw_bytes, read_into
+from qwenq.io.tensors import DTYPE_NAMES, raw_bytes, read_into
 from qwenq.pipeline.config import NOISE_WINDOWS, SPILL_BYTES
 from qwenq.pipeline.preflight import scratch_width
 from qwenq.pipeline.ranks import ALONE, Ranks
@@ -216,11 +215,7 @@ def embed(
             assert table is not None
             h_TH[held_T] = table[ids_T[held_T] - start].to(h_TH)
     for states, _ in targets.values():
-        if not all_finite(states):
-            raise CheckpointError(
-                f"{source.tensors[name].file}: {name} holds a NaN or an infinity",
-                hint="the download may be damaged: compare its SHA-256 with the repository's",
-            )
+        source.refuse_non_finite(name, states)
 
 
 def _allocate(shape: Sequence[int], dtype: torch.dtype, spill: Path | None) -> torch.Tensor:

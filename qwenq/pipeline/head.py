@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwenq.checkpoint.reader import SLICE_ROWS, Checkpoint, non_finite
+from qwenq.checkpoint.reader import SLICE_ROWS
 from qwenq.errors import CheckpointError
 from qwenq.formats.base import get_format
 from qwenq.io.tensors import all_finite
@@ -68,7 +68,7 @@ def solve_head(job: QuantizeJob, workers: Workers, hessian: Tensor) -> tuple[dic
     """
     source, name, scheme = job.source, job.source.spec.head_tensor, job.head_scheme
     assert scheme is not None
-    head = HeadWeights(source, lambda name, rows_OI: refuse_non_finite(source, name, rows_OI))
+    head = HeadWeights(source, source.refuse_non_finite)
     options = {"damp_percent": job.options.damp_percent, "method": job.options.method}
     packed, stats = [], []
     for qtensor, found in solved_slices(workers, head, hessian, scheme.grid(), **options):
@@ -77,14 +77,6 @@ def solve_head(job: QuantizeJob, workers: Workers, hessian: Tensor) -> tuple[dic
             packed.append(get_format(job.recipe.format).pack(qtensor)["weight"].cpu())
     result = result_of(name.removesuffix(".weight"), scheme, joined_stats(stats))
     return {name: torch.cat(packed)} if packed else {}, result
-
-
-def refuse_non_finite(source: Checkpoint, name: str, tensor: Tensor) -> Tensor:
-    """The tensor, `name` of the source or rows of it; CheckpointError where it is not finite."""
-    if non_finite([(name, tensor)]):
-        file = source.tensors[name].file
-        raise CheckpointError(f"{file}: {name} holds a NaN or an infinity", hint="download it again")
-    return tensor
 
 
 def solved_slices(

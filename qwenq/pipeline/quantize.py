@@ -48,7 +48,7 @@ from qwenq.pipeline.block import BlockSolver, CalibrationStates, round_block, ro
 from qwenq.pipeline.card import CARD_NAME, model_card
 from qwenq.pipeline.config import tokens_of
 from qwenq.pipeline.evaluate import HeadWeights, measure_drift
-from qwenq.pipeline.head import head_hessian, refuse_non_finite, solve_head, tied_hessian
+from qwenq.pipeline.head import head_hessian, solve_head, tied_hessian
 from qwenq.pipeline.imatrix import InputSquares, check_imatrix, is_kept, keep_layer, write_imatrix
 from qwenq.pipeline.job import DTYPES, QuantizeJob, QuantizeResult, partial_directory, refuse_place
 from qwenq.pipeline.journal import Journal, locked, never_begun, refuse_changes
@@ -487,11 +487,11 @@ class _Run:
         for name in names:
             pack = self.job.packer(name)
             if pack is None:
-                tensors[name] = self.job.convert(name, refuse_non_finite(source, name, source.read(name)))
+                tensors[name] = self.job.convert(name, source.refuse_non_finite(name, source.read(name)))
                 continue
             rows = source.tensors[name].spec.shape[0]
             slices = (source.read_slice(name, k, min(k + SLICE_ROWS, rows)) for k in range(0, rows, SLICE_ROWS))
-            tensors[name] = torch.cat([pack(refuse_non_finite(source, name, slice_OI)) for slice_OI in slices])
+            tensors[name] = torch.cat([pack(source.refuse_non_finite(name, slice_OI)) for slice_OI in slices])
         return tensors
 
     def _drift(self, states: HiddenStates) -> DriftReport:
