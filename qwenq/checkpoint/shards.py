@@ -53,7 +53,7 @@ class StoredFiles(ABC):
     @property
     def tensor_bytes(self) -> int:
         """Bytes of all tensors, without headers."""
-        return sum(tensor.nbytes for part in self.parts for tensor in part)
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
     def tensors(self) -> Iterator[TensorSpec]:

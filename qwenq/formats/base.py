@@ -484,8 +484,8 @@ class Format(ABC):
             )
 
     def mixture(self, name: str, spec: ModelSpec) -> Recipe:
-        """The recipe that one of `mixtures` means for a model; UsageError for another name."""
-        raise UsageError(f"format {self.name} has no named mixtures, got {shown(name, 40)}")
+        """The recipe that one of `mixtures` means for a model."""
+        raise NotImplementedError(f"{self.name} has no named mixtures")
 
     def notes(self, name: str, spec: ModelSpec) -> list[str]:
         """One line for each place where a mixture cannot be what its name says."""

@@ -371,8 +371,6 @@ def _of_all_windows(
     scores: dict[str, dict[Scheme, torch.Tensor]], share: Share, ranks: Ranks
 ) -> dict[str, dict[Scheme, torch.Tensor]]:
     """Scores [samples, windows] of the windows of all ranks, from those of each one's own."""
-    if ranks.size == 1:
-        return scores
     keys = [(stage, scheme) for stage, by_scheme in scores.items() for scheme in by_scheme]
     own_NKS = torch.stack([scores[stage][scheme].T for stage, scheme in keys], 1)
     found: dict[str, dict[Scheme, torch.Tensor]] = {stage: {} for stage in scores}
