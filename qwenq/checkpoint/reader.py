@@ -330,6 +330,11 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     return replace(whole, tensors={name: stored[name] for name in needed})
 
 
+def row_slices(rows: int) -> list[tuple[int, int]]:
+    """Rows of the embedding or the head, SLICE_ROWS at a time: the first of each, and the one behind the last."""
+    return [(start, min(start + SLICE_ROWS, rows)) for start in range(0, rows, SLICE_ROWS)]
+
+
 def _stamps(directory: Path) -> dict[str, Stamp]:
     """Every file of a directory, or GGUF file beside that one, as it is now; empty where there is none."""
     alone = is_gguf(directory)

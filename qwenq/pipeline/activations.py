@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from qwenq.checkpoint.reader import SLICE_ROWS, Checkpoint
+from qwenq.checkpoint.reader import Checkpoint, row_slices
 from qwenq.io.durable import file_sha256, new_file, write_synced
 from qwenq.io.safetensors import TensorSpec, encode_header, read_header
 from qwenq.io.tensors import DTYPE_NAMES, raw_bytes, read_into
@@ -203,10 +203,8 @@ def embed(
     The table is read by slices of the vocabulary, never held whole.
     """
     name = source.spec.embedding_tensor
-    vocab = source.tensors[name].spec.shape[0]
     windows = [pair for states, ids in targets.values() for pair in zip(states, ids, strict=True)]
-    for start in range(0, vocab, SLICE_ROWS):
-        stop = min(start + SLICE_ROWS, vocab)
+    for start, stop in row_slices(source.tensors[name].spec.shape[0]):
         here = [(h_TH, ids_T, (ids_T >= start) & (ids_T < stop)) for h_TH, ids_T in windows]
         here = [each for each in here if bool(each[2].any())]
         # of a file that one rank reads for all of them every rank gets every slice

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from qwenq.checkpoint.reader import SLICE_ROWS, Checkpoint
+from qwenq.checkpoint.reader import Checkpoint, row_slices
 from qwenq.errors import CheckpointError, HonestNo
 from qwenq.machine import keep_freed_memory
 from qwenq.model.layer import Network, model_config
@@ -229,8 +229,7 @@ def compare_heads(
     shared = reference[0] == quantized[0]
     comparison = LogitComparison(targets.reshape(-1))
     positions = targets.shape[1]
-    for start in range(0, vocab, SLICE_ROWS):
-        end = min(start + SLICE_ROWS, vocab)
+    for start, end in row_slices(vocab):
         w_ref = reference[0].rows(start, end).to(network.device)
         w_q = w_ref if shared else quantized[0].rows(start, end).to(network.device)
         for k in range(len(targets)):  # window by window: figures do not depend on who has which

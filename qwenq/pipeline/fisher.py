@@ -24,7 +24,7 @@ from typing import IO, Any, Self
 
 import torch
 
-from qwenq.checkpoint.reader import SLICE_ROWS, Checkpoint
+from qwenq.checkpoint.reader import Checkpoint, row_slices
 from qwenq.errors import CalibrationError, JobError
 from qwenq.formats.base import Scheme, get_format
 from qwenq.io.safetensors import fingerprint
@@ -438,18 +438,17 @@ def _probe_rows(probe: Probe, spec: ModelSpec, read: Callable[[int, int], torch.
     read: rows start to stop.
     """
     ids_U, rows = probe.probe_NT.unique(), []
-    for start in range(0, spec.vocab_size, SLICE_ROWS):
-        here_U = ids_U[(ids_U >= start) & (ids_U < start + SLICE_ROWS)]
+    for start, stop in row_slices(spec.vocab_size):
+        here_U = ids_U[(ids_U >= start) & (ids_U < stop)]
         if len(here_U):
-            rows.append(read(start, min(start + SLICE_ROWS, spec.vocab_size))[here_U - start].float().cpu())
+            rows.append(read(start, stop)[here_U - start].float().cpu())
     return torch.cat(rows)
 
 
 def _head_slices(head: HeadWeights, device: torch.device) -> Iterator[torch.Tensor]:
     """The head's rows in float32, some at a time."""
-    vocab = head.checkpoint.spec.vocab_size
-    for start in range(0, vocab, SLICE_ROWS):
-        yield head.rows(start, min(start + SLICE_ROWS, vocab)).to(device)
+    for start, stop in row_slices(head.checkpoint.spec.vocab_size):
+        yield head.rows(start, stop).to(device)
 
 
 def _add_embedding_losses(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwenq.checkpoint.reader import SLICE_ROWS
+from qwenq.checkpoint.reader import row_slices
 from qwenq.errors import CheckpointError
 from qwenq.formats.base import get_format
 from qwenq.io.tensors import all_finite
@@ -82,14 +82,14 @@ def solve_head(job: QuantizeJob, workers: Workers, hessian: Tensor) -> tuple[dic
 def solved_slices(
     workers: Workers, head: HeadWeights, hessian: Tensor, grid: Grid, **options: Any
 ) -> Iterator[tuple[QTensor, SolveStats]]:
-    """Rows of the head, SLICE_ROWS at a time, on the first worker's device.
+    """Rows of the head, some at a time (see `row_slices`), on the first worker's device.
 
     hessian: of `head_hessian`. options: of `solve_linears`. Each rank solves its share of a slice, and has the whole.
     """
     spec = head.checkpoint.spec
     triangle, products = Triangle(spec.hidden_size), products_dtype(spec.vocab_size, workers.devices[0])
-    for start in range(0, spec.vocab_size, SLICE_ROWS):
-        weights = {"head": head.rows(start, min(start + SLICE_ROWS, spec.vocab_size))}
+    for start, stop in row_slices(spec.vocab_size):
+        weights = {"head": head.rows(start, stop)}
         square_HH = triangle.square(hessian)  # overwritten
         place = {"head": (start, spec.vocab_size)}
         yield solve_on_ranks(workers, weights, square_HH, grid, parts=place, products=products, **options)["head"]
