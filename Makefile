@@ -18,7 +18,7 @@ demo: $(STAMP)            ## a real model to 8 and 4 bits, drift measured, repor
 test: $(STAMP)            ## the fast tests, 11 minutes on two recent cores
 	$(BIN)/python -m pytest -n 2 -m 'not slow'
 
-test-slow: $(STAMP)       ## the slower checks: kill and resume at random points, memory growth
+test-slow: $(STAMP)       ## the slower checks: kills at random points, memory growth, layers of real shapes over fake tensors
 	$(BIN)/python -m pytest -m slow
 
 lint: $(STAMP)

@@ -60,7 +60,7 @@ def test_the_kernels_over_fake_tensors() -> None:
     assert {case.kind for case in gpu_parts.LINEARS} == {"int4", "int4 halves", "int8", "tiled"}
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_memory_over_fake_tensors(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The planner's longest context, too, takes what it said; of its prompt the ends alone are computed."""
     specs = {"large": load_spec("Qwen2.5-72B"), "small": replace(load_spec("Qwen2.5-0.5B"), num_hidden_layers=3)}

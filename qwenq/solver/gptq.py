@@ -371,7 +371,7 @@ def _quadratic(e_IO: Tensor, rows: list[int], h_II: Tensor | None, diagonal_I: T
     if h_II is None:
         return e_IO.new_full((len(rows),), math.nan, dtype=torch.float64)
     whole = rows + [0] * (-len(rows) % ROW_BLOCK)  # whole blocks again: see ROW_BLOCK
-    x_IO = e_IO[:, torch.tensor(whole, device=e_IO.device)]
+    x_IO = e_IO[:, torch.tensor(whole, dtype=torch.int64, device=e_IO.device)]
     total_O = e_IO.new_zeros(len(whole), dtype=torch.float64)
     for start in range(0, h_II.shape[0], FACTOR_BLOCK):
         stop = min(start + FACTOR_BLOCK, h_II.shape[0])

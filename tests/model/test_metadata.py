@@ -117,7 +117,8 @@ def test_shipped_configs_survive(name: str) -> None:
     config.setdefault("rms_norm_eps", 1e-6)
     spec = spec_from_config(config, name=name)
     metadata = {key: round_f32(value) for key, value in metadata_of_config(spec, config).items()}
-    shapes = {ours: tensor.shape for tensor in spec.tensors() for ours in [gguf_names(spec)[tensor.name]]}
+    names = gguf_names(spec)
+    shapes = {names[tensor.name]: tensor.shape for tensor in spec.tensors()}
     factors = rope_factors(spec, config)
     again = config_of_metadata(metadata, shapes, None if factors is None else list(map(round_f32, factors)), "x")
     found = spec_from_config(again)

@@ -55,13 +55,13 @@ def test_a_layer_of_changed_bytes_is_never_kept(random_model: Make, tmp_path: Pa
 
 
 def test_sources_that_change(place: Place) -> None:
-    outcomes, wrong = tried(20, place.changing, 1)
+    outcomes, wrong = tried(10, place.changing, 1)
     assert wrong == []
     assert outcomes["refused, then identical"] > 0
 
 
 def test_unfinished_jobs_damaged(place: Place) -> None:
-    outcomes, wrong = tried(40, place.damaging, 1)
+    outcomes, wrong = tried(20, place.damaging, 1)
     assert wrong == []
     assert len(outcomes) > 4
 

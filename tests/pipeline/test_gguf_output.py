@@ -17,6 +17,8 @@ from conftest import all_tensors, answer, forge, run, small_job
 from test_quantize import FORKS, Stop, assert_same, change_tensor, stop_after
 from transformers import AutoModelForCausalLM
 
+import qwenq.pipeline.fisher
+import qwenq.pipeline.head
 import qwenq.pipeline.job
 import qwenq.pipeline.quantize
 from qwenq.checkpoint.manifest import verify
@@ -30,7 +32,7 @@ from qwenq.pipeline.evaluate import evaluate
 from qwenq.pipeline.job import QuantizeJob
 from qwenq.pipeline.journal import Journal
 from qwenq.pipeline.quantize import quantize
-from qwenq.solver.gptq import round_rows
+from qwenq.solver.gptq import ROW_BLOCK, STAT_BLOCKS, round_rows
 
 Make = Callable[..., Path]
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2}
@@ -194,7 +196,7 @@ def test_a_forged_embedding_that_is_the_head_too_is_named(
     assert "its embedding was made in another way (head_windows None, here 4)" in said
 
 
-@pytest.mark.parametrize("model_type", ["qwen2", "llama"])
+@pytest.mark.parametrize("model_type", ["qwen2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_a_type_for_each_tensor_within_a_size(model_type: str, random_model: Make, calib: Path, tmp_path: Path) -> None:
     source, out = random_model(model_type=model_type, **WIDE), tmp_path / "out"
     text = ["--calibration", calib, "--eval-text", calib, "-n", 6, "--sequence-length", 64, "--eval-samples", 2]
@@ -306,6 +308,29 @@ def test_padding_to_whole_blocks(random_model: Make, text: list[object], tmp_pat
     assert "--pad-for-tp 2: --format gguf pads for no number of GPUs, but to whole blocks of 256" in said
     said = answer("quantize", source, "--format", "gguf", "--bits", 8, "--pad-for-tp", 1, "--dry-run", *text, code=1)
     assert "--pad-for-tp: every tensor of Q8_0 has the same type without it" in said
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_vocabulary_of_many_slices(
+    tied: bool, random_model: Make, text: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As 151,936 rows are read: some slices hold no row that the head's error is estimated from."""
+    rows = ROW_BLOCK * (2 * STAT_BLOCKS + 1)  # of which every third block
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "tie_word_embeddings": tied}
+    source = random_model(vocab_size=rows, **shape)
+    heads, files = [], []
+    for slice_rows in (4096, ROW_BLOCK):
+        monkeypatch.setattr(qwenq.pipeline.head, "SLICE_ROWS", slice_rows)
+        out = tmp_path / f"out-{slice_rows}"
+        answer("quantize", source, "-o", out, "--format", "gguf", "--gguf-type", "Q4_0", *text)
+        heads.append(json.loads((out / "qwenq-manifest.json").read_text())["head"])
+        files.append(next(out.glob("*.gguf")).read_bytes())
+    assert files[0] == files[1] and heads[0] == heads[1] and -60 < heads[0]["error_db"] < -10
+    monkeypatch.setattr(qwenq.pipeline.fisher, "SLICE_ROWS", ROW_BLOCK)  # which reads the slices that are solved
+    table = tmp_path / "sensitivity.json"
+    answer("sensitivity", source, "-o", table, "--format", "gguf", *text[:2], "-n", 4, "--sequence-length", 64)
+    losses = json.loads(table.read_text())["kl_nats_per_token"]["outer.embedding" if tied else "outer.head"]
+    assert losses["IQ4_NL"] > losses["Q8_0"] > 0
 
 
 def test_fallbacks_are_said(tiny: Path, calib: Path, heldout: Path, tmp_path: Path) -> None:

@@ -26,16 +26,17 @@ from qwenq.pipeline.job import QuantizeJob
 from qwenq.pipeline.quantize import quantize
 from qwenq.pipeline.reference_logits import SavedLogits
 
-pytestmark = pytest.mark.llamacpp
+MISSING = [name for name in ("llama-quantize", "llama-perplexity") if shutil.which(name) is None]
+pytestmark = [
+    pytest.mark.llamacpp,
+    pytest.mark.skipif(bool(MISSING), reason=f"not on PATH: {MISSING}; interop/build_llamacpp.sh builds them"),
+]
 WINDOWS, LENGTH = 6, 128
 
 
 def tool(name: str, *words: object) -> str:
     """Run a tool; both of its outputs."""
-    found = shutil.which(name)
-    if found is None:
-        pytest.skip(f"{name} is not on PATH: interop/build_llamacpp.sh builds it")
-    command = [found, *map(str, words)]
+    command = [name, *map(str, words)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:]
     return done.stdout

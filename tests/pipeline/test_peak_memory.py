@@ -40,6 +40,7 @@ def peaks(source: Path, out: Path) -> dict[str, int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_8_and_32_layers_need_the_same_memory(random_model: Callable[..., Path], tmp_path: Path) -> None:
     found: dict[int, dict[str, int]] = {}

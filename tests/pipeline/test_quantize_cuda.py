@@ -89,11 +89,11 @@ def traced_layer(
 @pytest.mark.parametrize(
     ("name", "gpus", "correction"),
     [
-        ("Qwen2.5-0.5B", 1, 0.0),
         ("Qwen2.5-0.5B", 1, 1.0),
-        ("Qwen3-0.6B", 1, 1.0),
-        ("Qwen2.5-3B", 1, 0.0),
-        ("Qwen2.5-1.5B", 2, 1.0),
+        pytest.param("Qwen2.5-0.5B", 1, 0.0, marks=pytest.mark.slow),
+        pytest.param("Qwen3-0.6B", 1, 1.0, marks=pytest.mark.slow),
+        pytest.param("Qwen2.5-3B", 1, 0.0, marks=pytest.mark.slow),
+        pytest.param("Qwen2.5-1.5B", 2, 1.0, marks=pytest.mark.slow),
     ],
 )
 def test_a_layer_takes_what_the_dry_run_says(name: str, gpus: int, correction: float) -> None:
@@ -107,6 +107,7 @@ def test_a_layer_takes_what_the_dry_run_says(name: str, gpus: int, correction: f
     assert min(peaks) > 0.5 * max(peaks)  # no GPU idles
 
 
+@pytest.mark.slow
 def test_a_layer_whose_hidden_states_stay_on_the_gpu_takes_what_the_dry_run_says() -> None:
     spec, recipe = of("Qwen2.5-0.5B"), Recipe(Scheme(4, 64))
     (allocator,), predicted, packed = traced_layer(spec, recipe, ["RTX 3090"], 16, 1.0, states_there=True)
@@ -188,7 +189,9 @@ def test_rounding_to_nearest_stays_on_its_gpu() -> None:
     assert len(results) == 7 and {tensor.device.type for tensor in packed.values()} == {"cpu"}
 
 
-@pytest.mark.parametrize("mixture", ["Q2_K", "Q4_K_M", "IQ4_XS"])
+@pytest.mark.parametrize(
+    "mixture", ["Q4_K_M", pytest.param("Q2_K", marks=pytest.mark.slow), pytest.param("IQ4_XS", marks=pytest.mark.slow)]
+)
 def test_ggufs_types_are_solved_and_packed_on_their_gpu(mixture: str) -> None:
     shape = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 8, "head_dim": 32}
     spec, form = replace(of("Qwen2.5-0.5B"), **shape), get_format("gguf")

@@ -34,7 +34,7 @@ def rounded(
     return torch.empty_like(e_IO, dtype=torch.uint8), parameters
 
 
-@pytest.mark.parametrize("name", ["Qwen2.5-0.5B", "Qwen2.5-72B"])
+@pytest.mark.parametrize("name", ["Qwen2.5-0.5B", pytest.param("Qwen2.5-72B", marks=pytest.mark.slow)])
 def test_a_layer_is_solved_in_what_the_dry_run_says(name: str) -> None:
     spec = of(name)
     with patch.object(gptq, "_solve_gptq", rounded), FakeGpus(["H200"]) as fake, torch.no_grad():

@@ -39,8 +39,8 @@ from qwenq.io.http import (
 
 @pytest.mark.parametrize("start", [serving, paging], ids=["serve", "vram serve"])
 def test_a_sample_of_hostile_clients(start: Callable[[], Any]) -> None:
-    report = judged(start(), 85, seed=7, whole=False)
-    assert report.faults == [] and report.cases >= 150
+    report = judged(start(), 40, seed=7, whole=False)
+    assert report.faults == [] and report.cases >= 100
     assert not any("rror" in line for line in report.log), report.log
 
 

@@ -68,9 +68,9 @@ def assert_counted(rows: list[MeasuredRow], percent: float = 1.0) -> None:
 FOUR, EIGHT = Recipe(Scheme(4, 64)), Recipe(Scheme(8, 64))
 MIXED = Recipe(Scheme(4, 128), (("model.layers.1.mlp.down_proj", Scheme(8, 128)),))
 CASES: list[tuple[str, ModelSpec, Recipe, dict[str, Any]]] = [
-    ("4-bit", of("Qwen2.5-7B", 4, vocab_size=32768), FOUR, {}),
-    ("8-bit", of("Qwen2.5-7B", 4, vocab_size=32768), EIGHT, {}),
-    ("8-bit rows", of("Qwen2.5-7B", 4, vocab_size=32768), Recipe(Scheme(8, -1)), {}),
+    ("4-bit", of("Qwen2.5-7B", 2, vocab_size=32768), FOUR, {}),
+    ("8-bit", of("Qwen2.5-7B", 2, vocab_size=32768), EIGHT, {}),
+    ("8-bit rows", of("Qwen2.5-7B", 2, vocab_size=32768), Recipe(Scheme(8, -1)), {}),
     ("mixed, fp8 cache", of("Qwen3-8B", 4, vocab_size=32768), MIXED, {"kv_dtype": "fp8"}),
     ("16-bit, tied", of("Qwen2.5-3B", 4), Recipe(None), {"prefill_chunk": 512}),
     ("short chunks", of("Qwen2.5-3B", 4), FOUR, {"prefill_chunk": 96}),
@@ -91,6 +91,7 @@ def test_a_cache_of_another_dtype_is_counted_when_it_is_read_back() -> None:
         assert_counted(traced(spec, FOUR, ["RTX 3090"], [4000], prefill_chunk=512, kv_dtype=kept)[0], 2.0)
 
 
+@pytest.mark.slow
 def test_the_cache_leaves_no_holes() -> None:
     """Layers' caches made one by one between activations each spoil a block: 18 % more reserved than allocated here."""
     spec = of("Qwen2.5-7B", 12)
@@ -127,6 +128,7 @@ def test_a_tensor_on_the_wrong_gpu_is_an_error() -> None:
                 module(torch.zeros(rows, 2048, dtype=torch.bfloat16, device="cuda:0"))
 
 
+@pytest.mark.slow
 def test_older_gpus_and_float32_are_counted_too() -> None:
     """No tinygemm, no flash kernel; FakeGpus refuses torch's own attention where it would write out all scores."""
     spec = of("Qwen2.5-7B", 2)
@@ -138,6 +140,7 @@ def test_older_gpus_and_float32_are_counted_too() -> None:
         assert_counted(rows, 1.5)
 
 
+@pytest.mark.slow
 def test_what_older_gpus_copy_of_a_long_cache_is_counted() -> None:
     """Keys and values in float32, at a block of a prompt and at each new token."""
     rows, _ = traced(of("Qwen2.5-14B", 1), FOUR, ["Tesla T4"], [16_000], (7, 5), prefill_chunk=512)
@@ -234,7 +237,7 @@ class RandomBlocks(SyntheticWeights):
 
 @pytest.mark.parametrize(
     ("mixture", "kernels"),
-    [("Q4_K_M", {"int4", "blocks"}), ("IQ4_XS", {"blocks"}), ("Q8_0", {"int4 halves"})],
+    [("Q4_K_M", {"int4", "blocks"}), ("Q8_0", {"int4 halves"})],
 )
 def test_a_gguf_file_runs_on_a_gpu(mixture: str, kernels: set[str]) -> None:
     spec = of("Qwen2.5-3B", 1, vocab_size=4096, tie_word_embeddings=False)

@@ -20,6 +20,7 @@ from qwenq.solver.gptq import (
     solve_linears,
 )
 from qwenq.solver.grid import IntegerGrid
+from qwenq.solver.parallel import joined_stats
 
 GRIDS = [
     IntegerGrid(4, 32), IntegerGrid(4, 64), IntegerGrid(4, 128), IntegerGrid(4, -1), IntegerGrid(8, 64),
@@ -481,3 +482,21 @@ def test_many_rows_are_corrected_in_bfloat16_where_a_cpu_multiplies_it(monkeypat
     assert gptq.products_dtype(8192, torch.device("cuda")) == torch.float32
     monkeypatch.setattr(gptq, "multiplies_bfloat16", lambda device: False)
     assert gptq.products_dtype(8192, cpu) == torch.float32
+
+
+def test_parts_of_many_rows_have_the_losses_of_the_whole() -> None:
+    """The output error is estimated from some blocks of rows; a part may hold none of them."""
+    rows, part = 64 * (2 * gptq.STAT_BLOCKS + 1), 64  # every third block of 33
+    w_OI, h_II = problem(columns=32, rows=rows)
+    grid = IntegerGrid(4, 32)
+    options = {"damp_percent": 0.01, "sweeps": 1}
+    whole, stats = solve_linears({"head": w_OI}, h_II.clone(), grid, **options)["head"]
+    pieces = [
+        solve_linears({"head": piece}, h_II.clone(), grid, parts={"head": (part * k, rows)}, **options)["head"]
+        for k, piece in enumerate(w_OI.split(part))
+    ]
+    found = joined_stats([piece for _, piece in pieces])
+    assert [len(piece.by_row[0]) for _, piece in pieces[:4]] == [64, 0, 0, 64]
+    assert torch.equal(torch.cat([tensor.codes_OI for tensor, _ in pieces]), whole.codes_OI)
+    assert all(map(torch.equal, found.by_row, stats.by_row))
+    assert found.error_db == stats.error_db < -15
