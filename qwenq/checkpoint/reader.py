@@ -36,8 +36,6 @@ FLOAT_DTYPES = ("F16", "BF16", "F32")
 SLICE_ROWS = 4096  # of the vocabulary: rows of the embedding and the head that are read at a time
 _WRITTEN_OUT = 1 << 22  # values of a GGUF tensor dequantized at a time
 _CHUNK = 1 << 20  # bytes: hashed while they are in the processor's cache
-
-
 Relay = Callable[[Path, int, int], torch.Tensor]  # file, start, end -> uint8
 
 
@@ -84,7 +82,7 @@ class Checkpoint:
         cuts: dict[Path, set[int]] = {path: set() for path in self.files}
         for name, location in self.tensors.items():
             cuts[location.file] |= {location.start, location.end}
-            if name in (self.spec.embedding_tensor, self.head_name):
+            if name in (self.spec.embedding_tensor, self.spec.head_tensor):
                 step = SLICE_ROWS * (location.spec.nbytes // location.spec.shape[0])
                 cuts[location.file] |= set(range(location.start, location.end, step))
         names = [*self.own_files, *others]
@@ -195,15 +193,20 @@ class Checkpoint:
 
     def finite_layer_state(self, layer: int) -> dict[str, torch.Tensor]:
         """`layer_state`; CheckpointError, naming it, for a tensor that is not finite."""
-        state = self.layer_state(layer)
-        if (bad := non_finite(state.items())) is not None:
-            name = self.spec.layer_prefix(layer) + bad
+        prefix, state = self.spec.layer_prefix(layer), self.layer_state(layer)
+        for name, tensor in state.items():
+            self.refuse_non_finite(prefix + name, tensor)
+        return state
+
+    def refuse_non_finite(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor, which is what was read of tensor `name`; CheckpointError where it holds a NaN or an infinity."""
+        if not all_finite(tensor):
             where = self.tensors[name].file if name in self.tensors else self.directory
             raise CheckpointError(
                 f"{where}: {name} holds a NaN or an infinity",
                 hint="the download may be damaged: compare its SHA-256 with the repository's",
             )
-        return state
+        return tensor
 
     def padded(self, intermediate_size: int) -> Checkpoint:
         """The same function with a wider FFN: rows added to gate and up, and columns to down, are zero.
@@ -229,10 +232,6 @@ class Checkpoint:
 
     def dtype_of(self, name: str) -> str:
         return self.tensors[name].spec.dtype
-
-    @property
-    def head_name(self) -> str:
-        return self.spec.head_tensor
 
 
 class GGUFCheckpoint(Checkpoint):
@@ -331,6 +330,11 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     return replace(whole, tensors={name: stored[name] for name in needed})
 
 
+def row_slices(rows: int) -> list[tuple[int, int]]:
+    """Rows of the embedding or the head, SLICE_ROWS at a time: the first of each, and the one behind the last."""
+    return [(start, min(start + SLICE_ROWS, rows)) for start in range(0, rows, SLICE_ROWS)]
+
+
 def _stamps(directory: Path) -> dict[str, Stamp]:
     """Every file of a directory, or GGUF file beside that one, as it is now; empty where there is none."""
     alone = is_gguf(directory)
@@ -410,8 +414,3 @@ def _zero_padded(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     wide = tensor.new_zeros(shape)
     wide[tuple(slice(size) for size in tensor.shape)] = tensor
     return wide
-
-
-def non_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
-    """Name of the first tensor holding a NaN or an infinity."""
-    return next((name for name, t in tensors if not all_finite(t)), None)

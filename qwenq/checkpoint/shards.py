@@ -53,7 +53,7 @@ class StoredFiles(ABC):
     @property
     def tensor_bytes(self) -> int:
         """Bytes of all tensors, without headers."""
-        return sum(tensor.nbytes for part in self.parts for tensor in part)
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
     def tensors(self) -> Iterator[TensorSpec]:
@@ -70,7 +70,7 @@ class StoredFiles(ABC):
 
     @abstractmethod
     def write(self, work: Path, part: int, tensors: Mapping[str, Tensor]) -> str:
-        """Write the tensors of a part, so that they last; returns its SHA-256."""
+        """Write the tensors of a part durably; returns its SHA-256."""
 
     @abstractmethod
     def sha256(self, work: Path, part: int) -> str:
@@ -133,15 +133,25 @@ class Shards(StoredFiles):
 
 
 @dataclass(frozen=True)
+class Beside:
+    """Contents of a container besides the recipe's tensors."""
+
+    name: str = "model"  # of the file
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    split_bytes: int | None = None
+    others: Mapping[str, Sequence[float]] = field(default_factory=dict)  # further float32 tensors, by GGUF name
+
+
+NOTHING = Beside()
+
+
+@dataclass(frozen=True)
 class GGUFFiles(StoredFiles):
     """One GGUF file, or those of a split: all offsets are known beforehand, and parts are written in their place."""
 
     parts: Sequence[list[TensorSpec]]  # under Hugging Face's names; dtypes are GGML types
     spec: ModelSpec
-    stem: str
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    split_bytes: int | None = None
-    others: Mapping[str, Sequence[float]] = field(default_factory=dict)  # further float32 tensors, by GGUF name
+    beside: Beside
     whole = True
 
     @cached_property
@@ -151,9 +161,9 @@ class GGUFFiles(StoredFiles):
 
     @cached_property
     def _layouts(self) -> dict[str, Layout]:
-        named = [replace(tensor, name=self._theirs.get(tensor.name, tensor.name)) for tensor in self.tensors]
-        others = [BlockTensor(name, "F32", (len(values),)) for name, values in self.others.items()]
-        return split_layouts(self.stem, self.metadata, [*named, *others], self.split_bytes)
+        named = [replace(tensor, name=self._theirs[tensor.name]) for tensor in self.tensors]
+        others = [BlockTensor(name, "F32", (len(values),)) for name, values in self.beside.others.items()]
+        return split_layouts(self.beside.name, self.beside.metadata, [*named, *others], self.beside.split_bytes)
 
     @cached_property
     def _places(self) -> dict[str, tuple[str, int]]:
@@ -169,24 +179,25 @@ class GGUFFiles(StoredFiles):
         return sum(made.size for made in self._layouts.values())
 
     def _place(self, tensor: TensorSpec) -> tuple[str, int]:
-        return self._places[self._theirs.get(tensor.name, tensor.name)]
+        return self._places[self._theirs[tensor.name]]
 
     def file_of(self, part: int) -> str:
         return self._place(self.parts[part][0])[0]
 
     def begin(self, work: Path) -> None:
         for name, made in self._layouts.items():
+            fixed = {0: made.header}  # what is known beforehand, by offset
+            for other, values in self.beside.others.items():
+                if other in made.offsets:
+                    fixed[made.offsets[other]] = struct.pack(f"<{len(values)}f", *values)
             path = work / name
-            if path.is_file() and path.stat().st_size == made.size:
-                with open_regular(path) as file:
-                    if file.read(len(made.header)) == made.header:
-                        continue
+            if path.is_file() and path.stat().st_size == made.size and _holds(path, fixed):
+                continue
             with new_file(path) as file:
                 os.posix_fallocate(file.fileno(), 0, made.size)  # a full disk is an error here
-                file.write(made.header)
-                for other in self.others.keys() & made.offsets.keys():
-                    file.seek(made.offsets[other])
-                    file.write(struct.pack(f"<{len(self.others[other])}f", *self.others[other]))
+                for offset, data in fixed.items():
+                    file.seek(offset)
+                    file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
         sync_directory(work)
@@ -239,6 +250,12 @@ class GGUFFiles(StoredFiles):
         return files
 
 
+def _holds(path: Path, fixed: Mapping[int, bytes]) -> bool:
+    """Whether a file has these bytes at these offsets."""
+    with open_regular(path) as file:
+        return all(file.seek(offset) == offset and file.read(len(data)) == data for offset, data in fixed.items())
+
+
 def _no_link(name: str, flags: int) -> int:
     return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
 
@@ -251,19 +268,6 @@ def in_pairs(spec: ModelSpec, name: str, tensor: Tensor) -> Tensor:
     return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
-@dataclass(frozen=True)
-class Beside:
-    """Contents of a container besides the recipe's tensors."""
-
-    name: str = ""  # of the file, where it is not `model`
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    split_bytes: int | None = None
-    others: Mapping[str, Sequence[float]] = field(default_factory=dict)  # tensors of the container's own, float32
-
-
-NOTHING = Beside()
-
-
 def stored_files(
     spec: ModelSpec, recipe: Recipe, dtype_of: Callable[[str], str], beside: Beside = NOTHING
 ) -> StoredFiles:
@@ -274,7 +278,7 @@ def stored_files(
     if not get_format(recipe.format).whole_file:
         return Shards(parts)
     blocks: list[list[TensorSpec]] = [[BlockTensor(t.name, t.dtype, t.shape) for t in part] for part in parts]
-    return GGUFFiles(blocks, spec, beside.name or "model", beside.metadata, beside.split_bytes, beside.others)
+    return GGUFFiles(blocks, spec, beside)
 
 
 def shard_file_bytes(tensors: list[TensorSpec]) -> int:

@@ -298,10 +298,6 @@ class Recipe:
         """Tensors of one linear, quantized or not, bias last."""
         return get_format(self.format).linear_tensors(self.scheme_of(lin), lin, dtype_of)
 
-    def tensor_bytes(self, spec: ModelSpec) -> int:
-        """Bytes of all tensors, headers not counted."""
-        return sum(t.nbytes for t in self.tensors(spec))
-
     def bits_per_linear_weight(self, spec: ModelSpec) -> float:
         """Stored bits per weight of the quantizable linears: codes, scales and zero points, nothing beside them."""
         return self._linear_bits(spec) / spec.linear_parameters
@@ -488,8 +484,8 @@ class Format(ABC):
             )
 
     def mixture(self, name: str, spec: ModelSpec) -> Recipe:
-        """The recipe that one of `mixtures` means for a model; UsageError for another name."""
-        raise UsageError(f"format {self.name} has no named mixtures, got {shown(name, 40)}")
+        """The recipe that one of `mixtures` means for a model."""
+        raise NotImplementedError(f"{self.name} has no named mixtures")
 
     def notes(self, name: str, spec: ModelSpec) -> list[str]:
         """One line for each place where a mixture cannot be what its name says."""

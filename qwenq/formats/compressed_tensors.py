@@ -40,7 +40,7 @@ from qwenq.formats.base import (
     register,
     whole_numbers,
 )
-from qwenq.formats.config import check_count, read_names, read_pattern, read_scheme, refuse_unknown
+from qwenq.formats.config import as_object, check_count, read_names, read_pattern, read_scheme, refuse_unknown
 from qwenq.io.safetensors import TensorSpec
 from qwenq.model.spec import LinearSpec, ModelSpec
 
@@ -138,9 +138,7 @@ class CompressedTensors(Format):
         default = None
         for key, group in groups.items():
             here = f"{where}: config_groups {shown(key, 40)}"
-            if not isinstance(group, Mapping):
-                raise CheckpointError(f"{here} is {type(group).__name__}, wanted an object")
-            refuse_unknown(group, _GROUP_KEYS, here)
+            refuse_unknown(as_object(group, here), _GROUP_KEYS, here)
             scheme = _scheme(group, here)
             targets = read_names(group.get("targets"), f"{here}: targets")
             if _LINEAR in targets:
@@ -240,9 +238,7 @@ def _text(matcher: Matcher) -> str:
 
 
 def _scheme(group: Mapping[str, Any], where: str) -> Scheme:
-    weights = group.get("weights")
-    if not isinstance(weights, Mapping):
-        raise CheckpointError(f"{where}: weights is {type(weights).__name__}, wanted an object")
+    weights = as_object(group.get("weights"), f"{where}: weights")
     if group.get("input_activations") is not None or group.get("output_activations") is not None:
         raise UnreadScheme(f"{where}: quantized activations are not supported")
     if group.get("format") not in (None, "pack-quantized"):

@@ -72,6 +72,13 @@ def _says(value: Any) -> bool:
     return bool(value)
 
 
+def as_object(value: Any, where: str) -> Mapping[str, Any]:
+    """An object of a config; CheckpointError for anything else."""
+    if not isinstance(value, Mapping):
+        raise CheckpointError(f"{where} is {type(value).__name__}, wanted an object")
+    return value
+
+
 def read_names(value: Any, where: str) -> list[str]:
     """A list of texts; None is an empty one."""
     if value is None:

@@ -539,8 +539,6 @@ class Gguf(Format):
 
     def mixture(self, name: str, spec: ModelSpec) -> Recipe:
         """llama.cpp's mixture of that name, fallbacks included; the scheme of most weights is the default."""
-        if name not in MIXTURES:
-            raise UsageError(f"--gguf-type {shown(name, 40)}: wanted one of {', '.join(MIXTURES)}")
         types, first = wanted_types(spec, name), spec.layer_linears(0)
         outer = tuple((lin.name, scheme_for(types[lin.name], lin.in_features)) for lin in spec.outer_linears)
         names = [(spec.layer_prefix(layer) + lin.path, lin) for layer in range(spec.num_hidden_layers) for lin in first]

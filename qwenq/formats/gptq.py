@@ -38,7 +38,7 @@ from qwenq.formats.base import (
     integer_engines,
     register,
 )
-from qwenq.formats.config import MAKING, check_count, read_names, read_pattern, read_scheme, refuse_unknown
+from qwenq.formats.config import MAKING, as_object, check_count, read_names, read_pattern, read_scheme, refuse_unknown
 from qwenq.io.safetensors import TensorSpec
 from qwenq.model.architectures import Stage
 from qwenq.model.spec import LinearSpec, ModelSpec
@@ -144,16 +144,12 @@ class Gptq(Format):
                 raise _refusal(config[key])(f"{where}: {key} is {shown(repr(config[key]), 40)}, wanted {wanted!r}")
         default = _scheme(config, Scheme(4), where)
         rules: list[Rule] = []
-        entries = config.get("dynamic") or {}
-        if not isinstance(entries, Mapping):
-            raise CheckpointError(f"{where}: dynamic is {type(entries).__name__}, wanted an object")
+        entries = as_object(config.get("dynamic") or {}, f"{where}: dynamic")
         check_count(entries, f"{where}: dynamic")
         for key, override in entries.items():
             excluded = key.startswith("-:")
             pattern = read_pattern(key.removeprefix("-:").removeprefix("+:"), f"{where}: dynamic")
-            override = {} if excluded or override is None else override
-            if not isinstance(override, Mapping):
-                raise CheckpointError(f"{where}: dynamic {key!r} is {type(override).__name__}, wanted an object")
+            override = as_object({} if excluded or override is None else override, f"{where}: dynamic {key!r}")
             if not excluded:
                 refuse_unknown(override, _OVERRIDES, f"{where}: dynamic {shown(key, 60)}")
             rules.append((pattern, None if excluded else _scheme(override, default, where)))
@@ -323,17 +319,13 @@ def _auto_round(config: Mapping[str, Any], where: str) -> Quantization:
         )
     _refuse_values(config, where)
     default = _scheme(config, Scheme(4), where)
-    extra = config.get("extra_config") or {}
-    if not isinstance(extra, Mapping):
-        raise CheckpointError(f"{where}: extra_config is {type(extra).__name__}, wanted an object")
+    extra = as_object(config.get("extra_config") or {}, f"{where}: extra_config")
     check_count(extra, f"{where}: extra_config")
     exact: list[Rule] = []
     patterns: list[Rule] = []
     for name, override in extra.items():
         here = f"{where}: extra_config {shown(name, 60)}"
-        if not isinstance(override, Mapping):
-            raise CheckpointError(f"{here} is {type(override).__name__}, wanted an object")
-        refuse_unknown(override, _AUTO_ROUND_READ | _AUTO_ROUND_MAKING, here)
+        refuse_unknown(as_object(override, here), _AUTO_ROUND_READ | _AUTO_ROUND_MAKING, here)
         _refuse_values(override, here)
         scheme = None if override.get("bits") in (16, 32) else _scheme(override, default, here)
         exact.append((ExactNames(frozenset({name})), scheme))

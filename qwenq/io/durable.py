@@ -1,4 +1,4 @@
-"""Files that last: written beside the target, synced, renamed, and their directory synced; then hashed by SHA-256.
+"""Durable files: written beside the target, synced, renamed, and their directory synced; hashed by SHA-256.
 
 A name that survives a power cut always names whole bytes: the file is synced before it gets its name, the directory
 after. What is read back later is compared with the digest that was returned when it was written.
@@ -112,7 +112,7 @@ def copy_synced(source: Path, target: Path) -> str:
 
 
 def make_directory(path: Path, *, exist_ok: bool) -> None:
-    """Make a directory and those above it, so that they last; on a failure it is not there."""
+    """Make a directory and those above it, durably; on a failure it is not there."""
     missing = [path]
     while not missing[-1].parent.exists():
         missing.append(missing[-1].parent)
@@ -130,7 +130,7 @@ def make_directory(path: Path, *, exist_ok: bool) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Make renames in `directory` last through a power cut."""
+    """Make renames in `directory` durable."""
     with opened_directory(directory) as handle:
         os.fsync(handle)
 

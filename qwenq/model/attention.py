@@ -31,7 +31,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
     Scores and their softmax are in float32: large key biases, as Qwen2.5 has, make scores that bfloat16 blurs.
     """
     tokens, keys = query.shape[2], key.shape[2]
-    if not torch.is_grad_enabled() and (keys <= BLOCKED_KEYS if query.device.type == "cpu" else _by_itself(query)):
+    if not torch.is_grad_enabled() and (keys <= BLOCKED_KEYS if query.device.type == "cpu" else _writes_scores(query)):
         return _by_blocks(query, key, value, scaling)
     ahead: dict[str, Any] = {"is_causal": True}
     dtype = product_dtype(query)
@@ -46,11 +46,11 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
     return out.transpose(1, 2).to(query.dtype).contiguous()
 
 
-def _by_itself(query: Tensor) -> bool:
+def _writes_scores(query: Tensor) -> bool:
     """Whether torch's own attention would write out masks and scores: a GPU without a flash kernel for `query`."""
     if query.device.type != "cuda":
         return False
-    dtype, capability = str(query.dtype)[6:], torch.cuda.get_device_capability(query.device)
+    dtype, capability = str(query.dtype).removeprefix("torch."), torch.cuda.get_device_capability(query.device)
     return not Compute(dtype, "cuda", capability).has_flash
 
 

@@ -9,6 +9,7 @@ whatever the layers compute in, which halves the noise floor of bfloat16 (report
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +18,10 @@ from typing import Any
 
 import torch
 
-from qwenq.checkpoint.reader import SLICE_ROWS, Checkpoint
-from qwenq.errors import CheckpointError
+from qwenq.checkpoint.reader import Checkpoint, row_slices
 from qwenq.io.durable import file_sha256, new_file, write_synced
 from qwenq.io.safetensors import TensorSpec, encode_header, read_header
-from qwenq.io.tensors import DTYPE_NAMES, all_finite, raw_bytes, read_into
+from qwenq.io.tensors import DTYPE_NAMES, raw_bytes, read_into
 from qwenq.pipeline.config import NOISE_WINDOWS, SPILL_BYTES
 from qwenq.pipeline.preflight import scratch_width
 from qwenq.pipeline.ranks import ALONE, Ranks
@@ -203,10 +203,8 @@ def embed(
     The table is read by slices of the vocabulary, never held whole.
     """
     name = source.spec.embedding_tensor
-    vocab = source.tensors[name].spec.shape[0]
     windows = [pair for states, ids in targets.values() for pair in zip(states, ids, strict=True)]
-    for start in range(0, vocab, SLICE_ROWS):
-        stop = min(start + SLICE_ROWS, vocab)
+    for start, stop in row_slices(source.tensors[name].spec.shape[0]):
         here = [(h_TH, ids_T, (ids_T >= start) & (ids_T < stop)) for h_TH, ids_T in windows]
         here = [each for each in here if bool(each[2].any())]
         # of a file that one rank reads for all of them every rank gets every slice
@@ -215,17 +213,11 @@ def embed(
             assert table is not None
             h_TH[held_T] = table[ids_T[held_T] - start].to(h_TH)
     for states, _ in targets.values():
-        if not all_finite(states):
-            raise CheckpointError(
-                f"{source.tensors[name].file}: {name} holds a NaN or an infinity",
-                hint="the download may be damaged: compare its SHA-256 with the repository's",
-            )
+        source.refuse_non_finite(name, states)
 
 
 def _allocate(shape: Sequence[int], dtype: torch.dtype, spill: Path | None) -> torch.Tensor:
-    size = 1
-    for dim in shape:
-        size *= dim
+    size = math.prod(shape)
     if spill is None or size == 0:
         return torch.empty(*shape, dtype=dtype)
     with new_file(spill) as file:

@@ -289,7 +289,7 @@ class BlockSolver:
                 products_IO = wanted_products.of(network).view(lin.in_features, lin.out_features)
                 products_IO.add_(x_TI.T @ missing.mul_(root_T1).to(x.dtype))
 
-        shares = self._shares([lin])
+        shares = _own_rows(self.workers, {lin.name: lin.out_features})
         outputs = [rows for share in shares for rows in share.values()]
         own = range(outputs[0].start, outputs[-1].stop) if outputs else range(0)
         found = []
@@ -332,26 +332,34 @@ class BlockSolver:
     def _solve(
         self, stage: Stage, hessian: Tensor, residuals: Mapping[str, ResidualCovariance] | None = None
     ) -> None:
-        schemes = self._by_scheme(stage)
+        """Solve the linears of a stage, scheme by scheme; CheckpointError for inputs that are not finite."""
+        schemes, options = self._by_scheme(stage), self.options
         for scheme, linears in schemes.items():
-            own = hessian if scheme == list(schemes)[-1] else hessian.clone()
-            group = FusedGroup(linears, scheme, {lin.name: self.folded.weight(lin.path) for lin in linears})
-            shares = self._shares(linears)
-            solved = group.solve(self.workers.devices, self.options, own, residuals, shares=shares, ranks=self.ranks)
-            for lin, (qtensor, _) in zip(linears, solved, strict=True):
+            if not all_finite(hessian.diagonal()):
+                names = ", ".join(lin.kind for lin in linears)
+                raise CheckpointError(
+                    f"layer {self.layer}: the activations entering {names} are not finite",
+                    hint="compute in bfloat16 or float32 (--calibration-dtype), and check the source's weights",
+                )
+            weights = {lin.name: self.folded.weight(lin.path) for lin in linears}
+            solved = solve_on_ranks(
+                self.workers,
+                weights,
+                hessian if scheme == list(schemes)[-1] else hessian.clone(),
+                scheme.grid(),
+                residuals=residuals,
+                damp_percent=options.damp_percent,
+                method=options.method,
+                error_correction=options.error_correction,
+                products=products_dtype(sum(lin.out_features for lin in linears), self.workers.devices[0]),
+            )
+            for lin in linears:
+                qtensor, stats = solved[lin.name]
                 self.workers.set_parameter(lin.path + ".weight", qtensor.dequantize())
                 self.folded.release(lin.path)
-            _keep(solved, self.recipe, self.packed if self.ranks.first else None, self.results)
-
-    @property
-    def ranks(self) -> Ranks:
-        return self.workers.ranks
-
-    def _shares(self, linears: Sequence[LinearSpec]) -> list[dict[str, range]]:
-        """Rows that each device of this rank solves."""
-        count = len(self.workers.devices)
-        shares = cut_rows({lin.name: lin.out_features for lin in linears}, self.ranks.size * count)
-        return shares[self.ranks.rank * count :][:count]
+                self.results.append(result_of(lin.name, scheme, stats))
+                if self.workers.ranks.first:
+                    self.packed |= _packed(self.recipe, lin.name, qtensor)
 
     def _by_scheme(self, stage: Stage) -> dict[Scheme, list[LinearSpec]]:
         return _by_scheme(self.spec.stage_linears(self.layer, stage), self.recipe)
@@ -381,8 +389,10 @@ def round_block(
     results: list[LayerResult] = []
     for stage in spec.architecture.stages:
         for scheme, linears in _by_scheme(spec.stage_linears(layer, stage), recipe).items():
-            group = FusedGroup(linears, scheme, {lin.name: folded.weight(lin.path) for lin in linears})
-            _keep(group.round(), recipe, packed, results)
+            weights = {lin.name: folded.weight(lin.path) for lin in linears}
+            for name, (qtensor, stats) in solve_linears(weights, None, scheme.grid(), method="rtn").items():
+                results.append(result_of(name, scheme, stats, calibrated=False))
+                packed |= _packed(recipe, name, qtensor)
     return packed, results
 
 
@@ -396,63 +406,32 @@ def _by_scheme(linears: Sequence[LinearSpec], recipe: Recipe) -> dict[Scheme, li
     return groups
 
 
-@dataclass(frozen=True)
-class FusedGroup:
-    """Linears that share inputs and scheme, and their weights [out, in] in float32 by name."""
-
-    linears: Sequence[LinearSpec]
-    scheme: Scheme
-    weights: Mapping[str, Tensor]
-
-    def solve(
-        self,
-        devices: Sequence[torch.device],
-        options: SolverOptions,
-        hessian: Tensor,
-        residuals: Mapping[str, ResidualCovariance] | None,
-        *,
-        shares: Sequence[Mapping[str, range]],
-        ranks: Ranks,
-    ) -> list[tuple[QTensor, LayerResult]]:
-        """Codes and results, linear by linear; CheckpointError for inputs that are not finite.
-
-        shares: rows that each device of this rank solves; the ranks' together are all.
-        """
-        if not all_finite(hessian.diagonal()):
-            names = ", ".join(lin.kind for lin in self.linears)
-            raise CheckpointError(
-                f"layer {self.linears[0].layer}: the activations entering {names} are not finite",
-                hint="compute in bfloat16 or float32 (--calibration-dtype), and check the source's weights",
-            )
-        solved = solve_rows(
-            devices,
-            self.weights,
-            hessian,
-            self.scheme.grid(),
-            shares,
-            residuals=residuals,
-            damp_percent=options.damp_percent,
-            method=options.method,
-            error_correction=options.error_correction,
-            products=products_dtype(sum(lin.out_features for lin in self.linears), devices[0]),
-        )
-        whole = all_rows(ranks, solved, list(self.weights), self.scheme.grid(), devices[0])
-        return [self._result(lin, *whole[lin.name], calibrated=True) for lin in self.linears]
-
-    def round(self) -> list[tuple[QTensor, LayerResult]]:
-        """Codes and results, linear by linear, rounded to nearest."""
-        solved = solve_linears(self.weights, None, self.scheme.grid(), method="rtn")
-        return [self._result(lin, *solved[lin.name], calibrated=False) for lin in self.linears]
-
-    def _result(
-        self, lin: LinearSpec, qtensor: QTensor, stats: SolveStats, *, calibrated: bool
-    ) -> tuple[QTensor, LayerResult]:
-        error_db = stats.error_db if calibrated else None
-        weight_db, damp, fallback = stats.weight_error_db, stats.damp_percent, stats.fallback
-        return qtensor, LayerResult(lin.name, self.scheme.label, error_db, weight_db, damp, fallback)
+def result_of(name: str, scheme: Scheme, stats: SolveStats, *, calibrated: bool = True) -> LayerResult:
+    """What became of a linear; without calibration nothing is known of its outputs."""
+    error_db = stats.error_db if calibrated else None
+    return LayerResult(name, scheme.label, error_db, stats.weight_error_db, stats.damp_percent, stats.fallback)
 
 
-def all_rows(
+def _packed(recipe: Recipe, name: str, qtensor: QTensor) -> dict[str, Tensor]:
+    """A linear's tensors as the recipe's format stores them, by full name, on the CPU."""
+    form = get_format(recipe.format)
+    return {f"{name}.{part}": tensor.cpu() for part, tensor in form.pack(qtensor, form.version(recipe)).items()}
+
+
+def _own_rows(workers: Workers, sizes: Mapping[str, int]) -> list[dict[str, range]]:
+    """Rows of weights of so many rows that each device of this rank solves."""
+    count, ranks = len(workers.devices), workers.ranks
+    return cut_rows(sizes, ranks.size * count)[ranks.rank * count :][:count]
+
+
+def solve_on_ranks(workers: Workers, weights: Mapping[str, Tensor], h_II: Tensor, grid: Grid, **options: Any) -> Solved:
+    """`solve_linears`, its rows shared among the devices of all ranks; the result on each rank's first one."""
+    shares = _own_rows(workers, {name: len(w_OI) for name, w_OI in weights.items()})
+    parts = solve_rows(workers.devices, weights, h_II, grid, shares, **options)
+    return _all_rows(workers.ranks, parts, list(weights), grid, workers.devices[0])
+
+
+def _all_rows(
     ranks: Ranks, solved: Sequence[Solved], names: Sequence[str], grid: Grid, device: torch.device
 ) -> Solved:
     """Linears whole, of the rows that each device of each rank has solved, on every rank's `device`.
@@ -476,9 +455,7 @@ def all_rows(
                 tensor = torch.empty(shape, dtype=TORCH_DTYPES[dtype]) if given is None else given[k].cpu()
                 tensors.append(ranks.broadcast(tensor.contiguous(), rank))
             codes_OI, *parameters = (tensor.to(device) for tensor in tensors[:-4])
-            error_O, signal_O, weight_error_O, weight_signal_O = tensors[-4:]
-            by_row = error_O, signal_O, weight_error_O, weight_signal_O
-            stats = SolveStats(by_row, described[name]["damp"], described[name]["fallback"])
+            stats = SolveStats(tuple(tensors[-4:]), described[name]["damp"], described[name]["fallback"])
             parts.append((QTensor(codes_OI, tuple(parameters), grid), stats))
         whole[name] = joined(parts, device)
     return whole
@@ -492,21 +469,6 @@ def _described(qtensor: QTensor, stats: SolveStats) -> dict[str, Any]:
     """Shapes and dtypes of a linear's tensors, and what is said of it beside."""
     tensors = [[list(t.shape), DTYPE_NAMES[t.dtype]] for t in _tensors(qtensor, stats)]
     return {"tensors": tensors, "damp": stats.damp_percent, "fallback": stats.fallback}
-
-
-def _keep(
-    solved: list[tuple[QTensor, LayerResult]],
-    recipe: Recipe,
-    packed: dict[str, Tensor] | None,
-    results: list[LayerResult],
-) -> None:
-    """Keep results, and packed tensors where there is a place for them."""
-    form = get_format(recipe.format)
-    for qtensor, result in solved:
-        results.append(result)
-        if packed is not None:
-            tensors = form.pack(qtensor, form.version(recipe))
-            packed |= {f"{result.name}.{part}": tensor.cpu() for part, tensor in tensors.items()}
 
 
 def round_layer(

@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ _README_BYTES = 1 << 16  # metadata comes first
 _MAX_WARNINGS = 50
 _KEPT = "as in the original"
 SERVED_CONTEXT = 8192  # of the example, where the model was trained on so much
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+HUB_NAME = re.compile(r"(?:([A-Za-z0-9][\w.-]{0,95})/)?([A-Za-z0-9][\w.-]{0,95})", re.ASCII)  # owner, if any, and name
 _METADATA = re.compile(r"---\r?\n(.*?)\r?\n---\s*\n", re.DOTALL)
 _LICENSE = re.compile(
     r"^(license(?:_name|_link)?):[ \t]*[\"']?([\w.:/+-]{1,200})[\"']?[ \t]*\r?$", re.ASCII | re.MULTILINE
@@ -95,7 +96,7 @@ def model_card(
 def _metadata(job: Mapping[str, Any], licence: Mapping[str, str], recipe: Recipe) -> Iterator[str]:
     """Lines of the hub's front matter; a base model only where its name can be one there."""
     name = str(job["model"])
-    if _HUB_NAME.fullmatch(name):
+    if HUB_NAME.fullmatch(name):
         yield f"base_model: {yaml_text(name)}"
         yield "base_model_relation: quantized"
     for key, value in licence.items():
@@ -209,13 +210,10 @@ def _loading(spec: ModelSpec, recipe: Recipe, file: str) -> Iterator[str]:
 def _provenance(
     job: Mapping[str, Any], described: Mapping[str, Any], spec: ModelSpec, recipe: Recipe, outside: Mapping[str, str]
 ) -> Iterator[str]:
-    counts: dict[str, int] = {}
-    for lin in spec.linears:
-        label = label_of(recipe.scheme_of(lin))
-        counts[label] = counts.get(label, 0) + 1
+    counts = Counter(label_of(recipe.scheme_of(lin)) for lin in spec.linears)
     schemes = ", ".join(
         f"{count} linear{'' if count == 1 else 's'} {label}"
-        for label, count in sorted(counts.items(), key=lambda c: -c[1])
+        for label, count in counts.most_common()
     )
     folded = job["options"].get("fold") and job["calibration"] is not None
     yield f"- Scheme: {markdown(schemes)}; {_outside_layers(spec, recipe, outside, bool(folded))}."

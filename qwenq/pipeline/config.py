@@ -223,7 +223,7 @@ class QuantizeConfig:
             raise ExcludedOptions(f"{' and '.join(given)} exclude each other")
         if self.asymmetric is not None and self.recipe is not None:
             raise ExcludedOptions("--asymmetric and --recipe exclude each other: the recipe says it group by group")
-        form = get_format(check_format(self.format))
+        form = get_format(self.format)
         for name in ("group_size", "asymmetric"):
             if form.mixtures and getattr(self, name) is not None:
                 raise UsageError(f"--format {self.format}: {flag(name)} does not apply: each type has its own")
@@ -320,7 +320,7 @@ class QuantizeConfig:
     @property
     def mixture(self) -> str:
         """The format's own mixture that is asked for; empty where it has none, or for a budget."""
-        form = get_format(check_format(self.format))
+        form = get_format(self.format)
         if not form.mixtures or self.mixed:
             return ""
         if self.gguf_type is None:
@@ -351,7 +351,7 @@ class QuantizeConfig:
 
         UsageError when the format cannot hold it.
         """
-        form = get_format(check_format(self.format))
+        form = get_format(self.format)
         if (fixed := form.fixed) is not None:
             only = {"bits": fixed.bits, "group_size": fixed.group_size, "asymmetric": False}
             for name, value in only.items():
@@ -567,10 +567,6 @@ class Resolution:
     @property
     def recipe(self) -> Recipe:
         return self.budgeted.recipe if self.budgeted else self.config.uniform(self.spec)
-
-    @property
-    def on_gpu(self) -> bool:
-        return self.config.device != "cpu"
 
     @property
     def compute_bytes(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from qwenq.io.gguf import Number
 from qwenq.io.json import inside, read_object, shown
 from qwenq.model.metadata import ROPE_FACTORS, metadata_of_config, rope_factors
 from qwenq.model.spec import ModelSpec
-from qwenq.pipeline.card import source_license
+from qwenq.pipeline.card import HUB_NAME, source_license
 from qwenq.pipeline.config import QuantizeConfig
 from qwenq.pipeline.source import Shapes
 from qwenq.text.vocabulary import metadata_of_tokenizer
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 _SAMPLING = {  # of generation_config.json, and what llama.cpp's programs take for their defaults
     "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "temperature": "temp", "repetition_penalty": "penalty_repeat",
 }  # fmt: skip
-_HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]{0,95})/([A-Za-z0-9][\w.-]{0,95})", re.ASCII)
 
 
 def container_of(
@@ -77,7 +75,7 @@ def _origin(spec: ModelSpec, directory: Path | None) -> Iterator[tuple[str, Any]
         yield from _sampling(directory)
         for key, value in source_license(directory).items():
             yield f"general.{key.replace('_', '.')}", value
-    if hub := _HUB_NAME.fullmatch(spec.name):
+    if (hub := HUB_NAME.fullmatch(spec.name)) and hub[1]:
         yield "general.base_model.count", 1
         yield "general.base_model.0.name", hub[2]
         yield "general.base_model.0.organization", hub[1]

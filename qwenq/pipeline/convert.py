@@ -16,14 +16,14 @@ from typing import Any
 import torch
 
 from qwenq.checkpoint.manifest import MANIFEST_NAME, SourceFiles, read_manifest
-from qwenq.checkpoint.reader import Checkpoint, non_finite
+from qwenq.checkpoint.reader import Checkpoint
 from qwenq.checkpoint.shards import StoredFiles, stored_files
 from qwenq.errors import CheckpointError, JobError, PlanError, QwenqError
 from qwenq.formats.base import FORMATS, Recipe, Scheme, get_format, quantization_config
 from qwenq.io.durable import make_directory
 from qwenq.io.fields import Fields
 from qwenq.io.safetensors import FLOAT_NAMES, FLOATS
-from qwenq.io.tensors import TORCH_DTYPES
+from qwenq.io.tensors import TORCH_DTYPES, all_finite
 from qwenq.machine import forget_peak_rss, free_disk, host_facts, peak_rss_bytes, versions
 from qwenq.model.spec import LinearSpec
 from qwenq.pipeline.card import CARD_NAME, model_card
@@ -149,7 +149,7 @@ def _write_parts(
         tensors = _layer(source, recipe, number - 1) if 0 < number < len(files.parts) - 1 else {}
         for name in wanted.keys() - tensors.keys():
             tensors[name] = source.read(name).to(TORCH_DTYPES[wanted[name].dtype])
-            if non_finite([(name, tensors[name])]) is not None:
+            if not all_finite(tensors[name]):
                 raise CheckpointError(f"{source.directory}: {name} holds what no {wanted[name].dtype} is")
         parts[number] = files.write(work, number, {name: tensors[name] for name in wanted})
         listen(number)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from qwenq.checkpoint.reader import SLICE_ROWS, Checkpoint
+from qwenq.checkpoint.reader import Checkpoint, row_slices
 from qwenq.errors import CheckpointError, HonestNo
 from qwenq.machine import keep_freed_memory
 from qwenq.model.layer import Network, model_config
@@ -150,7 +150,7 @@ class HeadWeights:
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """Head rows start to stop, float32 [rows, hidden]."""
-        name = self.checkpoint.head_name
+        name = self.checkpoint.spec.head_tensor
         return self.convert(name, self.checkpoint.read_slice(name, start, stop)).float()
 
 
@@ -197,7 +197,7 @@ def _save_logits(
     positions = LogitsFile(reference[0].checkpoint.spec.vocab_size, windows, length).saved
     saved.kl = float(found.kl.view(windows, length - 1)[:, positions].mean())
     weights, h_NTH = reference
-    own = [_predicting(network, weights, h_NTH[part])[:, positions] for part in _one_by_one(len(h_NTH))]
+    own = [_predicting(network, weights, h_1TH)[:, positions] for h_1TH in h_NTH[:, None]]
     nothing_NPH = h_NTH.new_empty(0, positions.stop - positions.start, h_NTH.shape[2], dtype=torch.float32)
     x_NPH = ranks.all_windows(torch.cat([nothing_NPH.to(network.device), *own]), share)
     if ranks.first:
@@ -223,14 +223,13 @@ def compare_heads(
         raise CheckpointError(f"token id {int(ids_NT.max())} is outside the common vocabulary of {vocab}")
     targets = ids_NT[share.windows][:, 1:].to(network.device)
     x_ref, x_q = (
-        [_predicting(network, weights, h_NTH[part])[0] for part in _one_by_one(len(h_NTH))]
+        [_predicting(network, weights, h_1TH)[0] for h_1TH in h_NTH[:, None]]
         for weights, h_NTH in (reference, quantized)
     )
     shared = reference[0] == quantized[0]
     comparison = LogitComparison(targets.reshape(-1))
     positions = targets.shape[1]
-    for start in range(0, vocab, SLICE_ROWS):
-        end = min(start + SLICE_ROWS, vocab)
+    for start, end in row_slices(vocab):
         w_ref = reference[0].rows(start, end).to(network.device)
         w_q = w_ref if shared else quantized[0].rows(start, end).to(network.device)
         for k in range(len(targets)):  # window by window: figures do not depend on who has which
@@ -246,10 +245,6 @@ def compare_heads(
 
 
 _CHUNK_TOKENS = 1024
-
-
-def _one_by_one(windows: int) -> list[slice]:
-    return [slice(k, k + 1) for k in range(windows)]
 
 
 def _predicting(network: Network, weights: HeadWeights, h_1TH: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ from typing import IO, Any, Self
 
 import torch
 
-from qwenq.checkpoint.reader import SLICE_ROWS, Checkpoint
+from qwenq.checkpoint.reader import Checkpoint, row_slices
 from qwenq.errors import CalibrationError, JobError
 from qwenq.formats.base import Scheme, get_format
 from qwenq.io.safetensors import fingerprint
@@ -34,7 +34,7 @@ from qwenq.model.architectures import Stage
 from qwenq.model.layer import Network
 from qwenq.model.spec import ModelSpec
 from qwenq.pipeline.activations import embed
-from qwenq.pipeline.block import all_rows
+from qwenq.pipeline.block import solve_on_ranks
 from qwenq.pipeline.config import BACKWARD_TOKENS, HEAD_STRIDE, PROBE_TOKENS, PROBE_WINDOWS, SAMPLES, SOLVER_WINDOWS
 from qwenq.pipeline.evaluate import HeadWeights
 from qwenq.pipeline.head import head_hessian, solved_slices
@@ -55,7 +55,7 @@ from qwenq.planning.sensitivity import (
 )
 from qwenq.solver.gptq import DAMP_PERCENT, round_rows
 from qwenq.solver.grid import Grid
-from qwenq.solver.parallel import Solved, cut_rows, solve_rows
+from qwenq.solver.parallel import Solved
 from qwenq.solver.triangle import Triangle
 from qwenq.text.tokens import TokenWindows
 from qwenq.units import format_gb
@@ -141,7 +141,9 @@ def measure_sensitivity(
             listen("sensitivity: gradients at the head")
             head, share = HeadWeights(source), shares["probe"]
             gradient = sampled_gradients(network, head, last_NTH, probe.samples, probe.seed, share).cpu()
-            hessian = _head_hessian(workers, head, last.pop("solver"), shares["solver"], probe)
+            hessian = None
+            if get_format(probe.format).outer:  # then the head is solved too
+                hessian = head_hessian(workers, head.norm, last.pop("solver"), shares["solver"])
             outer, looked_up = _head_losses(workers, head, hessian, last_NTH, probe, share)
             del last, hessian
             scores: dict[FusedGroup, dict[Scheme, torch.Tensor]] = {}
@@ -315,11 +317,8 @@ def _solved(
 
     hessian: the triangle's values.
     """
-    ranks, device = workers.ranks, workers.first.device
-    own_II = triangle.square(hessian.to(device))  # overwritten
-    own = cut_rows({name: len(w_OI) for name, w_OI in weights.items()}, ranks.size)[ranks.rank]
-    parts = solve_rows(workers.devices, weights, own_II, grid, [own], damp_percent=DAMP_PERCENT, sweeps=0)
-    return all_rows(ranks, parts, list(weights), grid, device)
+    own_II = triangle.square(hessian.to(workers.first.device))  # overwritten
+    return solve_on_ranks(workers, weights, own_II, grid, damp_percent=DAMP_PERCENT, sweeps=0)
 
 
 def _rows(rows: int) -> slice:
@@ -372,21 +371,12 @@ def _of_all_windows(
     scores: dict[str, dict[Scheme, torch.Tensor]], share: Share, ranks: Ranks
 ) -> dict[str, dict[Scheme, torch.Tensor]]:
     """Scores [samples, windows] of the windows of all ranks, from those of each one's own."""
-    if ranks.size == 1:
-        return scores
     keys = [(stage, scheme) for stage, by_scheme in scores.items() for scheme in by_scheme]
     own_NKS = torch.stack([scores[stage][scheme].T for stage, scheme in keys], 1)
     found: dict[str, dict[Scheme, torch.Tensor]] = {stage: {} for stage in scores}
     for (stage, scheme), score_NS in zip(keys, ranks.all_windows(own_NKS, share).unbind(1), strict=True):
         found[stage][scheme] = score_NS.T.contiguous()
     return found
-
-
-def _head_hessian(
-    workers: Workers, head: HeadWeights, h_NTH: torch.Tensor, share: Share, probe: Probe
-) -> torch.Tensor | None:
-    """Of the states leaving the last layer, where the format has the head solved; see `head_hessian`."""
-    return head_hessian(workers, head.norm, h_NTH, share) if get_format(probe.format).outer else None
 
 
 def _head_losses(
@@ -448,18 +438,17 @@ def _probe_rows(probe: Probe, spec: ModelSpec, read: Callable[[int, int], torch.
     read: rows start to stop.
     """
     ids_U, rows = probe.probe_NT.unique(), []
-    for start in range(0, spec.vocab_size, SLICE_ROWS):
-        here_U = ids_U[(ids_U >= start) & (ids_U < start + SLICE_ROWS)]
+    for start, stop in row_slices(spec.vocab_size):
+        here_U = ids_U[(ids_U >= start) & (ids_U < stop)]
         if len(here_U):
-            rows.append(read(start, min(start + SLICE_ROWS, spec.vocab_size))[here_U - start].float().cpu())
+            rows.append(read(start, stop)[here_U - start].float().cpu())
     return torch.cat(rows)
 
 
 def _head_slices(head: HeadWeights, device: torch.device) -> Iterator[torch.Tensor]:
     """The head's rows in float32, some at a time."""
-    vocab = head.checkpoint.spec.vocab_size
-    for start in range(0, vocab, SLICE_ROWS):
-        yield head.rows(start, min(start + SLICE_ROWS, vocab)).to(device)
+    for start, stop in row_slices(head.checkpoint.spec.vocab_size):
+        yield head.rows(start, stop).to(device)
 
 
 def _add_embedding_losses(

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwenq.checkpoint.reader import SLICE_ROWS, Checkpoint, non_finite
+from qwenq.checkpoint.reader import row_slices
 from qwenq.errors import CheckpointError
 from qwenq.formats.base import get_format
 from qwenq.io.tensors import all_finite
 from qwenq.pipeline.activations import LayerState, embed
-from qwenq.pipeline.block import all_rows
+from qwenq.pipeline.block import result_of, solve_on_ranks
 from qwenq.pipeline.evaluate import HeadWeights
 from qwenq.pipeline.job import QuantizeJob
 from qwenq.pipeline.shares import Share
@@ -25,7 +25,7 @@ from qwenq.pipeline.workers import Workers, summed_products
 from qwenq.results import LayerResult
 from qwenq.solver.gptq import SolveStats, products_dtype
 from qwenq.solver.grid import Grid, QTensor
-from qwenq.solver.parallel import cut_rows, joined_stats, solve_rows
+from qwenq.solver.parallel import joined_stats
 from qwenq.solver.triangle import Triangle
 
 
@@ -68,43 +68,28 @@ def solve_head(job: QuantizeJob, workers: Workers, hessian: Tensor) -> tuple[dic
     """
     source, name, scheme = job.source, job.source.spec.head_tensor, job.head_scheme
     assert scheme is not None
-    head = HeadWeights(source, lambda name, rows_OI: refuse_non_finite(source, name, rows_OI))
+    head = HeadWeights(source, source.refuse_non_finite)
     options = {"damp_percent": job.options.damp_percent, "method": job.options.method}
     packed, stats = [], []
     for qtensor, found in solved_slices(workers, head, hessian, scheme.grid(), **options):
         stats.append(found)
         if workers.ranks.first:
             packed.append(get_format(job.recipe.format).pack(qtensor)["weight"].cpu())
-    whole = joined_stats(stats)
-    result = LayerResult(
-        name.removesuffix(".weight"), scheme.label, whole.error_db, whole.weight_error_db, whole.damp_percent,
-        whole.fallback,
-    )  # fmt: skip
+    result = result_of(name.removesuffix(".weight"), scheme, joined_stats(stats))
     return {name: torch.cat(packed)} if packed else {}, result
-
-
-def refuse_non_finite(source: Checkpoint, name: str, tensor: Tensor) -> Tensor:
-    """The tensor, `name` of the source or rows of it; CheckpointError where it is not finite."""
-    if non_finite([(name, tensor)]):
-        file = source.tensors[name].file
-        raise CheckpointError(f"{file}: {name} holds a NaN or an infinity", hint="download it again")
-    return tensor
 
 
 def solved_slices(
     workers: Workers, head: HeadWeights, hessian: Tensor, grid: Grid, **options: Any
 ) -> Iterator[tuple[QTensor, SolveStats]]:
-    """Rows of the head, SLICE_ROWS at a time, on the first worker's device.
+    """Rows of the head, some at a time (see `row_slices`), on the first worker's device.
 
     hessian: of `head_hessian`. options: of `solve_linears`. Each rank solves its share of a slice, and has the whole.
     """
-    spec, ranks, devices = head.checkpoint.spec, workers.ranks, workers.devices
-    triangle, products = Triangle(spec.hidden_size), products_dtype(spec.vocab_size, devices[0])
-    for start in range(0, spec.vocab_size, SLICE_ROWS):
-        weights = {"head": head.rows(start, min(start + SLICE_ROWS, spec.vocab_size))}
-        shares = cut_rows({"head": len(weights["head"])}, ranks.size * len(devices))
-        own = shares[ranks.rank * len(devices) :][: len(devices)]
+    spec = head.checkpoint.spec
+    triangle, products = Triangle(spec.hidden_size), products_dtype(spec.vocab_size, workers.devices[0])
+    for start, stop in row_slices(spec.vocab_size):
+        weights = {"head": head.rows(start, stop)}
         square_HH = triangle.square(hessian)  # overwritten
         place = {"head": (start, spec.vocab_size)}
-        parts = solve_rows(devices, weights, square_HH, grid, own, parts=place, products=products, **options)
-        yield all_rows(ranks, parts, ["head"], grid, devices[0])["head"]
+        yield solve_on_ranks(workers, weights, square_HH, grid, parts=place, products=products, **options)["head"]

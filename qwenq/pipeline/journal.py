@@ -197,7 +197,6 @@ def locked(directory: Path) -> Iterator[str]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             gone = not _is_at(file, handle)
         except BlockingIOError:
-            gone = False
             raise JobError(
                 f"{directory}: in use by {_holder(file)[0] or 'another process'}",
                 hint="wait for it, or stop that process; then try again",

@@ -9,7 +9,7 @@ from typing import Any
 
 from qwenq.checkpoint.shards import NOTHING, Beside, stored_files
 from qwenq.errors import JobError
-from qwenq.formats.base import GROUP_SIZES, Recipe, get_format
+from qwenq.formats.base import GROUP_SIZES, Recipe, get_format, label_of
 from qwenq.io.safetensors import tensor_bytes
 from qwenq.machine import free_disk
 from qwenq.model.architectures import Stage
@@ -117,8 +117,7 @@ def preflight(job: PlannedJob) -> Preflight:
     labels: dict[str, set[str]] = {}
     stage_bytes: dict[str, int] = {}
     for lin in spec.linears:
-        scheme = recipe.scheme_of(lin)
-        labels.setdefault(lin.stage, set()).add(scheme.label if scheme else "16-bit")
+        labels.setdefault(lin.stage, set()).add(label_of(recipe.scheme_of(lin)))
         size = sum(t.nbytes for t in recipe.linear_tensors(lin, job.dtype_of))
         stage_bytes[lin.stage] = stage_bytes.get(lin.stage, 0) + size
     return Preflight(

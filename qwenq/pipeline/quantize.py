@@ -36,7 +36,7 @@ from qwenq.checkpoint.manifest import (
     read_manifest,
     refuse_strangers,
 )
-from qwenq.checkpoint.reader import SLICE_ROWS, Checkpoint, GGUFCheckpoint, Relay
+from qwenq.checkpoint.reader import Checkpoint, GGUFCheckpoint, Relay, row_slices
 from qwenq.errors import CheckpointError, JobError, QwenqError
 from qwenq.escaping import several
 from qwenq.formats.base import get_format, quantization_config, read_quantization_config
@@ -48,7 +48,7 @@ from qwenq.pipeline.block import BlockSolver, CalibrationStates, round_block, ro
 from qwenq.pipeline.card import CARD_NAME, model_card
 from qwenq.pipeline.config import tokens_of
 from qwenq.pipeline.evaluate import HeadWeights, measure_drift
-from qwenq.pipeline.head import head_hessian, refuse_non_finite, solve_head, tied_hessian
+from qwenq.pipeline.head import head_hessian, solve_head, tied_hessian
 from qwenq.pipeline.imatrix import InputSquares, check_imatrix, is_kept, keep_layer, write_imatrix
 from qwenq.pipeline.job import DTYPES, QuantizeJob, QuantizeResult, partial_directory, refuse_place
 from qwenq.pipeline.journal import Journal, locked, never_begun, refuse_changes
@@ -237,10 +237,10 @@ class _Run:
         if (done := self._done_before(journal)) is not None:
             return done
         outer, head = self._write_ends(journal)
-        gpu = gpu_for_states(self.job, self.calibrator.devices) if self.ranks.size == 1 else None
+        alone = self.ranks.size == 1
+        gpu = gpu_for_states(self.job, self.calibrator.devices) if alone else None
         if gpu is not None:
             self.listen(f"hidden states of the calibration tokens stay on {gpu}")
-        alone = self.ranks.size == 1
         written = self._written(0) if self.job.head_windows or alone else None  # ranks convert sooner than they send
         states = embed_tokens(self.job.source, self.job.tokens(self.ranks), self.work, self.job.convert, gpu, written)
         runner = LayerRunner(states.states, states.shares, self.workers)
@@ -253,7 +253,7 @@ class _Run:
                 if self.ranks.from_first(lambda began=began, due=saved + interval_s: began > due):  # type: ignore[misc]
                     row["state"] = self._save_state(journal, states)
                     saved = time.perf_counter()
-                    if self.ranks.size > 1:  # states of all ranks go over the network: a tenth of the time at most
+                    if not alone:  # states of all ranks go over the network: a tenth of the time at most
                         interval_s = max(_STATE_INTERVAL_S, 10 * (saved - began))
                 rows.append(row)
                 if journal is not None:
@@ -487,11 +487,10 @@ class _Run:
         for name in names:
             pack = self.job.packer(name)
             if pack is None:
-                tensors[name] = self.job.convert(name, refuse_non_finite(source, name, source.read(name)))
+                tensors[name] = self.job.convert(name, source.refuse_non_finite(name, source.read(name)))
                 continue
-            rows = source.tensors[name].spec.shape[0]
-            slices = (source.read_slice(name, k, min(k + SLICE_ROWS, rows)) for k in range(0, rows, SLICE_ROWS))
-            tensors[name] = torch.cat([pack(refuse_non_finite(source, name, slice_OI)) for slice_OI in slices])
+            slices = (source.read_slice(name, *part) for part in row_slices(source.tensors[name].spec.shape[0]))
+            tensors[name] = torch.cat([pack(source.refuse_non_finite(name, slice_OI)) for slice_OI in slices])
         return tensors
 
     def _drift(self, states: HiddenStates) -> DriftReport:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwenq.checkpoint.reader import SLICE_ROWS
+from qwenq.checkpoint.reader import row_slices
 from qwenq.errors import CheckpointError, JobError, UsageError
 from qwenq.io.durable import write_synced
 from qwenq.io.tensors import all_finite
@@ -97,8 +97,7 @@ class LogitsFile:
             for first in range(0, len(x_PH), step):
                 part_PH = x_PH[first : first + step]
                 logits_PV = torch.empty(len(part_PH), self.vocab_size)
-                for start in range(0, self.vocab_size, SLICE_ROWS):
-                    stop = min(start + SLICE_ROWS, self.vocab_size)
+                for start, stop in row_slices(self.vocab_size):
                     logits_PV[:, start:stop] = (part_PH @ head_rows(start, stop).to(part_PH.device).T).cpu()
                 put(self._encode(logits_PV).tobytes())
 

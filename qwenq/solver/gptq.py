@@ -49,7 +49,7 @@ class SolveStats:
 
     # E H E' and W H W' of STAT_BLOCKS blocks of rows: of outputs on calibration inputs, nan without H; E E' and W W'
     # of all rows
-    by_row: tuple[Tensor, Tensor, Tensor, Tensor]
+    by_row: tuple[Tensor, ...]
     damp_percent: float  # the damping that worked
     fallback: str = ""  # why the factorization was given up and weights were only rounded, or ""
 

@@ -94,8 +94,7 @@ def joined(parts: Sequence[tuple[QTensor, SolveStats]], device: torch.device) ->
 
 def joined_stats(stats: Sequence[SolveStats]) -> SolveStats:
     """Losses of a linear from those of parts of its rows, in their order."""
-    error_O, signal_O, weight_error_O, weight_signal_O = map(torch.cat, zip(*(s.by_row for s in stats), strict=True))
-    by_row = error_O, signal_O, weight_error_O, weight_signal_O
+    by_row = tuple(map(torch.cat, zip(*(s.by_row for s in stats), strict=True)))
     return SolveStats(by_row, stats[0].damp_percent, stats[0].fallback)  # every part has the same factor
 
 

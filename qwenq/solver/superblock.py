@@ -383,12 +383,9 @@ class SuperGrid(Grid):
         self, parameters: Parameters, sub: int, w_NO: Tensor, importance_N: Tensor
     ) -> tuple[Parameters, Parameters]:
         d_1O, s_SO = parameters
-        inverse_1O = _inverse(d_1O)
-
-        def stored(scale_SO: Tensor) -> Tensor:
-            return (scale_SO * inverse_1O).round_().clamp_(self.lowest, -1 - self.lowest).mul_(d_1O)
-
-        scale_1O = _scale_search(w_NO[None], importance_N[None, :, None], self._units, stored)
+        scale_1O = _scale_search(
+            w_NO[None], importance_N[None, :, None], self._units, lambda x: self._coded(x, d_1O).mul_(d_1O)
+        )
         s_1O = self._coded(scale_1O, d_1O)
         s_SO[sub] = s_1O[0]
         return (d_1O, s_SO), (d_1O, s_1O)
@@ -506,18 +503,13 @@ class SuperAffineGrid(Grid):
         self, parameters: Parameters, sub: int, w_NO: Tensor, importance_N: Tensor
     ) -> tuple[Parameters, Parameters]:
         d_1O, dmin_1O, s_SO, m_SO = parameters
-
-        def stored_as(step_1O: Tensor) -> Callable[[Tensor], Tensor]:
-            inverse_1O = _inverse(step_1O)
-            return lambda value_SO: (value_SO * inverse_1O).round_().clamp_(0, self.most).mul_(step_1O)
-
         scale_1O, minimum_1O = _affine_search(
             w_NO[None],
             importance_N[None, :, None],
             self.top,
             positive=True,
-            stored=stored_as(d_1O),
-            stored_minimum=stored_as(dmin_1O),
+            stored=lambda x: self._coded(x, d_1O).mul_(d_1O),
+            stored_minimum=lambda x: self._coded(x, dmin_1O).mul_(dmin_1O),
         )
         s_1O, m_1O = self._coded(scale_1O, d_1O), self._coded(minimum_1O, dmin_1O)
         s_SO[sub], m_SO[sub] = s_1O[0], m_1O[0]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import all_tensors, rewrite
 
-from qwenq.checkpoint.reader import non_finite, open_checkpoint, open_source
+from qwenq.checkpoint.reader import open_checkpoint, open_source
 from qwenq.errors import CheckpointError
 from qwenq.model.layer import Network
 from qwenq.pipeline.activations import embed
@@ -105,8 +105,8 @@ def test_layer_state_has_the_layers_own_names(tiny: Path) -> None:
 
 
 def test_head_of_tied_and_untied(random_model: Make) -> None:
-    assert open_checkpoint(random_model("a")).head_name == "lm_head.weight"
-    assert open_checkpoint(random_model("b", tie_word_embeddings=True)).head_name == "model.embed_tokens.weight"
+    assert open_checkpoint(random_model("a")).spec.head_tensor == "lm_head.weight"
+    assert open_checkpoint(random_model("b", tie_word_embeddings=True)).spec.head_tensor == "model.embed_tokens.weight"
 
 
 # ---------------------------------------------------------------------- packed weights
@@ -347,8 +347,10 @@ def test_no_directory_and_no_config(tmp_path: Path) -> None:
     assert "config.json: not JSON" in refusal(tmp_path)
 
 
-def test_non_finite_names_the_first() -> None:
-    good, bad = torch.ones(3), torch.tensor([1.0, float("nan")])
-    assert non_finite([("a", good), ("i", torch.ones(2, dtype=torch.int32)), ("b", bad), ("c", bad)]) == "b"
-    assert non_finite([("a", good)]) is None
-    assert non_finite([("a", torch.tensor([float("-inf")]))]) == "a"
+def test_a_tensor_that_is_not_finite_is_refused_by_name(random_model: Make) -> None:
+    source, name = open_checkpoint(random_model()), "model.norm.weight"
+    for value in (float("nan"), float("-inf")):
+        with pytest.raises(CheckpointError, match=rf"\.safetensors: {name} holds a NaN or an infinity"):
+            source.refuse_non_finite(name, torch.tensor([1.0, value]))
+    good = torch.ones(3)
+    assert source.refuse_non_finite(name, good) is good

@@ -56,7 +56,7 @@ def copied(random_model: Make) -> Path:
 def test_a_head_that_is_another_is_kept_and_said_once(merged: Path) -> None:
     found = open_checkpoint(merged)
     assert found.notes == (NOTE,) and found.ignored == () and found.config["tie_word_embeddings"] is False
-    assert torch.equal(found.read(found.head_name), head_of(3))
+    assert torch.equal(found.read(found.spec.head_tensor), head_of(3))
     done = run("inspect", merged)
     assert done.exit_code == 0 and done.stderr.count(NOTE) == 1
     assert "head tied to the embedding" in done.stdout

@@ -19,6 +19,7 @@ from qwenq.errors import PlanError
 from qwenq.formats.base import FORMATS, Recipe, Scheme
 from qwenq.formats.bitsandbytes import INT8_ROWS, NF4
 from qwenq.model.layer import model_config
+from qwenq.model.spec import ModelSpec
 from qwenq.pipeline.evaluate import evaluate
 from qwenq.pipeline.quantize import quantize
 
@@ -187,6 +188,10 @@ def test_refusals_name_format_and_scheme(recipe: Recipe, message: str, random_mo
         Recipe(Scheme(4), format="ggml")
 
 
+def tensor_bytes(recipe: Recipe, spec: ModelSpec) -> int:
+    return sum(tensor.nbytes for tensor in recipe.tensors(spec))
+
+
 def test_72b_sizes_by_format() -> None:
     """Bytes by hand: codes, scales and zero points of each group, and what each format keeps a linear or a column."""
     spec = model("Qwen2.5-72B")
@@ -196,14 +201,15 @@ def test_72b_sizes_by_format() -> None:
     columns = sum(lin.in_features for lin in spec.linears)
     count = len(spec.linears)
     groups = weights // 128
-    assert Recipe(Scheme(4, 128)).tensor_bytes(spec) == rest + weights // 2 + groups * 5 // 2 + 4 * columns
-    assert Recipe(Scheme(4, 128, False), (), "awq").tensor_bytes(spec) == rest + weights // 2 + groups * 5 // 2
+    assert tensor_bytes(Recipe(Scheme(4, 128)), spec) == rest + weights // 2 + groups * 5 // 2 + 4 * columns
+    assert tensor_bytes(Recipe(Scheme(4, 128, False), (), "awq"), spec) == rest + weights // 2 + groups * 5 // 2
     compressed = Recipe(Scheme(4, 128), (), "compressed-tensors")
-    assert compressed.tensor_bytes(spec) == rest + weights // 2 + groups * 2 + 16 * count
-    assert Recipe(INT8_ROWS, (), "bnb-int8").tensor_bytes(spec) == rest + weights + 4 * rows + count
+    assert tensor_bytes(compressed, spec) == rest + weights // 2 + groups * 2 + 16 * count
+    assert tensor_bytes(Recipe(INT8_ROWS, (), "bnb-int8"), spec) == rest + weights + 4 * rows + count
     state = sum(len(json.dumps({"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16",
                                 "shape": [lin.out_features, lin.in_features]})) for lin in spec.linears)  # fmt: skip
-    assert Recipe(NF4, (), "bnb-nf4").tensor_bytes(spec) == rest + weights // 2 + weights // 64 * 4 + 64 * count + state
+    nf4 = Recipe(NF4, (), "bnb-nf4")
+    assert tensor_bytes(nf4, spec) == rest + weights // 2 + weights // 64 * 4 + 64 * count + state
 
 
 # ---------------------------------------------------------------------- the command line

@@ -126,7 +126,7 @@ class Workplace:
         if draw.random() < 0.2:
             said += (tokenizer.render_chat([{"role": "user", "content": "x"}]),)
         weights = model_weights(load_model(str(path))).total_bytes
-        return said, weights, found.finite_layer_state(0), found.read_slice(found.head_name, 0, 2)
+        return said, weights, found.finite_layer_state(0), found.read_slice(found.spec.head_tensor, 0, 2)
 
     def split_gguf(self, draw: Random) -> Any:
         """The same cut in three, one of which is damaged."""

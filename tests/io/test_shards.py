@@ -13,10 +13,13 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from qwenq.checkpoint.shards import encode_index, shard_file_bytes
+from qwenq.checkpoint.shards import Beside, encode_index, shard_file_bytes, stored_files
+from qwenq.formats.base import get_format
 from qwenq.io.durable import file_sha256, write_bytes, write_json, write_synced
+from qwenq.io.gguf import GGUFFile
 from qwenq.io.safetensors import TensorSpec
 from qwenq.io.tensors import TORCH_DTYPES, all_finite, raw_bytes, spec_of, write_shard
+from qwenq.model.spec import spec_from_config
 
 
 def test_literal_bytes(tmp_path: Path) -> None:
@@ -144,3 +147,21 @@ def test_index(tmp_path: Path) -> None:
         "}\n"
     )
     assert json.loads((tmp_path / "index.json").read_text())["metadata"]["total_size"] == 12 + 16 + 2
+
+
+def test_a_gguf_file_begun_by_a_killed_run_gets_its_own_tensors(tmp_path: Path) -> None:
+    """Factors of Llama 3.1's rotary embeddings: the run ended between the header and them."""
+    shapes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shapes |= {"vocab_size": 64, "max_position_embeddings": 128}
+    spec, form = spec_from_config({"model_type": "llama"} | shapes), get_format("gguf")
+    recipe = form.mixture("F16", spec)
+    factors = {"rope_freqs.weight": [1.0, 2.0, 4.0, 8.0, 8.0, 8.0, 8.0, 8.0]}
+    beside = Beside("m", {"general.architecture": "llama"}, None, factors)
+    files = stored_files(spec, recipe, lambda name: form.stored_dtype(name, "F16"), beside)
+    files.begin(tmp_path)
+    path = tmp_path / files.names[0]
+    whole, place = path.read_bytes(), GGUFFile.open(path).tensors["rope_freqs.weight"]
+    path.write_bytes(whole[: place.start] + bytes(len(whole) - place.start))
+    files.begin(tmp_path)
+    assert GGUFFile.open(path).numbers("rope_freqs.weight") == factors["rope_freqs.weight"]
+    assert path.read_bytes() == whole

@@ -106,8 +106,8 @@ def test_a_llama_with_biases(tmp_path: Path) -> None:
 def test_a_tied_head(tmp_path: Path) -> None:
     model = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True))
     found = open_checkpoint(model_file(model, "llama", tied=True).write(tmp_path / "m.gguf"))
-    assert found.spec.tie_word_embeddings and found.head_name == "model.embed_tokens.weight"
-    assert torch.equal(found.read_slice(found.head_name, 3, 7), model.lm_head.weight[3:7])
+    assert found.spec.tie_word_embeddings and found.spec.head_tensor == "model.embed_tokens.weight"
+    assert torch.equal(found.read_slice(found.spec.head_tensor, 3, 7), model.lm_head.weight[3:7])
 
 
 @pytest.mark.parametrize("name", [name for name, config in family_configs().items() if config.get("model_type")])

@@ -34,7 +34,8 @@ def streamed_logits(checkpoint: Checkpoint, ids_BT: torch.Tensor) -> torch.Tenso
     for layer in range(checkpoint.spec.num_hidden_layers):
         network.fill(checkpoint.layer_state(layer))
         h = network.forward(h)
-    return network.final_norm(h, checkpoint.read("model.norm.weight")) @ checkpoint.read(checkpoint.head_name).float().T
+    head = checkpoint.read(checkpoint.spec.head_tensor).float()
+    return network.final_norm(h, checkpoint.read("model.norm.weight")) @ head.T
 
 
 def full_logits(path: Path, ids_BT: torch.Tensor) -> torch.Tensor:

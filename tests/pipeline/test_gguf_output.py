@@ -17,8 +17,7 @@ from conftest import all_tensors, answer, forge, run, small_job
 from test_quantize import FORKS, Stop, assert_same, change_tensor, stop_after
 from transformers import AutoModelForCausalLM
 
-import qwenq.pipeline.fisher
-import qwenq.pipeline.head
+import qwenq.checkpoint.reader
 import qwenq.pipeline.job
 import qwenq.pipeline.quantize
 from qwenq.checkpoint.manifest import verify
@@ -320,13 +319,12 @@ def test_a_vocabulary_of_many_slices(
     source = random_model(vocab_size=rows, **shape)
     heads, files = [], []
     for slice_rows in (4096, ROW_BLOCK):
-        monkeypatch.setattr(qwenq.pipeline.head, "SLICE_ROWS", slice_rows)
+        monkeypatch.setattr(qwenq.checkpoint.reader, "SLICE_ROWS", slice_rows)
         out = tmp_path / f"out-{slice_rows}"
         answer("quantize", source, "-o", out, "--format", "gguf", "--gguf-type", "Q4_0", *text)
         heads.append(json.loads((out / "qwenq-manifest.json").read_text())["head"])
         files.append(next(out.glob("*.gguf")).read_bytes())
     assert files[0] == files[1] and heads[0] == heads[1] and -60 < heads[0]["error_db"] < -10
-    monkeypatch.setattr(qwenq.pipeline.fisher, "SLICE_ROWS", ROW_BLOCK)  # which reads the slices that are solved
     table = tmp_path / "sensitivity.json"
     answer("sensitivity", source, "-o", table, "--format", "gguf", *text[:2], "-n", 4, "--sequence-length", 64)
     losses = json.loads(table.read_text())["kl_nats_per_token"]["outer.embedding" if tied else "outer.head"]

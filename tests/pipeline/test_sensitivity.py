@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import answer, run, settled, text_windows, tied_copy
 
-import qwenq.pipeline.fisher
+import qwenq.checkpoint.reader
 from qwenq.checkpoint.reader import open_source
 from qwenq.errors import CalibrationError, CheckpointError, JobError, PlanError
 from qwenq.formats.base import Scheme
@@ -156,7 +156,7 @@ def test_sampled_gradients_tell_the_kl_of_a_small_change(
     slice_rows: int, random_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Mean of (g . d)**2 over labels is twice the KL of logits at h and at h + d, for a d small enough."""
-    monkeypatch.setattr(qwenq.pipeline.fisher, "SLICE_ROWS", slice_rows)
+    monkeypatch.setattr(qwenq.checkpoint.reader, "SLICE_ROWS", slice_rows)
     source = open_source(random_model(dtype=torch.float32, num_hidden_layers=1))
     network = Network(source.config, source.spec, dtype=torch.float32)
     head = HeadWeights(source)

@@ -61,7 +61,7 @@ def reference(checkpoint: Checkpoint) -> Tensor:
     name = checkpoint.spec.architecture.classes
     model = getattr(transformers, name + "ForCausalLM")(model_config(checkpoint.config, checkpoint.spec))
     outer = {n: checkpoint.read(n).float() for n in ("model.embed_tokens.weight", "model.norm.weight")}
-    state = outer | {"lm_head.weight": checkpoint.read(checkpoint.head_name).float()}
+    state = outer | {"lm_head.weight": checkpoint.read(checkpoint.spec.head_tensor).float()}
     for layer in range(checkpoint.spec.num_hidden_layers):
         parts = checkpoint.layer_state(layer).items()
         state |= {f"model.layers.{layer}.{key}": value.float() for key, value in parts}
