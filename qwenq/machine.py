@@ -132,11 +132,47 @@ def free_disk(out: Path) -> int:
 
 
 def total_memory() -> int | None:
-    """Bytes of this machine's memory; None where the system does not tell."""
+    """Bytes of this machine's memory, or of its container's share; None where the system does not tell."""
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return None
+    return min([installed, *(limit for limit, _ in _memory_limits())])
+
+
+_CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUPS = Path("/proc/self/cgroup")
+
+
+def _memory_limits() -> list[tuple[int, int]]:
+    """Limit and what is free below it, in bytes, of each control group around this process: containers have them.
+
+    Both versions of Linux's interface: Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst. File pages
+    count as used there, and are given up on demand.
+    """
+    found = []
+    try:
+        lines = _OWN_CGROUPS.read_text().splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            root, limit, used, prefix = _CGROUPS, "memory.max", "memory.current", ""
+        elif "memory" in controllers.split(","):
+            root, limit, used, prefix = _CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+        else:
+            continue
+        own = root / path.lstrip("/")
+        for group in [own, *own.parents][: len(own.relative_to(root).parts) + 1]:
+            try:
+                stat = dict(row.split() for row in (group / "memory.stat").read_text().splitlines())
+                files = sum(int(stat[f"{prefix}{kind}_file"]) for kind in ("active", "inactive"))
+                most = int((group / limit).read_text())
+                found.append((most, max(0, most - int((group / used).read_text()) + files)))
+            except (OSError, ValueError, KeyError):  # not there, seen from a container, or "max"
+                continue
+    return found
 
 
 SCORE_BYTES = 32 << 20  # of a block's attention scores on a GPU without a flash kernel (model/attention.py)
@@ -188,8 +224,12 @@ UNTOLD_RAM = 1 << 60  # what `available_ram` answers where the system does not t
 
 
 def available_ram() -> int:
-    """Bytes of host memory that can be had without swapping; UNTOLD_RAM where the system does not tell."""
-    return _kibibytes("/proc/meminfo", "MemAvailable") or UNTOLD_RAM
+    """Bytes of host memory that can be had without swapping or leaving the container's share of it.
+
+    UNTOLD_RAM where the system does not tell.
+    """
+    free = _kibibytes("/proc/meminfo", "MemAvailable") or UNTOLD_RAM
+    return min([free, *(below for _, below in _memory_limits())])
 
 
 def resident_bytes() -> int:

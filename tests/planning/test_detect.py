@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from qwenq import machine
 from qwenq.errors import PlanError
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.model.spec import family_spec
@@ -171,3 +174,42 @@ def test_the_order_of_different_gpus(
     assert commands["llama.cpp"].startswith(setting + "llama-server" if needed else "llama-server")
     assert ("CUDA_DEVICE_ORDER" in commands["transformers"]) == needed
     assert any("CUDA_DEVICE_ORDER=PCI_BUS_ID" in note for note in plan.notes) == needed
+
+
+GROUPS = {
+    "version 2, by the group around it": (
+        "0::/docker/abc\n",
+        {
+            "docker/abc": {"memory.max": "max", "memory.current": 10 * GIB},
+            "docker": {"memory.max": 8 * GIB, "memory.current": 6 * GIB},
+        },
+        "",
+    ),
+    "version 1, seen from inside": (
+        "4:cpu,memory:/docker/abc\n0::/\n",
+        {"memory": {"memory.limit_in_bytes": 8 * GIB, "memory.usage_in_bytes": 6 * GIB}},
+        "total_",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_a_container_has_its_share_of_memory(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 64 GiB it may use 8; of the 6 in use 1.5 are file pages, which are given up on demand."""
+    line, groups, prefix = GROUPS[kind]
+    (tmp_path / "own").write_text(line)
+    for group, files in groups.items():
+        (tmp_path / group).mkdir(parents=True, exist_ok=True)
+        for name, value in files.items():
+            (tmp_path / group / name).write_text(f"{value}\n")
+        pages = {"anon": 4 * GIB, "active_file": GIB, "inactive_file": GIB // 2}
+        rows = "".join(f"{prefix}{name} {value}\n" for name, value in pages.items())
+        (tmp_path / group / "memory.stat").write_text(rows)
+    page = os.sysconf("SC_PAGE_SIZE")
+    sizes = {"SC_PAGE_SIZE": page, "SC_PHYS_PAGES": 64 * GIB // page}
+    monkeypatch.setattr(machine.os, "sysconf", sizes.__getitem__)
+    monkeypatch.setattr(machine, "_kibibytes", lambda path, name: 60 * GIB)
+    for groups_at, total, free in ((tmp_path / "none", 64, 60), (tmp_path, 8, 3.5)):
+        monkeypatch.setattr(machine, "_OWN_CGROUPS", groups_at / "own")
+        monkeypatch.setattr(machine, "_CGROUPS", groups_at)
+        assert (machine.total_memory(), machine.available_ram()) == (total * GIB, free * GIB)
