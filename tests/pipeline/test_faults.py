@@ -100,14 +100,20 @@ def steps_of(disk: Any, job: QuantizeJob) -> int:
     return int(disk.steps)
 
 
-def tried(steps: int, case: Case) -> range:
-    """Every seventh step for the first format, fewer for the others: they differ in what lies in a shard."""
-    return range(0, steps, 7 if case.recipe.format == "gptq" else 23)
+# Some steps in the fast tests, more in the slow ones; fewer for the other formats, which differ in a shard's contents.
+FINE = pytest.mark.parametrize("fine", [False, pytest.param(True, marks=pytest.mark.slow)])
 
 
-def test_power_cut_at_any_moment(case: Case) -> None:
+def stride(case: Case, fine: bool, *strides: tuple[int, int]) -> int:
+    """Of (first format, others) for the fast tests and for the slow ones."""
+    return strides[fine][case.recipe.format != "gptq"]
+
+
+@FINE
+def test_power_cut_at_any_moment(fine: bool, case: Case) -> None:
     """Whatever was not synced is gone: with its name, or with the name left behind. Either way the job goes on."""
-    for step in tried(steps_of(PowerCut(case.place, -1), case.fresh()), case):
+    steps = steps_of(PowerCut(case.place, -1), case.fresh())
+    for step in range(0, steps, stride(case, fine, (7, 23), (3, 13))):
         for names_kept in (False, True):
             disk = PowerCut(case.place, step)
             job = case.fresh()
@@ -147,15 +153,16 @@ def test_the_power_cut_does_lose_what_is_not_synced(tmp_path: Path) -> None:
         assert {p.name: p.read_bytes() for p in root.iterdir()} == wanted
 
 
-def test_full_disk_at_any_file(case: Case) -> None:
-    """Every second of each file's first and last writes: one line naming it or the directory, then --resume goes on."""
+@FINE
+def test_full_disk_at_any_file(fine: bool, case: Case) -> None:
+    """First and last writes of each: one line naming it or the directory, then --resume goes on to the same."""
     counting = FailingWrites(case.place, -1)
     assert steps_of(counting, case.fresh()) > 100
     first = {name: step for step, name in reversed([*enumerate(counting.touched)])}
     last = {name: step for step, name in enumerate(counting.touched)}
     assert {".qwenq-lock", JOURNAL_NAME, "config.json.tmp", "qwenq-manifest.json.tmp"} <= set(first)
     chosen = sorted({*first.values(), *last.values()})
-    for step in chosen[:: 2 if case.recipe.format == "gptq" else 7]:
+    for step in chosen[:: stride(case, fine, (2, 7), (1, 5))]:
         disk = FailingWrites(case.place, step)
         job = case.fresh()
         with pytest.raises(JobError) as caught, disk.watching():
@@ -202,7 +209,9 @@ def test_directory_without_permission(random_model: Make, tmp_path: Path) -> Non
 # ---------------------------------------------------------------------- the source
 
 
-@pytest.mark.parametrize("case", ["gptq"], indirect=True)  # a source is read before its format is known
+@pytest.mark.parametrize(  # a source is read before a format is asked for
+    "case", ["gptq", *(pytest.param(name, marks=pytest.mark.slow) for name in FORMATS if name != "gptq")], indirect=True
+)
 @pytest.mark.parametrize("file", ["weights", "config.json", "tokenizer.json", "generation_config.json"])
 def test_a_source_replaced_between_kill_and_resume(file: str, case: Case) -> None:
     job = case.stopped()
@@ -247,6 +256,11 @@ def test_a_source_replaced_during_the_run(file: str, case: Case) -> None:
     [
         *(("gptq", block, damage) for block in (0, 1, 2) for damage in ("flip", "cut", "empty", "gone")),
         *((name, at % 3, "flip") for at, name in enumerate(FORMATS) if name != "gptq"),
+        *(
+            pytest.param(name, block, damage, marks=pytest.mark.slow)
+            for at, name in enumerate(FORMATS) if name != "gptq"
+            for block in (0, 1, 2) for damage in ("flip", "cut", "empty", "gone") if (block, damage) != (at % 3, "flip")
+        ),
     ],
     indirect=["case"],
 )

@@ -384,9 +384,11 @@ def killed_at(step: int, job: QuantizeJob, interval: float, resume: bool = False
     ],
     ids=["states", "replay", "bfloat16 states", "bfloat16 replay", "rounding"],
 )
+@pytest.mark.parametrize("finer", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_anywhere_and_resumed_is_the_same(
-    interval: float, stride: int, changes: dict[str, Any], random_model: Make, tmp_path: Path, monkeypatch: Any
-) -> None:
+    finer: int, interval: float, stride: int, changes: dict[str, Any],
+    random_model: Make, tmp_path: Path, monkeypatch: Any,
+) -> None:  # fmt: skip
     source = random_model(hidden_size=32, intermediate_size=64)
     quantize(small_job(source, tmp_path / "whole", **changes))
     monkeypatch.setattr(qwenq.pipeline.quantize, "_STATE_INTERVAL_S", interval)
@@ -404,7 +406,7 @@ def test_killed_anywhere_and_resumed_is_the_same(
         assert_same(tmp_path / "whole", job.out)
         replays.append(any("replaying" in line for line in said if isinstance(line, str)))
         shutil.rmtree(job.out)
-        step += stride
+        step += stride // finer
     assert step > 30
     assert any(replays) if interval else not any(replays)
 

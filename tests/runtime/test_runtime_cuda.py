@@ -237,7 +237,11 @@ class RandomBlocks(SyntheticWeights):
 
 @pytest.mark.parametrize(
     ("mixture", "kernels"),
-    [("Q4_K_M", {"int4", "blocks"}), ("Q8_0", {"int4 halves"})],
+    [
+        ("Q4_K_M", {"int4", "blocks"}),
+        ("Q8_0", {"int4 halves"}),
+        pytest.param("IQ4_XS", {"blocks"}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_gguf_file_runs_on_a_gpu(mixture: str, kernels: set[str]) -> None:
     spec = of("Qwen2.5-3B", 1, vocab_size=4096, tie_word_embeddings=False)
