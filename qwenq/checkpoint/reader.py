@@ -335,6 +335,17 @@ def row_slices(rows: int) -> list[tuple[int, int]]:
     return [(start, min(start + SLICE_ROWS, rows)) for start in range(0, rows, SLICE_ROWS)]
 
 
+def joined_slices(slices: Iterable[torch.Tensor], rows: int) -> torch.Tensor:
+    """Such slices as one tensor [rows, ...]; beside it there is never more than one of them."""
+    whole, start = torch.empty(0), 0
+    for piece in slices:
+        if start == 0:
+            whole = piece.new_empty(rows, *piece.shape[1:])
+        whole[start : start + len(piece)] = piece
+        start += len(piece)
+    return whole
+
+
 def _stamps(directory: Path) -> dict[str, Stamp]:
     """Every file of a directory, or GGUF file beside that one, as it is now; empty where there is none."""
     alone = is_gguf(directory)

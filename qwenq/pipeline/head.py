@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwenq.checkpoint.reader import row_slices
+from qwenq.checkpoint.reader import joined_slices, row_slices
 from qwenq.errors import CheckpointError
 from qwenq.formats.base import get_format
 from qwenq.io.tensors import all_finite
@@ -70,13 +70,21 @@ def solve_head(job: QuantizeJob, workers: Workers, hessian: Tensor) -> tuple[dic
     assert scheme is not None
     head = HeadWeights(source, source.refuse_non_finite)
     options = {"damp_percent": job.options.damp_percent, "method": job.options.method}
-    packed, stats = [], []
-    for qtensor, found in solved_slices(workers, head, hessian, scheme.grid(), **options):
-        stats.append(found)
-        if workers.ranks.first:
-            packed.append(get_format(job.recipe.format).pack(qtensor)["weight"].cpu())
-    result = result_of(name.removesuffix(".weight"), scheme, joined_stats(stats))
-    return {name: torch.cat(packed)} if packed else {}, result
+    stats: list[SolveStats] = []
+
+    def slices() -> Iterator[QTensor]:
+        for qtensor, found in solved_slices(workers, head, hessian, scheme.grid(), **options):
+            stats.append(found)
+            yield qtensor
+
+    written = {}
+    if workers.ranks.first:
+        packed = (get_format(job.recipe.format).pack(qtensor)["weight"].cpu() for qtensor in slices())
+        written[name] = joined_slices(packed, source.spec.vocab_size)
+    else:
+        for _ in slices():
+            pass
+    return written, result_of(name.removesuffix(".weight"), scheme, joined_stats(stats))
 
 
 def solved_slices(

@@ -36,7 +36,7 @@ from qwenq.checkpoint.manifest import (
     read_manifest,
     refuse_strangers,
 )
-from qwenq.checkpoint.reader import Checkpoint, GGUFCheckpoint, Relay, row_slices
+from qwenq.checkpoint.reader import Checkpoint, GGUFCheckpoint, Relay, joined_slices, row_slices
 from qwenq.errors import CheckpointError, JobError, QwenqError
 from qwenq.escaping import several
 from qwenq.formats.base import get_format, quantization_config, read_quantization_config
@@ -489,8 +489,9 @@ class _Run:
             if pack is None:
                 tensors[name] = self.job.convert(name, source.refuse_non_finite(name, source.read(name)))
                 continue
-            slices = (source.read_slice(name, *part) for part in row_slices(source.tensors[name].spec.shape[0]))
-            tensors[name] = torch.cat([pack(source.refuse_non_finite(name, slice_OI)) for slice_OI in slices])
+            rows = source.tensors[name].spec.shape[0]
+            slices = (source.read_slice(name, *part) for part in row_slices(rows))
+            tensors[name] = joined_slices((pack(source.refuse_non_finite(name, w_OI)) for w_OI in slices), rows)
         return tensors
 
     def _drift(self, states: HiddenStates) -> DriftReport:
