@@ -362,7 +362,7 @@ def detect_rig() -> Rig:
         raise PlanError("the NVIDIA driver sees no GPU", hint="name the rig with --gpu")
     if not read:
         raise PlanError(
-            f"{VISIBLE}={os.environ[VISIBLE][:80]!r} leaves none of {len(every)} GPUs",
+            f"{VISIBLE}={os.environ[VISIBLE][:80]!r} leaves no GPU, the driver sees {len(every)}",
             hint=f"unset {VISIBLE}, or name the rig with --gpu",
         )
     return Rig(

@@ -173,6 +173,11 @@ BAD = [
         "error: tensor parallel size 2 is not possible: FFN width 29568 / 2 = 14784",
         "",
     ),
+    (
+        ["vram", "Qwen2.5-7B", "--engine", "vllm", "--gpu", "3090", "--tensor-parallel-size", "2"],
+        "error: tensor parallel size 2 is not possible: the number of GPUs, 1, is not divisible by 2",
+        "",
+    ),
     (["vram", "validate", "nowhere.csv"], "error: nowhere.csv: No such file or directory", "hint: wanted a CSV"),
     (["plan", "Qwen2.5-72B"], "error: give one of --gpu, --detect and --recommend", "hint: for instance"),
     (["plan", "Qwen2.5-72B", "--gpu", "3090", "-c", "1k,2k"], "error: wanted one context", "hint: `qwenq vram`"),
