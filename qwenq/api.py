@@ -171,8 +171,6 @@ def sensitivity(
     says, or left out of the text. ranks: this process among those that measure together
     (`qwenq.pipeline.ranks.joined`); the first one writes. Raises QwenqError.
     """
-    import tempfile
-
     from qwenq.checkpoint.reader import open_source
     from qwenq.io.durable import write_bytes
     from qwenq.pipeline.config import DEFAULT_WINDOWS
@@ -188,9 +186,7 @@ def sensitivity(
     path = None if output is None or not ranks.first else Path(output)
     if path is not None and path.exists():
         raise JobError(f"{path}: already exists", hint="choose another --output, or delete it")
-    scratch = Path.cwd() if path is None else path.absolute().parent
-    if not ranks.first:
-        scratch = Path(tempfile.gettempdir())
+    scratch = ranks.scratch(Path.cwd() if path is None else path.absolute().parent)
     if not scratch.is_dir():
         raise JobError(f"{scratch}: no such directory", hint="make it, or choose another --output")
     source = open_source(model_directory(str(model), progress))
@@ -261,7 +257,8 @@ def evaluate(
     their number. save_reference_logits: a file to write for `llama-perplexity --kl-divergence`, about 300 kB a position
     of a Qwen2.5. warn: gets a line for each thing that is read otherwise than a config.json says, or left out of a
     text. KL in nats per token, with 95 % confidence intervals. ranks: this process among those that evaluate together
-    (`qwenq.pipeline.ranks.joined`). Raises CheckpointError where the two cannot be compared.
+    (`qwenq.pipeline.ranks.joined`). Hidden states of more than 6 GiB lie in the current directory meanwhile, in files
+    without a name. Raises CheckpointError where the two cannot be compared.
     """
     from qwenq.checkpoint.reader import open_checkpoint
     from qwenq.pipeline.evaluate import check_comparable
@@ -304,6 +301,7 @@ def evaluate(
         listen=lambda layer: progress(layer + 1, layers),
         saved=SavedLogits(Path(saved)) if isinstance(saved, str | Path) else saved,
         ranks=ranks,
+        scratch=ranks.scratch(Path.cwd()),
     )
 
 
