@@ -267,6 +267,18 @@ def test_gpus_lists_the_catalogue() -> None:
     assert len(answer("vram", "gpus")) >= 35
 
 
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("Qwen/Qwen2.5-7B-Instruct-AWQ", "Qwen/Qwen2.5-7B-Instruct-AWQ"),
+        ("Qwen2.5-7B-Instruct-AWQ", "CHECKPOINT"),  # of whoever
+        ("Qwen/Qwen2.5-7B-Instruct", "CHECKPOINT"),  # to be quantized to 4 bits
+    ],
+)
+def test_commands_name_published_files(name: str, place: str) -> None:
+    assert answer("plan", name, "--gpu", "RTX 3090")["flags"]["vllm"].startswith(f"vllm serve {place} ")
+
+
 def test_plan_exit_codes_and_text() -> None:
     fits = run("plan", "Qwen2.5-72B", "--gpu", "2x RTX 3090", "--context", "8k")
     assert fits.exit_code == 0 and fits.stderr == ""
