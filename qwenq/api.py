@@ -556,12 +556,16 @@ class Answer:
 class LoadedModel:
     """A checkpoint in memory, ready to generate. A context manager; `close` lets go of the memory."""
 
-    def __init__(self, checkpoint: Path, options: LoadOptions, progress: Callable[[int], None]) -> None:
+    def __init__(
+        self, checkpoint: Path, options: LoadOptions, progress: Callable[[int], None], warn: Callable[[str], None]
+    ) -> None:
         from qwenq.checkpoint.reader import open_checkpoint
         from qwenq.runtime.chat import Chat
         from qwenq.runtime.load import loaded
 
         opened = open_checkpoint(checkpoint)
+        for line in opened.notes:
+            warn(line)
         self.spec = opened.spec
         self._chat = Chat(checkpoint, opened.spec.vocab_size)
         self._stack = ExitStack()
@@ -635,14 +639,19 @@ class Sampling(TypedDict, total=False):
 
 
 def load(
-    checkpoint: StrPath, *, progress: Callable[[int], None] = _nothing, **options: Unpack[LoadWords]
+    checkpoint: StrPath,
+    *,
+    progress: Callable[[int], None] = _nothing,
+    warn: Callable[[str], None] = _nothing,
+    **options: Unpack[LoadWords],
 ) -> LoadedModel:
     """Load a checkpoint, weights packed, over the GPUs, host memory and disk of this machine as the planner places it.
 
-    checkpoint: a directory, a GGUF file or a hub name. progress: gets the number of each loaded layer. Raises RunError,
-    naming the device and the bytes that are missing, where it does not fit.
+    checkpoint: a directory, a GGUF file or a hub name. progress: gets the number of each loaded layer. warn: gets a
+    line for each thing that is read otherwise than config.json says. Raises RunError, naming the device and the bytes
+    that are missing, where it does not fit.
     """
-    return LoadedModel(model_directory(str(checkpoint)), load_options(**options), progress)
+    return LoadedModel(model_directory(str(checkpoint)), load_options(**options), progress, warn)
 
 
 __all__ = [
