@@ -171,8 +171,6 @@ def sensitivity(
     says, or left out of the text. ranks: this process among those that measure together
     (`qwenq.pipeline.ranks.joined`); the first one writes. Raises QwenqError.
     """
-    import tempfile
-
     from qwenq.checkpoint.reader import open_source
     from qwenq.io.durable import write_bytes
     from qwenq.pipeline.config import DEFAULT_WINDOWS
@@ -188,9 +186,7 @@ def sensitivity(
     path = None if output is None or not ranks.first else Path(output)
     if path is not None and path.exists():
         raise JobError(f"{path}: already exists", hint="choose another --output, or delete it")
-    scratch = Path.cwd() if path is None else path.absolute().parent
-    if not ranks.first:
-        scratch = Path(tempfile.gettempdir())
+    scratch = ranks.scratch(Path.cwd() if path is None else path.absolute().parent)
     if not scratch.is_dir():
         raise JobError(f"{scratch}: no such directory", hint="make it, or choose another --output")
     source = open_source(model_directory(str(model), progress))
@@ -261,7 +257,8 @@ def evaluate(
     their number. save_reference_logits: a file to write for `llama-perplexity --kl-divergence`, about 300 kB a position
     of a Qwen2.5. warn: gets a line for each thing that is read otherwise than a config.json says, or left out of a
     text. KL in nats per token, with 95 % confidence intervals. ranks: this process among those that evaluate together
-    (`qwenq.pipeline.ranks.joined`). Raises CheckpointError where the two cannot be compared.
+    (`qwenq.pipeline.ranks.joined`). Hidden states of more than 6 GiB lie in the current directory meanwhile, in files
+    without a name. Raises CheckpointError where the two cannot be compared.
     """
     from qwenq.checkpoint.reader import open_checkpoint
     from qwenq.pipeline.evaluate import check_comparable
@@ -304,6 +301,7 @@ def evaluate(
         listen=lambda layer: progress(layer + 1, layers),
         saved=SavedLogits(Path(saved)) if isinstance(saved, str | Path) else saved,
         ranks=ranks,
+        scratch=ranks.scratch(Path.cwd()),
     )
 
 
@@ -558,12 +556,16 @@ class Answer:
 class LoadedModel:
     """A checkpoint in memory, ready to generate. A context manager; `close` lets go of the memory."""
 
-    def __init__(self, checkpoint: Path, options: LoadOptions, progress: Callable[[int], None]) -> None:
+    def __init__(
+        self, checkpoint: Path, options: LoadOptions, progress: Callable[[int], None], warn: Callable[[str], None]
+    ) -> None:
         from qwenq.checkpoint.reader import open_checkpoint
         from qwenq.runtime.chat import Chat
         from qwenq.runtime.load import loaded
 
         opened = open_checkpoint(checkpoint)
+        for line in opened.notes:
+            warn(line)
         self.spec = opened.spec
         self._chat = Chat(checkpoint, opened.spec.vocab_size)
         self._stack = ExitStack()
@@ -637,14 +639,19 @@ class Sampling(TypedDict, total=False):
 
 
 def load(
-    checkpoint: StrPath, *, progress: Callable[[int], None] = _nothing, **options: Unpack[LoadWords]
+    checkpoint: StrPath,
+    *,
+    progress: Callable[[int], None] = _nothing,
+    warn: Callable[[str], None] = _nothing,
+    **options: Unpack[LoadWords],
 ) -> LoadedModel:
     """Load a checkpoint, weights packed, over the GPUs, host memory and disk of this machine as the planner places it.
 
-    checkpoint: a directory, a GGUF file or a hub name. progress: gets the number of each loaded layer. Raises RunError,
-    naming the device and the bytes that are missing, where it does not fit.
+    checkpoint: a directory, a GGUF file or a hub name. progress: gets the number of each loaded layer. warn: gets a
+    line for each thing that is read otherwise than config.json says. Raises RunError, naming the device and the bytes
+    that are missing, where it does not fit.
     """
-    return LoadedModel(model_directory(str(checkpoint)), load_options(**options), progress)
+    return LoadedModel(model_directory(str(checkpoint)), load_options(**options), progress, warn)
 
 
 __all__ = [

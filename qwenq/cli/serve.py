@@ -21,6 +21,7 @@ from qwenq.cli.options import (
     CpuMemory,
     FollowLinks,
     GpuMemory,
+    JsonFlag,
     KvDtype,
     MaxModelLen,
     Model,
@@ -31,7 +32,7 @@ from qwenq.cli.options import (
     load_words,
     option,
 )
-from qwenq.cli.plain import names_in, print_line, print_step, typed
+from qwenq.cli.plain import names_in, print_json, print_line, print_step, typed
 from qwenq.cli.run import print_forecast, refuse_typed, stored_question
 from qwenq.errors import PlanError, RunError, UsageError
 from qwenq.io.gguf import gguf_model, is_gguf, split_stem
@@ -86,6 +87,7 @@ def serve(
         bool, option(JOB, "--dry-run", help="Print the engine's commands, or what qwenq's server would load.")
     ] = False,
     follow_links: FollowLinks = False,
+    json: JsonFlag = False,
 ) -> None:
     """Serve a checkpoint over an OpenAI-compatible API: /v1/models, /v1/chat/completions, /v1/completions.
 
@@ -94,6 +96,8 @@ def serve(
     """
     from qwenq.planning.engines.base import ENGINES
 
+    if json and not dry_run:
+        raise UsageError("--json is for --dry-run", hint="leave it out")
     kind = ENGINES.get(engine)
     if engine != AUTO and (kind is None or not kind.started):
         raise UsageError(f"unknown engine {engine!r}", hint=f"{AUTO}, vllm, llama.cpp or qwenq")
@@ -101,7 +105,7 @@ def serve(
     chunk = prefill_chunk if typed(context, "prefill_chunk") else 0  # else a server's own
     if _by_llama_cpp(model, kind, hosts):
         refuse_typed(context, _OWN_OPTIONS, "server, and this is llama.cpp's")
-        _serve_by_llama_cpp(model, max_model_len, kv_cache_dtype, chunk, gpu, door, dry_run)
+        _serve_by_llama_cpp(model, max_model_len, kv_cache_dtype, chunk, gpu, door, dry_run, json)
         return
     here = kind is not None and kind.layered
     if here and (gpu or hosts):
@@ -118,13 +122,17 @@ def serve(
         door = replace(door, name=named)
     leads = names_in(hosts)
     if dry_run and ours:
-        print_forecast(model, options, json=False)
+        print_forecast(model, options, json)
         return
     options = options if ours else replace(options, prefill_chunk=chunk)
     if dry_run or len(leads) > 1:  # nothing is started here, so nothing is downloaded
         lines = vllm_commands(model, options, gpu, leads, door)
         door.warn_of_key("VLLM_API_KEY")
-        print_line("\n".join(lines))
+        text = "\n".join(lines)
+        if json:
+            print_json({"engine": "vllm", "command": text})
+        else:
+            print_line(text)
         return
     if ours:
         _serve_here(model, options, door)
@@ -170,7 +178,7 @@ def _by_llama_cpp(model: str, kind: type[Engine] | None, hosts: str) -> bool:
 
 
 def _serve_by_llama_cpp(
-    model: str, context: str, kv_dtype: str, ubatch: int, gpu: str, door: _Door, dry_run: bool
+    model: str, context: str, kv_dtype: str, ubatch: int, gpu: str, door: _Door, dry_run: bool, json: bool
 ) -> None:
     """Start llama-server with the plan's flags; with `dry_run` print its command and Ollama's Modelfile."""
     from qwenq.runtime.llamacpp import find_server, serving
@@ -184,7 +192,11 @@ def _serve_by_llama_cpp(
         warn(line)
     if dry_run:
         door.warn_of_key("LLAMA_API_KEY")
-        lines = [planned.setting + shlex.join(words), "", "# Modelfile, for `ollama create NAME -f Modelfile`"]
+        command = planned.setting + shlex.join(words)
+        if json:
+            print_json({"engine": "llama.cpp", "command": command, "modelfile": planned.modelfile})
+            return
+        lines = [command, "", "# Modelfile, for `ollama create NAME -f Modelfile`"]
         print_line("\n".join([*lines, planned.modelfile]))
         return
     print_step(planned.setting + shlex.join(words))

@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qwenq.errors import PlanError, QwenqError
-from qwenq.formats.base import FORMATS, SIZED
+from qwenq.formats.base import FORMATS, SIZED, Format, Scheme
 from qwenq.io.http import BadBody, BodyReader, Busy, Guard, Line, Server, while_there
 from qwenq.model.spec import family_configs, family_spec
 from qwenq.planning.engines.base import ENGINES, RigFinder, get_engine, plan_commands
@@ -186,14 +186,22 @@ def choices() -> dict[str, Any]:
         "kv_cache_dtypes": {name: list(engine.kv_dtypes) for name, engine in ENGINES.items()},
         "gguf_engines": [name for name, engine in ENGINES.items() if engine.needs_gguf],
         "server_engines": [name for name, engine in ENGINES.items() if not engine.layered],
-        "formats": {
-            name: {"fixed": form.fixed is not None} for name, form in FORMATS.items() if not form.whole_file
-        }
-        | {name: {"fixed": True} for name in SIZED},
+        "formats": {name: _bits(form) for name, form in FORMATS.items() if not form.whole_file}
+        | {name: [] for name in SIZED},
         "gguf_types": list(gguf_types()),
         "terms": TERM_NAMES,
         "max_gpus": MAX_PAGE_GPUS,
     }
+
+
+def _bits(form: Format) -> list[int]:
+    """Bits that may be asked for with a format; none of one that has a single scheme."""
+    found = []
+    for bits in () if form.fixed else (4, 8):
+        with suppress(PlanError):
+            form.check_scheme(Scheme(bits, 128, not form.asymmetric))
+            found.append(bits)
+    return found
 
 
 def command(ask: Ask, question: Resolved) -> str:

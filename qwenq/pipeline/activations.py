@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +19,19 @@ from typing import Any
 
 import torch
 
+from qwenq.checkpoint.manifest import SCRATCH_PREFIX
 from qwenq.checkpoint.reader import Checkpoint, row_slices
-from qwenq.io.durable import file_sha256, new_file, write_synced
+from qwenq.errors import JobError
+from qwenq.io.durable import file_sha256, write_synced
 from qwenq.io.safetensors import TensorSpec, encode_header, read_header
 from qwenq.io.tensors import DTYPE_NAMES, raw_bytes, read_into
+from qwenq.machine import free_disk
 from qwenq.pipeline.config import NOISE_WINDOWS, SPILL_BYTES
 from qwenq.pipeline.preflight import scratch_width
 from qwenq.pipeline.ranks import ALONE, Ranks
 from qwenq.pipeline.shares import NO_WINDOWS, Share
 from qwenq.pipeline.workers import Workers
+from qwenq.units import format_gb
 
 Convert = Callable[[str, torch.Tensor], torch.Tensor]
 LayerState = dict[str, torch.Tensor]  # parameters of a layer by relative name
@@ -154,11 +159,12 @@ def embed_tokens(
     gpu: torch.device | None = None,
     written: Checkpoint | None = None,
 ) -> HiddenStates:
-    """Hidden states entering the first layer; beyond SPILL_BYTES they lie in files under `directory`.
+    """Hidden states entering the first layer; beyond SPILL_BYTES they lie in `directory`, in files without a name.
 
     convert: what the writer does to the stored embedding, which calibration and quantized hidden states begin with.
     written: the embedding as it was written, where reading that back is quicker, or the only way.
     gpu: that those of the calibration tokens are kept on, with their scratch.
+    Raises JobError where the disk has no room for these files.
     """
     spec, calibration_NT = source.spec, tokens.calibration_NT
     shares: dict[str, Share] = {}
@@ -178,12 +184,18 @@ def embed_tokens(
     scratch = wanted["calibration"][0].numel() * scratch_width(spec) if "calibration" in wanted else 0
     on_gpu = ("calibration", "original") if gpu else ()
     total = sum(ids.numel() * spec.hidden_size * t.itemsize for name, (ids, t) in wanted.items() if name not in on_gpu)
-    spill = total + (0 if gpu else scratch * tokens.calibration_dtype.itemsize) > SPILL_BYTES
+    needed = total + (0 if gpu else scratch * tokens.calibration_dtype.itemsize)
+    spill = directory if needed > SPILL_BYTES else None
+    if spill and needed > (free := free_disk(spill)):
+        raise JobError(
+            f"{spill.absolute()}: hidden states need {format_gb(needed)} of disk, {format_gb(free)} are free",
+            hint="free some space, or fewer windows (-n)",
+        )
 
     def allocate(name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         if gpu and name in (*on_gpu, "scratch"):
             return torch.empty(*shape, dtype=dtype, device=gpu)
-        return _allocate(shape, dtype, directory / f".qwenq-{name}" if spill else None)
+        return _allocate(shape, dtype, spill)
 
     states = {name: allocate(name, (*ids.shape, spec.hidden_size), kind) for name, (ids, kind) in wanted.items()}
     pairs = {name: (states[name], ids) for name, (ids, _) in wanted.items()}
@@ -217,9 +229,10 @@ def embed(
 
 
 def _allocate(shape: Sequence[int], dtype: torch.dtype, spill: Path | None) -> torch.Tensor:
+    """A tensor in memory, or in a file in the directory `spill` that goes with it, however the process ends."""
     size = math.prod(shape)
     if spill is None or size == 0:
         return torch.empty(*shape, dtype=dtype)
-    with new_file(spill) as file:
+    with tempfile.NamedTemporaryFile(dir=spill, prefix=SCRATCH_PREFIX) as file:
         os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)  # a full disk is an error here, not a crash later
-    return torch.from_file(str(spill), shared=True, size=size, dtype=dtype).view(*shape)
+        return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(*shape)

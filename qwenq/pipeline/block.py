@@ -33,7 +33,7 @@ from qwenq.pipeline.shares import Share
 from qwenq.pipeline.workers import PartSums, Workers
 from qwenq.results import LayerResult
 from qwenq.solver.equalize import FoldedLayer
-from qwenq.solver.gptq import DAMP_PERCENT, ResidualCovariance, SolveStats, decibel, products_dtype, solve_linears
+from qwenq.solver.gptq import DAMP_PERCENT, ResidualCovariance, SolveStats, correction_dtype, decibel, solve_linears
 from qwenq.solver.grid import Grid, QTensor
 from qwenq.solver.parallel import Solved, cut_rows, joined, solve_rows
 from qwenq.solver.triangle import Triangle
@@ -351,7 +351,7 @@ class BlockSolver:
                 damp_percent=options.damp_percent,
                 method=options.method,
                 error_correction=options.error_correction,
-                products=products_dtype(sum(lin.out_features for lin in linears), self.workers.devices[0]),
+                products=correction_dtype(sum(lin.out_features for lin in linears), self.workers.devices[0]),
             )
             for lin in linears:
                 qtensor, stats = solved[lin.name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -36,10 +35,12 @@ def evaluate(
     listen: Callable[[int], None] = lambda layer: None,
     saved: SavedLogits | None = None,
     ranks: Ranks = ALONE,
+    scratch: Path = Path(),
 ) -> DriftReport:
     """Run both checkpoints over the evaluation windows; `listen` is told each finished layer.
 
-    ranks: that do it together, each with the same arguments but for the devices.
+    ranks: that do it together, each with the same arguments but for devices and scratch.
+    scratch: a directory that keeps hidden states beyond SPILL_BYTES meanwhile; the current one by default.
     saved: the reference's logits are written on the way. llama-perplexity begins each window with the BOS token of a
     tokenizer that adds one; then so do the windows here.
     """
@@ -61,12 +62,9 @@ def evaluate(
         "float32": workers(reference, torch.float32),
         "quantized": workers(checkpoint, compute_dtype),
     }
-    with (
-        memory_errors("evaluating", torch.device(devices[0]), None, "make room, or fewer windows (-n)"),
-        tempfile.TemporaryDirectory(prefix="qwenq-eval-") as spill,
-    ):
+    with memory_errors("evaluating", torch.device(devices[0]), None, "make room, or fewer windows (-n)"):
         share = ranks.share(range(len(evaluation.ids)))
-        states = embed_tokens(reference, TokenSets(evaluation.ids, compute_dtype, share), Path(spill))
+        states = embed_tokens(reference, TokenSets(evaluation.ids, compute_dtype, share), scratch)
         embed(checkpoint, {"quantized": (states.states["quantized"], evaluation.ids[share.windows])})
         checkpoint = replace(checkpoint, device=devices[0])
         runner = LayerRunner(states.states, states.shares, by_name)

@@ -46,12 +46,14 @@ from qwenq.pipeline.workers import Workers, summed_products
 from qwenq.planning.sensitivity import (
     OUTER,
     PRIOR_8_BIT,
+    TIED_HEAD,
     FusedGroup,
     Sensitivity,
     fused_groups,
     options_of,
     schemes_for,
     solved_as,
+    tied_head,
 )
 from qwenq.solver.gptq import DAMP_PERCENT, round_rows
 from qwenq.solver.grid import Grid
@@ -165,7 +167,7 @@ def measure_sensitivity(
         ) from error
     kl = outer | {fused: _by_error(spec, fused, probe, scores[fused], noise[fused]) for fused in scores}
     kl = {fused: kl[fused] for fused in fused_groups(spec, probe.format)}
-    table = Sensitivity(spec.name, fingerprint(source.directory), kl, _provenance(probe, compute_dtype))
+    table = Sensitivity(spec.name, fingerprint(source.directory), kl, _provenance(spec, probe, compute_dtype))
     source.refuse_changed()
     return table
 
@@ -186,7 +188,7 @@ def _by_error(
     }
 
 
-def _provenance(probe: Probe, compute_dtype: torch.dtype) -> dict[str, Any]:
+def _provenance(spec: ModelSpec, probe: Probe, compute_dtype: torch.dtype) -> dict[str, Any]:
     found = {
         "calibration": dict(probe.calibration),
         "solver_windows": list(probe.solver_NT.shape),
@@ -197,6 +199,8 @@ def _provenance(probe: Probe, compute_dtype: torch.dtype) -> dict[str, Any]:
         "compute_dtype": str(compute_dtype).removeprefix("torch."),
         "versions": versions(),
     }
+    if tied_head(spec, probe.format):
+        found[TIED_HEAD] = "solved"
     if not get_format(probe.format).outer:
         found["eight_bit"] = f"{PRIOR_8_BIT:.6f} of 4 bits in the same groups"
     return found

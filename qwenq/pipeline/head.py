@@ -23,7 +23,7 @@ from qwenq.pipeline.job import QuantizeJob
 from qwenq.pipeline.shares import Share
 from qwenq.pipeline.workers import Workers, summed_products
 from qwenq.results import LayerResult
-from qwenq.solver.gptq import SolveStats, products_dtype
+from qwenq.solver.gptq import SolveStats, correction_dtype
 from qwenq.solver.grid import Grid, QTensor
 from qwenq.solver.parallel import joined_stats
 from qwenq.solver.triangle import Triangle
@@ -95,7 +95,7 @@ def solved_slices(
     hessian: of `head_hessian`. options: of `solve_linears`. Each rank solves its share of a slice, and has the whole.
     """
     spec = head.checkpoint.spec
-    triangle, products = Triangle(spec.hidden_size), products_dtype(spec.vocab_size, workers.devices[0])
+    triangle, products = Triangle(spec.hidden_size), correction_dtype(spec.vocab_size, workers.devices[0])
     for start, stop in row_slices(spec.vocab_size):
         weights = {"head": head.rows(start, stop)}
         square_HH = triangle.square(hessian)  # overwritten

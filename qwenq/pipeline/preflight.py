@@ -301,7 +301,7 @@ def sensitivity_bytes(
     states = (SOLVER_WINDOWS * length // ranks + probed) * hidden * compute_bytes
     passing = 16 * _widest(spec) + 24 * hidden + outputs + (schemes + 1) * sum(solved.values())  # a token
     backward = compute_bytes * (parameters + largest + BACKWARD_TOKENS * passing)
-    head = 4 * probed * hidden * (3 * SAMPLES + 3) + 4 * 4096 * (hidden + 4 * 1024)
+    head = gradients_bytes(spec, ranks)
     work = max(errors_bytes(spec, length, compute_bytes), backward)
     kept = 4 * Triangle(_widest(spec)).size  # the Hessian, from which each scheme takes a copy
     held = 2 * parameters + schemes * 2 * errors + 8 * SAMPLES * probed * hidden  # source, errors, gradients twice
@@ -311,6 +311,16 @@ def sensitivity_bytes(
     if on_gpu:
         return BASE_BYTES + max(states, held + kept), max(work, head)
     return BASE_BYTES + max(states + head, held + kept + work), 0
+
+
+def gradients_bytes(spec: ModelSpec, ranks: int = 1) -> int:
+    """Predicted peak in bytes, on the device, of drawing labels at the head and of the gradients behind the last layer.
+
+    The most is held in the last norm's backward pass, or in few tokens' while logits of a slice of the head are read.
+    """
+    states, rows = 4 * PROBE_WINDOWS * PROBE_TOKENS // ranks * spec.hidden_size, 4 * 4096 * spec.hidden_size
+    logits = 4 * 4096 * (PROBE_WINDOWS // PARTS * PROBE_TOKENS)  # of one part's tokens
+    return rows + max((3 * SAMPLES + 4) * states + 2 * logits, (SAMPLES + 3) * states + 4 * logits)
 
 
 def errors_bytes(spec: ModelSpec, length: int, compute_bytes: int) -> int:

@@ -90,11 +90,10 @@ class Preparation:
         """With sensitivities measured, if a budget needs them; `listen` gets a line of text at each step."""
         if self.calibration is None or not self.resolution.measures(windows_of(self.calibration, self.evaluation)):
             return self
-        scratch = Path(tempfile.gettempdir())  # the first rank alone need see the output
+        beside = self.out.absolute().parent
         if ranks.first:
             check_places(self.job, resume)
-            scratch = self.out.absolute().parent
-            scratch.mkdir(parents=True, exist_ok=True)
+            beside.mkdir(parents=True, exist_ok=True)
         config = self.resolution.config
         table = measure_sensitivity(
             self.source,
@@ -103,7 +102,7 @@ class Preparation:
             ),
             compute_dtype=DTYPES[config.compute_dtype],
             device=config.device.split(",")[0],
-            scratch=scratch,
+            scratch=ranks.scratch(beside),
             listen=listen,
             ranks=ranks,
         )

@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -52,6 +53,10 @@ class Ranks:
     def first(self) -> bool:
         """Whether this is the rank that writes and reports."""
         return self.rank == 0
+
+    def scratch(self, first: Path) -> Path:
+        """A directory for this rank's temporary data: `first` on rank 0, which alone need see it, else TMPDIR."""
+        return first if self.first else Path(tempfile.gettempdir())
 
     def share(self, *passes: range) -> Share:
         """This rank's share of windows that go through a layer in these passes."""

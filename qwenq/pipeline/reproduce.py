@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -74,25 +73,24 @@ def reproduce(
             if problem := _difference(tensors, written):
                 file = first or job.files.file_of(0)
                 return (), [Finding(file, f"the embedding, made again, {problem}{_why(then, here)}")]
-        with tempfile.TemporaryDirectory() as scratch:
-            embedded = written if job.head_windows else None
-            states = embed_tokens(job.source, job.tokens(), Path(scratch), job.convert, written=embedded)
-            both = {"calibration": calibrator, "original": calibrator}
-            runner = LayerRunner(states.states, states.shares, both)
-            for layer in range(wanted[-1] + 1):
-                if layer not in wanted:
-                    if job.calibration is not None:
-                        listen(f"layer {layer}: replaying")
-                        runner.replay(layer, job.source.finite_layer_state, written.layer_state)
-                    continue
-                listen(f"layer {layer}: making it again")
-                state = job.source.finite_layer_state(layer)
-                tensors, _ = make_layer(job, calibrator, layer, state, states, StageClock())
-                made.append(layer)
-                if problem := _difference(tensors, written):
-                    file = first or job.files.file_of(layer + 1)
-                    findings.append(Finding(file, f"layer {layer}, made again, {problem}{_why(then, here)}"))
-                    break  # what follows would be made from other hidden states
+        embedded = written if job.head_windows else None
+        states = embed_tokens(job.source, job.tokens(), Path.cwd(), job.convert, written=embedded)
+        both = {"calibration": calibrator, "original": calibrator}
+        runner = LayerRunner(states.states, states.shares, both)
+        for layer in range(wanted[-1] + 1):
+            if layer not in wanted:
+                if job.calibration is not None:
+                    listen(f"layer {layer}: replaying")
+                    runner.replay(layer, job.source.finite_layer_state, written.layer_state)
+                continue
+            listen(f"layer {layer}: making it again")
+            state = job.source.finite_layer_state(layer)
+            tensors, _ = make_layer(job, calibrator, layer, state, states, StageClock())
+            made.append(layer)
+            if problem := _difference(tensors, written):
+                file = first or job.files.file_of(layer + 1)
+                findings.append(Finding(file, f"layer {layer}, made again, {problem}{_why(then, here)}"))
+                break  # what follows would be made from other hidden states
     finally:
         torch.set_num_threads(here["threads"])
     return tuple(made), findings

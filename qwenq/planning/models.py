@@ -41,6 +41,7 @@ class Model:
     directory: Path | None = None
     hub: str = ""  # its hub name, when config.json came from there
     published: str = ""  # GPTQ-Int4, GPTQ-Int8, AWQ, FP8 when the name says so
+    repository: str = ""  # of the publisher's own files, where the name was given with its owner
     notes: tuple[str, ...] = ()  # a line for each thing that is read otherwise than config.json says
 
 
@@ -136,7 +137,7 @@ def _mixed_weights(model: Model, asked: WeightsAsked) -> Weights:
 def _own_weights(model: Model) -> Weights | None:
     """Weights of the model's own files; None where there are none to be asked."""
     if model.published:
-        return published_weights(model.spec, model.published)
+        return replace(published_weights(model.spec, model.published), place=model.repository)
     stored = stored_tensors(model)
     return _of_headers(model.spec, stored, model.config, str(model.directory or model.hub)) if stored else None
 
@@ -272,7 +273,7 @@ def _find(model: str) -> Model:
     for name, published in ((model, ""), (match[1], match[2]) if match else ("", "")):
         spec_found = family_spec(name) if name else None
         if spec_found is not None:
-            return Model(spec_found, {}, published=published)
+            return Model(spec_found, {}, published=published, repository=model if "/" in model else "")
     if not os.path.exists(path):
         refuse_experts(model)
     if os.path.isdir(path):

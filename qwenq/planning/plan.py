@@ -93,7 +93,7 @@ class Plan:
         spec, work, engine = self.case.spec, self.case.work, self.case.engine
         out = spec.num_hidden_layers - self.offload.gpu_layers if engine.host_layers_stay else 0
         kv = int(2 * out * spec.kv_size * self.case.kv_bytes * work.context * work.batch)
-        return HostMemory(self.offload.offloaded_bytes, kv, self.case.hardware.host_bytes or None)
+        return HostMemory(self.offload.offloaded_bytes, kv, self.case.hardware.host_bytes)
 
     @property
     def notes(self) -> tuple[str, ...]:

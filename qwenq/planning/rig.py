@@ -106,7 +106,7 @@ class Rig:
     gpus: tuple[Gpu, ...]
     free_bytes: tuple[int, ...] = ()
     reserve_bytes: int = 0  # kept free on every GPU, for a desktop for instance
-    host_bytes: int = 0  # of the machine's own memory; 0: unknown
+    host_bytes: int | None = None  # of the machine's own memory; None: unknown
     needs_pci_order: bool = False  # CUDA may number these GPUs otherwise, unless CUDA_DEVICE_ORDER=PCI_BUS_ID
     notes: tuple[str, ...] = ()  # how a limit was found, where the driver did not tell
 
@@ -362,12 +362,12 @@ def detect_rig() -> Rig:
         raise PlanError("the NVIDIA driver sees no GPU", hint="name the rig with --gpu")
     if not read:
         raise PlanError(
-            f"{VISIBLE}={os.environ[VISIBLE][:80]!r} leaves none of {len(every)} GPUs",
+            f"{VISIBLE}={os.environ[VISIBLE][:80]!r} leaves no GPU, the driver sees {len(every)}",
             hint=f"unset {VISIBLE}, or name the rig with --gpu",
         )
     return Rig(
         tuple(gpu for gpu, _, _ in read),
-        host_bytes=ram if (ram := available_ram()) < UNTOLD_RAM else 0,
+        host_bytes=ram if (ram := available_ram()) < UNTOLD_RAM else None,
         free_bytes=tuple(free for _, free, _ in read),
         needs_pci_order=len(kinds) > 1 and os.environ.get(ORDER) != PCI_ORDER,
         notes=tuple(dict.fromkeys(note for _, _, note in read if note)),
@@ -426,7 +426,7 @@ def _read(nvml: Any, handle: Any) -> tuple[Gpu, int, str]:
         total = free = 0
     if not total:
         total, free = total_memory() or 0, available_ram()
-        if not 0 < free <= total:
+        if not total or free > total:
             raise PlanError(
                 f"{name}: neither the driver nor the system reports its memory", hint="name the rig with --gpu"
             )

@@ -24,6 +24,7 @@ SENSITIVITY_NAME = "qwenq-sensitivity.json"  # in a checkpoint: the table its re
 FusedGroup = tuple[int, str]  # layer, name of a stage: linears that engines fuse; or one linear's kind, where none do
 OUTER = -1  # the layer of embedding and head
 _OUTER_NAME = "outer"
+TIED_HEAD = "tied_head"  # in the provenance of a table: how an embedding that is the head too was measured
 
 # Prior: KL in nats per token when one fused group alone is 4-bit g128, for a model of PRIOR_LAYERS layers, and more for
 # the ends of the network. Rounded from a table measured on the demo's model (reports/budget.md); a large model loses
@@ -103,6 +104,11 @@ class Sensitivity:
                 f"{spec.name or 'this model'} has {spec.num_hidden_layers}",
                 hint="measure this one: qwenq sensitivity MODEL",
             )
+        if self.measured and tied_head(spec, format) and TIED_HEAD not in self.provenance:
+            raise PlanError(
+                "the sensitivity table is from before a tied head was solved, and overestimates its loss",
+                hint=f"measure it again: qwenq sensitivity MODEL --format {format}",
+            )
 
     def to_json(self) -> dict[str, Any]:
         rows = {
@@ -131,6 +137,11 @@ def fused_groups(spec: ModelSpec, format: str = "gptq") -> Iterator[FusedGroup]:
     for layer in range(spec.num_hidden_layers):
         for stage in spec.architecture.stages:
             yield layer, stage.name
+
+
+def tied_head(spec: ModelSpec, format: str) -> bool:
+    """Whether the format quantizes an embedding that is the head too."""
+    return spec.tie_word_embeddings and get_format(format).outer
 
 
 def members_of(spec: ModelSpec, fused: FusedGroup) -> tuple[LinearSpec, ...]:

@@ -40,7 +40,9 @@ def visible_rig(limits: Sequence[int] = ()) -> Rig | None:
             raise RunError("--gpu-memory is given, but torch sees no GPU", hint="leave it out to run on the CPU")
         return None
     if len(limits) not in (0, 1, count):
-        raise RunError(f"--gpu-memory names {len(limits)} limits for {count} GPUs", hint="one for all, or one each")
+        raise RunError(
+            f"--gpu-memory names {len(limits)} limits, the number of GPUs is {count}", hint="one for all, or one each"
+        )
     each = list(limits) * count if len(limits) == 1 else list(limits)
     gpus, free = [], []
     for index in range(count):

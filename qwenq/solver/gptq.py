@@ -150,7 +150,7 @@ def processing_order(diagonal_I: Tensor, grid: Grid) -> Tensor:
     return order_UK[active_U.argsort(stable=True)].reshape(-1)
 
 
-def products_dtype(rows: int, device: torch.device) -> torch.dtype:
+def correction_dtype(rows: int, device: torch.device) -> torch.dtype:
     """The dtype that corrections between groups are multiplied in, of linears with so many rows together.
 
     bfloat16 from NARROW_FROM rows on, on a CPU that is faster at it: that moves a correction by some 500th of itself,
@@ -436,7 +436,7 @@ def solve_linears(
     by the share `error_correction` of what `_corrected` makes of them, and error figures count from there.
     `method` "rtn" rounds to nearest with absmax scales and takes the Hessian, if any, for the statistics alone.
     `parts` (by name): of a weight that is a part of the rows of another, its first row there and how many that has.
-    `products`: the dtype that corrections between groups are multiplied in, of `products_dtype`.
+    `products`: the dtype that corrections between groups are multiplied in, of `correction_dtype`.
     Raises QwenqError, naming tensors, for non-finite or ill-fitting input, and for scales that overflowed from it.
     """
     columns = next(iter(weights.values())).shape[1]

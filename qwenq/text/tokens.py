@@ -150,6 +150,13 @@ class ModelTokenizer:
 
     def _check_files(self) -> None:
         """Raise CheckpointError unless what transformers will open is regular, small enough and in the directory."""
+        try:
+            str(self.directory).encode()
+        except UnicodeEncodeError:
+            raise CheckpointError(
+                f"{shown(str(self.directory))}: its name is not UTF-8, so transformers cannot open its tokenizer",
+                hint="rename it",
+            ) from None
         present = {name for name in _TRANSFORMERS_READS if os.path.lexists(inside(self.directory, name))}
         if not present & {"tokenizer.json", "tokenizer.model"} and not present >= {"vocab.json", "merges.txt"}:
             raise CheckpointError(

@@ -106,9 +106,11 @@ def test_eval_and_run_use_the_stored_head(merged: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"text": str(text), "sequence_length": 32, "num_samples": 2, "device": "cpu"}
     drift = api.evaluate(merged, untied, warn=said.append, **options)
     assert drift.kl.mean == 0 and said == [NOTE]
-    with api.load(merged, max_model_len=64, compute_dtype="float32") as model:
+    said.clear()
+    with api.load(merged, max_model_len=64, compute_dtype="float32", warn=said.append) as model:
         answer = model.generate("one two", raw=True, max_new_tokens=1, temperature=0)
         asked = model._chat.text_ids("one two")
+    assert said == [NOTE]
     model = AutoModelForCausalLM.from_pretrained(untied, dtype=torch.float32)
     with torch.inference_mode():
         assert answer.token_ids == (int(model(torch.tensor([asked])).logits[0, -1].argmax()),)

@@ -42,7 +42,8 @@ OPTIONS = {
     "--device --compute-dtype --json",
     "serve": "--follow-links "
     "--host --port --allowed-hosts --served-model-name --api-key --max-queue --engine --max-model-len -c "
-    "--prefill-chunk --kv-cache-dtype --compute-dtype --gpu-memory --cpu-memory --offload-dir --gpu --hosts --dry-run",
+    "--prefill-chunk --kv-cache-dtype --compute-dtype --gpu-memory --cpu-memory --offload-dir --gpu --hosts --dry-run "
+    "--json",
     "inspect": "--follow-links "
     "--expect-params --json",
     "convert": "--follow-links "

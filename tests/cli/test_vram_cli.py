@@ -173,6 +173,11 @@ BAD = [
         "error: tensor parallel size 2 is not possible: FFN width 29568 / 2 = 14784",
         "",
     ),
+    (
+        ["vram", "Qwen2.5-7B", "--engine", "vllm", "--gpu", "3090", "--tensor-parallel-size", "2"],
+        "error: tensor parallel size 2 is not possible: the number of GPUs, 1, is not divisible by 2",
+        "",
+    ),
     (["vram", "validate", "nowhere.csv"], "error: nowhere.csv: No such file or directory", "hint: wanted a CSV"),
     (["plan", "Qwen2.5-72B"], "error: give one of --gpu, --detect and --recommend", "hint: for instance"),
     (["plan", "Qwen2.5-72B", "--gpu", "3090", "-c", "1k,2k"], "error: wanted one context", "hint: `qwenq vram`"),
@@ -260,6 +265,18 @@ def test_validate_bad_tables(tmp_path: Path) -> None:
 def test_gpus_lists_the_catalogue() -> None:
     assert "RTX 3090" in run("vram", "gpus").stdout
     assert len(answer("vram", "gpus")) >= 35
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("Qwen/Qwen2.5-7B-Instruct-AWQ", "Qwen/Qwen2.5-7B-Instruct-AWQ"),
+        ("Qwen2.5-7B-Instruct-AWQ", "CHECKPOINT"),  # of whoever
+        ("Qwen/Qwen2.5-7B-Instruct", "CHECKPOINT"),  # to be quantized to 4 bits
+    ],
+)
+def test_commands_name_published_files(name: str, place: str) -> None:
+    assert answer("plan", name, "--gpu", "RTX 3090")["flags"]["vllm"].startswith(f"vllm serve {place} ")
 
 
 def test_plan_exit_codes_and_text() -> None:

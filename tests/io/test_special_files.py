@@ -55,7 +55,7 @@ def test_a_target_that_is_a_link_is_replaced(victim: Path, tmp_path: Path) -> No
     assert victim.read_text() == "precious" and not (tmp_path / "x.json").is_symlink()
 
 
-def test_spilled_states_are_made_anew(victim: Path, tmp_path: Path) -> None:
+def test_a_file_in_the_place_of_a_link_is_made_anew(victim: Path, tmp_path: Path) -> None:
     (tmp_path / "state").symlink_to(victim)
     with new_file(tmp_path / "state") as file:
         file.write(b"x")

@@ -97,6 +97,11 @@ def test_choices_are_all_answered(client: TestClient) -> None:
         for kind in offered["kv_cache_dtypes"][engine]:
             state = {"model": "Qwen2.5-7B", "engine": engine, "kv_cache_dtype": kind, "context": 4096}
             assert client.post("/api/estimate", json=state).status_code == 200
+    for name, bits in offered["formats"].items():
+        state = {"model": "Qwen2.5-7B", "engine": "transformers", "format": name}
+        answered = [n for n in (4, 8) if client.post("/api/estimate", json=state | {"bits": n}).status_code == 200]
+        assert answered == (bits or [4, 8]), name  # of a single scheme bits are not asked for
+    assert offered["formats"]["awq"] == [4] and offered["formats"]["bnb-nf4"] == []
 
 
 @pytest.mark.parametrize(

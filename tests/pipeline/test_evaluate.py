@@ -14,7 +14,7 @@ import torch
 from conftest import rewrite, small_job
 
 from qwenq.checkpoint.reader import open_checkpoint
-from qwenq.errors import CalibrationError, CheckpointError, HonestNo, QwenqError
+from qwenq.errors import CalibrationError, CheckpointError, HonestNo, JobError, QwenqError
 from qwenq.pipeline.evaluate import check_limits, evaluate
 from qwenq.pipeline.quantize import quantize
 from qwenq.results import DriftReport
@@ -40,6 +40,30 @@ def test_a_model_against_itself(tied: bool, random_model: Make) -> None:
     b = open_checkpoint(random_model("b", tie_word_embeddings=tied))
     drift = evaluate(a, b, windows())
     assert drift.kl.mean == 0 and drift.top1_agreement.mean == 1 and drift.perplexity == drift.reference_perplexity
+
+
+def test_hidden_states_spill_to_the_current_directory(
+    random_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is on a disk where /tmp may be memory; files have no name, and go with the process however that ends."""
+    a = open_checkpoint(random_model("a"))
+    b = open_checkpoint(rewrite(random_model("b"), lambda t: t["lm_head.weight"].mul_(1.5)))
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    seen: list[tuple[int, list[Path]]] = []
+
+    def look(layer: int) -> None:
+        mapped = Path("/proc/self/maps").read_text().splitlines()
+        seen.append((sum(f" {here}/" in line and line.endswith(" (deleted)") for line in mapped), list(here.iterdir())))
+
+    kept = evaluate(b, a, windows(), listen=look)
+    monkeypatch.setattr("qwenq.pipeline.activations.SPILL_BYTES", 0)
+    assert evaluate(b, a, windows(), listen=look) == kept and kept.kl.mean > 1e-4
+    assert seen == [(0, [])] * 3 + [(2, [])] * 3, "reference and quantized, in each of three layers"
+    monkeypatch.setattr("qwenq.pipeline.activations.free_disk", lambda where: 49_151)  # 2 * 3 * 32 tokens of 64 floats
+    with pytest.raises(JobError, match=f"^{here}: hidden states need 49.2 kB of disk, 49.2 kB are free$"):
+        evaluate(b, a, windows())
 
 
 def test_every_part_of_the_model_counts(random_model: Make) -> None:

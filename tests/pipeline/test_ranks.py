@@ -26,7 +26,7 @@ from test_quantize import FORKS, assert_same
 from qwenq.checkpoint.manifest import MANIFEST_NAME
 from qwenq.errors import RunError, UsageError
 from qwenq.launch import read_launch
-from qwenq.pipeline.ranks import _meet
+from qwenq.pipeline.ranks import Ranks, _meet
 
 TIMEOUT_S = 3.0  # of a rank without a sign of life
 LENGTH = ["--device", "cpu", "--sequence-length", "64"]
@@ -409,6 +409,13 @@ def test_a_place_to_meet_that_goes_away_is_said_in_a_line() -> None:
 # ---------------------------------------------------------------------- how a process was started
 
 ENVIRONMENT = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
+
+
+def test_ranks_that_may_not_see_the_output_keep_temporary_data_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    assert [Ranks(rank, 2).scratch(tmp_path) for rank in (0, 1)] == [tmp_path, tmp_path / "temporary"]
 
 
 def test_a_launch_is_read_from_the_environment() -> None:

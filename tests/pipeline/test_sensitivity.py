@@ -81,6 +81,7 @@ def test_a_tied_head_is_solved_and_looked_up(tiny: Path, calib: Path, heldout: P
         ).drift.kl.mean
     assert table.loss(fused, scheme) == pytest.approx(kl["gptq"], rel=0.25)
     assert kl["gptq"] < kl["rtn"]
+    table.check(source.spec, table.fingerprint, "gguf")
 
 
 def test_fewer_windows_than_ranks_are_refused(tiny: Path, calib: Path, tmp_path: Path) -> None:

@@ -309,6 +309,18 @@ def test_a_broken_recipe_names_line_and_unit(case: str, tmp_path: Path) -> None:
         read_recipe(path, spec)
 
 
+def test_a_table_from_before_a_tied_head_was_solved_is_refused() -> None:
+    tied = replace(B7, tie_word_embeddings=True)
+    old = replace(prior(tied, "gguf"), fingerprint="measured")
+    with pytest.raises(PlanError, match="from before a tied head was solved") as caught:
+        old.check(tied, "measured", "gguf")
+    assert caught.value.hint == "measure it again: qwenq sensitivity MODEL --format gguf"
+    replace(old, provenance={"tied_head": "solved"}).check(tied, "measured", "gguf")
+    prior(tied, "gguf").check(tied, "measured", "gguf")  # of no model
+    for spec, format in ((B7, "gguf"), (tied, "gptq")):  # no head that is tied and quantized
+        replace(prior(spec, format), fingerprint="measured").check(spec, "measured", format)
+
+
 def test_a_table_is_read_back_and_refused_for_another_model(tmp_path: Path) -> None:
     table = random_table(B7, 4)
     path = tmp_path / "s.json"

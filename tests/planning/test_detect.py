@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ def test_visible_gpus(visible: str | None, label: str, three: pytest.MonkeyPatch
 @pytest.mark.parametrize("visible", ["", "-1", "9", "NoDevFiles", "99999999999999999999"])
 def test_no_gpu_left(visible: str, three: pytest.MonkeyPatch) -> None:
     three.setenv("CUDA_VISIBLE_DEVICES", visible)
-    with pytest.raises(PlanError, match="leaves none of 3 GPUs") as caught:
+    with pytest.raises(PlanError, match="leaves no GPU, the driver sees 3") as caught:
         detect_rig()
     assert "unset CUDA_VISIBLE_DEVICES" in caught.value.hint and not sees_gpu()
 
@@ -103,6 +104,16 @@ def test_free_memory_and_capabilities_are_the_visible_ones(three: pytest.MonkeyP
     rig = detect_rig()
     assert rig.free_bytes == (23 * GIB, int(22.99 * GIB))
     assert [gpu.compute_capability for gpu in rig.gpus] == [(8, 6), (8, 9)]
+
+
+@pytest.mark.parametrize(("free", "told"), [(0, 0), (5 * GIB, 5 * GIB), (1 << 60, None)])
+def test_host_memory_of_which_nothing_is_free_is_known(free: int, told: int | None, three: pytest.MonkeyPatch) -> None:
+    """A container at its limit has no room for layers; only a system that does not tell has no limit."""
+    three.setenv("CUDA_VISIBLE_DEVICES", "0")
+    three.setattr("qwenq.planning.rig.available_ram", lambda: free)
+    assert detect_rig().host_bytes == told
+    host = json.loads(run("plan", "Qwen2.5-32B", "--detect", "--json").stdout)["host"]
+    assert (host["limit_bytes"], host["fits"]) == (told, None if told is None else False)
 
 
 def test_no_gpu_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,6 +160,8 @@ def test_a_gpu_that_shares_the_systems_memory_has_what_the_system_has_free(
     done = run("plan", "Qwen2.5-72B", "--detect", "--json")
     assert done.exit_code == 0
     assert "NVIDIA GB10: the driver reports no memory, so the system's free memory is used: 100.00 GiB" in done.stderr
+    three.setattr("qwenq.planning.rig.available_ram", lambda: 0)  # its container is full
+    assert detect_rig().limits == (0,)
     three.setattr("qwenq.planning.rig.available_ram", lambda: 1 << 60)  # a system that tells nothing either
     with pytest.raises(PlanError, match="neither the driver nor the system reports its memory"):
         detect_rig()

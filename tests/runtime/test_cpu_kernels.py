@@ -487,6 +487,11 @@ def test_a_cache_that_is_not_the_users_own_is_not_used(
     assert not kept_in(tmp_path) and not list(tmp_path.glob("elsewhere/*"))
 
 
+def test_tests_leave_the_users_cache_alone() -> None:
+    kept = cpu_kernels._place(())
+    assert kept is None or kept.is_relative_to(Path(__file__).parents[2] / ".pytest_cache")
+
+
 def test_without_xdg_cache_home_the_home_directory_has_it(
     builds: Callable[[], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -141,6 +141,9 @@ def test_what_it_would_be_told(gguf_file: Path, stand_in: Callable[[str], Any], 
     assert command.startswith(f"llama-server -m {gguf_file} -ngl {layers + 1} -c 256 -fa on --fit off -sm layer -ts ")
     assert command.endswith(f" --alias {gguf_file.stem} --host 127.0.0.1 --port 9")
     assert heading.startswith("# Modelfile")
+    told = json.loads("\n".join(said("-c", 256, "--json")))
+    assert told["engine"] == "llama.cpp" and told["command"] == said("-c", 256)[0]
+    assert told["modelfile"].splitlines() == said("-c", 256)[3:]
     assert modelfile == [f"FROM {gguf_file}", "PARAMETER num_ctx 256", f"PARAMETER num_gpu {layers + 1}"]
     assert " -ngl 0 -c " in said()[0], "without a GPU, and it is the engine for a GGUF file where it is installed"
     assert " -ub 4096 -b 4096 " in said("--prefill-chunk", 4096)[0] and " -ub " not in said()[0]

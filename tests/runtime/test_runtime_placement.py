@@ -128,7 +128,7 @@ def test_visible_gpus_and_their_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert limited is not None and limited.limits == (15 * GIB, 11 * GIB + context)
     each = memory.visible_rig([30 * GIB, 5 * GIB])
     assert each is not None and each.limits == (20 * GIB + context, 5 * GIB)
-    with pytest.raises(RunError, match="3 limits for 2 GPUs"):
+    with pytest.raises(RunError, match="3 limits, the number of GPUs is 2"):
         memory.visible_rig([1, 2, 3])
 
 

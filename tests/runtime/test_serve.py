@@ -369,6 +369,7 @@ def test_what_vllm_would_be_told(tiny: Path) -> None:
     for part in ("--max-model-len 256", "--kv-cache-dtype fp8", "--gpu-memory-utilization 0.9", "--port 9"):
         assert part in single
     assert lines("--engine", "auto")[0].startswith("vllm serve "), "a dry run never starts a server"
+    assert json.loads("\n".join(lines("--json"))) == {"engine": "vllm", "command": "\n".join(lines())}
     assert "--max-num-batched-tokens 512" in lines("--prefill-chunk", "512")[0]
     assert "--max-num-batched-tokens" not in single  # vLLM's own, not this project's
     several = lines("--hosts", "alpha, beta", "--api-key", "secret")
@@ -387,6 +388,7 @@ def test_errors_of_the_command(tiny: Path) -> None:
         return result.stderr
 
     assert "error: unknown engine 'tgi'" in refused("--engine", "tgi")
+    assert "error: --json is for --dry-run" in refused("--json")
     assert "are for other servers' commands" in refused("--engine", "qwenq", "--gpu", "RTX 3090")
     for words in (["--allowed-hosts", "x"], ["--max-queue", "4"], ["--compute-dtype", "float32"]):
         said = refused("--engine", "vllm", "--dry-run", "--gpu", "RTX 3090", *words)
@@ -429,6 +431,7 @@ def test_dry_runs_download_and_start_nothing(tiny: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("qwenq.io.hub.fetch_model", None)
     ours = dry(str(tiny))
     assert ours.exit_code == 0 and "nothing is loaded" in ours.stdout and "CPU: 4 layers" in ours.stdout
+    assert json.loads(dry(str(tiny), "--json").stdout).keys() >= {"devices", "plan", "speed"}
     name = "Qwen/Qwen2.5-72B-Instruct-GPTQ-Int4"
     theirs = dry(name, "--gpu", "2x RTX 3090")
     assert theirs.exit_code == 0 and theirs.stdout.startswith(f"vllm serve {name} --tensor-parallel-size 1")

@@ -478,10 +478,10 @@ def test_corrections_multiplied_in_bfloat16_lose_nothing(grid):
 def test_many_rows_are_corrected_in_bfloat16_where_a_cpu_multiplies_it(monkeypatch):
     cpu = torch.device("cpu")
     monkeypatch.setattr(gptq, "multiplies_bfloat16", lambda device: True)
-    assert [gptq.products_dtype(rows, cpu) for rows in (2047, 2048)] == [torch.float32, torch.bfloat16]
-    assert gptq.products_dtype(8192, torch.device("cuda")) == torch.float32
+    assert [gptq.correction_dtype(rows, cpu) for rows in (2047, 2048)] == [torch.float32, torch.bfloat16]
+    assert gptq.correction_dtype(8192, torch.device("cuda")) == torch.float32
     monkeypatch.setattr(gptq, "multiplies_bfloat16", lambda device: False)
-    assert gptq.products_dtype(8192, cpu) == torch.float32
+    assert gptq.correction_dtype(8192, cpu) == torch.float32
 
 
 def test_parts_of_many_rows_have_the_losses_of_the_whole() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -150,6 +151,15 @@ def test_a_template_that_refuses_is_one_line(tiny: Path, tmp_path: Path) -> None
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(CalibrationError, match=r"chat template refused a conversation \(roles alternate\)"):
         ModelTokenizer(tmp_path).render_chat([{"role": "user", "content": "Hi"}])
+
+
+def test_a_directory_whose_name_is_not_utf8(tiny: Path, tmp_path: Path) -> None:
+    """The library beneath takes paths in UTF-8 alone; the tokenizer's own files are not at fault."""
+    place = tmp_path / os.fsdecode(b"model-\xff")
+    shutil.copytree(tiny, place)
+    with pytest.raises(CheckpointError, match="its name is not UTF-8, so transformers cannot open") as caught:
+        ModelTokenizer(place).encode(["x"])
+    assert caught.value.message.isprintable() and "tokenizer_config" not in caught.value.message
 
 
 def test_no_tokenizer_and_a_broken_one(tmp_path: Path) -> None:

@@ -113,14 +113,14 @@ function showControls() {
   state.format = fill($("format"), formatsOf(state.engine), state.format);
   const gguf = offered.gguf_engines.includes(state.engine);
   const server = offered.server_engines.includes(state.engine);
-  const fixed = state.format && (gguf || offered.formats[state.format].fixed);
-  if (state.format === "awq") state.bits = 4;
-  if (state.format && !fixed && state.bits === 16) state.bits = 4;
+  const bits = state.format && !gguf ? offered.formats[state.format] : [];
+  const fixed = state.format && !bits.length;
+  if (bits.length && !bits.includes(state.bits)) state.bits = bits[0];
   state.context = Math.min(Math.max(1, state.context), limit);
   state.batch_size = Math.min(Math.max(1, state.batch_size), 64);
   if (!server) Object.assign(state, { tensor_parallel_size: 0, max_num_seqs: 0, gpu_memory_utilization: 0, enforce_eager: false });
   for (const key of ["bits", "group_size", "prefill_chunk", "tensor_parallel_size"]) $(key).value = String(state[key]);
-  $("bits").disabled = Boolean(fixed) || state.format === "awq";
+  $("bits").disabled = Boolean(fixed) || bits.length === 1;
   $("group_size").disabled = state.bits === 16 || gguf || Boolean(fixed);
   for (const key of ["tensor_parallel_size", "max_num_seqs", "gpu_memory_utilization", "enforce_eager"]) $(key).disabled = !server;
   for (const key of ["reserve_gib", "ram_gb", "max_num_seqs"]) $(key).value = state[key] || "";

@@ -426,7 +426,7 @@ class ServerEngine(Engine):
         if asked:
             reasons = cutting_reasons(case.spec, case.weights, asked)
             if count % asked:
-                reasons.append(f"{count} GPUs are not divisible by {asked}")
+                reasons.append(f"the number of GPUs, {count}, is not divisible by {asked}")
             elif count > asked and not self.stages:
                 reasons.append(f"{count} GPUs would be {count // asked} stages, {self.title} has none")
             if reasons:
