@@ -51,7 +51,12 @@ GroupSize = Annotated[
 ]
 FormatName = Annotated[
     str,
-    _option(WEIGHTS, "--format", metavar="NAME", help="gptq, awq, compressed-tensors, nf4, int8, fp8, or a GGUF type."),
+    _option(
+        WEIGHTS,
+        "--format",
+        metavar="NAME",
+        help="gptq, awq, compressed-tensors, bnb-nf4, bnb-int8, fp8, or a GGUF type.",
+    ),
 ]
 TargetSize = Annotated[
     str | None, _option(WEIGHTS, "--target-size", metavar="SIZE", help="Mixed bits as chosen by quantize, e.g. 47GB.")
@@ -216,9 +221,7 @@ def gpus_command(as_json: Json = False) -> None:
 
 @vram_app.command("serve")
 def serve_command(
-    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = (
-        "127.0.0.1"
-    ),
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = ("127.0.0.1"),
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any free port.")] = 8321,
     allowed_hosts: Annotated[
         str, typer.Option("--allowed-hosts", help="Host names to accept besides IP addresses and local names; *: any.")

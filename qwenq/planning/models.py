@@ -9,7 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qwenq.checkpoint.contents import Contents, read_config, read_contents, read_headers, refuse_adapter
+from qwenq.checkpoint.contents import (
+    Contents,
+    read_config,
+    read_contents,
+    read_headers,
+    refuse_adapter,
+    refuse_file,
+    refuse_no_config,
+)
 from qwenq.errors import CheckpointError, PlanError, UsageError
 from qwenq.escaping import printable
 from qwenq.formats.base import FORMATS, SIZED, Recipe, Scheme, get_format
@@ -277,7 +285,8 @@ def _find(model: str) -> Model:
         refuse_experts(model)
     if os.path.isdir(path):
         refuse_adapter(path)
-        raise CheckpointError(f"{shown(model)}: no config.json", hint="give the folder of a Hugging Face checkpoint")
+        refuse_no_config(path)
+    refuse_file(path)
     if os.path.exists(path) or model.startswith(("/", ".", "~")) or model.count("/") != 1:
         raise CheckpointError(f"{shown(model)}: neither a directory nor a shipped model", hint=near_names(model))
     return _from_hub(model)
