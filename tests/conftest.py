@@ -50,6 +50,12 @@ def model(tiny: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
+    """A finished checkpoint of the trained model; not to be changed."""
+    return quantize(small_job(tiny, tmp_path_factory.mktemp("finished") / "out")).out
+
+
+@pytest.fixture(scope="session")
 def calib() -> Path:
     return DATA / "calib.txt"
 

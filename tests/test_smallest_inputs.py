@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import small_job
 
 from qwenq.errors import CheckpointError
 from qwenq.io.json import parse_object
@@ -23,7 +22,6 @@ from qwenq.io.safetensors import (
     read_header,
 )
 from qwenq.model.spec import family_spec
-from qwenq.pipeline.quantize import quantize
 from qwenq.planning.models import load_model
 from qwenq.planning.sensitivity import prior
 from tests.conftest import run
@@ -99,12 +97,6 @@ def test_a_number_of_400_digits(words: list[str], model: Path, tmp_path: Path) -
 
 
 # ---------------------------------------------------------------------- files given as options
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tiny = Path(__file__).parent / "data" / "tiny-qwen2"
-    return quantize(small_job(tiny, tmp_path_factory.mktemp("finished") / "out")).out
 
 
 @pytest.mark.parametrize("value", [5e-324, 1e-320, 1e-300, 1e299])

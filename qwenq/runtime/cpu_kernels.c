@@ -58,7 +58,7 @@ typedef __m512 floats;
 typedef __m256i words;
 typedef __m256 floats;
 #define VECTORS 2
-#define MOST 2
+#define MOST 4
 #define LANES 8
 #define load_words(p) _mm256_loadu_si256((const __m256i *)(p))
 #define load_bytes(p) _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(p)))
@@ -83,7 +83,11 @@ typedef __m256 floats;
 #define larger(a, b) _mm256_max_ps(a, b)
 #define times(a, b) _mm256_mul_ps(a, b)
 #define times_plus(a, b, c) _mm256_fmadd_ps(a, b, c)
+#ifdef __AVXVNNI__
+#define dot(sum, w, x) _mm256_dpwssd_avx_epi32(sum, w, x)
+#else
 #define dot(sum, w, x) _mm256_add_epi32(sum, _mm256_madd_epi16(w, x))
+#endif
 INLINE float total(__m256 v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -224,7 +228,7 @@ INLINE void block_product(const uint8_t *codes, const char *scales, const float 
 #if MOST == 8
 #define CASES(B, H) CASE(B, H, 1); CASE(B, H, 2); CASE(B, H, 4); CASE(B, H, 8)
 #else
-#define CASES(B, H) CASE(B, H, 1); CASE(B, H, 2)
+#define CASES(B, H) CASE(B, H, 1); CASE(B, H, 2); CASE(B, H, 4)
 #endif
 
 static void product(const uint8_t *codes, const char *scales, const float *offsets, rounded r, int64_t inputs,
@@ -327,7 +331,7 @@ void multiply(const linear *w, const uint16_t *x, int64_t rows, char *scratch, v
         return;
     }
     for (int64_t m = 0; m < rows; count++) {
-        int64_t left = rows - m, size = left == 1 ? 1 : left == 2 || MOST == 2 ? 2 : left <= 4 ? 4 : MOST;
+        int64_t left = rows - m, size = left == 1 ? 1 : left == 2 ? 2 : left <= 4 ? 4 : MOST;
         tile t = {in_scratch(scratch, w, size), size, left < size ? left : size};
         round_rows(x + m * w->inputs, size, t.taken, w, t.x);
         scratch = (char *)(t.x.sums + w->inputs / w->group * size);

@@ -21,14 +21,6 @@ from qwenq.pipeline.quantize import quantize
 Make = Callable[..., Path]
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
-    """A finished checkpoint of the trained model; not to be changed."""
-    out = tmp_path_factory.mktemp("finished") / "out"
-    quantize(small_job(tiny, out))
-    return out
-
-
 @pytest.fixture
 def copy(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "copy"))
