@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from qwenq.cli.plain import FOLLOW_LINKS, follow_links, names_in, options_of, print_json, print_line, print_step
 from qwenq.errors import PlanError, UsageError
 from qwenq.planning.engines.base import engine_names
+from qwenq.planning.models import format_names
 from qwenq.planning.questions import Question, contexts_of, spread
 
 
@@ -55,7 +56,7 @@ FormatName = Annotated[
         WEIGHTS,
         "--format",
         metavar="NAME",
-        help="gptq, awq, compressed-tensors, bnb-nf4, bnb-int8, fp8, or a GGUF type.",
+        help=f"{', '.join(format_names())}, or a GGUF type.",
     ),
 ]
 TargetSize = Annotated[

@@ -224,6 +224,11 @@ def _gguf(spec: ModelSpec, asked: WeightsAsked, others: Mapping[str, object]) ->
     return gguf_weights(spec, BITS_TO_TYPE[bits])
 
 
+def format_names() -> list[str]:
+    """Formats that plans are made for by name, beside GGUF's types."""
+    return [*(name for name, form in FORMATS.items() if not form.whole_file), *SIZED]
+
+
 ALIASES = {"nf4": "bnb-nf4", "int8": "bnb-int8", "ct": "compressed-tensors"}
 
 
@@ -242,9 +247,8 @@ def _of_format(spec: ModelSpec, asked: WeightsAsked, mixed: Mapping[str, object]
             raise UsageError(f"--format {name} has no {(*said, '--pad-for-tp')[0]}", hint="leave it out")
         return published_weights(spec, name)
     if name not in FORMATS:
-        known = [*(name for name, form in FORMATS.items() if not form.whole_file), *SIZED]
         raise UsageError(
-            f"--format {shown(asked.format)}: wanted one of {', '.join(known)}",
+            f"--format {shown(asked.format)}: wanted one of {', '.join(format_names())}",
             hint="or a GGUF type, with --engine llama.cpp",
         )
     form = get_format(name)

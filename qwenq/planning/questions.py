@@ -304,7 +304,7 @@ def memory_chart(estimates: Sequence[MemoryEstimate], colour: bool) -> list[str]
             lines.append(f"{format_tokens(found.work.context):>7} {bar} {gpu.total_bytes / GIB:7.2f} GiB{over}")
             seen |= {term.name for term in gpu.terms}
     legend = [f"{_painted(MARKS[name], colour)} {TERM_NAMES[name]}" for name in MARKS if name in seen]
-    return [*lines, "        " + "  ".join(legend)]
+    return lines + ["        " + "  ".join(legend[k : k + 4]) for k in range(0, len(legend), 4)]
 
 
 def _bar(gpu: GpuMemory, scale: float, limit: int | None, colour: bool) -> str:
