@@ -105,8 +105,8 @@ def test_no_output_is_wrong_usage(tiny: Path) -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        ["quantize", "-o", "x"], ["quantize", "--dry-run"], ["eval", "--reference", "TINY"], ["run", "-p", "x"], ["serve"],
-        ["convert", "x", "--format", "awq"], ["inspect"], ["vram"], ["plan", "--gpu", "24GB"],
+        ["quantize", "-o", "x"], ["quantize", "--dry-run"], ["eval", "--reference", "TINY"], ["run", "-p", "x"],
+        ["serve"], ["convert", "x", "--format", "awq"], ["inspect"], ["vram"], ["plan", "--gpu", "24GB"],
     ],
     ids=" ".join,
 )  # fmt: skip
