@@ -61,7 +61,7 @@ def inspect(
             *([("context with YaRN", spec.extended_context)] if yarn else []),
             ("KV cache per token (16-bit)", f"{result.kv_bytes_per_token:,.0f} bytes"),
         ):
-            shape.add_row(label, f"{value:,}" if isinstance(value, int) else value)
+            shape.add_row(label, f"{value:,}" if isinstance(value, int) else str(value))
         for ranks, reason in result.tensor_parallel.items():
             shape.add_row(f"tensor parallel {ranks}", reason or "yes")
         out.print(shape)
