@@ -204,9 +204,7 @@ def sensitivity(
     device = pick_device(settings.device, several=False)
     found = measure_sensitivity(
         source,
-        split_windows(
-            windows, seed=settings.seed, asymmetric=bool(settings.asymmetric), format=settings.format
-        ),
+        split_windows(windows, seed=settings.seed, asymmetric=bool(settings.asymmetric), format=settings.format),
         compute_dtype=DTYPES[pick_compute_dtype(settings.compute_dtype, device)],
         device=device,
         scratch=scratch,
@@ -400,9 +398,7 @@ class PlanOptions(TypedDict, total=False):
 Context = int | str | Sequence[int | str] | None  # tokens: 8192, "8k", "1k,8k", [1024, "8k"]
 
 
-def estimate(
-    model: StrPath, gpu: str | None = None, context: Context = None, **options: Unpack[PlanOptions]
-) -> Spread:
+def estimate(model: StrPath, gpu: str | None = None, context: Context = None, **options: Unpack[PlanOptions]) -> Spread:
     """Memory of a model against context, for each GPU, each term with its provenance. Bytes.
 
     model: a family's name ("Qwen2.5-72B"), a directory or a hub name, of which headers alone are read. gpu: a rig, "2x
@@ -415,33 +411,32 @@ def estimate(
 
 
 def plan(
-    model: StrPath, gpu: str | None = None, context: int | str = "8k", **options: Unpack[PlanOptions]
+    model: StrPath, gpu: str | None = None, context: int | str | None = None, **options: Unpack[PlanOptions]
 ) -> Plan:
     """Placement of a model on a rig: whether it fits, its speed and the largest context. Bytes, tokens/s.
 
-    gpu: a rig, "2x RTX 3090"; without one this machine's GPUs and their free memory. What does not fit is answered, not
-    raised: `fits` is False. Raises PlanError for what is unknown.
+    gpu: a rig, "2x RTX 3090"; without one this machine's GPUs and their free memory. context: tokens; 8k by default, or
+    as far as the model goes. What does not fit is answered, not raised: `fits` is False. Raises PlanError for what is
+    unknown.
     """
     from qwenq.planning.plan import make_plan
-    from qwenq.planning.questions import contexts_of
+    from qwenq.planning.questions import context_of
     from qwenq.planning.rig import detect_rig
 
     question = _question(model, gpu, options)
     asked = (question if gpu is not None else replace(question, rig=detect_rig())).resolve()
-    (tokens,) = contexts_of(asked, _context(context))
-    return make_plan(asked.at(tokens))
+    return make_plan(asked.at(context_of(asked, _context(context))))
 
 
 def recommend(
-    model: StrPath, context: int | str = "8k", **options: Unpack[PlanOptions]
+    model: StrPath, context: int | str | None = None, **options: Unpack[PlanOptions]
 ) -> tuple[Recommendation, ...]:
     """Rigs of up to 8 equal GPUs that hold a model at a context: fewest cards first, then by price and power."""
     from qwenq.planning.plan import recommend as run
-    from qwenq.planning.questions import contexts_of
+    from qwenq.planning.questions import context_of
 
     asked = _question(model, None, options).resolve()
-    (tokens,) = contexts_of(asked, _context(context))
-    return run(asked.at(tokens))
+    return run(asked.at(context_of(asked, _context(context))))
 
 
 def _question(model: StrPath, gpu: str | None, options: PlanOptions) -> Question:

@@ -63,14 +63,32 @@ def read_headers(path: Path) -> Contents:
     return read_contents(spec, config, checkpoint_tensors(path), str(path))
 
 
+def refuse_file(path: Path) -> None:
+    """Raise CheckpointError for a file that is no GGUF file, in the place of a checkpoint."""
+    if path.is_file():
+        raise CheckpointError(
+            f"{shown(str(path))}: a file, wanted a checkpoint's directory or a *{ENDING} file",
+            hint=f"give the directory that holds it: {shown(str(path.parent))}",
+        )
+
+
+def refuse_no_config(directory: Path) -> None:
+    """Raise CheckpointError for a directory without a config.json."""
+    if not os.path.lexists(directory / "config.json"):
+        raise CheckpointError(
+            f"{shown(str(directory))}: no config.json", hint="give the directory of a Hugging Face checkpoint"
+        )
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """`config.json` of a checkpoint directory, or what says the same in a GGUF file."""
     if is_gguf(path):
         return open_gguf(path).config
+    refuse_file(path)
     if not path.is_dir():
-        hint = f"a GGUF file is named *{ENDING}" if path.is_file() else "give a checkpoint directory or a hub name"
-        raise CheckpointError(f"{path}: no such directory", hint=hint)
+        raise CheckpointError(f"{path}: no such directory", hint="give a checkpoint's directory or its GGUF file")
     refuse_adapter(path)
+    refuse_no_config(path)
     return read_object(inside(path, "config.json"))
 
 

@@ -355,4 +355,4 @@ def check_source(source: Path, named: Mapping[str, str]) -> Iterator[Finding]:
             yield Finding(shown(str(path)), error.message)
             continue
         if found != digest:
-            yield Finding(shown(str(path)), f"another file: SHA-256 {found}, quantized was {shown(digest, 64)}")
+            yield Finding(shown(str(path)), f"another file: SHA-256 {found}, wanted {shown(digest, 64)}")

@@ -43,7 +43,7 @@ class LayerProgress:
     def __init__(self, total: int | None = None, *, quiet: bool = False) -> None:
         self.total, self.quiet, self.done = total, quiet, 0  # None: told later, or never
         self.fallbacks: set[str] = set()  # kinds that were told
-        self.started = time.perf_counter()
+        self.started = 0.0  # when the first layer began: what goes before it is not repeated by the others
         self.live = sys.stderr.isatty() and not quiet
         self.bar = Progress(
             TextColumn("{task.description}", markup=False),
@@ -81,6 +81,7 @@ class LayerProgress:
 
     def layer(self, result: BlockResult) -> None:
         """A finished layer: its worst linear's error, seconds, time left."""
+        self.started = self.started or time.perf_counter() - result.seconds
         self.done += 1
         worst = result.worst if result.linears else None
         errors = f"worst {worst.shown_db:.1f} dB ({worst.name.rsplit('.', 1)[1]})" if worst else "kept in 16 bit"
@@ -93,9 +94,9 @@ class LayerProgress:
         elif not self.quiet:
             assert self.total is not None
             left = (self.total - result.layer - 1) * (time.perf_counter() - self.started) / self.done
-            stream = f", stream {result.stream_error_db:.1f} dB" if result.stream_error_db is not None else ""
+            states = f", hidden states {result.stream_error_db:.1f} dB" if result.stream_error_db is not None else ""
             print_step(
-                f"layer {result.layer + 1}/{self.total}  {errors}{stream}  {format_seconds(result.seconds)}  "
+                f"layer {result.layer + 1}/{self.total}  {errors}{states}  {format_seconds(result.seconds)}  "
                 f"left {format_seconds(left)}"
             )
 

@@ -42,6 +42,7 @@ def inspect(
         warn_of_shipped(model)
     for line in found.notes:
         warn(line)
+    yarn = spec.extended_context > spec.max_position_embeddings
     if json:
         print_json(result.to_json())
     else:
@@ -56,10 +57,11 @@ def inspect(
             ("FFN size", spec.intermediate_size),
             ("vocabulary", spec.vocab_size),
             ("head tied to the embedding", "yes" if spec.tie_word_embeddings else "no"),
-            ("positions, extended by YaRN", f"{spec.max_position_embeddings}, {spec.extended_context}"),
-            ("KV cache per token (16-bit)", f"{result.kv_bytes_per_token:.0f} bytes"),
+            ("context in tokens", spec.max_position_embeddings),
+            *([("context with YaRN", spec.extended_context)] if yarn else []),
+            ("KV cache per token (16-bit)", f"{result.kv_bytes_per_token:,.0f} bytes"),
         ):
-            shape.add_row(label, str(value))
+            shape.add_row(label, f"{value:,}" if isinstance(value, int) else str(value))
         for ranks, reason in result.tensor_parallel.items():
             shape.add_row(f"tensor parallel {ranks}", reason or "yes")
         out.print(shape)
@@ -77,6 +79,6 @@ def inspect(
             out.print(f"disagrees: {line}", soft_wrap=True)
     if result.disagreements:
         more = f", and {len(result.disagreements) - 1} more" if len(result.disagreements) > 1 else ""
-        raise HonestNo(
-            f"{model}: {result.disagreements[0]}{more}", hint="take config and weights from the same repository"
-        )
+        stated = result.disagreements[0].startswith("parameters: ")
+        hint = "is it another model's card?" if stated else "take config and weights from the same repository"
+        raise HonestNo(f"{model}: {result.disagreements[0]}{more}", hint=hint)

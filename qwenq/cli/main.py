@@ -241,10 +241,26 @@ class _Plainly:
 
     def __call__(self, ctx: Any, value: Any) -> Any:
         parameter = self.parameter
+        if isinstance(value, str) and not ctx.resilient_parsing and (wanted := self.missed(value)):
+            raise typer.BadParameter(f"{value[:40]!r}, wanted {wanted}", ctx=ctx, param=parameter)
         plain = _plain(self.kind, value, parameter.min, parameter.max)
         if plain is None and (value is not None or parameter.required):
             return type(parameter).process_value(parameter, ctx, value)
         return parameter.callback(ctx, parameter, plain) if parameter.callback is not None else plain
+
+    def missed(self, text: str) -> str:
+        """The number, or the argument, that was wanted in the place of a text that is none, in words; else nothing."""
+        least, most, names = self.parameter.min, self.parameter.max, {int: "a whole number", float: "a number"}
+        if self.kind not in names:
+            return "a name or a path" if text == "" and self.parameter.param_type_name == "argument" else ""
+        try:
+            number = self.kind(text)
+        except ValueError:
+            number = None
+        if number is not None and (least is None or number >= least) and (most is None or number <= most):
+            return ""
+        low = "" if least is None else f" from {least:g}" if most is not None else f" of at least {least:g}"
+        return names[self.kind] + low + ("" if most is None else f" to {most:g}")
 
 
 def _plain(kind: Any, value: Any, least: float | None, most: float | None) -> Any:

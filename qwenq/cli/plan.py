@@ -37,7 +37,7 @@ from qwenq.errors import HonestNo, UsageError
 from qwenq.planning.case import Case
 from qwenq.planning.engines.base import plan_commands
 from qwenq.planning.plan import HOST_PROCESS, Plan, Recommendation, describe_gpu, make_plan, recommend
-from qwenq.planning.questions import Question, contexts_of
+from qwenq.planning.questions import Question, context_of
 from qwenq.units import GIB, format_gb, format_tokens
 
 
@@ -46,8 +46,11 @@ def plan(
     model: Model,
     context: Annotated[
         str,
-        typer.Option("--context", "--max-model-len", "-c", metavar="N", help="Such as 16k.", rich_help_panel=WORKLOAD),
-    ] = "8k",
+        typer.Option(
+            "--context", "--max-model-len", "-c", metavar="N", help="Such as 16k. Default: 8k.",
+            rich_help_panel=WORKLOAD, show_default=False,
+        ),
+    ] = "",
     gpu: GpuRig = None,
     detect: Annotated[
         bool, typer.Option("--detect", help="Use this machine's GPUs and their free memory.", rich_help_panel=RIG)
@@ -89,10 +92,7 @@ def plan(
     asked = options_of(context_, Question, rig=rig).resolve()
     for line in asked.notes:
         print_step(f"warning: {line}")
-    contexts = contexts_of(asked, context)
-    if len(contexts) != 1:
-        raise UsageError("wanted one context", hint="`qwenq vram` accepts several")
-    case = asked.at(contexts[0])
+    case = asked.at(context_of(asked, context))
     if recommend_rigs:
         rigs = recommend(case)
         if as_json:

@@ -15,7 +15,7 @@ from qwenq.cli.console import LayerProgress, drift_table, err, out, warn
 from qwenq.cli.options import warn_of_shipped
 from qwenq.cli.plain import options_of, print_json, print_step, typed
 from qwenq.cli.ranks import fetched_once, over_ranks
-from qwenq.errors import ExcludedOptions, PlanError
+from qwenq.errors import ExcludedOptions, UsageError
 from qwenq.formats.base import get_format, label_of
 from qwenq.launch import refuse_ranks
 from qwenq.model.spec import ModelSpec, family_spec
@@ -91,7 +91,7 @@ def quantize(
         refuse_ranks("quantize --dry-run", "start it once, with --ranks")
         _dry_run(model, config, place, save_recipe, json, ranks, network)
     elif place is None:
-        raise PlanError("no output directory", hint="give one with -o DIR")
+        raise UsageError("no output directory", hint="give one with -o DIR")
     else:
         _quantize(model, config, place, resume, json)
 
@@ -183,11 +183,13 @@ def _sizes_table(found: DryRun, mixture: str) -> Table:
     check = found.preflight
     table = Table(title=f"dry run: {check.model} to {mixture or check.scheme} ({check.format})")
     table.add_column("part")
-    table.add_column("", justify="right")
+    table.add_column("size", justify="right")
     for stage, label in check.schemes.items():
         table.add_row(f"{stage}: {label}", format_gb(check.stage_bytes[stage]))
-    table.add_row("all tensors", f"{format_gb(check.tensor_bytes)} ({check.tensor_bytes} bytes)")
-    table.add_row("files", f"{format_gb(check.file_bytes)} ({check.file_bytes} bytes)")
+    rest = check.tensor_bytes - sum(check.stage_bytes.values())
+    table.add_row("embedding, head, norms and biases", format_gb(rest))
+    table.add_row("all tensors", f"{format_gb(check.tensor_bytes)} ({check.tensor_bytes:,} bytes)")
+    table.add_row("files", f"{format_gb(check.file_bytes)} ({check.file_bytes:,} bytes)")
     table.add_row("source tensors", format_gb(check.source_tensor_bytes))
     table.add_row("bits per linear weight", f"{check.bits_per_linear_weight:.3f}")
     peaks = [("", check.peak_ram_bytes, check.peak_vram_bytes)]
@@ -213,8 +215,8 @@ def _sizes_table(found: DryRun, mixture: str) -> Table:
     if not found.local:
         table.add_row("additional download of the source", format_gb(check.source_tensor_bytes))
     table.add_row("disk free", format_gb(check.disk_free_bytes or 0))
-    for ranks, reason in check.tensor_parallel.items():
-        table.add_row(f"tensor parallel {ranks}", reason or "yes")
+    for sizes, verdict in (line.split(": ", 1) for line in found.tensor_parallel):
+        table.add_row(f"tensor parallel {sizes}", verdict)
     return table
 
 

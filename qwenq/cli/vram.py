@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from qwenq.cli.plain import FOLLOW_LINKS, follow_links, names_in, options_of, print_json, print_line, print_step
 from qwenq.errors import PlanError, UsageError
 from qwenq.planning.engines.base import engine_names
+from qwenq.planning.models import format_names
 from qwenq.planning.questions import Question, contexts_of, spread
 
 
@@ -51,7 +52,12 @@ GroupSize = Annotated[
 ]
 FormatName = Annotated[
     str,
-    _option(WEIGHTS, "--format", metavar="NAME", help="gptq, awq, compressed-tensors, nf4, int8, fp8, or a GGUF type."),
+    _option(
+        WEIGHTS,
+        "--format",
+        metavar="NAME",
+        help=f"{', '.join(format_names())}, or a GGUF type.",
+    ),
 ]
 TargetSize = Annotated[
     str | None, _option(WEIGHTS, "--target-size", metavar="SIZE", help="Mixed bits as chosen by quantize, e.g. 47GB.")
@@ -216,9 +222,7 @@ def gpus_command(as_json: Json = False) -> None:
 
 @vram_app.command("serve")
 def serve_command(
-    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = (
-        "127.0.0.1"
-    ),
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = ("127.0.0.1"),
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any free port.")] = 8321,
     allowed_hosts: Annotated[
         str, typer.Option("--allowed-hosts", help="Host names to accept besides IP addresses and local names; *: any.")

@@ -298,9 +298,10 @@ def listen(host: str, port: int) -> socket.socket:
         bound.listen(128)
     except OSError as error:
         bound.close()
+        elsewhere = error.errno == errno.EADDRNOTAVAIL or isinstance(error, socket.gaierror)
         raise RunError(
             f"cannot listen on {host} port {port}: {error.strerror or error}",
-            hint=f"choose another with {'--host' if error.errno == errno.EADDRNOTAVAIL else '--port'}",
+            hint=f"choose another with {'--host' if elsewhere else '--port'}",
         ) from None
     return bound
 

@@ -388,7 +388,7 @@ def _explain(error: Exception, name: str) -> HubError:
     kind = type(error).__name__
     if kind in ("ConnectError", "ConnectTimeout", "PoolTimeout", "ProxyError", "UnsupportedProtocol", "InvalidURL"):
         return HubError(
-            f"{name}: {_host()} cannot be reached ({_one_line(error)})",
+            f"{name}: no directory here, and {_host()} cannot be reached ({_one_line(error)})",
             hint="check the network and HF_ENDPOINT; HF_HUB_OFFLINE=1 uses what is in the cache",
         )
     # Every other transport error of the HTTP library, and the size check that follows a download.

@@ -45,7 +45,7 @@ def checkpoint_tensors(directory: Path) -> dict[str, TensorLocation]:
     directory = Path(directory)
     if not directory.is_dir():
         raise CheckpointError(
-            f"{shown(str(directory))}: not a directory", hint="give the folder that holds config.json"
+            f"{shown(str(directory))}: not a directory", hint="give the directory that holds config.json"
         )
     if os.path.lexists(directory / SINGLE_NAME):
         return read_header(inside(directory, SINGLE_NAME))

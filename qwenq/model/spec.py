@@ -299,4 +299,4 @@ def near_names(name: str) -> str:
     near = difflib.get_close_matches(name.lower().rpartition("/")[2], families, n=3, cutoff=0.75)
     if near:
         return f"near: {', '.join(families[key] for key in near)}"
-    return "a shipped name such as Qwen2.5-72B or Llama-3.1-8B, a hub name such as Qwen/Qwen2.5-72B, or a folder"
+    return "a shipped name such as Qwen2.5-72B or Llama-3.1-8B, a hub name such as Qwen/Qwen2.5-72B, or a directory"

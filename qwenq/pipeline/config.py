@@ -247,8 +247,8 @@ class QuantizeConfig:
             parse_size(self.target_size)
         if self.bpw is not None:
             _bits(self.bpw)
-        if self.fit is not None:
-            parse_tokens(self.context or "8k")
+        if self.fit is not None and self.context is not None:
+            parse_tokens(self.context)
         for name in ("gguf_type", "split_size"):
             if getattr(self, name) is not None and not form.whole_file:
                 raise ExcludedOptions(f"{flag(name)} goes with --format gguf")
@@ -375,7 +375,7 @@ class QuantizeConfig:
             if self.mixture and self.uniform(wide) == self.uniform(spec):
                 raise PlanError(
                     f"--pad-for-tp: every tensor of {self.mixture} has the same type without it",
-                    hint="leave it out: zeros buy nothing here",
+                    hint="leave it out",
                 )
             return wide
         return widened(spec, self.pad_for_tp, None if self.mixed else Recipe(self.scheme(), format=self.format))
@@ -408,7 +408,7 @@ class QuantizeConfig:
             return choose_for_bytes(spec, table, parse_size(self.target_size), dtype_of, self.format, beside=held)
         if self.bpw is not None:
             return choose_for_bits(spec, table, _bits(self.bpw), dtype_of, self.format, beside=held)
-        from qwenq.planning.case import Case, Workload
+        from qwenq.planning.case import Case, Workload, default_context
         from qwenq.planning.engines.base import engine_names, get_engine
         from qwenq.planning.rig import parse_rig
         from qwenq.planning.weights import recipe_weights
@@ -420,7 +420,7 @@ class QuantizeConfig:
                 f"--engine {engine.name}: --fit plans --format {self.format} for other engines",
                 hint=form.engine if form.whole_file else engine_names(checkpoints=True),
             )
-        work = Workload(parse_tokens(self.context or "8k"), 1)
+        work = Workload(parse_tokens(self.context) if self.context else default_context(spec), 1)
         case = Case(spec, recipe_weights(spec, Recipe(None)), engine, work, parse_rig(self.fit))
         return choose_for_rig(case, table, dtype_of, self.format, held)
 
@@ -492,7 +492,7 @@ def _bits(text: str) -> Fraction:
     try:
         return Fraction(text)
     except (ValueError, ZeroDivisionError):
-        raise PlanError(f"--bpw {text[:40]}: not a number of bits", hint="for instance 5.0") from None
+        raise UsageError(f"--bpw {text[:40]}: not a number of bits", hint="for instance 5.0") from None
 
 
 # ---------------------------------------------------------------------- on a model, on a machine

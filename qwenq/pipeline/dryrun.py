@@ -35,6 +35,7 @@ from qwenq.pipeline.source import source_shapes
 from qwenq.planning.budget import Budgeted
 from qwenq.planning.rig import sees_gpu
 from qwenq.planning.sensitivity import OUTER, solved_schemes
+from qwenq.planning.tensor_parallel import lines_of_recipe
 from qwenq.units import format_gb
 
 _TEXT_FILES = (".txt", ".md", ".jsonl", ".json", ".parquet", ".npy", ".gz")
@@ -80,6 +81,7 @@ class DryRun:
     budgeted: Budgeted | None  # the mixture, if one was asked for
     sensitivity_bytes: tuple[int, int] | None  # peaks of measuring them, host and GPU; None when they are not measured
     assumed: Assumed
+    tensor_parallel: tuple[str, ...]  # `2, 4: yes`, or why not; none of GGUF
     local: bool  # the source is on this machine
     warnings: tuple[str, ...]
     network: str = ""  # between ranks: 10gbps
@@ -177,7 +179,9 @@ def dry_run(
     if found.config.mixture:
         warnings += get_format(config.format).notes(found.config.mixture, found.spec)
     warnings += _lacking(check, measuring, output is None)
-    return DryRun(check, found.spec, found.budgeted, measuring, assumed, local, (*source.notes, *warnings), network)
+    cut = tuple(lines_of_recipe(found.spec, found.recipe))
+    warnings = [*source.notes, *warnings]
+    return DryRun(check, found.spec, found.budgeted, measuring, assumed, cut, local, tuple(warnings), network)
 
 
 def _check_ranks(ranks: int, network: str) -> None:

@@ -19,7 +19,7 @@ from qwenq.formats.base import Recipe, Scheme, get_format
 from qwenq.io.json import resolved
 from qwenq.io.safetensors import FLOAT_NAMES, FLOATS
 from qwenq.io.tensors import TORCH_DTYPES, all_finite
-from qwenq.machine import numerics
+from qwenq.machine import numerics, return_freed_memory
 from qwenq.pipeline.activations import TokenSets
 from qwenq.pipeline.block import SolverOptions
 from qwenq.pipeline.config import (
@@ -176,7 +176,9 @@ class QuantizeJob:
     @cached_property
     def container(self) -> Beside:
         """What these files hold beside tensors."""
-        return containers(self.source, self.config)(self.source.spec, self.recipe)
+        found = containers(self.source, self.config)(self.source.spec, self.recipe)
+        return_freed_memory()  # a tokenizer's JSON takes more than what is kept of it
+        return found
 
     @property
     def converts(self) -> bool:

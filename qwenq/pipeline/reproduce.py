@@ -68,11 +68,11 @@ def reproduce(
         torch.set_num_threads(_threads(then))
         calibrator = job.workers(DTYPES[job.config.calibration_dtype], job.calibration)
         if job.head_windows:
-            listen("the embedding, which is the head too: making it again")
+            listen("the embedding, which is the head too: recomputing")
             tensors, _ = solve_head(job, calibrator, tied_hessian(job, calibrator, job.source.finite_layer_state))
             if problem := _difference(tensors, written):
                 file = first or job.files.file_of(0)
-                return (), [Finding(file, f"the embedding, made again, {problem}{_why(then, here)}")]
+                return (), [Finding(file, f"the embedding, recomputed, {problem}{_why(then, here)}")]
         embedded = written if job.head_windows else None
         states = embed_tokens(job.source, job.tokens(), Path.cwd(), job.convert, written=embedded)
         both = {"calibration": calibrator, "original": calibrator}
@@ -83,13 +83,13 @@ def reproduce(
                     listen(f"layer {layer}: replaying")
                     runner.replay(layer, job.source.finite_layer_state, written.layer_state)
                 continue
-            listen(f"layer {layer}: making it again")
+            listen(f"layer {layer}: recomputing")
             state = job.source.finite_layer_state(layer)
             tensors, _ = make_layer(job, calibrator, layer, state, states, StageClock())
             made.append(layer)
             if problem := _difference(tensors, written):
                 file = first or job.files.file_of(layer + 1)
-                findings.append(Finding(file, f"layer {layer}, made again, {problem}{_why(then, here)}"))
+                findings.append(Finding(file, f"layer {layer}, recomputed, {problem}{_why(then, here)}"))
                 break  # what follows would be made from other hidden states
     finally:
         torch.set_num_threads(here["threads"])
@@ -149,7 +149,7 @@ def _calibration(text: Any, seed: int, source: Checkpoint, given: str | None) ->
         raise CheckpointError(f"{MANIFEST_NAME}: job.calibration does not say which text was read") from None
     if given is None and name not in set_names():
         raise CalibrationError(
-            f"calibrated on {name!r}, a file whose place is not known", hint="name it: --calibration FILE"
+            f"calibrated on {name!r}, a file whose path is not known", hint="pass it with --calibration FILE"
         )
     tokenizer = ModelTokenizer(source.directory)
     for asked in (None, count):  # all there are up to a limit, or so many, which draws others

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qwenq.checkpoint.contents import refuse_file
 from qwenq.errors import PlanError
 from qwenq.io.gguf import ENDING, gguf_model
 from qwenq.io.json import shown
@@ -32,13 +33,14 @@ def model_directory(model: str, listen: Callable[[str], None] = lambda line: Non
 
 
 def no_checkpoint(model: str, hint: str = "") -> PlanError:
-    """The refusal of what is neither a directory nor a hub name."""
+    """The refusal of what is neither a directory nor a hub name; that of a file is raised."""
+    refuse_file(Path(model))
     family = family_spec(model)
     if not hint and family is not None:
         hint = f"{family.name} is a family, for sizes and plans; a checkpoint is Qwen/{family.name} or a directory"
     return PlanError(
         f"{shown(model)}: neither a directory nor a hub name (owner/name)",
-        hint=hint or "give the folder that holds config.json, or for instance Qwen/Qwen2.5-7B-Instruct",
+        hint=hint or "give the directory that holds config.json, or for instance Qwen/Qwen2.5-7B-Instruct",
     )
 
 

@@ -86,6 +86,11 @@ class Case:
         return self.asking(context=context, prompt=0)
 
 
+def default_context(spec: ModelSpec) -> int:
+    """Tokens that a plan is for where none are asked for: 8k, or as far as the model goes."""
+    return min(8192, spec.extended_context)
+
+
 def check_context(spec: ModelSpec, work: Workload) -> None:
     """PlanError when the context is beyond what the model's card allows."""
     if work.context > spec.extended_context:

@@ -9,7 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qwenq.checkpoint.contents import Contents, read_config, read_contents, read_headers, refuse_adapter
+from qwenq.checkpoint.contents import (
+    Contents,
+    read_config,
+    read_contents,
+    read_headers,
+    refuse_adapter,
+    refuse_file,
+    refuse_no_config,
+)
 from qwenq.errors import CheckpointError, PlanError, UsageError
 from qwenq.escaping import printable
 from qwenq.formats.base import FORMATS, SIZED, Recipe, Scheme, get_format
@@ -217,6 +225,11 @@ def _gguf(spec: ModelSpec, asked: WeightsAsked, others: Mapping[str, object]) ->
     return gguf_weights(spec, BITS_TO_TYPE[bits])
 
 
+def format_names() -> list[str]:
+    """Formats that plans are made for by name, beside GGUF's types."""
+    return [*(name for name, form in FORMATS.items() if not form.whole_file), *SIZED]
+
+
 ALIASES = {"nf4": "bnb-nf4", "int8": "bnb-int8", "ct": "compressed-tensors"}
 
 
@@ -235,9 +248,8 @@ def _of_format(spec: ModelSpec, asked: WeightsAsked, mixed: Mapping[str, object]
             raise UsageError(f"--format {name} has no {(*said, '--pad-for-tp')[0]}", hint="leave it out")
         return published_weights(spec, name)
     if name not in FORMATS:
-        known = [*(name for name, form in FORMATS.items() if not form.whole_file), *SIZED]
         raise UsageError(
-            f"--format {shown(asked.format)}: wanted one of {', '.join(known)}",
+            f"--format {shown(asked.format)}: wanted one of {', '.join(format_names())}",
             hint="or a GGUF type, with --engine llama.cpp",
         )
     form = get_format(name)
@@ -278,7 +290,8 @@ def _find(model: str) -> Model:
         refuse_experts(model)
     if os.path.isdir(path):
         refuse_adapter(path)
-        raise CheckpointError(f"{shown(model)}: no config.json", hint="give the folder of a Hugging Face checkpoint")
+        refuse_no_config(path)
+    refuse_file(path)
     if os.path.exists(path) or model.startswith(("/", ".", "~")) or model.count("/") != 1:
         raise CheckpointError(f"{shown(model)}: neither a directory nor a shipped model", hint=near_names(model))
     return _from_hub(model)

@@ -13,7 +13,7 @@ from typing import Any
 
 from qwenq.errors import PlanError, UsageError
 from qwenq.model.spec import ModelSpec
-from qwenq.planning.case import Case, Workload, check_context
+from qwenq.planning.case import Case, Workload, check_context, default_context
 from qwenq.planning.engines.base import Engine, get_engine, readers
 from qwenq.planning.memory import TERM_NAMES, GpuMemory, MemoryEstimate
 from qwenq.planning.models import Model, WeightsAsked, load_model, model_weights
@@ -178,6 +178,16 @@ def contexts_of(question: Resolved, text: str) -> list[int]:
     return contexts
 
 
+def context_of(question: Resolved, text: str) -> int:
+    """The one context asked for; without it 8k, or as far as the model goes."""
+    if not text:
+        return default_context(question.spec)
+    contexts = contexts_of(question, text)
+    if len(contexts) != 1:
+        raise UsageError("wanted one context", hint="`qwenq vram` accepts several")
+    return contexts[0]
+
+
 @dataclass(frozen=True)
 class Spread:
     """Estimates of one question over several contexts."""
@@ -228,26 +238,28 @@ class Spread:
     def _table(self) -> list[str]:
         q = self.question
         names = [n for n in TERM_NAMES if any(g.term(n) for found in self.estimates for g in found.gpus)]
-        short = {"activations": "activ.", "dequantization": "dequant.", "graphs": "graphs", "non_torch": "libs"}
-        short["context"] = "CUDA"
+        short = {"kv_cache": "KV", "activations": "activ.", "dequantization": "dequant.", "graphs": "graphs"}
+        short |= {"non_torch": "libs", "context": "CUDA"}
         head = [short.get(name, TERM_NAMES[name]) for name in names]
-        lines = [
-            f"{'GiB per GPU':<26}{'context':>8}"
-            + "".join(f"{h:>10}" for h in head)
-            + f"{'total':>9}  {'range':<15} fits"
-        ]
+        rows: list[list[str] | str] = [["GiB per GPU", "context", *head, "total", "range", "fits" if q.rig else ""]]
         for found in self.estimates:
             for index, gpu in enumerate(found.gpus):
-                cells = "".join(f"{gpu.term(name) / GIB:>10.2f}" for name in names)
+                cells = [f"{n_bytes / GIB:.2f}" for n_bytes in (*map(gpu.term, names), gpu.total_bytes)]
                 span = f"{gpu.low_bytes / GIB:.2f}-{gpu.high_bytes / GIB:.2f}"
                 fits = {None: "", True: "yes", False: "no"}[gpu.fits]
-                lines.append(
-                    f"{f'{index} {gpu.name}':<26}{format_tokens(found.work.context):>8}{cells}"
-                    f"{gpu.total_bytes / GIB:>9.2f}  {span:<15} {fits}"
-                )
+                rows.append([f"{index} {gpu.name}", format_tokens(found.work.context), *cells, span, fits])
             if found.kv_capacity_tokens is not None:
-                lines.append(f"{'':<26}{'':>8}  {q.engine.title}'s KV cache holds {found.kv_capacity_tokens} tokens")
-        return lines
+                rows.append(f"  {q.engine.title}'s KV cache holds {found.kv_capacity_tokens} tokens")
+        widths = [max(map(len, column)) for column in zip(*(row for row in rows if isinstance(row, list)), strict=True)]
+        return [row if isinstance(row, str) else _aligned(row, widths) for row in rows]
+
+
+def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
+    """The first cell at the left of its column, the others at the right."""
+    first, *rest = (
+        f"{cell:{'<' if k == 0 else '>'}{width}}" for k, (cell, width) in enumerate(zip(row, widths, strict=True))
+    )
+    return " ".join([first, *rest]).rstrip()
 
 
 def spread(question: Resolved, contexts: Sequence[int]) -> Spread:
@@ -256,7 +268,7 @@ def spread(question: Resolved, contexts: Sequence[int]) -> Spread:
     return Spread(question, tuple(question.engine.estimate(case, question.tensor_parallel) for case in cases))
 
 
-_WIDTH = 60  # characters of a bar
+_WIDTH = 52  # characters of a bar
 # ASCII letter and ANSI colour of each term
 MARKS = {
     "weights": ("#", 34),
@@ -292,7 +304,7 @@ def memory_chart(estimates: Sequence[MemoryEstimate], colour: bool) -> list[str]
             lines.append(f"{format_tokens(found.work.context):>7} {bar} {gpu.total_bytes / GIB:7.2f} GiB{over}")
             seen |= {term.name for term in gpu.terms}
     legend = [f"{_painted(MARKS[name], colour)} {TERM_NAMES[name]}" for name in MARKS if name in seen]
-    return [*lines, "        " + "  ".join(legend)]
+    return lines + ["        " + "  ".join(legend[k : k + 4]) for k in range(0, len(legend), 4)]
 
 
 def _bar(gpu: GpuMemory, scale: float, limit: int | None, colour: bool) -> str:

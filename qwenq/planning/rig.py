@@ -157,6 +157,8 @@ def find_gpu(name: str) -> Gpu:
         return _by_memory(name.strip(), float(memory[1]))
     if memory := _MAC.fullmatch(name):
         return _mac(float(memory[1] or memory[2]))
+    if re.fullmatch(r"\s*\d{1,3}\s*", name):
+        raise UsageError(f"GPU {name!r} has no unit", hint=f'for any card with so much memory: "{name.strip()}GB"')
     found = matching_gpus(name)
     others = [other for gpu in found for other in _UNLISTED.get(gpu.name, ()) if _stated_memory(name) is None]
     if len(found) == 1 and not others:

@@ -98,6 +98,11 @@ def sizes_of_recipe(spec: ModelSpec, recipe: Recipe) -> dict[str, str]:
     return {} if get_format(recipe.format).whole_file else tensor_parallel_sizes(spec, row_groups(spec, recipe))
 
 
+def lines_of_recipe(spec: ModelSpec, recipe: Recipe) -> list[str]:
+    """`tensor_parallel_lines` likewise."""
+    return [] if get_format(recipe.format).whole_file else tensor_parallel_lines(spec, row_groups(spec, recipe))
+
+
 def row_groups(spec: ModelSpec, recipe: Recipe) -> RowGroups:
     """Group sizes of the linears that tensor parallelism cuts by input."""
     found: dict[str, set[int]] = {stage.name: set() for stage in cut_by_input(spec)}

@@ -231,7 +231,8 @@ def check_disk(directory: Path, need: int) -> None:
 def describe(found: Loaded) -> list[str]:
     """Lines that describe what was loaded."""
     model = found.model
-    kinds = ", ".join(f"{count} {kind}" for kind, count in model.kernels().items()) or "16-bit linears"
+    counts = ", ".join(f"{count} {kind}" for kind, count in model.kernels().items())
+    kinds = f"linears by kernel: {counts}" if counts else "16-bit linears"
     where = ", ".join(device_name(device) for device in model.devices)
     lines = [
         f"loaded in {found.seconds:.1f}s on {where}: {kinds}; {str(model.dtype)[6:]} activations; "

@@ -203,7 +203,7 @@ def _corpus(name: str, sample: Sample = Sample(), strict: bool = False) -> Corpu
     path = Path(name)
     if not os.path.lexists(path):
         raise CalibrationError(
-            f"{name}: no such calibration set or file", hint=f"sets: {', '.join(set_names())}; files: {ENDINGS}"
+            f"{name}: no such file, nor a set of that name", hint=f"sets: {', '.join(set_names())}; files: {ENDINGS}"
         )
     return read_corpus(path, sample, strict)
 

@@ -97,6 +97,8 @@ def read_corpus(path: Path, sample: Sample = Sample(), strict: bool = False) -> 
     ending, packed = path.suffix.lower(), False
     if ending == ".gz":
         ending, packed = path.with_suffix("").suffix.lower(), True
+    if path.is_dir():
+        raise CalibrationError(f"{path}: a directory, wanted a file", hint=ENDINGS)
     if ending not in _KINDS and (packed or ending != ".parquet"):
         raise CalibrationError(f"{path}: cannot read {path.suffix or 'a file without an ending'}", hint=ENDINGS)
     with open_regular(path, CalibrationError) as file:

@@ -79,7 +79,74 @@ def test_usage_errors_exit_with_2(arguments: list[str]) -> None:
     assert result.exit_code == 2 and result.stdout == "" and "Usage:" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["quantize", "m", "--bits", "four"], "Invalid value for '--bits': 'four', wanted a whole number"),
+        (["quantize", "m", "-n", "0"], "'-n': '0', wanted a whole number of at least 1"),
+        (["quantize", "m", "--damp-percent", "1%"], "'--damp-percent': '1%', wanted a number from 0 to 1"),
+        (["vram", "serve", "--port", "99999"], "'--port': '99999', wanted a whole number from 0 to 65535"),
+        (["plan", "", "--gpu", "24GB"], "Invalid value for 'MODEL': '', wanted a name or a path"),
+        (["verify", ""], "Invalid value for 'CHECKPOINT': '', wanted a name or a path"),
+    ],
+    ids=" ".join,
+)
+def test_usage_errors_say_what_was_got_and_wanted(arguments: list[str], said: str) -> None:
+    result = run(*arguments)
+    told = " ".join(result.stderr.replace("│", " ").split())
+    assert result.exit_code == 2 and said in told, result.stderr
+
+
+def test_no_output_is_wrong_usage(tiny: Path) -> None:
+    refusal(run("quantize", tiny), "no output directory", "give one with -o DIR", code=2)
+    refusal(run("quantize", tiny, "--bpw", "x", "--dry-run"), "--bpw x: not a number of bits", "for instance 5.0", 2)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["quantize", "-o", "x"], ["quantize", "--dry-run"], ["eval", "--reference", "TINY"], ["run", "-p", "x"],
+        ["serve"], ["convert", "x", "--format", "awq"], ["inspect"], ["vram"], ["plan", "--gpu", "24GB"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_what_is_no_checkpoint_is_said_alike(words: list[str], tiny: Path, tmp_path: Path) -> None:
+    command, *rest = (str(tiny) if word == "TINY" else word for word in words)
+    wanted = f"{tiny / 'config.json'}: a file, wanted a checkpoint's directory or a *.gguf file"
+    refusal(run(command, tiny / "config.json", *rest), wanted, f"give the directory that holds it: {tiny}")
+    no_config = f"{tmp_path}: no config.json"
+    refusal(run(command, tmp_path, *rest), no_config, "give the directory of a Hugging Face checkpoint")
+
+
+def test_time_left_counts_layers_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Hashing the source takes an hour, and each of 3 layers 10 s."""
+    from qwenq.cli import console
+    from qwenq.results import BlockResult
+
+    now = [0.0]
+    monkeypatch.setattr(console.time, "perf_counter", lambda: now[0])
+    tell = console.LayerProgress(3)
+    now[0] = 3600.0
+    for layer in range(3):
+        now[0] += 10
+        tell(BlockResult(layer, (), None, 10.0, {}))
+    left = [line.rpartition("left ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert left == ["20.0s", "10.0s", "0.0s"]
+
+
 # ---------------------------------------------------------------------- dry run
+
+
+def test_parts_of_a_dry_run_add_up(tmp_path: Path) -> None:
+    found = run("quantize", "Qwen2.5-72B", "--dry-run").stdout
+    sizes = re.findall(r"│ (.+?) +│ +([\d.]+) GB(?: \([\d,]+ bytes\))? │", found)
+    names = [name for name, _ in sizes]
+    parts = sizes[: names.index("all tensors")]
+    assert [name.partition(":")[0] for name, _ in parts] == [
+        "qkv", "o", "gate_up", "down", "embedding, head, norms and biases",
+    ]  # fmt: skip
+    assert sum(float(size) for _, size in parts) == pytest.approx(float(dict(sizes)["all tensors"]), abs=0.03)
+    assert "│ tensor parallel 2, 4, 8 " in found and "│ tensor parallel 4 " not in found
 
 
 @pytest.mark.parametrize(("bits", "wanted"), [(4, 41_489_965_056), (8, 76_870_557_696)])
@@ -194,9 +261,7 @@ def test_errors_of_quantize(command: Callable[..., list[str]], tiny: Path, tmp_p
     (tmp_path / "there").mkdir()
     (tmp_path / "empty.txt").touch()
     (tmp_path / "short.txt").write_text("a few words")
-    (tmp_path / "bare").mkdir()
     cases: list[tuple[list[str], str, str | None]] = [
-        (command(output=None), "no output directory", "give one with -o DIR"),
         (
             command(format="awq", bits=8),
             "format awq cannot hold 8-bit g32 asym",
@@ -237,7 +302,6 @@ def test_errors_of_quantize(command: Callable[..., list[str]], tiny: Path, tmp_p
             f"{tiny.parent}/calib.txt: windows of 1024 tokens, the model reads 512",
             "--sequence-length 512 or less",
         ),
-        (command(tmp_path / "bare"), f"{tmp_path}/bare/config.json: No such file or directory", None),
     ]
     for arguments, message, hint in cases:
         refusal(run(*arguments), message, hint)
@@ -319,7 +383,7 @@ def test_quantize_in_words(command: Callable[..., list[str]], tmp_path: Path) ->
         last,
     )
     layers = [line for line in result.stderr.splitlines() if line.startswith("layer ")]
-    pattern = r"layer %d/4  worst -[\d.]+ dB \(\w+_proj\), stream -[\d.]+ dB  [\d.]+s  left [\dhms.]+"
+    pattern = r"layer %d/4  worst -[\d.]+ dB \(\w+_proj\), hidden states -[\d.]+ dB  [\d.]+s  left [\dhms.]+"
     assert len(layers) == 4
     assert all(re.fullmatch(pattern % (k + 1), line) for k, line in enumerate(layers))
 

@@ -45,6 +45,7 @@ def test_expected_parameters_are_confirmed_or_contradicted(tiny: Path) -> None:
     wrong = run("inspect", tiny, "--expect-params", "1.1M")
     assert wrong.exit_code == 3 and "as expected" not in wrong.stdout
     assert "parameters: 1,100,000 expected, the shapes make 1,050,752" in wrong.stderr
+    assert wrong.stderr.endswith("hint: is it another model's card?\n")
 
 
 @pytest.mark.parametrize("count", ["1e400", "nanB", "nan", "inf", "0", "many", "", "B", "1e15"])

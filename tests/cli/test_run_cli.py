@@ -222,7 +222,7 @@ def test_a_bad_generation_config_is_the_files_fault(
 
 def test_what_is_no_checkpoint_gets_a_hint_of_its_own() -> None:
     said = "neither a directory nor a hub name (owner/name)"
-    hint = "give the folder that holds config.json, or for instance Qwen/Qwen2.5-7B-Instruct"
+    hint = "give the directory that holds config.json, or for instance Qwen/Qwen2.5-7B-Instruct"
     refusal(run("run", "nope", "-p", "x"), f"nope: {said}", hint)
     family = "Qwen2.5-72B is a family, for sizes and plans; a checkpoint is Qwen/Qwen2.5-72B or a directory"
     refusal(run("run", "Qwen2.5-72B", "--dry-run"), f"Qwen2.5-72B: {said}", family)

@@ -58,6 +58,23 @@ def test_text_with_table_and_chart() -> None:
     assert "\x1b" not in result.stdout  # no colour outside a terminal
 
 
+@pytest.mark.parametrize(("engine", "columns"), [("qwenq", 80), ("vllm", 80), ("sglang", 90)])  # of eight terms
+def test_table_and_chart_fit_a_terminal(engine: str, columns: int) -> None:
+    found = run("vram", "Qwen2.5-72B", "--gpu", "4x RTX 3090", "--engine", engine).stdout
+    table, chart = found[found.index("GiB per GPU") : found.index("Where the figures")].strip().split("\n\n")
+    assert max(map(len, table.splitlines())) <= columns, table
+    assert max(map(len, chart.splitlines())) <= 80, chart
+
+
+def test_a_plan_is_for_8k_or_as_far_as_the_model_goes(tiny: Path) -> None:
+    long, short = answer("plan", "Qwen2.5-7B", "--gpu", "24GB"), answer("plan", tiny, "--gpu", "24GB")
+    assert (long["context"], short["context"]) == (8192, 512)
+    refused = run("plan", tiny, "--gpu", "24GB", "-c", "8k")
+    assert refused.exit_code == 1 and "context is 8192 tokens, tiny-qwen2 allows 512" in refused.stderr
+    fitting = run("quantize", tiny, "--fit", "24GB", "--dry-run")
+    assert fitting.exit_code == 3 and "512 context" in fitting.stderr
+
+
 def test_contexts_stop_at_the_models_limit() -> None:
     answer = json.loads(run("vram", "Qwen2.5-0.5B", "--json").stdout)
     assert [e["context"] for e in answer["estimates"]] == [1024, 8192, 32768]

@@ -188,7 +188,7 @@ def test_a_forged_embedding_that_is_the_head_too_is_named(
     said = run(*ask, "--layers", "0", "--json")
     (finding,) = json.loads(said.stdout)["findings"]
     assert said.exit_code == 1 and finding["file"] == file.name
-    wanted = "the embedding, made again, differs in 1 of 215040 bytes, first in model.embed_tokens.weight"
+    wanted = "the embedding, recomputed, differs in 1 of 215040 bytes, first in model.embed_tokens.weight"
     assert finding["problem"] == wanted
     forge(out, lambda manifest: manifest["job"].pop("head_windows"))
     said = answer(*ask, code=1)

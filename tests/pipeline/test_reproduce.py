@@ -90,7 +90,7 @@ def test_a_forged_layer_is_named(tiny: Path, tmp_path: Path) -> None:
     assert made_again(out, tiny, layers=[0, 2])[1] == []
     (finding,) = made_again(out, tiny, layers=range(4))[1]
     assert finding.file == name
-    assert finding.problem.startswith("layer 1, made again, differs in 1 of ")
+    assert finding.problem.startswith("layer 1, recomputed, differs in 1 of ")
     assert finding.problem.endswith(" bytes, first in model.layers.1.mlp.up_proj.qweight")
 
 
@@ -103,15 +103,15 @@ def test_the_same_bytes_as_another_dtype_are_another_layer(tiny: Path, tmp_path:
     write_shard(path, tensors | {name: tensors[name].view(torch.bfloat16)})
     (finding,) = made_again(out, tiny, layers=[1])[1]
     assert finding.problem.startswith(
-        f"layer 1, made again, has {name} as [128] torch.float16, written is [128] torch.bfloat16"
+        f"layer 1, recomputed, has {name} as [128] torch.float16, written is [128] torch.bfloat16"
     )
 
 
 def test_what_cannot_be_made_again_says_why(tiny: Path, calib: Path, heldout: Path, tmp_path: Path) -> None:
     out = calibrated(tiny, tmp_path / "out", calib)
-    with pytest.raises(CalibrationError, match=r"calibrated on 'calib.txt', a file whose place is not known") as caught:
+    with pytest.raises(CalibrationError, match=r"calibrated on 'calib.txt', a file whose path is not known") as caught:
         made_again(out, tiny)
-    assert caught.value.hint == "name it: --calibration FILE"
+    assert caught.value.hint == "pass it with --calibration FILE"
     with pytest.raises(CalibrationError, match="gives other tokens than those that were calibrated on"):
         made_again(out, tiny, calibration=str(heldout))
     with pytest.raises(JobError, match="the model has layers 0 to 3"):

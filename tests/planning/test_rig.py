@@ -89,6 +89,7 @@ def test_spellings(text: str, label: str) -> None:
         ("RTX 3060", "GPU 'RTX 3060' is ambiguous", "RTX 3060 12GB, RTX 3060 8GB"),
         ("RTX 5060 Ti", "GPU 'RTX 5060 Ti' is ambiguous", "RTX 5060 Ti 8GB"),
         ("RTX 4090 48GB", "unknown GPU 'RTX 4090 48GB'", 'give its memory, for instance "48GB"'),
+        ("2x 24", "GPU '24' has no unit", '"24GB"'),
         ("", "not a rig: ''", "2x RTX 3090"),
         ("RTX 4090 +", "not a rig", "2x RTX 3090"),
         ("0x RTX 3090", "0 GPUs of a kind", ""),

@@ -399,7 +399,8 @@ def test_errors_of_the_command(tiny: Path) -> None:
     with listen("127.0.0.1", 0) as taken:
         port = str(taken.getsockname()[1])
         assert f"error: cannot listen on 127.0.0.1 port {port}" in refused("--port", port, "--engine", "qwenq")
-    for address, way in (("192.0.2.1", "--host"), ("127.0.0.1", "--port")):  # the first is nobody's: RFC 5737
+    # The first is nobody's (RFC 5737), and the second no name (RFC 6761).
+    for address, way in (("192.0.2.1", "--host"), ("name.invalid", "--host"), ("127.0.0.1", "--port")):
         with listen("127.0.0.1", 0) as taken, pytest.raises(RunError) as told:
             listen(address, taken.getsockname()[1])
         assert told.value.hint == f"choose another with {way}"

@@ -216,8 +216,9 @@ def test_text_that_is_not_utf8(load, tmp_path: Path) -> None:
 
 def test_unknown_names(load, tmp_path: Path) -> None:
     error = refusal(load, "nosuchset")
-    assert error.message == "nosuchset: no such calibration set or file"
+    assert error.message == "nosuchset: no such file, nor a set of that name"
     assert error.hint.startswith("sets: builtin, heldout, c4, ")
+    assert refusal(load, tmp_path).message == f"{tmp_path}: a directory, wanted a file"
     (tmp_path / "x.docx").touch()
     assert refusal(load, tmp_path / "x.docx").message == f"{tmp_path / 'x.docx'}: cannot read .docx"
 
