@@ -342,7 +342,7 @@ def test_a_publishers_width_that_is_none(random_model: Make, edit_json: Edit) ->
 
 def test_no_directory_and_no_config(tmp_path: Path) -> None:
     assert refusal(tmp_path / "none") == f"{tmp_path / 'none'}: no such directory"
-    assert refusal(tmp_path) == f"{tmp_path / 'config.json'}: No such file or directory"
+    assert refusal(tmp_path) == f"{tmp_path}: no config.json"
     (tmp_path / "config.json").write_text("{")
     assert "config.json: not JSON" in refusal(tmp_path)
 

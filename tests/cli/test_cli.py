@@ -177,8 +177,7 @@ def test_dry_run_in_words(tmp_path: Path, tiny: Path) -> None:
 def test_dry_run_tells_of_hidden_states_on_a_single_gpu(device: str, told: bool) -> None:
     result = run("quantize", "Qwen2.5-7B", "--dry-run", "--device", device)
     assert result.exit_code == 0
-    words = r"additional, for hidden states, if a\W+(?:[\d.]+ GB\W+)?single GPU has room"  # on one line or two
-    assert bool(re.search(words, result.stdout)) == told
+    assert ("additional, for hidden states" in result.stdout) == told
 
 
 def test_dry_run_answers_without_torch() -> None:
