@@ -65,7 +65,7 @@ def read_headers(path: Path) -> Contents:
 
 def refuse_file(path: Path) -> None:
     """Raise CheckpointError for a file that is no GGUF file, in the place of a checkpoint."""
-    if path.is_file():
+    if os.path.isfile(path):  # False for a name that no file can have
         raise CheckpointError(
             f"{shown(str(path))}: a file, wanted a checkpoint's directory or a *{ENDING} file",
             hint=f"give the directory that holds it: {shown(str(path.parent))}",
