@@ -22,7 +22,7 @@ from qwenq.formats.gguf import type_scheme
 from qwenq.io.safetensors import fingerprint
 from qwenq.model.layer import Network
 from qwenq.pipeline.evaluate import HeadWeights
-from qwenq.pipeline.fisher import _States, measure_sensitivity, sampled_gradients, split_windows
+from qwenq.pipeline.fisher import _mean_square, _States, measure_sensitivity, sampled_gradients, split_windows
 from qwenq.pipeline.job import QuantizeJob
 from qwenq.pipeline.preflight import sensitivity_rows
 from qwenq.pipeline.quantize import quantize
@@ -113,6 +113,17 @@ def test_eight_bits_cost_the_square_of_the_step(table: Sensitivity, measured_kl:
     choice = dict.fromkeys(fused_groups(open_source(tiny).spec), Scheme(8, 64))
     predicted = sum(table.loss(fused, scheme) for fused, scheme in choice.items())
     assert 0.5 < predicted / measured_kl(choice) < 2
+
+
+def test_a_window_far_from_all_others_does_not_decide() -> None:
+    """As one of 32 did in the first layer of a real Qwen2.5. Windows within a factor of five are not limited."""
+    score_SN = torch.randn(4, 32, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.6, 1.4, 32)
+    plain = float(score_SN.double().square().mean())
+    assert _mean_square(score_SN) == plain
+    score_SN[:, 6] *= 100
+    assert score_SN.square().mean() > 20 * plain and plain < _mean_square(score_SN) < 1.5 * plain
+    score_SN[:, ::2] = score_SN[:, 7] = 0
+    assert _mean_square(torch.zeros(4, 3)) == 0 and _mean_square(score_SN) > 0, "a median of zero limits nothing"
 
 
 def test_some_rows_tell_what_all_rows_do(
