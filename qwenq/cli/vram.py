@@ -222,7 +222,7 @@ def gpus_command(as_json: Json = False) -> None:
 
 @vram_app.command("serve")
 def serve_command(
-    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = ("127.0.0.1"),
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any free port.")] = 8321,
     allowed_hosts: Annotated[
         str, typer.Option("--allowed-hosts", help="Host names to accept besides IP addresses and local names; *: any.")
