@@ -36,6 +36,11 @@ def parse_tokens(text: str) -> int:
     return tokens
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 layer`, `80 layers`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def format_gb(n_bytes: float) -> str:
     """`41.49 GB` (1e9 bytes), or MB below one; kB where that would be 0.0 MB, bytes where that would be 0.0 kB."""
     if 0 < abs(n_bytes) < 50:

@@ -62,8 +62,11 @@ def inspect(
             ("KV cache per token (16-bit)", f"{result.kv_bytes_per_token:,.0f} bytes"),
         ):
             shape.add_row(label, f"{value:,}" if isinstance(value, int) else str(value))
+        alike: dict[str, list[str]] = {}
         for ranks, reason in result.tensor_parallel.items():
-            shape.add_row(f"tensor parallel {ranks}", reason or "yes")
+            alike.setdefault(reason, []).append(ranks)
+        for reason, sizes in alike.items():
+            shape.add_row(f"tensor parallel {', '.join(sizes)}", reason or "yes")
         out.print(shape)
         parts = Table(title="parameters and bytes")
         parts.add_column("part")

@@ -21,7 +21,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from qwenq import __version__
 from qwenq.cli.plain import escape_logs, print_line, print_step
-from qwenq.errors import QwenqError, out_of_memory
+from qwenq.errors import QwenqError, UsageError, out_of_memory
 from qwenq.launch import refuse_ranks
 
 
@@ -150,11 +150,23 @@ class _Commands(TyperGroup):
             self.add_command(_Deferred(name, entry, more))
         _read_plainly(self)
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args:
+            return super().parse_args(ctx, args)  # prints the help
+        try:
+            return super().parse_args(ctx, args)
+        except _MisusedCommand as error:
+            raise _told(_plain_usage(error)) from None
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except typer.Exit:  # a RuntimeError: of a command that has said why
             raise
+        except _MisusedCommand as error:
+            if not error.format_message():  # a group of commands without one: its help was printed
+                raise typer.Exit(error.exit_code) from None
+            raise _told(_plain_usage(error)) from None
         except QwenqError as error:
             raise _told(error) from None
         except (OSError, MemoryError, RuntimeError, UnicodeError, ImportError) as error:
@@ -169,6 +181,21 @@ class _Commands(TyperGroup):
             if not _interrupts:
                 raise
             raise _interrupted() from None  # an import was cut short, and what needed it failed
+
+
+# click's UsageError, of the click that Typer brings or of the installed one.
+_MisusedCommand: Any = typer.BadParameter.__base__
+
+
+def _plain_usage(error: Any) -> UsageError:
+    """What click says of a mistaken command line as an error of this program: one line, and a hint."""
+    message, _, options = error.format_message().partition(" (Possible options: ")
+    asked = f"did you mean {options.removesuffix(')').replace(', ', ' or ')}? " if options else ""
+    message = re.sub("^Invalid value for (.+?): ", lambda found: found[1].replace("'", "") + ": ", message)
+    if message[1:2].islower():
+        message = message[0].lower() + message[1:].removesuffix(".")
+    path = f"{error.ctx.command_path} " if error.ctx else ""
+    return UsageError(message, hint=f"{asked}`{path}-h` lists what there is")
 
 
 _interrupts: list[int] = []  # of this process; libraries swallow some while they are imported

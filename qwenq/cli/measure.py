@@ -44,7 +44,7 @@ def measure(
     ] = "",
     bits: Annotated[int, option(WEIGHTS, "--bits", help="Bits of the random weights: 4, 8, or 16.")] = 4,
     group_size: Annotated[int, option(WEIGHTS, "--group-size", help="Group size of the random weights.")] = 128,
-    max_model_len: Annotated[str, option(ENGINE, "--max-model-len", "-c", help="Contexts, e.g. 1k,8k,32k.")] = "1k,4k",
+    max_model_len: Annotated[str, option(ENGINE, "--context", "--max-model-len", "-c", help="1k,8k,32k.")] = "1k,4k",
     prefill_chunk: PrefillChunk = 2048,
     kv_cache_dtype: KvDtype = "auto",
     compute_dtype: RunDtype = "auto",

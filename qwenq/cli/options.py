@@ -157,7 +157,7 @@ Resume = Annotated[bool, option(JOB, "--resume", help="Continue a stopped job: s
 # ---------------------------------------------------------------------- load, run and serve
 
 MaxModelLen = Annotated[
-    str, option(ENGINE, "--max-model-len", "-c", metavar="N", help="Context in tokens, e.g. 16k. Default: 4k.")
+    str, option(ENGINE, "--context", "--max-model-len", "-c", metavar="N", help="In tokens, e.g. 16k. Default: 4k.")
 ]
 PrefillChunk = Annotated[
     int, option(ENGINE, "--prefill-chunk", metavar="N", help="Prompt tokens computed at once.", min=1)

@@ -30,6 +30,7 @@ from qwenq.cli.ranks import fetched_once, over_ranks
 from qwenq.formats.base import label_of
 from qwenq.pipeline.config import QuantizeConfig, carry_zero_points, of_builtin
 from qwenq.planning.sensitivity import OUTER, Sensitivity
+from qwenq.units import counted
 
 
 def sensitivity(
@@ -76,7 +77,7 @@ def sensitivity(
     out.print(sensitivity_table(found))
     text = found.provenance["calibration"]
     replaced = of_builtin(text.get("builtin", {}).get("windows", 0))
-    size = f"{text['windows']} windows of {text['window_tokens']} tokens"
+    size = f"{counted(text['windows'], 'window')} of {text['window_tokens']} tokens"
     out.print(f"measured on {size} of {text['text']}{replaced}", soft_wrap=True)
     out.print(f"{output}: valid for any budget of this model", soft_wrap=True)
 

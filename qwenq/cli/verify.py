@@ -13,6 +13,7 @@ from qwenq.cli.console import out
 from qwenq.cli.options import FollowLinks, JsonFlag
 from qwenq.cli.plain import print_json, print_step
 from qwenq.errors import UsageError
+from qwenq.units import counted
 
 
 def verify(
@@ -60,9 +61,9 @@ def verify(
         for finding in result.findings:
             out.print(str(finding), soft_wrap=True)
         if not result.findings:
-            read = f", {result.source_files} files of the source" if source else ""
+            read = f", {counted(result.source_files, 'file')} of the source" if source else ""
             read += f", {_named(again)} recomputed" if again else ""
-            out.print(f"{directory}: {result.files} files{read}, all matching the manifest", soft_wrap=True)
+            out.print(f"{directory}: {counted(result.files, 'file')}{read}, all matching the manifest", soft_wrap=True)
             out.print(f"digest {result.digest}", soft_wrap=True)
             if result.layers_not_made_again:
                 left = _named(result.layers_not_made_again)

@@ -110,7 +110,7 @@ def estimate_command(
     context: typer.Context,
     model: Model,
     max_model_len: Annotated[
-        str, _option(WORKLOAD, "--max-model-len", "-c", metavar="N,...", help="Contexts, e.g. 1k,8k,32k,128k.")
+        str, _option(WORKLOAD, "--context", "--max-model-len", "-c", metavar="N,...", help="E.g. 1k,8k,32k,128k.")
     ] = "",
     bits: Bits = None,
     group_size: GroupSize = None,
@@ -247,7 +247,7 @@ def export_command(
     context: typer.Context,
     models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Models to compare.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Output HTML file.")],
-    max_model_len: Annotated[str, typer.Option("--max-model-len", "-c", help="Contexts, e.g. 1k,8k,32k.")] = "",
+    max_model_len: Annotated[str, typer.Option("--context", "--max-model-len", "-c", help="E.g. 1k,8k,32k.")] = "",
     bits: Annotated[str, typer.Option("--bits", help="Bits, e.g. 4,8,16. Default: 4 if no format is given.")] = "",
     kv_cache_dtype: Annotated[str, typer.Option("--kv-cache-dtype", help="KV cache dtypes, e.g. auto,fp8.")] = "auto",
     group_size: GroupSize = None,

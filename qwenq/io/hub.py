@@ -33,7 +33,7 @@ from qwenq.io.safetensors import (
     TensorLocation,
     checkpoint_tensors,
 )
-from qwenq.units import format_gb
+from qwenq.units import counted, format_gb
 
 # Fetched beside the weights. No Python: nothing from the hub is ever run.
 SMALL_FILES = (
@@ -145,7 +145,7 @@ def _download(repo: _Repo, directory: Path, files: Sequence[str], listen: Listen
             f"{repo.name}: {format_gb(total)} to download, {format_gb(free)} free in {directory.parent.parent}",
             hint="HF_HOME puts the cache on another disk",
         )
-    listen(f"downloading {repo.name}: {len(files)} files, {format_gb(total)}")
+    listen(f"downloading {repo.name}: {counted(len(files), 'file')}, {format_gb(total)}")
     blobs = directory.parent.parent / "blobs"
     before, done = _folder_bytes(blobs), threading.Event()
 

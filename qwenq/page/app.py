@@ -25,6 +25,7 @@ from qwenq.planning.plan import make_plan, recommend
 from qwenq.planning.questions import Question, Resolved, contexts_of, spread
 from qwenq.planning.rig import Rig, catalogue, find_gpu
 from qwenq.planning.weights import gguf_types
+from qwenq.units import counted
 
 MAX_PAGE_GPUS = 16
 CHART_CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
@@ -314,7 +315,7 @@ def _asked(bodies: BodyReader, line: Line, work: Callable[[Ask], Any]) -> Callab
             turn = asyncio.wrap_future(line.enter(partial(work, ask)))
             return JSONResponse(await while_there(request, turn))
         except Busy:
-            body = {"error": f"{line.waiting} requests are already waiting", "hint": "ask again in a moment"}
+            body = {"error": f"already waiting: {counted(line.waiting, 'request')}", "hint": "ask again in a moment"}
             return JSONResponse(body, status_code=503, headers={"Retry-After": "5"})
         except BadBody as error:
             return JSONResponse({"error": error.message, "hint": ""}, status_code=error.status)

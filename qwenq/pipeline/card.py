@@ -21,7 +21,7 @@ from qwenq.formats.base import Recipe, get_format, label_of
 from qwenq.io.json import MAX_SMALL_BYTES, inside, read_limited
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.tensor_parallel import row_groups, tensor_parallel_sizes
-from qwenq.units import format_gb
+from qwenq.units import counted, format_gb
 
 CARD_NAME = "README.md"
 _README_BYTES = 1 << 16  # metadata comes first
@@ -151,9 +151,10 @@ def _drift(drift: Mapping[str, Any]) -> Iterator[str]:
         interval = "" if low is None or high is None else f"{low:{spec}} to {high:{spec}}"
         return [label, figure(mean, spec, unit), interval]
 
+    windows = counted(drift["windows"], "window")
     yield (
-        f"Measured on {code(shown(str(drift['text'])))}: {drift['windows']} windows of {drift['window_tokens']} "
-        f"tokens, computed in {markdown(str(drift['compute_dtype']))}."
+        f"Measured on {code(shown(str(drift['text'])))}: {windows} of {drift['window_tokens']} tokens, "
+        f"computed in {markdown(str(drift['compute_dtype']))}."
     )
     yield ""
     yield from table(

@@ -492,8 +492,8 @@ def _add_embedding_losses(
         e_UH = looked_up[scheme] if looked_up else round_rows(rows_UH, scheme.grid()).dequantize() - rows_UH
         sums = [(gradient_SNTH[:, k] * e_UH[places_T]).sum((1, 2)) for k, places_T in enumerate(places_NT)]
         own_NS = torch.stack(sums) if sums else torch.zeros(0, len(gradient_SNTH))
-        score_SN = ranks.all_windows(own_NS, share).T.double()
-        row[scheme] = row.get(scheme, 0.0) + float(score_SN.square().mean()) / (2 * probe.probe_NT.shape[1])
+        square = _mean_square(ranks.all_windows(own_NS, share).T)
+        row[scheme] = row.get(scheme, 0.0) + square / (2 * probe.probe_NT.shape[1])
 
 
 _CHUNK_TOKENS = 1024

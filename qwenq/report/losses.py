@@ -31,7 +31,7 @@ from qwenq.report.document import (
 from qwenq.report.drawing import MARKERS
 from qwenq.report.plots import Point, Series, draw_kl_size, draw_layers
 from qwenq.report.runs import Run
-from qwenq.units import GB, format_gb
+from qwenq.units import GB, counted, format_gb
 
 MAX_LINES = 20  # of warnings a run
 OWN_TOOL = "qwenq"  # as benchmarks name it
@@ -43,7 +43,8 @@ def warnings_section(runs: Sequence[Run], left_out: Sequence[str] = ()) -> Secti
     for run in runs:
         found = list(run.warnings)
         if run.fallbacks and not any("fell back" in line for line in found):
-            found.insert(0, f"{len(run.fallbacks)} linears fell back to rounding to nearest: {run.fallbacks[0]}, ...")
+            linears = counted(len(run.fallbacks), "linear")
+            found.insert(0, f"{linears} fell back to rounding to nearest: {run.fallbacks[0]}, ...")
         if math.isnan(run.drift.kl.mean) and not any("not finite" in line for line in found):
             found.append("its drift is not a finite number")
         lines += [(Code(run.name), ": ", line) for line in found[:MAX_LINES]]
@@ -132,7 +133,7 @@ def _scheme(run: Run) -> Text:
     counts = run.scheme_counts
     if len(counts) < 2:
         return run.scheme
-    return "mixed", *(Small(f"{count} linears {name}") for name, count in list(counts.items())[:4])
+    return "mixed", *(Small(f"{counted(count, 'linear')} {name}") for name, count in list(counts.items())[:4])
 
 
 def ratios(runs: Sequence[Run]) -> list[Text]:

@@ -17,7 +17,7 @@ from qwenq.planning.speed import Speed, estimate_speed
 from qwenq.planning.weights import Weights
 from qwenq.runtime.load import LoadOptions, LoadPlan, asked_of_machine, check_disk, plan_load
 from qwenq.runtime.model import DISK
-from qwenq.units import format_gb
+from qwenq.units import counted, format_gb
 
 CPU = "cpu"
 
@@ -34,7 +34,7 @@ class Held:
     @property
     def line(self) -> str:
         limit = f" of {format_gb(self.limit_bytes)}" if self.limit_bytes is not None else ""
-        return f"{self.device}: {self.layers} layers, {format_gb(self.predicted_bytes)}{limit}"
+        return f"{self.device}: {counted(self.layers, 'layer')}, {format_gb(self.predicted_bytes)}{limit}"
 
 
 @dataclass(frozen=True)

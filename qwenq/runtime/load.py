@@ -38,7 +38,7 @@ from qwenq.runtime.model import (
     modeling_code,
 )
 from qwenq.runtime.peaks import Peak, visible_rig
-from qwenq.units import format_gb, format_gib
+from qwenq.units import counted, format_gb, format_gib
 
 DEFAULT_CONTEXT = 4096
 
@@ -165,7 +165,7 @@ def _with_disk(
 ) -> LoadPlan:
     spilled = [layer for layer in range(len(weights.layers)) if devices[spec.layer_name(layer)] == DISK]
     disk = sum(weights.layer_bytes[layer] for layer in spilled)
-    reason = f"{len(spilled)} layers on disk ({format_gb(disk)}), read again for every token"
+    reason = f"{counted(len(spilled), 'layer')} on disk ({format_gb(disk)}), read again for every token"
     return LoadPlan(devices, predicted, reason, disk)
 
 
@@ -238,5 +238,5 @@ def describe(found: Loaded) -> list[str]:
         f"loaded in {found.seconds:.1f}s on {where}: {kinds}; {str(model.dtype)[6:]} activations; "
         f"context {found.work.context}; {found.plan.reason}"
     ]
-    lines += [f"{count} linears do not use the fastest kernel: {why}" for why, count in model.fallbacks().items()]
-    return lines
+    slower = model.fallbacks().items()
+    return lines + [f"{counted(count, 'linear')} without the fastest kernel: {why}" for why, count in slower]

@@ -27,6 +27,7 @@ from qwenq.runtime.answers import Answer, Calls, Choice, LogProbs, Piece, StopTe
 from qwenq.runtime.chat import Chat
 from qwenq.runtime.generate import Session, Timing
 from qwenq.runtime.requests import ChatRequest, Order, Refused, TextRequest, said
+from qwenq.units import counted
 
 MAX_BODY_BYTES = 4 << 20
 _RETRY_AFTER_S = 5
@@ -183,7 +184,8 @@ def _not_found(service: Service) -> Response:
 
 
 def _busy(service: Service) -> Response:
-    body = error_body(f"{service.line.waiting} requests are already waiting", "rate_limit_error", code="queue_full")
+    message = f"already waiting: {counted(service.line.waiting, 'request')}"
+    body = error_body(message, "rate_limit_error", code="queue_full")
     return JSONResponse(body, 429, headers={"Retry-After": str(_RETRY_AFTER_S)})
 
 

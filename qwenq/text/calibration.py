@@ -29,6 +29,7 @@ from qwenq.model.spec import ModelSpec
 from qwenq.text.conversation import Document
 from qwenq.text.corpus import ENDINGS, Corpus, Sample, read_corpus, read_jsonl, read_rows
 from qwenq.text.tokens import ModelTokenizer, TokenWindows, TooShort, check_length, check_windows, pack_windows
+from qwenq.units import counted
 
 PYTHON_SHARE = 0.25  # of the built-in set's characters; the rest is written for this project
 _PYTHON_MODULES = ("argparse", "textwrap", "statistics", "fractions", "heapq", "json.decoder", "csv", "shlex")
@@ -295,5 +296,6 @@ def _token_file(path: Path, count: int | None, up_to: int | None) -> torch.Tenso
     if array.ndim != 2 or array.dtype.kind not in "iu" or not array.size:
         raise CalibrationError(f"{path}: {array.dtype} {list(array.shape)}, wanted whole numbers [windows, tokens]")
     if count is not None and count > len(array):
-        raise CalibrationError(f"{path}: {len(array)} windows, {count} asked for", hint=f"--num-samples {len(array)}")
+        found = counted(len(array), "window")
+        raise CalibrationError(f"{path}: {found}, {count} asked for", hint=f"--num-samples {len(array)}")
     return torch.from_numpy(array[: count or up_to].astype(np.int64))

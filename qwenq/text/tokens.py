@@ -34,6 +34,7 @@ from qwenq.text.vocabulary import (
     template_files,
     vocabulary_of_metadata,
 )
+from qwenq.units import counted
 
 _LARGEST = {  # bytes
     "tokenizer.json": MAX_TOKENIZER_BYTES, "tokenizer_config.json": 10_000_000, "vocab.json": 50_000_000,
@@ -466,7 +467,7 @@ def pack_windows(
     wanted = available if count is None else count
     if wanted > available:
         raise TooShort(
-            f"{where}: {available} windows of {length} tokens, {wanted} requested",
+            f"{where}: {counted(available, 'window')} of {length} tokens, {wanted} requested",
             hint=f"--num-samples {available}, or more text",
         )
     windows = stream[: available * length].reshape(available, length)

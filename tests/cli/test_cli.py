@@ -76,25 +76,38 @@ def test_arguments_are_called_alike(command: str, words: list[str]) -> None:
 )
 def test_usage_errors_exit_with_2(arguments: list[str]) -> None:
     result = run(*arguments)
-    assert result.exit_code == 2 and result.stdout == "" and "Usage:" in result.stderr
+    assert result.exit_code == 2 and result.stdout == "" and result.stderr.startswith("error: "), result.stderr
+    assert len(result.stderr.splitlines()) <= 2, result.stderr
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["quantize", "m", "--bits", "four"], "Invalid value for '--bits': 'four', wanted a whole number"),
-        (["quantize", "m", "-n", "0"], "'-n': '0', wanted a whole number of at least 1"),
-        (["quantize", "m", "--damp-percent", "1%"], "'--damp-percent': '1%', wanted a number from 0 to 1"),
-        (["vram", "serve", "--port", "99999"], "'--port': '99999', wanted a whole number from 0 to 65535"),
-        (["plan", "", "--gpu", "24GB"], "Invalid value for 'MODEL': '', wanted a name or a path"),
-        (["verify", ""], "Invalid value for 'CHECKPOINT': '', wanted a name or a path"),
+        (["quantize", "m", "--bits", "four"], "--bits: 'four', wanted a whole number"),
+        (["quantize", "m", "-n", "0"], "--num-samples / -n: '0', wanted a whole number of at least 1"),
+        (["quantize", "m", "--damp-percent", "1%"], "--damp-percent: '1%', wanted a number from 0 to 1"),
+        (["vram", "serve", "--port", "99999"], "--port: '99999', wanted a whole number from 0 to 65535"),
+        (["plan", "", "--gpu", "24GB"], "MODEL: '', wanted a name or a path"),
+        (["verify", ""], "CHECKPOINT: '', wanted a name or a path"),
+        (["vram", "m", "--contxt", "3"], "no such option: --contxt"),
+        (["vrm"], "no such command 'vrm'. Did you mean 'vram'?"),
+        (["--fast"], "no such option: --fast"),
+        (["run"], "missing argument 'MODEL'"),
+        (["inspect", "m", "n"], "got unexpected extra argument(s) (n)"),
+        (["plan", "m", "--gpu"], "option '--gpu' requires an argument"),
     ],
     ids=" ".join,
 )
 def test_usage_errors_say_what_was_got_and_wanted(arguments: list[str], said: str) -> None:
     result = run(*arguments)
-    told = " ".join(result.stderr.replace("│", " ").split())
-    assert result.exit_code == 2 and said in told, result.stderr
+    line, hint = result.stderr.splitlines()
+    assert result.exit_code == 2 and line == f"error: {said}" and hint.startswith("hint: "), result.stderr
+
+
+def test_a_misspelled_option_is_corrected() -> None:
+    for path, words in (("vram estimate", ["vram", "m"]), ("plan", ["plan", "m"]), ("run", ["run", "m"])):
+        hint = run(*words, "--contxt", "3").stderr.splitlines()[1]
+        assert hint.startswith("hint: did you mean ") and "--context" in hint and f"{path} -h`" in hint
 
 
 def test_no_output_is_wrong_usage(tiny: Path) -> None:
@@ -354,18 +367,9 @@ def test_errors_of_eval(tiny: Path, random_model: Callable[..., Path]) -> None:
         f"{tiny} and {other} differ in hidden_size: 128 and 64",
         "the reference is the 16-bit checkpoint that the other was made from",
     )
-    refusal(
-        run("eval", tiny, "--reference", tiny, "--max-ppl-increase", "much"),
-        "--max-ppl-increase much: not a percentage",
-        "e.g. 2%",
-        code=2,
-    )
-    refusal(
-        run("eval", tiny, "--reference", tiny, "--max-ppl-increase", "nan"),
-        "--max-ppl-increase nan: not a percentage",
-        "e.g. 2%",
-        code=2,
-    )
+    for wrong in ("much", "nan"):
+        result = run("eval", tiny, "--reference", tiny, "--max-ppl-increase", wrong)
+        refusal(result, f"--max-ppl-increase {wrong}: not a percentage", "e.g. 2%", code=2)
     assert run("eval", tiny, "--reference", tiny, "--max-kl", "nan").exit_code == 2
 
 

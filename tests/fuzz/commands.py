@@ -43,7 +43,7 @@ def invoke(*words: str | Path) -> None:
     assert printable_lines(said) == said, f"control characters from {words}"
     assert len(said) < LONGEST_OUTPUT, f"{len(said)} characters from {words}"
     if result.exit_code not in (0, 3):
-        assert result.exit_code == 1 or "Usage:" not in result.stderr, result.stderr
+        assert result.exit_code == 1 or "lists what there is" not in result.stderr, result.stderr
         said = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
         raise QwenqError(said[-1] if said else "findings")
 

@@ -253,7 +253,7 @@ def test_old_flags_are_taken() -> None:
     found = answers(*([*dry, *options] for options in windows))
     assert [one["assumed"]["original_windows"] for one in found] == list(windows.values())
     too_far, one_window = run_all([*dry, "--pull", "1.5"], [*dry, "--pull", "1", "-n", "1"])
-    assert too_far[0] == 2 and "Invalid value" in too_far[2]
+    assert too_far[0] == 2 and "--error-correction: '1.5', wanted a number from 0 to 1" in too_far[2]
     assert one_window[0] == 1 and "one window of calibration has no two halves" in one_window[2]
 
 

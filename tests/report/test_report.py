@@ -133,7 +133,7 @@ def test_warnings_come_first_and_fallbacks_are_never_lost(tmp_path: Path) -> Non
     unlike["job"]["source"] = {"config.json": "1" * 64}
     page, text = texts(runs_of(tmp_path, fallen=fallen, told=told, other=other, unlike=unlike))
     first = text.split("## What was lost")[0].splitlines()[4:]
-    assert first[2] == "- `fallen`: 1 linears fell back to rounding to nearest: model.layers.1.x.down_proj, ..."
+    assert first[2] == "- `fallen`: 1 linear fell back to rounding to nearest: model.layers.1.x.down_proj, ..."
     assert "- `told`: model.layers.1.x.down\\_proj: fell back" not in text  # underscores within words mean nothing
     assert "- `told`: model.layers.1.x.down_proj: fell back to rounding to nearest (why)" in first
     assert "- `unlike`: w19" in first and "- `unlike`: w20" not in first
