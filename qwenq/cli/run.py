@@ -117,7 +117,7 @@ def run(
         raise UsageError("--prompt: the prompt is empty", hint="write one, or leave --prompt out for a chat")
     if options.max_model_len and max_new_tokens and max_new_tokens >= options.max_model_len:
         raise UsageError(
-            f"--max-new-tokens {max_new_tokens} leaves no room for a prompt in --max-model-len {options.max_model_len}",
+            f"--max-new-tokens {max_new_tokens} leaves no room for a prompt in --context {options.max_model_len}",
             hint=f"at most {options.max_model_len - 1}",
         )
     if dry_run:

@@ -223,7 +223,7 @@ def command(ask: Ask, question: Resolved) -> str:
     words += ["--enforce-eager"] if ask.enforce_eager else []
     words += ["--gpu", question.rig.label] if question.rig else []
     words += ["--reserve", f"{ask.reserve_gib:g}GiB"] if ask.reserve_gib and question.rig else []
-    words += ["--max-model-len", str(ask.context)]
+    words += ["--context", str(ask.context)]
     return shlex.join(words)
 
 

@@ -112,7 +112,7 @@ def new_tokens(prompt: int, asked: int, context: int) -> int:
         over = prompt + new - context
         raise RunError(
             f"prompt of {prompt} tokens and {new} new ones: {prompt + new} in a context of {context}, {over} too many",
-            hint=f"--max-new-tokens {new - over}" if over < new else "a shorter prompt or a larger --max-model-len",
+            hint=f"--max-new-tokens {new - over}" if over < new else "a shorter prompt or a larger --context",
         )
     return new
 
@@ -137,7 +137,7 @@ class Session:
     def __post_init__(self) -> None:
         if self.max_model_len > self.model.spec.extended_context:
             raise RunError(
-                f"--max-model-len {self.max_model_len}: the model reads {self.model.spec.extended_context} tokens",
+                f"--context {self.max_model_len}: the model reads {self.model.spec.extended_context} tokens",
                 hint=f"ask for at most {self.model.spec.extended_context}",
             )
         if self.prefill_chunk < 1:
@@ -229,7 +229,7 @@ class Session:
         assert cache is not None
         device, spec = self.model.device, self.model.spec
         need = len(ids) * 2 * (3 * spec.intermediate_size + 5 * spec.hidden_size)
-        hint = "a smaller --prefill-chunk or --max-model-len"
+        hint = "a smaller --prefill-chunk or --context"
         with memory_errors(f"computing {len(ids)} tokens", device, need, hint):
             found = self._one(ids[0]) if len(ids) == 1 else None
             if found is not None:
@@ -274,7 +274,7 @@ class Session:
         spec, places = self.model.spec, self.model.device_map
         devices = [compute_device(places[spec.layer_name(k)], places) for k in range(spec.num_hidden_layers)]
         dtype = KV_DTYPES[self.kv_dtype] or self.model.dtype
-        doing, hint = f"allocating a cache of {self.max_model_len} tokens", "a smaller --max-model-len"
+        doing, hint = f"allocating a cache of {self.max_model_len} tokens", "a smaller --context"
         with memory_errors(doing, devices[0], None, hint):
             return KvCache(devices, self.max_model_len, spec.num_key_value_heads, spec.head_dim, dtype)
 

@@ -128,7 +128,7 @@ def _plan_host(case: Case, room: int) -> LoadPlan:
     layers = sum(weights.layer_bytes)
     outside, one = need - layers, max(weights.layer_bytes)
     if outside + one > room:
-        raise shortage("CPU", outside + one, room, "a shorter --max-model-len, or a smaller --prefill-chunk")
+        raise shortage("CPU", outside + one, room, "a shorter --context, or a smaller --prefill-chunk")
     devices = spill_to_disk(case.spec, devices, weights, room - outside - one)
     plan = _with_disk(case.spec, devices, weights, {})
     return replace(plan, predicted={"CPU": need - plan.disk_bytes + one})

@@ -213,7 +213,7 @@ def _head(table: Tensor | Blocks, dtype: torch.dtype, device: torch.device) -> n
     return StoredLinear(table, None, dtype, is_head=True)
 
 
-_SMALLER = "lower --gpu-memory or --max-model-len to keep more in host memory, or close other programs on the device"
+_SMALLER = "lower --gpu-memory or --context to keep more in host memory, or close other programs on the device"
 
 
 def modeling_code(spec: ModelSpec) -> Any:

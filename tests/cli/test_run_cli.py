@@ -145,7 +145,7 @@ WRONG = [
     (["--gpu-memory", "much"], "not a size: 'much'", "write for instance 47GB, 44GiB or 500MB"),
     (["--system", "Be brief"], "--system needs a chat template, and --raw does not use one", "leave one of them out"),
     (["-p", ""], "--prompt: the prompt is empty", "write one, or leave --prompt out for a chat"),
-    (["-c", "64", "-n", "64"], "--max-new-tokens 64 leaves no room for a prompt in --max-model-len 64", "at most 63"),
+    (["-c", "64", "-n", "64"], "--max-new-tokens 64 leaves no room for a prompt in --context 64", "at most 63"),
 ]
 
 
@@ -179,7 +179,7 @@ def test_what_another_engine_is_not_asked_for_is_refused_before_anything_is_read
             "prompt of 4 tokens and 600 new ones: 604 in a context of 512, 92 too many",
             "--max-new-tokens 508",
         ),
-        (["--cpu-memory", "1MB"], None, "a shorter --max-model-len, or a smaller --prefill-chunk"),
+        (["--cpu-memory", "1MB"], None, "a shorter --context, or a smaller --prefill-chunk"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -38,7 +38,7 @@ def test_estimate_is_the_default_command() -> None:
     plain, named = run("vram", "Qwen2.5-7B", "--json"), run("vram", "estimate", "Qwen2.5-7B", "--json")
     options_first = run("vram", "--json", "Qwen2.5-7B")
     assert plain.stdout == named.stdout == options_first.stdout and plain.exit_code == 0
-    assert "validate" in run("vram", "--help").stdout and "--max-model-len" in run("vram", "estimate", "--help").stdout
+    assert "validate" in run("vram", "--help").stdout and "--context" in run("vram", "estimate", "--help").stdout
 
 
 def test_csv_has_a_line_a_term() -> None:

@@ -47,8 +47,8 @@ def test_files_come_from_the_packages(client: TestClient) -> None:
 
 def test_numbers_are_the_command_lines(client: TestClient) -> None:
     found = client.post("/api/estimate", json=STATE).json()
-    args = ["vram", "Qwen2.5-72B", "--bits", "4", "--gpu", "2x RTX 3090", "--max-model-len", "8192", "--json"]
-    assert found["command"] == "qwenq vram Qwen2.5-72B --bits 4 --gpu '2x RTX 3090' --max-model-len 8192"
+    args = ["vram", "Qwen2.5-72B", "--bits", "4", "--gpu", "2x RTX 3090", "--context", "8192", "--json"]
+    assert found["command"] == "qwenq vram Qwen2.5-72B --bits 4 --gpu '2x RTX 3090' --context 8192"
     assert found["now"] == json.loads(run(*args).stdout)["estimates"][0]
     assert found["largest_context"] == 20991 and found["rig"] == "2x RTX 3090"
     assert [p["context"] for p in found["chart"]][-1] == 131072

@@ -199,7 +199,7 @@ def test_the_slider_is_logarithmic(opened: Opened, address: str) -> None:
     opened.page.fill("#context_exact", "12345")
     opened.page.press("#context_exact", "Tab")
     opened.answered()
-    assert opened.text("#context_text") == "12,345 tokens" and "--max-model-len 12345" in opened.text("#command")
+    assert opened.text("#context_text") == "12,345 tokens" and "--context 12345" in opened.text("#command")
 
 
 def test_the_plan_is_on_the_page(opened: Opened, address: str) -> None:

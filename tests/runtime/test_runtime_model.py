@@ -330,7 +330,7 @@ def test_an_answer_does_not_go_on_in_the_cache_of_another(tiny: Path) -> None:
 
 def test_contexts_too_long(tiny: Path) -> None:
     model = build(open_checkpoint(tiny))
-    with pytest.raises(RunError, match="--max-model-len 513: the model reads 512 tokens"):
+    with pytest.raises(RunError, match="--context 513: the model reads 512 tokens"):
         Session(model, 513)
     session = Session(model, 16)
     with pytest.raises(RunError) as caught:
