@@ -70,6 +70,7 @@ class QuantizeOptions(TypedDict, total=False):
     engine: str | None
     recipe: Path | None
     sensitivity: Path | None
+    rotate: bool
     pad_for_tp: int | None
     calibration: str
     num_samples: int | None

@@ -132,7 +132,7 @@ def read_manifest(directory: Path) -> tuple[dict[str, Any], list[Finding]]:
 
 
 _RENAMED_OPTIONS = {"pull": "error_correction", "pull_share": "error_correction_share"}
-_LATER_OPTIONS = {"sink_weight": 1.0}  # and what versions that did not have them did
+_LATER_OPTIONS = {"sink_weight": 1.0, "rotate": False}  # and what versions that did not have them did
 
 
 def renamed_options(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from qwenq.io.tensors import TORCH_DTYPES, all_finite, raw_bytes
 from qwenq.model.metadata import paired_heads
 from qwenq.model.spec import LinearSpec, ModelSpec
 from qwenq.solver.grid import QTensor
+from qwenq.solver.rotation import Rotation
 
 FLOAT_DTYPES = ("F16", "BF16", "F32")
 SLICE_ROWS = 4096  # of the vocabulary: rows of the embedding and the head that are read at a time
@@ -54,6 +55,7 @@ class Checkpoint:
     hashed: SourceFiles | None = field(default=None, compare=False)  # files that reads are compared with
     relay: Relay | None = field(default=None, compare=False)  # who reads the files, where that is not this process
     device: str | torch.device = field(default="cpu", compare=False)  # that packed weights are dequantized on
+    rotation: Rotation | None = None  # of the hidden states that its weights are read for
 
     @property
     def recipe(self) -> Recipe:
@@ -110,11 +112,22 @@ class Checkpoint:
         """One tensor as stored, a private copy on the CPU; CheckpointError when its bytes are not those hashed."""
         location = self.tensors[name]
         data = self._bytes(location.file, location.start, location.end)
-        return data.view(TORCH_DTYPES[location.spec.dtype]).reshape(location.spec.shape)
+        return self._turned(name, data.view(TORCH_DTYPES[location.spec.dtype]).reshape(location.spec.shape))
 
     def read_slice(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows start to stop of a stored matrix, as stored."""
-        return self._rows(name, start, stop).view(TORCH_DTYPES[self.tensors[name].spec.dtype])
+        return self._turned(name, self._rows(name, start, stop).view(TORCH_DTYPES[self.tensors[name].spec.dtype]))
+
+    def _turned(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """What was read of a tensor; of a rotated checkpoint embedding, last norm and head in float32."""
+        spec = self.spec
+        if self.rotation is None or name not in (spec.embedding_tensor, spec.norm_tensor, spec.head_tensor):
+            return tensor
+        if name == spec.norm_tensor:
+            return torch.ones(len(tensor))
+        if name == spec.head_tensor:
+            tensor = tensor * replace(self, rotation=None).read(spec.norm_tensor).float()
+        return self.rotation.turned(tensor)
 
     def _rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Their bytes, uint8 [rows, bytes of a row]."""
@@ -189,6 +202,8 @@ class Checkpoint:
             is_weight = module in linears and part == "weight"
             value = self.linear_weight(linears[module]) if is_weight else self.read(tensor.name)
             state[tensor.name.removeprefix(prefix)] = _zero_padded(value, tensor.shape)
+        if self.rotation is not None:
+            self.rotation.turn_layer(state, self.spec.architecture)
         return state
 
     def finite_layer_state(self, layer: int) -> dict[str, torch.Tensor]:
@@ -218,6 +233,12 @@ class Checkpoint:
             spec=replace(self.spec, intermediate_size=intermediate_size),
             config=self.config | {"intermediate_size": intermediate_size},
         )
+
+    def rotated(self) -> Checkpoint:
+        """The same function of rotated hidden states: `layer_state`, and `read` of what is outside the layers, give
+        the weights for it, in float32; files are as they were.
+        """
+        return replace(self, rotation=Rotation(self.spec.hidden_size))
 
     def prefetch(self, layer: int) -> None:
         """Ask the system to read a layer's bytes into its page cache meanwhile; nothing where it cannot be asked."""
@@ -260,11 +281,11 @@ class GGUFCheckpoint(Checkpoint):
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor: as stored, or float32 of blocks."""
-        return self._values(name, self.read_packed(name).to(self.device))
+        return self._turned(name, self._values(name, self.read_packed(name).to(self.device)))
 
     def read_slice(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows start to stop of embedding or head, like `read`."""
-        return self._values(name, self._rows(name, start, stop).to(self.device))
+        return self._turned(name, self._values(name, self._rows(name, start, stop).to(self.device)))
 
     def read_packed(self, name: str) -> torch.Tensor:
         """The bytes of a tensor, uint8 [rows, bytes of a row]."""

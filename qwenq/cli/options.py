@@ -77,6 +77,7 @@ Asymmetric = Annotated[
     bool | None,
     option(BITS, "--asymmetric/--symmetric", help=f"Zero points per group. Default: only for {ASYMMETRIC}."),
 ]
+Rotate = Annotated[bool, option(BITS, "--rotate", help="Rotate the hidden states; for untied heads.")]
 PadForTp = Annotated[
     int | None, option(BITS, metavar="GPUS", help="Pad the FFN to split over this many GPUs; gguf: 1.", min=1)
 ]

@@ -37,6 +37,7 @@ def quantize(
     split_size: ask.SplitSize = QuantizeConfig.split_size,
     asymmetric: ask.Asymmetric = QuantizeConfig.asymmetric,
     fold: ask.Fold = QuantizeConfig.fold,
+    rotate: ask.Rotate = QuantizeConfig.rotate,
     pad_for_tp: ask.PadForTp = QuantizeConfig.pad_for_tp,
     target_size: ask.TargetSize = QuantizeConfig.target_size,
     bpw: ask.BitsPerWeight = QuantizeConfig.bpw,

@@ -164,6 +164,7 @@ class QuantizeConfig:
     engine: str | None = None  # that `fit` plans for; qwenq by default
     recipe: Path | None = None  # a recipe file
     sensitivity: Path | None = None  # a table that `qwenq sensitivity` wrote
+    rotate: bool = False  # rotate the hidden states, and fold that into weights
     pad_for_tp: int | None = None  # GPUs whose cuts no group straddles, once the FFN is widened; 1 for gguf
     # text
     calibration: str = "builtin"  # a set's name, or a file
@@ -241,6 +242,12 @@ class QuantizeConfig:
             raise ExcludedOptions("--sensitivity goes with --target-size, --bpw, --fit or --recipe")
         if self.save_imatrix is not None and self.solver == "rtn":
             raise ExcludedOptions("--save-imatrix comes from calibration: rounding to nearest reads none")
+        if self.rotate and self.save_imatrix is not None:
+            raise ExcludedOptions("--save-imatrix is of the model's own weights, --rotate makes others")
+        if self.rotate and self.budgeted:
+            raise ExcludedOptions(
+                "--rotate: sensitivities are measured without it", hint="choose with a dry run's --save-recipe first"
+            )
         if self.builtin_share and self.calibration == "builtin":
             raise ExcludedOptions("--builtin-share goes with a --calibration text other than the built-in set")
         if self.target_size is not None:
@@ -540,6 +547,10 @@ class Resolution:
         here. measured: sensitivities that a stopped job has measured already. beside: what files hold beside tensors.
         """
         method, wide = config.solver, config.widened(spec)
+        if config.rotate and spec.tie_word_embeddings:
+            raise PlanError(
+                "--rotate: the head is the embedding too, and would become a matrix of its own", hint="leave it out"
+            )
         stored_dtype = get_format(config.format).stored_dtype
 
         def dtype_of(name: str) -> str:

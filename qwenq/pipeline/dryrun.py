@@ -151,6 +151,7 @@ def dry_run(
             out=output or Path.cwd() / "out",
             dtype_of=found.dtype_of,
             source_dtype_of=source.dtype_of,
+            rotated=config.rotate,
             source_spec=source.spec,
             beside=found.beside(found.recipe),
             ranks=ranks,

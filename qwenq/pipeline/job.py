@@ -162,11 +162,14 @@ class QuantizeJob:
 
     @property
     def outside(self) -> dict[str, str]:
-        """What embedding, norms and head are in, those that are in a dtype that lacks values of the source's."""
+        """What became of embedding, norms and head: rotated, in a dtype that lacks values of the source's."""
         spec = self.source.spec
         names = {"embedding": spec.embedding_tensor, "norms": spec.norm_tensor, "head": spec.head_tensor}
         pairs = {part: (self.source.dtype_of(name), self.stored_dtype(name)) for part, name in names.items()}
-        return {part: f"in {FLOAT_NAMES[new]}" for part, (old, new) in pairs.items() if new not in (old, "F32")}
+        narrowed = {part: f"in {FLOAT_NAMES[new]}" for part, (old, new) in pairs.items() if new not in (old, "F32")}
+        if not self.config.rotate:
+            return narrowed
+        return {part: ", ".join(filter(None, ("rotated", narrowed.get(part)))) for part in names}
 
     @cached_property
     def files(self) -> StoredFiles:
@@ -184,7 +187,9 @@ class QuantizeJob:
     def converts(self) -> bool:
         """Whether embedding, last norm or head are written as other values than they are read."""
         outer = self.source.spec.outer_linears
-        return self.config.dtype != "auto" or any(self.recipe.outer_scheme(lin) is not None for lin in outer)
+        if self.config.rotate or self.config.dtype != "auto":
+            return True
+        return any(self.recipe.outer_scheme(lin) is not None for lin in outer)
 
     @property
     def head_scheme(self) -> Scheme | None:
@@ -249,6 +254,7 @@ class QuantizeJob:
                 "error_correction": self.config.error_correction,
                 "error_correction_share": self.config.error_correction_share,
                 "sink_weight": self.config.sink_weight,
+                "rotate": self.config.rotate,
             },
             "device": self.config.device,
             "compute_dtype": self.config.compute_dtype,

@@ -94,6 +94,7 @@ class PlannedJob:
     dtype_of: Callable[[str], str] = lambda name: "BF16"  # stored dtype of what is not quantized
     source_dtype_of: Callable[[str], str] = lambda name: "BF16"
     source_spec: ModelSpec | None = None  # where `spec` is padded
+    rotated: bool = False  # the source's layers are float32 then
     beside: Beside = NOTHING
     ranks: int = 1
 
@@ -105,7 +106,8 @@ def preflight(job: PlannedJob) -> Preflight:
     files = stored_files(spec, recipe, job.dtype_of, job.beside)
     tensor_total, file_total = files.tensor_bytes, files.file_bytes
     source_total = sum(tensor_bytes(job.source_dtype_of(t.name), t.shape) for t in (job.source_spec or spec).tensors())
-    host, device = peak_bytes(spec, tokens, job.compute_bytes, job.on_gpu, job.ranks)
+    weight_bytes = 4 if job.rotated else 2
+    host, device = peak_bytes(spec, tokens, job.compute_bytes, job.on_gpu, job.ranks, weight_bytes)
     states = hidden_state_bytes(spec, tokens, job.compute_bytes)
     buffers = token_buffer_bytes(spec, tokens, job.compute_bytes, job.ranks)
     spill = buffers if buffers > SPILL_BYTES else 0
@@ -190,12 +192,15 @@ def gpu_state_bytes(spec: ModelSpec, tokens: Tokens) -> int:
 
 
 def peak_bytes(
-    spec: ModelSpec, tokens: Tokens, compute_bytes: int, on_gpu: bool, ranks: int = 1
+    spec: ModelSpec, tokens: Tokens, compute_bytes: int, on_gpu: bool, ranks: int = 1, weight_bytes: int = 2
 ) -> tuple[int, int]:
-    """Predicted peak (host, GPU) of a rank in bytes; the layer count is not in it: one layer is held at a time."""
+    """Predicted peak (host, GPU) of a rank in bytes; the layer count is not in it: one layer is held at a time.
+
+    weight_bytes: of a value of the source's layer.
+    """
     stages, width, hidden = spec.architecture.stages, _widest(spec), spec.hidden_size
     parameters = sum(lin.parameters for lin in spec.layer_linears(0))
-    source = 2 * parameters
+    source = weight_bytes * parameters
     shared = not on_gpu and spec.intermediate_size <= WORKERS_UP_TO
     workers = min(MOST_WORKERS, PARTS // ranks) if shared else 1
     evaluation = _of_rank(spec, tokens, ranks)[2] * tokens.length

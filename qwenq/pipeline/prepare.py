@@ -154,6 +154,8 @@ def prepare(
         )
     if config.pad_for_tp is not None:
         source = source.padded(found.spec.intermediate_size)
+    if config.rotate:
+        source = source.rotated()
     calibration, evaluation = _read_texts(config, source)
     shared = _overlap(config, calibration)
     found.settled(windows_of(calibration, evaluation))  # what cannot be corrected is refused here

@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,7 @@ def preflight_of(job: QuantizeJob) -> Preflight:
             out=job.out,
             dtype_of=job.stored_dtype,
             source_dtype_of=job.source.dtype_of,
+            rotated=job.config.rotate,
             beside=job.container,
         )
     )
@@ -486,6 +488,8 @@ class _Run:
         source, tensors = self.job.source, {}
         for name in names:
             pack = self.job.packer(name)
+            if pack is None and source.rotation is not None and name != self.spec.norm_tensor:
+                pack = partial(self.job.convert, name)  # by slices: what is turned is float32
             if pack is None:
                 tensors[name] = self.job.convert(name, source.refuse_non_finite(name, source.read(name)))
                 continue

@@ -46,7 +46,7 @@ def reproduce(
     calibration tokens run through the written layers up to each that is made again. calibration: the file they come
     from, when the manifest names one. Raises QwenqError when something needed cannot be had.
     """
-    opened = _widened(open_source(source), manifest)
+    opened = _as_solved(open_source(source), manifest)
     spec = opened.spec
     wanted = sample(spec.num_hidden_layers) if layers is None else tuple(sorted(set(layers)))
     if not wanted or not 0 <= wanted[0] <= wanted[-1] < spec.num_hidden_layers:
@@ -96,9 +96,12 @@ def reproduce(
     return tuple(made), findings
 
 
-def _widened(source: Checkpoint, manifest: Mapping[str, Any]) -> Checkpoint:
-    """The source with its FFN padded as the job padded it; CheckpointError for a width that no model has."""
+def _as_solved(source: Checkpoint, manifest: Mapping[str, Any]) -> Checkpoint:
+    """The source with its FFN padded, and rotated, as by the job; CheckpointError for a width that no model has."""
     job = manifest.get("job")
+    options = job.get("options") if isinstance(job, Mapping) else None
+    if isinstance(options, Mapping) and options.get("rotate") is True:
+        source = source.rotated()
     width = job.get("intermediate_size") if isinstance(job, Mapping) else None
     if type(width) is not int or width <= source.spec.intermediate_size:
         return source

@@ -26,7 +26,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 OPTIONS = {
     "quantize": "--strict --follow-links "
     "--output -o --bits --group-size --format --gguf-type --split-size --asymmetric --symmetric --fold "
-    "--no-fold --pad-for-tp --save-imatrix --target-size --bpw --fit --context -c --engine --recipe --sensitivity "
+    "--no-fold --rotate --pad-for-tp --save-imatrix --target-size --bpw --fit --context -c --engine --recipe --sensitivity "
     "--save-recipe --calibration --num-samples -n --builtin-share --sequence-length --seed --eval-text --eval-samples "
     "--method --damp-percent --error-correction --error-correction-share --sink-weight --device --dtype "
     "--compute-dtype --calibration-dtype --dry-run --ranks --network --resume --json",

@@ -1,0 +1,111 @@
+"""Rotated hidden states: an orthogonal matrix, the same function, and jobs that fold it in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from qwenq.checkpoint.reader import open_checkpoint
+from qwenq.solver.rotation import Rotation
+from tests.conftest import DATA, answer, run
+
+Make = Callable[..., Path]
+
+
+@pytest.mark.parametrize("size", [1, 8, 96, 896, 1536])
+def test_it_is_orthogonal_and_spreads_a_channel(size: int) -> None:
+    matrix = Rotation(size).turned(torch.eye(size)).double()
+    assert torch.allclose(matrix @ matrix.T, torch.eye(size, dtype=torch.float64), atol=1e-5)
+    assert float(matrix.abs().max()) <= (2 / size) ** 0.5 + 1e-6, "a massive channel ends in all of them"
+    assert not torch.equal(matrix, Rotation(size, seed=3).turned(torch.eye(size)).double()) or size == 1
+
+
+def test_many_vectors_are_turned_like_each_alone() -> None:
+    x = torch.randn(2, 1500, 96, generator=torch.Generator().manual_seed(0))
+    turned = Rotation(96).turned(x)
+    assert torch.allclose(turned[1, 1400], Rotation(96).turned(x[1, 1400]), atol=1e-6)
+    assert torch.allclose(turned.norm(dim=-1), x.norm(dim=-1), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options"),
+    [
+        ("qwen2", {}),
+        ("qwen3", {}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}),  # biases of what adds to the hidden states, too
+    ],
+)
+def test_transformers_computes_the_same_logits(model_type: str, options: dict[str, bool], random_model: Make) -> None:
+    source = random_model(model_type=model_type, tie_word_embeddings=False, dtype=torch.float32, **options)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    rotated = open_checkpoint(source).rotated()
+    spec = rotated.spec
+    state = {name: rotated.read(name) for name in (spec.embedding_tensor, spec.norm_tensor, spec.head_tensor)}
+    assert torch.equal(rotated.read_slice(spec.head_tensor, 3, 9), state[spec.head_tensor][3:9])
+    for layer in range(spec.num_hidden_layers):
+        state |= {spec.layer_prefix(layer) + name: tensor for name, tensor in rotated.layer_state(layer).items()}
+    ids = torch.randint(0, spec.vocab_size, (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        before = model(ids).logits
+        assert set(model.state_dict()) == set(state)
+        weights = model.state_dict()[f"{spec.layer_prefix(0)}mlp.down_proj.weight"].clone()
+        model.load_state_dict(state)
+        after = model(ids).logits
+    assert not torch.allclose(weights, state[f"{spec.layer_prefix(0)}mlp.down_proj.weight"], atol=0.01)
+    assert torch.allclose(before, after, atol=1e-3 * float(before.std())), float((before - after).abs().max())
+
+
+@pytest.mark.parametrize("options", [["--bits", 8], ["--format", "gguf", "--gguf-type", "Q8_0"]], ids=["gptq", "gguf"])
+def test_a_rotated_checkpoint_is_made_read_and_made_again(options: list[object], tiny: Path, tmp_path: Path) -> None:
+    calib, heldout = DATA / "calib.txt", DATA / "heldout.txt"
+    text = ["--calibration", calib, "--eval-text", heldout, "-n", 8, "--sequence-length", 64, "--eval-samples", 4]
+    out = tmp_path / "out"
+    ask = ["quantize", tiny, "-o", out, "--rotate", *options, *text]
+    planned, made = answer(*ask, "--dry-run"), answer(*ask)
+    assert planned["file_bytes"] == made["file_bytes"] and 0 < made["drift"]["kl"]["mean"] < 0.01
+    assert json.loads((out / "qwenq-manifest.json").read_text())["job"]["options"]["rotate"] is True
+    file = next(out.glob("*.gguf"), out)
+    written, source = open_checkpoint(file), open_checkpoint(tiny)
+    embedding = source.spec.embedding_tensor
+    away = written.read(embedding).float() - source.rotated().read(embedding)
+    assert float(away.norm() / source.read(embedding).float().norm()) < 0.01
+    read = answer("eval", file, "--reference", tiny, "--text", heldout, "--sequence-length", 64, "-n", 4)
+    assert read["kl"]["mean"] == pytest.approx(made["drift"]["kl"]["mean"], rel=1e-3)
+    again = run("verify", out, "--source", tiny, "--calibration", calib, "--layers", "0,1")
+    assert again.exit_code == 0 and "layers 0 to 1 recomputed" in again.stdout, again.output
+    assert "rotated" in (out / "README.md").read_text()
+
+
+def test_what_cannot_be_rotated_is_refused(tiny: Path, random_model: Make, tmp_path: Path) -> None:
+    tied = random_model(tie_word_embeddings=True)
+    for more in ([], ["--dry-run"]):
+        result = run("quantize", tied, "-o", tmp_path / "out", "--rotate", *more)
+        said = "error: --rotate: the head is the embedding too, and would become a matrix of its own\nhint: leave it out\n"
+        assert result.exit_code == 1 and said in result.stderr
+    for more, said in (
+        (["--save-imatrix", tmp_path / "i.gguf"], "--save-imatrix is of the model's own weights"),
+        (["--bpw", 5], "--rotate: sensitivities are measured without it"),
+    ):
+        result = run("quantize", tiny, "-o", tmp_path / "out", "--rotate", *more)
+        assert result.exit_code == 2 and said in result.stderr
+
+
+def test_a_job_is_not_resumed_with_or_without_it(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import qwenq.pipeline.quantize as pipeline
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    ask = ["quantize", tiny, "-o", tmp_path / "out", "--method", "rtn", "--eval-text", DATA / "heldout.txt",
+           "--sequence-length", 64, "--eval-samples", 2]  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline._Run, "_drift", stop)
+        assert run(*ask, "--rotate").exit_code == 130
+    result = run(*ask, "--resume")
+    assert result.exit_code == 1 and "rotate" in result.stderr, result.stderr
+    assert run(*ask, "--resume", "--rotate").exit_code == 0
