@@ -60,7 +60,7 @@ ComputeDtype = Annotated[
 ]
 SequenceLength = Annotated[int, option(TEXT, metavar="N", help="Tokens per window.", min=2)]
 Calibration = Annotated[
-    str, option(TEXT, metavar="TEXT", help="A set's name, or a .txt, .jsonl, .json (also .gz), .parquet or .npy file.")
+    str, option(TEXT, metavar="TEXT", help="A set, or .txt, .jsonl, .json (also .gz), .parquet, .npy.")
 ]
 
 # ---------------------------------------------------------------------- quantize

@@ -222,8 +222,8 @@ def _provenance(
         yield "- Channel scales are folded into norms and `up_proj`: adapters trained on the original do not fit it."
     if job["options"].get("rotate"):
         yield (
-            "- Hidden states are rotated, and weights for them, by an orthogonal matrix: the same function, but adapters "
-            "trained on the original do not fit it."
+            "- Hidden states, and the weights around them, are rotated by an orthogonal matrix: the same function, but "
+            "adapters trained on the original do not fit it."
         )
     options = ", ".join(f"{key} {value}" for key, value in job["options"].items())
     yield f"- Options: {markdown(shown(options, 2000))}, seed {job['seed']}."
