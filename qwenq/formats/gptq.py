@@ -132,7 +132,11 @@ class Gptq(Format):
     def read_config(self, config: Mapping[str, Any], where: str) -> Quantization:
         if config["quant_method"] in AUTO_ROUND:
             return _auto_round(config, where)
-        refuse_unknown(config, _READ | MAKING, where)
+        known = _READ | MAKING
+        if config.get("provider") in AUTO_ROUND:  # its export named `auto_gptq`
+            known |= _AUTO_ROUND_MAKING | {"act_bits", "data_type"}
+            _refuse_values(config, where)
+        refuse_unknown(config, known, where)
         pack_dtype = config.get("pack_dtype", "int32")
         if pack_dtype != "int32":
             raise _refusal(pack_dtype)(f"{where}: pack_dtype is {pack_dtype!r}, wanted 'int32'")

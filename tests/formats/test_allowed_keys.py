@@ -112,6 +112,21 @@ def test_what_the_libraries_write_is_let_through() -> None:
 # ---------------------------------------------------------------------- AutoRound
 
 
+def test_auto_rounds_export_for_gptq() -> None:
+    """quantization_config as AutoRound 0.16.1 wrote it with format="auto_gptq"."""
+    written = GPTQ | {
+        "amp": False, "autoround_version": "0.16.1", "damp_percent": 0.01, "data_type": "int", "desc_act": False,
+        "group_size": 64, "iters": 50, "lm_head": False, "provider": "auto-round", "true_sequential": False,
+    }  # fmt: skip
+    found = read(written)
+    assert found.default == Scheme(4, 64) and found.version == "gptq"
+    for name, value in (("data_type", "mx_fp"), ("act_bits", 8), ("rotation", "x")):
+        with pytest.raises(UnreadScheme, match=name):
+            read(written | {name: value})
+    with pytest.raises(UnreadScheme, match="autoround_version"):
+        read({key: value for key, value in written.items() if key != "provider"})
+
+
 def test_auto_round_overrides_and_blocks() -> None:
     extra = {
         "model.layers.1.mlp.up_proj": {"bits": 8},
