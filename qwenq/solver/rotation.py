@@ -48,7 +48,7 @@ class Rotation:
         signs, out = self._signs.to(x.device), torch.empty(x.shape, device=x.device)
         rows, found = x.reshape(-1, self.size), out.view(-1, self.size)
         for start in range(0, len(rows), _ROWS_AT_ONCE):
-            part = (rows[start : start + _ROWS_AT_ONCE].float() * signs).view(-1, len(first), len(second))
+            part = (rows[start : start + _ROWS_AT_ONCE].float() * signs).reshape(-1, len(first), len(second))
             part = (first @ (part @ second)).view(-1, len(cosines), len(first) * len(second))
             found[start : start + len(part)] = (cosines.T @ part).flatten(1)
         return out
