@@ -192,7 +192,7 @@ def test_old_names_are_read() -> None:
     assert config == QuantizeConfig.from_manifest(current_names(old))
     assert current_names(old)["options"] == {
         "method": "gptq", "damp_percent": 0.02, "fold": True, "error_correction": 1.0, "error_correction_share": 0.5,
-        "sink_weight": 1.0,
+        "sink_weight": 1.0, "rotate": False,
     }  # fmt: skip
     for broken in (old | {"seed": "0"}, old | {"options": {"sweeps": 1}}, old | {"compute_dtype": "float8"}, {}):
         with pytest.raises(CheckpointError, match="its job cannot be read"):

@@ -89,7 +89,7 @@ def test_a_journal_of_0_1_0_has_no_checksums_and_gets_them(tmp_path: Path) -> No
     path = tmp_path / JOURNAL_NAME
     path.write_text('{"job":{"seed":0,"options":{"pull":1.0,"pull_share":0.5}}}\n{"layer":0}\n{"layer":1}\n{"lay')
     journal = Journal.load(tmp_path)
-    options = {"error_correction": 1.0, "error_correction_share": 0.5, "sink_weight": 1.0}
+    options = {"error_correction": 1.0, "error_correction_share": 0.5, "sink_weight": 1.0, "rotate": False}
     assert journal.job == {"seed": 0, "options": options}
     assert [row["layer"] for row in journal.layers] == [0, 1] and journal.dropped == 1 and journal.beside is None
     journal.keep_layers(2)
