@@ -86,6 +86,7 @@ def main() -> None:
         cost = json.loads((args.directory / f"{names[tool]}.json").read_text())
         if (timed := args.directory / f"{names[tool]}.time").exists():
             cost |= json.loads(timed.read_text())
+        versions = {name.replace("-", ""): version for name, version in cost.get("versions", {}).items()}
         setting = f"{args.bits}-bit g{args.group_size}" + SUFFIXES.get(tool.partition("-")[2], "")
         bits = checkpoints[tool].recipe.bits_per_linear_weight(reference.spec)
         n_bytes = sum(f.stat().st_size for f in (args.directory / names[tool]).glob("*.safetensors"))
@@ -93,7 +94,7 @@ def main() -> None:
         rows.append(
             {
                 "tool": tool.split("-")[0],
-                "version": cost.get("versions", {}).get(tool.split("-")[0], __version__),
+                "version": versions.get(tool.split("-")[0], __version__),
                 "setting": cost.get("setting", setting),
                 "text": args.text,
                 "kl": round(float(kl[tool].mean()), 6),
