@@ -15,7 +15,7 @@ from qwenq.cli.console import LayerProgress, drift_table, err, out, warn
 from qwenq.cli.options import warn_of_shipped
 from qwenq.cli.plain import options_of, print_json, print_step, typed
 from qwenq.cli.ranks import fetched_once, over_ranks
-from qwenq.errors import ExcludedOptions, UsageError
+from qwenq.errors import UsageError
 from qwenq.formats.base import get_format, label_of
 from qwenq.launch import refuse_ranks
 from qwenq.model.spec import ModelSpec, family_spec
@@ -76,17 +76,14 @@ def quantize(
 
     Layers are streamed, so peak memory is that of one layer, not of the model.
     """
-    try:
-        config = options_of(context_, QuantizeConfig)
-        config.refuse_idle([name for name in context_.params if typed(context_, name)])  # before any download
-    except ExcludedOptions as error:
-        raise typer.BadParameter(error.message) from None
+    config = options_of(context_, QuantizeConfig)
+    config.refuse_idle([name for name in context_.params if typed(context_, name)])  # before any download
     if save_recipe is not None and not (dry_run and config.mixed):
-        raise typer.BadParameter("--save-recipe goes with --dry-run and --target-size, --bpw, --fit or --recipe")
+        raise UsageError("--save-recipe goes with --dry-run and --target-size, --bpw, --fit or --recipe")
     if (ranks > 1 or network) and not dry_run:
-        raise typer.BadParameter("--ranks and --network go with --dry-run: torchrun starts the real job")
+        raise UsageError("--ranks and --network go with --dry-run: torchrun starts the real job")
     if dry_run and resume:
-        raise typer.BadParameter("--resume and --dry-run exclude each other")
+        raise UsageError("--resume and --dry-run exclude each other")
     place = output if output != Path() else None
     if dry_run:
         refuse_ranks("quantize --dry-run", "start it once, with --ranks")

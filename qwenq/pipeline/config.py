@@ -246,7 +246,8 @@ class QuantizeConfig:
             raise ExcludedOptions("--save-imatrix is of the model's own weights, --rotate makes others")
         if self.rotate and self.budgeted:
             raise ExcludedOptions(
-                "--rotate: sensitivities are measured without it", hint="choose with a dry run's --save-recipe first"
+                "--rotate: sensitivities are measured without it",
+                hint="choose without it (--dry-run --save-recipe FILE), then --rotate --recipe FILE",
             )
         if self.builtin_share and self.calibration == "builtin":
             raise ExcludedOptions("--builtin-share goes with a --calibration text other than the built-in set")

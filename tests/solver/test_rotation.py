@@ -92,7 +92,8 @@ def test_what_cannot_be_rotated_is_refused(tiny: Path, random_model: Make, tmp_p
         (["--bpw", 5], "--rotate: sensitivities are measured without it"),
     ):
         result = run("quantize", tiny, "-o", tmp_path / "out", "--rotate", *more)
-        assert result.exit_code == 2 and said in result.stderr
+        assert result.exit_code == 2 and result.stderr.startswith(f"error: {said}"), result.stderr
+    assert result.stderr.endswith("then --rotate --recipe FILE\n")
 
 
 def test_a_job_is_not_resumed_with_or_without_it(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
