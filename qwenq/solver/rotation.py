@@ -23,8 +23,9 @@ _ROWS_AT_ONCE = 1024
 
 @dataclass(frozen=True)
 class Rotation:
-    """Q = diag(signs) (C x H), orthogonal [size, size]: random signs, the cosine transform C of the odd part of the
-    size, and the Hadamard matrix H of the rest.
+    """Q = diag(signs) (C x H), orthogonal [size, size]: random signs, a Hadamard matrix C of the size's odd part times
+    the least power of two that has one, and Sylvester's H of the rest. Where Paley's constructions give no such C, it
+    is the cosine transform of the odd part.
     """
 
     size: int
@@ -37,20 +38,24 @@ class Rotation:
 
     @cached_property
     def _factors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """C, and two Hadamard matrices whose Kronecker product is H."""
-        even = self.size & -self.size
-        first = 1 << (even.bit_length() // 2)
-        return _cosines(self.size // even), _hadamard(first), _hadamard(even // first)
+        """C, and two of Sylvester's matrices whose Kronecker product is H."""
+        two = self.size & -self.size
+        odd = self.size // two
+        orders = (odd << power for power in range(two.bit_length()))
+        core = next((matrix for order in orders if (matrix := _paley(order)) is not None), _cosines(odd))
+        rest = self.size // len(core)
+        first = 1 << (rest.bit_length() // 2)
+        return core, _sylvester(first), _sylvester(rest // first)
 
     def turned(self, x: Tensor) -> Tensor:
         """x Q of vectors [..., size], float32."""
-        cosines, first, second = (factor.to(x.device) for factor in self._factors)
+        core, first, second = (factor.to(x.device) for factor in self._factors)
         signs, out = self._signs.to(x.device), torch.empty(x.shape, device=x.device)
         rows, found = x.reshape(-1, self.size), out.view(-1, self.size)
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             part = (rows[start : start + _ROWS_AT_ONCE].float() * signs).reshape(-1, len(first), len(second))
-            part = (first @ (part @ second)).view(-1, len(cosines), len(first) * len(second))
-            found[start : start + len(part)] = (cosines.T @ part).flatten(1)
+            part = (first @ (part @ second)).view(-1, len(core), len(first) * len(second))
+            found[start : start + len(part)] = (core.T @ part).flatten(1)
         return out
 
     def turn_layer(self, state: MutableMapping[str, Tensor], architecture: Architecture) -> None:
@@ -69,12 +74,41 @@ class Rotation:
                     state[name] = self.turned(state[name])
 
 
-def _hadamard(size: int) -> Tensor:
-    """Sylvester's Hadamard matrix, symmetric and orthogonal, float32 [size, size]; a power of two."""
+def _sylvester(order: int) -> Tensor:
+    """Sylvester's Hadamard matrix over its norm, symmetric and orthogonal, float32 [order, order]; a power of two."""
     matrix = torch.ones(1, 1)
-    while len(matrix) < size:
+    while len(matrix) < order:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return matrix / math.sqrt(size)
+    return matrix / math.sqrt(order)
+
+
+def _paley(order: int) -> Tensor | None:
+    """A Hadamard matrix over its norm, float32 [order, order], where `order` is 1, a prime p = 3 mod 4 and 1 more, or
+    twice a prime p = 1 mod 4 and 1 more (Paley 1933: constructions I and II); otherwise None.
+    """
+    if order == 1:
+        return torch.ones(1, 1)
+    if order % 4:
+        return None
+    prime = order - 1 if _is_prime(order - 1) else order // 2 - 1
+    if not _is_prime(prime) or prime % 4 != (3 if prime == order - 1 else 1):
+        return None
+    squares = {x * x % prime for x in range(1, prime)}
+    character = torch.tensor([0.0 if x == 0 else 1.0 if x in squares else -1.0 for x in range(prime)])
+    bordered = torch.zeros(prime + 1, prime + 1)
+    bordered[0, 1:] = 1
+    bordered[1:, 0] = 1 if prime % 4 == 1 else -1
+    index = torch.arange(prime)
+    bordered[1:, 1:] = character[(index[:, None] - index) % prime]
+    one = torch.eye(prime + 1)
+    if prime == order - 1:
+        return (one + bordered) / math.sqrt(order)
+    found = torch.kron(bordered, torch.tensor([[1.0, 1.0], [1.0, -1.0]]))
+    return (found + torch.kron(one, torch.tensor([[1.0, -1.0], [-1.0, -1.0]]))) / math.sqrt(order)
+
+
+def _is_prime(number: int) -> bool:
+    return number > 1 and all(number % divisor for divisor in range(2, math.isqrt(number) + 1))
 
 
 def _cosines(size: int) -> Tensor:
