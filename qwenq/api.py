@@ -166,15 +166,15 @@ def sensitivity(
     """Measure the KL (nats per token) that each fused group of a model causes at each scheme, and write it to `output`.
 
     Of the options only `calibration`, `num_samples`, `builtin_share`, `sequence_length`, `strict`, `seed`, `format`,
-    `asymmetric`, `device` (one GPU) and `compute_dtype` count: the table is that of `quantize` with the same ones.
-    Hidden states lie on the disk of `output`, or of the current directory, meanwhile, in files without a name.
+    `asymmetric`, `rotate`, `device` (one GPU) and `compute_dtype` count: the table is that of `quantize` with the same
+    ones. Hidden states lie on the disk of `output`, or of the current directory, meanwhile, in files without a name.
     progress: gets a line of text at each step. warn: gets a line for each thing that is read otherwise than config.json
     says, or left out of the text. ranks: this process among those that measure together
     (`qwenq.pipeline.ranks.joined`); the first one writes. Raises QwenqError.
     """
     from qwenq.checkpoint.reader import open_source
     from qwenq.io.durable import write_bytes
-    from qwenq.pipeline.config import DEFAULT_WINDOWS
+    from qwenq.pipeline.config import DEFAULT_WINDOWS, check_rotatable
     from qwenq.pipeline.fisher import measure_sensitivity, split_windows
     from qwenq.pipeline.job import DTYPES
     from qwenq.pipeline.ranks import ALONE
@@ -191,6 +191,9 @@ def sensitivity(
     if not scratch.is_dir():
         raise JobError(f"{scratch}: no such directory", hint="make it, or choose another --output")
     source = open_source(model_directory(str(model), progress))
+    if settings.rotate:
+        check_rotatable(source.spec)
+        source = source.rotated()
     tokenizer = ModelTokenizer(source.directory)
     windows = load_windows(
         settings.calibration, tokenizer, source.spec, length=settings.sequence_length,

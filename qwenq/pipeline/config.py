@@ -244,11 +244,6 @@ class QuantizeConfig:
             raise ExcludedOptions("--save-imatrix comes from calibration: rounding to nearest reads none")
         if self.rotate and self.save_imatrix is not None:
             raise ExcludedOptions("--save-imatrix is of the model's own weights, --rotate makes others")
-        if self.rotate and self.budgeted:
-            raise ExcludedOptions(
-                "--rotate: sensitivities are measured without it",
-                hint="choose without it (--dry-run --save-recipe FILE), then --rotate --recipe FILE",
-            )
         if self.builtin_share and self.calibration == "builtin":
             raise ExcludedOptions("--builtin-share goes with a --calibration text other than the built-in set")
         if self.target_size is not None:
@@ -299,6 +294,11 @@ class QuantizeConfig:
     def budgeted(self) -> bool:
         """A budget to optimize for, which needs sensitivities; a recipe file needs none."""
         return self.mixed and self.recipe is None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of a value of the source's layer: float32 where it is rotated."""
+        return 4 if self.rotate else 2
 
     def builtin_windows(self, windows: int, *, tokenizer: bool) -> int:
         """How many windows of the calibration text the built-in set replaces, as far as it has so many.
@@ -548,10 +548,8 @@ class Resolution:
         here. measured: sensitivities that a stopped job has measured already. beside: what files hold beside tensors.
         """
         method, wide = config.solver, config.widened(spec)
-        if config.rotate and spec.tie_word_embeddings:
-            raise PlanError(
-                "--rotate: the head is the embedding too, and would become a matrix of its own", hint="leave it out"
-            )
+        if config.rotate:
+            check_rotatable(spec)
         stored_dtype = get_format(config.format).stored_dtype
 
         def dtype_of(name: str) -> str:
@@ -606,6 +604,14 @@ class Resolution:
         return replace(self.config, error_correction=strength)
 
 
+def check_rotatable(spec: ModelSpec) -> None:
+    """PlanError for a model whose hidden states cannot be rotated."""
+    if spec.tie_word_embeddings:
+        raise PlanError(
+            "--rotate: the head is the embedding too, and would become a matrix of its own", hint="leave it out"
+        )
+
+
 def of_builtin(windows: int) -> str:
     """Words that follow a calibration text where so many of its windows are not its own."""
     return f", {windows} of them replaced by the built-in set's (--builtin-share)" if windows else ""
@@ -624,7 +630,7 @@ def _table(config: QuantizeConfig, spec: ModelSpec, fingerprint: str, measured: 
         return None
     found = read_sensitivity(path)
     try:
-        found.check(spec, fingerprint, config.format)
+        found.check(spec, fingerprint, config.format, config.rotate)
     except PlanError as error:
         raise PlanError(f"{path}: {error.message}", hint=error.hint) from None
     if config.asymmetric and config.budgeted and all(s is None or s.sym for row in found.kl.values() for s in row):

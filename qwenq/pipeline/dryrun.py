@@ -151,7 +151,7 @@ def dry_run(
             out=output or Path.cwd() / "out",
             dtype_of=found.dtype_of,
             source_dtype_of=source.dtype_of,
-            rotated=config.rotate,
+            weight_bytes=config.weight_bytes,
             source_spec=source.spec,
             beside=found.beside(found.recipe),
             ranks=ranks,
@@ -161,7 +161,7 @@ def dry_run(
     if found.measures(windows):
         schemes = solved_schemes(found.spec, config.format, bool(config.asymmetric))
         shape = windows.length, found.compute_bytes, on_gpu
-        measuring = sensitivity_bytes(found.spec, *shape, schemes, ranks, config.format)
+        measuring = sensitivity_bytes(found.spec, *shape, schemes, ranks, config.format, config.weight_bytes)
     local = source.directory is not None
     tokenized = source.directory is None or (source.directory / "tokenizer.json").is_file()
     builtin = found.config.builtin_windows(windows.calibration, tokenizer=tokenized)

@@ -46,6 +46,7 @@ from qwenq.pipeline.workers import Workers, summed_products
 from qwenq.planning.sensitivity import (
     OUTER,
     PRIOR_8_BIT,
+    ROTATED,
     TIED_HEAD,
     FusedGroup,
     Sensitivity,
@@ -168,7 +169,7 @@ def measure_sensitivity(
         ) from error
     kl = outer | {fused: _by_error(spec, fused, probe, scores[fused], noise[fused]) for fused in scores}
     kl = {fused: kl[fused] for fused in fused_groups(spec, probe.format)}
-    table = Sensitivity(spec.name, fingerprint(source.directory), kl, _provenance(spec, probe, compute_dtype))
+    table = Sensitivity(spec.name, fingerprint(source.directory), kl, _provenance(source, probe, compute_dtype))
     source.refuse_changed()
     return table
 
@@ -201,8 +202,8 @@ def _mean_square(score_SN: torch.Tensor) -> float:
     return float(square_N.clamp(max=limit or math.inf).mean())
 
 
-def _provenance(spec: ModelSpec, probe: Probe, compute_dtype: torch.dtype) -> dict[str, Any]:
-    found = {
+def _provenance(source: Checkpoint, probe: Probe, compute_dtype: torch.dtype) -> dict[str, Any]:
+    found: dict[str, Any] = {
         "calibration": dict(probe.calibration),
         "solver_windows": list(probe.solver_NT.shape),
         "probe_windows": list(probe.probe_NT.shape),
@@ -212,7 +213,9 @@ def _provenance(spec: ModelSpec, probe: Probe, compute_dtype: torch.dtype) -> di
         "compute_dtype": str(compute_dtype).removeprefix("torch."),
         "versions": versions(),
     }
-    if tied_head(spec, probe.format):
+    if source.rotation is not None:
+        found[ROTATED] = True
+    if tied_head(source.spec, probe.format):
         found[TIED_HEAD] = "solved"
     if not get_format(probe.format).outer:
         found["eight_bit"] = f"{PRIOR_8_BIT:.6f} of 4 bits in the same groups"

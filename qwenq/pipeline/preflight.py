@@ -94,7 +94,7 @@ class PlannedJob:
     dtype_of: Callable[[str], str] = lambda name: "BF16"  # stored dtype of what is not quantized
     source_dtype_of: Callable[[str], str] = lambda name: "BF16"
     source_spec: ModelSpec | None = None  # where `spec` is padded
-    rotated: bool = False  # the source's layers are float32 then
+    weight_bytes: int = 2  # of a value of the source's layer
     beside: Beside = NOTHING
     ranks: int = 1
 
@@ -106,8 +106,7 @@ def preflight(job: PlannedJob) -> Preflight:
     files = stored_files(spec, recipe, job.dtype_of, job.beside)
     tensor_total, file_total = files.tensor_bytes, files.file_bytes
     source_total = sum(tensor_bytes(job.source_dtype_of(t.name), t.shape) for t in (job.source_spec or spec).tensors())
-    weight_bytes = 4 if job.rotated else 2
-    host, device = peak_bytes(spec, tokens, job.compute_bytes, job.on_gpu, job.ranks, weight_bytes)
+    host, device = peak_bytes(spec, tokens, job.compute_bytes, job.on_gpu, job.ranks, job.weight_bytes)
     states = hidden_state_bytes(spec, tokens, job.compute_bytes)
     buffers = token_buffer_bytes(spec, tokens, job.compute_bytes, job.ranks)
     spill = buffers if buffers > SPILL_BYTES else 0
@@ -292,10 +291,11 @@ def sensitivity_bytes(
     schemes: int = len(GROUP_SIZES),
     ranks: int = 1,
     format: str = "gptq",
+    weight_bytes: int = 2,
 ) -> tuple[int, int]:
     """Predicted peak (host, GPU) in bytes of measuring sensitivities on windows of `length` tokens; see peak_bytes.
 
-    schemes: that errors are solved of, in bfloat16.
+    schemes: that errors are solved of, in bfloat16. weight_bytes: of a value of the source's layer.
     """
     hidden, probed = spec.hidden_size, PROBE_WINDOWS * PROBE_TOKENS // ranks
     parameters = sum(lin.parameters for lin in spec.layer_linears(0))
@@ -309,7 +309,8 @@ def sensitivity_bytes(
     head = gradients_bytes(spec, ranks)
     work = max(errors_bytes(spec, length, compute_bytes), backward)
     kept = 4 * Triangle(_widest(spec)).size  # the Hessian, from which each scheme takes a copy
-    held = 2 * parameters + schemes * 2 * errors + 8 * SAMPLES * probed * hidden  # source, errors, gradients twice
+    gradients = 8 * SAMPLES * probed * hidden  # twice
+    held = weight_bytes * parameters + schemes * 2 * errors + gradients
     if get_format(format).outer and spec.tie_word_embeddings:  # errors of the embedding's rows that tokens name
         looked_up = 4 * schemes * PROBE_WINDOWS * PROBE_TOKENS * hidden
         held, states = held + looked_up, states + looked_up

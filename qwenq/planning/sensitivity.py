@@ -24,6 +24,7 @@ SENSITIVITY_NAME = "qwenq-sensitivity.json"  # in a checkpoint: the table its re
 FusedGroup = tuple[int, str]  # layer, name of a stage: linears that engines fuse; or one linear's kind, where none do
 OUTER = -1  # the layer of embedding and head
 _OUTER_NAME = "outer"
+ROTATED = "rotated"  # in the provenance of a table: measured on the rotated model
 TIED_HEAD = "tied_head"  # in the provenance of a table: how an embedding that is the head too was measured
 
 # Prior: KL in nats per token when one fused group alone is 4-bit g128, for a model of PRIOR_LAYERS layers, and more for
@@ -83,31 +84,37 @@ class Sensitivity:
                     kl[fused][scheme] = self.kl[fused][known] * prior_noise(scheme) / prior_noise(known)
         return replace(self, kl=kl)
 
-    def check(self, spec: ModelSpec, fingerprint: str = "", format: str = "gptq") -> None:
-        """PlanError unless the table is of this model (of these files when their fingerprint is known) and a format."""
+    def check(self, spec: ModelSpec, fingerprint: str = "", format: str = "gptq", rotated: bool = False) -> None:
+        """PlanError unless the table is of this model (of these files when their fingerprint is known) and a format,
+        and of the model as it is quantized, rotated or not.
+        """
         if self.measured and fingerprint and fingerprint != self.fingerprint:
             raise PlanError(
                 f"the sensitivity table was measured on {self.model or 'another model'} "
                 f"(fingerprint {self.fingerprint[:12]}), this model is {spec.name} ({fingerprint[:12]})",
                 hint="measure this one: qwenq sensitivity MODEL",
             )
+        again = f"measure it again: qwenq sensitivity MODEL --format {format}{' --rotate' if rotated else ''}"
         wanted = set(fused_groups(spec, format))
         if set(self.kl) != wanted:
             layers = len({layer for layer, _ in self.kl if layer != OUTER})
             if layers == spec.num_hidden_layers:
                 raise PlanError(
                     f"the sensitivity table was measured for formats other than {format}",
-                    hint=f"measure it again: qwenq sensitivity MODEL --format {format}",
+                    hint=again,
                 )
             raise PlanError(
                 f"the sensitivity table is of {self.model or 'another model'} with {layers} layers, "
                 f"{spec.name or 'this model'} has {spec.num_hidden_layers}",
                 hint="measure this one: qwenq sensitivity MODEL",
             )
+        if self.measured and rotated != (self.provenance.get(ROTATED) is True):
+            state = "before" if rotated else "after"
+            raise PlanError(f"the sensitivity table is of the model {state} it is rotated", hint=again)
         if self.measured and tied_head(spec, format) and TIED_HEAD not in self.provenance:
             raise PlanError(
                 "the sensitivity table is from before a tied head was solved, and overestimates its loss",
-                hint=f"measure it again: qwenq sensitivity MODEL --format {format}",
+                hint=again,
             )
 
     def to_json(self) -> dict[str, Any]:

@@ -39,7 +39,7 @@ OPTIONS = {
     "--offload-dir --dry-run --json",
     "sensitivity": "--strict --follow-links "
     "--output -o --format --calibration --num-samples -n --builtin-share --sequence-length --seed --asymmetric "
-    "--device --compute-dtype --json",
+    "--rotate --device --compute-dtype --json",
     "serve": "--follow-links "
     "--host --port --allowed-hosts --served-model-name --api-key --max-queue --engine --context --max-model-len -c "
     "--prefill-chunk --kv-cache-dtype --compute-dtype --gpu-memory --cpu-memory --offload-dir --gpu --hosts --dry-run "

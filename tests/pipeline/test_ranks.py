@@ -140,6 +140,7 @@ KINDS: dict[str, list[object]] = {
     "gguf": ["--format", "gguf", "--gguf-type", "Q4_K_M", "--error-correction", "1"],
     "gguf, tied": ["--format", "gguf", "--gguf-type", "Q4_K_M"],
     "asymmetric, bfloat16": ["--format", "awq", "--group-size", "64", "--compute-dtype", "bfloat16"],
+    "rotated": ["--rotate", "--group-size", "64"],
     "rounded": ["--method", "rtn"],
     "bitsandbytes": ["--format", "bnb-nf4"],
 }

@@ -92,13 +92,45 @@ def test_what_cannot_be_rotated_is_refused(tiny: Path, random_model: Make, tmp_p
         result = run("quantize", tied, "-o", tmp_path / "out", "--rotate", *more)
         said = "error: --rotate: the head is the embedding too, and would become a matrix of its own\n"
         assert result.exit_code == 1 and said in result.stderr
-    for more, said in (
-        (["--save-imatrix", tmp_path / "i.gguf"], "--save-imatrix is of the model's own weights"),
-        (["--bpw", 5], "--rotate: sensitivities are measured without it"),
+    result = run("sensitivity", tied, "-o", tmp_path / "s.json", "--rotate")
+    assert result.exit_code == 1 and said in result.stderr
+    result = run("quantize", tiny, "-o", tmp_path / "out", "--rotate", "--save-imatrix", tmp_path / "i.gguf")
+    said = "error: --save-imatrix is of the model's own weights, --rotate makes others\n"
+    assert result.exit_code == 2 and result.stderr == said, result.stderr
+
+
+@pytest.mark.parametrize(
+    "options", [["--bpw", 5.5], ["--format", "gguf", "--bpw", 5.5]], ids=["gptq", "embedding and head too"]
+)
+def test_a_budget_is_chosen_by_sensitivities_of_the_rotated_model(
+    options: list[object], tiny: Path, tmp_path: Path
+) -> None:
+    text = ["--calibration", DATA / "calib.txt", "-n", 8, "--sequence-length", 64]
+    kind = options[:-2]
+    name = kind[-1] if kind else "gptq"
+    table, plain = tmp_path / "table.json", tmp_path / "plain.json"
+    rotated = answer("sensitivity", tiny, "-o", table, "--rotate", *kind, *text)
+    before = answer("sensitivity", tiny, "-o", plain, *kind, *text)
+    assert rotated["provenance"]["rotated"] is True and "rotated" not in before["provenance"]
+    assert rotated["kl_nats_per_token"] != before["kl_nats_per_token"]
+    total = [sum(max(row.values()) for row in found["kl_nats_per_token"].values()) for found in (rotated, before)]
+    assert 0.5 < total[0] / total[1] < 2, "the same function, rounded otherwise"
+    ask = ["quantize", tiny, "-o", tmp_path / "out", *options, *text, "--eval-text", DATA / "heldout.txt",
+           "--eval-samples", 4]  # fmt: skip
+    for more, state, hint in (
+        (["--rotate", "--sensitivity", plain], "before", f"{name} --rotate"),
+        (["--sensitivity", table], "after", name),
     ):
-        result = run("quantize", tiny, "-o", tmp_path / "out", "--rotate", *more)
-        assert result.exit_code == 2 and result.stderr.startswith(f"error: {said}"), result.stderr
-    assert result.stderr.endswith("then --rotate --recipe FILE\n")
+        result = run(*ask, *more)
+        file = more[-1]
+        assert result.exit_code == 1 and result.stderr == (
+            f"error: {file}: the sensitivity table is of the model {state} it is rotated\n"
+            f"hint: measure it again: qwenq sensitivity MODEL --format {hint}\n"
+        ), result.stderr
+    made = answer(*ask, "--rotate")
+    measured = json.loads((tmp_path / "out" / "qwenq-sensitivity.json").read_text())
+    assert measured == json.loads(table.read_text()), "as the job measures it"
+    assert made["drift"]["kl"]["mean"] < 0.02
 
 
 def test_a_job_is_not_resumed_with_or_without_it(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
