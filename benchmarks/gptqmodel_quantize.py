@@ -25,7 +25,8 @@ from foreign_run import calibrating_parser, calibration_tokens, copy_tokenizer, 
 def parse_args() -> argparse.Namespace:
     parser = calibrating_parser(__doc__.splitlines()[0], (2, 3, 4, 8))
     parser.add_argument("--mse", type=float, default=0.0, help="power of GPTQModel's clipping search; 0 turns it off")
-    parser.add_argument("--dtype", default="auto", help="auto: bfloat16 on a CPU, the model's own on a GPU")
+    dtypes = ("auto", "bfloat16", "float16", "float32")
+    parser.add_argument("--dtype", default="auto", choices=dtypes, help="auto: bfloat16 on a CPU, the model's on a GPU")
     parser.add_argument("--device", default="cpu")
     return parser.parse_args()
 
@@ -34,10 +35,12 @@ def quantize(args: argparse.Namespace) -> dict[str, object]:
     """Quantize and save; the figures of the JSON line."""
     tokens = calibration_tokens(args)  # [N, T]
 
+    import torch
     from gptqmodel import GPTQModel, QuantizeConfig
 
+    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)  # a name is taken for auto
     config = QuantizeConfig(bits=args.bits, group_size=args.group_size, mse=args.mse)
-    model = GPTQModel.load(str(args.model), config, device=args.device, dtype=args.dtype)
+    model = GPTQModel.load(str(args.model), config, device=args.device, dtype=dtype)
     samples = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in tokens]
     batches = model.prepare_dataset(samples, batch_size=1, calibration_data_min_length=0)
     used = sum(int(batch["attention_mask"].sum()) for batch in batches)
