@@ -6,8 +6,7 @@
     |-- CalibrationError  calibration or evaluation text is not usable
     |-- HubError          a model cannot be had from the hub
     |-- PlanError         a rig, context or scheme cannot be planned with
-    |   `-- UsageError    exit code 2: an option's value, or options together, mean nothing whatever the model
-    |       `-- ExcludedOptions   options that cannot be given together, or not without another
+    |   `-- UsageError    exit code 2: options, or one's value, that mean nothing whatever the model
     |-- JobError          an output directory or a resumed job is not usable
     |-- RunError          a model cannot be loaded, run or served on this machine
     `-- HonestNo          exit code 3: the answer is no (does not fit, drift over the limit)
@@ -72,10 +71,6 @@ class UsageError(PlanError):
     """An option's value, or options together, that mean nothing whatever the model and the machine are."""
 
     exit_code = 2
-
-
-class ExcludedOptions(UsageError):
-    """Options that cannot be given together, or one that means nothing without another."""
 
 
 class JobError(QwenqError):

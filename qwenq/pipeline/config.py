@@ -13,7 +13,7 @@ from typing import Any, get_args, get_type_hints
 
 from qwenq.checkpoint.manifest import MANIFEST_NAME, current_names, renamed_options
 from qwenq.checkpoint.shards import NOTHING, Beside
-from qwenq.errors import CheckpointError, ExcludedOptions, PlanError, UsageError
+from qwenq.errors import CheckpointError, PlanError, UsageError
 from qwenq.formats.base import FORMATS, Recipe, Scheme, get_format, mixing, names_of
 from qwenq.io.safetensors import FLOATS
 from qwenq.machine import has_bfloat16
@@ -217,35 +217,35 @@ class QuantizeConfig:
         given = [name for name, value in ways.items() if value is not None]
         for name in ("bits", "group_size", "gguf_type"):
             if getattr(self, name) is not None and given:
-                raise ExcludedOptions(
+                raise UsageError(
                     f"{flag(name)} and {given[0]} exclude each other: one scheme, or the best mixture"
                 )
         if len(given) > 1:
-            raise ExcludedOptions(f"{' and '.join(given)} exclude each other")
+            raise UsageError(f"{' and '.join(given)} exclude each other")
         if self.asymmetric is not None and self.recipe is not None:
-            raise ExcludedOptions("--asymmetric and --recipe exclude each other: the recipe says it group by group")
+            raise UsageError("--asymmetric and --recipe exclude each other: the recipe says it group by group")
         form = get_format(self.format)
         for name in ("group_size", "asymmetric"):
             if form.mixtures and getattr(self, name) is not None:
                 raise UsageError(f"--format {self.format}: {flag(name)} does not apply: each type has its own")
         if self.asymmetric and given and not form.mixes_zero_points:
-            raise ExcludedOptions(
+            raise UsageError(
                 f"--asymmetric with {given[0]} wants --format {carry_zero_points()}: no other mixed format's zero "
                 "points are read by engines"
             )
         if given and not form.mixes:
-            raise ExcludedOptions(f"{given[0]} wants a --format that mixes bits: {names_of(mixing())}")
+            raise UsageError(f"{given[0]} wants a --format that mixes bits: {names_of(mixing())}")
         for name in ("context", "engine"):
             if getattr(self, name) is not None and self.fit is None:
-                raise ExcludedOptions(f"{flag(name)} goes with --fit")
+                raise UsageError(f"{flag(name)} goes with --fit")
         if self.sensitivity is not None and not given:
-            raise ExcludedOptions("--sensitivity goes with --target-size, --bpw, --fit or --recipe")
+            raise UsageError("--sensitivity goes with --target-size, --bpw, --fit or --recipe")
         if self.save_imatrix is not None and self.solver == "rtn":
-            raise ExcludedOptions("--save-imatrix comes from calibration: rounding to nearest reads none")
+            raise UsageError("--save-imatrix comes from calibration: rounding to nearest reads none")
         if self.rotate and self.save_imatrix is not None:
-            raise ExcludedOptions("--save-imatrix is of the model's own weights, --rotate makes others")
+            raise UsageError("--save-imatrix is of the model's own weights, --rotate makes others")
         if self.builtin_share and self.calibration == "builtin":
-            raise ExcludedOptions("--builtin-share goes with a --calibration text other than the built-in set")
+            raise UsageError("--builtin-share goes with a --calibration text other than the built-in set")
         if self.target_size is not None:
             parse_size(self.target_size)
         if self.bpw is not None:
@@ -254,7 +254,7 @@ class QuantizeConfig:
             parse_tokens(self.context)
         for name in ("gguf_type", "split_size"):
             if getattr(self, name) is not None and not form.whole_file:
-                raise ExcludedOptions(f"{flag(name)} goes with --format gguf")
+                raise UsageError(f"{flag(name)} goes with --format gguf")
         if self.split_size is not None and parse_size(self.split_size) == 0:
             raise UsageError(f"--split-size {self.split_size}: wanted more than 0 bytes")
         if form.widened_to is not None and self.pad_for_tp not in (None, 1):
@@ -265,12 +265,12 @@ class QuantizeConfig:
             )
         if form.mixtures:
             if self.mixture and self.dtype != "auto":
-                raise ExcludedOptions(f"--dtype does not apply: {self.mixture} sets the type of every tensor")
+                raise UsageError(f"--dtype does not apply: {self.mixture} sets the type of every tensor")
         elif not self.mixed:
             self.scheme()
 
     def refuse_idle(self, given: Collection[str] = ()) -> None:
-        """ExcludedOptions for an option that was given and does nothing; a settled configuration has values for all.
+        """UsageError for an option that was given and does nothing; a settled configuration has values for all.
 
         given: names of options that were, whatever their value; others were where they are not as by default.
         """
@@ -281,9 +281,9 @@ class QuantizeConfig:
         for name, idle in _OF_CALIBRATION.items():
             value, default = getattr(self, name), getattr(QuantizeConfig, name)
             if value != default or (name in given and value is not None):
-                raise ExcludedOptions(f"{flag(name)} {idle}: {none}")
+                raise UsageError(f"{flag(name)} {idle}: {none}")
         if "fold" in given and self.fold:
-            raise ExcludedOptions(f"--fold takes channel scales from calibration: {none}")
+            raise UsageError(f"--fold takes channel scales from calibration: {none}")
 
     @property
     def mixed(self) -> bool:
@@ -338,7 +338,7 @@ class QuantizeConfig:
                 raise UsageError(f"--bits {bits}: wanted {wanted}", hint="--gguf-type names any mixture")
             return form.mixture_of_bits[bits]
         if self.bits is not None:
-            raise ExcludedOptions("--bits and --gguf-type exclude each other")
+            raise UsageError("--bits and --gguf-type exclude each other")
         name = self.gguf_type.upper()  # as llama-quantize reads it
         if name not in form.mixtures:
             near = [known for known in form.mixtures if name and known.startswith(name)]

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import qwenq.pipeline.quantize
 from qwenq.checkpoint.reader import open_source
-from qwenq.errors import ExcludedOptions, JobError
+from qwenq.errors import JobError, UsageError
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.pipeline.config import QuantizeConfig
 from qwenq.pipeline.imatrix import check_imatrix, write_gguf
@@ -173,9 +173,9 @@ def test_on_resume_only_an_importance_matrix_is_written_over(there: str, tiny: P
 
 
 def test_places_and_methods_that_cannot_be(random_model: Make, tmp_path: Path) -> None:
-    with pytest.raises(ExcludedOptions, match="reads none"):
+    with pytest.raises(UsageError, match="reads none"):
         QuantizeConfig(method="rtn", save_imatrix=Path("imatrix.gguf"))
-    with pytest.raises(ExcludedOptions, match="reads none"):
+    with pytest.raises(UsageError, match="reads none"):
         QuantizeConfig(format="bnb-nf4", save_imatrix=Path("imatrix.gguf"))
     (tmp_path / "there").write_bytes(b"")
     for place, wanted in (("there", "already exists"), ("none/imatrix.gguf", "no place for a file")):
