@@ -174,12 +174,12 @@ def sensitivity(
     """
     from qwenq.checkpoint.reader import open_source
     from qwenq.io.durable import write_bytes
-    from qwenq.pipeline.config import DEFAULT_WINDOWS, check_rotatable
+    from qwenq.pipeline.config import check_rotatable
     from qwenq.pipeline.fisher import measure_sensitivity, split_windows
-    from qwenq.pipeline.job import DTYPES
+    from qwenq.pipeline.job import DTYPES, builtin_lacks
+    from qwenq.pipeline.prepare import read_calibration
     from qwenq.pipeline.ranks import ALONE
     from qwenq.planning.sensitivity import encode_sensitivity
-    from qwenq.text.calibration import load_windows, with_builtin
     from qwenq.text.tokens import ModelTokenizer
 
     settings = replace(config or QuantizeConfig(), **_with_paths(options))
@@ -194,14 +194,8 @@ def sensitivity(
     if settings.rotate:
         check_rotatable(source.spec)
         source = source.rotated()
-    tokenizer = ModelTokenizer(source.directory)
-    windows = load_windows(
-        settings.calibration, tokenizer, source.spec, length=settings.sequence_length,
-        count=settings.num_samples, seed=settings.seed, up_to=DEFAULT_WINDOWS, strict=settings.strict,
-    )  # fmt: skip
-    replaced = settings.builtin_windows(len(windows.ids), tokenizer=tokenizer.present)
-    windows = with_builtin(windows, replaced, tokenizer, source.spec, seed=settings.seed)
-    for line in filter(None, (*source.notes, windows.left_out)):
+    windows = read_calibration(settings, source, ModelTokenizer(source.directory))
+    for line in filter(None, (*source.notes, windows.left_out, builtin_lacks(settings, windows))):
         warn(line)
     asked = {"source": source.sampled(), "text": windows.to_json(), "options": settings.same_everywhere()}
     ranks.refuse_others("command", asked)

@@ -125,9 +125,8 @@ class Checkpoint:
             return tensor
         if name == spec.norm_tensor:
             return torch.ones(len(tensor))
-        if name == spec.head_tensor:
-            tensor = tensor * replace(self, rotation=None).read(spec.norm_tensor).float()
-        return self.rotation.turned(tensor)
+        norm_H = replace(self, rotation=None).read(spec.norm_tensor).float() if name == spec.head_tensor else None
+        return self.rotation.turned(tensor, norm_H)
 
     def _rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Their bytes, uint8 [rows, bytes of a row]."""
@@ -281,11 +280,11 @@ class GGUFCheckpoint(Checkpoint):
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor: as stored, or float32 of blocks."""
-        return self._turned(name, self._values(name, self.read_packed(name).to(self.device)))
+        return self._values(name, self.read_packed(name).to(self.device))
 
     def read_slice(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows start to stop of embedding or head, like `read`."""
-        return self._turned(name, self._values(name, self._rows(name, start, stop).to(self.device)))
+        return self._values(name, self._rows(name, start, stop).to(self.device))
 
     def read_packed(self, name: str) -> torch.Tensor:
         """The bytes of a tensor, uint8 [rows, bytes of a row]."""

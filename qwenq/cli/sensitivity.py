@@ -81,7 +81,8 @@ def sensitivity(
     replaced = of_builtin(text.get("builtin", {}).get("windows", 0))
     size = f"{counted(text['windows'], 'window')} of {text['window_tokens']} tokens"
     out.print(f"measured on {size} of {text['text']}{replaced}", soft_wrap=True)
-    out.print(f"{output}: valid for any budget of this model", soft_wrap=True)
+    given = " --format gguf" * (format == "gguf") + " --rotate" * rotate
+    out.print(f"{output}: valid for any budget of this model{given and ' with' + given}", soft_wrap=True)
 
 
 def sensitivity_table(found: Sensitivity) -> Table:

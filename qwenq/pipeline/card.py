@@ -27,6 +27,7 @@ CARD_NAME = "README.md"
 _README_BYTES = 1 << 16  # metadata comes first
 _MAX_WARNINGS = 50
 _KEPT = "as in the original"
+_OUTSIDE = ("embedding", "norms", "head")
 SERVED_CONTEXT = 8192  # of the example, where the model was trained on so much
 HUB_NAME = re.compile(r"(?:([A-Za-z0-9][\w.-]{0,95})/)?([A-Za-z0-9][\w.-]{0,95})", re.ASCII)  # owner, if any, and name
 _METADATA = re.compile(r"---\r?\n(.*?)\r?\n---\s*\n", re.DOTALL)
@@ -246,12 +247,17 @@ def _provenance(
     )
 
 
+def rotated_too(outside: Mapping[str, str]) -> dict[str, str]:
+    """What became of embedding, norms and head, all of which were rotated as well."""
+    return {part: ", ".join(filter(None, ("rotated", outside.get(part)))) for part in _OUTSIDE}
+
+
 def _outside_layers(spec: ModelSpec, recipe: Recipe, outside: Mapping[str, str], folded: bool) -> str:
     """What became of embedding, norms and head: `embedding Q4_K, head Q6_K, norms as in the original`."""
     schemes = {lin.stage: recipe.outer_scheme(lin) for lin in spec.outer_linears}
     schemes.setdefault("head", schemes["embedding"])  # tied: one matrix
     became: dict[str, list[str]] = {}
-    for part in ("embedding", "norms", "head"):
+    for part in _OUTSIDE:
         scheme = schemes.get(part)
         said = label_of(scheme) if scheme else outside.get(part, _KEPT)
         if part != "norms" or not folded:  # folded ones are told of elsewhere

@@ -295,11 +295,6 @@ class QuantizeConfig:
         """A budget to optimize for, which needs sensitivities; a recipe file needs none."""
         return self.mixed and self.recipe is None
 
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of a value of the source's layer: float32 where it is rotated."""
-        return 4 if self.rotate else 2
-
     def builtin_windows(self, windows: int, *, tokenizer: bool) -> int:
         """How many windows of the calibration text the built-in set replaces, as far as it has so many.
 
@@ -632,7 +627,8 @@ def _table(config: QuantizeConfig, spec: ModelSpec, fingerprint: str, measured: 
     try:
         found.check(spec, fingerprint, config.format, config.rotate)
     except PlanError as error:
-        raise PlanError(f"{path}: {error.message}", hint=error.hint) from None
+        hint = error.hint if config.sensitivity else "resume with the options it was begun with"
+        raise PlanError(f"{path}: {error.message}", hint=hint) from None
     if config.asymmetric and config.budgeted and all(s is None or s.sym for row in found.kl.values() for s in row):
         raise PlanError(
             f"{path}: it has no asymmetric schemes", hint="measure them: qwenq sensitivity MODEL --asymmetric"

@@ -26,7 +26,7 @@ from qwenq.io.safetensors import FLOAT_NAMES, FLOATS
 from qwenq.io.tensors import TORCH_DTYPES, all_finite
 from qwenq.machine import forget_peak_rss, free_disk, host_facts, peak_rss_bytes, versions
 from qwenq.model.spec import LinearSpec
-from qwenq.pipeline.card import CARD_NAME, model_card
+from qwenq.pipeline.card import CARD_NAME, model_card, rotated_too
 from qwenq.pipeline.container import container_of
 from qwenq.pipeline.job import partial_directory, refuse_place
 from qwenq.pipeline.monitor import memory_errors
@@ -242,7 +242,7 @@ def _outside(source: Checkpoint, recipe: Recipe, job: Fields) -> dict[str, str]:
             found[part] = f"in {FLOAT_NAMES[written]}"
         elif asked and made_as and made_as.stored_dtype(name, asked) == asked:
             found[part] = f"in {FLOAT_NAMES[asked]}"
-    return found
+    return rotated_too(found) if job.sub("options").value.get("rotate") else found
 
 
 def _origin(source: Checkpoint) -> dict[str, Any] | None:

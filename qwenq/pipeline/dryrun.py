@@ -29,7 +29,7 @@ from qwenq.pipeline.config import (
     tokens_of,
 )
 from qwenq.pipeline.container import containers
-from qwenq.pipeline.preflight import PlannedJob, Preflight, preflight, sensitivity_bytes
+from qwenq.pipeline.preflight import PlannedJob, Preflight, preflight, sensitivity_bytes, weight_bytes
 from qwenq.pipeline.shares import refuse_few
 from qwenq.pipeline.source import source_shapes
 from qwenq.planning.budget import Budgeted
@@ -151,7 +151,7 @@ def dry_run(
             out=output or Path.cwd() / "out",
             dtype_of=found.dtype_of,
             source_dtype_of=source.dtype_of,
-            weight_bytes=config.weight_bytes,
+            rotated=config.rotate,
             source_spec=source.spec,
             beside=found.beside(found.recipe),
             ranks=ranks,
@@ -161,7 +161,8 @@ def dry_run(
     if found.measures(windows):
         schemes = solved_schemes(found.spec, config.format, bool(config.asymmetric))
         shape = windows.length, found.compute_bytes, on_gpu
-        measuring = sensitivity_bytes(found.spec, *shape, schemes, ranks, config.format, config.weight_bytes)
+        wide = weight_bytes(source.spec, source.dtype_of, config.rotate)
+        measuring = sensitivity_bytes(found.spec, *shape, schemes, ranks, config.format, wide)
     local = source.directory is not None
     tokenized = source.directory is None or (source.directory / "tokenizer.json").is_file()
     builtin = found.config.builtin_windows(windows.calibration, tokenizer=tokenized)

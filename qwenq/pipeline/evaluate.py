@@ -13,7 +13,7 @@ from qwenq.checkpoint.reader import Checkpoint, row_slices
 from qwenq.errors import CheckpointError, HonestNo
 from qwenq.machine import keep_freed_memory
 from qwenq.model.layer import Network, model_config
-from qwenq.pipeline.activations import HiddenStates, LayerRunner, TokenSets, embed, embed_tokens
+from qwenq.pipeline.activations import HiddenStates, LayerRunner, TokenSets, embed_tokens
 from qwenq.pipeline.monitor import memory_errors
 from qwenq.pipeline.ranks import ALONE, Ranks
 from qwenq.pipeline.reference_logits import LogitsFile, SavedLogits
@@ -64,8 +64,8 @@ def evaluate(
     }
     with memory_errors("evaluating", torch.device(devices[0]), None, "make room, or fewer windows (-n)"):
         share = ranks.share(range(len(evaluation.ids)))
-        states = embed_tokens(reference, TokenSets(evaluation.ids, compute_dtype, share), scratch)
-        embed(checkpoint, {"quantized": (states.states["quantized"], evaluation.ids[share.windows])})
+        tokens = TokenSets(evaluation.ids, compute_dtype, share)
+        states = embed_tokens(reference, tokens, scratch, written=checkpoint)
         checkpoint = replace(checkpoint, device=devices[0])
         runner = LayerRunner(states.states, states.shares, by_name)
         for layer in range(reference.spec.num_hidden_layers):

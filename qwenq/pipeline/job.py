@@ -22,6 +22,7 @@ from qwenq.io.tensors import TORCH_DTYPES, all_finite
 from qwenq.machine import numerics, return_freed_memory
 from qwenq.pipeline.activations import TokenSets
 from qwenq.pipeline.block import SolverOptions
+from qwenq.pipeline.card import rotated_too
 from qwenq.pipeline.config import (
     CPU_BATCH_TOKENS,
     PARTS,
@@ -63,6 +64,17 @@ def refuse_place(out: Path, source: Path) -> None:
         raise JobError(f"{out}: already exists", hint="choose another directory, or delete it")
 
 
+def builtin_lacks(config: QuantizeConfig, calibration: TokenWindows) -> str:
+    """A line on windows of the built-in set that were wanted and are not there; empty where all are."""
+    taken = calibration.provenance.get("builtin")
+    if taken is None:  # none were wanted
+        return ""
+    windows, length = calibration.ids.shape
+    asked = config.builtin_windows(windows, tokenizer=True)
+    said = f"{taken['windows']} of {asked} windows asked of the built-in set: it has no more of {length} tokens"
+    return said if taken["windows"] < asked else ""
+
+
 @dataclass(frozen=True)
 class QuantizeJob:
     """One quantization, entirely described: equal jobs on equal machines give equal bytes.
@@ -93,20 +105,10 @@ class QuantizeJob:
         windows that the built-in set lacks, and for a recipe that is not what its name says.
         """
         texts = [text.left_out for text in (self.calibration, self.evaluation) if text is not None]
+        texts += [builtin_lacks(self.config, self.calibration)] if self.calibration else []
         name = self.config.mixture
         named = get_format(self.recipe.format).notes(name, self.source.spec) if name else []
-        return (*self.source.notes, *filter(None, (*texts, self._builtin_lacks)), *named)
-
-    @property
-    def _builtin_lacks(self) -> str:
-        """A line on windows of the built-in set that were wanted and are not there; empty where all are."""
-        taken = self.calibration.provenance.get("builtin") if self.calibration else None
-        if self.calibration is None or taken is None:  # none were wanted
-            return ""
-        windows, length = self.calibration.ids.shape
-        asked = self.config.builtin_windows(windows, tokenizer=True)
-        said = f"{taken['windows']} of {asked} windows asked of the built-in set: it has no more of {length} tokens"
-        return said if taken["windows"] < asked else ""
+        return (*self.source.notes, *filter(None, texts), *named)
 
     @property
     def options(self) -> SolverOptions:
@@ -167,9 +169,7 @@ class QuantizeJob:
         names = {"embedding": spec.embedding_tensor, "norms": spec.norm_tensor, "head": spec.head_tensor}
         pairs = {part: (self.source.dtype_of(name), self.stored_dtype(name)) for part, name in names.items()}
         narrowed = {part: f"in {FLOAT_NAMES[new]}" for part, (old, new) in pairs.items() if new not in (old, "F32")}
-        if not self.config.rotate:
-            return narrowed
-        return {part: ", ".join(filter(None, ("rotated", narrowed.get(part)))) for part in names}
+        return rotated_too(narrowed) if self.config.rotate else narrowed
 
     @cached_property
     def files(self) -> StoredFiles:

@@ -94,7 +94,7 @@ class PlannedJob:
     dtype_of: Callable[[str], str] = lambda name: "BF16"  # stored dtype of what is not quantized
     source_dtype_of: Callable[[str], str] = lambda name: "BF16"
     source_spec: ModelSpec | None = None  # where `spec` is padded
-    weight_bytes: int = 2  # of a value of the source's layer
+    rotated: bool = False
     beside: Beside = NOTHING
     ranks: int = 1
 
@@ -106,7 +106,8 @@ def preflight(job: PlannedJob) -> Preflight:
     files = stored_files(spec, recipe, job.dtype_of, job.beside)
     tensor_total, file_total = files.tensor_bytes, files.file_bytes
     source_total = sum(tensor_bytes(job.source_dtype_of(t.name), t.shape) for t in (job.source_spec or spec).tensors())
-    host, device = peak_bytes(spec, tokens, job.compute_bytes, job.on_gpu, job.ranks, job.weight_bytes)
+    wide = weight_bytes(spec, job.source_dtype_of, job.rotated)
+    host, device = peak_bytes(spec, tokens, job.compute_bytes, job.on_gpu, job.ranks, wide)
     states = hidden_state_bytes(spec, tokens, job.compute_bytes)
     buffers = token_buffer_bytes(spec, tokens, job.compute_bytes, job.ranks)
     spill = buffers if buffers > SPILL_BYTES else 0
@@ -145,6 +146,13 @@ def preflight(job: PlannedJob) -> Preflight:
         wire_head_bytes=wire_head_bytes(spec, tokens, head, job.ranks) if solves else 0,
         wire_state_bytes=states - states // job.ranks,
     )
+
+
+def weight_bytes(spec: ModelSpec, source_dtype_of: Callable[[str], str], rotated: bool) -> int:
+    """Of a value of the source's layer, as it is held: float32 of a rotated one, otherwise as stored."""
+    if rotated:
+        return 4
+    return max(tensor_bytes(source_dtype_of(f"{lin.name}.weight"), (1,)) for lin in spec.layer_linears(0))
 
 
 def scratch_width(spec: ModelSpec) -> int:
@@ -223,11 +231,12 @@ def peak_bytes(
     head = 6 * 4 * 1024 * 4096 + 8 * 4096 * hidden + 8 * evaluation * hidden
     work = max(tokens.calibration_bytes * parameters + max(calibrating, solving), evaluating)
     buffers = token_buffer_bytes(spec, tokens, compute_bytes, ranks)
+    outside = 2 * spec.vocab_size * hidden  # embedding or head, as written
     if on_gpu:
-        return BASE_BYTES + buffers + 2 * source, max(work, head)  # the next layer is read meanwhile
+        return BASE_BYTES + buffers + max(2 * source, outside), max(work, head)  # the next layer is read meanwhile
     none = replace(tokens, calibration_windows=0)
     at_the_head = hidden_state_bytes(spec, none, compute_bytes, ranks) + head
-    return BASE_BYTES + max(buffers + source + work, at_the_head), 0
+    return BASE_BYTES + max(buffers + max(source + work, outside), at_the_head), 0
 
 
 def wire_layer_bytes(spec: ModelSpec, tokens: Tokens, written: int, ranks: int) -> int:

@@ -167,23 +167,26 @@ def prepare(
     return Preparation(found, source, out, calibration, evaluation, shared)
 
 
+def read_calibration(config: QuantizeConfig, source: Checkpoint, tokenizer: ModelTokenizer) -> TokenWindows:
+    """Windows of the calibration text, some of them replaced by the built-in set's."""
+    windows = load_windows(
+        config.calibration,
+        tokenizer,
+        source.spec,
+        length=config.sequence_length,
+        count=config.num_samples,
+        seed=config.seed,
+        up_to=DEFAULT_WINDOWS,
+        strict=config.strict,
+    )
+    replaced = config.builtin_windows(len(windows.ids), tokenizer=tokenizer.present)
+    return with_builtin(windows, replaced, tokenizer, source.spec, seed=config.seed)
+
+
 def _read_texts(config: QuantizeConfig, source: Checkpoint) -> tuple[TokenWindows | None, TokenWindows]:
     """Windows of calibration, None for rounding to nearest, which reads none; and of evaluation, of the same length."""
     tokenizer = ModelTokenizer(source.directory)
-    calibration = None
-    if config.solver == "gptq":
-        calibration = load_windows(
-            config.calibration,
-            tokenizer,
-            source.spec,
-            length=config.sequence_length,
-            count=config.num_samples,
-            seed=config.seed,
-            up_to=DEFAULT_WINDOWS,
-            strict=config.strict,
-        )
-        replaced = config.builtin_windows(len(calibration.ids), tokenizer=tokenizer.present)
-        calibration = with_builtin(calibration, replaced, tokenizer, source.spec, seed=config.seed)
+    calibration = read_calibration(config, source, tokenizer) if config.solver == "gptq" else None
     evaluation = load_windows(
         config.eval_text,
         tokenizer,

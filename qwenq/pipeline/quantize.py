@@ -142,7 +142,7 @@ def preflight_of(job: QuantizeJob) -> Preflight:
             out=job.out,
             dtype_of=job.stored_dtype,
             source_dtype_of=job.source.dtype_of,
-            weight_bytes=job.config.weight_bytes,
+            rotated=job.config.rotate,
             beside=job.container,
         )
     )
@@ -488,8 +488,9 @@ class _Run:
         source, tensors = self.job.source, {}
         for name in names:
             pack = self.job.packer(name)
-            if pack is None and source.rotation is not None and name != self.spec.norm_tensor:
-                pack = partial(self.job.convert, name)  # by slices: what is turned is float32
+            changes = source.rotation is not None or source.dtype_of(name) != self.job.stored_dtype(name)
+            if pack is None and changes and name != self.spec.norm_tensor:
+                pack = partial(self.job.convert, name)  # by slices: beside what is written is little else
             if pack is None:
                 tensors[name] = self.job.convert(name, source.refuse_non_finite(name, source.read(name)))
                 continue

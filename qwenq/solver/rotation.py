@@ -47,16 +47,26 @@ class Rotation:
         first = 1 << (rest.bit_length() // 2)
         return core, _sylvester(first), _sylvester(rest // first)
 
-    def turned(self, x: Tensor) -> Tensor:
-        """x Q of vectors [..., size], float32."""
-        core, first, second = (factor.to(x.device) for factor in self._factors)
-        signs, out = self._signs.to(x.device), torch.empty(x.shape, device=x.device)
-        rows, found = x.reshape(-1, self.size), out.view(-1, self.size)
+    def turned(self, x: Tensor, scales: Tensor | None = None) -> Tensor:
+        """x Q of vectors [..., size], float32; with `scales` [size] of each times these."""
+        out = torch.empty(x.shape, device=x.device)
+        self._turn(x.reshape(-1, self.size), out.view(-1, self.size), scales)
+        return out
+
+    def turned_columns(self, w_OI: Tensor) -> Tensor:
+        """Q'W of a weight [size, in], float32."""
+        out_OI = torch.empty(w_OI.shape, device=w_OI.device)
+        self._turn(w_OI.T, out_OI.T)
+        return out_OI
+
+    def _turn(self, rows: Tensor, out: Tensor, scales: Tensor | None = None) -> None:
+        """Fill `out` [rows, size], some at a time: beside it there is little else."""
+        core, first, second = (factor.to(rows.device) for factor in self._factors)
+        signs = self._signs.to(rows.device) if scales is None else self._signs.to(rows.device) * scales
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             part = (rows[start : start + _ROWS_AT_ONCE].float() * signs).reshape(-1, len(first), len(second))
             part = (first @ (part @ second)).view(-1, len(core), len(first) * len(second))
-            found[start : start + len(part)] = (core.T @ part).flatten(1)
-        return out
+            out[start : start + len(part)] = (core.T @ part).flatten(1)
 
     def turn_layer(self, state: MutableMapping[str, Tensor], architecture: Architecture) -> None:
         """Fold it and the norms' weights into a layer's tensors, by their names within it, which become float32."""
@@ -66,9 +76,9 @@ class Rotation:
                 state[f"{stage.norm}.weight"] = torch.ones_like(norm_H)
             for name in (f"{path}.weight" for path in stage.paths):
                 if stage.norm:
-                    state[name] = self.turned(state[name] * norm_H)
+                    state[name] = self.turned(state[name], norm_H)
                 if stage.adds:
-                    state[name] = self.turned(state[name].T).T.contiguous()
+                    state[name] = self.turned_columns(state[name])
             for name in (f"{path}.bias" for path in stage.paths if stage.adds):
                 if name in state:
                     state[name] = self.turned(state[name])

@@ -255,6 +255,22 @@ def test_predicted_peaks_do_not_know_the_number_of_layers() -> None:
     assert host > 0 and gpu > 0
 
 
+def test_a_source_in_float32_is_held_as_it_is(qwen72: ModelSpec) -> None:
+    plan = PlannedJob(qwen72, Recipe(Scheme(4)), TOKENS, compute_bytes=2, on_gpu=True)
+    narrow, wide = preflight(plan), preflight(replace(plan, source_dtype_of=lambda name: "F32"))
+    parameters = 2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 29568
+    assert wide.peak_ram_bytes - narrow.peak_ram_bytes == 2 * 2 * parameters, "a layer, and the next"
+    assert preflight(replace(plan, rotated=True)).peak_ram_bytes == wide.peak_ram_bytes
+    assert wide.peak_vram_bytes == narrow.peak_vram_bytes
+
+
+def test_an_embedding_larger_than_layers_is_held_once() -> None:
+    few = Tokens(2, 2, 8)
+    for on_gpu in (False, True):
+        large, larger = (peak_bytes(spec_of(vocab_size=n), few, 2, on_gpu)[0] for n in (4_000_000, 5_000_000))
+        assert larger - large == 2 * 64 * 1_000_000, on_gpu
+
+
 def test_error_correction_takes_two_sums_of_down(qwen72: ModelSpec) -> None:
     """On top of a Hessian of 29568 and 13 bytes a weight: more than gate and up, whose 13 bytes are twice as many."""
     corrected, without = (peak_bytes(qwen72, Tokens(64, 8, 512, 2, share), 4, True)[1] for share in (0.5, 0.0))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qwenq import api
-from qwenq.pipeline import config
+from qwenq.pipeline import config, fisher
 from qwenq.pipeline.config import QuantizeConfig
 from qwenq.pipeline.prepare import prepare
 from qwenq.pipeline.quantize import quantize
@@ -41,6 +41,10 @@ def test_windows_that_the_builtin_set_lacks_are_told(
     assert notes() == ["2 of 3 windows asked of the built-in set: it has no more of 64 tokens"]
     short = notes(builtin_share=0.5, sequence_length=32)
     assert short == ["0 of 8 windows asked of the built-in set: it has no more of 32 tokens"]
+    told: list[str] = []
+    monkeypatch.setattr(fisher, "measure_sensitivity", lambda *_, **__: "measured")
+    assert api.sensitivity(tiny, config=replace(plain, builtin_share=0.5, sequence_length=32), warn=told.append)
+    assert told[-1:] == short, "sensitivities too"
     assert notes(builtin_share=0.125) == []
 
 

@@ -10,11 +10,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import qwenq.pipeline.quantize
 from qwenq.checkpoint.reader import open_checkpoint
 from qwenq.solver.rotation import Rotation
 from tests.conftest import DATA, answer, run
 
 Make = Callable[..., Path]
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 # Widths of Qwen2, Qwen2.5, Qwen3, Llama and SmolLM2: each has a Hadamard matrix by one of Paley's constructions.
@@ -83,7 +88,12 @@ def test_a_rotated_checkpoint_is_made_read_and_made_again(options: list[object],
     assert read["kl"]["mean"] == pytest.approx(made["drift"]["kl"]["mean"], rel=1e-3)
     again = run("verify", out, "--source", tiny, "--calibration", calib, "--layers", "0,1")
     assert again.exit_code == 0 and "layers 0 to 1 recomputed" in again.stdout, again.output
-    assert "rotated" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "are rotated by an orthogonal matrix" in card
+    if file == out:
+        assert "embedding, norms and head rotated" in card or "embedding and head rotated" in card, card
+        assert run("convert", out, tmp_path / "ct", "--format", "compressed-tensors").exit_code == 0
+        assert "as in the original" not in (tmp_path / "ct" / "README.md").read_text()
 
 
 def test_what_cannot_be_rotated_is_refused(tiny: Path, random_model: Make, tmp_path: Path) -> None:
@@ -103,7 +113,7 @@ def test_what_cannot_be_rotated_is_refused(tiny: Path, random_model: Make, tmp_p
     "options", [["--bpw", 5.5], ["--format", "gguf", "--bpw", 5.5]], ids=["gptq", "embedding and head too"]
 )
 def test_a_budget_is_chosen_by_sensitivities_of_the_rotated_model(
-    options: list[object], tiny: Path, tmp_path: Path
+    options: list[object], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = ["--calibration", DATA / "calib.txt", "-n", 8, "--sequence-length", 64]
     kind = options[:-2]
@@ -127,22 +137,23 @@ def test_a_budget_is_chosen_by_sensitivities_of_the_rotated_model(
             f"error: {file}: the sensitivity table is of the model {state} it is rotated\n"
             f"hint: measure it again: qwenq sensitivity MODEL --format {hint}\n"
         ), result.stderr
-    made = answer(*ask, "--rotate")
+    with monkeypatch.context() as patch:
+        patch.setattr(qwenq.pipeline.quantize._Run, "_drift", interrupted)
+        assert run(*ask, "--rotate").exit_code == 130
+    result = run(*ask, "--resume")
+    assert result.exit_code == 1, result.stderr
+    assert result.stderr.endswith("is rotated\nhint: resume with the options it was begun with\n"), result.stderr
+    made = answer(*ask, "--rotate", "--resume")
     measured = json.loads((tmp_path / "out" / "qwenq-sensitivity.json").read_text())
     assert measured == json.loads(table.read_text()), "as the job measures it"
     assert made["drift"]["kl"]["mean"] < 0.02
 
 
 def test_a_job_is_not_resumed_with_or_without_it(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import qwenq.pipeline.quantize as pipeline
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
     ask = ["quantize", tiny, "-o", tmp_path / "out", "--method", "rtn", "--eval-text", DATA / "heldout.txt",
            "--sequence-length", 64, "--eval-samples", 2]  # fmt: skip
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline._Run, "_drift", stop)
+        patch.setattr(qwenq.pipeline.quantize._Run, "_drift", interrupted)
         assert run(*ask, "--rotate").exit_code == 130
     result = run(*ask, "--resume")
     assert result.exit_code == 1 and "rotate" in result.stderr, result.stderr
