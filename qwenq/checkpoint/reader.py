@@ -206,21 +206,32 @@ class Checkpoint:
         return state
 
     def finite_layer_state(self, layer: int) -> dict[str, torch.Tensor]:
-        """`layer_state`; CheckpointError, naming it, for a tensor that is not finite."""
+        """`layer_state`; CheckpointError, naming it, for a tensor that is not finite, and for a weight of zeros."""
         prefix, state = self.spec.layer_prefix(layer), self.layer_state(layer)
         for name, tensor in state.items():
             self.refuse_non_finite(prefix + name, tensor)
+            if name.endswith(".weight"):
+                self.refuse_blank(prefix + name, tensor)
         return state
 
     def refuse_non_finite(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor, which is what was read of tensor `name`; CheckpointError where it holds a NaN or an infinity."""
         if not all_finite(tensor):
-            where = self.tensors[name].file if name in self.tensors else self.directory
-            raise CheckpointError(
-                f"{where}: {name} holds a NaN or an infinity",
-                hint="the download may be damaged: compare its SHA-256 with the repository's",
-            )
+            raise self._damaged(name, "holds a NaN or an infinity")
         return tensor
+
+    def refuse_blank(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor, all or the first rows of a weight; CheckpointError where it holds nothing but zeros, as a file
+        does that was made at its full size and not filled.
+        """
+        if not bool(tensor.any()):
+            raise self._damaged(name, "holds nothing but zeros")
+        return tensor
+
+    def _damaged(self, name: str, what: str) -> CheckpointError:
+        where = self.tensors[name].file if name in self.tensors else self.directory
+        hint = "the download may be damaged: compare its SHA-256 with the repository's"
+        return CheckpointError(f"{where}: {name} {what}", hint=hint)
 
     def padded(self, intermediate_size: int) -> Checkpoint:
         """The same function with a wider FFN: rows added to gate and up, and columns to down, are zero.

@@ -210,7 +210,8 @@ def embed(
     targets: dict[str, tuple[torch.Tensor, torch.Tensor]],
     convert: Convert = lambda name, tensor: tensor,
 ) -> None:
-    """Fill each (states, ids) pair with the embeddings of its tokens; raises CheckpointError for non-finite rows.
+    """Fill each (states, ids) pair with the embeddings of its tokens; raises CheckpointError for non-finite rows, and
+    where all are zeros.
 
     The table is read by slices of the vocabulary, never held whole.
     """
@@ -226,6 +227,8 @@ def embed(
             h_TH[held_T] = table[ids_T[held_T] - start].to(h_TH)
     for states, _ in targets.values():
         source.refuse_non_finite(name, states)
+        if len(states):
+            source.refuse_blank(name, states)
 
 
 def _allocate(shape: Sequence[int], dtype: torch.dtype, spill: Path | None) -> torch.Tensor:

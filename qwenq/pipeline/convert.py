@@ -151,6 +151,8 @@ def _write_parts(
             tensors[name] = source.read(name).to(TORCH_DTYPES[wanted[name].dtype])
             if not all_finite(tensors[name]):
                 raise CheckpointError(f"{source.directory}: {name} holds what no {wanted[name].dtype} is")
+            if name.endswith(".weight"):
+                source.refuse_blank(name, tensors[name])
         parts[number] = files.write(work, number, {name: tensors[name] for name in wanted})
         listen(number)
     return parts
@@ -178,6 +180,7 @@ def _grid(source: Checkpoint, lin: LinearSpec, scheme: Scheme) -> QTensor:
             f"{lin.name}: its groups are out of order (act-order): no other format holds them",
             hint="quantize from the 16-bit checkpoint instead",
         )
+    source.refuse_blank(f"{lin.name}.scales", found.scales_OG)
     scales_OG = found.scales_OG.half()
     if not torch.equal(scales_OG.float(), found.scales_OG.float()):
         raise CheckpointError(f"{lin.name}: its scales are {found.scales_OG.dtype}, and float16 does not hold them")

@@ -144,12 +144,15 @@ class HeadWeights:
     def norm(self) -> torch.Tensor:
         """The norm's weight [hidden], read once."""
         name = self.checkpoint.spec.norm_tensor
-        return self.convert(name, self.checkpoint.read(name))
+        return self.convert(name, self.checkpoint.refuse_blank(name, self.checkpoint.read(name)))
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
-        """Head rows start to stop, float32 [rows, hidden]."""
+        """Head rows start to stop, float32 [rows, hidden]; those of padding may be zeros, the first ones not."""
         name = self.checkpoint.spec.head_tensor
-        return self.convert(name, self.checkpoint.read_slice(name, start, stop)).float()
+        rows = self.checkpoint.read_slice(name, start, stop)
+        if start == 0:
+            self.checkpoint.refuse_blank(name, rows)
+        return self.convert(name, rows).float()
 
 
 def measure_drift(

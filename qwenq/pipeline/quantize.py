@@ -492,9 +492,11 @@ class _Run:
             if pack is None and changes and name != self.spec.norm_tensor:
                 pack = partial(self.job.convert, name)  # by slices: beside what is written is little else
             if pack is None:
-                tensors[name] = self.job.convert(name, source.refuse_non_finite(name, source.read(name)))
+                whole = source.refuse_blank(name, source.refuse_non_finite(name, source.read(name)))
+                tensors[name] = self.job.convert(name, whole)
                 continue
             rows = source.tensors[name].spec.shape[0]
+            source.refuse_blank(name, source.read_slice(name, *row_slices(rows)[0]))
             slices = (source.read_slice(name, *part) for part in row_slices(rows))
             tensors[name] = joined_slices((pack(source.refuse_non_finite(name, w_OI)) for w_OI in slices), rows)
         return tensors

@@ -21,10 +21,9 @@ from accelerate.utils import offload_weight, save_offload_index, send_to_device
 from torch import Tensor, nn
 
 from qwenq.checkpoint.reader import Checkpoint
-from qwenq.errors import CheckpointError
 from qwenq.formats.base import get_format
 from qwenq.formats.gguf import Blocks
-from qwenq.io.tensors import TORCH_DTYPES, all_finite
+from qwenq.io.tensors import TORCH_DTYPES
 from qwenq.machine import return_freed_memory
 from qwenq.model.architectures import Architecture
 from qwenq.model.layer import model_config, refused_by_transformers
@@ -108,8 +107,10 @@ class CheckpointWeights:
         return Blocks(kind, self.checkpoint.read_packed(name).to(device))
 
     def _finite(self, name: str, value: Tensor) -> Tensor:
-        if value.ndim == 1 and not all_finite(value):
-            raise CheckpointError(f"{name} holds a NaN or an infinity", hint="the checkpoint may be damaged")
+        if value.ndim == 1:
+            self.checkpoint.refuse_non_finite(name, value)
+            if name.endswith(".weight"):  # a norm's
+                self.checkpoint.refuse_blank(name, value)
         return value
 
     def linear(self, lin: LinearSpec, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Choice | None]:

@@ -148,6 +148,14 @@ def test_what_cannot_be_held_is_refused(random_model: Make, tmp_path: Path) -> N
     nf4 = small_job(source, tmp_path / "nf4", recipe=Recipe(NF4, (), "bnb-nf4"), calibration=None)
     quantize(nf4)
     assert refusal(tmp_path / "nf4", out, "gptq").startswith("bnb-nf4 to gptq: bnb-nf4 stores other values")
+    for name in ("model.layers.0.self_attn.q_proj.scales", "model.layers.1.input_layernorm.weight", "lm_head.weight"):
+        blank = shutil.copytree(tmp_path / "4", tmp_path / name)
+        file = next(file for file in blank.glob("*.safetensors") if name in load_file(file))
+        tensors = load_file(file)
+        tensors[name].zero_()
+        save_file(tensors, file, metadata={"format": "pt"})
+        said = refusal(blank, out, "compressed-tensors", CheckpointError)
+        assert said == f"{file}: {name} holds nothing but zeros"
 
 
 def test_places(random_model: Make, tmp_path: Path) -> None:

@@ -119,6 +119,10 @@ def test_bad_numbers_are_named(random_model: Make) -> None:
     name = "model.layers.1.mlp.down_proj.weight"
     bad = rewrite(random_model("b"), lambda t: t[name].view(-1)[:1].fill_(float("nan")))
     assert refusal(bad, a) == f"{bad}/model.safetensors: {name} holds a NaN or an infinity"
+    for name in ("model.norm.weight", "lm_head.weight", "model.layers.0.self_attn.q_proj.weight"):
+        blank = rewrite(random_model(name), lambda t, name=name: t[name].zero_())
+        for pair in ((blank, a), (a, blank)):
+            assert refusal(*pair) == f"{blank}/model.safetensors: {name} holds nothing but zeros"
     head = rewrite(random_model("c"), lambda t: t["lm_head.weight"][5].fill_(float("inf")))
     drift = evaluate(open_checkpoint(head), open_checkpoint(a), windows())
     assert drift.non_finite == drift.tokens

@@ -628,11 +628,11 @@ def test_threads_racing_for_one_directory(random_model: Make, tmp_path: Path) ->
 # ---------------------------------------------------------------------- numbers that are none
 
 
-def change_tensor(source: Path, name: str, value: float) -> Path:
-    """Put `value` into one element of a stored tensor."""
+def change_tensor(source: Path, name: str, value: float, every: bool = False) -> Path:
+    """Put `value` into one element, or every one, of a stored tensor."""
     file = open_source(source).tensors[name].file
     tensors = load_file(file)
-    tensors[name].view(-1)[3] = value
+    tensors[name].view(-1)[slice(None) if every else 3] = value
     save_file(tensors, file, metadata={"format": "pt"})
     return file
 
@@ -655,6 +655,24 @@ def test_weights_that_are_not_finite_are_named(name: str, value: float, random_m
     with pytest.raises(CheckpointError) as caught:
         quantize(small_job(source, tmp_path / "out"))
     assert caught.value.message == f"{file}: {name} holds a NaN or an infinity"
+    assert_nothing_looks_whole(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "name", [
+        "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "model.layers.0.input_layernorm.weight",
+        "model.norm.weight", "lm_head.weight",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_weights_of_zeros_are_no_model(name: str, method: str, random_model: Make, tmp_path: Path) -> None:
+    """A file of its full size that was never filled; uniform against uniform would be a perfect score."""
+    source = random_model()
+    file = change_tensor(source, name, 0.0, every=True)
+    with pytest.raises(CheckpointError) as caught:
+        quantize(small_job(source, tmp_path / "out", method=method, calibration=None) if method == "rtn"
+                 else small_job(source, tmp_path / "out"))  # fmt: skip
+    assert caught.value.message == f"{file}: {name} holds nothing but zeros"
     assert_nothing_looks_whole(tmp_path / "out")
 
 

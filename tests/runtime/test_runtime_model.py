@@ -274,14 +274,15 @@ def test_other_failures_are_not_called_out_of_memory() -> None:
         torch.zeros(2, 3) @ torch.zeros(2, 3)
 
 
-def test_a_damaged_norm_is_named(random_model: Make) -> None:
+@pytest.mark.parametrize(("places", "value", "said"), [(3, float("nan"), "a NaN"), (slice(None), 0.0, "nothing but")])
+def test_a_damaged_norm_is_named(places: int | slice, value: float, said: str, random_model: Make) -> None:
     path = random_model()
     for file in path.glob("*.safetensors"):
         tensors = load_file(file)
         if "model.norm.weight" in tensors:
-            tensors["model.norm.weight"][3] = float("nan")
+            tensors["model.norm.weight"][places] = value
             save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"^model\.norm\.weight holds a NaN"):
+    with pytest.raises(CheckpointError, match=rf"model\.norm\.weight holds {said}"):
         build(open_checkpoint(path))
 
 
