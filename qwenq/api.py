@@ -114,13 +114,14 @@ def quantize(
     nats per token. Raises QwenqError: PlanError and UsageError for options, CheckpointError for the model,
     CalibrationError for texts, JobError for `out`.
     """
-    from qwenq.pipeline.prepare import prepare
+    from qwenq.pipeline.prepare import check_asked, prepare
     from qwenq.pipeline.quantize import quantize as run
     from qwenq.pipeline.ranks import ALONE
 
     ranks = ranks or ALONE
     settings = replace(config or QuantizeConfig(), **_with_paths(options))
-    settings.refuse_idle(options.keys())  # before anything is downloaded
+    settings.refuse_idle(options.keys())
+    check_asked(settings, Path(out), resume=resume, ranks=ranks)
     prepared = prepare(model_directory(str(model), progress), Path(out), settings, resume=resume, ranks=ranks)
     for line in prepared.notes:
         warn(line)
@@ -176,17 +177,19 @@ def sensitivity(
     from qwenq.io.durable import write_bytes
     from qwenq.pipeline.config import check_rotatable
     from qwenq.pipeline.fisher import measure_sensitivity, split_windows
-    from qwenq.pipeline.job import DTYPES, builtin_lacks
+    from qwenq.pipeline.job import DTYPES, builtin_lacks, refuse_existing
     from qwenq.pipeline.prepare import read_calibration
     from qwenq.pipeline.ranks import ALONE
     from qwenq.planning.sensitivity import encode_sensitivity
+    from qwenq.text.calibration import check_text
     from qwenq.text.tokens import ModelTokenizer
 
     settings = replace(config or QuantizeConfig(), **_with_paths(options))
     ranks = ranks or ALONE
     path = None if output is None or not ranks.first else Path(output)
-    if path is not None and path.exists():
-        raise JobError(f"{path}: already exists", hint="choose another --output, or delete it")
+    if path is not None:
+        refuse_existing(path)
+    check_text(settings.calibration)
     scratch = ranks.scratch(Path.cwd() if path is None else path.absolute().parent)
     if not scratch.is_dir():
         raise JobError(f"{scratch}: no such directory", hint="make it, or choose another --output")

@@ -95,11 +95,12 @@ def quantize(
 
 
 def _quantize(model: str, config: QuantizeConfig, output: Path, resume: bool, json: bool) -> None:
-    from qwenq.pipeline.prepare import prepare
+    from qwenq.pipeline.prepare import check_asked, prepare
     from qwenq.pipeline.quantize import check_places
     from qwenq.pipeline.quantize import quantize as run
 
     with over_ranks(config.device) as (ranks, device):
+        check_asked(config, output, resume=resume, ranks=ranks)
         prepared = prepare(
             fetched_once(model, ranks), output, replace(config, device=device), resume=resume, ranks=ranks
         )

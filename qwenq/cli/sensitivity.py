@@ -64,8 +64,14 @@ def sensitivity(
     Two streamed passes over the layers, forward and backward, with one layer in memory at a time. The effect is
     measured on calibration windows that were not used for solving.
     """
+    from qwenq.pipeline.job import refuse_existing
+    from qwenq.text.calibration import check_text
+
     config = options_of(context, QuantizeConfig, asymmetric=asymmetric or None)
     with over_ranks(config.device) as (ranks, own):
+        if ranks.first:  # before any download
+            refuse_existing(output)
+        check_text(config.calibration)
         directory = fetched_once(model, ranks)
         with LayerProgress(quiet=json or not ranks.first) as progress:
             found = api.sensitivity(

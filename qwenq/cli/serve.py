@@ -36,6 +36,7 @@ from qwenq.cli.plain import names_in, print_json, print_line, print_step, typed
 from qwenq.cli.run import print_forecast, refuse_typed, stored_question
 from qwenq.errors import PlanError, RunError, UsageError
 from qwenq.io.gguf import gguf_model, is_gguf, split_stem
+from qwenq.io.json import model_name
 
 if TYPE_CHECKING:
     from qwenq.planning.engines.base import Engine
@@ -118,7 +119,7 @@ def serve(
         refuse_typed(context, _OWN_OPTIONS, "server, and this is vLLM's")
     if not door.name:
         place = Path(model)
-        named = place.resolve().name if place.is_dir() else split_stem(place) if is_gguf(place) else model
+        named = model_name(place.resolve()) if place.is_dir() else split_stem(place) if is_gguf(place) else model
         door = replace(door, name=named)
     leads = names_in(hosts)
     if dry_run and ours:

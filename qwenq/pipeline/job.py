@@ -60,8 +60,13 @@ def refuse_place(out: Path, source: Path) -> None:
         raise JobError(
             f"{out}: the output may not be the model's own directory or inside it", hint="choose another directory"
         )
+    refuse_existing(out)
+
+
+def refuse_existing(out: Path) -> None:
+    """Raise JobError when `out` is there already."""
     if os.path.lexists(out):
-        raise JobError(f"{out}: already exists", hint="choose another directory, or delete it")
+        raise JobError(f"{out}: already exists", hint="choose another --output, or delete it")
 
 
 def builtin_lacks(config: QuantizeConfig, calibration: TokenWindows) -> str:

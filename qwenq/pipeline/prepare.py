@@ -24,13 +24,13 @@ from qwenq.pipeline.container import containers
 from qwenq.pipeline.fisher import measure_sensitivity, split_windows
 from qwenq.pipeline.job import DTYPES, QuantizeJob, partial_directory, windows_of
 from qwenq.pipeline.journal import Journal
-from qwenq.pipeline.quantize import check_places
+from qwenq.pipeline.quantize import check_output, check_places
 from qwenq.pipeline.ranks import ALONE, Ranks
 from qwenq.pipeline.shares import refuse_few
 from qwenq.planning.budget import Budgeted
 from qwenq.planning.recipefile import RECIPE_NAME, encode_recipe
 from qwenq.planning.sensitivity import SENSITIVITY_NAME, encode_sensitivity
-from qwenq.text.calibration import load_windows, overlap, with_builtin
+from qwenq.text.calibration import check_text, load_windows, overlap, with_builtin
 from qwenq.text.tokens import ModelTokenizer, TokenWindows
 
 
@@ -165,6 +165,16 @@ def prepare(
     calibrating = None if calibration is None else len(calibration.ids)
     refuse_few(ranks.size, calibration=calibrating, evaluation=len(evaluation.ids))
     return Preparation(found, source, out, calibration, evaluation, shared)
+
+
+def check_asked(config: QuantizeConfig, out: Path, *, resume: bool = False, ranks: Ranks = ALONE) -> None:
+    """Refuse what is seen to be wrong before a model is downloaded: JobError for the output, CalibrationError for a
+    text that is not there.
+    """
+    if ranks.first:
+        check_output(out, resume)
+    for text in (config.calibration, config.eval_text) if config.solver == "gptq" else (config.eval_text,):
+        check_text(text)
 
 
 def read_calibration(config: QuantizeConfig, source: Checkpoint, tokenizer: ModelTokenizer) -> TokenWindows:

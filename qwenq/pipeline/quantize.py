@@ -51,7 +51,7 @@ from qwenq.pipeline.config import tokens_of
 from qwenq.pipeline.evaluate import HeadWeights, measure_drift
 from qwenq.pipeline.head import head_hessian, solve_head, tied_hessian
 from qwenq.pipeline.imatrix import InputSquares, check_imatrix, is_kept, keep_layer, write_imatrix
-from qwenq.pipeline.job import DTYPES, QuantizeJob, QuantizeResult, partial_directory, refuse_place
+from qwenq.pipeline.job import DTYPES, QuantizeJob, QuantizeResult, partial_directory, refuse_existing, refuse_place
 from qwenq.pipeline.journal import Journal, locked, never_begun, refuse_changes
 from qwenq.pipeline.monitor import StageClock, memory_errors
 from qwenq.pipeline.output import Output, copied_files, give_name
@@ -116,17 +116,23 @@ def _quantize_at(
 
 def check_places(job: QuantizeJob, resume: bool) -> None:
     """Raise JobError when the output, an unfinished job or a disk too small is in the way."""
-    work = partial_directory(job.out)
     refuse_place(job.out, job.source.directory)
     if job.config.save_imatrix is not None:
         check_imatrix(job.config.save_imatrix, job.source.spec, resume=resume)
+    check_output(job.out, resume)
+    check, work = preflight_of(job), partial_directory(job.out)
+    written = sum(p.stat().st_size for p in work.rglob("*") if p.is_file()) if work.exists() else 0
+    replace(check, disk_needed_bytes=max(check.disk_needed_bytes - written, 0)).check_disk(job.out)
+
+
+def check_output(out: Path, resume: bool) -> None:
+    """Raise JobError when the output or an unfinished job is in the way, or there is none to resume."""
+    work = partial_directory(out)
+    refuse_existing(out)
     if work.exists() and not resume:
         raise _unfinished(work)
     if resume and not work.exists():
         raise JobError(f"{work}: no unfinished job there to resume", hint="leave --resume out")
-    check = preflight_of(job)
-    written = sum(p.stat().st_size for p in work.rglob("*") if p.is_file()) if work.exists() else 0
-    replace(check, disk_needed_bytes=max(check.disk_needed_bytes - written, 0)).check_disk(job.out)
 
 
 def preflight_of(job: QuantizeJob) -> Preflight:

@@ -19,10 +19,9 @@ from qwenq.checkpoint.contents import (
     refuse_no_config,
 )
 from qwenq.errors import CheckpointError, PlanError, UsageError
-from qwenq.escaping import printable
 from qwenq.formats.base import FORMATS, SIZED, Recipe, Scheme, get_format
 from qwenq.io.gguf import gguf_model, is_gguf
-from qwenq.io.json import inside, read_object, shown
+from qwenq.io.json import inside, model_name, read_object, shown
 from qwenq.io.safetensors import INDEX_NAME, TensorLocation, TensorSpec, checkpoint_tensors
 from qwenq.model.spec import ModelSpec, family_spec, near_names, refuse_experts, spec_from_config
 from qwenq.planning.weights import (
@@ -279,7 +278,7 @@ def _find(model: str) -> Model:
         return Model(found.spec, found.config, directory=file)
     if os.path.isfile(path / "config.json"):
         config = read_object(inside(path, "config.json"))
-        spec = spec_from_config(config, where=shown(str(path / "config.json")), name=printable(path.resolve().name))
+        spec = spec_from_config(config, where=shown(str(path / "config.json")), name=model_name(path.resolve()))
         return Model(spec, config, directory=path)
     match = _PUBLISHED.fullmatch(model)
     for name, published in ((model, ""), (match[1], match[2]) if match else ("", "")):

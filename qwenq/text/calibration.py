@@ -201,12 +201,16 @@ def _corpus(name: str, sample: Sample = Sample(), strict: bool = False) -> Corpu
     recipe = _directory() / f"{name}.toml"
     if "/" not in name and recipe.is_file():
         return _hub_corpus(recipe, strict)
-    path = Path(name)
-    if not os.path.lexists(path):
+    check_text(name)
+    return read_corpus(Path(name), sample, strict)
+
+
+def check_text(name: str) -> None:
+    """CalibrationError for what names neither a set nor a file."""
+    if name not in set_names() and not os.path.lexists(name):
         raise CalibrationError(
             f"{name}: no such file, nor a set of that name", hint=f"sets: {', '.join(set_names())}; files: {ENDINGS}"
         )
-    return read_corpus(path, sample, strict)
 
 
 def _hub_corpus(recipe: Path, strict: bool) -> Corpus:

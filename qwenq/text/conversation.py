@@ -35,7 +35,7 @@ _SPEAKERS = {
 _LISTS = ("messages", "conversations", "conversation")
 _PAIRS = (  # question, what is added to it, answer
     ("instruction", "input", "output"), ("instruction", "context", "response"), ("instruction", "input", "response"),
-    ("question", "", "answer"), ("prompt", "", "response"), ("query", "", "response"),
+    ("question", "", "answer"), ("question", "", "response"), ("prompt", "", "response"), ("query", "", "response"),
 )  # fmt: skip
 _NOT_TEXT = ("images", "image", "videos", "video", "audios", "audio", "documents", "chosen", "rejected")
 COLUMNS = frozenset(
@@ -173,8 +173,9 @@ def _history(row: Mapping[str, Any], where: str) -> list[Message]:
 
 
 def _conversation(row: Mapping[str, Any], turns: Sequence[Any], where: str) -> Document:
+    preferred = "messages" in row and row["messages"] == row.get("chosen")  # as UltraFeedback has it: they are read
     for key in _NOT_TEXT:
-        if row.get(key):
+        if row.get(key) and not (preferred and key in ("chosen", "rejected")):
             raise CalibrationError(f"{where}: a conversation with {key}, which is not read", hint="text alone is")
     messages = read_messages(turns, where)
     system = row.get("system") or row.get("system_prompt")

@@ -20,7 +20,10 @@ import typer
 from click.testing import Result
 from typer.testing import CliRunner
 
+import qwenq.api
+import qwenq.cli.options
 from qwenq.cli.main import command as load_command
+from qwenq.errors import QwenqError
 from qwenq.solver.metrics import Reading, TokenDrift, summarise
 from tests.conftest import run
 
@@ -292,7 +295,7 @@ def test_errors_of_quantize(command: Callable[..., list[str]], tiny: Path, tmp_p
         (
             command(output=tmp_path / "there"),
             f"{tmp_path}/there: already exists",
-            "choose another directory, or delete it",
+            "choose another --output, or delete it",
         ),
         (
             command(output=tiny / "out"),
@@ -492,3 +495,33 @@ def test_messages_that_go_nowhere_end_no_command(lost: str, tmp_path: Path) -> N
         done = subprocess.run(words, stdout=subprocess.PIPE, stderr=stderr, text=True, preexec_fn=before.get(lost))
     os.close(end)
     assert done.returncode == 0 and done.stdout == said.stdout
+
+
+@pytest.mark.parametrize("call", ["the command", "Python"])
+def test_what_can_be_seen_before_a_download_is(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*_: object) -> Path:
+        raise AssertionError("downloaded first")
+
+    monkeypatch.setattr(qwenq.cli.options, "model_directory", download)
+    monkeypatch.setattr(qwenq.api, "model_directory", download)
+    there, stopped, new = tmp_path / "there", tmp_path / "stopped", tmp_path / "new"
+    there.mkdir()
+    (tmp_path / "stopped.partial").mkdir()
+    for kind, options, said in (
+        ("quantize", {"out": there}, f"{there}: already exists"),
+        ("quantize", {"out": stopped}, f"{stopped}.partial: an unfinished job is there"),
+        ("quantize", {"out": new, "resume": True}, f"{new}.partial: no unfinished job there to resume"),
+        ("quantize", {"out": new, "calibration": "none.jsonl"}, "none.jsonl: no such file, nor a set of that name"),
+        ("quantize", {"out": new, "eval_text": "none.npy"}, "none.npy: no such file, nor a set of that name"),
+        ("sensitivity", {"output": there}, f"{there}: already exists"),
+        ("sensitivity", {"output": new, "calibration": "none"}, "none: no such file, nor a set of that name"),
+    ):
+        if call == "Python":
+            with pytest.raises(QwenqError) as caught:
+                getattr(qwenq.api, kind)("org/model", **options)
+            assert caught.value.message == said
+            continue
+        words = {"out": "-o", "output": "-o", "calibration": "--calibration", "eval_text": "--eval-text"}
+        flags = [word for name, value in options.items() if name in words for word in (words[name], value)]
+        result = run(kind, "org/model", *flags, *(["--resume"] if "resume" in options else []))
+        assert result.exit_code == 1 and result.stderr.startswith(f"error: {said}\n"), result.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import small_job
+from conftest import DATA, answer, run, small_job
 from families import model
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -171,6 +172,9 @@ def test_the_hubs_cache_knows_the_name(tmp_path: Path) -> None:
     assert model_name(snapshot) == "Qwen/Qwen2.5-7B"
     assert model_name(tmp_path / "Qwen2.5-7B") == "Qwen2.5-7B"
     assert model_name(tmp_path / "models--x" / "snapshots" / "abc") == "abc"
+    tiny = shutil.copytree(DATA / "tiny-qwen2", tmp_path / "models--org--tiny" / "snapshots" / ("b" * 40))
+    assert answer("inspect", tiny)["spec"]["name"] == "org/tiny"
+    assert "org/tiny: " in run("serve", tiny, "--dry-run").stdout
 
 
 def test_a_job_writes_its_card_and_hashes_it(random_model: Callable[..., Path], tmp_path: Path) -> None:
