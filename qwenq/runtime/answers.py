@@ -19,13 +19,25 @@ _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 
 @dataclass(frozen=True)
 class Likely:
-    """A token's text and log probability."""
+    """A token's UTF-8, which may be a part of a character, and log probability."""
 
-    text: str
+    utf8: bytes
     logprob: float
 
+    @property
+    def text(self) -> str:
+        return self.utf8.decode(errors="replace")
+
+    @property
+    def key(self) -> str:
+        """The text, or OpenAI's `bytes:\\xe6` of a part of a character, whose text others have as well."""
+        try:
+            return self.utf8.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.utf8)
+
     def to_json(self) -> dict[str, Any]:
-        return {"token": self.text, "logprob": self.logprob, "bytes": list(self.text.encode())}
+        return {"token": self.text, "logprob": self.logprob, "bytes": list(self.utf8)}
 
 
 @dataclass(frozen=True)
@@ -64,15 +76,15 @@ class Piece:
 class LogProbs:
     """Notes log probabilities of tokens, by the model's logits before anything is done to them."""
 
-    def __init__(self, top: int, text_of: Callable[[int], str]) -> None:
-        self.top, self.text_of = top, text_of
+    def __init__(self, top: int, bytes_of: Callable[[int], bytes]) -> None:
+        self.top, self.bytes_of = top, bytes_of
         self._drawn: list[Drawn] = []
 
     def note(self, token: int, logits_V: Tensor) -> None:
         logprobs_V = torch.log_softmax(logits_V.float(), 0)
         values, ids = logprobs_V.topk(min(self.top, logprobs_V.numel()))
-        top = tuple(Likely(self.text_of(i), v) for i, v in zip(ids.tolist(), values.tolist(), strict=True))
-        self._drawn.append(Drawn(Likely(self.text_of(token), float(logprobs_V[token])), top))
+        top = tuple(Likely(self.bytes_of(i), v) for i, v in zip(ids.tolist(), values.tolist(), strict=True))
+        self._drawn.append(Drawn(Likely(self.bytes_of(token), float(logprobs_V[token])), top))
 
     def take(self) -> tuple[Drawn, ...]:
         """Those since it was asked last."""
@@ -239,7 +251,7 @@ class Answer:
         return {
             "tokens": [each.token.text for each in drawn],
             "token_logprobs": [each.token.logprob for each in drawn],
-            "top_logprobs": [{t.text: t.logprob for t in (*each.top, each.token)} for each in drawn],
+            "top_logprobs": [{t.key: t.logprob for t in (*each.top, each.token)} for each in drawn],
             "text_offset": offsets,
         }
 

@@ -60,7 +60,7 @@ class Service:
         ids, sampling = order.prompts[prompt], order.samplings[prompt]
         seed = (sampling.seed + repetition + (1 << 63)) % (1 << 64) - (1 << 63)
         sampling = replace(sampling, seed=seed)
-        noted = LogProbs(order.logprobs or 0, self.chat.tokenizer.text_of) if order.logprobs is not None else None
+        noted = LogProbs(order.logprobs or 0, self.chat.tokenizer.bytes_of) if order.logprobs is not None else None
         stops = StopTexts(order.stops)
         calls = Calls(1 if order.one_call else len(ids) + sampling.max_new_tokens) if order.tools else None
         listen = {"listen": noted.note} if noted else {}

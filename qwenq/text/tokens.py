@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -47,6 +48,10 @@ _PLACES = ("fast_tokenizer_files", "tokenizer_file", "vocab_file", "merges_file"
            "tokenizer_object", "init_inputs")  # fmt: skip
 _SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 _PIECE_CHARACTERS = 1 << 20  # encoded at once: some 160 MB of the library's memory, for ASCII
+_PLAIN = (*range(33, 127), *range(161, 173), *range(174, 256))  # bytes that byte-level BPE writes as themselves
+_BYTES = {chr(byte): byte for byte in _PLAIN} | {  # the rest in order, behind the last
+    chr(256 + k): byte for k, byte in enumerate(byte for byte in range(256) if byte not in _PLAIN)
+}
 _CONTEXT_TOKENS = 8  # the last one alone may be a byte of a character, or a space
 _CHAT_S, _CHAT_S_PER_MB = 10, 1  # processor time of all conversations of a text
 
@@ -238,10 +243,18 @@ class ModelTokenizer:
         found: int | None = self._tokenizer.token_to_id(token)
         return found
 
-    def text_of(self, token: int) -> str:
-        """A token by itself, special ones too; U+FFFD for a part of a character."""
+    def bytes_of(self, token: int) -> bytes:
+        """The UTF-8 of a token by itself, special ones too; of a part of a character, byte-level BPE and byte fallback
+        say which it is.
+        """
         text: str = self._tokenizer.decode([token], skip_special_tokens=False)
-        return text
+        piece: str = self._tokenizer.id_to_token(token) or ""
+        if "\ufffd" not in text:
+            return text.encode()
+        if fallback := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
+            return bytes.fromhex(fallback[1])
+        known = all(character in _BYTES for character in piece)
+        return bytes(_BYTES[character] for character in piece) if known else text.encode()
 
     def stream(self, ids: Iterable[int], prompt: Sequence[int] = ()) -> Iterator[str]:
         """Text of ids as soon as it is whole characters, special tokens left out.

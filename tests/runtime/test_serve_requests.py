@@ -258,6 +258,19 @@ def test_several_prompts(post: Post, service: Service) -> None:
     assert len(post(prompt=["x"], n=MAX_ANSWERS, max_tokens=1)["choices"]) == MAX_ANSWERS
 
 
+def test_tokens_that_are_parts_of_a_character_have_its_bytes(post: Post, service: Service) -> None:
+    tokenizer, character = service.chat.tokenizer, "日"
+    ids = tokenizer.encode([character])[0]
+    assert len(ids) == 3, "a byte each"
+    text = "日本 é 🙂\n\tx\x00\u00ad"
+    assert b"".join(map(tokenizer.bytes_of, tokenizer.encode([text])[0])) == text.encode()
+    first = {"logit_bias": {str(ids[0]): 100}, "max_tokens": 1}
+    chat = post(messages=ASK, logprobs=True, **first)["choices"][0]["logprobs"]["content"][0]
+    assert (chat["bytes"], chat["token"]) == ([0xE6], "\ufffd")
+    (top,) = post(**SEA | first, logprobs=0)["choices"][0]["logprobs"]["top_logprobs"]
+    assert list(top) == ["bytes:\\xe6"]
+
+
 def test_logprobs_are_transformers_own(post: Post, service: Service, tiny: Path) -> None:
     import transformers
 

@@ -192,6 +192,15 @@ def test_a_continuation_is_decoded_as_in_its_place(variant: Path) -> None:
             assert "".join(ours.stream(ids[cut:], ids[:cut])) == whole[len(prompt) :], (text, cut)
 
 
+@pytest.mark.parametrize("make", [byte_level, sentencepiece], ids=["byte-level", "byte fallback"])
+def test_a_part_of_a_character_has_its_bytes(make: Callable[[], Tokenizer], tmp_path: Path) -> None:
+    make().save(str(tmp_path / "tokenizer.json"))
+    write(tmp_path, tokenizer_class="PreTrainedTokenizerFast")
+    ours, character = ModelTokenizer(tmp_path), "鑫"
+    (ids,) = ours.encode([character])
+    assert len(ids) >= 3 and b"".join(map(ours.bytes_of, ids)).strip() == character.encode()
+
+
 def test_the_end_token_is_the_tokenizers(variant: Path) -> None:
     end = theirs(variant).eos_token_id
     assert ModelTokenizer(variant).eos == end
