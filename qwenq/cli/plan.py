@@ -168,7 +168,10 @@ def _host_lines(found: Plan) -> list[str]:
     process = f"{HOST_PROCESS / GIB:g} GiB for the process and the system"
     needed = f"{host.total_bytes / GIB:.2f} GiB with KV cache and {process}"
     answer = "fits" if host.fits else "does not fit"
-    return [f"host memory: {needed}, of {host.limit_bytes / GIB:.2f} GiB: {answer}"]
+    limit = f"{host.limit_bytes / GIB:.2f} GiB"
+    if host.gpu_bytes:
+        limit += f" that the GPU leaves of {(host.limit_bytes + host.gpu_bytes) / GIB:.2f} GiB"
+    return [f"host memory: {needed}, of {limit}: {answer}"]
 
 
 def _recommended(case: Case, rigs: tuple[Recommendation, ...]) -> list[str]:

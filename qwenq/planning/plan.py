@@ -26,11 +26,23 @@ HOST_PROCESS = 3 * GIB  # Python, libraries and the system beside layers in host
 
 
 class HostMemory(NamedTuple):
-    """Host memory a plan uses, and what is available (None: unknown)."""
+    """Host memory a plan uses, and what is available (None: unknown) beside what a unified GPU holds of it."""
 
     weights_bytes: int
     kv_bytes: int
     limit_bytes: int | None
+    gpu_bytes: int = 0  # of the same memory, held by unified GPUs; not in the limit
+
+    @classmethod
+    def of(cls, placement: Placement) -> HostMemory:
+        """The machine's own memory under a placement with layers in it."""
+        case, gpus = placement.memory.case, placement.memory.gpus
+        spec, work, rig = case.spec, case.work, case.hardware
+        out = len(placement.host_layers) if case.engine.host_layers_stay else 0
+        kv = int(2 * out * spec.kv_size * case.kv_bytes * work.context * work.batch)
+        held = sum(gpu.total_bytes for gpu, kind in zip(gpus, rig.gpus, strict=True) if kind.unified)
+        limit = None if rig.host_memory is None else max(0, rig.host_memory - held)
+        return cls(placement.offloaded_bytes, kv, limit, held)
 
     @property
     def total_bytes(self) -> int:
@@ -88,12 +100,7 @@ class Plan:
     @property
     def host(self) -> HostMemory | None:
         """The machine's own memory with layers offloaded to it; None where nothing is."""
-        if self.offload is None:
-            return None
-        spec, work, engine = self.case.spec, self.case.work, self.case.engine
-        out = spec.num_hidden_layers - self.offload.gpu_layers if engine.host_layers_stay else 0
-        kv = int(2 * out * spec.kv_size * self.case.kv_bytes * work.context * work.batch)
-        return HostMemory(self.offload.offloaded_bytes, kv, self.case.hardware.host_bytes)
+        return None if self.offload is None else HostMemory.of(self.offload)
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from qwenq.planning.memory import TERM_NAMES, GpuMemory, MemoryEstimate
 from qwenq.planning.models import Model, WeightsAsked, load_model, model_weights
 from qwenq.planning.rig import Gpu, Rig, parse_rig, reserved
 from qwenq.planning.weights import Weights
-from qwenq.units import GIB, format_gb, format_tokens, parse_size, parse_tokens
+from qwenq.units import GIB, format_gb, format_gib, format_tokens, parse_size, parse_tokens
 
 DEFAULT_CONTEXTS = (1024, 8192, 32768, 131072)
 MAX_CONTEXTS = 64
@@ -126,6 +126,11 @@ class Question:
             raise UsageError(f"{name} needs a rig, and none was given", hint="name it with --gpu, or leave it out")
         if rig and self.ram:
             rig = replace(rig, host_bytes=parse_memory(self.ram))
+            if rig.unified_bytes and (rig.host_bytes or 0) > rig.unified_bytes:
+                raise UsageError(
+                    f"--ram is {self.ram}, but {rig.label} has {format_gib(rig.unified_bytes)}, shared with its GPU",
+                    hint="leave --ram out",
+                )
         if rig and self.reserve:
             rig = reserved(rig, parse_size(self.reserve))
         engine.check_ranks(self.tensor_parallel_size)

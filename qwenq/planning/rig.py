@@ -95,7 +95,7 @@ class Gpu:
 
     @property
     def unified(self) -> bool:
-        """Memory shared with the operating system, whose share is not counted here."""
+        """Memory shared with the operating system."""
         return self.vendor == "apple" or "GB10" in self.name
 
 
@@ -109,6 +109,16 @@ class Rig:
     host_bytes: int | None = None  # of the machine's own memory; None: unknown
     needs_pci_order: bool = False  # CUDA may number these GPUs otherwise, unless CUDA_DEVICE_ORDER=PCI_BUS_ID
     notes: tuple[str, ...] = ()  # how a limit was found, where the driver did not tell
+
+    @property
+    def unified_bytes(self) -> int:
+        """Memory that GPUs share with the operating system."""
+        return round(sum(gpu.memory_gib for gpu in self.gpus if gpu.unified) * GIB)
+
+    @property
+    def host_memory(self) -> int | None:
+        """Bytes of the machine's own memory: as told, else those of unified GPUs; None: unknown."""
+        return self.unified_bytes or None if self.host_bytes is None else self.host_bytes
 
     @property
     def limits(self) -> tuple[int, ...]:

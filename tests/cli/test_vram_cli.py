@@ -415,6 +415,23 @@ def test_host_memory_is_compared() -> None:
     assert wrong.exit_code == 2 and "--ram is 'much', wanted a size" in wrong.stderr
 
 
+def test_unified_memory_is_one_pool() -> None:
+    """GPU and host share 32 GiB: the layers of a 47 GB file fit in no division of them."""
+    asked = ("plan", "Qwen2.5-72B", "--engine", "llama.cpp", "--gpu")
+    for ram in ((), ("--ram", "32GB")):
+        plan = run(*asked, "Mac 32GB", *ram)
+        assert "GiB that the GPU leaves of 32.00 GiB: does not fit" in plan.stdout, plan.stdout
+        host = json.loads(run(*asked, "Mac 32GB", *ram, "--json").stdout)["host"]
+        held = (32 << 30) - host["limit_bytes"]
+        assert 18 << 30 < held < 32 * 2 / 3 * 2**30  # what Metal allows, filled to less than a layer
+        assert host["fits"] is False and host["weights_bytes"] + held > 47.41e9
+    larger = run(*asked, "Mac 64GB", "-c", "32k")
+    assert "GiB that the GPU leaves of 64.00 GiB: fits" in larger.stdout and "--ram" not in larger.stdout
+    more = run(*asked, "Mac 32GB", "--ram", "64GB")
+    assert more.exit_code == 2
+    assert more.stderr.startswith("error: --ram is 64GB, but Mac 32GB has 32.00 GiB, shared with its GPU\n")
+
+
 def test_speeds_have_three_digits() -> None:
     for gpu in ("2x RTX 3090", "A100 SXM4 80GB", "8x H100 SXM5 80GB"):
         for engine in ("qwenq", "vllm", "llama.cpp"):
