@@ -36,7 +36,7 @@ from qwenq.cli.vram import (
 from qwenq.errors import HonestNo, UsageError
 from qwenq.planning.case import Case
 from qwenq.planning.engines.base import plan_commands
-from qwenq.planning.plan import HOST_PROCESS, Plan, Recommendation, describe_gpu, make_plan, recommend
+from qwenq.planning.plan import Plan, Recommendation, describe_gpu, make_plan, recommend
 from qwenq.planning.questions import Question, context_of
 from qwenq.units import GIB, format_gb, format_tokens
 
@@ -116,6 +116,11 @@ def _text(found: Plan) -> list[str]:
     answer = {"fits": "fits", "tight": "fits, tightly" if found.fits else "does not fit, narrowly"}.get(
         found.certainty, "does not fit"
     )
+    if not found.fits and found.offload is not None and found.host is not None and found.host.fits:
+        out, layers = len(found.offload.host_layers), case.spec.num_hidden_layers
+        gpus = "the GPUs" if len(case.hardware.gpus) > 1 else "the GPU"
+        answer = answer.replace("does not fit", f"does not fit on {gpus}")
+        answer += f"; fits with {out} of {layers} layers in host memory"
     lines = [
         f"{case.spec.name}, {case.weights.label} ({format_gb(case.weights.total_bytes)}), "
         f"{format_tokens(case.work.context)} context, batch {case.work.batch}, {case.engine.label}, "
@@ -165,13 +170,7 @@ def _host_lines(found: Plan) -> list[str]:
     host = found.host
     if host is None or host.limit_bytes is None:
         return ["needs that much host memory; check with --ram 64GB"]
-    process = f"{HOST_PROCESS / GIB:g} GiB for the process and the system"
-    needed = f"{host.total_bytes / GIB:.2f} GiB with KV cache and {process}"
-    answer = "fits" if host.fits else "does not fit"
-    limit = f"{host.limit_bytes / GIB:.2f} GiB"
-    if host.gpu_bytes:
-        limit += f" that the GPU leaves of {(host.limit_bytes + host.gpu_bytes) / GIB:.2f} GiB"
-    return [f"host memory: {needed}, of {limit}: {answer}"]
+    return [f"host memory: {host.said}"]
 
 
 def _recommended(case: Case, rigs: tuple[Recommendation, ...]) -> list[str]:

@@ -52,6 +52,18 @@ class HostMemory(NamedTuple):
     def fits(self) -> bool | None:
         return None if self.limit_bytes is None else self.total_bytes <= self.limit_bytes
 
+    @property
+    def said(self) -> str:
+        """`21.97 GiB with KV cache and 3 GiB for the process and the system, of 16.00 GiB: does not fit`."""
+        needed = f"{format_gib(self.total_bytes)} with KV cache and {HOST_PROCESS / GIB:g} GiB for the process and "
+        needed += "the system"
+        if self.limit_bytes is None:
+            return needed
+        limit = format_gib(self.limit_bytes)
+        if self.gpu_bytes:
+            limit += f" that the GPU leaves of {format_gib(self.limit_bytes + self.gpu_bytes)}"
+        return f"{needed}, of {limit}: {'fits' if self.fits else 'does not fit'}"
+
     def to_json(self) -> dict[str, Any]:
         return {
             "weights_bytes": self.weights_bytes,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import re
 import subprocess
@@ -413,6 +414,24 @@ def test_host_memory_is_compared() -> None:
     assert "speed then" not in run(*asked, "--ram", "16GB").stdout and "speed then" in run(*asked).stdout
     wrong = run(*asked, "--ram", "much")
     assert wrong.exit_code == 2 and "--ram is 'much', wanted a size" in wrong.stderr
+
+
+def test_commands_and_headline_follow_host_memory() -> None:
+    """41 GB on 24 GiB: too much for 16 GiB of host memory, not for 64 GiB; the exit code is of the GPUs alone."""
+    asked = ("plan", "Qwen2.5-72B", "--gpu", "RTX 3090")
+    short, enough, unsaid = (run(*asked, *ram) for ram in (("--ram", "16GB"), ("--ram", "64GB"), ()))
+    assert (short.exit_code, enough.exit_code, unsaid.exit_code) == (3, 3, 3)
+    headlines = [found.stdout.splitlines()[0].split("on RTX 3090: ")[1] for found in (short, enough, unsaid)]
+    assert headlines[0] == headlines[2] == "does not fit"
+    assert headlines[1] == "does not fit on the GPU; fits with 45 of 80 layers in host memory"
+    above: dict[str, list[bool]] = {}  # the line above each command, and what it says of host memory
+    for found in (short, enough, unsaid):
+        for line, command in itertools.pairwise(found.stdout.splitlines()):
+            if command.startswith(("llama-server", "max_memory")):
+                above.setdefault(command.split()[0], []).append("of 16.00 GiB: does not fit" in line)
+    assert above == {"max_memory": [True, False, False], "llama-server": [True, False, False]}
+    kept = run(*asked, "--ram", "16GB", "--engine", "llama.cpp", "--format", "Q2_K").stdout
+    assert "# host memory" not in kept, "a smaller file leaves less to the host"
 
 
 def test_unified_memory_is_one_pool() -> None:

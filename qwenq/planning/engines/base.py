@@ -29,6 +29,7 @@ from qwenq.planning.placement import (
     Costs,
     Layout,
     ParallelOption,
+    Placement,
     RankLayout,
     best_option,
     cutting_reasons,
@@ -38,7 +39,7 @@ from qwenq.planning.placement import (
     search_context,
     splits,
 )
-from qwenq.planning.plan import Plan
+from qwenq.planning.plan import HostMemory, Plan
 from qwenq.planning.rig import Gpu
 from qwenq.planning.speed import MATRIX_RATE, SpeedFit
 from qwenq.planning.weights import Weights, allocated_groups, recipe_weights
@@ -277,6 +278,11 @@ class LayeredEngine(Engine):
         server = get_engine(SERVER)
         assert isinstance(server, ServerEngine)
         return server.adopted(case)
+
+    def host_comment(self, placement: Placement) -> list[str]:
+        """A comment above a command whose layers in host memory do not fit in what was told of it."""
+        host = HostMemory.of(placement) if placement.host_layers else None
+        return [f"# host memory: {host.said}"] if host is not None and host.fits is False else []
 
     def instead(self, case: Case, longest: int, escapes: Sequence[Escape]) -> Iterator[str]:
         if longest:

@@ -237,7 +237,8 @@ class LlamaCppEngine(LayeredEngine):
         note = f"{case.weights.label}, {format_gb(case.weights.total_bytes)}"
         if out := len(placement.host_layers):
             note += f"; {out} layer{'s' if out > 1 else ''} on the CPU"
-        return pci_order(case) + shlex.join(self.words(case, placement, file)) + f"  # {note}"
+        command = pci_order(case) + shlex.join(self.words(case, placement, file)) + f"  # {note}"
+        return "\n".join([*self.host_comment(placement), command])
 
 
 ADVISED = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "Q3_K_M", "Q2_K")  # the types that are published most

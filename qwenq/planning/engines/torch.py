@@ -567,6 +567,7 @@ class TransformersEngine(TorchEngine):
                 return "# transformers does not fit, even with layers in host memory"
             if placement.host_layers:
                 lines.append(f"# {placement.reason}")
+        lines += self.host_comment(placement)
         memory: dict[int | str, str] = {index: f"{limit * 0.97 / GIB:.1f}GiB" for index, limit in enumerate(rig.limits)}
         if placement.offloaded_bytes:
             memory["cpu"] = f"{placement.offloaded_bytes / GIB + 4:.0f}GiB"
