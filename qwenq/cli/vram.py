@@ -149,7 +149,7 @@ def estimate_command(
     for line in question.notes:
         print_step(f"warning: {line}")
     for misfit in question.misfits:
-        print_step(f"warning: {question.engine.name} does not run on {misfit.name}")
+        print_step(f"warning: {misfit}")
     if as_json:
         print_json(answer.to_json())
     elif as_csv:

@@ -119,7 +119,7 @@ def answer(ask: Ask) -> dict[str, Any]:
         "rig": rig.label if rig else None,
         "context_limit": min(spec.extended_context, MAX_PAGE_CONTEXT),
         "largest_context": question.engine.longest_context(question.at(ask.context)) if rig else None,
-        "notes": [f"{ask.engine} does not run on {gpu.name}" for gpu in question.misfits],
+        "notes": question.misfits,
         "runs": not question.misfits,
         "limits": [gpu.limit_source for gpu in dict.fromkeys(rig.gpus)] if rig else [],
         "command": command(ask, question),

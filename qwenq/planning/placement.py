@@ -404,8 +404,7 @@ def padded_weights(spec: ModelSpec, weights: Weights, ranks: int) -> Weights | N
 def parallel_options(case: Case) -> tuple[ParallelOption, ...]:
     """Every way to use all GPUs of the rig with the case's server, most tensor parallelism first."""
     count = len(case.hardware.gpus)
-    kinds = dict.fromkeys(gpu.name for gpu in case.hardware.gpus if not case.engine.runs_on(gpu))
-    barred = [f"{case.engine.title} does not run on {name}" for name in kinds]
+    barred = [said for gpu in dict.fromkeys(case.hardware.gpus) if (said := case.engine.barred(gpu))]
     options = []
     for tensor in sorted((n for n in range(1, count + 1) if count % n == 0), reverse=True):
         stages = count // tensor

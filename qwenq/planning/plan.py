@@ -181,8 +181,8 @@ def make_plan(case: Case) -> Plan:
     """
     engine = case.engine
     for gpu in case.hardware.gpus:
-        if not engine.runs_on(gpu):
-            raise PlanError(f"{engine.name} does not run on {gpu.name}", hint="--engine llama.cpp does")
+        if barred := engine.barred(gpu):
+            raise PlanError(barred, hint="--engine llama.cpp does")
     served = serving(engine.served(case))
     layout = engine.layout(case)
     longest = engine.longest_context(case)

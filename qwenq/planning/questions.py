@@ -17,7 +17,7 @@ from qwenq.planning.case import Case, Workload, check_context, default_context
 from qwenq.planning.engines.base import Engine, get_engine, readers
 from qwenq.planning.memory import TERM_NAMES, GpuMemory, MemoryEstimate
 from qwenq.planning.models import Model, WeightsAsked, load_model, model_weights
-from qwenq.planning.rig import Gpu, Rig, parse_rig, reserved
+from qwenq.planning.rig import Rig, parse_rig, reserved
 from qwenq.planning.weights import Weights
 from qwenq.units import GIB, format_gb, format_gib, format_tokens, parse_size, parse_tokens
 
@@ -46,10 +46,10 @@ class Resolved:
         return self.model.notes
 
     @property
-    def misfits(self) -> list[Gpu]:
-        """Kinds of GPU of the rig on which the engine does not run at all."""
-        kinds = {gpu.name: gpu for gpu in self.rig.gpus} if self.rig else {}
-        return [gpu for gpu in kinds.values() if not self.engine.runs_on(gpu)]
+    def misfits(self) -> list[str]:
+        """A line for each kind of GPU of the rig on which the engine does not run at all."""
+        kinds = dict.fromkeys(self.rig.gpus) if self.rig else ()
+        return [said for gpu in kinds if (said := self.engine.barred(gpu))]
 
     def at(self, context: int) -> Case:
         """The case at one context."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,7 +26,7 @@ from qwenq.planning.engines.base import get_engine
 from qwenq.planning.memory import estimate
 from qwenq.planning.placement import Placement, cutting_reasons, parallel_options, place
 from qwenq.planning.plan import make_plan, recommend
-from qwenq.planning.rig import Rig, find_gpu, parse_rig
+from qwenq.planning.rig import Rig, catalogue, find_gpu, parse_rig
 from qwenq.planning.speed import Speed, bus_gb_s, decode_seconds, estimate_speed, prefill_seconds
 from qwenq.planning.tensor_parallel import padded_width
 from qwenq.planning.weights import Weights, gguf_weights, published_weights, recipe_weights
@@ -278,6 +279,29 @@ def test_recommended_contexts_are_the_plans_in_steps() -> None:
 def test_engines_run_where_they_run() -> None:
     with pytest.raises(PlanError, match="qwenq does not run on Apple M2 Ultra"):
         make_plan(Case(B72, INT4, get_engine("qwenq"), Workload(1024), parse_rig("M2 Ultra")))
+
+
+@pytest.mark.parametrize(
+    ("engine", "version", "least"),
+    [("vllm", "", (7, 5)), ("vllm", "0.19", (7, 0)), ("sglang", "", (7, 5)), ("llama.cpp", "", (0, 0))],
+)
+def test_servers_need_a_compute_capability(engine: str, version: str, least: tuple[int, int]) -> None:
+    """By their guides; of cards whose capability is unknown nothing is held against them."""
+    spec = model("Qwen2.5-7B")
+    weights = gguf_weights(spec, "Q4_K_M") if engine == "llama.cpp" else published_weights(spec, "AWQ")
+    case = Case(spec, weights, get_engine(engine, version), Workload(2048))
+    found = {recommended.gpu.name for recommended in recommend(case)}
+    known = {gpu.name: gpu.compute_capability for gpu in catalogue() if gpu.vendor == "nvidia"}
+    assert set(known) - found == {name for name, has in known.items() if has and has < least}
+    barred = least > (6, 1)
+    for name, lacks in (("Tesla P40", barred), ("GTX 1080 Ti", barred), ("24GB", False), ("RTX 2080 Ti", False)):
+        tried = replace(case, rig=parse_rig(name))
+        if lacks:
+            said = f"does not run on {name}: compute capability 6.1, {case.engine.label} needs {least[0]}.{least[1]}"
+            with pytest.raises(PlanError, match=re.escape(said)):
+                make_plan(tried)
+        else:
+            assert make_plan(tried).largest_context > 0
 
 
 def _speed_rows() -> Iterator[tuple[dict[str, str], ModelSpec, Weights]]:

@@ -114,9 +114,23 @@ class Engine(ABC):
         """Prompt tokens computed at once: as asked, or its own."""
         return min(work.prompt_tokens, work.prefill_chunk or self.own_chunk or work.prompt_tokens)
 
+    @property
+    def least_capability(self) -> tuple[int, int]:
+        """The lowest compute capability of NVIDIA's that it runs on."""
+        return 0, 0
+
+    def barred(self, gpu: Gpu) -> str:
+        """Why it does not run on such a GPU at all; empty where it does, and where the capability is unknown."""
+        said = f"{self.title or self.name} does not run on {gpu.name}"
+        if gpu.vendor in self.vendors_without:
+            return said
+        has, needs = gpu.compute_capability, self.least_capability
+        if has is None or has >= needs:
+            return ""
+        return f"{said}: compute capability {has[0]}.{has[1]}, {self.label} needs {needs[0]}.{needs[1]}"
+
     def runs_on(self, gpu: Gpu) -> bool:
-        """Whether it runs on such a GPU at all."""
-        return gpu.vendor not in self.vendors_without
+        return not self.barred(gpu)
 
     def notes(self, case: Case, gpu: Gpu) -> list[str]:
         """Remarks on running a case on a kind of GPU."""
@@ -509,8 +523,8 @@ class ServerEngine(Engine):
     def command(self, plan: Plan) -> str:
         """A command that fits, after a comment on what had to be changed; only a comment where none does."""
         for gpu in plan.case.hardware.gpus:
-            if not self.runs_on(gpu):
-                return f"# {self.title} does not run on {gpu.name}"
+            if barred := self.barred(gpu):
+                return f"# {barred}"
         if unread := self.refusal(plan.case.weights):
             return f"# {unread}"
         found = self.serving(plan)

@@ -55,6 +55,9 @@ class SglangEngine(ServerEngine):
     eager_flag = "--disable-cuda-graph"
     requests_flag = "--max-running-requests"
     chunk_flag = "--chunked-prefill-size"
+    # Documented (get-started/quickstart: sm75 and above) and enforced by load_model of model_runner.py. Of 0.5, reports
+    # differ: a T4 lacked kernels in 2026 (sglang#24224), and an end of 7.5 is announced without a date (#6006).
+    least_capability = (7, 5)
     inside = ("weights",)
     outside = ("activations", "logits", "graphs", "non_torch", "context")
     outside_said = "activations, CUDA graphs and context"

@@ -55,6 +55,11 @@ class VllmEngine(ServerEngine):
     chunk_flag = "--max-num-batched-tokens"
 
     @property
+    def least_capability(self) -> tuple[int, int]:
+        """By vLLM's installation guide: 7.0 in 0.14's, 7.5 in 0.21's (gpu.cuda.inc.md; CUDA 13 by default, #39878)."""
+        return (7, 5) if self.version >= (0, 21) else (7, 0)
+
+    @property
     def profiles_graphs(self) -> bool:
         """CUDA graphs are counted in the utilized part.
 
