@@ -505,10 +505,39 @@ def test_llama_cpp_puts_layers_where_the_plan_does(rig: str, file_type: str, con
     assert placed.offloaded_bytes == sum(plan.case.weights.layer_bytes[layer] for layer in placed.host_layers)
 
 
-def test_a_smaller_type_that_fits_is_offered() -> None:
-    plan = make_plan(Case(B72, gguf_weights(B72, "Q6_K"), LLAMA_CPP, Workload(8192), parse_rig("2x RTX 3090")))
-    (line,) = [line for line in plan.instead if line.startswith("GGUF ")]
-    assert line == "GGUF Q4_K_S, 43.88 GB, at 8k"
+PUBLISHED_TYPES = [
+    "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_XS", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "rig", "file_type", "kv_dtype", "context", "offered"),
+    [
+        (
+            "Qwen2.5-72B", "2x RTX 3090", "Q6_K", "auto", 8192,
+            ["GGUF Q4_K_S, 43.88 GB, at 8k", "GGUF Q4_K_M, 47.41 GB, and --kv-cache-dtype q8_0 at 8k"],
+        ),
+        ("Qwen2.5-72B", "2x RTX 3090", "Q4_K_S", "q8_0", 32768, ["GGUF Q4_0, 41.38 GB, at 32k"]),
+        ("Qwen2.5-72B", "2x RTX 3090", "Q4_0", "q8_0", 49152, ["GGUF IQ4_XS, 39.70 GB, at 48k"]),
+        (
+            "Qwen2.5-32B", "RTX 3090", "Q5_K_M", "auto", 32768,
+            ["GGUF Q3_K_M, 15.93 GB, at 32k", "GGUF Q4_K_M, 19.85 GB, and --kv-cache-dtype q8_0 at 32k"],
+        ),
+        ("Qwen2.5-32B", "RTX 3090", "Q4_K_M", "auto", 32768, ["GGUF Q3_K_M, 15.93 GB, at 32k"]),  # q8_0 alone is enough
+    ],
+)  # fmt: skip
+def test_the_largest_smaller_type_that_fits_is_offered(
+    name: str, rig: str, file_type: str, kv_dtype: str, context: int, offered: list[str]
+) -> None:
+    spec = model(name)
+    case = Case(spec, gguf_weights(spec, file_type), LLAMA_CPP, Workload(context, kv_dtype=kv_dtype), parse_rig(rig))
+    plan = make_plan(case)
+    assert not plan.fits and [line for line in plan.instead if line.startswith("GGUF ")] == offered
+    smaller = PUBLISHED_TYPES[PUBLISHED_TYPES.index(file_type) + 1 :]
+    for line in offered:
+        asked = case.asking(kv_dtype="q8_0") if "--kv-cache-dtype q8_0" in line else case
+        fits = [kind for kind in smaller if make_plan(replace(asked, weights=gguf_weights(spec, kind))).fits]
+        assert line.startswith(f"GGUF {fits[0]}, ")
 
 
 # MiB of compute buffers: as builds logged them, and as llama-fit-params (0.3.36) reserves for files of these shapes.

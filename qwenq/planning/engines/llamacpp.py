@@ -24,7 +24,7 @@ from qwenq.planning.placement import Placement, place
 from qwenq.planning.plan import Plan
 from qwenq.planning.rig import Gpu
 from qwenq.planning.speed import SpeedFit
-from qwenq.planning.weights import BITS_TO_TYPE, Weights, gguf_types, gguf_weights
+from qwenq.planning.weights import BITS_TO_TYPE, Weights, gguf_weights
 from qwenq.units import MIB, format_gb, format_tokens
 
 NEAREST_KV = {"fp8": "q8_0", "q8_0": "q8_0", "q4_0": "q4_0"}  # of other engines' caches; 16 bits otherwise
@@ -162,13 +162,22 @@ class LlamaCppEngine(LayeredEngine):
         return 0.85 if (gpu.compute_capability or (0, 0)) >= (8, 0) else super().matrix_rate(gpu)
 
     def uniform_instead(self, case: Case) -> Iterator[str]:
-        """The largest smaller type that fits as asked."""
-        smaller = [name for name in gguf_types() if name in ADVISED]
-        for name in smaller:
-            weights = gguf_weights(case.spec, name)
-            if weights.total_bytes < case.weights.total_bytes and self.how_held(replace(case, weights=weights)):
-                yield f"GGUF {name}, {format_gb(weights.total_bytes)}, at {format_tokens(case.work.context)}"
-                return
+        """The largest smaller type that fits as asked, and a larger one that fits with a smaller KV cache."""
+        at, plain = f"at {format_tokens(case.work.context)}", self._largest_type(case)
+        if plain is not None:
+            yield f"{plain.label}, {format_gb(plain.total_bytes)}, {at}"
+        small = case.asking(kv_dtype=self.smaller_kv)
+        if small.kv_bytes >= case.kv_bytes or self.how_held(small):  # then these weights need no change
+            return
+        both = self._largest_type(small)
+        if both is not None and (plain is None or both.total_bytes > plain.total_bytes):
+            yield f"{both.label}, {format_gb(both.total_bytes)}, and --kv-cache-dtype {self.smaller_kv} {at}"
+
+    def _largest_type(self, case: Case) -> Weights | None:
+        """Of the types in ADVISED that are smaller than the case's weights, the largest that fits."""
+        types = sorted((gguf_weights(case.spec, name) for name in ADVISED), key=lambda w: w.total_bytes, reverse=True)
+        smaller = (weights for weights in types if weights.total_bytes < case.weights.total_bytes)
+        return next((weights for weights in smaller if self.how_held(replace(case, weights=weights))), None)
 
     def own_case(self, case: Case) -> Case:
         """A case of another engine under this one: its GGUF file, or the nearest type of Q4_K_M, Q8_0 and F16; the
@@ -241,7 +250,10 @@ class LlamaCppEngine(LayeredEngine):
         return "\n".join([*self.host_comment(placement), command])
 
 
-ADVISED = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_K_S", "Q3_K_M", "Q2_K")  # the types that are published most
+# The types that are published most; not Q5_0, Q5_1, Q4_1 and IQ4_NL.
+ADVISED = (
+    "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q4_0", "IQ4_XS", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K",
+)  # fmt: skip
 
 
 def compute_buffer(spec: ModelSpec, weights: Weights, ubatch: int, last: bool) -> Term:
