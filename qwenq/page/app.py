@@ -135,8 +135,9 @@ def planned(ask: Ask) -> dict[str, Any]:
     contexts_of(question, str(ask.context))
     found = make_plan(question.at(ask.context))
     told = found.to_json()
+    kept = ("batch_size", "fits", "certainty", "speed", "offload_speed", "host", "instead", "notes")
     return {
-        "plan": {key: told[key] for key in ("fits", "certainty", "speed", "offload_speed", "host", "instead", "notes")}
+        "plan": {key: told[key] for key in kept}
         | {
             "speed_text": found.speed.text() if found.fits else "",
             "offload_speed_text": found.offload_speed.text() if found.offload_speed else "",

@@ -58,7 +58,7 @@ def test_the_plan_is_the_command_lines(client: TestClient) -> None:
     found = client.post("/api/plan", json=STATE).json()["plan"]
     words = ["plan", "Qwen2.5-72B", "--gpu", "2x RTX 3090", "-c", "8192", "--json"]
     said = json.loads(run(*words).stdout)
-    for key in ("fits", "certainty", "speed", "instead", "parallel", "flags"):
+    for key in ("batch_size", "fits", "certainty", "speed", "instead", "parallel", "flags"):
         assert found[key] == said[key], key
     assert [gpu["total_bytes"] for gpu in found["memory"]] == [gpu["total_bytes"] for gpu in said["gpus"]]
     assert client.post("/api/plan", json=STATE | {"rig": []}).json() == {"plan": None}

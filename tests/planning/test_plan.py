@@ -640,6 +640,23 @@ def test_speed_where_there_is_little_room() -> None:
     assert Speed(None, None, "").short() == {"decode": "", "prefill": ""}
 
 
+def test_speeds_of_several_requests_are_said_to_be_sums() -> None:
+    case = Case(B72, INT4, get_engine("vllm"), Workload(2048, 4), parse_rig("2x A100 80GB PCIe"))
+    found = make_plan(case).speed
+    assert found.decode is not None and found.prefill is not None
+    steps = decode_seconds(case, make_plan(case).shares)  # a token for each of the four
+    assert steps is not None and found.decode[0] < 4 / steps < found.decode[1]
+    low, high = (f"{total / 4:.1f}" for total in found.decode)
+    total = " to ".join(f"{value:,.0f}" if value >= 100 else f"{value:.1f}" for value in found.decode)
+    text = found.text()
+    assert text.startswith(f"decode {total} tokens/s in all, {low} to {high} for each of 4, prefill "), text
+    assert re.search(r"prefill [\d,]+ to [\d,]+ tokens/s in all \(", text)
+    wide = Speed((2.0, 8.0), None, "", batch=4).text()
+    assert wide == "decode about 4.00 tokens/s in all, 1.00 for each of 4, within a factor of 2.0, prefill unknown ()"
+    alone = make_plan(case.asking(batch=1)).speed.text()
+    assert " in all" not in alone and "each of" not in alone
+
+
 def test_one_gpu_is_not_called_a_split() -> None:
     spec = model("Qwen2.5-7B")
     weights = recipe_weights(spec, Recipe(Scheme(4)))

@@ -253,7 +253,7 @@ function showPlan(plan, answer) {
   }
   const speed = plan.speed_short;
   if (speed.decode) {
-    $("decode").textContent = `${speed.decode} tok/s`;
+    $("decode").textContent = `${speed.decode} tok/s${plan.batch_size > 1 ? " in all" : ""}`;
     $("prefill").textContent = (speed.prefill ? `prompt ${speed.prefill}` : "") + (plan.fits ? "" : ", offloaded");
   } else $("prefill").textContent = plan.fits ? "of such a card unknown" : "";
   $("how").textContent = plan.fits ? (plan.split || plan.how) : plan.offload ? `Does not fit the GPUs. ${plan.offload}.` : (plan.split || "No layout fits.");
