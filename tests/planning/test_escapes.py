@@ -102,7 +102,7 @@ def test_what_is_at_its_limit_keeps_no_other_change_from_being_tried(kv_dtype: s
 def test_nothing_fits() -> None:
     plan = planned("RTX 3090", Workload(8192))
     assert plan.serving.escapes == () and plan.instead == ()
-    assert VLLM.command(plan).startswith("# vLLM does not fit with any flags: shapes allow it, but")
+    assert VLLM.command(plan).startswith("# vLLM does not fit with the flags planned here: shapes allow it, but")
     assert "\n" not in VLLM.command(plan)
 
 

@@ -537,7 +537,7 @@ class ServerEngine(Engine):
             case, option = replace(case, work=escape.work), escape.option
             lines = [f"# does not fit as asked ({reason}); fits with {escape.text}"]
         else:
-            return f"# {self.title} does not fit with any flags: {reason}"
+            return f"# {self.title} does not fit with the flags planned here: {reason}"
         words = self.words(case, option, case.weights.place or "CHECKPOINT")
         return "\n".join([*lines, pci_order(case) + shlex.join(words)])
 
