@@ -12,8 +12,9 @@ from qwenq.planning.placement import ParallelOption, best_option, padded_weights
 from qwenq.units import format_tokens
 
 MOST_UTILIZATION = 98  # percent
-Change = Literal["utilization", "kv cache", "eager", "padding"]
-FLAGS: tuple[Change, ...] = ("utilization", "kv cache", "eager")
+FEW_SEQUENCES = 4  # at once, where the batch is not larger: of one user, or few
+Change = Literal["utilization", "sequences", "kv cache", "eager", "padding"]
+FLAGS: tuple[Change, ...] = ("utilization", "sequences", "kv cache", "eager")  # by what they cost
 CHANGES: tuple[Change, ...] = (*FLAGS, "padding")
 
 
@@ -71,9 +72,15 @@ class _Asked:
         engine = self.case.engine
         if change == "kv cache":
             return self.case.kv_bytes <= engine.kv_bytes(engine.smaller_kv)
+        if change == "sequences":
+            return not engine.requests_flag or 0 < self.case.work.max_num_seqs <= self.few_sequences
         if change == "eager":
             return self.case.work.enforce_eager or not engine.eager_flag
         return change == "utilization" and round(100 * engine.asked_part(self.case)) >= MOST_UTILIZATION
+
+    @property
+    def few_sequences(self) -> int:
+        return max(self.case.work.batch, FEW_SEQUENCES)
 
     def fitting(self) -> ParallelOption | None:
         found = best_option(self.options())
@@ -106,20 +113,29 @@ def server_escapes(case: Case) -> tuple[Escape, ...]:
 
 
 def _minimal(asked: _Asked) -> Iterator[Escape]:
-    """Sets of changes that keep the context, smallest first, none with a part that fits by itself."""
+    """Sets of changes that keep the context, none with a part that fits by itself.
+
+    A set comes after all those of cheaper changes than its costliest: fewer sequences with an fp8 cache before eager.
+    """
     done: list[set[Change]] = []
-    for size in range(1, len(CHANGES) + 1):
-        for together in combinations(CHANGES, size):
-            if any(part <= set(together) for part in done):
-                continue
-            for changed, said in _changed(asked, together):
-                found = _with_least(changed, "utilization" in together)
-                if found is not None:
-                    work, option = found
-                    said = (*_utilization_said(asked, together, option), *said)
-                    yield Escape(said, work, option, "padding" in together)
-                    done.append(set(together))
-                    break
+    sizes = range(1, len(CHANGES) + 1)
+    sets = sorted((c for n in sizes for c in combinations(CHANGES, n)), key=_costs)
+    for together in sets:
+        if any(part <= set(together) for part in done):
+            continue
+        for changed, said in _changed(asked, together):
+            found = _with_least(changed, "utilization" in together)
+            if found is not None:
+                work, option = found
+                said = (*_utilization_said(asked, together, option), *said)
+                yield Escape(said, work, option, "padding" in together)
+                done.append(set(together))
+                break
+
+
+def _costs(together: tuple[Change, ...]) -> list[int]:
+    """A set's changes as numbers, costliest first."""
+    return sorted(map(CHANGES.index, together), reverse=True)
 
 
 def _shorter(asked: _Asked, sets: Sequence[tuple[Change, ...]]) -> Iterator[Escape]:
@@ -148,9 +164,12 @@ def _changed(asked: _Asked, together: tuple[Change, ...]) -> Iterator[tuple[_Ask
     said: tuple[str, ...] = ()
     if any(asked.has(change) for change in together):
         return
+    if "sequences" in together:
+        few = asked.few_sequences
+        asked, said = asked.asking(max_num_seqs=few), (f"{asked.case.engine.requests_flag} {few}",)
     if "kv cache" in together:
         smaller = asked.case.engine.smaller_kv
-        asked, said = asked.asking(kv_dtype=smaller), (f"--kv-cache-dtype {smaller}",)
+        asked, said = asked.asking(kv_dtype=smaller), (*said, f"--kv-cache-dtype {smaller}")
     if "eager" in together:
         asked, said = asked.asking(enforce_eager=True), (*said, asked.case.engine.eager_flag)
     if "padding" not in together:

@@ -51,6 +51,7 @@ def obeys(plan: Plan, weights: Weights = INT4) -> bool:
         kv_dtype=options.get("--kv-cache-dtype", "auto"),
         gpu_memory_utilization=float(options["--gpu-memory-utilization"]),
         enforce_eager="--enforce-eager" in options,
+        max_num_seqs=int(options.get("--max-num-seqs", 0)),
     )
     shares = rank_shares(B72, int(options["--tensor-parallel-size"]), int(options["--pipeline-parallel-size"]))
     rig = plan.case.hardware
@@ -67,8 +68,9 @@ def obeys(plan: Plan, weights: Weights = INT4) -> bool:
     ("rig", "context", "part", "first"),
     [
         ("2x RTX 3090", 8192, 0.9, "--gpu-memory-utilization 0.91 at 8k"),
-        ("2x RTX 3090", 12288, 0.9, "--kv-cache-dtype fp8 at 12k"),
-        ("2x RTX 3090", 16384, 0.9, "--gpu-memory-utilization 0.91 and --kv-cache-dtype fp8 at 16k"),
+        ("2x RTX 3090", 12288, 0.9, "--gpu-memory-utilization 0.93 and --max-num-seqs 4 at 12k"),
+        ("2x RTX 3090", 20480, 0.9, "--gpu-memory-utilization 0.93 and --kv-cache-dtype fp8 at 20k"),
+        ("2x RTX 3090", 32768, 0.9, "--gpu-memory-utilization 0.95 and --max-num-seqs 4 and --kv-cache-dtype fp8"),
         ("2x RTX 3090", 65536, 0.9, "--max-model-len 7136"),
         ("2x RTX 3090", 2048, 0.5, "--gpu-memory-utilization 0.87 at 2k"),
         ("4x RTX 3090", 32768, 0.5, "--gpu-memory-utilization 0.6 at 32k"),
@@ -86,15 +88,20 @@ def test_the_command_fits(rig: str, context: int, part: float, first: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("kv_dtype", "part", "first"),
+    ("kv_dtype", "part", "sequences", "first"),
     [
-        ("fp8", 0.8, "--gpu-memory-utilization 0.96 and --enforce-eager at 32k"),
-        ("fp8", 0.9, "--gpu-memory-utilization 0.96 and --enforce-eager at 32k"),
-        ("auto", 0.98, "--kv-cache-dtype fp8 and --enforce-eager at 32k"),
+        ("fp8", 0.8, 0, "--gpu-memory-utilization 0.95 and --max-num-seqs 4 at 32k"),
+        ("fp8", 0.9, 4, "--gpu-memory-utilization 0.95 at 32k"),
+        ("auto", 0.98, 0, "--max-num-seqs 4 and --kv-cache-dtype fp8 at 32k"),
+        ("auto", 0.98, 4, "--kv-cache-dtype fp8 at 32k"),
+        ("fp8", 0.98, 0, "--max-num-seqs 4 at 32k"),
     ],
 )
-def test_what_is_at_its_limit_keeps_no_other_change_from_being_tried(kv_dtype: str, part: float, first: str) -> None:
-    plan = planned("2x RTX 3090", Workload(32768, kv_dtype=kv_dtype, gpu_memory_utilization=part))
+def test_what_is_at_its_limit_keeps_no_other_change_from_being_tried(
+    kv_dtype: str, part: float, sequences: int, first: str
+) -> None:
+    work = Workload(32768, kv_dtype=kv_dtype, gpu_memory_utilization=part, max_num_seqs=sequences)
+    plan = planned("2x RTX 3090", work)
     assert plan.instead[0] == first, plan.instead
     assert obeys(plan)
 
@@ -182,8 +189,25 @@ def test_own_part_by_version() -> None:
 
 
 def test_an_eager_escape_is_in_the_command() -> None:
-    plan = planned("2x RTX 3090", Workload(32768, kv_dtype="fp8", gpu_memory_utilization=0.9))
-    assert VLLM.command(plan).endswith("--kv-cache-dtype fp8 --enforce-eager")
+    plan = planned("2x RTX 3090", Workload(38912, kv_dtype="fp8", gpu_memory_utilization=0.9, max_num_seqs=4))
+    assert " --kv-cache-dtype fp8 --max-num-seqs 4 --enforce-eager --hf-overrides " in VLLM.command(plan)
+    assert obeys(plan)
+
+
+@pytest.mark.parametrize(("batch", "few"), [(1, 4), (4, 4), (6, 6)])
+def test_fewer_sequences_keep_graphs_and_a_16_bit_cache(batch: int, few: int) -> None:
+    """Of vLLM's 256, for one user or few: before an fp8 cache, and with one before graphs are given up."""
+    case = Case(B72, published_weights(B72, "AWQ"), get_engine("vllm"), Workload(8192), parse_rig("2x RTX 3090"))
+    short = make_plan(case.asking(batch=batch, context=8192 // batch))
+    assert not short.fits
+    assert [text.split(" at ")[0] for text in short.instead].index(f"--max-num-seqs {few}") == 1  # after utilization
+    assert make_plan(case.asking(batch=batch, context=8192 // batch, max_num_seqs=few)).fits
+    longer = make_plan(case.at(32768))
+    changes = {"max_num_seqs": 4, "kv_dtype": "fp8", "gpu_memory_utilization": 0.96}
+    assert longer.instead[0] == "--gpu-memory-utilization 0.96 and --max-num-seqs 4 and --kv-cache-dtype fp8 at 32k"
+    assert make_plan(case.at(32768).asking(**changes)).fits
+    for left in changes:
+        assert not make_plan(case.at(32768).asking(**{k: v for k, v in changes.items() if k != left})).fits
 
 
 def test_vllm_does_not_run_everywhere() -> None:

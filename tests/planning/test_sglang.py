@@ -145,6 +145,7 @@ def test_escapes_speak_of_its_own_flags() -> None:
         kv_dtype=options["--kv-cache-dtype"],
         gpu_memory_utilization=float(options["--mem-fraction-static"]),
         enforce_eager="--disable-cuda-graph" in options,
+        max_num_seqs=int(options["--max-running-requests"]),
     )
     shares = rank_shares(B72, int(options["--tp-size"]), int(options["--pp-size"]))
     assert estimate(replace(longer.case, work=work), shares).fits

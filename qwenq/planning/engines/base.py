@@ -76,6 +76,7 @@ class Engine(ABC):
     context_flag: ClassVar[str] = ""  # of a server's command
     utilization_flag: ClassVar[str] = ""
     eager_flag: ClassVar[str] = ""  # of a server's command that leaves out CUDA graphs
+    requests_flag: ClassVar[str] = ""  # and for sequences at once
 
     version: Version
     libraries: tuple[tuple[str, Version], ...] = ()
@@ -316,7 +317,6 @@ class ServerEngine(Engine):
     """
 
     layered: ClassVar[bool] = False
-    requests_flag: ClassVar[str] = ""  # of its command: sequences at once
     chunk_flag: ClassVar[str] = ""  # and prompt tokens at once
     block_tokens: ClassVar[int] = 1  # the cache is made of
 
