@@ -492,6 +492,11 @@ class _Run:
     def _outer(self, names: list[str]) -> dict[str, torch.Tensor]:
         """Tensors outside the layers, as they are written: rounded to nearest where they are quantized."""
         source, tensors = self.job.source, {}
+
+        def sound(name: str, start: int, stop: int) -> torch.Tensor:
+            w_OI = source.refuse_non_finite(name, source.read_slice(name, start, stop))
+            return w_OI if start else source.refuse_blank(name, w_OI)
+
         for name in names:
             pack = self.job.packer(name)
             changes = source.rotation is not None or source.dtype_of(name) != self.job.stored_dtype(name)
@@ -502,9 +507,7 @@ class _Run:
                 tensors[name] = self.job.convert(name, whole)
                 continue
             rows = source.tensors[name].spec.shape[0]
-            source.refuse_blank(name, source.read_slice(name, *row_slices(rows)[0]))
-            slices = (source.read_slice(name, *part) for part in row_slices(rows))
-            tensors[name] = joined_slices((pack(source.refuse_non_finite(name, w_OI)) for w_OI in slices), rows)
+            tensors[name] = joined_slices((pack(sound(name, *part)) for part in row_slices(rows)), rows)
         return tensors
 
     def _drift(self, states: HiddenStates) -> DriftReport:
