@@ -143,6 +143,9 @@ class _Request(BaseModel):
                 code="context_length_exceeded",
                 hint=f"max_tokens {limit - over} or less" if over < limit else "a shorter prompt",
             )
+        if (self.min_tokens or 0) > limit:
+            said = f"min_tokens is {self.min_tokens}, more than the {limit} an answer may have"
+            raise Refused(said, param="min_tokens")
         asked = None if self.seed == _RANDOM_SEED else self.seed
         return chat.sampling(
             max_new_tokens=limit,

@@ -134,6 +134,7 @@ def test_what_asks_for_nothing_is_let_through(post: Post) -> None:
         ({"prompt": ["a"] * 200}, "200 prompts"), ({"prompt": ""}, "the prompt is empty"), ({"prompt": []}, "empty"),
         ({"prompt": [[1], []]}, "empty"), ({"prompt": [1024]}, "prompt has a token id outside"),
         ({"prompt": ["a", 1]}, "prompt"), ({"prompt": None}, "prompt"), ({"max_tokens": 399}, "max_tokens 39"),
+        ({"min_tokens": 13}, "min_tokens is 13, more than the 12 an answer may have"),
     ],
     ids=str,
 )  # fmt: skip
