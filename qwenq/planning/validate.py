@@ -27,7 +27,8 @@ DEFAULT_ENGINE = "transformers"  # of a table without such a column
 MAX_BYTES, MAX_ROWS, MAX_LINE, MAX_MODELS = 4_000_000, 5000, 4000, 200  # of a table; a line in characters
 _NUMBER = re.compile(r"[0-9]{1,12}")
 COLUMNS = ("model", "quant", "input_len", "mem_gib")
-SERVER_COLUMNS = ("model", "quant")  # of a table with kv_tokens, or with start-up logs in a column `log`
+SERVER_COLUMNS = ("model", "quant")  # of a table with one of SERVER_MARKS
+SERVER_MARKS = {"kv_tokens", "gpu", "log"}  # `log`: start-up logs
 
 
 class LeftOut(PlanError):
@@ -66,7 +67,7 @@ def read_rows(path: Path) -> tuple[list[ValidatedRow], list[str]]:
     reader = csv.DictReader(_lines(path), strict=True)
     try:
         present = reader.fieldnames or ()
-        wanted = SERVER_COLUMNS if {"kv_tokens", "log"} & set(present) else COLUMNS
+        wanted = SERVER_COLUMNS if SERVER_MARKS & set(present) else COLUMNS
         missing = [name for name in wanted if name not in present]
         table = [(f"{path} line {reader.line_num}", row) for row in reader]
     except csv.Error as error:
@@ -204,7 +205,7 @@ def _served(row: dict[str, str], spec: ModelSpec, weights: Weights, engine: Serv
     )
     spec = replace(spec, extended_context=max(spec.extended_context, context))
     case = Case(spec, weights, engine, work, Rig((find_gpu(row["gpu"]),) * gpus))
-    shares = rank_shares(spec, gpus // stages, stages)
+    shares = rank_shares(spec, gpus // stages, stages, engine.spared_stages)
     tokens, room = engine.cache_room(case, shares)
     kv_tokens = _whole(row, "kv_tokens") if "kv_tokens" in logged else None
     measured = _gib(row) if "mem_gib" in logged else (kv_tokens or 0) * room / max(1, tokens) / GIB

@@ -275,6 +275,9 @@ def test_validate_bad_tables(tmp_path: Path) -> None:
     wanted = "line 2: input_len is 'x', wanted a whole number"
     assert wanted in said("model,quant,input_len,mem_gib\nQwen2.5-7B,AWQ,x,5\n")
     assert "line 2: mem_gib is '0'" in said("model,quant,input_len,mem_gib\nQwen2.5-7B,AWQ,1,0\n")
+    row = "Qwen2.5-7B,AWQ,vllm,0.26,RTX 3090,8192,13"
+    table.write_text(f"model,quant,engine,version,gpu,max_model_len,mem_gib\n{row}\n")
+    assert run("vram", "validate", str(table)).exit_code == 0, "a server's table has no input_len"
     table.write_text("model,quant,input_len,mem_gib\nQwen2.5-7B,AWQ,1,5.39\nGPT-5,AWQ,1,5\n")
     result = run("vram", "validate", str(table))
     assert result.exit_code == 0 and "warning:" in result.stderr and "line 3 left out: GPT-5" in result.stderr
