@@ -168,9 +168,9 @@ def _parallel_lines(found: Plan) -> list[str]:
 def _host_lines(found: Plan) -> list[str]:
     """Whether the machine's own memory holds what is put there."""
     host = found.host
-    if host is None or host.limit_bytes is None:
-        return ["needs that much host memory; check with --ram 64GB"]
-    return [f"host memory: {host.said}"]
+    if host is None:
+        return []
+    return [f"host memory: {host.said}" + ("; check with --ram 64GB" if host.limit_bytes is None else "")]
 
 
 def _recommended(case: Case, rigs: tuple[Recommendation, ...]) -> list[str]:

@@ -20,7 +20,7 @@ from qwenq.escaping import code, markdown, shown, table, yaml_text
 from qwenq.formats.base import Recipe, get_format, label_of
 from qwenq.io.json import MAX_SMALL_BYTES, inside, read_limited
 from qwenq.model.spec import ModelSpec
-from qwenq.planning.tensor_parallel import row_groups, tensor_parallel_sizes
+from qwenq.planning.tensor_parallel import sizes_of_recipe
 from qwenq.units import counted, format_gb
 
 CARD_NAME = "README.md"
@@ -195,7 +195,7 @@ def _loading(spec: ModelSpec, recipe: Recipe, file: str) -> Iterator[str]:
         yield f"llama-server -m {shlex.quote(shown(file))} -c {served}"
         yield from ("qwenq run . -p 'Hello'", "```")
         return
-    reasons = tensor_parallel_sizes(spec, row_groups(spec, recipe))
+    reasons = sizes_of_recipe(spec, recipe)
     allowed = ", ".join(ranks for ranks, reason in reasons.items() if not reason)
     yield ""
     yield "vLLM, and qwenq itself:"

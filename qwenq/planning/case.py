@@ -44,6 +44,11 @@ class Workload:
             if value > most:
                 got = value if value < 10**15 else f"a number of {len(str(value))} digits"
                 raise UsageError(f"{name} is {got}, wanted at most {most}")
+        if 0 < self.max_num_seqs < self.batch:
+            raise UsageError(
+                f"batch size is {self.batch}, but max_num_seqs lets {self.max_num_seqs} run at once",
+                hint="raise --max-num-seqs, or leave it out",
+            )
         if self.prompt > self.context:
             raise UsageError(f"prompt is {self.prompt} tokens, more than the context of {self.context}")
         part = self.gpu_memory_utilization
@@ -76,6 +81,11 @@ class Case:
     def kv_bytes(self) -> float:
         """Bytes of a cached value, its scales included; UsageError when the engine has no such cache."""
         return self.engine.kv_bytes(self.work.kv_dtype)
+
+    @property
+    def layer_kv_bytes(self) -> float:
+        """KV cache of one layer for every sequence at the whole context."""
+        return 2 * self.spec.kv_size * self.kv_bytes * self.work.context * self.work.batch
 
     def asking(self, **changes: Any) -> Case:
         """The same with fields of the workload changed."""
@@ -134,12 +144,19 @@ def even_shares(spec: ModelSpec, gpus: int) -> tuple[Share, ...]:
     )
 
 
-def rank_shares(spec: ModelSpec, tensor_parallel: int, pipeline_parallel: int = 1) -> tuple[Share, ...]:
-    """A server's ranks: stages of whole layers (later stages take the rest), each cut `tensor_parallel` ways."""
-    n, p = spec.num_hidden_layers, pipeline_parallel
-    shares = []
+def rank_shares(
+    spec: ModelSpec, tensor_parallel: int, pipeline_parallel: int = 1, spared: int = 0
+) -> tuple[Share, ...]:
+    """A server's ranks: stages of whole layers, each cut `tensor_parallel` ways.
+
+    What is left over of an even division goes, a layer each, to the last stages before the `spared` ones.
+    """
+    p = pipeline_parallel
+    each, more = divmod(spec.num_hidden_layers, p)
+    shares, start = [], 0
     for stage in range(p):
-        layers = range(n * stage // p, n * (stage + 1) // p)
+        layers = range(start, start + each + (p - spared - more <= stage < p - spared))
+        start = layers.stop
         share = Share(layers, stage == 0, stage == p - 1, tensor_parallel, tensor_parallel * p)
         shares += [share] * tensor_parallel
     return tuple(shares)

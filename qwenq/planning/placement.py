@@ -132,8 +132,7 @@ def host_layers_bytes(case: Case, layer_bytes: Sequence[int], gpu_layers: int) -
     out = case.spec.num_hidden_layers - gpu_layers
     if out == 0 or case.engine.host_layers_stay:
         return 0
-    kv = 2 * out * case.spec.kv_size * case.kv_bytes * case.work.context * case.work.batch
-    return round(kv) + max(layer_bytes[gpu_layers:])
+    return round(out * case.layer_kv_bytes) + max(layer_bytes[gpu_layers:])
 
 
 def place(case: Case, *, offload: bool = False) -> Placement:
@@ -341,7 +340,8 @@ class ParallelOption:
 
     def longest_context(self, case: Case) -> int:
         """Most tokens a sequence can have in this layout; 0 when none."""
-        shares, limit = rank_shares(case.spec, self.tensor, self.pipeline), case.spec.extended_context
+        shares = rank_shares(case.spec, self.tensor, self.pipeline, case.engine.spared_stages)
+        limit = case.spec.extended_context
 
         def fits(context: int) -> bool:
             return bool(estimate(case.at(context), shares).fits)
@@ -384,7 +384,7 @@ class RankLayout(Layout):
 
 def cutting_reasons(spec: ModelSpec, weights: Weights, ranks: int) -> list[str]:
     """Why `ranks` tensor-parallel ranks cannot cut these weights, padding included; empty when they can."""
-    return tensor_parallel_reasons(weights.stored_spec(spec), weights.row_groups, ranks)
+    return tensor_parallel_reasons(weights.stored_spec(spec), weights.row_groups, ranks, weights.method)
 
 
 def padded_weights(spec: ModelSpec, weights: Weights, ranks: int) -> Weights | None:
@@ -393,7 +393,7 @@ def padded_weights(spec: ModelSpec, weights: Weights, ranks: int) -> Weights | N
     Layers grow in proportion to the weights of their linears.
     """
     stored = weights.stored_spec(spec)
-    width = helpful_width(stored, weights.row_groups, [ranks])
+    width = helpful_width(stored, weights.row_groups, [ranks], weights.method)
     if not width:
         return None
     growth = replace(spec, intermediate_size=width).linear_parameters / stored.linear_parameters
@@ -413,9 +413,12 @@ def parallel_options(case: Case) -> tuple[ParallelOption, ...]:
             reasons.append(f"{case.engine.title} has no pipeline parallelism")
         if stages > case.spec.num_hidden_layers:
             reasons.append(f"{stages} stages for {case.spec.num_hidden_layers} layers")
-        if unread := case.engine.refusal(case.weights, tensor):
+        if unread := case.engine.refusal(case.weights):
             reasons.append(unread)
-        memory = None if reasons else estimate(case, rank_shares(case.spec, tensor, stages))
+        if contradiction := case.engine.contradiction(case.work):
+            reasons.append(contradiction)
+        shares = rank_shares(case.spec, tensor, stages, case.engine.spared_stages)
+        memory = None if reasons else estimate(case, shares)
         options.append(ParallelOption(tensor, stages, tuple(reasons), memory))
     return tuple(options)
 

@@ -37,9 +37,9 @@ class HostMemory(NamedTuple):
     def of(cls, placement: Placement) -> HostMemory:
         """The machine's own memory under a placement with layers in it."""
         case, gpus = placement.memory.case, placement.memory.gpus
-        spec, work, rig = case.spec, case.work, case.hardware
+        rig = case.hardware
         out = len(placement.host_layers) if case.engine.host_layers_stay else 0
-        kv = int(2 * out * spec.kv_size * case.kv_bytes * work.context * work.batch)
+        kv = int(out * case.layer_kv_bytes)
         held = sum(gpu.total_bytes for gpu, kind in zip(gpus, rig.gpus, strict=True) if kind.unified)
         limit = None if rig.host_memory is None else max(0, rig.host_memory - held)
         return cls(placement.offloaded_bytes, kv, limit, held)
@@ -125,6 +125,8 @@ class Plan:
                 found.append(f"{gpu.name}: {gpu.note}")
             if gpu.unified:
                 found.append(f"{gpu.name}: memory is shared with the system")
+            if gpu.vendor == "amd" and not self.case.engine.rocm_tried:
+                found.append(f"{gpu.name}: ROCm, not tried")
             if not rig.free_bytes and gpu.limit_source != "published":
                 found.append(f"{gpu.name}: limit {gpu.limit_source}")
             found += self.case.engine.notes(self.case, gpu)
@@ -135,12 +137,12 @@ class Plan:
     @property
     def tensor_parallel(self) -> dict[str, str]:
         """Tensor-parallel sizes of these weights, each with why not, or nothing where it works."""
-        return tensor_parallel_sizes(self._stored, self.case.weights.row_groups)
+        return tensor_parallel_sizes(self._stored, self.case.weights.row_groups, self.case.weights.method)
 
     @property
     def tensor_parallel_lines(self) -> list[str]:
         """The same to read."""
-        return tensor_parallel_lines(self._stored, self.case.weights.row_groups)
+        return tensor_parallel_lines(self._stored, self.case.weights.row_groups, self.case.weights.method)
 
     @property
     def _stored(self) -> ModelSpec:

@@ -31,6 +31,7 @@ class SpeedFit(NamedTuple):
     source: str
 
 
+LEAST = SpeedFit(0, 0, 1, 1, 1, "weights and cache read once, at the whole bandwidth")  # no range goes beyond
 HOST_GB_S = (25, 80)  # a desktop CPU reading host memory: two channels of DDR4 or DDR5
 # The fit is of one card and host; elsewhere the range widens by this. Qwen3-14B in BF16 on an L40S takes 42.4 ms a
 # token where 44.5 are predicted, a 4B model on an L4 33.6 where 39.7 are (logs of vLLM, reports/engine-logs.md).
@@ -70,13 +71,13 @@ class Speed(NamedTuple):
         }
 
 
-def decode_seconds(case: Case, shares: Sequence[Share]) -> float | None:
+def decode_seconds(case: Case, shares: Sequence[Share], fit: SpeedFit | None = None) -> float | None:
     """Fitted seconds of one step, a token for every sequence, at the full context; None when a bandwidth is unknown.
 
     Ranks of a stage run together. Weights that a kernel writes out in 16 bit are written and read once more.
     """
     spec, weights, engine, work = case.spec, case.weights, case.engine, case.work
-    fit = engine.run_fit(case, shares)
+    fit = fit or engine.run_fit(case, shares)
     tokens = work.context * work.batch
     seconds = 0.0
     for gpu, share, computed in zip(case.hardware.gpus, shares, _computed(case, shares), strict=True):
@@ -133,12 +134,14 @@ def _computed(case: Case, shares: Sequence[Share]) -> list[list[int]]:
 def estimate_speed(case: Case, shares: Sequence[Share], offloaded_bytes: int = 0) -> Speed:
     """Decode and prefill ranges; weights in host memory cross the bus once a step and once a prefill chunk.
 
-    Where the engine computes with them on the CPU they do so only in prefill: for a token they are read where they are.
+    Where the engine computes with them on the CPU they do so only in prefill: for a token they are read where they are,
+    with their KV cache.
     """
     engine, work, gpus = case.engine, case.work, case.hardware.gpus
     fit = engine.run_fit(case, shares)
     wide = 1.0 if all("A100" in gpu.name for gpu in gpus) else OTHER_CARD
     decode, prefill = decode_seconds(case, shares), prefill_seconds(case, shares)
+    least = decode_seconds(case, shares, LEAST) or 0
     if decode is prefill is None:
         return Speed(None, None, "neither bandwidth nor compute of these cards is known")
     basis = fit.source
@@ -154,15 +157,21 @@ def estimate_speed(case: Case, shares: Sequence[Share], offloaded_bytes: int = 0
         basis += f"; {offloaded_bytes / 1e9:.1f} GB "
         if engine.host_layers_stay:
             low, high = HOST_GB_S
-            step, each = (offloaded_bytes / (high * 1e9), offloaded_bytes / (low * 1e9)), chunks_of
-            basis += f"read by the CPU for each step, assumed at {low} to {high} GB/s, "
+            kv = len(_in_host_memory(case.spec, shares)) * case.layer_kv_bytes
+            read = offloaded_bytes + kv
+            step, each = (read / (high * 1e9), read / (low * 1e9)), chunks_of
+            basis += f"read by the CPU for each step with {kv / 1e9:.1f} GB of KV cache, "
+            basis += f"assumed at {low} to {high} GB/s, "
         basis += f"cross the bus for each {each}, at 30 to 80 % of {bus:.0f} GB/s"
         chunks = -(-work.prompt_tokens // size)
         chunk = chunk[0] * chunks, chunk[1] * chunks
     return Speed(
         decode=None
         if decode is None
-        else (work.batch / (decode / fit.low * wide + step[1]), work.batch / (decode / fit.high / wide + step[0])),
+        else (
+            work.batch / (decode / fit.low * wide + step[1]),
+            work.batch / (max(least, decode / fit.high / wide) + step[0]),
+        ),
         prefill=None
         if prefill is None
         else (

@@ -11,56 +11,58 @@ from qwenq.model.architectures import Stage
 from qwenq.model.spec import ModelSpec
 
 SIZES = (1, 2, 4, 8)  # that tables show
+UNCUT = "bitsandbytes"  # a method whose weights vLLM and SGLang load whole (BitsAndBytesModelLoader of both)
 RowGroups = Mapping[str, tuple[int, ...]]  # stage ("o", "down") -> group sizes met in linears cut by input
 
 
-def tensor_parallel_reasons(spec: ModelSpec, groups: RowGroups, ranks: int) -> list[str]:
-    """Why `ranks` GPUs cannot cut the model; empty when they can.
+def tensor_parallel_reasons(spec: ModelSpec, groups: RowGroups, ranks: int, method: str = "") -> list[str]:
+    """Why `ranks` GPUs cannot cut the model, quantized by `method`; empty when they can.
 
     Linears before attention and activation split by output (heads, FFN width), those after (o, down) by input, where no
     quantization group may straddle two ranks. With one scale per row (group size -1) every rank has all scales. Engines
     pad the vocabulary themselves.
     """
-    return [problem.here for problem in _problems(spec, groups, ranks)]
+    return [problem.here for problem in _problems(spec, groups, ranks, method)]
 
 
-def tensor_parallel_sizes(spec: ModelSpec, groups: RowGroups) -> dict[str, str]:
+def tensor_parallel_sizes(spec: ModelSpec, groups: RowGroups, method: str = "") -> dict[str, str]:
     """`1`, `2`, `4` and `8` with why not, or nothing where it works; what padding the FFN would allow is said."""
     found = {}
     for ranks in SIZES:
-        reasons = tensor_parallel_reasons(spec, groups, ranks)
-        if reasons and (wider := helpful_width(spec, groups, [ranks])):
+        reasons = tensor_parallel_reasons(spec, groups, ranks, method)
+        if reasons and (wider := helpful_width(spec, groups, [ranks], method)):
             reasons[0] += f" (--pad-for-tp {ranks} makes it {wider})"
         found[str(ranks)] = "; ".join(reasons)
     return found
 
 
-def tensor_parallel_lines(spec: ModelSpec, groups: RowGroups) -> list[str]:
+def tensor_parallel_lines(spec: ModelSpec, groups: RowGroups, method: str = "") -> list[str]:
     """The same to read: sizes with the same reason on one line."""
     alike: dict[tuple[str, ...], list[int]] = {}
     for ranks in SIZES:
-        alike.setdefault(tuple(problem.anywhere for problem in _problems(spec, groups, ranks)), []).append(ranks)
+        reasons = tuple(problem.anywhere for problem in _problems(spec, groups, ranks, method))
+        alike.setdefault(reasons, []).append(ranks)
     lines = []
     for reasons, sizes in alike.items():
         if not reasons:
             text = "yes"
         elif len(sizes) == 1:
-            text = tensor_parallel_sizes(spec, groups)[str(sizes[0])]
+            text = tensor_parallel_sizes(spec, groups, method)[str(sizes[0])]
         else:
             text = "; ".join(reasons)
-            if wider := helpful_width(spec, groups, sizes):
+            if wider := helpful_width(spec, groups, sizes, method):
                 text += f"; --pad-for-tp {max(sizes)} ({wider}) allows all"
         lines.append(f"{', '.join(map(str, sizes))}: {text}")
     return lines
 
 
-def helpful_width(spec: ModelSpec, groups: RowGroups, sizes: Sequence[int]) -> int:
+def helpful_width(spec: ModelSpec, groups: RowGroups, sizes: Sequence[int], method: str = "") -> int:
     """FFN width, padded for the most ranks, that lets each of `sizes` cut the model; 0 when padding does not help."""
     padded = [stage.name for stage in cut_by_input(spec) if widens_with_ffn(stage)]
     group = max((size for name in padded for size in groups.get(name, ())), default=1)
     wider = padded_width(spec.intermediate_size, group, max(sizes))
     wide = replace(spec, intermediate_size=wider)
-    return 0 if any(tensor_parallel_reasons(wide, groups, ranks) for ranks in sizes) else wider
+    return 0 if any(tensor_parallel_reasons(wide, groups, ranks, method) for ranks in sizes) else wider
 
 
 class _Problem(NamedTuple):
@@ -70,7 +72,9 @@ class _Problem(NamedTuple):
     anywhere: str
 
 
-def _problems(spec: ModelSpec, groups: RowGroups, ranks: int) -> list[_Problem]:
+def _problems(spec: ModelSpec, groups: RowGroups, ranks: int, method: str) -> list[_Problem]:
+    if method == UNCUT and ranks > 1:
+        return [_Problem(said := f"vLLM and SGLang cut no {UNCUT} weights", said)]
     heads, kv_heads, inner = spec.num_attention_heads, spec.num_key_value_heads, spec.intermediate_size
     texts = []
     if heads % ranks:
@@ -95,12 +99,14 @@ def _problems(spec: ModelSpec, groups: RowGroups, ranks: int) -> list[_Problem]:
 
 def sizes_of_recipe(spec: ModelSpec, recipe: Recipe) -> dict[str, str]:
     """`tensor_parallel_sizes` of a recipe's checkpoint; none of a file that its engine cuts between layers."""
-    return {} if get_format(recipe.format).whole_file else tensor_parallel_sizes(spec, row_groups(spec, recipe))
+    form = get_format(recipe.format)
+    return {} if form.whole_file else tensor_parallel_sizes(spec, row_groups(spec, recipe), form.method)
 
 
 def lines_of_recipe(spec: ModelSpec, recipe: Recipe) -> list[str]:
     """`tensor_parallel_lines` likewise."""
-    return [] if get_format(recipe.format).whole_file else tensor_parallel_lines(spec, row_groups(spec, recipe))
+    form = get_format(recipe.format)
+    return [] if form.whole_file else tensor_parallel_lines(spec, row_groups(spec, recipe), form.method)
 
 
 def row_groups(spec: ModelSpec, recipe: Recipe) -> RowGroups:

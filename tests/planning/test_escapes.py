@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 from families import model
 
-from qwenq.errors import HonestNo
+from qwenq.errors import HonestNo, UsageError
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.case import Case, Workload, rank_shares
 from qwenq.planning.engines.base import get_engine
-from qwenq.planning.engines.vllm import VllmEngine
+from qwenq.planning.engines.vllm import VllmEngine, default_batch
 from qwenq.planning.escapes import Escape
 from qwenq.planning.memory import estimate
 from qwenq.planning.placement import padded_weights
@@ -83,8 +83,9 @@ def test_the_command_fits(rig: str, context: int, part: float, first: str) -> No
     comment, command = VLLM.command(plan).splitlines()
     assert comment.startswith("# does not fit as asked (") and plan.instead[0] in comment
     assert command.startswith("vllm serve ") and obeys(plan)
-    with pytest.raises(HonestNo):
+    with pytest.raises(HonestNo) as refused:
         VLLM.plan_words(plan, "CHECKPOINT")
+    assert plan.instead[0] in refused.value.hint
 
 
 @pytest.mark.parametrize(
@@ -104,6 +105,23 @@ def test_what_is_at_its_limit_keeps_no_other_change_from_being_tried(
     plan = planned("2x RTX 3090", work)
     assert plan.instead[0] == first, plan.instead
     assert obeys(plan)
+
+
+def test_sequences_and_tokens_of_a_step_that_vllm_refuses_together() -> None:
+    """It lowers its own number of sequences to --max-num-batched-tokens, but none that was given."""
+    plan = planned("4x RTX 3090", Workload(4096, prefill_chunk=128, max_num_seqs=200))
+    assert not plan.fits and "--max-num-batched-tokens 128 is less than --max-num-seqs 200" in VLLM.command(plan)
+    assert command_of(plan)["--max-num-seqs"] == "4" and obeys(plan)
+    for fine in (Workload(4096, prefill_chunk=128), Workload(4096, prefill_chunk=200, max_num_seqs=200)):
+        assert planned("4x RTX 3090", fine).fits
+    assert default_batch(parse_rig("RTX 3090").gpus[0], Workload(4096, prefill_chunk=128)) == (128, 128)
+
+
+def test_a_batch_beyond_the_servers_own_sequences_is_asked_for() -> None:
+    assert "--max-num-seqs" not in command_of(planned("4x RTX 3090", Workload(64, 256)))
+    assert command_of(planned("4x RTX 3090", Workload(64, 512)))["--max-num-seqs"] == "512"
+    with pytest.raises(UsageError, match="batch size is 16, but max_num_seqs lets 4 run at once"):
+        Workload(4096, 16, max_num_seqs=4)
 
 
 def test_nothing_fits() -> None:

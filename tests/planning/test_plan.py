@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from qwenq.errors import HonestNo, PlanError
 from qwenq.formats.base import Recipe, Scheme
+from qwenq.formats.bitsandbytes import NF4
 from qwenq.machine import Compute
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.budget import sized_recipe
@@ -333,6 +334,16 @@ def test_speed_against_published_runs() -> None:
     assert len(errors) > 130 and max(errors) < 0.3 and sum(errors) / len(errors) < 0.1
 
 
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "llama.cpp", "qwenq", "transformers"])
+def test_no_speed_beyond_the_bandwidth(engine: str) -> None:
+    """By hand, for a card of 273 GB/s: 4-bit weights without the embedding read once a token, and 8 KV heads of 128."""
+    spec, rig = model("Qwen2.5-32B"), parse_rig("DGX Spark")
+    weights = gguf_weights(spec, "Q4_K_M") if engine == "llama.cpp" else recipe_weights(spec, Recipe(Scheme(4, 128)))
+    speed = make_plan(Case(spec, weights, get_engine(engine), Workload(8192), rig)).speed.decode
+    most = 273.2e9 / (weights.total_bytes - sum(weights.embed) + 8192 * 64 * 2 * 8 * 128 * 2)
+    assert speed is not None and 0.3 * most < speed[0] < speed[1] <= most * 1.001
+
+
 def test_speed_range_holds_a_published_run() -> None:
     # 72B GPTQ-Int4, vLLM 0.6.3, two A100: 46.3 tokens/s after a one-token prompt
     weights, rig = published_weights(B72, "GPTQ-Int4"), parse_rig("2x A100 SXM4 80GB")
@@ -415,6 +426,17 @@ def test_llama_cpp_computes_a_token_of_host_layers_on_the_cpu() -> None:
     plan = make_plan(Case(B72, gguf_weights(B72, "Q4_K_M"), LLAMA_CPP, Workload(4096), parse_rig("RTX 3090")))
     assert plan.offload_speed is not None and "read by the CPU for each step" in plan.offload_speed.basis
     assert "each ubatch of 512 tokens" in plan.offload_speed.basis
+
+
+def test_llama_cpp_reads_the_cache_of_host_layers_there_too() -> None:
+    """By hand: 8 heads of 128 keys and values in 16 bits are 4,096 bytes a token and layer, for 8 x 16k tokens."""
+    weights = gguf_weights(B72, "Q4_K_M")
+    plan = make_plan(Case(B72, weights, LLAMA_CPP, Workload(16384, 8), parse_rig("2x RTX 3090")))
+    assert plan.offload is not None and plan.offload_speed is not None and plan.host is not None
+    read = plan.offload.offloaded_bytes + len(plan.offload.host_layers) * 4096 * 8 * 16384
+    assert read > 1.9 * plan.offload.offloaded_bytes and plan.host.total_bytes == read + 3 * GIB
+    decode = plan.offload_speed.decode
+    assert decode is not None and decode[0] < 8 / (read / 25e9) and decode[1] < 8 / (read / 80e9)
 
 
 def test_a_split_that_does_not_fit_has_no_speed() -> None:
@@ -667,8 +689,61 @@ def test_one_gpu_is_not_called_a_split() -> None:
             assert engine.how_held(case) == how == make_plan(case).layout.how
 
 
+@pytest.mark.parametrize(
+    ("engine", "layers", "stages"),
+    [  # as vLLM's #13839 and #46217 show, and SGLang's get_pp_indices says: an extra one for the last stages
+        ("vllm", 61, [15, 15, 16, 15]), ("vllm", 94, [23, 24, 24, 23]), ("vllm", 80, [27, 27, 26]),
+        ("vllm", 61, [7, 7, 8, 8, 8, 8, 8, 7]), ("sglang", 80, [26, 27, 27]), ("sglang", 94, [23, 23, 24, 24]),
+    ],
+)  # fmt: skip
+def test_stages_of_unequal_length_are_the_servers_own(engine: str, layers: int, stages: list[int]) -> None:
+    spec = replace(B72, num_hidden_layers=layers)
+    rig = Rig((find_gpu("H200 SXM 141GB"),) * len(stages))
+    case = Case(spec, recipe_weights(spec, Recipe(Scheme(4, 128))), get_engine(engine), Workload(4096), rig)
+    option = next(option for option in parallel_options(case) if option.tensor == 1)
+    assert option.memory is not None
+    per_layer = 2 * 8 * 128 * 2 * 4096
+    assert [gpu.term("kv_cache") // per_layer for gpu in option.memory.gpus] == stages
+    if best := make_plan(case).serving.chosen:
+        assert best.tensor > 1 or [len(share.layers) for share in make_plan(case).shares] == stages
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_servers_cut_no_bitsandbytes_weights(engine: str) -> None:
+    spec, said = model("Qwen2.5-7B"), "vLLM and SGLang cut no bitsandbytes weights"
+    weights = recipe_weights(spec, Recipe(NF4, format="bnb-nf4"))
+    plan = make_plan(Case(spec, weights, get_engine(engine), Workload(4096), parse_rig("2x RTX 3060 12GB")))
+    two, one = plan.serving.options
+    assert said in two.verdict and one.works and plan.serving.chosen == one
+    assert plan.tensor_parallel_lines == ["1: yes", f"2, 4, 8: {said}"]
+    options = ("--engine", engine, "--format", "bnb-nf4", "--gpu", "2x RTX 3060 12GB")
+    refused = run("vram", "Qwen2.5-7B", *options, "--tensor-parallel-size", 2)
+    assert refused.exit_code == 1 and said in refused.stderr
+
+
+def test_plans_for_amd_say_that_nobody_tried() -> None:
+    said = "RX 7900 XTX: ROCm, not tried"
+    rig = parse_rig("2x RX 7900 XTX")
+    assert said in make_plan(Case(B72, INT4, get_engine("qwenq"), Workload(4096), rig)).notes
+    assert said not in make_plan(Case(B72, gguf_weights(B72, "Q4_K_M"), LLAMA_CPP, Workload(4096), rig)).notes
+    assert not any("ROCm" in note for note in make_plan(Case(B72, INT4, VLLM, Workload(4096), TWO_3090)).notes)
+
+
 def test_ollama_is_told_that_it_takes_no_split() -> None:
     case = Case(B72, gguf_weights(B72, "Q4_K_M"), LLAMA_CPP, Workload(4096))
     comment, source, *_ = LLAMA_CPP.modelfile(case, None, "/m/x-00001-of-00002.gguf").splitlines()
     assert comment.startswith("# Ollama does not load split files") and source == "FROM /m/x-00001-of-00002.gguf"
     assert LLAMA_CPP.modelfile(case, None, "/m/x.gguf").startswith("FROM /m/x.gguf\n")
+
+
+def test_ollama_is_said_to_have_no_yarn() -> None:
+    case = Case(B72, gguf_weights(B72, "Q4_K_M"), LLAMA_CPP, Workload(40960))
+    comment, *_ = LLAMA_CPP.modelfile(case, None, "/m/x.gguf").splitlines()
+    assert comment == "# Ollama has no YaRN: it lowers num_ctx to the 32768 tokens of training"
+
+
+def test_llama_cpp_has_a_most_of_sequences() -> None:
+    spec = model("Qwen2.5-0.5B")
+    for batch, said in ((256, "llama-server -m"), (257, "# llama.cpp runs at most 256 sequences at once")):
+        case = Case(spec, gguf_weights(spec, "Q4_K_M"), LLAMA_CPP, Workload(64, batch), TWO_3090)
+        assert LLAMA_CPP.command(make_plan(case)).startswith(said)

@@ -151,12 +151,6 @@ def test_escapes_speak_of_its_own_flags() -> None:
     assert estimate(replace(longer.case, work=work), shares).fits
 
 
-def test_bitsandbytes_is_not_cut() -> None:
-    nf4 = replace(INT4, method="bitsandbytes")
-    two, one = parallel_options(case(parse_rig("2x RTX 4090"), Workload(4096), weights=nf4))
-    assert "SGLang cuts no bitsandbytes weights" in two.verdict and not one.reasons
-
-
 def test_a_plan_of_another_engine_can_be_served_too() -> None:
     work = Workload(8192, kv_dtype="fp8")
     plan = make_plan(replace(case(parse_rig("4x RTX 3090"), work), engine=OWN))

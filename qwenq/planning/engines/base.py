@@ -72,6 +72,7 @@ class Engine(ABC):
     copies_tied_head: ClassVar[bool] = False  # and keeps the embedding elsewhere
     states_peak: ClassVar[bool] = False  # published runs of it state torch's allocator peak
     stages: ClassVar[bool] = True  # of a server: pipeline parallelism too, or only tensor parallelism
+    spared_stages: ClassVar[int] = 0  # last stages without one of the layers left over of an even division
     started: ClassVar[bool] = False  # `qwenq serve` starts it
     context_flag: ClassVar[str] = ""  # of a server's command
     utilization_flag: ClassVar[str] = ""
@@ -107,9 +108,13 @@ class Engine(ABC):
             raise UsageError(f"{self.name} has no {kv_dtype!r} KV cache", hint=f"one of {', '.join(self.kv_dtypes)}")
         return self.kv_dtypes[kv_dtype]
 
-    def refusal(self, weights: Weights, ranks: int = 1) -> str:
-        """Why it does not load such weights, cut by `ranks`; empty when it does."""
+    def refusal(self, weights: Weights) -> str:
+        """Why it does not load such weights; empty when it does."""
         return self.unread.get(weights.method, "")
+
+    def contradiction(self, work: Workload) -> str:
+        """Why it does not start with such settings, whatever the weights; empty when it does."""
+        return ""
 
     def prefill_chunk(self, work: Workload) -> int:
         """Prompt tokens computed at once: as asked, or its own."""
@@ -432,12 +437,13 @@ class ServerEngine(Engine):
         """The best ranks that the shapes allow; stages alone where they allow none."""
         best = best_option(parallel_options(case))
         if best is None or best.memory is None:
-            shares = rank_shares(case.spec, 1, len(case.hardware.gpus))
+            shares = rank_shares(case.spec, 1, len(case.hardware.gpus), self.spared_stages)
             return RankLayout(shares, estimate(case, shares), None)
-        return RankLayout(rank_shares(case.spec, best.tensor, best.pipeline), best.memory, best)
+        shares = rank_shares(case.spec, best.tensor, best.pipeline, self.spared_stages)
+        return RankLayout(shares, best.memory, best)
 
     def estimate(self, case: Case, ranks: int = 0) -> MemoryEstimate:
-        return estimate(case, rank_shares(case.spec, *self._ranks(case, ranks)))
+        return estimate(case, rank_shares(case.spec, *self._ranks(case, ranks), self.spared_stages))
 
     def _ranks(self, case: Case, asked: int) -> tuple[int, int]:
         """(tensor, pipeline) ranks: as asked, else the best the rig and the shapes allow; PlanError when none is."""
@@ -558,10 +564,13 @@ class ServerEngine(Engine):
         inside = len(case.hardware.gpus) // hosts
         options = [option for option in found.options if option.works and inside % option.tensor == 0]
         if not options:
+            hint = f"`qwenq plan --engine {self.name}` shows every layout; --engine qwenq places layers freely"
+            if found.escapes and hosts == 1:
+                hint = f"`qwenq plan --engine {self.name}` prints a command with {found.escapes[0].text}"
             raise HonestNo(
                 f"{self.title} cannot serve {case.weights.label} at a context of {case.work.context} on "
                 f"{case.hardware.label}: " + (found.chosen or found.options[0]).verdict,
-                hint=f"`qwenq plan --engine {self.name}` shows every layout; --engine qwenq places layers freely",
+                hint=hint,
             )
         chosen = found.chosen if found.chosen in options else max(options, key=lambda option: option.tensor)
         assert chosen is not None

@@ -32,6 +32,7 @@ NEAREST_KV = {"fp8": "q8_0", "q8_0": "q8_0", "q4_0": "q4_0"}  # of other engines
 FEW_OUTPUTS = (9400,)
 # Whose allocator leaves old masks beside the logits: seen in logs of April and May 2026, not in January 2025 (b4500).
 LOOSE_MASKS = (8000,)
+MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ (llama-cparams.h)
 COPIES = 4  # of what enters a device, where several compute parts of a prompt at once (GGML_SCHED_MAX_COPIES)
 
 
@@ -226,6 +227,9 @@ class LlamaCppEngine(LayeredEngine):
             lines.append(f"PARAMETER num_batch {work.prefill_chunk}")
         if work.kv_dtype not in ("auto", "fp16"):
             lines.insert(0, f"# start ollama with OLLAMA_FLASH_ATTENTION=1 OLLAMA_KV_CACHE_TYPE={work.kv_dtype}")
+        if yarn_of(case):  # llm/server.go lowers num_ctx to the file's own context
+            trained = case.spec.max_position_embeddings
+            lines.insert(0, f"# Ollama has no YaRN: it lowers num_ctx to the {trained} tokens of training")
         if is_split(Path(file)):  # ollama#5245
             lines.insert(
                 0, "# Ollama does not load split files: FROM the output of `llama-gguf-split --merge`"
@@ -238,6 +242,8 @@ class LlamaCppEngine(LayeredEngine):
 
     def command(self, plan: Plan) -> str:
         case = self.own_case(plan.case)
+        if case.work.batch > MAX_SEQUENCES:
+            return f"# llama.cpp runs at most {MAX_SEQUENCES} sequences at once"
         try:
             placement = place(case, offload=True)
         except HonestNo:

@@ -62,12 +62,6 @@ class SglangEngine(ServerEngine):
     outside = ("activations", "logits", "graphs", "non_torch", "context")
     outside_said = "activations, CUDA graphs and context"
 
-    def refusal(self, weights: Weights, ranks: int = 1) -> str:
-        """bitsandbytes' quantized weights cannot be cut (model_loader/loader.py, BitsAndBytesModelLoader)."""
-        if weights.method == "bitsandbytes" and ranks > 1:
-            return "SGLang cuts no bitsandbytes weights"
-        return super().refusal(weights, ranks)
-
     def own_part(self, case: Case, share: Share, gpu: Gpu) -> float:
         """By server_args: MiB for metadata, a chunk's activations, CUDA graphs and parallelism are kept free."""
         total, chunk, batch = 1024 * gpu.memory_gib, *server_defaults(gpu, case.work, share.ranks)

@@ -11,6 +11,7 @@ on a 16 GB card and a 16 GB part of an H100 (reports/engine-logs.md).
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from functools import cache
 from typing import ClassVar
 
@@ -32,6 +33,7 @@ SPEEDS = {
     ("gptq", 4): SpeedFit(0.144e-3, 0.0, 1.05, 0.94, 1.20, _RUNS),
     ("awq", 4): SpeedFit(0.148e-3, 0.007e-3, 1.05, 0.96, 1.17, _RUNS),
 }
+DEFAULT_SEQUENCES = 256  # --max-num-seqs, on GPUs below 70 GiB
 UNMEASURED = SpeedFit(0.15e-3, 0.01e-3, 1.1, 0.8, 1.2, "between vLLM's measured formats")
 
 
@@ -48,6 +50,7 @@ class VllmEngine(ServerEngine):
     started = True
     unread: ClassVar = {"gguf": "GGUF is llama.cpp's format"}
     block_tokens = 16
+    spared_stages = 1  # vllm/distributed/utils.py, get_pp_indices; since 0.8 (#13839)
     utilization_flag = "--gpu-memory-utilization"
     context_flag = "--max-model-len"
     eager_flag = "--enforce-eager"
@@ -58,6 +61,11 @@ class VllmEngine(ServerEngine):
     def least_capability(self) -> tuple[int, int]:
         """By vLLM's installation guide: 7.0 in 0.14's, 7.5 in 0.21's (gpu.cuda.inc.md; CUDA 13 by default, #39878)."""
         return (7, 5) if self.version >= (0, 21) else (7, 0)
+
+    def contradiction(self, work: Workload) -> str:
+        """vLLM wants tokens for all sequences of a step (vllm/config/scheduler.py)."""
+        seqs, tokens = asked_sequences(work), work.prefill_chunk
+        return f"{self.chunk_flag} {tokens} is less than {self.requests_flag} {seqs}" if 0 < tokens < seqs else ""
 
     @property
     def profiles_graphs(self) -> bool:
@@ -150,14 +158,20 @@ class VllmEngine(ServerEngine):
         words += ["--tensor-parallel-size", str(option.tensor), "--pipeline-parallel-size", str(option.pipeline)]
         # The override replaces all rope parameters; the base vLLM then takes is Qwen's. Others' contexts it refuses.
         # 0.32 takes max_position_embeddings as it stands.
-        return [*words, *self.limit_words(case.work, option), *yarn_words(case, "--hf-overrides")]
+        work = replace(case.work, max_num_seqs=asked_sequences(case.work))
+        return [*words, *self.limit_words(work, option), *yarn_words(case, "--hf-overrides")]
+
+
+def asked_sequences(work: Workload) -> int:
+    """--max-num-seqs as the command names it: as asked, or for a batch beyond the default; else 0."""
+    return work.max_num_seqs or (work.batch if work.batch > DEFAULT_SEQUENCES else 0)
 
 
 def default_batch(gpu: Gpu, work: Workload) -> tuple[int, int]:
     """(max_num_seqs, max_num_batched_tokens) that vLLM's server takes: larger from 70 GiB on, A100 excepted."""
     large = gpu.memory_gib >= 70 and "A100" not in gpu.name  # vllm/engine/arg_utils.py, get_batch_defaults
-    seqs = work.max_num_seqs or (1024 if large else 256)
-    return seqs, work.prefill_chunk or (8192 if large else 2048)
+    tokens = work.prefill_chunk or (8192 if large else 2048)
+    return asked_sequences(work) or min(1024 if large else DEFAULT_SEQUENCES, tokens), tokens
 
 
 @cache
