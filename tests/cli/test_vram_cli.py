@@ -130,7 +130,11 @@ BAD = [
         "hint: sizes",
     ),
     (["vram", "Qwen2.5-72B", "--engine", "tgi"], "error: unknown engine 'tgi'", "hint: one of qwenq"),
-    (["vram", "Qwen2.5-72B", "--kv-cache-dtype", "int3"], "error: qwenq has no 'int3' KV cache", "hint: one of auto"),
+    (
+        ["vram", "Qwen2.5-72B", "--kv-cache-dtype", "int3"],
+        "error: qwenq is not planned with a 'int3' KV cache",
+        "hint: one of auto",
+    ),
     (["vram", "Qwen2.5-72B", "--batch-size", "0"], "error: batch size is 0", ""),
     (["vram", "Qwen2.5-72B", "--json", "--csv"], "error: --json and --csv exclude each other", ""),
     (
@@ -217,7 +221,7 @@ BAD = [
 
 USAGE = (  # wrong whatever the model
     "error: not a ", "error: unknown GPU", "error: --bits 3", "error: --format gptq2", "error: unknown engine",
-    "error: qwenq has no 'int3'", "error: batch size is", "error: --json and --csv", "error: --bits and",
+    "error: qwenq is not planned", "error: batch size is", "error: --json and --csv", "error: --bits and",
     "error: --group-size and", "error: --target-size and", "error: --recipe is not", "error: --group-size is not",
     "error: give one of", "error: wanted one", "error: --reserve needs", "error: --ram needs",
     "error: --network is between",

@@ -12,7 +12,7 @@ from qwenq.errors import HonestNo, UsageError
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.case import Case, Workload, rank_shares
-from qwenq.planning.engines.base import get_engine
+from qwenq.planning.engines.base import get_engine, plan_commands
 from qwenq.planning.engines.vllm import VllmEngine, default_batch
 from qwenq.planning.escapes import Escape
 from qwenq.planning.memory import estimate
@@ -122,6 +122,15 @@ def test_a_batch_beyond_the_servers_own_sequences_is_asked_for() -> None:
     assert command_of(planned("4x RTX 3090", Workload(64, 512)))["--max-num-seqs"] == "512"
     with pytest.raises(UsageError, match="batch size is 16, but max_num_seqs lets 4 run at once"):
         Workload(4096, 16, max_num_seqs=4)
+
+
+@pytest.mark.parametrize("kv_dtype", ["fp8_e4m3", "fp8_e5m2"])
+def test_both_kinds_of_fp8_cache(kv_dtype: str) -> None:
+    """Of one byte a value, as fp8; llama.cpp's nearest is q8_0."""
+    plan, fp8 = (planned("4x RTX 3090", Workload(8192, kv_dtype=kind)) for kind in (kv_dtype, "fp8"))
+    assert plan.fits and plan.memory.kv_capacity_tokens == fp8.memory.kv_capacity_tokens
+    assert command_of(plan)["--kv-cache-dtype"] == kv_dtype and obeys(plan)
+    assert " -ctk q8_0 -ctv q8_0 " in plan_commands(plan)["llama.cpp"]
 
 
 def test_nothing_fits() -> None:

@@ -657,6 +657,22 @@ def test_commands_say_what_they_are_for() -> None:
     assert gguf.placement is not None and gguf.placement.reason == "all on one GPU"
 
 
+@pytest.mark.parametrize("engine", ["qwenq", "transformers", "vllm"])
+def test_transformers_is_placed_by_its_own_needs(engine: str) -> None:
+    """16k fit two RTX 3090 in qwenq, which reads a prompt in chunks; transformers reads it whole."""
+    plan = make_plan(Case(B72, INT4, get_engine(engine), Workload(16384), TWO_3090))
+    assert plan.fits == (engine == "qwenq")
+    names: dict[str, dict[str, int]] = {}
+    exec(TRANSFORMERS.command(plan), names)
+    on = [
+        [k for k in range(80) if names["device_map"][f"model.layers.{k}"] == index] for index in (0, 1, "cpu")
+    ]
+    assert on[2] and on[0] + on[1] + on[2] == list(range(80))
+    shares = [Share(range(on[0][0], on[0][-1] + 1), True, False, gpus=2, offloads=True),
+              Share(range(on[1][0], on[1][-1] + 1), False, True, gpus=2, offloads=True)]  # fmt: skip
+    assert estimate(Case(B72, INT4, TRANSFORMERS, Workload(16384), TWO_3090), shares).fits
+
+
 def test_speed_where_there_is_little_room() -> None:
     assert Speed((20.0, 40.0), (100.0, 900.0), "").short() == {"decode": "20.0 to 40.0", "prefill": "≈ 300 (×÷ 3.0)"}
     assert Speed(None, None, "").short() == {"decode": "", "prefill": ""}

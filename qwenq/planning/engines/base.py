@@ -103,9 +103,10 @@ class Engine(ABC):
         return f"{self.title or self.name} {shown} has not been checked: counted as {known}"
 
     def kv_bytes(self, kv_dtype: str) -> float:
-        """Bytes of one cached value; UsageError when the engine has no such cache."""
+        """Bytes of one cached value; UsageError when it is not planned with such a cache."""
         if kv_dtype not in self.kv_dtypes:
-            raise UsageError(f"{self.name} has no {kv_dtype!r} KV cache", hint=f"one of {', '.join(self.kv_dtypes)}")
+            said = f"{self.name} is not planned with a {kv_dtype!r} KV cache"
+            raise UsageError(said, hint=f"one of {', '.join(self.kv_dtypes)}")
         return self.kv_dtypes[kv_dtype]
 
     def refusal(self, weights: Weights) -> str:

@@ -27,7 +27,8 @@ from qwenq.planning.speed import SpeedFit
 from qwenq.planning.weights import BITS_TO_TYPE, Weights, gguf_weights
 from qwenq.units import MIB, format_gb, format_tokens
 
-NEAREST_KV = {"fp8": "q8_0", "q8_0": "q8_0", "q4_0": "q4_0"}  # of other engines' caches; 16 bits otherwise
+# Of other engines' caches; 16 bits otherwise.
+NEAREST_KV = {"q4_0": "q4_0"} | dict.fromkeys(("q8_0", "fp8", "fp8_e4m3", "fp8_e5m2"), "q8_0")
 # Since about this build the server reserves logits for few outputs (llama.cpp#23861, 29 May 2026; 9272 did not yet).
 FEW_OUTPUTS = (9400,)
 # Whose allocator leaves old masks beside the logits: seen in logs of April and May 2026, not in January 2025 (b4500).

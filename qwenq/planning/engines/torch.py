@@ -558,8 +558,10 @@ class TransformersEngine(TorchEngine):
         if unread := self.refusal(plan.case.weights):
             return f"# {unread}"
         case, rig = plan.case, plan.case.hardware
-        placement, lines = plan.offload or (plan.placement if plan.fits else None), list[str]()
-        if placement is None:
+        placement, lines = None, list[str]()
+        if case.engine.name == self.name:
+            placement = plan.offload or (plan.placement if plan.fits else None)
+        if placement is None:  # of another engine, which needs less for a prompt, say
             work = Workload(case.work.context, case.work.batch, prefill_chunk=case.work.prefill_chunk)
             try:
                 placement = place(replace(case, engine=self, work=work), offload=True)

@@ -45,7 +45,7 @@ class VllmEngine(ServerEngine):
     title = "vLLM"
     oldest = (0, 7)
     latest = (0, 26)
-    kv_dtypes: ClassVar = {"auto": 2.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0}
+    kv_dtypes: ClassVar = {"auto": 2.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "fp8_e4m3": 1.0, "fp8_e5m2": 1.0}
     smaller_kv = "fp8"
     started = True
     unread: ClassVar = {"gguf": "GGUF is llama.cpp's format"}
