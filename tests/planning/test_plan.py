@@ -671,6 +671,10 @@ def test_transformers_is_placed_by_its_own_needs(engine: str) -> None:
     shares = [Share(range(on[0][0], on[0][-1] + 1), True, False, gpus=2, offloads=True),
               Share(range(on[1][0], on[1][-1] + 1), False, True, gpus=2, offloads=True)]  # fmt: skip
     assert estimate(Case(B72, INT4, TRANSFORMERS, Workload(16384), TWO_3090), shares).fits
+    assert "prefill" not in names
+    exec(TRANSFORMERS.command(make_plan(plan.case.asking(prefill_chunk=1024))), names)
+    assert names["prefill"] == {"prefill_chunk_size": 1024}, "what generate has to be told for the map to hold"
+    assert "cpu" not in names["device_map"].values()
 
 
 def test_speed_where_there_is_little_room() -> None:

@@ -574,6 +574,8 @@ class TransformersEngine(TorchEngine):
         if placement.offloaded_bytes:
             memory["cpu"] = f"{placement.offloaded_bytes / GIB + 4:.0f}GiB"
         lines += [f"max_memory = {memory}", f"device_map = {_compact(placement)}"]
+        if chunk := placement.memory.case.work.prefill_chunk:
+            lines.append(f"prefill = {{'prefill_chunk_size': {chunk}}}  # for model.generate(..., **prefill)")
         if rig.needs_pci_order:
             lines.insert(0, 'import os; os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # before torch asks for a GPU')
         if yarn := yarn_of(case):
