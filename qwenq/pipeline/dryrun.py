@@ -71,7 +71,7 @@ class Assumed:
             ]
         workers = f", up to {self.workers} workers" if self.workers > 1 else ""
         if self.rotated is not False:
-            parts.append("hidden states rotated" + (", as with massive activations" if self.rotated is None else ""))
+            parts.append(("massive activations, so " if self.rotated is None else "") + "rotated hidden states")
         return f"assumed: {'; '.join(parts)}; on {self.device}{workers}"
 
 

@@ -43,6 +43,8 @@ def test_many_vectors_are_turned_like_each_alone() -> None:
     turned = Rotation(96).turned(x)
     assert torch.allclose(turned[1, 1400], Rotation(96).turned(x[1, 1400]), atol=1e-6)
     assert torch.allclose(turned.norm(dim=-1), x.norm(dim=-1), rtol=1e-5)
+    columns = Rotation(96).turned_columns(x.flatten(0, 1).T)
+    assert columns.is_contiguous() and torch.allclose(columns.T, turned.flatten(0, 1), atol=1e-5)
 
 
 @pytest.mark.parametrize(
