@@ -5,7 +5,7 @@ the embedding, settings left over. No torch, no weights: planning asks too.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from qwenq.escaping import shown
 from qwenq.formats.base import method_of, read_quantization_config
 from qwenq.io.gguf import ENDING, is_gguf
 from qwenq.io.json import inside, model_name, open_regular, read_object
-from qwenq.io.safetensors import FLOATS, TensorLocation, TensorSpec, checkpoint_tensors
+from qwenq.io.safetensors import FLOATS, INDEX_NAME, SINGLE_NAME, TensorLocation, TensorSpec, checkpoint_tensors
 from qwenq.model.metadata import open_gguf
 from qwenq.model.spec import ModelSpec, spec_from_config
 
@@ -60,7 +60,18 @@ def read_headers(path: Path) -> Contents:
         return Contents(found.spec, found.config, dict(found.tensors))
     config = read_config(path)
     spec = spec_from_config(config, where=str(path / "config.json"), name=model_name(path))
-    return read_contents(spec, config, checkpoint_tensors(path), str(path))
+    found = read_contents(spec, config, checkpoint_tensors(path), str(path))
+    return replace(found, notes=(*_unread(path, config), *found.notes))
+
+
+def _unread(directory: Path, config: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each thing beside the weights that other loaders may read instead, or with them."""
+    if all(os.path.lexists(directory / name) for name in (SINGLE_NAME, INDEX_NAME)):
+        yield f"{SINGLE_NAME} is read, as by transformers, and not the files of {INDEX_NAME}, which is there too"
+    if os.path.lexists(directory / "adapter_config.json"):
+        yield "adapter_config.json is there too: that adapter is not read, and part of the model only if it was merged"
+    if config.get("auto_map"):
+        yield f"config.json names code of its own (auto_map), which is not run: a plain {config['model_type']} is read"
 
 
 def refuse_file(path: Path) -> None:

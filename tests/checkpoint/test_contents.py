@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import rewrite, run, small_job
+from conftest import all_tensors, rewrite, run, small_job
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -295,6 +295,23 @@ def test_an_adapter_is_called_one(tmp_path: Path) -> None:
         done = run(words[0], tmp_path, *words[1:])
         assert done.exit_code == 1 and f"error: {tmp_path}: a PEFT adapter, not a model" in done.stderr
         assert "hint: merge it into its base model" in done.stderr
+
+
+def test_what_lies_beside_the_weights_and_is_not_read(random_model: Make, edit_json: Edit, tmp_path: Path) -> None:
+    """Other loaders take the shards of an index that was left there, or the adapter too: the card tells of them."""
+    model = random_model()
+    assert open_checkpoint(model).notes == ()
+    save_file(all_tensors(model), model / "model.safetensors")
+    (model / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    edit_json(model / "config.json", auto_map={"AutoModelForCausalLM": "modeling.Model"})
+    told = open_checkpoint(model)
+    assert {location.file.name for location in told.tensors.values()} == {"model.safetensors"}
+    first = ["model.safetensors", "adapter_config.json", "config.json"]
+    assert [note.partition(" ")[0] for note in told.notes] == first
+    assert "not the files of model.safetensors.index.json" in told.notes[0]
+    assert "which is not run: a plain qwen2 is read" in told.notes[2]
+    out = quantize(small_job(model, tmp_path / "out")).out
+    assert set(told.notes) <= set(json.loads((out / "qwenq-manifest.json").read_text())["warnings"])
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model."])
