@@ -22,7 +22,7 @@ from qwenq.model.spec import ModelSpec, spec_from_config
 
 # Stored by some checkpoints, read by none: buffers that transformers computes itself.
 _BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
-_PACKED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight.absmax", ".SCB")
+PACKED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight.absmax", ".SCB")
 # Where other tools describe it, in older versions at least.
 _OTHER_CONFIGS = ("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json")
 _CHUNK = 1 << 20  # bytes compared at once
@@ -60,8 +60,8 @@ def read_headers(path: Path) -> Contents:
         return Contents(found.spec, found.config, dict(found.tensors))
     config = read_config(path)
     spec = spec_from_config(config, where=str(path / "config.json"), name=model_name(path))
-    found = read_contents(spec, config, checkpoint_tensors(path), str(path))
-    return replace(found, notes=(*_unread(path, config), *found.notes))
+    contents = read_contents(spec, config, checkpoint_tensors(path), str(path))
+    return replace(contents, notes=(*_unread(path, config), *contents.notes))
 
 
 def _unread(directory: Path, config: Mapping[str, Any]) -> Iterator[str]:
@@ -203,7 +203,7 @@ def refuse_adapter(directory: Path) -> None:
 
 def refuse_undescribed(stored: Iterable[str], directory: Path) -> None:
     """Raise CheckpointError for quantized tensors beside a config.json that has no `quantization_config`."""
-    packed = next((name for name in sorted(stored) if name.endswith(_PACKED)), None)
+    packed = next((name for name in sorted(stored) if name.endswith(PACKED)), None)
     if packed is None:
         return
     beside = next((name for name in _OTHER_CONFIGS if os.path.lexists(directory / name)), None)

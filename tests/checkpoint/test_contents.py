@@ -272,6 +272,28 @@ def test_gptq_out_of_order_needs_its_order(four_bits: Path, edit_json: Edit) -> 
         open_checkpoint(four_bits)
 
 
+def test_a_config_that_is_wrong_about_what_is_quantized(four_bits: Path, edit_json: Edit, random_model: Make) -> None:
+    """Not a shard is missing."""
+    config = json.loads((four_bits / "config.json").read_text())["quantization_config"]
+    edit_json(four_bits / "config.json", quantization_config=config | {"dynamic": {"-:.*mlp.*": {}}})
+    linear = "model.layers.0.mlp.gate_proj"
+    with pytest.raises(CheckpointError, match=rf"{linear}.weight and 8 more is in no shard") as caught:
+        open_checkpoint(four_bits)
+    assert caught.value.hint.startswith(f"{linear}.qweight is there: quantization_config is wrong about which")
+    edit_json(four_bits / "config.json", quantization_config=config)
+    whole = all_tensors(random_model("whole"))[linear + ".weight"]
+
+    def unpacked(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.startswith(linear)]:
+            del tensors[name]
+        tensors[linear + ".weight"] = whole
+
+    rewrite(four_bits, unpacked)
+    with pytest.raises(CheckpointError, match=rf"{linear}\.\w+ and \d more is in no shard") as caught:
+        open_checkpoint(four_bits)
+    assert caught.value.hint.startswith(f"{linear}.weight is there: quantization_config is wrong about which")
+
+
 @pytest.mark.parametrize("beside", [True, False])
 def test_quantized_tensors_that_config_json_does_not_describe(beside: bool, four_bits: Path, edit_json: Edit) -> None:
     """Older tools wrote quantize_config.json alone."""

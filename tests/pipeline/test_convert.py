@@ -194,8 +194,11 @@ def test_what_another_tool_wrote(random_model: Make, tmp_path: Path) -> None:
     assert f"{name}: its groups are out of order" in refusal(tmp_path / "a", tmp_path / "c", "awq", CheckpointError)
     edited(tmp_path / "a", name + ".g_idx", lambda t: t.flip(0))
     edited(tmp_path / "a", name + ".qzeros", lambda t: t + 1)
-    message = refusal(tmp_path / "a", tmp_path / "c", "compressed-tensors", CheckpointError)
-    assert message == f"{name}: the config says symmetric, its zero points are not all 8"
+    said = f"{name}: the config says symmetric, its zero points are not all 8"
+    assert refusal(tmp_path / "a", tmp_path / "c", "compressed-tensors", CheckpointError) == said
+    with pytest.raises(CheckpointError, match=said) as caught:  # a figure would not hold for engines that take 8
+        open_checkpoint(tmp_path / "a").layer_state(int(name.split(".")[2]))
+    assert caught.value.hint.startswith("checkpoint_format says 'gptq'; ")
 
 
 def test_the_command(random_model: Make, tmp_path: Path) -> None:
