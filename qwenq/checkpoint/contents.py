@@ -5,6 +5,7 @@ the embedding, settings left over. No torch, no weights: planning asks too.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ PACKED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".
 # Where other tools describe it, in older versions at least.
 _OTHER_CONFIGS = ("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json")
 _CHUNK = 1 << 20  # bytes compared at once
+_WRAPPED = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # around a layer, say
 Same = Callable[[TensorLocation, TensorLocation], bool]
 
 
@@ -153,7 +155,11 @@ def _refuse_mlx(config: Mapping[str, Any], where: str) -> None:
 
 def saved_wrapped(stored: Iterable[str], missing: Sequence[str]) -> str:
     """The beginning under which missing tensors are stored, where a wrapper's names were saved; empty otherwise."""
+    wanted = set(missing)
     for name in stored:
+        within = _WRAPPED.search(name)
+        if within and _WRAPPED.sub("", name) in wanted:
+            return name[: within.end()]
         if missing and name != missing[0] and name.endswith(missing[0]):
             return name.removesuffix(missing[0])
     return ""

@@ -441,8 +441,8 @@ def _where_it_went(missing: list[str], stored: Mapping[str, TensorLocation], hea
         )
     if prefix := saved_wrapped(stored, missing):
         return (
-            f"the tensors are there under {shown(prefix, 40)}..., as a wrapper (torch.compile, DDP, PEFT) saves them: "
-            "save the model inside it"
+            f"the tensors are there under {shown(prefix, 60)}..., as a wrapper (torch.compile, DDP, FSDP, PEFT) saves "
+            "them: save the model inside it"
         )
     module, _, part = missing[0].rpartition(".")
     packed = [f"{module}{ending}" for ending in PACKED if f"{module}{ending}" in stored]

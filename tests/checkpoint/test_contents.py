@@ -344,6 +344,21 @@ def test_names_that_a_wrapper_saved_are_recognized(prefix: str, random_model: Ma
     assert caught.value.hint.startswith(f"the tensors are there under {prefix}..., as a wrapper")
 
 
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."])
+def test_names_of_wrapped_layers_are_recognized(wrapper: str, random_model: Make) -> None:
+    """Layers compiled or checkpointed one by one."""
+
+    def wrap(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if ".layers." in name]:
+            parts = name.split(".")
+            tensors[".".join(parts[:3]) + f".{wrapper}" + ".".join(parts[3:])] = tensors.pop(name)
+
+    with pytest.raises(CheckpointError, match="is in no shard") as caught:
+        open_source(rewrite(random_model(), wrap))
+    assert caught.value.hint.startswith("the tensors are there under model.layers.")
+    assert f".{wrapper}..., as a wrapper" in caught.value.hint
+
+
 def test_an_adapter_that_was_not_merged_is_recognized(random_model: Make) -> None:
     def wrap(t: dict[str, torch.Tensor]) -> None:
         for name in [name for name in t if name.endswith("q_proj.weight")]:
