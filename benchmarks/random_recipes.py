@@ -59,7 +59,8 @@ def main() -> None:
     calibration, evaluation = (
         windows_of(path, count) for path, count in zip((args.calibration, args.evaluation), args.windows, strict=True)
     )
-    config = QuantizeConfig(device="cpu", compute_dtype="float32", calibration_dtype="bfloat16", error_correction=1.0)
+    config = QuantizeConfig(device="cpu", compute_dtype="float32", calibration_dtype="bfloat16", error_correction=1.0,
+                            rotate=False)  # fmt: skip
     form = get_format(config.format)
     draw = random.Random(0)
     predicted, measured, bits = [], [], []

@@ -37,7 +37,7 @@ STYLE = (
     ".label{font-size:12.5px}.stroke{fill:none;stroke-width:1.5}.hollow{fill:#fff;stroke-width:1.8}"
     + "".join(
         f".s{k}{{stroke:{colour}}}.mark.s{k}{{fill:{colour}}}"
-        for k, colour in enumerate(("#14529c", "#a83c10", "#2b7148", "#77408f"))
+        for k, colour in enumerate(("#14529c", "#a83c10", "#2b7148", "#77408f", "#3f8ad6"))
     )
 )
 
@@ -77,13 +77,14 @@ def _file(drawing: Drawing) -> str:
 
 # Of the real Qwen2.5: what is drawn, in the order of the legend
 SHOWN = {
-    ("qwenq", "4-bit g128"): "qwenq",
+    ("qwenq", "4-bit g128 --rotate"): "qwenq",
     ("gptqmodel", "4-bit g128 mse=2.4"): "GPTQModel, mse=2.4",
     ("gptqmodel", "4-bit g128"): "GPTQModel",
     ("llmcompressor", "4-bit g128 imatrix_mse"): "llm-compressor, imatrix_mse",
+    ("qwenq", "4-bit g128"): "qwenq --no-rotate",
 }
 WINDOWS = 10  # of each text: those that every tool's checkpoint was read on
-ROW_PX = 52.0
+ROW_PX = 60.0
 
 
 def kl_by_text() -> str:

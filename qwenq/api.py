@@ -70,7 +70,7 @@ class QuantizeOptions(TypedDict, total=False):
     engine: str | None
     recipe: Path | None
     sensitivity: Path | None
-    rotate: bool
+    rotate: bool | None
     pad_for_tp: int | None
     calibration: str
     num_samples: int | None
@@ -122,7 +122,8 @@ def quantize(
     settings = replace(config or QuantizeConfig(), **_with_paths(options))
     settings.refuse_idle(options.keys())
     check_asked(settings, Path(out), resume=resume, ranks=ranks)
-    prepared = prepare(model_directory(str(model), progress), Path(out), settings, resume=resume, ranks=ranks)
+    directory = model_directory(str(model), progress)
+    prepared = prepare(directory, Path(out), settings, resume=resume, listen=progress, ranks=ranks)
     for line in prepared.notes:
         warn(line)
     if prepared.calibrates:

@@ -203,7 +203,10 @@ def predicted(job: QuantizeJob) -> Preflight:
 
 def settled(**options: Any) -> QuantizeConfig:
     """A configuration of a job on a CPU, in float32, with error correction."""
-    chosen = {"device": "cpu", "compute_dtype": "float32", "calibration_dtype": "float32", "error_correction": 1.0}
+    chosen = {
+        "device": "cpu", "compute_dtype": "float32", "calibration_dtype": "float32", "error_correction": 1.0,
+        "rotate": False,
+    }  # fmt: skip
     return QuantizeConfig(**(chosen | options))
 
 

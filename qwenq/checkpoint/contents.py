@@ -5,7 +5,8 @@ the embedding, settings left over. No torch, no weights: planning asks too.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,16 +17,17 @@ from qwenq.escaping import shown
 from qwenq.formats.base import method_of, read_quantization_config
 from qwenq.io.gguf import ENDING, is_gguf
 from qwenq.io.json import inside, model_name, open_regular, read_object
-from qwenq.io.safetensors import FLOATS, TensorLocation, TensorSpec, checkpoint_tensors
+from qwenq.io.safetensors import FLOATS, INDEX_NAME, SINGLE_NAME, TensorLocation, TensorSpec, checkpoint_tensors
 from qwenq.model.metadata import open_gguf
 from qwenq.model.spec import ModelSpec, spec_from_config
 
 # Stored by some checkpoints, read by none: buffers that transformers computes itself.
 _BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
-_PACKED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight.absmax", ".SCB")
+PACKED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight.absmax", ".SCB")
 # Where other tools describe it, in older versions at least.
 _OTHER_CONFIGS = ("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json")
 _CHUNK = 1 << 20  # bytes compared at once
+_WRAPPED = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")  # around a layer, say
 Same = Callable[[TensorLocation, TensorLocation], bool]
 
 
@@ -60,7 +62,18 @@ def read_headers(path: Path) -> Contents:
         return Contents(found.spec, found.config, dict(found.tensors))
     config = read_config(path)
     spec = spec_from_config(config, where=str(path / "config.json"), name=model_name(path))
-    return read_contents(spec, config, checkpoint_tensors(path), str(path))
+    contents = read_contents(spec, config, checkpoint_tensors(path), str(path))
+    return replace(contents, notes=(*_unread(path, config), *contents.notes))
+
+
+def _unread(directory: Path, config: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each thing beside the weights that other loaders may read instead, or with them."""
+    if all(os.path.lexists(directory / name) for name in (SINGLE_NAME, INDEX_NAME)):
+        yield f"{SINGLE_NAME} is read, as by transformers, and not the files of {INDEX_NAME}, which is there too"
+    if os.path.lexists(directory / "adapter_config.json"):
+        yield "adapter_config.json is there too: that adapter is not read, and part of the model only if it was merged"
+    if config.get("auto_map"):
+        yield f"config.json names code of its own (auto_map), which is not run: a plain {config['model_type']} is read"
 
 
 def refuse_file(path: Path) -> None:
@@ -142,7 +155,11 @@ def _refuse_mlx(config: Mapping[str, Any], where: str) -> None:
 
 def saved_wrapped(stored: Iterable[str], missing: Sequence[str]) -> str:
     """The beginning under which missing tensors are stored, where a wrapper's names were saved; empty otherwise."""
+    wanted = set(missing)
     for name in stored:
+        within = _WRAPPED.search(name)
+        if within and _WRAPPED.sub("", name) in wanted:
+            return name[: within.end()]
         if missing and name != missing[0] and name.endswith(missing[0]):
             return name.removesuffix(missing[0])
     return ""
@@ -192,7 +209,7 @@ def refuse_adapter(directory: Path) -> None:
 
 def refuse_undescribed(stored: Iterable[str], directory: Path) -> None:
     """Raise CheckpointError for quantized tensors beside a config.json that has no `quantization_config`."""
-    packed = next((name for name in sorted(stored) if name.endswith(_PACKED)), None)
+    packed = next((name for name in sorted(stored) if name.endswith(PACKED)), None)
     if packed is None:
         return
     beside = next((name for name in _OTHER_CONFIGS if os.path.lexists(directory / name)), None)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from qwenq.checkpoint.contents import (
+    PACKED,
     is_unused,
     read_config,
     read_headers,
@@ -440,8 +441,15 @@ def _where_it_went(missing: list[str], stored: Mapping[str, TensorLocation], hea
         )
     if prefix := saved_wrapped(stored, missing):
         return (
-            f"the tensors are there under {shown(prefix, 40)}..., as a wrapper (torch.compile, DDP, PEFT) saves them: "
-            "save the model inside it"
+            f"the tensors are there under {shown(prefix, 60)}..., as a wrapper (torch.compile, DDP, FSDP, PEFT) saves "
+            "them: save the model inside it"
+        )
+    module, _, part = missing[0].rpartition(".")
+    packed = [f"{module}{ending}" for ending in PACKED if f"{module}{ending}" in stored]
+    if packed or (part != "weight" and f"{module}.weight" in stored):
+        return (
+            f"{(packed or [module + '.weight'])[0]} is there: quantization_config is wrong about which linears are "
+            "quantized (dynamic, ignore, modules_to_not_convert)"
         )
     adapted = next((name for name in stored if ".base_layer." in name or ".lora_" in name), None)
     if adapted:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from qwenq.cli.console import LayerProgress, drift_table, err, out
+from qwenq.cli.plain import print_step
 from qwenq.errors import JobError
 from qwenq.pipeline.config import QuantizeConfig
 from qwenq.units import format_gb
@@ -63,7 +64,7 @@ def demo(
         if not target.exists():
             err.print(f"{target}: {config.scheme().label}, {config.method}")
             resume = partial_directory(target).exists()
-            prepared = prepare(model, target, config, resume=resume)
+            prepared = prepare(model, target, config, resume=resume, listen=print_step)
             with LayerProgress(prepared.source.spec.num_hidden_layers) as progress:
                 result = run(prepared.job, resume=resume, listen=progress)
             out.print(drift_table(result.drift))

@@ -77,7 +77,9 @@ Asymmetric = Annotated[
     bool | None,
     option(BITS, "--asymmetric/--symmetric", help=f"Zero points per group. Default: only for {ASYMMETRIC}."),
 ]
-Rotate = Annotated[bool, option(BITS, "--rotate", help="Rotate the hidden states; for untied heads.")]
+Rotate = Annotated[
+    bool | None, option(BITS, "--rotate/--no-rotate", help="Rotate hidden states. Default: if some are massive.")
+]
 PadForTp = Annotated[
     int | None, option(BITS, metavar="GPUS", help="Pad the FFN to split over this many GPUs; gguf: 1.", min=1)
 ]

@@ -102,8 +102,9 @@ def _quantize(model: str, config: QuantizeConfig, output: Path, resume: bool, js
     with over_ranks(config.device) as (ranks, device):
         check_asked(config, output, resume=resume, ranks=ranks)
         prepared = prepare(
-            fetched_once(model, ranks), output, replace(config, device=device), resume=resume, ranks=ranks
-        )
+            fetched_once(model, ranks), output, replace(config, device=device),
+            resume=resume, listen=(lambda line: None) if json else print_step, ranks=ranks,
+        )  # fmt: skip
         spec = prepared.source.spec
         for line in prepared.notes:
             warn(line)

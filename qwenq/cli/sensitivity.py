@@ -21,7 +21,6 @@ from qwenq.cli.options import (
     JsonFlag,
     OneDevice,
     Original,
-    Rotate,
     SequenceLength,
     Strict,
     option,
@@ -49,7 +48,7 @@ def sensitivity(
     asymmetric: Annotated[
         bool, typer.Option("--asymmetric", help=f"Also measure 4 bits with zero points, for {carry_zero_points()}.")
     ] = False,
-    rotate: Rotate = QuantizeConfig.rotate,
+    rotate: Annotated[bool, typer.Option("--rotate", help="Of the rotated model, for `quantize --rotate`.")] = False,
     format: Annotated[
         str, option(JOB, "--format", metavar="NAME", help="Schemes to measure; gptq's suit every format but gguf.")
     ] = QuantizeConfig.format,

@@ -188,6 +188,11 @@ class Gptq(Format):
         from qwenq.solver.grid import QTensor
 
         codes_IO, scales_GO, zeros_GO, index_I = _parts(tensors, scheme.bits, version, lin.name)
+        if scheme.sym and not bool((zeros_GO == scheme.zero).all()):  # some engines read them, others do not
+            raise CheckpointError(
+                f"{lin.name}: the config says symmetric, its zero points are not all {scheme.zero}",
+                hint=f"checkpoint_format says {version!r}; {V1!r} stores zero points minus one, {V2!r} as they are",
+            )
         if len(set(_group_sizes(index_I, len(scales_GO)))) > 1:
             w_IO = codes_IO.float().sub_(zeros_GO[index_I]).mul_(scales_GO.float()[index_I])
             return w_IO.T.contiguous()

@@ -271,6 +271,12 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
+def one_network(ours: str, theirs: str) -> bool:
+    """Whether two families compute the same from equal tensors, as Llama and Mistral do: one name in GGUF."""
+    one, other = ARCHITECTURES[ours].gguf, ARCHITECTURES[theirs].gguf
+    return ours == theirs or (one is not None and one == other)
+
+
 def known_stages() -> tuple[str, ...]:
     """Names of stages over all architectures, in the order they run."""
     return tuple(dict.fromkeys(stage.name for found in ARCHITECTURES.values() for stage in found.stages))

@@ -18,19 +18,19 @@ from qwenq.escaping import printable, shown
 from qwenq.io.gguf import GGUFFile, split_stem
 from qwenq.io.safetensors import TensorLocation
 from qwenq.model.architectures import ARCHITECTURES, Architecture, GGUFNames
-from qwenq.model.spec import ModelSpec, spec_from_config
+from qwenq.model.spec import ModelSpec, rotary_parameters, spec_from_config
 
 METHOD = "gguf"  # `quant_method` of a config that `config_of_gguf` makes
 PLAIN_TYPES = ("F32", "F16", "BF16")  # of weights that are not quantized
 ROPE_FACTORS = "rope_freqs.weight"  # F32 [head_dim / 2]: divisors of Llama 3.1's frequencies
 # What all published models with such factors have beside the largest one.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-_ROPE_ALWAYS = ("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings")
+_ROPE_ALWAYS = ("rope_type", "rope_theta", "factor", "original_max_position_embeddings")
 _ROPE_KEYS = {
     "llama3": (*_ROPE_ALWAYS, "low_freq_factor", "high_freq_factor"),
     **dict.fromkeys(("default", "linear", "yarn"), _ROPE_ALWAYS),
 }
-_ROPE_NEUTRAL = {"partial_rotary_factor": 1.0, "beta_fast": 32, "beta_slow": 1}  # with these they change nothing
+ROPE_NEUTRAL = {"partial_rotary_factor": 1.0, "beta_fast": 32, "beta_slow": 1}  # with these they change nothing
 # Keys that change what is computed, and the values with which they do not.
 _HARMLESS = {
     "expert_count": (0,), "attention.causal": (True,), "attention.scale": (0.0,), "attention.clamp_kqv": (0.0,),
@@ -153,7 +153,7 @@ def metadata_of_config(spec: ModelSpec, config: Mapping[str, Any]) -> dict[str, 
         "attention.head_count": spec.num_attention_heads,
         "attention.head_count_kv": spec.num_key_value_heads,
         "attention.layer_norm_rms_epsilon": _number(config, "rms_norm_eps", 1e-6),
-        "rope.freq_base": _base(config),
+        "rope.freq_base": _number(rotary_parameters(config), "rope_theta"),
     }
     if spec.head_dim * spec.num_attention_heads != spec.hidden_size or config.get("head_dim") is not None:
         found |= {"attention.key_length": spec.head_dim, "attention.value_length": spec.head_dim}
@@ -166,10 +166,10 @@ def metadata_of_config(spec: ModelSpec, config: Mapping[str, Any]) -> dict[str, 
 
 def rope_factors(spec: ModelSpec, config: Mapping[str, Any]) -> list[float] | None:
     """Values of the tensor ROPE_FACTORS, float32 [head_dim / 2]; None for a model that has none."""
-    rope = _rope(config)
-    if _rope_type(rope) != "llama3":
+    rope = rotary_parameters(config)
+    if rope["rope_type"] != "llama3":
         return None
-    return _llama3_factors(spec.head_dim, _base(config), _LLAMA3 | dict(rope))
+    return _llama3_factors(spec.head_dim, _number(rope, "rope_theta"), _LLAMA3 | rope)
 
 
 def _llama3_factors(head_dim: int, base: float, rope: Mapping[str, Any]) -> list[float]:
@@ -189,16 +189,6 @@ def _llama3_factors(head_dim: int, base: float, rope: Mapping[str, Any]) -> list
     return found
 
 
-def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    found = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    return found if isinstance(found, Mapping) else {}
-
-
-def _base(config: Mapping[str, Any]) -> float:
-    rope = _rope(config)
-    return _number(rope if "rope_theta" in rope else config, "rope_theta", 10000.0)
-
-
 def _number(values: Mapping[str, Any], key: str, default: float | None = None) -> float:
     """A positive number of config.json; CheckpointError naming the key for anything else."""
     value = values.get(key, default)
@@ -211,15 +201,11 @@ def _is_positive(value: object) -> TypeGuard[int | float]:
     return not isinstance(value, bool) and isinstance(value, int | float) and 0 < value < 1e30
 
 
-def _rope_type(rope: Mapping[str, Any]) -> str:
-    return str(rope.get("rope_type", rope.get("type", "default")))
-
-
 def _scaling_metadata(spec: ModelSpec, config: Mapping[str, Any]) -> dict[str, Any]:
-    rope = _rope(config)
-    kind = _rope_type(rope)
+    rope = rotary_parameters(config)
+    kind = str(rope["rope_type"])
     for key, value in {"partial_rotary_factor": config.get("partial_rotary_factor"), **rope}.items():
-        if value is not None and key not in _ROPE_KEYS.get(kind, ()) and value != _ROPE_NEUTRAL.get(key):
+        if value is not None and key not in _ROPE_KEYS.get(kind, ()) and value != ROPE_NEUTRAL.get(key):
             raise CheckpointError(
                 f"config.json: rotary embeddings with {shown(key, 40)} {shown(repr(value), 40)} have no GGUF metadata "
                 "here"

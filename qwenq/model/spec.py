@@ -189,6 +189,7 @@ _LARGEST = {"num_hidden_layers": 1000, "vocab_size": 1 << 24, "hidden_size": 1 <
             "head_dim": 1 << 14, "num_attention_heads": 1 << 12, "num_key_value_heads": 1 << 12,
             _PADDED: 1 << 20}  # fmt: skip
 _LONGEST_CONTEXT = 1 << 40
+_ROPE_THETA = 10_000.0  # transformers', for each of the ARCHITECTURES
 
 
 def _whole(config: Mapping[str, Any], key: str, where: str, default: Any = None) -> int:
@@ -200,12 +201,51 @@ def _whole(config: Mapping[str, Any], key: str, where: str, default: Any = None)
     return value
 
 
+def rotary_parameters(config: Mapping[str, Any], where: str = "config.json") -> dict[str, Any]:
+    """Parameters of rotary embeddings, `rope_type` and `rope_theta` among them: transformers 5 has all of them in
+    `rope_parameters`; older versions have `rope_theta` at the top, and the others, if any, in `rope_scaling`.
+
+    CheckpointError where config.json has both objects and they differ: transformers 5 reads `rope_scaling` alone.
+    """
+
+    def read(key: str) -> dict[str, Any]:
+        rope = config.get(key) or {}
+        if not isinstance(rope, Mapping):
+            raise CheckpointError(f"{where}: {key} is {type(rope).__name__}, wanted an object")
+        said = {name: value for name, value in rope.items() if name != "type" and value is not None}
+        return {"rope_type": rope.get("type", "default"), "rope_theta": config.get("rope_theta", _ROPE_THETA)} | said
+
+    old, new = read("rope_scaling"), read("rope_parameters")
+    if not config.get("rope_scaling"):
+        return new
+    for name in {**old, **new} if config.get("rope_parameters") else ():
+        if old.get(name) != new.get(name):
+            raise CheckpointError(
+                f"{where}: {name} is {shown(repr(old.get(name)), 40)} by rope_scaling and "
+                f"{shown(repr(new.get(name)), 40)} by rope_parameters",
+                hint="transformers 5 reads rope_scaling alone: write all that is meant into rope_parameters and remove "
+                "rope_scaling",
+            )
+    return old
+
+
+def spelled_twice(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with the rotary parameters in transformers 4's spelling too, where only 5's is there.
+
+    Engines that know transformers 4 alone find no `rope_theta` otherwise, and take 10000 in silence.
+    """
+    if not config.get("rope_parameters"):
+        return dict(config)
+    rope = rotary_parameters(config)
+    theta = rope.pop("rope_theta")
+    scaling = {} if rope["rope_type"] == "default" else {"rope_scaling": rope}
+    return {**config, "rope_theta": theta, **scaling}
+
+
 def _with_yarn(config: Mapping[str, Any], max_position: int, where: str) -> int:
     """The longest context that rotary embeddings are scaled to; `max_position` where YaRN does not scale them."""
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(rope, Mapping):
-        raise CheckpointError(f"{where}: rope_scaling is {type(rope).__name__}, wanted an object")
-    if rope.get("rope_type", rope.get("type")) != "yarn":
+    rope = rotary_parameters(config, where)
+    if rope["rope_type"] != "yarn":
         return max_position
     factor, original = rope.get("factor", 1), rope.get("original_max_position_embeddings", max_position)
     numbers = isinstance(factor, int | float) and isinstance(original, int)

@@ -26,6 +26,7 @@ from qwenq.io.durable import file_sha256, write_synced
 from qwenq.io.safetensors import TensorSpec, encode_header, read_header
 from qwenq.io.tensors import DTYPE_NAMES, raw_bytes, read_into
 from qwenq.machine import free_disk
+from qwenq.model.layer import Network
 from qwenq.pipeline.config import NOISE_WINDOWS, SPILL_BYTES
 from qwenq.pipeline.preflight import scratch_width
 from qwenq.pipeline.ranks import ALONE, Ranks
@@ -37,6 +38,8 @@ Convert = Callable[[str, torch.Tensor], torch.Tensor]
 LayerState = dict[str, torch.Tensor]  # parameters of a layer by relative name
 THROUGH_SOURCE = ("float32", "reference", "original")
 AS_WRITTEN = ("calibration", "quantized")
+MASSIVE = 50.0  # times the median mean square of a window's states: massive activations (Sun et al. 2024)
+MASSIVE_WINDOWS, MASSIVE_TOKENS = 2, 128  # that they are looked for in, in the first third of the layers
 
 
 @dataclass(frozen=True)
@@ -229,6 +232,32 @@ def embed(
         source.refuse_non_finite(name, states)
         if len(states):
             source.refuse_blank(name, states)
+
+
+def massive_ratio(h_BTH: torch.Tensor) -> torch.Tensor:
+    """Mean square of each token's hidden states over the median of its window's, float32 [B, T, 1]."""
+    power_BT1 = h_BTH.float().square().mean(-1, keepdim=True)
+    return power_BT1 / power_BT1.median(1, keepdim=True).values
+
+
+@torch.inference_mode()
+def find_massive(source: Checkpoint, network: Network, ids_NT: torch.Tensor) -> tuple[int, float] | None:
+    """The first layer after which a token has massive activations, counted from 1, and its `massive_ratio`; None where
+    none has in the first third of the layers.
+
+    ids_NT: tokens, int64 [windows, tokens], the first of which are read.
+    """
+    ids_NT = ids_NT[:MASSIVE_WINDOWS, :MASSIVE_TOKENS]
+    h_NTH = torch.empty(*ids_NT.shape, source.spec.hidden_size)
+    embed(source, {"": (h_NTH, ids_NT)})
+    h_NTH = h_NTH.to(network.device)
+    for layer in range(math.ceil(source.spec.num_hidden_layers / 3)):
+        network.fill(source.finite_layer_state(layer))
+        h_NTH = network.forward(h_NTH)
+        network.release()
+        if (most := float(massive_ratio(h_NTH).max())) > MASSIVE:
+            return layer + 1, most
+    return None
 
 
 def _allocate(shape: Sequence[int], dtype: torch.dtype, spill: Path | None) -> torch.Tensor:

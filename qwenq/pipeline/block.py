@@ -24,6 +24,7 @@ from qwenq.machine import return_freed_memory
 from qwenq.model.architectures import Stage
 from qwenq.model.layer import Network
 from qwenq.model.spec import LinearSpec, ModelSpec
+from qwenq.pipeline.activations import MASSIVE, massive_ratio
 from qwenq.pipeline.config import SINK_WEIGHT
 from qwenq.pipeline.imatrix import InputSquares
 from qwenq.pipeline.monitor import StageClock
@@ -38,7 +39,6 @@ from qwenq.solver.grid import Grid, QTensor
 from qwenq.solver.parallel import Solved, cut_rows, joined, solve_rows
 from qwenq.solver.triangle import Triangle
 
-MASSIVE = 50.0  # times the median mean square of a window's states: such tokens are what later ones attend to as a sink
 MOMENT_STRIDE = 16  # of the tokens from which moments behind a linear are estimated: they count by their 16th root
 
 
@@ -318,13 +318,12 @@ class BlockSolver:
     def _sink_roots(self, h_BTH: Tensor) -> Tensor | None:
         """Roots of the tokens' weights, float32 [B, T, 1], by their states; None where all weigh 1.
 
-        A token with massive activations (Sun et al. 2024), the first of a text as a rule, is what all later ones attend
-        to when there is nothing to attend to: an error of its key or value is in every token's attention.
+        What later tokens attend to when there is nothing to attend to is a token with massive activations, the first of
+        a text as a rule: an error of its key or value is in every token's attention.
         """
         if self.options.sink_weight == 1:
             return None
-        power_BT1 = h_BTH.float().square().mean(-1, keepdim=True)
-        massive_BT1 = power_BT1 > MASSIVE * power_BT1.median(1, keepdim=True).values
+        massive_BT1 = massive_ratio(h_BTH) > MASSIVE
         if not bool(massive_BT1.any()):
             return None
         return torch.where(massive_BT1, math.sqrt(self.options.sink_weight), 1.0)

@@ -11,13 +11,13 @@ import os
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qwenq.checkpoint.manifest import changed
 from qwenq.escaping import code, markdown, shown, table, yaml_text
-from qwenq.formats.base import Recipe, get_format, label_of
+from qwenq.formats.base import Recipe, Scheme, Variant, get_format, label_of
 from qwenq.io.json import MAX_SMALL_BYTES, inside, read_limited
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.tensor_parallel import sizes_of_recipe
@@ -29,7 +29,7 @@ _MAX_WARNINGS = 50
 _KEPT = "as in the original"
 _OUTSIDE = ("embedding", "norms", "head")
 SERVED_CONTEXT = 8192  # of the example, where the model was trained on so much
-HUB_NAME = re.compile(r"(?:([A-Za-z0-9][\w.-]{0,95})/)?([A-Za-z0-9][\w.-]{0,95})", re.ASCII)  # owner, if any, and name
+HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]{0,95})/([A-Za-z0-9][\w.-]{0,95})", re.ASCII)  # owner and name
 _METADATA = re.compile(r"---\r?\n(.*?)\r?\n---\s*\n", re.DOTALL)
 _LICENSE = re.compile(
     r"^(license(?:_name|_link)?):[ \t]*[\"']?([\w.:/+-]{1,200})[\"']?[ \t]*\r?$", re.ASCII | re.MULTILINE
@@ -95,7 +95,7 @@ def model_card(
 
 
 def _metadata(job: Mapping[str, Any], licence: Mapping[str, str], recipe: Recipe) -> Iterator[str]:
-    """Lines of the hub's front matter; a base model only where its name can be one there."""
+    """Lines of the hub's front matter; a base model only where its name is one there, not a directory's."""
     name = str(job["model"])
     if HUB_NAME.fullmatch(name):
         yield f"base_model: {yaml_text(name)}"
@@ -197,16 +197,27 @@ def _loading(spec: ModelSpec, recipe: Recipe, file: str) -> Iterator[str]:
         return
     reasons = sizes_of_recipe(spec, recipe)
     allowed = ", ".join(ranks for ranks, reason in reasons.items() if not reason)
+    no = _not_by_vllm(recipe, recipe.schemes(spec))
     yield ""
-    yield "vLLM, and qwenq itself:"
+    yield f"qwenq (vLLM does not read it: {markdown(no)}):" if no else "vLLM, and qwenq itself:"
     yield ""
     yield "```"
-    yield f"vllm serve . --max-model-len {served}"
+    if not no:
+        yield f"vllm serve . --max-model-len {served}"
     yield "qwenq run . -p 'Hello'"
     yield "```"
     yield ""
     yield f"Tensor-parallel sizes (`--tensor-parallel-size`) that the shapes allow: {allowed}."
     yield from (f"- Not {ranks}: {markdown(reason)}." for ranks, reason in reasons.items() if reason)
+
+
+def _not_by_vllm(recipe: Recipe, schemes: Collection[Scheme]) -> str:
+    """Why vLLM does not read such a checkpoint; empty where it does."""
+    if not schemes:
+        return ""
+    form, of_all = get_format(recipe.format), max(schemes, key=lambda scheme: scheme.group_size)
+    variant = Variant(of_all.bits, of_all.group_size, recipe.mixed, form.version(recipe))
+    return next((loader.reason for loader in form.loaders(variant) if loader.name == "vLLM"), "")
 
 
 def _provenance(

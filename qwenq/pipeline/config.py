@@ -35,6 +35,7 @@ SPILL_BYTES = 6 << 30  # token buffers beyond this live in a memory-mapped file
 DEFAULT_WINDOWS = 128  # of calibration, at most, where no number is given
 DEFAULT_EVALUATION_WINDOWS = 20  # likewise
 SINK_WEIGHT = 64.0  # of tokens with massive states (reports/LOG.md)
+ROTATED_BITS = 4  # at most, of models that are rotated without being told to (reports/qwen25.md)
 BUILTIN_SHARE = 0.2  # of the windows of another calibration text, that the built-in set replaces (reports/LOG.md)
 SET_TOKENS = {"builtin": 156_200, "heldout": 12_300}  # about so many by Qwen2.5's tokenizer
 BATCH_TOKENS = 2048  # that go through a layer together
@@ -164,7 +165,7 @@ class QuantizeConfig:
     engine: str | None = None  # that `fit` plans for; qwenq by default
     recipe: Path | None = None  # a recipe file
     sensitivity: Path | None = None  # a table that `qwenq sensitivity` wrote
-    rotate: bool = False  # rotate the hidden states, and fold that into weights
+    rotate: bool | None = None  # the hidden states; by default where `may_rotate` and massive activations are found
     pad_for_tp: int | None = None  # GPUs whose cuts no group straddles, once the FFN is widened; 1 for gguf
     # text
     calibration: str = "builtin"  # a set's name, or a file
@@ -284,6 +285,16 @@ class QuantizeConfig:
                 raise UsageError(f"{flag(name)} {idle}: {none}")
         if "fold" in given and self.fold:
             raise UsageError(f"--fold takes channel scales from calibration: {none}")
+
+    def may_rotate(self, spec: ModelSpec) -> bool:
+        """Whether the model is rotated, unless told otherwise, where massive activations are found in it.
+
+        Not where that was not measured (more bits, mixtures, GGUF) or would cost something: a tied head, an adapter or
+        an importance matrix of the original.
+        """
+        if self.solver != "gptq" or self.mixed or get_format(self.format).mixtures or spec.tie_word_embeddings:
+            return False
+        return self.fold and self.save_imatrix is None and self.scheme().bits <= ROTATED_BITS
 
     @property
     def mixed(self) -> bool:
@@ -515,8 +526,9 @@ class Windows:
 class Resolution:
     """A configuration on a model and a device: dry run and job choose bits, dtypes and error correction here.
 
-    config: with method, device and dtypes chosen. spec: of the model as it is written, FFN padded. table: sensitivities
-    that are known beforehand. budgeted: the mixture, by a prior's sensitivities where there is no table yet.
+    config: with method, device and dtypes chosen, and rotation unless the model's activations decide it. spec: of the
+    model as it is written, FFN padded. table: sensitivities that are known beforehand. budgeted: the mixture, by a
+    prior's sensitivities where there is no table yet.
     """
 
     config: QuantizeConfig
@@ -563,6 +575,7 @@ class Resolution:
             config,
             method=method,
             fold=config.fold and method == "gptq",
+            rotate=config.rotate if config.rotate is not None or config.may_rotate(spec) else False,
             device=device,
             compute_dtype=pick_compute_dtype(config.compute_dtype, device, bits),
             calibration_dtype=pick_calibration_dtype(config.calibration_dtype, device),
@@ -625,7 +638,7 @@ def _table(config: QuantizeConfig, spec: ModelSpec, fingerprint: str, measured: 
         return None
     found = read_sensitivity(path)
     try:
-        found.check(spec, fingerprint, config.format, config.rotate)
+        found.check(spec, fingerprint, config.format, bool(config.rotate))
     except PlanError as error:
         hint = error.hint if config.sensitivity else "resume with the options it was begun with"
         raise PlanError(f"{path}: {error.message}", hint=hint) from None

@@ -75,7 +75,7 @@ def _origin(spec: ModelSpec, directory: Path | None) -> Iterator[tuple[str, Any]
         yield from _sampling(directory)
         for key, value in source_license(directory).items():
             yield f"general.{key.replace('_', '.')}", value
-    if (hub := HUB_NAME.fullmatch(spec.name)) and hub[1]:
+    if hub := HUB_NAME.fullmatch(spec.name):
         yield "general.base_model.count", 1
         yield "general.base_model.0.name", hub[2]
         yield "general.base_model.0.organization", hub[1]

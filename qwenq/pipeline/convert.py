@@ -184,8 +184,6 @@ def _grid(source: Checkpoint, lin: LinearSpec, scheme: Scheme) -> QTensor:
     scales_OG = found.scales_OG.half()
     if not torch.equal(scales_OG.float(), found.scales_OG.float()):
         raise CheckpointError(f"{lin.name}: its scales are {found.scales_OG.dtype}, and float16 does not hold them")
-    if scheme.sym and not bool((found.zeros_OG == scheme.zero).all()):
-        raise CheckpointError(f"{lin.name}: the config says symmetric, its zero points are not all {scheme.zero}")
     finer = found.codes_OI.shape[1] // scheme.group_width(lin.in_features) // scales_OG.shape[1]
     scales_OG, zeros_OG = (p_OG.repeat_interleave(finer, 1) for p_OG in (scales_OG, found.zeros_OG))
     return QTensor(found.codes_OI, (scales_OG, zeros_OG), scheme.grid())

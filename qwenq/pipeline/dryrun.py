@@ -55,6 +55,7 @@ class Assumed:
     compute_dtype: str
     device: str
     workers: int  # of a CPU, at most
+    rotated: bool | None  # hidden states; None where the model's activations decide it
 
     def line(self, calibration: str) -> str:
         """In words; calibration: the text's name."""
@@ -69,6 +70,8 @@ class Assumed:
                 *parts,
             ]
         workers = f", up to {self.workers} workers" if self.workers > 1 else ""
+        if self.rotated is not False:
+            parts.append(("massive activations, so " if self.rotated is None else "") + "rotated hidden states")
         return f"assumed: {'; '.join(parts)}; on {self.device}{workers}"
 
 
@@ -151,7 +154,7 @@ def dry_run(
             out=output or Path.cwd() / "out",
             dtype_of=found.dtype_of,
             source_dtype_of=source.dtype_of,
-            rotated=config.rotate,
+            rotated=found.config.rotate is not False,
             source_spec=source.spec,
             beside=found.beside(found.recipe),
             ranks=ranks,
@@ -161,7 +164,7 @@ def dry_run(
     if found.measures(windows):
         schemes = solved_schemes(found.spec, config.format, bool(config.asymmetric))
         shape = windows.length, found.compute_bytes, on_gpu
-        wide = weight_bytes(source.spec, source.dtype_of, config.rotate)
+        wide = weight_bytes(source.spec, source.dtype_of, bool(config.rotate))
         measuring = sensitivity_bytes(found.spec, *shape, schemes, ranks, config.format, wide)
     local = source.directory is not None
     tokenized = source.directory is None or (source.directory / "tokenizer.json").is_file()
@@ -177,6 +180,7 @@ def dry_run(
         compute_dtype=settled.compute_dtype,
         device=device,
         workers=1 if on_gpu or found.spec.intermediate_size > WORKERS_UP_TO else min(MOST_WORKERS, PARTS // ranks),
+        rotated=settled.rotate,
     )
     if found.config.mixture:
         warnings += get_format(config.format).notes(found.config.mixture, found.spec)

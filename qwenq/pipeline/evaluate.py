@@ -6,13 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from qwenq.checkpoint.reader import Checkpoint, row_slices
 from qwenq.errors import CheckpointError, HonestNo
+from qwenq.escaping import shown
 from qwenq.machine import keep_freed_memory
+from qwenq.model.architectures import one_network
 from qwenq.model.layer import Network, model_config
+from qwenq.model.metadata import ROPE_NEUTRAL
 from qwenq.pipeline.activations import HiddenStates, LayerRunner, TokenSets, embed_tokens
 from qwenq.pipeline.monitor import memory_errors
 from qwenq.pipeline.ranks import ALONE, Ranks
@@ -98,17 +102,21 @@ def check_comparable(checkpoint: Checkpoint, reference: Checkpoint) -> None:
 
     A vocabulary padded further (151,936 against 152,064) is no difference.
     """
-    same = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
-    for field in same:
+    same = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+    for field in ("model_type", *same):
         ours, theirs = getattr(checkpoint.spec, field), getattr(reference.spec, field)
-        if ours != theirs:
+        if ours != theirs and (field in same or not one_network(ours, theirs)):
             raise CheckpointError(
                 f"{checkpoint.directory} and {reference.directory} differ in {field}: {ours} and {theirs}",
                 hint="the reference is the 16-bit checkpoint that the other was made from",
             )
-    for name, words in (("rope_parameters", "rotary parameters"), ("rms_norm_eps", "rms_norm_eps")):
-        if _as_read(checkpoint, name) != _as_read(reference, name):
-            raise CheckpointError(f"{checkpoint.directory} and {reference.directory} differ in {words}")
+    ours, theirs = (_constants(each) for each in (checkpoint, reference))
+    for name in {**ours, **theirs}:
+        if ours.get(name) != theirs.get(name):
+            raise CheckpointError(
+                f"{checkpoint.directory} and {reference.directory} differ in {shown(name, 40)}: "
+                f"{shown(repr(ours.get(name)), 40)} and {shown(repr(theirs.get(name)), 40)}"
+            )
     tokenizers = [ModelTokenizer(c.directory) for c in (checkpoint, reference)]
     if tokenizers[0].sha256 != tokenizers[1].sha256 and tokenizers[0].vocabulary != tokenizers[1].vocabulary:
         raise CheckpointError(
@@ -117,9 +125,14 @@ def check_comparable(checkpoint: Checkpoint, reference: Checkpoint) -> None:
         )
 
 
-def _as_read(checkpoint: Checkpoint, name: str) -> object:
-    """A value as transformers reads it: configs spell it in several ways, or leave it out."""
-    return getattr(model_config(checkpoint.config, checkpoint.spec), name)
+def _constants(checkpoint: Checkpoint) -> dict[str, Any]:
+    """`rms_norm_eps` and rotary parameters as transformers reads them: configs spell them in several ways, or leave
+    them out. Those that change nothing are left out here.
+    """
+    read = model_config(checkpoint.config, checkpoint.spec)
+    rope = {"rope_type": None, **read.rope_parameters, "type": None}  # the last is an older name of the first
+    changing = {name: value for name, value in rope.items() if value not in (None, ROPE_NEUTRAL.get(name))}
+    return {"rms_norm_eps": read.rms_norm_eps} | changing
 
 
 def check_limits(drift: DriftReport, max_kl: float | None, max_increase_percent: float | None) -> None:

@@ -103,6 +103,8 @@ class QuantizeJob:
             raise JobError(f"{open_[0]} is auto, wanted a choice")
         if self.config.error_correction is None:
             raise JobError("error_correction is open, wanted 0 to 1")
+        if self.config.rotate is None:
+            raise JobError("rotate is open, wanted true or false")
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from qwenq.formats.base import Recipe, get_format
 from qwenq.io.durable import copy_synced, sync_directory, write_bytes, write_json
 from qwenq.io.json import MAX_SMALL_BYTES, TEMPLATES, check_regular, inside
 from qwenq.io.safetensors import INDEX_NAME
+from qwenq.model.spec import spelled_twice
 from qwenq.pipeline.card import CARD_NAME
 from qwenq.text.tokens import TOKENIZER_FILES
 from qwenq.text.vocabulary import template_files
@@ -69,7 +70,7 @@ class Output:
         """The index, the configuration and the format's own small files; their SHA-256 by name."""
         if not isinstance(self.files, Shards):
             return {}
-        content = {INDEX_NAME: self.files.index, "config.json": self.config} | self._small
+        content = {INDEX_NAME: self.files.index, "config.json": spelled_twice(self.config)} | self._small
         return {name: write_json(self.work / name, value) for name, value in content.items()}
 
     def finish(self, described: Mapping[str, Any], hashes: Mapping[str, str], card: str | None) -> None:

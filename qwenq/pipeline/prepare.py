@@ -7,11 +7,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import Tensor
+
+from qwenq.checkpoint.manifest import JOURNAL_NAME
 from qwenq.checkpoint.reader import Checkpoint, open_source
 from qwenq.errors import JobError
 from qwenq.escaping import several
 from qwenq.io.durable import file_sha256
 from qwenq.io.safetensors import fingerprint
+from qwenq.model.layer import Network
+from qwenq.pipeline.activations import find_massive
 from qwenq.pipeline.config import (
     DEFAULT_EVALUATION_WINDOWS,
     DEFAULT_WINDOWS,
@@ -134,11 +139,18 @@ def _told_of(work: Path, place: Path, ranks: Ranks) -> Path | None:
 
 
 def prepare(
-    directory: Path, out: Path, config: QuantizeConfig, *, resume: bool = False, ranks: Ranks = ALONE
+    directory: Path,
+    out: Path,
+    config: QuantizeConfig,
+    *,
+    resume: bool = False,
+    listen: Callable[[str], None] = lambda line: None,
+    ranks: Ranks = ALONE,
 ) -> Preparation:
     """Open the model at `directory`, choose what the configuration leaves open and read the texts.
 
-    Raises QwenqError for a model, a text or a combination that cannot be used, and where ranks have different ones.
+    listen: gets a line where the model is rotated without being told to. Raises QwenqError for a model, a text or a
+    combination that cannot be used, and where ranks have different ones.
     """
     source = open_source(directory)
     device = pick_device(config.device)
@@ -154,8 +166,6 @@ def prepare(
         )
     if config.pad_for_tp is not None:
         source = source.padded(found.spec.intermediate_size)
-    if config.rotate:
-        source = source.rotated()
     calibration, evaluation = _read_texts(config, source)
     shared = _overlap(config, calibration)
     found.settled(windows_of(calibration, evaluation))  # what cannot be corrected is refused here
@@ -164,7 +174,34 @@ def prepare(
     ranks.refuse_others("command", read)
     calibrating = None if calibration is None else len(calibration.ids)
     refuse_few(ranks.size, calibration=calibrating, evaluation=len(evaluation.ids))
+    if found.config.rotate is None and calibration is not None:
+        begun = partial_directory(out) if resume else None
+        rotate = ranks.from_first(lambda: _rotates(source, found.config, calibration.ids, begun, listen))
+        found = replace(found, config=replace(found.config, rotate=rotate))
+    if found.config.rotate:
+        source = source.rotated()
     return Preparation(found, source, out, calibration, evaluation, shared)
+
+
+def _rotates(
+    source: Checkpoint, config: QuantizeConfig, ids_NT: Tensor, begun: Path | None, listen: Callable[[str], None]
+) -> bool:
+    """Whether the job that was begun in a directory rotates the hidden states, or where none was, whether they have
+    massive activations.
+    """
+    if begun is not None and (begun / JOURNAL_NAME).exists():
+        options = Journal.load(begun).job.get("options")
+        return isinstance(options, dict) and options.get("rotate") is True
+    device = config.device.split(",")[0]
+    network = Network(source.config, source.spec, dtype=DTYPES[config.calibration_dtype], device=device)
+    massive = find_massive(source, network, ids_NT)
+    if massive is not None:
+        layer, ratio = massive
+        listen(
+            f"massive activations after layer {layer} ({ratio:,.0f} times the median token's mean square): rotating "
+            "the hidden states (--no-rotate leaves them, so that adapters of the original fit)"
+        )
+    return massive is not None
 
 
 def check_asked(config: QuantizeConfig, out: Path, *, resume: bool = False, ranks: Ranks = ALONE) -> None:

@@ -148,7 +148,7 @@ def preflight_of(job: QuantizeJob) -> Preflight:
             out=job.out,
             dtype_of=job.stored_dtype,
             source_dtype_of=job.source.dtype_of,
-            rotated=job.config.rotate,
+            rotated=bool(job.config.rotate),
             beside=job.container,
         )
     )

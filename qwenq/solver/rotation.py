@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qwenq.model.architectures import Architecture
 
-_ROWS_AT_ONCE = 1024
+_AT_ONCE = 1024  # rows, or columns: beside the whole there is little else
 
 
 @dataclass(frozen=True)
@@ -49,24 +49,28 @@ class Rotation:
 
     def turned(self, x: Tensor, scales: Tensor | None = None) -> Tensor:
         """x Q of vectors [..., size], float32; with `scales` [size] of each times these."""
+        core, first, second = (factor.to(x.device) for factor in self._factors)
+        signs = self._signs.to(x.device) if scales is None else self._signs.to(x.device) * scales
         out = torch.empty(x.shape, device=x.device)
-        self._turn(x.reshape(-1, self.size), out.view(-1, self.size), scales)
+        rows, turned = x.reshape(-1, self.size), out.view(-1, self.size)
+        for start in range(0, len(rows), _AT_ONCE):
+            part = (rows[start : start + _AT_ONCE].float() * signs).reshape(-1, len(first), len(second))
+            part = (first @ (part @ second)).view(-1, len(core), len(first) * len(second))
+            turned[start : start + len(part)] = (core.T @ part).flatten(1)
         return out
 
     def turned_columns(self, w_OI: Tensor) -> Tensor:
         """Q'W of a weight [size, in], float32."""
+        core, first, second = (factor.to(w_OI.device) for factor in self._factors)
+        signs_O1 = self._signs.to(w_OI.device)[:, None]
         out_OI = torch.empty(w_OI.shape, device=w_OI.device)
-        self._turn(w_OI.T, out_OI.T)
+        for start in range(0, w_OI.shape[1], _AT_ONCE):
+            part = w_OI[:, start : start + _AT_ONCE].float() * signs_O1
+            width = part.shape[1]
+            part = second @ part.view(-1, len(second), width)
+            part = first @ part.view(len(core), len(first), -1)
+            out_OI[:, start : start + width] = (core.T @ part.view(len(core), -1)).view(-1, width)
         return out_OI
-
-    def _turn(self, rows: Tensor, out: Tensor, scales: Tensor | None = None) -> None:
-        """Fill `out` [rows, size], some at a time: beside it there is little else."""
-        core, first, second = (factor.to(rows.device) for factor in self._factors)
-        signs = self._signs.to(rows.device) if scales is None else self._signs.to(rows.device) * scales
-        for start in range(0, len(rows), _ROWS_AT_ONCE):
-            part = (rows[start : start + _ROWS_AT_ONCE].float() * signs).reshape(-1, len(first), len(second))
-            part = (first @ (part @ second)).view(-1, len(core), len(first) * len(second))
-            out[start : start + len(part)] = (core.T @ part).flatten(1)
 
     def turn_layer(self, state: MutableMapping[str, Tensor], architecture: Architecture) -> None:
         """Fold it and the norms' weights into a layer's tensors, by their names within it, which become float32."""

@@ -35,12 +35,13 @@ _SPEAKERS = {
 _LISTS = ("messages", "conversations", "conversation")
 _PAIRS = (  # question, what is added to it, answer
     ("instruction", "input", "output"), ("instruction", "context", "response"), ("instruction", "input", "response"),
-    ("question", "", "answer"), ("question", "", "response"), ("prompt", "", "response"), ("query", "", "response"),
+    ("question", "context", "answer"), ("question", "context", "response"), ("prompt", "context", "response"),
+    ("query", "context", "response"),
 )  # fmt: skip
 _NOT_TEXT = ("images", "image", "videos", "video", "audios", "audio", "documents", "chosen", "rejected")
 COLUMNS = frozenset(
     ("text", "content", "role", "completion", "system", "system_prompt", "history", "tools", "functions",
-     "chat_template_kwargs", *_LISTS, *_NOT_TEXT, *(name for pair in _PAIRS for name in pair if name))
+     "chat_template_kwargs", *_LISTS, *_NOT_TEXT, *(name for pair in _PAIRS for name in pair))
 )  # fmt: skip
 WANTED = (
     "`text`, `messages`, `conversations` (ShareGPT), `instruction` and `output` (Alpaca), or `prompt` and `completion`"
@@ -74,8 +75,11 @@ def read_row(row: Any, where: str) -> Document:
         raise _unreadable(row, where)
     row = {key: value for key, value in row.items() if value is not None}
     for key in _LISTS:
-        if isinstance(row.get(key), list) and row[key]:
-            return _conversation(row, [_turn(m, where) for m in row[key]], where)
+        turns = row.get(key)
+        if isinstance(turns, str) and turns.lstrip().startswith("[{"):  # of tables without nested columns
+            turns = _parsed(turns, f"{where}: {key}")
+        if isinstance(turns, list) and turns:
+            return _conversation(row, [_turn(m, where) for m in turns], where)
     if isinstance(row.get("text"), str):
         return Document(_text(row["text"], where))
     prompt, completion = row.get("prompt"), row.get("completion")
@@ -85,8 +89,7 @@ def read_row(row: Any, where: str) -> Document:
         return _conversation(row, [*prompt, *completion], where)
     for question, more, answer in _PAIRS:
         if all(isinstance(row.get(key), str) for key in (question, answer)):
-            added = row.get(more) if more else ""  # a column may have no name
-            asked = row[question] + (f"\n\n{_text(added, where)}" if added else "")
+            asked = row[question] + (f"\n\n{_text(row[more], where)}" if row.get(more) else "")
             turns = [*_history(row, where), {"role": "user", "content": asked}]
             return _conversation(row, [*turns, {"role": "assistant", "content": row[answer]}], where)
     if isinstance(row.get("content"), str) and "role" not in row:
@@ -261,4 +264,5 @@ def _text(text: Any, where: str) -> str:
 
 def _unreadable(row: Any, where: str) -> CalibrationError:
     has = f"; it has {shown(', '.join(map(str, row)))}" if isinstance(row, dict) and row else ""
-    return CalibrationError(f"{where}: neither `text` nor `messages` in it{has}", hint=f"wanted {WANTED}")
+    hint = "an array goes into a .json file" if isinstance(row, list) else f"wanted {WANTED}"
+    return CalibrationError(f"{where}: neither `text` nor `messages` in it{has}", hint=hint)

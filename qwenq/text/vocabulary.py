@@ -253,7 +253,7 @@ def metadata_of_tokenizer(directory: Path, vocab_size: int) -> dict[str, Any]:
     split = _described_splitting(document, where)
     config_path = inside(directory, "tokenizer_config.json")
     settings = read_object(config_path) if config_path.is_file() else {}
-    tokens, types = _tokens(document, model, vocab_size, where)
+    tokens, types = _tokens(document, model, settings, vocab_size, where)
     found: dict[str, Any] = {
         _MODEL: "gpt2",
         "tokenizer.ggml.pre": split.names[0],
@@ -324,9 +324,11 @@ def _described_splitting(document: Mapping[str, Any], where: str) -> Splitting:
 
 
 def _tokens(
-    document: Mapping[str, Any], model: Mapping[str, Any], vocab_size: int, where: str
+    document: Mapping[str, Any], model: Mapping[str, Any], settings: Mapping[str, Any], vocab_size: int, where: str
 ) -> tuple[list[str], list[int]]:
-    """Tokens by id and their types; ids that no token has are unused."""
+    """Tokens by id and their types, those that `settings`, tokenizer_config.json, adds too; ids that no token has are
+    unused.
+    """
     vocab, added = model.get("vocab"), document.get("added_tokens") or []
     if not isinstance(vocab, dict) or not isinstance(added, list):
         raise CheckpointError(f"{where}: no vocabulary")
@@ -336,15 +338,47 @@ def _tokens(
     for each in added:
         text, number = (each.get("content"), each.get("id")) if isinstance(each, dict) else (None, None)
         entries.append((text, number, CONTROL if _is_control(each) else USER_DEFINED))
-    for text, number, type_ in entries:
+    for text, number, _ in entries:
         if not isinstance(text, str) or type(number) is not int:
             raise CheckpointError(f"{where}: token {shown(repr(text), 40)} has the id {shown(repr(number), 40)}")
+    entries += _added_beside(settings, {text: number for text, number, _ in entries}, where)
+    for text, number, type_ in entries:
         if not 0 <= number < vocab_size:
             raise CheckpointError(
                 f"{where}: token {shown(text, 40)} has the id {number}, the embedding has {vocab_size} rows"
             )
         tokens[number], types[number] = text, type_
     return tokens, types
+
+
+def _added_beside(settings: Mapping[str, Any], known: dict[str, int], where: str) -> list[tuple[str, int, int]]:
+    """Text, id and type of the tokens in tokenizer_config.json, where transformers looks for further ones, and for the
+    type of those in tokenizer.json. known: ids of the latter.
+
+    CheckpointError for a token that tokenizer.json lacks, unless its id is the next one, as transformers numbers them.
+    """
+    listed, found = settings.get("added_tokens_decoder"), []
+    for number, token in sorted(listed.items(), key=lambda each: each[0].zfill(9)) if isinstance(listed, dict) else ():
+        text = token.get("content") if isinstance(token, dict) else None
+        following = max(known.values(), default=-1) + 1
+        if not isinstance(text, str) or (text not in known and number != str(following)):
+            raise _lacking(where, text, f" as {shown(number, 40)}")
+        known = {text: following} | known
+        found.append((text, known[text], CONTROL if _is_control(token) else USER_DEFINED))
+    for kind in ("additional", "extra"):
+        more = settings.get(f"{kind}_special_tokens") or ()
+        for token in more.values() if isinstance(more, dict) else more if isinstance(more, list) else ():
+            text = token.get("content") if isinstance(token, dict) else token
+            if text not in known:
+                raise _lacking(where, text)
+    return found
+
+
+def _lacking(where: str, token: object, number: str = "") -> CheckpointError:
+    return CheckpointError(
+        f"{where}: no token {shown(repr(token), 40)}, which tokenizer_config.json has{number}",
+        hint="save the tokenizer anew: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
+    )
 
 
 def _merges(model: Mapping[str, Any], where: str) -> list[str]:

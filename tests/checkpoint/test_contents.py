@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import rewrite, run, small_job
+from conftest import all_tensors, rewrite, run, small_job
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -272,6 +272,28 @@ def test_gptq_out_of_order_needs_its_order(four_bits: Path, edit_json: Edit) -> 
         open_checkpoint(four_bits)
 
 
+def test_a_config_that_is_wrong_about_what_is_quantized(four_bits: Path, edit_json: Edit, random_model: Make) -> None:
+    """Not a shard is missing."""
+    config = json.loads((four_bits / "config.json").read_text())["quantization_config"]
+    edit_json(four_bits / "config.json", quantization_config=config | {"dynamic": {"-:.*mlp.*": {}}})
+    linear = "model.layers.0.mlp.gate_proj"
+    with pytest.raises(CheckpointError, match=rf"{linear}.weight and 8 more is in no shard") as caught:
+        open_checkpoint(four_bits)
+    assert caught.value.hint.startswith(f"{linear}.qweight is there: quantization_config is wrong about which")
+    edit_json(four_bits / "config.json", quantization_config=config)
+    whole = all_tensors(random_model("whole"))[linear + ".weight"]
+
+    def unpacked(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.startswith(linear)]:
+            del tensors[name]
+        tensors[linear + ".weight"] = whole
+
+    rewrite(four_bits, unpacked)
+    with pytest.raises(CheckpointError, match=rf"{linear}\.\w+ and \d more is in no shard") as caught:
+        open_checkpoint(four_bits)
+    assert caught.value.hint.startswith(f"{linear}.weight is there: quantization_config is wrong about which")
+
+
 @pytest.mark.parametrize("beside", [True, False])
 def test_quantized_tensors_that_config_json_does_not_describe(beside: bool, four_bits: Path, edit_json: Edit) -> None:
     """Older tools wrote quantize_config.json alone."""
@@ -297,12 +319,44 @@ def test_an_adapter_is_called_one(tmp_path: Path) -> None:
         assert "hint: merge it into its base model" in done.stderr
 
 
+def test_what_lies_beside_the_weights_and_is_not_read(random_model: Make, edit_json: Edit, tmp_path: Path) -> None:
+    """Other loaders take the shards of an index that was left there, or the adapter too: the card tells of them."""
+    model = random_model()
+    assert open_checkpoint(model).notes == ()
+    save_file(all_tensors(model), model / "model.safetensors")
+    (model / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    edit_json(model / "config.json", auto_map={"AutoModelForCausalLM": "modeling.Model"})
+    told = open_checkpoint(model)
+    assert {location.file.name for location in told.tensors.values()} == {"model.safetensors"}
+    first = ["model.safetensors", "adapter_config.json", "config.json"]
+    assert [note.partition(" ")[0] for note in told.notes] == first
+    assert "not the files of model.safetensors.index.json" in told.notes[0]
+    assert "which is not run: a plain qwen2 is read" in told.notes[2]
+    out = quantize(small_job(model, tmp_path / "out")).out
+    assert set(told.notes) <= set(json.loads((out / "qwenq-manifest.json").read_text())["warnings"])
+
+
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model."])
 def test_names_that_a_wrapper_saved_are_recognized(prefix: str, random_model: Make) -> None:
     path = rewrite(random_model(), lambda t: [t.__setitem__(prefix + name, t.pop(name)) for name in list(t)])
     with pytest.raises(CheckpointError, match="is in no shard") as caught:
         open_source(path)
     assert caught.value.hint.startswith(f"the tensors are there under {prefix}..., as a wrapper")
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."])
+def test_names_of_wrapped_layers_are_recognized(wrapper: str, random_model: Make) -> None:
+    """Layers compiled or checkpointed one by one."""
+
+    def wrap(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if ".layers." in name]:
+            parts = name.split(".")
+            tensors[".".join(parts[:3]) + f".{wrapper}" + ".".join(parts[3:])] = tensors.pop(name)
+
+    with pytest.raises(CheckpointError, match="is in no shard") as caught:
+        open_source(rewrite(random_model(), wrap))
+    assert caught.value.hint.startswith("the tensors are there under model.layers.")
+    assert f".{wrapper}..., as a wrapper" in caught.value.hint
 
 
 def test_an_adapter_that_was_not_merged_is_recognized(random_model: Make) -> None:

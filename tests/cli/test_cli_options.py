@@ -26,10 +26,10 @@ DOCS = Path(__file__).parents[2] / "docs"
 OPTIONS = {
     "quantize": "--strict --follow-links "
     "--output -o --bits --group-size --format --gguf-type --split-size --asymmetric --symmetric --fold "
-    "--no-fold --rotate --pad-for-tp --save-imatrix --target-size --bpw --fit --context -c --engine --recipe "
-    "--sensitivity --save-recipe --calibration --num-samples -n --builtin-share --sequence-length --seed --eval-text "
-    "--eval-samples --method --damp-percent --error-correction --error-correction-share --sink-weight --device --dtype "
-    "--compute-dtype --calibration-dtype --dry-run --ranks --network --resume --json",
+    "--no-fold --rotate --no-rotate --pad-for-tp --save-imatrix --target-size --bpw --fit --context -c --engine "
+    "--recipe --sensitivity --save-recipe --calibration --num-samples -n --builtin-share --sequence-length --seed "
+    "--eval-text --eval-samples --method --damp-percent --error-correction --error-correction-share --sink-weight "
+    "--device --dtype --compute-dtype --calibration-dtype --dry-run --ranks --network --resume --json",
     "eval": "--strict --follow-links --save-reference-logits "
     "--reference --text --num-samples -n --sequence-length --max-kl --max-ppl-increase --device "
     "--compute-dtype --json",

@@ -19,7 +19,7 @@ from qwenq.checkpoint.reader import open_checkpoint
 from qwenq.errors import CheckpointError
 from qwenq.model.layer import model_config
 from qwenq.model.metadata import config_of_metadata, gguf_names, metadata_of_config, open_gguf, rope_factors
-from qwenq.model.spec import family_configs, spec_from_config
+from qwenq.model.spec import family_configs, spec_from_config, spelled_twice
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "vocab_size": 40, "max_position_embeddings": 128}  # fmt: skip
@@ -157,6 +157,40 @@ def test_factors_of_llama_3_are_transformers(tmp_path: Path) -> None:
     file.data = file.data[:size] + np.array([*factors[:-1], 31.0], np.float32).tobytes()
     with pytest.raises(CheckpointError, match=r"other factors than Llama 3\.1's"):
         open_checkpoint(file.write(tmp_path / "m.gguf"))
+
+
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256}
+
+
+LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "default"}, YARN, LLAMA3])
+def test_the_spelling_of_transformers_5_and_that_of_4_beside_it(rope: dict[str, Any], tiny: Path) -> None:
+    """Version 4 takes a base of 10000, in silence, where it finds none under its own name."""
+    config = json.loads((tiny / "config.json").read_text())
+    del config["rope_theta"]
+    spec = spec_from_config(config | {"rope_parameters": rope | {"rope_theta": 5e5}})
+    written = spelled_twice(config | {"rope_parameters": rope | {"rope_theta": 5e5}})
+    old = {key: written.get(key) for key in ("rope_theta", "rope_scaling")}
+    assert old == {"rope_theta": 5e5, "rope_scaling": None if rope["rope_type"] == "default" else rope}
+    assert spec_from_config(written) == spec
+    for each in (written, config | old):  # as version 5 reads both, and the old one alone
+        assert model_config(each, spec).rope_parameters == rope | {"rope_theta": 5e5}
+        assert metadata_of_config(spec, each)["qwen2.rope.freq_base"] == 5e5
+    assert spelled_twice(config) == config
+
+
+def test_spellings_that_contradict_each_other_are_refused(tiny: Path) -> None:
+    """YaRN added as Qwen's cards say, to a config.json that transformers 5 saved: read with a base of 10000 there.
+    """
+    config = json.loads((tiny / "config.json").read_text())
+    del config["rope_theta"]
+    config |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_scaling": {**YARN, "type": "yarn"}}
+    with pytest.raises(CheckpointError, match="rope_type is 'yarn' by rope_scaling and 'default' by rope_parameters"):
+        spec_from_config(config)
+    with pytest.raises(CheckpointError, match=r"rope_theta is 10000\.0 by .* and 1000000\.0 by rope_par"):
+        spec_from_config(config | {"rope_parameters": {**YARN, "rope_theta": 1e6}})
 
 
 def test_yarn(tmp_path: Path, tiny: Path) -> None:

@@ -177,6 +177,21 @@ def test_the_hubs_cache_knows_the_name(tmp_path: Path) -> None:
     assert "org/tiny: " in run("serve", tiny, "--dry-run").stdout
 
 
+def test_engines_that_do_not_read_it_are_not_shown(tmp_path: Path) -> None:
+    """vLLM has no zero points in GPTQ."""
+    for recipe, read in ((Recipe(Scheme(4, 64)), True), (Recipe(Scheme(4, 64, sym=False)), False),
+                         (Recipe(Scheme(4, 64, sym=False), format="awq"), True)):  # fmt: skip
+        body = card(manifest(), tmp_path, recipe)[1]
+        assert ("vllm serve . " in body) is read and "qwenq run . " in body
+        assert ("qwenq (vLLM does not read it: asymmetric):" in body) is not read
+
+
+def test_a_directory_is_no_base_model(tmp_path: Path) -> None:
+    """The hub would look for a model of that name."""
+    for name in ("merged", "Qwen2.5-7B-Instruct"):
+        assert "base_model" not in card(changed(manifest(), "job.model", name), tmp_path)[0]
+
+
 def test_a_job_writes_its_card_and_hashes_it(random_model: Callable[..., Path], tmp_path: Path) -> None:
     source = random_model("My: model")
     (source / "README.md").write_text("---\nlicense: mit\n---\n")

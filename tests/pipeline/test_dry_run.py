@@ -92,8 +92,11 @@ def test_what_it_assumes_in_words() -> None:
     assert result.exit_code == 0, result.output
     assert (
         "assumed: about 64 calibration windows of 512 tokens of builtin in bfloat16; error correction "
-        "of o and down from 64 of them; 20 evaluation windows in bfloat16; on cuda:0\n" in result.stdout
+        "of o and down from 64 of them; 20 evaluation windows in bfloat16; massive activations, so rotated hidden "
+        "states; on cuda:0\n" in result.stdout
     )
+    asked = run("quantize", "Qwen2.5-7B", "--dry-run", "--device", "cuda:0", "--bits", 8, "--rotate")
+    assert "windows in bfloat16; rotated hidden states; on cuda:0\n" in asked.stdout
     assert re.search(r"peak memory, predicted +│ +\d", result.stdout) and "(on GPU)" not in result.stdout
     assert re.search(r"peak memory of a GPU, predicted +│ +\d", result.stdout)
     assert re.search(r"additional download of the source +│ +15\.23 GB", result.stdout)

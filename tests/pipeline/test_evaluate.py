@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import rewrite, small_job
+from test_gguf_output import gguf_job
 
 from qwenq.checkpoint.reader import open_checkpoint
 from qwenq.errors import CalibrationError, CheckpointError, HonestNo, JobError, QwenqError
@@ -101,8 +102,8 @@ def test_what_may_not_differ(random_model: Make, edit_json: Callable[..., Any]) 
     assert "differ in num_hidden_layers: 2 and 3" in refusal(random_model("b", num_hidden_layers=2), a)
     assert "differ in model_type: llama and qwen2" in refusal(random_model("c", "llama"), a)
     rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
-    assert "differ in rotary parameters" in refusal(random_model("e", rope_parameters=rope), a)
-    assert refusal(random_model("g", rms_norm_eps=1e-5), a).endswith("g and " + f"{a} differ in rms_norm_eps")
+    assert "differ in rope_type: 'yarn' and 'default'" in refusal(random_model("e", rope_parameters=rope), a)
+    assert refusal(random_model("g", rms_norm_eps=1e-5), a).endswith(f"{a} differ in rms_norm_eps: 1e-05 and 1e-06")
     left_out = random_model("h", rms_norm_eps=1e-6)
     edit_json(left_out / "config.json", rms_norm_eps=None)
     evaluate(open_checkpoint(left_out), open_checkpoint(a), windows())
@@ -112,6 +113,30 @@ def test_what_may_not_differ(random_model: Make, edit_json: Callable[..., Any]) 
     assert "have different tokenizers" in refusal(other, a)
     (other / "tokenizer.json").write_text(json.dumps(json.loads(text)))  # the same, written differently
     evaluate(open_checkpoint(other), open_checkpoint(a), windows())
+
+
+def test_constants_may_be_spelled_otherwise(random_model: Make, edit_json: Callable[..., Any], tmp_path: Path) -> None:
+    """YaRN as Qwen's cards have it (`type`), in full, and as a GGUF file has it."""
+    yarn = {"factor": 2.0, "original_max_position_embeddings": 128}
+    source, other = random_model("a"), random_model("b")
+    edit_json(source / "config.json", rope_parameters=None, rope_theta=1e6, rope_scaling={"type": "yarn", **yarn})
+    full = {"rope_type": "yarn", "rope_theta": 1e6, "beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": None}
+    edit_json(other / "config.json", rope_parameters=full | yarn)
+    quantize(gguf_job(source, tmp_path / "out", "Q8_0"))
+    for checkpoint in (other, tmp_path / "out" / "a-Q8_0.gguf"):
+        drift = evaluate(open_checkpoint(checkpoint), open_checkpoint(source), windows())
+        assert drift.kl.mean < 1e-3
+    edit_json(other / "config.json", rope_parameters=full | yarn | {"beta_fast": 16.0})
+    assert "differ in beta_fast: 16.0 and None" in refusal(other, source)
+
+
+def test_a_mistral_as_gguf_is_compared_with_its_source(random_model: Make, tmp_path: Path) -> None:
+    """llama.cpp calls both families llama, so the file is read as a Llama."""
+    source = random_model("m", "mistral", sliding_window=None)
+    quantize(gguf_job(source, tmp_path / "out", "Q8_0"))
+    made, original = open_checkpoint(tmp_path / "out" / "m-Q8_0.gguf"), open_checkpoint(source)
+    assert (made.spec.model_type, original.spec.model_type) == ("llama", "mistral")
+    assert 0 < evaluate(made, original, windows()).kl.mean < 1e-3
 
 
 def test_bad_numbers_are_named(random_model: Make) -> None:

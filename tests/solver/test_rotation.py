@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import qwenq.pipeline.prepare
 import qwenq.pipeline.quantize
 from qwenq.checkpoint.reader import open_checkpoint
 from qwenq.solver.rotation import Rotation
-from tests.conftest import DATA, answer, run
+from tests.conftest import DATA, all_tensors, answer, rewrite, run, text_windows
 
 Make = Callable[..., Path]
 
@@ -40,6 +43,8 @@ def test_many_vectors_are_turned_like_each_alone() -> None:
     turned = Rotation(96).turned(x)
     assert torch.allclose(turned[1, 1400], Rotation(96).turned(x[1, 1400]), atol=1e-6)
     assert torch.allclose(turned.norm(dim=-1), x.norm(dim=-1), rtol=1e-5)
+    columns = Rotation(96).turned_columns(x.flatten(0, 1).T)
+    assert columns.is_contiguous() and torch.allclose(columns.T, turned.flatten(0, 1), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -158,3 +163,82 @@ def test_a_job_is_not_resumed_with_or_without_it(tiny: Path, tmp_path: Path, mon
     result = run(*ask, "--resume")
     assert result.exit_code == 1 and "rotate" in result.stderr, result.stderr
     assert run(*ask, "--resume", "--rotate").exit_code == 0
+
+
+@pytest.fixture
+def massive(model: Path, calib: Path, tmp_path: Path) -> tuple[Path, list[object]]:
+    """The trained model with massive activations at one token, and options of a small job on windows that begin so."""
+    windows = text_windows(calib, model, 64).ids[:8]
+    rare = int(windows.flatten().bincount(minlength=1024).argmin())  # in none of them
+    windows[:, 0] = rare
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:  # one channel, which no linear sees
+        tensors["model.embed_tokens.weight"][rare, 5] = 5000
+        for name, tensor in tensors.items():
+            if name.endswith("layernorm.weight"):
+                tensor[5] = 0
+
+    rewrite(model, change)
+    np.save(tmp_path / "calibration.npy", windows.numpy())
+    return model, ["--calibration", tmp_path / "calibration.npy", "--eval-text", DATA / "heldout.txt",
+                   "--sequence-length", 64, "--eval-samples", 2, "--group-size", 32]  # fmt: skip
+
+
+def options_of(out: Path) -> dict[str, object]:
+    found: dict[str, object] = json.loads((out / "qwenq-manifest.json").read_text())["job"]["options"]
+    return found
+
+
+def test_massive_activations_are_rotated_away_unless_told_otherwise(
+    massive: tuple[Path, list[object]], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, job = massive
+    out, asked, begun = tmp_path / "out", tmp_path / "asked", tmp_path / "begun"
+    made = run("quantize", source, "-o", out, *job)
+    assert made.exit_code == 0 and re.search(
+        r"massive activations after layer 1 \(\d[\d,]* times the median token's mean square\): rotating the hidden",
+        made.stderr.replace("\n", " "),
+    ), made.stderr
+    assert options_of(out)["rotate"] is True
+    asked_for = run("quantize", source, "-o", asked, *job, "--rotate")
+    assert asked_for.exit_code == 0 and "massive" not in asked_for.stderr
+    named, chosen = all_tensors(asked), all_tensors(out)
+    assert named.keys() == chosen.keys() and all(torch.equal(named[name], chosen[name]) for name in named)
+    plain = run("quantize", tiny, "-o", tmp_path / "plain", *job)
+    assert plain.exit_code == 0 and "massive" not in plain.stderr and options_of(tmp_path / "plain")["rotate"] is False
+    dry = answer("quantize", source, "-o", tmp_path / "dry", *job, "--dry-run")
+    assert dry["assumed"]["rotated"] is None
+    assert dry["peak_ram_bytes"] == answer("quantize", source, *job, "--dry-run", "--rotate")["peak_ram_bytes"]
+    with monkeypatch.context() as patch:
+        patch.setattr(qwenq.pipeline.quantize._Run, "_drift", interrupted)
+        assert run("quantize", source, "-o", begun, *job).exit_code == 130
+    with monkeypatch.context() as patch:  # the journal knows
+        patch.setattr(qwenq.pipeline.prepare, "find_massive", interrupted)
+        assert run("quantize", source, "-o", begun, *job, "--resume").exit_code == 0
+    assert all(torch.equal(tensor, chosen[name]) for name, tensor in all_tensors(begun).items())
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        ["--no-rotate"], ["--no-fold"], ["--bits", 8], ["--save-imatrix", "i.gguf"], ["--format", "gguf"],
+        ["--bpw", 6],
+    ],
+    ids=lambda kept: str(kept[0]).strip("-"),
+)  # fmt: skip
+def test_it_is_left_to_the_user_where_it_was_not_measured(
+    kept: list[object], massive: tuple[Path, list[object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, job = massive
+    monkeypatch.chdir(tmp_path)
+    job = job[:-2] if kept[0] in ("--format", "--bpw") else job
+    made = run("quantize", source, "-o", tmp_path / "out", *job, *kept)
+    assert made.exit_code == 0 and "massive" not in made.stderr, made.stderr
+    assert options_of(tmp_path / "out")["rotate"] is False
+    assert answer("quantize", source, *job, *kept, "--dry-run")["assumed"]["rotated"] is False
+
+
+def test_a_tied_head_is_never_rotated(random_model: Make) -> None:
+    ask = ["--sequence-length", 64, "--group-size", 32, "--dry-run"]
+    made = answer("quantize", random_model(tie_word_embeddings=True), *ask)
+    assert made["assumed"]["rotated"] is False

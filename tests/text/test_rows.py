@@ -62,6 +62,11 @@ READ: list[tuple[str, Any, Document]] = [
     ("prompt and completion of messages", {"prompt": [USER], "completion": [YES]}, chat(USER, YES)),
     ("prompt and response", {"prompt": "Hi", "response": "Yes?"}, chat(USER, YES)),
     ("question and answer", {"question": "Hi", "answer": "Yes?"}, chat(USER, YES)),
+    ("SQuAD, flattened", {"question": "Sort", "context": "3 1", "answer": "1 3"},
+     chat({"role": "user", "content": "Sort\n\n3 1"}, {"role": "assistant", "content": "1 3"})),
+    ("messages as their JSON", {"messages": json.dumps([USER, YES])}, chat(USER, YES)),
+    ("ShareGPT as its JSON", {"conversations": json.dumps(SPEAK), "text": "x"}, chat(USER, YES)),
+    ("text in brackets", {"conversation": "[INST] Hi [/INST]", "text": "abc"}, Document("abc")),
     ("OpenOrca", {"system_prompt": "Be brief.", "question": "Hi", "response": "Yes?"}, chat(SYSTEM, USER, YES)),
     ("UltraFeedback", {"prompt": "Hi", "messages": [USER, YES], "chosen": [USER, YES], "rejected": [USER, USER]},
      chat(USER, YES)),
@@ -227,6 +232,13 @@ def test_files_that_are_none(name: str, content: bytes, message: str, load: Any,
     with pytest.raises(CalibrationError) as caught:
         load(tmp_path / name)
     assert message in caught.value.message and caught.value.message.isprintable()
+
+
+def test_an_array_on_one_line_of_jsonl_is_called_one(load: Any, tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text(json.dumps(ROWS))
+    with pytest.raises(CalibrationError, match=r"line 1: neither `text` nor `messages` in it$") as caught:
+        load(tmp_path / "x.jsonl")
+    assert caught.value.hint == "an array goes into a .json file"
 
 
 def test_one_bad_row_in_many_is_left_out_and_counted(load: Any, tmp_path: Path) -> None:

@@ -209,6 +209,32 @@ def test_tokens_that_look_special_are_control_tokens(text: str, type_: int, mode
     assert found["tokenizer.ggml.tokens"][1024] == text and found["tokenizer.ggml.token_type"][1024] == type_
 
 
+def test_tokens_that_tokenizer_config_alone_has(model: Path, edit_json: Any) -> None:
+    """Those that training added, beside the base model's tokenizer.json: transformers reads them."""
+    settings = model / "tokenizer_config.json"
+    listed = json.loads(settings.read_text())["added_tokens_decoder"]
+    more = {"1024": ("<tool>", True), "1025": ("<think>", False), "1023": ("<|im_end|>", True), "7": ("'", True)}
+    listed |= {number: {"content": text, "special": special} for number, (text, special) in more.items()}
+    edit_json(settings, added_tokens_decoder=listed, additional_special_tokens=["<tool>"])
+    theirs = PreTrainedTokenizerFast.from_pretrained(str(model))
+    found = metadata_of_tokenizer(model, 1030)
+    for text, type_ in (("<tool>", 3), ("<think>", 4), ("<|im_end|>", 3), ("'", 3)):
+        number = theirs.convert_tokens_to_ids(text)
+        assert found["tokenizer.ggml.tokens"][number] == text and found["tokenizer.ggml.token_type"][number] == type_
+    again = Tokenizer.from_str(json.dumps(vocabulary_of_metadata(found, "x").document))
+    for text in ("a<tool>b <think>", "it's"):
+        assert again.encode(text).ids == theirs.encode(text, add_special_tokens=False)
+    for changes, words in (
+        ({"added_tokens_decoder": listed | {"1029": {"content": "<x>"}}}, "no token '<x>', which .* has as 1029"),
+        ({"additional_special_tokens": ["<y>"]}, "no token '<y>', which tokenizer_config.json has"),
+        ({"extra_special_tokens": {"image_token": {"content": "<z>"}}}, "no token '<z>'"),
+    ):
+        edit_json(settings, added_tokens_decoder=listed, additional_special_tokens=None, extra_special_tokens=None)
+        edit_json(settings, **changes)
+        with pytest.raises(CheckpointError, match=words):
+            metadata_of_tokenizer(model, 1030)
+
+
 def templates_of(directory: Path) -> dict[str, Any]:
     """Those in the metadata, as llama.cpp looks for them: by "default" the one without a name."""
     metadata = metadata_of_tokenizer(directory, 1024)
