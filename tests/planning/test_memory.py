@@ -254,7 +254,10 @@ def test_parse_environment() -> None:
         (lambda: get_engine("tgi"), "unknown engine 'tgi'"),
         (lambda: get_engine("vllm", "new"), "not a version"),
         (lambda: published_weights(B72, "Q3"), "unknown quantization 'Q3'"),
-        (lambda: estimate(Case(B72, INT4, get_engine("vllm"), Workload(1, kv_dtype="q8_0"))), "vllm is not planned with a 'q8_0'"),
+        (
+            lambda: estimate(Case(B72, INT4, get_engine("vllm"), Workload(1, kv_dtype="q8_0"))),
+            "vllm is not planned with a 'q8_0'",
+        ),
     ],
 )
 def test_bad_questions(make: object, message: str) -> None:
