@@ -199,7 +199,7 @@ def _rotates(
         layer, ratio = massive
         listen(
             f"massive activations after layer {layer} ({ratio:,.0f} times the median token's mean square): rotating "
-            "the hidden states (--no-rotate leaves them; --no-fold leaves norms too, so that adapters of the original fit)"
+            "the hidden states (--no-rotate leaves them; --no-fold the norms too, so that adapters of the original fit)"
         )
     return massive is not None
 
