@@ -289,12 +289,13 @@ class QuantizeConfig:
     def may_rotate(self, spec: ModelSpec) -> bool:
         """Whether the model is rotated, unless told otherwise, where massive activations are found in it.
 
-        Not where that was not measured (more bits, mixtures, GGUF) or would cost something: a tied head, an adapter or
-        an importance matrix of the original.
+        Not where that was not measured (more bits, zero points, mixtures, GGUF) or would cost something: a tied head,
+        an adapter or an importance matrix of the original.
         """
         if self.solver != "gptq" or self.mixed or get_format(self.format).mixtures or spec.tie_word_embeddings:
             return False
-        return self.fold and self.save_imatrix is None and self.scheme().bits <= ROTATED_BITS
+        scheme = self.scheme()
+        return self.fold and self.save_imatrix is None and scheme.sym and scheme.bits <= ROTATED_BITS
 
     @property
     def mixed(self) -> bool:

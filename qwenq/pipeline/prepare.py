@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from qwenq.checkpoint.manifest import JOURNAL_NAME
@@ -29,6 +30,7 @@ from qwenq.pipeline.container import containers
 from qwenq.pipeline.fisher import measure_sensitivity, split_windows
 from qwenq.pipeline.job import DTYPES, QuantizeJob, partial_directory, windows_of
 from qwenq.pipeline.journal import Journal
+from qwenq.pipeline.monitor import memory_errors
 from qwenq.pipeline.quantize import check_output, check_places
 from qwenq.pipeline.ranks import ALONE, Ranks
 from qwenq.pipeline.shares import refuse_few
@@ -149,7 +151,7 @@ def prepare(
 ) -> Preparation:
     """Open the model at `directory`, choose what the configuration leaves open and read the texts.
 
-    listen: gets a line where the model is rotated without being told to. Raises QwenqError for a model, a text or a
+    listen: gets a line on what decides whether the model is rotated. Raises QwenqError for a model, a text or a
     combination that cannot be used, and where ranks have different ones.
     """
     source = open_source(directory)
@@ -192,9 +194,11 @@ def _rotates(
     if begun is not None and (begun / JOURNAL_NAME).exists():
         options = Journal.load(begun).job.get("options")
         return isinstance(options, dict) and options.get("rotate") is True
+    listen("looking for massive activations in the first third of the layers")
     device = config.device.split(",")[0]
-    network = Network(source.config, source.spec, dtype=DTYPES[config.calibration_dtype], device=device)
-    massive = find_massive(source, network, ids_NT)
+    with memory_errors("looking for massive activations", torch.device(device), None, "--no-rotate needs no look"):
+        network = Network(source.config, source.spec, dtype=DTYPES[config.calibration_dtype], device=device)
+        massive = find_massive(source, network, ids_NT)
     if massive is not None:
         layer, ratio = massive
         listen(

@@ -205,13 +205,23 @@ def test_massive_activations_are_rotated_away_unless_told_otherwise(
     named, chosen = all_tensors(asked), all_tensors(out)
     assert named.keys() == chosen.keys() and all(torch.equal(named[name], chosen[name]) for name in named)
     plain = run("quantize", tiny, "-o", tmp_path / "plain", *job)
-    assert plain.exit_code == 0 and "massive" not in plain.stderr and options_of(tmp_path / "plain")["rotate"] is False
+    assert plain.exit_code == 0 and "looking for massive activations" in plain.stderr
+    assert "rotating" not in plain.stderr and options_of(tmp_path / "plain")["rotate"] is False
     dry = answer("quantize", source, "-o", tmp_path / "dry", *job, "--dry-run")
     assert dry["assumed"]["rotated"] is None
     assert dry["peak_ram_bytes"] == answer("quantize", source, *job, "--dry-run", "--rotate")["peak_ram_bytes"]
     with monkeypatch.context() as patch:
         patch.setattr(qwenq.pipeline.quantize._Run, "_drift", interrupted)
         assert run("quantize", source, "-o", begun, *job).exit_code == 130
+
+    def exhausted(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(qwenq.pipeline.prepare, "find_massive", exhausted)
+        small = run("quantize", source, "-o", tmp_path / "small", *job)
+    said = "error: CPU: out of memory while looking for massive activations: "
+    assert small.exit_code == 1 and said in small.stderr and "hint: --no-rotate" in small.stderr, small.stderr
     with monkeypatch.context() as patch:  # the journal knows
         patch.setattr(qwenq.pipeline.prepare, "find_massive", interrupted)
         assert run("quantize", source, "-o", begun, *job, "--resume").exit_code == 0
@@ -222,16 +232,16 @@ def test_massive_activations_are_rotated_away_unless_told_otherwise(
     "kept",
     [
         ["--no-rotate"], ["--no-fold"], ["--bits", 8], ["--save-imatrix", "i.gguf"], ["--format", "gguf"],
-        ["--bpw", 6],
+        ["--bpw", 6], ["--format", "awq"], ["--format", "compressed-tensors", "--asymmetric"],
     ],
-    ids=lambda kept: str(kept[0]).strip("-"),
+    ids=lambda kept: " ".join(map(str, kept)).strip("-"),
 )  # fmt: skip
 def test_it_is_left_to_the_user_where_it_was_not_measured(
     kept: list[object], massive: tuple[Path, list[object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, job = massive
     monkeypatch.chdir(tmp_path)
-    job = job[:-2] if kept[0] in ("--format", "--bpw") else job
+    job = job[:-2] if kept[0] == "--bpw" or "gguf" in kept else job
     made = run("quantize", source, "-o", tmp_path / "out", *job, *kept)
     assert made.exit_code == 0 and "massive" not in made.stderr, made.stderr
     assert options_of(tmp_path / "out")["rotate"] is False
