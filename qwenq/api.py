@@ -254,14 +254,15 @@ def evaluate(
     """KL divergence, perplexity and top-1 agreement of a checkpoint against another, both streamed layer by layer.
 
     model, reference: directories, GGUF files or hub names, 16-bit or quantized. progress: gets the layers done and
-    their number. save_reference_logits: a file to write for `llama-perplexity --kl-divergence`, about 300 kB a position
-    of a Qwen2.5. warn: gets a line for each thing that is read otherwise than a config.json says, or left out of a
-    text. KL in nats per token, with 95 % confidence intervals. ranks: this process among those that evaluate together
-    (`qwenq.pipeline.ranks.joined`). Hidden states of more than 6 GiB lie in the current directory meanwhile, in files
-    without a name. Raises CheckpointError where the two cannot be compared.
+    their number. save_reference_logits: a file to write for `llama-perplexity --kl-divergence`, about 300 kB a
+    position of a Qwen2.5. warn: gets a line for each thing that is read otherwise than a config.json says or left
+    out of a text, and where the model's own tokenizer makes other tokens of that. KL in nats per token, with 95 %
+    confidence intervals. ranks: this process among those that evaluate together (`qwenq.pipeline.ranks.joined`).
+    Hidden states of more than 6 GiB lie in the current directory meanwhile, in files without a name. Raises
+    CheckpointError where the two cannot be compared.
     """
     from qwenq.checkpoint.reader import open_checkpoint
-    from qwenq.pipeline.evaluate import check_comparable
+    from qwenq.pipeline.evaluate import check_comparable, split_otherwise
     from qwenq.pipeline.evaluate import evaluate as run
     from qwenq.pipeline.job import DTYPES
     from qwenq.pipeline.ranks import ALONE
@@ -282,8 +283,8 @@ def evaluate(
         count=config.num_samples, seed=None, up_to=DEFAULT_EVALUATION_WINDOWS,
         strict=config.strict,
     )  # fmt: skip
-    if windows.left_out:
-        warn(windows.left_out)
+    for line in filter(None, (windows.left_out, split_otherwise(checkpoint, base, windows))):
+        warn(line)
     ranks = ranks or ALONE
     full = base.quantized is None and saved is None  # what is far smaller or is read elsewhere has to be exact
     bits = checkpoint.recipe.uniform_bits(checkpoint.spec) if full else math.inf
@@ -628,7 +629,7 @@ class Sampling(TypedDict, total=False):
     """Sampling settings; anything not given comes from the checkpoint's generation_config.json."""
 
     max_new_tokens: int
-    temperature: float  # 0: always the likeliest token
+    temperature: float  # 0: always the likeliest token; where neither says, 1 with top_p or top_k, else 0
     top_p: float
     top_k: int
     repetition_penalty: float

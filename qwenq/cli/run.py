@@ -54,7 +54,11 @@ MaxNewTokens = Annotated[
 ]
 Temperature = Annotated[
     float | None,
-    option(ANSWER, "--temperature", help="0: always the likeliest token. Default: the model's own."),
+    option(
+        ANSWER,
+        "--temperature",
+        help="0: always the likeliest token. Default: the model's; else 0, or 1 with --top-p or --top-k.",
+    ),
 ]
 EngineName = Annotated[str, option(ENGINE, "--engine", help="qwenq; or gptqmodel, vllm or llama.cpp if installed.")]
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from qwenq.errors import CheckpointError
 from qwenq.escaping import printable, shown
-from qwenq.io.gguf import GGUFFile, split_stem
+from qwenq.io.gguf import GGUFFile, Number, split_stem
 from qwenq.io.safetensors import TensorLocation
 from qwenq.model.architectures import ARCHITECTURES, Architecture, GGUFNames
 from qwenq.model.spec import ModelSpec, rotary_parameters, spec_from_config
@@ -41,6 +41,13 @@ _HARMLESS = {
     "rope.scaling.yarn_beta_fast": (32.0,), "rope.scaling.yarn_beta_slow": (1.0,),
     "rope.scaling.yarn_log_multiplier": (0.0,),
 }  # fmt: skip
+
+GENERATION_NAME = "generation_config.json"
+# Its settings, and what llama.cpp's programs take for their defaults.
+_SAMPLING = {
+    "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "temperature": "temp", "repetition_penalty": "penalty_repeat",
+}  # fmt: skip
+_TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding"}
 
 
 @dataclass(frozen=True)
@@ -271,11 +278,41 @@ def config_of_metadata(
     for linear in entry.linears:
         if isinstance(linear.bias, str):
             config[linear.bias] = f"blk.0.{names.modules[linear.path]}.bias" in shapes
-    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+    for ours, theirs in _TOKENS.items():
         token = metadata.get(f"tokenizer.ggml.{theirs}_token_id")
         if type(token) is int:
             config[ours + "_token_id"] = token
     return config
+
+
+# ---------------------------------------------------------------------- generation_config.json
+
+
+def metadata_of_generation(settings: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
+    """llama.cpp's keys for how a model's publisher samples; CheckpointError for what is no number."""
+    for ours, theirs in _SAMPLING.items():
+        value = settings.get(ours)
+        if value is None:
+            continue
+        value = 0 if ours == "top_k" and value == -1 else value  # vLLM's word for all
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1 << 31:
+            raise CheckpointError(f"{where}: {ours} is {shown(repr(value), 40)}, wanted a number from 0 on")
+        number = Number("i32", int(value)) if ours == "top_k" else Number("f32", float(value))
+        yield f"general.sampling.{theirs}", number
+
+
+def generation_of_metadata(metadata: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The equivalent generation_config.json; empty where the file says nothing of sampling.
+
+    config: as `config_of_metadata` gives it. It has the tokens: transformers takes them from there only where there is
+    no generation_config.json.
+    """
+    found = {ours: metadata.get(f"general.sampling.{theirs}") for ours, theirs in _SAMPLING.items()}
+    settings = {key: _shortest(v) if isinstance(v, float) else v for key, v in found.items() if v is not None}
+    if not settings:
+        return {}
+    tokens = {key: config[key] for name in _TOKENS if (key := f"{name}_token_id") in config}
+    return tokens | {"do_sample": settings.keys() != {"repetition_penalty"}} | settings
 
 
 def _architecture(metadata: Mapping[str, Any], where: str) -> Architecture:

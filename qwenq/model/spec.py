@@ -230,10 +230,13 @@ def rotary_parameters(config: Mapping[str, Any], where: str = "config.json") -> 
 
 
 def spelled_twice(config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json with the rotary parameters in transformers 4's spelling too, where only 5's is there.
+    """config.json with the rotary parameters and the dtype in transformers 4's spelling too, where only 5's is there.
 
-    Engines that know transformers 4 alone find no `rope_theta` otherwise, and take 10000 in silence.
+    Engines that know transformers 4 alone find no `rope_theta` otherwise, and take 10000 in silence; or no
+    `torch_dtype`, and compute in float32 or float16, in which Qwen2.5's activations overflow.
     """
+    if config.get("dtype") is not None:
+        config = {**config, "torch_dtype": config.get("torch_dtype") or config["dtype"]}
     if not config.get("rope_parameters"):
         return dict(config)
     rope = rotary_parameters(config)

@@ -276,6 +276,8 @@ class QuantizeConfig:
         given: names of options that were, whatever their value; others were where they are not as by default.
         """
         if self.solver != "rtn":
+            if self.error_correction == 0 and "error_correction_share" in given:
+                raise UsageError("--error-correction-share is of what --error-correction 0 turns off")
             return
         plain = self.mixture in get_format(self.format).unquantized
         none = f"{self.mixture} needs none" if plain else "rounding to nearest reads none"

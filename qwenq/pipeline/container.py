@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenq.checkpoint.shards import NOTHING, Beside
-from qwenq.errors import CheckpointError
 from qwenq.formats.base import Recipe, get_format
-from qwenq.io.gguf import Number
 from qwenq.io.json import inside, read_object, shown
-from qwenq.model.metadata import ROPE_FACTORS, metadata_of_config, rope_factors
+from qwenq.model.metadata import (
+    GENERATION_NAME,
+    ROPE_FACTORS,
+    metadata_of_config,
+    metadata_of_generation,
+    rope_factors,
+)
 from qwenq.model.spec import ModelSpec
 from qwenq.pipeline.card import HUB_NAME, source_license
 from qwenq.pipeline.config import QuantizeConfig
@@ -21,10 +25,6 @@ from qwenq.units import parse_size
 
 if TYPE_CHECKING:
     from qwenq.checkpoint.reader import Checkpoint
-
-_SAMPLING = {  # of generation_config.json, and what llama.cpp's programs take for their defaults
-    "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "temperature": "temp", "repetition_penalty": "penalty_repeat",
-}  # fmt: skip
 
 
 def container_of(
@@ -72,7 +72,9 @@ def _origin(spec: ModelSpec, directory: Path | None) -> Iterator[tuple[str, Any]
     yield "general.size_label", size_label(spec.parameters)
     yield "general.quantized_by", "qwenq"
     if directory is not None:
-        yield from _sampling(directory)
+        path = inside(directory, GENERATION_NAME)
+        settings = read_object(path) if path.is_file() else {}
+        yield from metadata_of_generation(settings, shown(str(path)))
         for key, value in source_license(directory).items():
             yield f"general.{key.replace('_', '.')}", value
     if hub := HUB_NAME.fullmatch(spec.name):
@@ -91,17 +93,3 @@ def size_label(parameters: int) -> str:
     scaled = parameters * factor
     digits = max(0, 2 - len(str(round(scaled)).lstrip("0")))
     return f"{scaled:.{digits}f}{suffix}"
-
-
-def _sampling(directory: Path) -> Iterator[tuple[str, Any]]:
-    """How the model's publisher samples; CheckpointError for what is no number."""
-    path = inside(directory, "generation_config.json")
-    settings = read_object(path) if path.is_file() else {}
-    for ours, theirs in _SAMPLING.items():
-        value = settings.get(ours)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1 << 31:
-            raise CheckpointError(f"{shown(str(path))}: {ours} is {shown(repr(value), 40)}, wanted a number from 0 on")
-        key = f"general.sampling.{theirs}"
-        yield key, Number("i32", int(value)) if theirs == "top_k" else Number("f32", float(value))

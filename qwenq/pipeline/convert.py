@@ -20,11 +20,13 @@ from qwenq.checkpoint.reader import Checkpoint
 from qwenq.checkpoint.shards import StoredFiles, stored_files
 from qwenq.errors import CheckpointError, JobError, PlanError, QwenqError
 from qwenq.formats.base import FORMATS, Recipe, Scheme, get_format, quantization_config
-from qwenq.io.durable import make_directory
+from qwenq.io.durable import make_directory, write_json
 from qwenq.io.fields import Fields
+from qwenq.io.gguf import GGUFFile, is_gguf
 from qwenq.io.safetensors import FLOAT_NAMES, FLOATS
 from qwenq.io.tensors import TORCH_DTYPES, all_finite
 from qwenq.machine import forget_peak_rss, free_disk, host_facts, peak_rss_bytes, versions
+from qwenq.model.metadata import GENERATION_NAME, generation_of_metadata
 from qwenq.model.spec import LinearSpec
 from qwenq.pipeline.card import CARD_NAME, model_card, rotated_too
 from qwenq.pipeline.container import container_of
@@ -124,7 +126,7 @@ def convert(source: Checkpoint, out: Path, format: str, *, listen: Callable[[int
             output = Output(work, out, recipe, config, files, copied)
             hashes |= output.copy_small_files(source.directory, read.hashes)
             if not files.whole:
-                hashes |= write_tokenizer(source.directory, work)
+                hashes |= write_tokenizer(source.directory, work) | _write_generation(source, work)
             read.refuse_replaced()
             hashes |= output.write_configs()
             described, card = _describe(source, recipe, read, made, files.model_file)
@@ -136,6 +138,14 @@ def convert(source: Checkpoint, out: Path, format: str, *, listen: Callable[[int
     finally:
         if os.path.lexists(work):
             shutil.rmtree(work)
+
+
+def _write_generation(source: Checkpoint, work: Path) -> dict[str, str]:
+    """Write what a GGUF file says of sampling as generation_config.json; its SHA-256. Nothing for another source."""
+    if not is_gguf(source.directory):
+        return {}
+    settings = generation_of_metadata(GGUFFile.open(source.directory).metadata, source.config)
+    return {GENERATION_NAME: write_json(work / GENERATION_NAME, settings)} if settings else {}
 
 
 def _write_parts(

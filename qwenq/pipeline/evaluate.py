@@ -26,6 +26,7 @@ from qwenq.pipeline.workers import Workers
 from qwenq.results import DriftReport
 from qwenq.solver.metrics import LogitComparison, Reading, TokenDrift, summarise
 from qwenq.text.tokens import ModelTokenizer, TokenWindows, check_windows
+from qwenq.units import counted
 
 
 @torch.inference_mode()
@@ -123,6 +124,23 @@ def check_comparable(checkpoint: Checkpoint, reference: Checkpoint) -> None:
             f"{checkpoint.directory} and {reference.directory} have different tokenizers",
             hint="drift can only be measured between models that read the same tokens",
         )
+
+
+def split_otherwise(checkpoint: Checkpoint, reference: Checkpoint, evaluation: TokenWindows) -> str:
+    """A line where the checkpoint's tokenizer makes other tokens of the text than the reference's, whose tokens both
+    models are given here; empty where it makes the same.
+    """
+    ours, theirs = (ModelTokenizer(each.directory) for each in (checkpoint, reference))
+    if ours.sha256 == theirs.sha256:
+        return ""
+    texts = ["".join(theirs.stream(ids)) for ids in evaluation.ids.tolist()]
+    others = sum(a != b for a, b in zip(ours.encode(texts), theirs.encode(texts), strict=True))
+    if not others:
+        return ""
+    return (
+        f"{checkpoint.directory}: its tokenizer splits the text otherwise than the reference's ({others} of "
+        f"{counted(len(texts), 'window')}); the figures are for the reference's tokens, in use it may lose more"
+    )
 
 
 def _constants(checkpoint: Checkpoint) -> dict[str, Any]:

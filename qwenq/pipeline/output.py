@@ -15,12 +15,13 @@ from qwenq.formats.base import Recipe, get_format
 from qwenq.io.durable import copy_synced, sync_directory, write_bytes, write_json
 from qwenq.io.json import MAX_SMALL_BYTES, TEMPLATES, check_regular, inside
 from qwenq.io.safetensors import INDEX_NAME
+from qwenq.model.metadata import GENERATION_NAME
 from qwenq.model.spec import spelled_twice
 from qwenq.pipeline.card import CARD_NAME
 from qwenq.text.tokens import TOKENIZER_FILES
 from qwenq.text.vocabulary import template_files
 
-_COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json", "LICENSE")
+_COPIED_FILES = (*TOKENIZER_FILES, GENERATION_NAME, "LICENSE")
 
 
 def copied_files(source: Path) -> tuple[str, ...]:

@@ -173,11 +173,13 @@ class Choice:
     text: str = ""
     calls: list[Call] = field(default_factory=list)
     drawn: list[Drawn] = field(default_factory=list)
+    drawn_characters: int = 0  # of their texts, some of which may be held back or cut off
 
     def add(self, piece: Piece) -> None:
         self.text += piece.text
         self.calls += [piece.call] if piece.call else []
         self.drawn += piece.drawn
+        self.drawn_characters += sum(len(each.token.text) for each in piece.drawn)
 
     @property
     def finish(self) -> str:
@@ -203,7 +205,7 @@ class Answer:
 
     def piece(self, index: int, piece: Piece, before: Choice) -> dict[str, Any]:
         """A piece that comes after `before`."""
-        logprobs = self._logprobs(piece.drawn, len(before.text)) if self.logprobs else None
+        logprobs = self._logprobs(piece.drawn, before.drawn_characters) if self.logprobs else None
         if not self.chat:
             return self._piece(index, {"text": piece.text}, logprobs)
         delta: dict[str, Any] = {"content": piece.text} if piece.text or not piece.call else {}

@@ -10,14 +10,15 @@ from typing import Any
 
 from qwenq.checkpoint.contents import read_config
 from qwenq.errors import CheckpointError, UsageError
+from qwenq.io.gguf import GGUFFile, is_gguf
 from qwenq.io.json import inside, read_object, shown
+from qwenq.model.metadata import GENERATION_NAME, generation_of_metadata
 from qwenq.runtime.generate import Sampling
 from qwenq.text.conversation import Message
 from qwenq.text.tokens import ModelTokenizer
 
-_GENERATION = "generation_config.json"
 _MOST = {"temperature": 1000, "top_p": 1, "top_k": 1 << 31, "min_p": 1, "repetition_penalty": 100}
-_DRAWS = ("temperature", "top_p", "top_k", "min_p")  # of no meaning unless `do_sample`
+_DRAWS = {"temperature": 0, "top_p": 1, "top_k": 0, "min_p": 0}  # of no meaning unless tokens are drawn; none: greedy
 # Settings of transformers' GenerationConfig that change an answer and are not done here, with what asks for nothing.
 _UNDONE: Mapping[str, tuple[Any, ...]] = {
     "no_repeat_ngram_size": (0,), "encoder_no_repeat_ngram_size": (0,), "bad_words_ids": ([],),
@@ -76,16 +77,21 @@ class Chat:
     def sampling(self, **asked: Any) -> Sampling:
         """The model's own generation_config.json, overridden by what is asked (None: not asked).
 
+        Tokens are drawn, with all that the file says of it, if it has `do_sample` or if what is asked means drawing; at
+        a temperature of 1 where none is named, as OpenAI, vLLM and transformers have it.
+
         UsageError for what is asked and cannot be, CheckpointError for what the file says so.
         """
         for key, unasked in _UNDONE.items():
             value = self._generation.get(key)
             if value is not None and value not in unasked:
                 raise CheckpointError(
-                    f"{self.directory / _GENERATION}: {key} is {shown(repr(value), 40)}, which is not supported",
+                    f"{self._settings_file}: {key} is {shown(repr(value), 40)}, which is not supported",
                     hint=f"remove {key} from it to sample without it",
                 )
-        draws = bool(self._generation.get("do_sample"))
+        asked = {key: value for key, value in asked.items() if value is not None}
+        drawn = any(asked.get(key, greedy) != greedy for key, greedy in _DRAWS.items())
+        draws = drawn or bool(self._generation.get("do_sample"))
         known = [key for key in _MOST if draws or key not in _DRAWS]
         settings: dict[str, Any] = {key: self._setting(key) for key in known if self._generation.get(key) is not None}
         if draws:
@@ -93,8 +99,8 @@ class Chat:
         try:
             Sampling(**settings)
         except UsageError as error:  # the file's own, not what was asked
-            raise CheckpointError(f"{self.directory / _GENERATION}: {error.message}", hint="fix it") from None
-        return Sampling(**settings | {key: value for key, value in asked.items() if value is not None})
+            raise CheckpointError(f"{self._settings_file}: {error.message}", hint="fix it") from None
+        return Sampling(**settings | asked)
 
     def stream(self, ids: Iterable[int], prompt: Sequence[int] = ()) -> Iterator[str]:
         """Text of token ids as soon as it is whole characters, special tokens left out, following `prompt`."""
@@ -102,7 +108,7 @@ class Chat:
 
     def _setting(self, key: str) -> int | float:
         """A number of generation_config.json, `top_k` as a whole one however it is written."""
-        value, path = self._generation[key], self.directory / _GENERATION
+        value, path = self._generation[key], self._settings_file
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise CheckpointError(f"{path}: {key} is {shown(repr(value))}, wanted a number", hint="fix it")
         if abs(value) > _MOST[key] or (key == "top_k" and value != int(value)):
@@ -121,5 +127,12 @@ class Chat:
 
     @cached_property
     def _generation(self) -> dict[str, Any]:
-        path = inside(self.directory, _GENERATION)
+        if is_gguf(self.directory):
+            return generation_of_metadata(GGUFFile.open(self.directory).metadata, read_config(self.directory))
+        path = inside(self.directory, GENERATION_NAME)
         return read_object(path) if path.is_file() else {}
+
+    @property
+    def _settings_file(self) -> Path:
+        """Where the model's own settings are."""
+        return self.directory if is_gguf(self.directory) else self.directory / GENERATION_NAME

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -75,6 +75,14 @@ class Order:
     one_call: bool
 
 
+class _StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None  # of OpenAI's: random characters beside the text
+    continuous_usage_stats: Literal[False] | None = None  # vLLM's
+
+
 class _Request(BaseModel):
     """Fields of both kinds of request."""
 
@@ -97,11 +105,11 @@ class _Request(BaseModel):
     min_tokens: int | None = Field(default=None, ge=0)
     n: int | None = Field(default=None, ge=1, le=MAX_ANSWERS)
     stream: bool | None = None
-    stream_options: dict[str, Any] | None = None
+    stream_options: _StreamOptions | None = None
 
     @property
     def wants_usage(self) -> bool:
-        return bool(self.stream_options and self.stream_options.get("include_usage"))
+        return bool(self.stream_options and self.stream_options.include_usage)
 
     @property
     def _stops(self) -> tuple[str, ...]:

@@ -93,19 +93,20 @@ def test_a_symmetric_grid_as_awq(random_model: Make, tmp_path: Path) -> None:
     assert any(bool((q.scales_OG < 0).any()) for q in found)
 
 
-def test_rotary_parameters_are_written_as_both_versions_of_transformers_read_them(
+def test_rotary_parameters_and_dtype_are_written_as_both_versions_of_transformers_read_them(
     random_model: Make, tmp_path: Path
 ) -> None:
     rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 64}  # fmt: skip
     source = random_model("model", "llama", rope_parameters=rope | {"rope_theta": 5e5}, num_hidden_layers=1)
     assert "rope_theta" not in json.loads((source / "config.json").read_text())
-    made = quantize(small_job(source, tmp_path / "a")).out
+    made = quantize(small_job(source, tmp_path / "a", dtype="bfloat16")).out
     convert(open_checkpoint(made), tmp_path / "b", "compressed-tensors")
     for out in ("a", "b"):
         config = json.loads((tmp_path / out / "config.json").read_text())
         assert (config["rope_theta"], config["rope_scaling"]) == (5e5, rope)
         assert config["rope_parameters"] == rope | {"rope_theta": 5e5}
+        assert (config["dtype"], config["torch_dtype"]) == ("bfloat16", "bfloat16")
 
 
 def test_the_manifest_says_what_it_was_made_from(random_model: Make, tmp_path: Path) -> None:

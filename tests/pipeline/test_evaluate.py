@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import rewrite, small_job
+from conftest import rewrite, small_job, text_windows
 from test_gguf_output import gguf_job
 
+import qwenq
 from qwenq.checkpoint.reader import open_checkpoint
 from qwenq.errors import CalibrationError, CheckpointError, HonestNo, JobError, QwenqError
-from qwenq.pipeline.evaluate import check_limits, evaluate
+from qwenq.pipeline.evaluate import check_limits, evaluate, split_otherwise
 from qwenq.pipeline.quantize import quantize
 from qwenq.results import DriftReport
 from qwenq.text.tokens import TokenWindows
@@ -113,6 +114,24 @@ def test_what_may_not_differ(random_model: Make, edit_json: Callable[..., Any]) 
     assert "have different tokenizers" in refusal(other, a)
     (other / "tokenizer.json").write_text(json.dumps(json.loads(text)))  # the same, written differently
     evaluate(open_checkpoint(other), open_checkpoint(a), windows())
+
+
+def test_a_tokenizer_that_splits_otherwise_is_told(
+    random_model: Make, edit_json: Callable[..., Any], heldout: Path
+) -> None:
+    """Merges that are missing: the same vocabulary, and other tokens in use."""
+    a, b = random_model("a"), random_model("b")
+    text = text_windows(heldout, a, 32, 4)
+    both = open_checkpoint(b), open_checkpoint(a)
+    tokenizer = json.loads((b / "tokenizer.json").read_text())
+    (b / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert split_otherwise(*both, text) == "", "the same, written differently"
+    edit_json(b / "tokenizer.json", model=tokenizer["model"] | {"merges": tokenizer["model"]["merges"][:-200]})
+    said = split_otherwise(*both, text)
+    assert said.startswith(f"{b}: its tokenizer splits the text otherwise than the reference's (4 of 4 windows)")
+    told: list[str] = []
+    qwenq.evaluate(b, a, text=str(heldout), sequence_length=32, num_samples=4, warn=told.append)
+    assert told == [said]
 
 
 def test_constants_may_be_spelled_otherwise(random_model: Make, edit_json: Callable[..., Any], tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from qwenq.pipeline.evaluate import evaluate
 from qwenq.pipeline.job import QuantizeJob
 from qwenq.pipeline.journal import Journal
 from qwenq.pipeline.quantize import quantize
+from qwenq.runtime.chat import Chat
 from qwenq.solver.gptq import ROW_BLOCK, STAT_BLOCKS, round_rows
 
 Make = Callable[..., Path]
@@ -110,6 +111,8 @@ def test_metadata(random_model: Make, tmp_path: Path) -> None:
     assert found["general.license"] == "apache-2.0"
     named = {key.removeprefix("general.sampling."): found[key] for key in found if "sampling" in key}
     assert named == pytest.approx({"temp": 0.7, "top_p": 0.8, "top_k": 20, "penalty_repeat": 1.1})
+    settings = Chat(tmp_path / "out" / "Owner-Q4_K_M.gguf", 1024).sampling(top_p=0.5)
+    assert settings == Chat(source, 1024).sampling(top_p=0.5) and (settings.temperature, settings.top_k) == (0.7, 20)
     assert found["qwen2.block_count"] == 3 and found["qwen2.feed_forward_length"] == 512
     assert found["tokenizer.ggml.model"] == "gpt2" and len(found["tokenizer.ggml.tokens"]) == 1024
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
@@ -120,6 +123,20 @@ def test_metadata(random_model: Make, tmp_path: Path) -> None:
 def test_size_labels_are_gguf_pys() -> None:
     for parameters in (1, 950, 7_500, 99_600, 134_515_008, 494_032_768, 1_543_714_304, 72_706_203_648, 2 * 10**12):
         assert size_label(parameters) == gguf.size_label(parameters, 0, 0, 0)
+
+
+def test_sampling_is_kept_by_a_conversion(random_model: Make, tmp_path: Path) -> None:
+    """Into a file and out of it again; transformers takes end tokens from generation_config.json where it is there."""
+    source = random_model()
+    settings = {"do_sample": True, "top_k": -1, "temperature": 0.6, "min_p": 0.05}
+    (source / "generation_config.json").write_text(json.dumps(settings))
+    quantize(gguf_job(source, tmp_path / "out", "Q8_0"))
+    (file,) = (tmp_path / "out").glob("*.gguf")
+    answer("convert", file, tmp_path / "back", "--format", "gptq")
+    found = json.loads((tmp_path / "back" / "generation_config.json").read_text())
+    tokens = {key: value for key, value in open_checkpoint(file).config.items() if key.endswith("_token_id")}
+    assert tokens["eos_token_id"] == 1023 and found == tokens | settings | {"top_k": 0}
+    assert verify(tmp_path / "back").findings == ()
 
 
 def test_sampling_that_is_no_number(random_model: Make, tmp_path: Path) -> None:

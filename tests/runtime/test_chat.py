@@ -59,6 +59,26 @@ def test_generation_settings_however_they_are_written(settings: Any, wanted: Any
 
 
 @pytest.mark.parametrize(
+    ("file", "asked", "wanted"),
+    [
+        ({}, {"top_p": 0.9}, {"temperature": 1.0, "top_p": 0.9}),
+        ({}, {"top_k": 40, "min_p": None}, {"temperature": 1.0, "top_k": 40}),
+        ({}, {"min_p": 0.05}, {"temperature": 1.0, "min_p": 0.05}),
+        ({}, {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "seed": 3, "repetition_penalty": 1.1}, {"temperature": 0.0}),
+        ({}, {"top_p": 0.9, "temperature": 0.0}, {"temperature": 0.0}),
+        ({"do_sample": False, "temperature": 0.6, "top_k": 20}, {"top_p": 0.9}, {"temperature": 0.6, "top_k": 20}),
+        ({"temperature": 0.6, "top_k": 20}, {"temperature": 0.8}, {"temperature": 0.8, "top_k": 20}),
+        ({"do_sample": False, "top_k": 20}, {"temperature": 0.0}, {"temperature": 0.0, "top_k": 0}),
+    ],
+)
+def test_asking_for_a_draw_draws(file: Any, asked: Any, wanted: Any, model: Path) -> None:
+    """Without a temperature there was none, and top_p, top_k and min_p did nothing."""
+    (model / "generation_config.json").write_text(json.dumps(file))
+    found = Chat(model, 1024).sampling(**asked)
+    assert {key: getattr(found, key) for key in wanted} == wanted
+
+
+@pytest.mark.parametrize(
     ("key", "value"),
     [("no_repeat_ngram_size", 3), ("suppress_tokens", [1]), ("num_beams", 4), ("stop_strings", ["x"]),
      ("typical_p", 0.9), ("forced_eos_token_id", 5), ("min_new_tokens", 10), ("guidance_scale", 1.5)],

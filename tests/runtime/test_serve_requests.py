@@ -100,6 +100,12 @@ def test_fields_that_are_not_read_are_refused_by_name(name: str, value: Any, pos
         assert post(400, **SEA, **{name: value})["error"]["param"] == name
 
 
+@pytest.mark.parametrize("option", [{"continuous_usage_stats": True}, {"no_such_option": 1}, {"include_usage": 5}])
+def test_options_of_a_stream_are_read_or_refused(option: dict[str, Any], post: Post) -> None:
+    error = post(400, **SEA, stream=True, stream_options=option)["error"]
+    assert error["param"] == "stream_options" and f"stream_options.{next(iter(option))}: " in error["message"]
+
+
 def test_what_asks_for_nothing_is_let_through(post: Post) -> None:
     harmless = {
         "user": "me", "store": True, "metadata": {"a": "b"}, "service_tier": "auto", "seed": None, "stop": None,
@@ -296,6 +302,21 @@ def test_logprobs_are_transformers_own(post: Post, service: Service, tiny: Path)
     cold, hot = (post(**SEA | {"max_tokens": 1, "logprobs": 1, "temperature": t, "seed": 1}) for t in (0, 5.0))
     tops = [each["choices"][0]["logprobs"]["top_logprobs"][0] for each in (cold, hot)]
     assert max(tops[0].values()) == pytest.approx(max(tops[1].values()))
+
+
+def test_offsets_of_a_stream_are_those_of_the_whole(address: str, post: Post) -> None:
+    """Text that may begin a stop text is held back, its tokens are not."""
+    begun = text_of(post(**SEA))[:6]
+    asked = SEA | {"logprobs": 0, "stop": begun + "@"}
+    whole = post(**asked)["choices"][0]["logprobs"]
+    streamed: dict[str, list[Any]] = {"tokens": [], "text_offset": []}
+    with httpx.stream("POST", f"{address}/v1/completions", json=asked | {"stream": True}, timeout=60) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                found = json.loads(line[6:])["choices"][0]["logprobs"] or {}
+                for key, values in streamed.items():
+                    values += found.get(key, [])
+    assert streamed == {key: whole[key] for key in streamed} and len(whole["tokens"]) == 12
 
 
 # ---------------------------------------------------------------------- tools
