@@ -332,6 +332,8 @@ def verify(
             raise CheckpointError(f"{shown(str(place))}: {missing}")
     if isinstance(layers, str) and layers != "all":
         raise UsageError(f"layers is {layers!r}", hint='numbers from 0 on, or "all"')
+    if base is None and (layers or calibration):
+        raise UsageError(f"{'layers' if layers else 'calibration'} goes with source: layers are made again from it")
     result = run(directory, base)
     if base is None or (layers is not None and len(layers) == 0) or result.findings:
         return result
@@ -511,11 +513,13 @@ class LoadWords(TypedDict, total=False):
 
 
 def load_options(**words: Unpack[LoadWords]) -> LoadOptions:
-    """Options of a load, understood; UsageError or PlanError for what means nothing."""
+    """Options of a load, understood; UsageError or PlanError for what means nothing, TypeError for no option."""
     from qwenq.runtime.generate import KV_DTYPES
     from qwenq.runtime.load import LoadOptions
     from qwenq.units import parse_size, parse_tokens
 
+    if unknown := words.keys() - LoadWords.__annotations__.keys():
+        raise TypeError(f"no option {', '.join(sorted(unknown))}")
     kv_dtype, compute_dtype = words.get("kv_cache_dtype", "auto"), words.get("compute_dtype", "auto")
     if kv_dtype not in KV_DTYPES:
         raise UsageError(f"--kv-cache-dtype {kv_dtype}: wanted {', '.join(KV_DTYPES)}")
@@ -649,7 +653,8 @@ def load(
     line for each thing that is read otherwise than config.json says. Raises RunError, naming the device and the bytes
     that are missing, where it does not fit.
     """
-    return LoadedModel(model_directory(str(checkpoint)), load_options(**options), progress, warn)
+    understood = load_options(**options)  # before anything is downloaded
+    return LoadedModel(model_directory(str(checkpoint)), understood, progress, warn)
 
 
 __all__ = [

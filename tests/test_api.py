@@ -154,9 +154,15 @@ def test_progress_and_refusals(here: Path) -> None:
         qwenq.verify("out", "my-model", layers="some")
     with pytest.raises(CheckpointError, match="no such directory"):
         qwenq.verify("nowhere")
+    for name, value in (("layers", [0]), ("layers", "all"), ("calibration", "x")):
+        with pytest.raises(UsageError, match=f"^{name} goes with source"):
+            qwenq.verify("out", **{name: value})  # type: ignore[arg-type]
+    assert qwenq.verify("out", layers=[]).findings == ()
     assert qwenq.verify("out", "my-model", layers=[]).layers_made_again == ()
     with pytest.raises(UsageError, match="--kv-cache-dtype q8: wanted auto"):
-        qwenq.load("out", kv_cache_dtype="q8")
+        qwenq.load("owner/never-fetched", kv_cache_dtype="q8")
+    with pytest.raises(TypeError, match="no option kv_dtype, max_len"):
+        qwenq.load("out", max_len=64, kv_dtype="fp8")  # type: ignore[call-arg]
     loaded = qwenq.load("out", max_model_len=64)
     loaded.close()
     with pytest.raises(UsageError, match="closed"):

@@ -279,7 +279,7 @@ def config_of_metadata(
         if isinstance(linear.bias, str):
             config[linear.bias] = f"blk.0.{names.modules[linear.path]}.bias" in shapes
     for ours, theirs in _TOKENS.items():
-        token = metadata.get(f"tokenizer.ggml.{theirs}_token_id")
+        token = metadata.get(_token_key(theirs))
         if type(token) is int:
             config[ours + "_token_id"] = token
     return config
@@ -302,17 +302,25 @@ def metadata_of_generation(settings: Mapping[str, Any], where: str) -> Iterator[
 
 
 def generation_of_metadata(metadata: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """The equivalent generation_config.json; empty where the file says nothing of sampling.
+    """The equivalent generation_config.json; empty where the file says nothing beside what config.json has.
 
-    config: as `config_of_metadata` gives it. It has the tokens: transformers takes them from there only where there is
-    no generation_config.json.
+    config: as `config_of_metadata` gives it. Its tokens are repeated: transformers takes them from config.json only
+    where there is no generation_config.json. llama.cpp's tokens that end a turn (`eot`) or a message (`eom`) end an
+    answer as `eos` does.
     """
     found = {ours: metadata.get(f"general.sampling.{theirs}") for ours, theirs in _SAMPLING.items()}
     settings = {key: _shortest(v) if isinstance(v, float) else v for key, v in found.items() if v is not None}
-    if not settings:
-        return {}
     tokens = {key: config[key] for name in _TOKENS if (key := f"{name}_token_id") in config}
-    return tokens | {"do_sample": settings.keys() != {"repetition_penalty"}} | settings
+    ends = [token for name in ("eos", "eot", "eom") if type(token := metadata.get(_token_key(name))) is int]
+    if len(set(ends)) > 1:
+        tokens["eos_token_id"] = list(dict.fromkeys(ends))
+    elif not settings:
+        return {}
+    return tokens | {"do_sample": not settings.keys() <= {"repetition_penalty"}} | settings
+
+
+def _token_key(name: str) -> str:
+    return f"tokenizer.ggml.{name}_token_id"
 
 
 def _architecture(metadata: Mapping[str, Any], where: str) -> Architecture:

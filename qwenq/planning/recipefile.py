@@ -107,6 +107,10 @@ def read_recipe(path: Path, spec: ModelSpec, format: str = "gptq") -> Choice:
         if not isinstance(row, dict) or set(row) != set(outer):
             raise PlanError(f"{where}: wanted {' and '.join(outer)}", hint=f'e.g. {outer[0]} = "Q6_K"')
         choice |= {(OUTER, name): _scheme(spec, (OUTER, name), row[name], f"{where}, {name}", format) for name in outer}
+    known = {"version", "model", "target", "file_bytes", "bits_per_linear_weight", "predicted_kl", "layer"}
+    for key in [key for key in found if key not in known and not (key == "outer" and outer)]:
+        hint = "embedding and head stay in 16 bit: leave it out" if key == "outer" else "leave it out"
+        raise PlanError(f"{path}: {shown(key, 40)}, which says nothing in a recipe for {format}", hint=hint)
     stages = _names(spec, form, 0)
     for layer, key in enumerate(wanted):
         where = f"{path}{lines.get(key, '')}, layer {key}"

@@ -292,6 +292,8 @@ BROKEN: dict[str, tuple[Callable[[str], str], str]] = {
     "syntax": (lambda t: t.replace("{", "[", 1), r"at line 12"),
     "version": (lambda t: t.replace("version = 1", "version = 9"), "version is 9, wanted 1"),
     "no table": (lambda t: t[: t.index("[layer]")], r"no \[layer\] table"),
+    "no head": (lambda t: t + '[outer]\nhead = "8-bit g128"\n', "outer, which says nothing in a recipe for gptq"),
+    "other key": (lambda t: "bits = 4\n" + t, r"r\.toml: bits, which says nothing"),
     "nothing": (lambda t: re.sub(r"\d-bit g\d+", "16-bit", t), "every fused group stays in 16 bit"),
 }  # fmt: skip
 

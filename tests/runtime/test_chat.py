@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from gguf_bytes import entry, tiny_file
 from tokenizers import Tokenizer, processors
 
 from qwenq.errors import CheckpointError
@@ -56,6 +58,25 @@ def test_generation_settings_however_they_are_written(settings: Any, wanted: Any
     assert {key: getattr(found, key) for key in wanted} == wanted and type(found.top_k) is int
     token = next_token(torch.tensor([0.0, 3.0, 1.0, 2.0]), [0], found, torch.Generator().manual_seed(0))
     assert 0 <= token < 4 and (found.top_p > 0.5 or token == 1)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temp": 0.0}, {"penalty_repeat": 1.1}])
+def test_end_tokens_and_sampling_of_a_gguf_file(sampling: Any, tiny: Path, tmp_path: Path) -> None:
+    file = tiny_file(tiny)
+    plain = Chat(file.write(tmp_path / "plain.gguf"), 1024)
+    ends = {"tokenizer.ggml.eot_token_id": 7, "tokenizer.ggml.eom_token_id": 1023}
+    added = ends | {f"general.sampling.{key}": value for key, value in sampling.items()}
+    file.entries += [entry(key, value) for key, value in added.items()]
+    chat = Chat(file.write(tmp_path / "m.gguf"), 1024)
+    assert 1023 in plain.stop_ids and chat.stop_ids == plain.stop_ids | {7}
+    wanted = {"temperature": 0.0, "repetition_penalty": sampling.get("penalty_repeat", 1.0)}
+    assert chat.sampling() == Sampling(**wanted) and plain.sampling() == Sampling()
+    bad = [entry("general.sampling.top_p", 1.5), entry("general.sampling.temp", "hot")]
+    for line in bad:
+        broken = replace(file, entries=[each for each in file.entries if each[0] != line[0]] + [line])
+        path = broken.write(tmp_path / "bad.gguf")
+        with pytest.raises(CheckpointError, match=f"^{path}: (top_p is 1.5|temperature is 'hot')"):
+            Chat(path, 1024).sampling()
 
 
 @pytest.mark.parametrize(
