@@ -128,6 +128,7 @@ def test_a_tokenizer_that_splits_otherwise_is_told(
     assert split_otherwise(*both, text) == "", "the same, written differently"
     edit_json(b / "tokenizer.json", model=tokenizer["model"] | {"merges": tokenizer["model"]["merges"][:-200]})
     said = split_otherwise(*both, text)
+    assert split_otherwise(*both, replace(text, provenance={"kind": "token ids"})) == ""
     assert said.startswith(f"{b}: its tokenizer splits the text otherwise than the reference's (4 of 4 windows)")
     told: list[str] = []
     qwenq.evaluate(b, a, text=str(heldout), sequence_length=32, num_samples=4, warn=told.append)
