@@ -30,6 +30,7 @@ from qwenq.pipeline import job as job_module
 from qwenq.pipeline.evaluate import evaluate
 from qwenq.pipeline.job import QuantizeJob, partial_directory
 from qwenq.pipeline.quantize import VRAM_KEPT_FREE, SourceLayers, gpu_for_states, preflight_of, quantize
+from qwenq.solver.gptq import DAMP_PERCENT
 from qwenq.text.tokens import TokenWindows
 
 Make = Callable[..., Path]
@@ -187,6 +188,20 @@ def test_a_fallback_is_recorded_and_shown(random_model: Make, tmp_path: Path, mo
     told = "7 linears (model.layers.0.self_attn.q_proj, model.layers.0.self_attn.k_proj and 5 more): fell back"
     assert result.warnings[0].startswith(f"{told} to rounding to nearest (no Cholesky")
     assert manifest(tmp_path / "out")["warnings"] == list(result.warnings)
+
+
+def test_down_is_damped_by_tokens_per_column_unless_told_otherwise(random_model: Make, tmp_path: Path) -> None:
+    source = random_model(num_hidden_layers=1)
+    columns, tokens = open_source(source).spec.intermediate_size, 6 * 32
+    by_rule = round((columns / tokens) ** 0.5, 3)
+    assert by_rule > DAMP_PERCENT
+    for given, down in ((None, by_rule), (0.05, 0.05)):
+        out = tmp_path / str(given)
+        (block,) = quantize(small_job(source, out, damp_percent=given)).layers
+        other = DAMP_PERCENT if given is None else given
+        assert {r.damp_percent for r in block.linears if r.name.endswith("down_proj")} == {down}
+        assert {r.damp_percent for r in block.linears if not r.name.endswith("down_proj")} == {other}
+        assert manifest(out)["job"]["options"]["damp_percent"] == given
 
 
 def test_spilled_hidden_states_change_nothing(random_model: Make, tmp_path: Path, monkeypatch: Any) -> None:
@@ -497,11 +512,10 @@ def test_changes_are_refused_by_name(stopped: QuantizeJob) -> None:
     source, out = stopped.source.directory, stopped.out
     assert stopped.calibration is not None
     other = TokenWindows(stopped.calibration.ids + 1, "other.txt", {"kind": "random"})
-    damping = stopped.options.damp_percent
     changes: dict[str, tuple[dict[str, Any], str]] = {
         "seed": ({"seed": 3}, "seed was 0, now 3"),
         "bits": ({"recipe": Recipe(Scheme(8, 32))}, "scheme.bits was 4, now 8"),
-        "damping": ({"damp_percent": 0.05}, f"options.damp_percent was {damping}, now 0.05"),
+        "damping": ({"damp_percent": 0.05}, "options.damp_percent was None, now 0.05"),
         "method": ({"method": "rtn"}, "options.method was 'gptq', now 'rtn'"),
         "dtype": ({"dtype": "bfloat16"}, "dtype was 'auto', now 'bfloat16'"),
         "compute dtype": ({"compute_dtype": "bfloat16"}, "compute_dtype was 'float32', now 'bfloat16'"),
