@@ -126,7 +126,7 @@ def test_folding_and_error_correction_each_lose_less(tiny: Path, calib: Path, he
         job = small_job(
             tiny, tmp_path / f"{fold}-{correction}", fold=fold, error_correction=correction,
             recipe=Recipe(Scheme(4, 64)),
-            calibration=text_windows(calib, tiny, 128, 64), evaluation=text_windows(heldout, tiny, 128, 24),
+            calibration=text_windows(calib, tiny, 128, 32), evaluation=text_windows(heldout, tiny, 128, 16),
         )  # fmt: skip
         kl[fold, correction] = quantize(job).drift.kl.mean
     assert kl[True, 0.0] < kl[False, 0.0]
@@ -340,7 +340,10 @@ def test_batches_that_end_in_other_bits_are_in_the_numerics(
 # ---------------------------------------------------------------------- stopped and resumed
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch", "qwenq.pipeline.quantize", "transformers.models.qwen2.modeling_qwen2"])
+FORKS.set_forkserver_preload([  # each child imports what is not here by itself: a third of a second
+    "torch", "qwenq.pipeline.quantize", "transformers.models.qwen2.modeling_qwen2", "qwenq.cli.main", "pytest",
+    "typer.testing",
+])  # fmt: skip
 
 
 def run_until(source: str, out: str, step: int, interval: float, resume: bool, changes: dict[str, Any]) -> None:
@@ -374,19 +377,19 @@ def killed_at(step: int, job: QuantizeJob, interval: float, resume: bool = False
 
 
 @pytest.mark.parametrize(
-    ("interval", "stride", "changes"),
+    ("interval", "strides", "changes"),  # of the fast tests, of the slow ones
     [
-        (0.0, 5, {}),  # hidden states saved after every layer
-        (1e9, 7, {"dtype": "bfloat16"}),  # never saved: layers are replayed, from tensors as they were written
-        (0.0, 17, {"compute_dtype": "bfloat16"}),
-        (1e9, 17, {"compute_dtype": "bfloat16", "recipe": MIXED}),
-        (1e9, 13, {"method": "rtn", "calibration": None}),
+        (0.0, (11, 2), {}),  # hidden states saved after every layer
+        (1e9, (13, 3), {"dtype": "bfloat16"}),  # never saved: layers are replayed, from tensors as they were written
+        (0.0, (17, 8), {"compute_dtype": "bfloat16"}),
+        (1e9, (17, 8), {"compute_dtype": "bfloat16", "recipe": MIXED}),
+        (1e9, (17, 6), {"method": "rtn", "calibration": None}),
     ],
     ids=["states", "replay", "bfloat16 states", "bfloat16 replay", "rounding"],
 )
-@pytest.mark.parametrize("finer", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("fine", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_killed_anywhere_and_resumed_is_the_same(
-    finer: int, interval: float, stride: int, changes: dict[str, Any],
+    fine: bool, interval: float, strides: tuple[int, int], changes: dict[str, Any],
     random_model: Make, tmp_path: Path, monkeypatch: Any,
 ) -> None:  # fmt: skip
     source = random_model(hidden_size=32, intermediate_size=64)
@@ -406,7 +409,7 @@ def test_killed_anywhere_and_resumed_is_the_same(
         assert_same(tmp_path / "whole", job.out)
         replays.append(any("replaying" in line for line in said if isinstance(line, str)))
         shutil.rmtree(job.out)
-        step += stride // finer
+        step += strides[fine]
     assert step > 30
     assert any(replays) if interval else not any(replays)
 
