@@ -113,7 +113,7 @@ def test_what_gguf_py_reads_is_what_was_evaluated(mixture: str, random_model: Ma
 
 
 def test_metadata(random_model: Make, tmp_path: Path) -> None:
-    source = random_model("Owner", **WIDE)
+    source = random_model("Owner", **WIDE, num_hidden_layers=1)
     sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1}
     (source / "generation_config.json").write_text(json.dumps(sampling))
     (source / "README.md").write_text("---\nlicense: apache-2.0\n---\n# It\n")
@@ -125,7 +125,7 @@ def test_metadata(random_model: Make, tmp_path: Path) -> None:
     assert found["general.license"] == "apache-2.0"
     named = {key.removeprefix("general.sampling."): found[key] for key in found if "sampling" in key}
     assert named == pytest.approx({"temp": 0.7, "top_p": 0.8, "top_k": 20, "penalty_repeat": 1.1})
-    assert found["qwen2.block_count"] == 3 and found["qwen2.feed_forward_length"] == 512
+    assert found["qwen2.block_count"] == 1 and found["qwen2.feed_forward_length"] == 512
     assert found["tokenizer.ggml.model"] == "gpt2" and len(found["tokenizer.ggml.tokens"]) == 1024
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "Owner-Q4_K_M.gguf", "README.md", "qwenq-journal.jsonl", "qwenq-manifest.json",
@@ -238,7 +238,7 @@ def test_a_type_for_each_tensor_within_a_size(model_type: str, random_model: Mak
 def test_integers_are_converted_bit_for_bit(
     bits: int, group: int, kind: str, random_model: Make, text: list[object], tmp_path: Path
 ) -> None:
-    source, ints, out = random_model(**WIDE), tmp_path / "ints", tmp_path / "out"
+    source, ints, out = random_model(**WIDE, num_hidden_layers=1), tmp_path / "ints", tmp_path / "out"
     answer("quantize", source, "-o", ints, "--bits", bits, "--group-size", group, *text)
     made = answer("convert", ints, out, "--format", "gguf")
     (file,) = out.glob("*.gguf")
@@ -250,7 +250,7 @@ def test_integers_are_converted_bit_for_bit(
     assert np.array_equal(before.linear_weight(first).numpy(), theirs["blk.0.attn_q.weight"])
     assert np.array_equal(before.linear_weight(last).numpy(), theirs["blk.0.ffn_down.weight"])
     tensors = {t.name: t.tensor_type.name for t in gguf.GGUFReader(file).tensors}
-    assert tensors["blk.2.ffn_down.weight"] == kind and tensors["token_embd.weight"] == "F16"
+    assert tensors["blk.0.ffn_down.weight"] == kind and tensors["token_embd.weight"] == "F16"
     assert tensors["blk.0.attn_norm.weight"] == "F32"
     assert f"\nllama-server -m {file.name} -c " in (out / "README.md").read_text()
     assert not verify(out).findings
@@ -291,7 +291,7 @@ def test_cards_say_what_embedding_and_head_are_once_converted(
 
 
 def test_a_converted_file_keeps_the_licence_of_its_card(random_model: Make, tmp_path: Path) -> None:
-    source = random_model(**WIDE)
+    source = random_model(num_hidden_layers=1)
     (source / "README.md").write_text("---\nlicense: apache-2.0\n---\n# It\n")
     quantize(gguf_job(source, tmp_path / "blocks", "Q8_0"))
     answer("convert", tmp_path / "blocks" / "model-Q8_0.gguf", tmp_path / "out", "--format", "compressed-tensors")
@@ -300,7 +300,7 @@ def test_a_converted_file_keeps_the_licence_of_its_card(random_model: Make, tmp_
 
 
 def test_what_no_type_holds_is_not_converted(random_model: Make, tmp_path: Path) -> None:
-    source = random_model(**WIDE)
+    source = random_model(num_hidden_layers=1)
     quantize(small_job(source, tmp_path / "ints", recipe=Recipe(Scheme(4, 32, sym=False))))
     said = answer("convert", tmp_path / "ints", tmp_path / "out", "--format", "gguf", code=1)
     assert said.startswith("error: 4-bit g32 asym to gguf: no type of GGUF holds its codes")
@@ -578,7 +578,7 @@ def test_a_head_that_is_the_embedding_is_solved_with_the_16_bit_models_outputs(
     """Against transformers' states of the source, on the first windows alone; all that follows reads what was solved.
     """
     monkeypatch.setattr(qwenq.pipeline.job, "head_windows", lambda spec, windows, length: 4)
-    source = random_model(**WIDE, tie_word_embeddings=True)
+    source = random_model(**WIDE, num_hidden_layers=2, tie_word_embeddings=True)
     job = gguf_job(source, tmp_path / "out")
     result = quantize(job)
     assert job.calibration is not None and job.head_scheme is not None and result.head is not None
@@ -606,13 +606,13 @@ def test_a_head_that_is_the_embedding_is_solved_with_the_16_bit_models_outputs(
 
 def test_a_head_of_its_own_is_solved_with_the_last_norms_outputs(random_model: Make, tmp_path: Path) -> None:
     """Against transformers' states of the layers as written: less output error than rounding to nearest leaves."""
-    source = random_model(**WIDE)
+    source = random_model(**WIDE, num_hidden_layers=2)
     job = gguf_job(source, tmp_path / "out")
     result = quantize(job)
     assert job.calibration is not None and job.head_scheme is not None and result.head is not None
     written = open_checkpoint(next((tmp_path / "out").glob("*.gguf")))
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    layers = {f"model.layers.{k}.": written.layer_state(k) for k in range(3)}
+    layers = {f"model.layers.{k}.": written.layer_state(k) for k in range(2)}
     state = {prefix + name: tensor.float() for prefix, layer in layers.items() for name, tensor in layer.items()}
     state["model.embed_tokens.weight"] = written.read("model.embed_tokens.weight").float()
     model.load_state_dict(state, strict=False)

@@ -193,10 +193,10 @@ def test_a_mixed_recipe_from_sensitivities_measured_together(tiny: Path, text: l
         assert (tmp_path / f"imatrix-{size}").read_bytes() == (tmp_path / "imatrix-1").read_bytes()
 
 
-def test_eval_and_sensitivity_give_the_same_figures(tiny: Path, calib: Path, heldout: Path, tmp_path: Path) -> None:
-    out = tmp_path / "q"
-    alone(tmp_path / "made", "quantize", tiny, "-o", out, "--method", "rtn", *LENGTH, "--eval-text", heldout)
-    words = ["eval", out, "--reference", tiny, "--text", heldout, "--sequence-length", "64", "-n", "9"]
+def test_eval_and_sensitivity_give_the_same_figures(
+    tiny: Path, finished: Path, calib: Path, heldout: Path, tmp_path: Path
+) -> None:
+    words = ["eval", finished, "--reference", tiny, "--text", heldout, "--sequence-length", "64", "-n", "9"]
     words += ["--device", "cpu", "--compute-dtype", "bfloat16", "--json"]
     logits = [tmp_path / f"logits-{size}" for size in (1, 2)]
     found = [

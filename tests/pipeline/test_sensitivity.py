@@ -64,10 +64,13 @@ def measured_kl(
     return measure
 
 
-def test_a_tied_head_is_solved_and_looked_up(tiny: Path, calib: Path, heldout: Path, tmp_path: Path) -> None:
+def test_a_tied_head_is_solved_and_looked_up(
+    tiny: Path, calib: Path, heldout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What the table says of the embedding that is the head too, and what it costs when it alone is quantized."""
     path = tied_copy(tiny, tmp_path / "tied")
     source, fused, scheme = open_source(path), (OUTER, "embedding"), type_scheme("Q5_0")
+    monkeypatch.setattr("qwenq.pipeline.fisher.schemes_for", lambda *_: (scheme,))  # of a dozen, the one asked for
     probe = split_windows(text_windows(calib, path, 256), format="gguf")
     table = measure_sensitivity(source, probe, scratch=tmp_path)
     choice = {each: scheme if each == fused else None for each in fused_groups(source.spec, "gguf")}
