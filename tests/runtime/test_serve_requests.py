@@ -219,7 +219,7 @@ def test_many_stops(post: Post) -> None:
 
 
 def test_no_max_tokens_means_what_the_context_leaves(post: Post, service: Service) -> None:
-    prompt = "The sea. " * 40  # most of the context's 400 tokens
+    prompt = "The sea. " * 90  # most of the context's 400 tokens
     left = 400 - len(service.chat.text_ids(prompt))
     assert 10 < left < 100
     for fields in ({}, {"max_tokens": -1}, {"max_tokens": None}):
