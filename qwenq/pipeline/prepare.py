@@ -177,6 +177,9 @@ def prepare(
     calibrating = None if calibration is None else len(calibration.ids)
     refuse_few(ranks.size, calibration=calibrating, evaluation=len(evaluation.ids))
     if found.config.rotate is None and calibration is not None:
+        if ranks.first:  # what is in the way is refused before layers are read
+            assumed = replace(found, config=replace(found.config, rotate=True))
+            check_places(Preparation(assumed, source, out, calibration, evaluation, shared).job, resume)
         begun = partial_directory(out) if resume else None
         rotate = ranks.from_first(lambda: _rotates(source, found.config, calibration.ids, begun, listen))
         found = replace(found, config=replace(found.config, rotate=rotate))
