@@ -198,6 +198,8 @@ def _index(value: Tensor, key: Any) -> Tensor:
             value = value.select(dim, k)
         elif isinstance(k, Tensor):
             chosen, dim = [*chosen, (dim, k)], dim + 1
+        elif k == slice(None):
+            dim += 1
         else:
             assert isinstance(k, slice), f"cannot index with {k!r} here"
             value, dim = aten.slice(value, dim, k.start, k.stop, k.step or 1), dim + 1

@@ -48,9 +48,14 @@ class SolverOptions:
 
     method: str = "gptq"  # gptq, or rtn: round to nearest with absmax scales, the baseline, without calibration
     damp_percent: float = DAMP_PERCENT  # share of the mean Hessian diagonal added to the diagonal
+    down_damp_percent: float | None = None  # of the FFN's last linear, where it is another one
     fold: bool = True  # fold channel scales into norms and up_proj (solver/equalize.py)
     error_correction: float = 1.0  # how far o and down are moved towards the 16-bit hidden states before rounding
     sink_weight: float = SINK_WEIGHT  # of tokens with massive states, in Hessians and corrections; others count once
+
+    def damping(self, *, down: bool) -> float:
+        """The damping of the FFN's last linear, or of any other."""
+        return self.damp_percent if self.down_damp_percent is None or not down else self.down_damp_percent
 
 
 @dataclass(frozen=True)
@@ -244,7 +249,7 @@ class BlockSolver:
         `wanted_NTH` are the states that the first windows should come to: with the Hessian of these windows they give
         the residual cross-covariance, which the weights are corrected by.
         """
-        if stage == self.spec.architecture.stages[-1]:  # down has the layer's largest sums: its peak is there
+        if self._last(stage):  # down has the layer's largest sums: its peak is there
             return_freed_memory()
         (lin,) = self.spec.stage_linears(self.layer, stage)
         self.workers.set_parameter(f"{lin.path}.weight", self.folded.weight(lin.path))
@@ -347,7 +352,7 @@ class BlockSolver:
                 hessian if scheme == list(schemes)[-1] else hessian.clone(),
                 scheme.grid(),
                 residuals=residuals,
-                damp_percent=options.damp_percent,
+                damp_percent=options.damping(down=self._last(stage)),
                 method=options.method,
                 error_correction=options.error_correction,
                 products=correction_dtype(sum(lin.out_features for lin in linears), self.workers.devices[0]),
@@ -359,6 +364,9 @@ class BlockSolver:
                 self.results.append(result_of(lin.name, scheme, stats))
                 if self.workers.ranks.first:
                     self.packed |= _packed(self.recipe, lin.name, qtensor)
+
+    def _last(self, stage: Stage) -> bool:
+        return stage == self.spec.architecture.stages[-1]
 
     def _by_scheme(self, stage: Stage) -> dict[Scheme, list[LinearSpec]]:
         return _by_scheme(self.spec.stage_linears(self.layer, stage), self.recipe)

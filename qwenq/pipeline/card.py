@@ -237,7 +237,7 @@ def _provenance(
             "- Hidden states, and the weights around them, are rotated by an orthogonal matrix: the same function, but "
             "adapters trained on the original do not fit it."
         )
-    options = ", ".join(f"{key} {value}" for key, value in job["options"].items())
+    options = ", ".join(f"{key} {value}" for key, value in job["options"].items() if value is not None)
     yield f"- Options: {markdown(shown(options, 2000))}, seed {job['seed']}."
     calibration = job["calibration"]
     if calibration is None:

@@ -56,7 +56,7 @@ from qwenq.planning.sensitivity import (
     solved_as,
     tied_head,
 )
-from qwenq.solver.gptq import DAMP_PERCENT, round_rows
+from qwenq.solver.gptq import DAMP_PERCENT, damping_of_products, round_rows
 from qwenq.solver.grid import Grid
 from qwenq.solver.parallel import Solved
 from qwenq.solver.triangle import Triangle
@@ -210,6 +210,7 @@ def _provenance(source: Checkpoint, probe: Probe, compute_dtype: torch.dtype) ->
         "samples": probe.samples,
         "seed": probe.seed,
         "damp_percent": DAMP_PERCENT,
+        "down_damp_percent": _down_damping(source.spec, probe),
         "compute_dtype": str(compute_dtype).removeprefix("torch."),
         "versions": versions(),
     }
@@ -311,6 +312,8 @@ def _errors(
     errors: dict[str, dict[Scheme, dict[str, torch.Tensor]]] = {}
     lost: dict[str, dict[Scheme, float]] = {}
     for stage in network.spec.architecture.stages:
+        last = stage == network.spec.architecture.stages[-1]
+        damping = _down_damping(network.spec, probe) if last else DAMP_PERCENT
         triangle, hessian = Triangle(network.spec.size(stage.inputs)), _hessian(workers, stage, h_NTH, share).cpu()
         whole = {path: network.weight(path) for path in stage.paths}
         weights = {path: w_OI[_rows(len(w_OI))].float() for path, w_OI in whole.items()}
@@ -319,7 +322,7 @@ def _errors(
         offered = _offered(network.spec, (0, groups[stage.paths[0]]), probe)
         schemes = list(dict.fromkeys(map(solved_as, offered)))
         for scheme in schemes:
-            solved = _solved(workers, weights, hessian, triangle, scheme.grid())
+            solved = _solved(workers, weights, hessian, triangle, scheme.grid(), damping)
             for path, (qtensor, stats) in solved.items():
                 error = qtensor.dequantize().sub_(weights[path]).mul_(math.sqrt(len(whole[path]) / len(weights[path])))
                 error = error.to(torch.bfloat16).cpu()
@@ -331,14 +334,23 @@ def _errors(
 
 
 def _solved(
-    workers: Workers, weights: Mapping[str, torch.Tensor], hessian: torch.Tensor, triangle: Triangle, grid: Grid
+    workers: Workers,
+    weights: Mapping[str, torch.Tensor],
+    hessian: torch.Tensor,
+    triangle: Triangle,
+    grid: Grid,
+    damping: float = DAMP_PERCENT,
 ) -> Solved:
     """The weights as GPTQ alone rounds them, on the network's device; ranks share their rows.
 
     hessian: the triangle's values.
     """
     own_II = triangle.square(hessian.to(workers.first.device))  # overwritten
-    return solve_on_ranks(workers, weights, own_II, grid, damp_percent=DAMP_PERCENT, sweeps=0)
+    return solve_on_ranks(workers, weights, own_II, grid, damp_percent=damping, sweeps=0)
+
+
+def _down_damping(spec: ModelSpec, probe: Probe) -> float:
+    return damping_of_products(spec.intermediate_size, probe.solver_NT.numel())
 
 
 def _rows(rows: int) -> slice:

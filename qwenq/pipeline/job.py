@@ -37,7 +37,7 @@ from qwenq.pipeline.ranks import ALONE, Ranks
 from qwenq.pipeline.shares import passes
 from qwenq.pipeline.workers import Workers
 from qwenq.results import BlockResult, DriftReport, LayerResult
-from qwenq.solver.gptq import DAMP_PERCENT, round_rows
+from qwenq.solver.gptq import DAMP_PERCENT, damping_of_products, round_rows
 from qwenq.solver.grid import QTensor
 from qwenq.text.tokens import TokenWindows
 
@@ -121,9 +121,13 @@ class QuantizeJob:
     def options(self) -> SolverOptions:
         """What the solver is asked to do, the same for every layer."""
         config = self.config
-        damping = DAMP_PERCENT if config.damp_percent is None else config.damp_percent
+        damping, down = config.damp_percent, None
+        if damping is None:
+            damping = DAMP_PERCENT
+            if self.calibration is not None:
+                down = damping_of_products(self.source.spec.intermediate_size, self.calibration.ids.numel())
         assert config.error_correction is not None
-        return SolverOptions(config.solver, damping, config.fold, config.error_correction, config.sink_weight)
+        return SolverOptions(config.solver, damping, down, config.fold, config.error_correction, config.sink_weight)
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -256,7 +260,7 @@ class QuantizeJob:
             "overrides": {name: asdict(s) if s else None for name, s in self.recipe.overrides},
             "options": {
                 "method": self.options.method,
-                "damp_percent": self.options.damp_percent,
+                "damp_percent": self.config.damp_percent,
                 "fold": self.options.fold,
                 "error_correction": self.config.error_correction,
                 "error_correction_share": self.config.error_correction_share,

@@ -349,6 +349,16 @@ def mean_of_live(diagonal_I: Tensor) -> float:
     return float(live_I.mean()) if live_I.numel() else 0.0
 
 
+def damping_of_products(columns: int, tokens: int) -> float:
+    """Damping of a linear whose inputs are products of two others' outputs, as those of an FFN's `down`.
+
+    What few tokens leave uncertain of a covariance's eigenvalues, sqrt(columns / tokens) of their mean (Marchenko and
+    Pastur 1967), but not less than DAMP_PERCENT. Products vary in nearly all directions alike; other linears' inputs
+    vary in a few, beside which the others are small, and need no more than DAMP_PERCENT (reports/LOG.md).
+    """
+    return max(DAMP_PERCENT, round(math.sqrt(columns / tokens), 3))
+
+
 def _factor(h_II: Tensor, diagonal_I: Tensor, damp_percent: float) -> tuple[float, str]:
     """Factor `h_II` in place with the least damping that works; what it was, and why none did (h_II restored) or ""."""
     mean, tried = mean_of_live(diagonal_I), damp_percent

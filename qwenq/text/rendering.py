@@ -57,7 +57,7 @@ class Rendering:
     def encode(self) -> bytes:
         fields = {
             "template": self.template, "messages": list(self.messages), "tools": self.tools and list(self.tools),
-            "answer": self.answer, "settings": dict(self.settings),
+            "answer": self.answer, "settings": dict(self.settings), "cpu_limit_s": CPU_S,
         }  # fmt: skip
         return json.dumps(fields).encode() + b"\n"
 
@@ -176,7 +176,7 @@ def _serve() -> None:
     _write(answers, {"ready": True})
     for line in sys.stdin.buffer:
         request, start = json.loads(line), time.process_time()
-        limit = math.ceil(start) + CPU_S
+        limit = math.ceil(start) + request["cpu_limit_s"]
         resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.getrlimit(resource.RLIMIT_CPU)[1]))
         answer = _rendered(render_jinja_template, request, OUTPUT_CHARACTERS + OUTPUT_RATIO * len(line))
         _write(answers, answer | {"cpu_s": time.process_time() - start})

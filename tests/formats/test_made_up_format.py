@@ -89,7 +89,8 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("made_up")
 def test_a_format_of_ones_own(random_model: Any, calib: Path, heldout: Path, tmp_path: Path) -> None:
-    source, out = random_model(hidden_size=256, intermediate_size=256, dtype=torch.bfloat16), tmp_path / "out"
+    shape = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2}
+    source, out = random_model(**shape, dtype=torch.bfloat16), tmp_path / "out"
     ask = ["quantize", source, "-o", out, "--format", "super"]
     predicted = answer(*ask, "--sequence-length", 64, "--dry-run")
     held_out = ["--eval-text", heldout, "--sequence-length", 64, "--eval-samples", 2]

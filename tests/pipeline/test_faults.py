@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 import torch
 from conftest import small_job, text_windows
 from faulty_disk import Cut, FailingWrites, PowerCut
-from test_quantize import Stop, assert_same, change_tensor, stop_after
+from test_quantize import assert_same, change_tensor, make_stopped
 
 import qwenq.pipeline.quantize
 from qwenq.checkpoint.manifest import JOURNAL_NAME
@@ -45,13 +46,12 @@ FORMATS = {
 class Case:
     """One format: a source, the checkpoint an undisturbed run makes of it, and jobs for an output of their own."""
 
-    def __init__(self, recipe: Recipe, source: Path, root: Path) -> None:
-        self.recipe, self.source, self.root = recipe, source, root
-        self.whole, self.place = root / "whole", root / "place"
-        quantize(self.job(self.whole))
+    def __init__(self, recipe: Recipe, made: Path, root: Path) -> None:
+        self.recipe, self.made, self.whole, self.place = recipe, made, made / "whole", root / "place"
+        self.source = Path(shutil.copytree(made / "model", root / "model"))
 
-    def job(self, out: Path | None = None) -> QuantizeJob:
-        return small_job(self.source, out or self.place / "out", recipe=self.recipe)
+    def job(self) -> QuantizeJob:
+        return small_job(self.source, self.place / "out", recipe=self.recipe)
 
     def fresh(self) -> QuantizeJob:
         """A job in an empty directory."""
@@ -62,8 +62,7 @@ class Case:
     def stopped(self) -> QuantizeJob:
         """A job stopped after two of three layers."""
         job = self.fresh()
-        with pytest.raises(Stop):
-            quantize(job, listen=stop_after(1))
+        shutil.copytree(partial_directory(self.made / "out"), partial_directory(job.out))
         return job
 
     def resumed(self) -> list[Any]:
@@ -80,10 +79,21 @@ def layers_in(events: list[Any]) -> set[int]:
     return {event.layer for event in events if not isinstance(event, str)}
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """What `make_stopped` makes for a format, once; not to be changed."""
+
+    @cache
+    def make(name: str) -> Path:
+        return make_stopped(tmp_path_factory.mktemp(name), FORMATS[name], hidden_size=32, intermediate_size=64)
+
+    return make
+
+
 @pytest.fixture(params=FORMATS)
-def case(request: Any, random_model: Make, tmp_path: Path, monkeypatch: Any) -> Case:
+def case(request: Any, made: Callable[[str], Path], tmp_path: Path, monkeypatch: Any) -> Case:
     monkeypatch.setattr(qwenq.pipeline.quantize, "_STATE_INTERVAL_S", 0.0)  # hidden states are saved after every layer
-    return Case(FORMATS[request.param], random_model(hidden_size=32, intermediate_size=64), tmp_path)
+    return Case(FORMATS[request.param], made(request.param), tmp_path)
 
 
 def one_line(error: QwenqError) -> str:

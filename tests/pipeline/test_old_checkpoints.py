@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -37,30 +37,46 @@ JOB = ["quantize", "tiny-qwen2", "--bits", "4", *TEXT, "--pull", "1", "--pull-sh
 RUN_ALL = """
 import contextlib, io, json, sys
 from qwenq.__main__ import main
-results = []
-for words in json.load(sys.stdin):
-    sys.argv, out, err = ["qwenq", *words], io.StringIO(), io.StringIO()
-    code = 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code or 0
-    results.append([code, out.getvalue(), err.getvalue()])
-json.dump(results, sys.stdout)
+for line in sys.stdin:
+    results = []
+    for words in json.loads(line):
+        sys.argv, out, err = ["qwenq", *words], io.StringIO(), io.StringIO()
+        code = 0
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                main()
+            except SystemExit as end:
+                code = end.code or 0
+        results.append([code, out.getvalue(), err.getvalue()])
+    print(json.dumps(results), flush=True)
 """
+PROCESSES: dict[frozenset[tuple[str, str]], subprocess.Popen[str]] = {}  # by environment: each imports torch once
 
 Answer = tuple[int, str, str]  # exit code, stdout, stderr
 
 
 def run_all(*commands: list[str], **environment: str) -> list[Answer]:
-    """Command lines, one after the other in one process in tests/data."""
-    done = subprocess.run(
-        [sys.executable, "-c", RUN_ALL], input=json.dumps(commands), capture_output=True, text=True, cwd=DATA,
-        env=os.environ | {"COLUMNS": "120", "TERM": "dumb", "OMP_NUM_THREADS": "1"} | environment,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return [(code, out, err) for code, out, err in json.loads(done.stdout)]
+    """Command lines, one after the other in a process in tests/data."""
+    key = frozenset(environment.items())
+    if key not in PROCESSES:
+        PROCESSES[key] = subprocess.Popen(
+            [sys.executable, "-c", RUN_ALL], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=DATA,
+            env=os.environ | {"COLUMNS": "120", "TERM": "dumb", "OMP_NUM_THREADS": "1"} | environment,
+        )  # fmt: skip
+    process = PROCESSES[key]
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(json.dumps(commands) + "\n")
+    process.stdin.flush()
+    line = process.stdout.readline()
+    assert line, f"ended with {process.wait()}"
+    return [(code, out, err) for code, out, err in json.loads(line)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ended() -> Iterator[None]:
+    yield
+    while PROCESSES:
+        PROCESSES.popitem()[1].communicate()
 
 
 def answers(*commands: list[object]) -> list[Any]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import all_tensors, predicted, small_job, text_windows
+from conftest import all_tensors, make_random_model, predicted, small_job, text_windows
 from safetensors.torch import load_file, save_file
 
 import qwenq.pipeline.quantize
@@ -30,6 +30,7 @@ from qwenq.pipeline import job as job_module
 from qwenq.pipeline.evaluate import evaluate
 from qwenq.pipeline.job import QuantizeJob, partial_directory
 from qwenq.pipeline.quantize import VRAM_KEPT_FREE, SourceLayers, gpu_for_states, preflight_of, quantize
+from qwenq.solver.gptq import DAMP_PERCENT
 from qwenq.text.tokens import TokenWindows
 
 Make = Callable[..., Path]
@@ -126,7 +127,7 @@ def test_folding_and_error_correction_each_lose_less(tiny: Path, calib: Path, he
         job = small_job(
             tiny, tmp_path / f"{fold}-{correction}", fold=fold, error_correction=correction,
             recipe=Recipe(Scheme(4, 64)),
-            calibration=text_windows(calib, tiny, 128, 64), evaluation=text_windows(heldout, tiny, 128, 24),
+            calibration=text_windows(calib, tiny, 128, 32), evaluation=text_windows(heldout, tiny, 128, 16),
         )  # fmt: skip
         kl[fold, correction] = quantize(job).drift.kl.mean
     assert kl[True, 0.0] < kl[False, 0.0]
@@ -187,6 +188,20 @@ def test_a_fallback_is_recorded_and_shown(random_model: Make, tmp_path: Path, mo
     told = "7 linears (model.layers.0.self_attn.q_proj, model.layers.0.self_attn.k_proj and 5 more): fell back"
     assert result.warnings[0].startswith(f"{told} to rounding to nearest (no Cholesky")
     assert manifest(tmp_path / "out")["warnings"] == list(result.warnings)
+
+
+def test_down_is_damped_by_tokens_per_column_unless_told_otherwise(random_model: Make, tmp_path: Path) -> None:
+    source = random_model(num_hidden_layers=1)
+    columns, tokens = open_source(source).spec.intermediate_size, 6 * 32
+    by_rule = round((columns / tokens) ** 0.5, 3)
+    assert by_rule > DAMP_PERCENT
+    for given, down in ((None, by_rule), (0.05, 0.05)):
+        out = tmp_path / str(given)
+        (block,) = quantize(small_job(source, out, damp_percent=given)).layers
+        other = DAMP_PERCENT if given is None else given
+        assert {r.damp_percent for r in block.linears if r.name.endswith("down_proj")} == {down}
+        assert {r.damp_percent for r in block.linears if not r.name.endswith("down_proj")} == {other}
+        assert manifest(out)["job"]["options"]["damp_percent"] == given
 
 
 def test_spilled_hidden_states_change_nothing(random_model: Make, tmp_path: Path, monkeypatch: Any) -> None:
@@ -340,7 +355,10 @@ def test_batches_that_end_in_other_bits_are_in_the_numerics(
 # ---------------------------------------------------------------------- stopped and resumed
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch", "qwenq.pipeline.quantize", "transformers.models.qwen2.modeling_qwen2"])
+FORKS.set_forkserver_preload([  # each child imports what is not here by itself: a third of a second
+    "torch", "qwenq.pipeline.quantize", "transformers.models.qwen2.modeling_qwen2", "qwenq.cli.main", "pytest",
+    "typer.testing",
+])  # fmt: skip
 
 
 def run_until(source: str, out: str, step: int, interval: float, resume: bool, changes: dict[str, Any]) -> None:
@@ -374,19 +392,19 @@ def killed_at(step: int, job: QuantizeJob, interval: float, resume: bool = False
 
 
 @pytest.mark.parametrize(
-    ("interval", "stride", "changes"),
+    ("interval", "strides", "changes"),  # of the fast tests, of the slow ones
     [
-        (0.0, 5, {}),  # hidden states saved after every layer
-        (1e9, 7, {"dtype": "bfloat16"}),  # never saved: layers are replayed, from tensors as they were written
-        (0.0, 17, {"compute_dtype": "bfloat16"}),
-        (1e9, 17, {"compute_dtype": "bfloat16", "recipe": MIXED}),
-        (1e9, 13, {"method": "rtn", "calibration": None}),
+        (0.0, (11, 2), {}),  # hidden states saved after every layer
+        (1e9, (13, 3), {"dtype": "bfloat16"}),  # never saved: layers are replayed, from tensors as they were written
+        (0.0, (17, 8), {"compute_dtype": "bfloat16"}),
+        (1e9, (17, 8), {"compute_dtype": "bfloat16", "recipe": MIXED}),
+        (1e9, (17, 6), {"method": "rtn", "calibration": None}),
     ],
     ids=["states", "replay", "bfloat16 states", "bfloat16 replay", "rounding"],
 )
-@pytest.mark.parametrize("finer", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("fine", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_killed_anywhere_and_resumed_is_the_same(
-    finer: int, interval: float, stride: int, changes: dict[str, Any],
+    fine: bool, interval: float, strides: tuple[int, int], changes: dict[str, Any],
     random_model: Make, tmp_path: Path, monkeypatch: Any,
 ) -> None:  # fmt: skip
     source = random_model(hidden_size=32, intermediate_size=64)
@@ -406,19 +424,17 @@ def test_killed_anywhere_and_resumed_is_the_same(
         assert_same(tmp_path / "whole", job.out)
         replays.append(any("replaying" in line for line in said if isinstance(line, str)))
         shutil.rmtree(job.out)
-        step += stride // finer
+        step += strides[fine]
     assert step > 30
     assert any(replays) if interval else not any(replays)
 
 
-def test_killed_again_and_again(random_model: Make, tmp_path: Path, monkeypatch: Any) -> None:
-    source = random_model()
-    quantize(small_job(source, tmp_path / "whole"))
-    job = small_job(source, tmp_path / "out")
+def test_killed_again_and_again(made: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    job = small_job(made / "model", tmp_path / "out")
     monkeypatch.setattr(qwenq.pipeline.quantize, "_STATE_INTERVAL_S", 0.0)
     assert all(killed_at(14, job, 0.0, resume=attempt > 0) for attempt in range(2))
     quantize(job, resume=True)
-    assert_same(tmp_path / "whole", job.out)
+    assert_same(made / "whole", job.out)
 
 
 class Stop(Exception):
@@ -433,16 +449,32 @@ def stop_after(layer: int) -> Callable[[Any], None]:
     return listen
 
 
+def make_stopped(place: Path, recipe: Recipe, **shape: Any) -> Path:
+    """A model, `whole`, which an undisturbed job makes of it, and `out.partial`, a job stopped after layer 1 of 3.
+
+    Hidden states are saved after each layer.
+    """
+    source = make_random_model(place / "model", **shape)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(qwenq.pipeline.quantize, "_STATE_INTERVAL_S", 0.0)
+        quantize(small_job(source, place / "whole", recipe=recipe))
+        with pytest.raises(Stop):
+            quantize(small_job(source, place / "out", recipe=recipe), listen=stop_after(1))
+    return place
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made once; not to be changed."""
+    return make_stopped(tmp_path_factory.mktemp("made"), Recipe(Scheme(4, 32)))
+
+
 @pytest.fixture
-def stopped(random_model: Make, tmp_path: Path, monkeypatch: Any) -> QuantizeJob:
-    """A job stopped after layer 1 of 3, its hidden states saved after each layer; `whole` beside it is finished."""
-    source = random_model()
-    quantize(small_job(source, tmp_path / "whole"))
+def stopped(made: Path, tmp_path: Path, monkeypatch: Any) -> QuantizeJob:
+    """The stopped job, `whole` beside it."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     monkeypatch.setattr(qwenq.pipeline.quantize, "_STATE_INTERVAL_S", 0.0)
-    job = small_job(source, tmp_path / "out")
-    with pytest.raises(Stop):
-        quantize(job, listen=stop_after(1))
-    return job
+    return small_job(tmp_path / "model", tmp_path / "out")
 
 
 def resumed(job: QuantizeJob) -> list[str]:
@@ -497,11 +529,10 @@ def test_changes_are_refused_by_name(stopped: QuantizeJob) -> None:
     source, out = stopped.source.directory, stopped.out
     assert stopped.calibration is not None
     other = TokenWindows(stopped.calibration.ids + 1, "other.txt", {"kind": "random"})
-    damping = stopped.options.damp_percent
     changes: dict[str, tuple[dict[str, Any], str]] = {
         "seed": ({"seed": 3}, "seed was 0, now 3"),
         "bits": ({"recipe": Recipe(Scheme(8, 32))}, "scheme.bits was 4, now 8"),
-        "damping": ({"damp_percent": 0.05}, f"options.damp_percent was {damping}, now 0.05"),
+        "damping": ({"damp_percent": 0.05}, "options.damp_percent was None, now 0.05"),
         "method": ({"method": "rtn"}, "options.method was 'gptq', now 'rtn'"),
         "dtype": ({"dtype": "bfloat16"}, "dtype was 'auto', now 'bfloat16'"),
         "compute dtype": ({"compute_dtype": "bfloat16"}, "compute_dtype was 'float32', now 'bfloat16'"),
@@ -580,10 +611,9 @@ def test_a_group_that_divides_nothing(random_model: Make, tmp_path: Path) -> Non
     assert_nothing_looks_whole(job.out)
 
 
-def test_one_directory_one_run(random_model: Make, tmp_path: Path) -> None:
+def test_one_directory_one_run(made: Path, tmp_path: Path) -> None:
     """A second run, resumed or not, while the first still hashes its source: refused, and the first goes on."""
-    source = random_model()
-    job = small_job(source, tmp_path / "out")
+    job = small_job(made / "model", tmp_path / "out")
     begun, go_on = threading.Event(), threading.Event()
 
     def listen(event: Any) -> None:
@@ -597,17 +627,15 @@ def test_one_directory_one_run(random_model: Make, tmp_path: Path) -> None:
     assert f"in use by process {os.getpid()} on" in refused(job, resume=True)
     go_on.set()
     first.join()
-    quantize(small_job(source, tmp_path / "whole"))
-    assert_same(tmp_path / "whole", job.out)
+    assert_same(made / "whole", job.out)
 
 
-def test_threads_racing_for_one_directory(random_model: Make, tmp_path: Path) -> None:
-    source = random_model()
+def test_threads_racing_for_one_directory(made: Path, tmp_path: Path) -> None:
     outcomes: list[Any] = []
     gate = threading.Barrier(3)
 
     def run() -> None:
-        job = small_job(source, tmp_path / "out")
+        job = small_job(made / "model", tmp_path / "out")
         gate.wait()
         try:
             outcomes.append(quantize(job).out)
@@ -621,8 +649,7 @@ def test_threads_racing_for_one_directory(random_model: Make, tmp_path: Path) ->
         thread.join()
     assert outcomes.count(tmp_path / "out") == 1
     assert all("unfinished job" in o or "already exists" in o for o in outcomes if isinstance(o, str))
-    quantize(small_job(source, tmp_path / "whole"))
-    assert_same(tmp_path / "whole", tmp_path / "out")
+    assert_same(made / "whole", tmp_path / "out")
 
 
 # ---------------------------------------------------------------------- numbers that are none

@@ -127,9 +127,21 @@ def alone(place: Path, *words: object) -> Ended:
     return over(place, 1, *words)[0]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def text(calib: Path, heldout: Path) -> list[object]:
     return [*TEXT, "--calibration", calib, "--eval-text", heldout, "--eval-samples", "5"]
+
+
+def job(tiny: Path, text: list[object], out: Path) -> list[object]:
+    return ["quantize", tiny, *text, "--error-correction", "0", "-o", out]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny: Path, text: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process makes of that job; not to be changed."""
+    place = tmp_path_factory.mktemp("undisturbed")
+    alone(place / "said", *job(tiny, text, place / "out"))
+    return place / "out"
 
 
 # ---------------------------------------------------------------------- the same bytes and figures
@@ -181,10 +193,10 @@ def test_a_mixed_recipe_from_sensitivities_measured_together(tiny: Path, text: l
         assert (tmp_path / f"imatrix-{size}").read_bytes() == (tmp_path / "imatrix-1").read_bytes()
 
 
-def test_eval_and_sensitivity_give_the_same_figures(tiny: Path, calib: Path, heldout: Path, tmp_path: Path) -> None:
-    out = tmp_path / "q"
-    alone(tmp_path / "made", "quantize", tiny, "-o", out, "--method", "rtn", *LENGTH, "--eval-text", heldout)
-    words = ["eval", out, "--reference", tiny, "--text", heldout, "--sequence-length", "64", "-n", "9"]
+def test_eval_and_sensitivity_give_the_same_figures(
+    tiny: Path, finished: Path, calib: Path, heldout: Path, tmp_path: Path
+) -> None:
+    words = ["eval", finished, "--reference", tiny, "--text", heldout, "--sequence-length", "64", "-n", "9"]
     words += ["--device", "cpu", "--compute-dtype", "bfloat16", "--json"]
     logits = [tmp_path / f"logits-{size}" for size in (1, 2)]
     found = [
@@ -224,17 +236,15 @@ def test_hidden_states_are_saved_for_any_number_of_ranks(tiny: Path, text: list[
         assert_same(tmp_path / "whole", out)
 
 
-def test_torchrun_starts_it(tiny: Path, text: list[object], tmp_path: Path) -> None:
-    alone(tmp_path / "said", "quantize", tiny, *text, "--error-correction", "0", "-o", tmp_path / "1")
-    words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "qwenq", "quantize", tiny, *text]
-    words += ["--error-correction", "0", "-o", tmp_path / "2"]
+def test_torchrun_starts_it(tiny: Path, text: list[object], undisturbed: Path, tmp_path: Path) -> None:
+    words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "qwenq", *job(tiny, text, tmp_path / "2")]
     done = subprocess.run(
         [sys.executable, *map(str, words)], capture_output=True, text=True, timeout=120,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("layer 4/4") == 1 and done.stdout.count("mean KL") == 1
-    assert_same(tmp_path / "1", tmp_path / "2")
+    assert_same(undisturbed, tmp_path / "2")
 
 
 # ---------------------------------------------------------------------- ranks that are lost
@@ -257,10 +267,6 @@ def half_a_second() -> None:
     slowly(0.5)
 
 
-def job(tiny: Path, text: list[object], out: Path) -> list[object]:
-    return ["quantize", tiny, *text, "--error-correction", "0", "-o", out]
-
-
 def slow_job(tiny: Path, text: list[object], tmp_path: Path, size: int = 2) -> Started:
     before = dict.fromkeys(range(size), half_a_second)
     return Started(tmp_path / "said", size, job(tiny, text, tmp_path / "out"), before)
@@ -274,7 +280,9 @@ def one_line(said: Ended, pattern: str) -> None:
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_stops_the_other(victim: int, tiny: Path, text: list[object], tmp_path: Path) -> None:
+def test_a_killed_rank_stops_the_other(
+    victim: int, tiny: Path, text: list[object], undisturbed: Path, tmp_path: Path
+) -> None:
     started = slow_job(tiny, text, tmp_path)
     started.wait_until("layer 1/4")
     os.kill(started.processes[victim].pid, signal.SIGKILL)
@@ -284,9 +292,8 @@ def test_a_killed_rank_stops_the_other(victim: int, tiny: Path, text: list[objec
     host = re.escape(socket.gethostname())
     one_line(said[1 - victim], f"rank {victim} on {host} ended without a word|rank 0 or torchrun on {host} is gone")
     if victim == 1:
-        alone(tmp_path / "whole-said", *job(tiny, text, tmp_path / "whole"))
         alone(tmp_path / "again", *job(tiny, text, tmp_path / "out"), "--resume")
-        assert_same(tmp_path / "whole", tmp_path / "out")
+        assert_same(undisturbed, tmp_path / "out")
 
 
 @pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])

@@ -64,10 +64,13 @@ def measured_kl(
     return measure
 
 
-def test_a_tied_head_is_solved_and_looked_up(tiny: Path, calib: Path, heldout: Path, tmp_path: Path) -> None:
+def test_a_tied_head_is_solved_and_looked_up(
+    tiny: Path, calib: Path, heldout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What the table says of the embedding that is the head too, and what it costs when it alone is quantized."""
     path = tied_copy(tiny, tmp_path / "tied")
     source, fused, scheme = open_source(path), (OUTER, "embedding"), type_scheme("Q5_0")
+    monkeypatch.setattr("qwenq.pipeline.fisher.schemes_for", lambda *_: (scheme,))  # of a dozen, the one asked for
     probe = split_windows(text_windows(calib, path, 256), format="gguf")
     table = measure_sensitivity(source, probe, scratch=tmp_path)
     choice = {each: scheme if each == fused else None for each in fused_groups(source.spec, "gguf")}
@@ -163,7 +166,7 @@ def test_ten_random_recipes_are_ranked_rightly(table: Sensitivity, measured_kl: 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("slice_rows", [4096, 100])  # of a vocabulary of 1,024
+@pytest.mark.parametrize("slice_rows", [4096, 400])  # of a vocabulary of 1,024
 def test_sampled_gradients_tell_the_kl_of_a_small_change(
     slice_rows: int, random_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,7 +280,7 @@ def test_a_stopped_job_goes_on_with_the_table_it_measured(
     changed = run(*command, "-o", out, "--bpw", "6", "--resume")
     assert changed.exit_code == 1 and "cannot resume" in changed.stderr and "measured," not in changed.stderr
     kept = (tmp_path / "out.partial" / SENSITIVITY_NAME).read_bytes()
-    for at in range(40, len(kept), 211):  # a digit changed is a table like any other
+    for at in range(40, len(kept), 997):  # a digit changed is a table like any other
         (tmp_path / "out.partial" / SENSITIVITY_NAME).write_bytes(kept[:at] + bytes([kept[at] ^ 1]) + kept[at + 1 :])
         damaged = run(*command, "-o", out, "--bpw", "5", "--resume")
         assert damaged.exit_code == 1 and f"{SENSITIVITY_NAME}: damaged, it is not what the journal" in damaged.stderr
@@ -293,7 +296,9 @@ def test_the_table_is_one_unit_a_line(table: Sensitivity) -> None:
     assert sum(1 for line in lines if re.match(r'    "\d+\.(qkv|o|gate_up|down)": \{', line)) == 16
 
 
-def test_zero_points_are_measured_and_used_when_asked_for(command: list[object], tmp_path: Path, tiny: Path) -> None:
+def test_zero_points_are_measured_and_used_when_asked_for(
+    command: list[object], table: Sensitivity, tmp_path: Path, tiny: Path
+) -> None:
     path, out = tmp_path / "s.json", tmp_path / "out"
     measuring = [w for w in command[1:] if w not in ("--eval-text", command[5], "--eval-samples", 2)]
     made = run("sensitivity", *measuring, "-o", path, "--asymmetric")
@@ -314,7 +319,7 @@ def test_zero_points_are_measured_and_used_when_asked_for(command: list[object],
     mixed = run("quantize", tiny, "--bpw", "4.4", "--sensitivity", path, "--dry-run", "--asymmetric")
     assert mixed.exit_code == 2 and "wants --format compressed-tensors" in mixed.stderr.replace("\n", " ")
     symmetric = tmp_path / "symmetric.json"
-    assert run("sensitivity", *measuring, "-o", symmetric).exit_code == 0
+    symmetric.write_bytes(encode_sensitivity(table))
     lacking = run(
         "quantize", tiny, "--bpw", "4.4", "--sensitivity", symmetric, "--dry-run", "--asymmetric", "--format",
         "compressed-tensors",

@@ -71,7 +71,7 @@ CASES: list[tuple[str, ModelSpec, Recipe, dict[str, Any]]] = [
     ("4-bit", of("Qwen2.5-7B", 2, vocab_size=32768), FOUR, {}),
     ("8-bit", of("Qwen2.5-7B", 2, vocab_size=32768), EIGHT, {}),
     ("8-bit rows", of("Qwen2.5-7B", 2, vocab_size=32768), Recipe(Scheme(8, -1)), {}),
-    ("mixed, fp8 cache", of("Qwen3-8B", 4, vocab_size=32768), MIXED, {"kv_dtype": "fp8"}),
+    ("mixed, fp8 cache", of("Qwen3-8B", 2, vocab_size=32768), MIXED, {"kv_dtype": "fp8"}),
     ("16-bit, tied", of("Qwen2.5-3B", 4), Recipe(None), {"prefill_chunk": 512}),
     ("short chunks", of("Qwen2.5-3B", 4), FOUR, {"prefill_chunk": 96}),
 ]

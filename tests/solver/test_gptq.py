@@ -13,7 +13,9 @@ from qwenq.errors import QwenqError
 from qwenq.formats.gguf import type_scheme
 from qwenq.solver import columns, gptq
 from qwenq.solver.gptq import (
+    DAMP_PERCENT,
     ResidualCovariance,
+    damping_of_products,
     factor_lower,
     permute_symmetric,
     processing_order,
@@ -500,3 +502,33 @@ def test_parts_of_many_rows_have_the_losses_of_the_whole() -> None:
     assert torch.equal(torch.cat([tensor.codes_OI for tensor, _ in pieces]), whole.codes_OI)
     assert all(map(torch.equal, found.by_row, stats.by_row))
     assert found.error_db == stats.error_db < -15
+
+
+@pytest.mark.parametrize("tokens, less", [(256, 0.85), (512, 0.95), (2048, 1.0)])
+def test_products_of_few_tokens_want_more_damping(tokens, less):
+    """On inputs not solved with, errors are least near `damping_of_products`."""
+    columns, hidden = 256, 64
+    generator = torch.Generator().manual_seed(0)
+    gate_HI, up_HI = torch.randn(2, hidden, columns, generator=generator) / hidden**0.5
+    scales_H = torch.arange(1, hidden + 1) ** -0.5
+
+    def products(count):
+        x_TH = torch.randn(count, hidden, generator=generator) * scales_H / scales_H.square().mean().sqrt()
+        return torch.nn.functional.silu(x_TH @ gate_HI) * (x_TH @ up_HI)
+
+    fit_TI, held_TI = products(tokens), products(8192)
+    w_OI = torch.randn(64, columns, generator=generator)
+
+    def error(damp_percent):
+        solved, _ = solve_linears({"w": w_OI}, fit_TI.T @ fit_TI, IntegerGrid(4, 64), damp_percent=damp_percent)["w"]
+        return float(((solved.dequantize() - w_OI) @ held_TI.T).square().sum())
+
+    found = error(damping_of_products(columns, tokens))
+    assert found < less * error(DAMP_PERCENT)
+    assert found < 1.01 * min(error(damp_percent) for damp_percent in (0.02, 0.2, 0.4, 0.7, 1.0, 2.0, 5.0))
+
+
+def test_damping_of_products():
+    assert damping_of_products(4864, 64 * 512) == 0.385  # sqrt(4864 / 32768)
+    assert damping_of_products(29568, 128 * 512) == 0.672
+    assert damping_of_products(1536, 10**7) == DAMP_PERCENT

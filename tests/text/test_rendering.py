@@ -28,6 +28,12 @@ OVER = "its chat template exceeded a limit on a conversation"
 REFUSED = "its chat template refused a conversation"
 
 
+@pytest.fixture(autouse=True)
+def one_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of processor time, not three."""
+    monkeypatch.setattr(rendering, "CPU_S", 1)
+
+
 @pytest.fixture
 def with_template(tiny: Path, tmp_path: Path) -> Any:
     def make(template: str) -> ModelTokenizer:
