@@ -178,7 +178,7 @@ class QuantizeConfig:
     strict: bool = False  # a bad row of a text is an error, else it is left out and counted
     # solver
     method: str | None = None  # gptq, or rtn: rounding to nearest
-    damp_percent: float | None = None  # share of the mean Hessian diagonal; by default DAMP_PERCENT, more for down_proj
+    damp_percent: float | None = None  # share of the mean Hessian diagonal; DAMP_PERCENT, or by tokens for down_proj
     fold: bool = True  # channel scales into norms and up_proj
     error_correction: float | None = None  # 0 to 1, of o_proj and down_proj
     error_correction_share: float = ERROR_CORRECTION_SHARE  # of the calibration windows that it is read from

@@ -121,12 +121,12 @@ class QuantizeJob:
     def options(self) -> SolverOptions:
         """What the solver is asked to do, the same for every layer."""
         config = self.config
+        assert config.error_correction is not None
         damping, down = config.damp_percent, None
         if damping is None:
             damping = DAMP_PERCENT
-            if self.calibration is not None:
+            if self.calibration is not None and not config.error_correction:  # which the same factor would damp
                 down = damping_of_products(self.source.spec.intermediate_size, self.calibration.ids.numel())
-        assert config.error_correction is not None
         return SolverOptions(config.solver, damping, down, config.fold, config.error_correction, config.sink_weight)
 
     @property

@@ -195,9 +195,9 @@ def test_down_is_damped_by_tokens_per_column_unless_told_otherwise(random_model:
     columns, tokens = open_source(source).spec.intermediate_size, 6 * 32
     by_rule = round((columns / tokens) ** 0.5, 3)
     assert by_rule > DAMP_PERCENT
-    for given, down in ((None, by_rule), (0.05, 0.05)):
-        out = tmp_path / str(given)
-        (block,) = quantize(small_job(source, out, damp_percent=given)).layers
+    for given, corrected, down in ((None, 0.0, by_rule), (None, 1.0, DAMP_PERCENT), (0.05, 0.0, 0.05)):
+        out = tmp_path / f"{given}-{corrected}"
+        (block,) = quantize(small_job(source, out, damp_percent=given, error_correction=corrected)).layers
         other = DAMP_PERCENT if given is None else given
         assert {r.damp_percent for r in block.linears if r.name.endswith("down_proj")} == {down}
         assert {r.damp_percent for r in block.linears if not r.name.endswith("down_proj")} == {other}
