@@ -116,7 +116,7 @@ EvalSamples = Annotated[
 Method = Annotated[str | None, option(SOLVER, metavar="NAME", help="gptq, or rtn: rounding to nearest.")]
 DampPercent = Annotated[
     float | None,
-    option(SOLVER, metavar="SHARE", help="Diagonal damping. Default: 0.1, or by tokens for down.", min=0.0, max=1.0),
+    option(SOLVER, metavar="SHARE", help="Damping. Default: 0.1, for down by tokens.", min=0.0, max=1.0),
 ]
 Fold = Annotated[
     bool, option(BITS, "--fold/--no-fold", help="Fold channel scales; --no-fold: LoRA still fits.", show_default=False)
