@@ -353,8 +353,8 @@ def damping_of_products(columns: int, tokens: int) -> float:
     """Damping of a linear whose inputs are products of two others' outputs, as those of an FFN's `down`.
 
     What few tokens leave uncertain of a covariance's eigenvalues, sqrt(columns / tokens) of their mean (Marchenko and
-    Pastur 1967), but not less than DAMP_PERCENT. Products vary in nearly all directions alike; other linears' inputs
-    vary in a few, beside which the others are small, and need no more than DAMP_PERCENT (reports/LOG.md).
+    Pastur 1967), but not less than DAMP_PERCENT. Other linears' inputs vary in few directions, beside which the rest is
+    small, and need no more than DAMP_PERCENT (reports/LOG.md).
     """
     return max(DAMP_PERCENT, round(math.sqrt(columns / tokens), 3))
 
