@@ -21,6 +21,7 @@ from qwenq.formats.base import Scheme
 from qwenq.formats.gguf import type_scheme
 from qwenq.io.safetensors import fingerprint
 from qwenq.model.layer import Network
+from qwenq.pipeline import fisher
 from qwenq.pipeline.evaluate import HeadWeights
 from qwenq.pipeline.fisher import _mean_square, _States, measure_sensitivity, sampled_gradients, split_windows
 from qwenq.pipeline.job import QuantizeJob
@@ -36,6 +37,7 @@ from qwenq.planning.sensitivity import (
     fused_groups,
     read_sensitivity,
 )
+from qwenq.solver.gptq import DAMP_PERCENT
 from qwenq.text.tokens import TokenWindows
 
 
@@ -232,6 +234,23 @@ def test_a_table_serves_any_budget(tmp_path: Path, tiny: Path, calib: Path, rand
     with pytest.raises(PlanError, match="kind 'other'"):
         path.write_text(path.read_text().replace("qwenq sensitivity", "other", 1))
         read_sensitivity(path)
+
+
+def test_down_is_damped_by_tokens_per_column(tiny: Path, calib: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """As in jobs without error correction, which sensitivities are solved without."""
+    probe, source = split_windows(text_windows(calib, tiny, 32, 6)), open_source(tiny)
+    wanted = round((source.spec.intermediate_size / probe.solver_NT.numel()) ** 0.5, 3)
+    assert wanted > DAMP_PERCENT
+    solve, seen = fisher.solve_on_ranks, set()
+
+    def watch(workers: Any, weights: Any, *others: Any, damp_percent: float, **options: Any) -> Any:
+        seen.update((path.rpartition(".")[2], damp_percent) for path in weights)
+        return solve(workers, weights, *others, damp_percent=damp_percent, **options)
+
+    monkeypatch.setattr(fisher, "solve_on_ranks", watch)
+    measure_sensitivity(source, probe, scratch=tmp_path)
+    assert {damping for name, damping in seen if name == "down_proj"} == {wanted}
+    assert {damping for name, damping in seen if name != "down_proj"} == {DAMP_PERCENT}
 
 
 @pytest.fixture
