@@ -30,9 +30,9 @@ from qwenq.model.metadata import GENERATION_NAME, generation_of_metadata
 from qwenq.model.spec import LinearSpec
 from qwenq.pipeline.card import CARD_NAME, model_card, rotated_too
 from qwenq.pipeline.container import container_of
-from qwenq.pipeline.job import partial_directory, refuse_place
 from qwenq.pipeline.monitor import memory_errors
 from qwenq.pipeline.output import Output, copied_files
+from qwenq.pipeline.preflight import partial_directory, refuse_place
 from qwenq.results import finite_json
 from qwenq.solver.grid import QTensor
 from qwenq.text.tokens import write_tokenizer
