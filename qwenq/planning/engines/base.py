@@ -136,6 +136,10 @@ class Engine(ABC):
             return ""
         return f"{said}: compute capability {has[0]}.{has[1]}, {self.label} needs {needs[0]}.{needs[1]}"
 
+    def cache_barred(self, work: Workload, gpu: Gpu) -> str:
+        """Why it has no such KV cache on such a GPU; empty where it does, and where the capability is unknown."""
+        return ""
+
     def runs_on(self, gpu: Gpu) -> bool:
         return not self.barred(gpu)
 
