@@ -217,6 +217,12 @@ def test_what_a_job_would_refuse_a_dry_run_refuses(tiny: Path, texts: list[objec
             assert run("quantize", "Qwen2.5-7B", "--dry-run", *rounds, *none).exit_code == 0, "nobody gave it"
     off = run("quantize", "Qwen2.5-7B", "--dry-run", "--error-correction", 0, "--error-correction-share", 0.7)
     assert off.exit_code == 2 and "--error-correction-share is of what --error-correction 0 turns off" in off.stderr
+    share = ["--bits", 8, *texts, "--error-correction-share", 0.7]
+    for words in (["--dry-run"], ["-o", tiny.parent / "eight"]):
+        idle = run("quantize", tiny, *share, *words)
+        assert idle.exit_code == 1
+        assert "error: --error-correction-share 0.7: errors are not corrected by default at 8 bits" in idle.stderr
+    assert run("quantize", tiny, *share, "--error-correction", 1, "--dry-run").exit_code == 0
     one = run("quantize", tiny, "--bits", 4, *texts, "-n", 1, "--pull", "1", "--dry-run")
     assert one.exit_code == 1 and "one window of calibration has no two halves" in one.stderr
     rounded = [*texts[2:], "--method", "rtn", "--eval-samples", 3]
