@@ -541,7 +541,7 @@ def load_options(**words: Unpack[LoadWords]) -> LoadOptions:
         compute_dtype=compute_dtype,
         gpu_memory=tuple(parse_size(part) for part in gpu.split(",")) if gpu else (),
         cpu_memory=parse_size(cpu) if cpu else 0,
-        offload_directory=None if offload is None else Path(offload),
+        offload_directory=Path(offload or LoadOptions.offload_directory),
     )
 
 
