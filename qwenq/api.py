@@ -634,7 +634,7 @@ class LoadedModel:
 class Sampling(TypedDict, total=False):
     """Sampling settings; anything not given comes from the checkpoint's generation_config.json."""
 
-    max_new_tokens: int
+    max_new_tokens: int  # where neither says, what the context leaves, at most 512
     temperature: float  # 0: always the likeliest token; where neither says, 1 with top_p or top_k, else 0
     top_p: float
     top_k: int
