@@ -381,11 +381,12 @@ def _llama3_guesses(blended: Sequence[tuple[float, float]]) -> Iterator[dict[str
     yield {}
     if blended:
         wave, share = blended[0]
-        yield {"original_max_position_embeddings": round(wave * (1 + 3 * share))}
-    if len(blended) > 1:
+        yield {"original_max_position_embeddings": max(1, round(wave * (1 + 3 * share)))}
+    if len(blended) > 1 and blended[0][0] < blended[-1][0]:
         (first, most), (last, least) = blended[0], blended[-1]
         slope = (most - least) / (1 / first - 1 / last)
-        if (offset := slope / first - most) > 0:
+        offset = slope / first - most
+        if 1e-6 < offset < slope:
             length, high = round(slope / offset), float(f"{1 + 1 / offset:.6g}")
             yield {"original_max_position_embeddings": length, "high_freq_factor": high}
 

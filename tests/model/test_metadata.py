@@ -170,6 +170,18 @@ def test_factors_of_llama_3_are_transformers(low: float, high: float, length: in
         open_checkpoint(file.write(tmp_path / "m.gguf"))
 
 
+@pytest.mark.parametrize("base", [1.0, 0.1, 1e29])
+def test_factors_that_nothing_gives_are_refused(base: float) -> None:
+    """Bases of which waves are equal, or fall, and factors in no order."""
+    config = family_configs()["Llama-3.1-8B"]
+    spec = spec_from_config(config)
+    metadata = metadata_of_config(spec, config) | {"llama.rope.freq_base": base}
+    shapes = {gguf_names(spec)[tensor.name]: tensor.shape for tensor in spec.tensors()}
+    for some in ([1.5, 2.5], [2.5, 1.5], [1.0000001, 4.0], [3.0, 2.0]):
+        with pytest.raises(CheckpointError, match=r"^x: rope_freqs.weight holds other factors than Llama 3\.1's"):
+            config_of_metadata(metadata, shapes, [*some * 31, 4.0, 1.0], "x")
+
+
 YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256}
 
 
