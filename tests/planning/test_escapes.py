@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from families import model
 
-from qwenq.errors import HonestNo, UsageError
+from qwenq.errors import HonestNo, PlanError, UsageError
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.case import Case, Workload, rank_shares
@@ -141,6 +141,9 @@ def test_an_fp8_cache_only_where_vllm_has_one(gpu: str, version: tuple[int, int]
     told = any("FlashInfer alone" in note for note in plan.notes)
     assert plan.fits == reads and told == (gpu != "RTX 4090" and version >= (0, 11))
     assert reads or all(f"vLLM has no fp8 KV cache on {gpu}" in said for said in verdicts), verdicts
+    if not reads:
+        with pytest.raises(PlanError, match=f"^vLLM cannot use 2x {gpu}: vLLM has no fp8 KV cache on {gpu}: compute"):
+            plan.case.engine.estimate(plan.case)
     batch = sum(rig.limits) // (32768 * 57344)  # whose cache takes all memory in 16 bits, half of it in fp8
     long = make_plan(Case(b7, weights, VllmEngine(version), Workload(32768, batch), rig))
     assert not long.fits and any("fp8" in text for text in long.instead) == reads, long.instead

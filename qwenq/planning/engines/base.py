@@ -465,10 +465,12 @@ class ServerEngine(Engine):
             return asked, count // asked
         if case.rig is None:
             return 1, 1
-        option = best_option(parallel_options(case))
+        options = parallel_options(case)
+        option = best_option(options)
         if option is None:
             raise PlanError(
-                f"{self.title} cannot use {case.rig.label}", hint="`qwenq plan` says why for every layout"
+                f"{self.title} cannot use {case.rig.label}: {options[0].reasons[0]}",
+                hint="`qwenq plan` says why for every layout",
             )
         return option.tensor, option.pipeline
 
