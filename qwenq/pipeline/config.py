@@ -288,6 +288,17 @@ class QuantizeConfig:
         if "fold" in given and self.fold:
             raise UsageError(f"--fold takes channel scales from calibration: {none}")
 
+    @property
+    def idle_share(self) -> str:
+        """A line on a share of windows that a settled configuration has for error correction, and no correction."""
+        share = self.error_correction_share
+        if self.solver != "gptq" or self.error_correction or share in (0, ERROR_CORRECTION_SHARE):
+            return ""
+        return (
+            f"--error-correction-share {share:g} does nothing: by default errors are not corrected at 8 bits, nor "
+            f"with fewer than {CORRECTION_LEAST_A_COLUMN} tokens per column of down_proj (--error-correction 1 does)"
+        )
+
     def may_rotate(self, spec: ModelSpec) -> bool:
         """Whether the model is rotated, unless told otherwise, where massive activations are found in it.
 
@@ -606,20 +617,12 @@ class Resolution:
     def settled(self, windows: Windows) -> QuantizeConfig:
         """The configuration with error correction chosen too.
 
-        PlanError where it is asked for and cannot be had from so few windows, or a share of the windows is given for
-        it and it is off by default.
+        PlanError where it is asked for and cannot be had from so few windows.
         """
         strength = chosen_error_correction(
             self.config.error_correction, self.recipe, self.spec,
             windows=windows.calibration, length=windows.length, share=self.config.error_correction_share,
         )  # fmt: skip
-        given = self.config.error_correction_share not in (0, ERROR_CORRECTION_SHARE)
-        if given and not strength and self.config.error_correction is None and windows.calibration:
-            raise PlanError(
-                f"--error-correction-share {self.config.error_correction_share:g}: errors are not corrected by default "
-                f"at 8 bits or with fewer than {CORRECTION_LEAST_A_COLUMN} tokens per column of down_proj",
-                hint="--error-correction 1 corrects them; or leave the share out",
-            )
         return replace(self.config, error_correction=strength)
 
 

@@ -84,13 +84,13 @@ class QuantizeJob:
     @property
     def notes(self) -> tuple[str, ...]:
         """A line for each thing that is read otherwise than the model's config.json says, or left out of a text, for
-        windows that the built-in set lacks, and for a recipe that is not what its name says.
+        windows that the built-in set lacks, for an idle option, and for a recipe that is not what its name says.
         """
         texts = [text.left_out for text in (self.calibration, self.evaluation) if text is not None]
         texts += [builtin_lacks(self.config, self.calibration)] if self.calibration else []
         name = self.config.mixture
         named = get_format(self.recipe.format).notes(name, self.source.spec) if name else []
-        return (*self.source.notes, *filter(None, texts), *named)
+        return (*self.source.notes, *filter(None, (*texts, self.config.idle_share)), *named)
 
     @property
     def options(self) -> SolverOptions:

@@ -167,6 +167,16 @@ def test_a_place_that_the_job_would_refuse(
     assert json.loads(dry_run.stdout)["disk_needed_bytes"] > 0
 
 
+def test_a_share_of_windows_for_no_error_correction_is_told(tiny: Path, texts: list[object], tmp_path: Path) -> None:
+    """By the job too: at 8 bits errors are not corrected by default."""
+    words = ("quantize", tiny, *texts, "--bits", 8, "--error-correction-share")
+    for more in (["--dry-run"], ["-o", tmp_path / "out", "-n", 2, "--eval-samples", 1]):
+        told = run(*words, 0.7, *more)
+        assert told.exit_code == 0 and "warning: --error-correction-share 0.7 does nothing: " in told.stderr
+    for share, more in ((0.5, []), (0, []), (0.7, ["--error-correction", 1])):
+        assert "does nothing" not in run(*words, share, *more, "--dry-run").stderr
+
+
 def test_a_dry_run_goes_on_with_no_job(tiny: Path) -> None:
     refused = run("quantize", tiny, "--dry-run", "--resume")
     assert refused.exit_code == 2 and "--resume and --dry-run exclude each other" in refused.stderr
@@ -217,12 +227,6 @@ def test_what_a_job_would_refuse_a_dry_run_refuses(tiny: Path, texts: list[objec
             assert run("quantize", "Qwen2.5-7B", "--dry-run", *rounds, *none).exit_code == 0, "nobody gave it"
     off = run("quantize", "Qwen2.5-7B", "--dry-run", "--error-correction", 0, "--error-correction-share", 0.7)
     assert off.exit_code == 2 and "--error-correction-share is of what --error-correction 0 turns off" in off.stderr
-    share = ["--bits", 8, *texts, "--error-correction-share", 0.7]
-    for words in (["--dry-run"], ["-o", tiny.parent / "eight"]):
-        idle = run("quantize", tiny, *share, *words)
-        assert idle.exit_code == 1
-        assert "error: --error-correction-share 0.7: errors are not corrected by default at 8 bits" in idle.stderr
-    assert run("quantize", tiny, *share, "--error-correction", 1, "--dry-run").exit_code == 0
     one = run("quantize", tiny, "--bits", 4, *texts, "-n", 1, "--pull", "1", "--dry-run")
     assert one.exit_code == 1 and "one window of calibration has no two halves" in one.stderr
     rounded = [*texts[2:], "--method", "rtn", "--eval-samples", 3]
