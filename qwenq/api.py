@@ -145,8 +145,9 @@ def dry_run(
 
     model: a family's name ("Qwen2.5-72B") too, in BF16. out: the directory whose disk is asked, which
     `preflight.check_disk(out)` of the result refuses where it is too small; without it the current one's, and a
-    warning. ranks: that would share the work, each with the memory told. network: between them (10gbps), to say how
-    long their sums take. Raises QwenqError for options, models and texts that `quantize` would refuse.
+    warning. Whether something is there already is not asked. ranks: that would share the work, each with the memory
+    told. network: between them (10gbps), to say how long their sums take. Raises QwenqError for options, models and
+    texts that `quantize` would refuse.
     """
     from qwenq.pipeline.dryrun import dry_run as run
 
@@ -178,7 +179,8 @@ def sensitivity(
     from qwenq.io.durable import write_bytes
     from qwenq.pipeline.config import check_rotatable
     from qwenq.pipeline.fisher import measure_sensitivity, split_windows
-    from qwenq.pipeline.job import DTYPES, builtin_lacks, refuse_existing
+    from qwenq.pipeline.job import DTYPES, builtin_lacks
+    from qwenq.pipeline.preflight import refuse_existing
     from qwenq.pipeline.prepare import read_calibration
     from qwenq.pipeline.ranks import ALONE
     from qwenq.planning.sensitivity import encode_sensitivity
@@ -539,7 +541,7 @@ def load_options(**words: Unpack[LoadWords]) -> LoadOptions:
         compute_dtype=compute_dtype,
         gpu_memory=tuple(parse_size(part) for part in gpu.split(",")) if gpu else (),
         cpu_memory=parse_size(cpu) if cpu else 0,
-        offload_directory=None if offload is None else Path(offload),
+        offload_directory=Path(offload or LoadOptions.offload_directory),
     )
 
 
@@ -632,7 +634,7 @@ class LoadedModel:
 class Sampling(TypedDict, total=False):
     """Sampling settings; anything not given comes from the checkpoint's generation_config.json."""
 
-    max_new_tokens: int
+    max_new_tokens: int  # where neither says, what the context leaves, at most 512
     temperature: float  # 0: always the likeliest token; where neither says, 1 with top_p or top_k, else 0
     top_p: float
     top_k: int

@@ -27,7 +27,8 @@ from test_quantize import Stop, assert_same
 import qwenq.pipeline.quantize
 from qwenq.errors import QwenqError
 from qwenq.formats.base import Recipe, Scheme
-from qwenq.pipeline.job import QuantizeJob, partial_directory
+from qwenq.pipeline.job import QuantizeJob
+from qwenq.pipeline.preflight import partial_directory
 from qwenq.pipeline.quantize import quantize
 
 _SMALL = ("config.json", "tokenizer.json", "tokenizer_config.json", "README.md", "LICENSE", "generation_config.json")

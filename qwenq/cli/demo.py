@@ -48,7 +48,7 @@ def demo(
     """
     from qwenq.checkpoint.manifest import MANIFEST_NAME
     from qwenq.cli.demo_model import make_demo_model
-    from qwenq.pipeline.job import partial_directory
+    from qwenq.pipeline.preflight import partial_directory
     from qwenq.pipeline.prepare import prepare
     from qwenq.pipeline.quantize import quantize as run
     from qwenq.report.benchmarks import read_benchmarks

@@ -177,7 +177,8 @@ CpuMemory = Annotated[
     option(MACHINE, "--cpu-memory", metavar="SIZE", help="Host memory limit; the rest goes to disk. Default: free."),
 ]
 OffloadDir = Annotated[
-    Path | None, option(MACHINE, "--offload-dir", metavar="DIR", help="Directory for layers that are kept on disk.")
+    Path | None,
+    option(MACHINE, "--offload-dir", metavar="DIR", help="Directory for layers that are kept on disk. Default: here."),
 ]
 KvDtype = Annotated[
     str, option(ENGINE, "--kv-cache-dtype", metavar="DTYPE", help="auto, bf16, fp16 or fp8.", show_default=False)

@@ -21,6 +21,7 @@ from qwenq.launch import refuse_ranks
 from qwenq.model.spec import ModelSpec, family_spec
 from qwenq.pipeline.config import QuantizeConfig
 from qwenq.pipeline.dryrun import DryRun, dry_run
+from qwenq.pipeline.preflight import check_output, partial_directory, refuse_place
 from qwenq.planning.budget import Budgeted
 from qwenq.planning.sensitivity import OUTER
 from qwenq.units import format_gb, format_seconds
@@ -140,8 +141,6 @@ def _quantize(model: str, config: QuantizeConfig, output: Path, resume: bool, js
 
 
 def _say_how_to_go_on(output: Path) -> None:
-    from qwenq.pipeline.job import partial_directory
-
     partial = partial_directory(output)
     if not partial.exists():
         print_step("\nstopped; nothing had been started")
@@ -157,7 +156,7 @@ def _say_how_to_go_on(output: Path) -> None:
 def _dry_run(
     model: str, config: QuantizeConfig, output: Path | None, save_to: Path | None, json: bool, ranks: int, network: str
 ) -> None:
-    """Print sizes, peaks, disk and warnings; raises JobError where the disk of a given output is too small."""
+    """Print sizes, peaks, disk and warnings; raises JobError where a given output would be refused."""
     if not Path(model).is_dir() and family_spec(model) is not None:
         warn_of_shipped(model)
     found = dry_run(model, config, output, ranks=ranks, network=network)
@@ -176,6 +175,9 @@ def _dry_run(
         for line in found.warnings:
             warn(line)
     if output is not None:  # without an output directory the disk it will be on is a guess
+        if found.local:
+            refuse_place(output, Path(model))
+        check_output(output, resume=False)
         found.preflight.check_disk(output)
 
 

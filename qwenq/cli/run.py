@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterable
 from contextlib import closing, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -50,7 +51,7 @@ _OWN_OPTIONS = ("prefill_chunk", "compute_dtype", "gpu_memory", "cpu_memory", "o
 SMALL_DIFFERENCE = 64 << 20  # between a peak and its prediction: what allocators and libraries do, no error to be told
 MaxNewTokens = Annotated[
     int | None,
-    option(ANSWER, "--max-new-tokens", "-n", min=1, help="Maximum answer tokens. Default: up to 512."),
+    option(ANSWER, "--max-new-tokens", "-n", min=1, help="Maximum answer tokens. Default: the model's; else 512."),
 ]
 Temperature = Annotated[
     float | None,
@@ -149,13 +150,13 @@ def run(
     ids = _ids(chat, prompt, system, raw) if prompt is not None else None
     own = options.work(checkpoint.spec).context  # checked against the model, for other engines too
     room = own if foreign is None or options.max_model_len else checkpoint.spec.extended_context
-    new_tokens(1 if ids is None else len(ids), sampling.max_new_tokens, room)  # here, not after minutes of loading
+    limit = new_tokens(1 if ids is None else len(ids), sampling, room)  # here, not after minutes of loading
     if foreign is not None:
         assert ids is not None
         with redirect_stdout(sys.stderr):  # all of them log to stdout
             answering = foreign(directory, options.max_model_len, kv_cache_dtype)
         with closing(answering):
-            _answer_foreign(answering, chat, ids, sampling, json)
+            _answer_foreign(answering, chat, ids, replace(sampling, max_new_tokens=limit), json)
         return
     with loaded(checkpoint, options) as found:
         if not json:

@@ -63,7 +63,7 @@ def sensitivity(
     Two streamed passes over the layers, forward and backward, with one layer in memory at a time. The effect is
     measured on calibration windows that were not used for solving.
     """
-    from qwenq.pipeline.job import refuse_existing
+    from qwenq.pipeline.preflight import refuse_existing
     from qwenq.text.calibration import check_text
 
     config = options_of(context, QuantizeConfig, asymmetric=asymmetric or None)

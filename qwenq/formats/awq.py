@@ -9,7 +9,7 @@ whole linears may stay in 16 bit.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _PLACE = tuple(ORDER.index(k) for k in range(8))  # of output k in its int32
+_MIDDLE = 0x88888888 - (1 << 32)  # an int32 of eight zero points of 8
 
 
 _FUSING = frozenset({"do_fuse", "fuse_max_seq_len", "lm_head", "modules_to_fuse", "sym"})  # of these nothing is read
@@ -67,6 +68,9 @@ class Awq(Format):
     def held_as(self, scheme: Scheme) -> Scheme:
         """There is no symmetric grid of its own: a symmetric one becomes one whose zero points are all 8."""
         return replace(scheme, sym=False)
+
+    def centred(self, read: Callable[[str], Tensor], lin: LinearSpec) -> bool:
+        return bool((read(f"{lin.name}.qzeros") == _MIDDLE).all())
 
     def tensors(self, scheme: Scheme, lin: LinearSpec, dtype_of: StoredDtype) -> Iterator[TensorSpec]:
         groups, per_word = scheme.groups(lin.in_features), 32 // scheme.bits

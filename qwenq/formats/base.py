@@ -526,6 +526,13 @@ class Format(ABC):
         """The scheme of integer codes that says the same, for another format to hold; PlanError where there is none."""
         return scheme
 
+    def centred(self, read: Callable[[str], Tensor], lin: LinearSpec) -> bool:
+        """Whether a linear's zero points are all the middle code, though the format has no symmetric scheme to say so.
+
+        read: gives a tensor by its name.
+        """
+        return False
+
     def integers(self, q: QTensor, lin: LinearSpec) -> QTensor:
         """A linear of `as_integers`, from one as `unpack` gives it; CheckpointError, naming it, unless it is exact."""
         return q

@@ -357,13 +357,38 @@ def _scaling_of_metadata(
 
 
 def _llama3_of_factors(factors: Sequence[float], config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The only published way to come by such a tensor, if its values are those."""
-    possible = 2 * len(factors) == config["head_dim"] and all(1 <= factor < 1e6 for factor in factors)
-    rope = {"rope_type": "llama3", "factor": _shortest(max(factors)) if possible else 1.0} | _LLAMA3
-    wanted = _llama3_factors(config["head_dim"], config["rope_theta"], rope) if possible else []
-    if not wanted or any(abs(a / b - 1) > 1e-4 for a, b in zip(factors, wanted, strict=True)):
-        raise CheckpointError(f"{where}: {ROPE_FACTORS} holds other factors than Llama 3.1's: not supported")
-    return rope
+    """The only published way to come by such a tensor, where its values are of it; with a low_freq_factor of 1, for
+    only ratios of the other parameters to it count.
+    """
+    head_dim, base = config["head_dim"], config["rope_theta"]
+    if 2 * len(factors) == head_dim and all(1 <= factor < 1e6 for factor in factors):
+        most = max(factors)  # not 1: such a tensor changes nothing
+        waves = [2 * math.pi * base ** (2 * pair / head_dim) for pair in range(len(factors))]
+        shares = [(wave, (1 / f - 1 / most) / (1 - 1 / most)) for wave, f in zip(waves, factors, strict=True)]
+        blended = [(wave, share) for wave, share in shares if 0 < share < 1]
+        for guess in _llama3_guesses(blended):
+            rope = {"rope_type": "llama3", "factor": _shortest(most)} | _LLAMA3 | guess
+            wanted = _llama3_factors(head_dim, base, rope)
+            if all(abs(a / b - 1) <= 1e-4 for a, b in zip(factors, wanted, strict=True)):
+                return rope
+    raise CheckpointError(f"{where}: {ROPE_FACTORS} holds other factors than Llama 3.1's: not supported")
+
+
+def _llama3_guesses(blended: Sequence[tuple[float, float]]) -> Iterator[dict[str, Any]]:
+    """Parameters to try: the published ones, and those of the waves between, each with its share of the unscaled
+    frequency: (length / wave - low) / (high - low), of which one gives the length and two the high factor too.
+    """
+    yield {}
+    if blended:
+        wave, share = blended[0]
+        yield {"original_max_position_embeddings": max(1, round(wave * (1 + 3 * share)))}
+    if len(blended) > 1 and blended[0][0] < blended[-1][0]:
+        (first, most), (last, least) = blended[0], blended[-1]
+        slope = (most - least) / (1 / first - 1 / last)
+        offset = slope / first - most
+        if 1e-6 < offset < slope:
+            length, high = round(slope / offset), float(f"{1 + 1 / offset:.6g}")
+            yield {"original_max_position_embeddings": length, "high_freq_factor": high}
 
 
 @dataclass(frozen=True)

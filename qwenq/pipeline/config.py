@@ -288,6 +288,17 @@ class QuantizeConfig:
         if "fold" in given and self.fold:
             raise UsageError(f"--fold takes channel scales from calibration: {none}")
 
+    @property
+    def idle_share(self) -> str:
+        """A line on a share of windows that a settled configuration has for error correction, and no correction."""
+        share = self.error_correction_share
+        if self.solver != "gptq" or self.error_correction or share in (0, ERROR_CORRECTION_SHARE):
+            return ""
+        return (
+            f"--error-correction-share {share:g} does nothing: by default errors are not corrected at 8 bits, nor "
+            f"with fewer than {CORRECTION_LEAST_A_COLUMN} tokens per column of down_proj (--error-correction 1 does)"
+        )
+
     def may_rotate(self, spec: ModelSpec) -> bool:
         """Whether the model is rotated, unless told otherwise, where massive activations are found in it.
 

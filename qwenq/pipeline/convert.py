@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,9 @@ from qwenq.model.metadata import GENERATION_NAME, generation_of_metadata
 from qwenq.model.spec import LinearSpec
 from qwenq.pipeline.card import CARD_NAME, model_card, rotated_too
 from qwenq.pipeline.container import container_of
-from qwenq.pipeline.job import partial_directory, refuse_place
 from qwenq.pipeline.monitor import memory_errors
 from qwenq.pipeline.output import Output, copied_files
+from qwenq.pipeline.preflight import partial_directory, refuse_place
 from qwenq.results import finite_json
 from qwenq.solver.grid import QTensor
 from qwenq.text.tokens import write_tokenizer
@@ -57,7 +57,10 @@ class Converted:
 
 
 def target_recipe(source: Checkpoint, format: str) -> Recipe:
-    """The source's recipe in another format; PlanError, naming both, when that cannot hold the same codes."""
+    """The source's recipe in another format; PlanError, naming both, when that cannot hold the same codes.
+
+    Where all zero points are the middle one and the source's format cannot say so (AWQ), it is a symmetric one.
+    """
     if source.quantized is None:
         raise PlanError(f"{source.directory}: not quantized", hint="`qwenq quantize --format` quantizes it")
     recipe, form = source.recipe, get_format(format)
@@ -70,8 +73,14 @@ def target_recipe(source: Checkpoint, format: str) -> Recipe:
                 hint=f"`qwenq quantize --format {format}` makes it from the 16-bit checkpoint",
             )
 
+    linears = (lin for layer in range(source.spec.num_hidden_layers) for lin in source.spec.layer_linears(layer))
+    centred = all(get_format(recipe.format).centred(source.read, lin) for lin in linears if recipe.scheme_of(lin))
+
     def held(scheme: Scheme | None) -> Scheme | None:
-        return None if scheme is None else form.held_as(get_format(recipe.format).as_integers(scheme))
+        if scheme is None:
+            return None
+        integers = get_format(recipe.format).as_integers(scheme)
+        return form.held_as(replace(integers, sym=True) if centred else integers)
 
     outside = {lin.name for lin in source.spec.outer_linears}  # a format that packs them too is no reason for the other
     overrides = tuple((name, held(scheme)) for name, scheme in recipe.overrides if name not in outside)

@@ -186,7 +186,7 @@ def dry_run(
         warnings += get_format(config.format).notes(found.config.mixture, found.spec)
     warnings += _lacking(check, measuring, output is None)
     cut = tuple(lines_of_recipe(found.spec, found.recipe))
-    warnings = [*source.notes, *warnings]
+    warnings = [*source.notes, *warnings, *filter(None, [settled.idle_share])]
     return DryRun(check, found.spec, found.budgeted, measuring, assumed, cut, local, tuple(warnings), network)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -16,7 +15,6 @@ from qwenq.checkpoint.reader import Checkpoint
 from qwenq.checkpoint.shards import Beside, StoredFiles, stored_files
 from qwenq.errors import CheckpointError, JobError
 from qwenq.formats.base import Recipe, Scheme, get_format
-from qwenq.io.json import resolved
 from qwenq.io.safetensors import FLOAT_NAMES, FLOATS
 from qwenq.io.tensors import TORCH_DTYPES, all_finite
 from qwenq.machine import numerics, return_freed_memory
@@ -44,29 +42,6 @@ from qwenq.text.tokens import TokenWindows
 SUMS = f"{PARTS} parts, products in the states' dtype"  # how sums over calibration windows are taken
 GPU_SUMS = f"{SUMS}, summed in float32"
 DTYPES = {name: TORCH_DTYPES[dtype] for name, dtype in FLOATS.items()}
-
-
-def partial_directory(out: Path) -> Path:
-    """Where a job works until it is whole; JobError for what names no directory that could be made."""
-    if not out.name:
-        raise JobError(f"{out}: no name for a new directory", hint="choose another directory")
-    return out.with_name(out.name + ".partial")
-
-
-def refuse_place(out: Path, source: Path) -> None:
-    """Raise JobError when `out` is there already, or is the directory `source` or inside it."""
-    place, source = resolved(out.absolute(), JobError), resolved(source)
-    if place == source or source in place.parents:
-        raise JobError(
-            f"{out}: the output may not be the model's own directory or inside it", hint="choose another directory"
-        )
-    refuse_existing(out)
-
-
-def refuse_existing(out: Path) -> None:
-    """Raise JobError when `out` is there already."""
-    if os.path.lexists(out):
-        raise JobError(f"{out}: already exists", hint="choose another --output, or delete it")
 
 
 def builtin_lacks(config: QuantizeConfig, calibration: TokenWindows) -> str:
@@ -109,13 +84,13 @@ class QuantizeJob:
     @property
     def notes(self) -> tuple[str, ...]:
         """A line for each thing that is read otherwise than the model's config.json says, or left out of a text, for
-        windows that the built-in set lacks, and for a recipe that is not what its name says.
+        windows that the built-in set lacks, for an idle option, and for a recipe that is not what its name says.
         """
         texts = [text.left_out for text in (self.calibration, self.evaluation) if text is not None]
         texts += [builtin_lacks(self.config, self.calibration)] if self.calibration else []
         name = self.config.mixture
         named = get_format(self.recipe.format).notes(name, self.source.spec) if name else []
-        return (*self.source.notes, *filter(None, texts), *named)
+        return (*self.source.notes, *filter(None, (*texts, self.config.idle_share)), *named)
 
     @property
     def options(self) -> SolverOptions:

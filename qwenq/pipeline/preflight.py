@@ -1,7 +1,8 @@
-"""The dry run of a quantization, from shapes alone: files byte for byte, disk, peak memory. No torch."""
+"""Before a quantization: its files byte for byte, disk and peak memory, from shapes alone; and its place. No torch."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from qwenq.checkpoint.shards import NOTHING, Beside, stored_files
 from qwenq.errors import JobError
 from qwenq.formats.base import GROUP_SIZES, Recipe, get_format, label_of
+from qwenq.io.json import resolved
 from qwenq.io.safetensors import tensor_bytes
 from qwenq.machine import free_disk
 from qwenq.model.architectures import Stage
@@ -146,6 +148,44 @@ def preflight(job: PlannedJob) -> Preflight:
         wire_head_bytes=wire_head_bytes(spec, tokens, head, job.ranks) if solves else 0,
         wire_state_bytes=states - states // job.ranks,
     )
+
+
+def partial_directory(out: Path) -> Path:
+    """Where a job works until it is whole; JobError for what names no directory that could be made."""
+    if not out.name:
+        raise JobError(f"{out}: no name for a new directory", hint="choose another directory")
+    return out.with_name(out.name + ".partial")
+
+
+def refuse_place(out: Path, source: Path) -> None:
+    """Raise JobError when `out` is there already, or is the directory `source` or inside it."""
+    place, source = resolved(out.absolute(), JobError), resolved(source)
+    if place == source or source in place.parents:
+        raise JobError(
+            f"{out}: the output may not be the model's own directory or inside it", hint="choose another directory"
+        )
+    refuse_existing(out)
+
+
+def refuse_existing(out: Path) -> None:
+    """Raise JobError when `out` is there already."""
+    if os.path.lexists(out):
+        raise JobError(f"{out}: already exists", hint="choose another --output, or delete it")
+
+
+def check_output(out: Path, resume: bool) -> None:
+    """Raise JobError when the output or an unfinished job is in the way, or there is none to resume."""
+    work = partial_directory(out)
+    refuse_existing(out)
+    if work.exists() and not resume:
+        raise unfinished(work)
+    if resume and not work.exists():
+        raise JobError(f"{work}: no unfinished job there to resume", hint="leave --resume out")
+
+
+def unfinished(work: Path) -> JobError:
+    """The error of a job's directory that is in the way."""
+    return JobError(f"{work}: an unfinished job is there", hint="go on with --resume, or delete it")
 
 
 def weight_bytes(spec: ModelSpec, source_dtype_of: Callable[[str], str], rotated: bool) -> int:

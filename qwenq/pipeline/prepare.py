@@ -28,10 +28,11 @@ from qwenq.pipeline.config import (
 )
 from qwenq.pipeline.container import containers
 from qwenq.pipeline.fisher import measure_sensitivity, split_windows
-from qwenq.pipeline.job import DTYPES, QuantizeJob, partial_directory, windows_of
+from qwenq.pipeline.job import DTYPES, QuantizeJob, windows_of
 from qwenq.pipeline.journal import Journal
 from qwenq.pipeline.monitor import memory_errors
-from qwenq.pipeline.quantize import check_output, check_places
+from qwenq.pipeline.preflight import check_output, partial_directory
+from qwenq.pipeline.quantize import check_places
 from qwenq.pipeline.ranks import ALONE, Ranks
 from qwenq.pipeline.shares import refuse_few
 from qwenq.planning.budget import Budgeted

@@ -51,11 +51,19 @@ from qwenq.pipeline.config import tokens_of
 from qwenq.pipeline.evaluate import HeadWeights, measure_drift
 from qwenq.pipeline.head import head_hessian, solve_head, tied_hessian
 from qwenq.pipeline.imatrix import InputSquares, check_imatrix, is_kept, keep_layer, write_imatrix
-from qwenq.pipeline.job import DTYPES, QuantizeJob, QuantizeResult, partial_directory, refuse_existing, refuse_place
+from qwenq.pipeline.job import DTYPES, QuantizeJob, QuantizeResult
 from qwenq.pipeline.journal import Journal, locked, never_begun, refuse_changes
 from qwenq.pipeline.monitor import StageClock, memory_errors
 from qwenq.pipeline.output import Output, copied_files, give_name
-from qwenq.pipeline.preflight import PlannedJob, Preflight, preflight
+from qwenq.pipeline.preflight import (
+    PlannedJob,
+    Preflight,
+    check_output,
+    partial_directory,
+    preflight,
+    refuse_place,
+    unfinished,
+)
 from qwenq.pipeline.ranks import ALONE, Ranks
 from qwenq.pipeline.shares import NO_WINDOWS
 from qwenq.pipeline.workers import Workers
@@ -101,7 +109,7 @@ def _quantize_at(
     try:
         make_directory(work, exist_ok=resume)
     except FileExistsError:
-        raise _unfinished(work) from None
+        raise unfinished(work) from None
     except OSError as error:
         raise JobError(f"{work}: {error.strerror}", hint="choose another --output") from None
     with locked(work) as left:
@@ -123,16 +131,6 @@ def check_places(job: QuantizeJob, resume: bool) -> None:
     check, work = preflight_of(job), partial_directory(job.out)
     written = sum(p.stat().st_size for p in work.rglob("*") if p.is_file()) if work.exists() else 0
     replace(check, disk_needed_bytes=max(check.disk_needed_bytes - written, 0)).check_disk(job.out)
-
-
-def check_output(out: Path, resume: bool) -> None:
-    """Raise JobError when the output or an unfinished job is in the way, or there is none to resume."""
-    work = partial_directory(out)
-    refuse_existing(out)
-    if work.exists() and not resume:
-        raise _unfinished(work)
-    if resume and not work.exists():
-        raise JobError(f"{work}: no unfinished job there to resume", hint="leave --resume out")
 
 
 def preflight_of(job: QuantizeJob) -> Preflight:
@@ -165,10 +163,6 @@ def gpu_for_states(job: QuantizeJob, devices: Sequence[torch.device]) -> torch.d
     free, _ = torch.cuda.mem_get_info(devices[0])
     fits = check.peak_vram_bytes + check.state_vram_bytes + VRAM_KEPT_FREE <= free
     return devices[0] if fits else None
-
-
-def _unfinished(work: Path) -> JobError:
-    return JobError(f"{work}: an unfinished job is there", hint="go on with --resume, or delete it")
 
 
 class SourceLayers:

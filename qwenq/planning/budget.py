@@ -14,6 +14,7 @@ from qwenq.formats.base import GROUP_SIZES, Recipe, Scheme, get_format, of_most_
 from qwenq.io.gguf import ALIGNMENT, BlockTensor
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.case import Case
+from qwenq.planning.escapes import least_utilization
 from qwenq.planning.knapsack import solve
 from qwenq.planning.sensitivity import OUTER, FusedGroup, Sensitivity, fused_groups, members_of, prior, schemes_for
 from qwenq.planning.tensor_parallel import cut_by_input, padded_width, tensor_parallel_reasons, widens_with_ffn
@@ -252,8 +253,11 @@ def choose_for_rig(
 
     dtype = dtype_of if get_format(format).whole_file else "BF16"  # such a file's tensors stay as they are
 
+    def under(recipe: Recipe) -> Case:
+        return replace(case, weights=recipe_weights(spec, recipe, dtype=dtype))
+
     def held(recipe: Recipe) -> bool:
-        return bool(case.engine.how_held(replace(case, weights=recipe_weights(spec, recipe, dtype=dtype))))
+        return bool(case.engine.how_held(under(recipe)))
 
     def choose(target_bytes: int, exact: bool = True) -> Budgeted:
         return choose_for_bytes(spec, table, target_bytes, dtype_of, format, beside=beside, exact=exact)
@@ -264,10 +268,14 @@ def choose_for_rig(
             f"{spec.name}: its 16-bit weights ({format_gb(whole)}) fit {asked}: there is nothing to quantize",
             hint="give a --target-size to quantize anyway",
         )
-    if not held(choose(smallest, exact=False).recipe):
+    least = choose(smallest, exact=False).recipe
+    if not held(least):
+        hint = "a shorter --context, or another rig: qwenq plan MODEL --recommend"
+        if flag := least_utilization(under(least)):
+            size = f"{math.ceil(smallest / 1e7) / 100:.2f}GB"
+            hint = f"served with {flag} it would: --target-size {size} instead of --fit; or {hint}"
         raise HonestNo(
-            f"{spec.name}: even the smallest recipe ({format_gb(smallest)}) does not fit {asked}",
-            hint="a shorter --context, or another rig: qwenq plan MODEL --recommend",
+            f"{spec.name}: even the smallest recipe ({format_gb(smallest)}) does not fit {asked}", hint=hint
         )
     low, high = smallest, whole - 1
     while high - low > _STEP * low:

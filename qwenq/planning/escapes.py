@@ -112,6 +112,13 @@ def server_escapes(case: Case) -> tuple[Escape, ...]:
     return (*flags, *shorter, *padded)
 
 
+def least_utilization(case: Case) -> str:
+    """The server's flag with the least part of each GPU with which the case fits; empty where none or no server."""
+    asked = _Asked(case)
+    found = None if not case.engine.utilization_flag or asked.has("utilization") else _with_least(asked, True)
+    return "".join(_utilization_said(asked, ("utilization",), found[1])) if found else ""
+
+
 def _minimal(asked: _Asked) -> Iterator[Escape]:
     """Sets of changes that keep the context, none with a part that fits by itself.
 

@@ -404,7 +404,8 @@ def padded_weights(spec: ModelSpec, weights: Weights, ranks: int) -> Weights | N
 def parallel_options(case: Case) -> tuple[ParallelOption, ...]:
     """Every way to use all GPUs of the rig with the case's server, most tensor parallelism first."""
     count = len(case.hardware.gpus)
-    barred = [said for gpu in dict.fromkeys(case.hardware.gpus) if (said := case.engine.barred(gpu))]
+    gpus = dict.fromkeys(case.hardware.gpus)
+    barred = [said for gpu in gpus if (said := case.engine.barred(gpu) or case.engine.cache_barred(case.work, gpu))]
     options = []
     for tensor in sorted((n for n in range(1, count + 1) if count % n == 0), reverse=True):
         stages = count // tensor

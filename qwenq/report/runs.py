@@ -81,9 +81,10 @@ def load_runs(directories: Sequence[Path], leave_out: Callable[[str], None] | No
     places = [resolved(path) for path in directories]
     if len(set(places)) < len(places):
         raise CheckpointError("the same directory was given twice", hint="name each run once")
-    names = [path.name for path in places]
-    if len(set(names)) < len(names):
-        names = [f"{path.parent.name}/{path.name}" for path in places]
+    depth, names = 1, [path.name for path in places]
+    while len(set(names)) < len(names):
+        depth += 1
+        names = ["/".join(path.parts[-depth:]) for path in places]
     runs = []
     for path, name in zip(directories, names, strict=True):
         try:

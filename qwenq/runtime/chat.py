@@ -19,6 +19,7 @@ from qwenq.text.tokens import ModelTokenizer
 
 _MOST = {"temperature": 1000, "top_p": 1, "top_k": 1 << 31, "min_p": 1, "repetition_penalty": 100}
 _DRAWS = {"temperature": 0, "top_p": 1, "top_k": 0, "min_p": 0}  # of no meaning unless tokens are drawn; none: greedy
+_LIMITS = {"max_new_tokens": "usual_new_tokens", "max_length": "usual_length"}  # the second without the first alone
 # Settings of transformers' GenerationConfig that change an answer and are not done here, with what asks for nothing.
 _UNDONE: Mapping[str, tuple[Any, ...]] = {
     "no_repeat_ngram_size": (0,), "encoder_no_repeat_ngram_size": (0,), "bad_words_ids": ([],),
@@ -96,6 +97,8 @@ class Chat:
         settings: dict[str, Any] = {key: self._setting(key) for key in known if self._generation.get(key) is not None}
         if draws:
             settings.setdefault("temperature", 1.0)
+        for key in [key for key in _LIMITS if self._generation.get(key) is not None][:1]:
+            settings[_LIMITS[key]] = self._limit(key)
         try:
             Sampling(**settings)
         except UsageError as error:  # the file's own, not what was asked
@@ -115,6 +118,15 @@ class Chat:
             wanted = f"{'a whole number' if key == 'top_k' else 'a number'} of at most {_MOST[key]:,}"
             raise CheckpointError(f"{path}: {key} is {shown(repr(value), 40)}, wanted {wanted}", hint="fix it")
         return max(0, int(value)) if key == "top_k" else float(value)  # -1 is vLLM's word for all
+
+    def _limit(self, key: str) -> int:
+        """A number of tokens of generation_config.json."""
+        value, path = self._generation[key], self._settings_file
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1 or value < 1:
+            raise CheckpointError(
+                f"{path}: {key} is {shown(repr(value), 40)}, wanted a whole number from 1 on", hint="fix it"
+            )
+        return int(value)
 
     def _token(self, value: Any) -> int:
         """A token id of a configuration, however its number is written."""

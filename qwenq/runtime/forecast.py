@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from qwenq.errors import HonestNo, RunError
@@ -82,7 +80,7 @@ def forecast(spec: ModelSpec, weights: Weights, options: LoadOptions) -> Forecas
     try:
         plan = plan_load(case, room)
         if plan.disk_bytes:
-            check_disk(options.offload_directory or Path(tempfile.gettempdir()), plan.disk_bytes)
+            check_disk(options.offload_directory, plan.disk_bytes)
     except RunError as error:
         raise HonestNo(error.message, hint=error.hint) from None
     devices = _held(case, plan, room if room < UNTOLD_RAM else None)

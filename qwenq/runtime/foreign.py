@@ -13,7 +13,7 @@ import torch
 
 from qwenq.errors import RunError, UsageError
 from qwenq.planning.engines.torch import OWN
-from qwenq.runtime.generate import DEFAULT_NEW_TOKENS, GREEDY_BELOW, Sampling, Timing
+from qwenq.runtime.generate import GREEDY_BELOW, Sampling, Timing
 
 
 class ForeignEngine(ABC):
@@ -83,7 +83,7 @@ class GptqModelEngine(ForeignEngine):
         clock = time.perf_counter()
         out = network.generate(
             torch.tensor([list(ids)], device=device),
-            max_new_tokens=sampling.max_new_tokens or DEFAULT_NEW_TOKENS,
+            max_new_tokens=sampling.max_new_tokens,
             do_sample=not greedy,
             repetition_penalty=sampling.repetition_penalty,
             eos_token_id=sorted(stop_ids),
@@ -114,7 +114,7 @@ class VllmEngine(ForeignEngine):
         from vllm import SamplingParams
 
         parameters = SamplingParams(
-            max_tokens=sampling.max_new_tokens or DEFAULT_NEW_TOKENS,
+            max_tokens=sampling.max_new_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,

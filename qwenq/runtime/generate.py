@@ -30,10 +30,12 @@ class Sampling:
     """Sampling of the next token. `temperature` 0 (or below GREEDY_BELOW) takes the most likely one; `top_k` 0 and
     `top_p` 1 keep all.
 
-    `max_new_tokens` 0: what the context leaves after the prompt, at most DEFAULT_NEW_TOKENS.
+    `max_new_tokens` 0: as many as `usual` says.
     """
 
     max_new_tokens: int = 0
+    usual_new_tokens: int = 0  # of the model's own settings; 0: none
+    usual_length: int = 0  # of prompt and answer, likewise
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
@@ -51,6 +53,8 @@ class Sampling:
     def __post_init__(self) -> None:
         checks = (
             ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 0, "0 or more"),
+            ("usual_new_tokens", self.usual_new_tokens, self.usual_new_tokens >= 0, "0 or more"),
+            ("usual_length", self.usual_length, self.usual_length >= 0, "0 or more"),
             ("temperature", self.temperature, 0 <= self.temperature < float("inf"), "0 or more"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "more than 0, at most 1"),
             ("top_k", self.top_k, self.top_k >= 0, "0 or more"),
@@ -64,6 +68,13 @@ class Sampling:
         for name, value, good, wanted in checks:
             if not good:
                 raise UsageError(f"{name} is {value}, wanted {wanted}")
+
+    def usual(self, prompt: int, context: int, otherwise: int = DEFAULT_NEW_TOKENS) -> int:
+        """New tokens where no number is asked for: the model's own, or `otherwise`, as far as `context` and the model's
+        own length allow; at least one.
+        """
+        room = min(context, self.usual_length or context) - prompt
+        return max(1, min(self.usual_new_tokens or otherwise, room))
 
 
 @dataclass
@@ -100,14 +111,14 @@ class Timing:
         }
 
 
-def new_tokens(prompt: int, asked: int, context: int) -> int:
-    """Number of tokens that may follow a prompt (asked 0: as many as fit, at most DEFAULT_NEW_TOKENS).
+def new_tokens(prompt: int, sampling: Sampling, context: int) -> int:
+    """Number of tokens that may follow a prompt, as asked for or as usual.
 
     RunError when prompt and answer do not fit the context.
     """
     if prompt < 1:
         raise RunError("the prompt is empty", hint="give it at least one token")
-    new = asked or max(1, min(DEFAULT_NEW_TOKENS, context - prompt))
+    new = sampling.max_new_tokens or sampling.usual(prompt, context)
     if prompt + new > context:
         over = prompt + new - context
         raise RunError(
@@ -157,7 +168,7 @@ class Session:
         the context or the memory of a device, and for an answer that goes on after another one was begun.
         """
         timing = timing if timing is not None else Timing()
-        limit = new_tokens(len(ids), sampling.max_new_tokens, self.max_model_len)
+        limit = new_tokens(len(ids), sampling, self.max_model_len)
         if max(ids) >= self.model.spec.vocab_size:
             raise RunError(
                 f"token id {max(ids)} is outside the vocabulary of {self.model.spec.vocab_size}",

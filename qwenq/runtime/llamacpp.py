@@ -25,7 +25,7 @@ from qwenq.planning.placement import Placement, place
 from qwenq.planning.questions import Question
 from qwenq.planning.rig import Rig, detect_rig, parse_rig
 from qwenq.runtime.foreign import ForeignEngine
-from qwenq.runtime.generate import DEFAULT_NEW_TOKENS, GREEDY_BELOW, Sampling, Timing
+from qwenq.runtime.generate import GREEDY_BELOW, Sampling, Timing
 from qwenq.runtime.load import DEFAULT_CONTEXT
 
 PROGRAM = "llama-server"
@@ -186,7 +186,7 @@ class LlamaCppServer(ForeignEngine):
         greedy = sampling.temperature < GREEDY_BELOW
         body = {
             "prompt": list(ids),
-            "n_predict": sampling.max_new_tokens or DEFAULT_NEW_TOKENS,
+            "n_predict": sampling.max_new_tokens,
             "return_tokens": True,
             "temperature": 0.0 if greedy else sampling.temperature,
             "top_p": sampling.top_p,

@@ -53,7 +53,7 @@ class LoadOptions:
     compute_dtype: str = "auto"
     gpu_memory: tuple[int, ...] = ()
     cpu_memory: int = 0
-    offload_directory: Path | None = None  # where layers that go to disk are written; default the system's
+    offload_directory: Path = Path()  # where layers that go to disk are written; by default the current directory
 
     @property
     def dtype(self) -> torch.dtype:
@@ -207,18 +207,36 @@ def load_from(
     check_gpus([compute_device(where, plan.device_map) for where in plan.device_map.values()])
     return_freed_memory()
     base, clock = resident_bytes(), time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="qwenq-offload-", dir=options.offload_directory) as directory:
-        if plan.disk_bytes:
-            check_disk(Path(directory), plan.disk_bytes)
+    with _disk_place(options.offload_directory, plan.disk_bytes) as directory:
         model = build_model(
-            source, config, spec, plan.device_map, dtype=options.dtype, offload_directory=Path(directory), listen=listen
+            source, config, spec, plan.device_map, dtype=options.dtype, offload_directory=directory, listen=listen
         )
         why_not(model, KV_DTYPES[options.kv_dtype])  # builds the kernels of a token's step, if no linear has yet
         yield Loaded(model, plan, work, time.perf_counter() - clock, base)
 
 
+@contextmanager
+def _disk_place(where: Path, need: int) -> Iterator[Path | None]:
+    """A directory in `where` for layers on disk, deleted at the end; None where there are none.
+
+    RunError where none can be made, or the disk is too small.
+    """
+    if not need:
+        yield None
+        return
+    check_disk(where, need)
+    try:
+        made = tempfile.TemporaryDirectory(prefix="qwenq-offload-", dir=where)
+    except OSError as error:
+        reason = error.strerror or error
+        raise RunError(f"{where.absolute()}: no place for layers ({reason})", hint="--offload-dir elsewhere") from None
+    with made as directory:
+        yield Path(directory)
+
+
 def check_disk(directory: Path, need: int) -> None:
     """RunError when the disk cannot take the layers that do not fit into memory."""
+    directory = directory.absolute()
     free = shutil.disk_usage(directory).free
     if free < need:
         raise RunError(

@@ -139,8 +139,11 @@ class _Request(BaseModel):
             _check_tokens(list(getattr(self, name) or ()), chat.vocab_size, name)
 
     def _sampling(self, chat: Chat, context: int, prompt: int) -> Sampling:
-        limit = self._limit if self._limit not in (None, _WHAT_FITS) else max(1, context - prompt)
-        assert limit is not None
+        limit = self._limit
+        if limit is None:
+            limit = chat.sampling().usual(prompt, context, otherwise=context)
+        elif limit == _WHAT_FITS:
+            limit = max(1, context - prompt)
         if prompt < 1:
             raise Refused("the prompt is empty", param="prompt")
         if prompt + limit > context:

@@ -2,7 +2,8 @@
 
 A key that is not understood and could change what a template writes is refused by name; one that could not is let
 through. Shapes of rows: plain `text`; `messages` (OpenAI, TRL); `conversations` (ShareGPT); `instruction`, `input` and
-`output` (Alpaca); `prompt` and `completion` (TRL: one text, or two lists of messages); questions and answers.
+`output` (Alpaca); `prompt` and `completion` (TRL: one text, unless a system prompt or the like makes a conversation of
+them, or two lists of messages); questions and answers.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ _LISTS = ("messages", "conversations", "conversation")
 _PAIRS = (  # question, what is added to it, answer
     ("instruction", "input", "output"), ("instruction", "context", "response"), ("instruction", "input", "response"),
     ("question", "context", "answer"), ("question", "context", "response"), ("prompt", "context", "response"),
-    ("query", "context", "response"),
+    ("query", "context", "response"), ("prompt", "context", "completion"),
 )  # fmt: skip
+_CONVERSATIONAL = ("system", "system_prompt", "context", "history", "tools", "functions")  # beside prompt, completion
 _NOT_TEXT = ("images", "image", "videos", "video", "audios", "audio", "documents", "chosen", "rejected")
 COLUMNS = frozenset(
     ("text", "content", "role", "completion", "system", "system_prompt", "history", "tools", "functions",
@@ -83,7 +85,7 @@ def read_row(row: Any, where: str) -> Document:
     if isinstance(row.get("text"), str):
         return Document(_text(row["text"], where))
     prompt, completion = row.get("prompt"), row.get("completion")
-    if isinstance(prompt, str) and isinstance(completion, str):
+    if isinstance(prompt, str) and isinstance(completion, str) and not any(row.get(key) for key in _CONVERSATIONAL):
         return Document(_text(prompt + completion, where))
     if isinstance(prompt, list) and isinstance(completion, list) and prompt and completion:
         return _conversation(row, [*prompt, *completion], where)
@@ -181,9 +183,11 @@ def _conversation(row: Mapping[str, Any], turns: Sequence[Any], where: str) -> D
         if row.get(key) and not (preferred and key in ("chosen", "rejected")):
             raise CalibrationError(f"{where}: a conversation with {key}, which is not read", hint="text alone is")
     messages = read_messages(turns, where)
-    system = row.get("system") or row.get("system_prompt")
-    if system and messages[0]["role"] != "system":
-        messages = ({"role": "system", "content": _text(system, where)}, *messages)
+    for system in (row.get("system"), row.get("system_prompt")):
+        if system and messages[0]["role"] != "system":
+            messages = ({"role": "system", "content": _text(system, where)}, *messages)
+        elif system and system != messages[0].get("content"):
+            raise CalibrationError(f"{where}: two system prompts that differ, of which one is read")
     tools = read_tools(row["tools"], where) if row.get("tools") else ()
     if row.get("functions"):
         if tools:

@@ -251,8 +251,7 @@ def metadata_of_tokenizer(directory: Path, vocab_size: int) -> dict[str, Any]:
             f"{where}: a tokenizer of type {shown(str(kind), 40)}, wanted byte-level BPE, the only type written to GGUF"
         )
     split = _described_splitting(document, where)
-    config_path = inside(directory, "tokenizer_config.json")
-    settings = read_object(config_path) if config_path.is_file() else {}
+    settings = _settings(directory, document)
     tokens, types = _tokens(document, model, settings, vocab_size, where)
     found: dict[str, Any] = {
         _MODEL: "gpt2",
@@ -264,8 +263,7 @@ def metadata_of_tokenizer(directory: Path, vocab_size: int) -> dict[str, Any]:
     model_config = read_object(inside(directory, "config.json"))
     ids = {token: number for number, token in enumerate(tokens)}
     for ours, theirs in _SPECIAL.items():
-        named = settings.get(f"{ours}_token")
-        text = named.get("content") if isinstance(named, dict) else named
+        text = _text(settings.get(f"{ours}_token"))
         number = ids.get(text) if isinstance(text, str) else None
         number = model_config.get(f"{ours}_token_id") if number is None else number
         number = number[0] if isinstance(number, list) and number else number
@@ -274,6 +272,41 @@ def metadata_of_tokenizer(directory: Path, vocab_size: int) -> dict[str, Any]:
     for name, place in (("bos", 0), ("eos", -1)):
         found[f"tokenizer.ggml.add_{name}_token"] = _adds(document.get("post_processor"), place, where)
     return found | dict(_templates(directory, settings))
+
+
+def _settings(directory: Path, document: Mapping[str, Any]) -> dict[str, Any]:
+    """tokenizer_config.json, and what transformers takes from the older files beside it if it lists no added tokens:
+    special_tokens_map.json takes precedence, added_tokens.json has those that `document`, tokenizer.json, has not.
+    """
+    settings, named, added = (
+        read_object(path) if (path := inside(directory, name)).is_file() else {}
+        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    )
+    if "added_tokens_decoder" in settings:
+        return settings
+    settings |= named
+    own = document.get("added_tokens")
+    listed = [each.get("content") for each in own if isinstance(each, dict)] if isinstance(own, list) else []
+    special = [_text(value) for key, value in settings.items() if key.endswith("_token")] + [*_further(settings)]
+    more = {
+        str(number): {"content": text, "special": text in special}
+        for text, number in added.items()
+        if text not in listed
+    }
+    return settings | {"added_tokens_decoder": more}
+
+
+def _further(settings: Mapping[str, Any]) -> Iterator[Any]:
+    """Special tokens without a role of their own, as texts unless the files are wrong."""
+    for kind in ("additional", "extra"):
+        more = settings.get(f"{kind}_special_tokens") or ()
+        for token in more.values() if isinstance(more, dict) else more if isinstance(more, list) else ():
+            yield _text(token)
+
+
+def _text(token: Any) -> Any:
+    """A named token's text, which stands there as it is or in an object."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _is_byte_level(document: Mapping[str, Any], where: str) -> bool:
@@ -326,9 +359,7 @@ def _described_splitting(document: Mapping[str, Any], where: str) -> Splitting:
 def _tokens(
     document: Mapping[str, Any], model: Mapping[str, Any], settings: Mapping[str, Any], vocab_size: int, where: str
 ) -> tuple[list[str], list[int]]:
-    """Tokens by id and their types, those that `settings`, tokenizer_config.json, adds too; ids that no token has are
-    unused.
-    """
+    """Tokens by id and their types, those that `settings` adds too; ids that no token has are unused."""
     vocab, added = model.get("vocab"), document.get("added_tokens") or []
     if not isinstance(vocab, dict) or not isinstance(added, list):
         raise CheckpointError(f"{where}: no vocabulary")
@@ -352,8 +383,8 @@ def _tokens(
 
 
 def _added_beside(settings: Mapping[str, Any], known: dict[str, int], where: str) -> list[tuple[str, int, int]]:
-    """Text, id and type of the tokens in tokenizer_config.json, where transformers looks for further ones, and for the
-    type of those in tokenizer.json. known: ids of the latter.
+    """Text, id and type of the tokens in `settings`, tokenizer_config.json, where transformers looks for further ones,
+    and for the type of those in tokenizer.json. known: ids of the latter.
 
     CheckpointError for a token that tokenizer.json lacks, unless its id is the next one, as transformers numbers them.
     """
@@ -365,18 +396,15 @@ def _added_beside(settings: Mapping[str, Any], known: dict[str, int], where: str
             raise _lacking(where, text, f" as {shown(number, 40)}")
         known = {text: following} | known
         found.append((text, known[text], CONTROL if _is_control(token) else USER_DEFINED))
-    for kind in ("additional", "extra"):
-        more = settings.get(f"{kind}_special_tokens") or ()
-        for token in more.values() if isinstance(more, dict) else more if isinstance(more, list) else ():
-            text = token.get("content") if isinstance(token, dict) else token
-            if text not in known:
-                raise _lacking(where, text)
+    for text in _further(settings):
+        if not isinstance(text, str) or text not in known:
+            raise _lacking(where, text)
     return found
 
 
 def _lacking(where: str, token: object, number: str = "") -> CheckpointError:
     return CheckpointError(
-        f"{where}: no token {shown(repr(token), 40)}, which tokenizer_config.json has{number}",
+        f"{where}: no token {shown(repr(token), 40)}, which the files beside it have{number}",
         hint="save the tokenizer anew: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
     )
 

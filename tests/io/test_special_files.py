@@ -17,8 +17,8 @@ from qwenq.checkpoint.manifest import JOURNAL_NAME, LOCK_NAME, verify
 from qwenq.errors import CheckpointError, JobError, QwenqError
 from qwenq.io.durable import append_synced, make_directory, new_file, write_bytes
 from qwenq.io.json import MAX_SMALL_BYTES, inside, read_object
-from qwenq.pipeline.job import partial_directory
 from qwenq.pipeline.journal import Journal, locked
+from qwenq.pipeline.preflight import partial_directory
 from qwenq.pipeline.quantize import quantize
 
 

@@ -135,11 +135,18 @@ def round_f32(value: Any) -> Any:
     return float(np.float32(value)) if isinstance(value, float) else value
 
 
-def test_factors_of_llama_3_are_transformers(tmp_path: Path) -> None:
-    """The frequencies that transformers computes, divided by these factors' own, are those without scaling."""
-    config = LlamaConfig(**SIZES | {"hidden_size": 256, "max_position_embeddings": 131072}, rope_parameters={
-        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192})  # fmt: skip
+@pytest.mark.parametrize(
+    ("low", "high", "length"),
+    [(1.0, 4.0, 8192), (1.0, 4.0, 4096), (1.0, 4.0, 1000), (1.0, 32.0, 8192), (2.0, 6.0, 8192)],
+)
+def test_factors_of_llama_3_are_transformers(low: float, high: float, length: int, tmp_path: Path) -> None:
+    """The frequencies that transformers computes, divided by these factors' own, are those without scaling; parameters
+    that give the same ones are read back.
+    """
+    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": low,
+            "high_freq_factor": high, "original_max_position_embeddings": length}  # fmt: skip
+    sizes = SIZES | {"hidden_size": 256, "max_position_embeddings": 131072}
+    config = LlamaConfig(**sizes, rope_parameters=rope)
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     plain = 1.0 / 500000.0 ** (torch.arange(0, 64, 2, dtype=torch.float64) / 64)
     spec = spec_from_config(config.to_dict())
@@ -152,11 +159,27 @@ def test_factors_of_llama_3_are_transformers(tmp_path: Path) -> None:
     file.tensors.append(["rope_freqs.weight", [32], 0, size])
     file.data += np.array(factors, np.float32).tobytes()
     found = open_checkpoint(file.write(tmp_path / "m.gguf"))
-    rope = found.config["rope_scaling"]
-    assert (rope["rope_type"], rope["factor"], rope["high_freq_factor"]) == ("llama3", 32.0, 4.0)
+    read = found.config["rope_scaling"]
+    assert read == {key: rope[key] for key in ("rope_type", "factor")} | {
+        "low_freq_factor": 1.0, "high_freq_factor": high / low, "original_max_position_embeddings": length / low,
+    }  # fmt: skip
+    again = LlamaConfig(**sizes, rope_parameters=read | {"rope_theta": 500000.0})
+    np.testing.assert_allclose(ROPE_INIT_FUNCTIONS["llama3"](again, "cpu")[0].numpy(), scaled.numpy(), rtol=2e-6)
     file.data = file.data[:size] + np.array([*factors[:-1], 31.0], np.float32).tobytes()
     with pytest.raises(CheckpointError, match=r"other factors than Llama 3\.1's"):
         open_checkpoint(file.write(tmp_path / "m.gguf"))
+
+
+@pytest.mark.parametrize("base", [1.0, 0.1, 1e29])
+def test_factors_that_nothing_gives_are_refused(base: float) -> None:
+    """Bases of which waves are equal, or fall, and factors in no order."""
+    config = family_configs()["Llama-3.1-8B"]
+    spec = spec_from_config(config)
+    metadata = metadata_of_config(spec, config) | {"llama.rope.freq_base": base}
+    shapes = {gguf_names(spec)[tensor.name]: tensor.shape for tensor in spec.tensors()}
+    for some in ([1.5, 2.5], [2.5, 1.5], [1.0000001, 4.0], [3.0, 2.0]):
+        with pytest.raises(CheckpointError, match=r"^x: rope_freqs.weight holds other factors than Llama 3\.1's"):
+            config_of_metadata(metadata, shapes, [*some * 31, 4.0, 1.0], "x")
 
 
 YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256}

@@ -13,7 +13,7 @@ from conftest import small_job
 from test_quantize import assert_same
 
 from qwenq.errors import CheckpointError
-from qwenq.pipeline.job import partial_directory
+from qwenq.pipeline.preflight import partial_directory
 from qwenq.pipeline.quantize import quantize
 
 Make = Callable[..., Path]

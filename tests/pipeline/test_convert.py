@@ -91,6 +91,21 @@ def test_a_symmetric_grid_as_awq(random_model: Make, tmp_path: Path) -> None:
     found = [q for q in grids(open_checkpoint(tmp_path / "b")).values() if isinstance(q, QTensor)]
     assert made.scheme == "4-bit g32 asym" and all(bool((q.zeros_OG == 8).all()) for q in found)
     assert any(bool((q.scales_OG < 0).any()) for q in found)
+    back = convert(open_checkpoint(tmp_path / "b"), tmp_path / "c", "gptq")
+    assert back.scheme == "4-bit g32"
+    assert_same_files(tmp_path / "a", tmp_path / "c")
+    assert convert(open_checkpoint(tmp_path / "b"), tmp_path / "d", "compressed-tensors").scheme == "4-bit g32"
+    shift_one_zero_point(tmp_path / "b")
+    assert convert(open_checkpoint(tmp_path / "b"), tmp_path / "e", "gptq").scheme == "4-bit g32 asym"
+
+
+def shift_one_zero_point(checkpoint: Path) -> None:
+    """An AWQ checkpoint's very last zero point, 7 instead of 8."""
+    shard = sorted(checkpoint.glob("*.safetensors"))[-2]  # the last layer
+    tensors = load_file(shard)
+    name = sorted(name for name in tensors if name.endswith(".qzeros"))[-1]
+    tensors[name][-1, -1] ^= 0xF  # of the first of eight outputs
+    save_file(tensors, shard)
 
 
 def test_rotary_parameters_and_dtype_are_written_as_both_versions_of_transformers_read_them(

@@ -146,6 +146,37 @@ def test_a_disk_too_small_for_a_given_output_is_refused(
     assert json.loads(told.stdout)["disk_free_bytes"] == 1000
 
 
+@pytest.mark.parametrize(
+    ("there", "words"),
+    [
+        ("out", "/out: already exists"),
+        ("out.partial", "/out.partial: an unfinished job is there"),
+        (None, "the output may not be the model's own directory or inside it"),
+    ],
+)
+def test_a_place_that_the_job_would_refuse(
+    there: str | None, words: str, tiny: Path, texts: list[object], tmp_path: Path
+) -> None:
+    """In the words of the job, once the figures are out."""
+    if there:
+        (tmp_path / there).mkdir()
+    words_of = ("quantize", tiny, *texts, "-n", 2, "-o", tmp_path / "out" if there else tiny / "out")
+    dry_run, real = run(*words_of, "--dry-run", "--json"), run(*words_of)
+    assert real.exit_code == dry_run.exit_code == 1 and words in dry_run.stderr
+    assert dry_run.stderr.startswith("error: ") and real.stderr.endswith(dry_run.stderr)
+    assert json.loads(dry_run.stdout)["disk_needed_bytes"] > 0
+
+
+def test_a_share_of_windows_for_no_error_correction_is_told(tiny: Path, texts: list[object], tmp_path: Path) -> None:
+    """By the job too: at 8 bits errors are not corrected by default."""
+    words = ("quantize", tiny, *texts, "--bits", 8, "--error-correction-share")
+    for more in (["--dry-run"], ["-o", tmp_path / "out", "-n", 2, "--eval-samples", 1]):
+        told = run(*words, 0.7, *more)
+        assert told.exit_code == 0 and "warning: --error-correction-share 0.7 does nothing: " in told.stderr
+    for share, more in ((0.5, []), (0, []), (0.7, ["--error-correction", 1])):
+        assert "does nothing" not in run(*words, share, *more, "--dry-run").stderr
+
+
 def test_a_dry_run_goes_on_with_no_job(tiny: Path) -> None:
     refused = run("quantize", tiny, "--dry-run", "--resume")
     assert refused.exit_code == 2 and "--resume and --dry-run exclude each other" in refused.stderr

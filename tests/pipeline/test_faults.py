@@ -27,7 +27,8 @@ from qwenq.errors import CheckpointError, JobError, QwenqError, RunError
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.formats.bitsandbytes import NF4
 from qwenq.pipeline.evaluate import evaluate
-from qwenq.pipeline.job import QuantizeJob, partial_directory
+from qwenq.pipeline.job import QuantizeJob
+from qwenq.pipeline.preflight import partial_directory
 from qwenq.pipeline.quantize import quantize
 from qwenq.planning.rig import find_gpu
 

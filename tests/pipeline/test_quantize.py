@@ -28,7 +28,8 @@ from qwenq.formats.base import Recipe, Scheme
 from qwenq.pipeline import config
 from qwenq.pipeline import job as job_module
 from qwenq.pipeline.evaluate import evaluate
-from qwenq.pipeline.job import QuantizeJob, partial_directory
+from qwenq.pipeline.job import QuantizeJob
+from qwenq.pipeline.preflight import partial_directory
 from qwenq.pipeline.quantize import VRAM_KEPT_FREE, SourceLayers, gpu_for_states, preflight_of, quantize
 from qwenq.solver.gptq import DAMP_PERCENT
 from qwenq.text.tokens import TokenWindows

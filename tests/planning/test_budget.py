@@ -45,6 +45,7 @@ from qwenq.planning.sensitivity import (
     schemes_for,
 )
 from qwenq.planning.weights import recipe_weights
+from qwenq.units import parse_size
 
 B72, B7 = model("Qwen2.5-72B"), model("Qwen2.5-7B")
 
@@ -383,6 +384,26 @@ def test_rigs_too_small_and_too_large_are_honest() -> None:
             whole = recipe_weights(B72, Recipe(None))
             case = Case(B72, whole, get_engine("qwenq"), Workload(8192, 1), parse_rig(rig))
             choose_for_rig(case, prior(B72), bf16)
+
+
+def test_a_rig_that_would_hold_it_with_more_of_each_gpu() -> None:
+    """vLLM's own part of the cards is too little for the smallest recipe: the hint has a flag and a size that do."""
+    vllm, work = get_engine("vllm"), Workload(12288, 1)
+    case = Case(B72, recipe_weights(B72, Recipe(None)), vllm, work, parse_rig("2x RTX 3090"))
+    with pytest.raises(HonestNo, match="even the smallest recipe") as caught:
+        choose_for_rig(case, prior(B72), bf16)
+    found = re.match(
+        r"served with --gpu-memory-utilization (0\.\d+) it would: --target-size (\S+) instead of --fit; or a shorter",
+        caught.value.hint,
+    )
+    assert found is not None, caught.value.hint
+    part, recipe = float(found[1]), choose_for_bytes(B72, prior(B72), parse_size(found[2]), bf16, exact=False).recipe
+    held = replace(case, weights=recipe_weights(B72, recipe))
+    assert vllm.how_held(held.asking(gpu_memory_utilization=part))
+    assert not vllm.how_held(held.asking(gpu_memory_utilization=part - 0.01))
+    with pytest.raises(HonestNo, match="even the smallest recipe") as caught:
+        choose_for_rig(case.asking(context=32768), prior(B72), bf16)
+    assert caught.value.hint.startswith("a shorter --context")
 
 
 def test_units_have_the_linears_engines_fuse() -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from families import model
 
-from qwenq.errors import HonestNo, UsageError
+from qwenq.errors import HonestNo, PlanError, UsageError
 from qwenq.formats.base import Recipe, Scheme
 from qwenq.model.spec import ModelSpec
 from qwenq.planning.case import Case, Workload, rank_shares
@@ -122,6 +122,31 @@ def test_a_batch_beyond_the_servers_own_sequences_is_asked_for() -> None:
     assert command_of(planned("4x RTX 3090", Workload(64, 512)))["--max-num-seqs"] == "512"
     with pytest.raises(UsageError, match="batch size is 16, but max_num_seqs lets 4 run at once"):
         Workload(4096, 16, max_num_seqs=4)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "version", "reads"),
+    [
+        ("Tesla T4", (0, 10), True), ("Tesla T4", (0, 23), True), ("Tesla T4", (0, 24), False),
+        ("V100 PCIe 32GB", (0, 10), True), ("V100 PCIe 32GB", (0, 20), False),
+        ("RTX 3090", (0, 26), True), ("RTX 4090", (0, 26), True),
+    ],
+)  # fmt: skip
+def test_an_fp8_cache_only_where_vllm_has_one(gpu: str, version: tuple[int, int], reads: bool) -> None:
+    """As asked, and among ways to fit."""
+    b7, rig = model("Qwen2.5-7B"), parse_rig(f"2x {gpu}")
+    weights = recipe_weights(b7, Recipe(Scheme(4, 128)))
+    plan = make_plan(Case(b7, weights, VllmEngine(version), Workload(8192, kv_dtype="fp8"), rig))
+    verdicts = [option.verdict for option in plan.serving.options]
+    told = any("FlashInfer alone" in note for note in plan.notes)
+    assert plan.fits == reads and told == (gpu != "RTX 4090" and version >= (0, 11))
+    assert reads or all(f"vLLM has no fp8 KV cache on {gpu}" in said for said in verdicts), verdicts
+    if not reads:
+        with pytest.raises(PlanError, match=f"^vLLM cannot use 2x {gpu}: vLLM has no fp8 KV cache on {gpu}: compute"):
+            plan.case.engine.estimate(plan.case)
+    batch = sum(rig.limits) // (32768 * 57344)  # whose cache takes all memory in 16 bits, half of it in fp8
+    long = make_plan(Case(b7, weights, VllmEngine(version), Workload(32768, batch), rig))
+    assert not long.fits and any("fp8" in text for text in long.instead) == reads, long.instead
 
 
 @pytest.mark.parametrize("kv_dtype", ["fp8_e4m3", "fp8_e5m2"])

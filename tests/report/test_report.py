@@ -182,6 +182,8 @@ def test_long_names_get_short_labels(tmp_path: Path) -> None:
     assert [run.label for run in runs] == ["A", "B"]
     text = to_markdown(compose(runs, Extras()))
     assert "The runs: A is `one-very-long-name-here`, B is `another-quite-long-name`." in text
+    deep = load_runs([write_run(tmp_path / k / "run" / "out", manifest()) for k in ("x", "y")])
+    assert [run.name for run in deep] == ["x/run/out", "y/run/out"]
     same = load_runs([write_run(tmp_path / k / "out", manifest()) for k in ("x", "y")])
     assert [run.name for run in same] == ["x/out", "y/out"]
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, processors
 
 from qwenq.errors import CheckpointError
 from qwenq.runtime.chat import Chat
-from qwenq.runtime.generate import Sampling, next_token
+from qwenq.runtime.generate import Sampling, new_tokens, next_token
 
 
 def test_an_end_token_that_only_the_tokenizer_names(model: Path, edit_json: Any) -> None:
@@ -97,6 +97,26 @@ def test_asking_for_a_draw_draws(file: Any, asked: Any, wanted: Any, model: Path
     (model / "generation_config.json").write_text(json.dumps(file))
     found = Chat(model, 1024).sampling(**asked)
     assert {key: getattr(found, key) for key in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    ("file", "prompt", "wanted"),
+    [
+        ({}, 10, 512), ({"max_new_tokens": 2048}, 10, 2048), ({"max_new_tokens": 7.0}, 10, 7),
+        ({"max_new_tokens": 2048}, 3000, 1096), ({"max_length": 100}, 10, 90), ({"max_length": 100}, 200, 1),
+        ({"max_length": 8000}, 10, 512), ({"max_length": 100, "max_new_tokens": 300}, 10, 300),
+    ],
+)  # fmt: skip
+def test_length_of_an_answer_where_none_is_asked_for(file: Any, prompt: int, wanted: int, model: Path) -> None:
+    """In a context of 4,096: the model's own number, which what is asked for replaces."""
+    (model / "generation_config.json").write_text(json.dumps(file))
+    chat = Chat(model, 1024)
+    assert new_tokens(prompt, chat.sampling(), 4096) == wanted
+    assert new_tokens(prompt, chat.sampling(max_new_tokens=20), 4096) == 20
+    for wrong in (0, -1, 2.5, "20", True):
+        (model / "generation_config.json").write_text(json.dumps({"max_new_tokens": wrong}))
+        with pytest.raises(CheckpointError, match=r"max_new_tokens is .*, wanted a whole number from 1 on"):
+            Chat(model, 1024).sampling()
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +27,7 @@ from qwenq.planning.case import Case
 from qwenq.planning.engines.torch import OWN
 from qwenq.planning.placement import host_map, spill_to_disk
 from qwenq.planning.weights import header_weights
-from qwenq.runtime import cpu_kernels
+from qwenq.runtime import cpu_kernels, load
 from qwenq.runtime.cache import FP8, KvCache
 from qwenq.runtime.generate import Sampling, Session, Timing, next_token
 from qwenq.runtime.load import LoadOptions, loaded, plan_load
@@ -233,7 +235,10 @@ def test_kernels_are_built_while_loading(random_model: Make, monkeypatch: pytest
         assert asked
 
 
-def test_a_cpu_too_small_uses_the_disk_or_says_what_is_missing(random_model: Make, tmp_path: Path) -> None:
+def test_a_cpu_too_small_uses_the_disk_or_says_what_is_missing(
+    random_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The current directory's, unless told otherwise: the system's temporary one may be memory."""
     checkpoint = open_checkpoint(random_model())
     weights = sizes(checkpoint)
     work = LoadOptions(max_model_len=64).work(checkpoint.spec)
@@ -243,9 +248,26 @@ def test_a_cpu_too_small_uses_the_disk_or_says_what_is_missing(random_model: Mak
     with pytest.raises(RunError) as caught:
         plan_load(Case(checkpoint.spec, weights, OWN, work), 1000)
     assert caught.value.message.startswith("CPU: needs ") and caught.value.message.endswith("MiB short")
-    with loaded(checkpoint, LoadOptions(max_model_len=64, compute_dtype="float32", cpu_memory=need - 1)) as found:
-        assert "disk" in found.model.network.hf_device_map.values()
-        assert close(logits(found.model), logits(build(checkpoint)), 1e-6)
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    monkeypatch.chdir(here)
+    options = LoadOptions(max_model_len=64, compute_dtype="float32", cpu_memory=need - 1)
+    for asked, place in ((options, here), (replace(options, offload_directory=there), there)):
+        with loaded(checkpoint, asked) as found:
+            assert "disk" in found.model.network.hf_device_map.values()
+            assert close(logits(found.model), logits(build(checkpoint)), 1e-6)
+            assert [path.parent for path in tmp_path.rglob("qwenq-offload-*")] == [place]
+        assert not list(place.iterdir())
+    with loaded(checkpoint, LoadOptions(max_model_len=64)):
+        assert not list(here.iterdir()), "nothing goes to disk"
+    with pytest.raises(RunError, match=r"file: no place for layers \(Not a directory\)"):
+        (tmp_path / "file").touch()
+        with loaded(checkpoint, replace(options, offload_directory=tmp_path / "file")):
+            pass
+    monkeypatch.setattr(load.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(RunError, match=r"here: needs .* MiB for layers on disk"), loaded(checkpoint, options):
+        pass
 
 
 # ---------------------------------------------------------------------- errors

@@ -224,7 +224,10 @@ def test_many_stops(post: Post) -> None:
     assert text_of(post(**SEA, stop=stops)) == whole[: whole.index(whole[6:9])]
 
 
-def test_no_max_tokens_means_what_the_context_leaves(post: Post, service: Service) -> None:
+def test_no_max_tokens_means_what_the_context_leaves(
+    post: Post, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the model's own number, where its generation_config.json has one."""
     prompt = "The sea. " * 90  # most of the context's 400 tokens
     left = 400 - len(service.chat.text_ids(prompt))
     assert 10 < left < 100
@@ -232,6 +235,10 @@ def test_no_max_tokens_means_what_the_context_leaves(post: Post, service: Servic
         answer = post(prompt=prompt, temperature=0, ignore_eos=True, **fields)
         assert answer["usage"]["completion_tokens"] == left
         assert answer["choices"][0]["finish_reason"] == "length"
+    monkeypatch.setitem(service.chat._generation, "max_new_tokens", left - 3)
+    for number, wanted in ((None, left - 3), (-1, left), (left - 1, left - 1)):
+        answer = post(prompt=prompt, temperature=0, ignore_eos=True, max_tokens=number)
+        assert answer["usage"]["completion_tokens"] == wanted
     answer = post(messages=ASK, temperature=0, max_completion_tokens=3, max_tokens=5, ignore_eos=True)
     assert answer["usage"]["completion_tokens"] == 3
 

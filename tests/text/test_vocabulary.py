@@ -225,14 +225,45 @@ def test_tokens_that_tokenizer_config_alone_has(model: Path, edit_json: Any) -> 
     for text in ("a<tool>b <think>", "it's"):
         assert again.encode(text).ids == theirs.encode(text, add_special_tokens=False)
     for changes, words in (
-        ({"added_tokens_decoder": listed | {"1029": {"content": "<x>"}}}, "no token '<x>', which .* has as 1029"),
-        ({"additional_special_tokens": ["<y>"]}, "no token '<y>', which tokenizer_config.json has"),
+        ({"added_tokens_decoder": listed | {"1029": {"content": "<x>"}}}, "no token '<x>', which .* have as 1029"),
+        ({"additional_special_tokens": ["<y>"]}, "no token '<y>', which the files beside it have"),
         ({"extra_special_tokens": {"image_token": {"content": "<z>"}}}, "no token '<z>'"),
     ):
         edit_json(settings, added_tokens_decoder=listed, additional_special_tokens=None, extra_special_tokens=None)
         edit_json(settings, **changes)
         with pytest.raises(CheckpointError, match=words):
             metadata_of_tokenizer(model, 1030)
+
+
+@pytest.mark.parametrize("named", ["<|im_start|>", {"content": "<|im_start|>", "lstrip": False}, None])
+def test_special_tokens_of_the_older_files(named: Any, model: Path, edit_json: Any) -> None:
+    """special_tokens_map.json and added_tokens.json, as transformers wrote them for years: read unless
+    tokenizer_config.json lists the added tokens, and then before it.
+    """
+    more = {"eos_token": named, "pad_token": "<tool>"}
+    (model / "special_tokens_map.json").write_text(json.dumps(more))
+    (model / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 1023, "<tool>": 1024, "<think>": 1025}))
+    for name in ("config.json", "generation_config.json"):
+        edit_json(model / name, eos_token_id=None, bos_token_id=None)
+    settings = model / "tokenizer_config.json"
+    listed = json.loads(settings.read_text())["added_tokens_decoder"]
+    found = metadata_of_tokenizer(model, 1030)
+    assert found["tokenizer.ggml.eos_token_id"] == 1023 and found["tokenizer.ggml.tokens"][1024] == "[PAD1024]"
+    settings.write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    theirs = PreTrainedTokenizerFast.from_pretrained(str(model))
+    found = metadata_of_tokenizer(model, 1030)
+    assert found.get("tokenizer.ggml.eos_token_id") == theirs.eos_token_id == ModelTokenizer(model).eos
+    assert found["tokenizer.ggml.padding_token_id"] == theirs.pad_token_id == 1024
+    types = {number: 3 if token.special else 4 for number, token in theirs.added_tokens_decoder.items()}
+    assert types == {1021: 3, 1022: 3, 1023: 3, 1024: 3, 1025: 4}
+    for number, type_ in types.items():
+        assert found["tokenizer.ggml.tokens"][number] == theirs.convert_ids_to_tokens(number)
+        assert found["tokenizer.ggml.token_type"][number] == type_
+    (model / "added_tokens.json").write_text(json.dumps({"<late>": 1029}))
+    with pytest.raises(CheckpointError, match="no token '<late>', which the files beside it have as 1029"):
+        metadata_of_tokenizer(model, 1030)
+    settings.write_text(json.dumps({"added_tokens_decoder": listed}))  # which says all
+    assert "tokenizer.ggml.eos_token_id" not in metadata_of_tokenizer(model, 1030)
 
 
 def templates_of(directory: Path) -> dict[str, Any]:

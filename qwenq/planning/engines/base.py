@@ -136,6 +136,10 @@ class Engine(ABC):
             return ""
         return f"{said}: compute capability {has[0]}.{has[1]}, {self.label} needs {needs[0]}.{needs[1]}"
 
+    def cache_barred(self, work: Workload, gpu: Gpu) -> str:
+        """Why it has no such KV cache on such a GPU; empty where it does, and where the capability is unknown."""
+        return ""
+
     def runs_on(self, gpu: Gpu) -> bool:
         return not self.barred(gpu)
 
@@ -461,10 +465,12 @@ class ServerEngine(Engine):
             return asked, count // asked
         if case.rig is None:
             return 1, 1
-        option = best_option(parallel_options(case))
+        options = parallel_options(case)
+        option = best_option(options)
         if option is None:
             raise PlanError(
-                f"{self.title} cannot use {case.rig.label}", hint="`qwenq plan` says why for every layout"
+                f"{self.title} cannot use {case.rig.label}: {options[0].reasons[0]}",
+                hint="`qwenq plan` says why for every layout",
             )
         return option.tensor, option.pipeline
 

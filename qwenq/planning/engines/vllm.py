@@ -67,6 +67,23 @@ class VllmEngine(ServerEngine):
         seqs, tokens = asked_sequences(work), work.prefill_chunk
         return f"{self.chunk_flag} {tokens} is less than {self.requests_flag} {seqs}" if 0 < tokens < seqs else ""
 
+    def cache_barred(self, work: Workload, gpu: Gpu) -> str:
+        """An fp8 cache below 8.9 is read by FlashInfer alone, whose backend wants 8.0 from 0.24 on and 7.5 before; that
+        of Triton wants 8.9 (#47549). Up to 0.10 V0 had kernels that convert it anywhere (#4827).
+        """
+        has, needs = gpu.compute_capability, (8, 0) if self.version >= (0, 24) else (7, 5)
+        if has is None or has >= needs or self.version < (0, 11) or self.kv_bytes(work.kv_dtype) >= 2:
+            return ""
+        said = f"{self.title} has no {work.kv_dtype} KV cache on {gpu.name}"
+        return f"{said}: compute capability {has[0]}.{has[1]}, {self.label} needs {needs[0]}.{needs[1]} for it"
+
+    def notes(self, case: Case, gpu: Gpu) -> list[str]:
+        """An fp8 cache where FlashInfer alone reads it, which compiles its kernels."""
+        has = gpu.compute_capability
+        if has is None or has >= (8, 9) or self.version < (0, 11) or self.kv_bytes(case.work.kv_dtype) >= 2:
+            return []
+        return [f"{gpu.name}: vLLM reads an fp8 KV cache by FlashInfer alone, which needs nvcc to compile its kernels"]
+
     @property
     def profiles_graphs(self) -> bool:
         """CUDA graphs are counted in the utilized part.
