@@ -118,7 +118,7 @@ class Place:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.kept = make_random_model(root / "kept")
+        self.kept = make_random_model(root / "kept", hidden_size=32, intermediate_size=64)
         (self.kept / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
         (self.kept / "LICENSE").write_text("MIT License\n\nCopyright\n")
         self.source, self.out, self.whole = root / "source", root / "place" / "out", root / "whole"

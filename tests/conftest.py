@@ -68,6 +68,20 @@ def model(tiny: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def two_layers(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """It, cut after 2 of its layers; not to be changed."""
+    place = Path(shutil.copytree(tiny, tmp_path_factory.mktemp("cut") / "two-layers"))
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+
+    def cut(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.startswith(("model.layers.2.", "model.layers.3."))]:
+            del tensors[name]
+
+    return rewrite(place, cut)
+
+
+@pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
     """A finished checkpoint of the trained model; not to be changed."""
     return quantize(small_job(tiny, tmp_path_factory.mktemp("finished") / "out")).out

@@ -446,7 +446,7 @@ def test_warnings_stay_one_line_and_keep_brackets(monkeypatch: pytest.MonkeyPatc
 
 
 def test_ctrl_c_prints_the_command_that_goes_on(command: Callable[..., list[str]], tmp_path: Path) -> None:
-    arguments = command(num_samples=24, output=tmp_path / "my out")
+    arguments = command(sequence_length=32, output=tmp_path / "my out")
     start = [sys.executable, "-m", "qwenq"]
     job = subprocess.Popen(
         [*start, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -484,9 +484,9 @@ def test_a_reader_that_has_enough_ends_a_command_quietly() -> None:
 @pytest.mark.parametrize("lost", ["full", "closed", "hung up"])
 def test_messages_that_go_nowhere_end_no_command(lost: str, tmp_path: Path) -> None:
     """A log on a full disk, no stderr at all, a terminal that is gone: the answer is on stdout all the same."""
-    words = [sys.executable, "-m", "qwenq", "vram", "Qwen2.5-7B", "--gpu", "M3 Max 128GB", "-c", "1k", "--json"]
-    said = subprocess.run(words, capture_output=True, text=True)
-    assert said.returncode == 0 and said.stderr.startswith("warning: qwenq does not run on Apple")
+    asked = ["vram", "Qwen2.5-7B", "--gpu", "M3 Max 128GB", "-c", "1k", "--json"]
+    words, said = [sys.executable, "-m", "qwenq", *asked], run(*asked)
+    assert said.exit_code == 0 and said.stderr.startswith("warning: qwenq does not run on Apple")
     terminal, end = pty.openpty()
     os.close(terminal)  # what is written to its other end fails with EIO
     before = {"closed": lambda: os.close(2), "hung up": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}

@@ -60,18 +60,18 @@ def test_impossible_targets(option: str, value: str, code: int) -> None:
         assert "reachable: " in result.stderr
 
 
-def test_a_recipe_is_followed_and_kept(tmp_path: Path, tiny: Path, calib: Path, heldout: Path) -> None:
+def test_a_recipe_is_followed_and_kept(tmp_path: Path, two_layers: Path, calib: Path, heldout: Path) -> None:
     """Dry run, edited recipe, quantization: sizes agree to the byte, and the checkpoint says what it was made by."""
     recipe, out = tmp_path / "r.toml", tmp_path / "out"
-    dry = run("quantize", tiny, "--bpw", "5", "--dry-run", "--json", "--save-recipe", recipe)
+    dry = run("quantize", two_layers, "--bpw", "5", "--dry-run", "--json", "--save-recipe", recipe)
     assert dry.exit_code == 0
     lines = recipe.read_text().splitlines()
     row = next(n for n, line in enumerate(lines) if line.startswith("1 "))
     lines[row] = '1 = { qkv = "16-bit", o = "8-bit g32", gate_up = "4-bit per channel", down = "4-bit g64" }'
     recipe.write_text("\n".join(lines) + "\n")
-    edited = answer("quantize", tiny, "--recipe", recipe, "--dry-run")
+    edited = answer("quantize", two_layers, "--recipe", recipe, "--dry-run")
     texts = ("--calibration", calib, "--eval-text", heldout, "-n", 4, "--eval-samples", 2, "--sequence-length", 64)
-    made = answer("quantize", tiny, "-o", out, "--recipe", recipe, *texts)
+    made = answer("quantize", two_layers, "-o", out, "--recipe", recipe, *texts)
     assert made["file_bytes"] == edited["file_bytes"] == sum(p.stat().st_size for p in out.glob("*.safetensors"))
     assert made["bits_per_linear_weight"] == edited["bits_per_linear_weight"]
     schemes = {r["name"]: r["scheme"] for block in made["layers"] for r in block["linears"]}
@@ -81,7 +81,7 @@ def test_a_recipe_is_followed_and_kept(tmp_path: Path, tiny: Path, calib: Path, 
     written = {"qkv": "16-bit", "o": "8-bit g32", "gate_up": "4-bit per channel", "down": "4-bit g64"}
     assert kept["layer"]["1"] == written
     assert RECIPE_NAME in json.loads((out / "qwenq-manifest.json").read_text())["files"]
-    checked = run("eval", out, "--reference", tiny, "--text", heldout, "-n", 2, "--sequence-length", 64, "--json")
+    checked = run("eval", out, "--reference", two_layers, "--text", heldout, "-n", 2, "--sequence-length", 64, "--json")
     assert json.loads(checked.stdout)["kl"]["mean"] == pytest.approx(made["drift"]["kl"]["mean"], rel=1e-3)
 
 

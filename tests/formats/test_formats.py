@@ -63,7 +63,7 @@ def test_predicted_bytes_are_written_bytes_and_the_recipe_is_read_back(
     kind: str, random_model: Make, tmp_path: Path
 ) -> None:
     recipe = RECIPES[kind]
-    job = job_of(recipe, random_model(dtype=torch.bfloat16), tmp_path / "out")
+    job = job_of(recipe, random_model(dtype=torch.bfloat16), tmp_path / "out", method="rtn", calibration=None)
     check = predicted(job)
     result = quantize(job)
     files = (tmp_path / "out").glob("*.safetensors")
@@ -216,16 +216,18 @@ def test_72b_sizes_by_format() -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_quantize_inspect_and_eval(format: str, tiny: Path, heldout: Path, calib: Path, tmp_path: Path) -> None:
+def test_quantize_inspect_and_eval(
+    format: str, two_layers: Path, heldout: Path, calib: Path, tmp_path: Path
+) -> None:
     size = [] if format.startswith("bnb") or format == "gguf" else ["--group-size", 32]
-    ask = ["quantize", tiny, "-o", tmp_path / "out", "--format", format, *size]
+    ask = ["quantize", two_layers, "-o", tmp_path / "out", "--format", format, *size]
     predicted = answer(*ask, "--dry-run")
     text = ["--eval-text", heldout, "--sequence-length", 64, "--eval-samples", 2]
-    text += ["--calibration", calib, "-n", 8] if FORMATS[format].solved else []
+    text += ["--calibration", calib, "-n", 4] if FORMATS[format].solved else []
     made = answer(*ask, *text)
     assert predicted["format"] == format and predicted["file_bytes"] == made["file_bytes"]
     written = next((tmp_path / "out").glob("*.gguf"), tmp_path / "out")
     inspected = answer("inspect", written)
     assert inspected["disagreements"] == [] and inspected["scheme"] == f"{predicted['scheme']}, {format}"
-    ask = ["eval", written, "--reference", tiny, "--text", heldout, "-n", 2, "--sequence-length", 64]
+    ask = ["eval", written, "--reference", two_layers, "--text", heldout, "-n", 2, "--sequence-length", 64]
     assert answer(*ask)["kl"]["mean"] == pytest.approx(made["drift"]["kl"]["mean"], rel=1e-4)

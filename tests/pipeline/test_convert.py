@@ -72,7 +72,7 @@ def assert_same_files(a: Path, b: Path) -> None:
     ],
 )
 def test_round_trips_end_where_they_began(recipe: Recipe, ways: list[str], random_model: Make, tmp_path: Path) -> None:
-    source = random_model(dtype=torch.bfloat16)
+    source = random_model(dtype=torch.bfloat16, hidden_size=32, intermediate_size=64)
     quantize(small_job(source, tmp_path / "0", recipe=recipe))
     for k, format in enumerate(ways):
         made = convert(open_checkpoint(tmp_path / str(k)), tmp_path / str(k + 1), format)
@@ -149,7 +149,7 @@ def test_the_manifest_says_what_it_was_made_from(random_model: Make, tmp_path: P
 def test_a_forged_count_of_windows_of_the_builtin_set(builtin: Any, random_model: Make, tmp_path: Path) -> None:
     """The card would have it as Markdown."""
     out = tmp_path / "a"
-    quantize(small_job(random_model(), out))
+    quantize(small_job(random_model(num_hidden_layers=1), out))
     forge(out, lambda manifest: manifest["job"]["calibration"].update(builtin=builtin))
     with pytest.raises(CheckpointError, match=r"job\.calibration\.builtin"):
         convert(open_checkpoint(out), tmp_path / "b", "awq")
@@ -169,9 +169,8 @@ def refusal(source: Path, out: Path, format: str, kind: type[QwenqError] = PlanE
 def test_what_cannot_be_held_is_refused(random_model: Make, tmp_path: Path) -> None:
     source, out = random_model(), tmp_path / "out"
     assert refusal(source, out, "awq") == f"{source}: not quantized"
-    quantize(small_job(source, tmp_path / "4"))
-    quantize(small_job(source, tmp_path / "8", recipe=Recipe(Scheme(8, 32))))
-    quantize(small_job(source, tmp_path / "mixed", recipe=MIXED))
+    for name, recipe in (("4", Recipe(Scheme(4, 32))), ("8", Recipe(Scheme(8, 32))), ("mixed", MIXED)):
+        quantize(small_job(source, tmp_path / name, recipe=recipe, method="rtn", calibration=None))
     assert refusal(tmp_path / "4", out, "gptq") == f"{tmp_path / '4'}: is gptq already"
     assert refusal(tmp_path / "8", out, "awq") == "format awq cannot hold 8-bit g32 asym"
     assert "format awq cannot hold 8-bit" in refusal(tmp_path / "mixed", out, "awq")
@@ -190,7 +189,7 @@ def test_what_cannot_be_held_is_refused(random_model: Make, tmp_path: Path) -> N
 
 
 def test_places(random_model: Make, tmp_path: Path) -> None:
-    quantize(small_job(random_model(), tmp_path / "a"))
+    quantize(small_job(random_model(), tmp_path / "a", method="rtn", calibration=None))
     (tmp_path / "there").mkdir()
     for out, message in ((tmp_path / "there", "already exists"), (tmp_path / "a" / "b", "inside it")):
         with pytest.raises(JobError, match=message):
@@ -210,7 +209,7 @@ def edited(source: Path, name: str, change: Callable[[torch.Tensor], torch.Tenso
 
 def test_what_another_tool_wrote(random_model: Make, tmp_path: Path) -> None:
     """Groups out of order, and scales that float16 does not hold, are refused naming the linear; bfloat16 ones fit."""
-    quantize(small_job(random_model(), tmp_path / "a"))
+    quantize(small_job(random_model(), tmp_path / "a", method="rtn", calibration=None))
     name = "model.layers.1.mlp.up_proj"
     edited(tmp_path / "a", name + ".scales", lambda t: (t.float() + 0.01).bfloat16())
     convert(open_checkpoint(tmp_path / "a"), tmp_path / "b", "compressed-tensors")
@@ -233,7 +232,7 @@ def test_what_another_tool_wrote(random_model: Make, tmp_path: Path) -> None:
 
 
 def test_the_command(random_model: Make, tmp_path: Path) -> None:
-    quantize(small_job(random_model(), tmp_path / "a"))
+    quantize(small_job(random_model(), tmp_path / "a", method="rtn", calibration=None))
     result = run("convert", tmp_path / "a", tmp_path / "b", "--format", "awq", "--json")
     assert result.exit_code == 0 and json.loads(result.stdout)["source_format"] == "gptq"
     result = run("convert", tmp_path / "a", tmp_path / "c", "--format", "compressed-tensors", COLUMNS="200")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,9 @@ def test_a_dry_run_goes_on_with_no_job(tiny: Path) -> None:
     assert refused.exit_code == 2 and "--resume and --dry-run exclude each other" in refused.stderr
 
 
-def test_a_budget_counts_the_measuring(tiny: Path, texts: list[object], tmp_path: Path) -> None:
+def test_a_budget_counts_the_measuring(
+    random_model: Callable[..., Path], texts: list[object], tmp_path: Path
+) -> None:
     options = ["--device", "cuda:0"]
     found = dry("Qwen2.5-72B", "--bpw", "5", *options)
     wanted = sensitivity_bytes(model("Qwen2.5-72B"), 512, 2, on_gpu=True)
@@ -192,10 +195,10 @@ def test_a_budget_counts_the_measuring(tiny: Path, texts: list[object], tmp_path
     shown = " ".join(words.stdout.replace("│", " ").split())  # a narrow console breaks the label
     assert re.search(r"peak memory of a GPU, predicted,( measuring sensitivities)? 7\.14 GB", shown)
     assert "sensitivity_ram_bytes" not in dry("Qwen2.5-72B", *options)
-    table, budget = tmp_path / "s.json", [*texts[:6], "--bpw", "5"]
-    assert run("sensitivity", tiny, *texts[:2], *texts[4:6], "-n", 4, "-o", table).exit_code == 0
-    assert "sensitivity_ram_bytes" in dry(tiny, *budget)
-    assert "sensitivity_ram_bytes" not in dry(tiny, *budget, "--sensitivity", table)
+    small, table, budget = random_model(num_hidden_layers=1), tmp_path / "s.json", [*texts[:6], "--bpw", "5"]
+    assert run("sensitivity", small, *texts[:2], *texts[4:6], "-n", 4, "-o", table).exit_code == 0
+    assert "sensitivity_ram_bytes" in dry(small, *budget)
+    assert "sensitivity_ram_bytes" not in dry(small, *budget, "--sensitivity", table)
 
 
 def test_all_windows_of_a_wide_model_are_pulled_by_but_an_odd_one() -> None:

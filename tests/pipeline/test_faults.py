@@ -124,7 +124,7 @@ def stride(case: Case, fine: bool, *strides: tuple[int, int]) -> int:
 def test_power_cut_at_any_moment(fine: bool, case: Case) -> None:
     """Whatever was not synced is gone: with its name, or with the name left behind. Either way the job goes on."""
     steps = steps_of(PowerCut(case.place, -1), case.fresh())
-    for step in range(0, steps, stride(case, fine, (7, 23), (3, 13))):
+    for step in range(0, steps, stride(case, fine, (13, 41), (3, 13))):
         for names_kept in (False, True):
             disk = PowerCut(case.place, step)
             job = case.fresh()
@@ -173,7 +173,7 @@ def test_full_disk_at_any_file(fine: bool, case: Case) -> None:
     last = {name: step for step, name in enumerate(counting.touched)}
     assert {".qwenq-lock", JOURNAL_NAME, "config.json.tmp", "qwenq-manifest.json.tmp"} <= set(first)
     chosen = sorted({*first.values(), *last.values()})
-    for step in chosen[:: stride(case, fine, (2, 7), (1, 5))]:
+    for step in chosen[:: stride(case, fine, (3, 11), (1, 5))]:
         disk = FailingWrites(case.place, step)
         job = case.fresh()
         with pytest.raises(JobError) as caught, disk.watching():

@@ -106,7 +106,7 @@ def test_padding_of_the_ffn_is_left_out(random_model: Make, tmp_path: Path) -> N
 def test_stopped_and_resumed_is_the_same(
     damage: str, random_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, path = random_model(), tmp_path / "imatrix.gguf"
+    source, path = random_model(hidden_size=32, intermediate_size=64), tmp_path / "imatrix.gguf"
     job = small_job(source, tmp_path / "out", save_imatrix=path)
     quantize(job)
     whole = path.read_bytes()

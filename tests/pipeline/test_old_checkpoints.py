@@ -5,6 +5,7 @@ Everything goes through the command line, so that nothing here names a module of
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import run
 from safetensors import safe_open
 
 DATA = Path(__file__).parents[1] / "data"
@@ -56,7 +58,11 @@ Answer = tuple[int, str, str]  # exit code, stdout, stderr
 
 
 def run_all(*commands: list[str], **environment: str) -> list[Answer]:
-    """Command lines, one after the other in a process in tests/data."""
+    """Command lines, one after the other in tests/data: here, or with an environment in a process that has it."""
+    if not environment:
+        with contextlib.chdir(DATA):
+            results = [run(*words) for words in commands]
+        return [(result.exit_code, result.stdout, result.stderr) for result in results]
     key = frozenset(environment.items())
     if key not in PROCESSES:
         PROCESSES[key] = subprocess.Popen(

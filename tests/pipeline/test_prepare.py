@@ -54,8 +54,8 @@ def test_the_divergence_of_few_bits_is_computed_in_bfloat16(
     """Where a CPU has instructions for it; `eval` of the checkpoint then comes to the same figures."""
 
     def job(**options: Any) -> Any:
-        read = {"calibration": str(calib), "eval_text": str(heldout), "sequence_length": 64}
-        options = {"num_samples": 16, "eval_samples": 3, "device": "cpu"} | read | options
+        read = {"calibration": str(calib), "eval_text": str(heldout), "sequence_length": 64, "num_samples": 4}
+        options = {"eval_samples": 3, "device": "cpu", "calibration_dtype": "float32"} | read | options
         return prepare(tiny, tmp_path / "out", QuantizeConfig(**options)).job
 
     monkeypatch.setattr(config, "has_bfloat16", lambda: False)
@@ -86,8 +86,8 @@ def test_a_recipes_divergence_is_computed_as_eval_would(
     layers = "".join(f"{k} = {{ {units} }}\n" for k in range(4))
     recipe.write_text(f'version = 1\nmodel = "tiny-qwen2"\n[layer]\n{layers}')
     job = prepare(tiny, tmp_path / "out", QuantizeConfig(
-        device="cpu", recipe=recipe, calibration=str(calib), eval_text=str(heldout), sequence_length=64, num_samples=8,
-        eval_samples=3,
+        device="cpu", recipe=recipe, calibration=str(calib), eval_text=str(heldout), sequence_length=64, num_samples=4,
+        eval_samples=3, calibration_dtype="float32",
     )).job  # fmt: skip
     drift = quantize(job).drift
     assert drift.compute_dtype == ("bfloat16" if rest == "4-bit g32" else "float32")

@@ -395,11 +395,11 @@ def killed_at(step: int, job: QuantizeJob, interval: float, resume: bool = False
 @pytest.mark.parametrize(
     ("interval", "strides", "changes"),  # of the fast tests, of the slow ones
     [
-        (0.0, (11, 2), {}),  # hidden states saved after every layer
-        (1e9, (13, 3), {"dtype": "bfloat16"}),  # never saved: layers are replayed, from tensors as they were written
-        (0.0, (17, 8), {"compute_dtype": "bfloat16"}),
-        (1e9, (17, 8), {"compute_dtype": "bfloat16", "recipe": MIXED}),
-        (1e9, (17, 6), {"method": "rtn", "calibration": None}),
+        (0.0, (17, 2), {}),  # hidden states saved after every layer
+        (1e9, (19, 3), {"dtype": "bfloat16"}),  # never saved: layers are replayed, from tensors as they were written
+        (0.0, (31, 8), {"compute_dtype": "bfloat16"}),
+        (1e9, (31, 8), {"compute_dtype": "bfloat16", "recipe": MIXED}),
+        (1e9, (31, 6), {"method": "rtn", "calibration": None}),
     ],
     ids=["states", "replay", "bfloat16 states", "bfloat16 replay", "rounding"],
 )

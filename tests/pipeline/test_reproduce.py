@@ -42,39 +42,45 @@ def test_a_padded_checkpoint_is_made_from_the_padded_source(tiny: Path, tmp_path
     assert made_again(tmp_path / "out", tiny, layers=[2]) == ((2,), [])
 
 
+@pytest.fixture
+def four_layers(random_model: Make) -> Path:
+    """Of a smaller model than the trained one."""
+    return random_model(num_hidden_layers=4, hidden_size=32, intermediate_size=64)
+
+
 def test_sample() -> None:
     assert [sample(n) for n in (1, 2, 3, 80)] == [(0,), (0, 1), (0, 1, 2), (0, 40, 79)]
 
 
 @pytest.mark.parametrize("kind", [*FORMATS, "rtn"])
-def test_layers_made_again_are_the_written_ones(kind: str, tiny: Path, calib: Path, tmp_path: Path) -> None:
+def test_layers_made_again_are_the_written_ones(kind: str, four_layers: Path, calib: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"recipe": FORMATS[kind]} if kind in FORMATS else {}
     if kind == "rtn":
         changes = {"method": "rtn", "calibration": None}
     elif not kind.startswith("bnb"):
-        spec = open_source(tiny).spec
+        spec = open_source(four_layers).spec
         changes["calibration"] = load_windows(
-            str(calib), ModelTokenizer(tiny), spec, length=32, count=6, seed=0, up_to=None
+            str(calib), ModelTokenizer(four_layers), spec, length=32, count=6, seed=0, up_to=None
         )
     else:
         changes["calibration"] = None
-    quantize(small_job(tiny, tmp_path / "out", **changes))
-    assert made_again(tmp_path / "out", tiny, calibration=str(calib)) == ((0, 2, 3), [])
+    quantize(small_job(four_layers, tmp_path / "out", **changes))
+    assert made_again(tmp_path / "out", four_layers, calibration=str(calib)) == ((0, 2, 3), [])
 
 
-def test_windows_of_the_builtin_set_are_found_again(tiny: Path, calib: Path, tmp_path: Path) -> None:
-    spec, tokenizer = open_source(tiny).spec, ModelTokenizer(tiny)
+def test_windows_of_the_builtin_set_are_found_again(four_layers: Path, calib: Path, tmp_path: Path) -> None:
+    spec, tokenizer = open_source(four_layers).spec, ModelTokenizer(four_layers)
     own = load_windows(str(calib), tokenizer, spec, length=32, count=6, seed=0)
     windows = with_builtin(own, 2, tokenizer, spec, seed=0)
     assert windows.sha256 != own.sha256
-    quantize(small_job(tiny, tmp_path / "out", calibration=windows))
-    assert made_again(tmp_path / "out", tiny, calibration=str(calib), layers=[0]) == ((0,), [])
+    quantize(small_job(four_layers, tmp_path / "out", calibration=windows))
+    assert made_again(tmp_path / "out", four_layers, calibration=str(calib), layers=[0]) == ((0,), [])
     manifest = read_manifest(tmp_path / "out")[0]
     forgeries = [{"builtin": {"windows": windows}} for windows in (-1, 7, "2", None)] + [{"window_tokens": -1}]
     for forged in forgeries:
         job = manifest["job"] | {"calibration": manifest["job"]["calibration"] | forged}
         with pytest.raises(CheckpointError, match="does not say which text was read"):
-            reproduce(tmp_path / "out", tiny, manifest | {"job": job}, calibration=str(calib))
+            reproduce(tmp_path / "out", four_layers, manifest | {"job": job}, calibration=str(calib))
 
 
 def test_a_forged_layer_is_named(tiny: Path, tmp_path: Path) -> None:
@@ -107,15 +113,15 @@ def test_the_same_bytes_as_another_dtype_are_another_layer(tiny: Path, tmp_path:
     )
 
 
-def test_what_cannot_be_made_again_says_why(tiny: Path, calib: Path, heldout: Path, tmp_path: Path) -> None:
-    out = calibrated(tiny, tmp_path / "out", calib)
+def test_what_cannot_be_made_again_says_why(four_layers: Path, calib: Path, heldout: Path, tmp_path: Path) -> None:
+    out = calibrated(four_layers, tmp_path / "out", calib)
     with pytest.raises(CalibrationError, match=r"calibrated on 'calib.txt', a file whose path is not known") as caught:
-        made_again(out, tiny)
+        made_again(out, four_layers)
     assert caught.value.hint == "pass it with --calibration FILE"
     with pytest.raises(CalibrationError, match="gives other tokens than those that were calibrated on"):
-        made_again(out, tiny, calibration=str(heldout))
+        made_again(out, four_layers, calibration=str(heldout))
     with pytest.raises(JobError, match="the model has layers 0 to 3"):
-        made_again(out, tiny, layers=[4])
+        made_again(out, four_layers, layers=[4])
 
 
 def test_a_forged_job_is_refused_in_one_line(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -227,8 +227,8 @@ def test_rows_are_cut_between_blocks_and_evenly() -> None:
         assert all(rows.start % 64 == 0 for share in shares for rows in share.values())
 
 
-def test_a_job_on_several_devices_loses_what_it_loses_on_one(tiny: Path, tmp_path: Path) -> None:
-    job = small_job(tiny, tmp_path / "one")
+def test_a_job_on_several_devices_loses_what_it_loses_on_one(two_layers: Path, tmp_path: Path) -> None:
+    job = small_job(two_layers, tmp_path / "one")
     one = quantize(job)
     two = quantize(replace(job, out=tmp_path / "two", config=replace(job.config, device="cpu,cpu")))
     assert two.drift.kl.mean == pytest.approx(one.drift.kl.mean, rel=0.1)

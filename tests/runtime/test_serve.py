@@ -266,7 +266,7 @@ def test_the_same_seed_gives_the_same_text_whatever_is_cached(cached: int, tiny:
         def text(seed: int) -> str:
             return client.post("/v1/completions", json=asked | {"seed": seed}).json()["choices"][0]["text"]
 
-        for seed in range(6):
+        for seed in range(3):
             service.session.release()
             cold = text(seed)
             if cached:

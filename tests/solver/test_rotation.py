@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,22 +77,24 @@ def test_transformers_computes_the_same_logits(model_type: str, options: dict[st
 
 
 @pytest.mark.parametrize("options", [["--bits", 8], ["--format", "gguf", "--gguf-type", "Q8_0"]], ids=["gptq", "gguf"])
-def test_a_rotated_checkpoint_is_made_read_and_made_again(options: list[object], tiny: Path, tmp_path: Path) -> None:
+def test_a_rotated_checkpoint_is_made_read_and_made_again(
+    options: list[object], two_layers: Path, tmp_path: Path
+) -> None:
     calib, heldout = DATA / "calib.txt", DATA / "heldout.txt"
     text = ["--calibration", calib, "--eval-text", heldout, "-n", 8, "--sequence-length", 64, "--eval-samples", 4]
     out = tmp_path / "out"
-    ask = ["quantize", tiny, "-o", out, "--rotate", *options, *text]
+    ask = ["quantize", two_layers, "-o", out, "--rotate", *options, *text]
     planned, made = answer(*ask, "--dry-run"), answer(*ask)
     assert planned["file_bytes"] == made["file_bytes"] and 0 < made["drift"]["kl"]["mean"] < 0.01
     assert json.loads((out / "qwenq-manifest.json").read_text())["job"]["options"]["rotate"] is True
     file = next(out.glob("*.gguf"), out)
-    written, source = open_checkpoint(file), open_checkpoint(tiny)
+    written, source = open_checkpoint(file), open_checkpoint(two_layers)
     embedding = source.spec.embedding_tensor
     away = written.read(embedding).float() - source.rotated().read(embedding)
     assert float(away.norm() / source.read(embedding).float().norm()) < 0.01
-    read = answer("eval", file, "--reference", tiny, "--text", heldout, "--sequence-length", 64, "-n", 4)
+    read = answer("eval", file, "--reference", two_layers, "--text", heldout, "--sequence-length", 64, "-n", 4)
     assert read["kl"]["mean"] == pytest.approx(made["drift"]["kl"]["mean"], rel=1e-3)
-    again = run("verify", out, "--source", tiny, "--calibration", calib, "--layers", "0,1")
+    again = run("verify", out, "--source", two_layers, "--calibration", calib, "--layers", "0,1")
     assert again.exit_code == 0 and "layers 0 to 1 recomputed" in again.stdout, again.output
     card = (out / "README.md").read_text()
     assert "are rotated by an orthogonal matrix" in card
@@ -101,7 +104,7 @@ def test_a_rotated_checkpoint_is_made_read_and_made_again(options: list[object],
         assert "as in the original" not in (tmp_path / "ct" / "README.md").read_text()
 
 
-def test_what_cannot_be_rotated_is_refused(tiny: Path, random_model: Make, tmp_path: Path) -> None:
+def test_what_cannot_be_rotated_is_refused(two_layers: Path, random_model: Make, tmp_path: Path) -> None:
     tied = random_model(tie_word_embeddings=True)
     for more in ([], ["--dry-run"]):
         result = run("quantize", tied, "-o", tmp_path / "out", "--rotate", *more)
@@ -109,7 +112,7 @@ def test_what_cannot_be_rotated_is_refused(tiny: Path, random_model: Make, tmp_p
         assert result.exit_code == 1 and said in result.stderr
     result = run("sensitivity", tied, "-o", tmp_path / "s.json", "--rotate")
     assert result.exit_code == 1 and said in result.stderr
-    result = run("quantize", tiny, "-o", tmp_path / "out", "--rotate", "--save-imatrix", tmp_path / "i.gguf")
+    result = run("quantize", two_layers, "-o", tmp_path / "out", "--rotate", "--save-imatrix", tmp_path / "i.gguf")
     said = "error: --save-imatrix is of the model's own weights, --rotate makes others\n"
     assert result.exit_code == 2 and result.stderr == said, result.stderr
 
@@ -118,19 +121,19 @@ def test_what_cannot_be_rotated_is_refused(tiny: Path, random_model: Make, tmp_p
     "options", [["--bpw", 5.5], ["--format", "gguf", "--bpw", 5.5]], ids=["gptq", "embedding and head too"]
 )
 def test_a_budget_is_chosen_by_sensitivities_of_the_rotated_model(
-    options: list[object], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: list[object], two_layers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = ["--calibration", DATA / "calib.txt", "-n", 8, "--sequence-length", 64]
     kind = options[:-2]
     name = kind[-1] if kind else "gptq"
     table, plain = tmp_path / "table.json", tmp_path / "plain.json"
-    rotated = answer("sensitivity", tiny, "-o", table, "--rotate", *kind, *text)
-    before = answer("sensitivity", tiny, "-o", plain, *kind, *text)
+    rotated = answer("sensitivity", two_layers, "-o", table, "--rotate", *kind, *text)
+    before = answer("sensitivity", two_layers, "-o", plain, *kind, *text)
     assert rotated["provenance"]["rotated"] is True and "rotated" not in before["provenance"]
     assert rotated["kl_nats_per_token"] != before["kl_nats_per_token"]
     total = [sum(max(row.values()) for row in found["kl_nats_per_token"].values()) for found in (rotated, before)]
     assert 0.5 < total[0] / total[1] < 2, "the same function, rounded otherwise"
-    ask = ["quantize", tiny, "-o", tmp_path / "out", *options, *text, "--eval-text", DATA / "heldout.txt",
+    ask = ["quantize", two_layers, "-o", tmp_path / "out", *options, *text, "--eval-text", DATA / "heldout.txt",
            "--eval-samples", 4]  # fmt: skip
     for more, state, hint in (
         (["--rotate", "--sensitivity", plain], "before", f"{name} --rotate"),
@@ -154,8 +157,10 @@ def test_a_budget_is_chosen_by_sensitivities_of_the_rotated_model(
     assert made["drift"]["kl"]["mean"] < 0.02
 
 
-def test_a_job_is_not_resumed_with_or_without_it(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ask = ["quantize", tiny, "-o", tmp_path / "out", "--method", "rtn", "--eval-text", DATA / "heldout.txt",
+def test_a_job_is_not_resumed_with_or_without_it(
+    two_layers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = ["quantize", two_layers, "-o", tmp_path / "out", "--method", "rtn", "--eval-text", DATA / "heldout.txt",
            "--sequence-length", 64, "--eval-samples", 2]  # fmt: skip
     with monkeypatch.context() as patch:
         patch.setattr(qwenq.pipeline.quantize._Run, "_drift", interrupted)
@@ -166,8 +171,9 @@ def test_a_job_is_not_resumed_with_or_without_it(tiny: Path, tmp_path: Path, mon
 
 
 @pytest.fixture
-def massive(model: Path, calib: Path, tmp_path: Path) -> tuple[Path, list[object]]:
+def massive(two_layers: Path, calib: Path, tmp_path: Path) -> tuple[Path, list[object]]:
     """The trained model with massive activations at one token, and options of a small job on windows that begin so."""
+    model = Path(shutil.copytree(two_layers, tmp_path / "model"))
     windows = text_windows(calib, model, 64).ids[:8]
     rare = int(windows.flatten().bincount(minlength=1024).argmin())  # in none of them
     windows[:, 0] = rare
@@ -190,7 +196,7 @@ def options_of(out: Path) -> dict[str, object]:
 
 
 def test_massive_activations_are_rotated_away_unless_told_otherwise(
-    massive: tuple[Path, list[object]], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    massive: tuple[Path, list[object]], two_layers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, job = massive
     out, asked, begun = tmp_path / "out", tmp_path / "asked", tmp_path / "begun"
@@ -204,7 +210,7 @@ def test_massive_activations_are_rotated_away_unless_told_otherwise(
     assert asked_for.exit_code == 0 and "massive" not in asked_for.stderr
     named, chosen = all_tensors(asked), all_tensors(out)
     assert named.keys() == chosen.keys() and all(torch.equal(named[name], chosen[name]) for name in named)
-    plain = run("quantize", tiny, "-o", tmp_path / "plain", *job)
+    plain = run("quantize", two_layers, "-o", tmp_path / "plain", *job)
     assert plain.exit_code == 0 and "looking for massive activations" in plain.stderr
     assert "rotating" not in plain.stderr and options_of(tmp_path / "plain")["rotate"] is False
     dry = answer("quantize", source, "-o", tmp_path / "dry", *job, "--dry-run")
