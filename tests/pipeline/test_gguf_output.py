@@ -30,8 +30,9 @@ from qwenq.formats.gguf import type_scheme
 from qwenq.io.durable import file_sha256
 from qwenq.pipeline.container import size_label
 from qwenq.pipeline.evaluate import evaluate
-from qwenq.pipeline.job import QuantizeJob, partial_directory
+from qwenq.pipeline.job import QuantizeJob
 from qwenq.pipeline.journal import Journal
+from qwenq.pipeline.preflight import partial_directory
 from qwenq.pipeline.quantize import quantize
 from qwenq.runtime.chat import Chat
 from qwenq.solver.gptq import ROW_BLOCK, STAT_BLOCKS, round_rows

@@ -275,7 +275,7 @@ def test_row_blocks_of_ggufs_types_take_no_more_than_is_counted(kind: str, wante
 
 
 def test_no_room_for_the_cache_is_one_line_with_the_gpu() -> None:
-    spec = of("Qwen2.5-7B", 4)
+    spec = of("Qwen2.5-7B", 8)
     with FakeGpus(["RTX 3060 12GB", "RTX 3060 12GB"]) as gpus, loading(spec, FOUR, 4096) as found:
         for allocator in gpus.allocators:
             allocator.limit = allocator.reserved  # others came and took the rest
