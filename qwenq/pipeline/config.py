@@ -35,7 +35,6 @@ SPILL_BYTES = 6 << 30  # token buffers beyond this live in a memory-mapped file
 DEFAULT_WINDOWS = 128  # of calibration, at most, where no number is given
 DEFAULT_EVALUATION_WINDOWS = 20  # likewise
 SINK_WEIGHT = 64.0  # of tokens with massive states (reports/LOG.md)
-ROTATED_BITS = 4  # at most, of models that are rotated without being told to (reports/qwen25.md)
 BUILTIN_SHARE = 0.2  # of the windows of another calibration text, that the built-in set replaces (reports/LOG.md)
 SET_TOKENS = {"builtin": 156_200, "heldout": 12_300}  # about so many by Qwen2.5's tokenizer
 BATCH_TOKENS = 2048  # that go through a layer together
@@ -302,13 +301,12 @@ class QuantizeConfig:
     def may_rotate(self, spec: ModelSpec) -> bool:
         """Whether the model is rotated, unless told otherwise, where massive activations are found in it.
 
-        Not where that was not measured (more bits, zero points, mixtures, GGUF) or would cost something: a tied head,
-        an adapter or an importance matrix of the original.
+        Not where that was not measured or gains nothing (mixtures, GGUF: reports/qwen25.md) or would cost something: a
+        tied head, an adapter or an importance matrix of the original.
         """
         if self.solver != "gptq" or self.mixed or get_format(self.format).mixtures or spec.tie_word_embeddings:
             return False
-        scheme = self.scheme()
-        return self.fold and self.save_imatrix is None and scheme.sym and scheme.bits <= ROTATED_BITS
+        return self.fold and self.save_imatrix is None
 
     @property
     def mixed(self) -> bool:

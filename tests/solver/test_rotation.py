@@ -237,12 +237,11 @@ def test_massive_activations_are_rotated_away_unless_told_otherwise(
 @pytest.mark.parametrize(
     "kept",
     [
-        ["--no-rotate"], ["--no-fold"], ["--bits", 8], ["--save-imatrix", "i.gguf"], ["--format", "gguf"],
-        ["--bpw", 6], ["--format", "awq"], ["--format", "compressed-tensors", "--asymmetric"],
+        ["--no-rotate"], ["--no-fold"], ["--save-imatrix", "i.gguf"], ["--format", "gguf"], ["--bpw", 6],
     ],
     ids=lambda kept: " ".join(map(str, kept)).strip("-"),
 )  # fmt: skip
-def test_it_is_left_to_the_user_where_it_was_not_measured(
+def test_it_is_left_to_the_user_where_it_gains_nothing_or_costs_something(
     kept: list[object], massive: tuple[Path, list[object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, job = massive
@@ -252,6 +251,20 @@ def test_it_is_left_to_the_user_where_it_was_not_measured(
     assert made.exit_code == 0 and "massive" not in made.stderr, made.stderr
     assert options_of(tmp_path / "out")["rotate"] is False
     assert answer("quantize", source, *job, *kept, "--dry-run")["assumed"]["rotated"] is False
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [["--bits", 8], ["--format", "awq"], ["--format", "compressed-tensors", "--asymmetric"]],
+    ids=lambda kind: " ".join(map(str, kind)).strip("-"),
+)
+def test_massive_activations_are_rotated_away_at_8_bits_and_with_zero_points(
+    kind: list[object], massive: tuple[Path, list[object]], tmp_path: Path
+) -> None:
+    source, job = massive
+    made = run("quantize", source, "-o", tmp_path / "out", *job, *kind)
+    assert made.exit_code == 0 and "massive activations after layer 1" in made.stderr, made.stderr
+    assert options_of(tmp_path / "out")["rotate"] is True
 
 
 def test_a_tied_head_is_never_rotated(random_model: Make) -> None:
