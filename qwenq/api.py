@@ -121,7 +121,7 @@ def quantize(
     ranks = ranks or ALONE
     settings = replace(config or QuantizeConfig(), **_with_paths(options))
     settings.refuse_idle(options.keys())
-    check_asked(settings, Path(out), resume=resume, ranks=ranks)
+    check_asked(str(model), settings, Path(out), resume=resume, ranks=ranks)
     directory = model_directory(str(model), progress)
     prepared = prepare(directory, Path(out), settings, resume=resume, listen=progress, ranks=ranks)
     for line in prepared.notes:
@@ -323,7 +323,7 @@ def verify(
     file where the manifest names one that is no set. `findings` of the result has everything that is not as it was
     written. Raises CheckpointError where there is no manifest.
     """
-    from qwenq.checkpoint.manifest import read_manifest
+    from qwenq.checkpoint.manifest import read_manifest, refuse_converted
     from qwenq.checkpoint.manifest import verify as run
 
     path, base = Path(checkpoint), None if source is None else Path(source)
@@ -336,8 +336,11 @@ def verify(
         raise UsageError(f"layers is {layers!r}", hint='numbers from 0 on, or "all"')
     if base is None and (layers or calibration):
         raise UsageError(f"{'layers' if layers else 'calibration'} goes with source: layers are made again from it")
+    recomputed = base is not None and (layers is None or len(layers) > 0)
+    if recomputed:
+        refuse_converted(directory)
     result = run(directory, base)
-    if base is None or (layers is not None and len(layers) == 0) or result.findings:
+    if base is None or not recomputed or result.findings:
         return result
     from qwenq.pipeline.reproduce import reproduce
 

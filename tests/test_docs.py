@@ -13,7 +13,7 @@ import pytest
 import typer
 
 from qwenq.cli.main import app
-from tests.conftest import run
+from tests.conftest import answer, run
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -132,6 +132,28 @@ def test_the_walk_through_says_what_plan_says() -> None:
     used, limit = re.findall(r"GPU 0 RTX 3090: ([\d.]+) of ([\d.]+) GiB", output)[0]
     largest = re.findall(r"largest context that fits: (\d+)", output)[0]
     assert found.groups() == (f"{float(used):.1f}", f"{float(limit):.1f}", str(int(largest) // 1024))
+
+
+def test_the_dry_runs_figures_are_what_it_says() -> None:
+    """Those of the 72B on the page on quantizing, on a CPU with bfloat16 and on one without."""
+    text = " ".join((ROOT / "docs" / "quantize.md").read_text(encoding="utf-8").split())
+    files, memory, disk, source, more_memory, more_disk, less = re.findall(
+        r"it predicts ([\d.]+) GB of files, ([\d.]+) GB of peak memory and ([\d.]+) GB of disk in addition to the "
+        r"([\d.]+) GB source; a CPU that calibrates in float32 needs ([\d.]+) GB of memory and ([\d.]+) GB of disk "
+        r"\(([\d.]+) GB less memory with `--no-rotate`\)",
+        text,
+    )[0]
+
+    def predicted(dtype: str, *words: str) -> tuple[float, ...]:
+        dtypes = ("--calibration-dtype", dtype, "--compute-dtype", dtype)
+        found = answer("quantize", "Qwen2.5-72B", "--bits", 4, "--dry-run", "--device", "cpu", *dtypes, *words)
+        keys = ("file_bytes", "peak_ram_bytes", "disk_needed_bytes", "source_download_bytes")
+        return tuple(found[key] / 1e9 for key in keys)
+
+    narrow, wide, unrotated = predicted("bfloat16"), predicted("float32"), predicted("float32", "--no-rotate")
+    assert [f"{value:.{2 - (k > 0)}f}" for k, value in enumerate(narrow)] == [files, memory, disk, source]
+    assert [f"{value:.1f}" for value in wide[1:3]] == [more_memory, more_disk]
+    assert f"{wide[1] - unrotated[1]:.1f}" == less
 
 
 @pytest.mark.parametrize("page", GUIDES, ids=names)

@@ -329,6 +329,23 @@ def verify(directory: Path, source: Path | None = None) -> Verification:
     return Verification(digest, files, len(named), tuple(findings), layers_not_made_again=tuple(left))
 
 
+def refuse_converted(directory: Path) -> None:
+    """Raise JobError where a manifest says that its checkpoint was converted: no layer of it was solved."""
+    try:
+        job = read_manifest(directory)[0].get("job")
+    except CheckpointError:
+        return  # for `verify` to say
+    found = job.get("convert") if isinstance(job, dict) else None
+    if found is None:
+        return
+    was = found.get("from") if isinstance(found, dict) else None
+    raise JobError(
+        f"{shown(str(directory))}: converted from a {shown(str(was), 20)} checkpoint; no layer was solved here",
+        hint="verify that checkpoint with its 16-bit source, and this one with that checkpoint as --source and "
+        "--layers none",
+    )
+
+
 def source_hashes(manifest: Mapping[str, Any]) -> dict[str, str]:
     """Names and SHA-256 of the source's files, as the manifest has them; CheckpointError when it has none."""
     job = manifest.get("job")

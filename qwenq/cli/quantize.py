@@ -101,7 +101,7 @@ def _quantize(model: str, config: QuantizeConfig, output: Path, resume: bool, js
     from qwenq.pipeline.quantize import quantize as run
 
     with over_ranks(config.device) as (ranks, device):
-        check_asked(config, output, resume=resume, ranks=ranks)
+        check_asked(model, config, output, resume=resume, ranks=ranks)
         prepared = prepare(
             fetched_once(model, ranks), output, replace(config, device=device),
             resume=resume, listen=(lambda line: None) if json else print_step, ranks=ranks,

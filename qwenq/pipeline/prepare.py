@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -31,7 +32,7 @@ from qwenq.pipeline.fisher import measure_sensitivity, split_windows
 from qwenq.pipeline.job import DTYPES, QuantizeJob, windows_of
 from qwenq.pipeline.journal import Journal
 from qwenq.pipeline.monitor import memory_errors
-from qwenq.pipeline.preflight import check_output, partial_directory
+from qwenq.pipeline.preflight import check_output, partial_directory, refuse_place
 from qwenq.pipeline.quantize import check_places
 from qwenq.pipeline.ranks import ALONE, Ranks
 from qwenq.pipeline.shares import refuse_few
@@ -212,11 +213,15 @@ def _rotates(
     return massive is not None
 
 
-def check_asked(config: QuantizeConfig, out: Path, *, resume: bool = False, ranks: Ranks = ALONE) -> None:
+def check_asked(
+    model: str, config: QuantizeConfig, out: Path, *, resume: bool = False, ranks: Ranks = ALONE
+) -> None:
     """Refuse what is seen to be wrong before a model is downloaded: JobError for the output, CalibrationError for a
     text that is not there.
     """
     if ranks.first:
+        if os.path.isdir(model):
+            refuse_place(out, Path(model))
         check_output(out, resume)
     for text in (config.calibration, config.eval_text) if config.solver == "gptq" else (config.eval_text,):
         check_text(text)

@@ -113,16 +113,9 @@ def read_job(manifest: Mapping[str, Any], source: Checkpoint, out: Path, calibra
     """The job that a manifest describes; CheckpointError for a description that makes none."""
     try:
         job = current_names(manifest["job"])
-        if "convert" in job:
-            raise JobError(
-                "converted from another format: no layer was solved here",
-                hint="convert keeps codes bit for bit: verify what it was made from, and this with --layers none",
-            )
         overrides = tuple((name, Scheme(**s) if s else None) for name, s in job["overrides"].items())
         recipe = Recipe(Scheme(**job["scheme"]) if job["scheme"] else None, overrides, job["format"])
         text = job["calibration"]
-    except JobError:
-        raise
     except (KeyError, TypeError, ValueError, AttributeError, QwenqError) as error:
         raise unreadable(error) from None
     config = QuantizeConfig.from_manifest(job)

@@ -116,8 +116,10 @@ class Plan:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Remarks on the rig's GPUs, once a kind, and on the engine's version."""
+        """Remarks on the rig's GPUs, once a kind, and on the engine's version; on the engine's own ways to fit too."""
         rig, found = self.case.hardware, list[str]()
+        own = self.serving.escapes if self.serving.case.engine == self.case.engine else ()
+        cases = [self.case, *(replace(self.case, work=escape.work) for escape in own)]
         if note := self.case.engine.version_note:
             found.append(note)
         for gpu in dict.fromkeys(rig.gpus):
@@ -129,7 +131,7 @@ class Plan:
                 found.append(f"{gpu.name}: ROCm, not tried")
             if not rig.free_bytes and gpu.limit_source != "published":
                 found.append(f"{gpu.name}: limit {gpu.limit_source}")
-            found += self.case.engine.notes(self.case, gpu)
+            found += dict.fromkeys(note for case in cases for note in self.case.engine.notes(case, gpu))
         if rig.needs_pci_order:
             found.append("GPUs are in the driver's order; CUDA numbers them so with CUDA_DEVICE_ORDER=PCI_BUS_ID")
         return tuple(found)

@@ -238,7 +238,7 @@ def header_weights(
     label = "checkpoint"
     source = "the checkpoint's own headers"
     if declared.unread:
-        label += f", {printable(declared.method[:40])} that qwenq itself does not read"
+        label += f", {printable(declared.method[:40])}{_UNREAD_SAID}"
         source += f" (not read by qwenq itself: {declared.unread})"
     return Weights(
         label=label,
@@ -270,13 +270,16 @@ def _outer(spec: ModelSpec, tensors: Iterable[TensorSpec]) -> dict[str, Any]:
     return outer
 
 
+_UNREAD_SAID = " that qwenq itself does not read"
+
+
 def _sized_weights(spec: ModelSpec, label: str, sized: SizedOnly, dtype: str) -> Weights:
     linears = {lin.name + ".weight" for lin in spec.layer_linears(0)}
     sizes = [t.nbytes for t in spec.layer_tensors(0, dtype) if t.name not in linears]
     for lin in spec.layer_linears(0):
         sizes += sized.linear_bytes(lin)
     return Weights(
-        label=label,
+        label=f"{label}{_UNREAD_SAID}",
         method=sized.method,
         bits=sized.bits,
         group_size=sized.group_size,

@@ -228,7 +228,8 @@ def _content(content: Any, where: str) -> str:
             continue
         kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
         if kind != "text":
-            raise CalibrationError(f"{where}: content has a {shown(str(kind))!r} part", hint="text alone is read")
+            problem = f"{where}: content has a part of type {shown(str(kind))!r}"
+            raise CalibrationError(problem, hint="text alone is read")
         parts.append(part.get("text"))
     if not all(isinstance(text, str) for text in parts):
         raise CalibrationError(f"{where}: a part of content has no text")

@@ -298,6 +298,11 @@ def test_errors_of_quantize(command: Callable[..., list[str]], tiny: Path, tmp_p
             "choose another --output, or delete it",
         ),
         (
+            command(output=tiny),  # which no hint may say to delete
+            f"{tiny}: the output may not be the model's own directory or inside it",
+            "choose another directory",
+        ),
+        (
             command(output=tiny / "out"),
             f"{tiny}/out: the output may not be the model's own directory or inside it",
             "choose another directory",

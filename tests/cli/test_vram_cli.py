@@ -132,7 +132,7 @@ BAD = [
     (["vram", "Qwen2.5-72B", "--engine", "tgi"], "error: unknown engine 'tgi'", "hint: one of qwenq"),
     (
         ["vram", "Qwen2.5-72B", "--kv-cache-dtype", "int3"],
-        "error: qwenq is not planned with a 'int3' KV cache",
+        "error: qwenq is not planned with KV cache dtype 'int3'",
         "hint: one of auto",
     ),
     (["vram", "Qwen2.5-72B", "--batch-size", "0"], "error: batch size is 0", ""),

@@ -121,7 +121,7 @@ def test_choices_are_all_answered(client: TestClient) -> None:
         (b'{"model": "Qwen2.5-72B", "context": -1}', "context: Input should be greater"),
         (b'{"model": "Qwen2.5-72B", "context": "8k"}', "context: Input should be a valid integer"),
         (b'{"model": "Qwen2.5-0.5B", "context": 65536}', "context is 65536 tokens, Qwen2.5-0.5B allows 32768"),
-        (b'{"model": "Qwen2.5-72B", "kv_cache_dtype": "q9"}', "qwenq is not planned with a 'q9' KV cache"),
+        (b'{"model": "Qwen2.5-72B", "kv_cache_dtype": "q9"}', "qwenq is not planned with KV cache dtype 'q9'"),
         (b'{"model": "Qwen2.5-72B", "rig": [{"gpu": "RTX 3091", "count": 1}]}', "unknown GPU 'RTX 3091'"),
         (b'{"model": "Qwen2.5-72B", "rig": [{"gpu": "RTX 3090", "count": 99}]}', "rig.0.count: Input should be less"),
         (b'{"model": "Qwen2.5-0.5B", "group_size": 128, "bits": 4, "rig": [{"gpu": "RTX 3090"}]}', "rig.0.count"),

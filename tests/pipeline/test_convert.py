@@ -139,8 +139,11 @@ def test_the_manifest_says_what_it_was_made_from(random_model: Make, tmp_path: P
     assert "Quantized in the gptq format, then converted bit for bit." in card and "compressed-tensors" in card
     convert(open_checkpoint(tmp_path / "b"), tmp_path / "c", "awq")
     assert json.loads((tmp_path / "c" / "qwenq-manifest.json").read_text())["made_from"] == second["made_from"]
-    again = answer("verify", tmp_path / "b", "--source", tmp_path / "a", "--all-layers", code=1)
-    assert again.startswith(f"error: {tmp_path / 'a'}: already quantized (gptq)")  # no layer was solved here
+    for source in (tmp_path / "a", random_model()):
+        again = answer("verify", tmp_path / "b", "--source", source, code=1)
+        assert again.startswith(f"error: {tmp_path / 'b'}: converted from a gptq checkpoint; no layer was solved here")
+        assert again.endswith("and this one with that checkpoint as --source and --layers none\n")
+    assert answer("verify", tmp_path / "b", "--source", tmp_path / "a", "--layers", "none")["ok"]
     (tmp_path / "a" / "config.json").write_text("{}")
     assert [f.problem[:12] for f in verify(tmp_path / "b", tmp_path / "a").findings] == ["another file"]
 

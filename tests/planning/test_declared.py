@@ -147,7 +147,9 @@ def test_what_this_version_does_not_read_is_sized_and_said(kind: str) -> None:
     tensors = fp8_tensors(B7)
     found = header_weights(B7, tensors, {"quantization_config": config}, "there/config.json")
     assert (found.method, found.bits, found.group_size) == wanted
-    assert found.total_bytes == sum(t.nbytes for t in tensors.values()) == published_weights(B7, "FP8").total_bytes
+    published = published_weights(B7, "FP8")
+    assert found.total_bytes == sum(t.nbytes for t in tensors.values()) == published.total_bytes
+    assert published.label == "FP8 that qwenq itself does not read"
     assert reason in found.source and "there/config.json" in found.source
     assert "qwenq itself does not read" in found.label
     groups = (wanted[2],) if wanted[2] else ()

@@ -147,6 +147,16 @@ def test_an_fp8_cache_only_where_vllm_has_one(gpu: str, version: tuple[int, int]
     batch = sum(rig.limits) // (32768 * 57344)  # whose cache takes all memory in 16 bits, half of it in fp8
     long = make_plan(Case(b7, weights, VllmEngine(version), Workload(32768, batch), rig))
     assert not long.fits and any("fp8" in text for text in long.instead) == reads, long.instead
+    assert any("FlashInfer alone" in note for note in long.notes) == (told and reads), "said of ways to fit as well"
+
+
+@pytest.mark.parametrize("engine", ["qwenq", "sglang"])
+def test_another_engines_plan_says_what_vllms_fp8_cache_needs(engine: str) -> None:
+    """Above the command, where the plan's own notes do not say it."""
+    case = Case(B72, INT4, get_engine(engine), Workload(20480), parse_rig("2x RTX 3090"))
+    *comments, command = plan_commands(make_plan(case))["vllm"].splitlines()
+    assert "--kv-cache-dtype fp8" in command
+    assert sum("FlashInfer alone" in line for line in comments) == 1, comments
 
 
 @pytest.mark.parametrize("kv_dtype", ["fp8_e4m3", "fp8_e5m2"])

@@ -256,7 +256,7 @@ def test_parse_environment() -> None:
         (lambda: published_weights(B72, "Q3"), "unknown quantization 'Q3'"),
         (
             lambda: estimate(Case(B72, INT4, get_engine("vllm"), Workload(1, kv_dtype="q8_0"))),
-            "vllm is not planned with a 'q8_0'",
+            "vllm is not planned with KV cache dtype 'q8_0'",
         ),
     ],
 )

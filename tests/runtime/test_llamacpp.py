@@ -194,7 +194,7 @@ def test_what_it_is_started_with(
 @pytest.mark.parametrize(
     ("options", "line", "code"),
     [
-        (("--kv-cache-dtype", "fp8"), "error: llama.cpp is not planned with a 'fp8' KV cache", 2),
+        (("--kv-cache-dtype", "fp8"), "error: llama.cpp is not planned with KV cache dtype 'fp8'", 2),
         (("--hosts", "a,b"), "error: --hosts is for vLLM's commands", 2),
         *(
             (words, f"error: {words[0]} is for qwenq's own server, and this is llama.cpp's", 2)

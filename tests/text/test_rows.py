@@ -109,7 +109,7 @@ REFUSED: list[tuple[Any, str]] = [
     ({"messages": [USER], "images": ["a.png"]}, "a conversation with images, which is not read"),
     ({"messages": [USER], "chosen": YES, "rejected": USER}, "a conversation with chosen, which is not read"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
-     "content has a 'image_url' part"),
+     "content has a part of type 'image_url'"),
     ({"messages": [{"role": "user", "content": None}]}, "messages want role and content"),
     ({"messages": [{"role": "user", "content": 3}]}, "messages want role and content"),
     ({"prompt": [USER], "chosen": [YES], "rejected": [YES]},

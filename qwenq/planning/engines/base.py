@@ -105,7 +105,7 @@ class Engine(ABC):
     def kv_bytes(self, kv_dtype: str) -> float:
         """Bytes of one cached value; UsageError when it is not planned with such a cache."""
         if kv_dtype not in self.kv_dtypes:
-            said = f"{self.name} is not planned with a {kv_dtype!r} KV cache"
+            said = f"{self.name} is not planned with KV cache dtype {kv_dtype!r}"
             raise UsageError(said, hint=f"one of {', '.join(self.kv_dtypes)}")
         return self.kv_dtypes[kv_dtype]
 
@@ -551,6 +551,7 @@ class ServerEngine(Engine):
             lines = [f"# does not fit as asked ({reason}); fits with {escape.text}"]
         else:
             return f"# {self.title} does not fit with the flags planned here: {reason}"
+        lines += [f"# {note}" for note in noted(case) if note not in plan.notes]
         words = self.words(case, option, case.weights.place or "CHECKPOINT")
         return "\n".join([*lines, pci_order(case) + shlex.join(words)])
 
@@ -606,6 +607,11 @@ def rank_context(share: Share, gpu: Gpu) -> Term:
         "context", base.n_bytes + extra, "reported", base.source + "; 1.53 GiB with several H100 (same logs)",
         base.low_bytes, base.high_bytes + round(1.02 * GIB),
     )  # fmt: skip
+
+
+def noted(case: Case) -> list[str]:
+    """The engine's remarks on running a case, once a kind of GPU."""
+    return [note for gpu in dict.fromkeys(case.hardware.gpus) for note in case.engine.notes(case, gpu)]
 
 
 def pci_order(case: Case) -> str:
