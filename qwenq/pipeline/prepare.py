@@ -204,13 +204,15 @@ def _rotates(
     with memory_errors("looking for massive activations", torch.device(device), None, "--no-rotate needs no look"):
         network = Network(source.config, source.spec, dtype=DTYPES[config.calibration_dtype], device=device)
         massive = find_massive(source, network, ids_NT)
-    if massive is not None:
-        layer, ratio = massive
-        listen(
-            f"massive activations after layer {layer} ({ratio:,.0f} times the median token's mean square): rotating "
-            "the hidden states (--no-rotate leaves them; --no-fold the norms too, so that adapters of the original fit)"
-        )
-    return massive is not None
+    if massive is None:
+        listen("no massive activations: the hidden states are not rotated")
+        return False
+    layer, ratio = massive
+    listen(
+        f"massive activations after layer {layer} ({ratio:,.0f} times the median token's mean square): rotating "
+        "the hidden states (--no-rotate leaves them; --no-fold the norms too, so that adapters of the original fit)"
+    )
+    return True
 
 
 def check_asked(
@@ -220,8 +222,8 @@ def check_asked(
     text that is not there.
     """
     if ranks.first:
-        if os.path.isdir(model):
-            refuse_place(out, Path(model))
+        if os.path.isdir(model) and out.exists() and os.path.samefile(model, out):
+            refuse_place(out, Path(model))  # that it exists would be true too, and its hint deletes the model
         check_output(out, resume)
     for text in (config.calibration, config.eval_text) if config.solver == "gptq" else (config.eval_text,):
         check_text(text)

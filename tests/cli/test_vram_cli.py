@@ -380,7 +380,7 @@ assert not heavy, heavy
         ("int8", [], "8-bit per channel"),
         ("awq", [], "4-bit g128 asym"),
         ("compressed-tensors", ["--bits", "8"], "8-bit g128"),
-        ("fp8", [], "fp8"),
+        ("fp8", [], "fp8 that qwenq itself does not read"),
         ("Q6_K", ["--engine", "llama.cpp"], "GGUF Q6_K"),
         ("q8_0", ["--engine", "llama.cpp"], "GGUF Q8_0"),
     ],

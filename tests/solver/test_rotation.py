@@ -212,6 +212,7 @@ def test_massive_activations_are_rotated_away_unless_told_otherwise(
     assert named.keys() == chosen.keys() and all(torch.equal(named[name], chosen[name]) for name in named)
     plain = run("quantize", two_layers, "-o", tmp_path / "plain", *job)
     assert plain.exit_code == 0 and "looking for massive activations" in plain.stderr
+    assert "no massive activations: the hidden states are not rotated" in plain.stderr.replace("\n", " ")
     assert "rotating" not in plain.stderr and options_of(tmp_path / "plain")["rotate"] is False
     dry = answer("quantize", source, "-o", tmp_path / "dry", *job, "--dry-run")
     assert dry["assumed"]["rotated"] is None
