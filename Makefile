@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)            ## a real model to 8 and 4 bits, drift measured, reports/demo.html
 	$(BIN)/qwenq demo
 
-test: $(STAMP)            ## the fast tests, 16 minutes on two old cores
+test: $(STAMP)            ## the fast tests, 5 minutes on two new cores, 16 on two old ones
 	$(BIN)/python -m pytest -n 2 -m 'not slow'
 
 test-slow: $(STAMP)       ## the slower checks: kills at random points, memory growth, layers of real shapes over fake tensors
