@@ -222,7 +222,7 @@ def check_asked(
     text that is not there.
     """
     if ranks.first:
-        if os.path.isdir(model) and out.exists() and os.path.samefile(model, out):
+        if os.path.isdir(model) and os.path.exists(out) and os.path.samefile(model, out):
             refuse_place(out, Path(model))  # that it exists would be true too, and its hint deletes the model
         check_output(out, resume)
     for text in (config.calibration, config.eval_text) if config.solver == "gptq" else (config.eval_text,):
